@@ -1,0 +1,68 @@
+"""Find and scale down LoRA intruder dimensions, one weight matrix at a time, without building the model.
+
+>>> import streamer
+>>> streamer.DetectionOptions(top_k=0.1).directions((4096, 1024))
+102
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. They are resolved when first used: importing streamer loads no torch.
+_HOMES = {
+    "Detection": "intruders",
+    "DetectionOptions": "intruders",
+    "Event": "events",
+    "Findings": "findings",
+    "MatrixFinding": "findings",
+    "MitigationOptions": "intruders",
+    "Monitor": "events",
+    "StreamerError": "errors",
+    "detect_intruder_dimensions": "api",
+    "iter_merged": "api",
+    "load_findings": "findings",
+    "merge_with_reduced_intruder_dimensions": "api",
+    "reduce_intruder_dimension": "api",
+}
+
+__all__ = [
+    "Detection",
+    "DetectionOptions",
+    "Event",
+    "Findings",
+    "MatrixFinding",
+    "MitigationOptions",
+    "Monitor",
+    "StreamerError",
+    "detect_intruder_dimensions",
+    "iter_merged",
+    "load_findings",
+    "merge_with_reduced_intruder_dimensions",
+    "reduce_intruder_dimension",
+]
+
+if TYPE_CHECKING:
+    from streamer.api import (
+        detect_intruder_dimensions,
+        iter_merged,
+        merge_with_reduced_intruder_dimensions,
+        reduce_intruder_dimension,
+    )
+    from streamer.errors import StreamerError
+    from streamer.events import Event, Monitor
+    from streamer.findings import Findings, MatrixFinding, load_findings
+    from streamer.intruders import Detection, DetectionOptions, MitigationOptions
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'streamer' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"streamer.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,213 @@
+"""The library's functions: what the command line does, for callers in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from streamer.apply import AdapterSink, Job, ModelSink, merged_tensors, run_job
+from streamer.events import Event, Monitor, OnEvent
+from streamer.findings import Findings, load_findings
+from streamer.intruders import DetectionOptions, Method, MitigationOptions, Scale
+from streamer.pipeline import choose_device, detect_all, detect_to_file, plan_detection
+from streamer.plan import make_plan
+from streamer.storage.tensorfile import IOMode
+
+
+def detect_intruder_dimensions(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path | None = None,
+    *,
+    top_k: int | float = 10,
+    threshold_epsilon: float = 0.5,
+    solver: str = "auto",
+    device: str = "auto",
+    io: IOMode = "mmap",
+    resume: bool = True,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
+    monitor: Monitor | None = None,
+) -> Findings:
+    """Find the intruder dimensions of ``W0 + s·B·A`` in every matrix that the adapter changes.
+
+    Parameters
+    ----------
+    base
+        Model directory, or one ``.safetensors`` file.
+    adapter
+        PEFT LoRA directory.
+    output
+        Findings file to write as detection goes; a killed run resumes from its journal. None keeps the findings in memory.
+    top_k, threshold_epsilon, solver
+        See `streamer.intruders.DetectionOptions`.
+    device
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
+    io
+        ``mmap``, or ``pread`` for network file systems.
+    resume, overwrite
+        Whether to take up an interrupted run, and whether to replace what stands at `output`.
+    on_event
+        Called with an `Event` for each step.
+    monitor
+        In place of `on_event`, for callers that also want to stop a run.
+
+    Returns
+    -------
+    Findings
+        One entry a matrix; `reduce_intruder_dimension` and `merge_with_reduced_intruder_dimensions` take it.
+
+    Raises
+    ------
+    StreamerError
+        See `streamer.errors`; the class says what kind of fault it is.
+    """
+    options = DetectionOptions(top_k, threshold_epsilon, solver)
+    where = choose_device(device)
+    plan = make_plan(base, adapter, io)
+    monitor = monitor or Monitor(on_event)
+    for warning in plan.base.warnings:
+        monitor.emit(Event("warning", warning))
+    if output is None:
+        matrices = tuple(detect_all(plan, options, where, monitor))
+        return Findings(plan.base_identity, plan.adapter_identity, options, matrices)
+    path = Path(output)
+    finished = plan_detection(plan, path, options, overwrite)
+    return finished or detect_to_file(plan, path, options, where, monitor, resume=resume, overwrite=overwrite)
+
+
+def reduce_intruder_dimension(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    findings: Findings | str | Path | None = None,
+    top_k: int | float = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    method: Method = "paper",
+    scale: Scale = "all",
+    solver: str = "auto",
+    device: str = "auto",
+    io: IOMode = "mmap",
+    resume: bool = True,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
+    monitor: Monitor | None = None,
+) -> dict[str, Any]:
+    """Write a new LoRA adapter whose delta has its intruders scaled by `mitigation_lambda`.
+
+    The mitigated delta is projected back onto ``lora_A``, ``lora_B`` at the adapter's own rank; the record says for each
+    matrix what relative norm that dropped. Tensors of matrices without intruders are copied bit for bit.
+
+    Parameters
+    ----------
+    base, adapter, top_k, threshold_epsilon, solver, device, io, on_event, monitor
+        See `detect_intruder_dimensions`.
+    output
+        Directory to write: a PEFT adapter.
+    findings
+        From `detect_intruder_dimensions`, or their file; with them no SVD of a weight is done. Made with the same base,
+        adapter and options, or refused.
+    mitigation_lambda, method, scale
+        See `streamer.intruders.MitigationOptions`.
+    resume, overwrite
+        Whether to take up an interrupted run, and whether to replace another output.
+
+    Returns
+    -------
+    dict
+        The record that stands in the output as ``streamer.json``.
+
+    Raises
+    ------
+    StreamerError
+        See `streamer.errors`.
+    """
+    mitigation = MitigationOptions(mitigation_lambda, method, scale)
+    detection = DetectionOptions(top_k, threshold_epsilon, solver)
+    job = prepare(base, adapter, mitigation, detection, findings, device, io)
+    return run_job(AdapterSink(job, Path(output)), _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
+
+
+def merge_with_reduced_intruder_dimensions(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    findings: Findings | str | Path | None = None,
+    top_k: int | float = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    method: Method = "paper",
+    scale: Scale = "all",
+    solver: str = "auto",
+    device: str = "auto",
+    io: IOMode = "mmap",
+    resume: bool = True,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
+    monitor: Monitor | None = None,
+) -> dict[str, Any]:
+    """Write the base with the mitigated delta merged in: ``W0 + Δ'``, rounded once to the base's dtype.
+
+    Shard names, tensor order, dtypes, metadata and all other files are the base's; untouched tensors keep their bytes.
+    Parameters, result and errors are those of `reduce_intruder_dimension`, but that nothing is truncated.
+    """
+    mitigation = MitigationOptions(mitigation_lambda, method, scale)
+    detection = DetectionOptions(top_k, threshold_epsilon, solver)
+    job = prepare(base, adapter, mitigation, detection, findings, device, io)
+    return run_job(ModelSink(job, Path(output)), _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
+
+
+def iter_merged(
+    base: str | Path,
+    adapter: str | Path,
+    *,
+    findings: Findings | str | Path | None = None,
+    top_k: int | float = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    method: Method = "paper",
+    scale: Scale = "all",
+    solver: str = "auto",
+    device: str = "auto",
+    io: IOMode = "mmap",
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time.
+
+    Inputs are opened and checked by the call itself, not by the first step. Without findings each matrix is detected when its
+    turn comes. A tensor of a dtype that torch does not have comes as its bytes, a flat uint8 tensor. Parameters and errors are
+    those of `merge_with_reduced_intruder_dimensions`.
+    """
+    mitigation = MitigationOptions(mitigation_lambda, method, scale)
+    detection = DetectionOptions(top_k, threshold_epsilon, solver)
+    return merged_tensors(prepare(base, adapter, mitigation, detection, findings, device, io), Monitor())
+
+
+def prepare(
+    base: str | Path,
+    adapter: str | Path,
+    mitigation: MitigationOptions,
+    detection: DetectionOptions,
+    findings: Findings | str | Path | None = None,
+    device: str = "auto",
+    io: IOMode = "mmap",
+) -> Job:
+    """Open and check everything that a mitigation reads; nothing is written."""
+    where = choose_device(device)
+    loaded = load_findings(findings) if isinstance(findings, str | Path) else findings
+    plan = make_plan(base, adapter, io)
+    if loaded is not None:
+        loaded.check_matches(plan.base_identity, plan.adapter_identity, detection)
+    return Job(plan, mitigation, detection, where, loaded)
+
+
+def _monitor(job: Job, monitor: Monitor | None, on_event: OnEvent | None) -> Monitor:
+    monitor = monitor or Monitor(on_event)
+    for warning in job.plan.base.warnings:
+        monitor.emit(Event("warning", warning))
+    return monitor

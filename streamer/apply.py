@@ -1,0 +1,322 @@
+"""Apply findings: a mitigated adapter, or merged model shards, written as it goes. No SVD of a weight matrix is done here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
+from streamer.encodings import ENCODINGS, TORCH_DTYPES, as_bytes, as_tensor, encode, encoding_of
+from streamer.errors import NumericError
+from streamer.events import Event, Monitor
+from streamer.findings import Findings, MatrixFinding, journal_of
+from streamer.intruders import Detection, DetectionOptions, MitigationOptions, back_project, mitigate
+from streamer.linalg.operators import LowRank, all_finite
+from streamer.pipeline import detect_matrix, detect_to_file, plan_detection
+from streamer.plan import Plan, other_files
+from streamer.storage.atomic import Buffer
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from streamer.storage.header import TensorInfo
+from streamer.storage.shards import ShardPlan, Source, index_bytes, like, write_shard
+from streamer.storage.tensorfile import TensorFile
+from streamer.storage.transaction import OutputDirectory, OutputPlan, finished_record, inspect_output, open_output
+from streamer.targets import Target
+
+SCHEMA = "streamer.output/1"
+OWN_FINDINGS = ".streamer.findings.safetensors"
+
+BLOCK_BYTES = 16 << 20
+"""Rows of this many float32 bytes are merged at a time, so that memory does not depend on the matrix."""
+
+
+@dataclass
+class Job:
+    """One mitigation, ready to run: the plan, the options, and where findings come from.
+
+    Attributes
+    ----------
+    findings
+        Given ones; without them the job detects, where it needs to, into a file of its own in the output directory.
+    """
+
+    plan: Plan
+    options: MitigationOptions
+    detection: DetectionOptions
+    device: torch.device
+    findings: Findings | None = None
+
+    def detection_of(self, target: Target) -> Detection | None:
+        """The findings on one matrix; None where the options need none."""
+        if not self.options.needs_detection:
+            return None
+        if self.findings is None:
+            return detect_matrix(self.plan, target, self.detection, self.device).detection
+        return self._by_tensor[target.tensor].detection
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, MatrixFinding]:
+        assert self.findings is not None
+        return self.findings.by_tensor
+
+    def mitigated(self, target: Target) -> tuple[LowRank, LowRank, Detection | None]:
+        """Δ, Δ' and the findings of one matrix; Δ' is Δ itself where nothing changes."""
+        delta = self.plan.adapter.delta(target.module)
+        for name, factor in ((target.module.b, delta.L), (target.module.a, delta.R)):
+            if not all_finite(factor):
+                raise NumericError(
+                    f"{self.plan.adapter.file.path}: tensor {name!r} holds NaN or Inf; check the adapter"
+                )
+        found = self.detection_of(target)
+        return delta, mitigate(delta, found, self.options), found
+
+    def decisions(self) -> dict[str, Any]:
+        """Everything besides the inputs that decides the output's bytes."""
+        detection = (
+            {k: v for k, v in self.detection.as_dict().items() if k != "solver"}
+            if self.options.needs_detection
+            else None
+        )
+        return {"schema": SCHEMA, "mitigation": self.options.as_dict(), "detection": detection}
+
+    def ensure_findings(self, directory: Path, monitor: Monitor, resume: bool) -> None:
+        """Detect into the output directory where findings are needed and none were given; resumable like everything."""
+        if self.findings is None and self.options.needs_detection:
+            path = directory / OWN_FINDINGS
+            if not resume:
+                for stale in (path, journal_of(path)):
+                    stale.unlink(missing_ok=True)
+            self.findings = plan_detection(self.plan, path, self.detection, overwrite=False) or detect_to_file(
+                self.plan, path, self.detection, self.device, monitor
+            )
+
+
+def matrix_figures(
+    target: Target, delta: LowRank, after: LowRank, found: Detection | None, scale: str, dropped: float
+) -> dict[str, Any]:
+    """What mitigation did to one matrix, as JSON values."""
+    before = delta.norm()
+    scaled = () if found is None else found.intruders if scale == "all" else found.intruders[:1]
+    return {
+        "tensor": target.tensor,
+        "module": target.module.name,
+        "intruders": list(scaled),
+        "delta_norm": before,
+        "delta_norm_after": before if after is delta else after.norm(),
+        "dropped": dropped,
+    }
+
+
+def totals(matrices: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over matrices; `equal_norm_shrink` is the uniform factor on the whole adapter that gives the same total norm."""
+    before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
+    after = math.sqrt(sum(m["delta_norm_after"] ** 2 for m in matrices))
+    return {
+        "matrices": len(matrices),
+        "intruders": sum(len(m["intruders"]) for m in matrices),
+        "changed": sum(m["delta_norm_after"] != m["delta_norm"] for m in matrices),
+        "delta_norm": before,
+        "delta_norm_after": after,
+        "equal_norm_shrink": after / before if before > 0 else 1.0,
+        "dropped_max": max((m["dropped"] for m in matrices), default=0.0),
+    }
+
+
+class AdapterSink:
+    """Writes a mitigated adapter: the same tensors, names, order, dtypes and config; factors of mitigated modules replaced."""
+
+    command = "mitigate"
+
+    def __init__(self, job: Job, path: Path) -> None:
+        plan = job.plan
+        self.job = job
+        self.shards = {WEIGHTS_NAME: (like(WEIGHTS_NAME, plan.adapter.file.header), plan.adapter.file)}
+        self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
+        self.finals: dict[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
+        self.output = output_plan(self, path, rivals=("adapter_model.bin",))
+        self._of = {name: t for t in plan.targets for name in (t.module.a, t.module.b)}
+        self._ready: dict[str, Tensor] = {}
+
+    def source(self, file: TensorFile, figures: list[dict[str, Any]]) -> Source:
+        """Bytes of each tensor of the adapter's file; appends each matrix's figures."""
+
+        def pour(info: TensorInfo) -> Iterable[Buffer]:
+            target = self._of[info.name]
+            if info.name not in self._ready:
+                self._ready |= self._factors(target, figures)
+            new = self._ready.pop(info.name)
+            return file.chunks(info) if new.numel() == 0 else [as_bytes(new)]
+
+        return pour
+
+    def _factors(self, target: Target, figures: list[dict[str, Any]]) -> dict[str, Tensor]:
+        module = target.module
+        delta, after, found = self.job.mitigated(target)
+        if after is delta:
+            figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
+            untouched = torch.empty(0)
+            return {module.a: untouched, module.b: untouched}
+        B, A, dropped = back_project(after, module.rank, module.scale)
+        figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, dropped))
+        out = {}
+        for name, factor in ((module.a, A), (module.b, B)):
+            encoding = ENCODINGS[self.job.plan.adapter.file.header.by_name[name].dtype]
+            out[name] = encode(factor, encoding, factor, name)
+        return out
+
+
+class ModelSink:
+    """Writes merged shards: the base's shard names, tensor order, dtypes and metadata, index and other files."""
+
+    command = "merge"
+
+    def __init__(self, job: Job, path: Path) -> None:
+        base = job.plan.base
+        self.job = job
+        self.shards: dict[str, tuple[ShardPlan, TensorFile]] = {
+            n: (like(n, f.header), f) for n, f in base.files.items()
+        }
+        self.copies = other_files(base.directory) if base.directory is not None else []
+        self.finals: dict[str, bytes] = {}
+        rivals = [SINGLE_NAME, INDEX_NAME]
+        if base.index is not None:
+            self.finals[INDEX_NAME] = index_bytes(base.index, base.data_bytes)
+        self.output = output_plan(self, path, tuple(r for r in rivals if r not in self.finals and r not in self.shards))
+
+    def source(self, file: TensorFile, figures: list[dict[str, Any]]) -> Source:
+        """Bytes of each tensor of one shard; appends the figures of merged matrices."""
+
+        def pour(info: TensorInfo) -> Iterable[Buffer]:
+            target = self.job.plan.by_tensor.get(info.name)
+            if target is None:
+                return file.chunks(info)
+            delta, after, found = self.job.mitigated(target)
+            figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
+            return map(as_bytes, merged_blocks(file, info, target, after))
+
+        return pour
+
+
+Sink = AdapterSink | ModelSink
+
+
+def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...]) -> OutputPlan:
+    """What the sink will write, in the order of writing, the commit point last."""
+    copies = [(name, p.stat().st_size) for name, p in sink.copies]
+    shards = [(name, shard.nbytes) for name, (shard, _) in sink.shards.items()]
+    finals = [(name, len(data)) for name, data in sink.finals.items()]
+    files = (*copies, *shards, *finals)
+    plan = sink.job.plan
+    digest = plan.digest(command=sink.command, files=files, **sink.job.decisions())
+    return OutputPlan(path, files, digest, plan.stamps(), plan.inputs, rivals)
+
+
+def merged_blocks(file: TensorFile, info: TensorInfo, target: Target, delta: LowRank) -> Iterator[Tensor]:
+    """``W0 + Δ'`` a few rows at a time, as the base stores them: summed in the computing dtype, rounded once.
+
+    A delta of zero gives the base's own bytes: adding it would turn −0 into +0.
+    """
+    encoding = encoding_of(info, str(file.path))
+    change = (delta.T if target.transposed else delta).to(encoding.compute)
+    empty = not (change.L.any() and change.R.any())
+    m, n = info.shape
+    row_bytes = n * encoding.dtype.itemsize
+    rows = max(1, BLOCK_BYTES // (n * encoding.compute.itemsize))
+    for i in range(0, m, rows):
+        j = min(m, i + rows)
+        raw = as_tensor(file.view(info, i * row_bytes, j * row_bytes), encoding.dtype, (j - i, n))
+        if empty:
+            yield raw
+        else:
+            yield encode(torch.addmm(raw.to(encoding.compute), change.L[i:j], change.R.T), encoding, raw, info.name)
+
+
+def inspect_job(sink: Sink, overwrite: bool, resume: bool) -> str:
+    """Preflight, read-only: ``new``, ``resume`` or ``done`` (see `inspect_output`)."""
+    return inspect_output(sink.output, overwrite, resume)
+
+
+def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bool = True) -> dict[str, Any]:
+    """Write the output as one resumable transaction and return its record.
+
+    The record is that of `streamer mitigate --json` and `streamer merge --json`; it stands in the output as ``streamer.json``.
+    A finished output of the same plan is left as it is.
+    """
+    if inspect_output(sink.output, overwrite, resume) == "done":
+        return finished_record(sink.output)
+    plan = sink.job.plan
+    check = plan.check_unchanged
+    total, done = sink.output.total_bytes, 0
+    matrices: list[dict[str, Any]] = []
+    with open_output(sink.output, overwrite, resume) as out:
+        sizes = dict(sink.output.files)
+        copies = dict(sink.copies)
+        for name, size in sizes.items():
+            monitor.checkpoint()
+            entry = out.finished(name)
+            if entry is None:
+                if name in sink.shards:
+                    sink.job.ensure_findings(out.path, monitor, out.resumed)
+                    _write_shard(sink, name, out, monitor, done, total)
+                else:
+                    monitor.emit(Event("write", name, done, total))
+                    out.write(name, sink.finals[name], check) if name in sink.finals else out.copy(
+                        name, copies[name], check
+                    )
+                entry = out.entry(name)
+            matrices += entry.get("matrices", [])
+            done += size
+        monitor.emit(Event("write", "", total, total))
+        (out.path / OWN_FINDINGS).unlink(missing_ok=True)
+        record = {"schema": SCHEMA, "command": sink.command, **sink.job.decisions()["mitigation"],
+                  "totals": totals(matrices) | {"bytes": total}, "matrices": matrices}  # fmt: skip
+        return out.commit(record)
+
+
+def _write_shard(sink: Sink, name: str, out: OutputDirectory, monitor: Monitor, done: int, total: int) -> None:
+    shard, file = sink.shards[name]
+    figures: list[dict[str, Any]] = []
+    pour = sink.source(file, figures)
+
+    def source(info: TensorInfo) -> Iterator[Buffer]:
+        monitor.emit(Event("write", info.name, done + info.start, total))
+        for piece in pour(info):
+            monitor.checkpoint()
+            yield piece
+
+    def announce(nbytes: int, sha256: str) -> None:
+        sink.job.plan.check_unchanged()
+        out.announce(name, nbytes, sha256, matrices=figures)
+
+    write_shard(out.path, shard, source, announce)
+
+
+def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the merged model, in file order; one at a time in memory."""
+    for file in job.plan.base.files.values():
+        for info in file.header.tensors:
+            monitor.checkpoint()
+            file.check_unchanged()
+            target = job.plan.by_tensor.get(info.name)
+            if target is None:
+                yield info.name, _untouched(file, info)
+                continue
+            _, after, _ = job.mitigated(target)
+            yield info.name, torch.cat(list(merged_blocks(file, info, target, after)))
+
+
+def _untouched(file: TensorFile, info: TensorInfo) -> Tensor:
+    data = bytearray(info.nbytes)
+    at = 0
+    for piece in file.chunks(info):
+        data[at : at + len(piece)] = piece
+        at += len(piece)
+    if info.dtype not in TORCH_DTYPES:
+        return as_tensor(memoryview(data), torch.uint8, (info.nbytes,))
+    return as_tensor(memoryview(data), TORCH_DTYPES[info.dtype], info.shape)

@@ -1,0 +1,107 @@
+"""How a matrix stands on disk, and how it becomes a torch tensor and bytes again: one entry an encoding.
+
+Raw codes never reach a computation: a dtype without an entry here is copied as bytes, or refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamer.errors import NumericError, UnsupportedError
+from streamer.linalg.operators import all_finite
+from streamer.storage.header import TensorInfo
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A plain floating-point encoding.
+
+    Attributes
+    ----------
+    dtype
+        The torch dtype with the same bits.
+    compute
+        The dtype that computations run in.
+    """
+
+    dtype: torch.dtype
+    compute: torch.dtype
+
+
+ENCODINGS = {
+    "BF16": Encoding(torch.bfloat16, torch.float32),
+    "F16": Encoding(torch.float16, torch.float32),
+    "F32": Encoding(torch.float32, torch.float32),
+    "F64": Encoding(torch.float64, torch.float64),
+}
+
+# What torch can hold, for callers that take untouched tensors as they are.
+TORCH_DTYPES = {
+    **{name: e.dtype for name, e in ENCODINGS.items()},
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+
+
+def encoding_of(info: TensorInfo, where: str) -> Encoding:
+    """The encoding of a tensor that is to be computed with.
+
+    Raises
+    ------
+    UnsupportedError
+        If its dtype is not one of floating-point values.
+    """
+    if info.dtype not in ENCODINGS:
+        raise UnsupportedError(
+            f"{where}: tensor {info.name!r}: dtype {info.dtype} is not one of {', '.join(ENCODINGS)}; "
+            "quantized bases are not supported: use the 16-bit model"
+        )
+    return ENCODINGS[info.dtype]
+
+
+def as_tensor(view: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The bytes as a tensor, without a copy where their address allows it. The caller must not write to it."""
+    if len(view) == 0:
+        return torch.empty(shape, dtype=dtype)
+    raw = np.frombuffer(view, dtype=np.uint8)
+    if raw.ctypes.data % dtype.itemsize:  # the format does not promise alignment
+        raw = raw.copy()
+    return torch.from_numpy(raw).view(dtype).reshape(shape)
+
+
+def as_bytes(t: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy; they keep the tensor alive."""
+    raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = t.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return raw.data
+
+
+def encode(values: Tensor, encoding: Encoding, source: Tensor, name: str) -> Tensor:
+    """Round computed values to the encoding, once.
+
+    Parameters
+    ----------
+    values
+        Computed values, in `Encoding.compute`.
+    source
+        The values that they replace, of the same shape: what was NaN or Inf there may stay so.
+    name
+        The tensor's name, for the message.
+
+    Raises
+    ------
+    NumericError
+        If a value has become NaN or Inf.
+    """
+    out = values.to(encoding.dtype)
+    if not all_finite(out) and bool((torch.isfinite(source) & ~torch.isfinite(out)).any()):
+        raise NumericError(
+            f"tensor {name!r}: the result does not fit {str(encoding.dtype).removeprefix('torch.')} "
+            "(NaN or Inf where the input had none); check the adapter's scale and lambda"
+        )
+    return out

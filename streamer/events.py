@@ -1,0 +1,54 @@
+"""What a run says while it works, and how it is asked to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from streamer.errors import Interrupted
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of progress.
+
+    Attributes
+    ----------
+    stage
+        ``detect`` counts in units of cost (m·n·min(m, n) of each matrix), ``write`` in bytes; ``warning`` does not count.
+    name
+        The matrix or file that the run has just begun, or the warning's text.
+    done, total
+        Units done before it, and in all.
+    """
+
+    stage: Literal["detect", "write", "warning"]
+    name: str
+    done: int = 0
+    total: int = 0
+
+
+OnEvent = Callable[[Event], None]
+
+
+class Monitor:
+    """Carries events out and a request to stop in. Signal handlers call `request_stop`; the run polls `checkpoint`."""
+
+    def __init__(self, on_event: OnEvent | None = None) -> None:
+        self._on_event = on_event
+        self._signum: int | None = None
+
+    def emit(self, event: Event) -> None:
+        """Hand an event to the caller."""
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def request_stop(self, signum: int) -> None:
+        """Ask for a stop at the next safe point."""
+        self._signum = signum
+
+    def checkpoint(self) -> None:
+        """A safe point: raises `Interrupted` if a stop was asked for."""
+        if self._signum is not None:
+            raise Interrupted(self._signum)

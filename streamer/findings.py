@@ -1,0 +1,353 @@
+"""The findings: what was detected, for each matrix, and from which base, adapter and options.
+
+On disk they are one safetensors file. For the base tensor ``T`` it holds ``T/U`` (m, q), ``T/S`` (q,), ``T/Vh`` (q, n), the
+intruders' triplets; ``T/intruders`` (q,) int64; ``T/singular_values``, ``T/similarity_low``, ``T/similarity_high`` (k,) float64.
+The metadata's ``findings`` is JSON: identity, options, and the figures of each matrix. While detection runs, each matrix is a
+record in a journal beside the file; a record is itself a safetensors file of these tensors, and the end puts them together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamer.encodings import TORCH_DTYPES, as_bytes, as_tensor
+from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError
+from streamer.intruders import Detection, DetectionOptions
+from streamer.linalg.operators import all_finite
+from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
+from streamer.storage.header import TensorInfo, layout, parse_header
+from streamer.storage.shards import ShardPlan, plan_shard, write_shard
+from streamer.storage.tensorfile import TensorFile
+from streamer.storage.transaction import check_place
+
+SCHEMA = "streamer.findings/1"
+
+_ARRAYS = ("U", "S", "Vh", "singular_values", "similarity_low", "similarity_high", "intruders")
+_FIGURES = ("certified", "degenerate", "solver", "delta_norm", "intruder_energy", "dropped_at_zero")
+_DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+
+
+@dataclass(frozen=True)
+class MatrixFinding:
+    """What was found in one matrix.
+
+    Attributes
+    ----------
+    tensor, module
+        Its name in the base, and in the adapter.
+    shape
+        (out, in), whatever the order on disk.
+    dtype
+        The base tensor's dtype, in the format's spelling.
+    rank, scale
+        The adapter's, for this module.
+    detection
+        Decisions and factors. From a file, the factors are read through a map, when they are used.
+    seconds
+        How long detection took; None where it was read from a file, which holds no times.
+    """
+
+    tensor: str
+    module: str
+    shape: tuple[int, int]
+    dtype: str
+    rank: int
+    scale: float
+    detection: Detection
+    seconds: float | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """Everything but the arrays, as JSON values."""
+        own = {"tensor": self.tensor, "module": self.module, "shape": list(self.shape), "dtype": self.dtype,
+               "rank": self.rank, "scale": self.scale}  # fmt: skip
+        return own | {name: getattr(self.detection, name) for name in _FIGURES}
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The arrays by key, in file order."""
+        d = self.detection
+        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in _ARRAYS[3:6]}
+        return {"U": d.U, "S": d.S, "Vh": d.Vh, **numbers, "intruders": torch.tensor(d.intruders, dtype=torch.int64)}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All matrices of an adapter, in the base's file order.
+
+    Attributes
+    ----------
+    base, adapter
+        The identities of the inputs (sizes, digests); no paths, so that the same inputs give the same bytes anywhere.
+    options
+        What decided the findings.
+    matrices
+        One entry a matrix.
+    """
+
+    base: Mapping[str, Any]
+    adapter: Mapping[str, Any]
+    options: DetectionOptions
+    matrices: tuple[MatrixFinding, ...]
+    _file: TensorFile | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def by_tensor(self) -> dict[str, MatrixFinding]:
+        """Entries by the base tensor's name."""
+        return {m.tensor: m for m in self.matrices}
+
+    @property
+    def intruders(self) -> int:
+        """Intruders in all matrices."""
+        return sum(len(m.detection.intruders) for m in self.matrices)
+
+    def check_matches(
+        self, base: Mapping[str, Any], adapter: Mapping[str, Any], options: DetectionOptions | None
+    ) -> None:
+        """Refuse to be used with another base, adapter or options than they were made with.
+
+        Raises
+        ------
+        MismatchError
+            Which of them differs, and how.
+        """
+        for what, mine, theirs in (("base", self.base, base), ("adapter", self.adapter, adapter)):
+            if mine != theirs:
+                raise MismatchError(
+                    f"findings: made with another {what} ({_difference(mine, theirs)}); run detect again on this one"
+                )
+        for name, value in (options.as_dict() if options else {}).items():
+            mine_value = self.options.as_dict()[name]
+            # Which solver made them does not matter to who uses them, unless one was asked for.
+            if value != mine_value and not (name == "solver" and value == "auto"):
+                raise MismatchError(
+                    f"findings: made with {name}={mine_value!r}, asked for {value!r}; pass the same, or run detect again"
+                )
+
+    def __iter__(self) -> Iterator[MatrixFinding]:
+        return iter(self.matrices)
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+
+def _difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    keys = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
+    if "files" in keys:
+        a, b = mine.get("files", []), theirs.get("files", [])
+        if [f["file"] for f in a] != [f["file"] for f in b]:
+            return f"files {[f['file'] for f in a][:3]} against {[f['file'] for f in b][:3]}"
+        changed = next(x["file"] for x, y in zip(a, b, strict=True) if x != y)
+        return f"the content of {changed} differs"
+    return f"{', '.join(keys)} differ"
+
+
+def detection_digest(
+    base: Mapping[str, Any], adapter: Mapping[str, Any], options: DetectionOptions, tensors: Sequence[str]
+) -> str:
+    """SHA-256 over everything that decides the findings' bytes."""
+    plan = {"schema": SCHEMA, "base": base, "adapter": adapter, "options": options.as_dict(), "tensors": list(tensors)}
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def load_findings(path: str | Path) -> Findings:
+    """Read a findings file.
+
+    Raises
+    ------
+    FormatError
+        If it is not one, or not whole.
+    """
+    file = TensorFile(Path(path))
+    text = file.header.metadata.get("findings")
+    if file.header.metadata.get("schema") != SCHEMA or text is None:
+        raise FormatError(
+            f"{path}: expected findings ({SCHEMA}), found another safetensors file; make them with `streamer detect`"
+        )
+    try:
+        tree = json.loads(text)
+        options = DetectionOptions(**tree["options"])
+        matrices = tuple(_matrix(figures, file) for figures in tree["matrices"])
+        return Findings(tree["base"], tree["adapter"], options, matrices, file)
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise FormatError(
+            f"{path}: findings are not as {SCHEMA} has them ({type(e).__name__}: {e}); run detect again"
+        ) from e
+
+
+def _matrix(figures: dict[str, Any], file: TensorFile) -> MatrixFinding:
+    arrays: dict[str, Tensor] = {}
+    for key in _ARRAYS:
+        info = file.header.by_name[f"{figures['tensor']}/{key}"]
+        if info.dtype not in _DTYPE_NAMES.values():
+            raise ValueError(f"tensor {info.name!r} is {info.dtype}")
+        arrays[key] = as_tensor(file.view(info), TORCH_DTYPES[info.dtype], info.shape)
+    m, n = figures["shape"]
+    q, k = len(arrays["intruders"]), len(arrays["singular_values"])
+    expected = {"U": (m, q), "S": (q,), "Vh": (q, n), "similarity_low": (k,), "similarity_high": (k,)}
+    for key, shape in expected.items():
+        if tuple(arrays[key].shape) != shape:
+            raise ValueError(f"{figures['tensor']}/{key}: expected shape {shape}, found {tuple(arrays[key].shape)}")
+    if not all_finite(arrays["S"]):
+        raise ValueError(f"{figures['tensor']}/S holds NaN or Inf")
+    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in _ARRAYS[3:]}
+    chosen: dict[str, Any] = {key: figures[key] for key in _FIGURES} | {"degenerate": tuple(figures["degenerate"])}
+    detection = Detection(U=arrays["U"], S=arrays["S"], Vh=arrays["Vh"], **numbers, **chosen)
+    return MatrixFinding(figures["tensor"], figures["module"], (m, n), figures["dtype"],
+                         figures["rank"], figures["scale"], detection)  # fmt: skip
+
+
+def journal_of(path: Path) -> Path:
+    """Where the journal of a findings file stands while it is being made."""
+    return path.with_name(f".{path.name}.journal")
+
+
+class FindingsWriter:
+    """A findings file being made: locked, resumable after each matrix, under its name only when it is whole.
+
+    ``with FindingsWriter(path, findings, tensors, stamps) as w: w.add(…)``; leaving the block without an exception writes the
+    file and removes the journal, leaving it with one keeps the journal.
+
+    Parameters
+    ----------
+    path
+        The file.
+    head
+        Identity and options; its matrices are not used.
+    tensors
+        Base tensors to come, in the order of the file.
+    stamps
+        Stamps of the inputs; a journal of other stamps is refused.
+    resume
+        False starts over.
+    overwrite
+        Replaces a finished file, and a journal of another run.
+    before_rename
+        Called before the file gets its name; may raise to stop it.
+    """
+
+    def __init__(self, path: Path, head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]], *,
+                 resume: bool, overwrite: bool, before_rename: Callable[[], None]) -> None:  # fmt: skip
+        self.path = path
+        self._head = head
+        self._tensors = tensors
+        self._start = {"plan": detection_digest(head.base, head.adapter, head.options, tensors), "stamps": stamps}
+        self._resume, self._overwrite = resume, overwrite
+        self._before_rename = before_rename
+        self._lock = locked(path.with_name(f".{path.name}.lock"))
+        self._records: dict[str, int] = {}
+
+    def __enter__(self) -> FindingsWriter:
+        self._lock.__enter__()
+        try:
+            remove_partials(self.path.parent, {self.path.name})
+            self._journal = Journal(journal_of(self.path))
+            self._take_up()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def _take_up(self) -> None:
+        head = json.loads(self._journal[0]) if len(self._journal) else None
+        if head is not None and self._resume:
+            if head["plan"] == self._start["plan"]:
+                if head["stamps"] != json.loads(json.dumps(self._start["stamps"])):
+                    raise InputChangedError(
+                        f"{self.path}: an input was modified since this run was interrupted; --no-resume starts it over"
+                    )
+            elif not self._overwrite:
+                raise OutputError(
+                    f"{self._journal.path}: is of an interrupted run with other inputs or options; finish that one, "
+                    "choose another output, or pass --overwrite"
+                )
+            else:
+                head = None
+        if head is None or not self._resume:
+            self._journal.clear()
+            self._journal.append(json.dumps(self._start).encode())
+        for i in range(1, len(self._journal)):
+            self._records[self._figures(i)["tensor"]] = i
+
+    def _figures(self, i: int) -> dict[str, Any]:
+        raw = self._journal[i]
+        figures: dict[str, Any] = json.loads(_record_header(raw).metadata["matrix"])
+        return figures
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._records
+
+    def add(self, finding: MatrixFinding) -> None:
+        """Journal one matrix, durably."""
+        arrays = finding.arrays()
+        entries = [(f"{finding.tensor}/{key}", _DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in arrays.items()]
+        _, raw = layout(entries, {"matrix": json.dumps(finding.figures())})
+        self._journal.append(raw + b"".join(as_bytes(t) for t in arrays.values()))
+        self._records[finding.tensor] = len(self._journal) - 1
+
+    def _write(self) -> None:
+        order = [self._records[tensor] for tensor in self._tensors]
+        matrices, entries, home = [], [], {}
+        for i in order:
+            matrices.append(self._figures(i))
+            for info in _record_header(self._journal[i]).tensors:
+                entries.append((info.name, info.dtype, info.shape))
+                home[info.name] = i
+        text = json.dumps({"base": self._head.base, "adapter": self._head.adapter,
+                           "options": self._head.options.as_dict(), "matrices": matrices})  # fmt: skip
+        plan: ShardPlan = plan_shard(self.path.name, entries, {"schema": SCHEMA, "findings": text})
+
+        def source(info: TensorInfo) -> Iterator[Buffer]:
+            raw = self._journal[home[info.name]]
+            header = _record_header(raw)
+            own = header.by_name[info.name]
+            yield raw[header.data_start + own.start : header.data_start + own.end]
+
+        write_shard(self.path.parent, plan, source, lambda _size, _sha256: self._before_rename())
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._write()
+                self._journal.remove()
+            else:
+                self._journal.close()
+        finally:
+            self._lock.__exit__(None, None, None)
+
+
+def _record_header(raw: bytes) -> Any:
+    n = 8 + int.from_bytes(raw[:8], "little")
+    return parse_header(raw[:n], len(raw), "journal")
+
+
+def inspect_findings_output(path: Path, digest: str, overwrite: bool) -> Findings | None:
+    """Preflight, read-only: the finished findings of this very plan, or None if they are still to be made.
+
+    Raises
+    ------
+    OutputError
+        If something else stands at the path, or it cannot be written.
+    """
+    check_place(path, ())
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: directory {path.parent} does not exist; create it first")
+    if overwrite or not path.exists():
+        return None
+    try:
+        findings = load_findings(path)
+    except FormatError as e:
+        raise OutputError(f"{path}: exists and is not findings; choose another output, or pass --overwrite") from e
+    tensors = [m.tensor for m in findings]
+    if detection_digest(findings.base, findings.adapter, findings.options, tensors) != digest:
+        raise OutputError(
+            f"{path}: holds findings of other inputs or options; choose another output, or pass --overwrite"
+        )
+    return findings

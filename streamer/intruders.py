@@ -1,0 +1,287 @@
+"""Detect and mitigate the intruder dimensions of one matrix: pure functions from operators to results.
+
+Notation: W0 (m, n) is the base weight, Δ = s·B·A the adapter's delta, W = W0 + Δ, and u_j, σ_j, v_j are W's leading
+singular triplets. Direction j is an intruder if ``max_i |⟨u_j, u⁰_i⟩| < ε`` over all left singular vectors u⁰_i of W0
+(Shuttleworth et al., arXiv 2410.21228, Algorithm 1). Left always means the output side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from streamer.errors import NumericError, UsageError
+from streamer.linalg.operators import Dense, LowRank, Sum, all_finite
+from streamer.linalg.overlaps import dense_overlaps
+from streamer.linalg.svd import Triplets, dense_triplets
+
+Method = Literal["paper", "project", "shrink"]
+Scale = Literal["all", "first"]
+
+DEGENERATE = 0.1
+"""An angle error above this makes a single direction ill-defined: its neighbours in the cluster do as well."""
+
+
+@dataclass(frozen=True)
+class DetectionOptions:
+    """What decides the findings.
+
+    Attributes
+    ----------
+    top_k
+        How many leading directions are judged: a count, or a share of min(m, n) as a float in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity is below this; in (0, 1].
+    solver
+        ``auto`` or the name of a solver.
+    """
+
+    top_k: int | float = 10
+    threshold_epsilon: float = 0.5
+    solver: str = "auto"
+
+    def __post_init__(self) -> None:
+        k = self.top_k
+        good = not isinstance(k, bool) and ((isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k <= 1))
+        if not good:
+            raise UsageError(f"top_k: expected a count from 1, or a share in (0, 1] with a decimal point, found {k!r}")
+        if not 0 < self.threshold_epsilon <= 1:
+            raise UsageError(f"threshold_epsilon: expected a number in (0, 1], found {self.threshold_epsilon!r}")
+        if self.solver not in ("auto", *SOLVERS):
+            raise UsageError(f"solver: expected one of auto, {', '.join(SOLVERS)}, found {self.solver!r}")
+
+    def directions(self, shape: tuple[int, int]) -> int:
+        """How many directions are judged in a matrix of this shape: at least one, at most min(m, n)."""
+        p = min(shape)
+        k = self.top_k if isinstance(self.top_k, int) else max(1, round(self.top_k * p))
+        return min(k, p)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class MitigationOptions:
+    """What decides the mitigated delta, given the findings.
+
+    Attributes
+    ----------
+    mitigation_lambda
+        What is left of an intruder: 1 changes nothing, 0 removes it, above 1 amplifies it.
+    method
+        ``paper``: ``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``. ``project``: ``Δ' = (I − (1 − λ) U_I U_Iᵀ) Δ``, which leaves the base's
+        own share of the direction alone and needs no truncation. ``shrink``: ``Δ' = λ Δ``, the baseline; no detection.
+    scale
+        ``all`` intruders among the top k, or only the ``first`` (highest-ranked) of each matrix.
+    """
+
+    mitigation_lambda: float = 0.75
+    method: Method = "paper"
+    scale: Scale = "all"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mitigation_lambda, bool) or not math.isfinite(self.mitigation_lambda):
+            raise UsageError(f"lambda: expected a finite number, found {self.mitigation_lambda!r}")
+        if self.method not in get_args(Method):
+            raise UsageError(f"method: expected one of {', '.join(get_args(Method))}, found {self.method!r}")
+        if self.scale not in get_args(Scale):
+            raise UsageError(f"scale: expected one of {', '.join(get_args(Scale))}, found {self.scale!r}")
+
+    @property
+    def needs_detection(self) -> bool:
+        """Whether the result depends on the findings at all."""
+        return self.method != "shrink" and self.mitigation_lambda != 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The decision on each of the k leading directions of ``W = W0 + Δ``, and the factors of the intruders.
+
+    Attributes
+    ----------
+    singular_values
+        (k,) σ_1 … σ_k of W.
+    similarity_low, similarity_high
+        (k,) an interval for each direction's similarity to the base's nearest left singular vector.
+    intruders
+        0-based ranks of the intruders, rising.
+    U, S, Vh
+        (m, q), (q,), (q, n): the intruders' triplets, float32 (float64 for a float64 base).
+    certified
+        Each interval lies on one side of ε, and no direction is degenerate.
+    degenerate
+        0-based ranks of directions in a cluster so tight that no single vector is defined, by any solver.
+    solver
+        The solver that ran.
+    delta_norm
+        ``‖Δ‖_F``.
+    intruder_energy
+        ``‖U_Iᵀ Δ‖_F² / ‖Δ‖_F²``: the share of the delta's energy on the intruders' side, in [0, 1].
+    dropped_at_zero
+        Relative norm that back-projection to the adapter's rank would drop at λ = 0 with ``--method paper``.
+    """
+
+    singular_values: tuple[float, ...]
+    similarity_low: tuple[float, ...]
+    similarity_high: tuple[float, ...]
+    intruders: tuple[int, ...]
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    certified: bool
+    degenerate: tuple[int, ...]
+    solver: str
+    delta_norm: float
+    intruder_energy: float
+    dropped_at_zero: float
+
+    def factors(self, scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
+        """U, S, Vh of the intruders to scale: all, or the first."""
+        q = len(self.intruders) if scale == "all" else min(1, len(self.intruders))
+        return self.U[:, :q], self.S[:q], self.Vh[:q]
+
+
+class Spectrum(NamedTuple):
+    """What a solver answers: W's leading triplets; for each the similarity and an interval around it, (k,) float64."""
+
+    triplets: Triplets
+    similarity: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def _solve_dense(base: Dense, delta: LowRank, k: int, epsilon: float) -> Spectrum:
+    """Two full SVDs. The similarity is widened by the direction's own angle error; the base's vectors are LAPACK's."""
+    triplets = dense_triplets(Sum([base, delta]), k)
+    similarity = dense_overlaps(base, triplets.U)
+    error = triplets.angle_error_estimate
+    return Spectrum(triplets, similarity, (similarity - error).clamp_min(0), (similarity + error).clamp_max(1))
+
+
+Solver = Callable[[Dense, LowRank, int, float], Spectrum]
+
+SOLVERS: dict[str, Solver] = {"dense": _solve_dense}
+"""Solvers by name: base, delta, k, ε → `Spectrum`. A new solver is a new entry."""
+
+
+def detect(base: Dense, delta: LowRank, options: DetectionOptions, rank: int | None = None) -> Detection:
+    """Find the intruder dimensions of ``W0 + Δ``.
+
+    Parameters
+    ----------
+    base
+        W0, (m, n), float32 or float64, on any device.
+    delta
+        Δ of the same shape; its dtype is made the base's.
+    rank
+        The adapter's rank, for `Detection.dropped_at_zero`; by default the delta's.
+
+    Raises
+    ------
+    NumericError
+        If an input holds NaN or Inf, or the solver does not converge. Nothing non-finite reaches a solver.
+    """
+    for what, matrix in (("the base matrix", base.matrix), ("lora_B", delta.L), ("lora_A", delta.R)):
+        if not all_finite(matrix):
+            raise NumericError(f"{what} holds NaN or Inf; check the file it came from")
+    delta = LowRank(delta.L.to(base.matrix), delta.R.to(base.matrix))
+    k = options.directions(base.shape)
+    solver = "dense" if options.solver == "auto" else options.solver
+    try:
+        triplets, similarity, low, high = SOLVERS[solver](base, delta, k, options.threshold_epsilon)
+    except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # torch's stubs do not export it
+        raise NumericError(f"the {solver} solver did not converge ({e}); the matrix may be badly scaled") from e
+    if not all_finite(triplets.S):
+        raise NumericError("base + delta overflows; check the adapter's scale")
+    error = triplets.angle_error_estimate
+    chosen = torch.nonzero(similarity < options.threshold_epsilon).flatten()
+    on_one_side = (low >= options.threshold_epsilon) | (high < options.threshold_epsilon)
+    degenerate = torch.nonzero(error > DEGENERATE).flatten()
+    index = chosen.to(triplets.U.device)
+    U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
+    delta = LowRank(delta.L.cpu(), delta.R.cpu())
+    norm = delta.norm()
+    share = LowRank(U.T.to(delta.L) @ delta.L, delta.R).norm() / norm if norm > 0 and len(chosen) else 0.0
+    removed = delta.to(torch.float64) + LowRank(-U.double() * S.double(), Vh.double().T)
+    return Detection(
+        singular_values=tuple(triplets.S.double().tolist()),
+        similarity_low=tuple(low.tolist()),
+        similarity_high=tuple(high.tolist()),
+        intruders=tuple(chosen.tolist()),
+        U=U.contiguous(),
+        S=S.contiguous(),
+        Vh=Vh.contiguous(),
+        certified=bool(on_one_side.all()) and len(degenerate) == 0,
+        degenerate=tuple(degenerate.tolist()),
+        solver=solver,
+        delta_norm=norm,
+        intruder_energy=min(1.0, share**2),
+        dropped_at_zero=removed.truncated(rank or delta.rank)[1] if len(chosen) else 0.0,
+    )
+
+
+def mitigate(delta: LowRank, detection: Detection | None, options: MitigationOptions) -> LowRank:
+    """The mitigated delta Δ', as factors in float64; the delta itself, as it is, where nothing changes.
+
+    Parameters
+    ----------
+    delta
+        Δ, (m, n), in factors.
+    detection
+        The findings on this matrix; may be None where the options do not need them.
+
+    Returns
+    -------
+    LowRank
+        For ``paper`` of rank r + q, for the others of rank r; `MitigationOptions` has the formulas.
+    """
+    lam = options.mitigation_lambda
+    if lam == 1:
+        return delta
+    if options.method == "shrink":
+        return delta.to(torch.float64).scaled(lam)
+    if detection is None:
+        raise UsageError(f"method {options.method!r} at lambda {lam} needs findings")
+    U, S, Vh = (t.double() for t in detection.factors(options.scale))
+    if len(S) == 0:
+        return delta
+    delta = delta.to(torch.float64)
+    if options.method == "project":
+        # U_I is orthonormal to working precision only; the component it removes is (1 − λ) of what it measures.
+        return LowRank(delta.L - (1 - lam) * (U @ (U.T @ delta.L)), delta.R)
+    return delta + LowRank((lam - 1) * U * S, Vh.T)
+
+
+def back_project(delta: LowRank, rank: int, scale: float) -> tuple[Tensor, Tensor, float]:
+    """Adapter factors with ``scale · B @ A ≈ Δ'``, and the relative Frobenius norm that was dropped.
+
+    Parameters
+    ----------
+    delta
+        Δ' = L Rᵀ, (m, n).
+    rank
+        The adapter's rank r. Where Δ' has no more columns its factors are kept and nothing is dropped; else it is
+        truncated to the nearest matrix of rank r, and ``√Σ`` is shared evenly between B and A.
+    scale
+        The LoRA scale s, not zero.
+
+    Returns
+    -------
+    B, A, dropped
+        (m, r), (r, n), and ``‖Δ' − s·B·A‖_F / ‖Δ'‖_F``.
+    """
+    delta = delta.to(torch.float64)
+    if delta.rank <= rank:
+        return delta.L / scale, delta.R.T, 0.0
+    root, dropped = delta.scaled(1 / scale).truncated(rank)
+    return root.L, root.R.T, dropped

@@ -1,0 +1,124 @@
+"""Kinds of PEFT adapters: which are handled, which are refused, by name and reason. A new kind is a new entry here.
+
+Two tables: by the config (`CONFIG_RULES`) and by the tensors' names (`TENSOR_RULES`, first match wins). Every refusal
+says what the adapter is, why it is refused and what to do; `adapter` collects them all before anything else happens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "default", "true", "false"}
+
+
+@dataclass(frozen=True)
+class ConfigRule:
+    """A refusal by `adapter_config.json`: a key, when its value is refused, and what to say."""
+
+    key: str
+    refuses: Callable[[Any], bool]
+    kind: str
+    reason: str
+
+
+def _residual_init(value: object) -> bool:
+    return isinstance(value, str) and value.lower().startswith(_RESIDUAL)
+
+
+def _unknown_init(value: object) -> bool:
+    return isinstance(value, str) and not _residual_init(value) and value.lower() not in _PLAIN_INITS
+
+
+_NOT_YET = "is not supported"
+
+CONFIG_RULES: tuple[ConfigRule, ...] = (
+    ConfigRule("use_dora", bool, "DoRA", f"{_NOT_YET}: its change of the weight is not low rank"),
+    ConfigRule("lora_bias", bool, "LoRA with lora_bias", f"{_NOT_YET}: its bias would be lost"),
+    ConfigRule("bias", lambda v: v not in (None, "none"), "LoRA with trained biases", f"{_NOT_YET}: the biases would be lost"),
+    ConfigRule("modules_to_save", bool, "LoRA with modules_to_save", f"{_NOT_YET}: the saved modules would be lost"),
+    ConfigRule("trainable_token_indices", bool, "LoRA with trainable tokens", f"{_NOT_YET}: the tokens would be lost"),
+    ConfigRule("target_parameters", bool, "LoRA on expert parameters (target_parameters)", _NOT_YET),
+    ConfigRule("init_lora_weights", _residual_init, "residual-base initialisation",
+               "its delta is relative to a residual of the base that is not on disk; "
+               "save the adapter again with path_initial_model_for_weight_conversion"),
+    ConfigRule("init_lora_weights", _unknown_init, "unknown initialisation", "it may have changed the base"),
+    ConfigRule("loftq_config", bool, "LoftQ", "its delta is relative to a quantized residual that is not on disk"),
+    ConfigRule("alora_invocation_tokens", bool, "aLoRA", "acts on some tokens only, which no merged weight can express"),
+    ConfigRule("arrow_config", bool, "Arrow", "routes between adapters at run time, which no merged weight can express"),
+    ConfigRule("use_qalora", bool, "QALoRA", "pools its input, so lora_A does not have the base's width"),
+    ConfigRule("use_bdlora", bool, "BD-LoRA", "stores block-diagonal factors"),
+    ConfigRule("kasa_config", bool, "KaSA", "changes the base and adds a diagonal between the factors"),
+    ConfigRule("monteclora_config", bool, "MonteCLoRA", "samples its factors"),
+    ConfigRule("velora_config", bool, "VeLoRA", f"{_NOT_YET}: it keeps buffers beside the factors"),
+    ConfigRule("layer_replication", bool, "layer replication", "the model has layers that the base on disk does not have"),
+    ConfigRule("megatron_config", bool, "Megatron LoRA", "its tensors are split over ranks; convert it to plain PEFT first"),
+)  # fmt: skip
+
+# Keys that PEFT writes and that do not change what the tensors mean: where the adapter was put, how it was trained.
+_HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+
+
+def config_refusals(config: Mapping[str, Any]) -> list[str]:
+    """Why an adapter with this config is refused: one phrase a reason, empty if it is handled."""
+    peft_type = config.get("peft_type", "LORA")
+    if peft_type != "LORA":
+        return [f"{peft_type} adapter: only LoRA is supported; merge it with PEFT"]
+    reasons = [f"{rule.kind}: {rule.reason}" for rule in CONFIG_RULES if rule.refuses(config.get(rule.key))]
+    known = _HARMLESS | {rule.key for rule in CONFIG_RULES}
+    for key, value in config.items():
+        # A later PEFT may know variants that we do not: one that is switched on is refused, anything else is ignored.
+        if key not in known and value and re.search(r"^use_|_config$|^is_", key):
+            reasons.append(f"unknown variant {key}={value!r}: it may change what the tensors mean")
+    return reasons
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """What a tensor of an adapter is, by its name; refused unless `role` is one of a handled kind's."""
+
+    pattern: re.Pattern[str]
+    role: str
+    refusal: str = ""
+
+
+TENSOR_RULES: tuple[TensorRule, ...] = (
+    TensorRule(re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$"), "factor"),
+    TensorRule(re.compile(r"\.lora_magnitude_vector(\.|$)"), "magnitude", "DoRA magnitudes"),
+    TensorRule(re.compile(r"\.lora_embedding_[AB](\.|$)"), "embedding", "embedding LoRA"),
+    TensorRule(re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$"), "lora_bias", "LoRA biases (lora_bias)"),
+    TensorRule(re.compile(r"\.trainable_tokens_"), "tokens", "trainable tokens"),
+    TensorRule(re.compile(r"\.base_layer\."), "base_layer", "a saved base layer"),
+    TensorRule(re.compile(r"\.modules_to_save\."), "module", "a saved module (modules_to_save)"),
+    TensorRule(
+        re.compile(r"\.(hada_|lokr_|lora_E|ranknum|vera_|oft_|boft_|ia3_)"), "other", "another method's tensors"
+    ),
+    TensorRule(re.compile(r"\.bias$"), "bias", "a trained bias"),
+    TensorRule(re.compile(r"\.weight$"), "module", "a saved module (modules_to_save)"),
+    TensorRule(re.compile(r""), "unknown", "a tensor of unknown meaning"),
+)
+
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.)")
+
+
+def normalize(name: str) -> str:
+    """A tensor name of an adapter without the wrappers: PEFT's prefix, DDP's, torch.compile's, FSDP's."""
+    name = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
+    return name.removeprefix("base_model.model.")
+
+
+def classify(name: str) -> tuple[TensorRule, re.Match[str]]:
+    """The rule for a normalised tensor name, and its match."""
+    for rule in TENSOR_RULES:
+        match = rule.pattern.search(name)
+        if match:
+            return rule, match
+    raise AssertionError("the last rule matches everything")

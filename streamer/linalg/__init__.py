@@ -1,0 +1,1 @@
+"""Mathematics on operators: low-rank algebra, singular triplets, overlaps. Knows no files."""

@@ -1,0 +1,141 @@
+"""Detection over a whole adapter: one matrix at a time, the next one read while the current one computes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from streamer.encodings import as_tensor, encoding_of
+from streamer.errors import NumericError, UsageError
+from streamer.events import Event, Monitor
+from streamer.findings import (
+    Findings,
+    FindingsWriter,
+    MatrixFinding,
+    detection_digest,
+    inspect_findings_output,
+    load_findings,
+)
+from streamer.intruders import DetectionOptions, detect
+from streamer.linalg.operators import Dense, LowRank
+from streamer.plan import Plan
+from streamer.targets import Target
+
+T = TypeVar("T")
+V = TypeVar("V")
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:i`` as a device that is there.
+
+    Raises
+    ------
+    UsageError
+        If it is not.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:i, found {name!r}") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"device: {name} is not there; use cpu")
+    return device
+
+
+def one_ahead(items: Sequence[T], load: Callable[[T], V]) -> Generator[tuple[T, V], None, None]:
+    """Each item with what `load` gives for it; the next one is loaded by a thread while the current one is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        ahead = [pool.submit(load, item) for item in items[:1]]
+        for i, item in enumerate(items):
+            value = ahead.pop().result()
+            ahead += [pool.submit(load, following) for following in items[i + 1 : i + 2]]
+            yield item, value
+            del value  # before the next one arrives: never three in memory
+
+
+def cost(target: Target) -> int:
+    """Units of work that detection spends on a matrix."""
+    m, n = target.module.shape
+    return m * n * min(m, n)
+
+
+def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device,
+                  view: memoryview | None = None) -> MatrixFinding:  # fmt: skip
+    """Detect in one matrix.
+
+    Raises
+    ------
+    NumericError
+        If an input is not finite or the solver fails; the message names file and tensor.
+    """
+    began = time.perf_counter()
+    file, info = plan.base.locate(target.tensor)
+    encoding = encoding_of(info, str(file.path))
+    raw = as_tensor(file.view(info) if view is None else view, encoding.dtype, info.shape)
+    # A copy even where the dtype stays: LAPACK's bits depend on the alignment of its input, and a map has any.
+    matrix = raw.to(device, encoding.compute, copy=True)
+    delta = plan.adapter.delta(target.module)
+    base = Dense(matrix.T.contiguous() if target.transposed else matrix)
+    try:
+        found = detect(base, LowRank(delta.L.to(device), delta.R.to(device)), options, target.module.rank)
+    except NumericError as e:
+        raise NumericError(f"{file.path}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
+    module = target.module
+    return MatrixFinding(target.tensor, module.name, module.shape, info.dtype, module.rank, module.scale, found,
+                         time.perf_counter() - began)  # fmt: skip
+
+
+def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, monitor: Monitor,
+               skip: Callable[[str], bool] = lambda _: False) -> Iterator[MatrixFinding]:  # fmt: skip
+    """Detect in every target, in the base's file order, but for those that `skip` knows already."""
+    todo = [t for t in plan.targets if not skip(t.tensor)]
+    total = sum(map(cost, plan.targets))
+    done = total - sum(map(cost, todo))
+
+    def load(target: Target) -> memoryview:
+        view = plan.base.view(target.tensor)
+        np.frombuffer(view, np.uint8)[
+            ::4096
+        ].sum()  # touch every page, so that the map is read here and not in the solver
+        return view
+
+    with contextlib.closing(one_ahead(todo, load)) as stream:
+        for target, view in stream:
+            monitor.checkpoint()
+            monitor.emit(Event("detect", target.tensor, done, total))
+            yield detect_matrix(plan, target, options, device, view)
+            done += cost(target)
+    monitor.emit(Event("detect", "", total, total))
+
+
+def detect_to_file(plan: Plan, path: Path, options: DetectionOptions, device: torch.device, monitor: Monitor, *,
+                   resume: bool = True, overwrite: bool = False) -> Findings:  # fmt: skip
+    """Detect, journalling each matrix, and write the findings file; seconds are those of this run."""
+    head = Findings(plan.base_identity, plan.adapter_identity, options, ())
+    tensors = [t.tensor for t in plan.targets]
+    seconds: dict[str, float | None] = {}
+    with FindingsWriter(path, head, tensors, plan.stamps(), resume=resume, overwrite=overwrite,
+                        before_rename=plan.check_unchanged) as writer:  # fmt: skip
+        for finding in detect_all(plan, options, device, monitor, skip=writer.__contains__):
+            writer.add(finding)
+            seconds[finding.tensor] = finding.seconds
+        monitor.checkpoint()
+    findings = load_findings(path)
+    return replace(findings, matrices=tuple(replace(m, seconds=seconds.get(m.tensor)) for m in findings))
+
+
+def plan_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite: bool) -> Findings | None:
+    """Preflight of `detect`: the finished findings of this very plan, or None if they are still to be made."""
+    tensors = [t.tensor for t in plan.targets]
+    digest = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
+    return inspect_findings_output(path, digest, overwrite)

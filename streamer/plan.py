@@ -1,0 +1,133 @@
+"""The plan: inputs opened, matched and checked, from headers alone, before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
+from streamer.adapter import Adapter, open_adapter
+from streamer.errors import InputChangedError, StorageError
+from streamer.storage.checkpoint import Checkpoint, open_checkpoint, read_json_object
+from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
+from streamer.targets import Target, match_targets, refuse_tied_changes
+
+# Weights in other formats would be the old ones beside the new; training state belongs to the old adapter.
+_STALE = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|mlmodel|pb|tflite)$|\.index\.json$|^streamer\.json$"
+)
+_SKIPPED_DIRECTORIES = re.compile(r"^(\.git|\.cache|__pycache__|checkpoint-\d+|global_step\d+|runs)$")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A base, an adapter, and which tensor each module changes.
+
+    Attributes
+    ----------
+    targets
+        In the base's file order.
+    config
+        The base's ``config.json``, or {} where there is none.
+    extra_stamps
+        Stamps of the small files that are copied or read whole, by path.
+    """
+
+    base: Checkpoint
+    adapter: Adapter
+    targets: tuple[Target, ...]
+    config: dict[str, Any]
+    extra_stamps: dict[str, Stamp]
+
+    @cached_property
+    def by_tensor(self) -> dict[str, Target]:
+        """Targets by the base tensor's name."""
+        return {t.tensor: t for t in self.targets}
+
+    @cached_property
+    def base_identity(self) -> dict[str, Any]:
+        """See `Checkpoint.identity`."""
+        return self.base.identity()
+
+    @cached_property
+    def adapter_identity(self) -> dict[str, Any]:
+        """See `Adapter.identity`."""
+        return self.adapter.identity()
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Directories that an output must stay out of."""
+        return tuple(p for p in (self.base.directory, self.adapter.path) if p is not None)
+
+    def stamps(self) -> dict[str, Sequence[int]]:
+        """Stamps of every input file, by path."""
+        stamps = {**self.base.stamps(), str(self.adapter.file.path): self.adapter.file.stamp}
+        return stamps | dict(self.extra_stamps)
+
+    def check_unchanged(self) -> None:
+        """Raise `InputChangedError` if any input changed since the plan was made."""
+        self.base.check_unchanged()
+        self.adapter.file.check_unchanged()
+        for path, stamp in self.extra_stamps.items():
+            if _stamp(Path(path)) != stamp:
+                raise InputChangedError(
+                    f"{path}: changed since the run began; start again with inputs that stay as they are"
+                )
+
+    def digest(self, **decisions: Any) -> str:
+        """SHA-256 over both identities and the given decisions: what an output is the result of."""
+        tree = {"base": self.base_identity, "adapter": self.adapter_identity, **decisions}
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Plan:
+    """Open and match a base and an adapter.
+
+    Raises
+    ------
+    InputError
+        If either is bad, refused, or they do not belong together. Nothing has been written.
+    """
+    opened = open_adapter(adapter, io)
+    checkpoint = open_checkpoint(base, io)
+    targets = tuple(match_targets(checkpoint, opened))
+    extra = [opened.path / ADAPTER_CONFIG, *(path for _, path in other_files(opened.path))]
+    config: dict[str, Any] = {}
+    if checkpoint.directory is not None:
+        extra += [path for _, path in other_files(checkpoint.directory)]
+        config_path = checkpoint.directory / "config.json"
+        config = read_json_object(config_path) if config_path.exists() else {}
+    refuse_tied_changes(config, targets, checkpoint)
+    return Plan(checkpoint, opened, targets, config, {str(p): _stamp(p) for p in extra})
+
+
+def other_files(directory: Path) -> list[tuple[str, Path]]:
+    """Files that an output takes along: (relative name, path), sorted; symlinks to files are followed.
+
+    All but weights of any format (those beside the safetensors are not changed, so they would be stale), trainers' state,
+    `.git` and caches, and the files of an unfinished run of ours.
+    """
+
+    def walk(at: Path) -> Iterator[Path]:
+        for path in sorted(at.iterdir()):
+            if path.is_dir():
+                if not path.is_symlink() and not _SKIPPED_DIRECTORIES.match(path.name):
+                    yield from walk(path)
+            elif path.is_file() and not _STALE.search(path.name) and not path.name.startswith(".streamer."):
+                yield path
+
+    return [(str(path.relative_to(directory)), path) for path in walk(directory)]
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        return file_stamp(os.stat(path))
+    except OSError as e:
+        raise StorageError(f"{path}: cannot read: {e.strerror}") from e

@@ -1,0 +1,177 @@
+"""Findings and records → the JSON that scripts rely on, and tables for people."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from streamer.events import Event
+from streamer.findings import SCHEMA, Findings
+from streamer.pipeline import cost
+from streamer.plan import Plan
+
+
+def findings_json(findings: Findings) -> dict[str, Any]:
+    """The object of `streamer report --json`; names are added, never changed. Seconds are null where a file was read."""
+    matrices = []
+    for m in findings:
+        d = m.detection
+        matrices.append(
+            m.figures()
+            | {
+                "singular_values": list(d.singular_values),
+                "similarity_low": list(d.similarity_low),
+                "similarity_high": list(d.similarity_high),
+                "intruders": list(d.intruders),
+                "degenerate": list(d.degenerate),
+                "seconds": m.seconds,
+            }
+        )
+    timed = [m.seconds for m in findings if m.seconds is not None]
+    totals = {
+        "matrices": len(findings),
+        "intruders": findings.intruders,
+        "certified": sum(m.detection.certified for m in findings),
+        "escalated": 0,
+        "degenerate": sum(bool(m.detection.degenerate) for m in findings),
+        "seconds": sum(timed) if timed else None,
+    }
+    return {
+        "schema": SCHEMA,
+        "base": dict(findings.base),
+        "adapter": dict(findings.adapter),
+        "options": findings.options.as_dict(),
+        "totals": totals,
+        "matrices": matrices,
+    }
+
+
+def findings_table(findings: Findings) -> str:
+    """What was found, a line a matrix."""
+    rows = []
+    for m in findings:
+        d = m.detection
+        lowest = min(range(len(d.similarity_low)), key=lambda j: d.similarity_low[j])
+        rows.append([
+            m.tensor, "x".join(map(str, m.shape)), str(m.rank), str(len(d.intruders)),
+            " ".join(str(j + 1) for j in d.intruders) or "-", f"{d.similarity_low[lowest]:.3f}",
+            f"{d.singular_values[0]:.4g}", f"{d.delta_norm:.4g}", f"{100 * d.intruder_energy:.1f}%",
+            f"{100 * d.dropped_at_zero:.1f}%", d.solver + ("" if d.certified else " (not certified)"),
+        ])  # fmt: skip
+    head = [
+        "matrix",
+        "shape",
+        "r",
+        "intruders",
+        "ranks",
+        "least sim",
+        "sigma_1",
+        "|delta|",
+        "energy",
+        "cut at 0",
+        "solver",
+    ]
+    o = findings.options
+    certified = sum(m.detection.certified for m in findings)
+    summary = (
+        f"{findings.intruders} intruders in {sum(bool(m.detection.intruders) for m in findings)} of {len(findings)} matrices "
+        f"(top_k={o.top_k}, epsilon={o.threshold_epsilon}); {certified} of {len(findings)} certified"
+    )
+    legend = (
+        "ranks: which singular directions of base + delta, 1 = largest; energy: the intruders' share of |delta|^2;\n"
+        "cut at 0: what back-projection to rank r would drop at lambda 0 with --method paper"
+    )
+    return f"{table(head, rows, left=1)}\n\n{summary}\n{legend}"
+
+
+def record_table(record: Mapping[str, Any], where: str) -> str:
+    """What was written."""
+    t = record["totals"]
+    lines = [
+        f"wrote {where}: {len(record['files'])} files, {size(t['bytes'])}",
+        f"method {record['method']}, scale {record['scale']}, lambda {record['mitigation_lambda']}: "
+        f"{t['changed']} of {t['matrices']} matrices changed, {t['intruders']} intruders scaled",
+        f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; a uniform shrink of the whole adapter by "
+        f"{t['equal_norm_shrink']:.4f} has the same norm: the baseline for any claim",
+    ]
+    if record["command"] == "mitigate":
+        lines.append(f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta")
+    return "\n".join(lines)
+
+
+def inspect_json(plan: Plan) -> dict[str, Any]:
+    """What is there, and what a run would read and compute."""
+    matrices = [
+        {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.base.info(t.tensor).dtype,
+         "rank": t.module.rank, "scale": t.module.scale, "transposed": t.transposed, "matched": t.why}
+        for t in plan.targets
+    ]  # fmt: skip
+    largest = max(plan.targets, key=lambda t: plan.base.info(t.tensor).nbytes)
+    return {
+        "schema": "streamer.plan/1",
+        "base": plan.base_identity,
+        "adapter": plan.adapter_identity,
+        "totals": {
+            "matrices": len(matrices),
+            "tensors": len(plan.base.weight_map),
+            "base_bytes": plan.base.data_bytes,
+            "adapted_bytes": sum(plan.base.info(t.tensor).nbytes for t in plan.targets),
+            "largest_matrix": largest.tensor,
+            "largest_matrix_bytes": plan.base.info(largest.tensor).nbytes,
+            "detection_cost": sum(map(cost, plan.targets)),
+        },
+        "warnings": list(plan.base.warnings),
+        "matrices": matrices,
+    }
+
+
+def inspect_table(tree: Mapping[str, Any]) -> str:
+    """The plan, a line a matrix."""
+    t = tree["totals"]
+    rows = [
+        [m["tensor"], m["module"], "x".join(map(str, m["shape"])) + (" (stored transposed)" if m["transposed"] else ""),
+         m["dtype"], str(m["rank"]), f"{m['scale']:.4g}", m["matched"]]
+        for m in tree["matrices"]
+    ]  # fmt: skip
+    return (
+        table(["base tensor", "adapter module", "out x in", "dtype", "r", "scale", "matched"], rows, left=2)
+        + f"\n\n{t['matrices']} matrices of {t['tensors']} tensors; base {size(t['base_bytes'])}, adapted {size(t['adapted_bytes'])}; "
+        f"largest matrix {t['largest_matrix']} ({size(t['largest_matrix_bytes'])})"
+    )
+
+
+def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]]) -> str:
+    """Files of a base: tensors, bytes and dtypes of each."""
+    rows = []
+    for name, tensors in base_files:
+        by_dtype: dict[str, int] = {}
+        for dtype, nbytes in tensors:
+            by_dtype[dtype] = by_dtype.get(dtype, 0) + nbytes
+        rows.append([name, str(len(tensors)), size(sum(by_dtype.values())),
+                     ", ".join(f"{d} {size(n)}" for d, n in by_dtype.items())])  # fmt: skip
+    return table(["file", "tensors", "size", "dtypes"], rows, left=1)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """Plain columns; the first `left` are set flush left, the others right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = []
+    for row in (head, ["-" * w for w in widths], *rows):
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in powers of 1000 as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def short_name(event: Event) -> str:
+    """An event's name for a progress bar: its last components."""
+    return os.path.join("", ".".join(event.name.split(".")[-5:]))

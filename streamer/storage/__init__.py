@@ -1,0 +1,1 @@
+"""Bytes on disk: safetensors headers, checkpoints, atomic output. Knows no mathematics and no torch."""

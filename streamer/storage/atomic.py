@@ -1,0 +1,273 @@
+"""Files that appear whole or not at all: partial file, fsync, rename; lock; append-only journal.
+
+What this does not promise: that two names appear together. `transaction` builds that from these pieces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from streamer.errors import LockedError, OutputError, StorageError
+
+PARTIAL = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{16}\.partial$")
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Sink(Protocol):
+    """Where bytes go: an `AtomicFile`, or anything else with ``write``."""
+
+    def write(self, data: Buffer) -> None:
+        """Append bytes."""
+
+
+def storage_error(path: Path, action: str, e: OSError) -> StorageError:
+    """Turn an `OSError` into the error that says where, what, and what to do."""
+    advice = (
+        "free some space, then run the same command again"
+        if e.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        else ("run the same command again once the cause is gone")
+    )
+    return StorageError(f"{path}: cannot {action}: {e.strerror or e}; {advice}")
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the directory's entries durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class AtomicFile:
+    """A file under its final name only when it is complete, durable and checked.
+
+    ``with AtomicFile(path, size) as f: f.write(...)`` writes ``.<name>.<unique>.partial`` beside the target. Leaving the
+    block without an exception checks the byte count, fsyncs, calls `check`, renames and fsyncs the directory; leaving it
+    with one removes the partial. It never follows a symlink and it replaces what stands at `path` in one step.
+
+    Parameters
+    ----------
+    path
+        The final name. Its directory must exist.
+    size
+        Exact bytes to come; reserved up front, so that a full disk is found before the work is done.
+    check
+        Called with the partial's descriptor after the fsync and before the rename; raises to prevent the rename.
+
+    Raises
+    ------
+    StorageError
+        If the system refuses to write. A failed fsync is never retried on the same file.
+    """
+
+    def __init__(self, path: Path, size: int, check: Callable[[int], None] | None = None) -> None:
+        self.path = path
+        self.size = size
+        self.written = 0
+        self._check = check
+        self._hash = hashlib.sha256()
+        self._partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        self._fd = -1
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what has been written so far."""
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> AtomicFile:
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._fd = os.open(self._partial, flags, 0o666)  # the umask makes the mode
+            self._reserve()
+        except OSError as e:
+            self._discard()
+            raise storage_error(self.path, "create", e) from e
+        return self
+
+    def _reserve(self) -> None:
+        if self.size == 0:
+            return
+        try:
+            os.posix_fallocate(self._fd, 0, self.size)
+        except OSError as e:
+            if e.errno not in {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}:  # a file system that cannot reserve
+                raise
+
+    def write(self, data: Buffer) -> None:
+        """Append bytes, all of them, whatever the system does in one call."""
+        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
+        try:
+            done = 0
+            while done < len(view):
+                done += os.write(self._fd, view[done:])
+        except OSError as e:
+            raise storage_error(self.path, "write", e) from e
+        self._hash.update(view)
+        self.written += len(view)
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            if self.written != self.size:
+                raise StorageError(
+                    f"{self.path}: expected to write {self.size} bytes, wrote {self.written}; please report this"
+                )
+            os.fsync(self._fd)
+            if self._check is not None:
+                self._check(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+            os.rename(self._partial, self.path)
+            fsync_directory(self.path.parent)
+        except OSError as e:
+            self._discard()
+            raise storage_error(self.path, "finish", e) from e
+        except BaseException:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        with contextlib.suppress(OSError):
+            os.unlink(self._partial)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a small file atomically."""
+    with AtomicFile(path, len(data)) as f:
+        f.write(data)
+
+
+def remove_partials(directory: Path, names: set[str]) -> None:
+    """Remove what a killed run of ours left half-written for these final names. Call it under the lock."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            match = PARTIAL.match(entry.name)
+            if match and match["name"] in names and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file at `path`; it is removed at the end. A lock of a dead process does not hold.
+
+    Raises
+    ------
+    LockedError
+        If another process holds it: at once, without waiting.
+    """
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as e:
+            if e.errno == errno.ELOOP:
+                raise OutputError(f"{path}: a symlink stands where the lock must be; remove it") from None
+            raise storage_error(path, "lock", e) from e
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise LockedError(
+                f"{path.parent}: another run is writing here; wait for it, or choose another output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: unique partial names still keep runs apart
+        # The holder before us may have removed the file between our open and our lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
+                break
+        os.close(fd)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(fd)
+
+
+class Journal:
+    """An append-only file of records that survives a kill: a torn last record is dropped on opening.
+
+    A record is its length (8 bytes, little-endian), the SHA-256 of its payload (32 bytes), and the payload. Each append
+    is durable before it returns. The first record is the head: it says what run this journal belongs to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            self._spans = list(self._scan())
+            self._end = self._spans[-1][0] + self._spans[-1][1] if self._spans else 0
+            os.ftruncate(self._fd, self._end)
+        except OSError as e:
+            raise storage_error(path, "open the journal", e) from e
+
+    def _scan(self) -> Iterator[tuple[int, int]]:
+        size = os.fstat(self._fd).st_size
+        at = 0
+        while at + 40 <= size:
+            frame = os.pread(self._fd, 40, at)
+            length = int.from_bytes(frame[:8], "little")
+            if length > size - at - 40:
+                return
+            payload = os.pread(self._fd, length, at + 40)
+            if len(payload) != length or hashlib.sha256(payload).digest() != frame[8:]:
+                return
+            yield at + 40, length
+            at += 40 + length
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, i: int) -> bytes:
+        start, length = self._spans[i]
+        return os.pread(self._fd, length, start)
+
+    def append(self, payload: bytes) -> None:
+        """Add a record, durably."""
+        frame = len(payload).to_bytes(8, "little") + hashlib.sha256(payload).digest() + payload
+        try:
+            done = 0
+            while done < len(frame):
+                done += os.pwrite(self._fd, frame[done:], self._end + done)
+            os.fsync(self._fd)
+        except OSError as e:
+            raise storage_error(self.path, "append to the journal", e) from e
+        self._spans.append((self._end + 40, len(payload)))
+        self._end += len(frame)
+
+    def clear(self) -> None:
+        """Forget every record."""
+        try:
+            os.ftruncate(self._fd, 0)
+        except OSError as e:
+            raise storage_error(self.path, "clear the journal", e) from e
+        self._spans.clear()
+        self._end = 0
+
+    def close(self) -> None:
+        """Close the file; the journal stays on disk."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def remove(self) -> None:
+        """Close and delete the journal: the run is finished."""
+        self.close()
+        os.unlink(self.path)

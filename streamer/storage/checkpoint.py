@@ -1,0 +1,235 @@
+"""A base model on disk: one safetensors file, or shards with an index."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamer.errors import FormatError, InputError, StorageError, UnsupportedError
+from streamer.storage.header import TensorInfo, strict_json
+from streamer.storage.tensorfile import IOMode, TensorFile
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_INDEX_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's weights: its files, which tensor stands in which, and everything the index says besides.
+
+    Attributes
+    ----------
+    path
+        What the user named: a directory, or a single file.
+    files
+        Open files by name, in the order of first mention in the index.
+    weight_map
+        Tensor name to file name, in the index's own order (for a single file: in offset order).
+    index
+        The index's JSON, or None for a single file.
+    warnings
+        What is odd but harmless, one line each.
+    """
+
+    path: Path
+    files: dict[str, TensorFile]
+    weight_map: dict[str, str]
+    index: dict[str, Any] | None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def directory(self) -> Path | None:
+        """The directory whose other files belong to the model; None where a single file was named."""
+        return self.path if self.path.is_dir() else None
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors, headers excluded: the index's ``total_size``."""
+        return sum(f.header.data_bytes for f in self.files.values())
+
+    def locate(self, name: str) -> tuple[TensorFile, TensorInfo]:
+        """The file and the entry of a tensor."""
+        file = self.files[self.weight_map[name]]
+        return file, file.header.by_name[name]
+
+    def info(self, name: str) -> TensorInfo:
+        """The entry of a tensor."""
+        return self.locate(name)[1]
+
+    def view(self, name: str) -> memoryview:
+        """The bytes of a tensor (see `TensorFile.view`)."""
+        file, info = self.locate(name)
+        return file.view(info)
+
+    def check_unchanged(self) -> None:
+        """Raise `InputChangedError` if any file changed since it was opened."""
+        for file in self.files.values():
+            file.check_unchanged()
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from another, wherever it lies: file names, sizes, header digests, samples."""
+        return {
+            "files": [
+                {
+                    "file": name,
+                    "bytes": f.header.file_bytes,
+                    "header_sha256": f.header.digest,
+                    "sample_sha256": f.sample(),
+                }
+                for name, f in self.files.items()
+            ]
+        }
+
+    def stamps(self) -> dict[str, Sequence[int]]:
+        """Stamps of all files by path."""
+        return {str(f.path): list(f.stamp) for f in self.files.values()}
+
+
+def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]:
+    """A JSON object from a file, strictly parsed.
+
+    Raises
+    ------
+    InputError
+        If it is missing, too large, not JSON, or not an object.
+    """
+    try:
+        with path.open("rb") as f:
+            raw = f.read(limit + 1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as e:
+        raise StorageError(f"{path}: cannot read: {e.strerror}") from e
+    if len(raw) > limit:
+        raise FormatError(f"{path}: over {limit} bytes of JSON; this is not such a file")
+    try:
+        tree = strict_json(raw)
+    except ValueError as e:
+        raise FormatError(f"{path}: bad JSON: {e}; get the file again") from None
+    if not isinstance(tree, dict):
+        raise FormatError(f"{path}: expected a JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def check_shard_name(name: object, where: Path) -> str:
+    """A weight_map entry that may be opened: one plain relative ``.safetensors`` name.
+
+    Raises
+    ------
+    FormatError
+        For anything else: these names come from a download, and a path out of the directory is an attack.
+    """
+    plain = (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and not re.search(r"[/\\\x00-\x1f]", name)
+        and not re.match(r"[A-Za-z]:", name)
+        and not name.startswith(".")
+        and len(os.fsencode(name)) <= 255
+    )
+    if not plain:
+        shown = repr(name) if len(repr(name)) < 120 else repr(name)[:120] + "…"
+        raise FormatError(
+            f"{where}: weight_map names {shown}: expected a plain .safetensors file name; do not trust this file"
+        )
+    assert isinstance(name, str)
+    return name
+
+
+def open_checkpoint(path: str | Path, io: IOMode = "mmap") -> Checkpoint:
+    """Open a base model: a directory with ``model.safetensors`` or an index, or one ``.safetensors`` file.
+
+    Every indexed file must exist and hold exactly the tensors that the index says.
+
+    Raises
+    ------
+    InputError
+        If the path is no such thing; the message says what was found.
+    FormatError
+        If a header or the index is broken, or they disagree.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise InputError(f"{path}: expected a directory or a .safetensors file")
+        return _single(path, TensorFile(path, io))
+    if not path.is_dir():
+        raise InputError(f"{path}: no such directory; check the path of the base model")
+    index_path, single_path = path / INDEX_NAME, path / SINGLE_NAME
+    if index_path.exists() and single_path.exists():
+        raise InputError(
+            f"{path}: holds both {SINGLE_NAME} and {INDEX_NAME}; name the file you mean, or remove one of them"
+        )
+    if single_path.exists():
+        return _single(path, TensorFile(single_path, io))
+    if index_path.exists():
+        return _sharded(path, index_path, io)
+    raise _nothing_here(path)
+
+
+def _single(path: Path, file: TensorFile) -> Checkpoint:
+    weight_map = {t.name: file.path.name for t in file.header.tensors}
+    return Checkpoint(path, {file.path.name: file}, weight_map, None)
+
+
+def _sharded(path: Path, index_path: Path, io: IOMode) -> Checkpoint:
+    index = read_json_object(index_path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index_path}: expected a weight_map, found none; get the file again")
+    names = dict.fromkeys(
+        check_shard_name(name, index_path) for name in dict.fromkeys(map(_hashable, weight_map.values()))
+    )
+    files = {name: TensorFile(path / name, io) for name in names}
+    owner: dict[str, str] = {}
+    for name, file in files.items():
+        for t in file.header.tensors:
+            if t.name in owner:
+                raise FormatError(
+                    f"{file.path}: tensor {t.name!r} stands in {owner[t.name]} as well; get the shards again"
+                )
+            owner[t.name] = name
+    for tensor, name in weight_map.items():
+        if owner.get(tensor) != name:
+            found = f"it is in {owner[tensor]}" if tensor in owner else "no shard has it"
+            raise FormatError(f"{index_path}: tensor {tensor!r}: expected in {name}, but {found}; get the shards again")
+    unlisted = [t for t in owner if t not in weight_map]
+    if unlisted:
+        raise FormatError(
+            f"{index_path}: {len(unlisted)} tensors stand in the shards but not in the index, "
+            f"{unlisted[0]!r} first; get index and shards of one version"
+        )
+    checkpoint = Checkpoint(path, files, dict(weight_map), index)
+    metadata = index.get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if stated != checkpoint.data_bytes:
+        said = "is absent" if stated is None else f"says {stated}"
+        warning = f"{index_path}: total_size {said}, the shards hold {checkpoint.data_bytes} bytes; the output's will be right"
+        return Checkpoint(path, files, dict(weight_map), index, (warning,))
+    return checkpoint
+
+
+def _hashable(name: object) -> object:
+    return name if isinstance(name, str) else repr(name) + " (not a string)"
+
+
+def _nothing_here(path: Path) -> InputError:
+    if (path / "snapshots").is_dir():
+        return InputError(f"{path}: is a hub cache entry, not a model; name a directory inside {path / 'snapshots'}")
+    if any(path.glob("*.bin")) or any(path.glob("*.pth")):
+        return UnsupportedError(f"{path}: holds weights as pickles only; convert them to safetensors first")
+    if (path / "adapter_model.safetensors").exists():
+        return InputError(f"{path}: is an adapter, not a base model; the order is BASE ADAPTER")
+    others = sorted(p.name for p in path.glob("*.safetensors"))
+    if others:
+        return InputError(
+            f"{path}: has no {SINGLE_NAME} and no {INDEX_NAME}, but {others[0]}; name the file itself if it is the model"
+        )
+    return InputError(
+        f"{path}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither; check the path of the base model"
+    )

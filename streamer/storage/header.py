@@ -1,0 +1,270 @@
+"""The safetensors header: one validator for reader and writer.
+
+A file is an 8-byte little-endian length N, N bytes of JSON, then the data. The JSON maps each tensor's name to
+``{"dtype", "shape", "data_offsets"}``, offsets relative to the data, and ``__metadata__`` to a map of strings.
+Sorted by offset, tensors tile the data exactly. A header is validated whole before any part of it is used. We accept
+what the safetensors library accepts, but for duplicate keys: of two equal names the library silently takes the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from streamer.errors import FormatError, StorageError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library's own limit on N."""
+
+# Bits a value, for every dtype of the format. What we cannot compute with is still copied, bit for bit.
+DTYPE_BITS: dict[str, int] = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor's entry: dtype name, shape, and the bytes ``[start, end)`` relative to the file's data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """A valid header: tensors in offset order, metadata, and where the data begins.
+
+    Attributes
+    ----------
+    tensors
+        In offset order; together they tile ``[0, data_bytes)``.
+    metadata
+        The ``__metadata__`` map, in file order.
+    data_start
+        Offset of the first data byte in the file: 8 + N.
+    digest
+        SHA-256 (hex) of the header's bytes, length field included.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    data_start: int = 0
+    digest: str = ""
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.tensors[-1].end if self.tensors else 0
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return self.data_start + self.data_bytes
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorInfo]:
+        """Tensors by name."""
+        return {t.name: t for t in self.tensors}
+
+
+def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor of this dtype and shape.
+
+    Raises
+    ------
+    ValueError
+        If the dtype is unknown, the element count does not fit 64 bits, or a sub-byte dtype does not end on a byte.
+    """
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    count = 1
+    for n in shape:
+        count *= n
+        if count >= 2**64:  # checked at every step, as the library does: [0, 2**63, 4] passes, [2**63, 4, 0] does not
+            raise ValueError(f"shape {list(shape)} has more elements than 64 bits count")
+    bits = count * DTYPE_BITS[dtype]
+    if bits >= 2**64 or bits % 8:
+        raise ValueError(f"{count} values of {dtype} do not fill whole bytes")
+    return bits // 8
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"key {key!r} appears twice")
+        out[key] = value
+    return out
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def strict_json(raw: bytes) -> Any:
+    """JSON as the standard has it: UTF-8, no duplicate keys, no NaN; every fault is a `ValueError`."""
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        # Python's parser lets lone surrogates through; they cannot be written again.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _is_index(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**64
+
+
+def _tensor_info(name: str, entry: object) -> TensorInfo:
+    if not isinstance(entry, dict):
+        raise ValueError(f"tensor {name!r}: expected an object, found {type(entry).__name__}")
+    for key in ("dtype", "shape", "data_offsets"):
+        if key not in entry:
+            raise ValueError(f"tensor {name!r}: {key!r} is missing")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"tensor {name!r}: dtype is not a string")
+    if not isinstance(shape, list) or not all(_is_index(n) for n in shape):
+        raise ValueError(f"tensor {name!r}: shape is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_index(n) for n in offsets):
+        raise ValueError(f"tensor {name!r}: data_offsets is not a pair of offsets")
+    try:
+        nbytes = tensor_nbytes(dtype, shape)
+    except ValueError as e:
+        raise ValueError(f"tensor {name!r}: {e}") from None
+    start, end = offsets
+    if end - start != nbytes:
+        raise ValueError(
+            f"tensor {name!r}: expected {nbytes} bytes for {dtype} {shape}, data_offsets give {end - start}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), start, end)
+
+
+def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
+    """Validate a header whole.
+
+    Parameters
+    ----------
+    raw
+        The first 8 + N bytes of the file.
+    file_bytes
+        Size of the whole file.
+    where
+        Path, for messages.
+
+    Raises
+    ------
+    FormatError
+        If anything in it is not as the format demands; the message names the tensor and the fault.
+    """
+    try:
+        tree = strict_json(raw[8:])
+        if not isinstance(tree, dict):
+            raise ValueError("the header is not a JSON object")
+        metadata = tree.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError("__metadata__ is not a map from string to string")
+        tensors = sorted((_tensor_info(k, v) for k, v in tree.items()), key=lambda t: (t.start, t.end))
+        at = 0
+        for t in tensors:
+            if t.start != at:
+                raise ValueError(f"tensor {t.name!r}: expected to begin at offset {at}, begins at {t.start}")
+            at = t.end
+    except ValueError as e:
+        raise FormatError(f"{where}: bad safetensors header: {e}; get the file again") from None
+    header = Header(tuple(tensors), metadata, len(raw), hashlib.sha256(raw).hexdigest())
+    if header.file_bytes != file_bytes:
+        state = "truncated" if file_bytes < header.file_bytes else "too long"
+        raise FormatError(
+            f"{where}: expected {header.file_bytes} bytes by its header, found {file_bytes}: the file is {state}; get it again"
+        )
+    return header
+
+
+def read_header(fd: int, where: str) -> Header:
+    """Read and validate the header of an open file (see `parse_header`)."""
+    try:
+        file_bytes = os.fstat(fd).st_size
+        prefix = os.pread(fd, 8, 0)
+        if len(prefix) < 8:
+            raise FormatError(f"{where}: expected a safetensors file, found {file_bytes} bytes; get it again")
+        n = int.from_bytes(prefix, "little")
+        if n > MAX_HEADER_BYTES or 8 + n > file_bytes:
+            hint = _what_is_it(os.pread(fd, 256, 0))
+            raise FormatError(
+                f"{where}: not a safetensors file, or truncated: its length field says {n} bytes of header, "
+                f"the file has {file_bytes}{hint}; get it again"
+            )
+        raw = bytearray(prefix)
+        while len(raw) < 8 + n:
+            piece = os.pread(fd, 8 + n - len(raw), len(raw))
+            if not piece:
+                raise FormatError(f"{where}: the file ended inside its header; get it again")
+            raw += piece
+    except OSError as e:
+        raise StorageError(f"{where}: cannot read: {e.strerror}") from e
+    return parse_header(bytes(raw), file_bytes, where)
+
+
+def _what_is_it(head: bytes) -> str:
+    """What stands where a shard should be: the usual suspects."""
+    if head.startswith(b"version https://git-lfs"):
+        return " (a Git LFS pointer: run `git lfs pull`)"
+    if head.lstrip()[:1] == b"<":
+        return " (a web page)"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return " (a pickle: convert it to safetensors)"
+    return ""
+
+
+def layout(
+    entries: Iterable[tuple[str, str, Iterable[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[Header, bytes]:
+    """Lay tensors out in the given order, without gaps: the header and its bytes.
+
+    Parameters
+    ----------
+    entries
+        Name, dtype and shape of each tensor, in file order.
+    metadata
+        The ``__metadata__`` map; omitted from the file when empty.
+
+    Returns
+    -------
+    Header, bytes
+        The bytes are those that the library would write for this order: compact JSON, padded with spaces to a multiple
+        of 8. They are parsed again by `parse_header` before they are returned.
+    """
+    tree: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, dtype, shape in entries:
+        if name in tree:
+            raise FormatError(f"tensor {name!r} is laid out twice")
+        size = tensor_nbytes(dtype, tuple(shape))
+        tree[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    body = json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    body += b" " * (-len(body) % 8)
+    if len(body) > MAX_HEADER_BYTES:
+        raise FormatError(f"a header of {len(body)} bytes is over the format's limit of {MAX_HEADER_BYTES}")
+    raw = len(body).to_bytes(8, "little") + body
+    return parse_header(raw, len(raw) + at, "output"), raw

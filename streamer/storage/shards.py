@@ -1,0 +1,77 @@
+"""Output shards: planned from headers alone, then streamed tensor by tensor.
+
+A planned file is a header and, for each tensor in offset order, a source of bytes. Nothing is held but the piece in hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamer.errors import NumericError
+from streamer.storage.atomic import AtomicFile, Buffer
+from streamer.storage.header import Header, TensorInfo, layout, read_header
+
+Source = Callable[[TensorInfo], Iterable[Buffer]]
+"""Gives the bytes of a planned tensor, in pieces; each piece is used before the next is asked for."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file: its name, its header, and the header's bytes. The size is exact before a byte is written."""
+
+    name: str
+    header: Header
+    raw_header: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return self.header.file_bytes
+
+
+def plan_shard(name: str, entries: Iterable[tuple[str, str, Iterable[int]]], metadata: dict[str, str]) -> ShardPlan:
+    """Plan a file from (tensor name, dtype, shape) in file order."""
+    header, raw = layout(entries, metadata)
+    return ShardPlan(name, header, raw)
+
+
+def like(name: str, header: Header) -> ShardPlan:
+    """Plan a file with the same tensors, order and metadata as an existing one."""
+    return plan_shard(name, [(t.name, t.dtype, t.shape) for t in header.tensors], dict(header.metadata))
+
+
+def write_shard(directory: Path, plan: ShardPlan, source: Source, before_rename: Callable[[int, str], None]) -> None:
+    """Write a planned file through an `AtomicFile`.
+
+    Before the rename the header is read back from the disk by the strict reader and must equal the plan's; then
+    `before_rename` is called with its size and SHA-256; it may raise to stop the rename.
+    """
+
+    def check(fd: int) -> None:
+        if read_header(fd, str(directory / plan.name)).digest != plan.header.digest:
+            raise NumericError(
+                f"{directory / plan.name}: the header read back differs from what was written; check the disk"
+            )
+        before_rename(f.written, f.sha256)
+
+    with AtomicFile(directory / plan.name, plan.nbytes, check) as f:
+        f.write(plan.raw_header)
+        for info in plan.header.tensors:
+            begun = f.written
+            for piece in source(info):
+                f.write(piece)
+            if f.written - begun != info.nbytes:
+                raise NumericError(
+                    f"tensor {info.name!r}: planned {info.nbytes} bytes, got {f.written - begun}; please report this"
+                )
+
+
+def index_bytes(index: dict[str, Any], total_size: int) -> bytes:
+    """The JSON of an output's index: the base's own, with the exact ``total_size``."""
+    metadata = index.get("metadata")
+    tree = {**index, "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total_size}}
+    return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

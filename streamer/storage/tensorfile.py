@@ -1,0 +1,147 @@
+"""One open safetensors file: views of its tensors, released after use.
+
+A file is opened read-only, once, and stays open: what is read is what was planned, even if the name is replaced. A tensor
+is read through a window that maps just its own bytes, or by ``pread`` into a buffer; dropping the view releases it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from streamer.errors import FormatError, InputChangedError, InputError, StorageError
+from streamer.storage.header import Header, TensorInfo, read_header
+
+IOMode = Literal["mmap", "pread"]
+Stamp = tuple[int, int, int, int]
+"""Device, inode, size, mtime in ns: what must not change while a plan is carried out."""
+
+
+def file_stamp(st: os.stat_result) -> Stamp:
+    """The stamp of a stat result."""
+    return st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns
+
+
+class TensorFile:
+    """One open safetensors file: its header, and views of its tensors.
+
+    Parameters
+    ----------
+    path
+        The file; symlinks are followed (hub caches are made of them).
+    io
+        ``mmap`` maps each tensor while it is used; ``pread`` copies it, for network file systems, where a map is slow
+        and a vanished page is fatal.
+    """
+
+    def __init__(self, path: Path, io: IOMode = "mmap") -> None:
+        self.path = path
+        self._io = io
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; check the path, or finish the download") from None
+        except OSError as e:
+            raise StorageError(f"{path}: cannot open: {e.strerror}") from e
+        try:
+            st = os.fstat(self._fd)
+            if not os.path.isfile(path):
+                raise FormatError(f"{path}: expected a safetensors file, found something that is not a regular file")
+            self.stamp = file_stamp(st)
+            self.header: Header = read_header(self._fd, str(path))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the descriptor; views that are still alive stay valid."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def check_unchanged(self) -> None:
+        """Raise `InputChangedError` unless the path still names the same, unmodified file."""
+        try:
+            now = file_stamp(os.stat(self.path))
+        except OSError as e:
+            raise InputChangedError(
+                f"{self.path}: vanished during the run ({e.strerror}); put it back and start again"
+            ) from e
+        if now != self.stamp:
+            raise InputChangedError(
+                f"{self.path}: changed since the run began; start again with a base that stays as it is"
+            )
+
+    def view(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> memoryview:
+        """Bytes ``[start, stop)`` of a tensor, counted from its first; the whole of it by default.
+
+        Raises
+        ------
+        InputChangedError
+            If the file has become shorter than its header says. The size is checked before each map, since touching
+            a page beyond the end would kill the process.
+        """
+        stop = info.nbytes if stop is None else stop
+        length = stop - start
+        if length == 0:
+            return memoryview(b"")
+        at = self.header.data_start + info.start + start
+        if self._io == "pread":
+            out = bytearray(length)
+            self._read_into(memoryview(out), at)
+            return memoryview(out)
+        self._check_size(at + length)
+        page = at % mmap.ALLOCATIONGRANULARITY
+        try:
+            # Private and writable, so that torch takes it as a tensor without a copy; nobody writes to it.
+            window = mmap.mmap(self._fd, page + length, flags=mmap.MAP_PRIVATE,
+                               prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=at - page)  # fmt: skip
+        except OSError as e:
+            raise StorageError(f"{self.path}: cannot map {length} bytes: {e.strerror}; try --io pread") from e
+        return memoryview(window)[page:]
+
+    def chunks(self, info: TensorInfo, size: int = 8 << 20) -> Iterator[memoryview]:
+        """A tensor's bytes in pieces, all in one buffer: use each before asking for the next."""
+        buffer = memoryview(bytearray(min(size, info.nbytes)))
+        for start in range(0, info.nbytes, size):
+            piece = buffer[: min(size, info.nbytes - start)]
+            self._read_into(piece, self.header.data_start + info.start + start)
+            yield piece
+
+    def _check_size(self, wanted: int) -> None:
+        have = os.fstat(self._fd).st_size
+        if have < wanted:
+            raise InputChangedError(f"{self.path}: shrank to {have} bytes during the run; get the file again")
+
+    def _read_into(self, out: memoryview, at: int) -> None:
+        done = 0
+        while done < len(out):
+            try:
+                n = os.preadv(self._fd, [out[done:]], at + done)
+            except OSError as e:
+                raise StorageError(f"{self.path}: cannot read: {e.strerror}; run the same command again") from e
+            if n == 0:
+                self._check_size(at + len(out))
+                raise StorageError(f"{self.path}: the file ended early at byte {at + done}")
+            done += n
+
+    def sample(self, size: int = 4096) -> str:
+        """SHA-256 over the header and the middle `size` bytes of every tensor.
+
+        Two models of one architecture have equal headers; this tells them apart without reading them. It is no
+        checksum: a change outside the samples is not seen.
+        """
+        digest = hashlib.sha256(self.header.digest.encode())
+        for t in self.header.tensors:
+            middle = max(0, (t.nbytes - size) // 2)
+            out = memoryview(bytearray(min(size, t.nbytes)))
+            self._read_into(out, self.header.data_start + t.start + middle)
+            digest.update(out)
+        return digest.hexdigest()

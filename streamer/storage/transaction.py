@@ -1,0 +1,304 @@
+"""An output directory as one resumable transaction.
+
+While a run is under way the directory holds ``.streamer.lock`` and ``.streamer.journal``; the file that makes the output
+loadable (the last of the plan's names) comes last. Then the journal gives way to ``streamer.json``, the record of what was
+made from what, by which a rerun knows that there is nothing to do. A file's size and digest are journalled *before* it is
+renamed: after a kill, a final name that matches its entry is finished, and everything else is done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
+from streamer.storage.atomic import AtomicFile, Journal, locked, remove_partials, storage_error, write_atomic
+from streamer.storage.checkpoint import read_json_object
+
+RECORD_NAME = "streamer.json"
+JOURNAL_NAME = ".streamer.journal"
+LOCK_NAME = ".streamer.lock"
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """What will stand in the output directory.
+
+    Attributes
+    ----------
+    path
+        The directory.
+    files
+        (relative name, bytes), in the order of writing; the last one is the commit point.
+    digest
+        SHA-256 (hex) over everything that decides the output's bytes: inputs, options, names.
+    stamps
+        Stamps of the inputs; a resumed run must find the same.
+    inputs
+        Input directories that the output must stay out of.
+    rivals
+        Names that a loader might prefer to ours; they must not be there.
+    """
+
+    path: Path
+    files: tuple[tuple[str, int], ...]
+    digest: str
+    stamps: dict[str, Sequence[int]]
+    inputs: tuple[Path, ...]
+    rivals: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(size for _, size in self.files)
+
+
+def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = True) -> Literal["new", "resume", "done"]:
+    """Say, read-only, whether the plan may be carried out here and what is left to do.
+
+    Raises
+    ------
+    OutputError
+        If the path is a symlink, an input, inside an input or a hub cache, not writable, or holds what is not ours.
+    StorageError
+        If the plan does not fit on the disk.
+    """
+    path = plan.path
+    check_place(path, plan.inputs)
+    state: Literal["new", "resume", "done"] = "new"
+    if path.exists():
+        if not path.is_dir():
+            raise OutputError(f"{path}: exists and is not a directory; choose another output")
+        state = _state_of(plan, overwrite, resume)
+    if state != "done":
+        finished = 0
+        if state == "resume":
+            finished = sum(size for name, size in plan.files if _size(path / name) == size)
+        check_space(path, plan.total_bytes - finished)
+    return state
+
+
+def check_place(path: Path, inputs: Sequence[Path]) -> None:
+    """Refuse an output that is a symlink, an input, or inside an input or a hub cache, or cannot be written."""
+    if path.is_symlink():
+        raise OutputError(
+            f"{path}: is a symlink, and writing never follows one; name its target {os.path.realpath(path)}"
+        )
+    real = Path(os.path.realpath(path))
+    for source in inputs:
+        inside = Path(os.path.realpath(source))
+        if real == inside or (path.exists() and os.path.samefile(path, source)):
+            raise OutputError(f"{path}: is the input {source}; choose another output")
+        if inside in real.parents:
+            raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
+        if real in inside.parents and path.exists():
+            raise OutputError(f"{path}: contains the input {source}; choose an output beside it")
+    for parent in (real, *real.parents):
+        if parent.name.startswith(("models--", "datasets--", "spaces--")) and (parent / "snapshots").is_dir():
+            raise OutputError(f"{path}: lies inside a hub cache, where nothing is written; choose another output")
+    there = _existing(real)
+    if not there.is_dir():
+        raise OutputError(f"{path}: {there} is not a directory; choose another output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: {there} is not writable; choose another output")
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Refuse a plan that does not fit on the disk."""
+    free = shutil.disk_usage(_existing(path)).free
+    if needed > free:
+        raise StorageError(
+            f"{path}: needs {needed} bytes, the disk has {free} free; free some space, or choose another disk"
+        )
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat(follow_symlinks=False).st_size
+    except OSError:
+        return -1
+
+
+def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
+    path = plan.path
+    for name in (*(n for n, _ in plan.files), RECORD_NAME, JOURNAL_NAME, LOCK_NAME):
+        if any(p.is_symlink() for p in ((path / name), *(path / name).parents) if path in p.parents):
+            raise OutputError(f"{path / name}: is a symlink, and writing never follows one; remove it")
+    head = _journal_head(path / JOURNAL_NAME)
+    if head is not None:
+        if head.get("plan") == plan.digest:
+            return _may_resume(plan, head) if resume else "new"
+        if not overwrite:
+            raise OutputError(
+                f"{path}: holds an interrupted run with other inputs or options; finish that one, "
+                "choose another output, or pass --overwrite"
+            )
+        return "new"
+    if overwrite:
+        return "new"
+    if (path / RECORD_NAME).exists():
+        record = _record(path)
+        if record.get("plan") == plan.digest and all(_size(path / n) == size for n, size in plan.files):
+            return "done"
+        raise OutputError(f"{path}: holds another output; choose another directory, or pass --overwrite")
+    for name in (*(n for n, _ in plan.files), *plan.rivals):
+        if (path / name).exists():
+            raise OutputError(f"{path / name}: exists and is not ours; choose another output, or pass --overwrite")
+    return "new"
+
+
+def _may_resume(plan: OutputPlan, head: dict[str, Any]) -> Literal["resume"]:
+    if head.get("stamps") != json.loads(json.dumps(plan.stamps)):
+        raise InputChangedError(
+            f"{plan.path}: an input was modified since this run was interrupted; --no-resume starts it over"
+        )
+    return "resume"
+
+
+def _journal_head(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as f:
+            frame = f.read(40)
+            payload = f.read(int.from_bytes(frame[:8], "little") if len(frame) == 40 else 0)
+    except OSError as e:
+        raise storage_error(path, "read", e) from e
+    if len(frame) < 40 or hashlib.sha256(payload).digest() != frame[8:]:
+        return None  # torn before the run did anything
+    head: dict[str, Any] = json.loads(payload)
+    return head
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path / RECORD_NAME)
+    except FormatError as e:
+        raise OutputError(f"{path / RECORD_NAME}: is not ours; choose another output, or pass --overwrite") from e
+
+
+class OutputDirectory:
+    """The directory while it is being written; made by `open_output`."""
+
+    def __init__(self, plan: OutputPlan, journal: Journal, resumed: bool) -> None:
+        self.path = plan.path
+        self.resumed = resumed
+        self._plan = plan
+        self._journal = journal
+        self._entries: dict[str, dict[str, Any]] = {}
+        for i in range(1, len(journal)):
+            entry = json.loads(journal[i])
+            self._entries[entry["file"]] = entry
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """The journal's entry of a file that stands complete, its digest checked; None if it is still to be written."""
+        entry = self._entries.get(name)
+        if entry is None or _size(self.path / name) != entry["bytes"]:
+            return None
+        with (self.path / name).open("rb") as f:
+            return entry if hashlib.file_digest(f, "sha256").hexdigest() == entry["sha256"] else None
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """The journal's entry of a file that this run has written or found finished."""
+        return self._entries[name]
+
+    def announce(self, name: str, nbytes: int, sha256: str, **detail: Any) -> None:
+        """Journal a file that is about to get its final name."""
+        entry = {"file": name, "bytes": nbytes, "sha256": sha256, **detail}
+        self._journal.append(json.dumps(entry).encode())
+        self._entries[name] = entry
+
+    def write(self, name: str, data: bytes, before_rename: Callable[[], None]) -> None:
+        """Write a small file."""
+        self._put(name, len(data), lambda f: f.write(data), before_rename)
+
+    def copy(self, name: str, source: Path, before_rename: Callable[[], None]) -> None:
+        """Copy a file as it is; the mode follows the umask."""
+        size = dict(self._plan.files)[name]
+
+        def pour(f: AtomicFile) -> None:
+            with source.open("rb") as src:
+                while piece := src.read(8 << 20):
+                    f.write(piece)
+            if f.written != size:
+                raise InputChangedError(
+                    f"{source}: expected {size} bytes, found {f.written}: it changed during the run; start again"
+                )
+
+        try:
+            self._put(name, size, pour, before_rename)
+        except OSError as e:
+            raise storage_error(source, "copy", e) from e
+
+    def _put(self, name: str, size: int, pour: Callable[[AtomicFile], None], before_rename: Callable[[], None]) -> None:
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        def check(_: int) -> None:
+            before_rename()
+            self.announce(name, f.written, f.sha256)
+
+        with AtomicFile(target, size, check) as f:
+            pour(f)
+
+    def commit(self, record: dict[str, Any]) -> dict[str, Any]:
+        """All files stand: write the record, drop the journal. Returns the record."""
+        files = [{k: self._entries[name][k] for k in ("file", "bytes", "sha256")} for name, _ in self._plan.files]
+        record = {**record, "plan": self._plan.digest, "files": files}
+        write_atomic(self.path / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+        self._journal.remove()
+        return record
+
+
+def finished_record(plan: OutputPlan) -> dict[str, Any]:
+    """The record of an output that `inspect_output` calls done."""
+    return _record(plan.path)
+
+
+@contextlib.contextmanager
+def open_output(plan: OutputPlan, overwrite: bool = False, resume: bool = True) -> Iterator[OutputDirectory]:
+    """Lock the directory, take up an interrupted run or begin, and keep the journal if the block raises.
+
+    Raises
+    ------
+    LockedError
+        If another run is at work there.
+    OutputError, StorageError, InputChangedError
+        As `inspect_output`, which is repeated under the lock.
+    """
+    try:
+        plan.path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise storage_error(plan.path, "create", e) from e
+    with locked(plan.path / LOCK_NAME):
+        state = inspect_output(plan, overwrite, resume)
+        if state == "done":
+            raise OutputError(
+                f"{plan.path}: another run has just finished this output; run the command again to see it"
+            )
+        for directory in {plan.path / Path(name).parent for name, _ in plan.files} | {plan.path}:
+            if directory.is_dir():
+                remove_partials(directory, {Path(name).name for name, _ in plan.files} | {RECORD_NAME})
+        if state == "new" and overwrite:
+            # The old commit point goes first: from here on nobody takes the directory for a finished output.
+            for name in (plan.files[-1][0], *plan.rivals, RECORD_NAME):
+                (plan.path / name).unlink(missing_ok=True)
+        journal = Journal(plan.path / JOURNAL_NAME)
+        if state != "resume":
+            journal.clear()
+            journal.append(json.dumps({"plan": plan.digest, "stamps": plan.stamps}).encode())
+        try:
+            yield OutputDirectory(plan, journal, state == "resume")
+        finally:
+            journal.close()

@@ -1,0 +1,181 @@
+"""Which base tensor each adapter module changes; what is refused, and why.
+
+Adapters use run-time module names, checkpoints their own. A module is looked for under its own name, then under known
+renames, then, for the adapter as a whole, under one exchange of prefixes that fits every module. A module that finds no
+tensor, or more than one, is an error: a partial match is never a warning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from streamer.adapter import Adapter, LoraModule
+from streamer.encodings import encoding_of
+from streamer.errors import MismatchError, UnsupportedError
+from streamer.storage.checkpoint import Checkpoint
+
+# Run-time name → name on disk, where transformers renames between them (both directions: it depends on the version).
+RENAMES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"^model\.language_model\."), "language_model.model."),
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^model\.(visual|vision_tower|multi_modal_projector)\."), r"\1."),
+    (re.compile(r"^(visual|vision_tower|multi_modal_projector)\."), r"model.\1."),
+)
+
+MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """One base tensor and the module that changes it.
+
+    Attributes
+    ----------
+    tensor
+        Name in the base.
+    module
+        The adapter's module.
+    transposed
+        The base stores (in, out): its transpose is the matrix that the delta is added to.
+    why
+        How the name was matched: ``exact``, ``rename`` or ``prefix '…' → '…'``.
+    """
+
+    tensor: str
+    module: LoraModule
+    transposed: bool
+    why: str
+
+
+def match_targets(base: Checkpoint, adapter: Adapter) -> list[Target]:
+    """Match every module of the adapter to one tensor of the base, in the base's file order.
+
+    Raises
+    ------
+    MismatchError
+        If any module is unmatched, ambiguous, of a wrong shape, or two name one tensor: all of them in one message.
+    UnsupportedError
+        If a matched tensor is of a dtype that cannot be computed with.
+    """
+    names = match_names(adapter.modules, base.weight_map)
+    problems: list[str] = []
+    targets: dict[str, Target] = {}
+    for name, module in adapter.modules.items():
+        found, why = names[name]
+        if not found:
+            problems.append(f"{name!r} {why}")
+            continue
+        shape = base.info(found).shape
+        fits, transposed = _orient(shape, module.shape, adapter.fan_in_fan_out)
+        if not fits:
+            problems.append(f"{name!r}: expected shape {list(module.shape)} in the base, {found!r} has {list(shape)}")
+        elif found in targets:
+            problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
+        else:
+            targets[found] = Target(found, module, transposed, why)
+    if problems:
+        shown = "; ".join(problems[:MAX_LISTED])
+        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise MismatchError(
+            f"{adapter.path}: {len(problems)} of {len(adapter.modules)} modules do not fit {base.path}: {shown}{more}; "
+            "is this the base that the adapter was trained on?"
+        )
+    for target in targets.values():
+        encoding_of(base.info(target.tensor), str(base.locate(target.tensor)[0].path))
+    return [targets[t.name] for f in base.files.values() for t in f.header.tensors if t.name in targets]
+
+
+def _orient(shape: tuple[int, ...], wanted: tuple[int, int], fan_in_fan_out: bool) -> tuple[bool, bool]:
+    """Does the shape fit, and is it transposed? Where both would fit (square) the config decides.
+
+    PEFT unsets `fan_in_fan_out` for a linear layer in a model of mixed layers but saves it in the config, so a shape that
+    fits only as (out, in) is not transposed. The reverse does not happen: for a Conv1D it always saves the flag.
+    """
+    if fan_in_fan_out and shape == wanted[::-1]:
+        return True, True
+    return shape == wanted, False
+
+
+def match_names(modules: Iterable[str], tensors: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Module → (tensor, how it was matched), or ("", what is wrong with it)."""
+    modules = list(modules)
+    stems = {t.removesuffix(".weight"): t for t in tensors if t.endswith(".weight")}
+    out: dict[str, tuple[str, str]] = {}
+    for name in modules:
+        if name in stems:
+            out[name] = stems[name], "exact"
+            continue
+        renamed = {p.sub(r, name) for p, r in RENAMES if p.search(name)} & stems.keys()
+        if len(renamed) == 1:
+            out[name] = stems[renamed.pop()], "rename"
+    if len(out) == len(modules):
+        return out
+    rules = _prefix_rules(modules, stems)
+    if len(rules) == 1:
+        strip, add = rules[0]
+        why = f"prefix {strip!r} → {add!r}"
+        return {name: (stems[_exchange(name, strip, add)], why) for name in modules}
+    for name in modules:
+        if name not in out:
+            out[name] = "", _what_is_wrong(name, rules, tensors=stems.values())
+    return out
+
+
+def _what_is_wrong(name: str, rules: list[tuple[str, str]], tensors: Iterable[str]) -> str:
+    if rules:
+        places = ", ".join(repr(_exchange(name, strip, add) + ".weight") for strip, add in rules[:3])
+        return f"is ambiguous: it could be {places}"
+    if name.rpartition(".")[2] == "lm_head" and f"{name}.weight" not in set(tensors):
+        return "has no tensor in the base; if lm_head is tied to the embedding there, untie it first"
+    return f"has no tensor in the base (looked for {name + '.weight'!r} and for one exchange of prefixes)"
+
+
+def _exchange(name: str, strip: str, add: str) -> str:
+    return add + name[len(strip) :]
+
+
+def _prefix_rules(modules: list[str], stems: Iterable[str]) -> list[tuple[str, str]]:
+    """Exchanges of a prefix that fit every module, those with the longest common suffix only.
+
+    A prefix may not hold a number: exchanging ``layers.0`` for ``layers.1`` would match the wrong layer.
+    """
+    by_last: defaultdict[str, list[list[str]]] = defaultdict(list)
+    for stem in stems:
+        parts = stem.split(".")
+        by_last[parts[-1]].append(parts)
+    common: set[tuple[str, str]] | None = None
+    for name in modules:
+        mine = name.split(".")
+        rules = set()
+        for theirs in by_last[mine[-1]]:
+            n = 0
+            while n < min(len(mine), len(theirs)) and mine[-1 - n] == theirs[-1 - n]:
+                n += 1
+            strip, add = mine[: len(mine) - n], theirs[: len(theirs) - n]
+            if not any(part.isdigit() for part in strip + add):
+                rules.add(("".join(p + "." for p in strip), "".join(p + "." for p in add)))
+        common = rules if common is None else common & rules
+        if not common:
+            return []
+    assert common is not None
+    shortest = min(strip.count(".") for strip, _ in common)
+    return sorted(rule for rule in common if rule[0].count(".") == shortest)
+
+
+def refuse_tied_changes(config: dict[str, Any], targets: Iterable[Target], base: Checkpoint) -> None:
+    """Refuse a delta on a tensor that the model also uses under another name.
+
+    With ``tie_word_embeddings`` a loader overwrites ``lm_head`` with the embedding: a merged delta would vanish.
+    """
+    if not config.get("tie_word_embeddings"):
+        return
+    for target in targets:
+        if target.tensor.endswith("lm_head.weight"):
+            raise UnsupportedError(
+                f"{base.path}: module {target.module.name!r}: the config ties lm_head to the embedding, so its delta would vanish "
+                "when the model is loaded; untie it first (save the model with tie_word_embeddings=false)"
+            )
