@@ -31,7 +31,9 @@ def run_cli(*args: object, timeout: float = 120, **kwargs) -> subprocess.Complet
 def tree_digest(directory: Path) -> dict[str, str]:
     """SHA-256 of every file below a directory, by relative name; hidden files too."""
     return {
-        str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.rglob("*")) if p.is_file()
+        str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
     }
 
 
@@ -59,7 +61,9 @@ def intruding_factors(m: int, n: int, r: int, seed: int = 0, sigma: float = 0.8)
     return A, B
 
 
-def write_adapter(directory: Path, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], r: int, alpha: float | None = None, **config) -> Path:
+def write_adapter(
+    directory: Path, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], r: int, alpha: float | None = None, **config
+) -> Path:
     """A PEFT folder from module path → (A, B)."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -96,7 +100,9 @@ def three_shards(directory: Path, dtype: torch.dtype = torch.bfloat16, hidden: i
     for layer in range(3):
         tensors = {}
         for i, name in enumerate(MODULES):
-            m, n = {"mlp.up_proj": (2 * hidden, hidden), "mlp.down_proj": (hidden, 2 * hidden)}.get(name, (hidden, hidden))
+            m, n = {"mlp.up_proj": (2 * hidden, hidden), "mlp.down_proj": (hidden, 2 * hidden)}.get(
+                name, (hidden, hidden)
+            )
             module = f"model.layers.{layer}.{name}"
             tensors[f"{module}.weight"] = power_law(m, n, seed=10 * layer + i).to(dtype)
             factors[module] = intruding_factors(m, n, 4, seed=10 * layer + i)

