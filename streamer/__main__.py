@@ -152,15 +152,16 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
 
 def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.api import detect_intruder_dimensions
-    from streamer.pipeline import plan_detection
+    from streamer.pipeline import choose_device, inspect_detection
     from streamer.plan import make_plan
     from streamer.report import findings_json, findings_table
 
     options = _detection_options(args, None)
     if args.dry_run:
+        choose_device(args.device)
         plan = make_plan(args.base, args.adapter, args.io)
-        finished = plan_detection(plan, Path(args.output), options, args.overwrite)
-        _print_dry_run(args, "done" if finished else "new", len(plan.targets), 1, None)
+        state = inspect_detection(plan, Path(args.output), options, args.overwrite, not args.no_resume)
+        _print_dry_run(args, state, len(plan.targets), 1, None)
         return
     findings = detect_intruder_dimensions(
         args.base, args.adapter, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,

@@ -12,7 +12,7 @@ from streamer.apply import AdapterSink, Job, ModelSink, merged_tensors, run_job
 from streamer.events import Event, Monitor, OnEvent
 from streamer.findings import Findings, load_findings
 from streamer.intruders import DetectionOptions, Method, MitigationOptions, Scale
-from streamer.pipeline import choose_device, detect_all, detect_to_file, plan_detection
+from streamer.pipeline import choose_device, detect_all, detect_to_file
 from streamer.plan import make_plan
 from streamer.storage.tensorfile import IOMode
 
@@ -74,9 +74,7 @@ def detect_intruder_dimensions(
     if output is None:
         matrices = tuple(detect_all(plan, options, where, monitor))
         return Findings(plan.base_identity, plan.adapter_identity, options, matrices)
-    path = Path(output)
-    finished = plan_detection(plan, path, options, overwrite)
-    return finished or detect_to_file(plan, path, options, where, monitor, resume=resume, overwrite=overwrite)
+    return detect_to_file(plan, Path(output), options, where, monitor, resume=resume, overwrite=overwrite)
 
 
 def reduce_intruder_dimension(

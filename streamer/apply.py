@@ -16,17 +16,24 @@ from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.encodings import ENCODINGS, TORCH_DTYPES, as_bytes, as_tensor, encode, encoding_of
 from streamer.errors import NumericError
 from streamer.events import Event, Monitor
-from streamer.findings import Findings, MatrixFinding, journal_of
+from streamer.findings import Findings, MatrixFinding, remove_leftovers
 from streamer.intruders import Detection, DetectionOptions, MitigationOptions, back_project, mitigate
 from streamer.linalg.operators import LowRank, all_finite
-from streamer.pipeline import detect_matrix, detect_to_file, plan_detection
+from streamer.pipeline import detect_matrix, detect_to_file
 from streamer.plan import Plan, other_files
-from streamer.storage.atomic import Buffer
+from streamer.storage.atomic import Buffer, locked
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
 from streamer.storage.shards import ShardPlan, Source, index_bytes, like, write_shard
 from streamer.storage.tensorfile import TensorFile
-from streamer.storage.transaction import OutputDirectory, OutputPlan, finished_record, inspect_output, open_output
+from streamer.storage.transaction import (
+    LOCK_NAME,
+    OutputDirectory,
+    OutputPlan,
+    finished_record,
+    inspect_output,
+    open_output,
+)
 from streamer.targets import Target
 
 SCHEMA = "streamer.output/1"
@@ -90,11 +97,15 @@ class Job:
         if self.findings is None and self.options.needs_detection:
             path = directory / OWN_FINDINGS
             if not resume:
-                for stale in (path, journal_of(path)):
-                    stale.unlink(missing_ok=True)
-            self.findings = plan_detection(self.plan, path, self.detection, overwrite=False) or detect_to_file(
-                self.plan, path, self.detection, self.device, monitor
-            )
+                discard_own_findings(directory)
+            self.findings = detect_to_file(self.plan, path, self.detection, self.device, monitor)
+
+
+def discard_own_findings(directory: Path) -> None:
+    """Remove the findings that a job made for itself, finished or not."""
+    path = directory / OWN_FINDINGS
+    path.unlink(missing_ok=True)
+    remove_leftovers(path)
 
 
 def matrix_figures(
@@ -239,7 +250,10 @@ def merged_blocks(file: TensorFile, info: TensorInfo, target: Target, delta: Low
 
 def inspect_job(sink: Sink, overwrite: bool, resume: bool) -> str:
     """Preflight, read-only: ``new``, ``resume`` or ``done`` (see `inspect_output`)."""
-    return inspect_output(sink.output, overwrite, resume)
+    state = inspect_output(sink.output, overwrite, resume)
+    if state != "done":
+        sink.job.plan.refuse_overwriting(sink.output.path / name for name, _ in sink.output.files)
+    return state
 
 
 def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bool = True) -> dict[str, Any]:
@@ -248,7 +262,11 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
     The record is that of `streamer mitigate --json` and `streamer merge --json`; it stands in the output as ``streamer.json``.
     A finished output of the same plan is left as it is.
     """
-    if inspect_output(sink.output, overwrite, resume) == "done":
+    if inspect_job(sink, overwrite, resume) == "done":
+        lock = sink.output.path / LOCK_NAME
+        if lock.exists():  # of a run that was killed as it ended
+            with locked(lock):
+                pass
         return finished_record(sink.output)
     plan = sink.job.plan
     check = plan.check_unchanged
@@ -273,7 +291,7 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
             matrices += entry.get("matrices", [])
             done += size
         monitor.emit(Event("write", "", total, total))
-        (out.path / OWN_FINDINGS).unlink(missing_ok=True)
+        discard_own_findings(out.path)
         record = {"schema": SCHEMA, "command": sink.command, **sink.job.decisions()["mitigation"],
                   "totals": totals(matrices) | {"bytes": total}, "matrices": matrices}  # fmt: skip
         return out.commit(record)

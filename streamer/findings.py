@@ -8,6 +8,7 @@ record in a journal beside the file; a record is itself a safetensors file of th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from streamer.errors import FormatError, InputChangedError, MismatchError, Outpu
 from streamer.intruders import Detection, DetectionOptions
 from streamer.linalg.operators import all_finite
 from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
-from streamer.storage.header import TensorInfo, layout, parse_header
+from streamer.storage.header import MAX_HEADER_BYTES, TensorInfo, layout, parse_header
 from streamer.storage.shards import ShardPlan, plan_shard, write_shard
 from streamer.storage.tensorfile import TensorFile
 from streamer.storage.transaction import check_place
@@ -209,6 +210,26 @@ def journal_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.journal")
 
 
+def lock_of(path: Path) -> Path:
+    """Where the lock of a findings file stands while it is being made."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what stands beside a findings file after a run that was killed: journal, lock, partials.
+
+    Raises
+    ------
+    LockedError
+        If a run is at work there.
+    """
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    if any(p.name.startswith(f".{path.name}.") for p in beside):
+        with locked(lock_of(path)):
+            remove_partials(path.parent, {path.name})
+            journal_of(path).unlink(missing_ok=True)
+
+
 class FindingsWriter:
     """A findings file being made: locked, resumable after each matrix, under its name only when it is whole.
 
@@ -238,10 +259,10 @@ class FindingsWriter:
         self.path = path
         self._head = head
         self._tensors = tensors
-        self._start = {"plan": detection_digest(head.base, head.adapter, head.options, tensors), "stamps": stamps}
+        self._start = journal_head(head, tensors, stamps)
         self._resume, self._overwrite = resume, overwrite
         self._before_rename = before_rename
-        self._lock = locked(path.with_name(f".{path.name}.lock"))
+        self._lock = locked(lock_of(path))
         self._records: dict[str, int] = {}
 
     def __enter__(self) -> FindingsWriter:
@@ -257,20 +278,7 @@ class FindingsWriter:
 
     def _take_up(self) -> None:
         head = json.loads(self._journal[0]) if len(self._journal) else None
-        if head is not None and self._resume:
-            if head["plan"] == self._start["plan"]:
-                if head["stamps"] != json.loads(json.dumps(self._start["stamps"])):
-                    raise InputChangedError(
-                        f"{self.path}: an input was modified since this run was interrupted; --no-resume starts it over"
-                    )
-            elif not self._overwrite:
-                raise OutputError(
-                    f"{self._journal.path}: is of an interrupted run with other inputs or options; finish that one, "
-                    "choose another output, or pass --overwrite"
-                )
-            else:
-                head = None
-        if head is None or not self._resume:
+        if not (self._resume and _is_resumable(self.path, head, self._start, self._overwrite)):
             self._journal.clear()
             self._journal.append(json.dumps(self._start).encode())
         for i in range(1, len(self._journal)):
@@ -323,22 +331,77 @@ class FindingsWriter:
             self._lock.__exit__(None, None, None)
 
 
+def journal_head(head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The first record of a journal: what run it belongs to."""
+    return {"plan": detection_digest(head.base, head.adapter, head.options, tensors), "stamps": dict(stamps)}
+
+
+def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
+    """Preflight, read-only: whether a run with this `journal_head` was interrupted here and can be taken up.
+
+    Raises
+    ------
+    OutputError, InputChangedError
+        If the interrupted run is another one, or its inputs have changed.
+    """
+    head = None
+    with contextlib.suppress(FileNotFoundError, ValueError), journal_of(path).open("rb") as f:
+        length = int.from_bytes(f.read(40)[:8], "little")
+        head = json.loads(f.read(min(length, MAX_HEADER_BYTES)))
+    return _is_resumable(path, head, start, overwrite)
+
+
+def _is_resumable(path: Path, head: dict[str, Any] | None, start: dict[str, Any], overwrite: bool) -> bool:
+    if head is None:
+        return False
+    if head["plan"] == start["plan"]:
+        if head["stamps"] != json.loads(json.dumps(start["stamps"])):
+            raise InputChangedError(
+                f"{path}: an input was modified since this run was interrupted; --no-resume starts it over"
+            )
+        return True
+    if overwrite:
+        return False
+    raise OutputError(
+        f"{journal_of(path)}: is of an interrupted run with other inputs or options; finish that one, "
+        "choose another output, or pass --overwrite"
+    )
+
+
 def _record_header(raw: bytes) -> Any:
     n = 8 + int.from_bytes(raw[:8], "little")
     return parse_header(raw[:n], len(raw), "journal")
 
 
-def inspect_findings_output(path: Path, digest: str, overwrite: bool) -> Findings | None:
+def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Sequence[Path] = ()) -> Findings | None:
     """Preflight, read-only: the finished findings of this very plan, or None if they are still to be made.
+
+    Parameters
+    ----------
+    path
+        The findings file.
+    digest
+        See `detection_digest`.
+    overwrite
+        Whether what stands at the path may be replaced.
+    inputs
+        Input directories and files that the output must stay out of.
 
     Raises
     ------
     OutputError
         If something else stands at the path, or it cannot be written.
     """
-    check_place(path, ())
     if not path.parent.is_dir():
         raise OutputError(f"{path}: directory {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
+    if path.is_symlink():
+        raise OutputError(f"{path}: is a symlink, and writing never follows one; name its target {path.resolve()}")
+    check_place(path.parent.resolve(), ())
+    for source in inputs:
+        if source.resolve() in (path.resolve(), *path.resolve().parents):
+            raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
     if overwrite or not path.exists():
         return None
     try:

@@ -22,7 +22,10 @@ from streamer.findings import (
     MatrixFinding,
     detection_digest,
     inspect_findings_output,
+    interrupted_run,
+    journal_head,
     load_findings,
+    remove_leftovers,
 )
 from streamer.intruders import DetectionOptions, detect
 from streamer.linalg.operators import Dense, LowRank
@@ -120,7 +123,14 @@ def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, moni
 
 def detect_to_file(plan: Plan, path: Path, options: DetectionOptions, device: torch.device, monitor: Monitor, *,
                    resume: bool = True, overwrite: bool = False) -> Findings:  # fmt: skip
-    """Detect, journalling each matrix, and write the findings file; seconds are those of this run."""
+    """Detect, journalling each matrix, and write the findings file; seconds are those of this run.
+
+    Finished findings of this very plan are left as they are.
+    """
+    finished = plan_detection(plan, path, options, overwrite)
+    if finished is not None:
+        remove_leftovers(path)  # of a run that was killed just after the file got its name
+        return finished
     head = Findings(plan.base_identity, plan.adapter_identity, options, ())
     tensors = [t.tensor for t in plan.targets]
     seconds: dict[str, float | None] = {}
@@ -134,8 +144,20 @@ def detect_to_file(plan: Plan, path: Path, options: DetectionOptions, device: to
     return replace(findings, matrices=tuple(replace(m, seconds=seconds.get(m.tensor)) for m in findings))
 
 
+def inspect_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite: bool, resume: bool) -> str:
+    """Preflight of `detect`, read-only: ``new``, ``resume`` or ``done``."""
+    if plan_detection(plan, path, options, overwrite) is not None:
+        return "done"
+    head = Findings(plan.base_identity, plan.adapter_identity, options, ())
+    start = journal_head(head, [t.tensor for t in plan.targets], plan.stamps())
+    return "resume" if resume and interrupted_run(path, start, overwrite) else "new"
+
+
 def plan_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite: bool) -> Findings | None:
     """Preflight of `detect`: the finished findings of this very plan, or None if they are still to be made."""
     tensors = [t.tensor for t in plan.targets]
     digest = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
-    return inspect_findings_output(path, digest, overwrite)
+    finished = inspect_findings_output(path, digest, overwrite, plan.inputs)
+    if finished is None:
+        plan.refuse_overwriting([path])
+    return finished

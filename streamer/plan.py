@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapter import Adapter, open_adapter
-from streamer.errors import InputChangedError, StorageError
+from streamer.errors import InputChangedError, OutputError, StorageError
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint, read_json_object
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
 from streamer.targets import Target, match_targets, refuse_tied_changes
@@ -63,13 +63,20 @@ class Plan:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Directories that an output must stay out of."""
-        return tuple(p for p in (self.base.directory, self.adapter.path) if p is not None)
+        """Directories and files that an output must stay out of."""
+        return self.base.path, self.adapter.path
 
     def stamps(self) -> dict[str, Sequence[int]]:
         """Stamps of every input file, by path."""
         stamps = {**self.base.stamps(), str(self.adapter.file.path): self.adapter.file.stamp}
         return stamps | dict(self.extra_stamps)
+
+    def refuse_overwriting(self, paths: Iterable[Path]) -> None:
+        """Raise `OutputError` if any of the paths is an input file, under whatever name or link."""
+        inputs = {tuple(stamp[:2]): name for name, stamp in self.stamps().items()}
+        for path in paths:
+            if path.exists() and (same := inputs.get(file_stamp(path.stat())[:2])):
+                raise OutputError(f"{path}: is the input {same}; choose another output")
 
     def check_unchanged(self) -> None:
         """Raise `InputChangedError` if any input changed since the plan was made."""
