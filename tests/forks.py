@@ -1,0 +1,157 @@
+"""Many short runs of the command line, each in a process of its own: forks of one process that has imported everything.
+
+A run can be disturbed: at its n-th system call that changes something on disk, any code can be run inside it, such as a SIGKILL.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import ENV
+
+CALLS = ("write", "pwrite", "fsync", "rename", "unlink", "ftruncate")
+
+SERVER = """
+import errno, json, os, resource, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import streamer.__main__, streamer.api, streamer.report
+from streamer.__main__ import run
+
+home, calls = sys.argv[1], sys.argv[2].split(",")
+real = {name: getattr(os, name) for name in calls}
+log = []
+
+def half():
+    # The first half of the bytes arrives: what a power cut leaves of a write.
+    name, args = log[-1], last[0]
+    if name in ("write", "pwrite"):
+        real[name](args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
+
+def watch(name, at, code):
+    def call(*args, **kwargs):
+        log.append(name)
+        last[:] = [args]
+        if len(log) == at:
+            exec(code)
+        return real[name](*args, **kwargs)
+    return call
+
+last = [()]
+for line in sys.stdin:
+    ask = json.loads(line)
+    if "cont" in ask:
+        pid = ask["cont"]
+        os.kill(pid, signal.SIGCONT)
+    else:
+        pid = os.fork()
+    if pid == 0:
+        for fd, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{home}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        code = 99
+        try:
+            for name in calls:
+                setattr(os, name, watch(name, ask["at"], ask["code"]))
+            exec(ask["before"])
+            code = run(ask["argv"])
+        except SystemExit as e:
+            code = e.code
+        finally:
+            for name in calls:
+                setattr(os, name, real[name])
+            if code == 99:
+                import traceback
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            with open(f"{home}/log", "w") as f:
+                json.dump(log, f)
+            os._exit(code)
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    stopped = os.WIFSTOPPED(status)
+    print(json.dumps({"pid": pid, "stopped": stopped, "code": 0 if stopped else os.waitstatus_to_exitcode(status)}), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its exit code (−N for signal N), what it printed, the calls it made; `stopped` if it only sleeps."""
+
+    code: int
+    out: str
+    err: str
+    calls: list[str]
+    pid: int
+    stopped: bool
+
+
+class Server:
+    """The process that forks."""
+
+    def __init__(self) -> None:
+        self._home = tempfile.TemporaryDirectory(prefix="forks-")
+        env = {**ENV, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, self._home.name, ",".join(CALLS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            # A pipeline's stderr would be a terminal's when pytest runs with -s.
+            stderr=subprocess.DEVNULL,
+        )
+
+    def run(self, *argv: object, at: int = 0, code: str = "", before: str = "") -> Outcome:
+        """Run `streamer` with these arguments; `code` runs inside before its `at`-th call, `before` at its beginning."""
+        return self._ask({"argv": [str(a) for a in argv], "at": at, "code": code, "before": before})
+
+    def resume(self, pid: int) -> Outcome:
+        """Let a stopped run go on to its end."""
+        return self._ask({"cont": pid})
+
+    def _ask(self, question: dict) -> Outcome:
+        home = Path(self._home.name)
+        (home / "log").unlink(missing_ok=True)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        calls = json.loads((home / "log").read_text()) if (home / "log").exists() else []
+        out, err = ((home / name).read_text() for name in ("out", "err"))
+        return Outcome(answer["code"], out, err, calls, answer["pid"], answer["stopped"])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
+        self._home.cleanup()
+
+
+@functools.cache
+def server() -> Server:
+    """The one server of a test session."""
+    made = Server()
+    atexit.register(made.close)
+    return made
+
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+TORN = f"half(); {KILL}"
+STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
+
+
+def partials(directory: Path) -> list[str]:
+    """Names of half-written files below a directory."""
+    return [os.fspath(p) for p in directory.rglob("*.partial")]
