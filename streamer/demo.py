@@ -7,7 +7,7 @@ to nothing and near to nothing in the base, and large enough to come among the f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
+from streamer.adapter import WEIGHTS_NAME
 from streamer.api import detect_intruder_dimensions, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
-from streamer.encodings import as_bytes
+from streamer.encodings import ENCODINGS, as_bytes
 from streamer.events import Monitor
 from streamer.findings import load_findings
+from streamer.linalg.operators import LowRank
 from streamer.report import table
 from streamer.storage.atomic import Buffer, write_atomic
-from streamer.storage.checkpoint import INDEX_NAME, open_checkpoint
-from streamer.storage.header import TensorInfo
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
+from streamer.storage.header import TensorInfo, tensor_nbytes
 from streamer.storage.shards import index_bytes, plan_shard, write_shard
 
 HIDDEN, LAYERS, VOCAB, RANK, ALPHA = 192, 4, 512, 4, 8
@@ -42,69 +45,166 @@ class DemoModel:
     planted: dict[str, int]
 
 
-def power_law(shape: tuple[int, int], generator: torch.Generator, decay: float = 0.7) -> Tensor:
-    """A random matrix with singular values ``j^-decay``, (m, n) float32."""
-    p = min(shape)
+@dataclass(frozen=True)
+class Llama:
+    """The sizes of a Llama-shaped model, and what follows from them: its tensors, its config.
+
+    Attributes
+    ----------
+    hidden, intermediate, layers, vocab, heads, kv_heads
+        As in the config; heads divide hidden, kv_heads divide heads.
+    tied
+        Whether the embedding is the output layer as well; if not there is an ``lm_head``.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    tied: bool = False
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of one block: name to (out, in)."""
+        h, inner, kv = self.hidden, self.intermediate, self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, h),
+            "mlp.gate_proj": (inner, h), "mlp.up_proj": (inner, h), "mlp.down_proj": (h, inner),
+        }  # fmt: skip
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """Every linear layer of every block: path in the model to (out, in)."""
+        return {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in self.linears.items()}
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor in file order: name to shape."""
+        out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        for i in range(self.layers):
+            out |= {f"model.layers.{i}.{name}.weight": shape for name, shape in self.linears.items()}
+            out |= {f"model.layers.{i}.{at}_layernorm.weight": (self.hidden,) for at in ("input", "post_attention")}
+        out["model.norm.weight"] = (self.hidden,)
+        return out if self.tied else out | {"lm_head.weight": (self.vocab, self.hidden)}
+
+    def nbytes(self, dtype: str) -> int:
+        """Bytes of all tensors in this dtype."""
+        return sum(tensor_nbytes(dtype, shape) for shape in self.tensors.values())
+
+    def config(self, dtype: str) -> dict[str, Any]:
+        """What stands in ``config.json``."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
+                "intermediate_size": self.intermediate, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab, "tie_word_embeddings": self.tied,
+                "torch_dtype": str(ENCODINGS[dtype].dtype).removeprefix("torch.")}  # fmt: skip
+
+
+def power_law(
+    shape: tuple[int, int], generator: torch.Generator, decay: float = 0.7, top: int | None = None
+) -> LowRank:
+    """A random matrix with singular values ``j^-decay``, all of them or the first `top`, in factors, float32."""
+    p = min(*shape, *(() if top is None else (top,)))
     U = torch.linalg.qr(torch.randn(shape[0], p, generator=generator)).Q
     V = torch.linalg.qr(torch.randn(shape[1], p, generator=generator)).Q
-    W: Tensor = (U * torch.arange(1, p + 1).pow(-decay)) @ V.T
-    return W
+    return LowRank(U * torch.arange(1, p + 1).pow(-decay), V)
+
+
+def planted_factors(
+    shape: tuple[int, int], rank: int, scale: float, planted: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """``A`` (rank, n) and ``B`` (m, rank): `planted` intruders of singular values `SIGMA`, and a small random rest.
+
+    A trained adapter leans on what the base does already; here that part is small and random.
+    """
+    m, n = shape
+    A, B = torch.randn(rank, n, generator=generator) / n**0.5, 0.05 * torch.randn(m, rank, generator=generator) / m**0.5
+    for j in range(planted):
+        u = torch.randn(m, generator=generator)
+        B[:, j] = u / u.norm() * SIGMA[j] / scale / A[j].norm()
+    return A, B
+
+
+def write_base(
+    directory: Path, model: Llama, dtype: str, shards: Sequence[Sequence[str]], rows: Callable[[str], Iterable[Tensor]]
+) -> None:
+    """Write a base model: one file, or shards with their index, and the config. Memory is that of one piece.
+
+    Parameters
+    ----------
+    shards
+        The names of the tensors of each file.
+    rows
+        Gives a tensor's values in consecutive pieces of whole rows; they are rounded to `dtype`.
+    """
+    directory.mkdir(parents=True)
+
+    def source(info: TensorInfo) -> Iterator[Buffer]:
+        for piece in rows(info.name):
+            yield as_bytes(piece.to(ENCODINGS[dtype].dtype))
+
+    shapes = model.tensors
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        file = SINGLE_NAME if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write(directory / file, [(name, dtype, shapes[name]) for name in names], source)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_atomic(directory / INDEX_NAME, index_bytes({"weight_map": weight_map}, model.nbytes(dtype)))
+    write_atomic(directory / "config.json", json.dumps(model.config(dtype), indent=2).encode())
+
+
+def write_adapter(
+    directory: Path, model: Llama, rank: int, alpha: float, factors: Callable[[str], tuple[Tensor, Tensor]]
+) -> None:
+    """Write a LoRA adapter on every linear layer, as PEFT does; `factors` gives a module's A and B."""
+    directory.mkdir(parents=True)
+    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    for module, (m, n) in model.modules.items():
+        name = f"base_model.model.{module}"
+        entries += [(f"{name}.lora_A.weight", "F32", (rank, n)), (f"{name}.lora_B.weight", "F32", (m, rank))]
+    held: dict[str, Tensor] = {}
+
+    def source(info: TensorInfo) -> Iterator[Buffer]:
+        if info.name not in held:
+            module = info.name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            A, B = factors(module)
+            held[info.name], held[info.name.replace("lora_A", "lora_B")] = A, B
+        yield as_bytes(held.pop(info.name))
+
+    _write(directory / WEIGHTS_NAME, entries, source)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "fan_in_fan_out": False,
+              "target_modules": sorted({name.rpartition(".")[2] for name in model.linears}), "task_type": "CAUSAL_LM",
+              "base_model_name_or_path": "generated"}  # fmt: skip
+    write_atomic(directory / ADAPTER_CONFIG, json.dumps(config, indent=2).encode())
+
+
+def _write(path: Path, entries: list[tuple[str, str, tuple[int, ...]]],
+           source: Callable[[TensorInfo], Iterable[Buffer]]) -> None:  # fmt: skip
+    write_shard(path.parent, plan_shard(path.name, entries, {"format": "pt"}), source, lambda _size, _sha256: None)
 
 
 def make_demo(directory: Path, seed: int = 0) -> DemoModel:
     """Write a Llama-shaped base in two shards and a LoRA adapter for all its linear layers."""
     g = torch.Generator().manual_seed(seed)
-    base, adapter = directory / "base", directory / "adapter"
-    base.mkdir(parents=True)
-    adapter.mkdir()
-    inner = 2 * HIDDEN
-    shapes = {f"self_attn.{x}_proj": (HIDDEN, HIDDEN) for x in "qkvo"} | {
-        "mlp.gate_proj": (inner, HIDDEN), "mlp.up_proj": (inner, HIDDEN), "mlp.down_proj": (HIDDEN, inner),
-    }  # fmt: skip
-    shards: list[dict[str, Tensor]] = [{}, {}]
-    shards[0]["model.embed_tokens.weight"] = 0.02 * torch.randn(VOCAB, HIDDEN, generator=g)
-    factors: dict[str, Tensor] = {}
+    model = Llama(HIDDEN, 2 * HIDDEN, LAYERS, VOCAB, heads=4, kv_heads=4, tied=True)
+    weights = {"model.embed_tokens.weight": 0.02 * torch.randn(VOCAB, HIDDEN, generator=g)}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     planted: dict[str, int] = {}
-    for layer in range(LAYERS):
-        for name, (m, n) in shapes.items():
-            module = f"model.layers.{layer}.{name}"
-            shards[layer * 2 // LAYERS][f"{module}.weight"] = power_law((m, n), g)
-            # A trained adapter leans on what the base does already; here that part is small and random.
-            A, B = torch.randn(RANK, n, generator=g) / n**0.5, 0.05 * torch.randn(m, RANK, generator=g) / m**0.5
-            for j in range(PLANTED.get(name, 0)):
-                u = torch.randn(m, generator=g)
-                B[:, j] = u / u.norm() * SIGMA[j] * RANK / ALPHA / A[j].norm()
-            if name in PLANTED:
-                planted[f"{module}.weight"] = PLANTED[name]
-            factors[f"base_model.model.{module}.lora_A.weight"] = A
-            factors[f"base_model.model.{module}.lora_B.weight"] = B
-        shards[layer * 2 // LAYERS][f"model.layers.{layer}.input_layernorm.weight"] = torch.ones(HIDDEN)
-    shards[1]["model.norm.weight"] = torch.ones(HIDDEN)
-    weight_map: dict[str, str] = {}
-    for i, tensors in enumerate(shards, 1):
-        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        _save(base / name, {k: t.to(torch.bfloat16) for k, t in tensors.items()}, "BF16")
-        weight_map |= dict.fromkeys(tensors, name)
-    total = sum(t.numel() * 2 for tensors in shards for t in tensors.values())
-    write_atomic(base / INDEX_NAME, index_bytes({"weight_map": weight_map}, total))
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": inner,
-              "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": VOCAB, "tie_word_embeddings": True,
-              "torch_dtype": "bfloat16"}  # fmt: skip
-    write_atomic(base / "config.json", json.dumps(config, indent=2).encode())
-    _save(adapter / "adapter_model.safetensors", factors, "F32")
-    lora = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": sorted({n.split(".")[1] for n in shapes}),
-            "bias": "none", "fan_in_fan_out": False, "task_type": "CAUSAL_LM", "base_model_name_or_path": "demo"}  # fmt: skip
-    write_atomic(adapter / "adapter_config.json", json.dumps(lora, indent=2).encode())
+    for module, shape in model.modules.items():
+        count = PLANTED.get(".".join(module.split(".")[3:]), 0)
+        weights[f"{module}.weight"] = power_law(shape, g).dense()
+        factors[module] = planted_factors(shape, RANK, ALPHA / RANK, count, g)
+        if count:
+            planted[f"{module}.weight"] = count
+    names = list(model.tensors)
+    half = next(i for i, name in enumerate(names) if name.startswith(f"model.layers.{LAYERS // 2}."))
+    base, adapter = directory / "base", directory / "adapter"
+    write_base(base, model, "BF16", [names[:half], names[half:]],
+               lambda name: [weights[name] if name in weights else torch.ones(model.tensors[name])])  # fmt: skip
+    write_adapter(adapter, model, RANK, ALPHA, factors.__getitem__)
     return DemoModel(base, adapter, planted)
-
-
-def _save(path: Path, tensors: dict[str, Tensor], dtype: str) -> None:
-    plan = plan_shard(path.name, [(name, dtype, tuple(t.shape)) for name, t in tensors.items()], {"format": "pt"})
-
-    def source(info: TensorInfo) -> Iterator[Buffer]:
-        yield as_bytes(tensors[info.name])
-
-    write_shard(path.parent, plan, source, lambda _size, _sha256: None)
 
 
 def run_demo(directory: Path, mitigation_lambda: float, monitor: Monitor) -> dict[str, Any]:
