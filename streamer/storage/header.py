@@ -21,6 +21,12 @@ from streamer.errors import FormatError, StorageError
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit on N."""
 
+MAX_DEPTH = 127
+"""Levels of lists and objects, the whole header's braces included, that the library's JSON parser goes down."""
+
+MAX_FAULT = 400
+"""Characters of a message: a name in a broken header may be as long as the header."""
+
 # Bits a value, for every dtype of the format. What we cannot compute with is still copied, bit for bit.
 DTYPE_BITS: dict[str, int] = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -119,10 +125,30 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in {float("inf"), float("-inf")}:
+        raise ValueError(f"number {text[:20]} is out of range")
+    return value
+
+
+def _integer(text: str) -> int | float:
+    # As the library's parser has it: beyond 64 bits an integer must still fit a double, and −0 is no integer.
+    if len(text) > 20:
+        _finite(text)
+    return -0.0 if text == "-0" else int(text)
+
+
 def strict_json(raw: bytes) -> Any:
-    """JSON as the standard has it: UTF-8, no duplicate keys, no NaN; every fault is a `ValueError`."""
+    """JSON as the standard has it: UTF-8, no duplicate keys, no NaN, nothing beyond a double; every fault is a `ValueError`."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
         # Python's parser lets lone surrogates through; they cannot be written again.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
@@ -134,13 +160,31 @@ def _is_index(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**64
 
 
+def _depth(value: object) -> int:
+    """Levels of lists and objects."""
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        level = [child for v in level for child in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
+_FIELDS = ("dtype", "shape", "data_offsets")
+
+
 def _tensor_info(name: str, entry: object) -> TensorInfo:
+    if isinstance(entry, list) and len(entry) == len(_FIELDS):
+        entry = dict(zip(_FIELDS, entry, strict=True))  # the library takes the three fields in a row as well
     if not isinstance(entry, dict):
         raise ValueError(f"tensor {name!r}: expected an object, found {type(entry).__name__}")
-    for key in ("dtype", "shape", "data_offsets"):
+    for key in _FIELDS:
         if key not in entry:
             raise ValueError(f"tensor {name!r}: {key!r} is missing")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if len(entry) > len(_FIELDS) and _depth(entry) > MAX_DEPTH - 1:
+        raise ValueError(f"tensor {name!r}: nested too deeply")
+    dtype, shape, offsets = (entry[key] for key in _FIELDS)
+    if isinstance(dtype, dict) and list(dtype.values()) == [None]:
+        dtype = next(iter(dtype))  # and {"F32": null} for "F32"
     if not isinstance(dtype, str):
         raise ValueError(f"tensor {name!r}: dtype is not a string")
     if not isinstance(shape, list) or not all(_is_index(n) for n in shape):
@@ -180,7 +224,8 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
         tree = strict_json(raw[8:])
         if not isinstance(tree, dict):
             raise ValueError("the header is not a JSON object")
-        metadata = tree.pop("__metadata__", None) or {}
+        metadata = tree.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("__metadata__ is not a map from string to string")
         tensors = sorted((_tensor_info(k, v) for k, v in tree.items()), key=lambda t: (t.start, t.end))
@@ -190,7 +235,8 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
                 raise ValueError(f"tensor {t.name!r}: expected to begin at offset {at}, begins at {t.start}")
             at = t.end
     except ValueError as e:
-        raise FormatError(f"{where}: bad safetensors header: {e}; get the file again") from None
+        fault = str(e) if len(str(e)) <= MAX_FAULT else f"{str(e)[:MAX_FAULT]}…"
+        raise FormatError(f"{where}: bad safetensors header: {fault}; get the file again") from None
     header = Header(tuple(tensors), metadata, len(raw), hashlib.sha256(raw).hexdigest())
     if header.file_bytes != file_bytes:
         state = "truncated" if file_bytes < header.file_bytes else "too long"
