@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,7 @@ class TensorFile:
     def __init__(self, path: Path, io: IOMode = "mmap") -> None:
         self.path = path
         self._io = io
+        self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -49,7 +51,7 @@ class TensorFile:
             raise StorageError(f"{path}: cannot open: {e.strerror}") from e
         try:
             st = os.fstat(self._fd)
-            if not os.path.isfile(path):
+            if not stat.S_ISREG(st.st_mode):
                 raise FormatError(f"{path}: expected a safetensors file, found something that is not a regular file")
             self.stamp = file_stamp(st)
             self.header: Header = read_header(self._fd, str(path))
@@ -103,6 +105,9 @@ class TensorFile:
             # Private and writable, so that torch takes it as a tensor without a copy; nobody writes to it.
             window = mmap.mmap(self._fd, page + length, flags=mmap.MAP_PRIVATE,
                                prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=at - page)  # fmt: skip
+        except ValueError:  # Python looks at the size once more
+            self._check_size(at + length)
+            raise
         except OSError as e:
             raise StorageError(f"{self.path}: cannot map {length} bytes: {e.strerror}; try --io pread") from e
         return memoryview(window)[page:]
