@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,9 @@ from streamer.errors import LockedError, OutputError, StorageError
 PARTIAL = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{16}\.partial$")
 
 Buffer = bytes | bytearray | memoryview
+
+HASH_BESIDE = 1 << 18
+"""Pieces from this many bytes are hashed by a thread while they are written; for smaller ones a thread costs more."""
 
 
 class Sink(Protocol):
@@ -48,6 +52,17 @@ def fsync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its missing parents, durably; one that stands already is left as it is."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for new in reversed(missing):
+            fsync_directory(new.parent)
+    except OSError as e:
+        raise storage_error(path, "create", e) from e
 
 
 class AtomicFile:
@@ -87,9 +102,12 @@ class AtomicFile:
         return self._hash.hexdigest()
 
     def __enter__(self) -> AtomicFile:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(self._partial, flags, 0o666)  # the umask makes the mode
+        except OSError as e:  # what stands there, if anything does, is not ours to discard
+            raise storage_error(self.path, "create", e) from e
+        try:
             self._reserve()
         except OSError as e:
             self._discard()
@@ -108,14 +126,28 @@ class AtomicFile:
     def write(self, data: Buffer) -> None:
         """Append bytes, all of them, whatever the system does in one call."""
         view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-        try:
-            done = 0
-            while done < len(view):
-                done += os.write(self._fd, view[done:])
-        except OSError as e:
-            raise storage_error(self.path, "write", e) from e
-        self._hash.update(view)
+        with self._hashing(view):
+            try:
+                done = 0
+                while done < len(view):
+                    done += os.write(self._fd, view[done:])
+            except OSError as e:
+                raise storage_error(self.path, "write", e) from e
         self.written += len(view)
+
+    @contextlib.contextmanager
+    def _hashing(self, view: memoryview) -> Iterator[None]:
+        """Hash a piece while it is being written: each takes about as long as the other, and neither holds the interpreter."""
+        if len(view) < HASH_BESIDE:
+            self._hash.update(view)
+            yield
+            return
+        hasher = threading.Thread(target=self._hash.update, args=(view,), name="sha256")
+        hasher.start()
+        try:
+            yield
+        finally:
+            hasher.join()
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
@@ -129,8 +161,7 @@ class AtomicFile:
             os.fsync(self._fd)
             if self._check is not None:
                 self._check(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            self._close()
             os.rename(self._partial, self.path)
             fsync_directory(self.path.parent)
         except OSError as e:
@@ -140,10 +171,14 @@ class AtomicFile:
             self._discard()
             raise
 
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1  # a close that fails has closed the descriptor all the same
+        if fd >= 0:
+            os.close(fd)
+
     def _discard(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with contextlib.suppress(OSError):
+            self._close()
         with contextlib.suppress(OSError):
             os.unlink(self._partial)
 
@@ -154,13 +189,23 @@ def write_atomic(path: Path, data: bytes) -> None:
         f.write(data)
 
 
-def remove_partials(directory: Path, names: set[str]) -> None:
-    """Remove what a killed run of ours left half-written for these final names. Call it under the lock."""
+def partials_of(directory: Path, names: set[str]) -> list[Path]:
+    """What a killed run of ours left half-written for these final names."""
     with os.scandir(directory) as entries:
-        for entry in entries:
-            match = PARTIAL.match(entry.name)
-            if match and match["name"] in names and entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
+        return [
+            Path(entry.path)
+            for entry in entries
+            if (match := PARTIAL.match(entry.name)) and match["name"] in names and entry.is_file(follow_symlinks=False)
+        ]
+
+
+def remove_partials(directory: Path, names: set[str]) -> None:
+    """Remove what `partials_of` finds. Call it under the lock."""
+    for path in partials_of(directory, names):
+        try:
+            os.unlink(path)
+        except OSError as e:
+            raise storage_error(path, "remove", e) from e
 
 
 @contextlib.contextmanager
@@ -205,7 +250,7 @@ class Journal:
     """An append-only file of records that survives a kill: a torn last record is dropped on opening.
 
     A record is its length (8 bytes, little-endian), the SHA-256 of its payload (32 bytes), and the payload. Each append
-    is durable before it returns. The first record is the head: it says what run this journal belongs to.
+    is durable before it returns. The first record is the head: it says what run this journal belongs to. Open it under a lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -217,17 +262,16 @@ class Journal:
             os.ftruncate(self._fd, self._end)
         except OSError as e:
             raise storage_error(path, "open the journal", e) from e
+        self._stale = False
+        remove_partials(path.parent, {path.name})
 
     def _scan(self) -> Iterator[tuple[int, int]]:
         size = os.fstat(self._fd).st_size
         at = 0
         while at + 40 <= size:
-            frame = os.pread(self._fd, 40, at)
+            frame = self._read(40, at)
             length = int.from_bytes(frame[:8], "little")
-            if length > size - at - 40:
-                return
-            payload = os.pread(self._fd, length, at + 40)
-            if len(payload) != length or hashlib.sha256(payload).digest() != frame[8:]:
+            if length > size - at - 40 or hashlib.sha256(self._read(length, at + 40)).digest() != frame[8:]:
                 return
             yield at + 40, length
             at += 40 + length
@@ -237,27 +281,45 @@ class Journal:
 
     def __getitem__(self, i: int) -> bytes:
         start, length = self._spans[i]
-        return os.pread(self._fd, length, start)
+        return self._read(length, start)
+
+    def _read(self, length: int, at: int) -> bytes:
+        out = bytearray()
+        while len(out) < length and (piece := os.pread(self._fd, length - len(out), at + len(out))):
+            out += piece
+        return bytes(out)
 
     def append(self, payload: bytes) -> None:
         """Add a record, durably."""
         frame = len(payload).to_bytes(8, "little") + hashlib.sha256(payload).digest() + payload
         try:
-            done = 0
-            while done < len(frame):
-                done += os.pwrite(self._fd, frame[done:], self._end + done)
-            os.fsync(self._fd)
+            if self._stale:
+                self._replace(frame)
+            else:
+                done = 0
+                while done < len(frame):
+                    done += os.pwrite(self._fd, frame[done:], self._end + done)
+                os.fsync(self._fd)
+                if not self._spans:
+                    fsync_directory(self.path.parent)  # the name of a new journal must last as well
         except OSError as e:
             raise storage_error(self.path, "append to the journal", e) from e
         self._spans.append((self._end + 40, len(payload)))
         self._end += len(frame)
 
+    def _replace(self, frame: bytes) -> None:
+        write_atomic(self.path, frame)
+        os.close(self._fd)
+        self._fd = -1
+        self._fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._stale = False
+
     def clear(self) -> None:
-        """Forget every record."""
-        try:
-            os.ftruncate(self._fd, 0)
-        except OSError as e:
-            raise storage_error(self.path, "clear the journal", e) from e
+        """Forget every record. On disk they stay until the next append replaces them, in one step.
+
+        A kill at any point leaves the old records or the new head: never a journal that belongs to no run.
+        """
+        self._stale = self._stale or bool(self._spans)
         self._spans.clear()
         self._end = 0
 

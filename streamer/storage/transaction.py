@@ -19,8 +19,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
-from streamer.storage.atomic import AtomicFile, Journal, locked, remove_partials, storage_error, write_atomic
+from streamer.storage.atomic import (
+    AtomicFile,
+    Journal,
+    locked,
+    make_directory,
+    partials_of,
+    remove_partials,
+    storage_error,
+    write_atomic,
+)
 from streamer.storage.checkpoint import read_json_object
+from streamer.storage.header import strict_json
 
 RECORD_NAME = "streamer.json"
 JOURNAL_NAME = ".streamer.journal"
@@ -78,10 +88,10 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
             raise OutputError(f"{path}: exists and is not a directory; choose another output")
         state = _state_of(plan, overwrite, resume)
     if state != "done":
-        finished = 0
+        have = sum(_allocated(p) for home, names in _homes(plan) for p in partials_of(home, names))
         if state == "resume":
-            finished = sum(size for name, size in plan.files if _size(path / name) == size)
-        check_space(path, plan.total_bytes - finished)
+            have += sum(size for name, size in plan.files if _size(path / name) == size)
+        check_space(path, plan.total_bytes - have)
     return state
 
 
@@ -94,11 +104,11 @@ def check_place(path: Path, inputs: Sequence[Path]) -> None:
     real = Path(os.path.realpath(path))
     for source in inputs:
         inside = Path(os.path.realpath(source))
-        if real == inside or (path.exists() and os.path.samefile(path, source)):
+        if _same(real, inside):
             raise OutputError(f"{path}: is the input {source}; choose another output")
-        if inside in real.parents:
+        if any(_same(parent, inside) for parent in real.parents):
             raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
-        if real in inside.parents and path.exists():
+        if any(_same(real, parent) for parent in inside.parents):
             raise OutputError(f"{path}: contains the input {source}; choose an output beside it")
     for parent in (real, *real.parents):
         if parent.name.startswith(("models--", "datasets--", "spaces--")) and (parent / "snapshots").is_dir():
@@ -119,6 +129,11 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
+def _same(a: Path, b: Path) -> bool:
+    """Whether two paths are one, by device and inode too: a mount shows a directory under a second name."""
+    return a == b or (a.exists() and b.exists() and a.samefile(b))
+
+
 def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
@@ -128,6 +143,22 @@ def _size(path: Path) -> int:
         return path.stat(follow_symlinks=False).st_size
     except OSError:
         return -1
+
+
+def _allocated(path: Path) -> int:
+    """Bytes on the disk that removing a file gives back."""
+    try:
+        return path.stat(follow_symlinks=False).st_blocks * 512
+    except OSError:
+        return 0
+
+
+def _homes(plan: OutputPlan) -> Iterator[tuple[Path, set[str]]]:
+    """Each directory that stands and gets files, and the names of all files: where a killed run left partials."""
+    names = {Path(name).name for name, _ in plan.files} | {RECORD_NAME}
+    for home in dict.fromkeys((plan.path, *((plan.path / name).parent for name, _ in plan.files))):
+        if home.is_dir():
+            yield home, names
 
 
 def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
@@ -167,18 +198,22 @@ def _may_resume(plan: OutputPlan, head: dict[str, Any]) -> Literal["resume"]:
 
 
 def _journal_head(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
     try:
         with path.open("rb") as f:
             frame = f.read(40)
-            payload = f.read(int.from_bytes(frame[:8], "little") if len(frame) == 40 else 0)
+            length = int.from_bytes(frame[:8], "little")
+            payload = f.read(length) if length <= os.fstat(f.fileno()).st_size else b""
+    except FileNotFoundError:
+        return None
     except OSError as e:
         raise storage_error(path, "read", e) from e
     if len(frame) < 40 or hashlib.sha256(payload).digest() != frame[8:]:
         return None  # torn before the run did anything
-    head: dict[str, Any] = json.loads(payload)
-    return head
+    try:
+        head = strict_json(payload)
+    except ValueError:
+        return None
+    return head if isinstance(head, dict) else None
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -243,7 +278,7 @@ class OutputDirectory:
 
     def _put(self, name: str, size: int, pour: Callable[[AtomicFile], None], before_rename: Callable[[], None]) -> None:
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
 
         def check(_: int) -> None:
             before_rename()
@@ -259,6 +294,13 @@ class OutputDirectory:
         write_atomic(self.path / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
         self._journal.remove()
         return record
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as e:
+        raise storage_error(path, "remove", e) from e
 
 
 def finished_record(plan: OutputPlan) -> dict[str, Any]:
@@ -277,23 +319,21 @@ def open_output(plan: OutputPlan, overwrite: bool = False, resume: bool = True) 
     OutputError, StorageError, InputChangedError
         As `inspect_output`, which is repeated under the lock.
     """
-    try:
-        plan.path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise storage_error(plan.path, "create", e) from e
+    check_place(plan.path, plan.inputs)
+    make_directory(plan.path)
     with locked(plan.path / LOCK_NAME):
         state = inspect_output(plan, overwrite, resume)
         if state == "done":
             raise OutputError(
                 f"{plan.path}: another run has just finished this output; run the command again to see it"
             )
-        for directory in {plan.path / Path(name).parent for name, _ in plan.files} | {plan.path}:
-            if directory.is_dir():
-                remove_partials(directory, {Path(name).name for name, _ in plan.files} | {RECORD_NAME})
-        if state == "new" and overwrite:
-            # The old commit point goes first: from here on nobody takes the directory for a finished output.
-            for name in (plan.files[-1][0], *plan.rivals, RECORD_NAME):
-                (plan.path / name).unlink(missing_ok=True)
+        for home, names in _homes(plan):
+            remove_partials(home, names)
+        if state == "new":
+            # The old commit point goes first, be it another's or that of a run of ours killed at its very end: from here
+            # on nobody takes the directory for a finished output.
+            for name in (plan.files[-1][0], *(plan.rivals if overwrite else ()), RECORD_NAME):
+                _remove(plan.path / name)
         journal = Journal(plan.path / JOURNAL_NAME)
         if state != "resume":
             journal.clear()
