@@ -39,8 +39,12 @@ from streamer.targets import Target
 SCHEMA = "streamer.output/1"
 OWN_FINDINGS = ".streamer.findings.safetensors"
 
-BLOCK_BYTES = 16 << 20
-"""Rows of this many float32 bytes are merged at a time, so that memory does not depend on the matrix."""
+BLOCK_BYTES = 4 << 20
+"""Rows of this many float32 bytes are merged at a time, so that memory does not depend on the matrix.
+
+Measured with 2 threads, 4096×14336: 4 MB stay in the cache; 16 MB and 2 MB take a tenth longer, below 1 MB the threads' own
+cost shows, and many times that where other processes want the same cores.
+"""
 
 
 @dataclass
@@ -231,7 +235,8 @@ def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...]) -> OutputPlan:
 def merged_blocks(file: TensorFile, info: TensorInfo, target: Target, delta: LowRank) -> Iterator[Tensor]:
     """``W0 + Δ'`` a few rows at a time, as the base stores them: summed in the computing dtype, rounded once.
 
-    A delta of zero gives the base's own bytes: adding it would turn −0 into +0.
+    A delta of zero gives the base's own bytes: adding it would turn −0 into +0. Blocks may share one buffer: use each before
+    asking for the next.
     """
     encoding = encoding_of(info, str(file.path))
     change = (delta.T if target.transposed else delta).to(encoding.compute)
@@ -239,13 +244,16 @@ def merged_blocks(file: TensorFile, info: TensorInfo, target: Target, delta: Low
     m, n = info.shape
     row_bytes = n * encoding.dtype.itemsize
     rows = max(1, BLOCK_BYTES // (n * encoding.compute.itemsize))
+    # One buffer for all: a fresh one a block is zeroed by the system first, which costs as much as the sum itself.
+    values = torch.empty((min(rows, m), n), dtype=encoding.compute)
     for i in range(0, m, rows):
         j = min(m, i + rows)
         raw = as_tensor(file.view(info, i * row_bytes, j * row_bytes), encoding.dtype, (j - i, n))
         if empty:
             yield raw
         else:
-            yield encode(torch.addmm(raw.to(encoding.compute), change.L[i:j], change.R.T), encoding, raw, info.name)
+            merged = values[: j - i].copy_(raw).addmm_(change.L[i:j], change.R.T)
+            yield encode(merged, encoding, raw, info.name)
 
 
 def inspect_job(sink: Sink, overwrite: bool, resume: bool) -> str:
@@ -326,7 +334,12 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
                 yield info.name, _untouched(file, info)
                 continue
             _, after, _ = job.mitigated(target)
-            yield info.name, torch.cat(list(merged_blocks(file, info, target, after)))
+            merged = torch.empty(info.shape, dtype=encoding_of(info, str(file.path)).dtype)
+            at = 0
+            for block in merged_blocks(file, info, target, after):
+                merged[at : at + len(block)] = block
+                at += len(block)
+            yield info.name, merged
 
 
 def _untouched(file: TensorFile, info: TensorInfo) -> Tensor:
