@@ -23,6 +23,8 @@ from streamer.storage.tensorfile import IOMode, TensorFile
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
+INSTEAD = "merge such an adapter with PEFT instead"
+
 
 @dataclass(frozen=True)
 class LoraModule:
@@ -107,7 +109,7 @@ def open_adapter(path: str | Path, io: IOMode = "mmap") -> Adapter:
     config = _read_config(path)
     refusals = config_refusals(config)
     if refusals:
-        raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {'; '.join(refusals)}")
+        raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {'; '.join(refusals)}; {INSTEAD}")
     file = TensorFile(path / WEIGHTS_NAME, io)
     pairs = _pair_up(file)
     modules = {name: _module(name, found, file, config) for name, found in pairs.items()}
@@ -156,7 +158,7 @@ def _pair_up(file: TensorFile) -> dict[str, dict[str, str]]:
         factors[match["factor"]] = info.name
     if refused:
         listed = "; ".join(f"{n} × {reason}, {example[reason]!r} first" for reason, n in refused.items())
-        raise UnsupportedError(f"{file.path}: refused: not supported: {listed}")
+        raise UnsupportedError(f"{file.path}: refused: not supported: {listed}; {INSTEAD}")
     for name, factors in pairs.items():
         if len(factors) != 2:
             have = next(iter(factors))

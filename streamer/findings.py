@@ -119,17 +119,18 @@ class Findings:
         MismatchError
             Which of them differs, and how.
         """
+        where = self._file.path if self._file else "findings"
         for what, mine, theirs in (("base", self.base, base), ("adapter", self.adapter, adapter)):
             if mine != theirs:
                 raise MismatchError(
-                    f"findings: made with another {what} ({_difference(mine, theirs)}); run detect again on this one"
+                    f"{where}: made with another {what} ({_difference(mine, theirs)}); run detect again on this one"
                 )
         for name, value in (options.as_dict() if options else {}).items():
             mine_value = self.options.as_dict()[name]
             # Which solver made them does not matter to who uses them, unless one was asked for.
             if value != mine_value and not (name == "solver" and value == "auto"):
                 raise MismatchError(
-                    f"findings: made with {name}={mine_value!r}, asked for {value!r}; pass the same, or run detect again"
+                    f"{where}: made with {name}={mine_value!r}, asked for {value!r}; pass the same, or run detect again"
                 )
 
     def __iter__(self) -> Iterator[MatrixFinding]:

@@ -1,7 +1,7 @@
 """Kinds of PEFT adapters: which are handled, which are refused, by name and reason. A new kind is a new entry here.
 
 Two tables: by the config (`CONFIG_RULES`) and by the tensors' names (`TENSOR_RULES`, first match wins). Every refusal
-says what the adapter is, why it is refused and what to do; `adapter` collects them all before anything else happens.
+says what the adapter is and why it is refused; `adapter` collects them all before anything else happens.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def config_refusals(config: Mapping[str, Any]) -> list[str]:
     """Why an adapter with this config is refused: one phrase a reason, empty if it is handled."""
     peft_type = config.get("peft_type", "LORA")
     if peft_type != "LORA":
-        return [f"{peft_type} adapter: only LoRA is supported; merge it with PEFT"]
+        return [f"{peft_type} adapter: only LoRA is supported"]
     reasons = [f"{rule.kind}: {rule.reason}" for rule in CONFIG_RULES if rule.refuses(config.get(rule.key))]
     known = _HARMLESS | {rule.key for rule in CONFIG_RULES}
     for key, value in config.items():

@@ -69,7 +69,9 @@ def match_targets(base: Checkpoint, adapter: Adapter) -> list[Target]:
         if not found:
             problems.append(f"{name!r} {why}")
             continue
-        shape = base.info(found).shape
+        file, info = base.locate(found)
+        encoding_of(info, str(file.path))  # before the shape: packed codes have any
+        shape = info.shape
         fits, transposed = _orient(shape, module.shape, adapter.fan_in_fan_out)
         if not fits:
             problems.append(f"{name!r}: expected shape {list(module.shape)} in the base, {found!r} has {list(shape)}")
@@ -84,8 +86,6 @@ def match_targets(base: Checkpoint, adapter: Adapter) -> list[Target]:
             f"{adapter.path}: {len(problems)} of {len(adapter.modules)} modules do not fit {base.path}: {shown}{more}; "
             "is this the base that the adapter was trained on?"
         )
-    for target in targets.values():
-        encoding_of(base.info(target.tensor), str(base.locate(target.tensor)[0].path))
     return [targets[t.name] for f in base.files.values() for t in f.header.tensors if t.name in targets]
 
 
