@@ -309,8 +309,7 @@ class Journal:
 
     def _replace(self, frame: bytes) -> None:
         write_atomic(self.path, frame)
-        os.close(self._fd)
-        self._fd = -1
+        self.close()
         self._fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._stale = False
 
