@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -113,11 +114,10 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f"key {key!r} appears twice")
-        out[key] = value
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {twice!r} appears twice")
     return out
 
 
@@ -149,8 +149,8 @@ def strict_json(raw: bytes) -> Any:
             parse_float=_finite,
             parse_int=_integer,
         )
-        # Python's parser lets lone surrogates through; they cannot be written again.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if b"\\u" in raw:  # Python's parser lets lone surrogates through; they cannot be written again.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value
