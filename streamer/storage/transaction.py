@@ -111,7 +111,9 @@ def check_place(path: Path, inputs: Sequence[Path]) -> None:
         if any(_same(real, parent) for parent in inside.parents):
             raise OutputError(f"{path}: contains the input {source}; choose an output beside it")
     for parent in (real, *real.parents):
-        if parent.name.startswith(("models--", "datasets--", "spaces--")) and (parent / "snapshots").is_dir():
+        if parent.name.startswith(("models--", "datasets--", "spaces--")) and any(
+            (parent / part).is_dir() for part in ("blobs", "refs", "snapshots")
+        ):
             raise OutputError(f"{path}: lies inside a hub cache, where nothing is written; choose another output")
     there = _existing(real)
     if not there.is_dir():
