@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -301,7 +302,7 @@ def test_a_kill_while_starting_over_keeps_the_journal(case: Case, monkeypatch: p
     interrupt(case)
     before = case.out.parent / "before"
     shutil.copytree(case.out, before)
-    for call in ("open", "write", "fsync", "rename"):
+    for call in ("open", "write", "pwrite", "ftruncate", "fsync", "rename"):
         for nth in range(1, 4):
             shutil.rmtree(case.out)
             shutil.copytree(before, case.out)
@@ -313,11 +314,11 @@ def test_a_kill_while_starting_over_keeps_the_journal(case: Case, monkeypatch: p
                     raise Killed
                 return real(*args, **kwargs)
 
-            with monkeypatch.context() as m:
+            with monkeypatch.context() as m, contextlib.suppress(Killed):
                 m.setattr(os, call, dies)
-                with pytest.raises(Killed):
-                    carry_out(case, resume=False)
-            assert carry_out(case, resume=False) == list(DATA)
+                carry_out(case, resume=False)
+            if inspect_output(case.plan, resume=False) != "done":
+                assert carry_out(case, resume=False) == list(DATA)
             check_whole(case)
 
 
