@@ -77,7 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
                    help="judge the K largest singular directions: a count, or a share like 0.1 (default: 10)")  # fmt: skip
     g.add_argument("--epsilon", type=float, metavar="E",
                    help="a direction whose similarity to the base is below E is an intruder (default: 0.5)")  # fmt: skip
-    g.add_argument("--solver", choices=["auto", "dense"], help="dense: LAPACK's full SVD (default: auto)")
+    g.add_argument(
+        "--solver",
+        choices=["auto", "certified", "dense"],
+        help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)",
+    )
     g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
     g.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
 

@@ -33,7 +33,18 @@ from streamer.storage.transaction import check_place
 SCHEMA = "streamer.findings/1"
 
 _ARRAYS = ("U", "S", "Vh", "singular_values", "similarity_low", "similarity_high", "intruders")
-_FIGURES = ("certified", "degenerate", "solver", "delta_norm", "intruder_energy", "dropped_at_zero")
+_FIGURES = (
+    "certified",
+    "degenerate",
+    "solver",
+    "escalated",
+    "steps",
+    "products",
+    "cutoff",
+    "delta_norm",
+    "intruder_energy",
+    "dropped_at_zero",
+)
 _DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
 

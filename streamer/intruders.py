@@ -8,17 +8,16 @@ singular triplets. Direction j is an intruder if ``max_i |⟨u_j, u⁰_i⟩| < �
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import zlib
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from streamer.errors import NumericError, UsageError
-from streamer.linalg.operators import Dense, LowRank, Sum, all_finite
-from streamer.linalg.overlaps import dense_overlaps
-from streamer.linalg.svd import Triplets, dense_triplets
+from streamer.linalg.operators import Dense, LowRank, all_finite
+from streamer.solvers import SOLVERS, cheaper
 
 Method = Literal["paper", "project", "shrink"]
 Scale = Literal["all", "first"]
@@ -121,8 +120,10 @@ class Detection:
         Each interval lies on one side of ε, and no direction is degenerate.
     degenerate
         0-based ranks of directions in a cluster so tight that no single vector is defined, by any solver.
-    solver
-        The solver that ran.
+    solver, escalated
+        The solver that ran; whether the certified one had to give up for it.
+    steps, products, cutoff
+        What the certificate cost, and δ: base singular values below ``δ·σ⁰_1`` are not covered by it (0: all are).
     delta_norm
         ``‖Δ‖_F``.
     intruder_energy
@@ -141,6 +142,10 @@ class Detection:
     certified: bool
     degenerate: tuple[int, ...]
     solver: str
+    escalated: bool
+    steps: int
+    products: int
+    cutoff: float
     delta_norm: float
     intruder_energy: float
     dropped_at_zero: float
@@ -151,30 +156,9 @@ class Detection:
         return self.U[:, :q], self.S[:q], self.Vh[:q]
 
 
-class Spectrum(NamedTuple):
-    """What a solver answers: W's leading triplets; for each the similarity and an interval around it, (k,) float64."""
-
-    triplets: Triplets
-    similarity: Tensor
-    low: Tensor
-    high: Tensor
-
-
-def _solve_dense(base: Dense, delta: LowRank, k: int, epsilon: float) -> Spectrum:
-    """Two full SVDs. The similarity is widened by the direction's own angle error; the base's vectors are LAPACK's."""
-    triplets = dense_triplets(Sum([base, delta]), k)
-    similarity = dense_overlaps(base, triplets.U)
-    error = triplets.angle_error_estimate
-    return Spectrum(triplets, similarity, (similarity - error).clamp_min(0), (similarity + error).clamp_max(1))
-
-
-Solver = Callable[[Dense, LowRank, int, float], Spectrum]
-
-SOLVERS: dict[str, Solver] = {"dense": _solve_dense}
-"""Solvers by name: base, delta, k, ε → `Spectrum`. A new solver is a new entry."""
-
-
-def detect(base: Dense, delta: LowRank, options: DetectionOptions, rank: int | None = None) -> Detection:
+def detect(
+    base: Dense, delta: LowRank, options: DetectionOptions, rank: int | None = None, name: str = ""
+) -> Detection:
     """Find the intruder dimensions of ``W0 + Δ``.
 
     Parameters
@@ -185,6 +169,8 @@ def detect(base: Dense, delta: LowRank, options: DetectionOptions, rank: int | N
         Δ of the same shape; its dtype is made the base's.
     rank
         The adapter's rank, for `Detection.dropped_at_zero`; by default the delta's.
+    name
+        Seeds the random start of the Krylov processes, so that a matrix gives the same bits in whatever order it comes.
 
     Raises
     ------
@@ -196,15 +182,17 @@ def detect(base: Dense, delta: LowRank, options: DetectionOptions, rank: int | N
             raise NumericError(f"{what} holds NaN or Inf; check the file it came from")
     delta = LowRank(delta.L.to(base.matrix), delta.R.to(base.matrix))
     k = options.directions(base.shape)
-    solver = "dense" if options.solver == "auto" else options.solver
+    solver = cheaper(base.shape, k) if options.solver == "auto" else options.solver
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     try:
-        triplets, similarity, low, high = SOLVERS[solver](base, delta, k, options.threshold_epsilon)
+        spectrum = SOLVERS[solver](base, delta, k, options.threshold_epsilon, generator)
     except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # torch's stubs do not export it
         raise NumericError(f"the {solver} solver did not converge ({e}); the matrix may be badly scaled") from e
+    triplets, low, high = spectrum.triplets, spectrum.low, spectrum.high
     if not all_finite(triplets.S):
         raise NumericError("base + delta overflows; check the adapter's scale")
     error = triplets.angle_error_estimate
-    chosen = torch.nonzero(similarity < options.threshold_epsilon).flatten()
+    chosen = torch.nonzero(spectrum.similarity < options.threshold_epsilon).flatten()
     on_one_side = (low >= options.threshold_epsilon) | (high < options.threshold_epsilon)
     degenerate = torch.nonzero(error > DEGENERATE).flatten()
     index = chosen.to(triplets.U.device)
@@ -223,7 +211,11 @@ def detect(base: Dense, delta: LowRank, options: DetectionOptions, rank: int | N
         Vh=Vh.contiguous(),
         certified=bool(on_one_side.all()) and len(degenerate) == 0,
         degenerate=tuple(degenerate.tolist()),
-        solver=solver,
+        solver=spectrum.solver,
+        escalated=spectrum.escalated,
+        steps=spectrum.steps,
+        products=spectrum.products,
+        cutoff=spectrum.cutoff,
         delta_norm=norm,
         intruder_energy=min(1.0, share**2),
         dropped_at_zero=removed.truncated(rank or delta.rank)[1] if len(chosen) else 0.0,

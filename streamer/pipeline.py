@@ -90,7 +90,9 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     delta = plan.adapter.delta(target.module)
     base = Dense(matrix.T.contiguous() if target.transposed else matrix)
     try:
-        found = detect(base, LowRank(delta.L.to(device), delta.R.to(device)), options, target.module.rank)
+        found = detect(
+            base, LowRank(delta.L.to(device), delta.R.to(device)), options, target.module.rank, target.tensor
+        )
     except NumericError as e:
         raise NumericError(f"{file.path}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
     module = target.module

@@ -33,7 +33,7 @@ def findings_json(findings: Findings) -> dict[str, Any]:
         "matrices": len(findings),
         "intruders": findings.intruders,
         "certified": sum(m.detection.certified for m in findings),
-        "escalated": 0,
+        "escalated": sum(m.detection.escalated for m in findings),
         "degenerate": sum(bool(m.detection.degenerate) for m in findings),
         "seconds": sum(timed) if timed else None,
     }

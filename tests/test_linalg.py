@@ -117,7 +117,12 @@ def test_dense_overlaps_equal_numpys(shape: tuple[int, int]) -> None:
     W0 = power_law(*shape)
     U = torch.linalg.qr(random(shape[0], 6)).Q
     U0 = np.linalg.svd(W0.numpy(), full_matrices=False)[0]
-    np.testing.assert_allclose(dense_overlaps(Dense(W0), U), np.abs(U0.T @ U.numpy()).max(0), atol=1e-9)
+    bounds, similarity = dense_overlaps(Dense(W0), U, torch.Generator().manual_seed(0))
+    expected = np.abs(U0.T @ U.numpy()).max(0)
+    np.testing.assert_allclose(similarity, expected, atol=1e-9)
+    assert (bounds.low.numpy() <= expected).all()
+    assert (bounds.high.numpy() >= expected).all()
+    assert float((bounds.high - bounds.low).max()) < 0.02
 
 
 def test_all_finite() -> None:

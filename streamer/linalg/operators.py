@@ -5,7 +5,8 @@ An operator of shape (m, n) offers ``matmat(X)`` for ``M @ X`` and ``rmatmat(Y)`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,10 @@ class Operator(Protocol):
     def dense(self) -> Tensor:
         """The matrix itself, (m, n)."""
 
+    @property
+    def T(self) -> Operator:
+        """The transpose, sharing memory."""
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -43,15 +48,28 @@ class Dense:
 
     def matmat(self, X: Tensor) -> Tensor:
         """``M @ X``."""
-        return self.matrix @ X
+        return (self.matrix @ _padded(X))[:, : X.shape[1]]
 
     def rmatmat(self, Y: Tensor) -> Tensor:
         """``M.T @ Y``."""
-        return self.matrix.T @ Y
+        return (self.matrix.T @ _padded(Y))[:, : Y.shape[1]]
+
+    @property
+    def T(self) -> Dense:
+        """The transpose, a view."""
+        return Dense(self.matrix.T)
 
     def dense(self) -> Tensor:
         """The matrix itself, not a copy."""
         return self.matrix
+
+
+def _padded(X: Tensor) -> Tensor:
+    """Zero columns up to a multiple of 16.
+
+    A product with 4 to 14 columns took 3 to 6 times as long as one with 16 (4096x4096 float32, `W.T @ Y`, 2 cores).
+    """
+    return torch.nn.functional.pad(X, (0, -X.shape[1] % 16))
 
 
 @dataclass(frozen=True)
@@ -155,13 +173,18 @@ class Sum:
         """(m, n)."""
         return self.terms[0].shape
 
+    @property
+    def T(self) -> Sum:
+        """The transpose."""
+        return Sum([term.T for term in self.terms])
+
     def matmat(self, X: Tensor) -> Tensor:
         """``Σ M_i @ X``."""
-        return torch.stack([t.matmat(X) for t in self.terms]).sum(0)
+        return _add(t.matmat(X) for t in self.terms)
 
     def rmatmat(self, Y: Tensor) -> Tensor:
         """``Σ M_i.T @ Y``."""
-        return torch.stack([t.rmatmat(Y) for t in self.terms]).sum(0)
+        return _add(t.rmatmat(Y) for t in self.terms)
 
     def dense(self) -> Tensor:
         """The sum, formed; one matrix more than the terms."""
@@ -172,6 +195,10 @@ class Sum:
             else:
                 out += term.dense()
         return out
+
+
+def _add(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
 
 
 def all_finite(t: Tensor) -> bool:

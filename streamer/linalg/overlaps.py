@@ -1,18 +1,79 @@
-"""How far given unit vectors overlap with the left singular vectors of a matrix.
+"""How far given unit vectors u_j overlap with the left singular vectors u⁰_i of a matrix W0: exactly, or by bounds.
 
-So far there is one way, the dense one: LAPACK's full SVD of the base.
+**The upper bound.** Let M be W0 or its transpose, whichever has the smaller side as its right one, carried by the block
+Golub–Kahan process from a start block that holds the u_j (or ``W0ᵀu_j``, see below), with ``B = X S Yᵀ``, T = BᵀB. Let v be *any*
+unit right singular vector of M, with value σ, and ŷ = YᵀPᵀv, z = P₊ᵀv its coordinates. Multiplying the process' invariant by v
+from the left gives, for each Ritz value s_l, with ``g_l = s_l tail_l``,
+
+    ŷ_l (s_l² − σ²) = −g_lᵀ z − (σ f_l + s_l f'_l),      ‖ŷ‖² + ‖z‖² ≤ 1,
+
+where f, f' are what rounding added to the invariant, ‖f‖² + ‖f'‖² ≤ φ². So ŷ is a linear image of z, but for rounding, and the
+overlap ``c = ŵᵀŷ`` of v with a vector of coordinates ŵ in the Ritz basis is bounded by Cauchy–Schwarz in the metric of the
+constraint, z ↦ zᵀ(I + H)z. Split off the Ritz values N within τ of σ, on whose ŷ_l nothing is known but its norm:
+
+    |c| ≤ (1 + e)·√( Σ_N ŵ_l² + aᵀ(I + H)⁻¹a ) + φ·√( Σ_¬N ŵ_l² / (s_l − σ)² ),
+    a = Σ_¬N ŵ_l g_l / (s_l² − σ²),   H = Σ_¬N g_l g_lᵀ / (s_l² − σ²)²,   e = φ / τ at most,
+
+since |σ f + s f'| ≤ (s + σ)·√(f² + f'²). The first root is the block Christoffel function of the space. It holds for every singular
+vector with that value, in clusters or not; its supremum over σ bounds every overlap. Near a converged Ritz value it has a peak as
+narrow as the residual, so it is sampled on that scale as well.
+
+**Tall matrices.** For m > n the u_j have a part outside the range of W0 that the thin SVD does not count. There the process runs
+on the n side from ``x_j = W0ᵀu_j``, and ⟨u_j, u⁰_i⟩ = ⟨x_j, v⁰_i⟩/σ⁰_i: the bound is divided by σ, and holds for singular values
+above a cut-off δ·σ⁰_1.
+
+**The lower bound.** A Ritz vector whose residual is small against its distance to its neighbours is a singular vector up to the
+angle residual/gap (Wedin). The neighbours must be all there, so only the converged *prefix* of the spectrum counts: in the bulk a
+Ritz vector can be a mixture. A few random columns in the start block keep the prefix from missing a value.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from streamer.linalg.krylov import GolubKahan, RitzBasis
 from streamer.linalg.operators import Dense
 
+CUTOFF = 1e-4
+"""δ: for tall matrices, singular values of the base below this share of its largest are not judged."""
 
-def dense_overlaps(base: Dense, U: Tensor) -> Tensor:
-    """``sim_j = max_i |⟨u_j, u⁰_i⟩|`` over all left vectors of the thin SVD of the base.
+DENSE_WINDOW = 300.0
+"""The same for LAPACK's vectors."""
+
+WINDOW = 100.0
+"""τ/φ. Wider windows lump more Ritz values together, narrower ones pay more for rounding; at 100 rounding costs 1 %."""
+
+
+@dataclass(frozen=True)
+class OverlapBounds:
+    """``low_j ≤ sim_j ≤ high_j``, (k,) float64 each, and what they cost.
+
+    Attributes
+    ----------
+    low, high
+        The interval of each direction; it holds for the vectors given.
+    steps, products
+        Block steps, and columns multiplied with the base.
+    cutoff
+        δ: singular values of the base below ``δ·σ⁰_1`` are not covered; 0 where all are.
+    """
+
+    low: Tensor
+    high: Tensor
+    steps: int
+    products: int
+    cutoff: float
+
+
+def dense_overlaps(base: Dense, U: Tensor, generator: torch.Generator) -> tuple[OverlapBounds, Tensor]:
+    """Bounds on, and the value of, ``sim_j = max_i |⟨u_j, u⁰_i⟩|`` by LAPACK's full SVD of the base.
+
+    LAPACK's u⁰_i are those of a matrix φ away, so vectors whose values lie within τ of each other may be mixtures: the upper bound
+    takes each such window together, the lower bound only vectors that stand alone (the module's formulas, with z = 0).
 
     Parameters
     ----------
@@ -23,8 +84,165 @@ def dense_overlaps(base: Dense, U: Tensor) -> Tensor:
 
     Returns
     -------
-    Tensor
-        (k,) float64 on the CPU, each in [0, 1]. Shuttleworth et al. (arXiv 2410.21228), Algorithm 1.
+    OverlapBounds, Tensor
+        The bounds, and the similarity itself, (k,) float64 on the CPU: Shuttleworth et al. (arXiv 2410.21228), Algorithm 1.
     """
-    U0: Tensor = torch.linalg.svd(base.matrix, full_matrices=False).U
-    return (U0.T @ U).abs().amax(dim=0).clamp_max(1.0).double().cpu()
+    U0, S, V0h = torch.linalg.svd(base.matrix, full_matrices=False)
+    probe = torch.randn(base.shape[1], 8, generator=generator, dtype=torch.float32).to(base.matrix)
+    defect = (base.matmat(probe) - (U0 * S) @ (V0h @ probe)).double() / math.sqrt(8)
+    eps = torch.finfo(base.matrix.dtype).eps
+    tau = DENSE_WINDOW * (float(torch.linalg.matrix_norm(defect)) / math.sqrt(min(base.shape)) + eps * float(S[0]))
+    w = (U0.T @ U).double().cpu()
+    values = S.double().cpu().flip(0).contiguous()
+    mass = torch.nn.functional.pad(w.square().flip(0).cumsum(0), (0, 0, 1, 0))
+    first, last = torch.searchsorted(values, values - tau), torch.searchsorted(values, values + tau, right=True)
+    slack = 1 / DENSE_WINDOW
+    high = (mass[last] - mass[first]).clamp_min(0).sqrt().amax(0) * (1 + slack) + slack
+    alone = ((last - first) == 1).flip(0)
+    low = (w.abs() * alone[:, None] * (1 - slack) - slack).amax(0).clamp_min(0)
+    similarity = w.abs().amax(0).clamp_max(1.0)
+    return OverlapBounds(low.clamp_max(1.0), high.clamp_max(1.0), 0, 0, 0.0), similarity
+
+
+class OverlapProcess:
+    """Bounds on the overlaps of fixed directions, tighter with each step.
+
+    Parameters
+    ----------
+    base
+        W0, (m, n), scaled so that its norm is near 1.
+    U
+        (m, k), unit columns.
+    generator
+        Source of the random columns and probes.
+    """
+
+    def __init__(self, base: Dense, U: Tensor, generator: torch.Generator) -> None:
+        m, n = base.shape
+        self.tall = m > n
+        self.cutoff = CUTOFF if self.tall else 0.0
+        self._U, self._generator = U, generator
+        start = base.rmatmat(U) if self.tall else U
+        k = U.shape[1]
+        width = min(-(-(k + 4) // 16) * 16, m, n)  # products are fast at multiples of 16 columns
+        extra = torch.randn(min(m, n), max(0, width - k), generator=generator, dtype=torch.float32).to(start)
+        extra *= torch.linalg.vector_norm(start) / max(1.0, float(torch.linalg.vector_norm(extra)))
+        self.process = GolubKahan(base if self.tall else base.T, torch.cat([start, extra], 1))
+
+    def step(self) -> None:
+        """One block step."""
+        self.process.step()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether further steps can add nothing."""
+        return self.process.exhausted
+
+    def bounds(self, epsilon: float) -> OverlapBounds:
+        """The intervals as they stand.
+
+        Upper bounds are what costs, so they are taken only where they can settle something: not for a direction with
+        ``low ≥ epsilon``, and for none at all while a Ritz vector overlaps with an open direction by more than ε. They are 1 then.
+        Rounding is first assumed to be what it usually is, and measured before anything is settled.
+        """
+        gk = self.process
+        ritz = gk.ritz()
+        k = self._U.shape[1]
+        coefficients = torch.zeros((gk.P.shape[1], k), dtype=torch.float64)
+        coefficients[: gk.start_coefficients.shape[0]] = gk.start_coefficients[:, :k]
+        w = ritz.Y.T @ coefficients
+        overlap = self._left_overlaps(ritz) if self.tall else w.abs()
+        eps = torch.finfo(gk.P.dtype).eps
+        low, high = self._low(ritz, overlap, eps * gk.norm), torch.ones(k, dtype=torch.float64)
+        if not bool(((low < epsilon) & (overlap.amax(0) >= epsilon)).any()):
+            phi = 2 * gk.defect_estimate(self._generator) + eps * gk.norm
+            low = self._low(ritz, overlap, phi)
+            open_ = low < epsilon
+            if bool(open_.any()):
+                high[open_] = self._high(ritz, w[:, open_], phi)
+        return OverlapBounds(low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff)
+
+    def _left_overlaps(self, ritz: RitzBasis) -> Tensor:
+        overlap = ritz.X.T @ (self.process.Q.T @ self._U).double().cpu()
+        p = len(ritz.S)
+        return torch.nn.functional.pad(overlap, (0, 0, 0, max(0, p - len(overlap))))[:p].abs()
+
+    def _low(self, ritz: RitzBasis, overlap: Tensor, phi: float) -> Tensor:
+        S = ritz.S
+        residual = torch.linalg.vector_norm(ritz.tail, dim=0) + phi
+        padded = torch.nn.functional.pad(S, (1, 1), value=float("inf"))
+        padded[-1] = 0.0
+        # Neighbours may be off by their own residuals.
+        wide = torch.nn.functional.pad(residual, (1, 1))
+        gap = torch.minimum(padded[:-2] - wide[:-2] - S, S - padded[2:] - wide[2:])
+        angle = torch.where(gap > 0, residual / gap.clamp_min(1e-300), torch.ones_like(gap))
+        prefix = torch.cumprod((angle < 0.1).long(), 0).bool()
+        if not bool(prefix.any()):
+            return torch.zeros(overlap.shape[1], dtype=torch.float64)
+        sine = angle[prefix][:, None]
+        certain = overlap[prefix] * (1 - sine.square()).sqrt() - sine
+        return certain.amax(0).clamp(0, 1)
+
+    def _high(self, ritz: RitzBasis, w: Tensor, phi: float) -> Tensor:
+        S, tau = ritz.S, WINDOW * phi
+        if self.tall and float(S[-1]) <= 2 * self.cutoff * float(S[0]):
+            # By interlacing the base has a singular value at least as small: the u⁰_i down there are not covered.
+            return torch.ones(w.shape[1], dtype=torch.float64)
+        residual = torch.linalg.vector_norm(ritz.tail, dim=0)
+        bottom = self.cutoff * float(S[0])
+        top = float(S[0]) + float(residual.max()) + tau
+        best = torch.zeros(w.shape[1], dtype=torch.float64)
+        for sigma in torch.split(_samples(S, residual, tau, bottom, top), 2048):
+            bound = christoffel_bound(sigma, ritz, w, phi)
+            if self.tall:
+                # x_j = W0ᵀu_j was rounded too, by one product's error.
+                bound = (bound + phi) / sigma[:, None]
+            best = torch.maximum(best, bound.amax(0))
+        return best.clamp_max(1.0)
+
+
+def _samples(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) -> Tensor:
+    """Where the bound is evaluated: 8 points in each Ritz interval, and around each Ritz value on its own scales."""
+    inside = S[bottom < S].sort().values
+    edges = torch.cat([S.new_tensor([bottom]), inside, S.new_tensor([top])])
+    within = edges[:-1, None] + edges.diff()[:, None] * S.new_tensor([0.0, 0.03, 0.12, 0.3, 0.5, 0.7, 0.88, 0.97])
+    peaks = S[:, None] + residual[:, None] * S.new_tensor([-10, -3, -1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10])
+    window = S[:, None] + tau * S.new_tensor([-1.0001, 1.0001])
+    sigma = torch.cat([within.flatten(), peaks.flatten(), window.flatten(), edges])
+    return sigma[(sigma >= bottom) & (sigma <= top)]
+
+
+def christoffel_bound(sigma: Tensor, ritz: RitzBasis, w: Tensor, phi: float) -> Tensor:
+    """The upper bound of the module's docstring at each σ, for vectors of Ritz coordinates w.
+
+    Parameters
+    ----------
+    sigma
+        (G,) values.
+    w
+        (p, k) coordinates in the Ritz basis.
+    phi
+        Bound on the rounding in the process' invariant.
+
+    Returns
+    -------
+    Tensor
+        (G, k): a bound on ``|⟨vector, v⟩|`` for every unit singular vector v with that value. Cost O(G·p·(b² + k·b)), vectorised.
+    """
+    S, tau = ritz.S, max(WINDOW * phi, 1e-300)
+    g = (S * ritz.tail).T
+    p, b = g.shape
+    k = w.shape[1]
+    distance = S - sigma[:, None]
+    near = distance.abs() <= tau
+    far = torch.where(near, 0.0, 1 / torch.where(near, 1.0, distance))
+    inverse = far / (S + sigma[:, None]).clamp_min(1e-300)
+    chi = near.double() @ w.square()
+    if b:
+        H = (inverse.square() @ (g[:, :, None] * g[:, None, :]).reshape(p, b * b)).reshape(-1, b, b)
+        a = (inverse @ (w[:, :, None] * g[:, None, :]).reshape(p, k * b)).reshape(-1, k, b)
+        factor = torch.linalg.cholesky(H + torch.eye(b, dtype=torch.float64))
+        chi += torch.linalg.solve_triangular(factor, a.transpose(1, 2), upper=False).square().sum(1)
+    rounding = phi * (far.square() @ w.square()).sqrt()
+    e = phi * far.abs().amax(1, keepdim=True)
+    return chi.sqrt() * (1 + e) + rounding

@@ -1,15 +1,14 @@
-"""Leading singular triplets, with residuals recomputed from the operator.
-
-So far there is one solver, the dense one: LAPACK's full SVD.
-"""
+"""Leading singular triplets by block Krylov or by LAPACK's full SVD, with residuals recomputed from the operator."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from streamer.linalg.krylov import GolubKahan
 from streamer.linalg.operators import Operator
 
 
@@ -64,6 +63,62 @@ def dense_triplets(W: Operator, k: int) -> Triplets:
     padded = torch.nn.functional.pad(values, (1, 1), value=float("inf"))
     gaps = torch.minimum((padded[:-2] - values).abs(), (values - padded[2:]).abs())[:k]
     return Triplets(U, S, Vh, residuals(W, U, S, Vh), gaps.cpu())
+
+
+ANGLES = (1e-5, 1e-3)
+"""Krylov triplets are refined until the angle error is below this, or the residual is down to rounding. Spectra without decay, which
+do not get there in 16 steps, are given the second: what is certified is widened by the error that is left."""
+
+
+class KrylovTriplets(NamedTuple):
+    """The triplets, or None where the basis grew to its limit first; and what they cost."""
+
+    triplets: Triplets | None
+    steps: int
+    products: int
+
+
+def krylov_triplets(W: Operator, k: int, generator: torch.Generator, like: Tensor, max_basis: int) -> KrylovTriplets:
+    """The k leading triplets by the block Golub–Kahan process from a random block.
+
+    Parameters
+    ----------
+    W
+        (m, n), scaled so that its norm is near 1.
+    k
+        1 ≤ k < min(m, n). The block has at least 6 more columns, so that clusters at σ_k do not hide a vector.
+    like
+        A tensor of the dtype and device to compute with.
+    max_basis
+        Columns of the basis at most; memory is (m + n) times that.
+    """
+    m, n = W.shape
+    op = W if n <= m else W.T
+    width = min(-(-(k + 6) // 16) * 16, m, n)
+    process = GolubKahan(op, torch.randn(op.shape[1], width, generator=generator, dtype=torch.float32).to(like))
+    floor = 8 * torch.finfo(like.dtype).eps
+    look = 4
+    while not process.exhausted and process.P.shape[1] < max_basis:
+        process.step()
+        if process.steps < look and not process.exhausted:
+            continue
+        # The decomposition of B grows with the cube of the basis: far into a flat spectrum it is not taken at each step.
+        look += 1 if look < 16 else look // 4
+        X, S, Y, tail = process.ritz()
+        padded = torch.nn.functional.pad(S, (1, 1), value=float("inf"))
+        padded[-1] = 0.0 if len(S) < min(m, n) else float("inf")
+        gaps = torch.minimum((padded[:-2] - S).abs(), (S - padded[2:]).abs())[:k]
+        residual = torch.linalg.vector_norm(tail, dim=0)[:k]
+        angle = ANGLES[process.steps > 16]
+        if process.exhausted or bool((residual <= (angle * gaps).clamp_min(floor * float(S[0]))).all()):
+            if len(S) < k or X.shape[1] < k:
+                break
+            left, right = process.Q @ X[:, :k].to(like), process.P @ Y[:, :k].to(like)
+            U, V = (left, right) if n <= m else (right, left)
+            values = S[:k].to(like)
+            found = Triplets(U, values, V.T.contiguous(), residuals(W, U, values, V.T), gaps)
+            return KrylovTriplets(found, process.steps, process.products + 2 * k)
+    return KrylovTriplets(None, process.steps, process.products)
 
 
 def residuals(W: Operator, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""The block Golub–Kahan process: one growing Krylov space of a matrix, known by its products."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from streamer.linalg.operators import Operator
+
+
+class RitzBasis(NamedTuple):
+    """The singular value decomposition of the projected matrix: ``B = X diag(S) Yᵀ``, all float64 on the CPU.
+
+    Attributes
+    ----------
+    X, S, Y
+        (q, q), (p,), (p, p); S in falling order, padded with zeros where q < p.
+    tail
+        (b, p): ``Mᵀ (Q x_l) = S_l P y_l + P₊ tail[:, l]``, so that ``‖tail[:, l]‖`` is the residual of Ritz triplet l.
+    """
+
+    X: Tensor
+    S: Tensor
+    Y: Tensor
+    tail: Tensor
+
+
+class GolubKahan:
+    """``M P = Q B`` and ``Mᵀ Q = P Bᵀ + P₊ L Eᵀ``, with orthonormal ``[P, P₊]`` and ``Q``, growing by a block a step.
+
+    M is (m, n); P (n, p) and Q (m, q) are the bases, P₊ (n, b) the next block, B (q, p) upper triangular by blocks, and Eᵀ picks
+    the last block of rows. Hence ``MᵀM P = P T + P₊ β Eᵀ`` with ``T = BᵀB``, the block Lanczos process on MᵀM. It is carried in
+    this form because T formed from B in float64 loses eps·‖M‖ on singular values, where products with MᵀM in float32 would lose
+    eps·‖M‖² (Golub & Kahan 1965; Golub & Van Loan, Matrix Computations, 10.4).
+
+    Every block is orthogonalised against the whole basis twice, and once more where it has shrunk; directions in which a block
+    vanishes to rounding are dropped (deflation). A block that vanishes whole means that the bases span invariant subspaces:
+    `exhausted` is then true, and the Ritz values are singular values of M.
+
+    Parameters
+    ----------
+    op
+        M. Its values must be of a size whose squares neither overflow nor vanish: scale it first.
+    start
+        (n, b) start block; ``start = P[:, :b'] @ start_coefficients``.
+
+    Attributes
+    ----------
+    products
+        Columns multiplied by M or Mᵀ so far.
+    """
+
+    def __init__(self, op: Operator, start: Tensor) -> None:
+        m, n = op.shape
+        self.op = op
+        self.P = start.new_empty((n, 0))
+        self.Q = start.new_empty((m, 0))
+        self.B = torch.zeros((0, 0), dtype=torch.float64)
+        self.L = torch.zeros((0, 0), dtype=torch.float64)
+        self.steps = 0
+        self.products = 0
+        self.norm = 0.0
+        self._last = 0
+        self._tolerance = 4 * torch.finfo(start.dtype).eps
+        self.following, self.start_coefficients, _ = self._orthonormal(start, self.P, _norm(start))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no direction is left to go."""
+        return self.following.shape[1] == 0
+
+    def step(self) -> None:
+        """Grow by one block: one product with M and one with Mᵀ."""
+        block = self.following
+        image = self._counted(self.op.matmat(block))
+        new, R, C = self._orthonormal(image, self.Q, self.norm)
+        self.P = torch.cat([self.P, block], 1)
+        grown = torch.zeros((self.Q.shape[1] + new.shape[1], self.P.shape[1]), dtype=torch.float64)
+        grown[: self.B.shape[0], : self.B.shape[1]] = self.B
+        grown[: C.shape[0], self.B.shape[1] :] = C
+        grown[C.shape[0] :, self.B.shape[1] :] = R
+        self.B, self.Q, self._last = grown, torch.cat([self.Q, new], 1), new.shape[1]
+        if self._last == 0:
+            self.following, self.L = block[:, :0], torch.zeros((0, 0), dtype=torch.float64)
+        else:
+            self.following, self.L, _ = self._orthonormal(self._counted(self.op.rmatmat(new)), self.P, self.norm)
+        self.steps += 1
+
+    def _counted(self, image: Tensor) -> Tensor:
+        self.products += image.shape[1]
+        self.norm = max(self.norm, _norm(image))
+        return image
+
+    def _orthonormal(self, block: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """``block = basis @ C + new @ R`` with orthonormal `new`, of the rank that `block` has beyond rounding at `scale`."""
+        C = torch.zeros((basis.shape[1], block.shape[1]), dtype=torch.float64)
+        for _ in range(2):
+            c = basis.T @ block
+            block = block - basis @ c
+            C += c.double().cpu()
+        frame, triangle = torch.linalg.qr(block)
+        u, s, vh = torch.linalg.svd(triangle.double().cpu(), full_matrices=False)
+        room = basis.shape[0] - basis.shape[1]
+        keep = min(int((s > self._tolerance * scale).sum()), room)
+        new, R = frame @ u[:, :keep].to(frame), s[:keep, None] * vh[:keep]
+        if keep and float(s[keep - 1]) < 0.01 * scale:
+            # Normalising a direction that had shrunk has blown its rounding up with it.
+            new, triangle = torch.linalg.qr(new - basis @ (basis.T @ new))
+            R = triangle.double().cpu() @ R
+        return new, R, C
+
+    def ritz(self) -> RitzBasis:
+        """The decomposition of B, and what each Ritz triplet lacks."""
+        q, p = self.B.shape
+        X, S, Yt = torch.linalg.svd(self.B)
+        tail = torch.zeros((self.following.shape[1], p), dtype=torch.float64)
+        if self._last and self.following.shape[1]:
+            tail[:, : len(S)] = self.L @ X[q - self._last :, : len(S)]
+        return RitzBasis(X, torch.nn.functional.pad(S, (0, p - len(S))), Yt.T.contiguous(), tail)
+
+    def defect_estimate(self, generator: torch.Generator, probes: int = 8) -> float:
+        """Estimate ``(‖M P − Q B‖_F² + ‖Mᵀ Q − P Bᵀ − P₊ L Eᵀ‖_F²)^½``: by how much rounding breaks the invariant.
+
+        For Gaussian z, ``E‖F z‖² = ‖F‖_F²``; with 8 probes the estimate is within a factor of two in all but one of 10⁴ draws.
+        """
+        z = torch.randn(self.B.shape[1], probes, generator=generator, dtype=torch.float64)
+        forward = self.op.matmat(self.P @ z.to(self.P)).double().cpu() - _times(self.Q, self.B @ z)
+        z = torch.randn(self.B.shape[0], probes, generator=generator, dtype=torch.float64)
+        expected = _times(self.P, self.B.T @ z)
+        if self._last and self.following.shape[1]:
+            expected += _times(self.following, self.L @ z[-self._last :])
+        backward = self.op.rmatmat(self.Q @ z.to(self.Q)).double().cpu() - expected
+        self.products += 2 * probes
+        return float(((forward.square().sum() + backward.square().sum()) / probes).sqrt())
+
+
+def _times(basis: Tensor, coefficients: Tensor) -> Tensor:
+    """``basis @ coefficients`` in float64 on the CPU."""
+    product: Tensor = basis.double().cpu() @ coefficients
+    return product
+
+
+def _norm(t: Tensor) -> float:
+    """An upper bound of the spectral norm that is cheap: Frobenius over a skinny block, at most √b too large."""
+    return float(torch.linalg.matrix_norm(t)) if t.numel() else 0.0
