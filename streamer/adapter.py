@@ -211,6 +211,6 @@ def _pattern_for(patterns: Iterable[str], module: str, where: Path) -> str:
         try:
             if re.match(rf"(.*\.)?({key})$", module):
                 return key
-        except re.error as e:
+        except (re.error, OverflowError, RecursionError) as e:
             raise FormatError(f"{where}: pattern {key!r} is not a regular expression: {e}") from None
     return module

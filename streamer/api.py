@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from streamer.apply import AdapterSink, Job, ModelSink, merged_tensors, run_job
+from streamer.errors import MismatchError
 from streamer.events import Event, Monitor, OnEvent
 from streamer.findings import Findings, load_findings
 from streamer.intruders import DetectionOptions, Method, MitigationOptions, Scale
@@ -201,6 +202,13 @@ def prepare(
     plan = make_plan(base, adapter, io)
     if loaded is not None:
         loaded.check_matches(plan.base_identity, plan.adapter_identity, detection)
+        shapes = {m.tensor: m.shape for m in loaded}
+        missing = [t.tensor for t in plan.targets if shapes.get(t.tensor) != t.module.shape]
+        if missing:
+            name = findings if isinstance(findings, str | Path) else "findings"
+            raise MismatchError(
+                f"{name}: has no findings on {len(missing)} of {len(plan.targets)} matrices, {missing[0]!r} first; run detect again"
+            )
     return Job(plan, mitigation, detection, where, loaded)
 
 

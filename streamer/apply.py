@@ -85,6 +85,8 @@ class Job:
                     f"{self.plan.adapter.file.path}: tensor {name!r} holds NaN or Inf; check the adapter"
                 )
         found = self.detection_of(target)
+        if found is not None and not (all_finite(found.U) and all_finite(found.Vh)):
+            raise NumericError(f"findings: those on {target.tensor!r} hold NaN or Inf; run detect again")
         return delta, mitigate(delta, found, self.options), found
 
     def decisions(self) -> dict[str, Any]:

@@ -1,0 +1,230 @@
+"""Which base tensor a module changes: exact names, renames, one exchange of prefixes; everything else is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import streamer
+from streamer.adapter import open_adapter
+from streamer.errors import MismatchError, UnsupportedError
+from streamer.storage.checkpoint import open_checkpoint
+from streamer.targets import Target, match_names, match_targets
+
+
+def weights(*stems: str) -> list[str]:
+    return [f"{stem}.weight" for stem in stems]
+
+
+LAYERS = [f"layers.{i}.{part}" for i in range(12) for part in ("attn.q_proj", "attn.k_proj", "mlp.up")]
+
+
+def prefixed(prefix: str) -> list[str]:
+    return [prefix + name for name in LAYERS]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "why"),
+    [
+        ("model.", "model.", "exact"),
+        ("", "", "exact"),
+        ("", "model.", "prefix '' → 'model.'"),
+        ("model.", "", "prefix 'model.' → ''"),
+        ("model.", "model.model.", "prefix '' → 'model.'"),
+        ("model.model.", "model.", "prefix 'model.' → ''"),
+        ("model.", "transformer.h.", "prefix 'model.' → 'transformer.h.'"),
+        ("model.language_model.", "language_model.model.", "rename"),
+        ("language_model.model.", "model.language_model.", "rename"),
+        ("model.visual.", "visual.", "rename"),
+        ("vision_tower.", "model.vision_tower.", "rename"),
+    ],
+)
+def test_prefixes(mine: str, theirs: str, why: str) -> None:
+    found = match_names(prefixed(mine), weights(*prefixed(theirs)))
+    assert found == {mine + name: (f"{theirs}{name}.weight", why) for name in LAYERS}
+
+
+def test_language_and_vision_together() -> None:
+    modules = ["model.language_model.layers.0.q", "model.visual.blocks.0.q"]
+    tensors = weights("language_model.model.layers.0.q", "visual.blocks.0.q")
+    assert [t for t, _ in match_names(modules, tensors).values()] == tensors
+
+
+def test_an_exact_name_wins_over_a_longer_one() -> None:
+    modules = prefixed("model.")
+    found = match_names(modules, weights(*prefixed("model."), *prefixed("draft.model.")))
+    assert found == {name: (f"{name}.weight", "exact") for name in modules}
+
+
+def test_an_ambiguous_prefix_lists_the_places() -> None:
+    found = match_names(prefixed("model."), weights(*prefixed("encoder."), *prefixed("decoder.")))
+    for name, (tensor, why) in found.items():
+        tail = name.removeprefix("model.")
+        assert tensor == ""
+        assert why == f"is ambiguous: it could be 'decoder.{tail}.weight', 'encoder.{tail}.weight'"
+
+
+def test_one_prefix_must_fit_every_module() -> None:
+    """Two modules that would each fit under a prefix of their own do not fit."""
+    found = match_names(["a.attn.q", "a.mlp.up"], weights("b.attn.q", "c.mlp.up"))
+    assert {tensor for tensor, _ in found.values()} == {""}
+    assert (
+        "has no tensor in the base (looked for 'a.attn.q.weight' and for one exchange of prefixes)"
+        in found["a.attn.q"][1]
+    )
+
+
+def test_layers_are_never_exchanged() -> None:
+    for mine, theirs in [("layers.0.q", "layers.1.q"), ("model.layers.0.q", "model.layers.10.q"), ("h.0.q", "layers.1.q"),
+                         ("0.q", "1.q"), ("model.0.q", "model.q"), ("q", "layers.0.q"), ("layers.0.q", "q")]:  # fmt: skip
+        found = match_names([mine], weights(theirs))
+        assert found[mine][0] == "", (mine, theirs)
+    found = match_names(prefixed("model."), weights(*(n.replace("layers.", "layers.1") for n in prefixed("model."))))
+    for name, (tensor, why) in found.items():
+        assert (
+            (tensor, why) == (f"{name}.weight", "exact")
+            if "layers.10." in name or "layers.11." in name
+            else "has no tensor in the base" in why
+        )
+
+
+@given(st.data())
+def test_a_match_keeps_the_path_and_its_numbers(data: st.DataObject) -> None:
+    """Whatever the names: a found tensor has the module's last component and its numbers, and no two modules share one."""
+    path = st.lists(st.sampled_from(["a", "b", "model", "0", "1", "q"]), min_size=1, max_size=5).map(".".join)
+    modules = data.draw(st.lists(path, min_size=1, max_size=4, unique=True))
+    tensors = data.draw(st.lists(path, min_size=1, max_size=6, unique=True))
+    found = match_names(modules, weights(*tensors))
+    assert list(found).sort() == modules.sort()
+    for name, (tensor, why) in found.items():
+        if not tensor:
+            assert why
+            continue
+        stem = tensor.removesuffix(".weight")
+        assert stem in tensors
+        assert stem.split(".")[-1] == name.split(".")[-1]
+        assert [p for p in stem.split(".") if p.isdigit()] == [p for p in name.split(".") if p.isdigit()]
+    if all(tensor for tensor, _ in found.values()):
+        assert len({tensor for tensor, _ in found.values()}) == len(modules)
+
+
+def test_a_missing_lm_head_says_why() -> None:
+    found = match_names(["model.q", "lm_head"], weights("model.q", "model.embed_tokens"))
+    assert found["model.q"] == ("model.q.weight", "exact")
+    assert found["lm_head"] == (
+        "",
+        "has no tensor in the base; if lm_head is tied to the embedding there, untie it first",
+    )
+
+
+# Shapes and orientation -----------------------------------------------------------------------------------------------
+
+
+def match_one(home: Path, tensor: torch.Tensor, shape: tuple[int, int], **config: object) -> Target:
+    """Match one module of an adapter with this (out, in) to one tensor."""
+    base = helpers.write_sharded(home / "base", [{"h.0.fc.weight": tensor}])
+    adapter = helpers.write_adapter(home / "adapter", {"h.0.fc": helpers.intruding_factors(*shape, 2)}, r=2, **config)  # type: ignore[arg-type]
+    (target,) = match_targets(open_checkpoint(base), open_adapter(adapter))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("shape", "flag", "transposed"),
+    [
+        ((12, 8), False, False),
+        ((8, 12), True, True),
+        ((12, 8), True, False),  # a linear layer in a model of mixed layers: PEFT ignores the flag there, too
+    ],
+)
+def test_orientation(tmp_path: Path, shape: tuple[int, int], flag: bool, transposed: bool) -> None:
+    assert match_one(tmp_path, torch.randn(shape), (12, 8), fan_in_fan_out=flag).transposed == transposed
+
+
+def test_a_transposed_tensor_needs_the_flag(tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match=r"expected shape \[12, 8\] in the base, 'h.0.fc.weight' has \[8, 12\]"):
+        match_one(tmp_path, torch.randn(8, 12), (12, 8))
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_square_matrix_trusts_the_config(tmp_path: Path, flag: bool) -> None:
+    """The merged square matrix is W + BA, or its transpose where the base stores (in, out)."""
+    W = helpers.power_law(12, 12).float()
+    assert match_one(tmp_path, W, (12, 12), fan_in_fan_out=flag).transposed == flag
+    A, B = helpers.intruding_factors(12, 12, 2)
+    merged = dict(streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1.0))["h.0.fc.weight"]
+    delta = B @ A
+    torch.testing.assert_close(merged, W + (delta.T if flag else delta))
+
+
+def test_a_transposed_base_gives_transposed_findings_and_merges(tmp_path: Path) -> None:
+    """A Conv1D base is the transpose of a linear one, in everything."""
+    W = helpers.power_law(64, 48).float()
+    factors = {"h.0.fc": helpers.intruding_factors(64, 48, 2)}
+    merged = {}
+    for flag in (False, True):
+        home = tmp_path / str(flag)
+        base = helpers.write_sharded(home / "base", [{"h.0.fc.weight": W.T if flag else W}])
+        adapter = helpers.write_adapter(home / "adapter", factors, r=2, fan_in_fan_out=flag)
+        findings = streamer.detect_intruder_dimensions(base, adapter, top_k=4)
+        (matrix,) = findings
+        assert matrix.shape == (64, 48)
+        assert matrix.detection.intruders
+        assert matrix.detection.U.shape[0] == 64
+        merged[flag] = dict(streamer.iter_merged(base, adapter, findings=findings, top_k=4, mitigation_lambda=0.25))
+    torch.testing.assert_close(merged[True]["h.0.fc.weight"].T, merged[False]["h.0.fc.weight"])
+
+
+@pytest.mark.parametrize("shape", [(12, 8, 1), (96,), (12, 9)])
+def test_a_shape_that_does_not_fit(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(MismatchError) as e:
+        match_one(tmp_path, torch.zeros(shape), (12, 8))
+    assert f"expected shape [12, 8] in the base, 'h.0.fc.weight' has {list(shape)}" in str(e.value)
+    assert str(tmp_path / "adapter") in str(e.value)
+    assert str(tmp_path / "base") in str(e.value)
+    assert "is this the base that the adapter was trained on?" in str(e.value)
+
+
+def test_a_quantized_tensor_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"tensor 'h.0.fc.weight': dtype U8 is not one of .*; quantized bases"):
+        match_one(tmp_path, torch.zeros(48, 1, dtype=torch.uint8), (12, 8))
+
+
+def test_two_modules_for_one_tensor(tmp_path: Path) -> None:
+    base = helpers.write_sharded(tmp_path / "base", [{"language_model.model.q.weight": torch.randn(12, 8)}])
+    factors = {
+        name: helpers.intruding_factors(12, 8, 2) for name in ("language_model.model.q", "model.language_model.q")
+    }
+    adapter = helpers.write_adapter(tmp_path / "adapter", factors, r=2)
+    with pytest.raises(MismatchError, match=r"both change 'language_model.model.q.weight'"):
+        match_targets(open_checkpoint(base), open_adapter(adapter))
+
+
+def test_targets_come_in_the_base_s_file_order(job: tuple[Path, Path]) -> None:
+    base, adapter = (open_checkpoint(job[0]), open_adapter(job[1]))
+    targets = match_targets(base, adapter)
+    order = [t.name for f in base.files.values() for t in f.header.tensors]
+    assert [order.index(t.tensor) for t in targets] == sorted(order.index(t.tensor) for t in targets)
+    assert {t.module.name for t in targets} == adapter.modules.keys()
+
+
+def test_every_problem_stands_in_one_message(tmp_path: Path) -> None:
+    base = helpers.write_sharded(
+        tmp_path / "base", [{"a.q.weight": torch.randn(12, 8), "a.k.weight": torch.randn(12, 9)}]
+    )
+    modules = ["a.q", "a.k", "a.v", *(f"b.{i}" for i in range(9))]
+    adapter = helpers.write_adapter(
+        tmp_path / "adapter", {m: helpers.intruding_factors(12, 8, 2) for m in modules}, r=2
+    )
+    with pytest.raises(MismatchError) as e:
+        match_targets(open_checkpoint(base), open_adapter(adapter))
+    said = str(e.value)
+    assert said.startswith(f"{tmp_path / 'adapter'}: 11 of 12 modules do not fit {tmp_path / 'base'}: ")
+    assert "'a.k': expected shape [12, 8] in the base, 'a.k.weight' has [12, 9]" in said
+    assert "'a.v' has no tensor in the base" in said
+    assert "; and 3 more; is this the base that the adapter was trained on?" in said
+    assert "\n" not in said
