@@ -419,7 +419,7 @@ def test_a_lock_that_cannot_be_made(tmp_path: Path) -> None:
 
 # The journal --------------------------------------------------------------------------------------------------------
 
-RECORDS = [b"head", b"", b"x" * 300, b"last"]
+RECORDS = [b"head", b"", b"x" * 50, b"last"]
 
 
 def journal_of(path: Path, records: list[bytes]) -> bytes:
@@ -466,11 +466,11 @@ def test_torn_at_every_byte(tmp_path: Path) -> None:
         assert contents(path) == [*RECORDS[:whole], b"more"]
 
 
-def test_a_flipped_bit_anywhere_ends_the_journal(tmp_path: Path) -> None:
+def test_a_flipped_bit_ends_the_journal(tmp_path: Path) -> None:
     path = tmp_path / "j"
     raw = journal_of(path, [b"head", b"second", b"third"])
     starts = [0, 44, 90]
-    for bit in range(8 * len(raw)):
+    for bit in range(0, 8 * len(raw), 9):  # each byte, and each place in a byte
         broken = bytearray(raw)
         broken[bit // 8] ^= 1 << bit % 8
         path.write_bytes(broken)
