@@ -81,7 +81,7 @@ def as_bytes(t: Tensor) -> memoryview:
     return raw.data
 
 
-def encode(values: Tensor, encoding: Encoding, source: Tensor, name: str) -> Tensor:
+def encode(values: Tensor, encoding: Encoding, source: Tensor, name: str, out: Tensor | None = None) -> Tensor:
     """Round computed values to the encoding, once.
 
     Parameters
@@ -92,13 +92,15 @@ def encode(values: Tensor, encoding: Encoding, source: Tensor, name: str) -> Ten
         The values that they replace, of the same shape: what was NaN or Inf there may stay so.
     name
         The tensor's name, for the message.
+    out
+        A tensor of the encoding's dtype that takes the result, for callers that round many blocks.
 
     Raises
     ------
     NumericError
         If a value has become NaN or Inf.
     """
-    out = values.to(encoding.dtype)
+    out = values.to(encoding.dtype) if out is None else out.copy_(values)
     if not all_finite(out) and bool((torch.isfinite(source) & ~torch.isfinite(out)).any()):
         raise NumericError(
             f"tensor {name!r}: the result does not fit {str(encoding.dtype).removeprefix('torch.')} "

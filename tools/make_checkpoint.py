@@ -87,7 +87,7 @@ def make_checkpoint(
     """Write ``directory/base`` and ``directory/adapter``; the scale of the adapter is 2."""
     shapes, modules = model.tensors, model.modules
     number = {name: i for i, name in enumerate(shapes)}
-    noise = Noise(max(m * n for m, n in modules.values()), seed_of(seed, -1))
+    noise = Noise(max(BLOCK, *(m * n for m, n in modules.values())), seed_of(seed, -1))
 
     def rows(name: str) -> Iterator[Tensor]:
         shape = shapes[name]
