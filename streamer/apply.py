@@ -254,8 +254,8 @@ def one_thread() -> Iterator[None]:
 def merged_blocks(file: TensorFile, info: TensorInfo, target: Target, delta: LowRank) -> Iterator[Tensor]:
     """``W0 + Δ'`` a few rows at a time, as the base stores them: summed in the computing dtype, rounded once.
 
-    A delta of zero gives the base's own bytes: adding it would turn −0 into +0. Blocks may share one buffer: use each before
-    asking for the next.
+    A delta of zero gives the base's own bytes: adding it would turn −0 into +0. Blocks stand in two buffers by turns: use each
+    before asking for the next but one.
     """
     encoding = encoding_of(info, str(file.path))
     change = (delta.T if target.transposed else delta).to(encoding.compute)
@@ -263,8 +263,10 @@ def merged_blocks(file: TensorFile, info: TensorInfo, target: Target, delta: Low
     m, n = info.shape
     row_bytes = n * encoding.dtype.itemsize
     rows = max(1, BLOCK_BYTES // (n * encoding.compute.itemsize))
-    # The same two buffers for all: fresh ones are zeroed by the system first, which costs as much as the sum itself.
-    values, rounded = (torch.empty((min(rows, m), n), dtype=dtype) for dtype in (encoding.compute, encoding.dtype))
+    # The same buffers for all: fresh ones are zeroed by the system first, which costs as much as the sum itself.
+    values, *rounded = (
+        torch.empty((min(rows, m), n), dtype=t) for t in (encoding.compute, encoding.dtype, encoding.dtype)
+    )
     for i in range(0, m, rows):
         j = min(m, i + rows)
         raw = as_tensor(file.view(info, i * row_bytes, j * row_bytes), encoding.dtype, (j - i, n))
@@ -272,7 +274,7 @@ def merged_blocks(file: TensorFile, info: TensorInfo, target: Target, delta: Low
             yield raw
         else:
             merged = values[: j - i].copy_(raw).addmm_(change.L[i:j], change.R.T)
-            yield encode(merged, encoding, raw, info.name, out=rounded[: j - i])
+            yield encode(merged, encoding, raw, info.name, out=rounded[i // rows % 2][: j - i])
 
 
 def inspect_job(sink: Sink, overwrite: bool, resume: bool) -> str:

@@ -12,8 +12,8 @@ import hashlib
 import os
 import re
 import secrets
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -24,8 +24,8 @@ PARTIAL = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{16}\.partial$")
 
 Buffer = bytes | bytearray | memoryview
 
-HASH_BESIDE = 1 << 18
-"""Pieces from this many bytes are hashed by a thread while they are written; for smaller ones a thread costs more."""
+BESIDE_BYTES = 1 << 18
+"""Pieces from this many bytes are hashed and written by a thread while the next one is made; smaller ones are not worth it."""
 
 
 class Sink(Protocol):
@@ -95,10 +95,13 @@ class AtomicFile:
         self._hash = hashlib.sha256()
         self._partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         self._fd = -1
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
 
     @property
     def sha256(self) -> str:
         """Hex digest of what has been written so far."""
+        self._settle()
         return self._hash.hexdigest()
 
     def __enter__(self) -> AtomicFile:
@@ -124,36 +127,41 @@ class AtomicFile:
                 raise
 
     def write(self, data: Buffer) -> None:
-        """Append bytes, all of them, whatever the system does in one call."""
+        """Append bytes, all of them, whatever the system does in one call.
+
+        A large piece is hashed and written by a thread: leave its bytes as they are until the next call returns, or the
+        block is left. What the system refuses is raised by then.
+        """
         view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-        with self._hashing(view):
-            try:
-                done = 0
-                while done < len(view):
-                    done += os.write(self._fd, view[done:])
-            except OSError as e:
-                raise storage_error(self.path, "write", e) from e
+        self._settle()
+        if len(view) < BESIDE_BYTES:
+            self._append(view)
+        else:
+            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="write")
+            self._pending = self._thread.submit(self._append, view)
         self.written += len(view)
 
-    @contextlib.contextmanager
-    def _hashing(self, view: memoryview) -> Iterator[None]:
-        """Hash a piece while it is being written: each takes about as long as the other, and neither holds the interpreter."""
-        if len(view) < HASH_BESIDE:
-            self._hash.update(view)
-            yield
-            return
-        hasher = threading.Thread(target=self._hash.update, args=(view,), name="sha256")
-        hasher.start()
+    def _append(self, view: memoryview) -> None:
         try:
-            yield
-        finally:
-            hasher.join()
+            done = 0
+            while done < len(view):
+                done += os.write(self._fd, view[done:])
+        except OSError as e:
+            raise storage_error(self.path, "write", e) from e
+        self._hash.update(view)
+
+    def _settle(self) -> None:
+        """Wait for the piece in hand, and raise what became of it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
             self._discard()
             return
         try:
+            self._settle()
             if self.written != self.size:
                 raise StorageError(
                     f"{self.path}: expected to write {self.size} bytes, wrote {self.written}; please report this"
@@ -172,6 +180,8 @@ class AtomicFile:
             raise
 
     def _close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()  # waits: nothing may write to a descriptor that is closed, or another file's by then
         fd, self._fd = self._fd, -1  # a close that fails has closed the descriptor all the same
         if fd >= 0:
             os.close(fd)

@@ -113,10 +113,10 @@ class TensorFile:
         return memoryview(window)[page:]
 
     def chunks(self, info: TensorInfo, size: int = 8 << 20) -> Iterator[memoryview]:
-        """A tensor's bytes in pieces, all in one buffer: use each before asking for the next."""
-        buffer = memoryview(bytearray(min(size, info.nbytes)))
-        for start in range(0, info.nbytes, size):
-            piece = buffer[: min(size, info.nbytes - start)]
+        """A tensor's bytes in pieces, in two buffers by turns: use each before asking for the next but one."""
+        buffers = [memoryview(bytearray(min(size, max(0, info.nbytes - at)))) for at in (0, size)]
+        for i, start in enumerate(range(0, info.nbytes, size)):
+            piece = buffers[i % 2][: min(size, info.nbytes - start)]
             self._read_into(piece, self.header.data_start + info.start + start)
             yield piece
 
