@@ -17,13 +17,11 @@ from torch import Tensor
 
 from streamer.errors import NumericError, UsageError
 from streamer.linalg.operators import Dense, LowRank, all_finite
+from streamer.linalg.svd import DEGENERATE
 from streamer.solvers import SOLVERS, cheaper
 
 Method = Literal["paper", "project", "shrink"]
 Scale = Literal["all", "first"]
-
-DEGENERATE = 0.1
-"""An angle error above this makes a single direction ill-defined: its neighbours in the cluster do as well."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from streamer.linalg.operators import Dense, LowRank, Sum
 from streamer.linalg.overlaps import OverlapProcess, dense_overlaps
-from streamer.linalg.svd import Triplets, dense_triplets, krylov_triplets
+from streamer.linalg.svd import DEGENERATE, Triplets, dense_triplets, krylov_triplets
 
 
 @dataclass(frozen=True)
@@ -53,30 +54,35 @@ class Spectrum:
 BASIS_SHARE, BASIS_LEAST = 0.45, 256
 """A Krylov basis grows to this share of the short side, at least to so many columns; then the dense solver costs less."""
 
+MatrixOrFactors = TypeVar("MatrixOrFactors", Dense, LowRank)
 Solver = Callable[[Dense, LowRank, int, float, torch.Generator], Spectrum]
 
 
 def solve_dense(base: Dense, delta: LowRank, k: int, epsilon: float, generator: torch.Generator) -> Spectrum:
     """LAPACK's full SVD of the sum and of the base."""
-    triplets = dense_triplets(Sum([base, delta]), k)
-    bounds, similarity = dense_overlaps(base, triplets.U, generator)
+    scale, base_scale = _scales(base, delta)
+    triplets = dense_triplets(Sum([_scaled(base, scale), _scaled(delta, scale)]), k)
+    bounds, similarity = dense_overlaps(_scaled(base, base_scale), triplets.U, generator)
     error = triplets.angle_error_estimate
-    return Spectrum(
-        triplets, similarity, (bounds.low - error).clamp_min(0), (bounds.high + error).clamp_max(1), "dense"
-    )
+    low, high = (bounds.low - error).clamp_min(0), (bounds.high + error).clamp_max(1)
+    return Spectrum(_unscaled(triplets, scale), similarity, low, high, "dense")
 
 
 def solve_certified(base: Dense, delta: LowRank, k: int, epsilon: float, generator: torch.Generator) -> Spectrum:
-    """Block Krylov for the triplets, then bounds on the overlaps until each lies on one side of ε; else the dense solver."""
-    scale = _scale(base, delta)
-    if scale == 0 or k + 6 >= min(base.shape):
+    """Block Krylov for the triplets, then bounds on the overlaps until each lies on one side of ε; else the dense solver.
+
+    A matrix with a direction that is degenerate goes to the dense solver at once: no bound on its overlaps would settle it.
+    """
+    scale, base_scale = _scales(base, delta)
+    if base_scale == 0 or k + 6 >= min(base.shape):
         return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True)
-    small_base, small = (base, delta) if scale == 1 else (Dense(base.matrix * scale), delta.scaled(scale))
     limit = max(round(BASIS_SHARE * min(base.shape)), min(BASIS_LEAST, *base.shape))
-    found = krylov_triplets(Sum([small_base, small]), k, generator, base.matrix, limit)
+    small_base = _scaled(base, scale)
+    found = krylov_triplets(Sum([small_base, _scaled(delta, scale)]), k, generator, base.matrix, limit)
     steps, products = found.steps, found.products
-    if found.triplets is not None:
+    if found.triplets is not None and float(found.triplets.angle_error_estimate.max()) <= DEGENERATE:
         triplets, error = found.triplets, found.triplets.angle_error_estimate
+        small_base = small_base if scale == base_scale else _scaled(base, base_scale)
         process = OverlapProcess(small_base, triplets.U, generator)
         look = 4
         while True:
@@ -95,15 +101,33 @@ def solve_certified(base: Dense, delta: LowRank, k: int, epsilon: float, generat
     return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)
 
 
-def _scale(base: Dense, delta: LowRank) -> float:
-    """A power of two that brings the sum's entries into a range where squares neither overflow nor vanish; 1 as a rule."""
-    largest = max(
-        map(abs, torch.stack(torch.aminmax(base.matrix)).tolist())
-    )  # no copy of the matrix, as abs() would make
-    if not 0 < largest < math.inf:
+def _scales(base: Dense, delta: LowRank) -> tuple[float, float]:
+    """Powers of two that bring the entries of the sum, and of the base alone, to where squares neither overflow nor vanish.
+
+    They are 1 as a rule. A base far smaller than the delta needs its own: its singular vectors are judged alone. For a zero
+    base the second is 0.
+    """
+    # No copy of the matrix, as abs() would make.
+    largest = max(map(abs, torch.stack(torch.aminmax(base.matrix)).tolist()))
+    total = largest + float(delta.L.abs().max()) * float(delta.R.abs().max())
+    return _power(total, base.matrix.dtype) or 1.0, _power(largest, base.matrix.dtype)
+
+
+def _power(largest: float, dtype: torch.dtype) -> float:
+    """The power of two near ``1/largest``, or 1 where that is near enough to 1; 0 for 0."""
+    if largest == 0:
         return 0.0
-    largest += float(delta.L.abs().max()) * float(delta.R.abs().max())
-    return 1.0 if 1e-6 < largest < 1e6 else 2.0 ** -round(math.log2(largest))
+    if 1e-6 < largest < 1e6:
+        return 1.0
+    # The power itself must not overflow, as it would for subnormals.
+    limit = math.floor(math.log2(torch.finfo(dtype).max)) - 8
+    return 2.0 ** max(-limit, min(limit, -round(math.log2(min(largest, 1e308)))))
+
+
+def _scaled(M: MatrixOrFactors, scale: float) -> MatrixOrFactors:
+    if scale in (0, 1):
+        return M
+    return M.scaled(scale) if isinstance(M, LowRank) else Dense(M.matrix * scale)
 
 
 def _unscaled(t: Triplets, scale: float) -> Triplets:

@@ -73,7 +73,8 @@ def dense_overlaps(base: Dense, U: Tensor, generator: torch.Generator) -> tuple[
     """Bounds on, and the value of, ``sim_j = max_i |⟨u_j, u⁰_i⟩|`` by LAPACK's full SVD of the base.
 
     LAPACK's u⁰_i are those of a matrix φ away, so vectors whose values lie within τ of each other may be mixtures: the upper bound
-    takes each such window together, the lower bound only vectors that stand alone (the module's formulas, with z = 0).
+    takes each such window together, the lower bound only vectors that stand alone (the module's formulas, with z = 0). For m > n
+    the window at zero holds all that lies outside the range of the base as well.
 
     Parameters
     ----------
@@ -97,9 +98,15 @@ def dense_overlaps(base: Dense, U: Tensor, generator: torch.Generator) -> tuple[
     mass = torch.nn.functional.pad(w.square().flip(0).cumsum(0), (0, 0, 1, 0))
     first, last = torch.searchsorted(values, values - tau), torch.searchsorted(values, values + tau, right=True)
     slack = 1 / DENSE_WINDOW
-    high = (mass[last] - mass[first]).clamp_min(0).sqrt().amax(0) * (1 + slack) + slack
-    alone = ((last - first) == 1).flip(0)
-    low = (w.abs() * alone[:, None] * (1 - slack) - slack).amax(0).clamp_min(0)
+    inside = (mass[last] - mass[first]).clamp_min(0)
+    alone = (last - first) == 1
+    if base.shape[0] > base.shape[1]:
+        # Down there the u⁰_i may as well be any vectors outside the range of the base.
+        lowest = values <= tau
+        inside[lowest] += (1 - mass[-1]).clamp_min(0)
+        alone &= ~lowest
+    high = inside.sqrt().amax(0) * (1 + slack) + slack
+    low = (w.abs() * alone.flip(0)[:, None] * (1 - slack) - slack).amax(0).clamp_min(0)
     similarity = w.abs().amax(0).clamp_max(1.0)
     return OverlapBounds(low.clamp_max(1.0), high.clamp_max(1.0), 0, 0, 0.0), similarity
 

@@ -65,6 +65,9 @@ def dense_triplets(W: Operator, k: int) -> Triplets:
     return Triplets(U, S, Vh, residuals(W, U, S, Vh), gaps.cpu())
 
 
+DEGENERATE = 0.1
+"""An angle error above this makes a single direction ill-defined: its neighbours in the cluster do as well."""
+
 ANGLES = (1e-5, 1e-3)
 """Krylov triplets are refined until the angle error is below this, or the residual is down to rounding. Spectra without decay, which
 do not get there in 16 steps, are given the second: what is certified is widened by the error that is left."""

@@ -1,0 +1,207 @@
+"""The block Golub–Kahan process: its invariant in units of rounding, and what happens where blocks lose rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import power_law, spectrum_matrix
+
+from streamer.linalg.krylov import GolubKahan
+from streamer.linalg.operators import Dense
+
+SHAPES = [(61, 67), (67, 61), (64, 64), (1, 40), (40, 1), (13, 300), (300, 13)]
+DTYPES = [torch.float32, torch.float64]
+
+
+def gaussian(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(dtype)
+
+
+def started(M: torch.Tensor, width: int = 8, seed: int = 0) -> GolubKahan:
+    return GolubKahan(Dense(M), gaussian(M.shape[1], width, M.dtype, seed))
+
+
+def defects(gk: GolubKahan) -> tuple[torch.Tensor, torch.Tensor]:
+    """``M P − Q B`` and ``Mᵀ Q − P Bᵀ − P₊ L Eᵀ``, in float64."""
+    M, P, Q = gk.op.dense().double(), gk.P.double(), gk.Q.double()
+    forward = M @ P - Q @ gk.B
+    backward = M.T @ Q - P @ gk.B.T
+    if gk.L.numel():
+        backward[:, Q.shape[1] - gk.L.shape[1] :] -= gk.following.double() @ gk.L
+    return forward, backward
+
+
+def check_invariant(gk: GolubKahan, units: float = 50) -> None:
+    """The invariant and orthonormality, in units of rounding."""
+    eps = torch.finfo(gk.P.dtype).eps
+    norm = float(torch.linalg.matrix_norm(gk.op.dense().double(), 2))
+    for defect in defects(gk):
+        assert float(torch.linalg.matrix_norm(defect)) <= units * eps * norm
+    for basis in (torch.cat([gk.P, gk.following], 1).double(), gk.Q.double()):
+        gram = basis.T @ basis - torch.eye(basis.shape[1])
+        assert float(torch.linalg.matrix_norm(gram)) <= units * eps
+    assert gk.B.shape == (gk.Q.shape[1], gk.P.shape[1])
+    assert gk.P.shape[1] + gk.following.shape[1] <= gk.op.shape[1]
+    assert gk.Q.shape[1] <= gk.op.shape[0]
+
+
+def run_out(gk: GolubKahan) -> None:
+    while not gk.exhausted:
+        assert gk.steps < 500
+        gk.step()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("width", [1, 5, 16])
+def test_the_invariant_holds_at_every_step(shape: tuple[int, int], dtype: torch.dtype, width: int) -> None:
+    gk = started(power_law(*shape).to(dtype), width)
+    check_invariant(gk)
+    while not gk.exhausted:
+        gk.step()
+        check_invariant(gk)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_exhausted_process_has_the_singular_values(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    M = power_law(*shape).to(dtype)
+    gk = started(M)
+    run_out(gk)
+    expected = torch.linalg.svdvals(M.double())
+    found = gk.ritz().S[: len(expected)]
+    assert float((found - expected).abs().max()) <= 20 * torch.finfo(dtype).eps
+    assert float(gk.ritz().S[len(expected) :].sum()) <= 20 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ritz_triplets_have_the_residuals_that_their_tails_say(dtype: torch.dtype) -> None:
+    M = power_law(80, 90).to(dtype)
+    gk = started(M)
+    for _ in range(4):
+        gk.step()
+    X, S, Y, tail = gk.ritz()
+    torch.testing.assert_close((X[:, : len(S)] * S) @ Y.T, gk.B, rtol=0, atol=1e-13)
+    left, right = gk.Q.double() @ X, gk.P.double() @ Y
+    eps = torch.finfo(dtype).eps
+    assert float((M.double() @ right - left * S).abs().max()) <= 20 * eps
+    residual = torch.linalg.vector_norm(M.double().T @ left - right * S, dim=0)
+    torch.testing.assert_close(torch.linalg.vector_norm(tail, dim=0), residual, rtol=0, atol=20 * eps)
+    assert float(residual[0]) < 0.01 * float(residual.max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_start_blocks_that_lack_rank_are_deflated(dtype: torch.dtype, rank: int) -> None:
+    M = power_law(60, 50).to(dtype)
+    start = gaussian(50, rank, dtype) @ gaussian(rank, 8, dtype, 1)
+    gk = GolubKahan(Dense(M), start)
+    assert gk.following.shape[1] == rank
+    span = gk.following.double() @ gk.start_coefficients
+    torch.testing.assert_close(span, start.double(), rtol=0, atol=50 * torch.finfo(dtype).eps * 20)
+    run_out(gk)
+    check_invariant(gk)
+    assert (gk.steps > 5) == (rank > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_start_coefficients_give_the_start_block_back(dtype: torch.dtype) -> None:
+    start = gaussian(50, 12, dtype) * torch.logspace(0, -3, 12, dtype=dtype)  # columns of very different size
+    gk = GolubKahan(Dense(power_law(60, 50).to(dtype)), start)
+    gk.step()
+    again = gk.P[:, : gk.start_coefficients.shape[0]].double() @ gk.start_coefficients
+    assert float((again - start.double()).abs().max()) <= 50 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "steps", "columns"),
+    [("identity", 1, 8), ("rotation", 1, 8), ("zero", 1, 8), ("rank 3", 2, 11), ("three values", 3, 24)],
+)
+def test_breakdown_ends_the_process(name: str, steps: int, columns: int, dtype: torch.dtype) -> None:
+    """In an invariant subspace no noise is normalised into a block: the process ends, with singular values of M."""
+    values = {
+        "rank 3": torch.tensor([3.0, 2.0, 1.0] + [0.0] * 37),
+        "three values": torch.tensor([3.0] * 10 + [2.0] * 15 + [1.0] * 15),
+    }
+    if name in values:
+        M = spectrum_matrix(40, 40, values[name]).to(dtype)
+    elif name == "rotation":
+        M = torch.linalg.qr(gaussian(40, 40, torch.float64)).Q.to(dtype)
+    else:
+        M = torch.eye(40, dtype=dtype) * (name == "identity")
+    gk = started(M)
+    run_out(gk)
+    if name == "three values":  # equal to rounding only: a few directions of the clusters' own noise may follow
+        assert gk.steps >= steps
+        assert columns <= gk.P.shape[1] <= columns + 8
+    else:
+        assert (gk.steps, gk.P.shape[1]) == (steps, columns)
+    check_invariant(gk)
+    S = gk.ritz().S
+    exact = torch.tensor([3.0, 2.0, 1.0, 0.0] if name in values else [1.0 if name != "zero" else 0.0])
+    assert float((S[:, None] - exact).abs().amin(1).max()) <= 50 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+def test_an_invariant_start_ends_after_one_step(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    M = power_law(*shape)
+    _, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    wanted = [0, 3, 17]
+    gk = GolubKahan(Dense(M.to(dtype)), Vh[wanted].T.to(dtype))
+    for _ in range(2):
+        if not gk.exhausted:
+            gk.step()
+    # Vectors rounded to float32 are invariant to rounding only; what is left of them is below the tail's noise.
+    first = gk.ritz()
+    nearest = (first.S[:, None] - S[wanted]).abs().amin(0)
+    assert float(nearest.max()) <= 50 * torch.finfo(dtype).eps
+    check_invariant(gk)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_seed_same_bits(dtype: torch.dtype) -> None:
+    M = power_law(61, 67).to(dtype)
+    first, second = started(M), started(M)
+    for gk in (first, second):
+        for _ in range(5):
+            gk.step()
+    for name in ("P", "Q", "B", "L", "following", "start_coefficients"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert first.products == second.products == 80
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_defect_estimate_is_near_the_defect(shape: tuple[int, int], dtype: torch.dtype, size: float) -> None:
+    """Within a factor of 3 of ‖F‖_F where that stands clear of the rounding of the probes themselves."""
+    M = (power_law(*shape) * size).to(dtype)
+    gk = started(M)
+    for _ in range(5):
+        gk.step()
+    gk.B[0, 0] += 1e-3 * size  # a defect of a known size
+    true = float(torch.stack([d.square().sum() for d in defects(gk)]).sum().sqrt())
+    for seed in range(20):
+        assert true / 3 <= gk.defect_estimate(torch.Generator().manual_seed(seed)) <= 3 * true
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_defect_estimate_is_not_below_roundings_own(dtype: torch.dtype, size: float) -> None:
+    M = (power_law(120, 100) * size).to(dtype)
+    gk = started(M)
+    for _ in range(6):
+        gk.step()
+        true = float(torch.stack([d.square().sum() for d in defects(gk)]).sum().sqrt())
+        estimate = gk.defect_estimate(torch.Generator().manual_seed(0))
+        assert true / 2 <= estimate <= 100 * torch.finfo(dtype).eps * size
+
+
+def test_products_are_counted() -> None:
+    gk = started(power_law(64, 64).float(), 16)
+    gk.step()
+    assert gk.products == 32
+    gk.defect_estimate(torch.Generator(), probes=3)
+    assert gk.products == 38
