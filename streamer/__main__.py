@@ -14,125 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from streamer import __version__
 from streamer.errors import StreamerError, UsageError
 from streamer.events import Event, Monitor
+from streamer.parser import build_parser
 
 if TYPE_CHECKING:
     from streamer.findings import Findings
     from streamer.intruders import DetectionOptions, MitigationOptions
-
-EXIT_CODES = """\
-exit codes:
-  0 done    1 unexpected    2 usage    3 bad or inconsistent input    4 output exists or does not match
-  5 locked by another run    6 I/O or space (the same command resumes)    7 numeric or verification failure
-  8 input changed during the run    128+N stopped by signal N (the same command resumes)
-"""
-
-EPILOG = (
-    """\
-a first run:
-  streamer demo                                         the whole job on a generated model, in seconds
-  streamer inspect BASE ADAPTER                         what would be done, matrix by matrix
-  streamer detect BASE ADAPTER -o findings.safetensors  find the intruders, once
-  streamer mitigate BASE ADAPTER -o DIR --lambda 0.75 --findings findings.safetensors
-                                                        a mitigated adapter, for PEFT
-  streamer merge BASE ADAPTER -o DIR --lambda 0.75 --findings findings.safetensors
-                                                        a plain model with the mitigated adapter merged in
-
-BASE is a model directory (or one .safetensors file), ADAPTER a PEFT LoRA directory. Results go to stdout, progress to stderr.
-
-"""
-    + EXIT_CODES
-)
-
-
-def _top_k(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser; options are declared here, once."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="streamer",
-        description="Find the intruder dimensions of a LoRA adapter and scale them down, one matrix at a time.",
-        epilog=EPILOG,
-        formatter_class=raw,
-    )
-    parser.add_argument("--version", action="version", version=f"streamer {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--json", action="store_true", help="print one JSON object to stdout")
-    output.add_argument("--quiet", action="store_true", help="no progress, no warnings, no table")
-
-    reading = argparse.ArgumentParser(add_help=False)
-    reading.add_argument("--io", choices=["mmap", "pread"], default="mmap",
-                         help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
-
-    computing = argparse.ArgumentParser(add_help=False)
-    g = computing.add_argument_group("detection")
-    g.add_argument("--top-k", type=_top_k, metavar="K",
-                   help="judge the K largest singular directions: a count, or a share like 0.1 (default: 10)")  # fmt: skip
-    g.add_argument("--epsilon", type=float, metavar="E",
-                   help="a direction whose similarity to the base is below E is an intruder (default: 0.5)")  # fmt: skip
-    g.add_argument(
-        "--solver",
-        choices=["auto", "certified", "dense"],
-        help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)",
-    )
-    g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
-    g.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
-
-    writing = argparse.ArgumentParser(add_help=False)
-    g = writing.add_argument_group("output")
-    g.add_argument("--dry-run", action="store_true", help="all checks, nothing written")
-    g.add_argument("--no-resume", action="store_true", help="start over instead of taking up an interrupted run")
-    g.add_argument("--overwrite", action="store_true", help="replace what stands at the output")
-
-    mitigating = argparse.ArgumentParser(add_help=False)
-    g = mitigating.add_argument_group("mitigation")
-    g.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.75, metavar="L",
-                   help="what is left of an intruder: 1 changes nothing, 0 removes it (default: 0.75)")  # fmt: skip
-    g.add_argument("--method", choices=["paper", "project", "shrink"], default="paper",
-                   help="paper: scale the whole direction; project: only the adapter's part of it; "
-                        "shrink: the whole adapter, no detection, the baseline (default: paper)")  # fmt: skip
-    g.add_argument("--scale", choices=["all", "first"], default="all",
-                   help="every intruder among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
-    g.add_argument("--findings", metavar="FILE", help="from `streamer detect`; without it detection runs first")
-
-    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXIT_CODES,
-                                  formatter_class=raw, parents=[*parents, output])  # fmt: skip
-        sub.set_defaults(run=globals()[f"_{name}"])
-        return sub
-
-    def inputs(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("base", metavar="BASE", help="model directory, or one .safetensors file")
-        sub.add_argument("adapter", metavar="ADAPTER", help="PEFT LoRA directory")
-
-    sub = command("inspect", "show what is there, and which tensor each module changes", reading)
-    sub.add_argument("base", metavar="BASE", help="model directory, or one .safetensors file")
-    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="PEFT LoRA directory")
-    sub = command("detect", "find the intruder dimensions and write the findings", reading, computing, writing)
-    inputs(sub)
-    sub.add_argument("-o", "--output", required=True, metavar="FILE", help="findings file to write")
-    sub = command("mitigate", "write a mitigated adapter", reading, mitigating, computing, writing)
-    inputs(sub)
-    sub.add_argument("-o", "--output", required=True, metavar="DIR", help="adapter directory to write")
-    sub = command(
-        "merge", "write the base with the mitigated adapter merged in", reading, mitigating, computing, writing
-    )
-    inputs(sub)
-    sub.add_argument("-o", "--output", required=True, metavar="DIR", help="model directory to write")
-    sub = command("report", "show findings as a table or as JSON")
-    sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`")
-    sub = command("demo", "run the whole job on a small generated model with planted intruders")
-    sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.25, metavar="L",
-                     help="what is left of an intruder (default: 0.25)")  # fmt: skip
-    sub.add_argument("--keep", metavar="DIR", help="write everything to DIR, which must not exist, and keep it")
-    return parser
 
 
 def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
@@ -234,6 +122,16 @@ def _demo(args: argparse.Namespace, monitor: Monitor) -> None:
     _print(args, result, demo_table(result))
 
 
+COMMANDS = {
+    "inspect": _inspect,
+    "detect": _detect,
+    "mitigate": _mitigate,
+    "merge": _merge,
+    "report": _report,
+    "demo": _demo,
+}
+
+
 def _detection_options(args: argparse.Namespace, findings: Findings | None) -> DetectionOptions:
     """The options as given; what was not given is the findings', or the default."""
     from streamer.intruders import DetectionOptions
@@ -275,7 +173,7 @@ def _warn(warnings: tuple[str, ...], monitor: Monitor) -> None:
 
 
 class Progress:
-    """Draws events on stderr: bars on a terminal only, warnings always, nothing if quiet."""
+    """Draws events on stderr: bars on a terminal only, warnings and notes always, nothing if quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -286,8 +184,8 @@ class Progress:
         """Take an event."""
         if self._quiet:
             return
-        if event.stage == "warning":
-            print(f"streamer: warning: {event.name}", file=sys.stderr)
+        if event.stage in ("warning", "note"):
+            print(f"streamer: {event.stage}: {event.name}", file=sys.stderr)
             return
         if not sys.stderr.isatty():
             return
@@ -343,7 +241,7 @@ def run(argv: list[str] | None = None) -> int:
             try:
                 if getattr(args, "threads", None) is not None:
                     _set_threads(args.threads)
-                args.run(args, monitor)
+                COMMANDS[args.command](args, monitor)
             finally:
                 progress.close()
         sys.stdout.flush()

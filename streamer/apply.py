@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,14 +13,16 @@ import torch
 from torch import Tensor
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.encodings import ENCODINGS, TORCH_DTYPES, as_bytes, as_tensor, encode, encoding_of
+from streamer.encodings import ENCODINGS, as_bytes, encode, encoding_of
 from streamer.errors import NumericError
 from streamer.events import Event, Monitor
-from streamer.findings import Findings, MatrixFinding, remove_leftovers
+from streamer.findings import Findings, MatrixFinding
+from streamer.findings_writer import remove_leftovers
 from streamer.intruders import Detection, DetectionOptions, MitigationOptions, back_project, mitigate
 from streamer.linalg.operators import LowRank, all_finite
+from streamer.merging import merged_blocks, one_thread, untouched_tensor
 from streamer.pipeline import detect_matrix, detect_to_file
-from streamer.plan import Plan, other_files
+from streamer.plan import Plan, left_out, other_files
 from streamer.storage.atomic import Buffer, locked
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
@@ -29,6 +30,7 @@ from streamer.storage.shards import ShardPlan, Source, index_bytes, like, write_
 from streamer.storage.tensorfile import TensorFile
 from streamer.storage.transaction import (
     LOCK_NAME,
+    RECORD_NAME,
     OutputDirectory,
     OutputPlan,
     finished_record,
@@ -39,13 +41,6 @@ from streamer.targets import Target
 
 SCHEMA = "streamer.output/1"
 OWN_FINDINGS = ".streamer.findings.safetensors"
-
-BLOCK_BYTES = 4 << 20
-"""Rows of this many float32 bytes are merged at a time, so that memory does not depend on the matrix.
-
-Measured with 2 threads, 4096×14336: 4 MB stay in the cache; 16 MB and 2 MB take a tenth longer, below 1 MB the threads' own
-cost shows, and many times that where other processes want the same cores.
-"""
 
 
 @dataclass
@@ -157,6 +152,7 @@ class AdapterSink:
         self.shards = {WEIGHTS_NAME: (like(WEIGHTS_NAME, plan.adapter.file.header), plan.adapter.file)}
         self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
         self.finals: dict[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
+        self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
         self.output = output_plan(self, path, rivals=("adapter_model.bin",))
         self._of = {name: t for t in plan.targets for name in (t.module.a, t.module.b)}
         self._ready: dict[str, Tensor] = {}
@@ -200,7 +196,13 @@ class ModelSink:
         self.shards: dict[str, tuple[ShardPlan, TensorFile]] = {
             n: (like(n, f.header), f) for n, f in base.files.items()
         }
-        self.copies = other_files(base.directory) if base.directory is not None else []
+        # An adapter that lies in the base's directory is no part of the merged model: a loader would apply it once more.
+        adapter = job.plan.adapter.path
+        aside = {CONFIG_NAME, WEIGHTS_NAME}
+        beside = base.directory
+        self.copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
+        written = {*base.files, INDEX_NAME, RECORD_NAME, *aside}
+        self.left_out = [] if beside is None else [name for name in left_out(beside, adapter) if name not in written]
         self.finals: dict[str, bytes] = {}
         rivals = [SINGLE_NAME, INDEX_NAME]
         if base.index is not None:
@@ -235,48 +237,6 @@ def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...]) -> OutputPlan:
     return OutputPlan(path, files, digest, plan.stamps(), plan.inputs, rivals)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch computes on the calling thread alone while rows are merged and written.
-
-    The work is bound by memory, hashing and writing. With more threads each small step ends at a barrier, and where other
-    processes want the cores the wait there is many times the work: 60 s in place of 12 s for 4 GB on two cores with a load of
-    four. And a sum's last bit may depend on the number of threads; so it does not depend on the machine's.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def merged_blocks(file: TensorFile, info: TensorInfo, target: Target, delta: LowRank) -> Iterator[Tensor]:
-    """``W0 + Δ'`` a few rows at a time, as the base stores them: summed in the computing dtype, rounded once.
-
-    A delta of zero gives the base's own bytes: adding it would turn −0 into +0. Blocks stand in two buffers by turns: use each
-    before asking for the next but one.
-    """
-    encoding = encoding_of(info, str(file.path))
-    change = (delta.T if target.transposed else delta).to(encoding.compute)
-    empty = not (change.L.any() and change.R.any())
-    m, n = info.shape
-    row_bytes = n * encoding.dtype.itemsize
-    rows = max(1, BLOCK_BYTES // (n * encoding.compute.itemsize))
-    # The same buffers for all: fresh ones are zeroed by the system first, which costs as much as the sum itself.
-    values, *rounded = (
-        torch.empty((min(rows, m), n), dtype=t) for t in (encoding.compute, encoding.dtype, encoding.dtype)
-    )
-    for i in range(0, m, rows):
-        j = min(m, i + rows)
-        raw = as_tensor(file.view(info, i * row_bytes, j * row_bytes), encoding.dtype, (j - i, n))
-        if empty:
-            yield raw
-        else:
-            merged = values[: j - i].copy_(raw).addmm_(change.L[i:j], change.R.T)
-            yield encode(merged, encoding, raw, info.name, out=rounded[i // rows % 2][: j - i])
-
-
 def inspect_job(sink: Sink, overwrite: bool, resume: bool) -> str:
     """Preflight, read-only: ``new``, ``resume`` or ``done`` (see `inspect_output`)."""
     state = inspect_output(sink.output, overwrite, resume)
@@ -292,6 +252,7 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
     A finished output of the same plan is left as it is.
     """
     if inspect_job(sink, overwrite, resume) == "done":
+        monitor.emit(Event("note", f"{sink.output.path} holds this very output already; nothing to do"))
         lock = sink.output.path / LOCK_NAME
         if lock.exists():  # of a run that was killed as it ended
             with locked(lock):
@@ -322,7 +283,7 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
         monitor.emit(Event("write", "", total, total))
         discard_own_findings(out.path)
         record = {"schema": SCHEMA, "command": sink.command, **sink.job.decisions()["mitigation"],
-                  "totals": totals(matrices) | {"bytes": total}, "matrices": matrices}  # fmt: skip
+                  "totals": totals(matrices) | {"bytes": total}, "left_out": sink.left_out, "matrices": matrices}  # fmt: skip
         return out.commit(record)
 
 
@@ -353,7 +314,7 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
             file.check_unchanged()
             target = job.plan.by_tensor.get(info.name)
             if target is None:
-                yield info.name, _untouched(file, info)
+                yield info.name, untouched_tensor(file, info)
                 continue
             _, after, _ = job.mitigated(target)
             merged = torch.empty(info.shape, dtype=encoding_of(info, str(file.path)).dtype)
@@ -363,14 +324,3 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
                     merged[at : at + len(block)] = block
                     at += len(block)
             yield info.name, merged
-
-
-def _untouched(file: TensorFile, info: TensorInfo) -> Tensor:
-    data = bytearray(info.nbytes)
-    at = 0
-    for piece in file.chunks(info):
-        data[at : at + len(piece)] = piece
-        at += len(piece)
-    if info.dtype not in TORCH_DTYPES:
-        return as_tensor(memoryview(data), torch.uint8, (info.nbytes,))
-    return as_tensor(memoryview(data), TORCH_DTYPES[info.dtype], info.shape)

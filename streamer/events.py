@@ -16,14 +16,14 @@ class Event:
     Attributes
     ----------
     stage
-        ``detect`` counts in units of cost (m·n·min(m, n) of each matrix), ``write`` in bytes; ``warning`` does not count.
+        ``detect`` counts in units of cost (m·n·min(m, n) of each matrix), ``write`` in bytes; ``warning`` and ``note`` do not count.
     name
-        The matrix or file that the run has just begun, or the warning's text.
+        The matrix or file that the run has just begun, or the text of a warning or note.
     done, total
         Units done before it, and in all.
     """
 
-    stage: Literal["detect", "write", "warning"]
+    stage: Literal["detect", "write", "warning", "note"]
     name: str
     done: int = 0
     total: int = 0

@@ -16,15 +16,12 @@ import torch
 from streamer.encodings import as_tensor, encoding_of
 from streamer.errors import NumericError, UsageError
 from streamer.events import Event, Monitor
-from streamer.findings import (
-    Findings,
+from streamer.findings import Findings, MatrixFinding, detection_digest, load_findings
+from streamer.findings_writer import (
     FindingsWriter,
-    MatrixFinding,
-    detection_digest,
     inspect_findings_output,
     interrupted_run,
     journal_head,
-    load_findings,
     remove_leftovers,
 )
 from streamer.intruders import DetectionOptions, detect

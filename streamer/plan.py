@@ -21,7 +21,7 @@ from streamer.targets import Target, match_targets, refuse_tied_changes
 
 # Weights in other formats would be the old ones beside the new; training state belongs to the old adapter.
 _STALE = re.compile(
-    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|mlmodel|pb|tflite)$|\.index\.json$|^streamer\.json$"
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|mlmodel|pb|tflite)(\.index\.json)?$|^streamer\.json$"
 )
 _SKIPPED_DIRECTORIES = re.compile(r"^(\.git|\.cache|__pycache__|checkpoint-\d+|global_step\d+|runs)$")
 
@@ -108,29 +108,38 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Pla
     extra = [opened.path / ADAPTER_CONFIG, *(path for _, path in other_files(opened.path))]
     config: dict[str, Any] = {}
     if checkpoint.directory is not None:
-        extra += [path for _, path in other_files(checkpoint.directory)]
+        extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
         config_path = checkpoint.directory / "config.json"
         config = read_json_object(config_path) if config_path.exists() else {}
     refuse_tied_changes(config, targets, checkpoint)
     return Plan(checkpoint, opened, targets, config, {str(p): _stamp(p) for p in extra})
 
 
-def other_files(directory: Path) -> list[tuple[str, Path]]:
+def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:
     """Files that an output takes along: (relative name, path), sorted; symlinks to files are followed.
 
     All but weights of any format (those beside the safetensors are not changed, so they would be stale), trainers' state,
-    `.git` and caches, and the files of an unfinished run of ours.
+    `.git` and caches, the files of an unfinished run of ours, and everything below `apart`.
     """
+    return [(str(p.relative_to(directory)), p) for p in _walk(directory, apart) if not _is_stale(p)]
 
-    def walk(at: Path) -> Iterator[Path]:
-        for path in sorted(at.iterdir()):
-            if path.is_dir():
-                if not path.is_symlink() and not _SKIPPED_DIRECTORIES.match(path.name):
-                    yield from walk(path)
-            elif path.is_file() and not _STALE.search(path.name) and not path.name.startswith(".streamer."):
-                yield path
 
-    return [(str(path.relative_to(directory)), path) for path in walk(directory)]
+def left_out(directory: Path, apart: Path | None = None) -> list[str]:
+    """Relative names of the files that `other_files` leaves out for being weights in another place or format."""
+    return [str(p.relative_to(directory)) for p in _walk(directory, apart) if _is_stale(p)]
+
+
+def _walk(directory: Path, apart: Path | None) -> Iterator[Path]:
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            if not path.is_symlink() and not _SKIPPED_DIRECTORIES.match(path.name) and path != apart:
+                yield from _walk(path, apart)
+        elif path.is_file() and not path.name.startswith(".streamer."):
+            yield path
+
+
+def _is_stale(path: Path) -> bool:
+    return bool(_STALE.search(path.name))
 
 
 def _stamp(path: Path) -> Stamp:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from streamer.events import Event
 from streamer.findings import SCHEMA, Findings
 from streamer.pipeline import cost
 from streamer.plan import Plan
@@ -95,6 +93,9 @@ def record_table(record: Mapping[str, Any], where: str) -> str:
         f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; a uniform shrink of the whole adapter by "
         f"{t['equal_norm_shrink']:.4f} has the same norm: the baseline for any claim",
     ]
+    if record["left_out"]:
+        names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
+        lines.append(f"not taken along: {names} (weights or training state that would be stale)")
     if record["command"] == "mitigate":
         lines.append(f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta")
     return "\n".join(lines)
@@ -170,8 +171,3 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
-
-
-def short_name(event: Event) -> str:
-    """An event's name for a progress bar: its last components."""
-    return os.path.join("", ".".join(event.name.split(".")[-5:]))

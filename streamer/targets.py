@@ -171,7 +171,8 @@ def refuse_tied_changes(config: dict[str, Any], targets: Iterable[Target], base:
 
     With ``tie_word_embeddings`` a loader overwrites ``lm_head`` with the embedding: a merged delta would vanish.
     """
-    if not config.get("tie_word_embeddings"):
+    text = config.get("text_config")  # vision-language models keep the language model's config there
+    if not config.get("tie_word_embeddings") and not (isinstance(text, dict) and text.get("tie_word_embeddings")):
         return
     for target in targets:
         if target.tensor.endswith("lm_head.weight"):

@@ -1,0 +1,229 @@
+"""A findings file being made: each matrix a record in a journal beside it, so that a killed run resumes; put together at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from streamer.encodings import as_bytes
+from streamer.errors import FormatError, InputChangedError, OutputError
+from streamer.findings import DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
+from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
+from streamer.storage.header import MAX_HEADER_BYTES, TensorInfo, layout, parse_header
+from streamer.storage.shards import ShardPlan, plan_shard, write_shard
+from streamer.storage.transaction import check_place
+
+
+def journal_of(path: Path) -> Path:
+    """Where the journal of a findings file stands while it is being made."""
+    return path.with_name(f".{path.name}.journal")
+
+
+def lock_of(path: Path) -> Path:
+    """Where the lock of a findings file stands while it is being made."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what stands beside a findings file after a run that was killed: journal, lock, partials.
+
+    Raises
+    ------
+    LockedError
+        If a run is at work there.
+    """
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
+        with locked(lock_of(path)):
+            remove_partials(path.parent, {path.name, journal_of(path).name})
+            journal_of(path).unlink(missing_ok=True)
+
+
+class FindingsWriter:
+    """A findings file being made: locked, resumable after each matrix, under its name only when it is whole.
+
+    ``with FindingsWriter(path, findings, tensors, stamps) as w: w.add(…)``; leaving the block without an exception writes the
+    file and removes the journal, leaving it with one keeps the journal.
+
+    Parameters
+    ----------
+    path
+        The file.
+    head
+        Identity and options; its matrices are not used.
+    tensors
+        Base tensors to come, in the order of the file.
+    stamps
+        Stamps of the inputs; a journal of other stamps is refused.
+    resume
+        False starts over.
+    overwrite
+        Replaces a finished file, and a journal of another run.
+    before_rename
+        Called before the file gets its name; may raise to stop it.
+    """
+
+    def __init__(self, path: Path, head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]], *,
+                 resume: bool, overwrite: bool, before_rename: Callable[[], None]) -> None:  # fmt: skip
+        self.path = path
+        self._head = head
+        self._tensors = tensors
+        self._start = journal_head(head, tensors, stamps)
+        self._resume, self._overwrite = resume, overwrite
+        self._before_rename = before_rename
+        self._lock = locked(lock_of(path))
+        self._records: dict[str, int] = {}
+
+    def __enter__(self) -> FindingsWriter:
+        self._lock.__enter__()
+        try:
+            remove_partials(self.path.parent, {self.path.name})
+            self._journal = Journal(journal_of(self.path))
+            self._take_up()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def _take_up(self) -> None:
+        head = json.loads(self._journal[0]) if len(self._journal) else None
+        if not (self._resume and _is_resumable(self.path, head, self._start, self._overwrite)):
+            self._journal.clear()
+            self._journal.append(json.dumps(self._start).encode())
+        for i in range(1, len(self._journal)):
+            self._records[self._figures(i)["tensor"]] = i
+
+    def _figures(self, i: int) -> dict[str, Any]:
+        raw = self._journal[i]
+        figures: dict[str, Any] = json.loads(_record_header(raw).metadata["matrix"])
+        return figures
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._records
+
+    def add(self, finding: MatrixFinding) -> None:
+        """Journal one matrix, durably."""
+        arrays = finding.arrays()
+        entries = [(f"{finding.tensor}/{key}", DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in arrays.items()]
+        _, raw = layout(entries, {"matrix": json.dumps(finding.figures())})
+        self._journal.append(raw + b"".join(as_bytes(t) for t in arrays.values()))
+        self._records[finding.tensor] = len(self._journal) - 1
+
+    def _write(self) -> None:
+        order = [self._records[tensor] for tensor in self._tensors]
+        matrices, entries, home = [], [], {}
+        for i in order:
+            matrices.append(self._figures(i))
+            for info in _record_header(self._journal[i]).tensors:
+                entries.append((info.name, info.dtype, info.shape))
+                home[info.name] = i
+        text = json.dumps({"base": self._head.base, "adapter": self._head.adapter,
+                           "options": self._head.options.as_dict(), "matrices": matrices})  # fmt: skip
+        plan: ShardPlan = plan_shard(self.path.name, entries, {"schema": SCHEMA, "findings": text})
+
+        def source(info: TensorInfo) -> Iterator[Buffer]:
+            raw = self._journal[home[info.name]]
+            header = _record_header(raw)
+            own = header.by_name[info.name]
+            yield raw[header.data_start + own.start : header.data_start + own.end]
+
+        write_shard(self.path.parent, plan, source, lambda _size, _sha256: self._before_rename())
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._write()
+                self._journal.remove()
+            else:
+                self._journal.close()
+        finally:
+            self._lock.__exit__(None, None, None)
+
+
+def journal_head(head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The first record of a journal: what run it belongs to."""
+    return {"plan": detection_digest(head.base, head.adapter, head.options, tensors), "stamps": dict(stamps)}
+
+
+def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
+    """Preflight, read-only: whether a run with this `journal_head` was interrupted here and can be taken up.
+
+    Raises
+    ------
+    OutputError, InputChangedError
+        If the interrupted run is another one, or its inputs have changed.
+    """
+    head = None
+    with contextlib.suppress(FileNotFoundError, ValueError), journal_of(path).open("rb") as f:
+        length = int.from_bytes(f.read(40)[:8], "little")
+        head = json.loads(f.read(min(length, MAX_HEADER_BYTES)))
+    return _is_resumable(path, head, start, overwrite)
+
+
+def _is_resumable(path: Path, head: dict[str, Any] | None, start: dict[str, Any], overwrite: bool) -> bool:
+    if head is None:
+        return False
+    if head["plan"] == start["plan"]:
+        if head["stamps"] != json.loads(json.dumps(start["stamps"])):
+            raise InputChangedError(
+                f"{path}: an input was modified since this run was interrupted; --no-resume starts it over"
+            )
+        return True
+    if overwrite:
+        return False
+    raise OutputError(
+        f"{journal_of(path)}: is of an interrupted run with other inputs or options; finish that one, "
+        "choose another output, or pass --overwrite"
+    )
+
+
+def _record_header(raw: bytes) -> Any:
+    n = 8 + int.from_bytes(raw[:8], "little")
+    return parse_header(raw[:n], len(raw), "journal")
+
+
+def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Sequence[Path] = ()) -> Findings | None:
+    """Preflight, read-only: the finished findings of this very plan, or None if they are still to be made.
+
+    Parameters
+    ----------
+    path
+        The findings file.
+    digest
+        See `detection_digest`.
+    overwrite
+        Whether what stands at the path may be replaced.
+    inputs
+        Input directories and files that the output must stay out of.
+
+    Raises
+    ------
+    OutputError
+        If something else stands at the path, or it cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: directory {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
+    if path.is_symlink():
+        raise OutputError(f"{path}: is a symlink, and writing never follows one; name its target {path.resolve()}")
+    check_place(path.parent.resolve(), ())
+    for source in inputs:
+        if source.resolve() in (path.resolve(), *path.resolve().parents):
+            raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
+    if overwrite or not path.exists():
+        return None
+    try:
+        findings = load_findings(path)
+    except FormatError as e:
+        raise OutputError(f"{path}: exists and is not findings; choose another output, or pass --overwrite") from e
+    tensors = [m.tensor for m in findings]
+    if detection_digest(findings.base, findings.adapter, findings.options, tensors) != digest:
+        raise OutputError(
+            f"{path}: holds findings of other inputs or options; choose another output, or pass --overwrite"
+        )
+    return findings
