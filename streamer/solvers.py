@@ -94,7 +94,7 @@ def solve_certified(base: Dense, delta: LowRank, k: int, epsilon: float, generat
                 similarity = torch.where(low >= epsilon, bounds.low, bounds.high)
                 return Spectrum(_unscaled(triplets, scale), similarity, low, high, "certified",
                                 steps=steps + bounds.steps, products=products + bounds.products, cutoff=bounds.cutoff)  # fmt: skip
-            if process.exhausted or process.process.P.shape[1] > limit:
+            if process.exhausted or process.hopeless or process.process.P.shape[1] > limit:
                 steps, products = steps + bounds.steps, products + bounds.products
                 break
             look += 2 if look < 16 else look // 4

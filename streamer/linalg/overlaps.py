@@ -20,7 +20,8 @@ narrow as the residual, so it is sampled on that scale as well.
 
 **Tall matrices.** For m > n the u_j have a part outside the range of W0 that the thin SVD does not count. There the process runs
 on the n side from ``x_j = W0ᵀu_j``, and ⟨u_j, u⁰_i⟩ = ⟨x_j, v⁰_i⟩/σ⁰_i: the bound is divided by σ, and holds for singular values
-above a cut-off δ·σ⁰_1.
+above a cut-off δ·σ⁰_1. Before it settles anything, the base is shown to have none below: ``W0ᵀW0 − (δ·σ⁰_1)²`` has a Cholesky
+factor.
 
 **The lower bound.** A Ritz vector whose residual is small against its distance to its neighbours is a singular vector up to the
 angle residual/gap (Wedin). The neighbours must be all there, so only the converged *prefix* of the spectrum counts: in the bulk a
@@ -47,6 +48,9 @@ DENSE_WINDOW = 300.0
 WINDOW = 100.0
 """τ/φ. Wider windows lump more Ritz values together, narrower ones pay more for rounding; at 100 rounding costs 1 %."""
 
+LEAST_WINDOW = 1e-5
+"""τ/‖L‖ at least: H grows with (‖L‖/τ)², and I + H must keep the I in float64. Only matrices in float64 come so far down."""
+
 
 @dataclass(frozen=True)
 class OverlapBounds:
@@ -59,7 +63,7 @@ class OverlapBounds:
     steps, products
         Block steps, and columns multiplied with the base.
     cutoff
-        δ: singular values of the base below ``δ·σ⁰_1`` are not covered; 0 where all are.
+        δ: singular values of the base below ``δ·σ⁰_1`` are not covered; 0 where all are. No `high` below ε rests on a δ above 0.
     """
 
     low: Tensor
@@ -122,12 +126,20 @@ class OverlapProcess:
         (m, k), unit columns.
     generator
         Source of the random columns and probes.
+
+    Attributes
+    ----------
+    hopeless
+        The base is numerically rank-deficient and tall: the u⁰_i outside its range are as good as any, and no direction with
+        ``low < ε`` will be settled.
     """
 
     def __init__(self, base: Dense, U: Tensor, generator: torch.Generator) -> None:
         m, n = base.shape
         self.tall = m > n
         self.cutoff = CUTOFF if self.tall else 0.0
+        self.hopeless = False
+        self._base = base
         self._U, self._generator = U, generator
         start = base.rmatmat(U) if self.tall else U
         k = U.shape[1]
@@ -167,6 +179,13 @@ class OverlapProcess:
             open_ = low < epsilon
             if bool(open_.any()):
                 high[open_] = self._high(ritz, w[:, open_], phi)
+            if self.cutoff and not self.hopeless and bool((high < epsilon).any()):
+                if singular_values_exceed(self._base.matrix, 1.01 * self.cutoff * float(ritz.S[0])):
+                    self.cutoff = 0.0
+                else:
+                    self.hopeless = True
+            if self.hopeless:
+                high[:] = 1.0
         return OverlapBounds(low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff)
 
     def _left_overlaps(self, ritz: RitzBasis) -> Tensor:
@@ -191,12 +210,13 @@ class OverlapProcess:
         return certain.amax(0).clamp(0, 1)
 
     def _high(self, ritz: RitzBasis, w: Tensor, phi: float) -> Tensor:
-        S, tau = ritz.S, WINDOW * phi
-        if self.tall and float(S[-1]) <= 2 * self.cutoff * float(S[0]):
+        S, tau = ritz.S, _window(ritz, phi)
+        if self.cutoff and float(S[-1]) <= 2 * self.cutoff * float(S[0]):
             # By interlacing the base has a singular value at least as small: the u⁰_i down there are not covered.
+            self.hopeless = True
             return torch.ones(w.shape[1], dtype=torch.float64)
         residual = torch.linalg.vector_norm(ritz.tail, dim=0)
-        bottom = self.cutoff * float(S[0])
+        bottom = CUTOFF * float(S[0]) if self.tall else 0.0
         top = float(S[0]) + float(residual.max()) + tau
         best = torch.zeros(w.shape[1], dtype=torch.float64)
         for sigma in torch.split(_samples(S, residual, tau, bottom, top), 2048):
@@ -206,6 +226,27 @@ class OverlapProcess:
                 bound = (bound + phi) / sigma[:, None]
             best = torch.maximum(best, bound.amax(0))
         return best.clamp_max(1.0)
+
+
+def singular_values_exceed(matrix: Tensor, floor: float) -> bool:
+    """Whether all n singular values of a tall (m, n) matrix exceed `floor`: whether ``MᵀM − floor²`` has a Cholesky factor.
+
+    The product is summed in float64 by blocks of rows, so a floor down to 1e-6·σ_1 is resolved. Costs m·n² multiplications, about
+    a tenth of the singular value decomposition, and n² values of memory.
+    """
+    n = matrix.shape[1]
+    gram = torch.zeros((n, n), dtype=torch.float64, device=matrix.device)
+    for rows in torch.split(matrix, 1024):
+        block = rows.double()
+        gram.addmm_(block.T, block)
+    gram.diagonal().sub_(floor**2)
+    return int(torch.linalg.cholesky_ex(gram).info) == 0
+
+
+def _window(ritz: RitzBasis, phi: float) -> float:
+    """τ: Ritz values this near to σ are taken together."""
+    tail = float(torch.linalg.matrix_norm(ritz.tail)) if ritz.tail.numel() else 0.0
+    return max(WINDOW * phi, LEAST_WINDOW * tail / math.sqrt(len(ritz.S)), 1e-300)
 
 
 def _samples(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) -> Tensor:
@@ -236,7 +277,7 @@ def christoffel_bound(sigma: Tensor, ritz: RitzBasis, w: Tensor, phi: float) -> 
     Tensor
         (G, k): a bound on ``|⟨vector, v⟩|`` for every unit singular vector v with that value. Cost O(G·p·(b² + k·b)), vectorised.
     """
-    S, tau = ritz.S, max(WINDOW * phi, 1e-300)
+    S, tau = ritz.S, _window(ritz, phi)
     g = (S * ritz.tail).T
     p, b = g.shape
     k = w.shape[1]

@@ -23,7 +23,8 @@ class Triplets:
     residuals
         (k,) float64: ``max(‖W v − σ u‖, ‖Wᵀ u − σ v‖)``, recomputed from the operator after the solve.
     gaps
-        (k,) float64: distance from σ_j to the nearest other singular value; infinite where there is none.
+        (k,) float64: distance from σ_j to the nearest other singular value, for m > n to zero as well; infinite where there is
+        none.
     """
 
     U: Tensor
@@ -61,6 +62,8 @@ def dense_triplets(W: Operator, k: int) -> Triplets:
     U, S, Vh = torch.linalg.svd(W.dense(), full_matrices=False)
     U, values, S, Vh = U[:, :k].contiguous(), S.double(), S[:k].clone(), Vh[:k].contiguous()
     padded = torch.nn.functional.pad(values, (1, 1), value=float("inf"))
+    if W.shape[0] > W.shape[1]:
+        padded[-1] = 0.0  # u_n has neighbours outside the range of W
     gaps = torch.minimum((padded[:-2] - values).abs(), (values - padded[2:]).abs())[:k]
     return Triplets(U, S, Vh, residuals(W, U, S, Vh), gaps.cpu())
 
@@ -109,7 +112,7 @@ def krylov_triplets(W: Operator, k: int, generator: torch.Generator, like: Tenso
         look += 1 if look < 16 else look // 4
         X, S, Y, tail = process.ritz()
         padded = torch.nn.functional.pad(S, (1, 1), value=float("inf"))
-        padded[-1] = 0.0 if len(S) < min(m, n) else float("inf")
+        padded[-1] = 0.0 if len(S) < min(m, n) or m > n else float("inf")
         gaps = torch.minimum((padded[:-2] - S).abs(), (S - padded[2:]).abs())[:k]
         residual = torch.linalg.vector_norm(tail, dim=0)[:k]
         angle = ANGLES[process.steps > 16]
