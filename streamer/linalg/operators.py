@@ -6,6 +6,7 @@ An operator of shape (m, n) offers ``matmat(X)`` for ``M @ X`` and ``rmatmat(Y)`
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -206,4 +207,4 @@ def all_finite(t: Tensor) -> bool:
     if t.numel() == 0:
         return True
     low, high = torch.aminmax(t)  # both are NaN if any value is
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+    return math.isfinite(float(low)) and math.isfinite(float(high))
