@@ -16,7 +16,8 @@ them, as trained weights have; `outlier`: the same with the first one 300 times 
 value about 1. The adapter holds four planted intruders, of singular values well apart from the top part's (above the noise
 for `flat`), and a small random rest.
 
-Time. The solvers take turns, --repeats times, so that a busy machine slows all of them; the median is reported. A solver whose
+Time. The solvers take turns, --repeats times, so that a busy machine slows all of them; medians are reported, of the wall's
+seconds and of the processor's (all threads). On a shared machine only the latter, with --threads 1, repeat. A solver whose
 first run takes more than 5 s is run once, between runs of the certified one. The first run of each is watched for
 memory (`Anonymous:` of /proc/self/smaps_rollup, growth over what the process held before) and is timed only if it is slow.
 """
@@ -118,18 +119,19 @@ def run_peft(case: Case, k: int, epsilon: float) -> int:
 
 
 class Run(NamedTuple):
-    """One run: its result, wall seconds, and growth of anonymous memory in bytes where it was watched."""
+    """One run: its result, wall and processor seconds, and growth of anonymous memory in bytes where it was watched."""
 
     result: Any
     seconds: float
+    cpu: float
     memory: int
 
 
 def timed(job: Callable[[], Any]) -> Run:
     """Run it by the clock."""
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     result = job()
-    return Run(result, time.perf_counter() - began, 0)
+    return Run(result, time.perf_counter() - began, time.process_time() - cpu, 0)
 
 
 def watched(job: Callable[[], Any]) -> Run:
@@ -155,16 +157,19 @@ def watched(job: Callable[[], Any]) -> Run:
 def compare(jobs: dict[str, Callable[[], Any]], repeats: int) -> list[dict[str, Any]]:
     """Every job in turns; the first one's median is the unit of the ratios."""
     first = {name: watched(job) for name, job in jobs.items()}
-    seconds: dict[str, list[float]] = {name: [run.seconds] if run.seconds > SLOW else [] for name, run in first.items()}
+    runs: dict[str, list[Run]] = {name: [run] if run.seconds > SLOW else [] for name, run in first.items()}
     leader = next(iter(jobs))
     for _ in range(repeats):
         for name, job in jobs.items():
-            if not seconds[name] or name == leader or first[name].seconds <= SLOW:
-                seconds[name].append(timed(job).seconds)
-    unit = statistics.median(seconds[leader])
-    return [{"solver": name, "seconds": statistics.median(s), "seconds_min": min(s), "runs": len(s),
-             "ratio": statistics.median(s) / unit, "memory": first[name].memory, "result": first[name].result}
-            for name, s in seconds.items()]  # fmt: skip
+            if not runs[name] or name == leader or first[name].seconds <= SLOW:
+                runs[name].append(timed(job))
+    rows = []
+    for name, of in runs.items():
+        seconds, cpu = statistics.median(run.seconds for run in of), statistics.median(run.cpu for run in of)
+        rows.append({"solver": name, "seconds": seconds, "seconds_min": min(run.seconds for run in of), "cpu": cpu,
+                     "runs": len(of), "memory": first[name].memory, "result": first[name].result})  # fmt: skip
+        rows[-1] |= {"ratio": seconds / rows[0]["seconds"], "ratio_cpu": cpu / rows[0]["cpu"]}
+    return rows
 
 
 def measure(shape: tuple[int, int], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -266,8 +271,8 @@ def table(tree: dict[str, Any]) -> str:
     m = tree["machine"]
     lines = [f"{m['cores']} cores ({m['cpu']}), {tree['threads']} threads, torch {m['torch']}, {tree['device']}; "
              f"{tree['spectrum']} spectrum, {tree['dtype']}, rank {tree['rank']}, k = {tree['top_k']}, ε = {tree['epsilon']}"]  # fmt: skip
-    head = f"{'shape':<13}{'solver':<11}{'s':>9}{'runs':>6}{'ratio':>8}{'steps':>7}{'products':>10}{'MB':>8}{'intruders':>11}"
-    head += "  agrees  decided"
+    head = f"{'shape':<13}{'solver':<11}{'s':>9}{'runs':>6}{'ratio':>8}{'cpu s':>9}{'ratio':>8}{'steps':>7}"
+    head += f"{'products':>10}{'MB':>8}{'intruders':>11}  agrees  decided"
 
     def line(row: dict[str, Any], label: str) -> str:
         steps, products = ("-" if row[key] is None else row[key] for key in ("steps", "products"))
@@ -275,6 +280,7 @@ def table(tree: dict[str, Any]) -> str:
         decided = "-" if row["certified"] is None else "certified" if row["certified"] else "open"
         decided += " (escalated)" if row["escalated"] else ""
         return (f"{'x'.join(map(str, row['shape'])):<13}{label:<11}{row['seconds']:>9.3f}{row['runs']:>6}{row['ratio']:>8.1f}"
+            f"{row['cpu']:>9.3f}{row['ratio_cpu']:>8.1f}"
                 f"{steps:>7}{products:>10}{row['memory'] / 1e6:>8.0f}{row['intruders']:>11}  {agrees:<8}{decided}")  # fmt: skip
 
     if tree["rows"]:
