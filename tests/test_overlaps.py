@@ -241,3 +241,11 @@ def test_dense_bounds_hold(shape: tuple[int, int], spectrum: str, dtype: torch.d
     bounds, _ = dense_overlaps(Dense(W0), U.to(dtype), torch.Generator().manual_seed(0))
     assert float((bounds.low - true).max()) <= 1e-5
     assert float((true - bounds.high).max()) <= 1e-5
+
+
+@pytest.mark.parametrize(("values", "vectors"), [(0, 3), (5, 0), (0, 0)])
+def test_christoffel_bound_of_nothing_is_empty(values: int, vectors: int) -> None:
+    gk = GolubKahan(Dense(power_law(30, 30)), directions(30, 4))
+    gk.step()
+    sigma, w = torch.linspace(0, 1, values, dtype=torch.float64), torch.zeros(4, vectors, dtype=torch.float64)
+    assert christoffel_bound(sigma, gk.ritz(), w, 1e-12).shape == (values, vectors)

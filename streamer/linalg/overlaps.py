@@ -287,8 +287,8 @@ def christoffel_bound(sigma: Tensor, ritz: RitzBasis, w: Tensor, phi: float) -> 
     inverse = far / (S + sigma[:, None]).clamp_min(1e-300)
     chi = near.double() @ w.square()
     if b:
-        H = (inverse.square() @ (g[:, :, None] * g[:, None, :]).reshape(p, b * b)).reshape(-1, b, b)
-        a = (inverse @ (w[:, :, None] * g[:, None, :]).reshape(p, k * b)).reshape(-1, k, b)
+        H = (inverse.square() @ (g[:, :, None] * g[:, None, :]).reshape(p, b * b)).reshape(len(sigma), b, b)
+        a = (inverse @ (w[:, :, None] * g[:, None, :]).reshape(p, k * b)).reshape(len(sigma), k, b)
         factor = torch.linalg.cholesky(H + torch.eye(b, dtype=torch.float64))
         chi += torch.linalg.solve_triangular(factor, a.transpose(1, 2), upper=False).square().sum(1)
     rounding = phi * (far.square() @ w.square()).sqrt()
