@@ -161,8 +161,9 @@ class OverlapProcess:
         """The intervals as they stand.
 
         Upper bounds are what costs, so they are taken only where they can settle something: not for a direction with
-        ``low ≥ epsilon``, and for none at all while a Ritz vector overlaps with an open direction by more than ε. They are 1 then.
-        Rounding is first assumed to be what it usually is, and measured before anything is settled.
+        ``low ≥ epsilon``, and for none at all while a Ritz vector overlaps with an open direction by more than ε, or the bound
+        exceeds ε in the middle of a Ritz interval already. They are 1 then. Rounding is first assumed to be what it usually is,
+        and measured, by two products with the base, before anything is settled.
         """
         gk = self.process
         ritz = gk.ritz()
@@ -173,7 +174,10 @@ class OverlapProcess:
         overlap = self._left_overlaps(ritz) if self.tall else w.abs()
         eps = torch.finfo(gk.P.dtype).eps
         low, high = self._low(ritz, overlap, eps * gk.norm), torch.ones(k, dtype=torch.float64)
-        if not bool(((low < epsilon) & (overlap.amax(0) >= epsilon)).any()):
+        open_ = low < epsilon
+        if not bool((open_ & (overlap.amax(0) >= epsilon)).any()) and (
+            gk.exhausted or self._glance(ritz, w[:, open_], eps * gk.norm) < epsilon
+        ):
             phi = 2 * gk.defect_estimate(self._generator) + eps * gk.norm
             low = self._low(ritz, overlap, phi)
             open_ = low < epsilon
@@ -208,6 +212,13 @@ class OverlapProcess:
         sine = angle[prefix][:, None]
         certain = overlap[prefix] * (1 - sine.square()).sqrt() - sine
         return certain.amax(0).clamp(0, 1)
+
+    def _glance(self, ritz: RitzBasis, w: Tensor, phi: float) -> float:
+        """A part of the upper bounds' supremum, from one value in ten: where it is over ε the whole would settle nothing."""
+        edges = torch.cat([ritz.S, ritz.S.new_tensor([CUTOFF * float(ritz.S[0]) if self.tall else 0.0])])
+        sigma = (edges[:-1] + edges[1:])[edges[1:] >= edges[-1]] / 2
+        bound = christoffel_bound(sigma, ritz, w, phi)
+        return float((bound / sigma[:, None] if self.tall else bound).max()) if bound.numel() else 0.0
 
     def _high(self, ritz: RitzBasis, w: Tensor, phi: float) -> Tensor:
         S, tau = ritz.S, _window(ritz, phi)
