@@ -242,16 +242,22 @@ class OverlapProcess:
 def singular_values_exceed(matrix: Tensor, floor: float) -> bool:
     """Whether all n singular values of a tall (m, n) matrix exceed `floor`: whether ``MᵀM − floor²`` has a Cholesky factor.
 
-    The product is summed in float64 by blocks of rows, so a floor down to 1e-6·σ_1 is resolved. Costs m·n² multiplications, about
-    a tenth of the singular value decomposition, and n² values of memory.
+    The product is summed in float64 by blocks of rows, so a floor down to 1e-6·σ_1 is resolved, and only its lower triangle, which
+    Cholesky reads. Rows only add to it: if the first 5n/4 give a factor, all do. So the cost is 5n³/8 multiplications as a rule and
+    m·n²/2 at most, and twice n² values of memory.
     """
     n = matrix.shape[1]
     gram = torch.zeros((n, n), dtype=torch.float64, device=matrix.device)
-    for rows in torch.split(matrix, 1024):
-        block = rows.double()
-        gram.addmm_(block.T, block)
     gram.diagonal().sub_(floor**2)
-    return int(torch.linalg.cholesky_ex(gram).info) == 0
+    enough = n + n // 4
+    for some in (matrix[:enough], matrix[enough:]):
+        for rows in torch.split(some, 1024):
+            block = rows.double()
+            for j in range(0, n, 512):
+                gram[j:, j : j + 512].addmm_(block[:, j:].T, block[:, j : j + 512])
+        if int(torch.linalg.cholesky_ex(gram).info) == 0:
+            return True
+    return False
 
 
 def _window(ritz: RitzBasis, phi: float) -> float:
