@@ -14,8 +14,9 @@ could only swap out; the largest is reported. VmHWM counts besides it the mapped
 which the system can drop. --double measures a checkpoint of twice the layers in the same way.
 
 Profile. Another run, in an instrumented process: a torch dispatch mode times the four operations on blocks, wrappers time
-system calls, hashing and the functions around them; each second is counted for the innermost stage, on the main thread.
-SHA-256 runs in a thread beside the write, so its seconds are shown apart and add up with nothing.
+system calls, hashing and the functions around them. Each moment of the main thread is counted for its innermost stage, as
+wall and as CPU seconds; they differ where it waits, for the disk, for the thread that hashes and writes, or for a core that
+another process has. That thread's seconds run beside the main one's and are shown apart.
 
 It needs the disk for two models (four with --double), in --work, and leaves nothing behind.
 """
@@ -33,13 +34,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import make_checkpoint
 
@@ -154,16 +156,18 @@ def measure_profile(base: Path, adapter: Path, work: Path) -> dict[str, Any]:
 
 
 class Clock:
-    """Seconds by stage: each moment belongs to the innermost stage."""
+    """Wall and CPU seconds of one thread by stage: each moment belongs to the innermost stage."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.cpu: defaultdict[str, float] = defaultdict(float)
         self.stack = ["other"]
-        self._since = time.perf_counter()
+        self._since = time.perf_counter(), time.thread_time()
 
     def _turn(self) -> None:
-        now = time.perf_counter()
-        self.seconds[self.stack[-1]] += now - self._since
+        now = time.perf_counter(), time.thread_time()
+        self.seconds[self.stack[-1]] += now[0] - self._since[0]
+        self.cpu[self.stack[-1]] += now[1] - self._since[1]
         self._since = now
 
     @contextlib.contextmanager
@@ -177,11 +181,20 @@ class Clock:
             self._turn()
             self.stack.pop()
 
+
+class Clocks(threading.local):
+    """A clock for each thread; every one is in `all`, by thread name."""
+
+    all: ClassVar[dict[str, Clock]] = {}
+
+    def __init__(self) -> None:
+        self.clock = self.all.setdefault(threading.current_thread().name, Clock())
+
     def wrap(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The function, counted for `name`."""
+        """The function, counted for `name` in whatever thread it runs."""
 
         def inner(*args: Any, **kwargs: Any) -> Any:
-            with self.stage(name):
+            with self.clock.stage(name):
                 return function(*args, **kwargs)
 
         return inner
@@ -189,10 +202,12 @@ class Clock:
 
 def instrumented(base: str, adapter: str, out: str, launched: str) -> None:
     """Merge in this process with clocks in place, and print the seconds as JSON."""
-    clock = Clock()
+    clocks = Clocks()
+    clock = clocks.clock
     clock.seconds["start and import"] = time.time() - float(launched)
+    clock.cpu["start and import"] = time.thread_time()
     with clock.stage("start and import"):
-        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
         from streamer import apply
         from streamer.api import prepare
@@ -200,43 +215,50 @@ def instrumented(base: str, adapter: str, out: str, launched: str) -> None:
         from streamer.intruders import DetectionOptions, MitigationOptions
         from streamer.storage import atomic, tensorfile
 
-    stages = {"copy_": "read and upcast", "addmm_": "addmm", "addmm": "addmm", "_to_copy": "round",
-              "aminmax": "finite check", "isfinite": "finite check"}  # fmt: skip
+    stages = {"addmm_": "addmm", "aminmax": "finite check", "isfinite": "finite check"}
 
     class Blocks(TorchDispatchMode):
-        """Times the operations on blocks; those on the adapter's factors belong to the stage around them."""
+        """Times the operations on a block: copied in, summed, copied out rounded, checked."""
+
+        summed = False
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = stages.get(func.overloadpacket.__name__)
-            if name is None or clock.stack[-1] == "factors and figures":
+            op = func.overloadpacket.__name__
+            name = ("round" if self.summed else "read and upcast") if op == "copy_" else stages.get(op)
+            if name is None:
                 return func(*args, **(kwargs or {}))
+            self.summed = op == "addmm_"
             with clock.stage(name):
                 return func(*args, **(kwargs or {}))
 
-    beside: defaultdict[str, float] = defaultdict(float)
+    def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with the mode off: under one, torch's linear algebra loads its Python implementations."""
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return inner
 
     class Sha256:
-        """SHA-256 that knows how long it took, in whatever thread."""
+        """SHA-256 with a clock."""
 
         def __init__(self, data: bytes = b"") -> None:
             self._hash = hashlib.sha256(data)
             self.digest, self.hexdigest = self._hash.digest, self._hash.hexdigest
 
-        def update(self, data: Any) -> None:
-            began = time.thread_time()
-            self._hash.update(data)
-            beside["sha256"] += time.thread_time() - began
+            self.update = clocks.wrap(self._hash.update, "sha256")
 
     calls = {"write": "write", "fsync": "fsync", "posix_fallocate": "reserve"}
     atomic.os = SimpleNamespace(
-        **vars(os) | {call: clock.wrap(getattr(os, call), name) for call, name in calls.items()}
+        **vars(os) | {call: clocks.wrap(getattr(os, call), name) for call, name in calls.items()}
     )
     atomic.hashlib = SimpleNamespace(**vars(hashlib) | {"sha256": Sha256})
-    tensorfile.os = SimpleNamespace(**vars(os) | {"preadv": clock.wrap(os.preadv, "read of unchanged tensors")})
-    atomic.AtomicFile.write = clock.wrap(atomic.AtomicFile.write, "wait for sha256")  # what the write itself leaves
-    apply.matrix_figures = clock.wrap(apply.matrix_figures, "factors and figures")
-    apply.Job.mitigated = clock.wrap(apply.Job.mitigated, "factors and figures")
-    apply.TensorFile.view = clock.wrap(
+    tensorfile.os = SimpleNamespace(**vars(os) | {"preadv": clocks.wrap(os.preadv, "read of unchanged tensors")})
+    atomic.AtomicFile.write = clocks.wrap(atomic.AtomicFile.write, "wait for the write")  # of the piece before
+    apply.matrix_figures = clocks.wrap(unwatched(apply.matrix_figures), "factors and figures")
+    apply.Job.mitigated = clocks.wrap(unwatched(apply.Job.mitigated), "factors and figures")
+    apply.TensorFile.view = clocks.wrap(
         apply.TensorFile.view, "read and upcast"
     )  # the map; its pages come with the upcast
     with clock.stage("plan and identity"):
@@ -246,7 +268,15 @@ def instrumented(base: str, adapter: str, out: str, launched: str) -> None:
         apply.run_job(sink, Monitor())
     with clock.stage("other"):
         total = time.time() - float(launched)
-    print(json.dumps({"seconds": total, "stages": dict(clock.seconds), "beside": dict(beside)}))
+    beside: dict[str, dict[str, float]] = {}
+    for other in clocks.all.values():
+        for name in other.seconds if other is not clock else ():
+            if name != "other":  # waiting for work
+                both = beside.setdefault(name, {"wall": 0.0, "cpu": 0.0})
+                both["wall"] += other.seconds[name]
+                both["cpu"] += other.cpu[name]
+    stages = {name: {"wall": seconds, "cpu": clock.cpu[name]} for name, seconds in clock.seconds.items()}
+    print(json.dumps({"seconds": total, "stages": stages, "beside": beside}))
 
 
 def size_of(directory: Path) -> int:
@@ -291,11 +321,11 @@ def table(tree: dict[str, Any]) -> str:
     if "double" in tree:
         lines.append(f"twice the size: {tree['double']['difference_percent']:+.1f} % anonymous memory")
     profile = tree["profile"]
-    lines += ["", f"{'where the time goes':<28}{'s':>8}{'%':>7}"]
-    for name, seconds in sorted(profile["stages"].items(), key=lambda item: -item[1]):
-        lines.append(f"{name:<28}{seconds:>8.2f}{100 * seconds / profile['seconds']:>7.1f}")
-    lines.append(f"{'instrumented run':<28}{profile['seconds']:>8.2f}{100:>7.1f}")
-    lines += [f"{name + ', beside the write':<28}{seconds:>8.2f}" for name, seconds in profile["beside"].items()]
+    lines += ["", f"{'where the time goes':<28}{'s':>8}{'CPU s':>8}{'%':>7}"]
+    for name, t in sorted(profile["stages"].items(), key=lambda item: -item[1]["wall"]):
+        lines.append(f"{name:<28}{t['wall']:>8.2f}{t['cpu']:>8.2f}{100 * t['wall'] / profile['seconds']:>7.1f}")
+    lines.append(f"{'instrumented run':<28}{profile['seconds']:>8.2f}")
+    lines += [f"{'beside it: ' + name:<28}{t['wall']:>8.2f}{t['cpu']:>8.2f}" for name, t in profile["beside"].items()]
     return "\n".join(lines)
 
 

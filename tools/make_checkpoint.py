@@ -1,13 +1,14 @@
 """Write a Llama-shaped checkpoint of any size and a LoRA adapter with planted intruders, tensor by tensor.
 
     python tools/make_checkpoint.py DIR --size-gb 4 --shards 1            4 GB in one model.safetensors
-    python tools/make_checkpoint.py DIR --hidden 64 --layers 2            a tiny one, for a test
+    python tools/make_checkpoint.py DIR --hidden 192 --layers 2           a tiny one, for a test
     python tools/make_checkpoint.py DIR --layers 32 --shard-bytes 5e9     shards of at most 5 GB, as the hub has them
 
 DIR/base is a model that `transformers` loads, DIR/adapter a PEFT adapter on every linear layer. Each weight is a power-law
 top part of its own (singular values j^-0.7, at most 64 of them) and a bulk of noise below it; all matrices take their noise
 from one buffer, each at another offset, so that the disk sets the pace and memory does not grow with the model. The adapter
-holds the demo's intruders in each layer's q_proj, o_proj and down_proj. The same arguments give the same bytes on one machine.
+holds the demo's intruders in each layer's q_proj, o_proj and down_proj; below a width of 192 they mix with the base. The same
+arguments give the same bytes on one machine.
 """
 
 from __future__ import annotations

@@ -1,0 +1,74 @@
+"""Merging holds a few rows, whatever the model's size: peak anonymous memory of the command, as the system counts it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import bench_merge  # noqa: E402
+import make_checkpoint  # noqa: E402
+
+from streamer.demo import DemoModel, Llama  # noqa: E402
+
+BOUND = 700e6
+SLACK = 8e6  # allocator and interpreter noise, absolute; a matrix of the models below is larger
+
+
+def model(layers: int, hidden: int = 1024) -> Llama:
+    return Llama(hidden, hidden * 7 // 2, layers, 32000, heads=hidden // 128, kv_heads=hidden // 512)
+
+
+def make(directory: Path, size: Llama) -> DemoModel:
+    """One shard; the adapter touches every linear layer."""
+    return make_checkpoint.make_checkpoint(directory, size, shards=1)
+
+
+def peak(made: DemoModel, out: Path, *extra: str) -> int:
+    """Peak anonymous bytes of a merge at λ = 1."""
+    found = bench_merge.watched([*bench_merge.merge_command(made.base, made.adapter, out), *extra])
+    assert (out / "model.safetensors").stat().st_size == (made.base / "model.safetensors").stat().st_size
+    return found.anonymous
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DemoModel, DemoModel]]:
+    """A checkpoint of 240 MB and one of twice that."""
+    directory = tmp_path_factory.mktemp("models")
+    one, two = model(4), model(13)
+    assert 1.9 < two.nbytes("BF16") / one.nbytes("BF16") < 2.1
+    yield make(directory / "one", one), make(directory / "two", two)
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_merge_stays_under_the_bound_and_twice_the_model_takes_no_more(
+    models: tuple[DemoModel, DemoModel], tmp_path: Path, io: str
+) -> None:
+    first, second = (peak(made, tmp_path / made.base.parent.name, "--io", io) for made in models)
+    assert first < BOUND
+    assert second < 1.05 * first + SLACK, f"{first / 1e6:.0f} MB grew to {second / 1e6:.0f} MB"
+    # Far less than one copy of the model besides the interpreter and torch, whose own share is about 150 MB.
+    assert second < 0.75 * model(13).nbytes("BF16")
+
+
+def test_the_poll_sees_memory_that_is_held() -> None:
+    code = "import time; held = bytearray(b'x') * 100_000_000; time.sleep(0.3)"
+    held = bench_merge.watched([sys.executable, "-c", code])
+    idle = bench_merge.watched([sys.executable, "-c", "import time; time.sleep(0.3)"])
+    assert 99e6 < held.anonymous - idle.anonymous < 103e6
+    assert held.hwm >= held.anonymous
+
+
+@pytest.mark.slow
+def test_a_gigabyte_of_full_width_layers_and_two(tmp_path: Path) -> None:
+    first = peak(make(tmp_path / "one", model(1, 4096)), tmp_path / "out")
+    second = peak(make(tmp_path / "two", model(3, 4096)), tmp_path / "out2")
+    assert first < BOUND
+    assert second < 1.05 * first + SLACK
