@@ -87,11 +87,9 @@ class Job:
 
     def decisions(self) -> dict[str, Any]:
         """Everything besides the inputs that decides the output's bytes."""
-        detection = (
-            {k: v for k, v in self.detection.as_dict().items() if k != "solver"}
-            if self.options.needs_detection
-            else None
-        )
+        detection: Any = None
+        if self.options.needs_detection:
+            detection = self.detection.as_dict() if self.findings is None else self.findings.digest()
         return {"schema": SCHEMA, "mitigation": self.options.as_dict(), "detection": detection}
 
     def ensure_findings(self, directory: Path, monitor: Monitor, resume: bool) -> None:
@@ -153,7 +151,7 @@ class AdapterSink:
         self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
         self.finals: dict[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
         self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
-        self.output = output_plan(self, path, rivals=("adapter_model.bin",))
+        self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME))
         self._of = {name: t for t in plan.targets for name in (t.module.a, t.module.b)}
         self._ready: dict[str, Tensor] = {}
 
@@ -177,11 +175,12 @@ class AdapterSink:
             untouched = torch.empty(0)
             return {module.a: untouched, module.b: untouched}
         B, A, dropped = back_project(after, module.rank, module.scale)
-        figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, dropped))
         out = {}
         for name, factor in ((module.a, A), (module.b, B)):
             encoding = ENCODINGS[self.job.plan.adapter.file.header.by_name[name].dtype]
             out[name] = encode(factor, encoding, factor, name)
+        written = LowRank(out[module.b].double() * module.scale, out[module.a].double().T)
+        figures.append(matrix_figures(target, delta, written, found, self.job.options.scale, dropped))
         return out
 
 
@@ -196,7 +195,7 @@ class ModelSink:
         self.shards: dict[str, tuple[ShardPlan, TensorFile]] = {
             n: (like(n, f.header), f) for n, f in base.files.items()
         }
-        # An adapter that lies in the base's directory is no part of the merged model: a loader would apply it once more.
+        # An adapter that lies in the base's directory is no part of the merged model.
         adapter = job.plan.adapter.path
         aside = {CONFIG_NAME, WEIGHTS_NAME}
         beside = base.directory
@@ -204,7 +203,8 @@ class ModelSink:
         written = {*base.files, INDEX_NAME, RECORD_NAME, *aside}
         self.left_out = [] if beside is None else [name for name in left_out(beside, adapter) if name not in written]
         self.finals: dict[str, bytes] = {}
-        rivals = [SINGLE_NAME, INDEX_NAME]
+        # A loader would apply an adapter that lies beside the model once more.
+        rivals = [SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
         if base.index is not None:
             self.finals[INDEX_NAME] = index_bytes(base.index, base.data_bytes)
         self.output = output_plan(self, path, tuple(r for r in rivals if r not in self.finals and r not in self.shards))
@@ -282,7 +282,7 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
             done += size
         monitor.emit(Event("write", "", total, total))
         discard_own_findings(out.path)
-        record = {"schema": SCHEMA, "command": sink.command, **sink.job.decisions()["mitigation"],
+        record = {"schema": SCHEMA, "command": sink.command, **sink.job.options.as_dict(),
                   "totals": totals(matrices) | {"bytes": total}, "left_out": sink.left_out, "matrices": matrices}  # fmt: skip
         return out.commit(record)
 
@@ -311,7 +311,7 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     for file in job.plan.base.files.values():
         for info in file.header.tensors:
             monitor.checkpoint()
-            file.check_unchanged()
+            job.plan.check_unchanged()
             target = job.plan.by_tensor.get(info.name)
             if target is None:
                 yield info.name, untouched_tensor(file, info)

@@ -1,7 +1,8 @@
 """The findings: what was detected, for each matrix, and from which base, adapter and options.
 
 On disk they are one safetensors file. For the base tensor ``T`` it holds ``T/U`` (m, q), ``T/S`` (q,), ``T/Vh`` (q, n), the
-intruders' triplets; ``T/intruders`` (q,) int64; ``T/singular_values``, ``T/similarity_low``, ``T/similarity_high`` (k,) float64.
+intruders' triplets; ``T/intruders`` (q,) int64; ``T/singular_values``, ``T/similarity`` and its
+``T/similarity_low``, ``T/similarity_high`` (k,) float64.
 The metadata's ``findings`` is JSON: identity, options, and the figures of each matrix. While detection runs, each matrix is a
 record in a journal beside the file; a record is itself a safetensors file of these tensors, and the end puts them together.
 """
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamer.encodings import TORCH_DTYPES, as_tensor
+from streamer.encodings import TORCH_DTYPES, as_bytes, as_tensor
 from streamer.errors import FormatError, MismatchError
 from streamer.intruders import Detection, DetectionOptions
 from streamer.linalg.operators import all_finite
@@ -26,7 +27,7 @@ from streamer.storage.tensorfile import TensorFile
 
 SCHEMA = "streamer.findings/1"
 
-_ARRAYS = ("U", "S", "Vh", "singular_values", "similarity_low", "similarity_high", "intruders")
+_ARRAYS = ("U", "S", "Vh", "singular_values", "similarity", "similarity_low", "similarity_high", "intruders")
 _FIGURES = (
     "certified",
     "degenerate",
@@ -80,7 +81,7 @@ class MatrixFinding:
     def arrays(self) -> dict[str, Tensor]:
         """The arrays by key, in file order."""
         d = self.detection
-        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in _ARRAYS[3:6]}
+        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in _ARRAYS[3:7]}
         return {"U": d.U, "S": d.S, "Vh": d.Vh, **numbers, "intruders": torch.tensor(d.intruders, dtype=torch.int64)}
 
 
@@ -113,6 +114,15 @@ class Findings:
     def intruders(self) -> int:
         """Intruders in all matrices."""
         return sum(len(m.detection.intruders) for m in self.matrices)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over the decisions and factors of all matrices: what they would do to a delta."""
+        digest = hashlib.sha256()
+        for m in self.matrices:
+            digest.update(f"{m.tensor}{m.detection.intruders}".encode())
+            for factor in (m.detection.U, m.detection.S, m.detection.Vh):
+                digest.update(as_bytes(factor))
+        return digest.hexdigest()
 
     def check_matches(
         self, base: Mapping[str, Any], adapter: Mapping[str, Any], options: DetectionOptions | None
@@ -181,7 +191,8 @@ def load_findings(path: str | Path) -> Findings:
     try:
         tree = json.loads(text)
         options = DetectionOptions(**tree["options"])
-        matrices = tuple(_matrix(figures, file) for figures in tree["matrices"])
+        data = file.data()  # one map for all: a map each would run out of descriptors
+        matrices = tuple(_matrix(figures, file, data) for figures in tree["matrices"])
         return Findings(tree["base"], tree["adapter"], options, matrices, file)
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise FormatError(
@@ -189,16 +200,23 @@ def load_findings(path: str | Path) -> Findings:
         ) from e
 
 
-def _matrix(figures: dict[str, Any], file: TensorFile) -> MatrixFinding:
+def _matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> MatrixFinding:
     arrays: dict[str, Tensor] = {}
     for key in _ARRAYS:
         info = file.header.by_name[f"{figures['tensor']}/{key}"]
         if info.dtype not in DTYPE_NAMES.values():
             raise ValueError(f"tensor {info.name!r} is {info.dtype}")
-        arrays[key] = as_tensor(file.view(info), TORCH_DTYPES[info.dtype], info.shape)
+        arrays[key] = as_tensor(data[info.start : info.end], TORCH_DTYPES[info.dtype], info.shape)
     m, n = figures["shape"]
     q, k = len(arrays["intruders"]), len(arrays["singular_values"])
-    expected = {"U": (m, q), "S": (q,), "Vh": (q, n), "similarity_low": (k,), "similarity_high": (k,)}
+    expected = {
+        "U": (m, q),
+        "S": (q,),
+        "Vh": (q, n),
+        "similarity": (k,),
+        "similarity_low": (k,),
+        "similarity_high": (k,),
+    }
     for key, shape in expected.items():
         if tuple(arrays[key].shape) != shape:
             raise ValueError(f"{figures['tensor']}/{key}: expected shape {shape}, found {tuple(arrays[key].shape)}")

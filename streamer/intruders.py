@@ -108,8 +108,11 @@ class Detection:
     ----------
     singular_values
         (k,) σ_1 … σ_k of W.
+    similarity
+        (k,) each direction's similarity to the base's nearest left singular vector, as the decision took it; from the certified
+        solver the bound that decided.
     similarity_low, similarity_high
-        (k,) an interval for each direction's similarity to the base's nearest left singular vector.
+        (k,) an interval around it.
     intruders
         0-based ranks of the intruders, rising.
     U, S, Vh
@@ -131,6 +134,7 @@ class Detection:
     """
 
     singular_values: tuple[float, ...]
+    similarity: tuple[float, ...]
     similarity_low: tuple[float, ...]
     similarity_high: tuple[float, ...]
     intruders: tuple[int, ...]
@@ -201,6 +205,7 @@ def detect(
     removed = delta.to(torch.float64) + LowRank(-U.double() * S.double(), Vh.double().T)
     return Detection(
         singular_values=tuple(triplets.S.double().tolist()),
+        similarity=tuple(spectrum.similarity.tolist()),
         similarity_low=tuple(low.tolist()),
         similarity_high=tuple(high.tolist()),
         intruders=tuple(chosen.tolist()),

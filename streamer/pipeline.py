@@ -47,6 +47,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"device: expected auto, cpu, cuda or cuda:i, found {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:i, found {name!r}")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f"device: {name} is not there; use cpu")
     return device
@@ -133,7 +135,7 @@ def detect_to_file(plan: Plan, path: Path, options: DetectionOptions, device: to
     head = Findings(plan.base_identity, plan.adapter_identity, options, ())
     tensors = [t.tensor for t in plan.targets]
     seconds: dict[str, float | None] = {}
-    with FindingsWriter(path, head, tensors, plan.stamps(), resume=resume, overwrite=overwrite,
+    with FindingsWriter(path, head, tensors, plan.detection_stamps(), resume=resume, overwrite=overwrite,
                         before_rename=plan.check_unchanged) as writer:  # fmt: skip
         for finding in detect_all(plan, options, device, monitor, skip=writer.__contains__):
             writer.add(finding)
@@ -148,7 +150,7 @@ def inspect_detection(plan: Plan, path: Path, options: DetectionOptions, overwri
     if plan_detection(plan, path, options, overwrite) is not None:
         return "done"
     head = Findings(plan.base_identity, plan.adapter_identity, options, ())
-    start = journal_head(head, [t.tensor for t in plan.targets], plan.stamps())
+    start = journal_head(head, [t.tensor for t in plan.targets], plan.detection_stamps())
     return "resume" if resume and interrupted_run(path, start, overwrite) else "new"
 
 

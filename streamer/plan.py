@@ -14,8 +14,8 @@ from typing import Any
 
 from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapter import Adapter, open_adapter
-from streamer.errors import InputChangedError, OutputError, StorageError
-from streamer.storage.checkpoint import Checkpoint, open_checkpoint, read_json_object
+from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
+from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
 from streamer.targets import Target, match_targets, refuse_tied_changes
 
@@ -23,7 +23,9 @@ from streamer.targets import Target, match_targets, refuse_tied_changes
 _STALE = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|mlmodel|pb|tflite)(\.index\.json)?$|^streamer\.json$"
 )
-_SKIPPED_DIRECTORIES = re.compile(r"^(\.git|\.cache|__pycache__|checkpoint-\d+|global_step\d+|runs)$")
+_SKIPPED_DIRECTORIES = re.compile(
+    r"^(\.git|\.cache|__pycache__|checkpoint-\d+|global_step\d+|runs|onnx|openvino|original|coreml|metal)$"
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,17 @@ class Plan:
 
     def stamps(self) -> dict[str, Sequence[int]]:
         """Stamps of every input file, by path."""
-        stamps = {**self.base.stamps(), str(self.adapter.file.path): self.adapter.file.stamp}
-        return stamps | dict(self.extra_stamps)
+        return self.detection_stamps() | {os.path.realpath(p): stamp for p, stamp in self.extra_stamps.items()}
+
+    def detection_stamps(self) -> dict[str, Sequence[int]]:
+        """Stamps of the input files that detection reads, by real path: however the inputs are spelled, they are the same."""
+        config = str(self.adapter.path / ADAPTER_CONFIG)
+        stamps = {
+            **self.base.stamps(),
+            str(self.adapter.file.path): self.adapter.file.stamp,
+            config: self.extra_stamps[config],
+        }
+        return {os.path.realpath(path): stamp for path, stamp in stamps.items()}
 
     def refuse_overwriting(self, paths: Iterable[Path]) -> None:
         """Raise `OutputError` if any of the paths is an input file, under whatever name or link."""
@@ -104,42 +115,61 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Pla
     """
     opened = open_adapter(adapter, io)
     checkpoint = open_checkpoint(base, io)
-    targets = tuple(match_targets(checkpoint, opened))
     extra = [opened.path / ADAPTER_CONFIG, *(path for _, path in other_files(opened.path))]
     config: dict[str, Any] = {}
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
         config_path = checkpoint.directory / "config.json"
-        config = read_json_object(config_path) if config_path.exists() else {}
+        config = _read_model_config(config_path) if config_path.exists() else {}
+    targets = tuple(match_targets(checkpoint, opened, config))
     refuse_tied_changes(config, targets, checkpoint)
     return Plan(checkpoint, opened, targets, config, {str(p): _stamp(p) for p in extra})
 
 
 def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:
-    """Files that an output takes along: (relative name, path), sorted; symlinks to files are followed.
+    """Files that an output takes along: (relative name, path), sorted; symlinks are followed.
 
-    All but weights of any format (those beside the safetensors are not changed, so they would be stale), trainers' state,
-    `.git` and caches, the files of an unfinished run of ours, and everything below `apart`.
+    All but weights in other formats beside the safetensors, which would be stale, and their copies for other runtimes; trainers'
+    state; `.git` and caches; the files of an unfinished run of ours; and everything below `apart`.
     """
-    return [(str(p.relative_to(directory)), p) for p in _walk(directory, apart) if not _is_stale(p)]
+    return [(str(p.relative_to(directory)), p) for p, stays in _walk(directory, apart) if not stays]
 
 
 def left_out(directory: Path, apart: Path | None = None) -> list[str]:
-    """Relative names of the files that `other_files` leaves out for being weights in another place or format."""
-    return [str(p.relative_to(directory)) for p in _walk(directory, apart) if _is_stale(p)]
+    """Relative names of what `other_files` leaves out: files, and directories as a whole."""
+    return [str(p.relative_to(directory)) for p, stays in _walk(directory, apart) if stays]
 
 
-def _walk(directory: Path, apart: Path | None) -> Iterator[Path]:
-    for path in sorted(directory.iterdir()):
-        if path.is_dir():
-            if not path.is_symlink() and not _SKIPPED_DIRECTORIES.match(path.name) and path != apart:
-                yield from _walk(path, apart)
-        elif path.is_file() and not path.name.startswith(".streamer."):
-            yield path
+def _walk(directory: Path, apart: Path | None) -> Iterator[tuple[Path, bool]]:
+    """Files below a directory, and whether each stays behind; directories that stay behind as a whole."""
+    hidden = None if apart is None else apart.resolve()
+
+    def walk(at: Path, above: frozenset[Path]) -> Iterator[tuple[Path, bool]]:
+        for path in sorted(at.iterdir()):
+            if path.is_dir():
+                real = path.resolve()
+                if real == hidden or real in above:  # a link to a directory around it would never end
+                    continue
+                if _SKIPPED_DIRECTORIES.match(path.name):
+                    yield path, True
+                else:
+                    yield from walk(path, above | {real})
+            elif path.is_file() and not path.name.startswith(".streamer."):
+                # Below the top, weights are those of modules of their own (sentence-transformers' 2_Dense, say).
+                yield path, at == directory and bool(_STALE.search(path.name))
+
+    yield from walk(directory, frozenset({directory.resolve()}))
 
 
-def _is_stale(path: Path) -> bool:
-    return bool(_STALE.search(path.name))
+def _read_model_config(path: Path) -> dict[str, Any]:
+    """A model's ``config.json``: read as transformers writes it, with Infinity and NaN; it is copied as bytes in any case."""
+    try:
+        tree = json.loads(path.read_bytes())
+    except OSError as e:
+        raise StorageError(f"{path}: cannot read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"{path}: bad JSON: {e}; get the file again") from None
+    return tree if isinstance(tree, dict) else {}
 
 
 def _stamp(path: Path) -> Stamp:

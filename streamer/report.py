@@ -19,6 +19,7 @@ def findings_json(findings: Findings) -> dict[str, Any]:
             m.figures()
             | {
                 "singular_values": list(d.singular_values),
+                "similarity": list(d.similarity),
                 "similarity_low": list(d.similarity_low),
                 "similarity_high": list(d.similarity_high),
                 "intruders": list(d.intruders),
@@ -50,10 +51,9 @@ def findings_table(findings: Findings) -> str:
     rows = []
     for m in findings:
         d = m.detection
-        lowest = min(range(len(d.similarity_low)), key=lambda j: d.similarity_low[j])
         rows.append([
             m.tensor, "x".join(map(str, m.shape)), str(m.rank), str(len(d.intruders)),
-            " ".join(str(j + 1) for j in d.intruders) or "-", f"{d.similarity_low[lowest]:.3f}",
+            " ".join(str(j + 1) for j in d.intruders) or "-", f"{min(d.similarity):.3f}",
             f"{d.singular_values[0]:.4g}", f"{d.delta_norm:.4g}", f"{100 * d.intruder_energy:.1f}%",
             f"{100 * d.dropped_at_zero:.1f}%", d.solver + ("" if d.certified else " (not certified)"),
         ])  # fmt: skip

@@ -26,6 +26,9 @@ RENAMES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"^(visual|vision_tower|multi_modal_projector)\."), r"model.\1."),
 )
 
+# Models whose linear layers are Conv1D modules, stored (in, out).
+CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
+
 MAX_LISTED = 8
 
 
@@ -51,7 +54,7 @@ class Target:
     why: str
 
 
-def match_targets(base: Checkpoint, adapter: Adapter) -> list[Target]:
+def match_targets(base: Checkpoint, adapter: Adapter, config: dict[str, Any]) -> list[Target]:
     """Match every module of the adapter to one tensor of the base, in the base's file order.
 
     Raises
@@ -72,8 +75,15 @@ def match_targets(base: Checkpoint, adapter: Adapter) -> list[Target]:
         file, info = base.locate(found)
         encoding_of(info, str(file.path))  # before the shape: packed codes have any
         shape = info.shape
-        fits, transposed = _orient(shape, module.shape, adapter.fan_in_fan_out)
-        if not fits:
+        conv1d = config.get("model_type") in CONV1D_MODELS
+        fits, transposed = _orient(shape, module.shape, adapter.fan_in_fan_out, conv1d)
+        if fits and conv1d and not transposed and shape[0] == shape[1]:
+            problems.append(
+                f"{name!r}: is square, {config['model_type']} stores such layers as (in, out), but the adapter's config says "
+                "fan_in_fan_out=false, as PEFT also writes where it wrapped a Linear last: set it to true in "
+                "adapter_config.json if this layer is a Conv1D"
+            )
+        elif not fits:
             problems.append(f"{name!r}: expected shape {list(module.shape)} in the base, {found!r} has {list(shape)}")
         elif found in targets:
             problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
@@ -89,15 +99,16 @@ def match_targets(base: Checkpoint, adapter: Adapter) -> list[Target]:
     return [targets[t.name] for f in base.files.values() for t in f.header.tensors if t.name in targets]
 
 
-def _orient(shape: tuple[int, ...], wanted: tuple[int, int], fan_in_fan_out: bool) -> tuple[bool, bool]:
-    """Does the shape fit, and is it transposed? Where both would fit (square) the config decides.
+def _orient(shape: tuple[int, ...], wanted: tuple[int, int], fan_in_fan_out: bool, conv1d: bool) -> tuple[bool, bool]:
+    """Does the shape fit, and is it transposed? Where it is square, the adapter's config must tell.
 
-    PEFT unsets `fan_in_fan_out` for a linear layer in a model of mixed layers but saves it in the config, so a shape that
-    fits only as (out, in) is not transposed. The reverse does not happen: for a Conv1D it always saves the flag.
+    PEFT sets the config's flag to what suits the layer that it wrapped last, so in a model of Conv1D and Linear layers it is true
+    of some of them only: a shape that fits one way alone goes that way where the flag or the kind of model allows it.
     """
-    if fan_in_fan_out and shape == wanted[::-1]:
-        return True, True
-    return shape == wanted, False
+    if wanted[0] == wanted[1]:
+        return shape == wanted, fan_in_fan_out
+    transposed = shape == wanted[::-1]
+    return shape == wanted or (transposed and (fan_in_fan_out or conv1d)), transposed
 
 
 def match_names(modules: Iterable[str], tensors: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -141,7 +152,8 @@ def _exchange(name: str, strip: str, add: str) -> str:
 def _prefix_rules(modules: list[str], stems: Iterable[str]) -> list[tuple[str, str]]:
     """Exchanges of a prefix that fit every module, those with the longest common suffix only.
 
-    A prefix may not hold a number: exchanging ``layers.0`` for ``layers.1`` would match the wrong layer.
+    A prefix may not hold a number: ``layers.0`` is not ``layers.1``. It may be added or taken away, as wrappers do, but exchanged for
+    another only where the suffix holds a number, a layer's: ``classifier.dense`` is not ``pooler.dense``.
     """
     by_last: defaultdict[str, list[list[str]]] = defaultdict(list)
     for stem in stems:
@@ -156,7 +168,8 @@ def _prefix_rules(modules: list[str], stems: Iterable[str]) -> list[tuple[str, s
             while n < min(len(mine), len(theirs)) and mine[-1 - n] == theirs[-1 - n]:
                 n += 1
             strip, add = mine[: len(mine) - n], theirs[: len(theirs) - n]
-            if not any(part.isdigit() for part in strip + add):
+            anchored = any(part.isdigit() for part in mine[len(mine) - n :])
+            if (anchored or not (strip and add)) and not any(part.isdigit() for part in strip + add):
                 rules.add(("".join(p + "." for p in strip), "".join(p + "." for p in add)))
         common = rules if common is None else common & rules
         if not common:

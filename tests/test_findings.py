@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_the_safetensors_library_reads_it(made: tuple[Path, Path, Path, Findings
     _, _, path, memory = made
     with safe_open(path, "pt") as f:
         assert f.metadata()["schema"] == "streamer.findings/1"
-        assert len(f.keys()) == 7 * len(memory)
+        assert len(f.keys()) == 8 * len(memory)
         for m in memory:
             assert torch.equal(f.get_tensor(f"{m.tensor}/U"), m.detection.U)
 
@@ -244,3 +245,36 @@ def test_findings_over_something_else(made: tuple[Path, Path, Path, Findings], t
     assert len(load_findings(path)) == 9
     with pytest.raises(OutputError, match=r"holds findings of other inputs or options"):
         streamer.detect_intruder_dimensions(base, adapter, path, top_k=3)
+
+
+def test_findings_of_an_80_layer_model_open_few_files(tmp_path: Path) -> None:
+    """560 matrices with three factors each, under the usual limit of descriptors."""
+    import resource
+
+    names = [f"layers.{i}.q" for i in range(560)]
+    base = helpers.write_sharded(tmp_path / "base", [{f"{n}.weight": helpers.power_law(64, 48).float() for n in names}])
+    adapter = helpers.write_adapter(
+        tmp_path / "adapter", {n: helpers.intruding_factors(64, 48, 2) for n in names}, r=2
+    )
+    streamer.detect_intruder_dimensions(base, adapter, tmp_path / "f.safetensors")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        findings = load_findings(tmp_path / "f.safetensors")
+        assert findings.intruders >= 560
+        assert sum(float(m.detection.S.sum()) for m in findings) > 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_other_decisions_have_another_digest(made: tuple[Path, Path, Path, Findings]) -> None:
+    """What an output was made from must tell findings apart even where their inputs and options agree."""
+    findings = load_findings(made[2])
+    first = findings.matrices[0]
+    d = first.detection
+    none = dataclasses.replace(d, intruders=(), U=d.U[:, :0], S=d.S[:0], Vh=d.Vh[:0])
+    edited = dataclasses.replace(
+        findings, matrices=(dataclasses.replace(first, detection=none), *findings.matrices[1:])
+    )
+    assert edited.digest() != findings.digest()
+    assert findings.digest() == load_findings(made[2]).digest()

@@ -129,7 +129,7 @@ def match_one(home: Path, tensor: torch.Tensor, shape: tuple[int, int], **config
     """Match one module of an adapter with this (out, in) to one tensor."""
     base = helpers.write_sharded(home / "base", [{"h.0.fc.weight": tensor}])
     adapter = helpers.write_adapter(home / "adapter", {"h.0.fc": helpers.intruding_factors(*shape, 2)}, r=2, **config)  # type: ignore[arg-type]
-    (target,) = match_targets(open_checkpoint(base), open_adapter(adapter))
+    (target,) = match_targets(open_checkpoint(base), open_adapter(adapter), {})
     return target
 
 
@@ -201,12 +201,12 @@ def test_two_modules_for_one_tensor(tmp_path: Path) -> None:
     }
     adapter = helpers.write_adapter(tmp_path / "adapter", factors, r=2)
     with pytest.raises(MismatchError, match=r"both change 'language_model.model.q.weight'"):
-        match_targets(open_checkpoint(base), open_adapter(adapter))
+        match_targets(open_checkpoint(base), open_adapter(adapter), {})
 
 
 def test_targets_come_in_the_base_s_file_order(job: tuple[Path, Path]) -> None:
     base, adapter = (open_checkpoint(job[0]), open_adapter(job[1]))
-    targets = match_targets(base, adapter)
+    targets = match_targets(base, adapter, {})
     order = [t.name for f in base.files.values() for t in f.header.tensors]
     assert [order.index(t.tensor) for t in targets] == sorted(order.index(t.tensor) for t in targets)
     assert {t.module.name for t in targets} == adapter.modules.keys()
@@ -221,10 +221,56 @@ def test_every_problem_stands_in_one_message(tmp_path: Path) -> None:
         tmp_path / "adapter", {m: helpers.intruding_factors(12, 8, 2) for m in modules}, r=2
     )
     with pytest.raises(MismatchError) as e:
-        match_targets(open_checkpoint(base), open_adapter(adapter))
+        match_targets(open_checkpoint(base), open_adapter(adapter), {})
     said = str(e.value)
     assert said.startswith(f"{tmp_path / 'adapter'}: 11 of 12 modules do not fit {tmp_path / 'base'}: ")
     assert "'a.k': expected shape [12, 8] in the base, 'a.k.weight' has [12, 9]" in said
     assert "'a.v' has no tensor in the base" in said
     assert "; and 3 more; is this the base that the adapter was trained on?" in said
     assert "\n" not in said
+
+
+def test_a_prefix_is_not_exchanged_without_a_layer_number(tmp_path: Path) -> None:
+    """One shared last name is no evidence: a classifier is not the pooler."""
+    found = match_names(["classifier.dense"], ["pooler.dense.weight", "encoder.layer.0.q.weight"])
+    assert found["classifier.dense"][0] == ""
+    assert "has no tensor in the base" in found["classifier.dense"][1]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module is `torch.nn.Linear`")
+def test_a_square_conv1d_with_the_flag_off_is_refused(tmp_path: Path) -> None:
+    """PEFT saves the flag of the layer that it wrapped last: with a Linear there, it is off for every Conv1D."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    config = GPT2Config(
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        vocab_size=50,
+        n_positions=16,
+        num_labels=3,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+
+    def adapter(name: str, *targets: str) -> Path:
+        model = GPT2ForSequenceClassification.from_pretrained(tmp_path / "base")
+        lora = LoraConfig(r=2, target_modules=list(targets), fan_in_fan_out=True, init_lora_weights=False)
+        peft_model = get_peft_model(model, lora)
+        peft_model.save_pretrained(tmp_path / name)
+        by_peft[name] = peft_model.merge_and_unload().state_dict()
+        return tmp_path / name
+
+    by_peft: dict[str, dict[str, torch.Tensor]] = {}
+    square = adapter("square", "attn.c_proj", "score")
+    with pytest.raises(
+        MismatchError, match=r"c_proj': is square, gpt2 stores such layers as \(in, out\).*set it to true"
+    ):
+        streamer.iter_merged(tmp_path / "base", square, mitigation_lambda=1.0)
+    oblong = adapter("oblong", "c_attn", "score")  # the shapes tell, whatever the flag says
+    merged = dict(streamer.iter_merged(tmp_path / "base", oblong, mitigation_lambda=1.0))
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, by_peft["oblong"][name], rtol=1e-5, atol=1e-6)

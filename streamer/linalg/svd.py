@@ -113,8 +113,11 @@ def krylov_triplets(W: Operator, k: int, generator: torch.Generator, like: Tenso
         X, S, Y, tail = process.ritz()
         padded = torch.nn.functional.pad(S, (1, 1), value=float("inf"))
         padded[-1] = 0.0 if len(S) < min(m, n) or m > n else float("inf")
-        gaps = torch.minimum((padded[:-2] - S).abs(), (S - padded[2:]).abs())[:k]
-        residual = torch.linalg.vector_norm(tail, dim=0)[:k]
+        residual = torch.linalg.vector_norm(tail, dim=0)
+        # A Ritz value lies below its singular value, by its residual at most: so much nearer may the next one be.
+        below = S - padded[2:] - torch.nn.functional.pad(residual, (0, 1))[1:]
+        gaps = torch.minimum(padded[:-2] - S, below).clamp_min(0)[:k]
+        residual = residual[:k]
         angle = ANGLES[process.steps > 16]
         if process.exhausted or bool((residual <= (angle * gaps).clamp_min(floor * float(S[0]))).all()):
             if len(S) < k or X.shape[1] < k:

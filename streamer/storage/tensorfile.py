@@ -99,6 +99,11 @@ class TensorFile:
             out = bytearray(length)
             self._read_into(memoryview(out), at)
             return memoryview(out)
+        return self._window(at, length)
+
+    def _window(self, at: int, length: int) -> memoryview:
+        if length == 0:
+            return memoryview(b"")
         self._check_size(at + length)
         page = at % mmap.ALLOCATIONGRANULARITY
         try:
@@ -111,6 +116,10 @@ class TensorFile:
         except OSError as e:
             raise StorageError(f"{self.path}: cannot map {length} bytes: {e.strerror}; try --io pread") from e
         return memoryview(window)[page:]
+
+    def data(self) -> memoryview:
+        """The bytes of all tensors in one map; each tensor is a slice of it. For many small tensors that stay in use."""
+        return self._window(self.header.data_start, self.header.data_bytes)
 
     def chunks(self, info: TensorInfo, size: int = 8 << 20) -> Iterator[memoryview]:
         """A tensor's bytes in pieces, in two buffers by turns: use each before asking for the next but one."""
