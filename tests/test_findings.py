@@ -253,9 +253,7 @@ def test_findings_of_an_80_layer_model_open_few_files(tmp_path: Path) -> None:
 
     names = [f"layers.{i}.q" for i in range(560)]
     base = helpers.write_sharded(tmp_path / "base", [{f"{n}.weight": helpers.power_law(64, 48).float() for n in names}])
-    adapter = helpers.write_adapter(
-        tmp_path / "adapter", {n: helpers.intruding_factors(64, 48, 2) for n in names}, r=2
-    )
+    adapter = helpers.write_adapter(tmp_path / "adapter", {n: helpers.intruding_factors(64, 48, 2) for n in names}, r=2)
     streamer.detect_intruder_dimensions(base, adapter, tmp_path / "f.safetensors")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))

@@ -20,8 +20,8 @@ narrow as the residual, so it is sampled on that scale as well.
 
 **Tall matrices.** For m > n the u_j have a part outside the range of W0 that the thin SVD does not count. There the process runs
 on the n side from ``x_j = W0ᵀu_j``, and ⟨u_j, u⁰_i⟩ = ⟨x_j, v⁰_i⟩/σ⁰_i: the bound is divided by σ, and holds for singular values
-above a cut-off δ·σ⁰_1. Before it settles anything, the base is shown to have none below: ``W0ᵀW0 − (δ·σ⁰_1)²`` has a Cholesky
-factor.
+above a cut-off δ·σ⁰_1. Before it settles anything, a base of up to `PROVABLE` columns is shown to have none below:
+``W0ᵀW0 − (δ·σ⁰_1)²`` has a Cholesky factor. For wider ones δ is reported.
 
 **The lower bound.** A Ritz vector whose residual is small against its distance to its neighbours is a singular vector up to the
 angle residual/gap (Wedin). The neighbours must be all there, so only the converged *prefix* of the spectrum counts: in the bulk a

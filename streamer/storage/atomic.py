@@ -150,7 +150,7 @@ class AtomicFile:
             raise storage_error(self.path, "write", e) from e
         if len(view) >= BESIDE_BYTES:
             # The disk begins now, and the fsync at the end finds little left: pages that are still dirty are not dropped
-            # by this, but Linux starts to write them. 4 GB took a tenth less.
+            # by this, but Linux starts to write them.
             with contextlib.suppress(OSError):
                 at = os.lseek(self._fd, 0, os.SEEK_CUR)
                 os.posix_fadvise(self._fd, at - len(view), len(view), os.POSIX_FADV_DONTNEED)
