@@ -25,7 +25,6 @@ def measured(*args: str) -> dict:
 
 
 def test_every_solver_finds_what_was_planted_in_one_table() -> None:
-    pytest.importorskip("peft")
     tree = measured("--shapes", "160x200,200x160", "--solvers", "certified,dense,peft", "--dtype", "bf16")
     assert [tuple(row["shape"]) for row in tree["rows"]] == [(160, 200)] * 3 + [(200, 160)] * 3
     for row in tree["rows"]:
