@@ -57,7 +57,8 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
         return
     findings = detect_intruder_dimensions(
         args.base, args.adapter, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,
-        solver=options.solver, device=args.device, io=args.io, resume=not args.no_resume, overwrite=args.overwrite,
+        solver=options.solver, max_memory=options.max_memory, device=args.device, io=args.io, resume=not args.no_resume,
+        overwrite=args.overwrite,
         monitor=monitor,
     )  # fmt: skip
     _print(args, findings_json(findings), findings_table(findings))
@@ -95,8 +96,8 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any) ->
     record = write(
         args.base, args.adapter, args.output, findings=findings, top_k=detection.top_k,
         threshold_epsilon=detection.threshold_epsilon, mitigation_lambda=mitigation.mitigation_lambda, method=mitigation.method,
-        scale=mitigation.scale, solver=detection.solver, device=args.device, io=args.io, resume=not args.no_resume,
-        overwrite=args.overwrite, monitor=monitor,
+        scale=mitigation.scale, solver=detection.solver, max_memory=detection.max_memory, device=args.device, io=args.io,
+        resume=not args.no_resume, overwrite=args.overwrite, monitor=monitor,
     )  # fmt: skip
     _print(args, {**record, "output": args.output}, record_table(record, args.output))
 
@@ -141,6 +142,7 @@ def _detection_options(args: argparse.Namespace, findings: Findings | None) -> D
         top_k=default.top_k if args.top_k is None else args.top_k,
         threshold_epsilon=default.threshold_epsilon if args.epsilon is None else args.epsilon,
         solver=default.solver if args.solver is None else args.solver,
+        max_memory=default.max_memory if args.max_memory is None else args.max_memory,
     )
 
 

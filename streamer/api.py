@@ -13,7 +13,7 @@ from streamer.errors import MismatchError
 from streamer.events import Event, Monitor, OnEvent
 from streamer.findings import Findings, load_findings
 from streamer.intruders import DetectionOptions, Method, MitigationOptions, Scale
-from streamer.pipeline import choose_device, detect_all, detect_to_file
+from streamer.pipeline import check_memory, choose_device, detect_all, detect_to_file
 from streamer.plan import make_plan
 from streamer.storage.tensorfile import IOMode
 
@@ -26,6 +26,7 @@ def detect_intruder_dimensions(
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
     solver: str = "auto",
+    max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
     resume: bool = True,
@@ -43,7 +44,7 @@ def detect_intruder_dimensions(
         PEFT LoRA directory.
     output
         Findings file to write as detection goes; a killed run resumes from its journal. None keeps the findings in memory.
-    top_k, threshold_epsilon, solver
+    top_k, threshold_epsilon, solver, max_memory
         See `streamer.intruders.DetectionOptions`.
     device
         ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
@@ -66,7 +67,7 @@ def detect_intruder_dimensions(
     StreamerError
         See `streamer.errors`; the class says what kind of fault it is.
     """
-    options = DetectionOptions(top_k, threshold_epsilon, solver)
+    options = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
     where = choose_device(device)
     plan = make_plan(base, adapter, io)
     monitor = monitor or Monitor(on_event)
@@ -90,6 +91,7 @@ def reduce_intruder_dimension(
     method: Method = "paper",
     scale: Scale = "all",
     solver: str = "auto",
+    max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
     resume: bool = True,
@@ -104,7 +106,7 @@ def reduce_intruder_dimension(
 
     Parameters
     ----------
-    base, adapter, top_k, threshold_epsilon, solver, device, io, on_event, monitor
+    base, adapter, top_k, threshold_epsilon, solver, max_memory, device, io, on_event, monitor
         See `detect_intruder_dimensions`.
     output
         Directory to write: a PEFT adapter.
@@ -127,7 +129,7 @@ def reduce_intruder_dimension(
         See `streamer.errors`.
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
-    detection = DetectionOptions(top_k, threshold_epsilon, solver)
+    detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
     job = prepare(base, adapter, mitigation, detection, findings, device, io)
     return run_job(AdapterSink(job, Path(output)), _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
 
@@ -144,6 +146,7 @@ def merge_with_reduced_intruder_dimensions(
     method: Method = "paper",
     scale: Scale = "all",
     solver: str = "auto",
+    max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
     resume: bool = True,
@@ -157,7 +160,7 @@ def merge_with_reduced_intruder_dimensions(
     Parameters, result and errors are those of `reduce_intruder_dimension`, but that nothing is truncated.
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
-    detection = DetectionOptions(top_k, threshold_epsilon, solver)
+    detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
     job = prepare(base, adapter, mitigation, detection, findings, device, io)
     return run_job(ModelSink(job, Path(output)), _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
 
@@ -173,6 +176,7 @@ def iter_merged(
     method: Method = "paper",
     scale: Scale = "all",
     solver: str = "auto",
+    max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
 ) -> Iterator[tuple[str, Tensor]]:
@@ -183,7 +187,7 @@ def iter_merged(
     those of `merge_with_reduced_intruder_dimensions`.
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
-    detection = DetectionOptions(top_k, threshold_epsilon, solver)
+    detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
     return merged_tensors(prepare(base, adapter, mitigation, detection, findings, device, io), Monitor())
 
 
@@ -209,6 +213,8 @@ def prepare(
             raise MismatchError(
                 f"{name}: has no findings on {len(missing)} of {len(plan.targets)} matrices, {missing[0]!r} first; run detect again"
             )
+    elif mitigation.needs_detection:
+        check_memory(plan, detection)
     return Job(plan, mitigation, detection, where, loaded)
 
 

@@ -142,8 +142,8 @@ class Findings:
                 )
         for name, value in (options.as_dict() if options else {}).items():
             mine_value = self.options.as_dict()[name]
-            # Which solver made them does not matter to who uses them, unless one was asked for.
-            if value != mine_value and not (name == "solver" and value == "auto"):
+            # Which solver made them, in what memory, does not matter to who uses them, unless one was asked for.
+            if value != mine_value and not ((name == "solver" and value == "auto") or name == "max_memory"):
                 raise MismatchError(
                     f"{where}: made with {name}={mine_value!r}, asked for {value!r}; pass the same, or run detect again"
                 )

@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 from streamer.errors import NumericError, UsageError
-from streamer.linalg.operators import Dense, LowRank, all_finite
+from streamer.linalg.operators import LowRank, Matrix, all_finite
+from streamer.linalg.precision import full_float32
 from streamer.linalg.svd import DEGENERATE
-from streamer.solvers import SOLVERS, cheaper
+from streamer.solvers import SOLVERS, cheaper, working_bytes
+
+PROCESS_BYTES = 200 << 20
+"""Anonymous memory of a process that has done nothing yet but import torch and read an adapter."""
 
 Method = Literal["paper", "project", "shrink"]
 Scale = Literal["all", "first"]
@@ -36,11 +40,16 @@ class DetectionOptions:
         A direction is an intruder if its similarity is below this; in (0, 1].
     solver
         ``auto`` or the name of a solver.
+    max_memory
+        Bytes of anonymous memory for the whole process, or None. A matrix that does not fit in the computing dtype is multiplied as
+        it is stored; one that the dense solver has no room for stays open where bounds cannot settle it: `certified` is false then,
+        and nothing is an intruder that is not proven to be one.
     """
 
     top_k: int | float = 10
     threshold_epsilon: float = 0.5
     solver: str = "auto"
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         k = self.top_k
@@ -51,6 +60,14 @@ class DetectionOptions:
             raise UsageError(f"threshold_epsilon: expected a number in (0, 1], found {self.threshold_epsilon!r}")
         if self.solver not in ("auto", *SOLVERS):
             raise UsageError(f"solver: expected one of auto, {', '.join(SOLVERS)}, found {self.solver!r}")
+        if self.max_memory is not None and self.max_memory <= PROCESS_BYTES:
+            raise UsageError(
+                f"max_memory: expected more than the {PROCESS_BYTES >> 20}M of Python and torch, found {self.max_memory}"
+            )
+
+    def fits(self, needed: int) -> bool:
+        """Whether a matrix that needs so many bytes may be worked on."""
+        return self.max_memory is None or PROCESS_BYTES + needed <= self.max_memory
 
     def directions(self, shape: tuple[int, int]) -> int:
         """How many directions are judged in a matrix of this shape: at least one, at most min(m, n)."""
@@ -159,14 +176,14 @@ class Detection:
 
 
 def detect(
-    base: Dense, delta: LowRank, options: DetectionOptions, rank: int | None = None, name: str = ""
+    base: Matrix, delta: LowRank, options: DetectionOptions, rank: int | None = None, name: str = ""
 ) -> Detection:
     """Find the intruder dimensions of ``W0 + Δ``.
 
     Parameters
     ----------
     base
-        W0, (m, n), float32 or float64, on any device.
+        W0, (m, n), float32 or float64, on any device, in memory or by blocks of rows.
     delta
         Δ of the same shape; its dtype is made the base's.
     rank
@@ -179,15 +196,19 @@ def detect(
     NumericError
         If an input holds NaN or Inf, or the solver does not converge. Nothing non-finite reaches a solver.
     """
-    for what, matrix in (("the base matrix", base.matrix), ("lora_B", delta.L), ("lora_A", delta.R)):
-        if not all_finite(matrix):
+    for what, pieces in (("the base matrix", base.pieces()), ("lora_B", [delta.L]), ("lora_A", [delta.R])):
+        if not all(map(all_finite, pieces)):
             raise NumericError(f"{what} holds NaN or Inf; check the file it came from")
-    delta = LowRank(delta.L.to(base.matrix), delta.R.to(base.matrix))
+    delta = LowRank(delta.L.to(base.like), delta.R.to(base.like))
     k = options.directions(base.shape)
-    solver = cheaper(base.shape, k) if options.solver == "auto" else options.solver
+    may_form = options.fits(working_bytes(base.shape, k, delta.rank, base.like.element_size())["dense"])
+    solver = options.solver
+    if solver == "auto":
+        solver = cheaper(base.shape, k) if may_form else "certified"
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     try:
-        spectrum = SOLVERS[solver](base, delta, k, options.threshold_epsilon, generator)
+        with full_float32():
+            spectrum = SOLVERS[solver](base, delta, k, options.threshold_epsilon, generator, may_form)
     except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # torch's stubs do not export it
         raise NumericError(f"the {solver} solver did not converge ({e}); the matrix may be badly scaled") from e
     triplets, low, high = spectrum.triplets, spectrum.low, spectrum.high

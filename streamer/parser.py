@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 from streamer import __version__
 
@@ -33,6 +34,13 @@ BASE is a model directory (or one .safetensors file), ADAPTER a PEFT LoRA direct
 
 def _top_k(text: str) -> int | float:
     return float(text) if "." in text else int(text)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected a size like 600M or 4G, found {text!r}")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,6 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["auto", "certified", "dense"],
         help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)",
     )
+    g.add_argument("--max-memory", type=_size, metavar="SIZE",
+                   help="memory for detection, like 600M or 4G: large matrices are multiplied as they are stored, which takes "
+                        "longer, and what only a full SVD could settle stays open (default: as much as it takes)")  # fmt: skip
     g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
     g.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
 

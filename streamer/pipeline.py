@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from streamer.encodings import as_tensor, encoding_of
 from streamer.errors import NumericError, UsageError
@@ -24,9 +25,12 @@ from streamer.findings_writer import (
     journal_head,
     remove_leftovers,
 )
-from streamer.intruders import DetectionOptions, detect
-from streamer.linalg.operators import Dense, LowRank
+from streamer.intruders import PROCESS_BYTES, DetectionOptions, detect
+from streamer.linalg.operators import Dense, LowRank, RowBlocks
 from streamer.plan import Plan
+from streamer.solvers import working_bytes
+from streamer.storage.header import TensorInfo
+from streamer.storage.tensorfile import TensorFile
 from streamer.targets import Target
 
 T = TypeVar("T")
@@ -71,6 +75,38 @@ def cost(target: Target) -> int:
     return m * n * min(m, n)
 
 
+def formed(plan: Plan, target: Target, options: DetectionOptions) -> bool:
+    """Whether the matrix is copied in the computing dtype, or multiplied as it is stored.
+
+    Raises
+    ------
+    UsageError
+        If the memory allowed is enough for neither, or not for the solver that was asked for.
+    """
+    if options.max_memory is None:
+        return True
+    file, info = plan.base.locate(target.tensor)
+    module, itemsize = target.module, encoding_of(info, str(file.path)).compute.itemsize
+    needed = working_bytes(module.shape, options.directions(module.shape), module.rank, itemsize)
+    if file.io == "pread":  # the tensor's own bytes are in memory as well, and those of the next one
+        needed |= {"whole": needed["whole"] + 2 * info.nbytes, "dense": needed["dense"] + 2 * info.nbytes}
+    least = needed["dense" if options.solver == "dense" else "blocks"]
+    if not options.fits(least):
+        raise UsageError(
+            f"max_memory: {options.max_memory >> 20}M is not enough for tensor {target.tensor!r} "
+            f"({'x'.join(map(str, module.shape))}); it takes {-(-(least + PROCESS_BYTES) >> 20)}M"
+        )
+    return options.fits(needed["whole"])
+
+
+def check_memory(plan: Plan, options: DetectionOptions) -> None:
+    """Raise `UsageError` if the memory allowed is not enough for some matrix; the message names the one that needs most."""
+    if options.max_memory is None:
+        return
+    for target in sorted(plan.targets, key=lambda t: sum(t.module.shape), reverse=True):
+        formed(plan, target, options)
+
+
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device,
                   view: memoryview | None = None) -> MatrixFinding:  # fmt: skip
     """Detect in one matrix.
@@ -82,15 +118,15 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     """
     began = time.perf_counter()
     file, info = plan.base.locate(target.tensor)
-    encoding = encoding_of(info, str(file.path))
-    raw = as_tensor(file.view(info) if view is None else view, encoding.dtype, info.shape)
-    # A copy even where the dtype stays: LAPACK's bits depend on the alignment of its input, and a map has any.
-    matrix = raw.to(device, encoding.compute, copy=True)
     delta = plan.adapter.delta(target.module)
-    base = Dense(matrix.T.contiguous() if target.transposed else matrix)
+    base = _stored(file, info, device) if not formed(plan, target, options) else _copied(file, info, device, view)
     try:
         found = detect(
-            base, LowRank(delta.L.to(device), delta.R.to(device)), options, target.module.rank, target.tensor
+            base.T if target.transposed else base,
+            LowRank(delta.L.to(device), delta.R.to(device)),
+            options,
+            target.module.rank,
+            target.tensor,
         )
     except NumericError as e:
         raise NumericError(f"{file.path}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
@@ -99,18 +135,40 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
                          time.perf_counter() - began)  # fmt: skip
 
 
+def _copied(file: TensorFile, info: TensorInfo, device: torch.device, view: memoryview | None) -> Dense:
+    """The matrix in the computing dtype."""
+    encoding = encoding_of(info, str(file.path))
+    raw = as_tensor(file.view(info) if view is None else view, encoding.dtype, info.shape)
+    # A copy even where the dtype stays: LAPACK's bits depend on the alignment of its input, and a map has any.
+    return Dense(raw.to(device, encoding.compute, copy=True))
+
+
+def _stored(file: TensorFile, info: TensorInfo, device: torch.device) -> RowBlocks:
+    """The matrix as it is stored, upcast a few rows at a time in each product."""
+    encoding = encoding_of(info, str(file.path))
+    m, n = info.shape
+    row_bytes = n * encoding.dtype.itemsize
+
+    def read(i: int, j: int) -> Tensor:
+        return as_tensor(file.view(info, i * row_bytes, j * row_bytes), encoding.dtype, (j - i, n))
+
+    return RowBlocks((m, n), read, torch.empty(0, dtype=encoding.compute, device=device))
+
+
 def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, monitor: Monitor,
                skip: Callable[[str], bool] = lambda _: False) -> Iterator[MatrixFinding]:  # fmt: skip
     """Detect in every target, in the base's file order, but for those that `skip` knows already."""
+    check_memory(plan, options)
     todo = [t for t in plan.targets if not skip(t.tensor)]
     total = sum(map(cost, plan.targets))
     done = total - sum(map(cost, todo))
 
-    def load(target: Target) -> memoryview:
+    def load(target: Target) -> memoryview | None:
+        if not formed(plan, target, options):
+            return None
         view = plan.base.view(target.tensor)
-        np.frombuffer(view, np.uint8)[
-            ::4096
-        ].sum()  # touch every page, so that the map is read here and not in the solver
+        # Touch every page, so that the map is read here and not in the solver.
+        np.frombuffer(view, np.uint8)[::4096].sum()
         return view
 
     with contextlib.closing(one_ahead(todo, load)) as stream:
@@ -156,6 +214,7 @@ def inspect_detection(plan: Plan, path: Path, options: DetectionOptions, overwri
 
 def plan_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite: bool) -> Findings | None:
     """Preflight of `detect`: the finished findings of this very plan, or None if they are still to be made."""
+    check_memory(plan, options)
     tensors = [t.tensor for t in plan.targets]
     digest = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
     finished = inspect_findings_output(path, digest, overwrite, plan.inputs)

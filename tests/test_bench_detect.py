@@ -60,7 +60,7 @@ def test_the_table_for_people_and_the_help() -> None:
     ("args", "words"),
     [
         (("--shapes", "12"), "ROWSxCOLUMNS"),
-        (("--solvers", "magic"), "expected certified, dense, peft"),
+        (("--solvers", "magic"), "expected certified, blocks, dense, peft"),
         (("--repeats", "0"), "at least 1"),
     ],
 )

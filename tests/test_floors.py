@@ -26,7 +26,7 @@ WITHIN = [
     ["storage.header", "storage.atomic"],
     ["storage.tensorfile"],
     ["storage.checkpoint", "storage.shards", "storage.transaction"],
-    ["linalg.operators"],
+    ["linalg.operators", "linalg.precision"],
     ["linalg.krylov"],
     ["linalg.svd", "linalg.overlaps"],
     ["encodings", "kinds", "solvers"],

@@ -205,3 +205,35 @@ def test_products_are_counted() -> None:
     assert gk.products == 32
     gk.defect_estimate(torch.Generator(), probes=3)
     assert gk.products == 38
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(200, 300), (300, 200), (250, 250)])
+def test_the_invariant_survives_restarts(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    M = power_law(*shape).to(dtype)
+    gk = started(M, 8)
+    S = torch.linalg.svdvals(M.double())
+    for _ in range(6):
+        for _ in range(4):
+            gk.step()
+            check_invariant(gk, 100)
+        before = gk.ritz().S[:16]
+        gk.restart(16)
+        assert gk.P.shape[1] == 16
+        check_invariant(gk, 100)  # each rotation of the bases adds a rounding
+        torch.testing.assert_close(gk.ritz().S, before)  # nothing of what is kept is lost
+    torch.testing.assert_close(gk.ritz().S[:8], S[:8], rtol=0, atol=20 * torch.finfo(dtype).eps)
+
+
+def test_a_restart_that_keeps_everything_changes_nothing() -> None:
+    M = power_law(40, 60)
+    gk, other = started(M, 8), started(M, 8)
+    for _ in range(3):
+        gk.step()
+        other.step()
+    gk.restart(1000)
+    check_invariant(gk)
+    for _ in range(2):
+        gk.step()
+        other.step()
+    torch.testing.assert_close(gk.ritz().S, other.ritz().S)

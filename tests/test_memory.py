@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ sys.path.insert(0, str(TOOLS))
 
 import bench_merge  # noqa: E402
 import make_checkpoint  # noqa: E402
+from helpers import run_cli  # noqa: E402
 
 from streamer.demo import DemoModel, Llama  # noqa: E402
+from streamer.findings import load_findings  # noqa: E402
 
 BOUND = 700e6
 SLACK = 8e6  # allocator and interpreter noise, absolute; a matrix of the models below is larger
@@ -72,3 +75,52 @@ def test_a_gigabyte_of_full_width_layers_and_two(tmp_path: Path) -> None:
     second = peak(make(tmp_path / "two", model(3, 4096)), tmp_path / "out2")
     assert first < BOUND
     assert second < 1.05 * first + SLACK
+
+
+def detection(made: DemoModel, out: Path, *extra: str) -> tuple[bench_merge.Watched, list[tuple[int, ...]]]:
+    """What a detection took, and the intruders of each matrix."""
+    command = [
+        sys.executable,
+        "-m",
+        "streamer",
+        "detect",
+        str(made.base),
+        str(made.adapter),
+        "-o",
+        str(out),
+        "--quiet",
+        *extra,
+    ]
+    return bench_merge.watched(command), [m.detection.intruders for m in load_findings(out)]
+
+
+def test_a_budget_too_small_is_refused_with_the_least_that_would_do(
+    models: tuple[DemoModel, DemoModel], tmp_path: Path
+) -> None:
+    made, out = models[0], tmp_path / "findings.safetensors"
+    done = run_cli("detect", made.base, made.adapter, "-o", out, "--max-memory", "210M")
+    assert done.returncode == 2
+    assert not out.exists()
+    assert re.search(
+        r"max_memory: 210M is not enough for tensor 'model\.layers\.\d\.mlp\.\w+\.weight' \(\d+x\d+\); it takes \d+M",
+        done.stderr,
+    )
+    least = re.search(r"it takes (\d+M)", done.stderr)
+    assert least
+    assert run_cli("detect", made.base, made.adapter, "-o", out, "--max-memory", least[1], "--dry-run").returncode == 0
+    done = run_cli("detect", made.base, made.adapter, "-o", out, "--max-memory", "lots")
+    assert done.returncode == 2
+    assert "expected a size like 600M or 4G, found 'lots'" in done.stderr
+
+
+@pytest.mark.slow
+def test_detection_keeps_within_its_budget_and_decides_the_same(tmp_path: Path) -> None:
+    """One layer of 4096x14336: in float32 its largest matrix alone takes 235 MB."""
+    made = make(tmp_path, model(1, 4096))
+    free, expected = detection(made, tmp_path / "free.safetensors")
+    tight, found = detection(made, tmp_path / "tight.safetensors", "--max-memory", "380M")
+    assert found == expected
+    assert any(expected)
+    assert tight.anonymous < 380 << 20
+    assert free.anonymous > tight.anonymous + 100e6
+    assert all(m.detection.certified for m in load_findings(tmp_path / "tight.safetensors"))

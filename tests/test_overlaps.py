@@ -179,9 +179,9 @@ def test_an_outlier_does_not_hide_the_bulk(bulk: tuple[torch.Tensor, ...], times
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_singular_values_exceed(dtype: torch.dtype) -> None:
     M = spectrum_matrix(2100, 30, torch.linspace(1, 1e-3, 30)).to(dtype)
-    assert singular_values_exceed(M, 0.99e-3)
-    assert not singular_values_exceed(M, 1.01e-3)
-    assert not singular_values_exceed(torch.zeros(50, 3, dtype=dtype), 1e-4)
+    assert singular_values_exceed(Dense(M), 0.99e-3)
+    assert not singular_values_exceed(Dense(M), 1.01e-3)
+    assert not singular_values_exceed(Dense(torch.zeros(50, 3, dtype=dtype)), 1e-4)
 
 
 def test_a_tall_base_with_hidden_small_singular_values_gets_no_upper_bound() -> None:

@@ -8,10 +8,10 @@ import torch
 from helpers import intruding_factors, power_law, spectrum_matrix
 
 from streamer import intruders
-from streamer.errors import NumericError
+from streamer.errors import NumericError, UsageError
 from streamer.intruders import DetectionOptions, detect
-from streamer.linalg.operators import Dense, LowRank
-from streamer.solvers import SOLVERS, Spectrum, cheaper
+from streamer.linalg.operators import Dense, LowRank, RowBlocks
+from streamer.solvers import SOLVERS, Spectrum, cheaper, working_bytes
 
 SHAPES = [(150, 200), (200, 150), (160, 160)]
 
@@ -141,3 +141,66 @@ def test_a_sum_that_overflows_is_refused(solver: str) -> None:
     delta = LowRank(torch.full((40, 1), 3e38), torch.ones(50, 1))
     with pytest.raises(NumericError):
         detect(base, delta, DetectionOptions(solver=solver))
+
+
+def stored_in_bf16(base: Dense) -> tuple[Dense, RowBlocks]:
+    """The base rounded to bf16, in memory and by blocks of rows that refuse to be formed."""
+    raw = base.matrix.bfloat16()
+
+    class Unformed(RowBlocks):
+        def dense(self) -> torch.Tensor:
+            raise AssertionError("formed")
+
+    return Dense(raw.float()), Unformed((len(raw), raw.shape[1]), lambda i, j: raw[i:j], torch.empty(0))
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300), (320, 320)])
+def test_without_a_copy_of_the_matrix_the_answer_is_the_same(shape: tuple[int, int]) -> None:
+    base, delta = problem(*shape)
+    copied, blocks = stored_in_bf16(base)
+    _, S, similarity = oracle(copied, delta)
+    found = SOLVERS["certified"](blocks, delta, 10, 0.5, torch.Generator().manual_seed(0), False)
+    assert found.solver == "certified"
+    np.testing.assert_allclose(found.triplets.S, S, rtol=1e-5)
+    assert (found.low.numpy() <= similarity + 1e-5).all()
+    assert (found.high.numpy() >= similarity - 1e-5).all()
+    assert bool(((found.low >= 0.5) | (found.high < 0.5)).all())
+    assert torch.equal(found.similarity < 0.5, torch.from_numpy(similarity < 0.5))
+
+
+@pytest.mark.parametrize("shape", [(600, 700), (700, 600)])
+def test_what_only_the_dense_solver_could_settle_stays_open_where_there_is_no_room_for_it(
+    shape: tuple[int, int],
+) -> None:
+    """A direction that leans on one vector deep in the bulk by 0.49, and ε = 0.5: no bound of few steps can tell."""
+    W0 = spectrum_matrix(*shape, torch.linspace(1.5, 1, min(shape)))
+    U0 = torch.linalg.svd(W0, full_matrices=False).U
+    u = torch.randn(shape[0], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u -= U0[:, 300] * (U0[:, 300] @ u)
+    u = 0.49 * U0[:, 300] + (1 - 0.49**2) ** 0.5 * u / u.norm()
+    v = torch.nn.functional.normalize(torch.randn(shape[1], 1, generator=torch.Generator().manual_seed(2)), dim=0)
+    _, blocks = stored_in_bf16(Dense(W0.float()))
+    delta = LowRank(40 * u[:, None].float(), v)
+    found = SOLVERS["certified"](blocks, delta, 1, 0.5, torch.Generator().manual_seed(0), False)
+    assert found.solver == "certified"
+    assert float(found.low[0]) < 0.5 <= float(found.high[0])
+    assert float(found.similarity[0]) >= 0.5  # not proven to be an intruder, so not called one
+    allowed = solve("certified", Dense(W0.float()), delta, k=1)
+    assert allowed.solver == "dense"
+    assert float(allowed.similarity[0]) == pytest.approx(0.49, abs=0.02)
+
+
+def test_memory_decides_which_way_a_matrix_goes() -> None:
+    base, delta = problem(300, 400)
+    copied, blocks = stored_in_bf16(base)
+    needed = working_bytes((300, 400), 10, delta.rank, 4)
+    assert needed["blocks"] > 0
+    large = working_bytes((8192, 28672), 10, 16, 4)
+    assert large["blocks"] < 400e6  # with the process itself below 600 MB
+    assert large["whole"] < 8192 * 28672 * 4 * 1.25 + 350e6
+    assert large["whole"] < large["dense"]
+    enough = intruders.PROCESS_BYTES + needed["dense"]
+    assert detect(copied, delta, DetectionOptions(max_memory=enough)).solver == "dense"
+    assert detect(blocks, delta, DetectionOptions(max_memory=enough - 1)).solver == "certified"
+    with pytest.raises(UsageError, match="expected more than the 200M of Python and torch"):
+        DetectionOptions(max_memory=100 << 20)

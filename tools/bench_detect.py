@@ -5,11 +5,13 @@
     python tools/bench_detect.py --shapes 2048x2048 --spectrum flat       no decay: the hardest case for Krylov
     python tools/bench_detect.py --topk-peers                             the leading triplets alone, against scipy and torch
     python tools/bench_detect.py --block                                  every linear layer of a Llama-3-8B block, times 32
+    python tools/bench_detect.py --shapes 8192x28672 --dtype bf16 --solvers certified,blocks   memory: with an upcast copy, and without
     python tools/bench_detect.py --shapes 96x64 --json                    tiny: does it work?
 
 Job. What is timed is the whole of it on one matrix: upcast, decisions on the --top-k leading directions, mitigation at
-λ = 0.75, back-projection to the adapter's rank. `peft` is peft.tuners.lora.intruders.reduce_intruder_dimension on a model of
-one nn.Linear with the same weight and adapter; it needs peft.
+λ = 0.75, back-projection to the adapter's rank. `blocks` is the certified solver without a copy of the matrix in float32: it is
+upcast a few rows at a time, in each product, as --max-memory makes `streamer detect` do. `peft` is
+peft.tuners.lora.intruders.reduce_intruder_dimension on a model of one nn.Linear with the same weight and adapter; it needs peft.
 
 Matrices. `power`: 64 singular values j^-0.7 over a bulk of Gaussian noise whose largest singular value is half of the last of
 them, as trained weights have; `outlier`: the same with the first one 300 times as large; `flat`: noise alone, largest singular
@@ -40,8 +42,9 @@ from torch import Tensor
 
 from streamer.demo import power_law
 from streamer.intruders import Detection, DetectionOptions, MitigationOptions, back_project, detect, mitigate
-from streamer.linalg.operators import Dense, LowRank, Sum
+from streamer.linalg.operators import Dense, LowRank, RowBlocks, Sum
 from streamer.linalg.svd import krylov_triplets, residuals
+from streamer.solvers import BASIS
 
 SLOW = 5.0
 TOP = 64
@@ -85,10 +88,17 @@ def make_case(shape: tuple[int, int], spectrum: str, rank: int, dtype: torch.dty
     return Case(weight.to(device, dtype), A.to(device), B.to(device))
 
 
+def row_blocks(weight: Tensor) -> RowBlocks:
+    """The weight, upcast a few rows at a time."""
+    m, n = weight.shape
+    return RowBlocks((m, n), lambda i, j: weight[i:j], torch.empty(0, device=weight.device))
+
+
 def run_ours(case: Case, solver: str, k: int, epsilon: float) -> Detection:
     """Detection, mitigation and back-projection with one of the package's solvers."""
-    base = Dense(case.weight.float())
-    found = detect(base, case.delta, DetectionOptions(k, epsilon, solver), name="bench")
+    base = row_blocks(case.weight) if solver == "blocks" else Dense(case.weight.float())
+    options = DetectionOptions(k, epsilon, "certified" if solver == "blocks" else solver)
+    found = detect(base, case.delta, options, name="bench")
     mitigated = mitigate(LowRank(*(t.cpu() for t in (case.delta.L, case.delta.R))), found, MitigationOptions())
     back_project(mitigated, case.A.shape[0], SCALE)
     return found
@@ -199,9 +209,8 @@ def topk_jobs(W: Tensor, base: Dense, delta: LowRank, k: int) -> dict[str, Calla
     """The leading triplets of W by every solver that is installed, asked for the accuracy of float32 decisions: 1e-5."""
 
     def krylov() -> tuple[Tensor, Tensor, Tensor]:
-        limit = max(256, min(W.shape) // 2)
-        found = krylov_triplets(Sum([base, delta]), k, torch.Generator().manual_seed(0), W, min(limit, *W.shape))
-        if found.triplets is None:
+        found = krylov_triplets(Sum([base, delta]), k, torch.Generator().manual_seed(0), W, max(BASIS, 5 * k), 400)
+        if found.triplets is None or not found.converged:
             raise RuntimeError("the Krylov process did not converge")
         return found.triplets.U, found.triplets.S, found.triplets.Vh
 
@@ -320,7 +329,7 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=0.5, metavar="X", help="threshold (default: 0.5)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the base (default: fp32)")
     parser.add_argument("--solvers", default="certified,dense", metavar="NAME,…",
-                        help="of certified, dense, peft; the first is the unit of the ratios (default: certified,dense)")  # fmt: skip
+                        help="of certified, blocks, dense, peft; the first is the ratios' unit (default: certified,dense)")  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--topk-peers", action="store_true",
                       help="instead: the top-k stage against scipy's svds, torch.svd_lowrank, and primme where installed")  # fmt: skip
@@ -332,9 +341,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object; seconds and bytes")
     args = parser.parse_args()
     args.solver_names = args.solvers.split(",")
-    unknown = set(args.solver_names) - {"certified", "dense", "peft"}
+    unknown = set(args.solver_names) - {"certified", "blocks", "dense", "peft"}
     if unknown:
-        parser.error(f"--solvers: expected certified, dense, peft, found {', '.join(sorted(unknown))}")
+        parser.error(f"--solvers: expected certified, blocks, dense, peft, found {', '.join(sorted(unknown))}")
     if "peft" in args.solver_names and not importlib.util.find_spec("peft"):
         parser.error("--solvers: peft is not installed; pip install peft")
     if min(args.repeats, args.rank, args.threads, args.top_k) < 1:

@@ -31,9 +31,9 @@ class GolubKahan:
     """``M P = Q B`` and ``Mᵀ Q = P Bᵀ + P₊ L Eᵀ``, with orthonormal ``[P, P₊]`` and ``Q``, growing by a block a step.
 
     M is (m, n); P (n, p) and Q (m, q) are the bases, P₊ (n, b) the next block, B (q, p) upper triangular by blocks, and Eᵀ picks
-    the last block of rows. Hence ``MᵀM P = P T + P₊ β Eᵀ`` with ``T = BᵀB``, the block Lanczos process on MᵀM. It is carried in
-    this form because T formed from B in float64 loses eps·‖M‖ on singular values, where products with MᵀM in float32 would lose
-    eps·‖M‖² (Golub & Kahan 1965; Golub & Van Loan, Matrix Computations, 10.4).
+    the last block of rows (after a `restart` all of them). Hence ``MᵀM P = P T + P₊ β Eᵀ`` with ``T = BᵀB``, the block Lanczos
+    process on MᵀM. It is carried in this form because T formed from B in float64 loses eps·‖M‖ on singular values, where products
+    with MᵀM in float32 would lose eps·‖M‖² (Golub & Kahan 1965; Golub & Van Loan, Matrix Computations, 10.4).
 
     Every block is orthogonalised against the whole basis twice, and once more where it has shrunk; directions in which a block
     vanishes to rounding are dropped (deflation). A block that vanishes whole means that the bases span invariant subspaces:
@@ -44,7 +44,7 @@ class GolubKahan:
     op
         M. Its values must be of a size whose squares neither overflow nor vanish: scale it first.
     start
-        (n, b) start block; ``start = P[:, :b'] @ start_coefficients``.
+        (n, b) start block; ``start = P[:, :b'] @ start_coefficients`` until the first `restart`.
 
     Attributes
     ----------
@@ -87,6 +87,17 @@ class GolubKahan:
         else:
             self.following, self.L, _ = self._orthonormal(self._counted(self.op.rmatmat(new)), self.P, self.norm)
         self.steps += 1
+
+    def restart(self, keep: int) -> None:
+        """Go on from the `keep` leading Ritz triplets alone, so that memory stays bounded.
+
+        ``M (P y) = (Q x) S`` and ``Mᵀ (Q x) = (P y) S + P₊ tail`` is the invariant again, with B = S and L = the tail, over all rows
+        now: nothing is lost but the directions dropped (thick restart; Baglama & Reichel, SIAM J. Sci. Comput. 27, 2005).
+        """
+        ritz = self.ritz()
+        keep = min(keep, *self.B.shape)
+        self.P, self.Q = self.P @ ritz.Y[:, :keep].to(self.P), self.Q @ ritz.X[:, :keep].to(self.Q)
+        self.B, self.L, self._last = ritz.S[:keep].diag(), ritz.tail[:, :keep], keep
 
     def _counted(self, image: Tensor) -> Tensor:
         self.products += image.shape[1]

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from streamer.linalg.krylov import GolubKahan, RitzBasis
-from streamer.linalg.operators import Dense
+from streamer.linalg.operators import Matrix
 
 CUTOFF = 1e-4
 """δ: for tall matrices, singular values of the base below this share of its largest are not judged."""
@@ -69,6 +69,9 @@ class OverlapBounds:
     cutoff
         δ: singular values of the base below ``δ·σ⁰_1`` are not covered; 0 where all are. It is not
         0 for tall matrices of more than `PROVABLE` columns.
+    reach
+        Above ε while no upper bound can be below it: what some singular vector may still overlap with. It shows how far the process
+        has come.
     """
 
     low: Tensor
@@ -76,9 +79,10 @@ class OverlapBounds:
     steps: int
     products: int
     cutoff: float
+    reach: float = 0.0
 
 
-def dense_overlaps(base: Dense, U: Tensor, generator: torch.Generator) -> tuple[OverlapBounds, Tensor]:
+def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple[OverlapBounds, Tensor]:
     """Bounds on, and the value of, ``sim_j = max_i |⟨u_j, u⁰_i⟩|`` by LAPACK's full SVD of the base.
 
     LAPACK's u⁰_i are those of a matrix φ away, so vectors whose values lie within τ of each other may be mixtures: the upper bound
@@ -97,10 +101,10 @@ def dense_overlaps(base: Dense, U: Tensor, generator: torch.Generator) -> tuple[
     OverlapBounds, Tensor
         The bounds, and the similarity itself, (k,) float64 on the CPU: Shuttleworth et al. (arXiv 2410.21228), Algorithm 1.
     """
-    U0, S, V0h = torch.linalg.svd(base.matrix, full_matrices=False)
-    probe = torch.randn(base.shape[1], 8, generator=generator, dtype=torch.float32).to(base.matrix)
+    U0, S, V0h = torch.linalg.svd(base.dense(), full_matrices=False)
+    probe = torch.randn(base.shape[1], 8, generator=generator, dtype=torch.float32).to(base.like)
     defect = (base.matmat(probe) - (U0 * S) @ (V0h @ probe)).double() / math.sqrt(8)
-    eps = torch.finfo(base.matrix.dtype).eps
+    eps = torch.finfo(base.like.dtype).eps
     tau = DENSE_WINDOW * (float(torch.linalg.matrix_norm(defect)) / math.sqrt(min(base.shape)) + eps * float(S[0]))
     w = (U0.T @ U).double().cpu()
     values = S.double().cpu().flip(0).contiguous()
@@ -139,13 +143,14 @@ class OverlapProcess:
         ``low < ε`` will be settled.
     """
 
-    def __init__(self, base: Dense, U: Tensor, generator: torch.Generator) -> None:
+    def __init__(self, base: Matrix, U: Tensor, generator: torch.Generator) -> None:
         m, n = base.shape
         self.tall = m > n
         self.cutoff = CUTOFF if self.tall else 0.0
         self.hopeless = False
         self._base = base
         self._U, self._generator = U, generator
+        self._rounding = 0.0  # φ as last measured
         start = base.rmatmat(U) if self.tall else U
         k = U.shape[1]
         width = min(-(-(k + 4) // 16) * 16, m, n)  # products are fast at multiples of 16 columns
@@ -162,13 +167,20 @@ class OverlapProcess:
         """Whether further steps can add nothing."""
         return self.process.exhausted
 
-    def bounds(self, epsilon: float) -> OverlapBounds:
+    def bounds(self, epsilon: float, final: bool = False) -> OverlapBounds:
         """The intervals as they stand.
 
         Upper bounds are what costs, so they are taken only where they can settle something: not for a direction with
         ``low ≥ epsilon``, and for none at all while a Ritz vector overlaps with an open direction by more than ε, or the bound
-        exceeds ε in the middle of a Ritz interval already. They are 1 then. Rounding is first assumed to be what it usually is,
-        and measured, by two products with the base, before anything is settled.
+        exceeds ε at a few values already. They are 1 then. Rounding is measured, by two products with the base, before the first of them
+        is taken, and again before the last: a bound for a larger φ than the true one holds as well.
+
+        Parameters
+        ----------
+        epsilon
+            The threshold.
+        final
+            Whether no further step will be taken: what there is, is claimed then.
         """
         gk = self.process
         ritz = gk.ritz()
@@ -177,27 +189,47 @@ class OverlapProcess:
         coefficients[: gk.start_coefficients.shape[0]] = gk.start_coefficients[:, :k]
         w = ritz.Y.T @ coefficients
         overlap = self._left_overlaps(ritz) if self.tall else w.abs()
-        eps = torch.finfo(gk.P.dtype).eps
-        low, high = self._low(ritz, overlap, eps * gk.norm), torch.ones(k, dtype=torch.float64)
+        phi = self._rounding or torch.finfo(gk.P.dtype).eps * gk.norm
+        low, high = self._low(ritz, overlap, phi), torch.ones(k, dtype=torch.float64)
         open_ = low < epsilon
-        if not bool((open_ & (overlap.amax(0) >= epsilon)).any()) and (
-            gk.exhausted or self._glance(ritz, w[:, open_], eps * gk.norm) < epsilon
-        ):
-            phi = 2 * gk.defect_estimate(self._generator) + eps * gk.norm
-            low = self._low(ritz, overlap, phi)
-            open_ = low < epsilon
-            if bool(open_.any()):
-                high[open_] = self._high(ritz, w[:, open_], phi)
+        reach = float(overlap[:, open_].amax()) if bool(open_.any()) else 0.0
+        if reach < epsilon and not gk.exhausted:
+            reach = self._glance(ritz, w[:, open_], phi)
+        if reach < epsilon or gk.exhausted or final:
+            fresh = final or not self._rounding
+            phi = self._measure() if fresh else phi
+            low, high = self._intervals(ritz, w, overlap, phi, epsilon)
+            if not fresh and bool(((low >= epsilon) | (high < epsilon)).all()) and self._measure() > phi:
+                low, high = self._intervals(ritz, w, overlap, self._rounding, epsilon)
+            reach = float(torch.where(low < epsilon, high, 0.0).max())
             if self.cutoff and not self.hopeless and bool((high < epsilon).any()):
-                if self._base.shape[1] > PROVABLE:  # the cut-off stays, and is reported
-                    return OverlapBounds(low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff)
-                if singular_values_exceed(self._base.matrix, 1.01 * self.cutoff * float(ritz.S[0])):
-                    self.cutoff = 0.0
-                else:
-                    self.hopeless = True
+                self._prove(1.01 * self.cutoff * float(ritz.S[0]))
             if self.hopeless:
                 high[:] = 1.0
-        return OverlapBounds(low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff)
+        return OverlapBounds(low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff, reach)
+
+    def _measure(self) -> float:
+        gk = self.process
+        self._rounding = 2 * gk.defect_estimate(self._generator) + torch.finfo(gk.P.dtype).eps * gk.norm
+        return self._rounding
+
+    def _intervals(
+        self, ritz: RitzBasis, w: Tensor, overlap: Tensor, phi: float, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        low, high = self._low(ritz, overlap, phi), torch.ones(overlap.shape[1], dtype=torch.float64)
+        open_ = low < epsilon
+        if bool(open_.any()):
+            high[open_] = self._high(ritz, w[:, open_], phi)
+        return low, high
+
+    def _prove(self, floor: float) -> None:
+        """Lift the cut-off, or find that it cannot be; where the proof costs too much it stays, and is reported."""
+        if self._base.shape[1] > PROVABLE:
+            return
+        if singular_values_exceed(self._base, floor):
+            self.cutoff = 0.0
+        else:
+            self.hopeless = True
 
     def _left_overlaps(self, ritz: RitzBasis) -> Tensor:
         overlap = ritz.X.T @ (self.process.Q.T @ self._U).double().cpu()
@@ -222,10 +254,12 @@ class OverlapProcess:
 
     def _glance(self, ritz: RitzBasis, w: Tensor, phi: float) -> float:
         """A part of the upper bounds' supremum, from one value in ten: where it is over ε the whole would settle nothing."""
-        edges = torch.cat([ritz.S, ritz.S.new_tensor([CUTOFF * float(ritz.S[0]) if self.tall else 0.0])])
-        sigma = (edges[:-1] + edges[1:])[edges[1:] >= edges[-1]] / 2
+        bottom = CUTOFF * float(ritz.S[0]) if self.tall else 0.0
+        edges = torch.cat([ritz.S, ritz.S.new_tensor([bottom])])
+        middles = (edges[:-1] + edges[1:])[edges[1:] >= bottom] / 2
+        sigma = torch.cat([middles, edges[-1:]])
         bound = christoffel_bound(sigma, ritz, w, phi)
-        return float((bound / sigma[:, None] if self.tall else bound).max()) if bound.numel() else 0.0
+        return float((bound / sigma[:, None] if self.tall else bound).max().clamp_max(1.0)) if bound.numel() else 0.0
 
     def _high(self, ritz: RitzBasis, w: Tensor, phi: float) -> Tensor:
         S, tau = ritz.S, _window(ritz, phi)
@@ -246,24 +280,27 @@ class OverlapProcess:
         return best.clamp_max(1.0)
 
 
-def singular_values_exceed(matrix: Tensor, floor: float) -> bool:
+def singular_values_exceed(M: Matrix, floor: float) -> bool:
     """Whether all n singular values of a tall (m, n) matrix exceed `floor`: whether ``MᵀM − floor²`` has a Cholesky factor.
 
     The product is summed in float64 by blocks of rows, so a floor down to 1e-6·σ_1 is resolved, and only its lower triangle, which
     Cholesky reads. Rows only add to it: if the first 5n/4 give a factor, all do. So the cost is 5n³/8 multiplications as a rule and
     m·n²/2 at most, and twice n² values of memory.
     """
-    n = matrix.shape[1]
-    gram = torch.zeros((n, n), dtype=torch.float64, device=matrix.device)
+    m, n = M.shape
+    gram = torch.zeros((n, n), dtype=torch.float64, device=M.like.device)
     gram.diagonal().sub_(floor**2)
-    enough = n + n // 4
-    for some in (matrix[:enough], matrix[enough:]):
-        for rows in torch.split(some, 1024):
-            block = rows.double()
+    done, tried = 0, False
+    for rows in M.rows():
+        for some in torch.split(rows, 1024):
+            block = some.double() * M.scale
             for j in range(0, n, 512):
                 gram[j:, j : j + 512].addmm_(block[:, j:].T, block[:, j : j + 512])
-        if int(torch.linalg.cholesky_ex(gram).info) == 0:
-            return True
+            done += len(some)
+            if done >= m or (done >= n + n // 4 and not tried):
+                tried = True
+                if int(torch.linalg.cholesky_ex(gram).info) == 0:
+                    return True
     return False
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from streamer.linalg.krylov import GolubKahan
+from streamer.linalg.krylov import GolubKahan, RitzBasis
 from streamer.linalg.operators import Operator
 
 
@@ -77,15 +77,21 @@ do not get there in 16 steps, are given the second: what is certified is widened
 
 
 class KrylovTriplets(NamedTuple):
-    """The triplets, or None where the basis grew to its limit first; and what they cost."""
+    """The triplets, whether they are as good as `ANGLES` asks for, and what they cost.
+
+    Without convergence they are the best so far, and their residuals say how good; None where there are fewer than k.
+    """
 
     triplets: Triplets | None
+    converged: bool
     steps: int
     products: int
 
 
-def krylov_triplets(W: Operator, k: int, generator: torch.Generator, like: Tensor, max_basis: int) -> KrylovTriplets:
-    """The k leading triplets by the block Golub–Kahan process from a random block.
+def krylov_triplets(
+    W: Operator, k: int, generator: torch.Generator, like: Tensor, max_basis: int, max_steps: int
+) -> KrylovTriplets:
+    """The k leading triplets by the block Golub–Kahan process from a random block, with thick restarts.
 
     Parameters
     ----------
@@ -96,38 +102,56 @@ def krylov_triplets(W: Operator, k: int, generator: torch.Generator, like: Tenso
     like
         A tensor of the dtype and device to compute with.
     max_basis
-        Columns of the basis at most; memory is (m + n) times that.
+        Columns of the basis, at least k and two blocks; memory is (m + n) times that. A basis that is full goes on from the leading
+        third of its Ritz triplets.
+    max_steps
+        Block steps at most.
     """
     m, n = W.shape
     op = W if n <= m else W.T
     width = min(-(-(k + 6) // 16) * 16, m, n)
     process = GolubKahan(op, torch.randn(op.shape[1], width, generator=generator, dtype=torch.float32).to(like))
-    floor = 8 * torch.finfo(like.dtype).eps
     look = 4
-    while not process.exhausted and process.P.shape[1] < max_basis:
+    while True:
         process.step()
-        if process.steps < look and not process.exhausted:
+        ended = process.exhausted or process.steps >= max_steps
+        full = process.P.shape[1] + process.following.shape[1] > max_basis
+        if process.steps < look and not ended and not full:
             continue
         # The decomposition of B grows with the cube of the basis: far into a flat spectrum it is not taken at each step.
-        look += 1 if look < 16 else look // 4
-        X, S, Y, tail = process.ritz()
-        padded = torch.nn.functional.pad(S, (1, 1), value=float("inf"))
-        padded[-1] = 0.0 if len(S) < min(m, n) or m > n else float("inf")
-        residual = torch.linalg.vector_norm(tail, dim=0)
-        # A Ritz value lies below its singular value, by its residual at most: so much nearer may the next one be.
-        below = S - padded[2:] - torch.nn.functional.pad(residual, (0, 1))[1:]
-        gaps = torch.minimum(padded[:-2] - S, below).clamp_min(0)[:k]
-        residual = residual[:k]
-        angle = ANGLES[process.steps > 16]
-        if process.exhausted or bool((residual <= (angle * gaps).clamp_min(floor * float(S[0]))).all()):
-            if len(S) < k or X.shape[1] < k:
-                break
-            left, right = process.Q @ X[:, :k].to(like), process.P @ Y[:, :k].to(like)
-            U, V = (left, right) if n <= m else (right, left)
-            values = S[:k].to(like)
-            found = Triplets(U, values, V.T.contiguous(), residuals(W, U, values, V.T), gaps)
-            return KrylovTriplets(found, process.steps, process.products + 2 * k)
-    return KrylovTriplets(None, process.steps, process.products)
+        look = process.steps + (1 if process.steps < 16 else 4)
+        ritz = process.ritz()
+        good = process.exhausted or _converged(ritz, k, (m, n), ANGLES[process.steps > 16], torch.finfo(like.dtype).eps)
+        if good or ended:
+            found = None if min(process.B.shape) < k else _leading(process, ritz, k, W)
+            return KrylovTriplets(found, good and found is not None, process.steps, process.products + 2 * k)
+        if full:
+            process.restart(max(k + width, max_basis // 3))
+
+
+def _gaps(ritz: RitzBasis, k: int, shape: tuple[int, int]) -> Tensor:
+    """(k,) distances from each Ritz value to where the next singular value may be."""
+    m, n = shape
+    S = ritz.S
+    padded = torch.nn.functional.pad(S, (1, 1), value=float("inf"))
+    padded[-1] = 0.0 if len(S) < min(m, n) or m > n else float("inf")
+    residual = torch.linalg.vector_norm(ritz.tail, dim=0)
+    # A Ritz value lies below its singular value, by its residual at most: so much nearer may the next one be.
+    below = S - padded[2:] - torch.nn.functional.pad(residual, (0, 1))[1:]
+    return torch.minimum(padded[:-2] - S, below).clamp_min(0)[:k]
+
+
+def _converged(ritz: RitzBasis, k: int, shape: tuple[int, int], angle: float, eps: float) -> bool:
+    """Whether the first k Ritz triplets are within `angle` of singular ones, or down to rounding."""
+    residual = torch.linalg.vector_norm(ritz.tail, dim=0)[:k]
+    return bool((residual <= (angle * _gaps(ritz, k, shape)).clamp_min(8 * eps * float(ritz.S[0]))).all())
+
+
+def _leading(process: GolubKahan, ritz: RitzBasis, k: int, W: Operator) -> Triplets:
+    left, right = process.Q @ ritz.X[:, :k].to(process.Q), process.P @ ritz.Y[:, :k].to(process.P)
+    U, V = (left, right) if process.op is W else (right, left)
+    S = ritz.S[:k].to(U)
+    return Triplets(U, S, V.T.contiguous(), residuals(W, U, S, V.T), _gaps(ritz, k, W.shape))
 
 
 def residuals(W: Operator, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:

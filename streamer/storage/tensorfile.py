@@ -41,7 +41,7 @@ class TensorFile:
 
     def __init__(self, path: Path, io: IOMode = "mmap") -> None:
         self.path = path
-        self._io = io
+        self.io = io
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -95,7 +95,7 @@ class TensorFile:
         if length == 0:
             return memoryview(b"")
         at = self.header.data_start + info.start + start
-        if self._io == "pread":
+        if self.io == "pread":
             out = bytearray(length)
             self._read_into(memoryview(out), at)
             return memoryview(out)
