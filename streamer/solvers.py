@@ -51,7 +51,7 @@ class Spectrum:
 
 
 BASIS = 256
-"""Columns of the basis for the triplets before it restarts, or four blocks if that is more. On flat spectra, where it matters, 128 to
+"""Columns of the basis for the triplets before it restarts, unless four blocks are more. On flat spectra, where it matters, 128 to
 2048 columns took 31 to 28 steps at 2048x2048 and 40 to 35 at 4096x4096, and 256 the least time."""
 
 OPEN_COLUMNS = 512
@@ -82,18 +82,23 @@ def solve_certified(
     called an intruder that is not proven to be one.
     """
     scale, base_scale = _scales(base, delta)
-    if base_scale == 0 or k + 6 >= min(base.shape):
+    if k + 6 >= min(base.shape) or (base_scale == 0 and may_form):
         return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True)
     width, columns = block_width(k), bounds_columns(base.shape, k, may_form)
     W = Sum([base.scaled(scale), delta.scaled(scale)])
-    found = krylov_triplets(W, k, generator, base.like, max(BASIS, 4 * width), max(16, 2 * columns // width))
+    found = krylov_triplets(W, k, generator, base.like, triplets_columns(k), max(16, 2 * columns // width))
     steps, products = found.steps, found.products
     triplets = found.triplets
     if triplets is not None:
         error = triplets.angle_error_estimate
         sound = error <= DEGENERATE
         if not may_form or (found.converged and bool(sound.all())):
-            bounds = _bounded(OverlapProcess(base.scaled(base_scale), triplets.U, generator), epsilon, error, columns)
+            # A zero base has any singular vectors.
+            bounds = OverlapBounds(torch.zeros_like(error), torch.ones_like(error), 0, 0, 0.0)
+            if base_scale:
+                bounds = _bounded(
+                    OverlapProcess(base.scaled(base_scale), triplets.U, generator), epsilon, error, columns
+                )
             low, high = (bounds.low - error).clamp_min(0), (bounds.high + error).clamp_max(1)
             steps, products = steps + bounds.steps, products + bounds.products
             if not may_form or bool(((low >= epsilon) | (high < epsilon)).all()):
@@ -105,14 +110,19 @@ def solve_certified(
 
 def _bounded(process: OverlapProcess, epsilon: float, error: Tensor, columns: int) -> OverlapBounds:
     """Step until every interval, widened by the vector's own error, lies on one side of ε, or there is no hope."""
+
+    def settled(b: OverlapBounds) -> bool:
+        return bool(((b.low - error >= epsilon) | (b.high + error < epsilon) | (error > DEGENERATE)).all())
+
     look, before = 4, (0, 1.0)
     while True:
         while process.process.steps < look and not process.exhausted:
             process.step()
         ended = process.exhausted or process.process.P.shape[1] > columns
         bounds = process.bounds(epsilon, final=ended)
-        settled = (bounds.low - error >= epsilon) | (bounds.high + error < epsilon) | (error > DEGENERATE)
-        if ended or process.hopeless or bool(settled.all()):
+        if not bounds.measured and (process.hopeless or settled(bounds)):
+            bounds = process.bounds(epsilon, final=True)
+        if ended or process.hopeless or settled(bounds):
             return bounds
         now = bounds.steps, bounds.reach
         look, before = now[0] + _steps_to(epsilon, before, now), now
@@ -159,6 +169,11 @@ def _unscaled(t: Triplets, scale: float) -> Triplets:
 def block_width(k: int) -> int:
     """Columns of a block: k and at least 6 more, a multiple of 16."""
     return -(-(k + 6) // 16) * 16
+
+
+def triplets_columns(k: int) -> int:
+    """Columns at which the basis for the triplets restarts."""
+    return max(BASIS, 4 * block_width(k))
 
 
 def bounds_columns(shape: tuple[int, int], k: int, may_form: bool) -> int:

@@ -516,7 +516,7 @@ def test_json_of_findings(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> 
     for tree in (detected, reported):
         assert tree["schema"] == "streamer.findings/1"
         assert tree.keys() >= {"base", "adapter", "options", "totals", "matrices"}
-        assert tree["options"] == {"top_k": 10, "threshold_epsilon": 0.5, "solver": "auto"}
+        assert tree["options"] == {"top_k": 10, "threshold_epsilon": 0.5, "solver": "auto", "max_memory": None}
         assert tree["totals"].keys() >= {"matrices", "intruders", "certified", "escalated", "seconds"}
         assert tree["totals"]["matrices"] == len(tree["matrices"]) == 9
         assert tree["totals"]["intruders"] == sum(len(m["intruders"]) for m in tree["matrices"]) >= 9

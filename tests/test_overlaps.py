@@ -9,7 +9,7 @@ import torch
 from helpers import power_law, spectrum_matrix
 
 from streamer.linalg.krylov import GolubKahan
-from streamer.linalg.operators import Dense
+from streamer.linalg.operators import Dense, RowBlocks
 from streamer.linalg.overlaps import OverlapProcess, christoffel_bound, dense_overlaps, singular_values_exceed
 
 SHAPES = [(80, 120), (120, 80), (97, 97), (61, 67), (9, 200), (200, 9)]
@@ -182,6 +182,19 @@ def test_singular_values_exceed(dtype: torch.dtype) -> None:
     assert singular_values_exceed(Dense(M), 0.99e-3)
     assert not singular_values_exceed(Dense(M), 1.01e-3)
     assert not singular_values_exceed(Dense(torch.zeros(50, 3, dtype=dtype)), 1e-4)
+
+
+@pytest.mark.parametrize("rows", [60, 700, 3000])
+def test_singular_values_exceed_where_only_the_last_rows_show_it(rows: int) -> None:
+    """The first 5n/4 rows have no rank, so the first attempt at a factor fails."""
+    M = torch.zeros(rows, 30, dtype=torch.float64)
+    M[-30:] = torch.eye(30)
+    assert singular_values_exceed(Dense(M), 0.99)
+    assert not singular_values_exceed(Dense(M), 1.01)
+    blocks = RowBlocks((rows, 30), lambda i, j: M[i:j], M.new_empty(0))
+    assert singular_values_exceed(blocks, 0.99)
+    assert singular_values_exceed(blocks.scaled(4.0), 3.99)
+    assert not singular_values_exceed(blocks.scaled(0.25), 0.99)
 
 
 def test_a_tall_base_with_hidden_small_singular_values_gets_no_upper_bound() -> None:

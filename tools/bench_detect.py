@@ -44,7 +44,7 @@ from streamer.demo import power_law
 from streamer.intruders import Detection, DetectionOptions, MitigationOptions, back_project, detect, mitigate
 from streamer.linalg.operators import Dense, LowRank, RowBlocks, Sum
 from streamer.linalg.svd import krylov_triplets, residuals
-from streamer.solvers import BASIS
+from streamer.solvers import triplets_columns
 
 SLOW = 5.0
 TOP = 64
@@ -209,7 +209,7 @@ def topk_jobs(W: Tensor, base: Dense, delta: LowRank, k: int) -> dict[str, Calla
     """The leading triplets of W by every solver that is installed, asked for the accuracy of float32 decisions: 1e-5."""
 
     def krylov() -> tuple[Tensor, Tensor, Tensor]:
-        found = krylov_triplets(Sum([base, delta]), k, torch.Generator().manual_seed(0), W, max(BASIS, 5 * k), 400)
+        found = krylov_triplets(Sum([base, delta]), k, torch.Generator().manual_seed(0), W, triplets_columns(k), 400)
         if found.triplets is None or not found.converged:
             raise RuntimeError("the Krylov process did not converge")
         return found.triplets.U, found.triplets.S, found.triplets.Vh

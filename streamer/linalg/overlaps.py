@@ -69,6 +69,8 @@ class OverlapBounds:
     cutoff
         δ: singular values of the base below ``δ·σ⁰_1`` are not covered; 0 where all are. It is not
         0 for tall matrices of more than `PROVABLE` columns.
+    measured
+        Whether rounding was measured in this very space: only then are the intervals claims.
     reach
         Above ε while no upper bound can be below it: what some singular vector may still overlap with. It shows how far the process
         has come.
@@ -79,6 +81,7 @@ class OverlapBounds:
     steps: int
     products: int
     cutoff: float
+    measured: bool = True
     reach: float = 0.0
 
 
@@ -172,15 +175,15 @@ class OverlapProcess:
 
         Upper bounds are what costs, so they are taken only where they can settle something: not for a direction with
         ``low ≥ epsilon``, and for none at all while a Ritz vector overlaps with an open direction by more than ε, or the bound
-        exceeds ε at a few values already. They are 1 then. Rounding is measured, by two products with the base, before the first of them
-        is taken, and again before the last: a bound for a larger φ than the true one holds as well.
+        exceeds ε at a few values already. They are 1 then. Rounding is measured, by two products with the base, the first time, and
+        taken to be the same later on.
 
         Parameters
         ----------
         epsilon
             The threshold.
         final
-            Whether no further step will be taken: what there is, is claimed then.
+            Measure rounding in any case, and take every bound.
         """
         gk = self.process
         ritz = gk.ritz()
@@ -195,32 +198,21 @@ class OverlapProcess:
         reach = float(overlap[:, open_].amax()) if bool(open_.any()) else 0.0
         if reach < epsilon and not gk.exhausted:
             reach = self._glance(ritz, w[:, open_], phi)
+        measured = False
         if reach < epsilon or gk.exhausted or final:
-            fresh = final or not self._rounding
-            phi = self._measure() if fresh else phi
-            low, high = self._intervals(ritz, w, overlap, phi, epsilon)
-            if not fresh and bool(((low >= epsilon) | (high < epsilon)).all()) and self._measure() > phi:
-                low, high = self._intervals(ritz, w, overlap, self._rounding, epsilon)
-            reach = float(torch.where(low < epsilon, high, 0.0).max())
+            measured = final or not self._rounding
+            if measured:
+                self._rounding = 2 * gk.defect_estimate(self._generator) + torch.finfo(gk.P.dtype).eps * gk.norm
+            low = self._low(ritz, overlap, self._rounding)
+            open_ = low < epsilon
+            if bool(open_.any()):
+                high[open_] = self._high(ritz, w[:, open_], self._rounding)
+            reach = float(torch.where(open_, high, 0.0).max())
             if self.cutoff and not self.hopeless and bool((high < epsilon).any()):
                 self._prove(1.01 * self.cutoff * float(ritz.S[0]))
             if self.hopeless:
                 high[:] = 1.0
-        return OverlapBounds(low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff, reach)
-
-    def _measure(self) -> float:
-        gk = self.process
-        self._rounding = 2 * gk.defect_estimate(self._generator) + torch.finfo(gk.P.dtype).eps * gk.norm
-        return self._rounding
-
-    def _intervals(
-        self, ritz: RitzBasis, w: Tensor, overlap: Tensor, phi: float, epsilon: float
-    ) -> tuple[Tensor, Tensor]:
-        low, high = self._low(ritz, overlap, phi), torch.ones(overlap.shape[1], dtype=torch.float64)
-        open_ = low < epsilon
-        if bool(open_.any()):
-            high[open_] = self._high(ritz, w[:, open_], phi)
-        return low, high
+        return OverlapBounds(low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff, measured, reach)
 
     def _prove(self, floor: float) -> None:
         """Lift the cut-off, or find that it cannot be; where the proof costs too much it stays, and is reported."""

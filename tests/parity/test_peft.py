@@ -68,11 +68,13 @@ def test_as_many_intruders_as_peft_finds_in_every_layer(trained: Trained) -> Non
     assert ours == reference(trained.adapter, 0.75).counts
 
 
-def test_decisions_equal_the_dense_formula_in_float64(trained: Trained) -> None:
+@pytest.mark.parametrize("solver", ["auto", "certified"])
+def test_decisions_equal_the_dense_formula_in_float64(trained: Trained, solver: str) -> None:
+    findings = trained.findings if solver == "auto" else trained.certified
     base = load_file(minilm.BASE / "model.safetensors")
     before = deltas(minilm.load_peft(trained.adapter))
     compared = 0
-    for m in trained.findings:
+    for m in findings:
         W0 = base[m.tensor].double()
         U0 = torch.linalg.svd(W0, full_matrices=False).U
         U, S, _ = torch.linalg.svd(W0 + before[m.module].double(), full_matrices=False)
@@ -86,6 +88,25 @@ def test_decisions_equal_the_dense_formula_in_float64(trained: Trained) -> None:
                 assert (j in m.detection.intruders) == (s < 0.5), (m.tensor, j, s)
                 compared += 1
     assert compared >= 10 * len(trained.findings) - 2
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.75])
+def test_the_certified_solver_mitigates_as_the_dense_one(
+    trained: Trained, lam: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mitigated = []
+    for name, findings in (("dense", trained.findings), ("certified", trained.certified)):
+        streamer.reduce_intruder_dimension(
+            minilm.BASE, trained.adapter, tmp_path / name, findings=findings, mitigation_lambda=lam
+        )
+        mitigated.append(deltas(minilm.load_peft(tmp_path / name)))
+    expected, found = mitigated
+    assert max(relative(found[name], expected[name]) for name in expected) < 1e-4
+    escalated = sum(m.detection.escalated for m in trained.certified)
+    with capsys.disabled():
+        print(f"\nMiniLM r={trained.rank}: {len(trained.certified)} matrices, {escalated} escalated")
+    assert {m.detection.solver for m in trained.findings} == {"dense"}
+    assert escalated < len(trained.certified) / 4
 
 
 @pytest.mark.parametrize("lam", LAMBDAS)
