@@ -18,7 +18,7 @@ them, as trained weights have; `outlier`: the same with the first one 300 times 
 value about 1. The adapter holds four planted intruders, of singular values well apart from the top part's (above the noise
 for `flat`), and a small random rest.
 
-Time. The solvers take turns, --repeats times, so that a busy machine slows all of them; medians are reported, of the wall's
+Time. The solvers take turns, --repeats times, so that a busy machine slows all of them (those of --topk-peers do not); medians are reported, of the wall's
 seconds and of the processor's (all threads). On a shared machine only the latter, with --threads 1, repeat. A solver whose
 first run takes more than 5 s is run once, between runs of the certified one. The first run of each is watched for
 memory (`Anonymous:` of /proc/self/smaps_rollup, growth over what the process held before) and is timed only if it is slow.
@@ -164,15 +164,15 @@ def watched(job: Callable[[], Any]) -> Run:
     return run._replace(memory=peak - before)
 
 
-def compare(jobs: dict[str, Callable[[], Any]], repeats: int) -> list[dict[str, Any]]:
-    """Every job in turns; the first one's median is the unit of the ratios."""
+def compare(jobs: dict[str, Callable[[], Any]], repeats: int, *, turns: bool = True) -> list[dict[str, Any]]:
+    """Every job in turns, or each one's runs together; the first one's median is the unit of the ratios."""
     first = {name: watched(job) for name, job in jobs.items()}
     runs: dict[str, list[Run]] = {name: [run] if run.seconds > SLOW else [] for name, run in first.items()}
     leader = next(iter(jobs))
-    for _ in range(repeats):
-        for name, job in jobs.items():
-            if not runs[name] or name == leader or first[name].seconds <= SLOW:
-                runs[name].append(timed(job))
+    names = list(jobs) * repeats if turns else [name for name in jobs for _ in range(repeats)]
+    for name in names:
+        if not runs[name] or name == leader or first[name].seconds <= SLOW:
+            runs[name].append(timed(jobs[name]))
     rows = []
     for name, of in runs.items():
         seconds, cpu = statistics.median(run.seconds for run in of), statistics.median(run.cpu for run in of)
@@ -253,7 +253,8 @@ def measure_topk(shape: tuple[int, int], args: argparse.Namespace) -> list[dict[
         except Exception as e:  # a peer's failure is a result
             failed.append({"shape": list(shape), "solver": name, "error": f"{type(e).__name__}: {e}"})
             del jobs[name]
-    rows = compare(jobs, args.repeats)
+    # scipy's BLAS has threads of its own, which go on spinning for a while and slow whoever comes next.
+    rows = compare(jobs, args.repeats, turns=False)
     for row in rows:
         U, S, Vh = (t.to(W) for t in row.pop("result"))
         row |= {"shape": list(shape), "residual": float(residuals(Dense(W), U, S, Vh).max() / float(S[0]))}

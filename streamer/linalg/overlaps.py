@@ -245,13 +245,18 @@ class OverlapProcess:
         return certain.amax(0).clamp(0, 1)
 
     def _glance(self, ritz: RitzBasis, w: Tensor, phi: float) -> float:
-        """A part of the upper bounds' supremum, from one value in ten: where it is over ε the whole would settle nothing."""
+        """The upper bounds' supremum, guessed from one value in ten: where it is over ε the whole would settle nothing.
+
+        It missed 0 to 2.2 % where it came near ε (power and flat spectra, 1024x4096 to 14336x4096), so 4 % is added.
+        """
         bottom = CUTOFF * float(ritz.S[0]) if self.tall else 0.0
         edges = torch.cat([ritz.S, ritz.S.new_tensor([bottom])])
         middles = (edges[:-1] + edges[1:])[edges[1:] >= bottom] / 2
         sigma = torch.cat([middles, edges[-1:]])
         bound = christoffel_bound(sigma, ritz, w, phi)
-        return float((bound / sigma[:, None] if self.tall else bound).max().clamp_max(1.0)) if bound.numel() else 0.0
+        if not bound.numel():
+            return 0.0
+        return min(1.0, 1.04 * float((bound / sigma[:, None] if self.tall else bound).max()))
 
     def _high(self, ritz: RitzBasis, w: Tensor, phi: float) -> Tensor:
         S, tau = ritz.S, _window(ritz, phi)
