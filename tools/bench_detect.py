@@ -18,9 +18,9 @@ them, as trained weights have; `outlier`: the same with the first one 300 times 
 value about 1. The adapter holds four planted intruders, of singular values well apart from the top part's (above the noise
 for `flat`), and a small random rest.
 
-Time. The solvers take turns, --repeats times, so that a busy machine slows all of them (those of --topk-peers do not); medians are reported, of the wall's
-seconds and of the processor's (all threads). On a shared machine only the latter, with --threads 1, repeat. A solver whose
-first run takes more than 5 s is run once, between runs of the certified one. The first run of each is watched for
+Time. The solvers take turns, --repeats times, so that a busy machine slows all of them (those of --topk-peers do not); medians are
+reported, of the wall's seconds and of the processor's (all threads). On a shared machine only the latter, with --threads 1, repeat. A
+solver whose first run takes more than 5 s is run once, between runs of the certified one. The first run of each is watched for
 memory (`Anonymous:` of /proc/self/smaps_rollup, growth over what the process held before) and is timed only if it is slow.
 """
 
