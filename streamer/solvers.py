@@ -197,7 +197,7 @@ def working_bytes(shape: tuple[int, int], k: int, rank: int, itemsize: int) -> d
     p = min(m, n)
     # A basis and its successor, of one side, at a time; thin QR of the factors, in float64, and the products' temporaries.
     basis = [
-        itemsize * (m + n + max(m, n)) * max(bounds_columns(shape, k, form), BASIS + block_width(k))
+        itemsize * (m + n + max(m, n)) * max(bounds_columns(shape, k, form), triplets_columns(k) + block_width(k))
         for form in (False, True)
     ]
     factors = 8 * 6 * (m + n) * (rank + k)
