@@ -19,7 +19,7 @@ from streamer.errors import NumericError, UsageError
 from streamer.linalg.operators import LowRank, Matrix, all_finite
 from streamer.linalg.precision import full_float32
 from streamer.linalg.svd import DEGENERATE
-from streamer.solvers import SOLVERS, cheaper, working_bytes
+from streamer.solvers import SOLVERS, cheaper
 
 PROCESS_BYTES = 200 << 20
 """Anonymous memory of a process that has done nothing yet but import torch and read an adapter."""
@@ -64,10 +64,6 @@ class DetectionOptions:
             raise UsageError(
                 f"max_memory: expected more than the {PROCESS_BYTES >> 20}M of Python and torch, found {self.max_memory}"
             )
-
-    def fits(self, needed: int) -> bool:
-        """Whether a matrix that needs so many bytes may be worked on."""
-        return self.max_memory is None or PROCESS_BYTES + needed <= self.max_memory
 
     def directions(self, shape: tuple[int, int]) -> int:
         """How many directions are judged in a matrix of this shape: at least one, at most min(m, n)."""
@@ -135,7 +131,8 @@ class Detection:
     U, S, Vh
         (m, q), (q,), (q, n): the intruders' triplets, float32 (float64 for a float64 base).
     certified
-        Each interval lies on one side of ε, and no direction is degenerate.
+        Each interval lies on one side of ε, and no direction is degenerate: for all singular vectors of the base but those below
+        `cutoff`.
     degenerate
         0-based ranks of directions in a cluster so tight that no single vector is defined, by any solver.
     solver, escalated
@@ -176,7 +173,12 @@ class Detection:
 
 
 def detect(
-    base: Matrix, delta: LowRank, options: DetectionOptions, rank: int | None = None, name: str = ""
+    base: Matrix,
+    delta: LowRank,
+    options: DetectionOptions,
+    rank: int | None = None,
+    name: str = "",
+    may_form: bool = True,
 ) -> Detection:
     """Find the intruder dimensions of ``W0 + Δ``.
 
@@ -190,6 +192,8 @@ def detect(
         The adapter's rank, for `Detection.dropped_at_zero`; by default the delta's.
     name
         Seeds the random start of the Krylov processes, so that a matrix gives the same bits in whatever order it comes.
+    may_form
+        Whether there is memory for the dense solver. Without it, what bounds cannot settle stays open.
 
     Raises
     ------
@@ -201,7 +205,6 @@ def detect(
             raise NumericError(f"{what} holds NaN or Inf; check the file it came from")
     delta = LowRank(delta.L.to(base.like), delta.R.to(base.like))
     k = options.directions(base.shape)
-    may_form = options.fits(working_bytes(base.shape, k, delta.rank, base.like.element_size())["dense"])
     solver = options.solver
     if solver == "auto":
         solver = cheaper(base.shape, k) if may_form else "certified"

@@ -75,36 +75,38 @@ def cost(target: Target) -> int:
     return m * n * min(m, n)
 
 
-def formed(plan: Plan, target: Target, options: DetectionOptions) -> bool:
-    """Whether the matrix is copied in the computing dtype, or multiplied as it is stored.
-
-    Raises
-    ------
-    UsageError
-        If the memory allowed is enough for neither, or not for the solver that was asked for.
-    """
-    if options.max_memory is None:
-        return True
+def needed_bytes(plan: Plan, target: Target, options: DetectionOptions) -> dict[str, int]:
+    """Peak memory of the process for one matrix, by each way that the options leave; see `working_bytes`."""
     file, info = plan.base.locate(target.tensor)
     module, itemsize = target.module, encoding_of(info, str(file.path)).compute.itemsize
-    needed = working_bytes(module.shape, options.directions(module.shape), module.rank, itemsize)
-    if file.io == "pread":  # the tensor's own bytes are in memory as well, and those of the next one
-        needed |= {"whole": needed["whole"] + 2 * info.nbytes, "dense": needed["dense"] + 2 * info.nbytes}
-    least = needed["dense" if options.solver == "dense" else "blocks"]
-    if not options.fits(least):
-        raise UsageError(
-            f"max_memory: {options.max_memory >> 20}M is not enough for tensor {target.tensor!r} "
-            f"({'x'.join(map(str, module.shape))}); it takes {-(-(least + PROCESS_BYTES) >> 20)}M"
-        )
-    return options.fits(needed["whole"])
+    ways = working_bytes(module.shape, options.directions(module.shape), module.rank, itemsize)
+    if options.solver == "dense":
+        ways = {"dense": ways["dense"]}
+    # With pread the tensor's own bytes are in memory as well, and those of the next one.
+    read = 2 * info.nbytes if file.io == "pread" else 0
+    return {way: PROCESS_BYTES + size + (0 if way == "blocks" else read) for way, size in ways.items()}
+
+
+def best_way(plan: Plan, target: Target, options: DetectionOptions) -> str:
+    """The first of ``dense``, ``whole`` and ``blocks`` that fits the memory allowed."""
+    if options.max_memory is None:
+        return "dense"
+    ways = needed_bytes(plan, target, options)
+    return next(way for way, size in ways.items() if size <= options.max_memory)
 
 
 def check_memory(plan: Plan, options: DetectionOptions) -> None:
-    """Raise `UsageError` if the memory allowed is not enough for some matrix; the message names the one that needs most."""
+    """Raise `UsageError` if some matrix needs more memory than is allowed; the message names the one that needs most."""
     if options.max_memory is None:
         return
-    for target in sorted(plan.targets, key=lambda t: sum(t.module.shape), reverse=True):
-        formed(plan, target, options)
+    most, target = max(
+        ((min(needed_bytes(plan, t, options).values()), t) for t in plan.targets), key=lambda pair: pair[0]
+    )
+    if most > options.max_memory:
+        raise UsageError(
+            f"max_memory: {options.max_memory >> 20}M is not enough for tensor {target.tensor!r} "
+            f"({'x'.join(map(str, target.module.shape))}); it takes {-(-most >> 20)}M"
+        )
 
 
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device,
@@ -119,7 +121,8 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     began = time.perf_counter()
     file, info = plan.base.locate(target.tensor)
     delta = plan.adapter.delta(target.module)
-    base = _stored(file, info, device) if not formed(plan, target, options) else _copied(file, info, device, view)
+    way = best_way(plan, target, options)
+    base = _stored(file, info, device) if way == "blocks" else _copied(file, info, device, view)
     try:
         found = detect(
             base.T if target.transposed else base,
@@ -127,6 +130,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
             options,
             target.module.rank,
             target.tensor,
+            may_form=way == "dense",
         )
     except NumericError as e:
         raise NumericError(f"{file.path}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
@@ -164,7 +168,7 @@ def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, moni
     done = total - sum(map(cost, todo))
 
     def load(target: Target) -> memoryview | None:
-        if not formed(plan, target, options):
+        if best_way(plan, target, options) == "blocks":
             return None
         view = plan.base.view(target.tensor)
         # Touch every page, so that the map is read here and not in the solver.

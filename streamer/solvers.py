@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from streamer.linalg.krylov import block_width
 from streamer.linalg.operators import BLOCK_BYTES, LowRank, Matrix, Sum
-from streamer.linalg.overlaps import OverlapBounds, OverlapProcess, dense_overlaps
-from streamer.linalg.svd import DEGENERATE, Triplets, dense_triplets, krylov_triplets
+from streamer.linalg.overlaps import CHRISTOFFEL_BYTES, PROVABLE, OverlapBounds, OverlapProcess, dense_overlaps
+from streamer.linalg.svd import OVERSAMPLING, Triplets, dense_triplets, krylov_triplets
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def solve_dense(
     scale, base_scale = _scales(base, delta)
     triplets = dense_triplets(Sum([base.scaled(scale), delta.scaled(scale)]), k)
     bounds, similarity = dense_overlaps(base.scaled(base_scale), triplets.U, generator)
-    error = triplets.angle_error_estimate
-    low, high = (bounds.low - error).clamp_min(0), (bounds.high + error).clamp_max(1)
+    distance = triplets.distance_estimate
+    low, high = (bounds.low - distance).clamp_min(0), (bounds.high + distance).clamp_max(1)
     return Spectrum(_unscaled(triplets, scale), similarity, low, high, "dense")
 
 
@@ -82,47 +83,40 @@ def solve_certified(
     called an intruder that is not proven to be one.
     """
     scale, base_scale = _scales(base, delta)
-    if k + 6 >= min(base.shape) or (base_scale == 0 and may_form):
+    if k + OVERSAMPLING >= min(base.shape) or (base_scale == 0 and may_form):
         return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True)
-    width, columns = block_width(k), bounds_columns(base.shape, k, may_form)
+    columns = bounds_columns(base.shape, k, may_form)
     W = Sum([base.scaled(scale), delta.scaled(scale)])
-    found = krylov_triplets(W, k, generator, base.like, triplets_columns(k), max(16, 2 * columns // width))
-    steps, products = found.steps, found.products
-    triplets = found.triplets
-    if triplets is not None:
-        error = triplets.angle_error_estimate
-        sound = error <= DEGENERATE
-        if not may_form or (found.converged and bool(sound.all())):
-            # A zero base has any singular vectors.
-            bounds = OverlapBounds(torch.zeros_like(error), torch.ones_like(error), 0, 0, 0.0)
-            if base_scale:
-                bounds = _bounded(
-                    OverlapProcess(base.scaled(base_scale), triplets.U, generator), epsilon, error, columns
-                )
-            low, high = (bounds.low - error).clamp_min(0), (bounds.high + error).clamp_max(1)
-            steps, products = steps + bounds.steps, products + bounds.products
-            if not may_form or bool(((low >= epsilon) | (high < epsilon)).all()):
-                similarity = torch.where(low >= epsilon, bounds.low, bounds.high)
-                return Spectrum(_unscaled(triplets, scale), similarity, low, high, "certified",
-                                steps=steps, products=products, cutoff=bounds.cutoff)  # fmt: skip
+    most = max(16, 2 * columns // block_width(k, OVERSAMPLING))
+    found = krylov_triplets(W, k, generator, base.like, triplets_columns(k), most)
+    steps, products, triplets = found.steps, found.products, found.triplets
+    distance = triplets.distance_estimate
+    if not may_form or (found.converged and bool((distance < 2).all())):
+        # A zero base has any singular vectors.
+        bounds = OverlapBounds(torch.zeros_like(distance), torch.ones_like(distance), 0, 0, 0.0)
+        if base_scale:
+            process = OverlapProcess(base.scaled(base_scale), triplets.U, generator, distance)
+            bounds = _settle(process, epsilon, columns)
+        low, high = bounds.low, bounds.high
+        steps, products = steps + bounds.steps, products + bounds.products
+        if not may_form or bool(((low >= epsilon) | (high < epsilon)).all()):
+            similarity = torch.where(low >= epsilon, low, high)
+            return Spectrum(_unscaled(triplets, scale), similarity, low, high, "certified",
+                            steps=steps, products=products, cutoff=bounds.cutoff)  # fmt: skip
     return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)
 
 
-def _bounded(process: OverlapProcess, epsilon: float, error: Tensor, columns: int) -> OverlapBounds:
-    """Step until every interval, widened by the vector's own error, lies on one side of ε, or there is no hope."""
-
-    def settled(b: OverlapBounds) -> bool:
-        return bool(((b.low - error >= epsilon) | (b.high + error < epsilon) | (error > DEGENERATE)).all())
-
+def _settle(process: OverlapProcess, epsilon: float, columns: int) -> OverlapBounds:
+    """Step until every interval that can lies on one side of ε, or there is no hope."""
     look, before = 4, (0, 1.0)
     while True:
         while process.process.steps < look and not process.exhausted:
             process.step()
         ended = process.exhausted or process.process.P.shape[1] > columns
         bounds = process.bounds(epsilon, final=ended)
-        if not bounds.measured and (process.hopeless or settled(bounds)):
+        if not bounds.measured and (process.hopeless or bounds.reach < epsilon):
             bounds = process.bounds(epsilon, final=True)
-        if ended or process.hopeless or settled(bounds):
+        if ended or process.hopeless or bounds.reach < epsilon:
             return bounds
         now = bounds.steps, bounds.reach
         look, before = now[0] + _steps_to(epsilon, before, now), now
@@ -166,48 +160,47 @@ def _unscaled(t: Triplets, scale: float) -> Triplets:
     return t if scale == 1 else replace(t, S=t.S / scale, residuals=t.residuals / scale, gaps=t.gaps / scale)
 
 
-def block_width(k: int) -> int:
-    """Columns of a block: k and at least 6 more, a multiple of 16."""
-    return -(-(k + 6) // 16) * 16
-
-
 def triplets_columns(k: int) -> int:
     """Columns at which the basis for the triplets restarts."""
-    return max(BASIS, 4 * block_width(k))
+    return max(BASIS, 4 * block_width(k, OVERSAMPLING))
 
 
 def bounds_columns(shape: tuple[int, int], k: int, may_form: bool) -> int:
     """Columns at which the basis for the bounds is given up.
 
-    With 0.45 of the short side the dense solver costs no more. Large matrices are given up earlier, so that the basis needs a quarter
+    With 0.45 of the short side the dense solver costs no more. Large matrices are given up earlier, so that the basis needs a sixth
     of the matrix' own memory at most; but not before 1024 columns, or 16 blocks.
     """
     m, n = shape
-    most = max(1024, 16 * block_width(k), m * n // (4 * (m + n))) if may_form else max(OPEN_COLUMNS, 8 * block_width(k))
+    width = block_width(k, OVERSAMPLING)
+    most = max(1024, 16 * width, m * n // (6 * (m + n))) if may_form else max(OPEN_COLUMNS, 8 * width)
     return max(min(round(0.45 * min(m, n)), most), min(256, m, n))
 
 
 def working_bytes(shape: tuple[int, int], k: int, rank: int, itemsize: int) -> dict[str, int]:
-    """Peak memory for one matrix by each way, an upper estimate in bytes, beyond the process itself.
+    """Peak memory for one matrix by each way that there is, an upper estimate in bytes, beyond the process itself.
 
-    ``blocks`` multiplies from the matrix as it is stored; ``whole`` makes one copy of it in the computing dtype, of `itemsize` bytes;
-    ``dense`` is the full SVD of that.
+    ``dense`` allows for the full SVD of the sum, in the computing dtype of `itemsize` bytes; ``whole`` for a copy of the matrix;
+    ``blocks`` for products with the matrix as it is stored. The last two are the certified solver's, which has a share of the matrix
+    for its bases only, and so is not for all k.
     """
     m, n = shape
-    p = min(m, n)
-    # A basis and its successor, of one side, at a time; thin QR of the factors, in float64, and the products' temporaries.
-    basis = [
-        itemsize * (m + n + max(m, n)) * max(bounds_columns(shape, k, form), triplets_columns(k) + block_width(k))
-        for form in (False, True)
-    ]
-    factors = 8 * 6 * (m + n) * (rank + k)
-    whole = itemsize * m * n
-    return {
-        "blocks": 3 * BLOCK_BYTES + basis[0] + factors,
-        "whole": BLOCK_BYTES + whole + basis[1] + factors,
-        # The sum, LAPACK's copy, both factors, and its workspace.
-        "dense": 3 * whole + itemsize * ((m + n) * p + 4 * p * p) + factors,
-    }
+    p, width = min(m, n), block_width(k, OVERSAMPLING)
+    matrix = itemsize * m * n
+    factors = 8 * 6 * (m + n) * (rank + k)  # thin QRs in float64
+    # The sum, LAPACK's copy, both factors, and its workspace, beside the matrix.
+    dense = 3 * matrix + itemsize * ((m + n) * p + 4 * p * p) + factors
+    if k + OVERSAMPLING >= p:
+        return {"dense": dense}
+    proof = 20 * n * n if n < m and n <= PROVABLE else 0
+
+    def certified(may_form: bool) -> int:
+        columns = min(p, max(bounds_columns(shape, k, may_form), triplets_columns(k))) + width
+        bases = (m + n + max(m, n)) * columns * itemsize  # and the successor of one, while it grows
+        return bases + 2 * CHRISTOFFEL_BYTES + 8 * columns**2 * 8 + proof + factors
+
+    whole = matrix + certified(True)
+    return {"dense": max(dense, whole), "whole": whole, "blocks": 3 * min(matrix, BLOCK_BYTES) + certified(False)}
 
 
 def cheaper(shape: tuple[int, int], k: int) -> str:

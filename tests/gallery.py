@@ -59,6 +59,7 @@ SPECTRA: dict[str, Callable[[int], torch.Tensor]] = {
 BASES = (*SPECTRA, "identity", "outlier column", "gaussian")
 DELTAS = (
     "intruder", "zero", "parallel", "cancelling", "larger", "much larger", "over rank", "deep", "blown up", "mixture", "slight",
+    "top mixture",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (
@@ -117,6 +118,12 @@ def make_delta(kind: str, base: torch.Tensor, epsilon: float, seed: int) -> LowR
         L[:, 0], R[:, 0] = U0[:, -1] * 1.3 * size, V0h[-1]
     elif kind == "mixture":
         L[:, 0], R[:, 0] = (U0[:, deep] + U0[:, max(0, deep - 1)]) * size, v
+    elif kind == "top mixture" and p > 1:
+        # Of the two leading base directions the sum is blown up and the difference removed.
+        s, c = 0.5**0.5, S0[:2].diag()
+        Q = torch.tensor([[s, s], [s, -s]], dtype=torch.float64)
+        change = Q @ torch.tensor([[1.5 * size, 0], [0, 0]], dtype=torch.float64) @ Q.T - c
+        L[:, :2], R[:, :2] = U0[:, :2] @ change, V0h[:2].T
     elif kind == "deep":
         # Overlap ε ± 1e-3 with one direction of the bulk; the rest is spread.
         c = epsilon + (1e-3 if seed % 2 else -1e-3)

@@ -164,4 +164,4 @@ def test_row_blocks_read_a_few_rows_at_a_time(dtype: torch.dtype, monkeypatch: p
     assert asked == [(i, min(i + 10, 103)) for i in range(0, 103, 10)]
     assert torch.equal(M.dense(), stored.float())
     assert torch.equal(torch.cat([rows.clone() for rows in M.rows()]), stored.float())
-    assert torch.equal(torch.cat([rows.clone() for rows in M.T.rows()]), stored.float().T)
+    assert M.T.rows() is None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import power_law, spectrum_matrix
 
+from streamer.linalg import overlaps
 from streamer.linalg.krylov import GolubKahan
 from streamer.linalg.operators import Dense, RowBlocks
 from streamer.linalg.overlaps import OverlapProcess, christoffel_bound, dense_overlaps, singular_values_exceed
@@ -39,6 +40,10 @@ SPECTRA = {
     "equal": torch.ones,
     "deficient": lambda p: torch.arange(1, p + 1).double() ** -0.7 * (torch.arange(p) < p // 2),
 }
+
+
+SILENT = {"equal"}
+"""Where all singular values are one, any vector is singular."""
 
 
 @pytest.mark.parametrize("steps", [1, 3, 6, 40])
@@ -121,14 +126,18 @@ def test_intervals_hold_the_similarity_at_every_step(shape: tuple[int, int], spe
     U = torch.cat([U, ((U0[:, p // 3] + U0[:, p // 3 + 1]) / 2**0.5)[:, None]], 1)
     true = (U0.T @ U).abs().amax(0)
     process = OverlapProcess(Dense(W0), U.to(dtype), torch.Generator().manual_seed(0))
+    said = False
     for _ in range(12):
         if process.exhausted:
             break
         process.step()
         for epsilon in (0.5, 0.999):
-            bounds = process.bounds(epsilon)
-            assert float((bounds.low - true).max()) <= 1e-5
-            assert float((true - bounds.high).max()) <= 1e-5
+            for final in (False, True):
+                bounds = process.bounds(epsilon, final)
+                assert float((bounds.low - true).max()) <= 1e-5
+                assert float((true - bounds.high).max()) <= 1e-5
+        said |= bool((bounds.high < 1).any()) or bool((bounds.low > 0).any())
+    assert said or spectrum in SILENT
 
 
 @pytest.mark.parametrize("shape", [(400, 400), (300, 500), (500, 300)])
@@ -168,7 +177,7 @@ def test_an_outlier_does_not_hide_the_bulk(bulk: tuple[torch.Tensor, ...], times
     for step in range(1, 21):
         process.step()
         if step % 4 == 0:
-            bounds = process.bounds(0.65)
+            bounds = process.bounds(0.65, final=True)
             seen.append(float(bounds.high[0]))
             assert float(bounds.high[0]) >= 0.61 - 1e-5
             assert float(bounds.low[0]) <= 0.61 + 1e-5
@@ -179,9 +188,9 @@ def test_an_outlier_does_not_hide_the_bulk(bulk: tuple[torch.Tensor, ...], times
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_singular_values_exceed(dtype: torch.dtype) -> None:
     M = spectrum_matrix(2100, 30, torch.linspace(1, 1e-3, 30)).to(dtype)
-    assert singular_values_exceed(Dense(M), 0.99e-3)
-    assert not singular_values_exceed(Dense(M), 1.01e-3)
-    assert not singular_values_exceed(Dense(torch.zeros(50, 3, dtype=dtype)), 1e-4)
+    assert singular_values_exceed(Dense(M).rows(), M.shape, 0.99e-3)
+    assert not singular_values_exceed(Dense(M).rows(), M.shape, 1.01e-3)
+    assert not singular_values_exceed([torch.zeros(50, 3, dtype=dtype)], (50, 3), 1e-4)
 
 
 @pytest.mark.parametrize("rows", [60, 700, 3000])
@@ -189,12 +198,10 @@ def test_singular_values_exceed_where_only_the_last_rows_show_it(rows: int) -> N
     """The first 5n/4 rows have no rank, so the first attempt at a factor fails."""
     M = torch.zeros(rows, 30, dtype=torch.float64)
     M[-30:] = torch.eye(30)
-    assert singular_values_exceed(Dense(M), 0.99)
-    assert not singular_values_exceed(Dense(M), 1.01)
+    assert singular_values_exceed(Dense(M).rows(), M.shape, 0.99)
+    assert not singular_values_exceed(Dense(M).rows(), M.shape, 1.01)
     blocks = RowBlocks((rows, 30), lambda i, j: M[i:j], M.new_empty(0))
-    assert singular_values_exceed(blocks, 0.99)
-    assert singular_values_exceed(blocks.scaled(4.0), 3.99)
-    assert not singular_values_exceed(blocks.scaled(0.25), 0.99)
+    assert singular_values_exceed(blocks.rows(), blocks.shape, 0.99)
 
 
 def test_a_tall_base_with_hidden_small_singular_values_gets_no_upper_bound() -> None:
@@ -262,3 +269,35 @@ def test_christoffel_bound_of_nothing_is_empty(values: int, vectors: int) -> Non
     gk.step()
     sigma, w = torch.linspace(0, 1, values, dtype=torch.float64), torch.zeros(4, vectors, dtype=torch.float64)
     assert christoffel_bound(sigma, gk.ritz(), w, 1e-12).shape == (values, vectors)
+
+
+def test_an_interval_holds_for_what_is_near_the_vectors_given() -> None:
+    W0 = power_law(200, 260).float()
+    U0 = torch.linalg.svd(W0.double(), full_matrices=False).U
+    U = torch.cat([leaning(U0, 1, 0.9)[:, None], directions(200, 2)], 1).float()
+    exact, wide = (
+        OverlapProcess(Dense(W0), U, torch.Generator().manual_seed(0), distance)
+        for distance in (None, torch.tensor([0.05, 0.02, 2.0], dtype=torch.float64))
+    )
+    for process in (exact, wide):
+        for _ in range(10):
+            process.step()
+    a, b = exact.bounds(0.5, final=True), wide.bounds(0.5, final=True)
+    torch.testing.assert_close(b.low[0], a.low[0] - 0.05)
+    assert float(b.high[1]) == pytest.approx(float(a.high[1]) + 0.02 * 1.02, rel=1e-3)
+    assert (float(b.low[2]), float(b.high[2])) == (0, 1)  # not even looked at
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_the_bound_of_wide_blocks_is_that_of_narrow_ones(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gk = GolubKahan(Dense(power_law(300, 300)), directions(300, width))
+    for _ in range(2):
+        gk.step()
+    ritz = gk.ritz()
+    w = (ritz.Y.T[:, : len(gk.start_coefficients)] @ gk.start_coefficients)[:, :7]
+    sigma = torch.linspace(0, 1, 200, dtype=torch.float64)
+    wide = christoffel_bound(sigma, ritz, w, 1e-12)
+    monkeypatch.setattr(overlaps, "NARROW", 1000)
+    torch.testing.assert_close(wide, christoffel_bound(sigma, ritz, w, 1e-12))
+    monkeypatch.setattr(overlaps, "CHRISTOFFEL_BYTES", 1)
+    torch.testing.assert_close(wide, christoffel_bound(sigma, ritz, w, 1e-12))

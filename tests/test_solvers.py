@@ -190,17 +190,30 @@ def test_what_only_the_dense_solver_could_settle_stays_open_where_there_is_no_ro
     assert float(allowed.similarity[0]) == pytest.approx(0.49, abs=0.02)
 
 
-def test_memory_decides_which_way_a_matrix_goes() -> None:
-    base, delta = problem(300, 400)
-    copied, blocks = stored_in_bf16(base)
-    needed = working_bytes((300, 400), 10, delta.rank, 4)
-    assert needed["blocks"] > 0
+@pytest.mark.parametrize("shape", [(500, 300), (300, 500)])
+@pytest.mark.parametrize("k", [1, 10, 60])
+def test_without_room_for_it_no_path_forms_the_matrix(shape: tuple[int, int], k: int) -> None:
+    """Stored as it is used, and the other way round, as Conv1D does; a base of zeros; a base without rank."""
+    base, delta = problem(*shape)
+    low_rank = Dense(base.matrix[:, :40] @ base.matrix[:40])
+    for matrix in (base, Dense(torch.zeros(shape)), low_rank):
+        _, blocks = stored_in_bf16(matrix)
+        _, flipped = stored_in_bf16(Dense(matrix.matrix.T.contiguous()))
+        for stored in (blocks, flipped.T):
+            found = SOLVERS["certified"](stored, delta, k, 0.5, torch.Generator().manual_seed(0), False)
+            assert found.solver == "certified"
+            assert len(found.low) == k
+
+
+def test_the_ways_that_memory_leaves() -> None:
     large = working_bytes((8192, 28672), 10, 16, 4)
     assert large["blocks"] < 400e6  # with the process itself below 600 MB
     assert large["whole"] < 8192 * 28672 * 4 * 1.25 + 350e6
-    assert large["whole"] < large["dense"]
-    enough = intruders.PROCESS_BYTES + needed["dense"]
-    assert detect(copied, delta, DetectionOptions(max_memory=enough)).solver == "dense"
-    assert detect(blocks, delta, DetectionOptions(max_memory=enough - 1)).solver == "certified"
+    assert list(large) == ["dense", "whole", "blocks"]
+    assert large["dense"] > large["whole"] > large["blocks"]
+    assert list(working_bytes((300, 400), 295, 8, 4)) == ["dense"]  # no room for Krylov
     with pytest.raises(UsageError, match="expected more than the 200M of Python and torch"):
         DetectionOptions(max_memory=100 << 20)
+    base, delta = problem(300, 400)
+    assert detect(base, delta, DetectionOptions()).solver == "dense"
+    assert detect(base, delta, DetectionOptions(), may_form=False).solver == "certified"

@@ -210,7 +210,7 @@ def topk_jobs(W: Tensor, base: Dense, delta: LowRank, k: int) -> dict[str, Calla
 
     def krylov() -> tuple[Tensor, Tensor, Tensor]:
         found = krylov_triplets(Sum([base, delta]), k, torch.Generator().manual_seed(0), W, triplets_columns(k), 400)
-        if found.triplets is None or not found.converged:
+        if not found.converged:
             raise RuntimeError("the Krylov process did not converge")
         return found.triplets.U, found.triplets.S, found.triplets.Vh
 

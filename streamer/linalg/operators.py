@@ -81,9 +81,9 @@ class Dense:
         """All values, unscaled, in pieces of any shape."""
         yield self.matrix
 
-    def rows(self) -> Iterator[Tensor]:
+    def rows(self) -> Iterator[Tensor] | None:
         """Rows in order, unscaled, a few at a time."""
-        yield from torch.split(self.matrix, 1024)
+        return iter(torch.split(self.matrix, 1024))
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,9 @@ class RowBlocks:
         """All values, unscaled, in pieces of any shape."""
         return (block for _, block in self._blocks())
 
-    def rows(self) -> Iterator[Tensor]:
-        """Rows in order, unscaled, a few at a time; of a transpose they are formed first, all of them."""
-        if self.transposed:
-            return iter(torch.split(replace(self, scale=1.0).dense(), 1024))
-        return self.pieces()
+    def rows(self) -> Iterator[Tensor] | None:
+        """Rows in order, unscaled, a few at a time; None for a transpose, whose rows cannot be had without all of it."""
+        return None if self.transposed else self.pieces()
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         m, n = self.stored

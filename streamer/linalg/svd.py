@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from streamer.linalg.krylov import GolubKahan, RitzBasis
+from streamer.linalg.krylov import GolubKahan, RitzBasis, block_width
 from streamer.linalg.operators import Operator
 
 
@@ -45,6 +45,19 @@ class Triplets:
         error = self.residuals.clamp_min(floor) / self.gaps.clamp_min(torch.finfo(torch.float64).tiny)
         return error.clamp_max(1.0)
 
+    @property
+    def distance_estimate(self) -> Tensor:
+        """(k,) float64: ``‖u_j − u‖`` to the true singular vector, ``2 sin(θ/2)`` for the angle θ of `angle_error_estimate`.
+
+        A similarity changes by as much at most. It is 2 for a direction that is degenerate: nothing is known of that one alone.
+        """
+        sine = self.angle_error_estimate
+        return torch.where(sine > DEGENERATE, 2.0, 2 * (sine.asin() / 2).sin())
+
+
+DEGENERATE = 0.1
+"""An angle error above this makes a single direction ill-defined: its neighbours in the cluster do as well."""
+
 
 def dense_triplets(W: Operator, k: int) -> Triplets:
     """The k leading triplets by LAPACK's full SVD, in the operator's own precision.
@@ -68,21 +81,22 @@ def dense_triplets(W: Operator, k: int) -> Triplets:
     return Triplets(U, S, Vh, residuals(W, U, S, Vh), gaps.cpu())
 
 
-DEGENERATE = 0.1
-"""An angle error above this makes a single direction ill-defined: its neighbours in the cluster do as well."""
-
 ANGLES = (1e-5, 1e-3)
 """Krylov triplets are refined until the angle error is below this, or the residual is down to rounding. Spectra without decay, which
 do not get there in 16 steps, are given the second: what is certified is widened by the error that is left."""
 
 
+OVERSAMPLING = 6
+"""Random columns of the start block beyond k, at least."""
+
+
 class KrylovTriplets(NamedTuple):
     """The triplets, whether they are as good as `ANGLES` asks for, and what they cost.
 
-    Without convergence they are the best so far, and their residuals say how good; None where there are fewer than k.
+    Without convergence they are the best so far, and their residuals and gaps say how good.
     """
 
-    triplets: Triplets | None
+    triplets: Triplets
     converged: bool
     steps: int
     products: int
@@ -98,7 +112,7 @@ def krylov_triplets(
     W
         (m, n), scaled so that its norm is near 1.
     k
-        1 ≤ k < min(m, n). The block has at least 6 more columns, so that clusters at σ_k do not hide a vector.
+        1 ≤ k < min(m, n). The block has at least `OVERSAMPLING` more columns, so that clusters at σ_k do not hide a vector.
     like
         A tensor of the dtype and device to compute with.
     max_basis
@@ -109,7 +123,7 @@ def krylov_triplets(
     """
     m, n = W.shape
     op = W if n <= m else W.T
-    width = min(-(-(k + 6) // 16) * 16, m, n)
+    width = min(block_width(k, OVERSAMPLING), m, n)
     process = GolubKahan(op, torch.randn(op.shape[1], width, generator=generator, dtype=torch.float32).to(like))
     look = 4
     while True:
@@ -123,8 +137,8 @@ def krylov_triplets(
         ritz = process.ritz()
         good = process.exhausted or _converged(ritz, k, (m, n), ANGLES[process.steps > 16], torch.finfo(like.dtype).eps)
         if good or ended:
-            found = None if min(process.B.shape) < k else _leading(process, ritz, k, W)
-            return KrylovTriplets(found, good and found is not None, process.steps, process.products + 2 * k)
+            found = _leading(process, ritz, k, W, generator)
+            return KrylovTriplets(found, good and min(process.B.shape) >= k, process.steps, process.products + 2 * k)
         if full:
             process.restart(max(k + width, max_basis // 3))
 
@@ -136,7 +150,8 @@ def _gaps(ritz: RitzBasis, k: int, shape: tuple[int, int]) -> Tensor:
     padded = torch.nn.functional.pad(S, (1, 1), value=float("inf"))
     padded[-1] = 0.0 if len(S) < min(m, n) or m > n else float("inf")
     residual = torch.linalg.vector_norm(ritz.tail, dim=0)
-    # A Ritz value lies below its singular value, by its residual at most: so much nearer may the next one be.
+    # The j-th Ritz value lies below the j-th singular value; once it has converged, by its residual at most. So much nearer may the
+    # next one be. That it has converged, and that none was missed, rests on the random columns: it is what Krylov solvers assume.
     below = S - padded[2:] - torch.nn.functional.pad(residual, (0, 1))[1:]
     return torch.minimum(padded[:-2] - S, below).clamp_min(0)[:k]
 
@@ -147,11 +162,27 @@ def _converged(ritz: RitzBasis, k: int, shape: tuple[int, int], angle: float, ep
     return bool((residual <= (angle * _gaps(ritz, k, shape)).clamp_min(8 * eps * float(ritz.S[0]))).all())
 
 
-def _leading(process: GolubKahan, ritz: RitzBasis, k: int, W: Operator) -> Triplets:
-    left, right = process.Q @ ritz.X[:, :k].to(process.Q), process.P @ ritz.Y[:, :k].to(process.P)
+def _leading(process: GolubKahan, ritz: RitzBasis, k: int, W: Operator, generator: torch.Generator) -> Triplets:
+    """The k leading Ritz triplets; where there are fewer, the rest have σ = 0 and any vectors, with no gap."""
+    missing = max(0, k - min(process.B.shape))
+    found = k - missing
+    left, right = process.Q @ ritz.X[:, :found].to(process.Q), process.P @ ritz.Y[:, :found].to(process.P)
+    left, right = (_completed(basis, missing, generator) for basis in (left, right))
     U, V = (left, right) if process.op is W else (right, left)
-    S = ritz.S[:k].to(U)
-    return Triplets(U, S, V.T.contiguous(), residuals(W, U, S, V.T), _gaps(ritz, k, W.shape))
+    pad = (0, missing)
+    S = torch.nn.functional.pad(ritz.S[:found], pad).to(U)
+    gaps = torch.nn.functional.pad(_gaps(ritz, found, W.shape), pad)
+    return Triplets(U, S, V.T.contiguous(), residuals(W, U, S, V.T), gaps)
+
+
+def _completed(basis: Tensor, missing: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal columns, and so many more."""
+    if not missing:
+        return basis
+    more = torch.randn(len(basis), missing, generator=generator, dtype=torch.float32).to(basis)
+    for _ in range(2):
+        more = torch.linalg.qr(more - basis @ (basis.T @ more)).Q
+    return torch.cat([basis, more], 1)
 
 
 def residuals(W: Operator, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
