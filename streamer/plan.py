@@ -15,6 +15,7 @@ from typing import Any
 from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapter import Adapter, open_adapter
 from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
+from streamer.provenance import provenance_notes
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
 from streamer.targets import Target, match_targets, refuse_tied_changes
@@ -47,6 +48,16 @@ class Plan:
     targets: tuple[Target, ...]
     config: dict[str, Any]
     extra_stamps: dict[str, Stamp]
+
+    @property
+    def provenance(self) -> tuple[str, ...]:
+        """See `provenance_notes`; no paths in them, so that they may stand in an output."""
+        return tuple(provenance_notes(self.adapter.config, self.config, self.base.path.resolve().name))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know, and that stops nothing."""
+        return *self.base.warnings, *self.provenance
 
     @cached_property
     def by_tensor(self) -> dict[str, Target]:
