@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from streamer.renames import Conversion, Renames, renames_for
+from streamer.renames import Conversion, Renames
 
 
 class Match(NamedTuple):
@@ -35,16 +35,15 @@ class Match(NamedTuple):
 EXACT = "the module's own name"
 
 
-def match_names(
-    modules: Iterable[str], tensors: Iterable[str], config: Mapping[str, Any] | None = None
-) -> dict[str, Match]:
-    """Match every module to the ``.weight`` tensor that it is, given all of the base's tensor names and its ``config.json``."""
+def match_names(modules: Iterable[str], tensors: Iterable[str], renames: Renames) -> dict[str, Match]:
+    """Match every module to the ``.weight`` tensor that it is, given all tensor names of the base and the renames of its model."""
     modules = list(modules)
-    names = _Names(list(tensors), renames_for(config or {}))
+    names = _Names(list(tensors), renames)
     found = {name: names.by_name(name, modules) for name in modules}
     if all(m.tensor for m in found.values()):
         return found
-    exchanged = names.by_prefix(modules)
+    ambiguous = any(m.why for m in found.values() if not m.tensor)
+    exchanged = [] if ambiguous else names.by_prefix(modules)
     if len(exchanged) == 1:
         return exchanged[0]
     for name, match in found.items():

@@ -9,14 +9,15 @@ from typing import Any
 
 # What a model's name says of its encoding, as quantized copies are named; a whole word of the name each.
 NAMED = (
-    (r"bnb|bitsandbytes|nf4|fp4|[48]bit|int[48]", "bitsandbytes"),
-    (r"mxfp4", "mxfp4"),
-    (r"nvfp4", "nvfp4"),
     (r"gptq", "gptq"),
     (r"awq", "awq"),
+    (r"mxfp4", "mxfp4"),
+    (r"nvfp4", "nvfp4"),
+    (r"bnb|bitsandbytes|nf4|fp4", "bitsandbytes"),
     (r"fp8|f8", "fp8"),
     (r"gguf|q[2-8]_(?:k|0|1)\w*", "gguf"),
-    (r"hqq|aqlm|eetq|exl[23]|quip|higgs|autoround|w[48]a(?:8|16)", "another quantization"),
+    (r"hqq|aqlm|eetq|exl[23]|quip|higgs|autoround", "another quantization"),
+    (r"[348]-?bit|int[48]|w[48]a(?:8|16)", "integers of few bits"),
 )
 
 

@@ -10,6 +10,7 @@ from streamer.adapter import Adapter, LoraModule
 from streamer.encodings import encoding_of
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.names import Match, match_names
+from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint
 
 # Models whose linear layers are Conv1D modules, stored (in, out).
@@ -50,7 +51,7 @@ def match_targets(base: Checkpoint, adapter: Adapter, config: dict[str, Any]) ->
     UnsupportedError
         If a matched tensor is of a dtype that cannot be computed with.
     """
-    names = match_names(adapter.modules, base.weight_map, config)
+    names = match_names(adapter.modules, base.weight_map, renames_for(config))
     problems: list[str] = []
     targets: dict[str, Target] = {}
     for name, module in adapter.modules.items():

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.names import match_names
+from streamer.names import Match
+from streamer.names import match_names as match
+from streamer.renames import Rename, Renames, renames_for
+
+
+def match_names(
+    modules: list[str], tensors: list[str], model: dict[str, object] | Renames | None = None
+) -> dict[str, Match]:
+    return match(modules, tensors, model if isinstance(model, Renames) else renames_for(model or {}))
 
 
 def weights(*stems: str) -> list[str]:
@@ -120,3 +130,77 @@ def test_a_prefix_is_not_exchanged_without_a_layer_number() -> None:
     found = match_names(["classifier.dense"], ["pooler.dense.weight", "encoder.layer.0.q.weight"])
     assert found["classifier.dense"].tensor == ""
     assert "has no tensor in the base" in found["classifier.dense"].why
+
+
+# What transformers loads under another name, or builds ----------------------------------------------------------------
+
+KIMI = {"model_type": "kimi_k25"}
+BLOCK = "vision_tower.encoder.blocks.0.mlp."
+LAYER = "model.vision_tower.layers.0.mlp."
+
+
+def test_a_name_that_means_one_tensor_on_disk_and_another_in_the_loaded_model() -> None:
+    """transformers loads fc0 as fc1, and fc1 as fc2: which naming an adapter has, all of its modules together say."""
+    tensors = weights(BLOCK + "fc0", BLOCK + "fc1")
+    loaded = match_names([LAYER + "fc1", LAYER + "fc2"], tensors, KIMI)
+    assert [m[:2] for m in loaded.values()] == [(BLOCK + "fc0.weight", "rename"), (BLOCK + "fc1.weight", "rename")]
+    stored = match_names([BLOCK + "fc0", BLOCK + "fc1"], tensors, KIMI)
+    assert [m[:2] for m in stored.values()] == [(BLOCK + "fc0.weight", "exact"), (BLOCK + "fc1.weight", "exact")]
+
+
+def test_where_it_stays_open_the_places_are_listed() -> None:
+    """On disk ``b`` is one tensor, in the loaded model another, and the other modules do not tell which naming this is."""
+    swap = Renames("swap", (Rename(((re.compile(r"\ba\b"), "b"), (re.compile(r"\bb\b"), "c"))),), ())
+    tensors = weights("layers.0.a", "layers.0.b", "layers.0.q")
+    (match,) = match_names(["layers.0.b"], tensors, swap).values()
+    assert match.tensor == ""
+    assert match.why == "is ambiguous: it could be 'layers.0.b.weight', 'layers.0.a.weight'"
+    for other, (tensor, rule) in {"a": ("layers.0.b.weight", "exact"), "c": ("layers.0.a.weight", "rename")}.items():
+        assert match_names(["layers.0.b", f"layers.0.{other}"], tensors, swap)["layers.0.b"][:2] == (tensor, rule)
+
+
+def test_what_a_loader_builds_has_no_tensor_of_its_own() -> None:
+    tensors = weights(
+        *(f"model.layers.0.mlp.experts.{e}.{part}_proj" for e in range(4) for part in ("gate", "up", "down"))
+    )
+    found = match_names(["model.layers.0.mlp.experts.gate_up_proj"], tensors, {"model_type": "qwen3_moe"})
+    (match,) = found.values()
+    assert match.tensor == ""
+    assert match.why == (
+        "has no tensor of its own: transformers builds it from 'model.layers.0.mlp.experts.0.gate_proj.weight' and its like "
+        "(MergeModulelist 0, Concatenate 1), which is not supported"
+    )
+
+
+def test_a_fused_tensor_is_found_by_its_name_on_disk_alone() -> None:
+    """Where a loader splits a tensor, its first part is not the whole."""
+    config = {"model_type": "hrm_text"}
+    tensors = weights("model.layers.0.mlp.gate_up_proj")
+    assert match_names(["model.layers.0.mlp.gate_up_proj"], tensors, config).popitem()[1].rule == "exact"
+    (match,) = match_names(["model.layers.0.mlp.gate_proj"], tensors, config).values()
+    assert match.tensor == ""
+    assert "transformers builds it from 'model.layers.0.mlp.gate_up_proj.weight' and its like (Chunk 0)" in match.why
+
+
+def test_nested_models_bring_their_renames() -> None:
+    """A LLaVA-like model: the tower's own renames act below the tower only."""
+    config = {
+        "model_type": "llava",
+        "vision_config": {"model_type": "clip_vision_model"},
+        "text_config": {"model_type": "llama"},
+    }
+    tensors = weights("vision_tower.vision_model.encoder.layers.0.q_proj", "language_model.model.layers.0.q_proj")
+    modules = ["model.vision_tower.encoder.layers.0.q_proj", "model.language_model.layers.0.q_proj"]
+    found = match_names(modules, tensors, config)
+    assert [m.tensor for m in found.values()] == tensors
+    assert found[modules[0]].why == (
+        "transformers has 'vision_tower.vision_model.encoder.layers.0.q_proj.weight' as "
+        "'model.vision_tower.encoder.layers.0.q_proj.weight', or had, in llava"
+    )
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": 3}, {"architectures": "x"}, {"architectures": [None]}, {"text_config": [1]}]
+)
+def test_a_strange_config_is_no_model_that_is_known(config: dict[str, object]) -> None:
+    assert match_names(["model.q"], weights("model.q"), config)["model.q"].rule == "exact"
