@@ -149,14 +149,17 @@ def test_a_name_that_means_one_tensor_on_disk_and_another_in_the_loaded_model() 
 
 
 def test_where_it_stays_open_the_places_are_listed() -> None:
-    """On disk ``b`` is one tensor, in the loaded model another, and the other modules do not tell which naming this is."""
-    swap = Renames("swap", (Rename(((re.compile(r"\ba\b"), "b"), (re.compile(r"\bb\b"), "c"))),), ())
-    tensors = weights("layers.0.a", "layers.0.b", "layers.0.q")
-    (match,) = match_names(["layers.0.b"], tensors, swap).values()
+    """On disk ``next`` is one tensor, in the loaded model another, and the other modules do not tell which naming this is."""
+    swap = Renames("swap", (Rename(((re.compile("first"), "next"), (re.compile("next"), "last"))),), ())
+    tensors = weights("layers.0.first", "layers.0.next", "layers.0.q")
+    (match,) = match_names(["layers.0.next"], tensors, swap).values()
     assert match.tensor == ""
-    assert match.why == "is ambiguous: it could be 'layers.0.b.weight', 'layers.0.a.weight'"
-    for other, (tensor, rule) in {"a": ("layers.0.b.weight", "exact"), "c": ("layers.0.a.weight", "rename")}.items():
-        assert match_names(["layers.0.b", f"layers.0.{other}"], tensors, swap)["layers.0.b"][:2] == (tensor, rule)
+    assert match.why == "is ambiguous: it could be 'layers.0.next.weight', 'layers.0.first.weight'"
+    for other, (tensor, rule) in {
+        "first": ("layers.0.next.weight", "exact"),
+        "last": ("layers.0.first.weight", "rename"),
+    }.items():
+        assert match_names(["layers.0.next", f"layers.0.{other}"], tensors, swap)["layers.0.next"][:2] == (tensor, rule)
 
 
 def test_what_a_loader_builds_has_no_tensor_of_its_own() -> None:
