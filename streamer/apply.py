@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.encodings import ENCODINGS, as_bytes, encode, encoding_of
+from streamer.encodings import ENCODINGS, as_bytes, encode
 from streamer.errors import NumericError
 from streamer.events import Event, Monitor
 from streamer.findings import Findings, MatrixFinding
@@ -211,14 +211,15 @@ class ModelSink:
 
     def source(self, file: TensorFile, figures: list[dict[str, Any]]) -> Source:
         """Bytes of each tensor of one shard; appends the figures of merged matrices."""
+        plan = self.job.plan
 
         def pour(info: TensorInfo) -> Iterable[Buffer]:
-            target = self.job.plan.by_tensor.get(info.name)
+            target = plan.by_tensor.get(info.name)
             if target is None:
                 return file.chunks(info)
             delta, after, found = self.job.mitigated(target)
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
-            return map(as_bytes, merged_blocks(file, info, target, after))
+            return map(as_bytes, merged_blocks(plan.weights[target.tensor], target, after))
 
         return pour
 
@@ -317,10 +318,12 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
                 yield info.name, untouched_tensor(file, info)
                 continue
             _, after, _ = job.mitigated(target)
-            merged = torch.empty(info.shape, dtype=encoding_of(info, str(file.path)).dtype)
+            weight = job.plan.weights[target.tensor]
+            assert weight.encoding is not None
+            merged = torch.empty(weight.matrix, dtype=weight.encoding.dtype)
             at = 0
             with one_thread():
-                for block in merged_blocks(file, info, target, after):
+                for block in merged_blocks(weight, target, after):
                     merged[at : at + len(block)] = block
                     at += len(block)
-            yield info.name, merged
+            yield info.name, merged.reshape(weight.shape)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from streamer.encodings import TORCH_DTYPES, as_tensor, encode, encoding_of
+from streamer.bases.weight import Weight
+from streamer.encodings import TORCH_DTYPES, as_tensor, encode
 from streamer.linalg.operators import LowRank
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import TensorFile
@@ -38,17 +39,17 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def merged_blocks(file: TensorFile, info: TensorInfo, target: Target, delta: LowRank) -> Iterator[Tensor]:
+def merged_blocks(weight: Weight, target: Target, delta: LowRank) -> Iterator[Tensor]:
     """``W0 + Δ'`` a few rows at a time, as the base stores them: summed in the computing dtype, rounded once.
 
     A delta of zero gives the base's own bytes: adding it would turn −0 into +0. Blocks stand in two buffers by turns: use each
     before asking for the next but one.
     """
-    encoding = encoding_of(info, str(file.path))
+    encoding = weight.encoding
+    assert encoding is not None
     change = (delta.T if target.transposed else delta).to(encoding.compute)
     empty = not (change.L.any() and change.R.any())
-    m, n = info.shape
-    row_bytes = n * encoding.dtype.itemsize
+    m, n = weight.matrix
     rows = max(1, BLOCK_BYTES // (n * encoding.compute.itemsize))
     # The same buffers for all: fresh ones are zeroed by the system first, which costs as much as the sum itself.
     values, *rounded = (
@@ -56,12 +57,12 @@ def merged_blocks(file: TensorFile, info: TensorInfo, target: Target, delta: Low
     )
     for i in range(0, m, rows):
         j = min(m, i + rows)
-        raw = as_tensor(file.view(info, i * row_bytes, j * row_bytes), encoding.dtype, (j - i, n))
+        raw = weight.rows(i, j)
         if empty:
             yield raw
         else:
             merged = values[: j - i].copy_(raw).addmm_(change.L[i:j], change.R.T)
-            yield encode(merged, encoding, raw, info.name, out=rounded[i // rows % 2][: j - i])
+            yield encode(merged, encoding, raw, weight.name, out=rounded[i // rows % 2][: j - i])
 
 
 def untouched_tensor(file: TensorFile, info: TensorInfo) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapter import Adapter, open_adapter
+from streamer.bases.registry import Weights
 from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
@@ -34,6 +35,8 @@ class Plan:
 
     Attributes
     ----------
+    weights
+        The base's logical weights by name.
     targets
         In the base's file order.
     config
@@ -43,6 +46,7 @@ class Plan:
     """
 
     base: Checkpoint
+    weights: Weights
     adapter: Adapter
     targets: tuple[Target, ...]
     config: dict[str, Any]
@@ -121,9 +125,10 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Pla
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
         config_path = checkpoint.directory / "config.json"
         config = _read_model_config(config_path) if config_path.exists() else {}
-    targets = tuple(match_targets(checkpoint, opened, config))
+    weights = Weights(checkpoint, config)
+    targets = tuple(match_targets(weights, opened, config))
     refuse_tied_changes(config, targets, checkpoint)
-    return Plan(checkpoint, opened, targets, config, {str(p): _stamp(p) for p in extra})
+    return Plan(checkpoint, weights, opened, targets, config, {str(p): _stamp(p) for p in extra})
 
 
 def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:

@@ -104,11 +104,11 @@ def record_table(record: Mapping[str, Any], where: str) -> str:
 def inspect_json(plan: Plan) -> dict[str, Any]:
     """What is there, and what a run would read and compute."""
     matrices = [
-        {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.base.info(t.tensor).dtype,
+        {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.weights[t.tensor].label,
          "rank": t.module.rank, "scale": t.module.scale, "transposed": t.transposed, "matched": t.why}
         for t in plan.targets
     ]  # fmt: skip
-    largest = max(plan.targets, key=lambda t: plan.base.info(t.tensor).nbytes)
+    largest = max(plan.targets, key=lambda t: plan.weights[t.tensor].nbytes)
     return {
         "schema": "streamer.plan/1",
         "base": plan.base_identity,
@@ -117,9 +117,9 @@ def inspect_json(plan: Plan) -> dict[str, Any]:
             "matrices": len(matrices),
             "tensors": len(plan.base.weight_map),
             "base_bytes": plan.base.data_bytes,
-            "adapted_bytes": sum(plan.base.info(t.tensor).nbytes for t in plan.targets),
+            "adapted_bytes": sum(plan.weights[t.tensor].nbytes for t in plan.targets),
             "largest_matrix": largest.tensor,
-            "largest_matrix_bytes": plan.base.info(largest.tensor).nbytes,
+            "largest_matrix_bytes": plan.weights[largest.tensor].nbytes,
             "detection_cost": sum(map(cost, plan.targets)),
         },
         "warnings": list(plan.base.warnings),

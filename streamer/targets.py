@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamer.adapter import Adapter, LoraModule
-from streamer.encodings import encoding_of
+from streamer.bases.registry import Weights
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.storage.checkpoint import Checkpoint
 
@@ -54,7 +54,7 @@ class Target:
     why: str
 
 
-def match_targets(base: Checkpoint, adapter: Adapter, config: dict[str, Any]) -> list[Target]:
+def match_targets(weights: Weights, adapter: Adapter, config: dict[str, Any]) -> list[Target]:
     """Match every module of the adapter to one tensor of the base, in the base's file order.
 
     Raises
@@ -62,9 +62,9 @@ def match_targets(base: Checkpoint, adapter: Adapter, config: dict[str, Any]) ->
     MismatchError
         If any module is unmatched, ambiguous, of a wrong shape, or two name one tensor: all of them in one message.
     UnsupportedError
-        If a matched tensor is of a dtype that cannot be computed with.
+        If a matched tensor is encoded in a way that cannot be computed with.
     """
-    names = match_names(adapter.modules, base.weight_map)
+    names = match_names(adapter.modules, weights)
     problems: list[str] = []
     targets: dict[str, Target] = {}
     for name, module in adapter.modules.items():
@@ -72,9 +72,7 @@ def match_targets(base: Checkpoint, adapter: Adapter, config: dict[str, Any]) ->
         if not found:
             problems.append(f"{name!r} {why}")
             continue
-        file, info = base.locate(found)
-        encoding_of(info, str(file.path))  # before the shape: packed codes have any
-        shape = info.shape
+        shape = weights[found].shape
         conv1d = config.get("model_type") in CONV1D_MODELS
         fits, transposed = _orient(shape, module.shape, adapter.fan_in_fan_out, conv1d)
         if fits and conv1d and not transposed and shape[0] == shape[1]:
@@ -93,10 +91,10 @@ def match_targets(base: Checkpoint, adapter: Adapter, config: dict[str, Any]) ->
         shown = "; ".join(problems[:MAX_LISTED])
         more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise MismatchError(
-            f"{adapter.path}: {len(problems)} of {len(adapter.modules)} modules do not fit {base.path}: {shown}{more}; "
+            f"{adapter.path}: {len(problems)} of {len(adapter.modules)} modules do not fit {weights.checkpoint.path}: {shown}{more}; "
             "is this the base that the adapter was trained on?"
         )
-    return [targets[t.name] for f in base.files.values() for t in f.header.tensors if t.name in targets]
+    return [targets[name] for name in weights if name in targets]
 
 
 def _orient(shape: tuple[int, ...], wanted: tuple[int, int], fan_in_fan_out: bool, conv1d: bool) -> tuple[bool, bool]:
