@@ -145,9 +145,9 @@ def open_adapter(path: str | Path, io: IOMode = "mmap") -> Adapter:
     if not modules:
         raise InputError(f"{file.path}: expected lora_A and lora_B tensors, found none; is this the adapter?")
     carried = tuple(_carried(role, match, source, modules, file, config) for role, match, source in rest)
-    seen: dict[tuple[bool, str], str] = {}
+    seen: dict[tuple[str, str], str] = {}
     for c in carried:
-        other = seen.setdefault((c.role == "original", c.name), c.source)
+        other = seen.setdefault((c.role, c.name), c.source)
         if other != c.source:
             raise FormatError(
                 f"{file.path}: tensors {other!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
@@ -210,7 +210,12 @@ def _sort(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[tuple[str, 
 
 
 def _carried(
-    role: str, match: re.Match[str], source: str, modules: Mapping[str, LoraModule], file: TensorFile, config: Mapping[str, Any]
+    role: str,
+    match: re.Match[str],
+    source: str,
+    modules: Mapping[str, LoraModule],
+    file: TensorFile,
+    config: Mapping[str, Any],
 ) -> Carried:
     groups = match.groupdict()
     module = groups.get("module") or source
@@ -219,7 +224,9 @@ def _carried(
             raise FormatError(f"{file.path}: {source!r} has no lora_A and lora_B beside it; save the adapter again")
         return Carried(role, module, "bias", source, modules[module].scale)
     if role == "tokens":
-        return Carried(role, module, "weight", source, indices=_token_indices(config, module, file.path.with_name(CONFIG_NAME)))
+        return Carried(
+            role, module, "weight", source, indices=_token_indices(config, module, file.path.with_name(CONFIG_NAME))
+        )
     return Carried(role, module, groups.get("parameter") or "weight", source)
 
 
@@ -228,12 +235,12 @@ def _token_indices(config: Mapping[str, Any], module: str, where: Path) -> tuple
     stated = config.get("trainable_token_indices")
     if isinstance(stated, dict):
         stated = next((v for key, v in stated.items() if f".{module}".endswith(f".{key}")), None)
-    good = isinstance(stated, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in stated)
-    if not good or len(set(stated)) != len(stated):
+    numbers = [i for i in stated if type(i) is int and i >= 0] if isinstance(stated, list) else []
+    if not numbers or numbers != stated or len(set(numbers)) != len(numbers):
         raise FormatError(
             f"{where}: trainable_token_indices: expected the rows of {module!r} as different numbers, found {stated!r}"
         )
-    return tuple(stated)
+    return tuple(numbers)
 
 
 def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Mapping[str, Any]) -> LoraModule:

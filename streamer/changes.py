@@ -11,24 +11,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamer.adapter import CONFIG_NAME, Adapter, Carried
+from streamer.bases.weight import Part
 from streamer.encodings import encoding_of
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
-from streamer.storage.tensorfile import TensorFile
 
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "embeddings", "lm_head", "embed_out", "output")
+EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "shared",
+    "embed_in",
+    "embeddings",
+    "lm_head",
+    "embed_out",
+    "output",
+)
 """Last names of the modules whose rows are the vocabulary: these may grow or shrink."""
 
 MAX_LISTED = 8
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as it stands in a file."""
-
-    file: TensorFile
-    info: TensorInfo
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,17 @@ class Changes:
         The vocabulary's new size, where a replaced embedding has another; for the config.
     """
 
-    sources: Mapping[str, Stored] = field(default_factory=dict)
-    shifts: Mapping[str, tuple[Stored, float]] = field(default_factory=dict)
-    rows: Mapping[str, tuple[Stored, tuple[int, ...]]] = field(default_factory=dict)
+    sources: Mapping[str, Part] = field(default_factory=dict)
+    shifts: Mapping[str, tuple[Part, float]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[Part, tuple[int, ...]]] = field(default_factory=dict)
     vocabulary: int | None = None
 
-    def locate(self, base: Checkpoint, name: str) -> Stored:
-        """What the merged model's tensor starts from: the base's tensor, or what takes its place."""
-        return self.sources[name] if name in self.sources else Stored(*base.locate(name))
+    def listed(self, base: Checkpoint) -> list[dict[str, Any]]:
+        """What happens to which tensor, as JSON values."""
+        lines = [(name, "replaced" if name in base.weight_map else "new", part) for name, part in self.sources.items()]
+        lines += [(name, f"plus {scale:g} times", part) for name, (part, scale) in self.shifts.items()]
+        lines += [(name, f"{len(indices)} rows replaced", part) for name, (part, indices) in self.rows.items()]
+        return [{"tensor": name, "change": change, "by": part.info.name} for name, change, part in lines]
 
 
 def match_changes(base: Checkpoint, adapter: Adapter, matched: Iterable[tuple[str, str]]) -> Changes:
@@ -73,44 +78,44 @@ def match_changes(base: Checkpoint, adapter: Adapter, matched: Iterable[tuple[st
         If the merged model could not be loaded, or a dtype is not one of values.
     """
     exchanges = sorted({_exchange(module, tensor.removesuffix(".weight")) for module, tensor in matched})
-    sources: dict[str, Stored] = {}
-    shifts: dict[str, tuple[Stored, float]] = {}
-    rows: dict[str, tuple[Stored, tuple[int, ...]]] = {}
+    sources: dict[str, Part] = {}
+    shifts: dict[str, tuple[Part, float]] = {}
+    rows: dict[str, tuple[Part, tuple[int, ...]]] = {}
     problems: list[str] = []
-    for c in adapter.carried:
+    # What replaces comes first: the rest must fit it.
+    for c in sorted(adapter.carried, key=lambda c: c.role != "saved"):
         if c.role == "original":
             continue
-        mine = Stored(adapter.file, adapter.file.header.by_name[c.source])
         name = _place(c, base, adapter, exchanges, problems)
         if name is None:
             continue
+        mine = Part(adapter.file, adapter.file.header.by_name[c.source])
         if name in base.weight_map:
-            problem = _misfit(c, mine.info, base.info(name))
-        else:
-            problem = "" if c.role == "saved" else _no_place(c)
-        if problem:
-            problems.append(problem)
-        elif c.role == "saved":
+            theirs = sources.get(name) or Part(*base.locate(name))
+            problem = _misfit(c, mine.info, theirs.info)
+            if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
+                for part in (mine, theirs):
+                    encoding_of(part.info, str(part.file.path))
+            if problem:
+                problems.append(problem)
+        if c.role == "saved":
             sources[name] = mine
+        elif c.role == "lora_bias":
+            shifts[name] = (mine, c.scale)
         else:
-            for stored in (mine, Stored(*base.locate(name))):
-                encoding_of(stored.info, str(stored.file.path))
-            if c.role == "lora_bias":
-                shifts[name] = (mine, c.scale)
-            else:
-                rows[name] = (mine, c.indices)
+            rows[name] = (mine, c.indices)
     if problems:
         shown = "; ".join(problems[:MAX_LISTED])
         more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise MismatchError(f"{adapter.file.path}: {shown}{more}; is {base.path} the base that the adapter was trained on?")
-    for name, mine in sources.items():
-        if name in base.weight_map and mine.info.dtype != base.info(name).dtype:
-            for stored in (mine, Stored(*base.locate(name))):
-                encoding_of(stored.info, str(stored.file.path))
+        raise MismatchError(
+            f"{adapter.file.path}: {shown}{more}; is {base.path} the base that the adapter was trained on?"
+        )
     return Changes(sources, shifts, rows, _vocabulary(base, sources, adapter))
 
 
-def _place(c: Carried, base: Checkpoint, adapter: Adapter, exchanges: list[tuple[str, str]], problems: list[str]) -> str | None:
+def _place(
+    c: Carried, base: Checkpoint, adapter: Adapter, exchanges: list[tuple[str, str]], problems: list[str]
+) -> str | None:
     """The name of a carried tensor in the merged model; None where it has none, and a problem."""
     found = dict.fromkeys(n for n in (c.name, *_exchanged(c.name, exchanges)) if n in base.weight_map)
     if len(found) > 1:
@@ -124,8 +129,8 @@ def _place(c: Carried, base: Checkpoint, adapter: Adapter, exchanges: list[tuple
     stripped = next(((strip, add) for strip, add in exchanges if strip and not add), None)
     if stripped:
         raise UnsupportedError(
-            f"{adapter.file.path}: {c.source!r} is new to {base.path}, whose names lack the prefix {stripped[0]!r}: no loader would find it "
-            "beside them; save the base as the class that the adapter was trained on, and merge into that"
+            f"{adapter.file.path}: {c.source!r} is new to {base.path}, whose names lack the prefix {stripped[0]!r}: no loader would "
+            "find it beside them; save the base as the class that the adapter was trained on, and merge into that"
         )
     added = list(dict.fromkeys(_exchanged(c.name, exchanges)))
     return added[0] if len(added) == 1 else c.name
@@ -159,13 +164,25 @@ def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo) -> str:
     return ""
 
 
-def _vocabulary(base: Checkpoint, sources: Mapping[str, Stored], adapter: Adapter) -> int | None:
-    sizes = {s.info.shape[0] for name, s in sources.items() if name in base.weight_map and s.info.shape != base.info(name).shape}
-    if len(sizes) > 1:
-        raise MismatchError(
-            f"{adapter.file.path}: its embeddings have {' and '.join(map(str, sorted(sizes)))} rows; save the adapter again"
-        )
-    return sizes.pop() if sizes else None
+def _vocabulary(base: Checkpoint, sources: Mapping[str, Part], adapter: Adapter) -> int | None:
+    """The new number of rows of the embeddings, if some have another than the base's; then all must."""
+    resized = {
+        name: (base.info(name).shape[0], part.info.shape[0])
+        for name, part in sources.items()
+        if name in base.weight_map and part.info.shape != base.info(name).shape
+    }
+    if not resized:
+        return None
+    name, (before, after) = next(iter(resized.items()))
+    for other in base.weight_map:
+        module = other.removesuffix(".weight").rpartition(".")[2]
+        shape = (sources[other].info if other in sources else base.info(other)).shape
+        if module in EMBEDDINGS and len(shape) == 2 and shape[0] != after and base.info(other).shape[0] == before:
+            raise MismatchError(
+                f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {shape[0]}: the vocabulary grew, and the adapter "
+                "was saved without one of the embeddings; save it again with save_embedding_layers=True and both, or neither, targeted"
+            )
+    return after
 
 
 def _exchange(module: str, stem: str) -> tuple[str, str]:

@@ -100,9 +100,7 @@ TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(re.compile(rf"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_ADAPTER}$"), "tokens"),
     # What the base has there: kept by trainers that save a module's whole state.
     TensorRule(re.compile(r"\.trainable_tokens_original(\.|$)|\.original_module\."), "original"),
-    TensorRule(
-        re.compile(r"\.(hada_|lokr_|lora_|ranknum|vera_|oft_|boft_|ia3_)"), "other", "another method's tensors"
-    ),
+    TensorRule(re.compile(r"\.(hada_|lokr_|lora_|ranknum|vera_|oft_|boft_|ia3_)"), "other", "another method's tensors"),
     TensorRule(re.compile(r"^(?P<module>.+?)\.modules_to_save\.[^.]+\.(?P<parameter>.+)$"), "saved"),
     TensorRule(re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<parameter>[^.]+)$"), "saved"),
     TensorRule(re.compile(r"^(?P<module>.+)\.(?P<parameter>[^.]+)$"), "saved"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,15 @@ class Target:
     why: str
 
 
-def match_targets(weights: Weights, adapter: Adapter, config: dict[str, Any]) -> list[Target]:
-    """Match every module of the adapter to one tensor of the base, in the base's file order.
+def match_targets(
+    weights: Weights, adapter: Adapter, config: dict[str, Any], names: Mapping[str, tuple[str, str]]
+) -> list[Target]:
+    """Every module of the adapter with the one tensor of the base that it changes, in the base's file order.
+
+    Parameters
+    ----------
+    names
+        From `match_names`.
 
     Raises
     ------
@@ -64,7 +71,6 @@ def match_targets(weights: Weights, adapter: Adapter, config: dict[str, Any]) ->
     UnsupportedError
         If a matched tensor is encoded in a way that cannot be computed with.
     """
-    names = match_names(adapter.modules, weights)
     problems: list[str] = []
     targets: dict[str, Target] = {}
     for name, module in adapter.modules.items():

@@ -16,8 +16,8 @@ FLOORS = [
     {"errors", "__init__"},
     {"storage", "linalg", "events", "parser"},
     {"encodings", "kinds", "adapter", "solvers", "intruders", "bases"},
-    {"targets", "findings", "findings_writer"},
-    {"plan", "merging", "pipeline", "apply", "report"},
+    {"targets", "changes", "findings", "findings_writer"},
+    {"plan", "merging", "merged", "pipeline", "apply", "report"},
     {"api"},
     {"demo"},
     {"__main__"},
@@ -36,6 +36,7 @@ WITHIN = [
     ["findings"],
     ["findings_writer"],
     ["plan", "merging"],
+    ["merged"],
     ["pipeline"],
     ["apply", "report"],
 ]
