@@ -29,7 +29,7 @@ def base(home: Path, dtype: torch.dtype = torch.bfloat16, **config: object) -> P
     second = {
         HEAD: torch.randn(6, 8).to(dtype),
         "model.norm.weight": torch.ones(8, dtype=dtype),
-        "counter": torch.arange(3),
+        "model.counter": torch.arange(3),
     }
     return helpers.write_sharded(home / "base", [first, second], {"model_type": "test", "vocab_size": 6, **config})
 
