@@ -51,13 +51,42 @@ class LoraModule:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """A tensor of the adapter that is no factor: what it does to one tensor of the model.
+
+    Attributes
+    ----------
+    role
+        ``saved``: takes the tensor's place. ``lora_bias``: is added to it, times `scale`. ``tokens``: takes the place of the rows
+        that `indices` name. ``original``: the base's own values, of no effect.
+    module, parameter
+        The tensor's name in the model: ``module.parameter``.
+    source
+        Its name in the adapter's file.
+    """
+
+    role: str
+    module: str
+    parameter: str
+    source: str
+    scale: float = 1.0
+    indices: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the model's tensor."""
+        return f"{self.module}.{self.parameter}"
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """An adapter on disk: config, open weights file, and its modules by name."""
+    """An adapter on disk: config, open weights file, its modules by name, and what it carries besides."""
 
     path: Path
     config: dict[str, Any]
     file: TensorFile
     modules: dict[str, LoraModule]
+    carried: tuple[Carried, ...] = ()
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -111,11 +140,19 @@ def open_adapter(path: str | Path, io: IOMode = "mmap") -> Adapter:
     if refusals:
         raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {'; '.join(refusals)}; {INSTEAD}")
     file = TensorFile(path / WEIGHTS_NAME, io)
-    pairs = _pair_up(file)
+    pairs, rest = _sort(file)
     modules = {name: _module(name, found, file, config) for name, found in pairs.items()}
     if not modules:
         raise InputError(f"{file.path}: expected lora_A and lora_B tensors, found none; is this the adapter?")
-    return Adapter(path, config, file, modules)
+    carried = tuple(_carried(role, match, source, modules, file, config) for role, match, source in rest)
+    seen: dict[tuple[str, str], str] = {}
+    for c in carried:
+        other = seen.setdefault((c.role, c.name), c.source)
+        if other != c.source:
+            raise FormatError(
+                f"{file.path}: tensors {other!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
+            )
+    return Adapter(path, config, file, modules, carried)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -135,19 +172,23 @@ def _read_config(path: Path) -> dict[str, Any]:
     return read_json_object(path / CONFIG_NAME)
 
 
-def _pair_up(file: TensorFile) -> dict[str, dict[str, str]]:
-    """Module name → {"A": tensor, "B": tensor}; refuses every tensor that is no LoRA factor of a linear layer."""
+def _sort(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[tuple[str, re.Match[str], str]]]:
+    """Every tensor by its role: module name → {"A": tensor, "B": tensor}, and (role, match, tensor) of those that are no factors."""
     pairs: dict[str, dict[str, str]] = {}
+    rest: list[tuple[str, re.Match[str], str]] = []
     refused: Counter[str] = Counter()
     example: dict[str, str] = {}
     for info in file.header.tensors:
         rule, match = classify(normalize(info.name))
         reason = rule.refusal
-        if not reason and len(info.shape) != 2:
+        if rule.role == "factor" and len(info.shape) != 2:
             reason = f"LoRA on a convolution or a parameter ({len(info.shape)} dimensions)"
         if reason:
             refused[reason] += 1
             example.setdefault(reason, info.name)
+            continue
+        if rule.role != "factor":
+            rest.append((rule.role, match, info.name))
             continue
         factors = pairs.setdefault(match["module"], {})
         if match["factor"] in factors:
@@ -165,7 +206,41 @@ def _pair_up(file: TensorFile) -> dict[str, dict[str, str]]:
             raise FormatError(
                 f"{file.path}: module {name!r} has lora_{have} but not its partner; save the adapter again"
             )
-    return pairs
+    return pairs, rest
+
+
+def _carried(
+    role: str,
+    match: re.Match[str],
+    source: str,
+    modules: Mapping[str, LoraModule],
+    file: TensorFile,
+    config: Mapping[str, Any],
+) -> Carried:
+    groups = match.groupdict()
+    module = groups.get("module") or source
+    if role == "lora_bias":
+        if module not in modules:
+            raise FormatError(f"{file.path}: {source!r} has no lora_A and lora_B beside it; save the adapter again")
+        return Carried(role, module, "bias", source, modules[module].scale)
+    if role == "tokens":
+        return Carried(
+            role, module, "weight", source, indices=_token_indices(config, module, file.path.with_name(CONFIG_NAME))
+        )
+    return Carried(role, module, groups.get("parameter") or "weight", source)
+
+
+def _token_indices(config: Mapping[str, Any], module: str, where: Path) -> tuple[int, ...]:
+    """The rows that trained tokens replace: PEFT stores them in the config, for the input embedding or by module."""
+    stated = config.get("trainable_token_indices")
+    if isinstance(stated, dict):
+        stated = next((v for key, v in stated.items() if f".{module}".endswith(f".{key}")), None)
+    numbers = [i for i in stated if type(i) is int and i >= 0] if isinstance(stated, list) else []
+    if not numbers or numbers != stated or len(set(numbers)) != len(numbers):
+        raise FormatError(
+            f"{where}: trainable_token_indices: expected the rows of {module!r} as different numbers, found {stated!r}"
+        )
+    return tuple(numbers)
 
 
 def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Mapping[str, Any]) -> LoraModule:

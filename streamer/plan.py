@@ -15,10 +15,13 @@ from typing import Any
 from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapter import Adapter, open_adapter
 from streamer.bases.registry import Weights
+from streamer.changes import Changes, match_changes
 from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
-from streamer.targets import Target, match_targets, refuse_tied_changes
+from streamer.targets import Target, match_names, match_targets, refuse_tied_changes
+
+MODEL_CONFIG = "config.json"
 
 # Weights in other formats would be the old ones beside the new; training state belongs to the old adapter.
 _STALE = re.compile(
@@ -36,9 +39,11 @@ class Plan:
     Attributes
     ----------
     weights
-        The base's logical weights by name.
+        The logical weights that deltas are added to, by name: the base's, or what the adapter puts in their place.
     targets
         In the base's file order.
+    changes
+        What the adapter's other tensors do to the base.
     config
         The base's ``config.json``, or {} where there is none.
     extra_stamps
@@ -49,6 +54,7 @@ class Plan:
     weights: Weights
     adapter: Adapter
     targets: tuple[Target, ...]
+    changes: Changes
     config: dict[str, Any]
     extra_stamps: dict[str, Stamp]
 
@@ -123,12 +129,15 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Pla
     config: dict[str, Any] = {}
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
-        config_path = checkpoint.directory / "config.json"
+        config_path = checkpoint.directory / MODEL_CONFIG
         config = _read_model_config(config_path) if config_path.exists() else {}
     weights = Weights(checkpoint, config)
-    targets = tuple(match_targets(weights, opened, config))
+    names = match_names(opened.modules, weights)
+    changes = match_changes(checkpoint, opened, [(module, found) for module, (found, _) in names.items() if found])
+    weights = weights.replaced(changes.sources)
+    targets = tuple(match_targets(weights, opened, config, names))
     refuse_tied_changes(config, targets, checkpoint)
-    return Plan(checkpoint, weights, opened, targets, config, {str(p): _stamp(p) for p in extra})
+    return Plan(checkpoint, weights, opened, targets, changes, config, {str(p): _stamp(p) for p in extra})
 
 
 def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:

@@ -96,6 +96,10 @@ def record_table(record: Mapping[str, Any], where: str) -> str:
     if record["left_out"]:
         names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
         lines.append(f"not taken along: {names} (weights or training state that would be stale)")
+    if record["carried"]:
+        lines.append(
+            f"carried along: {len(record['carried'])} tensors that are no factors, {record['carried'][0]['tensor']} first"
+        )
     if record["command"] == "mitigate":
         lines.append(f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta")
     return "\n".join(lines)
@@ -124,12 +128,15 @@ def inspect_json(plan: Plan) -> dict[str, Any]:
         },
         "warnings": list(plan.base.warnings),
         "matrices": matrices,
+        "carried": plan.changes.listed(plan.base),
     }
 
 
 def inspect_table(tree: Mapping[str, Any]) -> str:
     """The plan, a line a matrix."""
     t = tree["totals"]
+    carried = [[c["tensor"], c["change"], c["by"]] for c in tree["carried"]]
+    also = "\n\n" + table(["carried along: tensor", "change", "by"], carried, left=3) if carried else ""
     rows = [
         [m["tensor"], m["module"], "x".join(map(str, m["shape"])) + (" (stored transposed)" if m["transposed"] else ""),
          m["dtype"], str(m["rank"]), f"{m['scale']:.4g}", m["matched"]]
@@ -137,6 +144,7 @@ def inspect_table(tree: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     return (
         table(["base tensor", "adapter module", "out x in", "dtype", "r", "scale", "matched"], rows, left=2)
+        + also
         + f"\n\n{t['matrices']} matrices of {t['tensors']} tensors; base {size(t['base_bytes'])}, adapted {size(t['adapted_bytes'])}; "
         f"largest matrix {t['largest_matrix']} ({size(t['largest_matrix_bytes'])})"
     )

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from streamer.adapter import Adapter, LoraModule
 from streamer.bases.registry import Weights
+from streamer.bases.weight import Coded
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.storage.checkpoint import Checkpoint
 
@@ -54,8 +55,15 @@ class Target:
     why: str
 
 
-def match_targets(weights: Weights, adapter: Adapter, config: dict[str, Any]) -> list[Target]:
-    """Match every module of the adapter to one tensor of the base, in the base's file order.
+def match_targets(
+    weights: Weights, adapter: Adapter, config: dict[str, Any], names: Mapping[str, tuple[str, str]]
+) -> list[Target]:
+    """Every module of the adapter with the one tensor of the base that it changes, in the base's file order.
+
+    Parameters
+    ----------
+    names
+        From `match_names`.
 
     Raises
     ------
@@ -64,7 +72,6 @@ def match_targets(weights: Weights, adapter: Adapter, config: dict[str, Any]) ->
     UnsupportedError
         If a matched tensor is encoded in a way that cannot be computed with.
     """
-    names = match_names(adapter.modules, weights)
     problems: list[str] = []
     targets: dict[str, Target] = {}
     for name, module in adapter.modules.items():
@@ -72,9 +79,10 @@ def match_targets(weights: Weights, adapter: Adapter, config: dict[str, Any]) ->
         if not found:
             problems.append(f"{name!r} {why}")
             continue
-        shape = weights[found].shape
-        conv1d = config.get("model_type") in CONV1D_MODELS
-        fits, transposed = _orient(shape, module.shape, adapter.fan_in_fan_out, conv1d)
+        weight = weights[found]
+        shape, coded = weight.shape, isinstance(weight, Coded)  # quantizers store every kind of layer as (out, in)
+        conv1d = config.get("model_type") in CONV1D_MODELS and not coded
+        fits, transposed = _orient(shape, module.shape, adapter.fan_in_fan_out and not coded, conv1d)
         if fits and conv1d and not transposed and shape[0] == shape[1]:
             problems.append(
                 f"{name!r}: is square, {config['model_type']} stores such layers as (in, out), but the adapter's config says "

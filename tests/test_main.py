@@ -295,15 +295,7 @@ def lora(**config: object) -> peft.LoraConfig:
 
 REFUSED = {
     "DoRA": (lambda: lora(use_dora=True), "DoRA: is not supported: its change of the weight is not low rank"),
-    "modules_to_save": (
-        lambda: lora(modules_to_save=["lm_head"]),
-        "modules_to_save: is not supported: the saved modules would be lost",
-    ),
     "embedding": (lambda: lora(target_modules=["embed_tokens"]), "2 × embedding LoRA"),
-    "lm_head with its base": (lambda: lora(target_modules=["q_proj", "lm_head"]), "1 × a saved base layer"),
-    "lora_bias": (lambda: lora(lora_bias=True), "lora_bias: is not supported: its bias would be lost"),
-    "bias": (lambda: lora(bias="all"), "LoRA with trained biases"),
-    "tokens": (lambda: lora(trainable_token_indices=[1, 2]), "LoRA with trainable tokens"),
     "target_parameters": (
         lambda: lora(target_modules=[], target_parameters=["q_proj.weight"]),
         "LoRA on expert parameters (target_parameters)",
@@ -357,7 +349,7 @@ def test_all_reasons_are_told_at_once(llama_base: Path, tmp_path: Path) -> None:
     adapter = save_peft(config, tmp_path / "adapter")
     tree = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(tree | {"use_hyper": True, "init_lora_weights": "magic"}))
-    refuse_everywhere(llama_base, adapter, tmp_path, 3, "DoRA", "modules_to_save", "unknown initialisation",
+    refuse_everywhere(llama_base, adapter, tmp_path, 3, "DoRA", "unknown initialisation",
                       "unknown variant use_hyper=True: it may change what the tensors mean")  # fmt: skip
 
 

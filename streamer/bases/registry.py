@@ -6,8 +6,9 @@ an entry; a tensor of codes that no entry claims is refused by name, so that cod
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamer.bases.bnb import EightBit, FourBit
@@ -16,6 +17,7 @@ from streamer.bases.grouped import AWQ, GPTQ
 from streamer.bases.mxfp4 import MXFP4
 from streamer.bases.plain import Plain
 from streamer.bases.weight import Coded, Part, Weight
+from streamer.encodings import Encoding
 from streamer.errors import FormatError, UnsupportedError
 from streamer.storage.checkpoint import Checkpoint
 
@@ -137,23 +139,55 @@ class Weights(Mapping[str, Weight]):
             elif name not in self.owners:
                 self._made[name] = None, {"weight": part}
 
+        self._instead: dict[str, Part] = {}
+        self._plain: Encoding | None = None
+
+    def replaced(self, sources: Mapping[str, Part]) -> Weights:
+        """The same with other tensors in the place of some, or beside them; they are written as those that they replace."""
+        out = copy.copy(self)
+        out._instead = {**self._instead, **sources}
+        return out
+
+    def dequantized(self, encoding: Encoding) -> Weights:
+        """The same with what stands as codes written in a plain encoding."""
+        out = copy.copy(self)
+        out._plain = encoding
+        return out
+
     def __getitem__(self, name: str) -> Weight:
+        if name not in self._instead:
+            return self._of_base(name)
+        weight = Plain.of(self._instead[name])
+        return replace(
+            weight, name=name, encoding=self._of_base(name).encoding if name in self._made else weight.encoding
+        )
+
+    def _of_base(self, name: str) -> Weight:
         entry, parts = self._made[name]
-        return Plain.of(parts["weight"]) if entry is None else entry.make(name, parts, self.quantization)
+        if entry is None:
+            return Plain.of(parts["weight"])
+        return replace(entry.make(name, parts, self.quantization), encoding=self._plain)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._made
+        return name in self._made or name in self._instead
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._made)
+        return iter({**self._made, **self._instead})
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len({**self._made, **self._instead})
 
     @property
     def coded(self) -> tuple[str, ...]:
         """Names of the weights that stand as codes."""
         return tuple(name for name, (entry, _) in self._made.items() if entry is not None)
+
+    def recodes(self, name: str) -> bool:
+        """Whether merged values of a weight that stands as codes are written back as such."""
+        entry, parts = self._made[name]
+        return (
+            entry is not None and entry.recodes and len(parts["weight"].info.shape) == 2 and name not in self._instead
+        )
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +211,8 @@ def _method(quantization: Mapping[str, Any], where: str) -> str | None:
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"  # as older versions of transformers wrote it
     kind = repr(method)
-    if method in {m for entry in ENTRIES for m in entry.methods}:
+    known = sorted({m for entry in ENTRIES for m in entry.methods if m is not None})
+    if method in known:
         for key, good in _VARIANTS.get(str(method), {}).items():
             value = quantization.get(key)
             value = value.get("format", value) if isinstance(value, dict) else value
@@ -186,7 +221,6 @@ def _method(quantization: Mapping[str, Any], where: str) -> str | None:
                 break
         else:
             return str(method)
-    known = sorted({m for entry in ENTRIES for m in entry.methods if m is not None})
     raise UnsupportedError(
         f"{where}: config.json: bases quantized by {kind} are not supported (supported: {', '.join(known)}); use the 16-bit model"
     )

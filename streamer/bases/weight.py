@@ -128,6 +128,10 @@ class Weight(ABC):
         """The same weight with its bytes read ahead."""
         return replace(self, parts={role: part.load() for role, part in self.parts.items()})
 
+    def at_hand(self) -> Self:
+        """The same, for a loop over its rows: nothing is read twice."""
+        return self
+
     def slice(self, index: int) -> Self:
         """One matrix of a stack, such as an expert's."""
         parts = {role: part.slice(index) for role, part in self.parts.items()}
@@ -139,18 +143,23 @@ class Weight(ABC):
 
     def whole(self, device: torch.device) -> Tensor:
         """All values in the computing dtype: a copy, of the logical shape."""
-        m, n = self.matrix
+        source, (m, n) = self.at_hand(), self.matrix
         out = torch.empty((m, n), dtype=self.compute, device=device)
         step = max(1, DECODED_BYTES // max(1, n * self.compute.itemsize))
         for i in range(0, m, step):
             j = min(m, i + step)
-            out[i:j] = self.rows(i, j)
+            out[i:j] = source.rows(i, j)
         return out.reshape(self.shape)
 
 
 @dataclass(frozen=True)
 class Coded(Weight):
     """A weight that stands as codes, and is computed in float32; a stack of matrices is decoded one by one."""
+
+    def at_hand(self) -> Self:
+        """With its bytes read, where files are not mapped: a few rows may need some of every row of codes."""
+        held = all(part.held is not None or part.file.io == "mmap" for part in self.parts.values())
+        return self if held else self.load()
 
     @abstractmethod
     def decode(self, i: int, j: int) -> Tensor:
