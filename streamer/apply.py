@@ -214,11 +214,13 @@ class ModelSink:
         self.finals: Mapping[str, bytes] = self.model.finals(self.shards)
         # An adapter that lies in the base's directory is no part of the merged model.
         adapter = job.plan.adapter.path
-        aside = {CONFIG_NAME, WEIGHTS_NAME, *self.edited, *(STALE if job.dequantize else ())}
+        aside = {CONFIG_NAME, WEIGHTS_NAME, *self.edited}
         beside = base.directory
-        self.copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
+        copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
+        stale = [name for name, _ in copies if job.dequantize and name in STALE]
+        self.copies = [c for c in copies if c[0] not in stale]
         written = {*base.files, INDEX_NAME, RECORD_NAME, *aside}
-        self.left_out = [] if beside is None else [name for name in left_out(beside, adapter) if name not in written]
+        self.left_out = stale + ([] if beside is None else [n for n in left_out(beside, adapter) if n not in written])
         # A loader would apply an adapter that lies beside the model once more.
         rivals = [SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
         self.output = output_plan(self, path, tuple(r for r in rivals if r not in self.finals and r not in self.shards))

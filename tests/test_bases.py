@@ -9,13 +9,17 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
+from quantized import awq_words, stream
 from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from streamer.bases.dequantize import plain_weights
 from streamer.bases.fp8 import exponents
 from streamer.bases.grouped import unpacked
 from streamer.bases.registry import Weights
+from streamer.errors import FormatError, InputError, UnsupportedError
+from streamer.linalg.operators import RowBlocks
 from streamer.storage.checkpoint import open_checkpoint
 
 CPU = torch.device("cpu")
@@ -121,7 +125,7 @@ def test_a_stack_of_fp8_matrices(tmp_path: Path) -> None:
     assert torch.equal(weights["experts.up"].slice(2).rows(5, 40), expected[2, 5:40])
 
 
-def quantized(shape, kind: str, nested: bool, blocksize: int, dtype: torch.dtype, storage: torch.dtype):
+def four_bits(shape, kind: str, nested: bool, blocksize: int, dtype: torch.dtype, storage: torch.dtype):
     """Codes, state, and the tensors that stand on disk."""
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     codes, state = bnb.quantize_4bit(
@@ -147,7 +151,7 @@ def quantized(shape, kind: str, nested: bool, blocksize: int, dtype: torch.dtype
 def test_four_bits_are_what_bitsandbytes_decodes(
     tmp_path: Path, shape, blocksize, dtype, storage, kind, nested
 ) -> None:
-    codes, state, tensors = quantized(shape, kind, nested, blocksize, dtype, storage)
+    codes, state, tensors = four_bits(shape, kind, nested, blocksize, dtype, storage)
     weights = base_of(tmp_path, tensors, {"quant_method": "bitsandbytes", "load_in_4bit": True})
     library = bnb.dequantize_4bit(codes, state)
     assert torch.equal(weights["w.weight"].whole(CPU).to(dtype), library)
@@ -160,7 +164,7 @@ def test_four_bits_are_what_bitsandbytes_decodes(
 @pytest.mark.parametrize(("shape", "blocksize"), [((64, 96), 64), ((37, 50), 128), ((64, 64), 128), ((3, 5), 64)])
 def test_four_bits_where_blocks_do_not_fit_rows(tmp_path: Path, shape: tuple[int, int], blocksize: int) -> None:
     """The library's AVX-512 decoder takes the wrong block there (0.50.2: errors of 1.9 where absmax allows 0.5); this is the formula."""
-    codes, state, tensors = quantized(shape, "nf4", False, blocksize, torch.float32, torch.uint8)
+    codes, state, tensors = four_bits(shape, "nf4", False, blocksize, torch.float32, torch.uint8)
     packed, count = codes.flatten().numpy(), shape[0] * shape[1]
     index = np.stack([packed >> 4, packed & 15], 1).ravel()[:count]
     expected = state.code.numpy()[index] * state.absmax.numpy()[np.arange(count) // blocksize]
@@ -188,14 +192,6 @@ def test_mxfp4_is_what_transformers_decodes(tmp_path: Path, out: int) -> None:
     assert expert.shape == (128, out)
     assert torch.equal(expert.whole(CPU), expected[1])
     assert torch.equal(expert.load().rows(31, 70), expected[1, 31:70])
-
-
-def stream(values: np.ndarray, bits: int) -> np.ndarray:
-    """(count, c) codes as one stream of bits down each column, lowest bits first, in 32-bit words."""
-    ones = (values[:, None, :] >> np.arange(bits)[:, None]) & 1
-    ones = ones.reshape(-1, values.shape[1])
-    ones = np.pad(ones, ((0, -len(ones) % 32), (0, 0))).reshape(-1, 32, values.shape[1]).astype(np.uint64)
-    return (ones << np.arange(32, dtype=np.uint64)[:, None]).sum(1).astype(np.uint32).view(np.int32)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -239,22 +235,162 @@ def test_gptq(tmp_path: Path, bits: int, act_order: bool, form: str, io: str) ->
 
 
 def test_awq(tmp_path: Path) -> None:
-    """Packed as AutoAWQ's gemm layers are: output 8c + order[k] stands in bits 4k of word c."""
+    """Packed as AutoAWQ's gemm layers are."""
     rng = np.random.default_rng(0)
     inputs, outputs, size = 128, 48, 32
-    order = [0, 2, 4, 6, 1, 3, 5, 7]
-
-    def pack(values: np.ndarray) -> torch.Tensor:
-        words = np.zeros((len(values), outputs // 8), np.uint32)
-        for c in range(outputs // 8):
-            for k in range(8):
-                words[:, c] |= values[:, 8 * c + order[k]].astype(np.uint32) << np.uint32(4 * k)
-        return torch.from_numpy(words.view(np.int32))
-
     codes, zeros = rng.integers(0, 16, (inputs, outputs)), rng.integers(0, 16, (inputs // size, outputs))
     scale = torch.from_numpy(rng.random((inputs // size, outputs)) / 50).half()
-    tensors = {"w.qweight": pack(codes), "w.qzeros": pack(zeros), "w.scales": scale}
+    tensors = {"w.qweight": awq_words(codes), "w.qzeros": awq_words(zeros), "w.scales": scale}
     config = {"quant_method": "awq", "bits": 4, "group_size": size, "version": "gemm", "zero_point": True}
     group = np.arange(inputs) // size
     exact = (codes - zeros[group]) * scale.double().numpy()[group]
     assert_decodes(base_of(tmp_path, tensors, config), "w.weight", torch.from_numpy(exact.T.copy()))
+
+
+CODES = {
+    "w.weight": torch.zeros(64, 96, dtype=torch.int8),
+    "w.weight_scale": torch.ones(64, 1),
+    "w.bias": torch.zeros(64),
+}
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        *(
+            {"quant_method": m}
+            for m in (
+                "hqq",
+                "aqlm",
+                "quanto",
+                "torchao",
+                "bitnet",
+                "eetq",
+                "vptq",
+                "higgs",
+                "auto-round",
+                "quark",
+                ["x"],
+                3,
+            )
+        ),
+        {"bits": 4},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"a": 1}},
+        {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": "sparse-24-bitmask"}},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+    ],
+)
+def test_other_ways_of_quantization_are_refused_by_name(tmp_path: Path, quantization: dict) -> None:
+    with pytest.raises(UnsupportedError) as e:
+        base_of(tmp_path, CODES, quantization)
+    text = str(e.value)
+    assert repr(quantization.get("quant_method")) in text
+    assert text.startswith(f"{tmp_path}: config.json: bases quantized by ")
+    assert text.endswith("use the 16-bit model")
+    for key, value in quantization.items():
+        assert (
+            key in ("quant_method", "bits")
+            or f"{key}={value!r}" in text
+            or value in ("dense", "float-quantized")
+            or f"with {key}" in text
+        )
+
+
+@pytest.mark.parametrize("config", [None, {"quant_method": "bitsandbytes"}, {"quant_method": "fp8"}])
+def test_codes_that_nothing_explains_are_refused(tmp_path: Path, config: dict | None) -> None:
+    weights = base_of(tmp_path, CODES, config)
+    with pytest.raises(UnsupportedError, match=r"tensor 'w\.weight': dtype I8 is not one of .* use the 16-bit model"):
+        weights["w.weight"]
+    with pytest.raises(UnsupportedError, match=r"tensor 'w\.weight': dtype I8 with no scale or table"):
+        plain_weights(weights, {})
+    assert torch.equal(weights["w.bias"].whole(CPU), torch.zeros(64))
+
+
+BROKEN = {
+    "fp8: a scale for other rows": (
+        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(3, 1)}, {"quant_method": "fp8"}, r"\[64, 96\] and scale \[3, 1\] do not fit",
+    ),
+    "fp8: an integer scale": (
+        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(1, dtype=torch.int64)}, {"quant_method": "fp8"}, "of dtype I64",
+    ),
+    "fp8: a vector": (
+        {"w.weight": fp8((64,)), "w.weight_scale": torch.ones(1)}, {"quant_method": "fp8"}, "FP8 weights of 1 dimensions",
+    ),
+    "int8: a scale for other rows": (
+        {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(63)}, {"quant_method": "bitsandbytes"}, "an F32 scale a row",
+    ),
+    "int8: another format": (
+        {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(64), "w.weight_format": torch.ones(1, dtype=torch.uint8)},
+        {"quant_method": "bitsandbytes"}, "weight_format is not 0",
+    ),
+    "mxfp4: scales of other experts": (
+        {"w_blocks": torch.zeros(2, 8, 1, 16, dtype=torch.uint8), "w_scales": torch.zeros(3, 8, 1, dtype=torch.uint8)},
+        {"quant_method": "mxfp4"}, "do not fit",
+    ),
+    "gptq: five bits": (
+        {"w.qweight": torch.zeros(8, 32, dtype=torch.int32), "w.qzeros": torch.zeros(1, 4, dtype=torch.int32), "w.scales": torch.ones(1, 32)},
+        {"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits",
+    ),
+    "gptq: scales of other outputs": (
+        {"w.qweight": torch.zeros(8, 32, dtype=torch.int32), "w.qzeros": torch.zeros(1, 4, dtype=torch.int32), "w.scales": torch.ones(1, 40)},
+        {"quant_method": "gptq", "bits": 4}, "do not fit",
+    ),
+    "awq: gemv": (
+        {"w.qweight": torch.zeros(8, 4, dtype=torch.int32), "w.qzeros": torch.zeros(1, 4, dtype=torch.int32), "w.scales": torch.ones(1, 32)},
+        {"quant_method": "awq", "version": "gemv"}, "version gemm",
+    ),
+    "awq: groups of another size": (
+        {"w.qweight": torch.zeros(64, 4, dtype=torch.int32), "w.qzeros": torch.zeros(1, 4, dtype=torch.int32), "w.scales": torch.ones(1, 32)},
+        {"quant_method": "awq", "group_size": 32}, "do not fit",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_codes(tmp_path: Path, name: str) -> None:
+    tensors, config, message = BROKEN[name]
+    weights = base_of(tmp_path, tensors, config)
+    with pytest.raises(InputError, match=message):
+        weights["w" if "w_blocks" in tensors else "w.weight"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocksize": 0}, {"blocksize": "64"}, {"blocksize": 128}, {"shape": [64]}, {"shape": [64, -128]}, {"shape": None},
+        {"shape": [64, 256]}, {"nested_offset": "1"}, {"nested_blocksize": None}, {"shape": [2**40, 2**40]},
+    ],
+)  # fmt: skip
+def test_a_quant_state_that_does_not_fit(tmp_path: Path, change: dict) -> None:
+    _, _, tensors = four_bits((64, 128), "nf4", True, 64, torch.float32, torch.uint8)
+    key = "w.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(tensors[key].numpy().tobytes()) | change
+    tensors[key] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"tensor 'w\.weight'"):
+        base_of(tmp_path, tensors)["w.weight"]
+    tensors[key] = torch.zeros(7, dtype=torch.uint8)
+    with pytest.raises(InputError, match="is no JSON"):
+        base_of(tmp_path, tensors)["w.weight"]
+
+
+def test_a_weight_that_stands_twice(tmp_path: Path) -> None:
+    words = torch.zeros(8, 32, dtype=torch.int32)
+    tensors = {
+        "w.qweight": words,
+        "w.qzeros": words[:1, :4],
+        "w.scales": torch.ones(1, 32),
+        "w.weight": torch.ones(32, 64),
+    }
+    with pytest.raises(FormatError, match=r"'w\.qweight' and 'w\.weight' are the same weight"):
+        base_of(tmp_path, tensors, {"quant_method": "gptq", "bits": 4})
+
+
+def test_products_with_rows_as_they_are_stored(tmp_path: Path) -> None:
+    """What `--max-memory` multiplies with is the decoded matrix."""
+    _, _, tensors = four_bits((64, 128), "nf4", True, 64, torch.float32, torch.uint8)
+    weight = base_of(tmp_path, tensors, io="pread")["w.weight"]
+    blocks = RowBlocks(weight.matrix, weight.at_hand().rows, torch.empty(0))
+    assert torch.equal(blocks.dense(), weight.whole(CPU))
+    assert torch.equal(blocks.T.dense(), weight.whole(CPU).T)

@@ -236,3 +236,15 @@ _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "modelopt": {"quant_algo": ("FP8", "FP8_PB_WO")},
     "gptq": {"is_marlin_format": (), "rotation": ()},
 }
+
+
+def table() -> list[tuple[str, str, str, str]]:
+    """For the README: encoding, what stands on disk, what `detect` and `mitigate` do, what `merge` does."""
+    plain = ("BF16, F16, F32, F64", "`weight`", "read", "written, rounded once")
+    return [
+        plain,
+        *(
+            (e.title, e.stored, "read", "coded anew, or `--dequantize`" if e.recodes else "`--dequantize`")
+            for e in ENTRIES
+        ),
+    ]
