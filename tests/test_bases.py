@@ -308,44 +308,59 @@ def test_codes_that_nothing_explains_are_refused(tmp_path: Path, config: dict | 
     assert torch.equal(weights["w.bias"].whole(CPU), torch.zeros(64))
 
 
+def packed(**other: torch.Tensor) -> dict[str, torch.Tensor]:
+    """64 inputs and 32 outputs of four bits, as GPTQ has them, but for what is given."""
+    words = {"qweight": torch.zeros(8, 32, dtype=torch.int32), "qzeros": torch.zeros(1, 4, dtype=torch.int32)}
+    return {f"w.{key}": t for key, t in {**words, "scales": torch.ones(1, 32), **other}.items()}
+
+
+AWQ_WORDS = torch.zeros(64, 4, dtype=torch.int32)
+BNB = {"quant_method": "bitsandbytes"}
 BROKEN = {
     "fp8: a scale for other rows": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(3, 1)}, {"quant_method": "fp8"}, r"\[64, 96\] and scale \[3, 1\] do not fit",
+        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(3, 1)},
+        {"quant_method": "fp8"},
+        r"\[64, 96\] and scale \[3, 1\] do not fit",
     ),
     "fp8: an integer scale": (
-        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(1, dtype=torch.int64)}, {"quant_method": "fp8"}, "of dtype I64",
+        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(1, dtype=torch.int64)},
+        {"quant_method": "fp8"},
+        "of dtype I64",
     ),
     "fp8: a vector": (
-        {"w.weight": fp8((64,)), "w.weight_scale": torch.ones(1)}, {"quant_method": "fp8"}, "FP8 weights of 1 dimensions",
+        {"w.weight": fp8((64,)), "w.weight_scale": torch.ones(1)},
+        {"quant_method": "fp8"},
+        "FP8 weights of 1 dimensions",
     ),
     "int8: a scale for other rows": (
-        {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(63)}, {"quant_method": "bitsandbytes"}, "an F32 scale a row",
+        {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(63)},
+        BNB,
+        "an F32 scale a row",
     ),
     "int8: another format": (
         {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(64), "w.weight_format": torch.ones(1, dtype=torch.uint8)},
-        {"quant_method": "bitsandbytes"}, "weight_format is not 0",
+        BNB,
+        "weight_format is not 0",
     ),
     "mxfp4: scales of other experts": (
-        {"w_blocks": torch.zeros(2, 8, 1, 16, dtype=torch.uint8), "w_scales": torch.zeros(3, 8, 1, dtype=torch.uint8)},
-        {"quant_method": "mxfp4"}, "do not fit",
+        {
+            "w_blocks": torch.zeros(2, 8, 1, 16, dtype=torch.uint8),
+            "w_scales": torch.zeros(3, 8, 1, dtype=torch.uint8),
+        },
+        {"quant_method": "mxfp4"},
+        "do not fit",
     ),
-    "gptq: five bits": (
-        {"w.qweight": torch.zeros(8, 32, dtype=torch.int32), "w.qzeros": torch.zeros(1, 4, dtype=torch.int32), "w.scales": torch.ones(1, 32)},
-        {"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits",
+    "gptq: five bits": (packed(), {"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits"),
+    "gptq: other outputs": (packed(scales=torch.ones(1, 40)), {"quant_method": "gptq", "bits": 4}, "do not fit"),
+    "gptq: marlin": (packed(), {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin'"),
+    "gptq: a group that is not there": (
+        packed(g_idx=torch.ones(64, dtype=torch.int32)),
+        {"quant_method": "gptq", "bits": 4},
+        "groups that are not there",
     ),
-    "gptq: scales of other outputs": (
-        {"w.qweight": torch.zeros(8, 32, dtype=torch.int32), "w.qzeros": torch.zeros(1, 4, dtype=torch.int32), "w.scales": torch.ones(1, 40)},
-        {"quant_method": "gptq", "bits": 4}, "do not fit",
-    ),
-    "awq: gemv": (
-        {"w.qweight": torch.zeros(8, 4, dtype=torch.int32), "w.qzeros": torch.zeros(1, 4, dtype=torch.int32), "w.scales": torch.ones(1, 32)},
-        {"quant_method": "awq", "version": "gemv"}, "version gemm",
-    ),
-    "awq: groups of another size": (
-        {"w.qweight": torch.zeros(64, 4, dtype=torch.int32), "w.qzeros": torch.zeros(1, 4, dtype=torch.int32), "w.scales": torch.ones(1, 32)},
-        {"quant_method": "awq", "group_size": 32}, "do not fit",
-    ),
-}  # fmt: skip
+    "awq: gemv": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "version": "gemv"}, "version gemm"),
+    "awq: other groups": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "group_size": 32}, "do not fit"),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -353,7 +368,7 @@ def test_broken_codes(tmp_path: Path, name: str) -> None:
     tensors, config, message = BROKEN[name]
     weights = base_of(tmp_path, tensors, config)
     with pytest.raises(InputError, match=message):
-        weights["w" if "w_blocks" in tensors else "w.weight"]
+        weights["w" if "w_blocks" in tensors else "w.weight"].whole(CPU)
 
 
 @pytest.mark.parametrize(
@@ -376,15 +391,8 @@ def test_a_quant_state_that_does_not_fit(tmp_path: Path, change: dict) -> None:
 
 
 def test_a_weight_that_stands_twice(tmp_path: Path) -> None:
-    words = torch.zeros(8, 32, dtype=torch.int32)
-    tensors = {
-        "w.qweight": words,
-        "w.qzeros": words[:1, :4],
-        "w.scales": torch.ones(1, 32),
-        "w.weight": torch.ones(32, 64),
-    }
     with pytest.raises(FormatError, match=r"'w\.qweight' and 'w\.weight' are the same weight"):
-        base_of(tmp_path, tensors, {"quant_method": "gptq", "bits": 4})
+        base_of(tmp_path, packed(weight=torch.ones(32, 64)), {"quant_method": "gptq", "bits": 4})
 
 
 def test_products_with_rows_as_they_are_stored(tmp_path: Path) -> None:
