@@ -37,7 +37,7 @@ class MXFP4(Coded):
             or scales.dtype != "U8"
         ):
             raise FormatError(
-                f"{parts['blocks'].file.path}: tensor {blocks.name!r}: shape {list(blocks.shape)} and scales {list(scales.shape)} of "
+                f"{parts['weight'].file.path}: tensor {blocks.name!r}: shape {list(blocks.shape)} and scales {list(scales.shape)} of "
                 f"{scales.dtype} do not fit; get index and shards of one version"
             )
         experts, out, groups, _ = blocks.shape
