@@ -80,15 +80,15 @@ def match_targets(
             continue
         shape = weights[found].shape
         conv1d = config.get("model_type") in CONV1D_MODELS
-        fits, transposed = _orient(shape, module.shape, adapter.fan_in_fan_out, conv1d)
-        if fits and conv1d and not transposed and shape[0] == shape[1]:
+        fits, transposed = _orient(shape, module, adapter.fan_in_fan_out, conv1d)
+        if fits and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
             problems.append(
                 f"{name!r}: is square, {config['model_type']} stores such layers as (in, out), but the adapter's config says "
                 "fan_in_fan_out=false, as PEFT also writes where it wrapped a Linear last: set it to true in "
                 "adapter_config.json if this layer is a Conv1D"
             )
         elif not fits:
-            problems.append(f"{name!r}: expected shape {list(module.shape)} in the base, {found!r} has {list(shape)}")
+            problems.append(f"{name!r}: expected shape {list(module.weight)} in the base, {found!r} has {list(shape)}")
         elif found in targets:
             problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
         else:
@@ -103,12 +103,15 @@ def match_targets(
     return [targets[name] for name in weights if name in targets]
 
 
-def _orient(shape: tuple[int, ...], wanted: tuple[int, int], fan_in_fan_out: bool, conv1d: bool) -> tuple[bool, bool]:
+def _orient(shape: tuple[int, ...], module: LoraModule, fan_in_fan_out: bool, conv1d: bool) -> tuple[bool, bool]:
     """Does the shape fit, and is it transposed? Where it is square, the adapter's config must tell.
 
     PEFT sets the config's flag to what suits the layer that it wrapped last, so in a model of Conv1D and Linear layers it is true
     of some of them only: a shape that fits one way alone goes that way where the flag or the kind of model allows it.
     """
+    if module.form != "linear":
+        return shape == module.weight, module.form == "embedding"
+    wanted = module.shape
     if wanted[0] == wanted[1]:
         return shape == wanted, fan_in_fan_out
     transposed = shape == wanted[::-1]

@@ -55,6 +55,25 @@ def gpt2() -> nn.Module:
     )
 
 
+class Convolutions(nn.Module):
+    """A convolution over as many dimensions as are asked for, kernel 3 and then 1, behind an embedding's rows."""
+
+    def __init__(self, dimensions: int, groups: int = 1) -> None:
+        super().__init__()
+        layer = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+        self.example = (2, 16, *(4,) * dimensions)
+        self.wide = layer(16, 24, 3, padding=1, groups=groups)
+        self.pointwise = layer(24, 20, 1)
+        self.strided = layer(20, 20, 2, stride=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.strided(torch.tanh(self.pointwise(torch.tanh(self.wide(x)))))
+
+
+def convolutions(dimensions: int) -> Callable[[], nn.Module]:
+    return lambda: Convolutions(dimensions)
+
+
 @dataclass
 class Kind:
     """One kind of adapter.
@@ -98,6 +117,12 @@ KINDS: dict[str, Kind] = {
     "linear": Kind(llama(), lora("q_proj", "down_proj")),
     "rslora": Kind(llama(), lora("q_proj", "up_proj", use_rslora=True, alpha_pattern={"up_proj": 3})),
     "fan_in_fan_out": Kind(gpt2, lora("c_attn", "c_proj", fan_in_fan_out=True)),
+    "embedding": Kind(llama(), lora("embed_tokens", "q_proj")),
+    "embedding, resized": Kind(llama(), lora("embed_tokens", "lm_head"), prepare=grow),
+    "conv1d": Kind(convolutions(1), lora("wide", "pointwise", "strided")),
+    "conv2d": Kind(convolutions(2), lora("wide", "pointwise", "strided")),
+    "conv2d, lora_bias": Kind(convolutions(2), lora("wide", "pointwise", lora_bias=True)),
+    "conv3d": Kind(convolutions(3), lora("wide", "strided")),  # a kernel of 1x1x1 PEFT itself cannot merge
     "modules_to_save": Kind(llama(), lora("q_proj", modules_to_save=["lm_head", "layers.1.mlp"])),
     "modules_to_save, new": Kind(llama(), lora("q_proj", task_type="SEQ_CLS"), load=classifier),
     "bias=all": Kind(llama(attention_bias=True, mlp_bias=True), lora("q_proj", "up_proj", bias="all")),
@@ -293,7 +318,7 @@ def compare_detection(made: Made, figures: Figures) -> streamer.Findings:
 
 def transposed(made: Made, tensor: str) -> bool:
     """Whether the base stores the matrix as (in, out)."""
-    return made.kind.model is gpt2 and ".c_" in tensor
+    return (made.kind.model is gpt2 and ".c_" in tensor) or "embed_tokens" in tensor
 
 
 def compare_mitigation(made: Made, findings: streamer.Findings, directory: Path, figures: Figures) -> None:
