@@ -73,7 +73,7 @@ class MergedModel:
 def plan_merged(plan: Plan) -> MergedModel:
     """What each tensor of the merged model is made of; from headers alone."""
     files = {
-        name: [_output(plan, t.name, Part(file, t)) for t in file.header.tensors]
+        name: [_output(plan, t.name, Part(file, t)) for t in file.header.tensors if t.name not in plan.changes.dropped]
         for name, file in plan.base.files.items()
     }
     last = next(reversed(files))

@@ -15,8 +15,7 @@ from typing import Any
 
 from streamer.adapter import Adapter, LoraModule
 from streamer.bases.registry import Weights
-from streamer.errors import MismatchError, UnsupportedError
-from streamer.storage.checkpoint import Checkpoint
+from streamer.errors import MismatchError
 
 # Run-time name → name on disk, where transformers renames between them (both directions: it depends on the version).
 RENAMES: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -73,8 +72,8 @@ def match_targets(
     """
     problems: list[str] = []
     targets: dict[str, Target] = {}
-    for name, module in adapter.modules.items():
-        found, why = names[name]
+    for name, (found, why) in names.items():
+        module = adapter.modules[name]
         if not found:
             problems.append(f"{name!r} {why}")
             continue
@@ -184,19 +183,3 @@ def _prefix_rules(modules: list[str], stems: Iterable[str]) -> list[tuple[str, s
     assert common is not None
     shortest = min(strip.count(".") for strip, _ in common)
     return sorted(rule for rule in common if rule[0].count(".") == shortest)
-
-
-def refuse_tied_changes(config: dict[str, Any], targets: Iterable[Target], base: Checkpoint) -> None:
-    """Refuse a delta on a tensor that the model also uses under another name.
-
-    With ``tie_word_embeddings`` a loader overwrites ``lm_head`` with the embedding: a merged delta would vanish.
-    """
-    text = config.get("text_config")  # vision-language models keep the language model's config there
-    if not config.get("tie_word_embeddings") and not (isinstance(text, dict) and text.get("tie_word_embeddings")):
-        return
-    for target in targets:
-        if target.tensor.endswith("lm_head.weight"):
-            raise UnsupportedError(
-                f"{base.path}: module {target.module.name!r}: the config ties lm_head to the embedding, so its delta would vanish "
-                "when the model is loaded; untie it first (save the model with tie_word_embeddings=false)"
-            )

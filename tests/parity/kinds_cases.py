@@ -49,6 +49,9 @@ def llama(**options) -> Callable[[], nn.Module]:
     return lambda: LlamaForCausalLM(llama_config(**options))
 
 
+tied = llama(tie_word_embeddings=True)
+
+
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=32, bos_token_id=0, eos_token_id=0)
@@ -88,8 +91,10 @@ class Kind:
         Loads the model that PEFT wraps from the saved base; by default as it was saved.
     prepare
         Changes the loaded model before PEFT wraps it: grows its vocabulary, say.
-    detect, mitigate
-        Whether these routes take the kind.
+    mitigate
+        Whether this route takes the kind.
+    shared
+        Whether PEFT's merge may work on a model whose embedding and lm_head are one tensor; it adds to both what belongs to one.
     """
 
     model: Callable[[], nn.Module]
@@ -97,6 +102,7 @@ class Kind:
     load: Callable[[Path, torch.dtype], nn.Module] | None = None
     prepare: Callable[[nn.Module], None] = lambda model: None
     mitigate: bool = True
+    shared: bool = True
     options: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -132,6 +138,18 @@ KINDS: dict[str, Kind] = {
     "lm_head with its base": Kind(llama(), lora("q_proj", "lm_head")),
     "resized": Kind(llama(), lora("q_proj"), prepare=grow),
     "resized, saved modules": Kind(llama(), lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]), prepare=grow),
+    "tied, lm_head": Kind(tied, lora("q_proj", "lm_head"), shared=False),
+    "tied, embedding": Kind(tied, lora("q_proj", "embed_tokens"), shared=False),
+    "tied, both": Kind(tied, lora("lm_head", "embed_tokens"), shared=False),
+    "tied, one delta": Kind(tied, lora("q_proj", "embed_tokens", ensure_weight_tying=True), shared=False),
+    "tied, one delta of lm_head": Kind(tied, lora("q_proj", "lm_head", ensure_weight_tying=True), shared=False),
+    "tied, saved lm_head": Kind(tied, lora("q_proj", modules_to_save=["lm_head"]), shared=False),
+    "tied, saved embedding": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens"]), shared=False),
+    "tied, saved as one": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "tied, resized": Kind(tied, lora("q_proj"), prepare=grow),
+    "tied, tokens": Kind(tied, lora("q_proj", trainable_token_indices=[3, 5])),
+    "tied, tokens of lm_head": Kind(tied, lora("q_proj", trainable_token_indices={"lm_head": [3, 5]}), shared=False),
+    "tied, GPT-2": Kind(gpt2, lora("c_attn", "lm_head", fan_in_fan_out=True), shared=False),
     "trainable tokens": Kind(llama(), lora("q_proj", trainable_token_indices=[3, 60, 7])),
     "trainable tokens by name": Kind(llama(), lora("v_proj", trainable_token_indices={"embed_tokens": [1, 2]})),
 }  # fmt: skip
@@ -168,7 +186,12 @@ class Made:
     def merged(self, adapter: Path | None = None, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """PEFT's merge, its values computed in `dtype`."""
         with quiet():
-            return self.peft(adapter or self.adapter, dtype).merge_and_unload().state_dict()
+            model = self.load(dtype)
+            if not self.kind.shared:
+                model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+                model.config.tie_word_embeddings = False
+            wrapped = peft.PeftModel.from_pretrained(model, adapter or self.adapter, autocast_adapter_dtype=False)
+            return wrapped.merge_and_unload().state_dict()
 
 
 @contextlib.contextmanager
