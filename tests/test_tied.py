@@ -78,7 +78,7 @@ def test_a_copy_on_disk_becomes_the_tensor_that_is_written(tmp_path: Path) -> No
     b = base(tmp_path, {"tie_word_embeddings": True}, {HEAD: torch.zeros(64, 32)})
     with pytest.raises(
         UnsupportedError,
-        match="differs from 'model.embed_tokens.weight', to which the config ties it, and loaders disagree",
+        match=r"differs from 'model.embed_tokens.weight', to which the config ties it, and loaders disagree",
     ):
         make_plan(b, adapter(tmp_path))
     embedding = load_file(b / "model-00001-of-00001.safetensors")[EMBED]
