@@ -18,6 +18,7 @@ from streamer.errors import FormatError, InputError, MismatchError, UnsupportedE
 from streamer.kinds import classify, config_refusals, normalize
 from streamer.linalg.operators import LowRank
 from streamer.storage.checkpoint import read_json_object
+from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import IOMode, TensorFile
 
 CONFIG_NAME = "adapter_config.json"
@@ -35,11 +36,16 @@ class LoraModule:
     name
         Its path in the model, wrappers removed.
     a, b
-        Names of lora_A (rank, in) and lora_B (out, rank) in the adapter's file.
+        Names of lora_A (rank, in) and lora_B (out, rank) in the adapter's file. A convolution's have the dimensions of its kernel
+        besides, those of lora_B of size 1.
     rank, scale
         Rows of lora_A; ``alpha/r``, or ``alpha/√r`` with rsLoRA.
     shape
-        (out, in).
+        (out, in) of Δ as a matrix: (dim, vocabulary) for an embedding, (out, in·k) for a convolution with k elements in its kernel.
+    form
+        ``linear``, ``embedding`` or ``convolution``.
+    kernel
+        The kernel's dimensions.
     """
 
     name: str
@@ -48,6 +54,16 @@ class LoraModule:
     rank: int
     scale: float
     shape: tuple[int, int]
+    form: str = "linear"
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """The shape of the weight in the model, unless it is a linear layer's that is stored (in, out)."""
+        m, n = self.shape
+        if self.form == "embedding":
+            return n, m
+        return (m, n // math.prod(self.kernel), *self.kernel)
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,7 @@ class Adapter:
 
     def delta(self, module: LoraModule) -> LowRank:
         """``scale · B @ A`` as (out, in) factors."""
-        return LowRank(self.factor(module.b) * module.scale, self.factor(module.a).T)
+        return LowRank(self.factor(module.b).flatten(1) * module.scale, self.factor(module.a).flatten(1).T)
 
     def identity(self) -> dict[str, Any]:
         """What tells this adapter from another, wherever it lies: digests of weights and config."""
@@ -180,14 +196,11 @@ def _sort(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[tuple[str, 
     example: dict[str, str] = {}
     for info in file.header.tensors:
         rule, match = classify(normalize(info.name))
-        reason = rule.refusal
-        if rule.role == "factor" and len(info.shape) != 2:
-            reason = f"LoRA on a convolution or a parameter ({len(info.shape)} dimensions)"
-        if reason:
-            refused[reason] += 1
-            example.setdefault(reason, info.name)
+        if rule.refusal:
+            refused[rule.refusal] += 1
+            example.setdefault(rule.refusal, info.name)
             continue
-        if rule.role != "factor":
+        if rule.role not in ("factor", "embedding"):
             rest.append((rule.role, match, info.name))
             continue
         factors = pairs.setdefault(match["module"], {})
@@ -247,8 +260,9 @@ def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Map
     a, b = file.header.by_name[factors["A"]], file.header.by_name[factors["B"]]
     for info in (a, b):
         encoding_of(info, str(file.path))
+    form = _form(name, a, b, file.path)
     rank = a.shape[0]
-    if b.shape[1] != rank or rank == 0 or min(b.shape[0], a.shape[1]) == 0:
+    if b.shape[1] != rank or math.prod((*a.shape, *b.shape)) == 0:
         raise FormatError(
             f"{file.path}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply; save the adapter again"
         )
@@ -265,7 +279,30 @@ def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Map
         raise FormatError(
             f"{where}: module {name!r}: alpha {alpha!r} gives a scale of {scale!r}; expected a finite number, not 0"
         )
-    return LoraModule(name, a.name, b.name, rank, scale, (b.shape[0], a.shape[1]))
+    shape = (b.shape[0], math.prod(a.shape[1:]))
+    return LoraModule(name, a.name, b.name, rank, scale, shape, form, a.shape[2:])
+
+
+def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
+    """What kind of layer the factors are of, by their names and dimensions."""
+    by_name = {classify(normalize(info.name))[0].role for info in (a, b)}
+    dimensions = len(a.shape)
+    if len(b.shape) != dimensions or not 2 <= dimensions <= 5 or len(by_name) != 1:
+        raise FormatError(
+            f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} are not of one layer; save the adapter again"
+        )
+    if dimensions == 2:
+        return "embedding" if by_name == {"embedding"} else "linear"
+    if math.prod(b.shape[2:]) != 1 or by_name == {"embedding"}:
+        raise UnsupportedError(
+            f"{where}: refused: module {name!r}: lora_B {list(b.shape)} is not a convolution of kernel size 1; {INSTEAD}"
+        )
+    if b.shape[1] != a.shape[0] and b.shape[1] and a.shape[0] % b.shape[1] == 0:
+        raise UnsupportedError(
+            f"{where}: refused: module {name!r}: LoRA on a convolution with {a.shape[0] // b.shape[1]} groups, "
+            f"whose delta is not the product of its factors; {INSTEAD}"
+        )
+    return "convolution"
 
 
 def _number(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
+from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule
 from streamer.bases.dequantize import STALE
 from streamer.encodings import ENCODINGS, TORCH_DTYPES, as_bytes, as_tensor, encode
 from streamer.errors import NumericError
@@ -165,7 +165,7 @@ class AdapterSink:
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
         self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
         self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME))
-        self._of = {name: t for t in plan.targets for name in (t.module.a, t.module.b)}
+        self._of = {name: t for t in plan.targets for m in self._modules(t) for name in (m.a, m.b)}
         self._ready: dict[str, Tensor] = {}
 
     def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
@@ -183,16 +183,23 @@ class AdapterSink:
 
         return pour
 
+    def _modules(self, target: Target) -> list[LoraModule]:
+        """The target's module, and the one that holds its factors once more."""
+        mirrors = self.job.plan.mirrors
+        return [target.module, *([mirrors[target.module.name]] if target.module.name in mirrors else [])]
+
     def _factors(self, target: Target, figures: list[dict[str, Any]]) -> dict[str, Tensor]:
         module = target.module
         delta, after, found = self.job.mitigated(target)
         if after is delta:
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
-            untouched = torch.empty(0)
-            return {module.a: untouched, module.b: untouched}
+            return {name: torch.empty(0) for m in self._modules(target) for name in (m.a, m.b)}
         B, A, dropped = back_project(after, module.rank, module.scale)
+        factors = {module.a: A, module.b: B}
+        for mirror in self._modules(target)[1:]:
+            factors |= {mirror.a: B.T, mirror.b: A.T}
         out = {}
-        for name, factor in ((module.a, A), (module.b, B)):
+        for name, factor in factors.items():
             encoding = ENCODINGS[self.job.plan.adapter.file.header.by_name[name].dtype]
             out[name] = encode(factor, encoding, factor, name)
         written = LowRank(out[module.b].double() * module.scale, out[module.a].double().T)

@@ -45,30 +45,46 @@ class Changes:
         What is added to it, and times what.
     rows
         What takes the place of some of its rows, and of which.
+    trained
+        Those of the sources that the adapter trained. The others are the base as the adapter knows it.
     vocabulary
         The vocabulary's new size, where a replaced embedding has another; for the config.
+    dropped
+        Tensors of the base that the merged model does without.
+    untied
+        Whether the lm_head parts from the embedding that it was tied to (see `tied`); for the config.
     """
 
     sources: Mapping[str, Part] = field(default_factory=dict)
     shifts: Mapping[str, tuple[Part, float]] = field(default_factory=dict)
     rows: Mapping[str, tuple[Part, tuple[int, ...]]] = field(default_factory=dict)
+    trained: frozenset[str] = frozenset()
     vocabulary: int | None = None
+    dropped: frozenset[str] = frozenset()
+    untied: bool = False
 
     def listed(self, base: Checkpoint) -> list[dict[str, Any]]:
         """What happens to which tensor, as JSON values."""
         lines = [(name, "replaced" if name in base.weight_map else "new", part) for name, part in self.sources.items()]
         lines += [(name, f"plus {scale:g} times", part) for name, (part, scale) in self.shifts.items()]
         lines += [(name, f"{len(indices)} rows replaced", part) for name, (part, indices) in self.rows.items()]
-        return [{"tensor": name, "change": change, "by": part.info.name} for name, change, part in lines]
+        listed = [{"tensor": name, "change": change, "by": part.info.name} for name, change, part in lines]
+        return listed + [
+            {"tensor": name, "change": "dropped", "by": "the tie to the embedding"} for name in sorted(self.dropped)
+        ]
 
 
-def match_changes(base: Checkpoint, adapter: Adapter, matched: Iterable[tuple[str, str]]) -> Changes:
+def match_changes(
+    base: Checkpoint, adapter: Adapter, matched: Mapping[str, str], aliases: Mapping[str, Part] | None = None
+) -> Changes:
     """Give every carried tensor of an adapter its tensor in the merged model.
 
     Parameters
     ----------
     matched
-        (module, base tensor) of the factors: the same exchange of prefixes holds for the rest.
+        Module → base tensor of the factors: the same exchange of prefixes holds for the rest.
+    aliases
+        Further names that the model has for tensors of the base.
 
     Raises
     ------
@@ -77,7 +93,9 @@ def match_changes(base: Checkpoint, adapter: Adapter, matched: Iterable[tuple[st
     UnsupportedError
         If the merged model could not be loaded, or a dtype is not one of values.
     """
-    exchanges = sorted({_exchange(module, tensor.removesuffix(".weight")) for module, tensor in matched})
+    exchanges = sorted({_exchange(module, tensor.removesuffix(".weight")) for module, tensor in matched.items()})
+    known = {**{name: Part(*base.locate(name)) for name in base.weight_map}, **(aliases or {})}
+    trained: set[str] = set()
     sources: dict[str, Part] = {}
     shifts: dict[str, tuple[Part, float]] = {}
     rows: dict[str, tuple[Part, tuple[int, ...]]] = {}
@@ -86,12 +104,12 @@ def match_changes(base: Checkpoint, adapter: Adapter, matched: Iterable[tuple[st
     for c in sorted(adapter.carried, key=lambda c: c.role != "saved"):
         if c.role == "original":
             continue
-        name = _place(c, base, adapter, exchanges, problems)
+        name = _place(c, known, base, adapter, exchanges, problems)
         if name is None:
             continue
         mine = Part(adapter.file, adapter.file.header.by_name[c.source])
-        if name in base.weight_map:
-            theirs = sources.get(name) or Part(*base.locate(name))
+        if name in known:
+            theirs = sources.get(name) or known[name]
             problem = _misfit(c, mine.info, theirs.info)
             if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
                 for part in (mine, theirs):
@@ -100,6 +118,8 @@ def match_changes(base: Checkpoint, adapter: Adapter, matched: Iterable[tuple[st
                 problems.append(problem)
         if c.role == "saved":
             sources[name] = mine
+            if c.parameter == "bias" or _is_saved_module(c.module, adapter):
+                trained.add(name)
         elif c.role == "lora_bias":
             shifts[name] = (mine, c.scale)
         else:
@@ -110,14 +130,19 @@ def match_changes(base: Checkpoint, adapter: Adapter, matched: Iterable[tuple[st
         raise MismatchError(
             f"{adapter.file.path}: {shown}{more}; is {base.path} the base that the adapter was trained on?"
         )
-    return Changes(sources, shifts, rows, _vocabulary(base, sources, adapter))
+    return Changes(sources, shifts, rows, frozenset(trained), _vocabulary(base, sources, adapter))
 
 
 def _place(
-    c: Carried, base: Checkpoint, adapter: Adapter, exchanges: list[tuple[str, str]], problems: list[str]
+    c: Carried,
+    known: Mapping[str, Part],
+    base: Checkpoint,
+    adapter: Adapter,
+    exchanges: list[tuple[str, str]],
+    problems: list[str],
 ) -> str | None:
     """The name of a carried tensor in the merged model; None where it has none, and a problem."""
-    found = dict.fromkeys(n for n in (c.name, *_exchanged(c.name, exchanges)) if n in base.weight_map)
+    found = dict.fromkeys(n for n in (c.name, *_exchanged(c.name, exchanges)) if n in known)
     if len(found) > 1:
         problems.append(f"{c.source!r} is ambiguous: it could be {', '.join(map(repr, found))}")
         return None
@@ -204,6 +229,11 @@ def edited_config(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]
     out = dict(config)
     if changes.vocabulary is not None:
         _set(out, "vocab_size", changes.vocabulary)
+    if changes.untied:
+        # Stated wherever it could be, since a class may tie by default.
+        out["tie_word_embeddings"] = False
+        if isinstance(out.get("text_config"), dict):
+            out["text_config"] = {**out["text_config"], "tie_word_embeddings": False}
     return out
 
 

@@ -94,8 +94,8 @@ _ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
 
 TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(re.compile(rf"^(?P<module>.+)\.lora_(?P<factor>[AB]){_ADAPTER}\.weight$"), "factor"),
+    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_embedding_(?P<factor>[AB]){_ADAPTER}$"), "embedding"),
     TensorRule(re.compile(r"\.lora_magnitude_vector(\.|$)"), "magnitude", "DoRA magnitudes"),
-    TensorRule(re.compile(r"\.lora_embedding_[AB](\.|$)"), "embedding", "embedding LoRA"),
     TensorRule(re.compile(rf"^(?P<module>.+)\.lora_B{_ADAPTER}\.bias$"), "lora_bias"),
     TensorRule(re.compile(rf"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_ADAPTER}$"), "tokens"),
     # What the base has there: kept by trainers that save a module's whole state.

@@ -107,7 +107,7 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
 
 def _of_file(plan: Plan, weights: Weights, name: str, part: Part, dequantize: bool) -> Output | None:
     """What a tensor of the base becomes; None if it is left out."""
-    if dequantize and belongs_to_codes(name, weights):
+    if name in plan.changes.dropped or (dequantize and belongs_to_codes(name, weights)):
         return None
     if name not in weights.owners:
         return _output(plan, weights, name, part)

@@ -121,7 +121,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     if way == "blocks":  # as it is stored, decoded a few rows at a time in each product
         base = RowBlocks(weight.matrix, weight.at_hand().rows, torch.empty(0, dtype=weight.compute, device=device))
     else:
-        base = Dense(weight.whole(device))
+        base = Dense(weight.whole(device).reshape(weight.matrix))
     try:
         found = detect(
             base.T if target.transposed else base,

@@ -6,20 +6,22 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from streamer import tied
 from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
-from streamer.adapter import Adapter, open_adapter
+from streamer.adapter import Adapter, LoraModule, open_adapter
 from streamer.bases.registry import Weights
+from streamer.bases.weight import Part
 from streamer.changes import Changes, match_changes
 from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
-from streamer.targets import Target, match_names, match_targets, refuse_tied_changes
+from streamer.targets import Target, match_names, match_targets
 
 MODEL_CONFIG = "config.json"
 
@@ -44,6 +46,8 @@ class Plan:
         In the base's file order.
     changes
         What the adapter's other tensors do to the base.
+    mirrors
+        Modules that hold another's factors once more, by the other's name (see `tied.mirrored`).
     config
         The base's ``config.json``, or {} where there is none.
     extra_stamps
@@ -55,6 +59,7 @@ class Plan:
     adapter: Adapter
     targets: tuple[Target, ...]
     changes: Changes
+    mirrors: Mapping[str, LoraModule]
     config: dict[str, Any]
     extra_stamps: dict[str, Stamp]
 
@@ -132,12 +137,19 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Pla
         config_path = checkpoint.directory / MODEL_CONFIG
         config = _read_model_config(config_path) if config_path.exists() else {}
     weights = Weights(checkpoint, config)
-    names = match_names(opened.modules, weights)
-    changes = match_changes(checkpoint, opened, [(module, found) for module, (found, _) in names.items() if found])
-    weights = weights.replaced(changes.sources)
-    targets = tuple(match_targets(weights, opened, config, names))
-    refuse_tied_changes(config, targets, checkpoint)
-    return Plan(checkpoint, weights, opened, targets, changes, config, {str(p): _stamp(p) for p in extra})
+    tie = tied.find_tie(checkpoint, config, opened)
+    aliases = {} if tie is None else {tie.head: Part(*checkpoint.locate(tie.embedding))}
+    names = match_names(opened.modules, weights.replaced(aliases))
+    matched = {module: found for module, (found, _) in names.items() if found}
+    mirrors = tied.mirrored(tie, opened, matched)
+    changes = match_changes(checkpoint, opened, matched, aliases)
+    tied.refuse_other_ties(tie, checkpoint, config, opened, [*matched.values(), *changes.sources, *changes.rows])
+    if tie is not None:
+        changes = tied.settle(tie, checkpoint, changes, matched.values(), opened)
+    weights = weights.replaced({**aliases, **changes.sources})
+    own = {name: found for name, found in names.items() if name not in {m.name for m in mirrors.values()}}
+    targets = tuple(match_targets(weights, opened, config, own))
+    return Plan(checkpoint, weights, opened, targets, changes, mirrors, config, {str(p): _stamp(p) for p in extra})
 
 
 def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:

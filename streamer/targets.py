@@ -16,8 +16,7 @@ from typing import Any
 from streamer.adapter import Adapter, LoraModule
 from streamer.bases.registry import Weights
 from streamer.bases.weight import Coded
-from streamer.errors import MismatchError, UnsupportedError
-from streamer.storage.checkpoint import Checkpoint
+from streamer.errors import MismatchError
 
 # Run-time name → name on disk, where transformers renames between them (both directions: it depends on the version).
 RENAMES: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -74,23 +73,23 @@ def match_targets(
     """
     problems: list[str] = []
     targets: dict[str, Target] = {}
-    for name, module in adapter.modules.items():
-        found, why = names[name]
+    for name, (found, why) in names.items():
+        module = adapter.modules[name]
         if not found:
             problems.append(f"{name!r} {why}")
             continue
         weight = weights[found]
         shape, coded = weight.shape, isinstance(weight, Coded)  # quantizers store every kind of layer as (out, in)
         conv1d = config.get("model_type") in CONV1D_MODELS and not coded
-        fits, transposed = _orient(shape, module.shape, adapter.fan_in_fan_out and not coded, conv1d)
-        if fits and conv1d and not transposed and shape[0] == shape[1]:
+        fits, transposed = _orient(shape, module, adapter.fan_in_fan_out and not coded, conv1d)
+        if fits and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
             problems.append(
                 f"{name!r}: is square, {config['model_type']} stores such layers as (in, out), but the adapter's config says "
                 "fan_in_fan_out=false, as PEFT also writes where it wrapped a Linear last: set it to true in "
                 "adapter_config.json if this layer is a Conv1D"
             )
         elif not fits:
-            problems.append(f"{name!r}: expected shape {list(module.shape)} in the base, {found!r} has {list(shape)}")
+            problems.append(f"{name!r}: expected shape {list(module.weight)} in the base, {found!r} has {list(shape)}")
         elif found in targets:
             problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
         else:
@@ -105,12 +104,15 @@ def match_targets(
     return [targets[name] for name in weights if name in targets]
 
 
-def _orient(shape: tuple[int, ...], wanted: tuple[int, int], fan_in_fan_out: bool, conv1d: bool) -> tuple[bool, bool]:
+def _orient(shape: tuple[int, ...], module: LoraModule, fan_in_fan_out: bool, conv1d: bool) -> tuple[bool, bool]:
     """Does the shape fit, and is it transposed? Where it is square, the adapter's config must tell.
 
     PEFT sets the config's flag to what suits the layer that it wrapped last, so in a model of Conv1D and Linear layers it is true
     of some of them only: a shape that fits one way alone goes that way where the flag or the kind of model allows it.
     """
+    if module.form != "linear":
+        return shape == module.weight, module.form == "embedding"
+    wanted = module.shape
     if wanted[0] == wanted[1]:
         return shape == wanted, fan_in_fan_out
     transposed = shape == wanted[::-1]
@@ -183,19 +185,3 @@ def _prefix_rules(modules: list[str], stems: Iterable[str]) -> list[tuple[str, s
     assert common is not None
     shortest = min(strip.count(".") for strip, _ in common)
     return sorted(rule for rule in common if rule[0].count(".") == shortest)
-
-
-def refuse_tied_changes(config: dict[str, Any], targets: Iterable[Target], base: Checkpoint) -> None:
-    """Refuse a delta on a tensor that the model also uses under another name.
-
-    With ``tie_word_embeddings`` a loader overwrites ``lm_head`` with the embedding: a merged delta would vanish.
-    """
-    text = config.get("text_config")  # vision-language models keep the language model's config there
-    if not config.get("tie_word_embeddings") and not (isinstance(text, dict) and text.get("tie_word_embeddings")):
-        return
-    for target in targets:
-        if target.tensor.endswith("lm_head.weight"):
-            raise UnsupportedError(
-                f"{base.path}: module {target.module.name!r}: the config ties lm_head to the embedding, so its delta would vanish "
-                "when the model is loaded; untie it first (save the model with tie_word_embeddings=false)"
-            )

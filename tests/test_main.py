@@ -170,16 +170,6 @@ def test_a_quantized_base(tmp_path: Path, dtype: torch.dtype) -> None:
                       "nothing beside it says what its codes mean; use the 16-bit model")  # fmt: skip
 
 
-@pytest.mark.parametrize("on_disk", [True, False])
-def test_a_tied_lm_head(tmp_path: Path, on_disk: bool) -> None:
-    embedding = torch.randn(64, 32)
-    tensors = {"model.embed_tokens.weight": embedding} | ({"lm_head.weight": embedding.clone()} if on_disk else {})
-    base = helpers.write_sharded(tmp_path / "base", [tensors], {"tie_word_embeddings": True})
-    adapter = helpers.write_adapter(tmp_path / "adapter", {"lm_head": helpers.intruding_factors(64, 32, 4)}, r=4)
-    said = "untie it first (save the model with tie_word_embeddings=false)" if on_disk else "untie it first"
-    refuse_everywhere(base, adapter, tmp_path, 3, "'lm_head'", "tie", said)
-
-
 def test_outputs_that_would_touch_an_input(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
     before = tree_digest(tmp_path)
@@ -295,7 +285,6 @@ def lora(**config: object) -> peft.LoraConfig:
 
 REFUSED = {
     "DoRA": (lambda: lora(use_dora=True), "DoRA: is not supported: its change of the weight is not low rank"),
-    "embedding": (lambda: lora(target_modules=["embed_tokens"]), "2 × embedding LoRA"),
     "target_parameters": (
         lambda: lora(target_modules=[], target_parameters=["q_proj.weight"]),
         "LoRA on expert parameters (target_parameters)",

@@ -49,10 +49,32 @@ def llama(**options) -> Callable[[], nn.Module]:
     return lambda: LlamaForCausalLM(llama_config(**options))
 
 
+tied = llama(tie_word_embeddings=True)
+
+
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=32, bos_token_id=0, eos_token_id=0)
     )
+
+
+class Convolutions(nn.Module):
+    """A convolution over as many dimensions as are asked for, kernel 3 and then 1, behind an embedding's rows."""
+
+    def __init__(self, dimensions: int, groups: int = 1) -> None:
+        super().__init__()
+        layer = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+        self.example = (2, 16, *(4,) * dimensions)
+        self.wide = layer(16, 24, 3, padding=1, groups=groups)
+        self.pointwise = layer(24, 20, 1)
+        self.strided = layer(20, 20, 2, stride=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.strided(torch.tanh(self.pointwise(torch.tanh(self.wide(x)))))
+
+
+def convolutions(dimensions: int) -> Callable[[], nn.Module]:
+    return lambda: Convolutions(dimensions)
 
 
 @dataclass
@@ -69,8 +91,10 @@ class Kind:
         Loads the model that PEFT wraps from the saved base; by default as it was saved.
     prepare
         Changes the loaded model before PEFT wraps it: grows its vocabulary, say.
-    detect, mitigate
-        Whether these routes take the kind.
+    mitigate
+        Whether this route takes the kind.
+    shared
+        Whether PEFT's merge may work on a model whose embedding and lm_head are one tensor; it adds to both what belongs to one.
     """
 
     model: Callable[[], nn.Module]
@@ -78,6 +102,7 @@ class Kind:
     load: Callable[[Path, torch.dtype], nn.Module] | None = None
     prepare: Callable[[nn.Module], None] = lambda model: None
     mitigate: bool = True
+    shared: bool = True
     options: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -98,6 +123,12 @@ KINDS: dict[str, Kind] = {
     "linear": Kind(llama(), lora("q_proj", "down_proj")),
     "rslora": Kind(llama(), lora("q_proj", "up_proj", use_rslora=True, alpha_pattern={"up_proj": 3})),
     "fan_in_fan_out": Kind(gpt2, lora("c_attn", "c_proj", fan_in_fan_out=True)),
+    "embedding": Kind(llama(), lora("embed_tokens", "q_proj")),
+    "embedding, resized": Kind(llama(), lora("embed_tokens", "lm_head"), prepare=grow),
+    "conv1d": Kind(convolutions(1), lora("wide", "pointwise", "strided")),
+    "conv2d": Kind(convolutions(2), lora("wide", "pointwise", "strided")),
+    "conv2d, lora_bias": Kind(convolutions(2), lora("wide", "pointwise", lora_bias=True)),
+    "conv3d": Kind(convolutions(3), lora("wide", "strided")),  # a kernel of 1x1x1 PEFT itself cannot merge
     "modules_to_save": Kind(llama(), lora("q_proj", modules_to_save=["lm_head", "layers.1.mlp"])),
     "modules_to_save, new": Kind(llama(), lora("q_proj", task_type="SEQ_CLS"), load=classifier),
     "bias=all": Kind(llama(attention_bias=True, mlp_bias=True), lora("q_proj", "up_proj", bias="all")),
@@ -107,6 +138,18 @@ KINDS: dict[str, Kind] = {
     "lm_head with its base": Kind(llama(), lora("q_proj", "lm_head")),
     "resized": Kind(llama(), lora("q_proj"), prepare=grow),
     "resized, saved modules": Kind(llama(), lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]), prepare=grow),
+    "tied, lm_head": Kind(tied, lora("q_proj", "lm_head"), shared=False),
+    "tied, embedding": Kind(tied, lora("q_proj", "embed_tokens"), shared=False),
+    "tied, both": Kind(tied, lora("lm_head", "embed_tokens"), shared=False),
+    "tied, one delta": Kind(tied, lora("q_proj", "embed_tokens", ensure_weight_tying=True), shared=False),
+    "tied, one delta of lm_head": Kind(tied, lora("q_proj", "lm_head", ensure_weight_tying=True), shared=False),
+    "tied, saved lm_head": Kind(tied, lora("q_proj", modules_to_save=["lm_head"]), shared=False),
+    "tied, saved embedding": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens"]), shared=False),
+    "tied, saved as one": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "tied, resized": Kind(tied, lora("q_proj"), prepare=grow),
+    "tied, tokens": Kind(tied, lora("q_proj", trainable_token_indices=[3, 5])),
+    "tied, tokens of lm_head": Kind(tied, lora("q_proj", trainable_token_indices={"lm_head": [3, 5]}), shared=False),
+    "tied, GPT-2": Kind(gpt2, lora("c_attn", "lm_head", fan_in_fan_out=True), shared=False),
     "trainable tokens": Kind(llama(), lora("q_proj", trainable_token_indices=[3, 60, 7])),
     "trainable tokens by name": Kind(llama(), lora("v_proj", trainable_token_indices={"embed_tokens": [1, 2]})),
 }  # fmt: skip
@@ -143,7 +186,12 @@ class Made:
     def merged(self, adapter: Path | None = None, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """PEFT's merge, its values computed in `dtype`."""
         with quiet():
-            return self.peft(adapter or self.adapter, dtype).merge_and_unload().state_dict()
+            model = self.load(dtype)
+            if not self.kind.shared:
+                model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+                model.config.tie_word_embeddings = False
+            wrapped = peft.PeftModel.from_pretrained(model, adapter or self.adapter, autocast_adapter_dtype=False)
+            return wrapped.merge_and_unload().state_dict()
 
 
 @contextlib.contextmanager
@@ -293,7 +341,7 @@ def compare_detection(made: Made, figures: Figures) -> streamer.Findings:
 
 def transposed(made: Made, tensor: str) -> bool:
     """Whether the base stores the matrix as (in, out)."""
-    return made.kind.model is gpt2 and ".c_" in tensor
+    return (made.kind.model is gpt2 and ".c_" in tensor) or "embed_tokens" in tensor
 
 
 def compare_mitigation(made: Made, findings: streamer.Findings, directory: Path, figures: Figures) -> None:
