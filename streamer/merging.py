@@ -16,7 +16,9 @@ from torch import Tensor
 from streamer.bases.weight import Part, Weight
 from streamer.encodings import Encoding, as_bytes, encode
 from streamer.errors import NumericError
-from streamer.linalg.operators import LowRank, all_finite
+from streamer.linalg import deltas
+from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import all_finite
 from streamer.storage.atomic import Buffer
 from streamer.targets import Target
 
@@ -44,7 +46,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-Mitigated = Callable[[Target], LowRank]
+Mitigated = Callable[[Target], Delta]
 """Gives the mitigated delta Δ' of one matrix."""
 
 
@@ -92,14 +94,14 @@ class Merged:
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Rows of the sum."""
         delta = mitigated(self.target)
-        change = (delta.T if self.target.transposed else delta).to(self.weight.compute)
-        empty = not (change.L.any() and change.R.any())
+        change = deltas.cast(delta.T if self.target.transposed else delta, self.weight.compute)
+        nothing = deltas.empty(change)
         encoding = _encoding(self.weight)
         for i, j, raw, values, out in _rows(self.weight):
-            if empty and raw.dtype == encoding.dtype:
+            if nothing and raw.dtype == encoding.dtype:
                 yield as_bytes(raw)
             else:
-                values.addmm_(change.L[i:j], change.R.T)
+                deltas.add_rows(values, change, i, j)
                 yield as_bytes(encode(values, encoding, raw, self.weight.name, out))
 
 
