@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from streamer.dora import dora_delta
 from streamer.encodings import as_tensor, encoding_of
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.kinds import classify, config_refusals, normalize
-from streamer.linalg.operators import LowRank
+from streamer.linalg.operators import Dense, LowRank
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import IOMode, TensorFile
@@ -46,6 +47,8 @@ class LoraModule:
         ``linear``, ``embedding`` or ``convolution``.
     kernel
         The kernel's dimensions.
+    magnitude
+        DoRA's magnitudes in the adapter's file; without them the delta is of low rank.
     """
 
     name: str
@@ -56,6 +59,12 @@ class LoraModule:
     shape: tuple[int, int]
     form: str = "linear"
     kernel: tuple[int, ...] = ()
+    magnitude: str | None = None
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether Δ is the product of the factors and nothing else."""
+        return self.magnitude is None
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -115,8 +124,13 @@ class Adapter:
         encoding = encoding_of(info, str(self.file.path))
         return as_tensor(self.file.view(info), encoding.dtype, info.shape).to(encoding.compute, copy=True)
 
+    def dense_delta(self, module: LoraModule, base: Tensor) -> Dense:
+        """What a module that is not of low rank adds to its base, W0 (out, in)."""
+        assert module.magnitude is not None
+        return Dense(dora_delta(base, self.delta(module), self.factor(module.magnitude).flatten()))
+
     def delta(self, module: LoraModule) -> LowRank:
-        """``scale · B @ A`` as (out, in) factors."""
+        """``scale · B @ A`` as (out, in) factors: all of a module's delta where that is of low rank."""
         return LowRank(self.factor(module.b).flatten(1) * module.scale, self.factor(module.a).flatten(1).T)
 
     def identity(self) -> dict[str, Any]:
@@ -200,25 +214,24 @@ def _sort(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[tuple[str, 
             refused[rule.refusal] += 1
             example.setdefault(rule.refusal, info.name)
             continue
-        if rule.role not in ("factor", "embedding"):
+        if rule.role not in ("factor", "embedding", "magnitude"):
             rest.append((rule.role, match, info.name))
             continue
         factors = pairs.setdefault(match["module"], {})
-        if match["factor"] in factors:
+        factor = "magnitude" if rule.role == "magnitude" else match["factor"]
+        if factor in factors:
             raise FormatError(
-                f"{file.path}: tensors {factors[match['factor']]!r} and {info.name!r} are the same factor of one module; "
-                "save one adapter at a time"
+                f"{file.path}: tensors {factors[factor]!r} and {info.name!r} are the same factor of one module; save one adapter at a time"
             )
-        factors[match["factor"]] = info.name
+        factors[factor] = info.name
     if refused:
         listed = "; ".join(f"{n} × {reason}, {example[reason]!r} first" for reason, n in refused.items())
         raise UnsupportedError(f"{file.path}: refused: not supported: {listed}; {INSTEAD}")
     for name, factors in pairs.items():
-        if len(factors) != 2:
-            have = next(iter(factors))
-            raise FormatError(
-                f"{file.path}: module {name!r} has lora_{have} but not its partner; save the adapter again"
-            )
+        missing = {"A", "B"} - factors.keys()
+        if missing:
+            have = ", ".join(f"lora_{f}" if f in "AB" else "a magnitude" for f in factors)
+            raise FormatError(f"{file.path}: module {name!r} has {have} but not its partner; save the adapter again")
     return pairs, rest
 
 
@@ -280,7 +293,21 @@ def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Map
             f"{where}: module {name!r}: alpha {alpha!r} gives a scale of {scale!r}; expected a finite number, not 0"
         )
     shape = (b.shape[0], math.prod(a.shape[1:]))
-    return LoraModule(name, a.name, b.name, rank, scale, shape, form, a.shape[2:])
+    magnitude = factors.get("magnitude")
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        found = "has magnitudes" if magnitude else "has none"
+        raise MismatchError(
+            f"{where}: module {name!r}: use_dora is {config.get('use_dora')!r}, but the module {found}; "
+            "config and weights are not of one adapter"
+        )
+    if magnitude is not None:
+        m = file.header.by_name[magnitude]
+        encoding_of(m, str(file.path))
+        if math.prod(m.shape) != b.shape[0]:
+            raise FormatError(
+                f"{file.path}: module {name!r}: expected {b.shape[0]} magnitudes, found {list(m.shape)}; save the adapter again"
+            )
+    return LoraModule(name, a.name, b.name, rank, scale, shape, form, a.shape[2:], magnitude)
 
 
 def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:

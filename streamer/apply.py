@@ -15,11 +15,13 @@ from torch import Tensor
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule
 from streamer.bases.dequantize import STALE
 from streamer.encodings import ENCODINGS, TORCH_DTYPES, as_bytes, as_tensor, encode
-from streamer.errors import NumericError
+from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.findings import Findings, MatrixFinding
 from streamer.findings_writer import remove_leftovers
 from streamer.intruders import Detection, DetectionOptions, MitigationOptions, back_project, mitigate
+from streamer.linalg import deltas
+from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import LowRank, all_finite
 from streamer.merged import MergedModel, plan_merged
 from streamer.merging import Recoded, one_thread
@@ -79,13 +81,13 @@ class Job:
         assert self.findings is not None
         return self.findings.by_tensor
 
-    def mitigated(self, target: Target) -> tuple[LowRank, LowRank, Detection | None]:
+    def mitigated(self, target: Target) -> tuple[Delta, Delta, Detection | None]:
         """Δ, Δ' and the findings of one matrix; Δ' is Δ itself where nothing changes."""
-        delta = self.plan.adapter.delta(target.module)
-        for name, factor in ((target.module.b, delta.L), (target.module.a, delta.R)):
-            if not all_finite(factor):
+        delta = self.plan.delta(target)
+        for what, pieces in deltas.named_parts(delta):
+            if not all(map(all_finite, pieces)):
                 raise NumericError(
-                    f"{self.plan.adapter.file.path}: tensor {name!r} holds NaN or Inf; check the adapter"
+                    f"{self.plan.adapter.file.path}: {what} of module {target.module.name!r} holds NaN or Inf; check the adapter"
                 )
         found = self.detection_of(target)
         if found is not None and not (all_finite(found.U) and all_finite(found.Vh)):
@@ -121,17 +123,17 @@ def discard_own_findings(directory: Path) -> None:
 
 
 def matrix_figures(
-    target: Target, delta: LowRank, after: LowRank, found: Detection | None, scale: str, dropped: float
+    target: Target, delta: Delta, after: Delta, found: Detection | None, scale: str, dropped: float
 ) -> dict[str, Any]:
     """What mitigation did to one matrix, as JSON values."""
-    before = delta.norm()
+    before = deltas.norm(delta)
     scaled = () if found is None else found.intruders if scale == "all" else found.intruders[:1]
     return {
         "tensor": target.tensor,
         "module": target.module.name,
         "intruders": list(scaled),
         "delta_norm": before,
-        "delta_norm_after": before if after is delta else after.norm(),
+        "delta_norm_after": before if after is delta else deltas.norm(after),
         "dropped": dropped,
     }
 
@@ -158,6 +160,12 @@ class AdapterSink:
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
+        dense = [t.module.name for t in plan.targets if not t.module.low_rank]
+        if dense and job.options.mitigation_lambda != 1:
+            raise UnsupportedError(
+                f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
+                "adapter; `streamer merge` writes it into the base"
+            )
         self.job = job
         self.shards = {WEIGHTS_NAME: like(WEIGHTS_NAME, plan.adapter.file.header)}
         self.edited: Mapping[str, bytes] = {}
@@ -194,6 +202,7 @@ class AdapterSink:
         if after is delta:
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
             return {name: torch.empty(0) for m in self._modules(target) for name in (m.a, m.b)}
+        assert isinstance(after, LowRank)
         B, A, dropped = back_project(after, module.rank, module.scale)
         factors = {module.a: A, module.b: B}
         for mirror in self._modules(target)[1:]:
@@ -236,7 +245,7 @@ class ModelSink:
         """Bytes of each tensor of one shard; appends the figures of merged matrices."""
         outputs = {o.name: o for o in self.model.files[name]}
 
-        def mitigated(target: Target) -> LowRank:
+        def mitigated(target: Target) -> Delta:
             delta, after, found = self.job.mitigated(target)
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
             return after

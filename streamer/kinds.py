@@ -36,7 +36,6 @@ def _unknown_init(value: object) -> bool:
 _NOT_YET = "is not supported"
 
 CONFIG_RULES: tuple[ConfigRule, ...] = (
-    ConfigRule("use_dora", bool, "DoRA", f"{_NOT_YET}: its change of the weight is not low rank"),
     ConfigRule("target_parameters", bool, "LoRA on expert parameters (target_parameters)", _NOT_YET),
     ConfigRule("init_lora_weights", _residual_init, "residual-base initialisation",
                "its delta is relative to a residual of the base that is not on disk; "
@@ -60,7 +59,7 @@ _HARMLESS = {
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
     "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
-    "trainable_token_indices", "use_rslora",
+    "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 
 
@@ -95,7 +94,7 @@ _ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
 TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(re.compile(rf"^(?P<module>.+)\.lora_(?P<factor>[AB]){_ADAPTER}\.weight$"), "factor"),
     TensorRule(re.compile(rf"^(?P<module>.+)\.lora_embedding_(?P<factor>[AB]){_ADAPTER}$"), "embedding"),
-    TensorRule(re.compile(r"\.lora_magnitude_vector(\.|$)"), "magnitude", "DoRA magnitudes"),
+    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$"), "magnitude"),
     TensorRule(re.compile(rf"^(?P<module>.+)\.lora_B{_ADAPTER}\.bias$"), "lora_bias"),
     TensorRule(re.compile(rf"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_ADAPTER}$"), "tokens"),
     # What the base has there: kept by trainers that save a module's whole state.

@@ -17,7 +17,9 @@ from streamer.bases.fp8 import FP8
 from streamer.bases.weight import Part, Weight
 from streamer.encodings import Encoding, as_bytes, encode
 from streamer.errors import NumericError
-from streamer.linalg.operators import LowRank, all_finite
+from streamer.linalg import deltas
+from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import all_finite
 from streamer.storage.atomic import Buffer
 from streamer.targets import Target
 
@@ -45,7 +47,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-Mitigated = Callable[[Target], LowRank]
+Mitigated = Callable[[Target], Delta]
 """Gives the mitigated delta Δ' of one matrix."""
 
 
@@ -93,14 +95,14 @@ class Merged:
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Rows of the sum."""
         delta = mitigated(self.target)
-        change = (delta.T if self.target.transposed else delta).to(self.weight.compute)
-        empty = not (change.L.any() and change.R.any())
+        change = deltas.cast(delta.T if self.target.transposed else delta, self.weight.compute)
+        nothing = deltas.empty(change)
         encoding = _encoding(self.weight)
         for i, j, raw, values, out in _rows(self.weight):
-            if empty and raw.dtype == encoding.dtype:
+            if nothing and raw.dtype == encoding.dtype:
                 yield as_bytes(raw)
             else:
-                values.addmm_(change.L[i:j], change.R.T)
+                deltas.add_rows(values, change, i, j)
                 yield as_bytes(encode(values, encoding, raw, self.weight.name, out))
 
 
@@ -115,14 +117,16 @@ class Recoded:
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Codes, or their scales. The sum is made again for each pass: it is never in memory whole."""
         delta, weight = mitigated(self.target), self.weight.at_hand()
-        change = (delta.T if self.target.transposed else delta).to(weight.compute)
+        change = deltas.cast(delta.T if self.target.transposed else delta, weight.compute)
         part = weight.parts[self.role]
-        if not (change.L.any() and change.R.any()):
+        if deltas.empty(change):
             yield from part.file.chunks(part.info)
             return
 
         def merged(i: int, j: int) -> Tensor:
-            return weight.decode(i, j).addmm_(change.L[i:j], change.R.T)
+            values = weight.decode(i, j)
+            deltas.add_rows(values, change, i, j)
+            return values
 
         for piece in weight.recoded(self.role, merged, weight.rescaled(merged)):
             yield as_bytes(piece)

@@ -24,7 +24,7 @@ from streamer.findings_writer import (
     remove_leftovers,
 )
 from streamer.intruders import PROCESS_BYTES, DetectionOptions, detect
-from streamer.linalg.operators import Dense, LowRank, Matrix, RowBlocks
+from streamer.linalg.operators import Dense, Matrix, RowBlocks
 from streamer.plan import Plan
 from streamer.solvers import working_bytes
 from streamer.targets import Target
@@ -74,7 +74,8 @@ def cost(target: Target) -> int:
 def needed_bytes(plan: Plan, target: Target, options: DetectionOptions) -> dict[str, int]:
     """Peak memory of the process for one matrix, by each way that the options leave; see `working_bytes`."""
     weight, module = plan.weights[target.tensor], target.module
-    ways = working_bytes(module.shape, options.directions(module.shape), module.rank, weight.compute.itemsize)
+    rank = module.rank if module.low_rank else None
+    ways = working_bytes(module.shape, options.directions(module.shape), rank, weight.compute.itemsize)
     if options.solver == "dense":
         ways = {"dense": ways["dense"]}
     read = 2 * weight.held_bytes  # the tensor's own bytes, and those of the next one
@@ -115,17 +116,17 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     """
     began = time.perf_counter()
     weight = loaded or plan.weights[target.tensor]
-    delta = plan.adapter.delta(target.module)
     way = best_way(plan, target, options)
     base: Matrix
     if way == "blocks":  # as it is stored, decoded a few rows at a time in each product
         base = RowBlocks(weight.matrix, weight.at_hand().rows, torch.empty(0, dtype=weight.compute, device=device))
     else:
         base = Dense(weight.whole(device).reshape(weight.matrix))
+    delta = plan.delta(target, base.matrix if isinstance(base, Dense) else None)
     try:
         found = detect(
             base.T if target.transposed else base,
-            LowRank(delta.L.to(device), delta.R.to(device)),
+            delta,
             options,
             target.module.rank,
             target.tensor,

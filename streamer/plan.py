@@ -12,6 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from streamer import tied
 from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapter import Adapter, LoraModule, open_adapter
@@ -19,6 +22,7 @@ from streamer.bases.registry import Weights
 from streamer.bases.weight import Part
 from streamer.changes import Changes, match_changes
 from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
+from streamer.linalg.deltas import Delta
 from streamer.names import match_names
 from streamer.provenance import provenance_notes
 from streamer.renames import renames_for
@@ -80,6 +84,16 @@ class Plan:
     def by_tensor(self) -> dict[str, Target]:
         """Targets by the base tensor's name."""
         return {t.tensor: t for t in self.targets}
+
+    def delta(self, target: Target, base: Tensor | None = None) -> Delta:
+        """What the adapter adds to a matrix, (out, in); dense where it is not of low rank, from W0 as it is stored."""
+        module = target.module
+        if module.low_rank:
+            return self.adapter.delta(module)
+        if base is None:
+            weight = self.weights[target.tensor]
+            base = weight.whole(torch.device("cpu")).reshape(weight.matrix)
+        return self.adapter.dense_delta(module, base.T if target.transposed else base)
 
     @cached_property
     def base_identity(self) -> dict[str, Any]:

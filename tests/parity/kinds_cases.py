@@ -6,7 +6,8 @@ The oracle of a merge is PEFT's own `merge_and_unload` in float64, on the values
 to the base's dtype. Columns: the largest difference to it relative to the tensor's largest value; the same to PEFT's merge in the base's
 own dtype, which in bf16 rounds the delta and then the sum; the share of values that differ from the exact sum rounded once; the logits of
 the merged directory as transformers loads it against those of PEFT's model with its adapter; the singular values of `detect` against
-float64 SVDs of the effective matrices, whose decisions must agree; and our merge at λ = 0.5 against PEFT's merge of our mitigated adapter.
+float64 SVDs of the effective matrices, whose decisions must agree; merges at λ = 0.5 by each method against its formula in float64;
+and our merge at λ = 0.5 against PEFT's merge of our mitigated adapter.
 """
 
 from __future__ import annotations
@@ -138,6 +139,13 @@ KINDS: dict[str, Kind] = {
     "lm_head with its base": Kind(llama(), lora("q_proj", "lm_head")),
     "resized": Kind(llama(), lora("q_proj"), prepare=grow),
     "resized, saved modules": Kind(llama(), lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]), prepare=grow),
+    "DoRA": Kind(llama(), lora("q_proj", "down_proj", use_dora=True), mitigate=False),
+    "DoRA, fan_in_fan_out": Kind(gpt2, lora("c_attn", "c_proj", use_dora=True, fan_in_fan_out=True), mitigate=False),
+    "DoRA, embedding": Kind(llama(), lora("embed_tokens", "v_proj", use_dora=True, use_rslora=True), mitigate=False),
+    "DoRA, conv1d": Kind(convolutions(1), lora("wide", "pointwise", "strided", use_dora=True), mitigate=False),
+    "DoRA, conv2d": Kind(convolutions(2), lora("wide", "pointwise", "strided", use_dora=True), mitigate=False),
+    "DoRA, conv3d": Kind(convolutions(3), lora("wide", "strided", use_dora=True), mitigate=False),
+    "DoRA, saved modules": Kind(llama(), lora("q_proj", use_dora=True, modules_to_save=["lm_head"]), mitigate=False),
     "tied, lm_head": Kind(tied, lora("q_proj", "lm_head"), shared=False),
     "tied, embedding": Kind(tied, lora("q_proj", "embed_tokens"), shared=False),
     "tied, both": Kind(tied, lora("lm_head", "embed_tokens"), shared=False),
@@ -275,6 +283,7 @@ class Figures:
     off_by_one: float = 0.0
     sigma: float = 0.0
     decisions: int = 0
+    half: float = 0.0
     mitigate: float | None = None
     outputs: float | None = None
 
@@ -339,6 +348,30 @@ def compare_detection(made: Made, figures: Figures) -> streamer.Findings:
     return findings
 
 
+def compare_methods(made: Made, findings: streamer.Findings, figures: Figures) -> None:
+    """Merges at λ = 0.5 by each method against its formula in float64, on PEFT's matrices."""
+    by_tensor = {m.tensor: m for m in findings}
+    base = by_disk(made.load(torch.float64).state_dict(), {m.tensor: torch.empty(0) for m in findings})
+    merged = by_disk(made.merged(), base)
+    for method in ("paper", "project", "shrink"):
+        options = {"findings": findings, "mitigation_lambda": 0.5, "method": method, **made.kind.options}
+        for name, ours in streamer.iter_merged(made.base, made.adapter, **options):
+            if name not in by_tensor:
+                continue
+            W0, W, found = (t.double().reshape(t.shape[0], -1) for t in (base[name], merged[name], ours))
+            if transposed(made, name):
+                W0, W, found = W0.T, W.T, found.T
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            chosen = list(by_tensor[name].detection.intruders)
+            U, S, Vh = U[:, chosen], S[chosen], Vh[chosen]
+            expected = {
+                "paper": W - 0.5 * (U * S) @ Vh,
+                "project": W - 0.5 * U @ (U.T @ (W - W0)),
+                "shrink": W0 + 0.5 * (W - W0),
+            }[method]
+            figures.half = max(figures.half, relative(found, expected))
+
+
 def transposed(made: Made, tensor: str) -> bool:
     """Whether the base stores the matrix as (in, out)."""
     return (made.kind.model is gpt2 and ".c_" in tensor) or "embed_tokens" in tensor
@@ -367,19 +400,20 @@ def measure(name: str, dtype: torch.dtype, directory: Path) -> Figures:
     with quiet():
         compare_merge(made, directory / "merged", figures)
         findings = compare_detection(made, figures)
+        compare_methods(made, findings, figures)
         if made.kind.mitigate:
             compare_mitigation(made, findings, directory, figures)
     return figures
 
 
 def main(chosen: list[str]) -> None:
-    head = ["merge", "to PEFT's", "rounded", "logits", "detect", "intruders", "mitigate"]
+    head = ["merge", "to PEFT's", "rounded", "logits", "detect", "intruders", "methods", "mitigate"]
     print(f"{'kind':26} base  " + " ".join(f"{h:>9}" for h in head))
     for name in chosen or KINDS:
         for label, dtype in DTYPES.items():
             with tempfile.TemporaryDirectory() as directory:
                 f = measure(name, dtype, Path(directory))
-            cells = [f.merge, f.merge_in_dtype, f.off_by_one, f.outputs, f.sigma, f.decisions, f.mitigate]
+            cells = [f.merge, f.merge_in_dtype, f.off_by_one, f.outputs, f.sigma, f.decisions, f.half, f.mitigate]
             shown = ["-" if c is None else str(c) if isinstance(c, int) else f"{c:.1e}" for c in cells]
             print(f"{name:26} {label:5} " + " ".join(f"{c:>9}" for c in shown), flush=True)
 
