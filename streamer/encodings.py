@@ -48,6 +48,9 @@ TORCH_DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 
+SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""The format's spelling of each torch dtype."""
+
 
 def encoding_of(info: TensorInfo, where: str) -> Encoding:
     """The encoding of a tensor that is to be computed with.
@@ -59,8 +62,8 @@ def encoding_of(info: TensorInfo, where: str) -> Encoding:
     """
     if info.dtype not in ENCODINGS:
         raise UnsupportedError(
-            f"{where}: tensor {info.name!r}: dtype {info.dtype} is not one of {', '.join(ENCODINGS)}; "
-            "quantized bases are not supported: use the 16-bit model"
+            f"{where}: tensor {info.name!r}: dtype {info.dtype} is not one of {', '.join(ENCODINGS)}, "
+            "and nothing beside it says what its codes mean; use the 16-bit model"
         )
     return ENCODINGS[info.dtype]
 
