@@ -21,6 +21,7 @@ from streamer.linalg.operators import Dense, LowRank
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import IOMode, TensorFile
+from streamer.wrapped import Wrapped, find_wrapped
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -49,6 +50,10 @@ class LoraModule:
         The kernel's dimensions.
     magnitude
         DoRA's magnitudes in the adapter's file; without them the delta is of low rank.
+    expert
+        Which of how many experts, where a and b hold the factors of all of them (see `wrapped`).
+    turned
+        Δ is the transpose, ``scale · (B @ A)ᵀ``.
     """
 
     name: str
@@ -60,11 +65,21 @@ class LoraModule:
     form: str = "linear"
     kernel: tuple[int, ...] = ()
     magnitude: str | None = None
+    expert: tuple[int, int] | None = None
+    turned: bool = False
 
     @property
     def low_rank(self) -> bool:
         """Whether Δ is the product of the factors and nothing else."""
         return self.magnitude is None
+
+    @property
+    def parts(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Which part of lora_A and of lora_B are the module's: all, or an expert's rows and columns."""
+        if self.expert is None:
+            return (), ()
+        e, experts = self.expert
+        return (slice(e * self.rank, (e + 1) * self.rank),), (slice(None), slice(e, None, experts))
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -105,24 +120,29 @@ class Carried:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on disk: config, open weights file, its modules by name, and what it carries besides."""
+    """An adapter on disk: config, open weights file, its modules by name, wrapped ones, and what it carries besides."""
 
     path: Path
     config: dict[str, Any]
     file: TensorFile
     modules: dict[str, LoraModule]
     carried: tuple[Carried, ...] = ()
+    wrapped: tuple[Wrapped, ...] = ()
 
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the config says that the base stores (in, out)."""
         return bool(self.config.get("fan_in_fan_out", False))
 
-    def factor(self, tensor: str) -> Tensor:
-        """A tensor of the file in its computing dtype; a copy, small."""
+    def stored(self, tensor: str) -> Tensor:
+        """A tensor of the file as it stands; not to be written to."""
         info = self.file.header.by_name[tensor]
-        encoding = encoding_of(info, str(self.file.path))
-        return as_tensor(self.file.view(info), encoding.dtype, info.shape).to(encoding.compute, copy=True)
+        return as_tensor(self.file.view(info), encoding_of(info, str(self.file.path)).dtype, info.shape)
+
+    def factor(self, tensor: str, part: tuple[slice, ...] = ()) -> Tensor:
+        """A tensor of the file, or a part of it, in its computing dtype; a copy, small."""
+        compute = encoding_of(self.file.header.by_name[tensor], str(self.file.path)).compute
+        return self.stored(tensor)[part].to(compute, copy=True)
 
     def dense_delta(self, module: LoraModule, base: Tensor) -> Dense:
         """What a module that is not of low rank adds to its base, W0 (out, in)."""
@@ -131,7 +151,9 @@ class Adapter:
 
     def delta(self, module: LoraModule) -> LowRank:
         """``scale · B @ A`` as (out, in) factors: all of a module's delta where that is of low rank."""
-        return LowRank(self.factor(module.b).flatten(1) * module.scale, self.factor(module.a).flatten(1).T)
+        a, b = module.parts
+        A, B = self.factor(module.a, a).flatten(1), self.factor(module.b, b).flatten(1)
+        return LowRank(A.T * module.scale, B) if module.turned else LowRank(B * module.scale, A.T)
 
     def identity(self) -> dict[str, Any]:
         """What tells this adapter from another, wherever it lies: digests of weights and config."""
@@ -171,8 +193,14 @@ def open_adapter(path: str | Path, io: IOMode = "mmap") -> Adapter:
         raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {'; '.join(refusals)}; {INSTEAD}")
     file = TensorFile(path / WEIGHTS_NAME, io)
     pairs, rest = _sort(file)
-    modules = {name: _module(name, found, file, config) for name, found in pairs.items()}
-    if not modules:
+    wrapped, wrong = find_wrapped(
+        pairs, config, {name: t.shape[0] for name, t in file.header.by_name.items() if t.shape}
+    )
+    if wrong:
+        raise FormatError(f"{file.path}: {'; '.join(wrong)}; config and weights are not of one adapter")
+    inner = {name for w in wrapped for name in w.layers}
+    modules = {name: _module(name, found, file, config) for name, found in pairs.items() if name not in inner}
+    if not modules and not wrapped:
         raise InputError(f"{file.path}: expected lora_A and lora_B tensors, found none; is this the adapter?")
     carried = tuple(_carried(role, match, source, modules, file, config) for role, match, source in rest)
     seen: dict[tuple[str, str], str] = {}
@@ -182,7 +210,7 @@ def open_adapter(path: str | Path, io: IOMode = "mmap") -> Adapter:
             raise FormatError(
                 f"{file.path}: tensors {other!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
             )
-    return Adapter(path, config, file, modules, carried)
+    return Adapter(path, config, file, modules, carried, tuple(wrapped))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -280,18 +308,7 @@ def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Map
             f"{file.path}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply; save the adapter again"
         )
     where = file.path.with_name(CONFIG_NAME)
-    stated = _number(config, "rank_pattern", "r", name, where, default=rank)
-    if stated != rank:
-        raise MismatchError(
-            f"{where}: module {name!r}: expected rank {stated:g} by the config, found {rank} rows in lora_A; "
-            "config and weights are not of one adapter"
-        )
-    alpha = _number(config, "alpha_pattern", "lora_alpha", name, where)
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    if not math.isfinite(scale) or scale == 0:
-        raise FormatError(
-            f"{where}: module {name!r}: alpha {alpha!r} gives a scale of {scale!r}; expected a finite number, not 0"
-        )
+    scale = scale_of(name, rank, config, where)
     shape = (b.shape[0], math.prod(a.shape[1:]))
     magnitude = factors.get("magnitude")
     if (magnitude is not None) != bool(config.get("use_dora")):
@@ -308,6 +325,29 @@ def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Map
                 f"{file.path}: module {name!r}: expected {b.shape[0]} magnitudes, found {list(m.shape)}; save the adapter again"
             )
     return LoraModule(name, a.name, b.name, rank, scale, shape, form, a.shape[2:], magnitude)
+
+
+def scale_of(name: str, rank: int, config: Mapping[str, Any], where: Path) -> float:
+    """The scale that the config gives a module of this rank.
+
+    Raises
+    ------
+    MismatchError, FormatError
+        If the config has another rank, or no usable number.
+    """
+    stated = _number(config, "rank_pattern", "r", name, where, default=rank)
+    if stated != rank:
+        raise MismatchError(
+            f"{where}: module {name!r}: expected rank {stated:g} by the config, found {rank} rows in lora_A; "
+            "config and weights are not of one adapter"
+        )
+    alpha = _number(config, "alpha_pattern", "lora_alpha", name, where)
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    if not math.isfinite(scale) or scale == 0:
+        raise FormatError(
+            f"{where}: module {name!r}: alpha {alpha!r} gives a scale of {scale!r}; expected a finite number, not 0"
+        )
+    return scale
 
 
 def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:

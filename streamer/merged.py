@@ -14,14 +14,15 @@ from streamer.bases.dequantize import belongs_to_codes, plain_config, plain_weig
 from streamer.bases.fp8 import FP8
 from streamer.bases.plain import Plain
 from streamer.bases.registry import Weights
-from streamer.bases.weight import Part
+from streamer.bases.weight import Part, Weight
 from streamer.changes import edited_config
 from streamer.encodings import SPELLINGS
 from streamer.errors import UnsupportedError
-from streamer.merging import Copied, Exchanged, Merged, Recipe, Recoded, Rounded, Shifted
+from streamer.merging import Copied, Exchanged, Merged, Recipe, Recoded, Rounded, Share, Shifted, Stacked
 from streamer.plan import MODEL_CONFIG, Plan
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shards import ShardPlan, index_bytes, plan_shard
+from streamer.targets import Place, Target
 
 
 @dataclass(frozen=True)
@@ -112,17 +113,32 @@ def _of_file(plan: Plan, weights: Weights, name: str, part: Part, dequantize: bo
     if name not in weights.owners:
         return _output(plan, weights, name, part)
     logical, role = weights.owners[name]
-    target, weight = plan.by_tensor.get(logical), weights[logical]
+    weight = weights[logical]
     if dequantize:
         if role != "weight":
             return None
         assert weight.encoding is not None
-        recipe: Recipe = Rounded(weight) if target is None else Merged(weight, target)
+        recipe = _merged(plan, weight) if logical in plan.by_weight else Rounded(weight)
         return Output(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
-    if target is None:
-        return Output(name, part.info.dtype, part.info.shape, Copied(part))
-    assert isinstance(weight, FP8)
-    return Output(name, part.info.dtype, part.info.shape, Recoded(weight, target, role))
+    recipe = _merged(plan, weight, role) if logical in plan.by_weight else Copied(part)
+    return Output(name, part.info.dtype, part.info.shape, recipe)
+
+
+def _merged(plan: Plan, weight: Weight, role: str | None = None) -> Recipe:
+    """What a weight becomes that the adapter changes; with a `role`, that one of the tensors that its codes stand in."""
+    recipes = [_piece(weight, target, place, role) for target, place in plan.by_weight[weight.name]]
+    return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stacked(tuple(recipes))
+
+
+def _piece(weight: Weight, target: Target, place: Place, role: str | None) -> Recipe:
+    if place.index is not None:
+        weight = weight.slice(place.index)
+    if role is None:
+        recipe: Merged | Recoded = Merged(weight, target)
+    else:
+        assert isinstance(weight, FP8)
+        recipe = Recoded(weight, target, role)
+    return recipe if place.rows is None else Share(recipe, place.rows)
 
 
 def _refuse_codes(plan: Plan, dequantize: bool) -> None:
@@ -134,7 +150,7 @@ def _refuse_codes(plan: Plan, dequantize: bool) -> None:
             f"{plan.adapter.file.path}: saves {replaced[0]!r} (modules_to_save), which stands quantized in {plan.base.path}; merge into "
             "the 16-bit base"
         )
-    refused = [t.tensor for t in plan.targets if t.tensor in coded and not plan.weights.recodes(t.tensor)]
+    refused = [name for name in plan.by_weight if name in coded and not plan.weights.recodes(name)]
     if refused and not dequantize:
         raise UnsupportedError(
             f"{plan.base.path}: {len(refused)} of the weights to merge into are quantized, {refused[0]!r} first "
@@ -150,8 +166,8 @@ def _output(plan: Plan, weights: Weights, name: str, part: Part | None) -> Outpu
     assert source is not None
     stands = part or source
     recipe: Recipe
-    if name in plan.by_tensor:
-        recipe = Merged(weights[name], plan.by_tensor[name])
+    if name in plan.by_weight:
+        recipe = _merged(plan, weights[name])
     elif name in changes.shifts:
         shift, scale = changes.shifts[name]
         recipe = Shifted(weights[name], Plain.of(shift), scale)

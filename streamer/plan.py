@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from streamer.bases.registry import Weights
 from streamer.bases.weight import Part
 from streamer.changes import Changes, match_changes
 from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
+from streamer.experts import expert_weight, match_experts, parameters_of
 from streamer.linalg.deltas import Delta
 from streamer.names import match_names
 from streamer.provenance import provenance_notes
 from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
-from streamer.targets import Target, match_targets
+from streamer.targets import Place, Target, match_targets
 
 MODEL_CONFIG = "config.json"
 
@@ -81,9 +82,13 @@ class Plan:
         return *self.base.warnings, *self.provenance
 
     @cached_property
-    def by_tensor(self) -> dict[str, Target]:
-        """Targets by the base tensor's name."""
-        return {t.tensor: t for t in self.targets}
+    def by_weight(self) -> dict[str, list[tuple[Target, Place]]]:
+        """What changes each weight: the targets, and which part of it each of them is."""
+        out: dict[str, list[tuple[Target, Place]]] = {}
+        for target in self.targets:
+            for place in target.places:
+                out.setdefault(place.weight, []).append((target, place))
+        return out
 
     def delta(self, target: Target, base: Tensor | None = None) -> Delta:
         """What the adapter adds to a matrix, (out, in); dense where it is not of low rank, from W0 as it is stored."""
@@ -166,17 +171,24 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Pla
     weights = Weights(checkpoint, config)
     tie = tied.find_tie(checkpoint, config, opened)
     aliases = {} if tie is None else {tie.head: Part(*checkpoint.locate(tie.embedding))}
-    names = match_names(opened.modules, weights.replaced(aliases), renames_for(config))
-    matched = {module: found for module, (found, *_) in names.items() if found}
+    renames = renames_for(config)
+    names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
+    matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(tie, opened, matched)
     changes = match_changes(checkpoint, opened, matched, aliases)
     tied.refuse_other_ties(tie, checkpoint, config, opened, [*matched.values(), *changes.sources, *changes.rows])
     if tie is not None:
         changes = tied.settle(tie, checkpoint, changes, matched.values(), opened)
     weights = weights.replaced({**aliases, **changes.sources})
-    own = {name: found for name, found in names.items() if name not in {m.name for m in mirrors.values()}}
-    targets = tuple(match_targets(weights, opened, config, own))
-    return Plan(checkpoint, weights, opened, targets, changes, mirrors, config, {str(p): _stamp(p) for p in extra})
+    other = {m.name for m in mirrors.values()}
+    own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
+    targets = [*match_targets(weights, opened, config, own), *match_experts(weights, opened, config, names, renames)]
+    order = {name: at for at, name in enumerate(weights)}
+    targets.sort(key=lambda t: (order[t.places[0].weight], t.places[0].index or 0))
+    weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
+    return Plan(
+        checkpoint, weights, opened, tuple(targets), changes, mirrors, config, {str(p): _stamp(p) for p in extra}
+    )
 
 
 def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:

@@ -33,18 +33,31 @@ class Wrapped:
     factors: tuple[tuple[str, str], ...]
 
     @property
+    def layers(self) -> tuple[str, ...]:
+        """The wrappers' names on disk."""
+        return tuple(self.module + INNER * depth for depth in range(len(self.factors)))
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The parameters' names in the model."""
         return tuple(f"{self.module}.{p}" for p in self.parameters)
 
+    def matched_as(self, parameter: str) -> str:
+        """The name under which a base is searched for a parameter."""
+        return f"{self.module}.{parameter}".removesuffix(".weight")
 
-def find_wrapped(pairs: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> tuple[list[Wrapped], list[str]]:
+
+def find_wrapped(
+    pairs: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], rows: Mapping[str, int]
+) -> tuple[list[Wrapped], list[str]]:
     """The wrapped modules among those that have factors, and what is wrong with any, one phrase each.
 
     Parameters
     ----------
     pairs
         Module → {"A": tensor, "B": tensor}; inner wrappers stand under their names on disk.
+    rows
+        How many rows each tensor has: a weight with as many as the rank is a plain matrix, and no stack.
     """
     stated = config.get("target_parameters") or []
     targets = [t for t in stated if isinstance(t, str)] if isinstance(stated, list) else []
@@ -56,7 +69,7 @@ def find_wrapped(pairs: Mapping[str, Mapping[str, str]], config: Mapping[str, An
         while (inner := pairs.get(name + INNER * len(layers))) is not None:
             layers.append(inner)
         parameters = {t.rpartition(".")[2] for t in targets if _names(t, name)}
-        if not parameters:
+        if not parameters or (parameters == {"weight"} and rows[factors["A"]] == config.get("r")):
             continue
         if len(parameters) != len(layers):
             wrong.append(
@@ -64,7 +77,7 @@ def find_wrapped(pairs: Mapping[str, Mapping[str, str]], config: Mapping[str, An
                 f"but there are factors for {len(layers)}"
             )
         found.append(Wrapped(name, tuple(sorted(parameters)), tuple((f["A"], f["B"]) for f in reversed(layers))))
-    known = {w.module + INNER * depth for w in found for depth in range(len(w.factors))}
+    known = {name for w in found for name in w.layers}
     wrong += [
         f"module {name!r}: target_parameters names none of its parameters"
         for name in pairs
