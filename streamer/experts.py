@@ -222,7 +222,7 @@ def _by_version(stack: Stack, adapter: Adapter) -> bool:
     With 0.19 and later that depends on what transformers says of the module, which the adapter does not tell: for a parameter
     (out, in) nothing, in any version.
     """
-    stated = adapter.config.get("peft_version")
+    stated = adapter.config.get("peft_version", "0.17.0")  # later ones write it
     match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", stated) if isinstance(stated, str) else None
     version = tuple(map(int, match.groups())) if match else ()
     if version and stack.run_time == "out,in":
