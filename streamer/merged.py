@@ -22,6 +22,7 @@ from streamer.merging import Copied, Exchanged, Merged, Recipe, Recoded, Rounded
 from streamer.plan import MODEL_CONFIG, Plan
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shards import ShardPlan, index_bytes, plan_shard
+from streamer.targets import CONV1D_MODELS
 
 
 @dataclass(frozen=True)
@@ -112,22 +113,24 @@ def _of_file(plan: Plan, weights: Weights, name: str, part: Part, dequantize: bo
     if name not in weights.owners:
         return _output(plan, weights, name, part)
     logical, role = weights.owners[name]
-    target, weight = plan.by_tensor.get(logical), weights[logical]
+    target = plan.by_tensor.get(logical)
     if dequantize:
         if role != "weight":
             return None
+        weight = weights[logical]
         assert weight.encoding is not None
         recipe: Recipe = Rounded(weight) if target is None else Merged(weight, target)
         return Output(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
     if target is None:
         return Output(name, part.info.dtype, part.info.shape, Copied(part))
+    weight = weights[logical]
     assert isinstance(weight, FP8)
     return Output(name, part.info.dtype, part.info.shape, Recoded(weight, target, role))
 
 
 def _refuse_codes(plan: Plan, dequantize: bool) -> None:
     """Refuse what does not fit the codes of the weights that it changes; one line for all."""
-    coded = set(plan.weights.coded)
+    coded = plan.weights.coded
     replaced = [name for name in plan.changes.sources if name in coded]
     if replaced:
         raise UnsupportedError(
@@ -135,6 +138,11 @@ def _refuse_codes(plan: Plan, dequantize: bool) -> None:
             "the 16-bit base"
         )
     refused = [t.tensor for t in plan.targets if t.tensor in coded and not plan.weights.recodes(t.tensor)]
+    if dequantize and coded and plan.config.get("model_type") in CONV1D_MODELS:
+        raise UnsupportedError(
+            f"{plan.base.path}: a quantized {plan.config['model_type']} stores its layers as (out, in) and a plain one as (in, out), which "
+            "is not supported; merge into the 16-bit base"
+        )
     if refused and not dequantize:
         raise UnsupportedError(
             f"{plan.base.path}: {len(refused)} of the weights to merge into are quantized, {refused[0]!r} first "

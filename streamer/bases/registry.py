@@ -104,6 +104,13 @@ class Weights(Mapping[str, Weight]):
     config
         The model's ``config.json``, or {}.
 
+    Attributes
+    ----------
+    owners
+        The weight's name and the role of each tensor on disk that is a part of codes.
+    coded
+        Names of the weights that stand as codes.
+
     Looking one up raises `UnsupportedError` if it is encoded in a way that has no entry.
 
     Raises
@@ -139,6 +146,7 @@ class Weights(Mapping[str, Weight]):
             elif name not in self.owners:
                 self._made[name] = None, {"weight": part}
 
+        self.coded = frozenset(name for name, (entry, _) in self._made.items() if entry is not None)
         self._instead: dict[str, Part] = {}
         self._plain: Encoding | None = None
 
@@ -176,11 +184,6 @@ class Weights(Mapping[str, Weight]):
 
     def __len__(self) -> int:
         return len({**self._made, **self._instead})
-
-    @property
-    def coded(self) -> tuple[str, ...]:
-        """Names of the weights that stand as codes."""
-        return tuple(name for name, (entry, _) in self._made.items() if entry is not None)
 
     def recodes(self, name: str) -> bool:
         """Whether merged values of a weight that stands as codes are written back as such."""
