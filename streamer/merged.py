@@ -121,7 +121,7 @@ def _of_file(plan: Plan, weights: Weights, name: str, part: Part, dequantize: bo
         assert weight.encoding is not None
         recipe: Recipe = Rounded(weight) if target is None else Merged(weight, target)
         return Output(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
-    if target is None:
+    if target is None or role not in ("weight", "scale"):
         return Output(name, part.info.dtype, part.info.shape, Copied(part))
     weight = weights[logical]
     assert isinstance(weight, FP8)

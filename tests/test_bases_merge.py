@@ -143,39 +143,36 @@ def test_what_is_not_touched_is_dequantized_as_well(case: Case, tmp_path: Path) 
         assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("dequantize", [True, False])
-def test_the_stream_of_tensors_is_what_the_files_hold(case: Case, tmp_path: Path, dequantize: bool) -> None:
-    if not dequantize and case.name not in FP8:
-        pytest.skip("not written back")
-    options = {"mitigation_lambda": 0.5, "dequantize": dequantize}
-    streamer.merge_with_reduced_intruder_dimensions(case.made.base, case.adapter, tmp_path / "out", **options)
-    tensors = all_tensors(tmp_path / "out")
-    got = dict(streamer.iter_merged(case.made.base, case.adapter, **options))
-    assert got.keys() == tensors.keys()
-    for name, t in got.items():
-        assert t.dtype == tensors[name].dtype
-        assert torch.equal(t.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)), name
+def ways(case: Case) -> list[dict[str, bool]]:
+    """The ways to write a merge into this base."""
+    return [{"dequantize": True}, {"dequantize": False}] if case.name in FP8 else [{"dequantize": True}]
 
 
-@pytest.mark.parametrize("dequantize", [True, False])
-def test_a_run_that_was_stopped_ends_in_the_same_bytes(case: Case, tmp_path: Path, dequantize: bool) -> None:
-    if not dequantize and case.name not in FP8:
-        pytest.skip("not written back")
-    options = {"mitigation_lambda": 0.5, "dequantize": dequantize}
-    streamer.merge_with_reduced_intruder_dimensions(case.made.base, case.adapter, tmp_path / "whole", **options)
-    seen: list[str] = []
+def test_the_stream_of_tensors_is_what_the_files_hold(case: Case, tmp_path: Path) -> None:
+    for i, way in enumerate(ways(case)):
+        out = tmp_path / str(i)
+        streamer.merge_with_reduced_intruder_dimensions(case.made.base, case.adapter, out, mitigation_lambda=0.5, **way)
+        tensors = all_tensors(out)
+        got = dict(streamer.iter_merged(case.made.base, case.adapter, mitigation_lambda=0.5, **way))
+        assert got.keys() == tensors.keys()
+        for name, t in got.items():
+            assert t.dtype == tensors[name].dtype
+            assert torch.equal(t.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)), name
 
+
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(case: Case, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
-        seen.append(event.name)
         if event.name.endswith("layers.1.self_attn.k_proj.weight") and event.stage == "write":
             raise Interrupted(15)
 
-    with pytest.raises(Interrupted):
-        streamer.merge_with_reduced_intruder_dimensions(
-            case.made.base, case.adapter, tmp_path / "stopped", monitor=Monitor(stop), **options
-        )
-    streamer.merge_with_reduced_intruder_dimensions(case.made.base, case.adapter, tmp_path / "stopped", **options)
-    assert helpers.tree_digest(tmp_path / "stopped") == helpers.tree_digest(tmp_path / "whole")
+    merge = streamer.merge_with_reduced_intruder_dimensions
+    for i, way in enumerate(ways(case)):
+        whole, stopped = tmp_path / f"whole{i}", tmp_path / f"stopped{i}"
+        merge(case.made.base, case.adapter, whole, mitigation_lambda=0.5, **way)
+        with pytest.raises(Interrupted):
+            merge(case.made.base, case.adapter, stopped, mitigation_lambda=0.5, monitor=Monitor(stop), **way)
+        merge(case.made.base, case.adapter, stopped, mitigation_lambda=0.5, **way)
+        assert helpers.tree_digest(stopped) == helpers.tree_digest(whole)
 
 
 @pytest.fixture(scope="module", params=FP8)
@@ -228,10 +225,9 @@ def test_fp8_blocks_are_what_transformers_would_code(plain: tuple[Path, Path], t
         scale = f"{name.removesuffix('.weight')}.weight_scale_inv"
         assert torch.allclose(after[scale], theirs[scale], rtol=1e-6, atol=0)
         assert (after[name].float() != theirs[name].float()).float().mean() < 2e-3
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    wanted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoded, dtype=torch.float32), plain[1])
-    tokens = torch.arange(1, 9)[None]
-    assert (model(tokens).logits - wanted(tokens).logits).abs().max() < 0.1 * wanted(tokens).logits.abs().max()
+    # What transformers loads is what these codes mean.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], decode(after, name)) for name in made.decoded)
 
 
 def test_fp8_with_scales_that_are_powers_of_two(plain: tuple[Path, Path], tmp_path: Path) -> None:
