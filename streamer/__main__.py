@@ -30,7 +30,7 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
 
     if args.adapter is not None:
         plan = make_plan(args.base, args.adapter, args.io)
-        _warn(plan.base.warnings, monitor)
+        _warn(plan.warnings, monitor)
         tree = report.inspect_json(plan)
         _print(args, tree, report.inspect_table(tree))
         return

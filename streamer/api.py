@@ -71,7 +71,7 @@ def detect_intruder_dimensions(
     where = choose_device(device)
     plan = make_plan(base, adapter, io)
     monitor = monitor or Monitor(on_event)
-    for warning in plan.base.warnings:
+    for warning in plan.warnings:
         monitor.emit(Event("warning", warning))
     if output is None:
         matrices = tuple(detect_all(plan, options, where, monitor))
@@ -220,6 +220,6 @@ def prepare(
 
 def _monitor(job: Job, monitor: Monitor | None, on_event: OnEvent | None) -> Monitor:
     monitor = monitor or Monitor(on_event)
-    for warning in job.plan.base.warnings:
+    for warning in job.plan.warnings:
         monitor.emit(Event("warning", warning))
     return monitor

@@ -23,9 +23,12 @@ from streamer.bases.weight import Part
 from streamer.changes import Changes, match_changes
 from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
 from streamer.linalg.deltas import Delta
+from streamer.names import match_names
+from streamer.provenance import provenance_notes
+from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
-from streamer.targets import Target, match_names, match_targets
+from streamer.targets import Target, match_targets
 
 MODEL_CONFIG = "config.json"
 
@@ -66,6 +69,16 @@ class Plan:
     mirrors: Mapping[str, LoraModule]
     config: dict[str, Any]
     extra_stamps: dict[str, Stamp]
+
+    @property
+    def provenance(self) -> tuple[str, ...]:
+        """See `provenance_notes`; no paths in them, so that they may stand in an output."""
+        return tuple(provenance_notes(self.adapter.config, self.config, self.base.path.resolve().name))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know, and that stops nothing."""
+        return *self.base.warnings, *self.provenance
 
     @cached_property
     def by_tensor(self) -> dict[str, Target]:
@@ -153,10 +166,11 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Pla
     weights = Weights(checkpoint, config)
     tie = tied.find_tie(checkpoint, config, opened)
     aliases = {} if tie is None else {tie.head: Part(*checkpoint.locate(tie.embedding))}
-    names = match_names(opened.modules, weights.replaced(aliases))
-    matched = {module: found for module, (found, _) in names.items() if found}
+    renames = renames_for(config)
+    names = match_names(opened.modules, weights.replaced(aliases), renames)
+    matched = {module: match.tensor for module, match in names.items() if match.tensor}
     mirrors = tied.mirrored(tie, opened, matched)
-    changes = match_changes(checkpoint, opened, matched, aliases)
+    changes = match_changes(checkpoint, opened, matched, renames, aliases)
     tied.refuse_other_ties(tie, checkpoint, config, opened, [*matched.values(), *changes.sources, *changes.rows])
     if tie is not None:
         changes = tied.settle(tie, checkpoint, changes, matched.values(), opened)

@@ -109,7 +109,7 @@ def inspect_json(plan: Plan) -> dict[str, Any]:
     """What is there, and what a run would read and compute."""
     matrices = [
         {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.weights[t.tensor].label,
-         "rank": t.module.rank, "scale": t.module.scale, "transposed": t.transposed, "matched": t.why}
+         "rank": t.module.rank, "scale": t.module.scale, "transposed": t.transposed, "matched": t.match.rule}
         for t in plan.targets
     ]  # fmt: skip
     largest = max(plan.targets, key=lambda t: plan.weights[t.tensor].nbytes)
@@ -126,10 +126,23 @@ def inspect_json(plan: Plan) -> dict[str, Any]:
             "largest_matrix_bytes": plan.weights[largest.tensor].nbytes,
             "detection_cost": sum(map(cost, plan.targets)),
         },
-        "warnings": list(plan.base.warnings),
+        "warnings": list(plan.warnings),
+        "names": _names_json(plan),
         "matrices": matrices,
         "carried": plan.changes.listed(plan.base),
     }
+
+
+def _names_json(plan: Plan) -> list[dict[str, Any]]:
+    """Each rule by which modules were found in the base: how many, and the first of them."""
+    groups: dict[str, dict[str, Any]] = {}
+    for t in plan.targets:
+        group = groups.setdefault(
+            t.match.rule,
+            {"rule": t.match.rule, "modules": 0, "module": t.module.name, "tensor": t.tensor, "why": t.match.why},
+        )
+        group["modules"] += 1
+    return list(groups.values())
 
 
 def inspect_table(tree: Mapping[str, Any]) -> str:
@@ -147,6 +160,7 @@ def inspect_table(tree: Mapping[str, Any]) -> str:
         + also
         + f"\n\n{t['matrices']} matrices of {t['tensors']} tensors; base {size(t['base_bytes'])}, adapted {size(t['adapted_bytes'])}; "
         f"largest matrix {t['largest_matrix']} ({size(t['largest_matrix_bytes'])})"
+        + "".join(f"\n{n['modules']} matched by {n['rule']}: {n['why']}" for n in tree["names"])
     )
 
 

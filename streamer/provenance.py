@@ -1,0 +1,70 @@
+"""What an adapter was trained on, and what it is used with: said, where the one is quantized and the other is not, or otherwise."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+# What a model's name says of its encoding, as quantized copies are named; a whole word of the name each.
+NAMED = (
+    (r"gptq", "gptq"),
+    (r"awq", "awq"),
+    (r"mxfp4", "mxfp4"),
+    (r"nvfp4", "nvfp4"),
+    (r"bnb|bitsandbytes|nf4|fp4", "bitsandbytes"),
+    (r"fp8|f8", "fp8"),
+    (r"gguf|q[2-8]_(?:k|0|1)\w*", "gguf"),
+    (r"hqq|aqlm|eetq|exl[23]|quip|higgs|autoround", "another quantization"),
+    (r"[348]-?bit|int[48]|w[48]a(?:8|16)", "integers of few bits"),
+)
+
+
+def named_encoding(name: str) -> str:
+    """The quantization that a model's name speaks of; empty if it speaks of none."""
+    last = PurePosixPath(name.replace("\\", "/")).name
+    for pattern, method in NAMED:
+        if re.search(rf"(?:^|[-_.])(?:{pattern})(?:$|[-_.])", last, re.IGNORECASE):
+            return method
+    return ""
+
+
+def stored_encoding(config: Mapping[str, Any]) -> str:
+    """The quantization that a model's ``config.json`` states; empty if it states none."""
+    for holder in (config, config.get("text_config")):
+        entry = (
+            (holder.get("quantization_config") or holder.get("compression_config"))
+            if isinstance(holder, dict)
+            else None
+        )
+        if isinstance(entry, dict):
+            return str(entry.get("quant_method") or "quantization of an unnamed kind")
+    return ""
+
+
+def provenance_notes(adapter_config: Mapping[str, Any], base_config: Mapping[str, Any], base_name: str) -> list[str]:
+    """What is to be said, one line each, where the adapter was trained on another encoding of the base than is used.
+
+    Parameters
+    ----------
+    base_name
+        The name of the base as it is used: if the adapter's config names the same, there is nothing to say.
+    """
+    trained_on = adapter_config.get("base_model_name_or_path")
+    if not isinstance(trained_on, str) or not trained_on:
+        return []
+    last = PurePosixPath(trained_on.replace("\\", "/")).name
+    named, stored = named_encoding(trained_on), stored_encoding(base_config)
+    if bool(named) == bool(stored) or (stored and last == base_name):
+        return []
+    if named:
+        return [
+            f"the adapter was trained on {trained_on!r}, a quantized model by its name ({named}); used here is a base that is not "
+            "quantized: the result is that of the adapter on these weights, which differ from those it saw by the quantization error"
+        ]
+    return [
+        f"the adapter was trained on {trained_on!r}, by its name not quantized; used here is a base in {stored}: the result is that of "
+        "the adapter on these weights, which differ from those it saw by the quantization error (if it saw them quantized on loading, "
+        "as QLoRA does, its config does not say so)"
+    ]

@@ -1,0 +1,172 @@
+"""A tensor's name on disk → its name in a model that transformers has loaded.
+
+transformers renames tensors between the two, by the model's class and type. The renames stand in ``renames.json`` as facts taken from
+transformers' own table by ``tools/make_renames.py``; none of its code is needed to read them. They point one way only, from disk to
+run time, so names are compared there: every tensor's name is carried forward, and no pattern is ever inverted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+# Where no table knows the model: what vision-language models have in common.
+COMMON = (
+    {"rename": r"^language_model\.lm_head(?!\w)", "to": "lm_head"},
+    {"rename": r"^language_model\.model\.", "to": "model.language_model."},
+    {"rename": r"^(visual|vision_tower|multi_modal_projector)\.", "to": r"model.\1."},
+)
+
+# Where the module of a nested config sits. Renames of a nested model act below it only.
+SCOPES = {
+    "text_config": r"^(?:model\.)?(?:language_model|text_model|decoder|llm)\.",
+    "vision_config": r"^(?:model\.)?(?:vision_tower|visual|vision_model|vision_encoder)\.",
+    "audio_config": r"^(?:model\.)?(?:audio_tower|audio_model|audio_encoder)\.",
+}
+INNER = r"^(?:model\.)?"  # the model without its head, within a model with one
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Tensors that are built from others on loading: `to` from each match of `sources`, by the operations named."""
+
+    sources: tuple[re.Pattern[str], ...]
+    to: tuple[str, ...]
+    by: tuple[str, ...]
+    scope: re.Pattern[str] | None = None
+
+    def apply(self, name: str) -> str | None:
+        """The name of the first tensor that this one goes into, or None if it goes into none."""
+        for source in self.sources:
+            renamed = _replace(name, source, self.to[0] if self.to else "", self.scope)
+            if renamed is not None:
+                return renamed
+        return None
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Pairs of a pattern and what replaces its first match; of several pairs, all wait for the first one to be seen."""
+
+    pairs: tuple[tuple[re.Pattern[str], str], ...]
+    scope: re.Pattern[str] | None = None
+
+    def apply(self, names: Iterable[str]) -> dict[str, str]:
+        """Name → renamed, for those that it changes."""
+        out = {}
+        for name in names:
+            for pattern, to in self.pairs:
+                renamed = _replace(name, pattern, to, self.scope)
+                if renamed is not None:
+                    out[name] = renamed
+                    break
+        if len(self.pairs) > 1 and not any(self.pairs[0][0].search(name) for name in out):
+            return {}  # a checkpoint that has been converted already
+        return out
+
+
+def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str] | None) -> str | None:
+    head = ""
+    if scope is not None:
+        at = scope.match(name)
+        if at is None:
+            return None
+        head, name = name[: at.end()], name[at.end() :]
+    match = pattern.search(name)
+    if match is None:
+        return None
+    replacement = to.replace(r"\1", match[1]) if r"\1" in to else to
+    return head + name.replace(match[0], replacement, 1)
+
+
+@dataclass(frozen=True)
+class Renames:
+    """The renames of one model, in the order in which they act.
+
+    Attributes
+    ----------
+    model
+        Whose they are, for messages: a class or a model type; empty where they are only those that all models share.
+    """
+
+    model: str
+    renames: tuple[Rename, ...]
+    conversions: tuple[Conversion, ...]
+
+    def at_run_time(self, names: Iterable[str]) -> dict[str, str]:
+        """Each tensor on disk → its run-time name, for those that are loaded as they are."""
+        return {name: renamed for name, renamed, by in self.loaded(names) if by is None}
+
+    def loaded(self, names: Iterable[str]) -> list[tuple[str, str, Conversion | None]]:
+        """(name on disk, run-time name, what builds that out of this tensor and others) for every name."""
+        now = {name: name for name in names}
+        for rename in self.renames:
+            changed = rename.apply(set(now.values()))
+            if changed:
+                now = {name: changed.get(at, at) for name, at in now.items()}
+        return [(name, *self._built(at)) for name, at in now.items()]
+
+    def _built(self, name: str) -> tuple[str, Conversion | None]:
+        for conversion in self.conversions:
+            into = conversion.apply(name)
+            if into is not None:
+                return into, conversion
+        return name, None
+
+
+@cache
+def table() -> dict[str, Any]:
+    """The facts: ``rules`` and ``same`` by class or model type, and ``classes`` by model type."""
+    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("renames.json").read_text())
+    return data
+
+
+def _steps(key: str) -> list[dict[str, Any]] | None:
+    rules = table()["rules"]
+    found: list[dict[str, Any]] | None = rules.get(table()["same"].get(key, key))
+    return found
+
+
+def renames_for(config: Mapping[str, Any]) -> Renames:
+    """The renames of the model with this ``config.json``: its own, those of the models nested in it, and what all models share."""
+    model_type = config.get("model_type")
+    architectures = config.get("architectures")
+    cls = architectures[0] if isinstance(architectures, list) and architectures else None
+    root = next((k for k in (cls, model_type) if isinstance(k, str) and _steps(k) is not None), None)
+    parts: list[tuple[str | None, list[dict[str, Any]]]] = []
+    if root is not None:
+        parts.append((None, _steps(root) or []))
+    inner = _inner(model_type) if isinstance(model_type, str) else None
+    if inner is not None and inner not in (root, cls):
+        parts.append((INNER, _steps(inner) or []))
+    for name, scope in SCOPES.items():
+        nested = config.get(name)
+        nested_type = nested.get("model_type") if isinstance(nested, dict) else None
+        if isinstance(nested_type, str) and nested_type != model_type:
+            key = table()["classes"].get(nested_type, nested_type)
+            parts.append((scope, _steps(key) or []))
+    if not any(steps for _, steps in parts):
+        parts.append((None, list(COMMON)))
+    parts.append((None, _steps("legacy") or []))
+    renames, conversions = [], []
+    for within, steps in parts:
+        where = None if within is None else re.compile(within)
+        for step in steps:
+            if "convert" in step:
+                sources = tuple(re.compile(s) for s in step["convert"])
+                conversions.append(Conversion(sources, tuple(step["to"]), tuple(step["by"]), where))
+            else:
+                pairs = step["group"] if "group" in step else [(step["rename"], step["to"])]
+                renames.append(Rename(tuple((re.compile(p), to) for p, to in pairs), where))
+    return Renames(root or inner or "", tuple(renames), tuple(conversions))
+
+
+def _inner(model_type: str) -> str | None:
+    """The key of the model within the head, where it has renames: those of its class, or of the type."""
+    key: str = table()["classes"].get(model_type, model_type)
+    return key if _steps(key) is not None else None

@@ -1,0 +1,241 @@
+"""Twelve families of models as transformers saves them, adapters on them as PEFT saves them: all modules matched, merged as PEFT merges."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import streamer
+
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = LINEAR[:4]
+CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": 28, "patch_size": 14, "projection_dim": 32}  # fmt: skip
+SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
+ROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
+
+
+def config(kind: str, **values: Any) -> Any:
+    return getattr(transformers, f"{kind}Config")(**values)
+
+
+def text(kind: str, **values: Any) -> Callable[[], Any]:
+    return lambda: config(kind, **TEXT, **values)
+
+
+def llava(**nested: Any) -> Any:
+    return config("Llava", vision_config=CLIP, text_config={"model_type": "llama", **TEXT}, image_token_id=5,
+                  tie_word_embeddings=False, **nested)  # fmt: skip
+
+
+def qwen_vl(kind: str) -> Callable[[], Any]:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "out_hidden_size": 32,
+              "intermediate_size": 48, "spatial_merge_size": 2, "mlp_ratio": 2}  # fmt: skip
+    return lambda: config(
+        kind, text_config={**TEXT, "rope_parameters": ROPE}, vision_config=vision, tie_word_embeddings=False
+    )
+
+
+def multimodal(kind: str, model_type: str, vision: dict[str, Any], **values: Any) -> Callable[[], Any]:
+    return lambda: config(kind, text_config={"model_type": model_type, **TEXT}, vision_config=vision, tie_word_embeddings=False,
+                          image_token_id=5, **values)  # fmt: skip
+
+
+# Name → (the model's class, its config, the adapter's target modules)
+MODELS: dict[str, tuple[str, Callable[[], Any], list[str] | str]] = {
+    "llama": ("LlamaForCausalLM", text("Llama"), [*LINEAR, "lm_head"]),
+    "mistral": ("MistralForCausalLM", text("Mistral"), LINEAR),
+    "qwen2": ("Qwen2ForCausalLM", text("Qwen2"), LINEAR),
+    "qwen3": ("Qwen3ForCausalLM", text("Qwen3"), LINEAR),
+    "gemma2": ("Gemma2ForCausalLM", text("Gemma2"), LINEAR),
+    "gemma3-text": ("Gemma3ForCausalLM", text("Gemma3Text"), LINEAR),
+    "phi3": ("Phi3ForCausalLM", text("Phi3"), ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "gpt2": ("GPT2LMHeadModel", lambda: config("GPT2", n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64,
+                                               bos_token_id=1, eos_token_id=2), ["c_attn", "c_proj", "c_fc"]),
+    "gpt-neox": ("GPTNeoXForCausalLM", text("GPTNeoX"), ["query_key_value", "dense", "dense_h_to_4h", "embed_out", "lm_head"]),
+    "bert": ("BertForSequenceClassification", text("Bert", num_labels=3), ["query", "key", "value", "dense"]),
+    "vit": ("ViTForImageClassification", lambda: config("ViT", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                                        num_attention_heads=4, image_size=28, patch_size=14), "all-linear"),
+    "t5": ("T5ForConditionalGeneration", lambda: config("T5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64,
+                                                        decoder_start_token_id=0), ["q", "k", "v", "o", "wi", "wo"]),
+    "mixtral": ("MixtralForCausalLM", text("Mixtral", **MOE), ATTENTION),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", text("Qwen3Moe", **MOE), ATTENTION),
+    "gpt-oss": ("GptOssForCausalLM", text("GptOss", **MOE), ATTENTION),
+    "llava": ("LlavaForConditionalGeneration", llava, [*LINEAR, "out_proj", "fc1", "fc2", "linear_1", "lm_head"]),
+    "llava-next": ("LlavaNextForConditionalGeneration", multimodal("LlavaNext", "llama", CLIP), [*LINEAR, "fc1"]),
+    "paligemma": ("PaliGemmaForConditionalGeneration", multimodal("PaliGemma", "gemma", SIGLIP), [*LINEAR, "fc1", "linear"]),
+    "gemma3": ("Gemma3ForConditionalGeneration", multimodal("Gemma3", "gemma3_text", SIGLIP, mm_tokens_per_image=4), [*LINEAR, "fc1"]),
+    "mistral3": ("Mistral3ForConditionalGeneration", multimodal("Mistral3", "mistral", {**CLIP, "model_type": "pixtral"}), LINEAR),
+    "qwen2-vl": ("Qwen2VLForConditionalGeneration", qwen_vl("Qwen2VL"), [*LINEAR, "qkv", "attn.proj", "fc1", "lm_head"]),
+    "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", qwen_vl("Qwen2_5_VL"), [*LINEAR, "qkv", "attn.proj", "lm_head"]),
+}  # fmt: skip
+
+
+def make_base(name: str, path: Path) -> Any:
+    """A tiny random model, saved; returns its class."""
+    cls, make, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(make())
+    model.save_pretrained(path)
+    return type(model)
+
+
+def make_adapter(cls: Any, base: Path, path: Path, targets: list[str] | str) -> Any:
+    """An adapter with random factors on the saved base; returns PEFT's model."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fan_in_fan_out, which PEFT sets itself
+        model = get_peft_model(
+            cls.from_pretrained(base), LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+        )
+        model.save_pretrained(path, save_embedding_layers=False)
+    return model
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def merge(base: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0)
+    return weights(out)
+
+
+def assert_merged(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_as_peft_merges(name: str, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    cls = make_base(name, base)
+    model = make_adapter(cls, base, adapter, MODELS[name][2])
+    wrapped = sum("lora_A" in key for key in load_file(adapter / "adapter_model.safetensors"))
+    ours = merge(base, adapter, tmp_path / "ours")
+    record = json.loads((tmp_path / "ours" / "streamer.json").read_text())
+    assert record["totals"]["matrices"] == wrapped > 0
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    assert_merged(ours, weights(tmp_path / "theirs"))
+    assert sum(not torch.equal(ours[k], v) for k, v in weights(base).items()) == wrapped
+    _, report = cls.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+
+
+# Run-time names of transformers 5 → names that transformers 4 used, where they differ
+OLD = {
+    "llava": [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+              ("model.vision_tower.", "vision_tower.vision_model."), ("model.multi_modal_projector.", "multi_modal_projector.")],
+    "gemma3": [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+               ("model.vision_tower.", "vision_tower.vision_model."), ("model.multi_modal_projector.", "multi_modal_projector.")],
+    "qwen2.5-vl": [("model.language_model.", "model."), ("model.visual.", "visual.")],
+    "vit": [("vit.layers.", "vit.encoder.layer."), (".attention.q_proj.", ".attention.attention.query."),
+            (".attention.k_proj.", ".attention.attention.key."), (".attention.v_proj.", ".attention.attention.value."),
+            (".attention.o_proj.", ".attention.output.dense."), (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense.")],
+    "gpt-neox": [("lm_head.", "embed_out.")],
+}  # fmt: skip
+
+
+def old_name(name: str, pairs: list[tuple[str, str]]) -> str:
+    """A run-time name as transformers 4 had it: the first pair that fits the beginning, or all pairs that fit within."""
+    for new, old in pairs:
+        if new.startswith("."):
+            name = name.replace(new, old)
+        elif name.startswith(new):
+            name = old + name.removeprefix(new)
+            if not pairs[-1][0].startswith("."):
+                break
+    return name
+
+
+def with_names(source: Path, out: Path, rename: Callable[[str], str]) -> Path:
+    """A copy of a base or adapter with other tensor names."""
+    out.mkdir()
+    for file in source.iterdir():
+        if file.suffix == ".safetensors":
+            save_file({rename(k): v for k, v in load_file(file).items()}, out / file.name)
+        else:
+            (out / file.name).write_bytes(file.read_bytes())
+    return out
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_names_of_either_version_on_either_side(name: str, tmp_path: Path) -> None:
+    """Bases and adapters of transformers 4 and 5, in all pairs: merged as PEFT merges."""
+    cls = make_base(name, tmp_path / "saved")
+    model = make_adapter(cls, tmp_path / "saved", tmp_path / "new-adapter", MODELS[name][2])
+
+    def old(key: str) -> str:
+        return old_name(key, OLD[name])
+
+    with_names(tmp_path / "new-adapter", tmp_path / "old-adapter",
+               lambda k: "base_model.model." + old(k.removeprefix("base_model.model.")))  # fmt: skip
+    state = cls.from_pretrained(tmp_path / "saved").state_dict()
+    assert any(old(k) != k for k in state)
+    for age, rename in {"old": old, "new": str}.items():
+        with_names(tmp_path / "saved", tmp_path / age, str)
+        save_file({rename(k): v for k, v in state.items()}, tmp_path / age / "model.safetensors")
+    expected = model.merge_and_unload().state_dict()
+    for adapter in ("new-adapter", "old-adapter"):
+        for age, rename in {"old": old, "new": str}.items():
+            got = merge(tmp_path / age, tmp_path / adapter, tmp_path / f"{age}-{adapter}-merged")
+            assert_merged(got, {rename(k): v for k, v in expected.items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "auto"), [("llava", "AutoModel"), ("qwen2.5-vl", "AutoModel"), ("bert", "AutoModel"), ("llama", "AutoModel"),
+                       ("gpt2", "AutoModel"), ("llama", "AutoModelForSequenceClassification")]
+)  # fmt: skip
+def test_an_adapter_trained_on_another_head(name: str, auto: str, tmp_path: Path) -> None:
+    """Without the head, or with another one, the modules' names differ by one prefix, or not at all."""
+    cls = make_base(name, tmp_path / "base")
+    targets = [t for t in MODELS[name][2] if t != "lm_head"]
+    make_adapter(getattr(transformers, auto), tmp_path / "base", tmp_path / "adapter", targets)
+    make_adapter(cls, tmp_path / "base", tmp_path / "whole", targets)
+    theirs = {k.split(".", 2)[2]: v for k, v in load_file(tmp_path / "whole" / "adapter_model.safetensors").items()}
+    ours = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    if name == "bert":
+        theirs = {k: v for k, v in theirs.items() if "pooler" in k or "encoder" in k}
+    assert len(ours) == len(theirs)
+    merged = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+    base = weights(tmp_path / "base")
+    changed = {k for k, v in merged.items() if not torch.equal(v, base[k])}
+    assert len(changed) == len(ours) // 2
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "_fsdp_wrapped_module.", "module._orig_mod."])
+def test_an_adapter_saved_inside_a_wrapper(wrapper: str, tmp_path: Path) -> None:
+    cls = make_base("qwen3", tmp_path / "base")
+    make_adapter(cls, tmp_path / "base", tmp_path / "adapter", LINEAR)
+
+    def wrap(name: str) -> str:
+        if wrapper == "_fsdp_wrapped_module.":  # one around every layer
+            return name.replace(".self_attn.", f".{wrapper}self_attn.").replace(".mlp.", f".{wrapper}mlp.")
+        return (
+            wrapper + name
+            if wrapper.startswith("module.")
+            else name.replace("base_model.model.", f"base_model.model.{wrapper}")
+        )
+
+    wrapped = with_names(tmp_path / "adapter", tmp_path / "wrapped", wrap)
+    expected = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "expected")
+    got = merge(tmp_path / "base", wrapped, tmp_path / "got")
+    assert all(torch.equal(got[k], v) for k, v in expected.items())
