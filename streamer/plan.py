@@ -166,10 +166,11 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Pla
     weights = Weights(checkpoint, config)
     tie = tied.find_tie(checkpoint, config, opened)
     aliases = {} if tie is None else {tie.head: Part(*checkpoint.locate(tie.embedding))}
-    names = match_names(opened.modules, weights.replaced(aliases), renames_for(config))
-    matched = {module: found for module, (found, *_) in names.items() if found}
+    renames = renames_for(config)
+    names = match_names(opened.modules, weights.replaced(aliases), renames)
+    matched = {module: match.tensor for module, match in names.items() if match.tensor}
     mirrors = tied.mirrored(tie, opened, matched)
-    changes = match_changes(checkpoint, opened, matched, aliases)
+    changes = match_changes(checkpoint, opened, matched, renames, aliases)
     tied.refuse_other_ties(tie, checkpoint, config, opened, [*matched.values(), *changes.sources, *changes.rows])
     if tie is not None:
         changes = tied.settle(tie, checkpoint, changes, matched.values(), opened)
