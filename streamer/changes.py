@@ -6,7 +6,7 @@ factors were matched by, so that `plan` knows every tensor of the merged model b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from streamer.adapter import CONFIG_NAME, Adapter, Carried
 from streamer.bases.weight import Part
 from streamer.encodings import encoding_of
 from streamer.errors import MismatchError, UnsupportedError
+from streamer.renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 
@@ -75,7 +76,11 @@ class Changes:
 
 
 def match_changes(
-    base: Checkpoint, adapter: Adapter, matched: Mapping[str, str], aliases: Mapping[str, Part] | None = None
+    base: Checkpoint,
+    adapter: Adapter,
+    matched: Mapping[str, str],
+    renames: Renames,
+    aliases: Mapping[str, Part] | None = None,
 ) -> Changes:
     """Give every carried tensor of an adapter its tensor in the merged model.
 
@@ -83,6 +88,8 @@ def match_changes(
     ----------
     matched
         Module → base tensor of the factors: the same exchange of prefixes holds for the rest.
+    renames
+        Those of the base's model.
     aliases
         Further names that the model has for tensors of the base.
 
@@ -93,18 +100,16 @@ def match_changes(
     UnsupportedError
         If the merged model could not be loaded, or a dtype is not one of values.
     """
-    exchanges = sorted({_exchange(module, tensor.removesuffix(".weight")) for module, tensor in matched.items()})
     known = {**{name: Part(*base.locate(name)) for name in base.weight_map}, **(aliases or {})}
+    places = _Places(base, adapter, known, matched, renames)
+    problems = places.problems
     trained: set[str] = set()
     sources: dict[str, Part] = {}
     shifts: dict[str, tuple[Part, float]] = {}
     rows: dict[str, tuple[Part, tuple[int, ...]]] = {}
-    problems: list[str] = []
     # What replaces comes first: the rest must fit it.
     for c in sorted(adapter.carried, key=lambda c: c.role != "saved"):
-        if c.role == "original":
-            continue
-        name = _place(c, known, base, adapter, exchanges, problems)
+        name = None if c.role == "original" else places.find(c)
         if name is None:
             continue
         mine = Part(adapter.file, adapter.file.header.by_name[c.source])
@@ -133,32 +138,44 @@ def match_changes(
     return Changes(sources, shifts, rows, frozenset(trained), _vocabulary(base, sources, adapter))
 
 
-def _place(
-    c: Carried,
-    known: Mapping[str, Part],
-    base: Checkpoint,
-    adapter: Adapter,
-    exchanges: list[tuple[str, str]],
-    problems: list[str],
-) -> str | None:
-    """The name of a carried tensor in the merged model; None where it has none, and a problem."""
-    found = dict.fromkeys(n for n in (c.name, *_exchanged(c.name, exchanges)) if n in known)
-    if len(found) > 1:
-        problems.append(f"{c.source!r} is ambiguous: it could be {', '.join(map(repr, found))}")
-        return None
-    if found:
-        return next(iter(found))
-    if c.role != "saved" or not _is_saved_module(c.module, adapter):
-        problems.append(_no_place(c))
-        return None
-    stripped = next(((strip, add) for strip, add in exchanges if strip and not add), None)
-    if stripped:
-        raise UnsupportedError(
-            f"{adapter.file.path}: {c.source!r} is new to {base.path}, whose names lack the prefix {stripped[0]!r}: no loader would "
-            "find it beside them; save the base as the class that the adapter was trained on, and merge into that"
-        )
-    added = list(dict.fromkeys(_exchanged(c.name, exchanges)))
-    return added[0] if len(added) == 1 else c.name
+class _Places:
+    """Where the tensors of an adapter stand in the merged model.
+
+    Parameters
+    ----------
+    known
+        Names of the model's tensors that exist.
+    matched
+        Module → base tensor of the factors.
+    """
+
+    def __init__(
+        self, base: Checkpoint, adapter: Adapter, known: Collection[str], matched: Mapping[str, str], renames: Renames
+    ) -> None:
+        self.base, self.adapter, self.known = base, adapter, known
+        self.by_run_time = {now: name for name, now in renames.at_run_time(base.weight_map).items()}
+        self.exchanges = sorted({_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
+        self.problems: list[str] = []
+
+    def find(self, c: Carried) -> str | None:
+        """The tensor's name; None where it has none, which is a problem."""
+        exchanged = [add + c.name[len(strip) :] for strip, add in self.exchanges if c.name.startswith(strip)]
+        found = dict.fromkeys(n for n in (c.name, self.by_run_time.get(c.name), *exchanged) if n in self.known)
+        if len(found) > 1:
+            self.problems.append(f"{c.source!r} is ambiguous: it could be {', '.join(map(repr, found))}")
+            return None
+        if found:
+            return next(iter(found))
+        if c.role != "saved" or not _is_saved_module(c.module, self.adapter):
+            self.problems.append(_no_place(c))
+            return None
+        stripped = next((strip for strip, add in self.exchanges if strip and not add), None)
+        if stripped:
+            raise UnsupportedError(
+                f"{self.adapter.file.path}: {c.source!r} is new to {self.base.path}, whose names lack the prefix {stripped!r}: no loader "
+                "would find it beside them; save the base as the class that the adapter was trained on, and merge into that"
+            )
+        return exchanged[0] if len(set(exchanged)) == 1 else c.name
 
 
 def _no_place(c: Carried) -> str:
@@ -218,10 +235,6 @@ def _exchange(module: str, stem: str) -> tuple[str, str]:
         n += 1
     strip, add = mine[: len(mine) - n], theirs[: len(theirs) - n]
     return "".join(p + "." for p in strip), "".join(p + "." for p in add)
-
-
-def _exchanged(name: str, exchanges: Iterable[tuple[str, str]]) -> list[str]:
-    return [add + name[len(strip) :] for strip, add in exchanges if name.startswith(strip)]
 
 
 def edited_config(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:

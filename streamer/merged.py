@@ -22,7 +22,7 @@ from streamer.merging import Copied, Exchanged, Merged, Recipe, Recoded, Rounded
 from streamer.plan import MODEL_CONFIG, Plan
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shards import ShardPlan, index_bytes, plan_shard
-from streamer.targets import Place, Target
+from streamer.targets import CONV1D_MODELS, Place, Target
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,16 @@ def _of_file(plan: Plan, weights: Weights, name: str, part: Part, dequantize: bo
     if name not in weights.owners:
         return _output(plan, weights, name, part)
     logical, role = weights.owners[name]
-    weight = weights[logical]
     if dequantize:
         if role != "weight":
             return None
+        weight = weights[logical]
         assert weight.encoding is not None
         recipe = _merged(plan, weight) if logical in plan.by_weight else Rounded(weight)
         return Output(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
-    recipe = _merged(plan, weight, role) if logical in plan.by_weight else Copied(part)
-    return Output(name, part.info.dtype, part.info.shape, recipe)
+    if logical not in plan.by_weight or role not in ("weight", "scale"):
+        return Output(name, part.info.dtype, part.info.shape, Copied(part))
+    return Output(name, part.info.dtype, part.info.shape, _merged(plan, weights[logical], role))
 
 
 def _merged(plan: Plan, weight: Weight, role: str | None = None) -> Recipe:
@@ -143,7 +144,7 @@ def _piece(weight: Weight, target: Target, place: Place, role: str | None) -> Re
 
 def _refuse_codes(plan: Plan, dequantize: bool) -> None:
     """Refuse what does not fit the codes of the weights that it changes; one line for all."""
-    coded = set(plan.weights.coded)
+    coded = plan.weights.coded
     replaced = [name for name in plan.changes.sources if name in coded]
     if replaced:
         raise UnsupportedError(
@@ -151,6 +152,11 @@ def _refuse_codes(plan: Plan, dequantize: bool) -> None:
             "the 16-bit base"
         )
     refused = [name for name in plan.by_weight if name in coded and not plan.weights.recodes(name)]
+    if dequantize and coded and plan.config.get("model_type") in CONV1D_MODELS:
+        raise UnsupportedError(
+            f"{plan.base.path}: a quantized {plan.config['model_type']} stores its layers as (out, in) and a plain one as (in, out), which "
+            "is not supported; merge into the 16-bit base"
+        )
     if refused and not dequantize:
         raise UnsupportedError(
             f"{plan.base.path}: {len(refused)} of the weights to merge into are quantized, {refused[0]!r} first "

@@ -72,7 +72,7 @@ class Copied:
 
 @dataclass(frozen=True)
 class Rounded:
-    """The values of a weight, rounded once to the dtype that is written; of the adapter's, which must be finite."""
+    """The values of a weight, rounded once to the dtype that is written: the adapter's own, or what codes mean. They must be finite."""
 
     weight: Weight
 

@@ -16,6 +16,8 @@ import bitsandbytes as bnb
 import numpy as np
 import peft
 import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -213,6 +215,29 @@ def awq(directory: Path, plain: Path) -> Quantized:
     return Quantized(write(directory, plain, tensors, config), decoded)
 
 
+def packed(directory: Path, plain: Path) -> Quantized:
+    """As compressed-tensors packs four bits, by its own packer."""
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
+    scheme = QuantizationScheme(**group)
+
+    def code(t: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        scale = (t.float().view(t.shape[0], -1, 32).abs().amax(2) / 7).bfloat16()
+        parts = PackedQuantizationCompressor.compress({"weight": t.float(), "weight_scale": scale.float()}, scheme)
+        values = PackedQuantizationCompressor.decompress(dict(parts), scheme)["weight"]
+        return {f".{name}": part.bfloat16() if name == "weight_scale" else part for name, part in parts.items()}, values
+
+    tensors, decoded = by_linear(plain, code)
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    return Quantized(write(directory, plain, tensors, config), decoded)
+
+
 MAKERS: dict[str, Callable[[Path, Path], Quantized]] = {
-    "fp8-blocks": fp8_blocks, "fp8-rows": fp8_rows, "fp8-tensor": fp8_tensor, "nf4": nf4, "int8": int8, "gptq": gptq, "awq": awq,
-}  # fmt: skip
+    "fp8-blocks": fp8_blocks,
+    "fp8-rows": fp8_rows,
+    "fp8-tensor": fp8_tensor,
+    "nf4": nf4,
+    "int8": int8,
+    "gptq": gptq,
+    "awq": awq,
+    "packed": packed,
+}

@@ -235,8 +235,6 @@ def test_every_name_has_a_rule(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "reason"),
     [
-        ("base_model.model.{}.lora_magnitude_vector", (6,), "DoRA magnitudes"),
-        ("base_model.model.{}.lora_magnitude_vector.default.weight", (6,), "DoRA magnitudes"),
         ("base_model.model.{}.hada_w1_a", (6, 5), "another method's tensors"),
         ("base_model.model.{}.lora_E", (4, 1), "another method's tensors"),
         ("prompt_embeddings", (3, 5), "a tensor of unknown meaning"),

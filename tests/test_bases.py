@@ -9,15 +9,18 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from quantized import awq_words, stream
 from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from streamer.bases.dequantize import plain_weights
-from streamer.bases.fp8 import exponents
 from streamer.bases.grouped import unpacked
 from streamer.bases.registry import Weights
+from streamer.bases.scaled import exponents
 from streamer.errors import FormatError, InputError, UnsupportedError
 from streamer.linalg.operators import RowBlocks
 from streamer.storage.checkpoint import open_checkpoint
@@ -234,6 +237,55 @@ def test_gptq(tmp_path: Path, bits: int, act_order: bool, form: str, io: str) ->
         assert_decodes(base_of(tmp_path / "b", tensors, config, io), "w.weight", torch.from_numpy(exact.T.copy()))
 
 
+def compressed(**weights) -> tuple[dict, QuantizationScheme]:
+    """A quantization config of compressed-tensors, and the same as the library has it."""
+    group = {"targets": ["Linear"], "weights": weights}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}, QuantizationScheme(**group)
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "shape", "size"), [(4, (48, 128), 32), (8, (40, 64), 64), (4, (40, 96), None), (3, (33, 96), 32)]
+)
+def test_packed_integers_are_what_compressed_tensors_decodes(tmp_path: Path, bits, shape, size, symmetric, io) -> None:
+    strategy = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
+    config, scheme = compressed(num_bits=bits, type="int", symmetric=symmetric, **strategy)
+    g = torch.Generator().manual_seed(0)
+    columns = shape[1] // (size or shape[1])
+    state = {
+        "weight": torch.randn(shape, generator=g),
+        "weight_scale": (torch.rand((shape[0], columns), generator=g) / 4 + 0.1).bfloat16().float(),
+        "weight_zero_point": torch.randint(-3, 4, (shape[0], columns), generator=g, dtype=torch.int8) * (not symmetric),
+    }
+    packed = PackedQuantizationCompressor.compress(state, scheme)
+    library = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
+    assert ("weight_zero_point" in packed) != symmetric
+    tensors = {f"w.{k}": t for k, t in packed.items()}
+    weights = base_of(tmp_path, tensors, config | {"format": "pack-quantized"}, io)
+    assert list(weights) == ["w.weight"]
+    assert weights["w.weight"].label == f"INT{bits} (compressed-tensors)"
+    assert_decodes(weights, "w.weight", library)
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid", "strategy"),
+    [
+        ("float", (1,), {"strategy": "tensor"}),
+        ("float", (64, 1), {"strategy": "channel"}),
+        ("float", (4, 3), {"strategy": "block", "block_structure": [16, 32]}),
+        ("int", (64, 1), {"strategy": "channel"}),
+        ("int", (64, 3), {"strategy": "group", "group_size": 32}),
+    ],
+)
+def test_scaled_codes_are_what_compressed_tensors_decodes(tmp_path: Path, kind: str, grid, strategy: dict) -> None:
+    config, scheme = compressed(num_bits=8, type=kind, symmetric=True, **strategy)
+    codes = fp8((64, 96)) if kind == "float" else torch.randint(-128, 128, (64, 96), dtype=torch.int8)
+    scale = scales(grid)
+    weights = base_of(tmp_path, {"w.weight": codes, "w.weight_scale": scale}, config | {"format": f"{kind}-quantized"})
+    assert_decodes(weights, "w.weight", dequantize(codes, scale, args=scheme.weights))
+
+
 def test_awq(tmp_path: Path) -> None:
     """Packed as AutoAWQ's gemm layers are."""
     rng = np.random.default_rng(0)
@@ -275,7 +327,7 @@ CODES = {
             )
         ),
         {"bits": 4},
-        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
         {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"a": 1}},
         {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": "sparse-24-bitmask"}},
         {"quant_method": "modelopt", "quant_algo": "NVFP4"},
@@ -330,7 +382,7 @@ BROKEN = {
     "fp8: a vector": (
         {"w.weight": fp8((64,)), "w.weight_scale": torch.ones(1)},
         {"quant_method": "fp8"},
-        "FP8 weights of 1 dimensions",
+        "F8_E4M3 weights of 1 dimensions",
     ),
     "int8: a scale for other rows": (
         {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(63)},

@@ -11,11 +11,20 @@ import helpers
 import pytest
 import quantized
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from quantized import MAKERS, Quantized
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import streamer
 from streamer.errors import Interrupted, UnsupportedError
@@ -134,39 +143,36 @@ def test_what_is_not_touched_is_dequantized_as_well(case: Case, tmp_path: Path) 
         assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("dequantize", [True, False])
-def test_the_stream_of_tensors_is_what_the_files_hold(case: Case, tmp_path: Path, dequantize: bool) -> None:
-    if not dequantize and case.name not in FP8:
-        pytest.skip("not written back")
-    options = {"mitigation_lambda": 0.5, "dequantize": dequantize}
-    streamer.merge_with_reduced_intruder_dimensions(case.made.base, case.adapter, tmp_path / "out", **options)
-    tensors = all_tensors(tmp_path / "out")
-    got = dict(streamer.iter_merged(case.made.base, case.adapter, **options))
-    assert got.keys() == tensors.keys()
-    for name, t in got.items():
-        assert t.dtype == tensors[name].dtype
-        assert torch.equal(t.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)), name
+def ways(case: Case) -> list[dict[str, bool]]:
+    """The ways to write a merge into this base."""
+    return [{"dequantize": True}, {"dequantize": False}] if case.name in FP8 else [{"dequantize": True}]
 
 
-@pytest.mark.parametrize("dequantize", [True, False])
-def test_a_run_that_was_stopped_ends_in_the_same_bytes(case: Case, tmp_path: Path, dequantize: bool) -> None:
-    if not dequantize and case.name not in FP8:
-        pytest.skip("not written back")
-    options = {"mitigation_lambda": 0.5, "dequantize": dequantize}
-    streamer.merge_with_reduced_intruder_dimensions(case.made.base, case.adapter, tmp_path / "whole", **options)
-    seen: list[str] = []
+def test_the_stream_of_tensors_is_what_the_files_hold(case: Case, tmp_path: Path) -> None:
+    for i, way in enumerate(ways(case)):
+        out = tmp_path / str(i)
+        streamer.merge_with_reduced_intruder_dimensions(case.made.base, case.adapter, out, mitigation_lambda=0.5, **way)
+        tensors = all_tensors(out)
+        got = dict(streamer.iter_merged(case.made.base, case.adapter, mitigation_lambda=0.5, **way))
+        assert got.keys() == tensors.keys()
+        for name, t in got.items():
+            assert t.dtype == tensors[name].dtype
+            assert torch.equal(t.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)), name
 
+
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(case: Case, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
-        seen.append(event.name)
         if event.name.endswith("layers.1.self_attn.k_proj.weight") and event.stage == "write":
             raise Interrupted(15)
 
-    with pytest.raises(Interrupted):
-        streamer.merge_with_reduced_intruder_dimensions(
-            case.made.base, case.adapter, tmp_path / "stopped", monitor=Monitor(stop), **options
-        )
-    streamer.merge_with_reduced_intruder_dimensions(case.made.base, case.adapter, tmp_path / "stopped", **options)
-    assert helpers.tree_digest(tmp_path / "stopped") == helpers.tree_digest(tmp_path / "whole")
+    merge = streamer.merge_with_reduced_intruder_dimensions
+    for i, way in enumerate(ways(case)):
+        whole, stopped = tmp_path / f"whole{i}", tmp_path / f"stopped{i}"
+        merge(case.made.base, case.adapter, whole, mitigation_lambda=0.5, **way)
+        with pytest.raises(Interrupted):
+            merge(case.made.base, case.adapter, stopped, mitigation_lambda=0.5, monitor=Monitor(stop), **way)
+        merge(case.made.base, case.adapter, stopped, mitigation_lambda=0.5, **way)
+        assert helpers.tree_digest(stopped) == helpers.tree_digest(whole)
 
 
 @pytest.fixture(scope="module", params=FP8)
@@ -219,10 +225,9 @@ def test_fp8_blocks_are_what_transformers_would_code(plain: tuple[Path, Path], t
         scale = f"{name.removesuffix('.weight')}.weight_scale_inv"
         assert torch.allclose(after[scale], theirs[scale], rtol=1e-6, atol=0)
         assert (after[name].float() != theirs[name].float()).float().mean() < 2e-3
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    wanted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoded, dtype=torch.float32), plain[1])
-    tokens = torch.arange(1, 9)[None]
-    assert (model(tokens).logits - wanted(tokens).logits).abs().max() < 0.1 * wanted(tokens).logits.abs().max()
+    # What transformers loads is what these codes mean.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], decode(after, name)) for name in made.decoded)
 
 
 def test_fp8_with_scales_that_are_powers_of_two(plain: tuple[Path, Path], tmp_path: Path) -> None:
@@ -260,3 +265,70 @@ def test_the_command_line(plain: tuple[Path, Path], tmp_path: Path) -> None:
     assert planned["bytes"] == record["totals"]["bytes"]
     assert planned["files"] == len(record["files"])
     assert "quantize_config.json" in record["left_out"]
+
+
+def test_gpt_oss_with_experts_in_mxfp4(tmp_path: Path) -> None:
+    """An adapter on attention; the experts' codes become the tensors that transformers makes of them."""
+    torch.manual_seed(0)
+    config = GptOssConfig(vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+                          num_key_value_heads=2, head_dim=16, num_local_experts=3, num_experts_per_tok=2, pad_token_id=0,
+                          layer_types=["full_attention"])  # fmt: skip
+    model = GptOssForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "plain")
+    tensors, decoded = load_file(tmp_path / "plain" / "model.safetensors"), {}
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(115, 122, (experts, outputs, inputs // 32), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        decoded[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    assert len(decoded) == 2
+    base = quantized.write(tmp_path / "base", tmp_path / "plain", tensors, {"quant_method": "mxfp4"})
+    torch.manual_seed(1)
+    lora = get_peft_model(model.float(), LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "adapter")
+    found = streamer.detect_intruder_dimensions(base, tmp_path / "adapter")
+    assert len(found) == 2
+    # Attention is plain there: a merge leaves the codes as they are.
+    streamer.merge_with_reduced_intruder_dimensions(base, tmp_path / "adapter", tmp_path / "kept", mitigation_lambda=1)
+    kept = all_tensors(tmp_path / "kept")
+    assert all(torch.equal(kept[k], t) for k, t in tensors.items() if k.endswith(("_blocks", "_scales")))
+    out = tmp_path / "out"
+    streamer.merge_with_reduced_intruder_dimensions(
+        base, tmp_path / "adapter", out, mitigation_lambda=1, dequantize=True
+    )
+    written = all_tensors(out)
+    assert all(torch.equal(written[name], t) for name, t in decoded.items())
+    assert torch.equal(
+        written["model.layers.0.self_attn.q_proj.weight"], kept["model.layers.0.self_attn.q_proj.weight"]
+    )
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], t) for name, t in decoded.items())
+
+
+def test_layers_that_a_plain_model_stores_transposed(tmp_path: Path) -> None:
+    """GPT-2's layers are (in, out) when plain and (out, in) when quantized: found either way; written, they would have to be turned."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=64, n_positions=32))
+    model.save_pretrained(tmp_path / "plain")
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    made = quantized.by_bitsandbytes(tmp_path / "base", tmp_path / "plain", options)
+    lora = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
+    )
+    lora.save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    tensors |= {name: t.T.contiguous() for name, t in made.decoded.items()}
+    (tmp_path / "decoded").mkdir()
+    shutil.copy(tmp_path / "plain" / "config.json", tmp_path / "decoded")
+    save_file(tensors, tmp_path / "decoded" / "model.safetensors")
+    ours, theirs = (
+        streamer.detect_intruder_dimensions(tmp_path / d, tmp_path / "adapter") for d in ("base", "decoded")
+    )
+    assert [m.tensor for m in ours] == [m.tensor for m in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.detection.singular_values == pytest.approx(other.detection.singular_values, rel=1e-5)
+    with pytest.raises(UnsupportedError, match="a quantized gpt2 stores its layers"):
+        streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1, dequantize=True)

@@ -284,7 +284,6 @@ def lora(**config: object) -> peft.LoraConfig:
 
 
 REFUSED = {
-    "DoRA": (lambda: lora(use_dora=True), "DoRA: is not supported: its change of the weight is not low rank"),
     "target_parameters": (
         lambda: lora(target_modules=[], target_parameters=["q_proj.weight"]),
         "LoRA on expert parameters (target_parameters)",
@@ -334,11 +333,11 @@ def test_an_adapter_that_peft_saved_is_taken(llama_base: Path, tmp_path: Path, i
 
 
 def test_all_reasons_are_told_at_once(llama_base: Path, tmp_path: Path) -> None:
-    config = lora(use_dora=True, modules_to_save=["lm_head"], init_lora_weights="gaussian")
+    config = lora(use_qalora=True, init_lora_weights="gaussian")
     adapter = save_peft(config, tmp_path / "adapter")
     tree = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(tree | {"use_hyper": True, "init_lora_weights": "magic"}))
-    refuse_everywhere(llama_base, adapter, tmp_path, 3, "DoRA", "unknown initialisation",
+    refuse_everywhere(llama_base, adapter, tmp_path, 3, "QALoRA", "unknown initialisation",
                       "unknown variant use_hyper=True: it may change what the tensors mean")  # fmt: skip
 
 

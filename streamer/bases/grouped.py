@@ -1,10 +1,11 @@
-"""GPTQ and AWQ: integers in 32-bit words, with a scale and a zero point for each group of inputs and each output.
+"""GPTQ, AWQ and compressed-tensors: integers in 32-bit words, with a scale and a zero point for each group of inputs and each output.
 
 ``W[out, in] = (code[in, out] − zero[g, out]) · scale[g, out]`` with g the group of the input; computed in float32, where the product
-with a 16-bit scale is exact. Both stand transposed, inputs first.
+with a 16-bit scale is exact. The first two stand transposed, inputs first.
 
 GPTQ packs codes along the inputs, and zero points along the outputs, as one stream of bits over 32-bit words; its first format stores
 zero points less one. AWQ packs both along the outputs, eight to a word, in the order of `AWQ_ORDER`.
+compressed-tensors packs as GPTQ does; where it keeps no zero points, they are half of the range.
 """
 
 from __future__ import annotations
@@ -88,12 +89,7 @@ class GPTQ(Coded):
         codes = unpacked(self.parts["weight"].whole()[:, i:j], self.bits, 0, inputs)
         zeros = unpacked(self.parts["zeros"].whole().T, self.bits, i, j).T + self.offset
         if "groups" in self.parts:
-            group = self.parts["groups"].whole()
-            count = self.parts["scales"].info.shape[0]
-            if bool(((group < 0) | (group >= count)).any()):
-                raise FormatError(
-                    f"{self.where}: tensor {self.parts['groups'].info.name!r}: names groups that are not there"
-                )
+            group = _known(self.parts["groups"], self.parts["scales"].info.shape[0])
         else:
             group = torch.arange(inputs) // self.group_size
         return _scaled(codes, zeros, self.parts["scales"].whole()[:, i:j], group)
@@ -125,7 +121,10 @@ class AWQ(Coded):
         inputs = weight[0] if weight else 0
         group = _group_size(config, inputs)
         _check(
-            len(weight) == 2 and scales == (-(-inputs // group), 8 * weight[1]) and zeros == (scales[0], weight[1]),
+            _dtypes(parts)
+            and len(weight) == 2
+            and scales == (-(-inputs // group), 8 * weight[1])
+            and zeros == (scales[0], weight[1]),
             parts,
             where,
         )
@@ -142,6 +141,56 @@ class AWQ(Coded):
 
         group = torch.arange(self.shape[1]) // self.group_size
         return _scaled(codes("weight"), codes("zeros"), self.parts["scales"].whole()[:, i:j], group)
+
+
+@dataclass(frozen=True)
+class Packed(Coded):
+    """What compressed-tensors calls pack-quantized.
+
+    Attributes
+    ----------
+    bits
+        1 to 8.
+    """
+
+    bits: int
+
+    @classmethod
+    def of(cls, name: str, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Self:
+        """The weight of these tensors."""
+        where = f"{parts['weight'].file.path}: tensor {parts['weight'].info.name!r}"
+        words, scales, stated = (parts[role].info for role in ("weight", "scales", "shape"))
+        shape = (
+            tuple(parts["shape"].whole().tolist()) if stated.dtype in ("I64", "I32") and stated.shape == (2,) else ()
+        )
+        if len(words.shape) != 2 or len(shape) != 2 or shape[0] != words.shape[0] or shape[1] < 1:
+            raise UnsupportedError(f"{where}: packed weights of shape {list(words.shape)} are not supported")
+        m, n = shape
+        fitting = [bits for bits in range(1, 9) if -(-n * bits // 32) == words.shape[1]]
+        _check(
+            words.dtype == "I32" and len(fitting) == 1 and len(scales.shape) == 2 and scales.shape[0] == m, parts, where
+        )
+        bits, groups = fitting[0], scales.shape[1]
+        fits = scales.dtype in _SCALES and 0 < groups <= n
+        if "zeros" in parts:
+            fits &= parts["zeros"].info.dtype == "I32" and parts["zeros"].info.shape == (-(-m * bits // 32), groups)
+        if "groups" in parts:
+            fits &= parts["groups"].info.dtype == "I32" and parts["groups"].info.shape == (n,)
+        _check(fits, parts, where)
+        return cls(name, (m, n), dict(parts), f"INT{bits} (compressed-tensors)", torch.float32, None, bits)
+
+    def decode(self, i: int, j: int) -> Tensor:
+        """``(code − zero) · scale``."""
+        n, scales = self.shape[1], self.parts["scales"].rows(i, j).to(torch.float32)
+        codes = unpacked(self.parts["weight"].rows(i, j).T, self.bits, 0, n).T
+        count = scales.shape[1]
+        group = torch.arange(n) // -(-n // count)
+        if "groups" in self.parts and not bool((self.parts["groups"].whole() < 0).any()):  # −1 where it is not used
+            group = _known(self.parts["groups"], count)
+        if "zeros" in self.parts:
+            zeros = unpacked(self.parts["zeros"].whole(), self.bits, i, j)
+            return codes.sub(zeros[:, group]).to(torch.float32).mul_(scales[:, group])
+        return codes.sub(1 << (self.bits - 1)).to(torch.float32).mul_(scales[:, group])
 
 
 def unpacked(words: Tensor, bits: int, i: int, j: int) -> Tensor:
@@ -167,9 +216,23 @@ def _group_size(config: Mapping[str, Any], inputs: int) -> int:
     return size if type(size) is int and size > 0 else max(1, inputs)
 
 
+def _dtypes(parts: Mapping[str, Part]) -> bool:
+    words = {parts[role].info.dtype for role in ("weight", "zeros")}
+    return words == {"I32"} and parts["scales"].info.dtype in _SCALES
+
+
+def _known(part: Part, count: int) -> Tensor:
+    """The group of each input, if all are there."""
+    group = part.whole()
+    if bool(((group < 0) | (group >= count)).any()):
+        raise FormatError(
+            f"{part.file.path}: tensor {part.info.name!r}: names groups that are not there; get the file again"
+        )
+    return group
+
+
 def _check(fits: bool, parts: Mapping[str, Part], where: str) -> None:
-    dtypes = {parts["weight"].info.dtype, parts["zeros"].info.dtype}
-    if not fits or dtypes != {"I32"} or parts["scales"].info.dtype not in _SCALES:
+    if not fits:
         found = ", ".join(f"{p.info.name} {p.info.dtype} {list(p.info.shape)}" for p in parts.values())
         raise FormatError(
             f"{where}: codes, scales and zero points do not fit: {found}; get the file again, and its config.json"

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from streamer.bases.fp8 import exponents
+from streamer.bases.scaled import exponents
 from streamer.bases.weight import Coded, Part
 from streamer.errors import FormatError
 

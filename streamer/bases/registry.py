@@ -13,9 +13,10 @@ from typing import Any
 
 from streamer.bases.bnb import EightBit, FourBit
 from streamer.bases.fp8 import FP8
-from streamer.bases.grouped import AWQ, GPTQ
+from streamer.bases.grouped import AWQ, GPTQ, Packed
 from streamer.bases.mxfp4 import MXFP4
 from streamer.bases.plain import Plain
+from streamer.bases.scaled import Scaled
 from streamer.bases.weight import Coded, Part, Weight
 from streamer.encodings import Encoding
 from streamer.errors import FormatError, UnsupportedError
@@ -72,7 +73,7 @@ class Entry:
 ENTRIES: tuple[Entry, ...] = (
     Entry("FP8 e4m3: scale of a block, a row or the tensor", "`weight`, `weight_scale_inv` or `weight_scale`",
           frozenset({None, "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}), ("", ("F8_E4M3",), ""),
-          {"scale": ("_scale_inv", "_scale")}, FP8.of, recodes=True),
+          {"scale": ("_scale_inv", "_scale")}, FP8.of, {"zeros": ("_zero_point",)}, recodes=True),
     Entry("bitsandbytes NF4 and FP4, double quantization too", "`weight`, `.absmax`, `.quant_map`, `.quant_state.*`",
           frozenset({None, "bitsandbytes"}), ("", (), ""),
           {"absmax": (".absmax",), "map": (".quant_map",),
@@ -87,6 +88,13 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("AWQ, 4 bits (gemm)", "`qweight`, `qzeros`, `scales`",
           frozenset({"awq"}), (".qweight", (), ".weight"),
           {"zeros": (".qzeros",), "scales": (".scales",)}, AWQ.of),
+    Entry("compressed-tensors int8", "`weight`, `weight_scale`",
+          frozenset({"compressed-tensors"}), (".weight", ("I8",), ".weight"),
+          {"scale": (".weight_scale",)}, Scaled.of, {"zeros": (".weight_zero_point",)}),
+    Entry("compressed-tensors packed integers", "`weight_packed`, `weight_scale`, `weight_shape`",
+          frozenset({"compressed-tensors"}), (".weight_packed", (), ".weight"),
+          {"scales": (".weight_scale",), "shape": (".weight_shape",)}, Packed.of,
+          {"zeros": (".weight_zero_point",), "groups": (".weight_g_idx",)}),
     Entry("MXFP4 expert stacks", "`*_blocks`, `*_scales`",
           frozenset({None, "mxfp4"}), ("_blocks", ("U8",), ""),
           {"scales": ("_scales",)}, MXFP4.of),
@@ -103,6 +111,13 @@ class Weights(Mapping[str, Weight]):
         The files.
     config
         The model's ``config.json``, or {}.
+
+    Attributes
+    ----------
+    owners
+        The weight's name and the role of each tensor on disk that is a part of codes.
+    coded
+        Names of the weights that stand as codes.
 
     Looking one up raises `UnsupportedError` if it is encoded in a way that has no entry.
 
@@ -139,6 +154,7 @@ class Weights(Mapping[str, Weight]):
             elif name not in self.owners:
                 self._made[name] = None, {"weight": part}
 
+        self.coded = frozenset(name for name, (entry, _) in self._made.items() if entry is not None)
         self._instead: dict[str, Part] = {}
         self._further: dict[str, Callable[[Weights], Weight]] = {}
         self._plain: Encoding | None = None
@@ -185,11 +201,6 @@ class Weights(Mapping[str, Weight]):
 
     def __len__(self) -> int:
         return len({**self._made, **self._instead})
-
-    @property
-    def coded(self) -> tuple[str, ...]:
-        """Names of the weights that stand as codes."""
-        return tuple(name for name, (entry, _) in self._made.items() if entry is not None)
 
     def recodes(self, name: str) -> bool:
         """Whether merged values of a weight that stands as codes are written back as such."""
@@ -238,7 +249,7 @@ def _method(quantization: Mapping[str, Any], where: str) -> str | None:
 _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     # What else changes the meaning of the codes: a key, and the values of it that do not.
     "compressed-tensors": {
-        "format": ("float-quantized", "naive-quantized", "dense"),
+        "format": ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense"),
         "sparsity_config": ("dense",),
         "transform_config": (),
     },
