@@ -20,7 +20,7 @@ from streamer.bases.registry import Weights
 from streamer.bases.weight import Weight
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.names import Match
-from streamer.renames import CONCATENATE, MERGE, TRANSPOSE, Loaded, Renames
+from streamer.renames import CONCATENATE, MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, Renames
 from streamer.targets import Place, Target, misfits
 from streamer.wrapped import Wrapped
 
@@ -90,14 +90,14 @@ def match_experts(
     for loaded in renames.loaded(weights):
         if loaded.by is not None and loaded.by.stacks:
             built[loaded.name].append(loaded)
-    in_out = bool(_model_types(config) & STORED_IN_OUT)
+    model = _Model.of(config)
     problems: list[str] = []
     pairs: list[tuple[str, Match, Stack, tuple[str, str]]] = []
     for wrapped in adapter.wrapped:
         stacks: dict[str, Stack] = {}
         for parameter in wrapped.parameters:
             match = names[wrapped.matched_as(parameter)]
-            found = _stack(match.tensor, built, weights, in_out) if match.tensor else match.why
+            found = _stack(match.tensor, built, weights, model) if match.tensor else match.why
             if isinstance(found, Stack):
                 stacks[parameter] = found
             else:
@@ -122,24 +122,36 @@ def match_experts(
     ]
 
 
-def _model_types(config: Mapping[str, Any]) -> set[str]:
-    nested = [config, *(v for v in config.values() if isinstance(v, dict))]
-    return {str(c.get("model_type")) for c in nested}
+@dataclass(frozen=True)
+class _Model:
+    """What a config says of a model's experts: their width, 0 if it does not say, and whether a loaded model stores them (in, out)."""
+
+    hidden: int
+    in_out: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> _Model:
+        text = config.get("text_config")
+        hidden = (text if isinstance(text, dict) else config).get("hidden_size")
+        types = {str(c.get("model_type")) for c in (config, *config.values()) if isinstance(c, dict)}
+        return cls(hidden if isinstance(hidden, int) else 0, bool(types & STORED_IN_OUT))
 
 
-def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: Weights, in_out: bool) -> Stack | str:
+def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: Weights, model: _Model) -> Stack | str:
     """The stack of this name, or what is wrong with it."""
     if tensor in built:
-        return _built(tensor, built[tensor], weights, in_out)
+        return _built(tensor, built[tensor], weights, model)
     shape = weights[tensor].shape
     if len(shape) != 3:
         return f"is expected to be a stack of matrices, {tensor!r} has {list(shape)}"
     experts, m, n = shape
     places = tuple((Place(tensor, e),) for e in range(experts))
-    return Stack(tensor, places, (n, m) if in_out else (m, n), in_out, "in,out" if in_out else "out,in")
+    if model.in_out:
+        return Stack(tensor, places, (n, m), True, "in,out")
+    return Stack(tensor, places, (m, n), False, "out,in")
 
 
-def _built(name: str, loaded: Sequence[Loaded], weights: Weights, in_out: bool) -> Stack | str:
+def _built(name: str, loaded: Sequence[Loaded], weights: Weights, model: _Model) -> Stack | str:
     """The same of one that is built on loading: of the tensors of each expert, or of stacks, one below the other."""
     by = loaded[0].by
     assert by is not None
@@ -159,7 +171,7 @@ def _built(name: str, loaded: Sequence[Loaded], weights: Weights, in_out: bool) 
         )
     (one,) = shapes
     kinds = {(*s[:-2], s[-1]) for s in one}  # all but their heights
-    if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (CONCATENATE in by.by and in_out):
+    if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (CONCATENATE in by.by and model.in_out):
         return f"is built on loading from {loaded[0].tensor!r} and its like, whose shapes do not fit together"
     heights, width = [s[-2] for s in one], one[0][-1]
     ends = list(itertools.accumulate(heights))
@@ -169,9 +181,16 @@ def _built(name: str, loaded: Sequence[Loaded], weights: Weights, in_out: bool) 
         tensor, index = (e, None) if numbered else (0, e)
         return tuple(Place(s[tensor], index, r) for s, r in zip(sources, rows, strict=True))
 
-    transposed = in_out != (TRANSPOSE in by.by)
-    m, n = (width, ends[-1]) if transposed else (ends[-1], width)
-    run_time = "" if TRANSPOSE in by.by else "in,out" if in_out else "out,in"
+    m, n = ends[-1], width
+    transposed = model.in_out != (TRANSPOSE in by.by)
+    if TRANSPOSE_IF in by.by:  # where the shape is not the model's, whose input and output are of its width
+        known = n if not name.endswith("down_proj") else m
+        transposed = known != model.hidden
+        if model.hidden not in (m, n):
+            return f"is stored as {[m, n]}, of which none is the model's hidden_size {model.hidden}"
+    if transposed:
+        m, n = n, m
+    run_time = "out,in" if by.by in ((MERGE,), (MERGE, CONCATENATE), (CONCATENATE,)) else ""
     return Stack(name, tuple(map(places, range(experts if numbered else one[0][0]))), (m, n), transposed, run_time)
 
 

@@ -55,8 +55,10 @@ class Conversion:
         return None
 
 
-MERGE, CONCATENATE, TRANSPOSE = "MergeModulelist 0", "Concatenate 1", "Transpose 1 2"
-STACKS = {(MERGE,), (MERGE, CONCATENATE), (CONCATENATE,), (TRANSPOSE,)}
+MERGE, CONCATENATE, TRANSPOSE, TRANSPOSE_IF = (
+    "MergeModulelist 0", "Concatenate 1", "Transpose 1 2", "Transpose 1 2 check_dims",
+)  # fmt: skip
+STACKS = {(MERGE,), (MERGE, CONCATENATE), (CONCATENATE,), (TRANSPOSE,), (TRANSPOSE_IF,)}
 
 
 class Loaded(NamedTuple):

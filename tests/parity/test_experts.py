@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,20 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from test_architectures import MODELS, MOE, text, weights
+from safetensors.torch import load_file, save_file
+from test_architectures import MODELS, MOE, TEXT, weights
 
 import streamer
-from streamer.errors import UnsupportedError
+from streamer.errors import InputError, MismatchError, UnsupportedError
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-def make(
-    name: str, home: Path, targets: list[str], dtype: torch.dtype = torch.float32, **values: Any
-) -> tuple[Path, Path, Any]:
+def make(name: str, home: Path, targets: list[str], dtype: torch.dtype = torch.float32) -> tuple[Path, Path, Any]:
     """A tiny model and an adapter on its experts, saved: their directories, and PEFT's model."""
     cls, config, _ = MODELS[name]
     torch.manual_seed(0)
-    config = config() if not values else text(type(config()).__name__.removesuffix("Config"), **{**MOE, **values})()
-    model = getattr(transformers, cls)(config).to(dtype)
+    model = getattr(transformers, cls)(config()).to(dtype)
     model.save_pretrained(home / "base")
     return home / "base", home / "adapter", adapt(type(model), home, targets)
 
@@ -55,6 +53,9 @@ def assert_merged(home: Path, model: Any, rtol: float = 1e-5) -> None:
     model.merge_and_unload().save_pretrained(home / "theirs")
     ours, theirs, base = weights(home / "ours"), weights(home / "theirs"), weights(home / "base")
     assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        if tensor.shape != theirs[key].shape:  # transformers does not always turn a stack back when it saves
+            theirs[key] = theirs[key].transpose(1, 2)
     for key, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[key], rtol=rtol, atol=rtol, msg=key)
     same = {key for key, tensor in ours.items() if torch.equal(tensor, base[key])}
@@ -174,3 +175,143 @@ def test_turned_factors_are_written_back_turned(case: str, tmp_path: Path) -> No
     again = dict(streamer.iter_merged(base, tmp_path / "mitigated", mitigation_lambda=1.0))
     for key, tensor in direct.items():
         torch.testing.assert_close(tensor, again[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+# Where the base has the experts otherwise ------------------------------------------------------------------------------
+
+
+def test_one_expert_s_gate_and_up_stand_in_different_files(tmp_path: Path) -> None:
+    """Each matrix counts once, whichever file its rows are written to; a resumed run gives the same record."""
+    base, adapter, _ = make("qwen3-moe", tmp_path, EXPERTS)
+    expected = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
+    tensors = weights(base)
+    up = {k: v for k, v in tensors.items() if ".up_proj." in k}
+    files = {"model-00001-of-00002.safetensors": up,
+             "model-00002-of-00002.safetensors": {k: v for k, v in tensors.items() if k not in up}}  # fmt: skip
+    (base / "model.safetensors").unlink()
+    for file, content in files.items():
+        save_file(content, base / file)
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {k: f for f, c in files.items() for k in c}})
+    )
+    record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "ours", mitigation_lambda=1.0)
+    names = [m["tensor"] for m in record["matrices"]]
+    assert len(names) == len(set(names)) == 2 * (2 * 4 + 1)
+    assert "model.layers.1.mlp.experts.gate_up_proj[3]" in names
+    for file, content in files.items():
+        for key, tensor in load_file(tmp_path / "ours" / file).items():
+            assert torch.equal(tensor, expected[key]), key
+            assert key in content
+
+
+def test_an_adapter_without_the_head_on_experts(tmp_path: Path) -> None:
+    """Built tensors are found by one exchange of prefixes, as all others."""
+    base, *_ = make("qwen3-moe", tmp_path, EXPERTS)
+    expected = dict(streamer.iter_merged(base, tmp_path / "adapter", mitigation_lambda=1.0))
+    adapt(transformers.AutoModel, tmp_path, EXPERTS)
+    got = dict(streamer.iter_merged(base, tmp_path / "adapter", mitigation_lambda=1.0))
+    before = weights(base)
+    assert {k for k in got if not torch.equal(got[k], before[k])} == {
+        k for k in expected if not torch.equal(expected[k], before[k])
+    }
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_experts_stored_the_other_way_round_on_disk(old: bool, tmp_path: Path) -> None:
+    """Qwen3-VL-MoE: transformers turns the stacks around on loading, under their own names, where their shape says so."""
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "out_hidden_size": 32, "intermediate_size": 48,
+              "spatial_merge_size": 2, "deepstack_visual_indexes": [0]}  # fmt: skip
+    rope = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
+    config = transformers.Qwen3VLMoeConfig(text_config={**TEXT, **MOE, "rope_parameters": rope}, vision_config=vision)
+    torch.manual_seed(0)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    tensors = weights(tmp_path / "base")
+    if old:
+        tensors = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in tensors.items()}
+        save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    assert (tensors["model.language_model.layers.0.mlp.experts.down_proj"].shape == (4, 24, 32)) == old
+    assert_merged(tmp_path, adapt(type(model), tmp_path, EXPERTS))
+
+
+def test_an_adapter_of_transformers_4_on_each_expert_s_layers(tmp_path: Path) -> None:
+    """Mixtral's w1, w2, w3 were modules of their own; PEFT fuses such factors on loading, and comes to the same sum."""
+    base, adapter, model = make("mixtral", tmp_path, EXPERTS)
+    torch.manual_seed(2)
+    factors = {}
+    for layer in range(2):
+        for e in range(4):
+            for name, (m, n) in {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32)}.items():
+                stem = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{e}.{name}.lora_"
+                factors |= {f"{stem}A.weight": torch.randn(2, n) / 4, f"{stem}B.weight": torch.randn(m, 2) / 4}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"r": 2, "lora_alpha": 4, "target_modules": ["w1", "w2", "w3"], "target_parameters": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of rank_pattern, which PEFT itself sets: the fused gate_up_proj has twice the rank
+        loaded = PeftModel.from_pretrained(type(model.get_base_model()).from_pretrained(base), adapter)
+        loaded.save_pretrained(tmp_path / "fused")
+    assert_merged(tmp_path, loaded)
+    fused = dict(streamer.iter_merged(base, tmp_path / "fused", mitigation_lambda=1.0))
+    for key, tensor in weights(tmp_path / "theirs").items():
+        torch.testing.assert_close(fused[key], tensor, rtol=1e-5, atol=1e-5, msg=key)
+
+
+# Refused ---------------------------------------------------------------------------------------------------------------
+
+
+def edit(adapter: Path, tensors: Any = None, **config: Any) -> None:
+    """Change an adapter on disk."""
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    file = adapter / "adapter_model.safetensors"
+    if tensors is not None:
+        save_file(tensors(load_file(file)), file)
+
+
+LAST = "base_model.model.model.layers.1.mlp.experts"
+BROKEN: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "fewer parameters in the config": (None, {"target_parameters": EXPERTS[:1]},
+        r"target_parameters names 1 of its parameters \(gate_up_proj\), but there are factors for 2"),
+    "none in the config": (None, {"target_parameters": None}, "experts.base_layer': target_parameters names none of its parameters"),
+    "not a list": (None, {"target_parameters": "mlp.experts.gate_up_proj"}, "target_parameters names none"),
+    "another rank": (None, {"rank_pattern": {"gate_up_proj": 2}}, r"experts.gate_up_proj': expected rank 2 by the config, found 3 rows"),
+    "a lost layer of factors": (lambda t: {k: v for k, v in t.items() if not k.startswith(f"{LAST}.lora_")}, {},
+        "layers.1.mlp.experts.base_layer': target_parameters names none"),
+    "experts missing in the factors": (lambda t: t | {f"{LAST}.lora_A.weight": t[f"{LAST}.lora_A.weight"][:9].clone(),
+        f"{LAST}.lora_B.weight": t[f"{LAST}.lora_B.weight"][:, :9].clone()}, {}, r"lora_A \[9, 24\], lora_B \[32, 9\]\) that do not fit"),
+    "another width": (lambda t: t | {f"{LAST}.lora_A.weight": t[f"{LAST}.lora_A.weight"][:, :8].clone()}, {},
+        r"do not fit: the base has .*gate_up_proj with 4 experts of \[48, 32\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_factors_that_do_not_fit(what: str, tmp_path: Path) -> None:
+    tensors, config, says = BROKEN[what]
+    base, adapter, _ = make("qwen3-moe", tmp_path, EXPERTS)
+    edit(adapter, tensors, **config)
+    with pytest.raises(InputError, match=says) as e:
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["an expert is missing", "another shape", "no experts"])
+def test_a_base_whose_experts_do_not_fit(what: str, tmp_path: Path) -> None:
+    base, adapter, _ = make("qwen3-moe", tmp_path, EXPERTS)
+    tensors = weights(base)
+    one = "model.layers.0.mlp.experts.2.up_proj.weight"
+    if what == "no experts":
+        tensors = {k: v for k, v in tensors.items() if ".experts." not in k}
+    elif what == "an expert is missing":
+        del tensors[one]
+    else:
+        tensors[one] = tensors[one][:5].clone()
+    save_file(tensors, base / "model.safetensors")
+    says = {"an expert is missing": "which are not one of a shape for each expert", "another shape": "which are not one of a shape",
+            "no experts": r"experts.down_proj' has no tensor in the base"}[what]  # fmt: skip
+    with pytest.raises(MismatchError, match=says):
+        streamer.iter_merged(base, adapter, mitigation_lambda=1.0)
