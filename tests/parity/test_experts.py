@@ -13,6 +13,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_architectures import MODELS, MOE, TEXT, weights
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import streamer
 from streamer.errors import InputError, MismatchError, UnsupportedError
@@ -258,6 +259,76 @@ def test_an_adapter_of_transformers_4_on_each_expert_s_layers(tmp_path: Path) ->
     fused = dict(streamer.iter_merged(base, tmp_path / "fused", mitigation_lambda=1.0))
     for key, tensor in weights(tmp_path / "theirs").items():
         torch.testing.assert_close(fused[key], tensor, rtol=1e-5, atol=1e-5, msg=key)
+
+
+# Quantized bases -------------------------------------------------------------------------------------------------------
+
+
+def quantize(base: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> Path:
+    """A base with other tensors, and the config that says how they are coded."""
+    out = base.with_name("quantized")
+    out.mkdir()
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": quantization}
+    (out / "config.json").write_text(json.dumps(config))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def test_mxfp4_experts(tmp_path: Path) -> None:
+    """gpt-oss as it is published: detected and mitigated as the decoded model is, merged with --dequantize, else refused."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(**{**TEXT, **MOE, "intermediate_size": 64})
+    model = transformers.GptOssForCausalLM(config).bfloat16()
+    coded = {k: v for k, v in model.state_dict().items() if not k.endswith(("gate_up_proj", "down_proj"))}
+    for layer in range(2):
+        for name, (m, n) in {"gate_up_proj": (128, 32), "down_proj": (32, 64)}.items():
+            stem = f"model.layers.{layer}.mlp.experts.{name}"
+            blocks, scales = (
+                torch.randint(256, (4, m, n // 32, 16)).byte(),
+                torch.randint(117, 123, (4, m, n // 32)).byte(),
+            )
+            coded |= {f"{stem}_blocks": blocks, f"{stem}_scales": scales}
+            model.get_parameter(stem).data = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    base = quantize(tmp_path / "base", coded, {"quant_method": "mxfp4"})
+    adapt(type(model), tmp_path, EXPERTS)
+    adapter = tmp_path / "adapter"
+    plain, found = (streamer.detect_intruder_dimensions(b, adapter, top_k=5) for b in (tmp_path / "base", base))
+    assert plain.by_tensor.keys() == found.by_tensor.keys()
+    for a in plain:
+        b = found.by_tensor[a.tensor]
+        assert a.detection.intruders == b.detection.intruders
+        assert a.detection.singular_values == pytest.approx(b.detection.singular_values, rel=1e-5)
+    with pytest.raises(
+        UnsupportedError, match=r"4 of the weights to merge into are quantized, .*gate_up_proj.* \(MXFP4\)"
+    ):
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", findings=found, top_k=5)
+    expected = dict(streamer.iter_merged(tmp_path / "base", adapter, mitigation_lambda=1.0))
+    got = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0, dequantize=True))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[k], v) for k, v in expected.items())
+
+
+def test_fp8_experts(tmp_path: Path) -> None:
+    """One tensor an expert, in FP8: gate and up are coded anew, each with its rows of the delta."""
+    base, adapter, _ = make("qwen3-moe", tmp_path, EXPERTS, torch.bfloat16)
+    tensors, coded = weights(base), {}
+    for key, w in tensors.items():
+        if ".experts." in key:
+            scale = w.float().abs().max().reshape(1, 1) / 448
+            coded |= {key: (w.float() / scale).to(torch.float8_e4m3fn), f"{key}_scale_inv": scale}
+            tensors[key] = coded[key].float() * scale
+    fp8 = quantize(base, tensors | coded, {"quant_method": "fp8", "weight_block_size": [128, 128]})
+    save_file({k: v.contiguous() for k, v in tensors.items()}, base / "model.safetensors")  # what the codes stand for
+    expected = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
+    record = streamer.merge_with_reduced_intruder_dimensions(fp8, adapter, tmp_path / "out", mitigation_lambda=1.0)
+    assert len(record["matrices"]) == 2 * (2 * 4 + 1)
+    got = weights(tmp_path / "out")
+    for key, tensor in expected.items():
+        ours = got[key].float() * got[f"{key}_scale_inv"] if ".experts." in key else got[key]
+        # Half a step of three bits of mantissa, and of the smallest numbers.
+        bound = tensor.float().abs() / 16 + tensor.float().abs().max() / 448 / 512
+        assert ((ours - tensor).abs() <= bound).all(), key
 
 
 # Refused ---------------------------------------------------------------------------------------------------------------
