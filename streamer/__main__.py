@@ -29,7 +29,7 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.storage.checkpoint import open_checkpoint
 
     if args.adapter is not None:
-        plan = make_plan(args.base, args.adapter, args.io)
+        plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
         _warn(plan.warnings, monitor)
         tree = report.inspect_json(plan)
         _print(args, tree, report.inspect_table(tree))
@@ -51,13 +51,14 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     options = _detection_options(args, None)
     if args.dry_run:
         choose_device(args.device)
-        plan = make_plan(args.base, args.adapter, args.io)
+        plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
         state = inspect_detection(plan, Path(args.output), options, args.overwrite, not args.no_resume)
         _print_dry_run(args, state, len(plan.targets), 1, None)
         return
     findings = detect_intruder_dimensions(
         args.base, args.adapter, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,
-        solver=options.solver, max_memory=options.max_memory, device=args.device, io=args.io, resume=not args.no_resume,
+        solver=options.solver, max_memory=options.max_memory, device=args.device, io=args.io,
+        base_is_residual=args.base_is_residual, resume=not args.no_resume,
         overwrite=args.overwrite,
         monitor=monitor,
     )  # fmt: skip
@@ -88,7 +89,9 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any) ->
     detection = _detection_options(args, findings)
     mitigation = _mitigation_options(args)
     if args.dry_run:
-        job = prepare(args.base, args.adapter, mitigation, detection, findings, args.device, args.io)
+        job = prepare(
+            args.base, args.adapter, mitigation, detection, findings, args.device, args.io, args.base_is_residual
+        )
         planned = sink(job, Path(args.output))
         state = inspect_job(planned, args.overwrite, not args.no_resume)
         _print_dry_run(args, state, len(job.plan.targets), len(planned.output.files), planned.output.total_bytes)
@@ -97,7 +100,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any) ->
         args.base, args.adapter, args.output, findings=findings, top_k=detection.top_k,
         threshold_epsilon=detection.threshold_epsilon, mitigation_lambda=mitigation.mitigation_lambda, method=mitigation.method,
         scale=mitigation.scale, solver=detection.solver, max_memory=detection.max_memory, device=args.device, io=args.io,
-        resume=not args.no_resume, overwrite=args.overwrite, monitor=monitor,
+        base_is_residual=args.base_is_residual, resume=not args.no_resume, overwrite=args.overwrite, monitor=monitor,
     )  # fmt: skip
     _print(args, {**record, "output": args.output}, record_table(record, args.output))
 

@@ -29,6 +29,7 @@ def detect_intruder_dimensions(
     max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
+    base_is_residual: bool = False,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -50,6 +51,8 @@ def detect_intruder_dimensions(
         ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
     io
         ``mmap``, or ``pread`` for network file systems.
+    base_is_residual
+        The base is the residual that PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left when the adapter was initialised.
     resume, overwrite
         Whether to take up an interrupted run, and whether to replace what stands at `output`.
     on_event
@@ -69,7 +72,7 @@ def detect_intruder_dimensions(
     """
     options = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
     where = choose_device(device)
-    plan = make_plan(base, adapter, io)
+    plan = make_plan(base, adapter, io, base_is_residual)
     monitor = monitor or Monitor(on_event)
     for warning in plan.warnings:
         monitor.emit(Event("warning", warning))
@@ -94,6 +97,7 @@ def reduce_intruder_dimension(
     max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
+    base_is_residual: bool = False,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -106,7 +110,7 @@ def reduce_intruder_dimension(
 
     Parameters
     ----------
-    base, adapter, top_k, threshold_epsilon, solver, max_memory, device, io, on_event, monitor
+    base, adapter, top_k, threshold_epsilon, solver, max_memory, device, io, base_is_residual, on_event, monitor
         See `detect_intruder_dimensions`.
     output
         Directory to write: a PEFT adapter.
@@ -130,7 +134,7 @@ def reduce_intruder_dimension(
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    job = prepare(base, adapter, mitigation, detection, findings, device, io)
+    job = prepare(base, adapter, mitigation, detection, findings, device, io, base_is_residual)
     return run_job(AdapterSink(job, Path(output)), _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
 
 
@@ -149,6 +153,7 @@ def merge_with_reduced_intruder_dimensions(
     max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
+    base_is_residual: bool = False,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -161,7 +166,7 @@ def merge_with_reduced_intruder_dimensions(
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    job = prepare(base, adapter, mitigation, detection, findings, device, io)
+    job = prepare(base, adapter, mitigation, detection, findings, device, io, base_is_residual)
     return run_job(ModelSink(job, Path(output)), _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
 
 
@@ -179,6 +184,7 @@ def iter_merged(
     max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
+    base_is_residual: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time.
 
@@ -188,7 +194,9 @@ def iter_merged(
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    return merged_tensors(prepare(base, adapter, mitigation, detection, findings, device, io), Monitor())
+    return merged_tensors(
+        prepare(base, adapter, mitigation, detection, findings, device, io, base_is_residual), Monitor()
+    )
 
 
 def prepare(
@@ -199,11 +207,12 @@ def prepare(
     findings: Findings | str | Path | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
+    base_is_residual: bool = False,
 ) -> Job:
     """Open and check everything that a mitigation reads; nothing is written."""
     where = choose_device(device)
     loaded = load_findings(findings) if isinstance(findings, str | Path) else findings
-    plan = make_plan(base, adapter, io)
+    plan = make_plan(base, adapter, io, base_is_residual)
     if loaded is not None:
         loaded.check_matches(plan.base_identity, plan.adapter_identity, detection)
         shapes = {m.tensor: m.shape for m in loaded}

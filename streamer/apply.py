@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule
+from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.encodings import ENCODINGS, TORCH_DTYPES, as_bytes, as_tensor, encode
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
@@ -24,6 +24,7 @@ from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import LowRank, all_finite
 from streamer.merged import plan_merged
 from streamer.merging import one_thread
+from streamer.modules import LoraModule
 from streamer.pipeline import detect_matrix, detect_to_file
 from streamer.plan import Plan, left_out, other_files
 from streamer.storage.atomic import Buffer, locked
@@ -148,7 +149,7 @@ class AdapterSink:
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
-        dense = [t.module.name for t in plan.targets if not t.module.low_rank]
+        dense = [t.module.name for t in plan.targets if not (isinstance(t.module, LoraModule) and t.module.low_rank)]
         if dense and job.options.mitigation_lambda != 1:
             raise UnsupportedError(
                 f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
@@ -161,7 +162,7 @@ class AdapterSink:
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
         self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
         self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME))
-        self._of = {name: t for t in plan.targets for m in self._modules(t) for name in (m.a, m.b)}
+        self._of = {name: t for t in plan.targets for name in self._tensors(t)}
         self._ready: dict[str, Tensor] = {}
 
     def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
@@ -179,21 +180,28 @@ class AdapterSink:
 
         return pour
 
-    def _modules(self, target: Target) -> list[LoraModule]:
-        """The target's module, and the one that holds its factors once more."""
-        mirrors = self.job.plan.mirrors
-        return [target.module, *([mirrors[target.module.name]] if target.module.name in mirrors else [])]
+    def _mirror(self, target: Target) -> LoraModule | None:
+        """The module that holds the target's factors once more."""
+        return self.job.plan.mirrors.get(target.module.name)
+
+    def _tensors(self, target: Target) -> list[str]:
+        """Names of the tensors that a mitigation of the target would change."""
+        if not isinstance(target.module, LoraModule):
+            return list(target.module.tensors.values())
+        mirror = self._mirror(target)
+        return [target.module.a, target.module.b, *([mirror.a, mirror.b] if mirror else [])]
 
     def _factors(self, target: Target, figures: list[dict[str, Any]]) -> dict[str, Tensor]:
         module = target.module
         delta, after, found = self.job.mitigated(target)
         if after is delta:
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
-            return {name: torch.empty(0) for m in self._modules(target) for name in (m.a, m.b)}
+            return {name: torch.empty(0) for name in self._tensors(target)}
         assert isinstance(after, LowRank)
+        assert isinstance(module, LoraModule)
         B, A, dropped = back_project(after, module.rank, module.scale)
         factors = {module.a: A, module.b: B}
-        for mirror in self._modules(target)[1:]:
+        if mirror := self._mirror(target):
             factors |= {mirror.a: B.T, mirror.b: A.T}
         out = {}
         for name, factor in factors.items():

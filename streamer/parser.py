@@ -62,6 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
     reading = argparse.ArgumentParser(add_help=False)
     reading.add_argument("--io", choices=["mmap", "pread"], default="mmap",
                          help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
+    reading.add_argument(
+        "--base-is-residual",
+        action="store_true",
+        help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained",
+    )
 
     computing = argparse.ArgumentParser(add_help=False)
     g = computing.add_argument_group("detection")

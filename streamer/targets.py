@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamer.adapter import Adapter, LoraModule
+from streamer.adapter import Adapter
 from streamer.bases.registry import Weights
 from streamer.errors import MismatchError
+from streamer.modules import LoraModule, MethodModule, Module
 from streamer.names import Match
 
 # Models whose linear layers are Conv1D modules, stored (in, out).
@@ -34,7 +35,7 @@ class Target:
     """
 
     tensor: str
-    module: LoraModule
+    module: Module
     transposed: bool
     match: Match
 
@@ -65,19 +66,21 @@ def match_targets(
             continue
         shape = weights[found].shape
         conv1d = config.get("model_type") in CONV1D_MODELS
-        fits, transposed = _orient(shape, module, adapter.fan_in_fan_out, conv1d)
-        if fits and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
+        placed, transposed = _place(module, shape, adapter.fan_in_fan_out, conv1d)
+        linear = not isinstance(module, LoraModule) or module.form == "linear"
+        if placed and conv1d and not transposed and shape[0] == shape[1] and linear:
             problems.append(
                 f"{name!r}: is square, {config['model_type']} stores such layers as (in, out), but the adapter's config says "
                 "fan_in_fan_out=false, as PEFT also writes where it wrapped a Linear last: set it to true in "
                 "adapter_config.json if this layer is a Conv1D"
             )
-        elif not fits:
-            problems.append(f"{name!r}: expected shape {list(module.weight)} in the base, {found!r} has {list(shape)}")
+        elif placed is None:
+            problems.append(f"{name!r}: expected {module.expected} in the base, {found!r} has {list(shape)}")
         elif found in targets:
             problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
         else:
-            targets[found] = Target(found, module, transposed, match)
+            assert placed is not None
+            targets[found] = Target(found, placed, transposed, match)
     if problems:
         shown = "; ".join(problems[:MAX_LISTED])
         more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
@@ -88,16 +91,23 @@ def match_targets(
     return [targets[name] for name in weights if name in targets]
 
 
-def _orient(shape: tuple[int, ...], module: LoraModule, fan_in_fan_out: bool, conv1d: bool) -> tuple[bool, bool]:
-    """Does the shape fit, and is it transposed? Where it is square, the adapter's config must tell.
+def _place(module: Module, shape: tuple[int, ...], fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
+    """The module on a weight of this shape, None if it does not fit, and whether the weight is stored transposed.
 
-    PEFT sets the config's flag to what suits the layer that it wrapped last, so in a model of Conv1D and Linear layers it is true
-    of some of them only: a shape that fits one way alone goes that way where the flag or the kind of model allows it.
+    Where it is square, the adapter's config must tell. PEFT sets the config's flag to what suits the layer that it wrapped last, so in
+    a model of Conv1D and Linear layers it is true of some of them only: a shape that fits one way alone goes that way where the flag or
+    the kind of model allows it.
     """
+    if isinstance(module, MethodModule):
+        if module.always_transposed:
+            return module.on(shape, True), True
+        straight, turned = module.on(shape, False), module.on(shape, True) if fan_in_fan_out or conv1d else None
+        transposed = turned is not None and (fan_in_fan_out or straight is None)
+        return (turned if transposed else straight), transposed
     if module.form != "linear":
-        return shape == module.weight, module.form == "embedding"
+        return module if shape == module.weight else None, module.form == "embedding"
     wanted = module.shape
     if wanted[0] == wanted[1]:
-        return shape == wanted, fan_in_fan_out
+        return module if shape == wanted else None, fan_in_fan_out
     transposed = shape == wanted[::-1]
-    return shape == wanted or (transposed and (fan_in_fan_out or conv1d)), transposed
+    return module if shape == wanted or (transposed and (fan_in_fan_out or conv1d)) else None, transposed

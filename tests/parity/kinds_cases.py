@@ -13,12 +13,14 @@ and our merge at λ = 0.5 against PEFT's merge of our mitigated adapter.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -78,6 +80,9 @@ def convolutions(dimensions: int) -> Callable[[], nn.Module]:
     return lambda: Convolutions(dimensions)
 
 
+CONVOLUTIONS = ["wide", "pointwise", "strided"]
+
+
 @dataclass
 class Kind:
     """One kind of adapter.
@@ -94,6 +99,8 @@ class Kind:
         Changes the loaded model before PEFT wraps it: grows its vocabulary, say.
     mitigate
         Whether this route takes the kind.
+    residual
+        Whether PEFT takes something off the base when it makes the adapter: the base is what it leaves then.
     shared
         Whether PEFT's merge may work on a model whose embedding and lm_head are one tensor; it adds to both what belongs to one.
     """
@@ -104,7 +111,11 @@ class Kind:
     prepare: Callable[[nn.Module], None] = lambda model: None
     mitigate: bool = True
     shared: bool = True
-    options: Mapping[str, object] = field(default_factory=dict)
+    residual: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"base_is_residual": True} if self.residual else {}
 
 
 def lora(*targets: str, **options) -> Callable[[], peft.PeftConfig]:
@@ -146,6 +157,43 @@ KINDS: dict[str, Kind] = {
     "DoRA, conv2d": Kind(convolutions(2), lora("wide", "pointwise", "strided", use_dora=True), mitigate=False),
     "DoRA, conv3d": Kind(convolutions(3), lora("wide", "strided", use_dora=True), mitigate=False),
     "DoRA, saved modules": Kind(llama(), lora("q_proj", use_dora=True, modules_to_save=["lm_head"]), mitigate=False),
+    "PiSSA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="pissa"), residual=True),
+    "OLoRA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="olora"), residual=True),
+    "LoHa": Kind(llama(), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
+    "LoHa, conv2d": Kind(convolutions(2), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
+    "LoHa, conv2d with cores": Kind(
+        convolutions(2), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=CONVOLUTIONS, use_effective_conv2d=True), mitigate=False
+    ),
+    "LoKr": Kind(llama(), lambda: peft.LoKrConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
+    "LoKr, both decomposed": Kind(
+        llama(), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=["q_proj"], decompose_both=True, decompose_factor=8), mitigate=False
+    ),
+    "LoKr, large rank": Kind(llama(), lambda: peft.LoKrConfig(r=40, alpha=8, target_modules=["q_proj", "up_proj"]), mitigate=False),
+    "LoKr, conv1d": Kind(convolutions(1), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
+    "LoKr, conv2d": Kind(convolutions(2), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
+    "LoKr, conv2d with cores": Kind(
+        convolutions(2), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=CONVOLUTIONS, use_effective_conv2d=True), mitigate=False
+    ),
+    "AdaLoRA": Kind(llama(), lambda: peft.AdaLoraConfig(init_r=6, lora_alpha=16, total_step=9, target_modules=["q_proj", "up_proj"]),
+                    mitigate=False),
+    "AdaLoRA, conv2d": Kind(convolutions(2), lambda: peft.AdaLoraConfig(init_r=6, target_r=3, total_step=10, target_modules=["wide"]),
+                            mitigate=False),
+    "VeRA": Kind(llama(), lambda: peft.VeraConfig(r=16, target_modules=["q_proj", "o_proj"], d_initial=1.0), mitigate=False),
+    "VeRA, shapes": Kind(llama(), lambda: peft.VeraConfig(r=16, target_modules=["k_proj", "down_proj"]), mitigate=False),
+    "OFT": Kind(llama(), lambda: peft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
+    "OFT, exact": Kind(
+        llama(), lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=["q_proj"], use_cayley_neumann=False), mitigate=False
+    ),
+    "OFT, shared, constrained": Kind(
+        llama(), lambda: peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], block_share=True, coft=True, eps=0.5), mitigate=False
+    ),
+    "OFT, three terms": Kind(
+        llama(), lambda: peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], num_cayley_neumann_terms=3), mitigate=False
+    ),
+    "OFT, conv2d": Kind(convolutions(2), lambda: peft.OFTConfig(oft_block_size=8, target_modules=["wide"]), mitigate=False),
+    "OFT, embedding": Kind(llama(), lambda: peft.OFTConfig(oft_block_size=8, target_modules=["embed_tokens"]), mitigate=False),
+    "BOFT": Kind(llama(), lambda: peft.BOFTConfig(boft_block_size=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
+    "BOFT, conv2d": Kind(convolutions(2), lambda: peft.BOFTConfig(boft_block_size=8, target_modules=["wide"]), mitigate=False),
     "tied, lm_head": Kind(tied, lora("q_proj", "lm_head"), shared=False),
     "tied, embedding": Kind(tied, lora("q_proj", "embed_tokens"), shared=False),
     "tied, both": Kind(tied, lora("lm_head", "embed_tokens"), shared=False),
@@ -189,7 +237,13 @@ class Made:
         return model.eval()
 
     def peft(self, adapter: Path, dtype: torch.dtype) -> peft.PeftModel:
-        return peft.PeftModel.from_pretrained(self.load(dtype), adapter, autocast_adapter_dtype=False).eval()
+        return self.wrap(self.load(dtype), adapter).eval()
+
+    def wrap(self, model: nn.Module, adapter: Path) -> peft.PeftModel:
+        config = peft.PeftConfig.from_pretrained(adapter)
+        if self.kind.residual:  # the base is the residual already
+            config.init_lora_weights = True
+        return peft.PeftModel.from_pretrained(model, adapter, config=config, autocast_adapter_dtype=False)
 
     def merged(self, adapter: Path | None = None, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """PEFT's merge, its values computed in `dtype`."""
@@ -198,7 +252,7 @@ class Made:
             if not self.kind.shared:
                 model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
                 model.config.tie_word_embeddings = False
-            wrapped = peft.PeftModel.from_pretrained(model, adapter or self.adapter, autocast_adapter_dtype=False)
+            wrapped = self.wrap(model, adapter or self.adapter)
             return wrapped.merge_and_unload().state_dict()
 
 
@@ -225,6 +279,8 @@ def make(name: str, dtype: torch.dtype, directory: Path) -> Made:
     with quiet():
         wrapped = peft.get_peft_model(made.load(dtype), kind.config())
         wrapped.base_model.model.name_or_path = str(base)
+        if kind.residual:
+            copy.deepcopy(wrapped).unload().save_pretrained(base)
         train(wrapped)
         wrapped.save_pretrained(made.adapter)
     return made
