@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -68,8 +69,13 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
 def _mitigate(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.api import reduce_intruder_dimension
     from streamer.apply import AdapterSink
+    from streamer.converted import LoraSink
 
-    _apply(args, monitor, AdapterSink, reduce_intruder_dimension)
+    if args.to_lora is None:
+        _apply(args, monitor, AdapterSink, reduce_intruder_dimension)
+    else:
+        sink = functools.partial(LoraSink, rank=args.to_lora)
+        _apply(args, monitor, sink, functools.partial(reduce_intruder_dimension, to_lora=args.to_lora))
 
 
 def _merge(args: argparse.Namespace, monitor: Monitor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from streamer.apply import AdapterSink, Job, ModelSink, merged_tensors, run_job
+from streamer.converted import LoraSink
 from streamer.errors import MismatchError
 from streamer.events import Event, Monitor, OnEvent
 from streamer.findings import Findings, load_findings
@@ -93,6 +94,7 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     method: Method = "paper",
     scale: Scale = "all",
+    to_lora: int | None = None,
     solver: str = "auto",
     max_memory: int | None = None,
     device: str = "auto",
@@ -119,6 +121,9 @@ def reduce_intruder_dimension(
         adapter and options, or refused.
     mitigation_lambda, method, scale
         See `streamer.intruders.MitigationOptions`.
+    to_lora
+        Write a LoRA adapter of this rank, whatever the kind of the given one; the record says what relative norm the rank left out.
+        Without it the output is of the given adapter's kind, which must be LoRA, and not DoRA.
     resume, overwrite
         Whether to take up an interrupted run, and whether to replace another output.
 
@@ -135,7 +140,8 @@ def reduce_intruder_dimension(
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
     job = prepare(base, adapter, mitigation, detection, findings, device, io, base_is_residual)
-    return run_job(AdapterSink(job, Path(output)), _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
+    sink = AdapterSink(job, Path(output)) if to_lora is None else LoraSink(job, Path(output), to_lora)
+    return run_job(sink, _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
 
 
 def merge_with_reduced_intruder_dimensions(

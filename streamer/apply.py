@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from streamer.plan import Plan, left_out, other_files
 from streamer.storage.atomic import Buffer, locked
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
-from streamer.storage.shards import Source, like, write_shard
+from streamer.storage.shards import ShardPlan, Source, like, write_shard
 from streamer.storage.transaction import (
     LOCK_NAME,
     RECORD_NAME,
@@ -153,10 +153,10 @@ class AdapterSink:
         if dense and job.options.mitigation_lambda != 1:
             raise UnsupportedError(
                 f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
-                "adapter; `streamer merge` writes it into the base"
+                "adapter; `streamer merge` writes it into the base, and --to-lora RANK as a LoRA adapter"
             )
         self.job = job
-        self.shards = {WEIGHTS_NAME: like(WEIGHTS_NAME, plan.adapter.file.header)}
+        self.shards: Mapping[str, ShardPlan] = {WEIGHTS_NAME: like(WEIGHTS_NAME, plan.adapter.file.header)}
         self.edited: Mapping[str, bytes] = {}
         self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
@@ -221,7 +221,7 @@ class ModelSink:
         base = job.plan.base
         self.job = job
         self.model = plan_merged(job.plan)
-        self.shards = self.model.shards()
+        self.shards: Mapping[str, ShardPlan] = self.model.shards()
         self.edited: Mapping[str, bytes] = self.model.texts
         self.finals: Mapping[str, bytes] = self.model.finals(self.shards)
         # An adapter that lies in the base's directory is no part of the merged model.
@@ -247,18 +247,31 @@ class ModelSink:
         return lambda info: outputs[info.name].recipe.pieces(mitigated)
 
 
-Sink = AdapterSink | ModelSink
+class Sink(Protocol):
+    """What is written: the files, in order, and where the bytes of their tensors come from."""
+
+    command: str
+    job: Job
+    shards: Mapping[str, ShardPlan]
+    edited: Mapping[str, bytes]
+    finals: Mapping[str, bytes]
+    copies: list[tuple[str, Path]]
+    left_out: list[str]
+    output: OutputPlan
+
+    def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
+        """Bytes of each tensor of one file; appends the figures of its matrices."""
 
 
-def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...]) -> OutputPlan:
-    """What the sink will write, in the order of writing, the commit point last."""
+def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: Any) -> OutputPlan:
+    """What the sink will write, in the order of writing, the commit point last; `decisions` besides the job's tell it from others."""
     copies = [(name, p.stat().st_size) for name, p in sink.copies]
     edited = [(name, len(data)) for name, data in sink.edited.items()]
     shards = [(name, shard.nbytes) for name, shard in sink.shards.items()]
     finals = [(name, len(data)) for name, data in sink.finals.items()]
     files = (*copies, *edited, *shards, *finals)
     plan = sink.job.plan
-    digest = plan.digest(command=sink.command, files=files, **sink.job.decisions())
+    digest = plan.digest(command=sink.command, files=files, **sink.job.decisions(), **decisions)
     return OutputPlan(path, files, digest, plan.stamps(), plan.inputs, rivals)
 
 

@@ -123,9 +123,9 @@ class MethodModule:
         return METHODS[self.method].low_rank
 
     @property
-    def always_transposed(self) -> bool:
-        """Whether the model stores the weight as (in, out): an embedding."""
-        return any(role.startswith("oft_embedding") for role in self.tensors)
+    def form(self) -> str:
+        """``embedding``, whose weight is stored (in, out), or ``linear``, which stands for convolutions as well."""
+        return "embedding" if any(role.startswith("oft_embedding") for role in self.tensors) else "linear"
 
     def on(self, weight: tuple[int, ...], transposed: bool) -> MethodModule | None:
         """The module on a weight of this shape as it is stored; None if it does not fit."""

@@ -20,7 +20,7 @@ class Support(NamedTuple):
 LORA = (
     Support("LoRA on linear layers; rsLoRA, `rank_pattern`, `alpha_pattern`, `fan_in_fan_out` (Conv1D)", "yes", "yes", "yes"),
     Support("LoRA on embeddings, and on 1-d to 3-d convolutions without groups", "yes", "yes", "yes"),
-    Support("DoRA on any of these", "on the effective weight", "refused: use `merge`", "yes"),
+    Support("DoRA on any of these", "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
     Support("`modules_to_save`, `bias`, `lora_bias`, saved or resized embeddings, `trainable_token_indices`", "carried along",
             "carried along, bit for bit", "applied; new tensors are added, `vocab_size` is set"),
     Support("LoRA on a tied `lm_head` or embedding", "yes", "yes", "unties them in the config where they part"),
@@ -37,7 +37,7 @@ def support_table() -> str:
         Support(*["---"] * 4),
         *LORA,
         Support("residual-base initialisations: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ", flag, flag, flag),
-        Support(methods, "on the effective weight", "refused: use `merge`", "yes"),
+        Support(methods, "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
         Support(f"refused, with the reason: {refused}; other methods; adapters saved as pickles", "no", "no", "no"),
     ]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)

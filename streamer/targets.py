@@ -9,7 +9,7 @@ from typing import Any
 from streamer.adapter import Adapter
 from streamer.bases.registry import Weights
 from streamer.errors import MismatchError
-from streamer.modules import LoraModule, MethodModule, Module
+from streamer.modules import MethodModule, Module
 from streamer.names import Match
 
 # Models whose linear layers are Conv1D modules, stored (in, out).
@@ -38,6 +38,17 @@ class Target:
     module: Module
     transposed: bool
     match: Match
+    stored: tuple[int, ...] = ()
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Dimensions of a convolution's kernel."""
+        return self.stored[2:]
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the weight is an embedding's, looked up and not multiplied."""
+        return self.module.form == "embedding"
 
 
 def match_targets(
@@ -67,8 +78,7 @@ def match_targets(
         shape = weights[found].shape
         conv1d = config.get("model_type") in CONV1D_MODELS
         placed, transposed = _place(module, shape, adapter.fan_in_fan_out, conv1d)
-        linear = not isinstance(module, LoraModule) or module.form == "linear"
-        if placed and conv1d and not transposed and shape[0] == shape[1] and linear:
+        if placed and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
             problems.append(
                 f"{name!r}: is square, {config['model_type']} stores such layers as (in, out), but the adapter's config says "
                 "fan_in_fan_out=false, as PEFT also writes where it wrapped a Linear last: set it to true in "
@@ -80,7 +90,7 @@ def match_targets(
             problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
         else:
             assert placed is not None
-            targets[found] = Target(found, placed, transposed, match)
+            targets[found] = Target(found, placed, transposed, match, shape)
     if problems:
         shown = "; ".join(problems[:MAX_LISTED])
         more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
@@ -99,7 +109,7 @@ def _place(module: Module, shape: tuple[int, ...], fan_in_fan_out: bool, conv1d:
     the kind of model allows it.
     """
     if isinstance(module, MethodModule):
-        if module.always_transposed:
+        if module.form == "embedding":
             return module.on(shape, True), True
         straight, turned = module.on(shape, False), module.on(shape, True) if fan_in_fan_out or conv1d else None
         transposed = turned is not None and (fan_in_fan_out or straight is None)

@@ -30,7 +30,7 @@ FLOORS = [
         "bases",
     },
     {"targets", "changes", "tied", "support", "findings", "findings_writer"},
-    {"plan", "merging", "merged", "pipeline", "apply", "report"},
+    {"plan", "merging", "merged", "pipeline", "apply", "converted", "report"},
     {"api"},
     {"demo"},
     {"__main__"},
@@ -53,6 +53,7 @@ WITHIN = [
     ["merged"],
     ["pipeline"],
     ["apply", "report"],
+    ["converted"],
 ]
 # storage.transaction reads JSON as checkpoint does.
 SIBLINGS = {("storage.transaction", "storage.checkpoint")}

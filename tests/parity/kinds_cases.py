@@ -7,7 +7,7 @@ to the base's dtype. Columns: the largest difference to it relative to the tenso
 own dtype, which in bf16 rounds the delta and then the sum; the share of values that differ from the exact sum rounded once; the logits of
 the merged directory as transformers loads it against those of PEFT's model with its adapter; the singular values of `detect` against
 float64 SVDs of the effective matrices, whose decisions must agree; merges at λ = 0.5 by each method against its formula in float64;
-and our merge at λ = 0.5 against PEFT's merge of our mitigated adapter.
+and our merge at λ = 0.5 against PEFT's merge of our mitigated adapter, and of its conversion to LoRA.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ class Kind:
         Changes the loaded model before PEFT wraps it: grows its vocabulary, say.
     mitigate
         Whether this route takes the kind.
+    plain
+        Whether a plain LoRA adapter can say all that this one says.
     residual
         Whether PEFT takes something off the base when it makes the adapter: the base is what it leaves then.
     shared
@@ -112,6 +114,8 @@ class Kind:
     mitigate: bool = True
     shared: bool = True
     residual: bool = False
+
+    plain: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
@@ -139,14 +143,14 @@ KINDS: dict[str, Kind] = {
     "embedding, resized": Kind(llama(), lora("embed_tokens", "lm_head"), prepare=grow),
     "conv1d": Kind(convolutions(1), lora("wide", "pointwise", "strided")),
     "conv2d": Kind(convolutions(2), lora("wide", "pointwise", "strided")),
-    "conv2d, lora_bias": Kind(convolutions(2), lora("wide", "pointwise", lora_bias=True)),
+    "conv2d, lora_bias": Kind(convolutions(2), lora("wide", "pointwise", lora_bias=True), plain=False),
     "conv3d": Kind(convolutions(3), lora("wide", "strided")),  # a kernel of 1x1x1 PEFT itself cannot merge
     "modules_to_save": Kind(llama(), lora("q_proj", modules_to_save=["lm_head", "layers.1.mlp"])),
     "modules_to_save, new": Kind(llama(), lora("q_proj", task_type="SEQ_CLS"), load=classifier),
     "bias=all": Kind(llama(attention_bias=True, mlp_bias=True), lora("q_proj", "up_proj", bias="all")),
     "bias=lora_only": Kind(llama(attention_bias=True, mlp_bias=True), lora("q_proj", "up_proj", bias="lora_only")),
-    "lora_bias": Kind(llama(attention_bias=True), lora("q_proj", "o_proj", lora_bias=True)),
-    "lora_bias, bias=all": Kind(llama(attention_bias=True), lora("q_proj", lora_bias=True, bias="all")),
+    "lora_bias": Kind(llama(attention_bias=True), lora("q_proj", "o_proj", lora_bias=True), plain=False),
+    "lora_bias, bias=all": Kind(llama(attention_bias=True), lora("q_proj", lora_bias=True, bias="all"), plain=False),
     "lm_head with its base": Kind(llama(), lora("q_proj", "lm_head")),
     "resized": Kind(llama(), lora("q_proj"), prepare=grow),
     "resized, saved modules": Kind(llama(), lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]), prepare=grow),
@@ -157,8 +161,8 @@ KINDS: dict[str, Kind] = {
     "DoRA, conv2d": Kind(convolutions(2), lora("wide", "pointwise", "strided", use_dora=True), mitigate=False),
     "DoRA, conv3d": Kind(convolutions(3), lora("wide", "strided", use_dora=True), mitigate=False),
     "DoRA, saved modules": Kind(llama(), lora("q_proj", use_dora=True, modules_to_save=["lm_head"]), mitigate=False),
-    "PiSSA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="pissa"), residual=True),
-    "OLoRA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="olora"), residual=True),
+    "PiSSA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="pissa"), residual=True, plain=False),
+    "OLoRA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="olora"), residual=True, plain=False),
     "LoHa": Kind(llama(), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
     "LoHa, conv2d": Kind(convolutions(2), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
     "LoHa, conv2d with cores": Kind(
@@ -197,8 +201,8 @@ KINDS: dict[str, Kind] = {
     "tied, lm_head": Kind(tied, lora("q_proj", "lm_head"), shared=False),
     "tied, embedding": Kind(tied, lora("q_proj", "embed_tokens"), shared=False),
     "tied, both": Kind(tied, lora("lm_head", "embed_tokens"), shared=False),
-    "tied, one delta": Kind(tied, lora("q_proj", "embed_tokens", ensure_weight_tying=True), shared=False),
-    "tied, one delta of lm_head": Kind(tied, lora("q_proj", "lm_head", ensure_weight_tying=True), shared=False),
+    "tied, one delta": Kind(tied, lora("q_proj", "embed_tokens", ensure_weight_tying=True), shared=False, plain=False),
+    "tied, one delta of lm_head": Kind(tied, lora("q_proj", "lm_head", ensure_weight_tying=True), shared=False, plain=False),
     "tied, saved lm_head": Kind(tied, lora("q_proj", modules_to_save=["lm_head"]), shared=False),
     "tied, saved embedding": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens"]), shared=False),
     "tied, saved as one": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
@@ -341,6 +345,7 @@ class Figures:
     decisions: int = 0
     half: float = 0.0
     mitigate: float | None = None
+    to_lora: float | None = None
     outputs: float | None = None
 
 
@@ -449,6 +454,16 @@ def compare_mitigation(made: Made, findings: streamer.Findings, directory: Path,
         assert torch.equal(tensor, ours[name]), name
 
 
+def compare_conversion(made: Made, findings: streamer.Findings, directory: Path, figures: Figures) -> None:
+    """The mitigated delta as a LoRA adapter, of a rank that leaves nothing out: PEFT's merge of it is our merge (``paper``, λ = 0.5)."""
+    options = {"findings": findings, "mitigation_lambda": 0.5, **made.kind.options}
+    record = streamer.reduce_intruder_dimension(made.base, made.adapter, directory / "lora", to_lora=48, **options)
+    assert record["totals"]["dropped_max"] < 1e-5
+    ours = dict(streamer.iter_merged(made.base, made.adapter, **options))
+    theirs = by_disk(made.merged(directory / "lora"), ours)
+    figures.to_lora = max(relative(ours[n], t) for n, t in theirs.items())
+
+
 def measure(name: str, dtype: torch.dtype, directory: Path) -> Figures:
     """Make a kind and compare every route."""
     made = make(name, dtype, directory)
@@ -459,17 +474,29 @@ def measure(name: str, dtype: torch.dtype, directory: Path) -> Figures:
         compare_methods(made, findings, figures)
         if made.kind.mitigate:
             compare_mitigation(made, findings, directory, figures)
+        if made.kind.plain:
+            compare_conversion(made, findings, directory, figures)
     return figures
 
 
 def main(chosen: list[str]) -> None:
-    head = ["merge", "to PEFT's", "rounded", "logits", "detect", "intruders", "methods", "mitigate"]
+    head = ["merge", "to PEFT's", "rounded", "logits", "detect", "intruders", "methods", "mitigate", "to LoRA"]
     print(f"{'kind':26} base  " + " ".join(f"{h:>9}" for h in head))
     for name in chosen or KINDS:
         for label, dtype in DTYPES.items():
             with tempfile.TemporaryDirectory() as directory:
                 f = measure(name, dtype, Path(directory))
-            cells = [f.merge, f.merge_in_dtype, f.off_by_one, f.outputs, f.sigma, f.decisions, f.half, f.mitigate]
+            cells = [
+                f.merge,
+                f.merge_in_dtype,
+                f.off_by_one,
+                f.outputs,
+                f.sigma,
+                f.decisions,
+                f.half,
+                f.mitigate,
+                f.to_lora,
+            ]
             shown = ["-" if c is None else str(c) if isinstance(c, int) else f"{c:.1e}" for c in cells]
             print(f"{name:26} {label:5} " + " ".join(f"{c:>9}" for c in shown), flush=True)
 
