@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.storage.checkpoint import open_checkpoint
 
     if args.adapter is not None:
-        plan = make_plan(args.base, args.adapter, args.io)
+        plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
         _warn(plan.warnings, monitor)
         tree = report.inspect_json(plan)
         _print(args, tree, report.inspect_table(tree))
@@ -51,13 +52,14 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     options = _detection_options(args, None)
     if args.dry_run:
         choose_device(args.device)
-        plan = make_plan(args.base, args.adapter, args.io)
+        plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
         state = inspect_detection(plan, Path(args.output), options, args.overwrite, not args.no_resume)
         _print_dry_run(args, state, len(plan.targets), 1, None)
         return
     findings = detect_intruder_dimensions(
         args.base, args.adapter, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,
-        solver=options.solver, max_memory=options.max_memory, device=args.device, io=args.io, resume=not args.no_resume,
+        solver=options.solver, max_memory=options.max_memory, device=args.device, io=args.io,
+        base_is_residual=args.base_is_residual, resume=not args.no_resume,
         overwrite=args.overwrite,
         monitor=monitor,
     )  # fmt: skip
@@ -67,8 +69,13 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
 def _mitigate(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.api import reduce_intruder_dimension
     from streamer.apply import AdapterSink
+    from streamer.converted import LoraSink
 
-    _apply(args, monitor, AdapterSink, reduce_intruder_dimension)
+    if args.to_lora is None:
+        _apply(args, monitor, AdapterSink, reduce_intruder_dimension)
+    else:
+        sink = functools.partial(LoraSink, rank=args.to_lora)
+        _apply(args, monitor, sink, functools.partial(reduce_intruder_dimension, to_lora=args.to_lora))
 
 
 def _merge(args: argparse.Namespace, monitor: Monitor) -> None:
@@ -88,7 +95,8 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     detection = _detection_options(args, findings)
     mitigation = _mitigation_options(args)
     if args.dry_run:
-        job = prepare(args.base, args.adapter, mitigation, detection, findings, args.device, args.io, **special)
+        job = prepare(args.base, args.adapter, mitigation, detection, findings, args.device, args.io,
+                      base_is_residual=args.base_is_residual, **special)  # fmt: skip
         planned = sink(job, Path(args.output))
         state = inspect_job(planned, args.overwrite, not args.no_resume)
         _print_dry_run(args, state, len(job.plan.targets), len(planned.output.files), planned.output.total_bytes)
@@ -97,7 +105,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
         args.base, args.adapter, args.output, findings=findings, top_k=detection.top_k,
         threshold_epsilon=detection.threshold_epsilon, mitigation_lambda=mitigation.mitigation_lambda, method=mitigation.method,
         scale=mitigation.scale, solver=detection.solver, max_memory=detection.max_memory, device=args.device, io=args.io,
-        resume=not args.no_resume, overwrite=args.overwrite, monitor=monitor, **special,
+        base_is_residual=args.base_is_residual, resume=not args.no_resume, overwrite=args.overwrite, monitor=monitor, **special,
     )  # fmt: skip
     _print(args, {**record, "output": args.output}, record_table(record, args.output))
 

@@ -6,18 +6,23 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from streamer.dora import dora_delta
 from streamer.encodings import as_tensor, encoding_of
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
-from streamer.kinds import classify, config_refusals, normalize
+from streamer.kinds import FACTORS, classify, config_refusals, is_residual, normalize
+from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank
+from streamer.methods import METHODS, Method, Parts
+from streamer.modules import Carried, LoraModule, MethodModule, Module
+from streamer.scales import config_number, finite_scale, scale_of
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import IOMode, TensorFile
@@ -30,102 +35,13 @@ INSTEAD = "merge such an adapter with PEFT instead"
 
 
 @dataclass(frozen=True)
-class LoraModule:
-    """One adapted module: ``Δ = scale · B @ A``.
-
-    Attributes
-    ----------
-    name
-        Its path in the model, wrappers removed.
-    a, b
-        Names of lora_A (rank, in) and lora_B (out, rank) in the adapter's file. A convolution's have the dimensions of its kernel
-        besides, those of lora_B of size 1.
-    rank, scale
-        Rows of lora_A; ``alpha/r``, or ``alpha/√r`` with rsLoRA.
-    shape
-        (out, in) of Δ as a matrix: (dim, vocabulary) for an embedding, (out, in·k) for a convolution with k elements in its kernel.
-    form
-        ``linear``, ``embedding`` or ``convolution``.
-    kernel
-        The kernel's dimensions.
-    magnitude
-        DoRA's magnitudes in the adapter's file; without them the delta is of low rank.
-    expert
-        Which of how many experts, where a and b hold the factors of all of them (see `wrapped`).
-    turned
-        Δ is the transpose, ``scale · (B @ A)ᵀ``.
-    """
-
-    name: str
-    a: str
-    b: str
-    rank: int
-    scale: float
-    shape: tuple[int, int]
-    form: str = "linear"
-    kernel: tuple[int, ...] = ()
-    magnitude: str | None = None
-    expert: tuple[int, int] | None = None
-    turned: bool = False
-
-    @property
-    def low_rank(self) -> bool:
-        """Whether Δ is the product of the factors and nothing else."""
-        return self.magnitude is None
-
-    @property
-    def parts(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Which part of lora_A and of lora_B are the module's: all, or an expert's rows and columns."""
-        if self.expert is None:
-            return (), ()
-        e, experts = self.expert
-        return (slice(e * self.rank, (e + 1) * self.rank),), (slice(None), slice(e, None, experts))
-
-    @property
-    def weight(self) -> tuple[int, ...]:
-        """The shape of the weight in the model, unless it is a linear layer's that is stored (in, out)."""
-        m, n = self.shape
-        if self.form == "embedding":
-            return n, m
-        return (m, n // math.prod(self.kernel), *self.kernel)
-
-
-@dataclass(frozen=True)
-class Carried:
-    """A tensor of the adapter that is no factor: what it does to one tensor of the model.
-
-    Attributes
-    ----------
-    role
-        ``saved``: takes the tensor's place. ``lora_bias``: is added to it, times `scale`. ``tokens``: takes the place of the rows
-        that `indices` name. ``original``: the base's own values, of no effect.
-    module, parameter
-        The tensor's name in the model: ``module.parameter``.
-    source
-        Its name in the adapter's file.
-    """
-
-    role: str
-    module: str
-    parameter: str
-    source: str
-    scale: float = 1.0
-    indices: tuple[int, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The name of the model's tensor."""
-        return f"{self.module}.{self.parameter}"
-
-
-@dataclass(frozen=True)
 class Adapter:
     """An adapter on disk: config, open weights file, its modules by name, wrapped ones, and what it carries besides."""
 
     path: Path
     config: dict[str, Any]
     file: TensorFile
-    modules: dict[str, LoraModule]
+    modules: Mapping[str, Module]
     carried: tuple[Carried, ...] = ()
     wrapped: tuple[Wrapped, ...] = ()
 
@@ -144,9 +60,24 @@ class Adapter:
         compute = encoding_of(self.file.header.by_name[tensor], str(self.file.path)).compute
         return self.stored(tensor)[part].to(compute, copy=True)
 
-    def dense_delta(self, module: LoraModule, base: Tensor) -> Dense:
-        """What a module that is not of low rank adds to its base, W0 (out, in)."""
-        assert module.magnitude is not None
+    @property
+    def is_lora(self) -> bool:
+        """Whether its modules hold LoRA's factors."""
+        return bool(self.config.get("peft_type", "LORA") == "LORA")
+
+    def change(self, module: Module, base: Tensor | None) -> Delta:
+        """What a module adds to W0, (out, in), which must be given where the module is not of low rank."""
+        if isinstance(module, MethodModule):
+            W0 = torch.empty(0) if base is None else base
+            tensors = {role: self.factor(name) for role, name in module.tensors.items()}
+            if base is not None:
+                tensors = {
+                    role: t.to(base.device, torch.promote_types(t.dtype, base.dtype)) for role, t in tensors.items()
+                }
+            return METHODS[module.method].delta(Parts(tensors, module.scale, self.config, module.shape), W0)
+        if module.magnitude is None:
+            return self.delta(module)
+        assert base is not None
         return Dense(dora_delta(base, self.delta(module), self.factor(module.magnitude).flatten()))
 
     def delta(self, module: LoraModule) -> LowRank:
@@ -162,7 +93,9 @@ class Adapter:
             for piece in self.file.chunks(info):
                 digest.update(piece)
         config = (self.path / CONFIG_NAME).read_bytes()
-        return {
+        # Of a residual base, as the user has stated.
+        residual = {"base_is_residual": True} if is_residual(self.config) else {}
+        return residual | {
             "weights_sha256": digest.hexdigest(),
             "config_sha256": hashlib.sha256(config).hexdigest(),
             "modules": len(self.modules),
@@ -170,8 +103,13 @@ class Adapter:
         }
 
 
-def open_adapter(path: str | Path, io: IOMode = "mmap") -> Adapter:
-    """Open a PEFT LoRA folder and account for every tensor in it.
+def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> Adapter:
+    """Open a PEFT adapter's folder and account for every tensor in it.
+
+    Parameters
+    ----------
+    base_is_residual
+        The base that it is used with is the residual that it was trained on.
 
     Raises
     ------
@@ -188,20 +126,29 @@ def open_adapter(path: str | Path, io: IOMode = "mmap") -> Adapter:
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; check the path of the adapter")
     config = _read_config(path)
-    refusals = config_refusals(config)
+    refusals = config_refusals(config, base_is_residual)
     if refusals:
         raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {'; '.join(refusals)}; {INSTEAD}")
     file = TensorFile(path / WEIGHTS_NAME, io)
-    pairs, rest = _sort(file)
-    wrapped, wrong = find_wrapped(
-        pairs, config, {name: t.shape[0] for name, t in file.header.by_name.items() if t.shape}
+    method = METHODS.get(str(config.get("peft_type", "LORA")))
+    found, rest = _sort(file, method)
+    wrapped, wrong = (
+        ([], [])
+        if method
+        else find_wrapped(found, config, {t.name: t.shape[0] for t in file.header.tensors if t.shape})
     )
     if wrong:
         raise FormatError(f"{file.path}: {'; '.join(wrong)}; config and weights are not of one adapter")
     inner = {name for w in wrapped for name in w.layers}
-    modules = {name: _module(name, found, file, config) for name, found in pairs.items() if name not in inner}
+    modules: dict[str, Module] = {}
+    for name, tensors in found.items():
+        if name not in inner:
+            modules[name] = (
+                _module(name, tensors, file, config) if method is None else _method(name, tensors, file, config)
+            )
     if not modules and not wrapped:
-        raise InputError(f"{file.path}: expected lora_A and lora_B tensors, found none; is this the adapter?")
+        what = "lora_A and lora_B" if method is None else method.title
+        raise InputError(f"{file.path}: expected {what} tensors, found none; is this the adapter?")
     carried = tuple(_carried(role, match, source, modules, file, config) for role, match, source in rest)
     seen: dict[tuple[str, str], str] = {}
     for c in carried:
@@ -230,23 +177,36 @@ def _read_config(path: Path) -> dict[str, Any]:
     return read_json_object(path / CONFIG_NAME)
 
 
-def _sort(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[tuple[str, re.Match[str], str]]]:
-    """Every tensor by its role: module name → {"A": tensor, "B": tensor}, and (role, match, tensor) of those that are no factors."""
-    pairs: dict[str, dict[str, str]] = {}
+def _sort(
+    file: TensorFile, method: Method | None
+) -> tuple[dict[str, dict[str, str]], list[tuple[str, re.Match[str], str]]]:
+    """Every tensor by its role: module → role → tensor, and (role, match, tensor) of those that are carried along."""
+    found: dict[str, dict[str, str]] = {}
+    shared: dict[str, str] = {}
     rest: list[tuple[str, re.Match[str], str]] = []
     refused: Counter[str] = Counter()
     example: dict[str, str] = {}
+    own = method and re.compile(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$")
     for info in file.header.tensors:
-        rule, match = classify(normalize(info.name))
-        if rule.refusal:
-            refused[rule.refusal] += 1
-            example.setdefault(rule.refusal, info.name)
+        name = normalize(info.name)
+        match = own and own.match(name)
+        if method is not None and (role := name.rpartition(".")[2]) in method.shared:
+            shared[role] = info.name
             continue
-        if rule.role not in ("factor", "embedding", "magnitude"):
-            rest.append((rule.role, match, info.name))
-            continue
-        factors = pairs.setdefault(match["module"], {})
-        factor = "magnitude" if rule.role == "magnitude" else match["factor"]
+        if match:
+            factor = match["factor"]
+        else:
+            rule, match = classify(name)
+            if rule.refusal or (method is not None and rule.role in FACTORS):
+                reason = rule.refusal or "another method's tensors"
+                refused[reason] += 1
+                example.setdefault(reason, info.name)
+                continue
+            if rule.role not in FACTORS:
+                rest.append((rule.role, match, info.name))
+                continue
+            factor = "magnitude" if rule.role == "magnitude" else match["factor"]
+        factors = found.setdefault(match["module"], {})
         if factor in factors:
             raise FormatError(
                 f"{file.path}: tensors {factors[factor]!r} and {info.name!r} are the same factor of one module; save one adapter at a time"
@@ -255,19 +215,36 @@ def _sort(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[tuple[str, 
     if refused:
         listed = "; ".join(f"{n} × {reason}, {example[reason]!r} first" for reason, n in refused.items())
         raise UnsupportedError(f"{file.path}: refused: not supported: {listed}; {INSTEAD}")
-    for name, factors in pairs.items():
+    for name, factors in found.items():
         missing = {"A", "B"} - factors.keys()
-        if missing:
+        if method is None and missing:
             have = ", ".join(f"lora_{f}" if f in "AB" else "a magnitude" for f in factors)
             raise FormatError(f"{file.path}: module {name!r} has {have} but not its partner; save the adapter again")
-    return pairs, rest
+    return {name: {**factors, **shared} for name, factors in found.items()}, rest
+
+
+def _method(name: str, tensors: Mapping[str, str], file: TensorFile, config: Mapping[str, Any]) -> MethodModule:
+    """A module of another method than LoRA."""
+    key = str(config["peft_type"])
+    infos = {role: file.header.by_name[tensor] for role, tensor in tensors.items()}
+    for info in infos.values():
+        encoding_of(info, str(file.path))
+    shapes = {role: info.shape for role, info in infos.items()}
+    where = file.path.with_name(CONFIG_NAME)
+    rank, scale = 0, 1.0
+    if METHODS[key].scaled:
+        rank = int(config_number(config, "rank_pattern", "r", name, where))
+        scale = finite_scale(
+            config_number(config, "alpha_pattern", "alpha", name, where) / rank if rank else 0.0, name, where
+        )
+    return MethodModule(name, key, dict(tensors), shapes, rank, scale)
 
 
 def _carried(
     role: str,
     match: re.Match[str],
     source: str,
-    modules: Mapping[str, LoraModule],
+    modules: Mapping[str, Module],
     file: TensorFile,
     config: Mapping[str, Any],
 ) -> Carried:
@@ -327,29 +304,6 @@ def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Map
     return LoraModule(name, a.name, b.name, rank, scale, shape, form, a.shape[2:], magnitude)
 
 
-def scale_of(name: str, rank: int, config: Mapping[str, Any], where: Path) -> float:
-    """The scale that the config gives a module of this rank.
-
-    Raises
-    ------
-    MismatchError, FormatError
-        If the config has another rank, or no usable number.
-    """
-    stated = _number(config, "rank_pattern", "r", name, where, default=rank)
-    if stated != rank:
-        raise MismatchError(
-            f"{where}: module {name!r}: expected rank {stated:g} by the config, found {rank} rows in lora_A; "
-            "config and weights are not of one adapter"
-        )
-    alpha = _number(config, "alpha_pattern", "lora_alpha", name, where)
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    if not math.isfinite(scale) or scale == 0:
-        raise FormatError(
-            f"{where}: module {name!r}: alpha {alpha!r} gives a scale of {scale!r}; expected a finite number, not 0"
-        )
-    return scale
-
-
 def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
     """What kind of layer the factors are of, by their names and dimensions."""
     by_name = {classify(normalize(info.name))[0].role for info in (a, b)}
@@ -370,26 +324,3 @@ def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
             f"whose delta is not the product of its factors; {INSTEAD}"
         )
     return "convolution"
-
-
-def _number(
-    config: Mapping[str, Any], pattern_key: str, key: str, module: str, where: Path, default: float | None = None
-) -> float:
-    patterns = config.get(pattern_key) or {}
-    if not isinstance(patterns, dict):
-        raise FormatError(f"{where}: {pattern_key}: expected an object, found {type(patterns).__name__}")
-    value = patterns.get(_pattern_for(patterns, module, where), config.get(key, default))
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FormatError(f"{where}: {key} of module {module!r}: expected a number, found {value!r}")
-    return float(value)
-
-
-def _pattern_for(patterns: Iterable[str], module: str, where: Path) -> str:
-    """PEFT's own rule: the first key, in the config's order, that matches a tail of the module's path."""
-    for key in patterns:
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return key
-        except (re.error, OverflowError, RecursionError) as e:
-            raise FormatError(f"{where}: pattern {key!r} is not a regular expression: {e}") from None
-    return module

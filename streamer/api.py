@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from streamer.apply import AdapterSink, Job, ModelSink, merged_tensors, run_job
+from streamer.converted import LoraSink
 from streamer.errors import MismatchError
 from streamer.events import Event, Monitor, OnEvent
 from streamer.findings import Findings, load_findings
@@ -29,6 +30,7 @@ def detect_intruder_dimensions(
     max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
+    base_is_residual: bool = False,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -50,6 +52,8 @@ def detect_intruder_dimensions(
         ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
     io
         ``mmap``, or ``pread`` for network file systems.
+    base_is_residual
+        The base is the residual that PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left when the adapter was initialised.
     resume, overwrite
         Whether to take up an interrupted run, and whether to replace what stands at `output`.
     on_event
@@ -69,7 +73,7 @@ def detect_intruder_dimensions(
     """
     options = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
     where = choose_device(device)
-    plan = make_plan(base, adapter, io)
+    plan = make_plan(base, adapter, io, base_is_residual)
     monitor = monitor or Monitor(on_event)
     for warning in plan.warnings:
         monitor.emit(Event("warning", warning))
@@ -90,10 +94,12 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     method: Method = "paper",
     scale: Scale = "all",
+    to_lora: int | None = None,
     solver: str = "auto",
     max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
+    base_is_residual: bool = False,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -106,7 +112,7 @@ def reduce_intruder_dimension(
 
     Parameters
     ----------
-    base, adapter, top_k, threshold_epsilon, solver, max_memory, device, io, on_event, monitor
+    base, adapter, top_k, threshold_epsilon, solver, max_memory, device, io, base_is_residual, on_event, monitor
         See `detect_intruder_dimensions`.
     output
         Directory to write: a PEFT adapter.
@@ -115,6 +121,9 @@ def reduce_intruder_dimension(
         adapter and options, or refused.
     mitigation_lambda, method, scale
         See `streamer.intruders.MitigationOptions`.
+    to_lora
+        Write a LoRA adapter of this rank, whatever the kind of the given one; the record says what relative norm the rank left out.
+        Without it the output is of the given adapter's kind, which must be LoRA, and not DoRA.
     resume, overwrite
         Whether to take up an interrupted run, and whether to replace another output.
 
@@ -130,8 +139,9 @@ def reduce_intruder_dimension(
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    job = prepare(base, adapter, mitigation, detection, findings, device, io)
-    return run_job(AdapterSink(job, Path(output)), _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
+    job = prepare(base, adapter, mitigation, detection, findings, device, io, base_is_residual)
+    sink = AdapterSink(job, Path(output)) if to_lora is None else LoraSink(job, Path(output), to_lora)
+    return run_job(sink, _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
 
 
 def merge_with_reduced_intruder_dimensions(
@@ -150,6 +160,7 @@ def merge_with_reduced_intruder_dimensions(
     max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
+    base_is_residual: bool = False,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -164,7 +175,7 @@ def merge_with_reduced_intruder_dimensions(
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    job = prepare(base, adapter, mitigation, detection, findings, device, io, dequantize)
+    job = prepare(base, adapter, mitigation, detection, findings, device, io, base_is_residual, dequantize)
     return run_job(ModelSink(job, Path(output)), _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
 
 
@@ -183,6 +194,7 @@ def iter_merged(
     max_memory: int | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
+    base_is_residual: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time.
 
@@ -192,7 +204,8 @@ def iter_merged(
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    return merged_tensors(prepare(base, adapter, mitigation, detection, findings, device, io, dequantize), Monitor())
+    job = prepare(base, adapter, mitigation, detection, findings, device, io, base_is_residual, dequantize)
+    return merged_tensors(job, Monitor())
 
 
 def prepare(
@@ -203,12 +216,13 @@ def prepare(
     findings: Findings | str | Path | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
+    base_is_residual: bool = False,
     dequantize: bool = False,
 ) -> Job:
     """Open and check everything that a mitigation reads; nothing is written."""
     where = choose_device(device)
     loaded = load_findings(findings) if isinstance(findings, str | Path) else findings
-    plan = make_plan(base, adapter, io)
+    plan = make_plan(base, adapter, io, base_is_residual)
     if loaded is not None:
         loaded.check_matches(plan.base_identity, plan.adapter_identity, detection)
         shapes = {m.tensor: m.shape for m in loaded}

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule
+from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.bases.dequantize import STALE
 from streamer.encodings import ENCODINGS, TORCH_DTYPES, as_bytes, as_tensor, encode
 from streamer.errors import NumericError, UnsupportedError
@@ -25,12 +25,13 @@ from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import LowRank, all_finite
 from streamer.merged import MergedModel, plan_merged
 from streamer.merging import one_thread, repeats
+from streamer.modules import LoraModule
 from streamer.pipeline import detect_matrix, detect_to_file
 from streamer.plan import Plan, left_out, other_files
 from streamer.storage.atomic import Buffer, locked
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
-from streamer.storage.shards import Source, like, write_shard
+from streamer.storage.shards import ShardPlan, Source, like, write_shard
 from streamer.storage.transaction import (
     LOCK_NAME,
     RECORD_NAME,
@@ -160,14 +161,14 @@ class AdapterSink:
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
-        dense = [t.module.name for t in plan.targets if not t.module.low_rank]
+        dense = [t.module.name for t in plan.targets if not (isinstance(t.module, LoraModule) and t.module.low_rank)]
         if dense and job.options.mitigation_lambda != 1:
             raise UnsupportedError(
                 f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
-                "adapter; `streamer merge` writes it into the base"
+                "adapter; `streamer merge` writes it into the base, and --to-lora RANK as a LoRA adapter"
             )
         self.job = job
-        self.shards = {WEIGHTS_NAME: like(WEIGHTS_NAME, plan.adapter.file.header)}
+        self.shards: Mapping[str, ShardPlan] = {WEIGHTS_NAME: like(WEIGHTS_NAME, plan.adapter.file.header)}
         self.edited: Mapping[str, bytes] = {}
         self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
@@ -175,7 +176,7 @@ class AdapterSink:
         self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME))
         self._of: dict[str, list[Target]] = {}
         for target in plan.targets:
-            for name in (n for m in self._modules(target) for n in (m.a, m.b)):
+            for name in self._tensors(target):
                 self._of.setdefault(name, []).append(target)
         self._ready: dict[str, Tensor] = {}
 
@@ -194,20 +195,31 @@ class AdapterSink:
 
         return pour
 
-    def _modules(self, target: Target) -> list[LoraModule]:
-        """The target's module, and the one that holds its factors once more."""
-        mirrors = self.job.plan.mirrors
-        return [target.module, *([mirrors[target.module.name]] if target.module.name in mirrors else [])]
+    def _mirror(self, target: Target) -> LoraModule | None:
+        """The module that holds the target's factors once more."""
+        return self.job.plan.mirrors.get(target.module.name)
+
+    def _tensors(self, target: Target) -> list[str]:
+        """Names of the tensors that a mitigation of the target would change."""
+        if not isinstance(target.module, LoraModule):
+            return list(target.module.tensors.values())
+        mirror = self._mirror(target)
+        return [target.module.a, target.module.b, *([mirror.a, mirror.b] if mirror else [])]
 
     def _all_factors(self, targets: list[Target], figures: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The tensors that hold the factors of these targets: of one module, or of all experts of a layer; empty ones stay as they are."""
         new = [(target.module, self._factors(target, figures)) for target in targets]
         module, factors = new[0]
-        if module.expert is None or not any(t.numel() for _, f in new for t in f.values()):
+        if (
+            not isinstance(module, LoraModule)
+            or module.expert is None
+            or not any(t.numel() for _, f in new for t in f.values())
+        ):
             return factors
         whole = {name: self.job.plan.adapter.stored(name).clone() for name in (module.a, module.b)}
-        for module, factors in new:
-            for name, part in zip((module.a, module.b), module.parts, strict=True):
+        for expert, factors in new:
+            assert isinstance(expert, LoraModule)
+            for name, part in zip((expert.a, expert.b), expert.parts, strict=True):
                 if factors[name].numel():
                     whole[name][part] = factors[name]
         return whole
@@ -217,13 +229,14 @@ class AdapterSink:
         delta, after, found = self.job.mitigated(target)
         if after is delta:
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
-            return {name: torch.empty(0) for m in self._modules(target) for name in (m.a, m.b)}
+            return {name: torch.empty(0) for name in self._tensors(target)}
         assert isinstance(after, LowRank)
+        assert isinstance(module, LoraModule)
         B, A, dropped = back_project(after, module.rank, module.scale)
         if module.turned:
             A, B = B.T, A.T
         factors = {module.a: A, module.b: B}
-        for mirror in self._modules(target)[1:]:
+        if mirror := self._mirror(target):
             factors |= {mirror.a: B.T, mirror.b: A.T}
         out = {}
         for name, factor in factors.items():
@@ -244,7 +257,7 @@ class ModelSink:
         base = job.plan.base
         self.job = job
         self.model = plan_merged(job.plan, job.dequantize)
-        self.shards = self.model.shards()
+        self.shards: Mapping[str, ShardPlan] = self.model.shards()
         self.edited: Mapping[str, bytes] = self.model.texts
         self.finals: Mapping[str, bytes] = self.model.finals(self.shards)
         # An adapter that lies in the base's directory is no part of the merged model.
@@ -276,18 +289,31 @@ class ModelSink:
         return pour
 
 
-Sink = AdapterSink | ModelSink
+class Sink(Protocol):
+    """What is written: the files, in order, and where the bytes of their tensors come from."""
+
+    command: str
+    job: Job
+    shards: Mapping[str, ShardPlan]
+    edited: Mapping[str, bytes]
+    finals: Mapping[str, bytes]
+    copies: list[tuple[str, Path]]
+    left_out: list[str]
+    output: OutputPlan
+
+    def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
+        """Bytes of each tensor of one file; appends the figures of its matrices."""
 
 
-def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...]) -> OutputPlan:
-    """What the sink will write, in the order of writing, the commit point last."""
+def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: Any) -> OutputPlan:
+    """What the sink will write, in the order of writing, the commit point last; `decisions` besides the job's tell it from others."""
     copies = [(name, p.stat().st_size) for name, p in sink.copies]
     edited = [(name, len(data)) for name, data in sink.edited.items()]
     shards = [(name, shard.nbytes) for name, shard in sink.shards.items()]
     finals = [(name, len(data)) for name, data in sink.finals.items()]
     files = (*copies, *edited, *shards, *finals)
     plan = sink.job.plan
-    digest = plan.digest(command=sink.command, files=files, **sink.job.decisions())
+    digest = plan.digest(command=sink.command, files=files, **sink.job.decisions(), **decisions)
     return OutputPlan(path, files, digest, plan.stamps(), plan.inputs, rivals)
 
 

@@ -10,10 +10,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamer.adapter import CONFIG_NAME, Adapter, Carried
+from streamer.adapter import CONFIG_NAME, Adapter
 from streamer.bases.weight import Part
 from streamer.encodings import encoding_of
 from streamer.errors import MismatchError, UnsupportedError
+from streamer.modules import Carried
 from streamer.renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo

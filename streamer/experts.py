@@ -14,13 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamer.adapter import CONFIG_NAME, Adapter, LoraModule, scale_of
+from streamer.adapter import CONFIG_NAME, Adapter
 from streamer.bases.below import Below
 from streamer.bases.registry import Weights
 from streamer.bases.weight import Weight
 from streamer.errors import MismatchError, UnsupportedError
+from streamer.modules import LoraModule
 from streamer.names import Match
 from streamer.renames import CONCATENATE, MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, Renames
+from streamer.scales import scale_of
 from streamer.targets import Place, Target, misfits
 from streamer.wrapped import Wrapped
 
@@ -267,7 +269,7 @@ def _targets(
             LoraModule(f"{name}[{e}]", a, b, rank, scale, stack.shape, "expert", expert=(e, experts), turned=turned),
             stack.transposed,
             match,
-            places,
+            pieces=places,
         )
         for e, places in enumerate(stack.experts)
     ]

@@ -11,18 +11,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from streamer.methods import METHODS, Method
+
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "default", "true", "false"}
 
 
 @dataclass(frozen=True)
 class ConfigRule:
-    """A refusal by `adapter_config.json`: a key, when its value is refused, and what to say."""
+    """A refusal by `adapter_config.json`: a key, when its value is refused, and what to say.
+
+    One that is `residual` falls where the user states that the base is the residual that the adapter was trained on.
+    """
 
     key: str
     refuses: Callable[[Any], bool]
     kind: str
     reason: str
+    residual: bool = False
 
 
 def _residual_init(value: object) -> bool:
@@ -37,10 +43,11 @@ _NOT_YET = "is not supported"
 
 CONFIG_RULES: tuple[ConfigRule, ...] = (
     ConfigRule("init_lora_weights", _residual_init, "residual-base initialisation",
-               "its delta is relative to a residual of the base that is not on disk; "
-               "save the adapter again with path_initial_model_for_weight_conversion"),
+               "its delta is relative to a residual of the base; save the adapter again with path_initial_model_for_weight_conversion, "
+               "or give the residual as the base and pass --base-is-residual", residual=True),
     ConfigRule("init_lora_weights", _unknown_init, "unknown initialisation", "it may have changed the base"),
-    ConfigRule("loftq_config", bool, "LoftQ", "its delta is relative to a quantized residual that is not on disk"),
+    ConfigRule("loftq_config", bool, "LoftQ", "its delta is relative to a quantized base with its residual left out; give that one as "
+               "the base and pass --base-is-residual", residual=True),
     ConfigRule("alora_invocation_tokens", bool, "aLoRA", "acts on some tokens only, which no merged weight can express"),
     ConfigRule("arrow_config", bool, "Arrow", "routes between adapters at run time, which no merged weight can express"),
     ConfigRule("use_qalora", bool, "QALoRA", "pools its input, so lora_A does not have the base's width"),
@@ -62,16 +69,32 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-def config_refusals(config: Mapping[str, Any]) -> list[str]:
+def is_residual(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter with this config is relative to a residual of its base."""
+    return any(rule.residual and rule.refuses(config.get(rule.key)) for rule in CONFIG_RULES)
+
+
+def config_refusals(config: Mapping[str, Any], base_is_residual: bool = False) -> list[str]:
     """Why an adapter with this config is refused: one phrase a reason, empty if it is handled."""
     peft_type = config.get("peft_type", "LORA")
+    if isinstance(peft_type, str) and peft_type in METHODS:
+        return _method_refusals(METHODS[peft_type], config)
     if peft_type != "LORA":
-        return [f"{peft_type} adapter: only LoRA is supported"]
-    reasons = [f"{rule.kind}: {rule.reason}" for rule in CONFIG_RULES if rule.refuses(config.get(rule.key))]
+        return [f"{peft_type} adapter: its change of the weights is not known here"]
+    rules = [rule for rule in CONFIG_RULES if not (rule.residual and base_is_residual)]
+    reasons = [f"{rule.kind}: {rule.reason}" for rule in rules if rule.refuses(config.get(rule.key))]
     known = _HARMLESS | {rule.key for rule in CONFIG_RULES}
     for key, value in config.items():
         # A later PEFT may know variants that we do not: one that is switched on is refused, anything else is ignored.
         if key not in known and value and re.search(r"^use_|_config$|^is_", key):
+            reasons.append(f"unknown variant {key}={value!r}: it may change what the tensors mean")
+    return reasons
+
+
+def _method_refusals(method: Method, config: Mapping[str, Any]) -> list[str]:
+    reasons = [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
+    for key, value in config.items():
+        if value and key not in method.options and re.search(r"^use_|_config$|^is_|^layer_replication$", key):
             reasons.append(f"unknown variant {key}={value!r}: it may change what the tensors mean")
     return reasons
 
@@ -87,6 +110,9 @@ class TensorRule:
     role: str
     refusal: str = ""
 
+
+FACTORS = ("factor", "embedding", "magnitude")
+"""Roles of the tensors that make a LoRA module."""
 
 _ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
 

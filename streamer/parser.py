@@ -62,6 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
     reading = argparse.ArgumentParser(add_help=False)
     reading.add_argument("--io", choices=["mmap", "pread"], default="mmap",
                          help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
+    reading.add_argument(
+        "--base-is-residual",
+        action="store_true",
+        help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained",
+    )
 
     computing = argparse.ArgumentParser(add_help=False)
     g = computing.add_argument_group("detection")
@@ -113,6 +118,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", required=True, metavar="FILE", help="findings file to write")
     sub = command("mitigate", "write a mitigated adapter", reading, mitigating, computing, writing)
     inputs(sub)
+    sub.add_argument(
+        "--to-lora",
+        type=int,
+        metavar="RANK",
+        help="write a LoRA adapter of this rank, whatever kind ADAPTER is of; what the rank leaves out is reported",
+    )
     sub.add_argument("-o", "--output", required=True, metavar="DIR", help="adapter directory to write")
     sub = command(
         "merge", "write the base with the mitigated adapter merged in", reading, mitigating, computing, writing

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from streamer import tied
 from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
-from streamer.adapter import Adapter, LoraModule, open_adapter
+from streamer.adapter import Adapter, open_adapter
 from streamer.bases.registry import Weights
 from streamer.bases.weight import Part
 from streamer.changes import Changes, match_changes
 from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
 from streamer.experts import expert_weight, match_experts, parameters_of
 from streamer.linalg.deltas import Delta
+from streamer.modules import LoraModule
 from streamer.names import match_names
 from streamer.provenance import provenance_notes
 from streamer.renames import renames_for
@@ -92,13 +93,10 @@ class Plan:
 
     def delta(self, target: Target, base: Tensor | None = None) -> Delta:
         """What the adapter adds to a matrix, (out, in); dense where it is not of low rank, from W0 as it is stored."""
-        module = target.module
-        if module.low_rank:
-            return self.adapter.delta(module)
-        if base is None:
+        if base is None and not target.module.low_rank:
             weight = self.weights[target.tensor]
             base = weight.whole(torch.device("cpu")).reshape(weight.matrix)
-        return self.adapter.dense_delta(module, base.T if target.transposed else base)
+        return self.adapter.change(target.module, base.T if base is not None and target.transposed else base)
 
     @cached_property
     def base_identity(self) -> dict[str, Any]:
@@ -152,7 +150,7 @@ class Plan:
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Plan:
+def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> Plan:
     """Open and match a base and an adapter.
 
     Raises
@@ -160,7 +158,7 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Pla
     InputError
         If either is bad, refused, or they do not belong together. Nothing has been written.
     """
-    opened = open_adapter(adapter, io)
+    opened = open_adapter(adapter, io, base_is_residual)
     checkpoint = open_checkpoint(base, io)
     extra = [opened.path / ADAPTER_CONFIG, *(path for _, path in other_files(opened.path))]
     config: dict[str, Any] = {}

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamer.adapter import Adapter, LoraModule
+from streamer.adapter import Adapter
 from streamer.bases.registry import Weights
 from streamer.bases.weight import Coded
 from streamer.errors import MismatchError
+from streamer.modules import MethodModule, Module
 from streamer.names import Match
 
 # Models whose linear layers are Conv1D modules, stored (in, out).
@@ -56,15 +57,26 @@ class Target:
     """
 
     tensor: str
-    module: LoraModule
+    module: Module
     transposed: bool
     match: Match
+    stored: tuple[int, ...] = ()
     pieces: tuple[Place, ...] = ()
 
     @property
     def places(self) -> tuple[Place, ...]:
         """Where its rows stand."""
         return self.pieces or (Place(self.tensor),)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Dimensions of a convolution's kernel."""
+        return self.stored[2:]
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the weight is an embedding's, looked up and not multiplied."""
+        return self.module.form == "embedding"
 
 
 def match_targets(
@@ -94,19 +106,20 @@ def match_targets(
         weight = weights[found]
         shape, coded = weight.shape, isinstance(weight, Coded)  # quantizers store every kind of layer as (out, in)
         conv1d = config.get("model_type") in CONV1D_MODELS and not coded
-        fits, transposed = _orient(shape, module, adapter.fan_in_fan_out and not coded, conv1d)
-        if fits and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
+        placed, transposed = _place(module, shape, adapter.fan_in_fan_out and not coded, conv1d)
+        if placed and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
             problems.append(
                 f"{name!r}: is square, {config['model_type']} stores such layers as (in, out), but the adapter's config says "
                 "fan_in_fan_out=false, as PEFT also writes where it wrapped a Linear last: set it to true in "
                 "adapter_config.json if this layer is a Conv1D"
             )
-        elif not fits:
-            problems.append(f"{name!r}: expected shape {list(module.weight)} in the base, {found!r} has {list(shape)}")
+        elif placed is None:
+            problems.append(f"{name!r}: expected {module.expected} in the base, {found!r} has {list(shape)}")
         elif found in targets:
             problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
         else:
-            targets[found] = Target(found, module, transposed, match)
+            assert placed is not None
+            targets[found] = Target(found, placed, transposed, match, shape)
     if problems:
         raise MismatchError(misfits(problems, len(names), adapter, weights))
     return [targets[name] for name in weights if name in targets]
@@ -122,16 +135,23 @@ def misfits(problems: Sequence[str], of: int, adapter: Adapter, weights: Weights
     )
 
 
-def _orient(shape: tuple[int, ...], module: LoraModule, fan_in_fan_out: bool, conv1d: bool) -> tuple[bool, bool]:
-    """Does the shape fit, and is it transposed? Where it is square, the adapter's config must tell.
+def _place(module: Module, shape: tuple[int, ...], fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
+    """The module on a weight of this shape, None if it does not fit, and whether the weight is stored transposed.
 
-    PEFT sets the config's flag to what suits the layer that it wrapped last, so in a model of Conv1D and Linear layers it is true
-    of some of them only: a shape that fits one way alone goes that way where the flag or the kind of model allows it.
+    Where it is square, the adapter's config must tell. PEFT sets the config's flag to what suits the layer that it wrapped last, so in
+    a model of Conv1D and Linear layers it is true of some of them only: a shape that fits one way alone goes that way where the flag or
+    the kind of model allows it.
     """
+    if isinstance(module, MethodModule):
+        if module.form == "embedding":
+            return module.on(shape, True), True
+        straight, turned = module.on(shape, False), module.on(shape, True) if fan_in_fan_out or conv1d else None
+        transposed = turned is not None and (fan_in_fan_out or straight is None)
+        return (turned if transposed else straight), transposed
     if module.form != "linear":
-        return shape == module.weight, module.form == "embedding"
+        return module if shape == module.weight else None, module.form == "embedding"
     wanted = module.shape
     if wanted[0] == wanted[1]:
-        return shape == wanted, fan_in_fan_out
+        return module if shape == wanted else None, fan_in_fan_out
     transposed = shape == wanted[::-1]
-    return shape == wanted or (transposed and (fan_in_fan_out or conv1d)), transposed
+    return module if shape == wanted or (transposed and (fan_in_fan_out or conv1d)) else None, transposed

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamer.adapter import Adapter, LoraModule
+from streamer.adapter import Adapter
 from streamer.bases.weight import Part
 from streamer.changes import Changes
 from streamer.errors import UnsupportedError
+from streamer.modules import LoraModule
 from streamer.storage.checkpoint import Checkpoint
 
 KEY = "tie_word_embeddings"
@@ -160,6 +161,8 @@ def mirrored(tie: Tie | None, adapter: Adapter, matched: Mapping[str, str]) -> d
     if tie.embedding not in by_tensor or tie.head not in by_tensor:
         return {}
     embedding, head = adapter.modules[by_tensor[tie.embedding]], adapter.modules[by_tensor[tie.head]]
+    if not isinstance(embedding, LoraModule) or not isinstance(head, LoraModule):
+        return {}
     if head.shape != embedding.shape[::-1] or head.rank != embedding.rank or head.scale != embedding.scale:
         raise UnsupportedError(
             f"{adapter.path}: says ensure_weight_tying, but the factors of {embedding.name!r} and {head.name!r} are not of one delta"

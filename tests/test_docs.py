@@ -97,3 +97,9 @@ def test_public_names_resolve_and_are_documented() -> None:
     for name in streamer.__all__:
         assert getattr(streamer, name).__doc__, name
     assert not hasattr(streamer, "no_such_name")
+
+
+def test_the_table_of_kinds_is_the_registrys() -> None:
+    from streamer.support import support_table
+
+    assert support_table() in (ROOT / "README.md").read_text()

@@ -285,13 +285,34 @@ def lora(**config: object) -> peft.LoraConfig:
 
 REFUSED = {
     "layer_replication": (lambda: lora(layer_replication=[[0, 2], [1, 2]]), "layer replication: the model has layers"),
-    "PiSSA": (lambda: lora(init_lora_weights="pissa"), "residual of the base that is not on disk"),
+    "PiSSA": (lambda: lora(init_lora_weights="pissa"), "its delta is relative to a residual of the base"),
     "OLoRA": (lambda: lora(init_lora_weights="olora"), "path_initial_model_for_weight_conversion"),
-    "QALoRA": (lambda: lora(use_qalora=True), "QALoRA: pools its input"),
-    "LoHa": (lambda: peft.LoHaConfig(target_modules=["q_proj"]), "LOHA adapter: only LoRA is supported"),
-    "LoKr": (lambda: peft.LoKrConfig(target_modules=["q_proj"]), "LOKR adapter"),
-    "AdaLoRA": (lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10), "ADALORA adapter"),
-    "VeRA": (lambda: peft.VeraConfig(target_modules=["q_proj"]), "VERA adapter"),
+    "aLoRA": (
+        lambda: lora(alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"),
+        "aLoRA: acts on some tokens only, which no merged weight can express",
+    ),
+    "QALoRA": (lambda: lora(use_qalora=True), "QALoRA: pools its input, so lora_A does not have the base's width"),
+    "BD-LoRA": (
+        lambda: lora(use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)),
+        "BD-LoRA: stores block-diagonal factors",
+    ),
+    "KaSA": (
+        lambda: lora(kasa_config=peft.KasaConfig()),
+        "KaSA: changes the base and adds a diagonal between the factors",
+    ),
+    "MonteCLoRA": (lambda: lora(monteclora_config=peft.MontecloraConfig()), "MonteCLoRA: samples its factors"),
+    "VeLoRA": (
+        lambda: lora(velora_config=peft.VeloraConfig()),
+        "VeLoRA: is not supported: it keeps buffers beside the factors",
+    ),
+    "VeRA without its projections": (
+        lambda: peft.VeraConfig(target_modules=["q_proj"], save_projection=False),
+        "VeRA: its projections are not in the file (save_projection=false)",
+    ),
+    "HRA": (
+        lambda: peft.HRAConfig(target_modules=["q_proj"]),
+        "HRA adapter: its change of the weights is not known here",
+    ),
     "IA3": (lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3 adapter"),
     "prompt": (lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING adapter"),
 }
@@ -313,7 +334,10 @@ def save_peft(config: peft.PeftConfig, path: Path) -> Path:
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_kind_that_is_refused(llama_base: Path, tmp_path: Path, kind: str) -> None:
     config, words = REFUSED[kind]
-    adapter = save_peft(config(), tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = config()
+    adapter = save_peft(made, tmp_path / "adapter")
     refuse_everywhere(llama_base, adapter, tmp_path, 3, f"{adapter}/adapter_", "refused: ", words,
                       "merge such an adapter with PEFT instead")  # fmt: skip
 
@@ -326,6 +350,50 @@ def test_an_adapter_that_peft_saved_is_taken(llama_base: Path, tmp_path: Path, i
     assert json.loads(done.out)["totals"]["matrices"] == 14
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as f:
         assert len(f.keys()) == 28
+
+
+def test_an_arrow_router_is_refused(llama_base: Path, tmp_path: Path) -> None:
+    """It needs the adapters that it routes between."""
+    save_peft(lora(), tmp_path / "one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.create_arrow_model(
+            llama(), task_specific_adapter_paths=[str(tmp_path / "one")], arrow_config=peft.ArrowConfig(top_k=1)
+        )
+        model.save_pretrained(tmp_path / "saved", selected_adapters=["arrow_router"])
+    refuse_everywhere(llama_base, tmp_path / "saved" / "arrow_router", tmp_path, 3, "refused: ",
+                      "Arrow: routes between adapters at run time, which no merged weight can express")  # fmt: skip
+
+
+def test_a_megatron_adapter_is_refused(llama_base: Path, tmp_path: Path) -> None:
+    """PEFT makes one only where Megatron is installed: the config of a plain one is given what it would say."""
+    adapter = save_peft(lora(), tmp_path / "adapter")
+    tree = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(tree | {"megatron_config": {"hidden_size": 32}}))
+    refuse_everywhere(llama_base, adapter, tmp_path, 3,
+                      "Megatron LoRA: its tensors are split over ranks; convert it to plain PEFT first")  # fmt: skip
+
+
+def test_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3, groups=2))
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT knows no config of such a model
+        peft.get_peft_model(model, lora(target_modules=["0"])).save_pretrained(tmp_path / "adapter")
+    refuse_everywhere(tmp_path / "base", tmp_path / "adapter", tmp_path, 3, "LoRA on a convolution with 2 groups")
+
+
+def test_what_dora_and_other_methods_cannot_write(llama_base: Path, tmp_path: Path) -> None:
+    for name, config in {"DoRA": lora(use_dora=True), "LoHa": peft.LoHaConfig(target_modules=["q_proj"])}.items():
+        adapter = save_peft(config, tmp_path / name)
+        line = refuse("mitigate", llama_base, adapter, tmp_path, 3, "--method", "shrink")
+        assert (
+            "the mitigated delta of 'model.layers.0.self_attn.q_proj' (and 1 more) has no form in this kind of adapter"
+            in line
+        )
+        assert "`streamer merge` writes it into the base" in line
+        assert server().run("mitigate", llama_base, adapter, "-o", tmp_path / f"same-{name}", "--lambda", "1").code == 0
 
 
 def test_all_reasons_are_told_at_once(llama_base: Path, tmp_path: Path) -> None:

@@ -7,18 +7,20 @@ to the base's dtype. Columns: the largest difference to it relative to the tenso
 own dtype, which in bf16 rounds the delta and then the sum; the share of values that differ from the exact sum rounded once; the logits of
 the merged directory as transformers loads it against those of PEFT's model with its adapter; the singular values of `detect` against
 float64 SVDs of the effective matrices, whose decisions must agree; merges at λ = 0.5 by each method against its formula in float64;
-and our merge at λ = 0.5 against PEFT's merge of our mitigated adapter.
+and our merge at λ = 0.5 against PEFT's merge of our mitigated adapter, and of its conversion to LoRA.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -78,6 +80,9 @@ def convolutions(dimensions: int) -> Callable[[], nn.Module]:
     return lambda: Convolutions(dimensions)
 
 
+CONVOLUTIONS = ["wide", "pointwise", "strided"]
+
+
 @dataclass
 class Kind:
     """One kind of adapter.
@@ -94,6 +99,10 @@ class Kind:
         Changes the loaded model before PEFT wraps it: grows its vocabulary, say.
     mitigate
         Whether this route takes the kind.
+    plain
+        Whether a plain LoRA adapter can say all that this one says.
+    residual
+        Whether PEFT takes something off the base when it makes the adapter: the base is what it leaves then.
     shared
         Whether PEFT's merge may work on a model whose embedding and lm_head are one tensor; it adds to both what belongs to one.
     """
@@ -104,7 +113,13 @@ class Kind:
     prepare: Callable[[nn.Module], None] = lambda model: None
     mitigate: bool = True
     shared: bool = True
-    options: Mapping[str, object] = field(default_factory=dict)
+    residual: bool = False
+
+    plain: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"base_is_residual": True} if self.residual else {}
 
 
 def lora(*targets: str, **options) -> Callable[[], peft.PeftConfig]:
@@ -128,14 +143,14 @@ KINDS: dict[str, Kind] = {
     "embedding, resized": Kind(llama(), lora("embed_tokens", "lm_head"), prepare=grow),
     "conv1d": Kind(convolutions(1), lora("wide", "pointwise", "strided")),
     "conv2d": Kind(convolutions(2), lora("wide", "pointwise", "strided")),
-    "conv2d, lora_bias": Kind(convolutions(2), lora("wide", "pointwise", lora_bias=True)),
+    "conv2d, lora_bias": Kind(convolutions(2), lora("wide", "pointwise", lora_bias=True), plain=False),
     "conv3d": Kind(convolutions(3), lora("wide", "strided")),  # a kernel of 1x1x1 PEFT itself cannot merge
     "modules_to_save": Kind(llama(), lora("q_proj", modules_to_save=["lm_head", "layers.1.mlp"])),
     "modules_to_save, new": Kind(llama(), lora("q_proj", task_type="SEQ_CLS"), load=classifier),
     "bias=all": Kind(llama(attention_bias=True, mlp_bias=True), lora("q_proj", "up_proj", bias="all")),
     "bias=lora_only": Kind(llama(attention_bias=True, mlp_bias=True), lora("q_proj", "up_proj", bias="lora_only")),
-    "lora_bias": Kind(llama(attention_bias=True), lora("q_proj", "o_proj", lora_bias=True)),
-    "lora_bias, bias=all": Kind(llama(attention_bias=True), lora("q_proj", lora_bias=True, bias="all")),
+    "lora_bias": Kind(llama(attention_bias=True), lora("q_proj", "o_proj", lora_bias=True), plain=False),
+    "lora_bias, bias=all": Kind(llama(attention_bias=True), lora("q_proj", lora_bias=True, bias="all"), plain=False),
     "lm_head with its base": Kind(llama(), lora("q_proj", "lm_head")),
     "resized": Kind(llama(), lora("q_proj"), prepare=grow),
     "resized, saved modules": Kind(llama(), lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]), prepare=grow),
@@ -146,11 +161,48 @@ KINDS: dict[str, Kind] = {
     "DoRA, conv2d": Kind(convolutions(2), lora("wide", "pointwise", "strided", use_dora=True), mitigate=False),
     "DoRA, conv3d": Kind(convolutions(3), lora("wide", "strided", use_dora=True), mitigate=False),
     "DoRA, saved modules": Kind(llama(), lora("q_proj", use_dora=True, modules_to_save=["lm_head"]), mitigate=False),
+    "PiSSA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="pissa"), residual=True, plain=False),
+    "OLoRA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="olora"), residual=True, plain=False),
+    "LoHa": Kind(llama(), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
+    "LoHa, conv2d": Kind(convolutions(2), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
+    "LoHa, conv2d with cores": Kind(
+        convolutions(2), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=CONVOLUTIONS, use_effective_conv2d=True), mitigate=False
+    ),
+    "LoKr": Kind(llama(), lambda: peft.LoKrConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
+    "LoKr, both decomposed": Kind(
+        llama(), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=["q_proj"], decompose_both=True, decompose_factor=8), mitigate=False
+    ),
+    "LoKr, large rank": Kind(llama(), lambda: peft.LoKrConfig(r=40, alpha=8, target_modules=["q_proj", "up_proj"]), mitigate=False),
+    "LoKr, conv1d": Kind(convolutions(1), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
+    "LoKr, conv2d": Kind(convolutions(2), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
+    "LoKr, conv2d with cores": Kind(
+        convolutions(2), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=CONVOLUTIONS, use_effective_conv2d=True), mitigate=False
+    ),
+    "AdaLoRA": Kind(llama(), lambda: peft.AdaLoraConfig(init_r=6, lora_alpha=16, total_step=9, target_modules=["q_proj", "up_proj"]),
+                    mitigate=False),
+    "AdaLoRA, conv2d": Kind(convolutions(2), lambda: peft.AdaLoraConfig(init_r=6, target_r=3, total_step=10, target_modules=["wide"]),
+                            mitigate=False),
+    "VeRA": Kind(llama(), lambda: peft.VeraConfig(r=16, target_modules=["q_proj", "o_proj"], d_initial=1.0), mitigate=False),
+    "VeRA, shapes": Kind(llama(), lambda: peft.VeraConfig(r=16, target_modules=["k_proj", "down_proj"]), mitigate=False),
+    "OFT": Kind(llama(), lambda: peft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
+    "OFT, exact": Kind(
+        llama(), lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=["q_proj"], use_cayley_neumann=False), mitigate=False
+    ),
+    "OFT, shared, constrained": Kind(
+        llama(), lambda: peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], block_share=True, coft=True, eps=0.5), mitigate=False
+    ),
+    "OFT, three terms": Kind(
+        llama(), lambda: peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], num_cayley_neumann_terms=3), mitigate=False
+    ),
+    "OFT, conv2d": Kind(convolutions(2), lambda: peft.OFTConfig(oft_block_size=8, target_modules=["wide"]), mitigate=False),
+    "OFT, embedding": Kind(llama(), lambda: peft.OFTConfig(oft_block_size=8, target_modules=["embed_tokens"]), mitigate=False),
+    "BOFT": Kind(llama(), lambda: peft.BOFTConfig(boft_block_size=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
+    "BOFT, conv2d": Kind(convolutions(2), lambda: peft.BOFTConfig(boft_block_size=8, target_modules=["wide"]), mitigate=False),
     "tied, lm_head": Kind(tied, lora("q_proj", "lm_head"), shared=False),
     "tied, embedding": Kind(tied, lora("q_proj", "embed_tokens"), shared=False),
     "tied, both": Kind(tied, lora("lm_head", "embed_tokens"), shared=False),
-    "tied, one delta": Kind(tied, lora("q_proj", "embed_tokens", ensure_weight_tying=True), shared=False),
-    "tied, one delta of lm_head": Kind(tied, lora("q_proj", "lm_head", ensure_weight_tying=True), shared=False),
+    "tied, one delta": Kind(tied, lora("q_proj", "embed_tokens", ensure_weight_tying=True), shared=False, plain=False),
+    "tied, one delta of lm_head": Kind(tied, lora("q_proj", "lm_head", ensure_weight_tying=True), shared=False, plain=False),
     "tied, saved lm_head": Kind(tied, lora("q_proj", modules_to_save=["lm_head"]), shared=False),
     "tied, saved embedding": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens"]), shared=False),
     "tied, saved as one": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
@@ -189,7 +241,13 @@ class Made:
         return model.eval()
 
     def peft(self, adapter: Path, dtype: torch.dtype) -> peft.PeftModel:
-        return peft.PeftModel.from_pretrained(self.load(dtype), adapter, autocast_adapter_dtype=False).eval()
+        return self.wrap(self.load(dtype), adapter).eval()
+
+    def wrap(self, model: nn.Module, adapter: Path) -> peft.PeftModel:
+        config = peft.PeftConfig.from_pretrained(adapter)
+        if self.kind.residual:  # the base is the residual already
+            config.init_lora_weights = True
+        return peft.PeftModel.from_pretrained(model, adapter, config=config, autocast_adapter_dtype=False)
 
     def merged(self, adapter: Path | None = None, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """PEFT's merge, its values computed in `dtype`."""
@@ -198,7 +256,7 @@ class Made:
             if not self.kind.shared:
                 model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
                 model.config.tie_word_embeddings = False
-            wrapped = peft.PeftModel.from_pretrained(model, adapter or self.adapter, autocast_adapter_dtype=False)
+            wrapped = self.wrap(model, adapter or self.adapter)
             return wrapped.merge_and_unload().state_dict()
 
 
@@ -225,6 +283,8 @@ def make(name: str, dtype: torch.dtype, directory: Path) -> Made:
     with quiet():
         wrapped = peft.get_peft_model(made.load(dtype), kind.config())
         wrapped.base_model.model.name_or_path = str(base)
+        if kind.residual:
+            copy.deepcopy(wrapped).unload().save_pretrained(base)
         train(wrapped)
         wrapped.save_pretrained(made.adapter)
     return made
@@ -285,6 +345,7 @@ class Figures:
     decisions: int = 0
     half: float = 0.0
     mitigate: float | None = None
+    to_lora: float | None = None
     outputs: float | None = None
 
 
@@ -393,6 +454,16 @@ def compare_mitigation(made: Made, findings: streamer.Findings, directory: Path,
         assert torch.equal(tensor, ours[name]), name
 
 
+def compare_conversion(made: Made, findings: streamer.Findings, directory: Path, figures: Figures) -> None:
+    """The mitigated delta as a LoRA adapter, of a rank that leaves nothing out: PEFT's merge of it is our merge (``paper``, λ = 0.5)."""
+    options = {"findings": findings, "mitigation_lambda": 0.5, **made.kind.options}
+    record = streamer.reduce_intruder_dimension(made.base, made.adapter, directory / "lora", to_lora=48, **options)
+    assert record["totals"]["dropped_max"] < 1e-5
+    ours = dict(streamer.iter_merged(made.base, made.adapter, **options))
+    theirs = by_disk(made.merged(directory / "lora"), ours)
+    figures.to_lora = max(relative(ours[n], t) for n, t in theirs.items())
+
+
 def measure(name: str, dtype: torch.dtype, directory: Path) -> Figures:
     """Make a kind and compare every route."""
     made = make(name, dtype, directory)
@@ -403,17 +474,29 @@ def measure(name: str, dtype: torch.dtype, directory: Path) -> Figures:
         compare_methods(made, findings, figures)
         if made.kind.mitigate:
             compare_mitigation(made, findings, directory, figures)
+        if made.kind.plain:
+            compare_conversion(made, findings, directory, figures)
     return figures
 
 
 def main(chosen: list[str]) -> None:
-    head = ["merge", "to PEFT's", "rounded", "logits", "detect", "intruders", "methods", "mitigate"]
+    head = ["merge", "to PEFT's", "rounded", "logits", "detect", "intruders", "methods", "mitigate", "to LoRA"]
     print(f"{'kind':26} base  " + " ".join(f"{h:>9}" for h in head))
     for name in chosen or KINDS:
         for label, dtype in DTYPES.items():
             with tempfile.TemporaryDirectory() as directory:
                 f = measure(name, dtype, Path(directory))
-            cells = [f.merge, f.merge_in_dtype, f.off_by_one, f.outputs, f.sigma, f.decisions, f.half, f.mitigate]
+            cells = [
+                f.merge,
+                f.merge_in_dtype,
+                f.off_by_one,
+                f.outputs,
+                f.sigma,
+                f.decisions,
+                f.half,
+                f.mitigate,
+                f.to_lora,
+            ]
             shown = ["-" if c is None else str(c) if isinstance(c, int) else f"{c:.1e}" for c in cells]
             print(f"{name:26} {label:5} " + " ".join(f"{c:>9}" for c in shown), flush=True)
 

@@ -299,9 +299,7 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
         b = found.by_tensor[a.tensor]
         assert a.detection.intruders == b.detection.intruders
         assert a.detection.singular_values == pytest.approx(b.detection.singular_values, rel=1e-5)
-    with pytest.raises(
-        UnsupportedError, match=r"4 of the weights to merge into are quantized, .*_proj.* \(MXFP4\)"
-    ):
+    with pytest.raises(UnsupportedError, match=r"4 of the weights to merge into are quantized, .*_proj.* \(MXFP4\)"):
         streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", findings=found, top_k=5)
     expected = dict(streamer.iter_merged(tmp_path / "base", adapter, mitigation_lambda=1.0))
     got = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0, dequantize=True))

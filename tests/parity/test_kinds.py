@@ -8,9 +8,27 @@ import kinds_cases
 import pytest
 import torch
 
+# In bf16 by default what differs there: whose rounding it is, and what else is rounded than a sum.
+IN_BF16 = {
+    "linear",
+    "embedding",
+    "conv2d",
+    "modules_to_save",
+    "lora_bias",
+    "trainable tokens",
+    "DoRA",
+    "tied, embedding",
+    "LoHa",
+    "OFT",
+}
+CASES = [
+    pytest.param(kind, dtype, marks=[] if dtype == "fp32" or kind in IN_BF16 else [pytest.mark.slow])
+    for kind in kinds_cases.KINDS
+    for dtype in kinds_cases.DTYPES
+]
 
-@pytest.mark.parametrize("dtype", kinds_cases.DTYPES)
-@pytest.mark.parametrize("kind", kinds_cases.KINDS)
+
+@pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_a_kind(kind: str, dtype: str, tmp_path: Path) -> None:
     figures = kinds_cases.measure(kind, kinds_cases.DTYPES[dtype], tmp_path)
     eps = torch.finfo(kinds_cases.DTYPES[dtype]).eps
@@ -19,9 +37,12 @@ def test_a_kind(kind: str, dtype: str, tmp_path: Path) -> None:
     )  # value by value it is held to half a unit, and float32 sums
     assert figures.merge_in_dtype <= 4 * eps
     assert figures.sigma < 2e-6
-    assert figures.decisions > 0
+    if kinds_cases.KINDS[kind].mitigate or "DoRA" in kind:
+        assert figures.decisions > 0
     assert figures.half <= max(eps, 2e-5)  # singular vectors in float32, and their gaps
     if dtype == "bf16":
         assert figures.off_by_one < 2e-3  # float32 sums that fall on the other side of a tie
     if figures.mitigate is not None:
         assert figures.mitigate <= 4 * eps  # the factors were rounded as well
+    if figures.to_lora is not None:
+        assert figures.to_lora <= max(4 * eps, 2e-5)

@@ -1,0 +1,154 @@
+"""A mitigated delta of any kind as a LoRA adapter of a chosen rank: the nearest of that rank, and how far it is off."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
+from streamer.apply import Job, matrix_figures, output_plan
+from streamer.encodings import as_bytes
+from streamer.errors import UnsupportedError, UsageError
+from streamer.kinds import is_residual
+from streamer.linalg.deltas import Delta, norm
+from streamer.linalg.operators import Dense, LowRank
+from streamer.linalg.svd import krylov_triplets
+from streamer.plan import left_out, other_files
+from streamer.storage.atomic import Buffer
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from streamer.storage.header import TensorInfo
+from streamer.storage.shards import ShardPlan, Source, plan_shard
+from streamer.storage.transaction import RECORD_NAME
+from streamer.targets import Target
+
+SMALL = 1024
+"""Up to this many rows or columns a dense delta is truncated by LAPACK's SVD, and above by the Krylov solver."""
+
+
+class LoraSink:
+    """Writes the mitigated deltas as a LoRA adapter of rank `rank` and scale 1, in float32; what is carried along keeps its bytes."""
+
+    command = "mitigate"
+
+    def __init__(self, job: Job, path: Path, rank: int) -> None:
+        plan = job.plan
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise UsageError(f"to_lora: expected a rank from 1, found {rank!r}")
+        _refuse_what_a_plain_adapter_cannot_say(job)
+        self.job, self.rank = job, rank
+        self._of: dict[str, tuple[Target, str]] = {}
+        entries: list[tuple[str, str, Iterable[int]]] = []
+        for target in plan.targets:
+            for factor, (name, shape) in zip("AB", _tensors(target, rank), strict=True):
+                self._of[name] = target, factor
+                entries.append((name, "F32", shape))
+        own = plan.adapter.file.header
+        self._carried = {c.source: own.by_name[c.source] for c in plan.adapter.carried}
+        entries += [(name, info.dtype, info.shape) for name, info in self._carried.items()]
+        self.shards: Mapping[str, ShardPlan] = {WEIGHTS_NAME: plan_shard(WEIGHTS_NAME, entries, {"format": "pt"})}
+        self.edited: Mapping[str, bytes] = {}
+        self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
+        config = json.dumps(_config(job, rank), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        self.finals: Mapping[str, bytes] = {CONFIG_NAME: config.encode()}
+        self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
+        self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME), to_lora=rank)
+        self._ready: dict[str, Tensor] = {}
+
+    def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
+        """Bytes of each tensor; appends each matrix's figures, `dropped` being the relative norm of what the rank leaves out."""
+        file = self.job.plan.adapter.file
+
+        def pour(info: TensorInfo) -> Iterable[Buffer]:
+            if info.name in self._carried:
+                return file.chunks(self._carried[info.name])
+            target, factor = self._of[info.name]
+            if factor == "A":
+                self._ready = self._factors(target, figures)
+            return [as_bytes(self._ready.pop(factor))]
+
+        return pour
+
+    def _factors(self, target: Target, figures: list[dict[str, Any]]) -> dict[str, Tensor]:
+        delta, after, found = self.job.mitigated(target)
+        nearest = truncated(after, self.rank, target.tensor)
+        B, A = nearest.L.float(), nearest.R.T.float()
+        written = LowRank(B.double(), A.double().T)
+        figures.append(matrix_figures(target, delta, written, found, self.job.options.scale, _left_out(after, written)))
+        return {"A": A, "B": B}
+
+
+def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:
+    """The nearest matrix of that rank, its singular values shared evenly between the factors; `name` seeds the Krylov solver."""
+    if isinstance(delta, LowRank):
+        return delta.to(torch.float64).truncated(rank)[0]
+    matrix = delta.dense()
+    if min(matrix.shape) <= max(SMALL, 4 * rank) or not matrix.any():
+        U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    else:
+        size = float(torch.linalg.vector_norm(matrix)) or 1.0
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        found = krylov_triplets(
+            Dense(matrix, 1 / size), rank, generator, matrix.new_empty(0), 4 * (rank + 16), 64
+        ).triplets
+        U, S, Vh = found.U.double(), found.S.double() * size, found.Vh.double()
+    root = S[:rank].sqrt()
+    pad = (0, rank - len(root))
+    return LowRank(torch.nn.functional.pad(U[:, :rank] * root, pad), torch.nn.functional.pad(Vh[:rank].T * root, pad))
+
+
+def _left_out(delta: Delta, written: LowRank) -> float:
+    """``‖Δ' − B·A‖_F / ‖Δ'‖_F`` of what is written, rounding and all."""
+    total = norm(delta)
+    if total == 0:
+        return 0.0
+    if isinstance(delta, LowRank):
+        return (delta.to(torch.float64) + written.scaled(-1)).norm() / total
+    return norm(Dense(torch.addmm(delta.dense().double(), written.L, written.R.T, alpha=-1))) / total
+
+
+def _tensors(target: Target, rank: int) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
+    """(name, shape) of both factors as PEFT stores them."""
+    (m, n), kernel = target.module.shape, target.kernel
+    stem = f"base_model.model.{target.module.name}"
+    if target.is_embedding:
+        return (f"{stem}.lora_embedding_A", (rank, n)), (f"{stem}.lora_embedding_B", (m, rank))
+    inner = (n // int(torch.Size(kernel).numel()), *kernel)
+    return (f"{stem}.lora_A.weight", (rank, *inner)), (f"{stem}.lora_B.weight", (m, rank, *(1 for _ in kernel)))
+
+
+def _config(job: Job, rank: int) -> dict[str, Any]:
+    """A plain LoRA config: where it goes, what is carried along, and nothing of how the old adapter was trained."""
+    old = job.plan.adapter.config
+    kept = ("base_model_name_or_path", "fan_in_fan_out", "modules_to_save", "peft_version", "revision", "task_type",
+            "trainable_token_indices")  # fmt: skip
+    trained = any(c.parameter == "bias" for c in job.plan.adapter.carried)
+    return {key: old[key] for key in kept if key in old} | {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": [t.module.name for t in job.plan.targets],
+        "bias": "all" if trained else "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _refuse_what_a_plain_adapter_cannot_say(job: Job) -> None:
+    adapter = job.plan.adapter
+    reason = ""
+    if is_residual(adapter.config):
+        reason = "is relative to a residual base, which a plain config does not say"
+    elif adapter.wrapped:
+        reason = "is on experts' parameters, which a plain config does not name"
+    elif job.plan.mirrors:
+        reason = "holds the delta of a tied embedding twice (ensure_weight_tying)"
+    elif any(c.role == "lora_bias" for c in adapter.carried):
+        reason = "has biases beside its factors (lora_bias), which have no place in another scale"
+    if reason:
+        raise UnsupportedError(f"{adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`")

@@ -1,0 +1,240 @@
+"""Methods other than LoRA whose change of a weight can be computed: one entry of `METHODS` a method, by PEFT's ``peft_type``.
+
+An entry says which tensors a module has, which matrices they fit, and what they add to W0, (out, in), a convolution's kernel set out
+along its input. Every formula is that of PEFT's own merge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Dense, LowRank
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Parts(NamedTuple):
+    """A module's tensors by role, in the computing dtype; its scale; the adapter's config; (out, in) of its weight."""
+
+    tensors: Mapping[str, Tensor]
+    scale: float
+    config: Mapping[str, Any]
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method changes a weight.
+
+    Attributes
+    ----------
+    title
+        Its name, for people.
+    roles
+        A regular expression of the last part of its tensors' names.
+    fits
+        Whether tensors of these shapes fit a matrix of (out, in).
+    delta
+        ``W' − W0``, from the parts and W0.
+    scaled
+        Whether it is multiplied by ``alpha/r``.
+    shared
+        Roles of tensors that stand in the file once, for all modules.
+    low_rank
+        Whether the delta comes in factors.
+    options
+        Keys of its config that look like unknown variants, and are none.
+    refuses
+        Config → why it cannot be computed, or nothing.
+    """
+
+    title: str
+    roles: str
+    fits: Callable[[Shapes, tuple[int, int]], bool]
+    delta: Callable[[Parts, Tensor], Delta]
+    scaled: bool = False
+    shared: frozenset[str] = frozenset()
+    low_rank: bool = False
+    options: frozenset[str] = frozenset()
+    refuses: Callable[[Mapping[str, Any]], str] = lambda config: ""
+
+
+def _loha_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+    if "hada_t1" in s:
+        return s["hada_w1_a"][1] == shape[0] and s["hada_w1_b"][1] * math.prod(s["hada_t1"][2:]) == shape[1]
+    return (s["hada_w1_a"][0], s["hada_w1_b"][1]) == shape == (s["hada_w2_a"][0], s["hada_w2_b"][1])
+
+
+def _loha(p: Parts, base: Tensor) -> Delta:
+    """``(w1_a w1_b) ∘ (w2_a w2_b)``, each with a core for the kernel where there is one."""
+    t = p.tensors
+
+    def product(i: int) -> Tensor:
+        a, b = t[f"hada_w{i}_a"], t[f"hada_w{i}_b"]
+        if f"hada_t{i}" in t:
+            return torch.einsum("ijkl,jr,ip->prkl", t[f"hada_t{i}"], b, a).reshape(p.shape)
+        return a @ b
+
+    return Dense((product(1) * product(2)).mul_(p.scale))
+
+
+def _lokr_sides(s: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    first = s["lokr_w1"] if "lokr_w1" in s else (s["lokr_w1_a"][0], s["lokr_w1_b"][1])
+    if "lokr_w2" in s:
+        return first, s["lokr_w2"]
+    if "lokr_t2" in s:
+        return first, (s["lokr_w2_a"][1], s["lokr_w2_b"][1], *s["lokr_t2"][2:])
+    return first, (s["lokr_w2_a"][0], s["lokr_w2_b"][1])
+
+
+def _lokr_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+    first, second = _lokr_sides(s)
+    return (first[0] * second[0], first[1] * math.prod(second[1:])) == shape
+
+
+def _lokr(p: Parts, base: Tensor) -> Delta:
+    """``w1 ⊗ w2``, either one a product itself."""
+    t = p.tensors
+    w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    if "lokr_w2" in t:
+        w2 = t["lokr_w2"]
+    elif "lokr_t2" in t:
+        w2 = torch.einsum("ijkl,ip,jr->prkl", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+    else:
+        w2 = t["lokr_w2_a"] @ t["lokr_w2_b"]
+    if w2.dim() == 4:
+        w1 = w1[:, :, None, None]
+    return Dense(torch.kron(w1, w2.contiguous()).reshape(p.shape).mul_(p.scale))
+
+
+def _adalora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+    return (s["lora_B"][0], s["lora_A"][1]) == shape and s["lora_A"][0] == s["lora_B"][1] == math.prod(s["lora_E"])
+
+
+def _adalora(p: Parts, base: Tensor) -> Delta:
+    """``B · diag(E) · A · alpha / (init_r + 1e-5)``: PEFT keeps the rank that it started with in the scale."""
+    t, alpha = p.tensors, float(p.config.get("lora_alpha", 8))
+    rank = float(t["ranknum"]) if "ranknum" in t else float(p.config.get("init_r", 12))
+    scale = (alpha if alpha > 0 else float(t["lora_A"].shape[0])) / (rank + 1e-5)
+    return LowRank(t["lora_B"] * t["lora_E"].flatten() * scale, t["lora_A"].T)
+
+
+def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+    rank = math.prod(s["vera_lambda_d"])
+    enough = s["vera_B"][0] >= shape[0] and s["vera_A"][1] >= shape[1]
+    return enough and s["vera_A"][0] == s["vera_B"][1] == rank and math.prod(s["vera_lambda_b"]) == shape[0]
+
+
+def _vera(p: Parts, base: Tensor) -> Delta:
+    """``diag(b) B · diag(d) A``, with the first rows and columns of projections that all modules share."""
+    (m, n), t = p.shape, p.tensors
+    return LowRank(
+        t["vera_lambda_b"].flatten()[:, None] * t["vera_B"][:m],
+        (t["vera_lambda_d"].flatten()[:, None] * t["vera_A"][:, :n]).T,
+    )
+
+
+def _vera_refuses(config: Mapping[str, Any]) -> str:
+    if config.get("save_projection", True):
+        return ""
+    return "its projections are not in the file (save_projection=false), and only the library that trained it can draw them again"
+
+
+def _block_size(elements: int) -> int:
+    """B of the b·(b−1)/2 entries above a skew-symmetric block's diagonal."""
+    return (1 + math.isqrt(1 + 8 * elements)) // 2
+
+
+def _oft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+    """Blocks along the input, or, of an embedding, along the output; one for all where they are shared."""
+    (role, (blocks, elements)), *rest = s.items()
+    size, length = _block_size(elements), shape[0] if role == "oft_embedding_R" else shape[1]
+    return (
+        not rest
+        and size * (size - 1) // 2 == elements
+        and (blocks * size == length or (blocks == 1 and length % size == 0))
+    )
+
+
+def _cayley(Q: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Rotations from skew-symmetric blocks (blocks, b, b): ``(I − Q)(I + Q)⁻¹``, or the first terms of its Neumann series."""
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
+    if not config.get("use_cayley_neumann", False):
+        solved: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
+        return solved
+    terms = int(config.get("num_cayley_neumann_terms", 5))
+    terms = 4 if terms == 3 else terms  # as PEFT has it
+    R, power = eye.clone(), eye
+    for i in range(1, terms):
+        power = power @ Q
+        R += power if i == terms - 1 and terms > 2 else 2 * power
+    return R
+
+
+def _oft(p: Parts, base: Tensor) -> Delta:
+    """``W0 Rᵀ`` with R of rotations along the diagonal; of an embedding ``Rᵀ W0``, W0 (dim, vocabulary)."""
+    ((role, vectors),) = p.tensors.items()
+    size = _block_size(vectors.shape[1])
+    Q = vectors.new_zeros((len(vectors), size, size), dtype=torch.float64)
+    rows, columns = torch.triu_indices(size, size, 1)
+    Q[:, rows, columns] = vectors.double()
+    Q = Q - Q.mT
+    if p.config.get("coft"):
+        eps = float(p.config.get("eps", 6e-5)) / math.sqrt(len(Q))
+        norms = torch.linalg.matrix_norm(Q)[:, None, None]
+        Q = torch.where(norms <= eps, Q, eps * Q / norms)
+    R = _cayley(Q, p.config).to(base.dtype)
+    return Dense(_rotated(base, R, embedding=role == "oft_embedding_R") - base)
+
+
+def _rotated(base: Tensor, R: Tensor, embedding: bool = False) -> Tensor:
+    """``W0 · diag(R)ᵀ``, block by block; the same block all along where there is but one."""
+    size = R.shape[-1]
+    W = base.T if embedding else base
+    blocks = W.reshape(len(W), -1, size).transpose(0, 1)
+    out = torch.matmul(blocks, R if embedding else R.mT).transpose(0, 1).reshape(W.shape)
+    return out.T if embedding else out
+
+
+def _boft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+    factors, blocks, size, other = s["boft_R"]
+    return factors == 1 and size == other and blocks * size == shape[1] and math.prod(s["boft_s"]) == shape[0]
+
+
+def _boft(p: Parts, base: Tensor) -> Delta:
+    """``diag(s) W0 Rᵀ`` for one butterfly factor, where no permutation is in play."""
+    data = p.tensors["boft_R"][0].double()
+    R = _cayley(0.5 * (data - data.mT), {}).to(base.dtype)
+    return Dense(p.tensors["boft_s"].flatten()[:, None].to(base.dtype) * _rotated(base, R) - base)
+
+
+def _boft_refuses(config: Mapping[str, Any]) -> str:
+    factors = config.get("boft_n_butterfly_factor", 1)
+    return (
+        ""
+        if factors == 1
+        else f"boft_n_butterfly_factor={factors}, of which only 1 can be checked against PEFT on a CPU"
+    )
+
+
+def _fan_in_fan_out(config: Mapping[str, Any]) -> str:
+    return "fan_in_fan_out=true, which PEFT does not merge for this method" if config.get("fan_in_fan_out") else ""
+
+
+METHODS: dict[str, Method] = {
+    "LOHA": Method("LoHa", r"hada_(?:w[12]_[ab]|t[12])", _loha_fits, _loha, scaled=True, options=frozenset({"use_effective_conv2d"})),
+    "LOKR": Method("LoKr", r"lokr_(?:w[12](?:_[ab])?|t2)", _lokr_fits, _lokr, scaled=True, options=frozenset({"use_effective_conv2d"})),
+    "ADALORA": Method("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True),
+    "VERA": Method("VeRA", r"vera_lambda_[bd]", _vera_fits, _vera, shared=frozenset({"vera_A", "vera_B"}), low_rank=True,
+                   refuses=_vera_refuses),
+    "OFT": Method("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft, options=frozenset({"use_cayley_neumann"}), refuses=_fan_in_fan_out),
+    "BOFT": Method("BOFT", r"boft_[Rs]", _boft_fits, _boft,
+                   refuses=lambda config: _boft_refuses(config) or _fan_in_fan_out(config)),
+}  # fmt: skip

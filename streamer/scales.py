@@ -1,0 +1,62 @@
+"""Rank and scale of a module, as PEFT reads them out of an adapter's config."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamer.errors import FormatError, MismatchError
+
+
+def scale_of(name: str, rank: int, config: Mapping[str, Any], where: Path) -> float:
+    """The scale that the config gives a module of this rank.
+
+    Raises
+    ------
+    MismatchError, FormatError
+        If the config has another rank, or no usable number.
+    """
+    stated = config_number(config, "rank_pattern", "r", name, where, default=rank)
+    if stated != rank:
+        raise MismatchError(
+            f"{where}: module {name!r}: expected rank {stated:g} by the config, found {rank} rows in lora_A; "
+            "config and weights are not of one adapter"
+        )
+    alpha = config_number(config, "alpha_pattern", "lora_alpha", name, where)
+    return finite_scale(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank, name, where)
+
+
+def finite_scale(scale: float, name: str, where: Path) -> float:
+    """The scale, if it is a finite number other than 0."""
+    if not math.isfinite(scale) or scale == 0:
+        raise FormatError(
+            f"{where}: module {name!r}: its alpha gives a scale of {scale!r}; expected a finite number, not 0"
+        )
+    return scale
+
+
+def config_number(
+    config: Mapping[str, Any], pattern_key: str, key: str, module: str, where: Path, default: float | None = None
+) -> float:
+    """A module's number: that of the first pattern that fits it, else the config's own, else the default."""
+    patterns = config.get(pattern_key) or {}
+    if not isinstance(patterns, dict):
+        raise FormatError(f"{where}: {pattern_key}: expected an object, found {type(patterns).__name__}")
+    value = patterns.get(_pattern_for(patterns, module, where), config.get(key, default))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise FormatError(f"{where}: {key} of module {module!r}: expected a number, found {value!r}")
+    return float(value)
+
+
+def _pattern_for(patterns: Iterable[str], module: str, where: Path) -> str:
+    """PEFT's own rule: the first key, in the config's order, that matches a tail of the module's path."""
+    for key in patterns:
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return key
+        except (re.error, OverflowError, RecursionError) as e:
+            raise FormatError(f"{where}: pattern {key!r} is not a regular expression: {e}") from None
+    return module
