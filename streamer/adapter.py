@@ -8,21 +8,23 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamer.bases.weight import Part
 from streamer.dora import dora_delta
-from streamer.encodings import as_tensor, encoding_of
+from streamer.encodings import encoding_of
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.kinds import FACTORS, classify, config_refusals, is_residual, normalize
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank
 from streamer.methods import METHODS, Method, Parts
 from streamer.modules import Carried, LoraModule, MethodModule, Module
-from streamer.storage.checkpoint import read_json_object
+from streamer.storage.checkpoint import checkpoint_identity, read_json_object
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import IOMode, TensorFile
 
@@ -34,13 +36,32 @@ INSTEAD = "merge such an adapter with PEFT instead"
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on disk: config, open weights file, its modules by name, and what it carries besides."""
+    """An adapter on disk: config, open weights files, its modules by name, and what it carries besides.
+
+    Attributes
+    ----------
+    files
+        One file; of a fine-tuned model in an adapter's place (see `tuned`) all of its shards.
+    config_path
+        What `config` was read from, if anything.
+    """
 
     path: Path
     config: dict[str, Any]
-    file: TensorFile
+    files: tuple[TensorFile, ...]
     modules: Mapping[str, Module]
     carried: tuple[Carried, ...] = ()
+    config_path: Path | None = None
+
+    @property
+    def file(self) -> TensorFile:
+        """The weights file, for messages the first one."""
+        return self.files[0]
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Every tensor, by name."""
+        return {info.name: Part(file, info) for file in self.files for info in file.header.tensors}
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -49,14 +70,13 @@ class Adapter:
 
     def factor(self, tensor: str) -> Tensor:
         """A tensor of the file in its computing dtype; a copy, small."""
-        info = self.file.header.by_name[tensor]
-        encoding = encoding_of(info, str(self.file.path))
-        return as_tensor(self.file.view(info), encoding.dtype, info.shape).to(encoding.compute, copy=True)
+        part = self.parts[tensor]
+        return part.whole().to(encoding_of(part.info, str(part.file.path)).compute, copy=True)
 
     @property
-    def is_lora(self) -> bool:
-        """Whether its modules hold LoRA's factors."""
-        return bool(self.config.get("peft_type", "LORA") == "LORA")
+    def is_model(self) -> bool:
+        """Whether it is a fine-tuned model in an adapter's place."""
+        return self.config_path is None or self.config_path.name != CONFIG_NAME
 
     def change(self, module: Module, base: Tensor | None) -> Delta:
         """What a module adds to W0, (out, in), which must be given where the module is not of low rank."""
@@ -79,6 +99,8 @@ class Adapter:
 
     def identity(self) -> dict[str, Any]:
         """What tells this adapter from another, wherever it lies: digests of weights and config."""
+        if self.is_model:
+            return checkpoint_identity({file.path.name: file for file in self.files}) | {"modules": len(self.modules)}
         digest = hashlib.sha256(self.file.header.digest.encode())
         for info in self.file.header.tensors:
             for piece in self.file.chunks(info):
@@ -137,7 +159,7 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
             raise FormatError(
                 f"{file.path}: tensors {other!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
             )
-    return Adapter(path, config, file, modules, carried)
+    return Adapter(path, config, (file,), modules, carried, path / CONFIG_NAME)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -161,6 +161,11 @@ class AdapterSink:
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
+        if plan.adapter.is_model:
+            raise UnsupportedError(
+                f"{plan.adapter.path}: is a model, and no adapter that could be written back; `streamer merge` writes the mitigated model, "
+                "and --to-lora RANK its difference to the base as a LoRA adapter"
+            )
         dense = [t.module.name for t in plan.targets if not (isinstance(t.module, LoraModule) and t.module.low_rank)]
         if dense and job.options.mitigation_lambda != 1:
             raise UnsupportedError(
@@ -236,10 +241,12 @@ class ModelSink:
         self.shards: Mapping[str, ShardPlan] = self.model.shards()
         self.edited: Mapping[str, bytes] = self.model.texts
         self.finals: Mapping[str, bytes] = self.model.finals(self.shards)
-        # An adapter that lies in the base's directory is no part of the merged model.
-        adapter = job.plan.adapter.path
         aside = {CONFIG_NAME, WEIGHTS_NAME, *self.edited}
-        beside = base.directory
+        # An adapter that lies in the base's directory is no part of the merged model; a fine-tuned model in its place describes it.
+        beside: Path | None = base.directory
+        adapter: Path | None = job.plan.adapter.path
+        if job.plan.adapter.is_model:
+            beside, adapter = adapter, None
         copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
         stale = [name for name, _ in copies if job.dequantize and name in STALE]
         self.copies = [c for c in copies if c[0] not in stale]
@@ -253,16 +260,16 @@ class ModelSink:
         """Bytes of each tensor of one shard; appends the figures of merged matrices."""
         outputs = {o.name: o for o in self.model.files[name]}
 
-        def mitigated(target: Target) -> Delta:
+        def mitigated(target: Target) -> tuple[Delta, Delta]:
             delta, after, found = self.job.mitigated(target)
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
-            return after
+            return delta, after
 
         def pour(info: TensorInfo) -> Iterable[Buffer]:
             recipe = outputs[info.name].recipe
             # The scales of codes are made of the same matrix once more; it counts once.
             again = isinstance(recipe, Recoded) and recipe.role != "weight"
-            return recipe.pieces((lambda target: self.job.mitigated(target)[1]) if again else mitigated)
+            return recipe.pieces((lambda target: self.job.mitigated(target)[:2]) if again else mitigated)
 
         return pour
 
@@ -376,7 +383,7 @@ def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[s
             job.plan.check_unchanged()
             data, at = bytearray(info.nbytes), 0
             with one_thread():
-                for piece in output.recipe.pieces(lambda target: job.mitigated(target)[1]):
+                for piece in output.recipe.pieces(lambda target: job.mitigated(target)[:2]):
                     data[at : at + len(piece)] = piece
                     at += len(piece)
             dtype = TORCH_DTYPES.get(info.dtype)

@@ -19,6 +19,7 @@ from streamer.changes import edited_config
 from streamer.encodings import SPELLINGS
 from streamer.errors import UnsupportedError
 from streamer.merging import Copied, Exchanged, Merged, Recipe, Recoded, Rounded, Shifted
+from streamer.modules import MethodModule
 from streamer.plan import MODEL_CONFIG, Plan
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shards import ShardPlan, index_bytes, plan_shard
@@ -159,7 +160,7 @@ def _output(plan: Plan, weights: Weights, name: str, part: Part | None) -> Outpu
     stands = part or source
     recipe: Recipe
     if name in plan.by_tensor:
-        recipe = Merged(weights[name], plan.by_tensor[name])
+        recipe = Merged(weights[name], plan.by_tensor[name], _tuned(plan, name, stands))
     elif name in changes.shifts:
         shift, scale = changes.shifts[name]
         recipe = Shifted(weights[name], Plain.of(shift), scale)
@@ -175,8 +176,20 @@ def _output(plan: Plan, weights: Weights, name: str, part: Part | None) -> Outpu
     return Output(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
 
 
+def _tuned(plan: Plan, name: str, stands: Part) -> Part | None:
+    """The fine-tuned model's own tensor, where it stands in an adapter's place and in the dtype that is written."""
+    module = plan.by_tensor[name].module
+    if not plan.adapter.is_model or not isinstance(module, MethodModule):
+        return None
+    (tensor,) = module.tensors.values()
+    part = plan.adapter.parts[tensor]
+    return part if part.info.dtype == stands.info.dtype else None
+
+
 def _texts(plan: Plan, dequantize: bool) -> dict[str, bytes]:
     """The model's config, where the merge changes what it must say."""
+    if plan.adapter.is_model:  # its own config describes it
+        return {}
     config = edited_config(plan.config, plan.changes)
     if dequantize:
         config = plain_config(config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
@@ -170,6 +170,7 @@ def test_alpha_must_be_stated(tmp_path: Path) -> None:
         open_adapter(tmp_path)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "bias",
                                         "init_lora_weights", "use_dora", "modules_to_save", "new_key", "use_new"]),
                        st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),

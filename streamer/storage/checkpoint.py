@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,21 +73,21 @@ class Checkpoint:
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from another, wherever it lies: file names, sizes, header digests, samples."""
-        return {
-            "files": [
-                {
-                    "file": name,
-                    "bytes": f.header.file_bytes,
-                    "header_sha256": f.header.digest,
-                    "sample_sha256": f.sample(),
-                }
-                for name, f in self.files.items()
-            ]
-        }
+        return checkpoint_identity(self.files)
 
     def stamps(self) -> dict[str, Sequence[int]]:
         """Stamps of all files by path."""
         return {str(f.path): list(f.stamp) for f in self.files.values()}
+
+
+def checkpoint_identity(files: Mapping[str, TensorFile]) -> dict[str, Any]:
+    """Names, sizes, header digests and samples of files."""
+    return {
+        "files": [
+            {"file": name, "bytes": f.header.file_bytes, "header_sha256": f.header.digest, "sample_sha256": f.sample()}
+            for name, f in files.items()
+        ]
+    }
 
 
 def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]:
