@@ -204,6 +204,9 @@ def detect(
         if not all(map(all_finite, pieces)):
             raise NumericError(f"{what} holds NaN or Inf; check the file it came from")
     delta = LowRank(delta.L.to(base.like), delta.R.to(base.like))
+    norm = delta.norm()
+    if not norm < torch.finfo(base.like.dtype).max:
+        raise NumericError(f"the delta's norm, {norm:.3g}, overflows; check the adapter's scale")
     k = options.directions(base.shape)
     solver = options.solver
     if solver == "auto":
@@ -224,7 +227,6 @@ def detect(
     index = chosen.to(triplets.U.device)
     U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
     delta = LowRank(delta.L.cpu(), delta.R.cpu())
-    norm = delta.norm()
     share = LowRank(U.T.to(delta.L) @ delta.L, delta.R).norm() / norm if norm > 0 and len(chosen) else 0.0
     removed = delta.to(torch.float64) + LowRank(-U.double() * S.double(), Vh.double().T)
     return Detection(

@@ -327,8 +327,10 @@ def test_json_files(tmp_path: Path) -> None:
     assert read_json_object(path) == {"k": [1, "é", None]}
     with pytest.raises(FormatError, match="over 10 bytes of JSON; this is not such a file"):
         read_json_object(path, limit=10)
-    with pytest.raises(StorageError, match="cannot read: Is a directory"):
-        read_json_object(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    for none in (tmp_path, tmp_path / "fifo"):
+        with pytest.raises(FormatError, match="expected a JSON file, found something that is not a regular file"):
+            read_json_object(none)
 
 
 @pytest.mark.parametrize(
