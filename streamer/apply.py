@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,22 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.encodings import ENCODINGS, as_bytes, encode, encoding_of
-from streamer.errors import NumericError
+from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule
+from streamer.encodings import ENCODINGS, TORCH_DTYPES, as_bytes, as_tensor, encode
+from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.findings import Findings, MatrixFinding
 from streamer.findings_writer import remove_leftovers
 from streamer.intruders import Detection, DetectionOptions, MitigationOptions, back_project, mitigate
+from streamer.linalg import deltas
+from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import LowRank, all_finite
-from streamer.merging import merged_blocks, one_thread, untouched_tensor
+from streamer.merged import plan_merged
+from streamer.merging import one_thread
 from streamer.pipeline import detect_matrix, detect_to_file
 from streamer.plan import Plan, left_out, other_files
 from streamer.storage.atomic import Buffer, locked
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
-from streamer.storage.shards import ShardPlan, Source, index_bytes, like, write_shard
-from streamer.storage.tensorfile import TensorFile
+from streamer.storage.shards import Source, like, write_shard
 from streamer.storage.transaction import (
     LOCK_NAME,
     RECORD_NAME,
@@ -72,13 +74,13 @@ class Job:
         assert self.findings is not None
         return self.findings.by_tensor
 
-    def mitigated(self, target: Target) -> tuple[LowRank, LowRank, Detection | None]:
+    def mitigated(self, target: Target) -> tuple[Delta, Delta, Detection | None]:
         """Δ, Δ' and the findings of one matrix; Δ' is Δ itself where nothing changes."""
-        delta = self.plan.adapter.delta(target.module)
-        for name, factor in ((target.module.b, delta.L), (target.module.a, delta.R)):
-            if not all_finite(factor):
+        delta = self.plan.delta(target)
+        for what, pieces in deltas.named_parts(delta):
+            if not all(map(all_finite, pieces)):
                 raise NumericError(
-                    f"{self.plan.adapter.file.path}: tensor {name!r} holds NaN or Inf; check the adapter"
+                    f"{self.plan.adapter.file.path}: {what} of module {target.module.name!r} holds NaN or Inf; check the adapter"
                 )
         found = self.detection_of(target)
         if found is not None and not (all_finite(found.U) and all_finite(found.Vh)):
@@ -109,17 +111,17 @@ def discard_own_findings(directory: Path) -> None:
 
 
 def matrix_figures(
-    target: Target, delta: LowRank, after: LowRank, found: Detection | None, scale: str, dropped: float
+    target: Target, delta: Delta, after: Delta, found: Detection | None, scale: str, dropped: float
 ) -> dict[str, Any]:
     """What mitigation did to one matrix, as JSON values."""
-    before = delta.norm()
+    before = deltas.norm(delta)
     scaled = () if found is None else found.intruders if scale == "all" else found.intruders[:1]
     return {
         "tensor": target.tensor,
         "module": target.module.name,
         "intruders": list(scaled),
         "delta_norm": before,
-        "delta_norm_after": before if after is delta else after.norm(),
+        "delta_norm_after": before if after is delta else deltas.norm(after),
         "dropped": dropped,
     }
 
@@ -146,20 +148,30 @@ class AdapterSink:
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
+        dense = [t.module.name for t in plan.targets if not t.module.low_rank]
+        if dense and job.options.mitigation_lambda != 1:
+            raise UnsupportedError(
+                f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
+                "adapter; `streamer merge` writes it into the base"
+            )
         self.job = job
-        self.shards = {WEIGHTS_NAME: (like(WEIGHTS_NAME, plan.adapter.file.header), plan.adapter.file)}
+        self.shards = {WEIGHTS_NAME: like(WEIGHTS_NAME, plan.adapter.file.header)}
+        self.edited: Mapping[str, bytes] = {}
         self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
-        self.finals: dict[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
+        self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
         self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
         self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME))
-        self._of = {name: t for t in plan.targets for name in (t.module.a, t.module.b)}
+        self._of = {name: t for t in plan.targets for m in self._modules(t) for name in (m.a, m.b)}
         self._ready: dict[str, Tensor] = {}
 
-    def source(self, file: TensorFile, figures: list[dict[str, Any]]) -> Source:
-        """Bytes of each tensor of the adapter's file; appends each matrix's figures."""
+    def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
+        """Bytes of each tensor of the adapter's file; appends each matrix's figures. What is no factor keeps its bytes."""
+        file = self.job.plan.adapter.file
 
         def pour(info: TensorInfo) -> Iterable[Buffer]:
-            target = self._of[info.name]
+            target = self._of.get(info.name)
+            if target is None:
+                return file.chunks(info)
             if info.name not in self._ready:
                 self._ready |= self._factors(target, figures)
             new = self._ready.pop(info.name)
@@ -167,16 +179,24 @@ class AdapterSink:
 
         return pour
 
+    def _modules(self, target: Target) -> list[LoraModule]:
+        """The target's module, and the one that holds its factors once more."""
+        mirrors = self.job.plan.mirrors
+        return [target.module, *([mirrors[target.module.name]] if target.module.name in mirrors else [])]
+
     def _factors(self, target: Target, figures: list[dict[str, Any]]) -> dict[str, Tensor]:
         module = target.module
         delta, after, found = self.job.mitigated(target)
         if after is delta:
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
-            untouched = torch.empty(0)
-            return {module.a: untouched, module.b: untouched}
+            return {name: torch.empty(0) for m in self._modules(target) for name in (m.a, m.b)}
+        assert isinstance(after, LowRank)
         B, A, dropped = back_project(after, module.rank, module.scale)
+        factors = {module.a: A, module.b: B}
+        for mirror in self._modules(target)[1:]:
+            factors |= {mirror.a: B.T, mirror.b: A.T}
         out = {}
-        for name, factor in ((module.a, A), (module.b, B)):
+        for name, factor in factors.items():
             encoding = ENCODINGS[self.job.plan.adapter.file.header.by_name[name].dtype]
             out[name] = encode(factor, encoding, factor, name)
         written = LowRank(out[module.b].double() * module.scale, out[module.a].double().T)
@@ -192,35 +212,31 @@ class ModelSink:
     def __init__(self, job: Job, path: Path) -> None:
         base = job.plan.base
         self.job = job
-        self.shards: dict[str, tuple[ShardPlan, TensorFile]] = {
-            n: (like(n, f.header), f) for n, f in base.files.items()
-        }
+        self.model = plan_merged(job.plan)
+        self.shards = self.model.shards()
+        self.edited: Mapping[str, bytes] = self.model.texts
+        self.finals: Mapping[str, bytes] = self.model.finals(self.shards)
         # An adapter that lies in the base's directory is no part of the merged model.
         adapter = job.plan.adapter.path
-        aside = {CONFIG_NAME, WEIGHTS_NAME}
+        aside = {CONFIG_NAME, WEIGHTS_NAME, *self.edited}
         beside = base.directory
         self.copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
         written = {*base.files, INDEX_NAME, RECORD_NAME, *aside}
         self.left_out = [] if beside is None else [name for name in left_out(beside, adapter) if name not in written]
-        self.finals: dict[str, bytes] = {}
         # A loader would apply an adapter that lies beside the model once more.
         rivals = [SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
-        if base.index is not None:
-            self.finals[INDEX_NAME] = index_bytes(base.index, base.data_bytes)
         self.output = output_plan(self, path, tuple(r for r in rivals if r not in self.finals and r not in self.shards))
 
-    def source(self, file: TensorFile, figures: list[dict[str, Any]]) -> Source:
+    def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
         """Bytes of each tensor of one shard; appends the figures of merged matrices."""
+        outputs = {o.name: o for o in self.model.files[name]}
 
-        def pour(info: TensorInfo) -> Iterable[Buffer]:
-            target = self.job.plan.by_tensor.get(info.name)
-            if target is None:
-                return file.chunks(info)
+        def mitigated(target: Target) -> Delta:
             delta, after, found = self.job.mitigated(target)
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
-            return map(as_bytes, merged_blocks(file, info, target, after))
+            return after
 
-        return pour
+        return lambda info: outputs[info.name].recipe.pieces(mitigated)
 
 
 Sink = AdapterSink | ModelSink
@@ -229,9 +245,10 @@ Sink = AdapterSink | ModelSink
 def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...]) -> OutputPlan:
     """What the sink will write, in the order of writing, the commit point last."""
     copies = [(name, p.stat().st_size) for name, p in sink.copies]
-    shards = [(name, shard.nbytes) for name, (shard, _) in sink.shards.items()]
+    edited = [(name, len(data)) for name, data in sink.edited.items()]
+    shards = [(name, shard.nbytes) for name, shard in sink.shards.items()]
     finals = [(name, len(data)) for name, data in sink.finals.items()]
-    files = (*copies, *shards, *finals)
+    files = (*copies, *edited, *shards, *finals)
     plan = sink.job.plan
     digest = plan.digest(command=sink.command, files=files, **sink.job.decisions())
     return OutputPlan(path, files, digest, plan.stamps(), plan.inputs, rivals)
@@ -265,6 +282,7 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
     with open_output(sink.output, overwrite, resume) as out:
         sizes = dict(sink.output.files)
         copies = dict(sink.copies)
+        texts = {**sink.edited, **sink.finals}
         for name, size in sizes.items():
             monitor.checkpoint()
             entry = out.finished(name)
@@ -274,9 +292,7 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
                     _write_shard(sink, name, out, monitor, done, total)
                 else:
                     monitor.emit(Event("write", name, done, total))
-                    out.write(name, sink.finals[name], check) if name in sink.finals else out.copy(
-                        name, copies[name], check
-                    )
+                    out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
                 entry = out.entry(name)
             matrices += entry.get("matrices", [])
             done += size
@@ -284,14 +300,14 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
         discard_own_findings(out.path)
         record = {"schema": SCHEMA, "command": sink.command, **sink.job.options.as_dict(),
                   "totals": totals(matrices) | {"bytes": total}, "warnings": list(plan.provenance), "left_out": sink.left_out,
-                  "matrices": matrices}  # fmt: skip
+                  "carried": plan.changes.listed(plan.base), "matrices": matrices}  # fmt: skip
         return out.commit(record)
 
 
 def _write_shard(sink: Sink, name: str, out: OutputDirectory, monitor: Monitor, done: int, total: int) -> None:
-    shard, file = sink.shards[name]
+    shard = sink.shards[name]
     figures: list[dict[str, Any]] = []
-    pour = sink.source(file, figures)
+    pour = sink.source(name, figures)
 
     def source(info: TensorInfo) -> Iterator[Buffer]:
         monitor.emit(Event("write", info.name, done + info.start, total))
@@ -309,19 +325,17 @@ def _write_shard(sink: Sink, name: str, out: OutputDirectory, monitor: Monitor, 
 
 def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model, in file order; one at a time in memory."""
-    for file in job.plan.base.files.values():
-        for info in file.header.tensors:
+    model = plan_merged(job.plan)
+    for shard in model.shards().values():
+        for info, output in zip(shard.header.tensors, model.files[shard.name], strict=True):
             monitor.checkpoint()
             job.plan.check_unchanged()
-            target = job.plan.by_tensor.get(info.name)
-            if target is None:
-                yield info.name, untouched_tensor(file, info)
-                continue
-            _, after, _ = job.mitigated(target)
-            merged = torch.empty(info.shape, dtype=encoding_of(info, str(file.path)).dtype)
-            at = 0
+            data, at = bytearray(info.nbytes), 0
             with one_thread():
-                for block in merged_blocks(file, info, target, after):
-                    merged[at : at + len(block)] = block
-                    at += len(block)
-            yield info.name, merged
+                for piece in output.recipe.pieces(lambda target: job.mitigated(target)[1]):
+                    data[at : at + len(piece)] = piece
+                    at += len(piece)
+            dtype = TORCH_DTYPES.get(info.dtype)
+            # Of a dtype that torch does not have, the bytes.
+            shape = info.shape if dtype else (info.nbytes,)
+            yield info.name, as_tensor(memoryview(data), dtype or torch.uint8, shape)

@@ -48,6 +48,9 @@ TORCH_DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 
+SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""The format's spelling of each torch dtype."""
+
 
 def encoding_of(info: TensorInfo, where: str) -> Encoding:
     """The encoding of a tensor that is to be computed with.

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from streamer.errors import NumericError, UsageError
-from streamer.linalg.operators import LowRank, Matrix, all_finite
+from streamer.linalg import deltas
+from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Dense, LowRank, Matrix, all_finite
 from streamer.linalg.precision import full_float32
 from streamer.linalg.svd import DEGENERATE
 from streamer.solvers import SOLVERS, cheaper
@@ -144,7 +146,7 @@ class Detection:
     intruder_energy
         ``‖U_Iᵀ Δ‖_F² / ‖Δ‖_F²``: the share of the delta's energy on the intruders' side, in [0, 1].
     dropped_at_zero
-        Relative norm that back-projection to the adapter's rank would drop at λ = 0 with ``--method paper``.
+        Relative norm that back-projection to the adapter's rank would drop at λ = 0 with ``--method paper``; 0 for a dense delta.
     """
 
     singular_values: tuple[float, ...]
@@ -174,7 +176,7 @@ class Detection:
 
 def detect(
     base: Matrix,
-    delta: LowRank,
+    delta: Delta,
     options: DetectionOptions,
     rank: int | None = None,
     name: str = "",
@@ -187,7 +189,7 @@ def detect(
     base
         W0, (m, n), float32 or float64, on any device, in memory or by blocks of rows.
     delta
-        Δ of the same shape; its dtype is made the base's.
+        Δ of the same shape, in factors or dense; its dtype is made the base's.
     rank
         The adapter's rank, for `Detection.dropped_at_zero`; by default the delta's.
     name
@@ -200,11 +202,11 @@ def detect(
     NumericError
         If an input holds NaN or Inf, or the solver does not converge. Nothing non-finite reaches a solver.
     """
-    for what, pieces in (("the base matrix", base.pieces()), ("lora_B", [delta.L]), ("lora_A", [delta.R])):
+    for what, pieces in (("the base matrix", base.pieces()), *deltas.named_parts(delta)):
         if not all(map(all_finite, pieces)):
             raise NumericError(f"{what} holds NaN or Inf; check the file it came from")
-    delta = LowRank(delta.L.to(base.like), delta.R.to(base.like))
-    norm = delta.norm()
+    delta = deltas.cast(delta, base.like.dtype, base.like.device)
+    norm = deltas.norm(delta)
     if not norm < torch.finfo(base.like.dtype).max:
         raise NumericError(f"the delta's norm, {norm:.3g}, overflows; check the adapter's scale")
     k = options.directions(base.shape)
@@ -226,9 +228,12 @@ def detect(
     degenerate = torch.nonzero(error > DEGENERATE).flatten()
     index = chosen.to(triplets.U.device)
     U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
-    delta = LowRank(delta.L.cpu(), delta.R.cpu())
-    share = LowRank(U.T.to(delta.L) @ delta.L, delta.R).norm() / norm if norm > 0 and len(chosen) else 0.0
-    removed = delta.to(torch.float64) + LowRank(-U.double() * S.double(), Vh.double().T)
+    delta = deltas.cast(delta, base.like.dtype, torch.device("cpu"))
+    share = deltas.side_norm(delta, U) / norm if norm > 0 and len(chosen) else 0.0
+    dropped = 0.0
+    if isinstance(delta, LowRank) and len(chosen):
+        removed = delta.to(torch.float64) + LowRank(-U.double() * S.double(), Vh.double().T)
+        dropped = removed.truncated(rank or delta.rank)[1]
     return Detection(
         singular_values=tuple(triplets.S.double().tolist()),
         similarity=tuple(spectrum.similarity.tolist()),
@@ -247,40 +252,49 @@ def detect(
         cutoff=spectrum.cutoff,
         delta_norm=norm,
         intruder_energy=min(1.0, share**2),
-        dropped_at_zero=removed.truncated(rank or delta.rank)[1] if len(chosen) else 0.0,
+        dropped_at_zero=dropped,
     )
 
 
-def mitigate(delta: LowRank, detection: Detection | None, options: MitigationOptions) -> LowRank:
-    """The mitigated delta Δ', as factors in float64; the delta itself, as it is, where nothing changes.
+def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptions) -> Delta:
+    """The mitigated delta Δ'; the delta itself, as it is, where nothing changes.
 
     Parameters
     ----------
     delta
-        Δ, (m, n), in factors.
+        Δ, (m, n), in factors or dense.
     detection
         The findings on this matrix; may be None where the options do not need them.
 
     Returns
     -------
-    LowRank
-        For ``paper`` of rank r + q, for the others of rank r; `MitigationOptions` has the formulas.
+    LowRank or Dense
+        Factors are in float64, for ``paper`` of rank r + q, for the others of rank r; a dense Δ' has the dtype of Δ.
+        `MitigationOptions` has the formulas.
     """
     lam = options.mitigation_lambda
     if lam == 1:
         return delta
+    exact = deltas.cast(delta, torch.float64) if isinstance(delta, LowRank) else delta
     if options.method == "shrink":
-        return delta.to(torch.float64).scaled(lam)
+        return exact.scaled(lam)
     if detection is None:
         raise UsageError(f"method {options.method!r} at lambda {lam} needs findings")
-    U, S, Vh = (t.double() for t in detection.factors(options.scale))
+    U, S, Vh = detection.factors(options.scale)
     if len(S) == 0:
         return delta
-    delta = delta.to(torch.float64)
+    if isinstance(exact, Dense):
+        matrix = exact.dense()
+        U, S, Vh = (t.to(matrix) for t in (U, S, Vh))
+        # One matrix more than Δ, the product being added as it is formed.
+        if options.method == "project":
+            return Dense(torch.addmm(matrix, U, U.T @ matrix, alpha=lam - 1))
+        return Dense(torch.addmm(matrix, U * S, Vh, alpha=lam - 1))
+    U, S, Vh = (t.double() for t in (U, S, Vh))
     if options.method == "project":
         # U_I is orthonormal to working precision only; the component it removes is (1 − λ) of what it measures.
-        return LowRank(delta.L - (1 - lam) * (U @ (U.T @ delta.L)), delta.R)
-    return delta + LowRank((lam - 1) * U * S, Vh.T)
+        return LowRank(exact.L - (1 - lam) * (U @ (U.T @ exact.L)), exact.R)
+    return exact + LowRank((lam - 1) * U * S, Vh.T)
 
 
 def back_project(delta: LowRank, rank: int, scale: float) -> tuple[Tensor, Tensor, float]:

@@ -36,11 +36,6 @@ def _unknown_init(value: object) -> bool:
 _NOT_YET = "is not supported"
 
 CONFIG_RULES: tuple[ConfigRule, ...] = (
-    ConfigRule("use_dora", bool, "DoRA", f"{_NOT_YET}: its change of the weight is not low rank"),
-    ConfigRule("lora_bias", bool, "LoRA with lora_bias", f"{_NOT_YET}: its bias would be lost"),
-    ConfigRule("bias", lambda v: v not in (None, "none"), "LoRA with trained biases", f"{_NOT_YET}: the biases would be lost"),
-    ConfigRule("modules_to_save", bool, "LoRA with modules_to_save", f"{_NOT_YET}: the saved modules would be lost"),
-    ConfigRule("trainable_token_indices", bool, "LoRA with trainable tokens", f"{_NOT_YET}: the tokens would be lost"),
     ConfigRule("target_parameters", bool, "LoRA on expert parameters (target_parameters)", _NOT_YET),
     ConfigRule("init_lora_weights", _residual_init, "residual-base initialisation",
                "its delta is relative to a residual of the base that is not on disk; "
@@ -60,10 +55,11 @@ CONFIG_RULES: tuple[ConfigRule, ...] = (
 
 # Keys that PEFT writes and that do not change what the tensors mean: where the adapter was put, how it was trained.
 _HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
+    "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 
 
@@ -83,26 +79,30 @@ def config_refusals(config: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class TensorRule:
-    """What a tensor of an adapter is, by its name; refused unless `role` is one of a handled kind's."""
+    """What a tensor of an adapter is, by its normalised name; refused where `refusal` gives a reason.
+
+    The groups of the pattern name the ``module``, the ``factor`` (A or B), and the ``parameter`` of the module.
+    """
 
     pattern: re.Pattern[str]
     role: str
     refusal: str = ""
 
 
+_ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
+
 TENSOR_RULES: tuple[TensorRule, ...] = (
-    TensorRule(re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$"), "factor"),
-    TensorRule(re.compile(r"\.lora_magnitude_vector(\.|$)"), "magnitude", "DoRA magnitudes"),
-    TensorRule(re.compile(r"\.lora_embedding_[AB](\.|$)"), "embedding", "embedding LoRA"),
-    TensorRule(re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$"), "lora_bias", "LoRA biases (lora_bias)"),
-    TensorRule(re.compile(r"\.trainable_tokens_"), "tokens", "trainable tokens"),
-    TensorRule(re.compile(r"\.base_layer\."), "base_layer", "a saved base layer"),
-    TensorRule(re.compile(r"\.modules_to_save\."), "module", "a saved module (modules_to_save)"),
-    TensorRule(
-        re.compile(r"\.(hada_|lokr_|lora_E|ranknum|vera_|oft_|boft_|ia3_)"), "other", "another method's tensors"
-    ),
-    TensorRule(re.compile(r"\.bias$"), "bias", "a trained bias"),
-    TensorRule(re.compile(r"\.weight$"), "module", "a saved module (modules_to_save)"),
+    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_(?P<factor>[AB]){_ADAPTER}\.weight$"), "factor"),
+    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_embedding_(?P<factor>[AB]){_ADAPTER}$"), "embedding"),
+    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$"), "magnitude"),
+    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_B{_ADAPTER}\.bias$"), "lora_bias"),
+    TensorRule(re.compile(rf"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_ADAPTER}$"), "tokens"),
+    # What the base has there: kept by trainers that save a module's whole state.
+    TensorRule(re.compile(r"\.trainable_tokens_original(\.|$)|\.original_module\."), "original"),
+    TensorRule(re.compile(r"\.(hada_|lokr_|lora_|ranknum|vera_|oft_|boft_|ia3_)"), "other", "another method's tensors"),
+    TensorRule(re.compile(r"^(?P<module>.+?)\.modules_to_save\.[^.]+\.(?P<parameter>.+)$"), "saved"),
+    TensorRule(re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<parameter>[^.]+)$"), "saved"),
+    TensorRule(re.compile(r"^(?P<module>.+)\.(?P<parameter>[^.]+)$"), "saved"),
     TensorRule(re.compile(r""), "unknown", "a tensor of unknown meaning"),
 )
 

@@ -1,17 +1,25 @@
-"""One tensor of a merged model: a few rows of ``W0 + Δ'`` at a time, or the base's own bytes."""
+"""What a tensor of a merged model is made of: one recipe a way, each giving the bytes a few rows at a time.
+
+A recipe gives bytes of the dtype that the output has; what is computed is computed in the computing dtype and rounded once.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from streamer.encodings import TORCH_DTYPES, as_tensor, encode, encoding_of
-from streamer.linalg.operators import LowRank
-from streamer.storage.header import TensorInfo
-from streamer.storage.tensorfile import TensorFile
+from streamer.bases.weight import Part, Weight
+from streamer.encodings import Encoding, as_bytes, encode
+from streamer.errors import NumericError
+from streamer.linalg import deltas
+from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import all_finite
+from streamer.storage.atomic import Buffer
 from streamer.targets import Target
 
 BLOCK_BYTES = 4 << 20
@@ -38,39 +46,117 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def merged_blocks(file: TensorFile, info: TensorInfo, target: Target, delta: LowRank) -> Iterator[Tensor]:
-    """``W0 + Δ'`` a few rows at a time, as the base stores them: summed in the computing dtype, rounded once.
+Mitigated = Callable[[Target], Delta]
+"""Gives the mitigated delta Δ' of one matrix."""
 
-    A delta of zero gives the base's own bytes: adding it would turn −0 into +0. Blocks stand in two buffers by turns: use each
-    before asking for the next but one.
+
+class Recipe(Protocol):
+    """How one tensor of a merged model is made."""
+
+    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+        """Its bytes, in order; use each before asking for the next but one."""
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The bytes of a tensor as they stand, of any dtype."""
+
+    part: Part
+
+    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+        """The file's own bytes."""
+        return self.part.file.chunks(self.part.info)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """The values of a weight, rounded once to the dtype that is written; of the adapter's, which must be finite."""
+
+    weight: Weight
+
+    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+        """Rows in the written dtype."""
+        for _, _, raw, values, out in _rows(self.weight):
+            if not all_finite(raw):
+                raise NumericError(
+                    f"{self.weight.where}: the values for {self.weight.name!r} hold NaN or Inf; check the file"
+                )
+            yield as_bytes(encode(values, _encoding(self.weight), raw, self.weight.name, out))
+
+
+@dataclass(frozen=True)
+class Merged:
+    """``W0 + Δ'``; a delta of zero leaves W0's own bytes: adding it would turn −0 into +0."""
+
+    weight: Weight
+    target: Target
+
+    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+        """Rows of the sum."""
+        delta = mitigated(self.target)
+        change = deltas.cast(delta.T if self.target.transposed else delta, self.weight.compute)
+        nothing = deltas.empty(change)
+        encoding = _encoding(self.weight)
+        for i, j, raw, values, out in _rows(self.weight):
+            if nothing and raw.dtype == encoding.dtype:
+                yield as_bytes(raw)
+            else:
+                deltas.add_rows(values, change, i, j)
+                yield as_bytes(encode(values, encoding, raw, self.weight.name, out))
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A weight plus `scale` times a tensor of its shape: a bias with LoRA's own."""
+
+    weight: Weight
+    shift: Weight
+    scale: float
+
+    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+        """Rows of the sum."""
+        for i, j, raw, values, out in _rows(self.weight):
+            values.add_(self.shift.rows(i, j).to(values.dtype), alpha=self.scale)
+            yield as_bytes(encode(values, _encoding(self.weight), raw, self.weight.name, out))
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """A weight with some of its rows exchanged: an embedding with trained tokens. All other rows keep their bytes."""
+
+    weight: Weight
+    tokens: Weight
+    indices: tuple[int, ...]
+
+    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+        """Rows, the trained ones rounded once."""
+        place = {row: at for at, row in enumerate(self.indices)}
+        for i, j, raw, values, out in _rows(self.weight):
+            out.copy_(raw)
+            for row in (r for r in self.indices if i <= r < j):
+                at = place[row]
+                new = self.tokens.rows(at, at + 1).to(values.dtype)
+                out[row - i] = encode(new, _encoding(self.weight), torch.zeros_like(new), self.tokens.name)[0]
+            yield as_bytes(out)
+
+
+def _encoding(weight: Weight) -> Encoding:
+    assert weight.encoding is not None, f"{weight.name} is not written back"
+    return weight.encoding
+
+
+def _rows(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+    """A few rows at a time: from, to, as stored, in the computing dtype to compute in, and a buffer of the written dtype.
+
+    The buffers are the same for all, the last one two by turns: fresh ones are zeroed by the system first, which costs as much as a sum.
     """
-    encoding = encoding_of(info, str(file.path))
-    change = (delta.T if target.transposed else delta).to(encoding.compute)
-    empty = not (change.L.any() and change.R.any())
-    m, n = info.shape
-    row_bytes = n * encoding.dtype.itemsize
-    rows = max(1, BLOCK_BYTES // (n * encoding.compute.itemsize))
-    # The same buffers for all: fresh ones are zeroed by the system first, which costs as much as the sum itself.
+    encoding = _encoding(weight)
+    m, n = weight.matrix
+    rows = max(1, BLOCK_BYTES // max(1, n * weight.compute.itemsize))
     values, *rounded = (
-        torch.empty((min(rows, m), n), dtype=t) for t in (encoding.compute, encoding.dtype, encoding.dtype)
+        torch.empty((min(rows, m), n), dtype=t) for t in (weight.compute, encoding.dtype, encoding.dtype)
     )
     for i in range(0, m, rows):
         j = min(m, i + rows)
-        raw = as_tensor(file.view(info, i * row_bytes, j * row_bytes), encoding.dtype, (j - i, n))
-        if empty:
-            yield raw
-        else:
-            merged = values[: j - i].copy_(raw).addmm_(change.L[i:j], change.R.T)
-            yield encode(merged, encoding, raw, info.name, out=rounded[i // rows % 2][: j - i])
-
-
-def untouched_tensor(file: TensorFile, info: TensorInfo) -> Tensor:
-    """A tensor as it stands in the base; of a dtype that torch does not have, its bytes as a flat uint8 tensor."""
-    data = bytearray(info.nbytes)
-    at = 0
-    for piece in file.chunks(info):
-        data[at : at + len(piece)] = piece
-        at += len(piece)
-    if info.dtype not in TORCH_DTYPES:
-        return as_tensor(memoryview(data), torch.uint8, (info.nbytes,))
-    return as_tensor(memoryview(data), TORCH_DTYPES[info.dtype], info.shape)
+        raw = weight.rows(i, j)
+        yield i, j, raw, values[: j - i].copy_(raw), rounded[i // rows % 2][: j - i]

@@ -10,11 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from streamer.encodings import as_tensor, encoding_of
+from streamer.bases.weight import Weight
 from streamer.errors import NumericError, UsageError
 from streamer.events import Event, Monitor
 from streamer.findings import Findings, MatrixFinding, detection_digest, load_findings
@@ -26,11 +24,9 @@ from streamer.findings_writer import (
     remove_leftovers,
 )
 from streamer.intruders import PROCESS_BYTES, DetectionOptions, detect
-from streamer.linalg.operators import Dense, LowRank, RowBlocks
+from streamer.linalg.operators import Dense, Matrix, RowBlocks
 from streamer.plan import Plan
 from streamer.solvers import working_bytes
-from streamer.storage.header import TensorInfo
-from streamer.storage.tensorfile import TensorFile
 from streamer.targets import Target
 
 T = TypeVar("T")
@@ -77,13 +73,12 @@ def cost(target: Target) -> int:
 
 def needed_bytes(plan: Plan, target: Target, options: DetectionOptions) -> dict[str, int]:
     """Peak memory of the process for one matrix, by each way that the options leave; see `working_bytes`."""
-    file, info = plan.base.locate(target.tensor)
-    module, itemsize = target.module, encoding_of(info, str(file.path)).compute.itemsize
-    ways = working_bytes(module.shape, options.directions(module.shape), module.rank, itemsize)
+    weight, module = plan.weights[target.tensor], target.module
+    rank = module.rank if module.low_rank else None
+    ways = working_bytes(module.shape, options.directions(module.shape), rank, weight.compute.itemsize)
     if options.solver == "dense":
         ways = {"dense": ways["dense"]}
-    # With pread the tensor's own bytes are in memory as well, and those of the next one.
-    read = 2 * info.nbytes if file.io == "pread" else 0
+    read = 2 * weight.held_bytes  # the tensor's own bytes, and those of the next one
     return {way: PROCESS_BYTES + size + (0 if way == "blocks" else read) for way, size in ways.items()}
 
 
@@ -110,8 +105,8 @@ def check_memory(plan: Plan, options: DetectionOptions) -> None:
 
 
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device,
-                  view: memoryview | None = None) -> MatrixFinding:  # fmt: skip
-    """Detect in one matrix.
+                  loaded: Weight | None = None) -> MatrixFinding:  # fmt: skip
+    """Detect in one matrix; `loaded` is its weight, where that has been read ahead.
 
     Raises
     ------
@@ -119,44 +114,28 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         If an input is not finite or the solver fails; the message names file and tensor.
     """
     began = time.perf_counter()
-    file, info = plan.base.locate(target.tensor)
-    delta = plan.adapter.delta(target.module)
+    weight = loaded or plan.weights[target.tensor]
     way = best_way(plan, target, options)
-    base = _stored(file, info, device) if way == "blocks" else _copied(file, info, device, view)
+    base: Matrix
+    if way == "blocks":  # as it is stored, decoded a few rows at a time in each product
+        base = RowBlocks(weight.matrix, weight.rows, torch.empty(0, dtype=weight.compute, device=device))
+    else:
+        base = Dense(weight.whole(device).reshape(weight.matrix))
+    delta = plan.delta(target, base.matrix if isinstance(base, Dense) else None)
     try:
         found = detect(
             base.T if target.transposed else base,
-            LowRank(delta.L.to(device), delta.R.to(device)),
+            delta,
             options,
             target.module.rank,
             target.tensor,
             may_form=way == "dense",
         )
     except NumericError as e:
-        raise NumericError(f"{file.path}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
+        raise NumericError(f"{weight.where}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
     module = target.module
-    return MatrixFinding(target.tensor, module.name, module.shape, info.dtype, module.rank, module.scale, found,
+    return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scale, found,
                          time.perf_counter() - began)  # fmt: skip
-
-
-def _copied(file: TensorFile, info: TensorInfo, device: torch.device, view: memoryview | None) -> Dense:
-    """The matrix in the computing dtype."""
-    encoding = encoding_of(info, str(file.path))
-    raw = as_tensor(file.view(info) if view is None else view, encoding.dtype, info.shape)
-    # A copy even where the dtype stays: LAPACK's bits depend on the alignment of its input, and a map has any.
-    return Dense(raw.to(device, encoding.compute, copy=True))
-
-
-def _stored(file: TensorFile, info: TensorInfo, device: torch.device) -> RowBlocks:
-    """The matrix as it is stored, upcast a few rows at a time in each product."""
-    encoding = encoding_of(info, str(file.path))
-    m, n = info.shape
-    row_bytes = n * encoding.dtype.itemsize
-
-    def read(i: int, j: int) -> Tensor:
-        return as_tensor(file.view(info, i * row_bytes, j * row_bytes), encoding.dtype, (j - i, n))
-
-    return RowBlocks((m, n), read, torch.empty(0, dtype=encoding.compute, device=device))
 
 
 def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, monitor: Monitor,
@@ -167,19 +146,14 @@ def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, moni
     total = sum(map(cost, plan.targets))
     done = total - sum(map(cost, todo))
 
-    def load(target: Target) -> memoryview | None:
-        if best_way(plan, target, options) == "blocks":
-            return None
-        view = plan.base.view(target.tensor)
-        # Touch every page, so that the map is read here and not in the solver.
-        np.frombuffer(view, np.uint8)[::4096].sum()
-        return view
+    def load(target: Target) -> Weight | None:
+        return None if best_way(plan, target, options) == "blocks" else plan.weights[target.tensor].load()
 
     with contextlib.closing(one_ahead(todo, load)) as stream:
-        for target, view in stream:
+        for target, loaded in stream:
             monitor.checkpoint()
             monitor.emit(Event("detect", target.tensor, done, total))
-            yield detect_matrix(plan, target, options, device, view)
+            yield detect_matrix(plan, target, options, device, loaded)
             done += cost(target)
     monitor.emit(Event("detect", "", total, total))
 

@@ -6,19 +6,31 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from streamer import tied
 from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
-from streamer.adapter import Adapter, open_adapter
+from streamer.adapter import Adapter, LoraModule, open_adapter
+from streamer.bases.registry import Weights
+from streamer.bases.weight import Part
+from streamer.changes import Changes, match_changes
 from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
+from streamer.linalg.deltas import Delta
+from streamer.names import match_names
 from streamer.provenance import provenance_notes
+from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp, open_regular
-from streamer.targets import Target, match_targets, refuse_tied_changes
+from streamer.targets import Target, match_targets
+
+MODEL_CONFIG = "config.json"
 
 # Weights in other formats would be the old ones beside the new; training state belongs to the old adapter.
 _STALE = re.compile(
@@ -35,8 +47,14 @@ class Plan:
 
     Attributes
     ----------
+    weights
+        The logical weights that deltas are added to, by name: the base's, or what the adapter puts in their place.
     targets
         In the base's file order.
+    changes
+        What the adapter's other tensors do to the base.
+    mirrors
+        Modules that hold another's factors once more, by the other's name (see `tied.mirrored`).
     config
         The base's ``config.json``, or {} where there is none.
     extra_stamps
@@ -44,8 +62,11 @@ class Plan:
     """
 
     base: Checkpoint
+    weights: Weights
     adapter: Adapter
     targets: tuple[Target, ...]
+    changes: Changes
+    mirrors: Mapping[str, LoraModule]
     config: dict[str, Any]
     extra_stamps: dict[str, Stamp]
 
@@ -63,6 +84,16 @@ class Plan:
     def by_tensor(self) -> dict[str, Target]:
         """Targets by the base tensor's name."""
         return {t.tensor: t for t in self.targets}
+
+    def delta(self, target: Target, base: Tensor | None = None) -> Delta:
+        """What the adapter adds to a matrix, (out, in); dense where it is not of low rank, from W0 as it is stored."""
+        module = target.module
+        if module.low_rank:
+            return self.adapter.delta(module)
+        if base is None:
+            weight = self.weights[target.tensor]
+            base = weight.whole(torch.device("cpu")).reshape(weight.matrix)
+        return self.adapter.dense_delta(module, base.T if target.transposed else base)
 
     @cached_property
     def base_identity(self) -> dict[str, Any]:
@@ -130,11 +161,23 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap") -> Pla
     config: dict[str, Any] = {}
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
-        config_path = checkpoint.directory / "config.json"
+        config_path = checkpoint.directory / MODEL_CONFIG
         config = _read_model_config(config_path) if config_path.exists() else {}
-    targets = tuple(match_targets(checkpoint, opened, config))
-    refuse_tied_changes(config, targets, checkpoint)
-    return Plan(checkpoint, opened, targets, config, {str(p): _stamp(p) for p in extra})
+    weights = Weights(checkpoint, config)
+    tie = tied.find_tie(checkpoint, config, opened)
+    aliases = {} if tie is None else {tie.head: Part(*checkpoint.locate(tie.embedding))}
+    renames = renames_for(config)
+    names = match_names(opened.modules, weights.replaced(aliases), renames)
+    matched = {module: match.tensor for module, match in names.items() if match.tensor}
+    mirrors = tied.mirrored(tie, opened, matched)
+    changes = match_changes(checkpoint, opened, matched, renames, aliases)
+    tied.refuse_other_ties(tie, checkpoint, config, opened, [*matched.values(), *changes.sources, *changes.rows])
+    if tie is not None:
+        changes = tied.settle(tie, checkpoint, changes, matched.values(), opened)
+    weights = weights.replaced({**aliases, **changes.sources})
+    own = {name: found for name, found in names.items() if name not in {m.name for m in mirrors.values()}}
+    targets = tuple(match_targets(weights, opened, config, own))
+    return Plan(checkpoint, weights, opened, targets, changes, mirrors, config, {str(p): _stamp(p) for p in extra})
 
 
 def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:

@@ -96,6 +96,10 @@ def record_table(record: Mapping[str, Any], where: str) -> str:
     if record["left_out"]:
         names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
         lines.append(f"not taken along: {names} (weights or training state that would be stale)")
+    if record["carried"]:
+        lines.append(
+            f"carried along: {len(record['carried'])} tensors that are no factors, {record['carried'][0]['tensor']} first"
+        )
     if record["command"] == "mitigate":
         lines.append(f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta")
     return "\n".join(lines)
@@ -104,11 +108,11 @@ def record_table(record: Mapping[str, Any], where: str) -> str:
 def inspect_json(plan: Plan) -> dict[str, Any]:
     """What is there, and what a run would read and compute."""
     matrices = [
-        {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.base.info(t.tensor).dtype,
+        {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.weights[t.tensor].label,
          "rank": t.module.rank, "scale": t.module.scale, "transposed": t.transposed, "matched": t.match.rule}
         for t in plan.targets
     ]  # fmt: skip
-    largest = max(plan.targets, key=lambda t: plan.base.info(t.tensor).nbytes)
+    largest = max(plan.targets, key=lambda t: plan.weights[t.tensor].nbytes)
     return {
         "schema": "streamer.plan/1",
         "base": plan.base_identity,
@@ -117,14 +121,15 @@ def inspect_json(plan: Plan) -> dict[str, Any]:
             "matrices": len(matrices),
             "tensors": len(plan.base.weight_map),
             "base_bytes": plan.base.data_bytes,
-            "adapted_bytes": sum(plan.base.info(t.tensor).nbytes for t in plan.targets),
+            "adapted_bytes": sum(plan.weights[t.tensor].nbytes for t in plan.targets),
             "largest_matrix": largest.tensor,
-            "largest_matrix_bytes": plan.base.info(largest.tensor).nbytes,
+            "largest_matrix_bytes": plan.weights[largest.tensor].nbytes,
             "detection_cost": sum(map(cost, plan.targets)),
         },
         "warnings": list(plan.warnings),
         "names": _names_json(plan),
         "matrices": matrices,
+        "carried": plan.changes.listed(plan.base),
     }
 
 
@@ -143,6 +148,8 @@ def _names_json(plan: Plan) -> list[dict[str, Any]]:
 def inspect_table(tree: Mapping[str, Any]) -> str:
     """The plan, a line a matrix."""
     t = tree["totals"]
+    carried = [[c["tensor"], c["change"], c["by"]] for c in tree["carried"]]
+    also = "\n\n" + table(["carried along: tensor", "change", "by"], carried, left=3) if carried else ""
     rows = [
         [m["tensor"], m["module"], "x".join(map(str, m["shape"])) + (" (stored transposed)" if m["transposed"] else ""),
          m["dtype"], str(m["rank"]), f"{m['scale']:.4g}", m["matched"]]
@@ -150,6 +157,7 @@ def inspect_table(tree: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     return (
         table(["base tensor", "adapter module", "out x in", "dtype", "r", "scale", "matched"], rows, left=2)
+        + also
         + f"\n\n{t['matrices']} matrices of {t['tensors']} tensors; base {size(t['base_bytes'])}, adapted {size(t['adapted_bytes'])}; "
         f"largest matrix {t['largest_matrix']} ({size(t['largest_matrix_bytes'])})"
         + "".join(f"\n{n['modules']} matched by {n['rule']}: {n['why']}" for n in tree["names"])

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from streamer.linalg import deltas
+from streamer.linalg.deltas import Delta
 from streamer.linalg.krylov import block_width
-from streamer.linalg.operators import BLOCK_BYTES, LowRank, Matrix, Sum
+from streamer.linalg.operators import BLOCK_BYTES, Matrix, Sum
 from streamer.linalg.overlaps import CHRISTOFFEL_BYTES, PROVABLE, OverlapBounds, OverlapProcess, dense_overlaps
 from streamer.linalg.svd import OVERSAMPLING, Triplets, dense_triplets, krylov_triplets
 
@@ -58,11 +60,11 @@ BASIS = 256
 OPEN_COLUMNS = 512
 """Columns of the basis for the bounds where the matrix may not be formed: memory is short then."""
 
-Solver = Callable[[Matrix, LowRank, int, float, torch.Generator, bool], Spectrum]
+Solver = Callable[[Matrix, Delta, int, float, torch.Generator, bool], Spectrum]
 
 
 def solve_dense(
-    base: Matrix, delta: LowRank, k: int, epsilon: float, generator: torch.Generator, may_form: bool = True
+    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, may_form: bool = True
 ) -> Spectrum:
     """LAPACK's full SVD of the sum and of the base, formed in any case."""
     scale, base_scale = _scales(base, delta)
@@ -74,7 +76,7 @@ def solve_dense(
 
 
 def solve_certified(
-    base: Matrix, delta: LowRank, k: int, epsilon: float, generator: torch.Generator, may_form: bool = True
+    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, may_form: bool = True
 ) -> Spectrum:
     """Block Krylov for the triplets, then bounds on the overlaps until each lies on one side of ε; else the dense solver.
 
@@ -133,7 +135,7 @@ def _steps_to(epsilon: float, before: tuple[int, float], now: tuple[int, float])
     return max(1, math.ceil(min((epsilon**-2 - reach1**-2) / grown if grown > 0 else 2, n1 / 2)))
 
 
-def _scales(base: Matrix, delta: LowRank) -> tuple[float, float]:
+def _scales(base: Matrix, delta: Delta) -> tuple[float, float]:
     """Powers of two that bring the entries of the sum, and of the base alone, to where squares neither overflow nor vanish.
 
     They are 1 as a rule. A base far smaller than the delta needs its own: its singular vectors are judged alone. For a zero
@@ -141,7 +143,7 @@ def _scales(base: Matrix, delta: LowRank) -> tuple[float, float]:
     """
     # No copy of the matrix, as abs() would make.
     largest = max(abs(end) for piece in base.pieces() for end in torch.stack(torch.aminmax(piece)).tolist())
-    total = largest + float(delta.L.abs().max()) * float(delta.R.abs().max())
+    total = largest + deltas.largest(delta)
     return _power(total, base.like.dtype) or 1.0, _power(largest, base.like.dtype)
 
 
@@ -177,17 +179,18 @@ def bounds_columns(shape: tuple[int, int], k: int, may_form: bool) -> int:
     return max(min(round(0.45 * min(m, n)), most), min(256, m, n))
 
 
-def working_bytes(shape: tuple[int, int], k: int, rank: int, itemsize: int) -> dict[str, int]:
+def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: int) -> dict[str, int]:
     """Peak memory for one matrix by each way that there is, an upper estimate in bytes, beyond the process itself.
 
     ``dense`` allows for the full SVD of the sum, in the computing dtype of `itemsize` bytes; ``whole`` for a copy of the matrix;
     ``blocks`` for products with the matrix as it is stored. The last two are the certified solver's, which has a share of the matrix
-    for its bases only, and so is not for all k.
+    for its bases only, and so is not for all k. A `rank` of None stands for a dense delta: there are two matrices then, a third while
+    the second is formed, and no way by blocks.
     """
     m, n = shape
     p, width = min(m, n), block_width(k, OVERSAMPLING)
     matrix = itemsize * m * n
-    factors = 8 * 6 * (m + n) * (rank + k)  # thin QRs in float64
+    factors = 8 * 6 * (m + n) * (rank + k) if rank is not None else 2 * matrix  # thin QRs in float64
     # The sum, LAPACK's copy, both factors, and its workspace, beside the matrix.
     dense = 3 * matrix + itemsize * ((m + n) * p + 4 * p * p) + factors
     if k + OVERSAMPLING >= p:
@@ -200,7 +203,8 @@ def working_bytes(shape: tuple[int, int], k: int, rank: int, itemsize: int) -> d
         return bases + 2 * CHRISTOFFEL_BYTES + 8 * columns**2 * 8 + proof + factors
 
     whole = matrix + certified(True)
-    return {"dense": max(dense, whole), "whole": whole, "blocks": 3 * min(matrix, BLOCK_BYTES) + certified(False)}
+    ways = {"dense": max(dense, whole), "whole": whole}
+    return ways if rank is None else ways | {"blocks": 3 * min(matrix, BLOCK_BYTES) + certified(False)}
 
 
 def cheaper(shape: tuple[int, int], k: int) -> str:

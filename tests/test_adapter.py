@@ -199,23 +199,12 @@ def test_wrappers_inside_a_path() -> None:
 @given(st.text(max_size=40))
 def test_every_name_has_a_rule(name: str) -> None:
     rule, match = classify(normalize(name))
-    assert rule.refusal or match["factor"] in "AB"
+    assert rule.refusal or rule.role == "original" or match["module"]
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "reason"),
     [
-        ("base_model.model.{}.lora_magnitude_vector", (6,), "DoRA magnitudes"),
-        ("base_model.model.{}.lora_magnitude_vector.default.weight", (6,), "DoRA magnitudes"),
-        ("base_model.model.{}.lora_embedding_A", (4, 9), "embedding LoRA"),
-        ("base_model.model.{}.lora_embedding_B.default", (9, 4), "embedding LoRA"),
-        ("base_model.model.{}.lora_B.bias", (6,), "LoRA biases (lora_bias)"),
-        ("base_model.model.{}.lora_B.default.bias", (6,), "LoRA biases (lora_bias)"),
-        ("base_model.model.{}.bias", (6,), "a trained bias"),
-        ("base_model.model.lm_head.weight", (6, 5), "a saved module (modules_to_save)"),
-        ("base_model.model.lm_head.modules_to_save.default.weight", (6, 5), "a saved module (modules_to_save)"),
-        ("base_model.model.{}.base_layer.weight", (6, 5), "a saved base layer"),
-        ("base_model.model.embed.token_adapter.trainable_tokens_delta", (2, 5), "trainable tokens"),
         ("base_model.model.{}.hada_w1_a", (6, 5), "another method's tensors"),
         ("base_model.model.{}.lora_E", (4, 1), "another method's tensors"),
         ("prompt_embeddings", (3, 5), "a tensor of unknown meaning"),
@@ -231,13 +220,91 @@ def test_a_tensor_that_would_be_lost_is_refused(tmp_path: Path, name: str, shape
                             "merge such an adapter with PEFT instead")  # fmt: skip
 
 
-def test_convolutions_are_refused_and_all_reasons_counted(tmp_path: Path) -> None:
-    path = write_raw(tmp_path, {"conv.lora_A.weight": torch.ones(4, 3, 3, 3), "conv.lora_B.weight": torch.ones(8, 4, 1, 1),
-                                "x.bias": torch.ones(3), "y.bias": torch.ones(3)})  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "role", "of"),
+    [
+        ("base_model.model.{}.lora_B.bias", "lora_bias", f"{MODULE}.bias"),
+        ("base_model.model.{}.lora_B.default.bias", "lora_bias", f"{MODULE}.bias"),
+        ("base_model.model.{}.bias", "saved", f"{MODULE}.bias"),
+        ("base_model.model.{}.base_layer.bias", "saved", f"{MODULE}.bias"),
+        ("base_model.model.lm_head.weight", "saved", "lm_head.weight"),
+        ("base_model.model.lm_head.modules_to_save.default.weight", "saved", "lm_head.weight"),
+        ("base_model.model.head.modules_to_save.default.0.dense.weight", "saved", "head.0.dense.weight"),
+        ("base_model.model.lm_head.original_module.weight", "original", None),
+        ("base_model.model.{}.base_layer.weight", "saved", f"{MODULE}.weight"),
+        ("base_model.model.embed.token_adapter.base_layer.weight", "saved", "embed.weight"),
+        ("base_model.model.embed.token_adapter.trainable_tokens_original.default", "original", None),
+        ("base_model.model.embed.token_adapter.trainable_tokens_delta", "tokens", "embed.weight"),
+        ("base_model.model.embed.token_adapter.trainable_tokens_delta.default", "tokens", "embed.weight"),
+    ],
+)
+def test_what_is_carried_along(tmp_path: Path, name: str, role: str, of: str | None) -> None:
+    A, B = factors()
+    name = name.format(MODULE)
+    path = write_raw(tmp_path, {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B, name: torch.zeros(2, 5)},
+                     trainable_token_indices=[4, 1])  # fmt: skip
+    (carried,) = open_adapter(path).carried
+    assert (carried.role, carried.source) == (role, name)
+    if of is not None:
+        assert carried.name == of
+    assert carried.scale == (2.0 if role == "lora_bias" else 1.0)
+    assert carried.indices == ((4, 1) if role == "tokens" else ())
+
+
+def test_all_reasons_are_counted(tmp_path: Path) -> None:
+    path = write_raw(
+        tmp_path, {"a.hada_w1_a": torch.ones(4, 3), "a.hada_w1_b": torch.ones(8, 4), "prompt": torch.ones(3)}
+    )
     with pytest.raises(UnsupportedError) as e:
         open_adapter(path)
-    assert "2 × LoRA on a convolution or a parameter (4 dimensions), 'conv.lora_A.weight' first" in str(e.value)
-    assert "2 × a trained bias, 'x.bias' first" in str(e.value)
+    assert "2 × another method's tensors, 'a.hada_w1_a' first" in str(e.value)
+    assert "1 × a tensor of unknown meaning, 'prompt' first" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "a", "b", "shape", "form", "weight"),
+    [
+        (("lora_A.weight", "lora_B.weight"), (4, 5), (6, 4), (6, 5), "linear", (6, 5)),
+        (("lora_embedding_A", "lora_embedding_B"), (4, 50), (6, 4), (6, 50), "embedding", (50, 6)),
+        (("lora_embedding_A.default", "lora_embedding_B.default"), (4, 50), (6, 4), (6, 50), "embedding", (50, 6)),
+        (("lora_A.weight", "lora_B.weight"), (4, 5, 3), (6, 4, 1), (6, 15), "convolution", (6, 5, 3)),
+        (("lora_A.weight", "lora_B.weight"), (4, 5, 3, 2), (6, 4, 1, 1), (6, 30), "convolution", (6, 5, 3, 2)),
+        (("lora_A.weight", "lora_B.weight"), (4, 5, 1, 1, 2), (6, 4, 1, 1, 1), (6, 10), "convolution", (6, 5, 1, 1, 2)),
+    ],
+)
+def test_forms(
+    tmp_path: Path, names: tuple[str, str], a: tuple, b: tuple, shape: tuple, form: str, weight: tuple
+) -> None:
+    A, B = torch.randn(a), torch.randn(b)
+    adapter = open_adapter(write_raw(tmp_path, {f"x.{names[0]}": A, f"x.{names[1]}": B}))
+    module = adapter.modules["x"]
+    assert (module.shape, module.form, module.weight, module.rank) == (shape, form, weight, 4)
+    torch.testing.assert_close(adapter.delta(module).dense(), 2 * B.flatten(1) @ A.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "words"),
+    [
+        (
+            {"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 2, 1)},
+            UnsupportedError,
+            "LoRA on a convolution with 2 groups",
+        ),
+        (
+            {"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 4, 3)},
+            UnsupportedError,
+            "is not a convolution of kernel size 1",
+        ),
+        ({"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 4)}, FormatError, "are not of one layer"),
+        ({"lora_embedding_A": (4, 5), "lora_B.weight": (6, 4)}, FormatError, "are not of one layer"),
+        ({"lora_A.weight": (4,), "lora_B.weight": (6,)}, FormatError, "are not of one layer"),
+    ],
+)
+def test_factors_of_no_form(tmp_path: Path, tensors: dict, error: type, words: str) -> None:
+    path = write_raw(tmp_path, {f"x.{n}": torch.ones(s) for n, s in tensors.items()})
+    with pytest.raises(error) as e:
+        open_adapter(path)
+    assert words in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +354,6 @@ def test_factors_that_are_no_numbers(tmp_path: Path) -> None:
         ({"init_lora_weights": "lora_ga"}, "residual-base"),
         ({"init_lora_weights": "tomorrow"}, "unknown initialisation"),
         ({"loftq_config": {"loftq_bits": 4}}, "LoftQ"),
-        ({"bias": "lora_only"}, "trained biases"),
         ({"alora_invocation_tokens": [1]}, "aLoRA"),
         ({"arrow_config": {"k": 1}}, "Arrow"),
         ({"use_bdlora": {"x": 1}}, "BD-LoRA"),

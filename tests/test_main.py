@@ -170,16 +170,6 @@ def test_a_quantized_base(tmp_path: Path, dtype: torch.dtype) -> None:
                       "quantized bases are not supported: use the 16-bit model")  # fmt: skip
 
 
-@pytest.mark.parametrize("on_disk", [True, False])
-def test_a_tied_lm_head(tmp_path: Path, on_disk: bool) -> None:
-    embedding = torch.randn(64, 32)
-    tensors = {"model.embed_tokens.weight": embedding} | ({"lm_head.weight": embedding.clone()} if on_disk else {})
-    base = helpers.write_sharded(tmp_path / "base", [tensors], {"tie_word_embeddings": True})
-    adapter = helpers.write_adapter(tmp_path / "adapter", {"lm_head": helpers.intruding_factors(64, 32, 4)}, r=4)
-    said = "untie it first (save the model with tie_word_embeddings=false)" if on_disk else "untie it first"
-    refuse_everywhere(base, adapter, tmp_path, 3, "'lm_head'", "tie", said)
-
-
 def test_outputs_that_would_touch_an_input(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
     before = tree_digest(tmp_path)
@@ -294,16 +284,6 @@ def lora(**config: object) -> peft.LoraConfig:
 
 
 REFUSED = {
-    "DoRA": (lambda: lora(use_dora=True), "DoRA: is not supported: its change of the weight is not low rank"),
-    "modules_to_save": (
-        lambda: lora(modules_to_save=["lm_head"]),
-        "modules_to_save: is not supported: the saved modules would be lost",
-    ),
-    "embedding": (lambda: lora(target_modules=["embed_tokens"]), "2 × embedding LoRA"),
-    "lm_head with its base": (lambda: lora(target_modules=["q_proj", "lm_head"]), "1 × a saved base layer"),
-    "lora_bias": (lambda: lora(lora_bias=True), "lora_bias: is not supported: its bias would be lost"),
-    "bias": (lambda: lora(bias="all"), "LoRA with trained biases"),
-    "tokens": (lambda: lora(trainable_token_indices=[1, 2]), "LoRA with trainable tokens"),
     "target_parameters": (
         lambda: lora(target_modules=[], target_parameters=["q_proj.weight"]),
         "LoRA on expert parameters (target_parameters)",
@@ -353,11 +333,11 @@ def test_an_adapter_that_peft_saved_is_taken(llama_base: Path, tmp_path: Path, i
 
 
 def test_all_reasons_are_told_at_once(llama_base: Path, tmp_path: Path) -> None:
-    config = lora(use_dora=True, modules_to_save=["lm_head"], init_lora_weights="gaussian")
+    config = lora(use_qalora=True, init_lora_weights="gaussian")
     adapter = save_peft(config, tmp_path / "adapter")
     tree = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(tree | {"use_hyper": True, "init_lora_weights": "magic"}))
-    refuse_everywhere(llama_base, adapter, tmp_path, 3, "DoRA", "modules_to_save", "unknown initialisation",
+    refuse_everywhere(llama_base, adapter, tmp_path, 3, "QALoRA", "unknown initialisation",
                       "unknown variant use_hyper=True: it may change what the tensors mean")  # fmt: skip
 
 

@@ -9,10 +9,18 @@ import pytest
 import torch
 
 import streamer
-from streamer.adapter import open_adapter
+from streamer.adapter import Adapter, open_adapter
+from streamer.bases.registry import Weights
 from streamer.errors import MismatchError, UnsupportedError
+from streamer.names import match_names
+from streamer.renames import renames_for
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.targets import Target, match_targets
+
+
+def targets_of(weights: Weights, adapter: Adapter, config: dict) -> list[Target]:
+    return match_targets(weights, adapter, config, match_names(adapter.modules, weights, renames_for(config)))
+
 
 # Shapes and orientation -----------------------------------------------------------------------------------------------
 
@@ -21,7 +29,7 @@ def match_one(home: Path, tensor: torch.Tensor, shape: tuple[int, int], **config
     """Match one module of an adapter with this (out, in) to one tensor."""
     base = helpers.write_sharded(home / "base", [{"h.0.fc.weight": tensor}])
     adapter = helpers.write_adapter(home / "adapter", {"h.0.fc": helpers.intruding_factors(*shape, 2)}, r=2, **config)  # type: ignore[arg-type]
-    (target,) = match_targets(open_checkpoint(base), open_adapter(adapter), {})
+    (target,) = targets_of(Weights(open_checkpoint(base), {}), open_adapter(adapter), {})
     return target
 
 
@@ -93,12 +101,12 @@ def test_two_modules_for_one_tensor(tmp_path: Path) -> None:
     }
     adapter = helpers.write_adapter(tmp_path / "adapter", factors, r=2)
     with pytest.raises(MismatchError, match=r"both change 'language_model.model.q.weight'"):
-        match_targets(open_checkpoint(base), open_adapter(adapter), {})
+        targets_of(Weights(open_checkpoint(base), {}), open_adapter(adapter), {})
 
 
 def test_targets_come_in_the_base_s_file_order(job: tuple[Path, Path]) -> None:
     base, adapter = (open_checkpoint(job[0]), open_adapter(job[1]))
-    targets = match_targets(base, adapter, {})
+    targets = targets_of(Weights(base, {}), adapter, {})
     order = [t.name for f in base.files.values() for t in f.header.tensors]
     assert [order.index(t.tensor) for t in targets] == sorted(order.index(t.tensor) for t in targets)
     assert {t.module.name for t in targets} == adapter.modules.keys()
@@ -113,7 +121,7 @@ def test_every_problem_stands_in_one_message(tmp_path: Path) -> None:
         tmp_path / "adapter", {m: helpers.intruding_factors(12, 8, 2) for m in modules}, r=2
     )
     with pytest.raises(MismatchError) as e:
-        match_targets(open_checkpoint(base), open_adapter(adapter), {})
+        targets_of(Weights(open_checkpoint(base), {}), open_adapter(adapter), {})
     said = str(e.value)
     assert said.startswith(f"{tmp_path / 'adapter'}: 11 of 12 modules do not fit {tmp_path / 'base'}: ")
     assert "'a.k': expected shape [12, 8] in the base, 'a.k.weight' has [12, 9]" in said

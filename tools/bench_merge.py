@@ -258,9 +258,8 @@ def instrumented(base: str, adapter: str, out: str, launched: str) -> None:
     atomic.AtomicFile.write = clocks.wrap(atomic.AtomicFile.write, "wait for the write")  # of the piece before
     apply.matrix_figures = clocks.wrap(unwatched(apply.matrix_figures), "factors and figures")
     apply.Job.mitigated = clocks.wrap(unwatched(apply.Job.mitigated), "factors and figures")
-    apply.TensorFile.view = clocks.wrap(
-        apply.TensorFile.view, "read and upcast"
-    )  # the map; its pages come with the upcast
+    # The map; its pages come with the upcast.
+    tensorfile.TensorFile.view = clocks.wrap(tensorfile.TensorFile.view, "read and upcast")
     with clock.stage("plan and identity"):
         job = prepare(base, adapter, MitigationOptions(1.0), DetectionOptions(), None, "cpu")
         sink = apply.ModelSink(job, Path(out))

@@ -1,0 +1,39 @@
+"""Plain floating-point weights: one tensor, values as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from streamer.bases.weight import Part, Weight
+from streamer.encodings import encoding_of
+
+
+@dataclass(frozen=True)
+class Plain(Weight):
+    """A tensor of floating-point values."""
+
+    @classmethod
+    def of(cls, part: Part) -> Self:
+        """The weight that a tensor is.
+
+        Raises
+        ------
+        UnsupportedError
+            If its dtype is not one of floating-point values.
+        """
+        info = part.info
+        encoding = encoding_of(info, str(part.file.path))
+        return cls(info.name, info.shape, {"weight": part}, info.dtype, encoding.compute, encoding)
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows as they are stored."""
+        return self.parts["weight"].rows(i, j).reshape(j - i, -1)
+
+    def whole(self, device: torch.device) -> Tensor:
+        """All values in the computing dtype."""
+        # A copy even where the dtype stays: LAPACK's bits depend on the alignment of its input, and a map has any.
+        return self.parts["weight"].whole().to(device, self.compute, copy=True)

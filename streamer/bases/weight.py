@@ -1,0 +1,123 @@
+"""One logical weight of a base, as it stands on disk: decoded a few rows at a time, or whole.
+
+A logical weight is what the model computes with: for a plain checkpoint a tensor as it is, for a quantized one several (codes, scales,
+tables) under names of their own. Everything above this floor asks for logical names and logical shapes, and never sees codes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamer.encodings import TORCH_DTYPES, Encoding, as_tensor
+from streamer.storage.header import TensorInfo
+from streamer.storage.tensorfile import TensorFile
+
+DECODED_BYTES = 4 << 20
+"""`Weight.whole` decodes rows of this many bytes at a time."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor on disk.
+
+    Attributes
+    ----------
+    held
+        Its bytes, where they have been read ahead.
+    """
+
+    file: TensorFile
+    info: TensorInfo
+    held: memoryview | None = None
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Indices i to j of the first dimension, as they are stored, without a copy where their address allows it."""
+        dtype, rest = TORCH_DTYPES[self.info.dtype], self.info.shape[1:]
+        row = math.prod(rest) * dtype.itemsize
+        data = self.file.view(self.info, i * row, j * row) if self.held is None else self.held[i * row : j * row]
+        return as_tensor(data, dtype, (j - i, *rest))
+
+    def whole(self) -> Tensor:
+        """All of it, as it is stored."""
+        data = self.file.view(self.info) if self.held is None else self.held
+        return as_tensor(data, TORCH_DTYPES[self.info.dtype], self.info.shape)
+
+    def load(self) -> Part:
+        """The same with its bytes at hand, every page touched: read here and not where they are used."""
+        view = self.file.view(self.info)
+        np.frombuffer(view, np.uint8)[::4096].sum()
+        return replace(self, held=view)
+
+
+@dataclass(frozen=True)
+class Weight(ABC):
+    """One logical weight.
+
+    Attributes
+    ----------
+    name
+        The tensor's name in a plain checkpoint of this model.
+    shape
+        Its shape there.
+    parts
+        The tensors on disk that it is made of, by their role; the first one is the one that stands for it in file order.
+    label
+        The encoding, as findings and tables name it.
+    compute
+        The dtype that computations with it run in.
+    encoding
+        How merged values are written back; None where they are not (see `registry`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, Part]
+    label: str
+    compute: torch.dtype
+    encoding: Encoding | None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape of the rows: the first dimension, and all others as one."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        return str(next(iter(self.parts.values())).file.path)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(part.info.nbytes for part in self.parts.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of anonymous memory that `load` takes: nothing where files are mapped."""
+        return sum(part.info.nbytes for part in self.parts.values() if part.file.io == "pread")
+
+    def load(self) -> Self:
+        """The same weight with its bytes read ahead."""
+        return replace(self, parts={role: part.load() for role, part in self.parts.items()})
+
+    @abstractmethod
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i to j of the `matrix`, (j − i, n), in a floating-point dtype that `compute` holds exactly; not to be written to."""
+
+    def whole(self, device: torch.device) -> Tensor:
+        """All values in the computing dtype: a copy, of the logical shape."""
+        m, n = self.matrix
+        out = torch.empty((m, n), dtype=self.compute, device=device)
+        step = max(1, DECODED_BYTES // max(1, n * self.compute.itemsize))
+        for i in range(0, m, step):
+            j = min(m, i + step)
+            out[i:j] = self.rows(i, j)
+        return out.reshape(self.shape)

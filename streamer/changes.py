@@ -1,0 +1,260 @@
+"""What an adapter's other tensors do to the base: weights and biases that replace, biases and rows that are added or exchanged.
+
+LoRA factors are matched in `targets`. Everything else that an adapter carries is given its tensor here, by the names that the
+factors were matched by, so that `plan` knows every tensor of the merged model before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamer.adapter import CONFIG_NAME, Adapter, Carried
+from streamer.bases.weight import Part
+from streamer.encodings import encoding_of
+from streamer.errors import MismatchError, UnsupportedError
+from streamer.renames import Renames
+from streamer.storage.checkpoint import Checkpoint
+from streamer.storage.header import TensorInfo
+
+EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "shared",
+    "embed_in",
+    "embeddings",
+    "lm_head",
+    "embed_out",
+    "output",
+)
+"""Last names of the modules whose rows are the vocabulary: these may grow or shrink."""
+
+MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Changes:
+    """By name of the merged model's tensor.
+
+    Attributes
+    ----------
+    sources
+        What takes the place of the base's tensor, before any delta; a name that the base does not have is a new tensor.
+    shifts
+        What is added to it, and times what.
+    rows
+        What takes the place of some of its rows, and of which.
+    trained
+        Those of the sources that the adapter trained. The others are the base as the adapter knows it.
+    vocabulary
+        The vocabulary's new size, where a replaced embedding has another; for the config.
+    dropped
+        Tensors of the base that the merged model does without.
+    untied
+        Whether the lm_head parts from the embedding that it was tied to (see `tied`); for the config.
+    """
+
+    sources: Mapping[str, Part] = field(default_factory=dict)
+    shifts: Mapping[str, tuple[Part, float]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[Part, tuple[int, ...]]] = field(default_factory=dict)
+    trained: frozenset[str] = frozenset()
+    vocabulary: int | None = None
+    dropped: frozenset[str] = frozenset()
+    untied: bool = False
+
+    def listed(self, base: Checkpoint) -> list[dict[str, Any]]:
+        """What happens to which tensor, as JSON values."""
+        lines = [(name, "replaced" if name in base.weight_map else "new", part) for name, part in self.sources.items()]
+        lines += [(name, f"plus {scale:g} times", part) for name, (part, scale) in self.shifts.items()]
+        lines += [(name, f"{len(indices)} rows replaced", part) for name, (part, indices) in self.rows.items()]
+        listed = [{"tensor": name, "change": change, "by": part.info.name} for name, change, part in lines]
+        return listed + [
+            {"tensor": name, "change": "dropped", "by": "the tie to the embedding"} for name in sorted(self.dropped)
+        ]
+
+
+def match_changes(
+    base: Checkpoint,
+    adapter: Adapter,
+    matched: Mapping[str, str],
+    renames: Renames,
+    aliases: Mapping[str, Part] | None = None,
+) -> Changes:
+    """Give every carried tensor of an adapter its tensor in the merged model.
+
+    Parameters
+    ----------
+    matched
+        Module → base tensor of the factors: the same exchange of prefixes holds for the rest.
+    renames
+        Those of the base's model.
+    aliases
+        Further names that the model has for tensors of the base.
+
+    Raises
+    ------
+    MismatchError
+        If a tensor finds no place, or does not fit it.
+    UnsupportedError
+        If the merged model could not be loaded, or a dtype is not one of values.
+    """
+    known = {**{name: Part(*base.locate(name)) for name in base.weight_map}, **(aliases or {})}
+    places = _Places(base, adapter, known, matched, renames)
+    problems = places.problems
+    trained: set[str] = set()
+    sources: dict[str, Part] = {}
+    shifts: dict[str, tuple[Part, float]] = {}
+    rows: dict[str, tuple[Part, tuple[int, ...]]] = {}
+    # What replaces comes first: the rest must fit it.
+    for c in sorted(adapter.carried, key=lambda c: c.role != "saved"):
+        name = None if c.role == "original" else places.find(c)
+        if name is None:
+            continue
+        mine = Part(adapter.file, adapter.file.header.by_name[c.source])
+        if name in known:
+            theirs = sources.get(name) or known[name]
+            problem = _misfit(c, mine.info, theirs.info)
+            if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
+                for part in (mine, theirs):
+                    encoding_of(part.info, str(part.file.path))
+            if problem:
+                problems.append(problem)
+        if c.role == "saved":
+            sources[name] = mine
+            if c.parameter == "bias" or _is_saved_module(c.module, adapter):
+                trained.add(name)
+        elif c.role == "lora_bias":
+            shifts[name] = (mine, c.scale)
+        else:
+            rows[name] = (mine, c.indices)
+    if problems:
+        shown = "; ".join(problems[:MAX_LISTED])
+        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise MismatchError(
+            f"{adapter.file.path}: {shown}{more}; is {base.path} the base that the adapter was trained on?"
+        )
+    return Changes(sources, shifts, rows, frozenset(trained), _vocabulary(base, sources, adapter))
+
+
+class _Places:
+    """Where the tensors of an adapter stand in the merged model.
+
+    Parameters
+    ----------
+    known
+        Names of the model's tensors that exist.
+    matched
+        Module → base tensor of the factors.
+    """
+
+    def __init__(
+        self, base: Checkpoint, adapter: Adapter, known: Collection[str], matched: Mapping[str, str], renames: Renames
+    ) -> None:
+        self.base, self.adapter, self.known = base, adapter, known
+        self.by_run_time = {now: name for name, now in renames.at_run_time(base.weight_map).items()}
+        self.exchanges = sorted({_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
+        self.problems: list[str] = []
+
+    def find(self, c: Carried) -> str | None:
+        """The tensor's name; None where it has none, which is a problem."""
+        exchanged = [add + c.name[len(strip) :] for strip, add in self.exchanges if c.name.startswith(strip)]
+        found = dict.fromkeys(n for n in (c.name, self.by_run_time.get(c.name), *exchanged) if n in self.known)
+        if len(found) > 1:
+            self.problems.append(f"{c.source!r} is ambiguous: it could be {', '.join(map(repr, found))}")
+            return None
+        if found:
+            return next(iter(found))
+        if c.role != "saved" or not _is_saved_module(c.module, self.adapter):
+            self.problems.append(_no_place(c))
+            return None
+        stripped = next((strip for strip, add in self.exchanges if strip and not add), None)
+        if stripped:
+            raise UnsupportedError(
+                f"{self.adapter.file.path}: {c.source!r} is new to {self.base.path}, whose names lack the prefix {stripped!r}: no loader "
+                "would find it beside them; save the base as the class that the adapter was trained on, and merge into that"
+            )
+        return exchanged[0] if len(set(exchanged)) == 1 else c.name
+
+
+def _no_place(c: Carried) -> str:
+    if c.role == "lora_bias":
+        return f"{c.source!r} would be added to a bias that the base does not have ({c.name!r}), as PEFT cannot merge it either"
+    return f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and no modules_to_save in {CONFIG_NAME} names it"
+
+
+def _is_saved_module(module: str, adapter: Adapter) -> bool:
+    """PEFT's rule: a module whose path ends in an entry of modules_to_save, and what is below it."""
+    entries = adapter.config.get("modules_to_save") or ()
+    parts = module.split(".")
+    paths = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    return isinstance(entries, list) and any(p.endswith(e) for p in paths for e in entries if isinstance(e, str) and e)
+
+
+def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo) -> str:
+    if c.role == "tokens":
+        expected = (len(c.indices), *base.shape[1:])
+        if mine.shape != expected:
+            return f"{c.source!r}: expected shape {list(expected)}, found {list(mine.shape)}"
+        if c.indices and max(c.indices) >= base.shape[0]:
+            return f"{c.source!r}: row {max(c.indices)} of trainable_token_indices is beyond the {base.shape[0]} rows of {base.name!r}"
+        return ""
+    resized = c.module.rpartition(".")[2] in EMBEDDINGS and c.role == "saved" and mine.shape[1:] == base.shape[1:]
+    if mine.shape != base.shape and not (resized and mine.shape and mine.shape[0]):
+        return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(mine.shape)}"
+    return ""
+
+
+def _vocabulary(base: Checkpoint, sources: Mapping[str, Part], adapter: Adapter) -> int | None:
+    """The new number of rows of the embeddings, if some have another than the base's; then all must."""
+    resized = {
+        name: (base.info(name).shape[0], part.info.shape[0])
+        for name, part in sources.items()
+        if name in base.weight_map and part.info.shape != base.info(name).shape
+    }
+    if not resized:
+        return None
+    name, (before, after) = next(iter(resized.items()))
+    for other in base.weight_map:
+        module = other.removesuffix(".weight").rpartition(".")[2]
+        shape = (sources[other].info if other in sources else base.info(other)).shape
+        if module in EMBEDDINGS and len(shape) == 2 and shape[0] != after and base.info(other).shape[0] == before:
+            raise MismatchError(
+                f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {shape[0]}: the vocabulary grew, and the adapter "
+                "was saved without one of the embeddings; save it again with save_embedding_layers=True and both, or neither, targeted"
+            )
+    return after
+
+
+def _exchange(module: str, stem: str) -> tuple[str, str]:
+    """The prefixes of a module and its tensor that differ: (strip, add)."""
+    mine, theirs = module.split("."), stem.split(".")
+    n = 0
+    while n < min(len(mine), len(theirs)) and mine[-1 - n] == theirs[-1 - n]:
+        n += 1
+    strip, add = mine[: len(mine) - n], theirs[: len(theirs) - n]
+    return "".join(p + "." for p in strip), "".join(p + "." for p in add)
+
+
+def edited_config(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+    """The model's config with what the changes make untrue set right; equal to the one given where nothing is."""
+    out = dict(config)
+    if changes.vocabulary is not None:
+        _set(out, "vocab_size", changes.vocabulary)
+    if changes.untied:
+        # Stated wherever it could be, since a class may tie by default.
+        out["tie_word_embeddings"] = False
+        if isinstance(out.get("text_config"), dict):
+            out["text_config"] = {**out["text_config"], "tie_word_embeddings": False}
+    return out
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key where the config has it: at the top, and in the language model's part of a vision-language config."""
+    text = config.get("text_config")
+    nested = isinstance(text, dict) and key in text
+    if nested:
+        config["text_config"] = {**text, key: value}  # type: ignore[dict-item]
+    if key in config or not nested:
+        config[key] = value

@@ -1,0 +1,167 @@
+"""An embedding and an lm_head that are one tensor: what a change of either one means for the other.
+
+With ``tie_word_embeddings`` a checkpoint stores the embedding alone, and a loader gives it to the lm_head as well: whatever a merge
+writes for the lm_head would vanish, and whatever it adds to the embedding would change both. In PEFT's model the two part as soon as an
+adapter changes one of them (only its own merge, in place on the shared tensor, mixes them up). So the merged model is untied where they
+part: the lm_head is written, and the config says so. Where they change as one, they stay tied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamer.adapter import Adapter, LoraModule
+from streamer.bases.weight import Part
+from streamer.changes import Changes
+from streamer.errors import UnsupportedError
+from streamer.storage.checkpoint import Checkpoint
+
+KEY = "tie_word_embeddings"
+
+_EMBEDDING = re.compile(
+    r"^(?P<outer>(?:[^.]+\.)*?)(?:model|transformer)\.(?:language_model\.|decoder\.)?(?:embed_tokens|wte)\.weight$"
+)
+_OF_A_TIE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in|embed_out|lm_head|decoder)\.weight$")
+_LANGUAGE_MODEL = re.compile(r"LMHead|ForCausalLM|ConditionalGeneration|MaskedLM|PreTraining")
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Two names of one tensor.
+
+    Attributes
+    ----------
+    embedding
+        The one that is stored.
+    head
+        The other one; on disk there may be a copy.
+    """
+
+    embedding: str
+    head: str
+
+
+def find_tie(base: Checkpoint, config: Mapping[str, Any], adapter: Adapter) -> Tie | None:
+    """The tie that the config states; where it states none, that of a language model that is stored without its lm_head.
+
+    None where the model has no tie, or one that is not of this pattern (see `refuse_other_ties`).
+    """
+    if not _tied(base, config, adapter):
+        return None
+    found = [m for m in map(_EMBEDDING.match, base.weight_map) if m]
+    if len(found) != 1 or any(name.endswith("shared.weight") for name in base.weight_map):
+        return None
+    return Tie(found[0].string, f"{found[0]['outer']}lm_head.weight")
+
+
+def _tied(base: Checkpoint, config: Mapping[str, Any], adapter: Adapter) -> bool:
+    text = config.get("text_config")  # vision-language models keep the language model's config there
+    stated = [c[KEY] for c in (config, text) if isinstance(c, Mapping) and KEY in c]
+    if stated:
+        return any(stated)
+    # A config leaves out what is its class's default.
+    if any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", name) for name in base.weight_map):
+        return False
+    architectures = config.get("architectures")
+    classes = " ".join(map(str, architectures)) if isinstance(architectures, list) else ""
+    touched = [*adapter.modules, *(c.module for c in adapter.carried)]
+    return bool(_LANGUAGE_MODEL.search(classes)) or any(m.rpartition(".")[2] == "lm_head" for m in touched)
+
+
+def refuse_other_ties(
+    tie: Tie | None, base: Checkpoint, config: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]
+) -> None:
+    """Refuse a change of a tied tensor where what it is tied to is not known."""
+    if tie is not None or not _tied(base, config, adapter):
+        return
+    for name in changed:
+        if _OF_A_TIE.search(name):
+            raise UnsupportedError(
+                f"{base.path}: the model ties its embeddings in a way that is not known here, and the adapter changes {name!r}; untie "
+                f"them first (save the model with {KEY}=false)"
+            )
+
+
+def settle(tie: Tie, base: Checkpoint, changes: Changes, deltas: Iterable[str], adapter: Adapter) -> Changes:
+    """The changes, with the tie kept or undone.
+
+    Parameters
+    ----------
+    deltas
+        Names of the tensors that have a delta.
+    """
+    E, H = tie.embedding, tie.head
+    delta = {E, H} & set(deltas)
+    sources, rows = dict(changes.sources), dict(changes.rows)
+    base_embedding = Part(*base.locate(E))
+    start = base_embedding if E in changes.trained else sources.get(E, base_embedding)
+    if not delta and not {E, H} & (sources.keys() | rows.keys()):
+        return changes
+    gone = frozenset({H} & base.weight_map.keys())
+    if gone and not _equal(base_embedding, Part(*base.locate(H))):
+        raise UnsupportedError(
+            f"{base.path}: {H!r} differs from {E!r}, to which the config ties it, and loaders disagree which of them counts; set {KEY} "
+            "to what it is, or remove the copy"
+        )
+    if _as_one(E, H, delta, changes, adapter):
+        sources.pop(H, None)
+        rows.pop(H, None)
+        return replace(changes, sources=sources, rows=rows, dropped=gone)
+    if E in rows and H not in rows and (delta or H in sources):
+        raise UnsupportedError(
+            f"{adapter.path}: trains tokens of {E!r}, which is tied to the lm_head, and changes one of the two besides; untie them "
+            f"first (save the model with {KEY}=false) and train again"
+        )
+    sources.setdefault(H, start)
+    if sources[H].info.shape != sources.get(E, base_embedding).info.shape:
+        raise UnsupportedError(
+            f"{adapter.path}: gives {E!r} {sources.get(E, base_embedding).info.shape[0]} rows, but the lm_head that is tied to it "
+            f"{sources[H].info.shape[0]}; save the adapter again with save_embedding_layers=True"
+        )
+    return replace(changes, sources=sources, untied=True)
+
+
+def _as_one(E: str, H: str, delta: set[str], changes: Changes, adapter: Adapter) -> bool:
+    """Whether both stay one tensor: neither is changed, or both in the same way."""
+    if adapter.config.get("ensure_weight_tying") and H not in changes.rows:
+        return True
+    if delta or H in changes.rows:
+        return False
+    if H in changes.sources:
+        return E in changes.sources and _equal(changes.sources[E], changes.sources[H])
+    return E not in changes.trained
+
+
+def _equal(a: Part, b: Part) -> bool:
+    if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
+        return False
+    return all(x == y for x, y in zip(a.file.chunks(a.info), b.file.chunks(b.info), strict=True))
+
+
+def mirrored(tie: Tie | None, adapter: Adapter, matched: Mapping[str, str]) -> dict[str, LoraModule]:
+    """Modules that hold another's factors once more, transposed: PEFT's LoRA on a tied lm_head with ``ensure_weight_tying``.
+
+    Parameters
+    ----------
+    matched
+        Module → base tensor.
+
+    Returns
+    -------
+    dict
+        The embedding's module → the lm_head's, whose ``lora_A`` is its ``lora_embedding_B`` transposed, and the reverse.
+    """
+    if tie is None or not adapter.config.get("ensure_weight_tying"):
+        return {}
+    by_tensor = {tensor: module for module, tensor in matched.items()}
+    if tie.embedding not in by_tensor or tie.head not in by_tensor:
+        return {}
+    embedding, head = adapter.modules[by_tensor[tie.embedding]], adapter.modules[by_tensor[tie.head]]
+    if head.shape != embedding.shape[::-1] or head.rank != embedding.rank or head.scale != embedding.scale:
+        raise UnsupportedError(
+            f"{adapter.path}: says ensure_weight_tying, but the factors of {embedding.name!r} and {head.name!r} are not of one delta"
+        )
+    return {embedding.name: head}

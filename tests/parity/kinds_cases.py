@@ -1,0 +1,422 @@
+"""Kinds of adapters against PEFT: each is made, trained for a few steps, saved and merged by PEFT, and compared route by route.
+
+Run as a program it prints the table: `python tests/parity/kinds_cases.py [KIND …]`. `test_kinds.py` holds the same figures to bounds.
+
+The oracle of a merge is PEFT's own `merge_and_unload` in float64, on the values of the stored base: the exact sum, which is rounded once
+to the base's dtype. Columns: the largest difference to it relative to the tensor's largest value; the same to PEFT's merge in the base's
+own dtype, which in bf16 rounds the delta and then the sum; the share of values that differ from the exact sum rounded once; the logits of
+the merged directory as transformers loads it against those of PEFT's model with its adapter; the singular values of `detect` against
+float64 SVDs of the effective matrices, whose decisions must agree; merges at λ = 0.5 by each method against its formula in float64;
+and our merge at λ = 0.5 against PEFT's merge of our mitigated adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+import streamer
+
+logging.disable_progress_bar()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VOCAB = 64
+
+
+def llama_config(**options) -> LlamaConfig:
+    return LlamaConfig(vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, pad_token_id=0, **options)  # fmt: skip
+
+
+def llama(**options) -> Callable[[], nn.Module]:
+    return lambda: LlamaForCausalLM(llama_config(**options))
+
+
+tied = llama(tie_word_embeddings=True)
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=32, bos_token_id=0, eos_token_id=0)
+    )
+
+
+class Convolutions(nn.Module):
+    """A convolution over as many dimensions as are asked for, kernel 3 and then 1, behind an embedding's rows."""
+
+    def __init__(self, dimensions: int, groups: int = 1) -> None:
+        super().__init__()
+        layer = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+        self.example = (2, 16, *(4,) * dimensions)
+        self.wide = layer(16, 24, 3, padding=1, groups=groups)
+        self.pointwise = layer(24, 20, 1)
+        self.strided = layer(20, 20, 2, stride=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.strided(torch.tanh(self.pointwise(torch.tanh(self.wide(x)))))
+
+
+def convolutions(dimensions: int) -> Callable[[], nn.Module]:
+    return lambda: Convolutions(dimensions)
+
+
+@dataclass
+class Kind:
+    """One kind of adapter.
+
+    Attributes
+    ----------
+    model
+        Makes the base model.
+    config
+        Makes PEFT's config.
+    load
+        Loads the model that PEFT wraps from the saved base; by default as it was saved.
+    prepare
+        Changes the loaded model before PEFT wraps it: grows its vocabulary, say.
+    mitigate
+        Whether this route takes the kind.
+    shared
+        Whether PEFT's merge may work on a model whose embedding and lm_head are one tensor; it adds to both what belongs to one.
+    """
+
+    model: Callable[[], nn.Module]
+    config: Callable[[], peft.PeftConfig]
+    load: Callable[[Path, torch.dtype], nn.Module] | None = None
+    prepare: Callable[[nn.Module], None] = lambda model: None
+    mitigate: bool = True
+    shared: bool = True
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+def lora(*targets: str, **options) -> Callable[[], peft.PeftConfig]:
+    return lambda: peft.LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": list(targets), **options})
+
+
+def classifier(base: Path, dtype: torch.dtype) -> nn.Module:
+    return LlamaForSequenceClassification.from_pretrained(base, dtype=dtype, num_labels=3)
+
+
+def grow(model: nn.Module) -> None:
+    torch.manual_seed(5)
+    model.resize_token_embeddings(VOCAB + 6)  # type: ignore[operator]
+
+
+KINDS: dict[str, Kind] = {
+    "linear": Kind(llama(), lora("q_proj", "down_proj")),
+    "rslora": Kind(llama(), lora("q_proj", "up_proj", use_rslora=True, alpha_pattern={"up_proj": 3})),
+    "fan_in_fan_out": Kind(gpt2, lora("c_attn", "c_proj", fan_in_fan_out=True)),
+    "embedding": Kind(llama(), lora("embed_tokens", "q_proj")),
+    "embedding, resized": Kind(llama(), lora("embed_tokens", "lm_head"), prepare=grow),
+    "conv1d": Kind(convolutions(1), lora("wide", "pointwise", "strided")),
+    "conv2d": Kind(convolutions(2), lora("wide", "pointwise", "strided")),
+    "conv2d, lora_bias": Kind(convolutions(2), lora("wide", "pointwise", lora_bias=True)),
+    "conv3d": Kind(convolutions(3), lora("wide", "strided")),  # a kernel of 1x1x1 PEFT itself cannot merge
+    "modules_to_save": Kind(llama(), lora("q_proj", modules_to_save=["lm_head", "layers.1.mlp"])),
+    "modules_to_save, new": Kind(llama(), lora("q_proj", task_type="SEQ_CLS"), load=classifier),
+    "bias=all": Kind(llama(attention_bias=True, mlp_bias=True), lora("q_proj", "up_proj", bias="all")),
+    "bias=lora_only": Kind(llama(attention_bias=True, mlp_bias=True), lora("q_proj", "up_proj", bias="lora_only")),
+    "lora_bias": Kind(llama(attention_bias=True), lora("q_proj", "o_proj", lora_bias=True)),
+    "lora_bias, bias=all": Kind(llama(attention_bias=True), lora("q_proj", lora_bias=True, bias="all")),
+    "lm_head with its base": Kind(llama(), lora("q_proj", "lm_head")),
+    "resized": Kind(llama(), lora("q_proj"), prepare=grow),
+    "resized, saved modules": Kind(llama(), lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]), prepare=grow),
+    "DoRA": Kind(llama(), lora("q_proj", "down_proj", use_dora=True), mitigate=False),
+    "DoRA, fan_in_fan_out": Kind(gpt2, lora("c_attn", "c_proj", use_dora=True, fan_in_fan_out=True), mitigate=False),
+    "DoRA, embedding": Kind(llama(), lora("embed_tokens", "v_proj", use_dora=True, use_rslora=True), mitigate=False),
+    "DoRA, conv1d": Kind(convolutions(1), lora("wide", "pointwise", "strided", use_dora=True), mitigate=False),
+    "DoRA, conv2d": Kind(convolutions(2), lora("wide", "pointwise", "strided", use_dora=True), mitigate=False),
+    "DoRA, conv3d": Kind(convolutions(3), lora("wide", "strided", use_dora=True), mitigate=False),
+    "DoRA, saved modules": Kind(llama(), lora("q_proj", use_dora=True, modules_to_save=["lm_head"]), mitigate=False),
+    "tied, lm_head": Kind(tied, lora("q_proj", "lm_head"), shared=False),
+    "tied, embedding": Kind(tied, lora("q_proj", "embed_tokens"), shared=False),
+    "tied, both": Kind(tied, lora("lm_head", "embed_tokens"), shared=False),
+    "tied, one delta": Kind(tied, lora("q_proj", "embed_tokens", ensure_weight_tying=True), shared=False),
+    "tied, one delta of lm_head": Kind(tied, lora("q_proj", "lm_head", ensure_weight_tying=True), shared=False),
+    "tied, saved lm_head": Kind(tied, lora("q_proj", modules_to_save=["lm_head"]), shared=False),
+    "tied, saved embedding": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens"]), shared=False),
+    "tied, saved as one": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "tied, resized": Kind(tied, lora("q_proj"), prepare=grow),
+    "tied, tokens": Kind(tied, lora("q_proj", trainable_token_indices=[3, 5])),
+    "tied, tokens of lm_head": Kind(tied, lora("q_proj", trainable_token_indices={"lm_head": [3, 5]}), shared=False),
+    "tied, GPT-2": Kind(gpt2, lora("c_attn", "lm_head", fan_in_fan_out=True), shared=False),
+    "trainable tokens": Kind(llama(), lora("q_proj", trainable_token_indices=[3, 60, 7])),
+    "trainable tokens by name": Kind(llama(), lora("v_proj", trainable_token_indices={"embed_tokens": [1, 2]})),
+}  # fmt: skip
+
+
+@dataclass
+class Made:
+    """A base and an adapter on disk, and PEFT's merge of them."""
+
+    kind: Kind
+    base: Path
+    adapter: Path
+    dtype: torch.dtype
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """The model that PEFT wraps, from the stored base."""
+        if self.kind.load is not None:
+            model = self.kind.load(self.base, self.dtype)
+        else:
+            torch.manual_seed(0)
+            made = self.kind.model()
+            if isinstance(made, PreTrainedModel):
+                model = type(made).from_pretrained(self.base, dtype=self.dtype)
+            else:
+                made.load_state_dict(load_file(self.base / "model.safetensors"))
+                model = made.to(self.dtype)
+        model = model.to(dtype)
+        self.kind.prepare(model)
+        return model.eval()
+
+    def peft(self, adapter: Path, dtype: torch.dtype) -> peft.PeftModel:
+        return peft.PeftModel.from_pretrained(self.load(dtype), adapter, autocast_adapter_dtype=False).eval()
+
+    def merged(self, adapter: Path | None = None, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """PEFT's merge, its values computed in `dtype`."""
+        with quiet():
+            model = self.load(dtype)
+            if not self.kind.shared:
+                model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+                model.config.tie_word_embeddings = False
+            wrapped = peft.PeftModel.from_pretrained(model, adapter or self.adapter, autocast_adapter_dtype=False)
+            return wrapped.merge_and_unload().state_dict()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without PEFT's and transformers' advice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def make(name: str, dtype: torch.dtype, directory: Path) -> Made:
+    """A base, and an adapter of the kind that PEFT trained on it for a few steps."""
+    kind = KINDS[name]
+    torch.manual_seed(0)
+    model = kind.model().to(dtype)
+    base = directory / "base"
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(base)
+    else:
+        base.mkdir(parents=True)
+        save_file(model.state_dict(), base / "model.safetensors", metadata={"format": "pt"})
+    made = Made(kind, base, directory / "adapter", dtype)
+    with quiet():
+        wrapped = peft.get_peft_model(made.load(dtype), kind.config())
+        wrapped.base_model.model.name_or_path = str(base)
+        train(wrapped)
+        wrapped.save_pretrained(made.adapter)
+    return made
+
+
+def train(model: nn.Module, steps: int = 4) -> None:
+    """A few large steps, so that intruders appear and no factor stays zero."""
+    torch.manual_seed(1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.05)
+    for _ in range(steps):
+        out = model(*inputs(model))
+        logits = out.logits if hasattr(out, "logits") else out
+        loss = (logits.float() - torch.randn(logits.shape)).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def inputs(model: nn.Module) -> tuple[Tensor, ...]:
+    inner = model.base_model.model if isinstance(model, peft.PeftModel) else model
+    if isinstance(inner, PreTrainedModel):
+        return (torch.randint(1, VOCAB, (4, 12)),)
+    return (torch.randn(inner.example, dtype=next(inner.parameters()).dtype),)  # type: ignore[attr-defined]
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def stored(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors, in units of the largest value."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    if b.numel() == 0:
+        return 0.0
+    return float((a.double() - b.double()).abs().max() / (b.double().abs().max() or 1.0))
+
+
+def by_disk(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict's values under the names on disk, which may lack the base model's prefix."""
+    out = {
+        n: state[n] if n in state else next((t for k, t in state.items() if k.endswith("." + n)), None) for n in names
+    }
+    return {n: t for n, t in out.items() if t is not None and t.is_floating_point()}
+
+
+@dataclass
+class Figures:
+    """Largest relative differences of one kind and dtype; None where the route refuses the kind."""
+
+    merge: float = 0.0
+    merge_in_dtype: float = 0.0
+    off_by_one: float = 0.0
+    sigma: float = 0.0
+    decisions: int = 0
+    half: float = 0.0
+    mitigate: float | None = None
+    outputs: float | None = None
+
+
+def compare_merge(made: Made, out: Path, figures: Figures) -> None:
+    """`merge --lambda 1` against PEFT's merge in float64, rounded once, and in the base's own dtype."""
+    streamer.merge_with_reduced_intruder_dimensions(
+        made.base, made.adapter, out, mitigation_lambda=1.0, **made.kind.options
+    )
+    ours = stored(out)
+    exact, theirs = by_disk(made.merged(), ours), by_disk(made.merged(dtype=made.dtype), ours)
+    base = stored(made.base)
+    assert ours.keys() >= base.keys()
+    for name in base.keys() - exact.keys():  # of a part of the model that PEFT did not load
+        assert torch.equal(ours[name].view(torch.uint8), base[name].view(torch.uint8)), name
+    for name, expected in exact.items():
+        assert not (name in base and ours[name].dtype != base[name].dtype), name
+        figures.merge = max(figures.merge, relative(ours[name], expected))
+        figures.merge_in_dtype = max(figures.merge_in_dtype, relative(ours[name], theirs[name]))
+        rounded = expected.to(ours[name].dtype)
+        figures.off_by_one = max(figures.off_by_one, float((ours[name] != rounded).float().mean()))
+        eps, tiny = torch.finfo(ours[name].dtype).eps, torch.finfo(torch.float32).eps
+        bound = eps / 2 * 1.01 * expected.abs() + 16 * tiny * expected.abs().max()
+        assert bool(((ours[name].double() - expected).abs() <= bound).all()), name
+    compare_outputs(made, out, figures)
+
+
+def compare_outputs(made: Made, out: Path, figures: Figures) -> None:
+    """The merged directory, loaded by transformers, computes what PEFT's model with its adapter computes."""
+    wrapped = made.peft(made.adapter, torch.float32)
+    if not isinstance(wrapped.base_model.model, PreTrainedModel) or made.dtype != torch.float32:
+        return
+    load = made.kind.load or (lambda path, dtype: type(wrapped.base_model.model).from_pretrained(path, dtype=dtype))
+    loaded = load(out, torch.float32).eval()
+    tokens = torch.randint(1, VOCAB, (3, 9))
+    with torch.no_grad():
+        figures.outputs = relative(loaded(tokens).logits, wrapped(tokens).logits)
+
+
+def compare_detection(made: Made, figures: Figures) -> streamer.Findings:
+    """`detect` against dense float64 SVDs of the base's matrices and of PEFT's merged ones."""
+    findings = streamer.detect_intruder_dimensions(made.base, made.adapter, **made.kind.options)
+    base = {**by_disk(made.load(torch.float64).state_dict(), {m.tensor: torch.empty(0) for m in findings})}
+    merged = by_disk(made.merged(), base)
+    for m in findings:
+        W0, W = (t[m.tensor].reshape(t[m.tensor].shape[0], -1) for t in (base, merged))
+        if W0.shape != m.shape or transposed(made, m.tensor):
+            W0, W = W0.T, W.T
+        assert tuple(W0.shape) == m.shape, m.tensor
+        U0 = torch.linalg.svd(W0, full_matrices=False).U
+        U, S, _ = torch.linalg.svd(W, full_matrices=False)
+        k = len(m.detection.singular_values)
+        figures.sigma = max(
+            figures.sigma, relative(torch.tensor(m.detection.singular_values, dtype=torch.float64), S[:k])
+        )
+        similarity = (U0.T @ U[:, :k]).abs().amax(0)
+        for j, s in enumerate(similarity.tolist()):
+            assert m.detection.similarity_low[j] - 1e-3 <= s <= m.detection.similarity_high[j] + 1e-3, (m.tensor, j, s)
+            if abs(s - 0.5) > 1e-3:
+                assert (j in m.detection.intruders) == (s < 0.5), (m.tensor, j, s)
+        figures.decisions += len(m.detection.intruders)
+    return findings
+
+
+def compare_methods(made: Made, findings: streamer.Findings, figures: Figures) -> None:
+    """Merges at λ = 0.5 by each method against its formula in float64, on PEFT's matrices."""
+    by_tensor = {m.tensor: m for m in findings}
+    base = by_disk(made.load(torch.float64).state_dict(), {m.tensor: torch.empty(0) for m in findings})
+    merged = by_disk(made.merged(), base)
+    for method in ("paper", "project", "shrink"):
+        options = {"findings": findings, "mitigation_lambda": 0.5, "method": method, **made.kind.options}
+        for name, ours in streamer.iter_merged(made.base, made.adapter, **options):
+            if name not in by_tensor:
+                continue
+            W0, W, found = (t.double().reshape(t.shape[0], -1) for t in (base[name], merged[name], ours))
+            if transposed(made, name):
+                W0, W, found = W0.T, W.T, found.T
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            chosen = list(by_tensor[name].detection.intruders)
+            U, S, Vh = U[:, chosen], S[chosen], Vh[chosen]
+            expected = {
+                "paper": W - 0.5 * (U * S) @ Vh,
+                "project": W - 0.5 * U @ (U.T @ (W - W0)),
+                "shrink": W0 + 0.5 * (W - W0),
+            }[method]
+            figures.half = max(figures.half, relative(found, expected))
+
+
+def transposed(made: Made, tensor: str) -> bool:
+    """Whether the base stores the matrix as (in, out)."""
+    return (made.kind.model is gpt2 and ".c_" in tensor) or "embed_tokens" in tensor
+
+
+def compare_mitigation(made: Made, findings: streamer.Findings, directory: Path, figures: Figures) -> None:
+    """λ = 1 keeps every byte; at λ = 0.5 PEFT's merge of the mitigated adapter is our merge (``project``, which truncates nothing)."""
+    streamer.reduce_intruder_dimension(
+        made.base, made.adapter, directory / "same", mitigation_lambda=1.0, **made.kind.options
+    )
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (directory / "same" / name).read_bytes() == (made.adapter / name).read_bytes()
+    options = {"findings": findings, "mitigation_lambda": 0.5, "method": "project", **made.kind.options}
+    streamer.reduce_intruder_dimension(made.base, made.adapter, directory / "half", **options)
+    streamer.merge_with_reduced_intruder_dimensions(made.base, made.adapter, directory / "merged-half", **options)
+    ours = stored(directory / "merged-half")
+    figures.mitigate = max(relative(ours[n], t) for n, t in by_disk(made.merged(directory / "half"), ours).items())
+    for name, tensor in streamer.iter_merged(made.base, made.adapter, **options):
+        assert torch.equal(tensor, ours[name]), name
+
+
+def measure(name: str, dtype: torch.dtype, directory: Path) -> Figures:
+    """Make a kind and compare every route."""
+    made = make(name, dtype, directory)
+    figures = Figures()
+    with quiet():
+        compare_merge(made, directory / "merged", figures)
+        findings = compare_detection(made, figures)
+        compare_methods(made, findings, figures)
+        if made.kind.mitigate:
+            compare_mitigation(made, findings, directory, figures)
+    return figures
+
+
+def main(chosen: list[str]) -> None:
+    head = ["merge", "to PEFT's", "rounded", "logits", "detect", "intruders", "methods", "mitigate"]
+    print(f"{'kind':26} base  " + " ".join(f"{h:>9}" for h in head))
+    for name in chosen or KINDS:
+        for label, dtype in DTYPES.items():
+            with tempfile.TemporaryDirectory() as directory:
+                f = measure(name, dtype, Path(directory))
+            cells = [f.merge, f.merge_in_dtype, f.off_by_one, f.outputs, f.sigma, f.decisions, f.half, f.mitigate]
+            shown = ["-" if c is None else str(c) if isinstance(c, int) else f"{c:.1e}" for c in cells]
+            print(f"{name:26} {label:5} " + " ".join(f"{c:>9}" for c in shown), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,158 @@
+"""An embedding and an lm_head that are one tensor: when they part, when they stay, and what the config says then."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import streamer
+from streamer.errors import UnsupportedError
+from streamer.plan import make_plan
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def base(home: Path, config: dict, extra: dict[str, torch.Tensor] | None = None, embed: str = EMBED) -> Path:
+    torch.manual_seed(0)
+    tensors = {embed: torch.randn(64, 32), "model.layers.0.q_proj.weight": torch.randn(32, 32), **(extra or {})}
+    return helpers.write_sharded(home / "base", [tensors], {"model_type": "test", **config})
+
+
+def adapter(
+    home: Path, module: str = "lm_head", tensors: dict[str, torch.Tensor] | None = None, **config: object
+) -> Path:
+    shape = (64, 32) if module == "lm_head" else (32, 32)
+    path = helpers.write_adapter(home / "adapter", {module: helpers.intruding_factors(*shape, 4)}, r=4, **config)
+    file = path / "adapter_model.safetensors"
+    save_file(
+        {**load_file(file), **{f"base_model.model.{n}": t for n, t in (tensors or {}).items()}},
+        file,
+        metadata={"format": "pt"},
+    )
+    return path
+
+
+def merge(home: Path, base: Path, adapter: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, home / "out", mitigation_lambda=1.0)
+    return load_file(home / "out" / "model-00001-of-00001.safetensors"), json.loads(
+        (home / "out" / "config.json").read_text()
+    )
+
+
+TIES = {
+    "stated": {"tie_word_embeddings": True},
+    "stated for the text": {"text_config": {"tie_word_embeddings": True}},
+    "by default": {"architectures": ["TestForCausalLM"]},
+    "not stated": {},
+}
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_a_delta_of_the_lm_head_unties(tmp_path: Path, tie: str) -> None:
+    b, a = base(tmp_path, TIES[tie]), adapter(tmp_path)
+    merged, config = merge(tmp_path, b, a)
+    embedding = load_file(b / "model-00001-of-00001.safetensors")[EMBED]
+    factors = load_file(a / "adapter_model.safetensors")
+    delta = factors["base_model.model.lm_head.lora_B.weight"] @ factors["base_model.model.lm_head.lora_A.weight"]
+    assert torch.equal(merged[EMBED], embedding)
+    torch.testing.assert_close(merged[HEAD], embedding + delta)
+    assert config["tie_word_embeddings"] is False
+    assert config.get("text_config", {"tie_word_embeddings": False})["tie_word_embeddings"] is False
+    before = json.loads((b / "config.json").read_text())
+    assert {k: v for k, v in config.items() if k not in ("tie_word_embeddings", "text_config")} == {
+        k: v for k, v in before.items() if k not in ("tie_word_embeddings", "text_config")
+    }
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"][HEAD] == "model-00001-of-00001.safetensors"
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in merged.values())
+    # What is written is a plain untied model: detected on once more, it finds the lm_head by its name.
+    assert make_plan(tmp_path / "out", a).by_tensor[HEAD].module.name == "lm_head"
+
+
+def test_a_copy_on_disk_becomes_the_tensor_that_is_written(tmp_path: Path) -> None:
+    b = base(tmp_path, {"tie_word_embeddings": True}, {HEAD: torch.zeros(64, 32)})
+    with pytest.raises(
+        UnsupportedError,
+        match=r"differs from 'model.embed_tokens.weight', to which the config ties it, and loaders disagree",
+    ):
+        make_plan(b, adapter(tmp_path))
+    embedding = load_file(b / "model-00001-of-00001.safetensors")[EMBED]
+    b = base(tmp_path, {"tie_word_embeddings": True}, {HEAD: embedding})
+    merged, config = merge(tmp_path, b, adapter(tmp_path))
+    assert torch.equal(merged[EMBED], embedding)
+    assert not torch.equal(merged[HEAD], embedding)
+    assert config["tie_word_embeddings"] is False
+
+
+def test_a_change_elsewhere_leaves_the_tie(tmp_path: Path) -> None:
+    b = base(tmp_path, {"tie_word_embeddings": True})
+    merged, config = merge(tmp_path, b, adapter(tmp_path, "model.layers.0.q_proj"))
+    assert HEAD not in merged
+    assert config["tie_word_embeddings"] is True
+    assert (tmp_path / "out" / "config.json").read_bytes() == (b / "config.json").read_bytes()
+
+
+def test_tokens_of_both_leave_the_tie_and_a_stale_copy_goes(tmp_path: Path) -> None:
+    b = base(tmp_path, {"tie_word_embeddings": True})
+    embedding = load_file(b / "model-00001-of-00001.safetensors")[EMBED]
+    b = base(tmp_path, {"tie_word_embeddings": True}, {HEAD: embedding})
+    rows = torch.randn(2, 32)
+    a = adapter(tmp_path, "model.layers.0.q_proj", {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows},
+                trainable_token_indices=[5, 1])  # fmt: skip
+    merged, config = merge(tmp_path, b, a)
+    assert HEAD not in merged
+    assert torch.equal(merged[EMBED][[5, 1]], rows)
+    assert config["tie_word_embeddings"] is True
+    assert "dropped" in [c["change"] for c in make_plan(b, a).changes.listed(make_plan(b, a).base)]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_saved_embeddings_stay_one_if_they_are(tmp_path: Path, same: bool) -> None:
+    b = base(tmp_path, {"tie_word_embeddings": True, "vocab_size": 64})
+    E, H = torch.randn(70, 32), torch.randn(70, 32)
+    a = adapter(tmp_path, "model.layers.0.q_proj", {EMBED: E, HEAD: E.clone() if same else H})
+    merged, config = merge(tmp_path, b, a)
+    assert (HEAD in merged) is not same
+    assert torch.equal(merged[EMBED], E)
+    assert (config["tie_word_embeddings"], config["vocab_size"]) == (same, 70)
+
+
+REFUSED = {
+    "tokens beside a delta": (
+        {"tie_word_embeddings": True}, EMBED, "lm_head",
+        {"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}, {"trainable_token_indices": [5]},
+        "trains tokens of 'model.embed_tokens.weight', which is tied to the lm_head, and changes one of the two besides",
+    ),
+    "another pattern": (
+        {"tie_word_embeddings": True}, "encoder.word_embeddings.weight", "model.layers.0.q_proj",
+        {"encoder.word_embeddings.weight": torch.ones(64, 32)}, {},
+        "the model ties its embeddings in a way that is not known here, and the adapter changes 'encoder.word_embeddings.weight'",
+    ),
+    "grown apart": (
+        {"tie_word_embeddings": True}, EMBED, "model.layers.0.q_proj", {EMBED: torch.ones(70, 32)}, {"modules_to_save": ["embed_tokens"]},
+        "gives 'model.embed_tokens.weight' 70 rows, but the lm_head that is tied to it 64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_not_be_the_model_that_was_trained(tmp_path: Path, case: str) -> None:
+    config, embed, module, tensors, options, words = REFUSED[case]
+    b, a = base(tmp_path, config, embed=embed), adapter(tmp_path, module, tensors, **options)
+    with pytest.raises(UnsupportedError) as e:
+        make_plan(b, a)
+    assert words in str(e.value)
+
+
+def test_factors_that_are_said_to_be_one(tmp_path: Path) -> None:
+    b = base(tmp_path, {"tie_word_embeddings": True})
+    a = adapter(tmp_path, "lm_head", {"model.embed_tokens.lora_embedding_A": torch.ones(2, 64),
+                                      "model.embed_tokens.lora_embedding_B": torch.ones(32, 2)},
+                ensure_weight_tying=True, rank_pattern={"embed_tokens": 2})  # fmt: skip
+    with pytest.raises(UnsupportedError, match="says ensure_weight_tying, but the factors of"):
+        make_plan(b, a)
