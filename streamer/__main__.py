@@ -75,10 +75,10 @@ def _merge(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.api import merge_with_reduced_intruder_dimensions
     from streamer.apply import ModelSink
 
-    _apply(args, monitor, ModelSink, merge_with_reduced_intruder_dimensions)
+    _apply(args, monitor, ModelSink, merge_with_reduced_intruder_dimensions, dequantize=args.dequantize)
 
 
-def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any) -> None:
+def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **special: Any) -> None:
     from streamer.api import prepare
     from streamer.apply import inspect_job
     from streamer.findings import load_findings
@@ -88,7 +88,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any) ->
     detection = _detection_options(args, findings)
     mitigation = _mitigation_options(args)
     if args.dry_run:
-        job = prepare(args.base, args.adapter, mitigation, detection, findings, args.device, args.io)
+        job = prepare(args.base, args.adapter, mitigation, detection, findings, args.device, args.io, **special)
         planned = sink(job, Path(args.output))
         state = inspect_job(planned, args.overwrite, not args.no_resume)
         _print_dry_run(args, state, len(job.plan.targets), len(planned.output.files), planned.output.total_bytes)
@@ -97,7 +97,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any) ->
         args.base, args.adapter, args.output, findings=findings, top_k=detection.top_k,
         threshold_epsilon=detection.threshold_epsilon, mitigation_lambda=mitigation.mitigation_lambda, method=mitigation.method,
         scale=mitigation.scale, solver=detection.solver, max_memory=detection.max_memory, device=args.device, io=args.io,
-        resume=not args.no_resume, overwrite=args.overwrite, monitor=monitor,
+        resume=not args.no_resume, overwrite=args.overwrite, monitor=monitor, **special,
     )  # fmt: skip
     _print(args, {**record, "output": args.output}, record_table(record, args.output))
 

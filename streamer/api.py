@@ -145,6 +145,7 @@ def merge_with_reduced_intruder_dimensions(
     mitigation_lambda: float = 0.75,
     method: Method = "paper",
     scale: Scale = "all",
+    dequantize: bool = False,
     solver: str = "auto",
     max_memory: int | None = None,
     device: str = "auto",
@@ -157,11 +158,13 @@ def merge_with_reduced_intruder_dimensions(
     """Write the base with the mitigated delta merged in: ``W0 + Δ'``, rounded once to the base's dtype.
 
     Shard names, tensor order, dtypes, metadata and all other files are the base's; untouched tensors keep their bytes.
-    Parameters, result and errors are those of `reduce_intruder_dimension`, but that nothing is truncated.
+    Weights that stand as FP8 codes are coded anew, with new scales: each value is rounded to the nearest of 4 significant bits. Other
+    codes are not written; with `dequantize` all codes of the model become plain tensors of its config's dtype.
+    Other parameters, result and errors are those of `reduce_intruder_dimension`, but that nothing is truncated.
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    job = prepare(base, adapter, mitigation, detection, findings, device, io)
+    job = prepare(base, adapter, mitigation, detection, findings, device, io, dequantize)
     return run_job(ModelSink(job, Path(output)), _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
 
 
@@ -175,6 +178,7 @@ def iter_merged(
     mitigation_lambda: float = 0.75,
     method: Method = "paper",
     scale: Scale = "all",
+    dequantize: bool = False,
     solver: str = "auto",
     max_memory: int | None = None,
     device: str = "auto",
@@ -188,7 +192,7 @@ def iter_merged(
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    return merged_tensors(prepare(base, adapter, mitigation, detection, findings, device, io), Monitor())
+    return merged_tensors(prepare(base, adapter, mitigation, detection, findings, device, io, dequantize), Monitor())
 
 
 def prepare(
@@ -199,6 +203,7 @@ def prepare(
     findings: Findings | str | Path | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
+    dequantize: bool = False,
 ) -> Job:
     """Open and check everything that a mitigation reads; nothing is written."""
     where = choose_device(device)
@@ -215,7 +220,7 @@ def prepare(
             )
     elif mitigation.needs_detection:
         check_memory(plan, detection)
-    return Job(plan, mitigation, detection, where, loaded)
+    return Job(plan, mitigation, detection, where, loaded, dequantize)
 
 
 def _monitor(job: Job, monitor: Monitor | None, on_event: OnEvent | None) -> Monitor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraModule
+from streamer.bases.dequantize import STALE
 from streamer.encodings import ENCODINGS, TORCH_DTYPES, as_bytes, as_tensor, encode
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
@@ -22,8 +23,8 @@ from streamer.intruders import Detection, DetectionOptions, MitigationOptions, b
 from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import LowRank, all_finite
-from streamer.merged import plan_merged
-from streamer.merging import one_thread
+from streamer.merged import MergedModel, plan_merged
+from streamer.merging import Recoded, one_thread
 from streamer.pipeline import detect_matrix, detect_to_file
 from streamer.plan import Plan, left_out, other_files
 from streamer.storage.atomic import Buffer, locked
@@ -53,6 +54,8 @@ class Job:
     ----------
     findings
         Given ones; without them the job detects, where it needs to, into a file of its own in the output directory.
+    dequantize
+        Whether a merged model is written plain where the base is quantized.
     """
 
     plan: Plan
@@ -60,13 +63,17 @@ class Job:
     detection: DetectionOptions
     device: torch.device
     findings: Findings | None = None
+    dequantize: bool = False
+    _last: tuple[str, Detection] | None = None
 
     def detection_of(self, target: Target) -> Detection | None:
         """The findings on one matrix; None where the options need none."""
         if not self.options.needs_detection:
             return None
         if self.findings is None:
-            return detect_matrix(self.plan, target, self.detection, self.device).detection
+            if self._last is None or self._last[0] != target.tensor:  # codes and scales are made one after the other
+                self._last = target.tensor, detect_matrix(self.plan, target, self.detection, self.device).detection
+            return self._last[1]
         return self._by_tensor[target.tensor].detection
 
     @cached_property
@@ -92,7 +99,12 @@ class Job:
         detection: Any = None
         if self.options.needs_detection:
             detection = self.detection.as_dict() if self.findings is None else self.findings.digest()
-        return {"schema": SCHEMA, "mitigation": self.options.as_dict(), "detection": detection}
+        return {
+            "schema": SCHEMA,
+            "mitigation": self.options.as_dict(),
+            "detection": detection,
+            "dequantize": self.dequantize,
+        }
 
     def ensure_findings(self, directory: Path, monitor: Monitor, resume: bool) -> None:
         """Detect into the output directory where findings are needed and none were given; resumable like everything."""
@@ -212,7 +224,7 @@ class ModelSink:
     def __init__(self, job: Job, path: Path) -> None:
         base = job.plan.base
         self.job = job
-        self.model = plan_merged(job.plan)
+        self.model = plan_merged(job.plan, job.dequantize)
         self.shards = self.model.shards()
         self.edited: Mapping[str, bytes] = self.model.texts
         self.finals: Mapping[str, bytes] = self.model.finals(self.shards)
@@ -220,9 +232,11 @@ class ModelSink:
         adapter = job.plan.adapter.path
         aside = {CONFIG_NAME, WEIGHTS_NAME, *self.edited}
         beside = base.directory
-        self.copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
+        copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
+        stale = [name for name, _ in copies if job.dequantize and name in STALE]
+        self.copies = [c for c in copies if c[0] not in stale]
         written = {*base.files, INDEX_NAME, RECORD_NAME, *aside}
-        self.left_out = [] if beside is None else [name for name in left_out(beside, adapter) if name not in written]
+        self.left_out = stale + ([] if beside is None else [n for n in left_out(beside, adapter) if n not in written])
         # A loader would apply an adapter that lies beside the model once more.
         rivals = [SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
         self.output = output_plan(self, path, tuple(r for r in rivals if r not in self.finals and r not in self.shards))
@@ -236,7 +250,13 @@ class ModelSink:
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
             return after
 
-        return lambda info: outputs[info.name].recipe.pieces(mitigated)
+        def pour(info: TensorInfo) -> Iterable[Buffer]:
+            recipe = outputs[info.name].recipe
+            # The scales of codes are made of the same matrix once more; it counts once.
+            again = isinstance(recipe, Recoded) and recipe.role != "weight"
+            return recipe.pieces((lambda target: self.job.mitigated(target)[1]) if again else mitigated)
+
+        return pour
 
 
 Sink = AdapterSink | ModelSink
@@ -324,8 +344,11 @@ def _write_shard(sink: Sink, name: str, out: OutputDirectory, monitor: Monitor, 
 
 
 def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the merged model, in file order; one at a time in memory."""
-    model = plan_merged(job.plan)
+    """Every tensor of the merged model, in file order; one at a time in memory. What is refused is refused by the call itself."""
+    return _tensors(job, plan_merged(job.plan, job.dequantize), monitor)
+
+
+def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     for shard in model.shards().values():
         for info, output in zip(shard.header.tensors, model.files[shard.name], strict=True):
             monitor.checkpoint()

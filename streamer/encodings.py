@@ -62,8 +62,8 @@ def encoding_of(info: TensorInfo, where: str) -> Encoding:
     """
     if info.dtype not in ENCODINGS:
         raise UnsupportedError(
-            f"{where}: tensor {info.name!r}: dtype {info.dtype} is not one of {', '.join(ENCODINGS)}; "
-            "quantized bases are not supported: use the 16-bit model"
+            f"{where}: tensor {info.name!r}: dtype {info.dtype} is not one of {', '.join(ENCODINGS)}, "
+            "and nothing beside it says what its codes mean; use the 16-bit model"
         )
     return ENCODINGS[info.dtype]
 

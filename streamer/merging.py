@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from streamer.bases.fp8 import FP8
 from streamer.bases.weight import Part, Weight
 from streamer.encodings import Encoding, as_bytes, encode
 from streamer.errors import NumericError
@@ -70,7 +71,7 @@ class Copied:
 
 @dataclass(frozen=True)
 class Rounded:
-    """The values of a weight, rounded once to the dtype that is written; of the adapter's, which must be finite."""
+    """The values of a weight, rounded once to the dtype that is written: the adapter's own, or what codes mean. They must be finite."""
 
     weight: Weight
 
@@ -103,6 +104,32 @@ class Merged:
             else:
                 deltas.add_rows(values, change, i, j)
                 yield as_bytes(encode(values, encoding, raw, self.weight.name, out))
+
+
+@dataclass(frozen=True)
+class Recoded:
+    """One of the tensors that the codes of ``W0 + Δ'`` stand in, scales chosen anew; a delta of zero leaves W0's own bytes."""
+
+    weight: FP8
+    target: Target
+    role: str
+
+    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+        """Codes, or their scales. The sum is made again for each pass: it is never in memory whole."""
+        delta, weight = mitigated(self.target), self.weight.at_hand()
+        change = deltas.cast(delta.T if self.target.transposed else delta, weight.compute)
+        part = weight.parts[self.role]
+        if deltas.empty(change):
+            yield from part.file.chunks(part.info)
+            return
+
+        def merged(i: int, j: int) -> Tensor:
+            values = weight.decode(i, j)
+            deltas.add_rows(values, change, i, j)
+            return values
+
+        for piece in weight.recoded(self.role, merged, weight.rescaled(merged)):
+            yield as_bytes(piece)
 
 
 @dataclass(frozen=True)
@@ -150,7 +177,7 @@ def _rows(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
 
     The buffers are the same for all, the last one two by turns: fresh ones are zeroed by the system first, which costs as much as a sum.
     """
-    encoding = _encoding(weight)
+    encoding, weight = _encoding(weight), weight.at_hand()
     m, n = weight.matrix
     rows = max(1, BLOCK_BYTES // max(1, n * weight.compute.itemsize))
     values, *rounded = (

@@ -119,6 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inputs(sub)
     sub.add_argument("-o", "--output", required=True, metavar="DIR", help="model directory to write")
+    sub.add_argument("--dequantize", action="store_true",
+                     help="write a plain model where the base is quantized, in the dtype of its config")  # fmt: skip
     sub = command("report", "show findings as a table or as JSON")
     sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`")
     sub = command("demo", "run the whole job on a small generated model with planted intruders")

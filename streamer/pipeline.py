@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from streamer.bases.weight import Weight
+from streamer.bases.weight import Coded, Weight
 from streamer.errors import NumericError, UsageError
 from streamer.events import Event, Monitor
 from streamer.findings import Findings, MatrixFinding, detection_digest, load_findings
@@ -79,7 +79,8 @@ def needed_bytes(plan: Plan, target: Target, options: DetectionOptions) -> dict[
     if options.solver == "dense":
         ways = {"dense": ways["dense"]}
     read = 2 * weight.held_bytes  # the tensor's own bytes, and those of the next one
-    return {way: PROCESS_BYTES + size + (0 if way == "blocks" else read) for way, size in ways.items()}
+    always = read if isinstance(weight, Coded) else 0
+    return {way: PROCESS_BYTES + size + (always if way == "blocks" else read) for way, size in ways.items()}
 
 
 def best_way(plan: Plan, target: Target, options: DetectionOptions) -> str:
@@ -118,7 +119,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     way = best_way(plan, target, options)
     base: Matrix
     if way == "blocks":  # as it is stored, decoded a few rows at a time in each product
-        base = RowBlocks(weight.matrix, weight.rows, torch.empty(0, dtype=weight.compute, device=device))
+        base = RowBlocks(weight.matrix, weight.at_hand().rows, torch.empty(0, dtype=weight.compute, device=device))
     else:
         base = Dense(weight.whole(device).reshape(weight.matrix))
     delta = plan.delta(target, base.matrix if isinstance(base, Dense) else None)

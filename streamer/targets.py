@@ -8,6 +8,7 @@ from typing import Any
 
 from streamer.adapter import Adapter, LoraModule
 from streamer.bases.registry import Weights
+from streamer.bases.weight import Coded
 from streamer.errors import MismatchError
 from streamer.names import Match
 
@@ -63,9 +64,10 @@ def match_targets(
         if not found:
             problems.append(f"{name!r} {match.why}")
             continue
-        shape = weights[found].shape
-        conv1d = config.get("model_type") in CONV1D_MODELS
-        fits, transposed = _orient(shape, module, adapter.fan_in_fan_out, conv1d)
+        weight = weights[found]
+        shape, coded = weight.shape, isinstance(weight, Coded)  # quantizers store every kind of layer as (out, in)
+        conv1d = config.get("model_type") in CONV1D_MODELS and not coded
+        fits, transposed = _orient(shape, module, adapter.fan_in_fan_out and not coded, conv1d)
         if fits and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
             problems.append(
                 f"{name!r}: is square, {config['model_type']} stores such layers as (in, out), but the adapter's config says "

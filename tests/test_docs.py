@@ -47,6 +47,14 @@ def test_every_option_has_help() -> None:
             assert action.help, f"streamer {name}: {action.dest} has no help"
 
 
+def test_the_table_of_encodings_is_the_registrys() -> None:
+    from streamer.bases.registry import table
+
+    rows = ["| " + " | ".join(row) + " |" for row in table()]
+    assert len(rows) > 6
+    assert "\n".join(rows) in README
+
+
 def test_the_readmes_python_runs(job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")

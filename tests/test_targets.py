@@ -90,7 +90,9 @@ def test_a_shape_that_does_not_fit(tmp_path: Path, shape: tuple[int, ...]) -> No
 
 
 def test_a_quantized_tensor_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"tensor 'h.0.fc.weight': dtype U8 is not one of .*; quantized bases"):
+    with pytest.raises(
+        UnsupportedError, match=r"tensor 'h.0.fc.weight': dtype U8 is not one of .*; use the 16-bit model"
+    ):
         match_one(tmp_path, torch.zeros(48, 1, dtype=torch.uint8), (12, 8))
 
 

@@ -42,13 +42,33 @@ class Part:
         """Indices i to j of the first dimension, as they are stored, without a copy where their address allows it."""
         dtype, rest = TORCH_DTYPES[self.info.dtype], self.info.shape[1:]
         row = math.prod(rest) * dtype.itemsize
-        data = self.file.view(self.info, i * row, j * row) if self.held is None else self.held[i * row : j * row]
-        return as_tensor(data, dtype, (j - i, *rest))
+        return as_tensor(self._data(i * row, j * row), dtype, (j - i, *rest))
+
+    def flat(self, i: int, j: int) -> Tensor:
+        """Values i to j in order, whatever the shape."""
+        dtype = TORCH_DTYPES[self.info.dtype]
+        return as_tensor(self._data(i * dtype.itemsize, j * dtype.itemsize), dtype, (j - i,))
 
     def whole(self) -> Tensor:
         """All of it, as it is stored."""
-        data = self.file.view(self.info) if self.held is None else self.held
-        return as_tensor(data, TORCH_DTYPES[self.info.dtype], self.info.shape)
+        return as_tensor(self._data(), TORCH_DTYPES[self.info.dtype], self.info.shape)
+
+    def bytes(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Its bytes, a flat uint8 tensor: for codes, whose dtype says nothing."""
+        stop = self.info.nbytes if stop is None else stop
+        return as_tensor(self._data(start, stop), torch.uint8, (stop - start,))
+
+    def _data(self, start: int = 0, stop: int | None = None) -> memoryview:
+        return self.file.view(self.info, start, stop) if self.held is None else self.held[start:stop]
+
+    def slice(self, index: int) -> Part:
+        """What stands under one index of the first dimension."""
+        info = self.info
+        size = info.nbytes // info.shape[0]
+        at = index * size
+        held = None if self.held is None else self.held[at : at + size]
+        one = replace(info, shape=info.shape[1:], start=info.start + at, end=info.start + at + size)
+        return replace(self, info=one, held=held)
 
     def load(self) -> Part:
         """The same with its bytes at hand, every page touched: read here and not where they are used."""
@@ -108,16 +128,45 @@ class Weight(ABC):
         """The same weight with its bytes read ahead."""
         return replace(self, parts={role: part.load() for role, part in self.parts.items()})
 
+    def at_hand(self) -> Self:
+        """The same, for a loop over its rows: nothing is read twice."""
+        return self
+
+    def slice(self, index: int) -> Self:
+        """One matrix of a stack, such as an expert's."""
+        parts = {role: part.slice(index) for role, part in self.parts.items()}
+        return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], parts=parts)
+
     @abstractmethod
     def rows(self, i: int, j: int) -> Tensor:
         """Rows i to j of the `matrix`, (j − i, n), in a floating-point dtype that `compute` holds exactly; not to be written to."""
 
     def whole(self, device: torch.device) -> Tensor:
         """All values in the computing dtype: a copy, of the logical shape."""
-        m, n = self.matrix
+        source, (m, n) = self.at_hand(), self.matrix
         out = torch.empty((m, n), dtype=self.compute, device=device)
         step = max(1, DECODED_BYTES // max(1, n * self.compute.itemsize))
         for i in range(0, m, step):
             j = min(m, i + step)
-            out[i:j] = self.rows(i, j)
+            out[i:j] = source.rows(i, j)
         return out.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Coded(Weight):
+    """A weight that stands as codes, and is computed in float32; a stack of matrices is decoded one by one."""
+
+    def at_hand(self) -> Self:
+        """With its bytes read, where files are not mapped: a few rows may need some of every row of codes."""
+        held = all(part.held is not None or part.file.io == "mmap" for part in self.parts.values())
+        return self if held else self.load()
+
+    @abstractmethod
+    def decode(self, i: int, j: int) -> Tensor:
+        """Rows i to j of a matrix, (j − i, n) float32, in memory of their own."""
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i to j of the `matrix`."""
+        if len(self.shape) == 2:
+            return self.decode(i, j)
+        return torch.stack([self.slice(k).whole(torch.device("cpu")).flatten() for k in range(i, j)])

@@ -1,0 +1,334 @@
+"""Detect in, mitigate on and merge into a tiny Llama in every encoding; the oracles are PEFT, transformers, and the decoded model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import helpers
+import pytest
+import quantized
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from quantized import MAKERS, Quantized
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import streamer
+from streamer.errors import Interrupted, UnsupportedError
+from streamer.events import Event, Monitor
+
+FP8 = ("fp8-blocks", "fp8-rows", "fp8-tensor")
+
+
+class Case(NamedTuple):
+    """A quantized base, an adapter, and the decoded base in float32, plain on disk."""
+
+    name: str
+    made: Quantized
+    adapter: Path
+    decoded: Path
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The 16-bit base and its adapter."""
+    directory = tmp_path_factory.mktemp("plain")
+    quantized.llama().save_pretrained(directory / "base")
+    return directory / "base", quantized.train_adapter(directory / "adapter", quantized.llama())
+
+
+@pytest.fixture(scope="module", params=list(MAKERS))
+def case(request: pytest.FixtureRequest, plain: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Case:
+    directory = tmp_path_factory.mktemp(request.param)
+    made = MAKERS[request.param](directory / "base", plain[0])
+    decoded = directory / "decoded"
+    shutil.copytree(plain[0], decoded)
+    tensors = {k: made.decoded.get(k, t).contiguous() for k, t in load_file(plain[0] / "model.safetensors").items()}
+    save_file(tensors, decoded / "model.safetensors", metadata={"format": "pt"})
+    return Case(request.param, made, plain[1], decoded)
+
+
+def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {k: t for f in sorted(directory.glob("*.safetensors")) for k, t in load_file(f).items()}
+
+
+def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """PEFT's merge in float64: the exact sum."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    return PeftModel.from_pretrained(model, adapter).double().merge_and_unload().state_dict()
+
+
+def test_detection_and_mitigation_are_those_on_the_decoded_base(case: Case, tmp_path: Path) -> None:
+    assert set(case.made.decoded) == {m.tensor for m in streamer.detect_intruder_dimensions(case.decoded, case.adapter)}
+    theirs = streamer.detect_intruder_dimensions(
+        case.decoded, case.adapter, tmp_path / "a.safetensors", solver="certified"
+    )
+    for io in ("mmap", "pread"):
+        ours = streamer.detect_intruder_dimensions(case.made.base, case.adapter, solver="certified", io=io)
+        mine = {m.tensor: m.detection for m in ours}
+        for m in theirs:
+            assert mine[m.tensor].singular_values == m.detection.singular_values
+            assert mine[m.tensor].similarity == m.detection.similarity
+    assert ours.intruders > 0
+    for base, out in ((case.made.base, "x"), (case.decoded, "y")):
+        streamer.reduce_intruder_dimension(base, case.adapter, tmp_path / out, mitigation_lambda=0.5)
+    x, y = (load_file(tmp_path / out / "adapter_model.safetensors") for out in "xy")
+    assert all(torch.equal(x[k], y[k]) for k in y)
+
+
+def test_dequantized_merge_is_the_merge_on_the_decoded_base_rounded_once(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    record = streamer.merge_with_reduced_intruder_dimensions(
+        case.made.base, case.adapter, out, mitigation_lambda=1, dequantize=True
+    )
+    tensors = all_tensors(out)
+    assert {m["tensor"] for m in record["matrices"]} == set(case.made.decoded)
+    exact = merged_by_peft(case.decoded, case.adapter)
+    assert set(tensors) == set(exact)
+    for name, t in tensors.items():
+        assert t.dtype == torch.bfloat16
+        rounded = exact[name].to(torch.bfloat16)
+        # float32 sums may fall on the other side of a tie
+        assert (t != rounded).float().mean() < 2e-3, name
+        assert torch.allclose(t.double(), rounded.double(), rtol=2**-7, atol=0), name
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert not (out / "quantize_config.json").exists()
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert model.dtype == torch.bfloat16
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    logits = model(torch.arange(1, 9)[None]).logits
+    reference = AutoModelForCausalLM.from_pretrained(case.decoded, dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(reference, case.adapter)(torch.arange(1, 9)[None]).logits
+    assert (logits.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+    if (out / "model.safetensors.index.json").exists():
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"]) == set(tensors)
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+
+
+def test_what_is_not_touched_is_dequantized_as_well(case: Case, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(case.adapter, adapter)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: t for k, t in factors.items() if "layers.0." in k}, adapter / "adapter_model.safetensors")
+    streamer.merge_with_reduced_intruder_dimensions(
+        case.made.base, adapter, tmp_path / "out", mitigation_lambda=1, dequantize=True
+    )
+    tensors = all_tensors(tmp_path / "out")
+    for name, t in case.made.decoded.items():
+        assert torch.equal(tensors[name], t.to(torch.bfloat16)) == ("layers.1." in name)
+    if case.name not in FP8:
+        message = (
+            r"7 of the weights to merge into are quantized, 'model\.layers\.0\..*' first \(.*\).*--dequantize writes"
+        )
+        with pytest.raises(UnsupportedError, match=message):
+            streamer.merge_with_reduced_intruder_dimensions(
+                case.made.base, adapter, tmp_path / "no", mitigation_lambda=1
+            )
+        with pytest.raises(UnsupportedError, match="--dequantize"):
+            streamer.iter_merged(case.made.base, adapter, mitigation_lambda=1)
+        assert not (tmp_path / "no").exists()
+
+
+def ways(case: Case) -> list[dict[str, bool]]:
+    """The ways to write a merge into this base."""
+    return [{"dequantize": True}, {"dequantize": False}] if case.name in FP8 else [{"dequantize": True}]
+
+
+def test_the_stream_of_tensors_is_what_the_files_hold(case: Case, tmp_path: Path) -> None:
+    for i, way in enumerate(ways(case)):
+        out = tmp_path / str(i)
+        streamer.merge_with_reduced_intruder_dimensions(case.made.base, case.adapter, out, mitigation_lambda=0.5, **way)
+        tensors = all_tensors(out)
+        got = dict(streamer.iter_merged(case.made.base, case.adapter, mitigation_lambda=0.5, **way))
+        assert got.keys() == tensors.keys()
+        for name, t in got.items():
+            assert t.dtype == tensors[name].dtype
+            assert torch.equal(t.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)), name
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(case: Case, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if event.name.endswith("layers.1.self_attn.k_proj.weight") and event.stage == "write":
+            raise Interrupted(15)
+
+    merge = streamer.merge_with_reduced_intruder_dimensions
+    for i, way in enumerate(ways(case)):
+        whole, stopped = tmp_path / f"whole{i}", tmp_path / f"stopped{i}"
+        merge(case.made.base, case.adapter, whole, mitigation_lambda=0.5, **way)
+        with pytest.raises(Interrupted):
+            merge(case.made.base, case.adapter, stopped, mitigation_lambda=0.5, monitor=Monitor(stop), **way)
+        merge(case.made.base, case.adapter, stopped, mitigation_lambda=0.5, **way)
+        assert helpers.tree_digest(stopped) == helpers.tree_digest(whole)
+
+
+@pytest.fixture(scope="module", params=FP8)
+def fp8(request: pytest.FixtureRequest, plain: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Case:
+    directory = tmp_path_factory.mktemp(request.param)
+    return Case(request.param, MAKERS[request.param](directory / "base", plain[0]), plain[1], plain[0])
+
+
+def decode(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    stem = name.removesuffix(".weight")
+    if f"{name}_scale_inv" in tensors:
+        return Fp8Dequantize(None)._dequantize_one(tensors[name], tensors[f"{name}_scale_inv"], torch.float32)
+    return tensors[name].float() * tensors[f"{stem}.weight_scale"].float()
+
+
+def test_fp8_is_coded_anew_with_the_least_scales(fp8: Case, tmp_path: Path) -> None:
+    streamer.merge_with_reduced_intruder_dimensions(fp8.made.base, fp8.adapter, tmp_path / "out", mitigation_lambda=1)
+    before, after = all_tensors(fp8.made.base), all_tensors(tmp_path / "out")
+    assert {k: (t.dtype, t.shape) for k, t in before.items()} == {k: (t.dtype, t.shape) for k, t in after.items()}
+    factors = load_file(fp8.adapter / "adapter_model.safetensors")
+    for name, W in fp8.made.decoded.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        exact = W.double() + 2 * factors[f"{stem}.lora_B.weight"].double() @ factors[f"{stem}.lora_A.weight"].double()
+        got = decode(after, name)
+        scale = (got / after[name].float()).nan_to_num(0).abs()
+        scale = torch.where(scale > 0, scale, scale.max())  # of a zero it cannot be told
+        # Half a unit in the last of 4 significant bits; below 2^-6 codes are multiples of 2^-9. The largest may be cut by a scale in bf16.
+        bound = torch.maximum(exact.abs() * 2.0**-4, scale * 2.0**-10) * 1.001 + exact.abs() * 2.0**-8
+        assert ((got - exact).abs() <= bound).all()
+    for name, t in before.items():
+        if name.removesuffix("_scale").removesuffix("_scale_inv") not in fp8.made.decoded:
+            assert torch.equal(t.flatten().view(torch.uint8), after[name].flatten().view(torch.uint8))
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
+        (fp8.made.base / "config.json").read_text()
+    )
+
+
+def test_fp8_blocks_are_what_transformers_would_code(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    made = quantized.fp8_blocks(tmp_path / "base", plain[0])
+    streamer.merge_with_reduced_intruder_dimensions(made.base, plain[1], tmp_path / "out", mitigation_lambda=1)
+    after = all_tensors(tmp_path / "out")
+    decoded = tmp_path / "decoded"
+    shutil.copytree(plain[0], decoded)
+    tensors = {k: made.decoded.get(k, t).contiguous() for k, t in load_file(plain[0] / "model.safetensors").items()}
+    save_file(tensors, decoded / "model.safetensors", metadata={"format": "pt"})
+    exact = merged_by_peft(decoded, plain[1])
+    quantizer = type("Quantizer", (), {"quantization_config": FineGrainedFP8Config(weight_block_size=(64, 64))})()
+    for name in made.decoded:
+        theirs = Fp8Quantize(quantizer)._quantize_one(name, exact[name].float())
+        scale = f"{name.removesuffix('.weight')}.weight_scale_inv"
+        assert torch.allclose(after[scale], theirs[scale], rtol=1e-6, atol=0)
+        assert (after[name].float() != theirs[name].float()).float().mean() < 2e-3
+    # What transformers loads is what these codes mean.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], decode(after, name)) for name in made.decoded)
+
+
+def test_fp8_with_scales_that_are_powers_of_two(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    made = quantized.fp8_blocks(tmp_path / "base", plain[0], scale_fmt="ue8m0")
+    streamer.merge_with_reduced_intruder_dimensions(made.base, plain[1], tmp_path / "out", mitigation_lambda=1)
+    after = all_tensors(tmp_path / "out")
+    scales = [t for k, t in after.items() if k.endswith("_scale_inv")]
+    assert all(t.dtype == torch.float8_e8m0fnu for t in scales)
+    codes = [t.float().abs().max() for k, t in after.items() if k in made.decoded]
+    assert all(224 < largest <= 448 for largest in codes)
+
+
+def test_fp8_keeps_its_bytes_where_the_delta_is_zero(fp8: Case, tmp_path: Path) -> None:
+    streamer.merge_with_reduced_intruder_dimensions(
+        fp8.made.base, fp8.adapter, tmp_path / "out", mitigation_lambda=0, method="shrink"
+    )
+    for file in fp8.made.base.glob("*.safetensors"):
+        assert load_file(file).keys() == load_file(tmp_path / "out" / file.name).keys()
+        ours, theirs = ((d / file.name).read_bytes() for d in (tmp_path / "out", fp8.made.base))
+        assert (
+            ours[-(len(ours) - 8 - int.from_bytes(ours[:8], "little")) :]
+            == theirs[-(len(theirs) - 8 - int.from_bytes(theirs[:8], "little")) :]
+        )
+
+
+def test_the_command_line(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    made = quantized.gptq(tmp_path / "base", plain[0])
+    command = ("merge", made.base, plain[1], "-o", tmp_path / "out", "--lambda", "1", "--json")
+    done = helpers.run_cli(*command)
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    planned = json.loads(helpers.run_cli(*command, "--dequantize", "--dry-run").stdout)
+    record = json.loads(helpers.run_cli(*command, "--dequantize").stdout)
+    assert planned["bytes"] == record["totals"]["bytes"]
+    assert planned["files"] == len(record["files"])
+    assert "quantize_config.json" in record["left_out"]
+
+
+def test_gpt_oss_with_experts_in_mxfp4(tmp_path: Path) -> None:
+    """An adapter on attention; the experts' codes become the tensors that transformers makes of them."""
+    torch.manual_seed(0)
+    config = GptOssConfig(vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+                          num_key_value_heads=2, head_dim=16, num_local_experts=3, num_experts_per_tok=2, pad_token_id=0,
+                          layer_types=["full_attention"])  # fmt: skip
+    model = GptOssForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "plain")
+    tensors, decoded = load_file(tmp_path / "plain" / "model.safetensors"), {}
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(115, 122, (experts, outputs, inputs // 32), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        decoded[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    assert len(decoded) == 2
+    base = quantized.write(tmp_path / "base", tmp_path / "plain", tensors, {"quant_method": "mxfp4"})
+    torch.manual_seed(1)
+    lora = get_peft_model(model.float(), LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "adapter")
+    found = streamer.detect_intruder_dimensions(base, tmp_path / "adapter")
+    assert len(found) == 2
+    # Attention is plain there: a merge leaves the codes as they are.
+    streamer.merge_with_reduced_intruder_dimensions(base, tmp_path / "adapter", tmp_path / "kept", mitigation_lambda=1)
+    kept = all_tensors(tmp_path / "kept")
+    assert all(torch.equal(kept[k], t) for k, t in tensors.items() if k.endswith(("_blocks", "_scales")))
+    out = tmp_path / "out"
+    streamer.merge_with_reduced_intruder_dimensions(
+        base, tmp_path / "adapter", out, mitigation_lambda=1, dequantize=True
+    )
+    written = all_tensors(out)
+    assert all(torch.equal(written[name], t) for name, t in decoded.items())
+    assert torch.equal(
+        written["model.layers.0.self_attn.q_proj.weight"], kept["model.layers.0.self_attn.q_proj.weight"]
+    )
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], t) for name, t in decoded.items())
+
+
+def test_layers_that_a_plain_model_stores_transposed(tmp_path: Path) -> None:
+    """GPT-2's layers are (in, out) when plain and (out, in) when quantized: found either way; written, they would have to be turned."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=64, n_positions=32))
+    model.save_pretrained(tmp_path / "plain")
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    made = quantized.by_bitsandbytes(tmp_path / "base", tmp_path / "plain", options)
+    lora = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
+    )
+    lora.save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    tensors |= {name: t.T.contiguous() for name, t in made.decoded.items()}
+    (tmp_path / "decoded").mkdir()
+    shutil.copy(tmp_path / "plain" / "config.json", tmp_path / "decoded")
+    save_file(tensors, tmp_path / "decoded" / "model.safetensors")
+    ours, theirs = (
+        streamer.detect_intruder_dimensions(tmp_path / d, tmp_path / "adapter") for d in ("base", "decoded")
+    )
+    assert [m.tensor for m in ours] == [m.tensor for m in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.detection.singular_values == pytest.approx(other.detection.singular_values, rel=1e-5)
+    with pytest.raises(UnsupportedError, match="a quantized gpt2 stores its layers"):
+        streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1, dequantize=True)
