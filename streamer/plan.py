@@ -27,7 +27,7 @@ from streamer.names import match_names
 from streamer.provenance import provenance_notes
 from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
-from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
+from streamer.storage.tensorfile import IOMode, Stamp, file_stamp, open_regular
 from streamer.targets import CONV1D_MODELS, Target, match_targets
 from streamer.tuned import is_model, open_tuned
 
@@ -242,8 +242,10 @@ def _model_config(directory: Path | None) -> dict[str, Any]:
     if directory is None or not (directory / MODEL_CONFIG).exists():
         return {}
     path = directory / MODEL_CONFIG
+    fd, _ = open_regular(path, "a model's config")
     try:
-        tree = json.loads(path.read_bytes())
+        with open(fd, "rb") as f:
+            tree = json.loads(f.read())
     except OSError as e:
         raise StorageError(f"{path}: cannot read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
