@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from streamer.encodings import as_tensor, encoding_of
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.kinds import classify, config_refusals, normalize
 from streamer.linalg.operators import Dense, LowRank
+from streamer.patterns import first_match
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import IOMode, TensorFile
@@ -338,18 +339,11 @@ def _number(
     patterns = config.get(pattern_key) or {}
     if not isinstance(patterns, dict):
         raise FormatError(f"{where}: {pattern_key}: expected an object, found {type(patterns).__name__}")
-    value = patterns.get(_pattern_for(patterns, module, where), config.get(key, default))
+    try:
+        found = first_match(patterns, module)
+    except ValueError as e:
+        raise FormatError(f"{where}: {pattern_key}: {e}") from None
+    value = config.get(key, default) if found is None else patterns[found]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise FormatError(f"{where}: {key} of module {module!r}: expected a number, found {value!r}")
     return float(value)
-
-
-def _pattern_for(patterns: Iterable[str], module: str, where: Path) -> str:
-    """PEFT's own rule: the first key, in the config's order, that matches a tail of the module's path."""
-    for key in patterns:
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return key
-        except (re.error, OverflowError, RecursionError) as e:
-            raise FormatError(f"{where}: pattern {key!r} is not a regular expression: {e}") from None
-    return module

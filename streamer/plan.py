@@ -27,7 +27,7 @@ from streamer.names import match_names
 from streamer.provenance import provenance_notes
 from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
-from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
+from streamer.storage.tensorfile import IOMode, Stamp, file_stamp, open_regular
 from streamer.targets import Target, match_targets
 
 MODEL_CONFIG = "config.json"
@@ -217,8 +217,10 @@ def _walk(directory: Path, apart: Path | None) -> Iterator[tuple[Path, bool]]:
 
 def _read_model_config(path: Path) -> dict[str, Any]:
     """A model's ``config.json``: read as transformers writes it, with Infinity and NaN; it is copied as bytes in any case."""
+    fd, _ = open_regular(path, "a model's config")
     try:
-        tree = json.loads(path.read_bytes())
+        with open(fd, "rb") as f:
+            tree = json.loads(f.read())
     except OSError as e:
         raise StorageError(f"{path}: cannot read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "streamer"
 # Each name may import from floors below its own; modules on one floor only as listed in WITHIN.
 FLOORS = [
     {"errors", "__init__"},
-    {"storage", "linalg", "events", "parser"},
+    {"storage", "linalg", "events", "parser", "patterns"},
     {"encodings", "kinds", "renames", "names", "provenance", "dora", "adapter", "solvers", "intruders", "bases"},
     {"targets", "changes", "tied", "findings", "findings_writer"},
     {"plan", "merging", "merged", "pipeline", "apply", "report"},

@@ -122,10 +122,10 @@ def test_detection_keeps_within_its_budget_and_decides_the_same(tmp_path: Path) 
     """One layer of 4096x14336: in float32 its largest matrix alone takes 235 MB."""
     made = make(tmp_path, model(1, 4096))
     free, expected = detection(made, tmp_path / "free.safetensors")
-    tight, found = detection(made, tmp_path / "tight.safetensors", "--max-memory", "380M")
+    tight, found = detection(made, tmp_path / "tight.safetensors", "--max-memory", "420M")
     assert found == expected
     assert any(expected)
-    assert tight.anonymous < 380 << 20
+    assert tight.anonymous < 420 << 20
     assert free.anonymous > tight.anonymous + 100e6
     assert all(m.detection.certified for m in load_findings(tmp_path / "tight.safetensors"))
 

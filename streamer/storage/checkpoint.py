@@ -11,7 +11,7 @@ from typing import Any
 
 from streamer.errors import FormatError, InputError, StorageError, UnsupportedError
 from streamer.storage.header import TensorInfo, strict_json
-from streamer.storage.tensorfile import IOMode, TensorFile
+from streamer.storage.tensorfile import IOMode, TensorFile, open_regular
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -98,11 +98,10 @@ def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]
     InputError
         If it is missing, too large, not JSON, or not an object.
     """
+    fd, _ = open_regular(path, "a JSON file")
     try:
-        with path.open("rb") as f:
+        with open(fd, "rb") as f:
             raw = f.read(limit + 1)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except OSError as e:
         raise StorageError(f"{path}: cannot read: {e.strerror}") from e
     if len(raw) > limit:
