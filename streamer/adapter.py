@@ -8,14 +8,16 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamer.bases.weight import Part
 from streamer.dora import dora_delta
-from streamer.encodings import as_tensor, encoding_of
+from streamer.encodings import encoding_of
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.kinds import FACTORS, classify, config_refusals, is_residual, normalize
 from streamer.linalg.deltas import Delta
@@ -23,7 +25,7 @@ from streamer.linalg.operators import Dense, LowRank
 from streamer.methods import METHODS, Method, Parts
 from streamer.modules import Carried, LoraModule, MethodModule, Module
 from streamer.scales import config_number, finite_scale, scale_of
-from streamer.storage.checkpoint import read_json_object
+from streamer.storage.checkpoint import checkpoint_identity, read_json_object
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import IOMode, TensorFile
 from streamer.wrapped import Wrapped, find_wrapped
@@ -36,34 +38,50 @@ INSTEAD = "merge such an adapter with PEFT instead"
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on disk: config, open weights file, its modules by name, wrapped ones, and what it carries besides."""
+    """An adapter on disk: config, open weights files, its modules by name, wrapped ones, and what it carries besides.
+
+    Attributes
+    ----------
+    files
+        One file; of a fine-tuned model in an adapter's place (see `tuned`) all of its shards.
+    config_path
+        What `config` was read from, if anything.
+    wrapped
+        Modules of whose parameters there are factors.
+    """
 
     path: Path
     config: dict[str, Any]
-    file: TensorFile
+    files: tuple[TensorFile, ...]
     modules: Mapping[str, Module]
     carried: tuple[Carried, ...] = ()
+    config_path: Path | None = None
     wrapped: tuple[Wrapped, ...] = ()
+
+    @property
+    def file(self) -> TensorFile:
+        """The weights file, for messages the first one."""
+        return self.files[0]
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Every tensor, by name."""
+        return {info.name: Part(file, info) for file in self.files for info in file.header.tensors}
 
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the config says that the base stores (in, out)."""
         return bool(self.config.get("fan_in_fan_out", False))
 
-    def stored(self, tensor: str) -> Tensor:
-        """A tensor of the file as it stands; not to be written to."""
-        info = self.file.header.by_name[tensor]
-        return as_tensor(self.file.view(info), encoding_of(info, str(self.file.path)).dtype, info.shape)
-
-    def factor(self, tensor: str, part: tuple[slice, ...] = ()) -> Tensor:
+    def factor(self, tensor: str, index: tuple[slice, ...] = ()) -> Tensor:
         """A tensor of the file, or a part of it, in its computing dtype; a copy, small."""
-        compute = encoding_of(self.file.header.by_name[tensor], str(self.file.path)).compute
-        return self.stored(tensor)[part].to(compute, copy=True)
+        part = self.parts[tensor]
+        return part.whole()[index].to(encoding_of(part.info, str(part.file.path)).compute, copy=True)
 
     @property
-    def is_lora(self) -> bool:
-        """Whether its modules hold LoRA's factors."""
-        return bool(self.config.get("peft_type", "LORA") == "LORA")
+    def is_model(self) -> bool:
+        """Whether it is a fine-tuned model in an adapter's place."""
+        return self.config_path is None or self.config_path.name != CONFIG_NAME
 
     def change(self, module: Module, base: Tensor | None) -> Delta:
         """What a module adds to W0, (out, in), which must be given where the module is not of low rank."""
@@ -88,6 +106,8 @@ class Adapter:
 
     def identity(self) -> dict[str, Any]:
         """What tells this adapter from another, wherever it lies: digests of weights and config."""
+        if self.is_model:
+            return checkpoint_identity({file.path.name: file for file in self.files}) | {"modules": len(self.modules)}
         digest = hashlib.sha256(self.file.header.digest.encode())
         for info in self.file.header.tensors:
             for piece in self.file.chunks(info):
@@ -157,7 +177,7 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
             raise FormatError(
                 f"{file.path}: tensors {other!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
             )
-    return Adapter(path, config, file, modules, carried, tuple(wrapped))
+    return Adapter(path, config, (file,), modules, carried, path / CONFIG_NAME, tuple(wrapped))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

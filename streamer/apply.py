@@ -161,6 +161,11 @@ class AdapterSink:
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
+        if plan.adapter.is_model:
+            raise UnsupportedError(
+                f"{plan.adapter.path}: is a model, and no adapter that could be written back; `streamer merge` writes the mitigated model, "
+                "and --to-lora RANK its difference to the base as a LoRA adapter"
+            )
         dense = [t.module.name for t in plan.targets if not (isinstance(t.module, LoraModule) and t.module.low_rank)]
         if dense and job.options.mitigation_lambda != 1:
             raise UnsupportedError(
@@ -216,7 +221,7 @@ class AdapterSink:
             or not any(t.numel() for _, f in new for t in f.values())
         ):
             return factors
-        whole = {name: self.job.plan.adapter.stored(name).clone() for name in (module.a, module.b)}
+        whole = {name: self.job.plan.adapter.parts[name].whole().clone() for name in (module.a, module.b)}
         for expert, factors in new:
             assert isinstance(expert, LoraModule)
             for name, part in zip((expert.a, expert.b), expert.parts, strict=True):
@@ -260,10 +265,12 @@ class ModelSink:
         self.shards: Mapping[str, ShardPlan] = self.model.shards()
         self.edited: Mapping[str, bytes] = self.model.texts
         self.finals: Mapping[str, bytes] = self.model.finals(self.shards)
-        # An adapter that lies in the base's directory is no part of the merged model.
-        adapter = job.plan.adapter.path
         aside = {CONFIG_NAME, WEIGHTS_NAME, *self.edited}
-        beside = base.directory
+        # An adapter that lies in the base's directory is no part of the merged model; a fine-tuned model in its place describes it.
+        beside: Path | None = base.directory
+        adapter: Path | None = job.plan.adapter.path
+        if job.plan.adapter.is_model:
+            beside, adapter = adapter, None
         copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
         stale = [name for name, _ in copies if job.dequantize and name in STALE]
         self.copies = [c for c in copies if c[0] not in stale]
@@ -277,14 +284,14 @@ class ModelSink:
         """Bytes of each tensor of one shard; appends the figures of merged matrices."""
         outputs = {o.name: o for o in self.model.files[name]}
 
-        def mitigated(target: Target) -> Delta:
+        def mitigated(target: Target) -> tuple[Delta, Delta]:
             delta, after, found = self.job.mitigated(target)
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
-            return after
+            return delta, after
 
         def pour(info: TensorInfo) -> Iterable[Buffer]:
             recipe = outputs[info.name].recipe
-            return recipe.pieces((lambda target: self.job.mitigated(target)[1]) if repeats(recipe) else mitigated)
+            return recipe.pieces((lambda target: self.job.mitigated(target)[:2]) if repeats(recipe) else mitigated)
 
         return pour
 
@@ -398,7 +405,7 @@ def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[s
             job.plan.check_unchanged()
             data, at = bytearray(info.nbytes), 0
             with one_thread():
-                for piece in output.recipe.pieces(lambda target: job.mitigated(target)[1]):
+                for piece in output.recipe.pieces(lambda target: job.mitigated(target)[:2]):
                     data[at : at + len(piece)] = piece
                     at += len(piece)
             dtype = TORCH_DTYPES.get(info.dtype)

@@ -22,6 +22,22 @@ from streamer.storage.header import TensorInfo
 EMBEDDINGS = (
     "embed_tokens",
     "wte",
+    "wpe",
+    "word_embeddings",
+    "position_embeddings",
+    "token_type_embeddings",
+    "shared",
+    "embed_in",
+    "embeddings",
+)
+"""Last names of embeddings."""
+
+HEADS = ("lm_head", "embed_out", "output", "score", "classifier")
+"""Last names of linear layers on top of a model: of those that are not Conv1D in a model of Conv1D."""
+
+VOCABULARY = {
+    "embed_tokens",
+    "wte",
     "word_embeddings",
     "shared",
     "embed_in",
@@ -29,7 +45,7 @@ EMBEDDINGS = (
     "lm_head",
     "embed_out",
     "output",
-)
+}
 """Last names of the modules whose rows are the vocabulary: these may grow or shrink."""
 
 MAX_LISTED = 8
@@ -113,7 +129,7 @@ def match_changes(
         name = None if c.role == "original" else places.find(c)
         if name is None:
             continue
-        mine = Part(adapter.file, adapter.file.header.by_name[c.source])
+        mine = adapter.parts[c.source]
         if name in known:
             theirs = sources.get(name) or known[name]
             problem = _misfit(c, mine.info, theirs.info)
@@ -186,7 +202,9 @@ def _no_place(c: Carried) -> str:
 
 
 def _is_saved_module(module: str, adapter: Adapter) -> bool:
-    """PEFT's rule: a module whose path ends in an entry of modules_to_save, and what is below it."""
+    """PEFT's rule: a module whose path ends in an entry of modules_to_save, and what is below it. Of a fine-tuned model, all."""
+    if adapter.is_model:
+        return True
     entries = adapter.config.get("modules_to_save") or ()
     parts = module.split(".")
     paths = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
@@ -201,7 +219,7 @@ def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo) -> str:
         if c.indices and max(c.indices) >= base.shape[0]:
             return f"{c.source!r}: row {max(c.indices)} of trainable_token_indices is beyond the {base.shape[0]} rows of {base.name!r}"
         return ""
-    resized = c.module.rpartition(".")[2] in EMBEDDINGS and c.role == "saved" and mine.shape[1:] == base.shape[1:]
+    resized = c.module.rpartition(".")[2] in VOCABULARY and c.role == "saved" and mine.shape[1:] == base.shape[1:]
     if mine.shape != base.shape and not (resized and mine.shape and mine.shape[0]):
         return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(mine.shape)}"
     return ""
@@ -220,7 +238,7 @@ def _vocabulary(base: Checkpoint, sources: Mapping[str, Part], adapter: Adapter)
     for other in base.weight_map:
         module = other.removesuffix(".weight").rpartition(".")[2]
         shape = (sources[other].info if other in sources else base.info(other)).shape
-        if module in EMBEDDINGS and len(shape) == 2 and shape[0] != after and base.info(other).shape[0] == before:
+        if module in VOCABULARY and len(shape) == 2 and shape[0] != after and base.info(other).shape[0] == before:
             raise MismatchError(
                 f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {shape[0]}: the vocabulary grew, and the adapter "
                 "was saved without one of the embeddings; save it again with save_embedding_layers=True and both, or neither, targeted"

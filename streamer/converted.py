@@ -48,25 +48,28 @@ class LoraSink:
             for factor, (name, shape) in zip("AB", _tensors(target, rank), strict=True):
                 self._of[name] = target, factor
                 entries.append((name, "F32", shape))
-        own = plan.adapter.file.header
-        self._carried = {c.source: own.by_name[c.source] for c in plan.adapter.carried}
-        entries += [(name, info.dtype, info.shape) for name, info in self._carried.items()]
+        prefix = "base_model.model." if plan.adapter.is_model else ""
+        self._carried = {prefix + c.source: plan.adapter.parts[c.source] for c in plan.adapter.carried}
+        entries += [(name, part.info.dtype, part.info.shape) for name, part in self._carried.items()]
         self.shards: Mapping[str, ShardPlan] = {WEIGHTS_NAME: plan_shard(WEIGHTS_NAME, entries, {"format": "pt"})}
         self.edited: Mapping[str, bytes] = {}
-        self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
+        # A model's other files are not an adapter's.
+        beside = None if plan.adapter.is_model else plan.adapter.path
+        self.copies = [] if beside is None else [(name, p) for name, p in other_files(beside) if name != CONFIG_NAME]
         config = json.dumps(_config(job, rank), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: config.encode()}
-        self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
+        own = (WEIGHTS_NAME, RECORD_NAME)
+        self.left_out = [] if beside is None else [name for name in left_out(beside) if name not in own]
         self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME), to_lora=rank)
         self._ready: dict[str, Tensor] = {}
 
     def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
         """Bytes of each tensor; appends each matrix's figures, `dropped` being the relative norm of what the rank leaves out."""
-        file = self.job.plan.adapter.file
 
         def pour(info: TensorInfo) -> Iterable[Buffer]:
             if info.name in self._carried:
-                return file.chunks(self._carried[info.name])
+                part = self._carried[info.name]
+                return part.file.chunks(part.info)
             target, factor = self._of[info.name]
             if factor == "A":
                 self._ready = self._factors(target, figures)
@@ -125,11 +128,14 @@ def _tensors(target: Target, rank: int) -> tuple[tuple[str, tuple[int, ...]], tu
 def _config(job: Job, rank: int) -> dict[str, Any]:
     """A plain LoRA config: where it goes, what is carried along, and nothing of how the old adapter was trained."""
     old = job.plan.adapter.config
-    kept = ("base_model_name_or_path", "fan_in_fan_out", "modules_to_save", "peft_version", "revision", "task_type",
+    if job.plan.adapter.is_model:
+        old = {"modules_to_save": sorted({c.module for c in job.plan.adapter.carried if c.parameter != "bias"}) or None}
+    kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
     trained = any(c.parameter == "bias" for c in job.plan.adapter.carried)
     return {key: old[key] for key in kept if key in old} | {
         "peft_type": "LORA",
+        "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in job.plan.targets),
         "r": rank,
         "lora_alpha": rank,
         "target_modules": [t.module.name for t in job.plan.targets],

@@ -206,6 +206,9 @@ def detect(
         if not all(map(all_finite, pieces)):
             raise NumericError(f"{what} holds NaN or Inf; check the file it came from")
     delta = deltas.cast(delta, base.like.dtype, base.like.device)
+    norm = deltas.norm(delta)
+    if not norm < torch.finfo(base.like.dtype).max:
+        raise NumericError(f"the delta's norm, {norm:.3g}, overflows; check the adapter's scale")
     k = options.directions(base.shape)
     solver = options.solver
     if solver == "auto":
@@ -226,7 +229,6 @@ def detect(
     index = chosen.to(triplets.U.device)
     U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
     delta = deltas.cast(delta, base.like.dtype, torch.device("cpu"))
-    norm = deltas.norm(delta)
     share = deltas.side_norm(delta, U) / norm if norm > 0 and len(chosen) else 0.0
     dropped = 0.0
     if isinstance(delta, LowRank) and len(chosen):

@@ -19,6 +19,7 @@ from streamer.changes import edited_config
 from streamer.encodings import SPELLINGS
 from streamer.errors import UnsupportedError
 from streamer.merging import Copied, Exchanged, Merged, Recipe, Recoded, Rounded, Share, Shifted, Stacked
+from streamer.modules import MethodModule
 from streamer.plan import MODEL_CONFIG, Plan
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shards import ShardPlan, index_bytes, plan_shard
@@ -125,17 +126,17 @@ def _of_file(plan: Plan, weights: Weights, name: str, part: Part, dequantize: bo
     return Output(name, part.info.dtype, part.info.shape, _merged(plan, weights[logical], role))
 
 
-def _merged(plan: Plan, weight: Weight, role: str | None = None) -> Recipe:
+def _merged(plan: Plan, weight: Weight, role: str | None = None, tuned: Part | None = None) -> Recipe:
     """What a weight becomes that the adapter changes; with a `role`, that one of the tensors that its codes stand in."""
-    recipes = [_piece(weight, target, place, role) for target, place in plan.by_weight[weight.name]]
+    recipes = [_piece(weight, target, place, role, tuned) for target, place in plan.by_weight[weight.name]]
     return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stacked(tuple(recipes))
 
 
-def _piece(weight: Weight, target: Target, place: Place, role: str | None) -> Recipe:
+def _piece(weight: Weight, target: Target, place: Place, role: str | None, tuned: Part | None) -> Recipe:
     if place.index is not None:
         weight = weight.slice(place.index)
     if role is None:
-        recipe: Merged | Recoded = Merged(weight, target)
+        recipe: Merged | Recoded = Merged(weight, target, tuned)
     else:
         assert isinstance(weight, FP8)
         recipe = Recoded(weight, target, role)
@@ -173,7 +174,7 @@ def _output(plan: Plan, weights: Weights, name: str, part: Part | None) -> Outpu
     stands = part or source
     recipe: Recipe
     if name in plan.by_weight:
-        recipe = _merged(plan, weights[name])
+        recipe = _merged(plan, weights[name], tuned=_tuned(plan, name, stands))
     elif name in changes.shifts:
         shift, scale = changes.shifts[name]
         recipe = Shifted(weights[name], Plain.of(shift), scale)
@@ -189,8 +190,20 @@ def _output(plan: Plan, weights: Weights, name: str, part: Part | None) -> Outpu
     return Output(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
 
 
+def _tuned(plan: Plan, name: str, stands: Part) -> Part | None:
+    """The fine-tuned model's own tensor, where it stands in an adapter's place and in the dtype that is written."""
+    module = plan.by_weight[name][0][0].module
+    if not plan.adapter.is_model or not isinstance(module, MethodModule):
+        return None
+    (tensor,) = module.tensors.values()
+    part = plan.adapter.parts[tensor]
+    return part if part.info.dtype == stands.info.dtype else None
+
+
 def _texts(plan: Plan, dequantize: bool) -> dict[str, bytes]:
     """The model's config, where the merge changes what it must say."""
+    if plan.adapter.is_model:  # its own config describes it
+        return {}
     config = edited_config(plan.config, plan.changes)
     if dequantize:
         config = plain_config(config)

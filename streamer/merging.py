@@ -48,8 +48,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-Mitigated = Callable[[Target], Delta]
-"""Gives the mitigated delta Δ' of one matrix."""
+Mitigated = Callable[[Target], tuple[Delta, Delta]]
+"""Gives Δ and Δ' of one matrix; Δ' is Δ itself where nothing changes."""
 
 
 class Recipe(Protocol):
@@ -88,15 +88,22 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Merged:
-    """``W0 + Δ'``; a delta of zero leaves W0's own bytes: adding it would turn −0 into +0."""
+    """``W0 + Δ'``; a delta of zero leaves W0's own bytes: adding it would turn −0 into +0.
+
+    `tuned` is ``W0 + Δ`` as it stands in a file, whose bytes are the result where Δ' is Δ.
+    """
 
     weight: Weight
     target: Target
+    tuned: Part | None = None
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Rows of the sum."""
-        delta = mitigated(self.target)
-        change = deltas.cast(delta.T if self.target.transposed else delta, self.weight.compute)
+        delta, after = mitigated(self.target)
+        if after is delta and self.tuned is not None:
+            yield from self.tuned.file.chunks(self.tuned.info)
+            return
+        change = deltas.cast(after.T if self.target.transposed else after, self.weight.compute)
         nothing = deltas.empty(change)
         encoding = _encoding(self.weight)
         for i, j, raw, values, out in _rows(self.weight):
@@ -117,7 +124,7 @@ class Recoded:
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Codes, or their scales. The sum is made again for each pass: it is never in memory whole."""
-        delta, weight = mitigated(self.target), self.weight.at_hand()
+        (_, delta), weight = mitigated(self.target), self.weight.at_hand()
         change = deltas.cast(delta.T if self.target.transposed else delta, weight.compute)
         part = weight.parts[self.role]
         if deltas.empty(change):
@@ -143,10 +150,11 @@ class Share:
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """The recipe's."""
 
-        def share(target: Target) -> LowRank:
-            delta = mitigated(target)
-            assert isinstance(delta, LowRank), "no matrix with a dense delta is shared between tensors"
-            return LowRank(delta.L[slice(*self.rows)], delta.R)
+        def share(target: Target) -> tuple[Delta, Delta]:
+            whole = mitigated(target)
+            rows = [LowRank(d.L[slice(*self.rows)], d.R) for d in whole if isinstance(d, LowRank)]
+            assert len(rows) == 2, "no matrix with a dense delta is shared between tensors"
+            return rows[0], rows[1]
 
         return self.recipe.pieces(share)
 

@@ -224,6 +224,18 @@ def _boft_refuses(config: Mapping[str, Any]) -> str:
     )
 
 
+def _full_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+    ((role, stored),) = s.items()
+    m, n = stored[0], math.prod(stored[1:])
+    return ((m, n) if role == "weight" else (n, m)) == shape
+
+
+def _full(p: Parts, base: Tensor) -> Delta:
+    """``W1 − W0``."""
+    ((role, weight),) = p.tensors.items()
+    return Dense((weight.flatten(1) if role == "weight" else weight.T) - base)
+
+
 def _fan_in_fan_out(config: Mapping[str, Any]) -> str:
     return "fan_in_fan_out=true, which PEFT does not merge for this method" if config.get("fan_in_fan_out") else ""
 
@@ -237,4 +249,5 @@ METHODS: dict[str, Method] = {
     "OFT": Method("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft, options=frozenset({"use_cayley_neumann"}), refuses=_fan_in_fan_out),
     "BOFT": Method("BOFT", r"boft_[Rs]", _boft_fits, _boft,
                    refuses=lambda config: _boft_refuses(config) or _fan_in_fan_out(config)),
+    "FULL": Method("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full),
 }  # fmt: skip

@@ -138,8 +138,9 @@ class MethodModule:
 
     @property
     def form(self) -> str:
-        """``embedding``, whose weight is stored (in, out), or ``linear``, which stands for convolutions as well."""
-        return "embedding" if any(role.startswith("oft_embedding") for role in self.tensors) else "linear"
+        """``embedding`` or ``conv1d``, whose weights are stored (in, out), or ``linear``, which stands for convolutions as well."""
+        forms = {"oft_embedding_R": "embedding", "embedding": "embedding", "conv1d": "conv1d"}
+        return next((forms[role] for role in self.tensors if role in forms), "linear")
 
     def on(self, weight: tuple[int, ...], transposed: bool) -> MethodModule | None:
         """The module on a weight of this shape as it is stored; None if it does not fit."""

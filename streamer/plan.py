@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from streamer import tied
-from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapter import Adapter, open_adapter
 from streamer.bases.registry import Weights
 from streamer.bases.weight import Part
 from streamer.changes import Changes, match_changes
-from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
+from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.experts import expert_weight, match_experts, parameters_of
 from streamer.linalg.deltas import Delta
 from streamer.modules import LoraModule
@@ -29,8 +28,9 @@ from streamer.names import match_names
 from streamer.provenance import provenance_notes
 from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
-from streamer.storage.tensorfile import IOMode, Stamp, file_stamp
-from streamer.targets import Place, Target, match_targets
+from streamer.storage.tensorfile import IOMode, Stamp, file_stamp, open_regular
+from streamer.targets import CONV1D_MODELS, Place, Target, match_targets
+from streamer.tuned import is_model, open_tuned
 
 MODEL_CONFIG = "config.json"
 
@@ -119,11 +119,11 @@ class Plan:
 
     def detection_stamps(self) -> dict[str, Sequence[int]]:
         """Stamps of the input files that detection reads, by real path: however the inputs are spelled, they are the same."""
-        config = str(self.adapter.path / ADAPTER_CONFIG)
+        config = self.adapter.config_path
         stamps = {
             **self.base.stamps(),
-            str(self.adapter.file.path): self.adapter.file.stamp,
-            config: self.extra_stamps[config],
+            **{str(file.path): file.stamp for file in self.adapter.files},
+            **({} if config is None else {str(config): self.extra_stamps[str(config)]}),
         }
         return {os.path.realpath(path): stamp for path, stamp in stamps.items()}
 
@@ -137,7 +137,8 @@ class Plan:
     def check_unchanged(self) -> None:
         """Raise `InputChangedError` if any input changed since the plan was made."""
         self.base.check_unchanged()
-        self.adapter.file.check_unchanged()
+        for file in self.adapter.files:
+            file.check_unchanged()
         for path, stamp in self.extra_stamps.items():
             if _stamp(Path(path)) != stamp:
                 raise InputChangedError(
@@ -158,25 +159,34 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_i
     InputError
         If either is bad, refused, or they do not belong together. Nothing has been written.
     """
-    opened = open_adapter(adapter, io, base_is_residual)
+    given = Path(adapter)
+    # What is wrong with an adapter is said before what is wrong with the base.
+    opened = None if is_model(given) else open_adapter(given, io, base_is_residual)
     checkpoint = open_checkpoint(base, io)
-    extra = [opened.path / ADAPTER_CONFIG, *(path for _, path in other_files(opened.path))]
-    config: dict[str, Any] = {}
+    config = _model_config(checkpoint.directory)
+    if opened is None:
+        conv1d = config.get("model_type") in CONV1D_MODELS
+        opened = open_tuned(given, checkpoint, _model_config(given), conv1d, io)
+    extra = [path for _, path in other_files(opened.path)]
+    if opened.config_path is not None:
+        extra.append(opened.config_path)
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
-        config_path = checkpoint.directory / MODEL_CONFIG
-        config = _read_model_config(config_path) if config_path.exists() else {}
     weights = Weights(checkpoint, config)
-    tie = tied.find_tie(checkpoint, config, opened)
+    # Of a fine-tuned model the config says whether it is tied, and goes along.
+    tie = None if opened.is_model else tied.find_tie(checkpoint, config, opened)
     aliases = {} if tie is None else {tie.head: Part(*checkpoint.locate(tie.embedding))}
     renames = renames_for(config)
     names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(tie, opened, matched)
     changes = match_changes(checkpoint, opened, matched, renames, aliases)
-    tied.refuse_other_ties(tie, checkpoint, config, opened, [*matched.values(), *changes.sources, *changes.rows])
+    if not opened.is_model:
+        tied.refuse_other_ties(tie, checkpoint, config, opened, [*matched.values(), *changes.sources, *changes.rows])
     if tie is not None:
         changes = tied.settle(tie, checkpoint, changes, matched.values(), opened)
+    if opened.is_model:
+        _check_whole(checkpoint, weights, opened, {*matched.values(), *changes.sources})
     weights = weights.replaced({**aliases, **changes.sources})
     other = {m.name for m in mirrors.values()}
     own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
@@ -187,6 +197,20 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_i
     return Plan(
         checkpoint, weights, opened, tuple(targets), changes, mirrors, config, {str(p): _stamp(p) for p in extra}
     )
+
+
+def _check_whole(base: Checkpoint, weights: Weights, tuned: Adapter, found: set[str]) -> None:
+    """Refuse a fine-tuned model that is not one of the base's tensors."""
+    if weights.coded:
+        raise UnsupportedError(
+            f"{base.path}: is quantized; a fine-tuned model is compared with the 16-bit base that it was trained from"
+        )
+    missing = [name for name in base.weight_map if name not in found]
+    if missing:
+        raise MismatchError(
+            f"{tuned.path}: lacks {len(missing)} of the base's {len(base.weight_map)} tensors, {missing[0]!r} first; is it trained from "
+            f"{base.path}, and of the same class?"
+        )
 
 
 def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:
@@ -224,10 +248,15 @@ def _walk(directory: Path, apart: Path | None) -> Iterator[tuple[Path, bool]]:
     yield from walk(directory, frozenset({directory.resolve()}))
 
 
-def _read_model_config(path: Path) -> dict[str, Any]:
+def _model_config(directory: Path | None) -> dict[str, Any]:
     """A model's ``config.json``: read as transformers writes it, with Infinity and NaN; it is copied as bytes in any case."""
+    if directory is None or not (directory / MODEL_CONFIG).exists():
+        return {}
+    path = directory / MODEL_CONFIG
+    fd, _ = open_regular(path, "a model's config")
     try:
-        tree = json.loads(path.read_bytes())
+        with open(fd, "rb") as f:
+            tree = json.loads(f.read())
     except OSError as e:
         raise StorageError(f"{path}: cannot read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from streamer.errors import FormatError, MismatchError
+from streamer.patterns import first_match
 
 
 def scale_of(name: str, rank: int, config: Mapping[str, Any], where: Path) -> float:
@@ -45,18 +45,11 @@ def config_number(
     patterns = config.get(pattern_key) or {}
     if not isinstance(patterns, dict):
         raise FormatError(f"{where}: {pattern_key}: expected an object, found {type(patterns).__name__}")
-    value = patterns.get(_pattern_for(patterns, module, where), config.get(key, default))
+    try:
+        found = first_match(patterns, module)
+    except ValueError as e:
+        raise FormatError(f"{where}: {pattern_key}: {e}") from None
+    value = config.get(key, default) if found is None else patterns[found]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise FormatError(f"{where}: {key} of module {module!r}: expected a number, found {value!r}")
     return float(value)
-
-
-def _pattern_for(patterns: Iterable[str], module: str, where: Path) -> str:
-    """PEFT's own rule: the first key, in the config's order, that matches a tail of the module's path."""
-    for key in patterns:
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return key
-        except (re.error, OverflowError, RecursionError) as e:
-            raise FormatError(f"{where}: pattern {key!r} is not a regular expression: {e}") from None
-    return module

@@ -143,7 +143,7 @@ def _place(module: Module, shape: tuple[int, ...], fan_in_fan_out: bool, conv1d:
     the kind of model allows it.
     """
     if isinstance(module, MethodModule):
-        if module.form == "embedding":
+        if module.form != "linear":
             return module.on(shape, True), True
         straight, turned = module.on(shape, False), module.on(shape, True) if fan_in_fan_out or conv1d else None
         transposed = turned is not None and (fan_in_fan_out or straight is None)

@@ -54,11 +54,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def case(request: pytest.FixtureRequest, plain: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Case:
     directory = tmp_path_factory.mktemp(request.param)
     made = MAKERS[request.param](directory / "base", plain[0])
-    decoded = directory / "decoded"
-    shutil.copytree(plain[0], decoded)
-    tensors = {k: made.decoded.get(k, t).contiguous() for k, t in load_file(plain[0] / "model.safetensors").items()}
-    save_file(tensors, decoded / "model.safetensors", metadata={"format": "pt"})
-    return Case(request.param, made, plain[1], decoded)
+    return Case(request.param, made, plain[1], decoded_base(directory / "decoded", plain[0], made))
+
+
+def decoded_base(directory: Path, plain: Path, made: Quantized) -> Path:
+    """The plain base with the decoded values in float32."""
+    shutil.copytree(plain, directory)
+    tensors = {k: made.decoded.get(k, t).contiguous() for k, t in load_file(plain / "model.safetensors").items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
 
 
 def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -214,10 +218,7 @@ def test_fp8_blocks_are_what_transformers_would_code(plain: tuple[Path, Path], t
     made = quantized.fp8_blocks(tmp_path / "base", plain[0])
     streamer.merge_with_reduced_intruder_dimensions(made.base, plain[1], tmp_path / "out", mitigation_lambda=1)
     after = all_tensors(tmp_path / "out")
-    decoded = tmp_path / "decoded"
-    shutil.copytree(plain[0], decoded)
-    tensors = {k: made.decoded.get(k, t).contiguous() for k, t in load_file(plain[0] / "model.safetensors").items()}
-    save_file(tensors, decoded / "model.safetensors", metadata={"format": "pt"})
+    decoded = decoded_base(tmp_path / "decoded", plain[0], made)
     exact = merged_by_peft(decoded, plain[1])
     quantizer = type("Quantizer", (), {"quantization_config": FineGrainedFP8Config(weight_block_size=(64, 64))})()
     for name in made.decoded:
@@ -332,3 +333,40 @@ def test_layers_that_a_plain_model_stores_transposed(tmp_path: Path) -> None:
         assert mine.detection.singular_values == pytest.approx(other.detection.singular_values, rel=1e-5)
     with pytest.raises(UnsupportedError, match="a quantized gpt2 stores its layers"):
         streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1, dequantize=True)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp8-blocks"])
+def test_dora_and_saved_modules_on_codes(name: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """What the other kinds of adapters do is done to the decoded weights."""
+    made = MAKERS[name](tmp_path / "base", plain[0])
+    decoded = decoded_base(tmp_path / "decoded", plain[0], made)
+    model = AutoModelForCausalLM.from_pretrained(decoded, dtype=torch.float32)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], use_dora=True, modules_to_save=["lm_head"], init_lora_weights=False
+    )
+    lora = get_peft_model(model, config)
+    with torch.no_grad():
+        for key, p in lora.named_parameters():
+            if "magnitude" in key or "modules_to_save" in key:
+                p.mul_(1.1)
+    lora.save_pretrained(tmp_path / "adapter")
+    exact = merged_by_peft(decoded, tmp_path / "adapter")
+    out = tmp_path / "out"
+    streamer.merge_with_reduced_intruder_dimensions(
+        made.base, tmp_path / "adapter", out, mitigation_lambda=1, dequantize=True
+    )
+    tensors = all_tensors(out)
+    assert set(tensors) == set(exact)
+    for key, t in tensors.items():
+        rounded = exact[key].to(torch.bfloat16)
+        assert (t != rounded).float().mean() < 2e-3, key
+        assert torch.allclose(t.double(), rounded.double(), rtol=2**-7, atol=1e-6), key
+    if name in FP8:
+        streamer.merge_with_reduced_intruder_dimensions(
+            made.base, tmp_path / "adapter", tmp_path / "fp8", mitigation_lambda=1
+        )
+        kept = all_tensors(tmp_path / "fp8")
+        for key in made.decoded:
+            error = torch.linalg.norm(decode(kept, key).double() - exact[key]) / torch.linalg.norm(exact[key])
+            assert error < 0.04
+        assert torch.equal(kept["lm_head.weight"], tensors["lm_head.weight"])

@@ -73,6 +73,7 @@ def test_the_adapter_and_what_it_leaves_out(tmp_path: Path) -> None:
     assert torch.equal(written["base_model.model.lm_head.weight"], head)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config == {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [Q], "bias": "none", "init_lora_weights": True,
+                      "fan_in_fan_out": False,
                       "inference_mode": True, "task_type": "CAUSAL_LM", "modules_to_save": ["lm_head"]}  # fmt: skip
     # The same again is done; another rank is another output.
     streamer.reduce_intruder_dimension(

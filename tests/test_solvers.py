@@ -212,6 +212,9 @@ def test_the_ways_that_memory_leaves() -> None:
     assert list(large) == ["dense", "whole", "blocks"]
     assert large["dense"] > large["whole"] > large["blocks"]
     assert list(working_bytes((300, 400), 295, 8, 4)) == ["dense"]  # no room for Krylov
+    # A dense delta is a matrix more, and another one while it is formed; it is never multiplied from the disk.
+    assert list(working_bytes((8192, 28672), 10, None, 4)) == ["dense", "whole"]
+    assert working_bytes((8192, 28672), 10, None, 4)["whole"] - large["whole"] > 1.9 * 4 * 8192 * 28672
     with pytest.raises(UsageError, match="expected more than the 200M of Python and torch"):
         DetectionOptions(max_memory=100 << 20)
     base, delta = problem(300, 400)

@@ -53,6 +53,8 @@ class FourBit(Coded):
         if nested:
             wanted |= {"nested_absmax": -(-blocks // inner) * 4, "nested_map": 1024}
         for role, size in wanted.items():
+            if role not in parts:
+                raise FormatError(f"{where}: its nested_quant_map is missing; get the file again")
             info = parts[role].info
             if info.nbytes != size or (
                 role != "weight" and info.dtype != ("U8" if nested and role == "absmax" else "F32")
@@ -69,7 +71,7 @@ class FourBit(Coded):
         a, b = i * n, j * n
         packed = self.parts["weight"].bytes(a // 2, -(-b // 2))
         codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[a % 2 :][: b - a]
-        values = self.parts["map"].whole()[codes.int()]
+        values = self.parts["map"].flat(0, 16)[codes.int()]
         size, first = self.blocksize, a // self.blocksize
         scales = self._absmax(first, -(-b // size))
         head = min(-a % size, b - a)  # values before the first whole block, and after the last
@@ -86,8 +88,9 @@ class FourBit(Coded):
         part = self.parts["absmax"]
         if "nested_absmax" not in self.parts:
             return part.flat(i, j)
-        values = self.parts["nested_map"].whole()[part.flat(i, j).int()]
-        outer = self.parts["nested_absmax"].whole()[torch.arange(i, j) // self.nested_blocksize]
+        size = self.nested_blocksize
+        values = self.parts["nested_map"].flat(0, 256)[part.flat(i, j).int()]
+        outer = self.parts["nested_absmax"].flat(i // size, -(-j // size))[torch.arange(i, j) // size - i // size]
         return values.mul_(outer).add_(self.offset)
 
 
@@ -129,7 +132,9 @@ def _count(state: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def _state(part: Part, where: str) -> dict[str, Any]:
-    """The JSON that bitsandbytes keeps in a tensor."""
+    """The JSON that bitsandbytes keeps in a tensor; a few hundred bytes."""
+    if part.info.nbytes > 1 << 16:
+        raise FormatError(f"{where}: its quant_state has {part.info.nbytes} bytes; get the file again")
     try:
         state = strict_json(part.bytes().numpy().tobytes())
     except ValueError as e:

@@ -62,7 +62,8 @@ class GPTQ(Coded):
         inputs, outputs = weight[0] * 32 // bits, weight[1]
         group = _group_size(config, inputs)
         fits = (
-            scales[1] == outputs
+            _dtypes(parts)
+            and scales[1] == outputs
             and zeros == (scales[0], -(-outputs * bits // 32))
             and weight[0] == -(-inputs * bits // 32)
         )

@@ -106,7 +106,9 @@ def _block(shape: tuple[int, ...], scale: tuple[int, ...], stated: tuple[int, in
     """
     m, n = shape[-2:]
     stack = math.prod(shape[:-2])
-    if math.prod(scale) == stack:
+    if 0 in shape:
+        return None
+    if math.prod(scale) == stack and (stack == 1 or scale[0] == stack):
         return m, n
     grid = (*scale, 1) if len(scale) == len(shape) - 1 else scale  # one a row, without a dimension for columns
     if len(grid) != len(shape) or grid[:-2] != shape[:-2]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamer.errors import FormatError, InputError, StorageError, UnsupportedError
 from streamer.storage.header import TensorInfo, strict_json
-from streamer.storage.tensorfile import IOMode, TensorFile
+from streamer.storage.tensorfile import IOMode, TensorFile, open_regular
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -73,21 +73,21 @@ class Checkpoint:
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from another, wherever it lies: file names, sizes, header digests, samples."""
-        return {
-            "files": [
-                {
-                    "file": name,
-                    "bytes": f.header.file_bytes,
-                    "header_sha256": f.header.digest,
-                    "sample_sha256": f.sample(),
-                }
-                for name, f in self.files.items()
-            ]
-        }
+        return checkpoint_identity(self.files)
 
     def stamps(self) -> dict[str, Sequence[int]]:
         """Stamps of all files by path."""
         return {str(f.path): list(f.stamp) for f in self.files.values()}
+
+
+def checkpoint_identity(files: Mapping[str, TensorFile]) -> dict[str, Any]:
+    """Names, sizes, header digests and samples of files."""
+    return {
+        "files": [
+            {"file": name, "bytes": f.header.file_bytes, "header_sha256": f.header.digest, "sample_sha256": f.sample()}
+            for name, f in files.items()
+        ]
+    }
 
 
 def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]:
@@ -98,11 +98,10 @@ def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]
     InputError
         If it is missing, too large, not JSON, or not an object.
     """
+    fd, _ = open_regular(path, "a JSON file")
     try:
-        with path.open("rb") as f:
+        with open(fd, "rb") as f:
             raw = f.read(limit + 1)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except OSError as e:
         raise StorageError(f"{path}: cannot read: {e.strerror}") from e
     if len(raw) > limit:

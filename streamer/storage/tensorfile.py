@@ -6,6 +6,7 @@ is read through a window that maps just its own bytes, or by ``pread`` into a bu
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -27,6 +28,29 @@ def file_stamp(st: os.stat_result) -> Stamp:
     return st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns
 
 
+def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
+    """Open a file for reading and see that it is one: a FIFO would keep us waiting, a device never end.
+
+    Raises
+    ------
+    InputError, FormatError, StorageError
+        If it is not there, is something else than a regular file, or cannot be opened; `what` was expected.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path, or finish the download") from None
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise FormatError(f"{path}: expected {what}, found a link that leads to itself") from None
+        raise StorageError(f"{path}: cannot open: {e.strerror}") from e
+    st = os.fstat(fd)
+    if not stat.S_ISREG(st.st_mode):
+        os.close(fd)
+        raise FormatError(f"{path}: expected {what}, found something that is not a regular file")
+    return fd, st
+
+
 class TensorFile:
     """One open safetensors file: its header, and views of its tensors.
 
@@ -39,20 +63,13 @@ class TensorFile:
         and a vanished page is fatal.
     """
 
+    _fd = -1
+
     def __init__(self, path: Path, io: IOMode = "mmap") -> None:
         self.path = path
         self.io = io
-        self._fd = -1
+        self._fd, st = open_regular(path, "a safetensors file")
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; check the path, or finish the download") from None
-        except OSError as e:
-            raise StorageError(f"{path}: cannot open: {e.strerror}") from e
-        try:
-            st = os.fstat(self._fd)
-            if not stat.S_ISREG(st.st_mode):
-                raise FormatError(f"{path}: expected a safetensors file, found something that is not a regular file")
             self.stamp = file_stamp(st)
             self.header: Header = read_header(self._fd, str(path))
         except BaseException:

@@ -21,8 +21,16 @@ IN_BF16 = {
     "LoHa",
     "OFT",
 }
+# Variants of a kind that differ in their shapes alone.
+SLOW = {"rslora", "lora_bias, bias=all", "bias=lora_only", "conv1d", "conv3d", "DoRA, conv1d", "DoRA, conv3d", "DoRA, saved modules",
+        "OLoRA", "LoHa, conv2d", "LoKr, large rank", "LoKr, conv2d", "AdaLoRA, conv2d", "VeRA, shapes", "OFT, three terms", "BOFT, conv2d",
+        "tied, one delta of lm_head", "tied, GPT-2", "trainable tokens by name"}  # fmt: skip
 CASES = [
-    pytest.param(kind, dtype, marks=[] if dtype == "fp32" or kind in IN_BF16 else [pytest.mark.slow])
+    pytest.param(
+        kind,
+        dtype,
+        marks=[] if kind in (IN_BF16 if dtype == "bf16" else kinds_cases.KINDS.keys() - SLOW) else [pytest.mark.slow],
+    )
     for kind in kinds_cases.KINDS
     for dtype in kinds_cases.DTYPES
 ]

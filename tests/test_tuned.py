@@ -1,0 +1,169 @@
+"""A fully fine-tuned model in an adapter's place: its difference to the base, matrix by matrix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import streamer
+from streamer.errors import InputError, MismatchError, StreamerError, UnsupportedError
+from streamer.plan import make_plan
+
+
+def llama(**options: object) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+                                        num_key_value_heads=2, pad_token_id=0, **options))  # fmt: skip
+
+
+def gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=48, n_layer=1, n_head=4, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def pair(home: Path, make=llama, dtype: torch.dtype = torch.float32, **saving: object) -> tuple[Path, Path]:
+    """A model, and the same after some steps on noise."""
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    model.save_pretrained(home / "base", **saving)
+    model = model.float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(4):
+        logits = model(torch.randint(1, 64, (4, 12))).logits
+        loss = (logits - torch.randn(logits.shape)).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.to(dtype).save_pretrained(home / "tuned", **saving)
+    return home / "base", home / "tuned"
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {n: t for f in sorted(directory.glob("*.safetensors")) for n, t in load_file(f).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_lambda_one_is_the_tuned_model_bit_for_bit(tmp_path: Path, make, dtype: torch.dtype) -> None:
+    base, tuned = pair(tmp_path, make, dtype)
+    streamer.merge_with_reduced_intruder_dimensions(base, tuned, tmp_path / "out", mitigation_lambda=1.0)
+    ours, theirs = tensors(tmp_path / "out"), tensors(tuned)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], t) for n, t in theirs.items())
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tuned / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_detection_and_methods_equal_the_dense_formulas(tmp_path: Path, make) -> None:
+    base, tuned = pair(tmp_path, make)
+    findings = streamer.detect_intruder_dimensions(base, tuned)
+    W0s, W1s = tensors(base), tensors(tuned)
+    assert {m.tensor for m in findings} == {n for n, t in W0s.items() if t.dim() == 2}
+    assert findings.intruders > 0
+    expected: dict[str, dict[str, torch.Tensor]] = {"paper": {}, "project": {}, "shrink": {}}
+    for m in findings:
+        W0, W1 = W0s[m.tensor].double(), W1s[m.tensor].double()
+        turned = "embed" in m.tensor or "wte" in m.tensor or "wpe" in m.tensor or ".c_" in m.tensor
+        if turned:
+            W0, W1 = W0.T, W1.T
+        assert m.shape == tuple(W0.shape)
+        U0 = torch.linalg.svd(W0, full_matrices=False).U
+        U, S, Vh = torch.linalg.svd(W1, full_matrices=False)
+        torch.testing.assert_close(
+            torch.tensor(m.detection.singular_values, dtype=torch.float64), S[:10], rtol=2e-6, atol=0
+        )
+        similarity = (U0.T @ U[:, :10]).abs().amax(0)
+        clear = [j for j in range(10) if abs(float(similarity[j]) - 0.5) > 1e-3]
+        assert [j for j in m.detection.intruders if j in clear] == [j for j in clear if similarity[j] < 0.5], m.tensor
+        chosen = list(m.detection.intruders)
+        U, S, Vh = U[:, chosen], S[chosen], Vh[chosen]
+        for method, W in (
+            ("paper", W1 - 0.5 * (U * S) @ Vh),
+            ("project", W1 - 0.5 * U @ (U.T @ (W1 - W0))),
+            ("shrink", (W0 + W1) / 2),
+        ):
+            expected[method][m.tensor] = W.T if turned else W
+    for method, wanted in expected.items():
+        for name, tensor in streamer.iter_merged(base, tuned, findings=findings, mitigation_lambda=0.5, method=method):  # type: ignore[arg-type]
+            if name in wanted:
+                torch.testing.assert_close(
+                    tensor.double(), wanted[name], rtol=0, atol=1e-5 * float(wanted[name].abs().max())
+                )
+            else:  # norms and biases are the tuned model's
+                assert torch.equal(tensor, W1s[name]), name
+
+
+def test_shards_of_one_and_another_size(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tuned)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    options = {"mitigation_lambda": 0.5}
+    whole = dict(streamer.iter_merged(base, tuned, **options))  # type: ignore[arg-type]
+    pieces = dict(streamer.iter_merged(base, tmp_path / "sharded", **options))  # type: ignore[arg-type]
+    assert whole.keys() == pieces.keys()
+    assert all(torch.equal(whole[n], pieces[n]) for n in whole)
+    streamer.merge_with_reduced_intruder_dimensions(base, tmp_path / "sharded", tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_grown_vocabulary_is_taken_over(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tuned)
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path / "grown")
+    streamer.merge_with_reduced_intruder_dimensions(base, tmp_path / "grown", tmp_path / "out", mitigation_lambda=0.5)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 70
+
+
+def test_the_difference_as_a_lora_adapter(tmp_path: Path) -> None:
+    import warnings
+
+    import peft
+
+    base, tuned = pair(tmp_path)
+    with pytest.raises(
+        UnsupportedError, match="is a model, and no adapter that could be written back; `streamer merge`"
+    ):
+        streamer.reduce_intruder_dimension(base, tuned, tmp_path / "out", mitigation_lambda=1.0)
+    options = {"mitigation_lambda": 0.5, "method": "shrink"}
+    streamer.reduce_intruder_dimension(base, tuned, tmp_path / "out", to_lora=48, **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out" / "config.json").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "out")
+        by_peft = model.merge_and_unload().state_dict()
+    for name, tensor in streamer.iter_merged(base, tuned, **options):  # type: ignore[arg-type]
+        torch.testing.assert_close(by_peft[name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max()))
+
+
+def test_models_that_do_not_belong_together(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path)
+    with pytest.raises(InputError, match="is the base itself"):
+        make_plan(base, base)
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4,
+                                         num_key_value_heads=2))  # fmt: skip
+    other.save_pretrained(tmp_path / "short")
+    with pytest.raises(MismatchError, match=r"lacks 9 of the base's 21 tensors, 'model.layers.1"):
+        make_plan(base, tmp_path / "short")
+    with pytest.raises(StreamerError):
+        make_plan(tmp_path / "short", tuned)
+    findings = streamer.detect_intruder_dimensions(base, tuned)
+    (tmp_path / "more").mkdir()
+    again = pair(tmp_path / "more")[1]
+    helpers.tree_digest(again)
+    model = LlamaForCausalLM.from_pretrained(tuned)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1e-2)
+    model.save_pretrained(tmp_path / "else")
+    with pytest.raises(MismatchError, match="made with another adapter"):
+        next(iter(streamer.iter_merged(base, tmp_path / "else", findings=findings)))
