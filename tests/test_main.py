@@ -624,6 +624,9 @@ def test_json_of_a_plan(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> No
     assert tree["totals"]["matrices"] == 9
     assert tree["totals"]["largest_matrix_bytes"] == 2 * 48 * 96
     assert {m["matched"] for m in tree["matrices"]} == {"exact"}
+    (rule,) = tree["names"]
+    assert (rule["rule"], rule["modules"], rule["why"]) == ("exact", 9, "the module's own name")
+    assert rule["tensor"] == f"{rule['module']}.weight"
     assert json.loads(said[3]["inspect base"].out)["totals"]["tensors"] == 15
 
 
@@ -632,6 +635,7 @@ def test_tables_for_people(said: tuple[Path, Path, Path, dict[str, Outcome]], tm
     runs = [
         (("inspect", base), "model-00002-of-00003.safetensors"),
         (("inspect", base, adapter), "9 matrices of 15 tensors"),
+        (("inspect", base, adapter), "9 matched by exact: the module's own name"),
         (("report", findings), "of 9 matrices (top_k=10, epsilon=0.5)"),
         (("detect", base, adapter, "-o", tmp_path / "f.safetensors"), "of 9 matrices (top_k=10, epsilon=0.5)"),
         (("merge", base, adapter, "-o", tmp_path / "m"), f"wrote {tmp_path / 'm'}: 7 files"),

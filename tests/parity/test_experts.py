@@ -16,8 +16,10 @@ from test_architectures import MODELS, MOE, TEXT, weights
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import streamer
-from streamer.errors import InputError, MismatchError, UnsupportedError
+from streamer.errors import InputError, Interrupted, MismatchError, UnsupportedError
+from streamer.events import Monitor
 
+EXPERT = "model.layers.1.mlp.experts"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -182,7 +184,7 @@ def test_turned_factors_are_written_back_turned(case: str, tmp_path: Path) -> No
 
 
 def test_one_expert_s_gate_and_up_stand_in_different_files(tmp_path: Path) -> None:
-    """Each matrix counts once, whichever file its rows are written to; a resumed run gives the same record."""
+    """Each matrix counts once, whichever file its rows are written to; a resumed run gives the same bytes, record and all."""
     base, adapter, _ = make("qwen3-moe", tmp_path, EXPERTS)
     expected = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
     tensors = weights(base)
@@ -203,6 +205,25 @@ def test_one_expert_s_gate_and_up_stand_in_different_files(tmp_path: Path) -> No
         for key, tensor in load_file(tmp_path / "ours" / file).items():
             assert torch.equal(tensor, expected[key]), key
             assert key in content
+    last = f"{EXPERT}.3.down_proj.weight"  # in the second file
+    monitor = Monitor(lambda event: monitor.request_stop(15) if event.name == last else None)
+    options: dict[str, Any] = {"mitigation_lambda": 1.0}
+    with pytest.raises(Interrupted):
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "again", **options, monitor=monitor)
+    assert (tmp_path / "again" / "model-00001-of-00002.safetensors").exists()
+    assert streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "again", **options) == record
+    for file in (tmp_path / "ours").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_what_experts_have_no_form_for(tmp_path: Path) -> None:
+    base, adapter, _ = make("qwen3-moe", tmp_path, EXPERTS)
+    with pytest.raises(
+        UnsupportedError,
+        match="is on experts' parameters, which a plain config does not name; --to-lora cannot write it",
+    ):
+        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", to_lora=4)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_without_the_head_on_experts(tmp_path: Path) -> None:
