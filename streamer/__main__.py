@@ -67,8 +67,8 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
 
 
 def _mitigate(args: argparse.Namespace, monitor: Monitor) -> None:
+    from streamer.adapted import AdapterSink
     from streamer.api import reduce_intruder_dimension
-    from streamer.apply import AdapterSink
     from streamer.converted import LoraSink
 
     if args.to_lora is None:

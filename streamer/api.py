@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from streamer.apply import AdapterSink, Job, ModelSink, merged_tensors, run_job
+from streamer.adapted import AdapterSink
+from streamer.apply import Job, ModelSink, merged_tensors, run_job
 from streamer.converted import LoraSink
 from streamer.errors import MismatchError
 from streamer.events import Event, Monitor, OnEvent

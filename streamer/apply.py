@@ -14,24 +14,23 @@ from torch import Tensor
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.bases.dequantize import STALE
-from streamer.encodings import ENCODINGS, TORCH_DTYPES, as_bytes, as_tensor, encode
-from streamer.errors import NumericError, UnsupportedError
+from streamer.encodings import TORCH_DTYPES, as_tensor
+from streamer.errors import NumericError
 from streamer.events import Event, Monitor
 from streamer.findings import Findings, MatrixFinding
 from streamer.findings_writer import remove_leftovers
-from streamer.intruders import Detection, DetectionOptions, MitigationOptions, back_project, mitigate
+from streamer.intruders import Detection, DetectionOptions, MitigationOptions, mitigate
 from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
-from streamer.linalg.operators import LowRank, all_finite
+from streamer.linalg.operators import all_finite
 from streamer.merged import MergedModel, plan_merged
 from streamer.merging import one_thread, repeats
-from streamer.modules import LoraModule
 from streamer.pipeline import detect_matrix, detect_to_file
 from streamer.plan import Plan, left_out, other_files
 from streamer.storage.atomic import Buffer, locked
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
-from streamer.storage.shards import ShardPlan, Source, like, write_shard
+from streamer.storage.shards import ShardPlan, Source, write_shard
 from streamer.storage.transaction import (
     LOCK_NAME,
     RECORD_NAME,
@@ -152,105 +151,6 @@ def totals(matrices: list[dict[str, Any]]) -> dict[str, Any]:
         "equal_norm_shrink": after / before if before > 0 else 1.0,
         "dropped_max": max((m["dropped"] for m in matrices), default=0.0),
     }
-
-
-class AdapterSink:
-    """Writes a mitigated adapter: the same tensors, names, order, dtypes and config; factors of mitigated modules replaced."""
-
-    command = "mitigate"
-
-    def __init__(self, job: Job, path: Path) -> None:
-        plan = job.plan
-        if plan.adapter.is_model:
-            raise UnsupportedError(
-                f"{plan.adapter.path}: is a model, and no adapter that could be written back; `streamer merge` writes the mitigated model, "
-                "and --to-lora RANK its difference to the base as a LoRA adapter"
-            )
-        dense = [t.module.name for t in plan.targets if not (isinstance(t.module, LoraModule) and t.module.low_rank)]
-        if dense and job.options.mitigation_lambda != 1:
-            raise UnsupportedError(
-                f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
-                "adapter; `streamer merge` writes it into the base, and --to-lora RANK as a LoRA adapter"
-            )
-        self.job = job
-        self.shards: Mapping[str, ShardPlan] = {WEIGHTS_NAME: like(WEIGHTS_NAME, plan.adapter.file.header)}
-        self.edited: Mapping[str, bytes] = {}
-        self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
-        self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
-        self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
-        self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME))
-        self._of: dict[str, list[Target]] = {}
-        for target in plan.targets:
-            for name in self._tensors(target):
-                self._of.setdefault(name, []).append(target)
-        self._ready: dict[str, Tensor] = {}
-
-    def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
-        """Bytes of each tensor of the adapter's file; appends each matrix's figures. What is no factor keeps its bytes."""
-        file = self.job.plan.adapter.file
-
-        def pour(info: TensorInfo) -> Iterable[Buffer]:
-            targets = self._of.get(info.name)
-            if targets is None:
-                return file.chunks(info)
-            if info.name not in self._ready:
-                self._ready |= self._all_factors(targets, figures)
-            new = self._ready.pop(info.name)
-            return file.chunks(info) if new.numel() == 0 else [as_bytes(new)]
-
-        return pour
-
-    def _mirror(self, target: Target) -> LoraModule | None:
-        """The module that holds the target's factors once more."""
-        return self.job.plan.mirrors.get(target.module.name)
-
-    def _tensors(self, target: Target) -> list[str]:
-        """Names of the tensors that a mitigation of the target would change."""
-        if not isinstance(target.module, LoraModule):
-            return list(target.module.tensors.values())
-        mirror = self._mirror(target)
-        return [target.module.a, target.module.b, *([mirror.a, mirror.b] if mirror else [])]
-
-    def _all_factors(self, targets: list[Target], figures: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The tensors that hold the factors of these targets: of one module, or of all experts of a layer; empty ones stay as they are."""
-        new = [(target.module, self._factors(target, figures)) for target in targets]
-        module, factors = new[0]
-        if (
-            not isinstance(module, LoraModule)
-            or module.expert is None
-            or not any(t.numel() for _, f in new for t in f.values())
-        ):
-            return factors
-        whole = {name: self.job.plan.adapter.parts[name].whole().clone() for name in (module.a, module.b)}
-        for expert, factors in new:
-            assert isinstance(expert, LoraModule)
-            for name, part in zip((expert.a, expert.b), expert.parts, strict=True):
-                if factors[name].numel():
-                    whole[name][part] = factors[name]
-        return whole
-
-    def _factors(self, target: Target, figures: list[dict[str, Any]]) -> dict[str, Tensor]:
-        module = target.module
-        delta, after, found = self.job.mitigated(target)
-        if after is delta:
-            figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
-            return {name: torch.empty(0) for name in self._tensors(target)}
-        assert isinstance(after, LowRank)
-        assert isinstance(module, LoraModule)
-        B, A, dropped = back_project(after, module.rank, module.scale)
-        if module.turned:
-            A, B = B.T, A.T
-        factors = {module.a: A, module.b: B}
-        if mirror := self._mirror(target):
-            factors |= {mirror.a: B.T, mirror.b: A.T}
-        out = {}
-        for name, factor in factors.items():
-            encoding = ENCODINGS[self.job.plan.adapter.file.header.by_name[name].dtype]
-            out[name] = encode(factor, encoding, factor, name)
-        A, B = out[module.a].double(), out[module.b].double()
-        written = LowRank(A.T * module.scale, B) if module.turned else LowRank(B * module.scale, A.T)
-        figures.append(matrix_figures(target, delta, written, found, self.job.options.scale, dropped))
-        return out
 
 
 class ModelSink:

@@ -32,7 +32,7 @@ FLOORS = [
         "bases",
     },
     {"targets", "experts", "changes", "tied", "tuned", "support", "findings", "findings_writer"},
-    {"plan", "merging", "merged", "pipeline", "apply", "converted", "report"},
+    {"plan", "merging", "merged", "pipeline", "apply", "adapted", "converted", "report"},
     {"api"},
     {"demo"},
     {"__main__"},
@@ -58,7 +58,7 @@ WITHIN = [
     ["merged"],
     ["pipeline"],
     ["apply", "report"],
-    ["converted"],
+    ["adapted", "converted"],
 ]
 # storage.transaction reads JSON as checkpoint does.
 SIBLINGS = {("storage.transaction", "storage.checkpoint")}
