@@ -268,21 +268,31 @@ def test_the_command_line(plain: tuple[Path, Path], tmp_path: Path) -> None:
     assert "quantize_config.json" in record["left_out"]
 
 
-def test_gpt_oss_with_experts_in_mxfp4(tmp_path: Path) -> None:
-    """An adapter on attention; the experts' codes become the tensors that transformers makes of them."""
-    torch.manual_seed(0)
+def tiny_gpt_oss() -> GptOssForCausalLM:
     config = GptOssConfig(vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
                           num_key_value_heads=2, head_dim=16, num_local_experts=3, num_experts_per_tok=2, pad_token_id=0,
                           layer_types=["full_attention"])  # fmt: skip
-    model = GptOssForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "plain")
-    tensors, decoded = load_file(tmp_path / "plain" / "model.safetensors"), {}
+    return GptOssForCausalLM(config).to(torch.bfloat16)
+
+
+def with_mxfp4_experts(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The model's tensors with random codes for the experts', and what transformers decodes from these."""
+    decoded = {}
     for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
         experts, inputs, outputs = tensors.pop(name).shape
         blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
         scales = torch.randint(115, 122, (experts, outputs, inputs // 32), dtype=torch.uint8)
         tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        decoded[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        decoded[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    return tensors, decoded
+
+
+def test_gpt_oss_with_experts_in_mxfp4(tmp_path: Path) -> None:
+    """An adapter on attention; the experts' codes become the tensors that transformers makes of them."""
+    torch.manual_seed(0)
+    model = tiny_gpt_oss()
+    model.save_pretrained(tmp_path / "plain")
+    tensors, decoded = with_mxfp4_experts(load_file(tmp_path / "plain" / "model.safetensors"))
     assert len(decoded) == 2
     base = quantized.write(tmp_path / "base", tmp_path / "plain", tensors, {"quant_method": "mxfp4"})
     torch.manual_seed(1)
@@ -299,14 +309,14 @@ def test_gpt_oss_with_experts_in_mxfp4(tmp_path: Path) -> None:
         base, tmp_path / "adapter", out, mitigation_lambda=1, dequantize=True
     )
     written = all_tensors(out)
-    assert all(torch.equal(written[name], t) for name, t in decoded.items())
+    assert all(torch.equal(written[name], t.bfloat16()) for name, t in decoded.items())
     assert torch.equal(
         written["model.layers.0.self_attn.q_proj.weight"], kept["model.layers.0.self_attn.q_proj.weight"]
     )
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     state = loaded.state_dict()
-    assert all(torch.equal(state[name], t) for name, t in decoded.items())
+    assert all(torch.equal(state[name], t.bfloat16()) for name, t in decoded.items())
 
 
 def test_layers_that_a_plain_model_stores_transposed(tmp_path: Path) -> None:
@@ -370,3 +380,36 @@ def test_dora_and_saved_modules_on_codes(name: str, plain: tuple[Path, Path], tm
             error = torch.linalg.norm(decode(kept, key).double() - exact[key]) / torch.linalg.norm(exact[key])
             assert error < 0.04
         assert torch.equal(kept["lm_head.weight"], tensors["lm_head.weight"])
+
+
+def test_adapters_on_experts_in_mxfp4(tmp_path: Path) -> None:
+    """Each expert is decoded by itself; the stack is written with PEFT's deltas in it."""
+    torch.manual_seed(0)
+    tiny_gpt_oss().save_pretrained(tmp_path / "plain")
+    tensors, decoded = with_mxfp4_experts(load_file(tmp_path / "plain" / "model.safetensors"))
+    base = quantized.write(tmp_path / "base", tmp_path / "plain", tensors, {"quant_method": "mxfp4"})
+    plain = decoded_base(tmp_path / "decoded", tmp_path / "plain", Quantized(base, decoded))
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names))
+    with torch.no_grad():
+        for key, p in lora.named_parameters():
+            if "lora_" in key:
+                p.normal_(0, 0.1)
+    lora.save_pretrained(tmp_path / "adapter")
+    ours, theirs = (streamer.detect_intruder_dimensions(b, tmp_path / "adapter") for b in (base, plain))
+    assert len(ours) == len(theirs) == 1 + 2 * 3
+    assert ours.intruders > 0
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine.tensor, mine.detection.singular_values) == (other.tensor, other.detection.singular_values)
+    with pytest.raises(
+        UnsupportedError, match=r"2 of the weights .*'model\.layers\.0\.mlp\.experts\.\w+' first \(MXFP4\)"
+    ):
+        streamer.iter_merged(base, tmp_path / "adapter", mitigation_lambda=1)
+    exact = merged_by_peft(plain, tmp_path / "adapter")
+    merged = dict(streamer.iter_merged(base, tmp_path / "adapter", mitigation_lambda=1, dequantize=True))
+    assert set(merged) == set(exact)
+    for key, t in merged.items():
+        rounded = exact[key].to(torch.bfloat16)
+        assert (t != rounded).float().mean() < 2e-3, key
+        assert torch.allclose(t.double(), rounded.double(), rtol=2**-7, atol=1e-6), key
