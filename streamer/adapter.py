@@ -24,10 +24,11 @@ from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank
 from streamer.methods import METHODS, Method, Parts
 from streamer.modules import Carried, LoraModule, MethodModule, Module
-from streamer.patterns import first_match
+from streamer.scales import config_number, finite_scale, scale_of
 from streamer.storage.checkpoint import checkpoint_identity, read_json_object
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import IOMode, TensorFile
+from streamer.wrapped import Wrapped, find_wrapped
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -37,7 +38,7 @@ INSTEAD = "merge such an adapter with PEFT instead"
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on disk: config, open weights files, its modules by name, and what it carries besides.
+    """An adapter on disk: config, open weights files, its modules by name, wrapped ones, and what it carries besides.
 
     Attributes
     ----------
@@ -45,6 +46,8 @@ class Adapter:
         One file; of a fine-tuned model in an adapter's place (see `tuned`) all of its shards.
     config_path
         What `config` was read from, if anything.
+    wrapped
+        Modules of whose parameters there are factors.
     """
 
     path: Path
@@ -53,6 +56,7 @@ class Adapter:
     modules: Mapping[str, Module]
     carried: tuple[Carried, ...] = ()
     config_path: Path | None = None
+    wrapped: tuple[Wrapped, ...] = ()
 
     @property
     def file(self) -> TensorFile:
@@ -69,10 +73,10 @@ class Adapter:
         """Whether the config says that the base stores (in, out)."""
         return bool(self.config.get("fan_in_fan_out", False))
 
-    def factor(self, tensor: str) -> Tensor:
-        """A tensor of the file in its computing dtype; a copy, small."""
+    def factor(self, tensor: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """A tensor of the file, or a part of it, in its computing dtype; a copy, small."""
         part = self.parts[tensor]
-        return part.whole().to(encoding_of(part.info, str(part.file.path)).compute, copy=True)
+        return part.whole()[index].to(encoding_of(part.info, str(part.file.path)).compute, copy=True)
 
     @property
     def is_model(self) -> bool:
@@ -96,7 +100,9 @@ class Adapter:
 
     def delta(self, module: LoraModule) -> LowRank:
         """``scale · B @ A`` as (out, in) factors: all of a module's delta where that is of low rank."""
-        return LowRank(self.factor(module.b).flatten(1) * module.scale, self.factor(module.a).flatten(1).T)
+        a, b = module.parts
+        A, B = self.factor(module.a, a).flatten(1), self.factor(module.b, b).flatten(1)
+        return LowRank(A.T * module.scale, B) if module.turned else LowRank(B * module.scale, A.T)
 
     def identity(self) -> dict[str, Any]:
         """What tells this adapter from another, wherever it lies: digests of weights and config."""
@@ -146,10 +152,21 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
     file = TensorFile(path / WEIGHTS_NAME, io)
     method = METHODS.get(str(config.get("peft_type", "LORA")))
     found, rest = _sort(file, method)
+    wrapped, wrong = (
+        ([], [])
+        if method
+        else find_wrapped(found, config, {t.name: t.shape[0] for t in file.header.tensors if t.shape})
+    )
+    if wrong:
+        raise FormatError(f"{file.path}: {'; '.join(wrong)}; config and weights are not of one adapter")
+    inner = {name for w in wrapped for name in w.layers}
     modules: dict[str, Module] = {}
     for name, tensors in found.items():
-        modules[name] = _module(name, tensors, file, config) if method is None else _method(name, tensors, file, config)
-    if not modules:
+        if name not in inner:
+            modules[name] = (
+                _module(name, tensors, file, config) if method is None else _method(name, tensors, file, config)
+            )
+    if not modules and not wrapped:
         what = "lora_A and lora_B" if method is None else method.title
         raise InputError(f"{file.path}: expected {what} tensors, found none; is this the adapter?")
     carried = tuple(_carried(role, match, source, modules, file, config) for role, match, source in rest)
@@ -160,7 +177,7 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
             raise FormatError(
                 f"{file.path}: tensors {other!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
             )
-    return Adapter(path, config, (file,), modules, carried, path / CONFIG_NAME)
+    return Adapter(path, config, (file,), modules, carried, path / CONFIG_NAME, tuple(wrapped))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -236,8 +253,10 @@ def _method(name: str, tensors: Mapping[str, str], file: TensorFile, config: Map
     where = file.path.with_name(CONFIG_NAME)
     rank, scale = 0, 1.0
     if METHODS[key].scaled:
-        rank = int(_number(config, "rank_pattern", "r", name, where))
-        scale = _finite(_number(config, "alpha_pattern", "alpha", name, where) / rank if rank else 0.0, name, where)
+        rank = int(config_number(config, "rank_pattern", "r", name, where))
+        scale = finite_scale(
+            config_number(config, "alpha_pattern", "alpha", name, where) / rank if rank else 0.0, name, where
+        )
     return MethodModule(name, key, dict(tensors), shapes, rank, scale)
 
 
@@ -286,14 +305,7 @@ def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Map
             f"{file.path}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply; save the adapter again"
         )
     where = file.path.with_name(CONFIG_NAME)
-    stated = _number(config, "rank_pattern", "r", name, where, default=rank)
-    if stated != rank:
-        raise MismatchError(
-            f"{where}: module {name!r}: expected rank {stated:g} by the config, found {rank} rows in lora_A; "
-            "config and weights are not of one adapter"
-        )
-    alpha = _number(config, "alpha_pattern", "lora_alpha", name, where)
-    scale = _finite(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank, name, where)
+    scale = scale_of(name, rank, config, where)
     shape = (b.shape[0], math.prod(a.shape[1:]))
     magnitude = factors.get("magnitude")
     if (magnitude is not None) != bool(config.get("use_dora")):
@@ -310,14 +322,6 @@ def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Map
                 f"{file.path}: module {name!r}: expected {b.shape[0]} magnitudes, found {list(m.shape)}; save the adapter again"
             )
     return LoraModule(name, a.name, b.name, rank, scale, shape, form, a.shape[2:], magnitude)
-
-
-def _finite(scale: float, name: str, where: Path) -> float:
-    if not math.isfinite(scale) or scale == 0:
-        raise FormatError(
-            f"{where}: module {name!r}: its alpha gives a scale of {scale!r}; expected a finite number, not 0"
-        )
-    return scale
 
 
 def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
@@ -340,19 +344,3 @@ def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
             f"whose delta is not the product of its factors; {INSTEAD}"
         )
     return "convolution"
-
-
-def _number(
-    config: Mapping[str, Any], pattern_key: str, key: str, module: str, where: Path, default: float | None = None
-) -> float:
-    patterns = config.get(pattern_key) or {}
-    if not isinstance(patterns, dict):
-        raise FormatError(f"{where}: {pattern_key}: expected an object, found {type(patterns).__name__}")
-    try:
-        found = first_match(patterns, module)
-    except ValueError as e:
-        raise FormatError(f"{where}: {pattern_key}: {e}") from None
-    value = config.get(key, default) if found is None else patterns[found]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FormatError(f"{where}: {key} of module {module!r}: expected a number, found {value!r}")
-    return float(value)

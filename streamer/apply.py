@@ -24,7 +24,7 @@ from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import LowRank, all_finite
 from streamer.merged import MergedModel, plan_merged
-from streamer.merging import Recoded, one_thread
+from streamer.merging import one_thread, repeats
 from streamer.modules import LoraModule
 from streamer.pipeline import detect_matrix, detect_to_file
 from streamer.plan import Plan, left_out, other_files
@@ -179,7 +179,10 @@ class AdapterSink:
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
         self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
         self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME))
-        self._of = {name: t for t in plan.targets for name in self._tensors(t)}
+        self._of: dict[str, list[Target]] = {}
+        for target in plan.targets:
+            for name in self._tensors(target):
+                self._of.setdefault(name, []).append(target)
         self._ready: dict[str, Tensor] = {}
 
     def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
@@ -187,11 +190,11 @@ class AdapterSink:
         file = self.job.plan.adapter.file
 
         def pour(info: TensorInfo) -> Iterable[Buffer]:
-            target = self._of.get(info.name)
-            if target is None:
+            targets = self._of.get(info.name)
+            if targets is None:
                 return file.chunks(info)
             if info.name not in self._ready:
-                self._ready |= self._factors(target, figures)
+                self._ready |= self._all_factors(targets, figures)
             new = self._ready.pop(info.name)
             return file.chunks(info) if new.numel() == 0 else [as_bytes(new)]
 
@@ -208,6 +211,24 @@ class AdapterSink:
         mirror = self._mirror(target)
         return [target.module.a, target.module.b, *([mirror.a, mirror.b] if mirror else [])]
 
+    def _all_factors(self, targets: list[Target], figures: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The tensors that hold the factors of these targets: of one module, or of all experts of a layer; empty ones stay as they are."""
+        new = [(target.module, self._factors(target, figures)) for target in targets]
+        module, factors = new[0]
+        if (
+            not isinstance(module, LoraModule)
+            or module.expert is None
+            or not any(t.numel() for _, f in new for t in f.values())
+        ):
+            return factors
+        whole = {name: self.job.plan.adapter.parts[name].whole().clone() for name in (module.a, module.b)}
+        for expert, factors in new:
+            assert isinstance(expert, LoraModule)
+            for name, part in zip((expert.a, expert.b), expert.parts, strict=True):
+                if factors[name].numel():
+                    whole[name][part] = factors[name]
+        return whole
+
     def _factors(self, target: Target, figures: list[dict[str, Any]]) -> dict[str, Tensor]:
         module = target.module
         delta, after, found = self.job.mitigated(target)
@@ -217,6 +238,8 @@ class AdapterSink:
         assert isinstance(after, LowRank)
         assert isinstance(module, LoraModule)
         B, A, dropped = back_project(after, module.rank, module.scale)
+        if module.turned:
+            A, B = B.T, A.T
         factors = {module.a: A, module.b: B}
         if mirror := self._mirror(target):
             factors |= {mirror.a: B.T, mirror.b: A.T}
@@ -224,7 +247,8 @@ class AdapterSink:
         for name, factor in factors.items():
             encoding = ENCODINGS[self.job.plan.adapter.file.header.by_name[name].dtype]
             out[name] = encode(factor, encoding, factor, name)
-        written = LowRank(out[module.b].double() * module.scale, out[module.a].double().T)
+        A, B = out[module.a].double(), out[module.b].double()
+        written = LowRank(A.T * module.scale, B) if module.turned else LowRank(B * module.scale, A.T)
         figures.append(matrix_figures(target, delta, written, found, self.job.options.scale, dropped))
         return out
 
@@ -267,9 +291,7 @@ class ModelSink:
 
         def pour(info: TensorInfo) -> Iterable[Buffer]:
             recipe = outputs[info.name].recipe
-            # The scales of codes are made of the same matrix once more; it counts once.
-            again = isinstance(recipe, Recoded) and recipe.role != "weight"
-            return recipe.pieces((lambda target: self.job.mitigated(target)[:2]) if again else mitigated)
+            return recipe.pieces((lambda target: self.job.mitigated(target)[:2]) if repeats(recipe) else mitigated)
 
         return pour
 

@@ -150,6 +150,8 @@ def _refuse_what_a_plain_adapter_cannot_say(job: Job) -> None:
     reason = ""
     if is_residual(adapter.config):
         reason = "is relative to a residual base, which a plain config does not say"
+    elif adapter.wrapped:
+        reason = "is on experts' parameters, which a plain config does not name"
     elif job.plan.mirrors:
         reason = "holds the delta of a tied embedding twice (ensure_weight_tying)"
     elif any(c.role == "lora_bias" for c in adapter.carried):

@@ -42,7 +42,6 @@ def _unknown_init(value: object) -> bool:
 _NOT_YET = "is not supported"
 
 CONFIG_RULES: tuple[ConfigRule, ...] = (
-    ConfigRule("target_parameters", bool, "LoRA on expert parameters (target_parameters)", _NOT_YET),
     ConfigRule("init_lora_weights", _residual_init, "residual-base initialisation",
                "its delta is relative to a residual of the base; save the adapter again with path_initial_model_for_weight_conversion, "
                "or give the residual as the base and pass --base-is-residual", residual=True),
@@ -65,7 +64,7 @@ _HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
+    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
     "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 

@@ -14,16 +14,16 @@ from streamer.bases.dequantize import belongs_to_codes, plain_config, plain_weig
 from streamer.bases.fp8 import FP8
 from streamer.bases.plain import Plain
 from streamer.bases.registry import Weights
-from streamer.bases.weight import Part
+from streamer.bases.weight import Part, Weight
 from streamer.changes import edited_config
 from streamer.encodings import SPELLINGS
 from streamer.errors import UnsupportedError
-from streamer.merging import Copied, Exchanged, Merged, Recipe, Recoded, Rounded, Shifted
+from streamer.merging import Copied, Exchanged, Merged, Recipe, Recoded, Rounded, Share, Shifted, Stacked
 from streamer.modules import MethodModule
 from streamer.plan import MODEL_CONFIG, Plan
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shards import ShardPlan, index_bytes, plan_shard
-from streamer.targets import CONV1D_MODELS
+from streamer.targets import CONV1D_MODELS, Place, Target
 
 
 @dataclass(frozen=True)
@@ -114,19 +114,33 @@ def _of_file(plan: Plan, weights: Weights, name: str, part: Part, dequantize: bo
     if name not in weights.owners:
         return _output(plan, weights, name, part)
     logical, role = weights.owners[name]
-    target = plan.by_tensor.get(logical)
     if dequantize:
         if role != "weight":
             return None
         weight = weights[logical]
         assert weight.encoding is not None
-        recipe: Recipe = Rounded(weight) if target is None else Merged(weight, target)
+        recipe = _merged(plan, weight) if logical in plan.by_weight else Rounded(weight)
         return Output(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
-    if target is None or role not in ("weight", "scale"):
+    if logical not in plan.by_weight or role not in ("weight", "scale"):
         return Output(name, part.info.dtype, part.info.shape, Copied(part))
-    weight = weights[logical]
-    assert isinstance(weight, FP8)
-    return Output(name, part.info.dtype, part.info.shape, Recoded(weight, target, role))
+    return Output(name, part.info.dtype, part.info.shape, _merged(plan, weights[logical], role))
+
+
+def _merged(plan: Plan, weight: Weight, role: str | None = None, tuned: Part | None = None) -> Recipe:
+    """What a weight becomes that the adapter changes; with a `role`, that one of the tensors that its codes stand in."""
+    recipes = [_piece(weight, target, place, role, tuned) for target, place in plan.by_weight[weight.name]]
+    return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stacked(tuple(recipes))
+
+
+def _piece(weight: Weight, target: Target, place: Place, role: str | None, tuned: Part | None) -> Recipe:
+    if place.index is not None:
+        weight = weight.slice(place.index)
+    if role is None:
+        recipe: Merged | Recoded = Merged(weight, target, tuned)
+    else:
+        assert isinstance(weight, FP8)
+        recipe = Recoded(weight, target, role)
+    return recipe if place.rows is None else Share(recipe, place.rows)
 
 
 def _refuse_codes(plan: Plan, dequantize: bool) -> None:
@@ -138,7 +152,7 @@ def _refuse_codes(plan: Plan, dequantize: bool) -> None:
             f"{plan.adapter.file.path}: saves {replaced[0]!r} (modules_to_save), which stands quantized in {plan.base.path}; merge into "
             "the 16-bit base"
         )
-    refused = [t.tensor for t in plan.targets if t.tensor in coded and not plan.weights.recodes(t.tensor)]
+    refused = [name for name in plan.by_weight if name in coded and not plan.weights.recodes(name)]
     if dequantize and coded and plan.config.get("model_type") in CONV1D_MODELS:
         raise UnsupportedError(
             f"{plan.base.path}: a quantized {plan.config['model_type']} stores its layers as (out, in) and a plain one as (in, out), which "
@@ -159,8 +173,8 @@ def _output(plan: Plan, weights: Weights, name: str, part: Part | None) -> Outpu
     assert source is not None
     stands = part or source
     recipe: Recipe
-    if name in plan.by_tensor:
-        recipe = Merged(weights[name], plan.by_tensor[name], _tuned(plan, name, stands))
+    if name in plan.by_weight:
+        recipe = _merged(plan, weights[name], tuned=_tuned(plan, name, stands))
     elif name in changes.shifts:
         shift, scale = changes.shifts[name]
         recipe = Shifted(weights[name], Plain.of(shift), scale)
@@ -178,7 +192,7 @@ def _output(plan: Plan, weights: Weights, name: str, part: Part | None) -> Outpu
 
 def _tuned(plan: Plan, name: str, stands: Part) -> Part | None:
     """The fine-tuned model's own tensor, where it stands in an adapter's place and in the dtype that is written."""
-    module = plan.by_tensor[name].module
+    module = plan.by_weight[name][0][0].module
     if not plan.adapter.is_model or not isinstance(module, MethodModule):
         return None
     (tensor,) = module.tensors.values()

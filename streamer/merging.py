@@ -6,6 +6,7 @@ A recipe gives bytes of the dtype that the output has; what is computed is compu
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +20,7 @@ from streamer.encodings import Encoding, as_bytes, encode
 from streamer.errors import NumericError
 from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
-from streamer.linalg.operators import all_finite
+from streamer.linalg.operators import LowRank, all_finite
 from streamer.storage.atomic import Buffer
 from streamer.targets import Target
 
@@ -137,6 +138,45 @@ class Recoded:
 
         for piece in weight.recoded(self.role, merged, weight.rescaled(merged)):
             yield as_bytes(piece)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A tensor that holds some rows of a matrix: what the recipe makes of these rows of the delta."""
+
+    recipe: Merged | Recoded
+    rows: tuple[int, int]
+
+    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+        """The recipe's."""
+
+        def share(target: Target) -> tuple[Delta, Delta]:
+            whole = mitigated(target)
+            rows = [LowRank(d.L[slice(*self.rows)], d.R) for d in whole if isinstance(d, LowRank)]
+            assert len(rows) == 2, "no matrix with a dense delta is shared between tensors"
+            return rows[0], rows[1]
+
+        return self.recipe.pieces(share)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A tensor that holds one matrix after the other."""
+
+    recipes: tuple[Recipe, ...]
+
+    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+        """Those of each."""
+        return itertools.chain.from_iterable(recipe.pieces(mitigated) for recipe in self.recipes)
+
+
+def repeats(recipe: Recipe) -> bool:
+    """Whether another tensor's recipe asks for the same delta, so that it counts there: codes' scales, and all shares but the first."""
+    if isinstance(recipe, Stacked):
+        return repeats(recipe.recipes[0])
+    if isinstance(recipe, Share):
+        return recipe.rows[0] > 0 or repeats(recipe.recipe)
+    return isinstance(recipe, Recoded) and recipe.role != "weight"
 
 
 @dataclass(frozen=True)

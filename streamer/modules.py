@@ -25,11 +25,15 @@ class LoraModule:
     shape
         (out, in) of Δ as a matrix: (dim, vocabulary) for an embedding, (out, in·k) for a convolution with k elements in its kernel.
     form
-        ``linear``, ``embedding`` or ``convolution``.
+        ``linear``, ``embedding``, ``convolution`` or ``expert``.
     kernel
         The kernel's dimensions.
     magnitude
         DoRA's magnitudes in the adapter's file; without them the delta is of low rank.
+    expert
+        Which of how many experts, where a and b hold the factors of all of them (see `wrapped`).
+    turned
+        Δ is the transpose, ``scale · (B @ A)ᵀ``.
     """
 
     name: str
@@ -41,11 +45,21 @@ class LoraModule:
     form: str = "linear"
     kernel: tuple[int, ...] = ()
     magnitude: str | None = None
+    expert: tuple[int, int] | None = None
+    turned: bool = False
 
     @property
     def low_rank(self) -> bool:
         """Whether Δ is the product of the factors and nothing else."""
         return self.magnitude is None
+
+    @property
+    def parts(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Which part of lora_A and of lora_B are the module's: all, or an expert's rows and columns."""
+        if self.expert is None:
+            return (), ()
+        e, experts = self.expert
+        return (slice(e * self.rank, (e + 1) * self.rank),), (slice(None), slice(e, None, experts))
 
     @property
     def weight(self) -> tuple[int, ...]:

@@ -35,10 +35,24 @@ class Match(NamedTuple):
 EXACT = "the module's own name"
 
 
-def match_names(modules: Iterable[str], tensors: Iterable[str], renames: Renames) -> dict[str, Match]:
-    """Match every module to the ``.weight`` tensor that it is, given all tensor names of the base and the renames of its model."""
-    modules = list(modules)
-    names = _Names(list(tensors), renames)
+def match_names(
+    modules: Iterable[str], tensors: Iterable[str], renames: Renames, parameters: Iterable[str] = ()
+) -> dict[str, Match]:
+    """Match every module to the ``.weight`` tensor that it is.
+
+    Parameters
+    ----------
+    tensors
+        All tensor names of the base.
+    renames
+        Those of its model.
+    parameters
+        Names of parameters, found in the same way. One that is built on loading, out of one tensor an expert, has no tensor of its
+        own: its match is its run-time name.
+    """
+    parameters = list(parameters)
+    modules = [*modules, *parameters]
+    names = _Names(list(tensors), renames, frozenset(parameters))
     found = {name: names.by_name(name, modules) for name in modules}
     if all(m.tensor for m in found.values()):
         return found
@@ -55,24 +69,31 @@ def match_names(modules: Iterable[str], tensors: Iterable[str], renames: Renames
 class _Names:
     """A base's tensor names, as they stand on disk and as a loaded model has them."""
 
-    def __init__(self, tensors: Sequence[str], renames: Renames) -> None:
+    def __init__(self, tensors: Sequence[str], renames: Renames, parameters: frozenset[str]) -> None:
         self.renames = renames
+        self.parameters = parameters
+        self.stacks: set[str] = set()
         self.disk: dict[str, str] = {}
         self.run_time: defaultdict[str, list[str]] = defaultdict(list)
         self.built: dict[str, Conversion] = {}
-        for tensor, name, conversion in renames.loaded(tensors):
-            if not tensor.endswith(".weight"):
-                continue
-            self.disk[tensor.removesuffix(".weight")] = tensor
+        for tensor, name, conversion, _, _ in renames.loaded(tensors):
+            stem = tensor.removesuffix(".weight")
+            # A parameter goes by its whole name, a module by its weight's.
+            if stem != tensor or stem not in self.disk:
+                self.disk[stem] = tensor
             if conversion is None:
                 self.run_time[name.removesuffix(".weight")].append(tensor)
-            else:
-                self.built[tensor] = conversion
-                if name == tensor:  # the values change, the name stays: what the module holds does not stand on disk
-                    del self.disk[tensor.removesuffix(".weight")]
+                continue
+            if conversion.stacks:
+                self.stacks.add(name)
+            self.built[tensor] = conversion
+            if name == tensor:  # the values change, the name stays: what the module holds does not stand on disk
+                del self.disk[stem]
 
     def by_name(self, name: str, modules: Sequence[str]) -> Match:
         """The match under the module's own name or a known rename; no `why` if there simply is none."""
+        if name in self.stacks and name in self.parameters:
+            return self._renamed(name, name)
         exact, loaded = self.disk.get(name), self.run_time.get(name, [])
         if exact is not None and (not loaded or exact in loaded):
             return Match(exact, "exact", EXACT)
@@ -94,19 +115,23 @@ class _Names:
         return Match("", "", "")
 
     def _renamed(self, name: str, tensor: str) -> Match:
+        if tensor == name:
+            return Match(tensor, "rename", f"transformers builds it on loading, in {self.renames.model}")
         whose = f"in {self.renames.model}" if self.renames.model else "in vision-language models"
         return Match(tensor, "rename", f"transformers has {tensor!r} as {name + '.weight'!r}, or had, {whose}")
 
     def by_prefix(self, modules: Sequence[str]) -> list[dict[str, Match]]:
         """Every way in which one exchange of prefixes fits all modules, on disk names or on run-time names."""
         run_time = {name: tensors[0] for name, tensors in self.run_time.items() if len(tensors) == 1}
+        run_time |= {name: name for name in self.stacks}
         ways: dict[tuple[str, ...], dict[str, Match]] = {}
         for stems in (self.disk, run_time):
             for strip, add in _prefix_rules(modules, stems):
                 why = f"this exchange of prefixes fits all {len(modules)} modules, and no other does"
                 rule = f"prefix {strip!r} → {add!r}"
                 found = {name: Match(stems[_exchange(name, strip, add)], rule, why) for name in modules}
-                ways.setdefault(tuple(m.tensor for m in found.values()), found)
+                if all(m.tensor not in self.stacks or name in self.parameters for name, m in found.items()):
+                    ways.setdefault(tuple(m.tensor for m in found.values()), found)
         return list(ways.values())
 
     def what_is_wrong(self, name: str, ways: Sequence[Mapping[str, Match]]) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from streamer.bases.registry import Weights
 from streamer.bases.weight import Part
 from streamer.changes import Changes, match_changes
 from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
+from streamer.experts import expert_weight, match_experts, parameters_of
 from streamer.linalg.deltas import Delta
 from streamer.modules import LoraModule
 from streamer.names import match_names
@@ -28,7 +29,7 @@ from streamer.provenance import provenance_notes
 from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp, open_regular
-from streamer.targets import CONV1D_MODELS, Target, match_targets
+from streamer.targets import CONV1D_MODELS, Place, Target, match_targets
 from streamer.tuned import is_model, open_tuned
 
 MODEL_CONFIG = "config.json"
@@ -82,9 +83,13 @@ class Plan:
         return *self.base.warnings, *self.provenance
 
     @cached_property
-    def by_tensor(self) -> dict[str, Target]:
-        """Targets by the base tensor's name."""
-        return {t.tensor: t for t in self.targets}
+    def by_weight(self) -> dict[str, list[tuple[Target, Place]]]:
+        """What changes each weight: the targets, and which part of it each of them is."""
+        out: dict[str, list[tuple[Target, Place]]] = {}
+        for target in self.targets:
+            for place in target.places:
+                out.setdefault(place.weight, []).append((target, place))
+        return out
 
     def delta(self, target: Target, base: Tensor | None = None) -> Delta:
         """What the adapter adds to a matrix, (out, in); dense where it is not of low rank, from W0 as it is stored."""
@@ -172,8 +177,8 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_i
     tie = None if opened.is_model else tied.find_tie(checkpoint, config, opened)
     aliases = {} if tie is None else {tie.head: Part(*checkpoint.locate(tie.embedding))}
     renames = renames_for(config)
-    names = match_names(opened.modules, weights.replaced(aliases), renames)
-    matched = {module: match.tensor for module, match in names.items() if match.tensor}
+    names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
+    matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(tie, opened, matched)
     changes = match_changes(checkpoint, opened, matched, renames, aliases)
     if not opened.is_model:
@@ -183,9 +188,15 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_i
     if opened.is_model:
         _check_whole(checkpoint, weights, opened, {*matched.values(), *changes.sources})
     weights = weights.replaced({**aliases, **changes.sources})
-    own = {name: found for name, found in names.items() if name not in {m.name for m in mirrors.values()}}
-    targets = tuple(match_targets(weights, opened, config, own))
-    return Plan(checkpoint, weights, opened, targets, changes, mirrors, config, {str(p): _stamp(p) for p in extra})
+    other = {m.name for m in mirrors.values()}
+    own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
+    targets = [*match_targets(weights, opened, config, own), *match_experts(weights, opened, config, names, renames)]
+    order = {name: at for at, name in enumerate(weights)}
+    targets.sort(key=lambda t: (order[t.places[0].weight], t.places[0].index or 0))
+    weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
+    return Plan(
+        checkpoint, weights, opened, tuple(targets), changes, mirrors, config, {str(p): _stamp(p) for p in extra}
+    )
 
 
 def _check_whole(base: Checkpoint, weights: Weights, tuned: Adapter, found: set[str]) -> None:

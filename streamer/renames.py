@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 # Where no table knows the model: what vision-language models have in common.
 COMMON = (
@@ -40,13 +40,45 @@ class Conversion:
     by: tuple[str, ...]
     scope: re.Pattern[str] | None = None
 
-    def apply(self, name: str) -> str | None:
-        """The name of the first tensor that this one goes into, or None if it goes into none."""
-        for source in self.sources:
-            renamed = _replace(name, source, self.to[0] if self.to else "", self.scope)
-            if renamed is not None:
-                return renamed
+    @property
+    def stacks(self) -> bool:
+        """Whether it makes one stack of matrices out of whole tensors, or out of one that is stored the other way round."""
+        return self.by in STACKS and len(self.to) == 1
+
+    def load(self, tensor: str, name: str) -> Loaded | None:
+        """What becomes of a tensor, or None if it is no source of this."""
+        for at, source in enumerate(self.sources):
+            found = _replace(name, source, self.to[0] if self.to else "", self.scope)
+            if found is not None:
+                numbers = re.findall(r"(?<=\.)\d+(?=\.)", found[1])
+                return Loaded(tensor, found[0], self, at, int(numbers[-1]) if numbers else None)
         return None
+
+
+MERGE, CONCATENATE, TRANSPOSE, TRANSPOSE_IF = (
+    "MergeModulelist 0", "Concatenate 1", "Transpose 1 2", "Transpose 1 2 check_dims",
+)  # fmt: skip
+STACKS = {(MERGE,), (MERGE, CONCATENATE), (CONCATENATE,), (TRANSPOSE,), (TRANSPOSE_IF,)}
+
+
+class Loaded(NamedTuple):
+    """What becomes of a tensor on loading.
+
+    Attributes
+    ----------
+    tensor, name
+        Its name on disk, and the run-time name of what it becomes, or becomes a part of.
+    by
+        What builds that out of it and others; None if it is loaded as it is.
+    source, number
+        Which source of the conversion it is, and which of that source's tensors, where these are numbered.
+    """
+
+    tensor: str
+    name: str
+    by: Conversion | None = None
+    source: int = 0
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,16 +93,17 @@ class Rename:
         out = {}
         for name in names:
             for pattern, to in self.pairs:
-                renamed = _replace(name, pattern, to, self.scope)
-                if renamed is not None:
-                    out[name] = renamed
+                found = _replace(name, pattern, to, self.scope)
+                if found is not None:
+                    out[name] = found[0]
                     break
         if len(self.pairs) > 1 and not any(self.pairs[0][0].search(name) for name in out):
             return {}  # a checkpoint that has been converted already
         return out
 
 
-def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str] | None) -> str | None:
+def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str] | None) -> tuple[str, str] | None:
+    """The renamed name, and the part of it that matched; None if none does."""
     head = ""
     if scope is not None:
         at = scope.match(name)
@@ -81,7 +114,7 @@ def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str
     if match is None:
         return None
     replacement = to.replace(r"\1", match[1]) if r"\1" in to else to
-    return head + name.replace(match[0], replacement, 1)
+    return head + name.replace(match[0], replacement, 1), match[0]
 
 
 @dataclass(frozen=True)
@@ -100,23 +133,19 @@ class Renames:
 
     def at_run_time(self, names: Iterable[str]) -> dict[str, str]:
         """Each tensor on disk → its run-time name, for those that are loaded as they are."""
-        return {name: renamed for name, renamed, by in self.loaded(names) if by is None}
+        return {tensor: name for tensor, name, by, _, _ in self.loaded(names) if by is None}
 
-    def loaded(self, names: Iterable[str]) -> list[tuple[str, str, Conversion | None]]:
-        """(name on disk, run-time name, what builds that out of this tensor and others) for every name."""
+    def loaded(self, names: Iterable[str]) -> list[Loaded]:
+        """What becomes of every tensor."""
         now = {name: name for name in names}
         for rename in self.renames:
             changed = rename.apply(set(now.values()))
             if changed:
                 now = {name: changed.get(at, at) for name, at in now.items()}
-        return [(name, *self._built(at)) for name, at in now.items()]
-
-    def _built(self, name: str) -> tuple[str, Conversion | None]:
-        for conversion in self.conversions:
-            into = conversion.apply(name)
-            if into is not None:
-                return into, conversion
-        return name, None
+        return [
+            next((found for c in self.conversions if (found := c.load(name, at))), Loaded(name, at))
+            for name, at in now.items()
+        ]
 
 
 @cache

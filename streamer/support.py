@@ -20,7 +20,9 @@ class Support(NamedTuple):
 LORA = (
     Support("LoRA on linear layers; rsLoRA, `rank_pattern`, `alpha_pattern`, `fan_in_fan_out` (Conv1D)", "yes", "yes", "yes"),
     Support("LoRA on embeddings, and on 1-d to 3-d convolutions without groups", "yes", "yes", "yes"),
-    Support("DoRA on any of these", "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
+    Support("LoRA on experts and other stacked parameters (`target_parameters`), in stacks or one tensor an expert on disk",
+            "yes, expert by expert", "yes", "yes"),
+    Support("DoRA on layers, embeddings and convolutions", "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
     Support("`modules_to_save`, `bias`, `lora_bias`, saved or resized embeddings, `trainable_token_indices`", "carried along",
             "carried along, bit for bit", "applied; new tensors are added, `vocab_size` is set"),
     Support("LoRA on a tied `lm_head` or embedding", "yes", "yes", "unties them in the config where they part"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +20,40 @@ MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a matrix stands in the base.
+
+    Attributes
+    ----------
+    weight
+        A weight's name.
+    index
+        Which matrix of it, where the weight is a stack.
+    rows
+        From and to: the weight holds these rows of the matrix, other weights the others; None: all.
+    """
+
+    weight: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Target:
-    """One base tensor and the module that changes it.
+    """One matrix of the base and the module that changes it.
 
     Attributes
     ----------
     tensor
-        Name in the base.
+        Its name: the tensor's in the base, or one made for a matrix that is a part of a tensor, or made of several.
     module
         The adapter's module.
     transposed
         The base stores (in, out): its transpose is the matrix that the delta is added to.
     match
         How the name was found.
+    pieces
+        Where its rows stand, one below the other, where it is not a whole tensor.
     """
 
     tensor: str
@@ -40,6 +61,12 @@ class Target:
     transposed: bool
     match: Match
     stored: tuple[int, ...] = ()
+    pieces: tuple[Place, ...] = ()
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where its rows stand."""
+        return self.pieces or (Place(self.tensor),)
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -94,13 +121,18 @@ def match_targets(
             assert placed is not None
             targets[found] = Target(found, placed, transposed, match, shape)
     if problems:
-        shown = "; ".join(problems[:MAX_LISTED])
-        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise MismatchError(
-            f"{adapter.path}: {len(problems)} of {len(adapter.modules)} modules do not fit {weights.checkpoint.path}: {shown}{more}; "
-            "is this the base that the adapter was trained on?"
-        )
+        raise MismatchError(misfits(problems, len(names), adapter, weights))
     return [targets[name] for name in weights if name in targets]
+
+
+def misfits(problems: Sequence[str], of: int, adapter: Adapter, weights: Weights) -> str:
+    """One line on modules that do not fit the base."""
+    shown = "; ".join(problems[:MAX_LISTED])
+    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    return (
+        f"{adapter.path}: {len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {shown}{more}; "
+        "is this the base that the adapter was trained on?"
+    )
 
 
 def _place(module: Module, shape: tuple[int, ...], fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:

@@ -286,10 +286,6 @@ def lora(**config: object) -> peft.LoraConfig:
 
 
 REFUSED = {
-    "target_parameters": (
-        lambda: lora(target_modules=[], target_parameters=["q_proj.weight"]),
-        "LoRA on expert parameters (target_parameters)",
-    ),
     "layer_replication": (lambda: lora(layer_replication=[[0, 2], [1, 2]]), "layer replication: the model has layers"),
     "PiSSA": (lambda: lora(init_lora_weights="pissa"), "its delta is relative to a residual of the base"),
     "OLoRA": (lambda: lora(init_lora_weights="olora"), "path_initial_model_for_weight_conversion"),

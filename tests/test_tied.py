@@ -71,7 +71,7 @@ def test_a_delta_of_the_lm_head_unties(tmp_path: Path, tie: str) -> None:
     assert index["weight_map"][HEAD] == "model-00001-of-00001.safetensors"
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in merged.values())
     # What is written is a plain untied model: detected on once more, it finds the lm_head by its name.
-    assert make_plan(tmp_path / "out", a).by_tensor[HEAD].module.name == "lm_head"
+    assert make_plan(tmp_path / "out", a).by_weight[HEAD][0][0].module.name == "lm_head"
 
 
 def test_a_copy_on_disk_becomes_the_tensor_that_is_written(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def step(transform: Any) -> dict[str, Any]:
         return {"group": pairs}
     operations = [
         type(op).__name__
-        + "".join(f" {v}" for v in vars(op).values() if isinstance(v, int) and not isinstance(v, bool))
+        + "".join(f" {k if v is True else v}" for k, v in vars(op).items() if v is not False and isinstance(v, int))
         for op in getattr(transform, "operations", [])
     ]
     if operations:

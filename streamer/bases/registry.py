@@ -156,12 +156,19 @@ class Weights(Mapping[str, Weight]):
 
         self.coded = frozenset(name for name, (entry, _) in self._made.items() if entry is not None)
         self._instead: dict[str, Part] = {}
+        self._further: dict[str, Callable[[Weights], Weight]] = {}
         self._plain: Encoding | None = None
 
     def replaced(self, sources: Mapping[str, Part]) -> Weights:
         """The same with other tensors in the place of some, or beside them; they are written as those that they replace."""
         out = copy.copy(self)
         out._instead = {**self._instead, **sources}
+        return out
+
+    def extended(self, further: Mapping[str, Callable[[Weights], Weight]]) -> Weights:
+        """The same with further names for parts of weights, or for several together; these are not among those iterated over."""
+        out = copy.copy(self)
+        out._further = {**self._further, **further}
         return out
 
     def dequantized(self, encoding: Encoding) -> Weights:
@@ -171,6 +178,8 @@ class Weights(Mapping[str, Weight]):
         return out
 
     def __getitem__(self, name: str) -> Weight:
+        if name in self._further:
+            return self._further[name](self)
         if name not in self._instead:
             return self._of_base(name)
         weight = Plain.of(self._instead[name])

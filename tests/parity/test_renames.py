@@ -62,6 +62,6 @@ def test_renames_agree_with_transformers(key: str) -> None:
     if ours.model != key:  # a class of the type takes precedence, as in transformers
         ours = renames_for({"architectures": [key]})
     legacy = [] if key == "legacy" else THEIRS["legacy"]
-    got = {name: (renamed, by is not None) for name, renamed, by in ours.loaded(sorted(names))}
+    got = {name: (renamed, by is not None) for name, renamed, by, _, _ in ours.loaded(sorted(names))}
     for name in sorted(names):
         assert got[name] == theirs(name, [*THEIRS[key], *legacy]), name

@@ -1,0 +1,92 @@
+"""LoRA on parameters of a module, the experts of a mixture above all: what PEFT's ``target_parameters`` leaves in an adapter.
+
+PEFT wraps the module once for each parameter, the one registered first innermost. The wrappers' factors stand under the module's
+name, the inner ones under ``base_layer`` once or more; which parameter each is of is not stored. lora_A is (E·r, in), its row
+e·r + k expert e's k-th; lora_B is (out, r·E), its column k·E + e expert e's k-th.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+INNER = ".base_layer"
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """The wrappers of one module.
+
+    Attributes
+    ----------
+    module
+        Its path in the model.
+    parameters
+        The parameters of it that the config names: as many as there are wrappers.
+    factors
+        Names of lora_A and lora_B of each wrapper, the innermost first.
+    """
+
+    module: str
+    parameters: tuple[str, ...]
+    factors: tuple[tuple[str, str], ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The wrappers' names on disk."""
+        return tuple(self.module + INNER * depth for depth in range(len(self.factors)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters' names in the model."""
+        return tuple(f"{self.module}.{p}" for p in self.parameters)
+
+    def matched_as(self, parameter: str) -> str:
+        """The name under which a base is searched for a parameter."""
+        return f"{self.module}.{parameter}".removesuffix(".weight")
+
+
+def find_wrapped(
+    pairs: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], rows: Mapping[str, int]
+) -> tuple[list[Wrapped], list[str]]:
+    """The wrapped modules among those that have factors, and what is wrong with any, one phrase each.
+
+    Parameters
+    ----------
+    pairs
+        Module → {"A": tensor, "B": tensor}; inner wrappers stand under their names on disk.
+    rows
+        How many rows each tensor has: a weight with as many as the rank is a plain matrix, and no stack.
+    """
+    stated = config.get("target_parameters") or []
+    targets = [t for t in stated if isinstance(t, str)] if isinstance(stated, list) else []
+    found, wrong = [], []
+    for name, factors in pairs.items():
+        if name.endswith(INNER):
+            continue
+        layers = [factors]
+        while (inner := pairs.get(name + INNER * len(layers))) is not None:
+            layers.append(inner)
+        parameters = {t.rpartition(".")[2] for t in targets if _names(t, name)}
+        if not parameters or (parameters == {"weight"} and rows[factors["A"]] == config.get("r")):
+            continue
+        if len(parameters) != len(layers):
+            wrong.append(
+                f"module {name!r}: target_parameters names {len(parameters)} of its parameters ({', '.join(sorted(parameters))}), "
+                f"but there are factors for {len(layers)}"
+            )
+        found.append(Wrapped(name, tuple(sorted(parameters)), tuple((f["A"], f["B"]) for f in reversed(layers))))
+    known = {name for w in found for name in w.layers}
+    wrong += [
+        f"module {name!r}: target_parameters names none of its parameters"
+        for name in pairs
+        if name.endswith(INNER) and name not in known
+    ]
+    return found, wrong
+
+
+def _names(target: str, module: str) -> bool:
+    """Whether an entry of target_parameters is a parameter of this module, by PEFT's rule."""
+    name = f"{module}.{target.rpartition('.')[2]}"
+    return name == target or name.endswith("." + target)
