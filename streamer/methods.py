@@ -164,7 +164,10 @@ def _oft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 
 
 def _cayley(Q: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Rotations from skew-symmetric blocks (blocks, b, b): ``(I − Q)(I + Q)⁻¹``, or the first terms of its Neumann series."""
+    """Rotations from skew-symmetric blocks (blocks, b, b): ``(I − Q)(I + Q)⁻¹``, or the first terms of the series of its inverse.
+
+    That the two turn in opposite senses is PEFT's convention: one adapter is trained with one of them.
+    """
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
     if not config.get("use_cayley_neumann", False):
         solved: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)

@@ -24,6 +24,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -99,6 +100,8 @@ class Kind:
         Changes the loaded model before PEFT wraps it: grows its vocabulary, say.
     mitigate
         Whether this route takes the kind.
+    before
+        What PEFT asks for before it wraps the model: a look at its activations or gradients.
     plain
         Whether a plain LoRA adapter can say all that this one says.
     residual
@@ -116,6 +119,7 @@ class Kind:
     residual: bool = False
 
     plain: bool = True
+    before: Callable[[nn.Module, Any], None] = lambda model, config: None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -133,6 +137,12 @@ def classifier(base: Path, dtype: torch.dtype) -> nn.Module:
 def grow(model: nn.Module) -> None:
     torch.manual_seed(5)
     model.resize_token_embeddings(VOCAB + 6)  # type: ignore[operator]
+
+
+def lora_ga(model: nn.Module, config: Any) -> None:
+    preprocess_loraga(
+        model, config, lambda: model(torch.randint(1, VOCAB, (8, 12))).logits.float().pow(2).mean().backward()
+    )
 
 
 KINDS: dict[str, Kind] = {
@@ -163,6 +173,13 @@ KINDS: dict[str, Kind] = {
     "DoRA, saved modules": Kind(llama(), lora("q_proj", use_dora=True, modules_to_save=["lm_head"]), mitigate=False),
     "PiSSA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="pissa"), residual=True, plain=False),
     "OLoRA": Kind(llama(), lora("q_proj", "up_proj", init_lora_weights="olora"), residual=True, plain=False),
+    "LoRA-GA": Kind(
+        llama(),
+        lora("q_proj", "up_proj", init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()),
+        before=lora_ga,
+        residual=True,
+        plain=False,
+    ),
     "LoHa": Kind(llama(), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
     "LoHa, conv2d": Kind(convolutions(2), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
     "LoHa, conv2d with cores": Kind(
@@ -281,7 +298,9 @@ def make(name: str, dtype: torch.dtype, directory: Path) -> Made:
         save_file(model.state_dict(), base / "model.safetensors", metadata={"format": "pt"})
     made = Made(kind, base, directory / "adapter", dtype)
     with quiet():
-        wrapped = peft.get_peft_model(made.load(dtype), kind.config())
+        model, config = made.load(dtype), kind.config()
+        kind.before(model, config)
+        wrapped = peft.get_peft_model(model, config)
         wrapped.base_model.model.name_or_path = str(base)
         if kind.residual:
             copy.deepcopy(wrapped).unload().save_pretrained(base)
