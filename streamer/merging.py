@@ -22,6 +22,7 @@ from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import LowRank, all_finite
 from streamer.storage.atomic import Buffer
+from streamer.storage.streams import QUEUE
 from streamer.targets import Target
 
 BLOCK_BYTES = 4 << 20
@@ -56,7 +57,7 @@ class Recipe(Protocol):
     """How one tensor of a merged model is made."""
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """Its bytes, in order; use each before asking for the next but one."""
+        """Its bytes, in order; each stays as it is until `QUEUE` more were given."""
 
 
 @dataclass(frozen=True)
@@ -222,15 +223,12 @@ def _encoding(weight: Weight) -> Encoding:
 def _rows(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
     """A few rows at a time: from, to, as stored, in the computing dtype to compute in, and a buffer of the written dtype.
 
-    The buffers are the same for all, the last one two by turns: fresh ones are zeroed by the system first, which costs as much as a sum.
+    The buffers are the same for all, the last one by turns: fresh ones are zeroed by the system first, which costs as much as a sum.
     """
-    encoding, weight = _encoding(weight), weight.at_hand()
+    encoding = _encoding(weight)
     m, n = weight.matrix
     rows = max(1, BLOCK_BYTES // max(1, n * weight.compute.itemsize))
-    values, *rounded = (
-        torch.empty((min(rows, m), n), dtype=t) for t in (weight.compute, encoding.dtype, encoding.dtype)
-    )
-    for i in range(0, m, rows):
-        j = min(m, i + rows)
-        raw = weight.rows(i, j)
-        yield i, j, raw, values[: j - i].copy_(raw), rounded[i // rows % 2][: j - i]
+    values = torch.empty((min(rows, m), n), dtype=weight.compute)
+    rounded = itertools.cycle([torch.empty((min(rows, m), n), dtype=encoding.dtype) for _ in range(QUEUE + 1)])
+    for i, j, raw in weight.blocks(rows):
+        yield i, j, raw, values[: j - i].copy_(raw), next(rounded)[: j - i]

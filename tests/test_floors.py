@@ -38,6 +38,7 @@ FLOORS = [
     {"__main__"},
 ]
 WITHIN = [
+    ["storage.streams"],
     ["storage.header", "storage.atomic"],
     ["storage.tensorfile"],
     ["storage.checkpoint", "storage.shards", "storage.transaction"],

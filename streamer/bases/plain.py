@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from streamer.bases.weight import Part, Weight
-from streamer.encodings import encoding_of
+from streamer.encodings import TORCH_DTYPES, as_tensor, encoding_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,17 @@ class Plain(Weight):
     def rows(self, i: int, j: int) -> Tensor:
         """Rows as they are stored."""
         return self.parts["weight"].rows(i, j).reshape(j - i, -1)
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Rows as they are stored, the disk reading ahead."""
+        part, (m, n) = self.parts["weight"], self.matrix
+        if part.held is not None or part.info.nbytes == 0:
+            yield from super().blocks(rows)
+            return
+        dtype = TORCH_DTYPES[part.info.dtype]
+        for k, piece in enumerate(part.file.chunks(part.info, rows * n * dtype.itemsize)):
+            i, j = k * rows, min(m, (k + 1) * rows)
+            yield i, j, as_tensor(piece, dtype, (j - i, n))
 
     def whole(self, device: torch.device) -> Tensor:
         """All values in the computing dtype."""

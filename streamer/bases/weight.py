@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -131,6 +131,13 @@ class Weight(ABC):
     def at_hand(self) -> Self:
         """The same, for a loop over its rows: nothing is read twice."""
         return self
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
+        """All `rows` in order, so many at a time: from, to, values; these stay as they are until `QUEUE` more were given."""
+        source, m = self.at_hand(), self.matrix[0]
+        for i in range(0, m, rows):
+            j = min(m, i + rows)
+            yield i, j, source.rows(i, j)
 
     def slice(self, index: int) -> Self:
         """One matrix of a stack, such as an expert's."""

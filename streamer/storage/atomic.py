@@ -13,19 +13,16 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 from streamer.errors import LockedError, OutputError, StorageError
+from streamer.storage.streams import Appender
 
 PARTIAL = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{16}\.partial$")
 
 Buffer = bytes | bytearray | memoryview
-
-BESIDE_BYTES = 1 << 18
-"""Pieces from this many bytes are hashed and written by a thread while the next one is made; smaller ones are not worth it."""
 
 
 class Sink(Protocol):
@@ -92,17 +89,14 @@ class AtomicFile:
         self.size = size
         self.written = 0
         self._check = check
-        self._hash = hashlib.sha256()
         self._partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         self._fd = -1
-        self._thread: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
+        self._appender = Appender(self._fd)
 
     @property
     def sha256(self) -> str:
         """Hex digest of what has been written so far."""
-        self._settle()
-        return self._hash.hexdigest()
+        return self._appender.sha256
 
     def __enter__(self) -> AtomicFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -115,6 +109,7 @@ class AtomicFile:
         except OSError as e:
             self._discard()
             raise storage_error(self.path, "create", e) from e
+        self._appender = Appender(self._fd)
         return self
 
     def _reserve(self) -> None:
@@ -127,40 +122,19 @@ class AtomicFile:
                 raise
 
     def write(self, data: Buffer) -> None:
-        """Append bytes, all of them, whatever the system does in one call.
-
-        A large piece is hashed and written by a thread: leave its bytes as they are until the next call returns, or the
-        block is left. What the system refuses is raised by then.
-        """
+        """Append bytes. A large piece is hashed and written beside the caller: see `Appender.append`."""
         view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-        self._settle()
-        if len(view) < BESIDE_BYTES:
-            self._append(view)
-        else:
-            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="write")
-            self._pending = self._thread.submit(self._append, view)
-        self.written += len(view)
-
-    def _append(self, view: memoryview) -> None:
         try:
-            done = 0
-            while done < len(view):
-                done += os.write(self._fd, view[done:])
+            self._appender.append(view)
         except OSError as e:
             raise storage_error(self.path, "write", e) from e
-        if len(view) >= BESIDE_BYTES:
-            # The disk begins now, and the fsync at the end finds little left: pages that are still dirty are not dropped
-            # by this, but Linux starts to write them.
-            with contextlib.suppress(OSError):
-                at = os.lseek(self._fd, 0, os.SEEK_CUR)
-                os.posix_fadvise(self._fd, at - len(view), len(view), os.POSIX_FADV_DONTNEED)
-        self._hash.update(view)
+        self.written += len(view)
 
     def _settle(self) -> None:
-        """Wait for the piece in hand, and raise what became of it."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        try:
+            self._appender.settle()
+        except OSError as e:
+            raise storage_error(self.path, "write", e) from e
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
@@ -173,6 +147,7 @@ class AtomicFile:
                     f"{self.path}: expected to write {self.size} bytes, wrote {self.written}; please report this"
                 )
             os.fsync(self._fd)
+            self._appender.forget()
             if self._check is not None:
                 self._check(self._fd)
             self._close()
@@ -186,8 +161,7 @@ class AtomicFile:
             raise
 
     def _close(self) -> None:
-        if self._thread is not None:
-            self._thread.shutdown()  # waits: nothing may write to a descriptor that is closed, or another file's by then
+        self._appender.close()  # waits: nothing may write to a descriptor that is closed, or another file's by then
         fd, self._fd = self._fd, -1  # a close that fails has closed the descriptor all the same
         if fd >= 0:
             os.close(fd)

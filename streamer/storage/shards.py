@@ -16,7 +16,7 @@ from streamer.storage.atomic import AtomicFile, Buffer
 from streamer.storage.header import Header, TensorInfo, layout, read_header
 
 Source = Callable[[TensorInfo], Iterable[Buffer]]
-"""Gives the bytes of a planned tensor, in pieces; each is used by the time the next but one is asked for."""
+"""Gives the bytes of a planned tensor, in pieces; each must stay as it is until `QUEUE` more were asked for."""
 
 
 @dataclass(frozen=True)

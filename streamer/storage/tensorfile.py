@@ -17,6 +17,7 @@ from typing import Literal
 
 from streamer.errors import FormatError, InputChangedError, InputError, StorageError
 from streamer.storage.header import Header, TensorInfo, read_header
+from streamer.storage.streams import QUEUE, Readahead
 
 IOMode = Literal["mmap", "pread"]
 Stamp = tuple[int, int, int, int]
@@ -71,6 +72,7 @@ class TensorFile:
         self._fd, st = open_regular(path, "a safetensors file")
         try:
             self.stamp = file_stamp(st)
+            self._readahead = Readahead(self._fd)
             self.header: Header = read_header(self._fd, str(path))
         except BaseException:
             self.close()
@@ -138,12 +140,15 @@ class TensorFile:
         """The bytes of all tensors in one map; each tensor is a slice of it. For many small tensors that stay in use."""
         return self._window(self.header.data_start, self.header.data_bytes)
 
-    def chunks(self, info: TensorInfo, size: int = 8 << 20) -> Iterator[memoryview]:
-        """A tensor's bytes in pieces, in two buffers by turns: use each before asking for the next but one."""
-        buffers = [memoryview(bytearray(min(size, max(0, info.nbytes - at)))) for at in (0, size)]
+    def chunks(self, info: TensorInfo, size: int = 4 << 20) -> Iterator[memoryview]:
+        """A tensor's bytes in pieces, the disk reading ahead, in buffers by turns: a piece stays as it is until `QUEUE` more were given."""
+        buffers = [memoryview(bytearray(min(size, max(0, info.nbytes - i * size)))) for i in range(QUEUE + 1)]
         for i, start in enumerate(range(0, info.nbytes, size)):
-            piece = buffers[i % 2][: min(size, info.nbytes - start)]
-            self._read_into(piece, self.header.data_start + info.start + start)
+            piece = buffers[i % len(buffers)][: min(size, info.nbytes - start)]
+            at = self.header.data_start + info.start + start
+            self._readahead.before(at, at + len(piece))
+            self._read_into(piece, at)
+            self._readahead.after(at + len(piece))
             yield piece
 
     def _check_size(self, wanted: int) -> None:
