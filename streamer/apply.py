@@ -15,7 +15,7 @@ from torch import Tensor
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.bases.dequantize import STALE
 from streamer.encodings import TORCH_DTYPES, as_tensor
-from streamer.errors import NumericError
+from streamer.errors import NumericError, OutputError
 from streamer.events import Event, Monitor
 from streamer.findings import Findings, MatrixFinding
 from streamer.findings_writer import remove_leftovers
@@ -136,6 +136,21 @@ def matrix_figures(
         "delta_norm_after": before if after is delta else deltas.norm(after),
         "dropped": dropped,
     }
+
+
+def _journalled(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The figures of a finished file's matrices."""
+    figures: list[dict[str, Any]] = entry.get("matrices", [])
+    numbers = ("delta_norm", "delta_norm_after", "dropped")
+    try:
+        good = all(isinstance(m["intruders"], list) and all(type(m[key]) is float for key in numbers) for m in figures)
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise OutputError(
+            f"{path}: the journal's figures of {entry['file']} are not of this version; --no-resume starts over"
+        )
+    return figures
 
 
 def totals(matrices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -264,7 +279,7 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
                     monitor.emit(Event("write", name, done, total))
                     out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
                 entry = out.entry(name)
-            matrices += entry.get("matrices", [])
+            matrices += _journalled(entry, out.path)
             done += size
         monitor.emit(Event("write", "", total, total))
         discard_own_findings(out.path)

@@ -29,7 +29,7 @@ from streamer.provenance import provenance_notes
 from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp, open_regular
-from streamer.targets import CONV1D_MODELS, Place, Target, match_targets
+from streamer.targets import Place, Target, match_targets, stores_conv1d
 from streamer.tuned import is_model, open_tuned
 
 MODEL_CONFIG = "config.json"
@@ -165,7 +165,7 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_i
     checkpoint = open_checkpoint(base, io)
     config = _model_config(checkpoint.directory)
     if opened is None:
-        conv1d = config.get("model_type") in CONV1D_MODELS
+        conv1d = stores_conv1d(config)
         opened = open_tuned(given, checkpoint, _model_config(given), conv1d, io)
     extra = [path for _, path in other_files(opened.path)]
     if opened.config_path is not None:

@@ -14,7 +14,7 @@ from streamer.modules import MethodModule, Module
 from streamer.names import Match
 
 # Models whose linear layers are Conv1D modules, stored (in, out).
-CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
+_CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
 
 MAX_LISTED = 8
 
@@ -79,6 +79,11 @@ class Target:
         return self.module.form == "embedding"
 
 
+def stores_conv1d(config: Mapping[str, Any]) -> bool:
+    """Whether a model with this config stores its linear layers as (in, out)."""
+    return str(config.get("model_type")) in _CONV1D_MODELS
+
+
 def match_targets(
     weights: Weights, adapter: Adapter, config: dict[str, Any], names: Mapping[str, Match]
 ) -> list[Target]:
@@ -105,7 +110,7 @@ def match_targets(
             continue
         weight = weights[found]
         shape, coded = weight.shape, isinstance(weight, Coded)  # quantizers store every kind of layer as (out, in)
-        conv1d = config.get("model_type") in CONV1D_MODELS and not coded
+        conv1d = stores_conv1d(config) and not coded
         placed, transposed = _place(module, shape, adapter.fan_in_fan_out and not coded, conv1d)
         if placed and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
             problems.append(

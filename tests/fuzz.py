@@ -1,8 +1,8 @@
 """Fuzz all that is read: ``python tests/fuzz.py --minutes 30`` prints executions and crashes for each target.
 
-A crash is an exception outside `streamer.errors`, a message of more than one line, an answer that differs from the safetensors library's
-or from an uninterrupted run's, more than five seconds of computing, more than a gigabyte, or the end of the process. An input whose failure has a
-traceback not seen before is kept and changed further: that leads into the depths of a parser without counting lines.
+A crash is an exception outside `streamer.errors`, a message of more than one line, an answer other than the safetensors library's or an
+uninterrupted run's, more than five seconds of computing, more than a gigabyte, or the end of the process. An input whose failure has a
+traceback or words not seen before is kept and changed further: that leads into the depths of a parser without counting lines.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import mmap
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -31,6 +32,9 @@ SECONDS = 5
 MEMORY = 1 << 30
 LONGEST = 200_000
 """Bytes of an input: longer ones are dropped."""
+
+CORPUS = 500
+"""Inputs that are kept."""
 
 
 class Hang(BaseException):
@@ -56,9 +60,20 @@ class Result:
 
 
 def where(e: BaseException) -> tuple[Hashable, ...]:
-    """The type of an exception and the lines that it passed through."""
-    frames = traceback.extract_tb(e.__traceback__)
-    return type(e).__name__, *((Path(f.filename).name, f.lineno) for f in frames if f.filename != __file__)
+    """The type of an exception and the lines that it passed through, those of the one behind it too."""
+    found: list[Hashable] = []
+    at: BaseException | None = e
+    while at is not None:
+        frames = traceback.extract_tb(at.__traceback__)
+        found += [type(at).__name__, *((Path(f.filename).name, f.lineno) for f in frames if f.filename != __file__)]
+        at = at.__cause__ or at.__context__
+    return tuple(found)
+
+
+def kind(e: BaseException) -> tuple[Hashable, ...]:
+    """What tells an outcome from others: where it came from, and for an error of streamer's its words but for what it quotes."""
+    words = re.sub(r"'[^']*'|\"[^\"]*\"|\[.*\]|\{.*\}|/\S*|\d+", "", str(e)) if isinstance(e, StreamerError) else ""
+    return where(e), words[:200]
 
 
 def fault(e: BaseException) -> str:
@@ -106,7 +121,7 @@ def fuzz(target: Target, seed: str, seconds: float, executions: int, current: mm
     corpus = list(target.seeds)
     for data in corpus:
         if e := attempt(target, data):
-            seen.add(where(e))
+            seen.add(kind(e))
     while result.executions < executions and time.process_time() < until:
         data = rng.choice(corpus if rng.random() < 0.7 else target.seeds)
         for _ in range(rng.choice((1, 1, 2, 3))):
@@ -120,11 +135,12 @@ def fuzz(target: Target, seed: str, seconds: float, executions: int, current: mm
         if e is None:
             continue
         result.refused += 1
-        if where(e) not in seen:
-            seen.add(where(e))
-            corpus.append(data)
+        if kind(e) not in seen:
+            seen.add(kind(e))
+            if len(corpus) < CORPUS:
+                corpus.append(data)
             if what := fault(e):
-                result.crashes[where(e)] = Crash(what + _last_line(e), data)
+                result.crashes.setdefault(where(e), Crash(what + _last_line(e), data))
     result.kinds = len(seen)
     return result
 
@@ -169,8 +185,11 @@ def in_a_process(name: str, seed: str, seconds: float, executions: int) -> Resul
             total.kinds += found.kinds
             total.crashes |= found.crashes
             return total
+        ended = os.waitstatus_to_exitcode(status)
+        if ended > 0:
+            raise RuntimeError(f"{name}: the fuzzer itself failed; its traceback stands above")
         data = bytes(current[8 : 8 + int.from_bytes(current[:8], "little")])
-        total.crashes["ended", turn] = Crash(f"the process ended with {os.waitstatus_to_exitcode(status)}", data)
+        total.crashes["ended", turn] = Crash(f"the process ended with {ended}", data)
     return total
 
 
@@ -189,7 +208,9 @@ def _unpacked(answer: bytes) -> Result:
 
 def main() -> int:
     """Fuzz the targets by turns, print the table, and fail if there was a crash."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=30, help="of computing in all, shared equally by the targets")
     parser.add_argument("--executions", type=int, default=1 << 60, help="at most, of each target")
     parser.add_argument("--seed", default="0")
@@ -201,7 +222,10 @@ def main() -> int:
     print(f"{'target':20} {'executions':>12} {'refused':>10} {'kinds of refusal':>17} {'crashes':>8}", flush=True)
     for name in names:
         result = in_a_process(name, args.seed, args.minutes * 60 / len(names), args.executions)
-        print(f"{name:20} {result.executions:12,} {result.refused:10,} {result.kinds:17,} {len(result.crashes):8,}", flush=True)
+        print(
+            f"{name:20} {result.executions:12,} {result.refused:10,} {result.kinds:17,} {len(result.crashes):8,}",
+            flush=True,
+        )
         for crash in result.crashes.values():
             print(f"    {crash.what}")
             if args.keep:

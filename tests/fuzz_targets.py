@@ -7,8 +7,6 @@ A target takes bytes, puts them where they would stand, and runs the library as 
 from __future__ import annotations
 
 import json
-import math
-import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ from helpers import intruding_factors, power_law, tree_digest, write_adapter, wr
 from mutate import (
     Mutator,
     dump,
-    header_of,
     journal_bytes,
     mutate_journal,
     mutate_json,
@@ -33,7 +30,7 @@ from safetensors.torch import save_file
 
 from streamer.api import iter_merged, prepare
 from streamer.apply import ModelSink, run_job
-from streamer.errors import FormatError, InputChangedError, Interrupted, StreamerError
+from streamer.errors import FormatError, StreamerError
 from streamer.events import Event, Monitor
 from streamer.findings import load_findings
 from streamer.intruders import DetectionOptions, MitigationOptions
@@ -185,11 +182,13 @@ def _described(path: Path, tensors: Any) -> None:
         else:
             try:
                 dtype, shape, *fill = what
+                if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+                    raise ValueError
                 size = tensor_nbytes(dtype, shape)
                 filled = b"".join(n.to_bytes(8, "little") for n in fill)
             except (TypeError, ValueError, AttributeError, OverflowError):
                 raise FormatError("no such tensor") from None
-            if size > 1 << 20 or any(type(n) is not int or n < 0 for n in shape) or not isinstance(shape, list):
+            if size > 1 << 20:
                 raise FormatError("too large")
             entry, data = {"dtype": dtype, "shape": shape}, _values(dtype, size, filled)
         tree[name] = entry | {"data_offsets": [at, at + len(data)]}
@@ -221,7 +220,7 @@ def _module(kind: str, r: int = 2) -> dict[str, list[Any]]:
     }[kind]  # fmt: skip
 
 
-def _adapter(kind: str, config: Mapping[str, Any], more: Mapping[str, Any] = {}) -> bytes:  # noqa: B006
+def _adapter(kind: str, config: Mapping[str, Any], more: Mapping[str, Any] = {}) -> bytes:
     prefix = "base_model.model."
     tensors = {f"{prefix}{name}{end}": what for name in NAMES[:2] for end, what in _module(kind).items()}
     tree = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha": 4, "bias": "none", **config}
@@ -239,12 +238,18 @@ def adapter(home: Path) -> Target:
         shard.unlink()
     _described(base / "model.safetensors", plain | extra)
     n, r = SIZE, 2
-    experts = {"model.layers.0.mlp.experts.lora_A.weight": ["F32", [3 * r, 8]], "model.layers.0.mlp.experts.lora_B.weight": ["F32", [n, 3 * r]]}
-    embedding = {"model.embed_tokens.lora_embedding_A": ["F32", [r, 12]], "model.embed_tokens.lora_embedding_B": ["F32", [n, r]]}
+    experts = {
+        "model.layers.0.mlp.experts.lora_A.weight": ["F32", [3 * r, 8]],
+        "model.layers.0.mlp.experts.lora_B.weight": ["F32", [n, 3 * r]],
+    }
+    embedding = {
+        "model.embed_tokens.lora_embedding_A": ["F32", [r, 12]],
+        "model.embed_tokens.lora_embedding_B": ["F32", [n, r]],
+    }
     seeds = [
         _adapter("lora", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0": 8}, "use_rslora": True}),
         _adapter("lora", {"target_parameters": ["mlp.experts.down_proj"], "peft_version": "0.19.1"}, experts),
-        _adapter("lora", {"modules_to_save": ["lm_head"]}, {"lm_head.weight": ["F32", [14, n]], f"{NAMES[0]}.lora_B.bias": ["F32", [n]]}),
+        _adapter("lora", {"modules_to_save": ["lm_head"]}, {"lm_head.weight": ["F32", [12, n]], f"{NAMES[0]}.lora_B.bias": ["F32", [n]]}),
         _adapter("lora", {"trainable_token_indices": {"embed_tokens": [1, 3]}},
                  {"model.embed_tokens.token_adapter.trainable_tokens_delta": ["F32", [2, n]]}),
         _adapter("lora", {"fan_in_fan_out": False, "init_lora_weights": "gaussian"}, embedding),
@@ -296,7 +301,8 @@ def quantized(home: Path) -> Target:
         _quantized("fp8", {".weight": ["F8_E4M3", [n, n]], ".weight_scale_inv": ["F32", [2, 2]]}, weight_block_size=[16, 16]),
         _quantized("fp8", {".weight": ["F8_E4M3", [n, n]], ".weight_scale_inv": ["F8_E8M0", [2, 2]]}, scale_fmt="ue8m0"),
         _quantized("compressed-tensors", {".weight": ["F8_E4M3", [n, n]], ".weight_scale": ["BF16", [n, 1]], ".input_scale": ["F32", []]}),
-        _quantized("compressed-tensors", {".weight": ["I8", [n, n]], ".weight_scale": ["BF16", [n, 1]], ".weight_zero_point": ["I8", [n, 1], 0]}),
+        _quantized("compressed-tensors", {".weight": ["I8", [n, n]], ".weight_scale": ["BF16", [n, 1]],
+                                          ".weight_zero_point": ["I8", [n, 1], 0]}),
         _quantized("compressed-tensors", {".weight_packed": ["I32", [n, n // 8]], ".weight_scale": ["BF16", [n, groups]],
                                           ".weight_shape": ["I64", [2], n], ".weight_g_idx": ["I32", [n]]}, format="pack-quantized"),
         _quantized("bitsandbytes", {".weight": ["U8", [n * n // 2, 1]], ".weight.absmax": ["F32", [n * n // 64]],
@@ -310,7 +316,7 @@ def quantized(home: Path) -> Target:
         _quantized("gptq", {".qweight": ["I32", [n // 8, n]], ".g_idx": ["I32", [n]], **ints}, bits=4, group_size=16),
         _quantized("gptq", {".qweight": ["I32", [n // 8, n]], **ints}, bits=4, group_size=16, checkpoint_format="gptq_v2"),
         _quantized("awq", {".qweight": ["I32", [n, n // 8]], **ints}, bits=4, group_size=16, version="gemm"),
-        _quantized("mxfp4", {".weight_blocks": ["U8", [1, n, 1, 16]], ".weight_scales": ["U8", [1, n, 1]]}),
+        _quantized("mxfp4", {".weight": ["BF16", [n, n]], ".x_blocks": ["U8", [1, n, 1, 16]], ".x_scales": ["U8", [1, n, 1]]}),
     ]  # fmt: skip
     plain = {"model_type": "llama", "torch_dtype": "bfloat16"}
 

@@ -17,7 +17,7 @@ NUMBERS: tuple[Any, ...] = (
 )  # fmt: skip
 STRINGS = (
     "", " ", ".", "..", "../x", "/etc/passwd", "C:\\x", "\0", "\n", "\x1b[2J", "\u202e", "é", "\U0001f600", "x" * 300, "x" * 70_000,
-    "weight", "model.safetensors", "(", "(a+)+$", "[", "\\", "{0}", "%s", "None", "true", "BF16", "F32", "I32", "U8", "F8_E4M3", "F4", "fp8",
+    "weight", "model.safetensors", "(", "(a+)+$", "[", "\\", "{0}", "%s", "None", "true", "BF16", "F32", "I32", "U8", "F8_E4M3", "fp8",
 )  # fmt: skip
 CONTAINERS: tuple[Any, ...] = ([], {}, [[]], [{}], {"": None}, [0] * 1000, {str(i): i for i in range(300)})
 
@@ -148,7 +148,11 @@ def mutate_safetensors(rng: random.Random, data: bytes, others: list[bytes]) -> 
     except (ValueError, RecursionError):
         return mutate_bytes(rng, data, others)
     metadata = tree.get("__metadata__") if isinstance(tree, dict) else None
-    inner = [k for k, v in metadata.items() if isinstance(v, str) and v.startswith("{")] if isinstance(metadata, dict) else []
+    inner = (
+        [k for k, v in metadata.items() if isinstance(v, str) and v.startswith("{")]
+        if isinstance(metadata, dict)
+        else []
+    )
     kind = rng.randrange(8)
     if kind == 0:
         return mutate_bytes(rng, data, others)
