@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.apply import Job, matrix_figures, output_plan
+from streamer.budget import Need, mitigation_bytes, resident_bytes
 from streamer.encodings import as_bytes
 from streamer.errors import UnsupportedError, UsageError
 from streamer.kinds import is_residual
@@ -63,6 +65,16 @@ class LoraSink:
         self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME), to_lora=rank)
         self._ready: dict[str, Tensor] = {}
 
+    def needs(self) -> Iterator[Need]:
+        """Memory for each matrix."""
+        plan = self.job.plan
+        resident = resident_bytes(plan)
+        for target in plan.targets:
+            size = mitigation_bytes(plan, target, self.job.intruders(target), projected=True)
+            if not target.module.low_rank:
+                size += truncation_bytes(target.module.shape, self.rank, plan.weights[target.tensor].compute.itemsize)
+            yield Need(target.tensor, target.module.shape, resident + size)
+
     def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
         """Bytes of each tensor; appends each matrix's figures, `dropped` being the relative norm of what the rank leaves out."""
 
@@ -91,7 +103,7 @@ def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:
     if isinstance(delta, LowRank):
         return delta.to(torch.float64).truncated(rank)[0]
     matrix = delta.dense()
-    if min(matrix.shape) <= max(SMALL, 4 * rank) or not matrix.any():
+    if _is_small(matrix.shape, rank) or not matrix.any():
         U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     else:
         size = float(torch.linalg.vector_norm(matrix)) or 1.0
@@ -105,6 +117,20 @@ def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:
     return LowRank(torch.nn.functional.pad(U[:, :rank] * root, pad), torch.nn.functional.pad(Vh[:rank].T * root, pad))
 
 
+def truncation_bytes(shape: tuple[int, int], rank: int, itemsize: int) -> int:
+    """Memory for `truncated` with a dense delta, beside the delta."""
+    m, n = shape
+    p = min(m, n)
+    if _is_small(shape, rank):  # in float64: a copy, LAPACK's own, both factors and the workspace
+        return 8 * (2 * m * n + (m + n) * p + 5 * p * p)
+    columns = 5 * (rank + 16)
+    return (m + n + max(m, n)) * columns * itemsize + 8 * 8 * columns**2 + 2 * 8 * (m + n) * rank
+
+
+def _is_small(shape: Sequence[int], rank: int) -> bool:
+    return min(shape) <= max(SMALL, 4 * rank)
+
+
 def _left_out(delta: Delta, written: LowRank) -> float:
     """``‖Δ' − B·A‖_F / ‖Δ'‖_F`` of what is written, rounding and all."""
     total = norm(delta)
@@ -112,7 +138,9 @@ def _left_out(delta: Delta, written: LowRank) -> float:
         return 0.0
     if isinstance(delta, LowRank):
         return (delta.to(torch.float64) + written.scaled(-1)).norm() / total
-    return norm(Dense(torch.addmm(delta.dense().double(), written.L, written.R.T, alpha=-1))) / total
+    rows = zip(torch.split(delta.dense(), 256), torch.split(written.L, 256), strict=True)
+    squares = (float(torch.linalg.vector_norm(torch.addmm(D.double(), L, written.R.T, alpha=-1))) ** 2 for D, L in rows)
+    return math.sqrt(sum(squares)) / total
 
 
 def _tensors(target: Target, rank: int) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
