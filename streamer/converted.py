@@ -103,10 +103,12 @@ def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:
     if isinstance(delta, LowRank):
         return delta.to(torch.float64).truncated(rank)[0]
     matrix = delta.dense()
-    if _is_small(matrix.shape, rank) or not matrix.any():
+    if not matrix.any():
+        return LowRank(*(matrix.new_zeros((length, rank), dtype=torch.float64) for length in matrix.shape))
+    if _is_small(matrix.shape, rank):
         U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     else:
-        size = float(torch.linalg.vector_norm(matrix)) or 1.0
+        size = float(torch.linalg.vector_norm(matrix))
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         found = krylov_triplets(
             Dense(matrix, 1 / size), rank, generator, matrix.new_empty(0), 4 * (rank + 16), 64

@@ -35,26 +35,28 @@ def write_base(directory: Path, tensors: dict[str, Tensor], **config: object) ->
     return directory
 
 
-def plain(directory: Path, count: int = 2) -> Path:
-    """Matrices of decaying spectra, without their SVDs."""
+def plain(directory: Path, scale: float = 1) -> Path:
+    """Two matrices of decaying spectra, without their SVDs."""
     tensors = {}
-    for layer in range(count):
+    for layer in range(2):
         top = noise(M, 32, seed=layer) @ (noise(32, N, seed=9) * torch.arange(1, 33).pow(-0.7)[:, None]) / 300
-        tensors[f"model.layers.{layer}.mlp.up_proj.weight"] = (top + noise(M, N, seed=layer + 5) / 100).bfloat16()
+        tensors[f"model.layers.{layer}.mlp.up_proj.weight"] = (
+            (top + noise(M, N, seed=layer + 5) / 100) * scale
+        ).bfloat16()
     return write_base(directory / "base", tensors)
 
 
 def factors(rank: int = RANK, m: int = M, n: int = N) -> tuple[Tensor, Tensor]:
-    return noise(rank, n) / n**0.5, noise(m, rank) / m**0.5
+    return noise(rank, n) / n**0.5, 10 * noise(m, rank, seed=1) / m**0.5
 
 
 def lora(directory: Path, rank: int = RANK) -> Inputs:
     names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(2)]
-    return plain(directory), write_adapter(directory / "adapter", dict.fromkeys(names, factors(rank)), rank)
+    return plain(directory), write_adapter(directory / "adapter", {name: factors(rank) for name in names}, rank)
 
 
 def wide_lora(directory: Path) -> Inputs:
-    return lora(directory, 512)
+    return lora(directory, 256)
 
 
 def dora(directory: Path) -> Inputs:
@@ -82,9 +84,7 @@ def written(adapter: Path, tensors: dict[str, Tensor], **config: object) -> Path
 
 
 def tuned(directory: Path) -> Inputs:
-    base = plain(directory)
-    other = plain(directory / "other")
-    return base, other
+    return plain(directory), plain(directory / "other", 1.125)
 
 
 def fp8(directory: Path) -> Inputs:
@@ -112,7 +112,7 @@ CASES: list[tuple[Callable[[Path], Inputs], str, tuple[str, ...]]] = [
     (lora, "merge", ()),
     (lora, "merge", ("--lambda", "1", "--io", "pread")),
     (wide_lora, "merge", ("--method", "shrink")),
-    (wide_lora, "mitigate", ("--method", "project", "--lambda", "0.5")),
+    (wide_lora, "mitigate", ("--lambda", "0.5")),
     (dora, "merge", ("--lambda", "1")),
     (dora, "mitigate", ("--to-lora", "16", "--method", "shrink")),
     (dora, "detect", ()),
@@ -126,9 +126,13 @@ CASES: list[tuple[Callable[[Path], Inputs], str, tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.slow
+QUICK = {(lora, "merge", ("--lambda", "1", "--io", "pread")), (tuned, "merge", ("--method", "shrink"))}
+
+
 @pytest.mark.parametrize(
-    ("make", "command", "options"), CASES, ids=[" ".join((c[0].__name__, c[1], *c[2])) for c in CASES]
+    ("make", "command", "options"),
+    [pytest.param(*c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES],
+    ids=[" ".join((c[0].__name__, c[1], *c[2])) for c in CASES],
 )
 def test_the_smallest_budget_is_kept(
     make: Callable[[Path], Inputs], command: str, options: tuple[str, ...], tmp_path: Path
@@ -146,4 +150,4 @@ def test_the_smallest_budget_is_kept(
     peak = bench_merge.watched(line).anonymous
     assert out.exists()
     assert peak <= budget << 20, f"{peak >> 20}M of {budget}M"
-    assert peak > 0.55 * (budget << 20), f"{peak >> 20}M of {budget}M: the estimate is too far off"
+    assert peak > 0.4 * (budget << 20), f"{peak >> 20}M of {budget}M: the estimate is too far off"
