@@ -6,6 +6,7 @@ factors were matched by, so that `plan` knows every tensor of the merged model b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,18 +20,10 @@ from streamer.renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 
-EMBEDDINGS = (
-    "embed_tokens",
-    "wte",
-    "wpe",
-    "word_embeddings",
-    "position_embeddings",
-    "token_type_embeddings",
-    "shared",
-    "embed_in",
-    "embeddings",
+EMBEDDING = re.compile(
+    r"(?:^|\.)(?:wte|wpe|shared|relative_attention_bias|embed_(?!out|proj)\w+|(?!patch)\w*embeddings?)$"
 )
-"""Last names of embeddings."""
+"""Names of embeddings, as against linear layers."""
 
 HEADS = ("lm_head", "embed_out", "output", "score", "classifier")
 """Last names of linear layers on top of a model: of those that are not Conv1D in a model of Conv1D."""
