@@ -98,6 +98,7 @@ def match_changes(
     matched: Mapping[str, str],
     renames: Renames,
     aliases: Mapping[str, Part] | None = None,
+    coded: Collection[str] = (),
 ) -> Changes:
     """Give every carried tensor of an adapter its tensor in the merged model.
 
@@ -109,6 +110,8 @@ def match_changes(
         Those of the base's model.
     aliases
         Further names that the model has for tensors of the base.
+    coded
+        Weights that stand as codes, whose tensors on disk are not to be compared with: a merge refuses to replace them.
 
     Raises
     ------
@@ -130,7 +133,7 @@ def match_changes(
         if name is None:
             continue
         mine = adapter.parts[c.source]
-        if name in known:
+        if name in known and name not in coded:
             theirs = sources.get(name) or known[name]
             problem = _misfit(c, mine.info, theirs.info)
             if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
@@ -152,7 +155,13 @@ def match_changes(
         raise MismatchError(
             f"{adapter.file.path}: {shown}{more}; is {base.path} the base that the adapter was trained on?"
         )
-    return Changes(sources, shifts, rows, frozenset(trained), _vocabulary(base, sources, adapter))
+    return Changes(
+        sources,
+        shifts,
+        rows,
+        frozenset(trained),
+        _vocabulary(base, {n: p for n, p in sources.items() if n not in coded}, adapter),
+    )
 
 
 class _Places:
@@ -170,7 +179,9 @@ class _Places:
         self, base: Checkpoint, adapter: Adapter, known: Collection[str], matched: Mapping[str, str], renames: Renames
     ) -> None:
         self.base, self.adapter, self.known = base, adapter, known
-        self.by_run_time = {now: name for name, now in renames.at_run_time(base.weight_map).items()}
+        loaded = renames.loaded(base.weight_map)
+        self.by_run_time = {now: name for name, now, by, _, _ in loaded if by is None}
+        self.built = {now: name for name, now, by, _, _ in loaded if by is not None}
         self.exchanges = sorted({_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
         self.problems: list[str] = []
 
@@ -186,6 +197,12 @@ class _Places:
         if c.role != "saved" or not _is_saved_module(c.module, self.adapter):
             self.problems.append(_no_place(c))
             return None
+        for name in (c.name, *exchanged):
+            if name in self.built:
+                raise UnsupportedError(
+                    f"{self.adapter.file.path}: {c.source!r} takes the place of {name!r}, which transformers builds on loading from "
+                    f"{self.built[name]!r} and its like in {self.base.path}; a merge beside them is not supported"
+                )
         stripped = next((strip for strip, add in self.exchanges if strip and not add), None)
         if stripped:
             raise UnsupportedError(

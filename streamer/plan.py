@@ -180,9 +180,9 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_i
     names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(tie, opened, matched)
-    changes = match_changes(checkpoint, opened, matched, renames, aliases)
+    changes = match_changes(checkpoint, opened, matched, renames, aliases, weights.coded)
     if not opened.is_model:
-        tied.refuse_other_ties(tie, checkpoint, config, opened, [*matched.values(), *changes.sources, *changes.rows])
+        tied.refuse_other_ties(tie, checkpoint, config, opened, matched, [*changes.sources, *changes.rows])
     if tie is not None:
         changes = tied.settle(tie, checkpoint, changes, matched.values(), opened)
     if opened.is_model:

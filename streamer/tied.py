@@ -26,6 +26,7 @@ _EMBEDDING = re.compile(
     r"^(?P<outer>(?:[^.]+\.)*?)(?:model|transformer)\.(?:language_model\.|decoder\.)?(?:embed_tokens|wte)\.weight$"
 )
 _OF_A_TIE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in|embed_out|lm_head|decoder)\.weight$")
+_HEADLESS = re.compile(r"(?<!LMHead)(?<!MT)Model$")
 _LANGUAGE_MODEL = re.compile(r"LMHead|ForCausalLM|ConditionalGeneration|MaskedLM|PreTraining")
 
 
@@ -73,17 +74,43 @@ def _tied(base: Checkpoint, config: Mapping[str, Any], adapter: Adapter) -> bool
 
 
 def refuse_other_ties(
-    tie: Tie | None, base: Checkpoint, config: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]
+    tie: Tie | None,
+    base: Checkpoint,
+    config: Mapping[str, Any],
+    adapter: Adapter,
+    matched: Mapping[str, str],
+    others: Iterable[str],
 ) -> None:
-    """Refuse a change of a tied tensor where what it is tied to is not known."""
-    if tie is not None or not _tied(base, config, adapter):
+    """Refuse a change of a tied tensor where what it is tied to is not known.
+
+    Parameters
+    ----------
+    matched
+        Module → base tensor that has a delta.
+    others
+        Names of further tensors that change.
+    """
+    if tie is not None or not _tied(base, config, adapter) or _has_no_head(base, config, matched):
         return
-    for name in changed:
+    for name in (*matched.values(), *others):
         if _OF_A_TIE.search(name):
             raise UnsupportedError(
                 f"{base.path}: the model ties its embeddings in a way that is not known here, and the adapter changes {name!r}; untie "
                 f"them first (save the model with {KEY}=false)"
             )
+
+
+def _has_no_head(base: Checkpoint, config: Mapping[str, Any], matched: Mapping[str, str]) -> bool:
+    """Whether the adapter was trained on a model without a head, such as a BertModel: a config says of it all the same that it is tied."""
+    architectures = config.get("architectures")
+    return (
+        isinstance(architectures, list)
+        and bool(architectures)
+        and all(_HEADLESS.search(str(a)) for a in architectures)
+        and not config.get("is_encoder_decoder")
+        and not any(name.endswith("shared.weight") for name in base.weight_map)
+        and all(tensor == f"{module}.weight" for module, tensor in matched.items())
+    )
 
 
 def settle(tie: Tie, base: Checkpoint, changes: Changes, deltas: Iterable[str], adapter: Adapter) -> Changes:
