@@ -447,7 +447,10 @@ def compare_detection(made: Made, figures: Figures) -> streamer.Findings:
         similarity = (U0.T @ U[:, :k]).abs().amax(0)
         for j, s in enumerate(similarity.tolist()):
             assert m.detection.similarity_low[j] - 1e-3 <= s <= m.detection.similarity_high[j] + 1e-3, (m.tensor, j, s)
-            if abs(s - 0.5) > 1e-3:
+            # A residual has directions that float32 cannot hold: those that its singular values of zero leave open. The interval says so.
+            settled = not m.detection.similarity_low[j] < 0.5 <= m.detection.similarity_high[j]
+            assert settled or made.kind.residual or abs(s - 0.5) <= 0.02, (m.tensor, j, s)
+            if settled and abs(s - 0.5) > 1e-3:
                 assert (j in m.detection.intruders) == (s < 0.5), (m.tensor, j, s)
         figures.decisions += len(m.detection.intruders)
     return findings
