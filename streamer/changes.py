@@ -208,6 +208,8 @@ class _Places:
 def _no_place(c: Carried) -> str:
     if c.role == "lora_bias":
         return f"{c.source!r} would be added to a bias that the base does not have ({c.name!r}), as PEFT cannot merge it either"
+    if c.module.rpartition(".")[2] in HEADS:
+        return f"{c.source!r} has no tensor in the base (looked for {c.name!r}); if it is tied to the embedding there, untie it first"
     return f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and no modules_to_save in {CONFIG_NAME} names it"
 
 
