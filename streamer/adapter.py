@@ -28,7 +28,7 @@ from streamer.scales import config_number, finite_scale, scale_of
 from streamer.storage.checkpoint import checkpoint_identity, read_json_object
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import IOMode, TensorFile
-from streamer.wrapped import Wrapped, find_wrapped
+from streamer.wrapped import Wrapped, find_wrapped, targeted_parameters
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -152,11 +152,12 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
     file = TensorFile(path / WEIGHTS_NAME, io)
     method = METHODS.get(str(config.get("peft_type", "LORA")))
     found, rest = _sort(file, method)
-    wrapped, wrong = (
-        ([], [])
-        if method
-        else find_wrapped(found, config, {t.name: t.shape[0] for t in file.header.tensors if t.shape})
-    )
+
+    def is_matrix(parameter: str, a: str) -> bool:
+        rank = config_number(config, "rank_pattern", "r", parameter, path / CONFIG_NAME)
+        return file.header.by_name[a].shape[:1] == (rank,)
+
+    wrapped, wrong = ([], []) if method else find_wrapped(found, config, is_matrix)
     if wrong:
         raise FormatError(f"{file.path}: {'; '.join(wrong)}; config and weights are not of one adapter")
     inner = {name for w in wrapped for name in w.layers}
@@ -186,7 +187,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: has no {CONFIG_NAME} but a config.json: it looks like a model; the order is BASE ADAPTER"
             )
-        raise InputError(f"{path}: expected {CONFIG_NAME}, found none; is this a PEFT adapter?")
+        inside = ", ".join(sorted(repr(p.parent.name) for p in path.glob(f"*/{CONFIG_NAME}"))[:8])
+        what = f"name one of the adapters in it: {inside}" if inside else "is this a PEFT adapter?"
+        raise InputError(f"{path}: expected {CONFIG_NAME}, found none; {what}")
     if not (path / WEIGHTS_NAME).exists():
         if (path / "adapter_model.bin").exists():
             raise UnsupportedError(
@@ -305,7 +308,8 @@ def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Map
             f"{file.path}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply; save the adapter again"
         )
     where = file.path.with_name(CONFIG_NAME)
-    scale = scale_of(name, rank, config, where)
+    # PEFT looks a parameter's rank and alpha up by the parameter's name.
+    scale = scale_of(f"{name}.weight" if targeted_parameters(config, name) else name, rank, config, where)
     shape = (b.shape[0], math.prod(a.shape[1:]))
     magnitude = factors.get("magnitude")
     if (magnitude is not None) != bool(config.get("use_dora")):

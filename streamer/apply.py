@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import all_finite
 from streamer.merged import MergedModel, plan_merged
-from streamer.merging import Exchanged, Rounded, Shifted, one_thread, repeats
+from streamer.merging import Exchanged, Rounded, Shifted, repeats, threads
 from streamer.pipeline import detect_matrix, detect_to_file
 from streamer.plan import Plan, left_out, other_files
 from streamer.storage.atomic import Buffer, locked
@@ -58,6 +58,8 @@ class Job:
         Given ones; without them the job detects, where it needs to, into a file of its own in the output directory.
     dequantize
         Whether a merged model is written plain where the base is quantized.
+    threads
+        Torch's threads for a detection amid the merging of rows, which has one: its last bits depend on them.
     """
 
     plan: Plan
@@ -66,6 +68,7 @@ class Job:
     device: torch.device
     findings: Findings | None = None
     dequantize: bool = False
+    threads: int = field(default_factory=torch.get_num_threads)
     _last: tuple[str, Detection] | None = None
 
     def detection_of(self, target: Target) -> Detection | None:
@@ -74,7 +77,8 @@ class Job:
             return None
         if self.findings is None:
             if self._last is None or self._last[0] != target.tensor:  # codes and scales are made one after the other
-                self._last = target.tensor, detect_matrix(self.plan, target, self.detection, self.device).detection
+                with threads(self.threads):
+                    self._last = target.tensor, detect_matrix(self.plan, target, self.detection, self.device).detection
             return self._last[1]
         return self._by_tensor[target.tensor].detection
 
@@ -319,7 +323,7 @@ def _write_shard(sink: Sink, name: str, out: OutputDirectory, monitor: Monitor, 
         sink.job.plan.check_unchanged()
         out.announce(name, nbytes, sha256, matrices=figures)
 
-    with one_thread():
+    with threads():
         write_shard(out.path, shard, source, announce)
 
 
@@ -339,7 +343,7 @@ def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[s
             monitor.checkpoint()
             job.plan.check_unchanged()
             data, at = bytearray(info.nbytes), 0
-            with one_thread():
+            with threads():
                 for piece in output.recipe.pieces(lambda target: job.mitigated(target)[:2]):
                     data[at : at + len(piece)] = piece
                     at += len(piece)

@@ -6,6 +6,7 @@ factors were matched by, so that `plan` knows every tensor of the merged model b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,18 +20,10 @@ from streamer.renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 
-EMBEDDINGS = (
-    "embed_tokens",
-    "wte",
-    "wpe",
-    "word_embeddings",
-    "position_embeddings",
-    "token_type_embeddings",
-    "shared",
-    "embed_in",
-    "embeddings",
+EMBEDDING = re.compile(
+    r"(?:^|\.)(?:wte|wpe|shared|relative_attention_bias|embed_(?!out|proj)\w+|(?!patch)\w*embeddings?)$"
 )
-"""Last names of embeddings."""
+"""Names of embeddings, as against linear layers."""
 
 HEADS = ("lm_head", "embed_out", "output", "score", "classifier")
 """Last names of linear layers on top of a model: of those that are not Conv1D in a model of Conv1D."""
@@ -98,6 +91,7 @@ def match_changes(
     matched: Mapping[str, str],
     renames: Renames,
     aliases: Mapping[str, Part] | None = None,
+    coded: Collection[str] = (),
 ) -> Changes:
     """Give every carried tensor of an adapter its tensor in the merged model.
 
@@ -109,6 +103,8 @@ def match_changes(
         Those of the base's model.
     aliases
         Further names that the model has for tensors of the base.
+    coded
+        Weights that stand as codes, whose tensors on disk are not to be compared with: a merge refuses to replace them.
 
     Raises
     ------
@@ -130,7 +126,7 @@ def match_changes(
         if name is None:
             continue
         mine = adapter.parts[c.source]
-        if name in known:
+        if name in known and name not in coded:
             theirs = sources.get(name) or known[name]
             problem = _misfit(c, mine.info, theirs.info)
             if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
@@ -152,7 +148,13 @@ def match_changes(
         raise MismatchError(
             f"{adapter.file.path}: {shown}{more}; is {base.path} the base that the adapter was trained on?"
         )
-    return Changes(sources, shifts, rows, frozenset(trained), _vocabulary(base, sources, adapter))
+    return Changes(
+        sources,
+        shifts,
+        rows,
+        frozenset(trained),
+        _vocabulary(base, {n: p for n, p in sources.items() if n not in coded}, adapter),
+    )
 
 
 class _Places:
@@ -170,7 +172,9 @@ class _Places:
         self, base: Checkpoint, adapter: Adapter, known: Collection[str], matched: Mapping[str, str], renames: Renames
     ) -> None:
         self.base, self.adapter, self.known = base, adapter, known
-        self.by_run_time = {now: name for name, now in renames.at_run_time(base.weight_map).items()}
+        loaded = renames.loaded(base.weight_map)
+        self.by_run_time = {now: name for name, now, by, _, _ in loaded if by is None}
+        self.built = {now: name for name, now, by, _, _ in loaded if by is not None}
         self.exchanges = sorted({_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
         self.problems: list[str] = []
 
@@ -186,6 +190,12 @@ class _Places:
         if c.role != "saved" or not _is_saved_module(c.module, self.adapter):
             self.problems.append(_no_place(c))
             return None
+        for name in (c.name, *exchanged):
+            if name in self.built:
+                raise UnsupportedError(
+                    f"{self.adapter.file.path}: {c.source!r} takes the place of {name!r}, which transformers builds on loading from "
+                    f"{self.built[name]!r} and its like in {self.base.path}; a merge beside them is not supported"
+                )
         stripped = next((strip for strip, add in self.exchanges if strip and not add), None)
         if stripped:
             raise UnsupportedError(
@@ -198,6 +208,8 @@ class _Places:
 def _no_place(c: Carried) -> str:
     if c.role == "lora_bias":
         return f"{c.source!r} would be added to a bias that the base does not have ({c.name!r}), as PEFT cannot merge it either"
+    if c.module.rpartition(".")[2] in HEADS:
+        return f"{c.source!r} has no tensor in the base (looked for {c.name!r}); if it is tied to the embedding there, untie it first"
     return f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and no modules_to_save in {CONFIG_NAME} names it"
 
 

@@ -174,15 +174,17 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_i
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
     weights = Weights(checkpoint, config)
     # Of a fine-tuned model the config says whether it is tied, and goes along.
-    tie = None if opened.is_model else tied.find_tie(checkpoint, config, opened)
+    tie = None if opened.is_model else tied.find_tie(checkpoint.weight_map, config, opened)
     aliases = {} if tie is None else {tie.head: Part(*checkpoint.locate(tie.embedding))}
     renames = renames_for(config)
     names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(tie, opened, matched)
-    changes = match_changes(checkpoint, opened, matched, renames, aliases)
+    changes = match_changes(checkpoint, opened, matched, renames, aliases, weights.coded)
     if not opened.is_model:
-        tied.refuse_other_ties(tie, checkpoint, config, opened, [*matched.values(), *changes.sources, *changes.rows])
+        tied.refuse_other_ties(
+            tie, checkpoint.path, checkpoint.weight_map, config, opened, matched, [*changes.sources, *changes.rows]
+        )
     if tie is not None:
         changes = tied.settle(tie, checkpoint, changes, matched.values(), opened)
     if opened.is_model:

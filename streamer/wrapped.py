@@ -7,7 +7,7 @@ e·r + k expert e's k-th; lora_B is (out, r·E), its column k·E + e expert e's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class Wrapped:
 
 
 def find_wrapped(
-    pairs: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], rows: Mapping[str, int]
+    pairs: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], is_matrix: Callable[[str, str], bool]
 ) -> tuple[list[Wrapped], list[str]]:
     """The wrapped modules among those that have factors, and what is wrong with any, one phrase each.
 
@@ -56,11 +56,9 @@ def find_wrapped(
     ----------
     pairs
         Module → {"A": tensor, "B": tensor}; inner wrappers stand under their names on disk.
-    rows
-        How many rows each tensor has: a weight with as many as the rank is a plain matrix, and no stack.
+    is_matrix
+        Whether a parameter's lora_A has as many rows as the rank: then it is a plain matrix, and no stack.
     """
-    stated = config.get("target_parameters") or []
-    targets = [t for t in stated if isinstance(t, str)] if isinstance(stated, list) else []
     found, wrong = [], []
     for name, factors in pairs.items():
         if name.endswith(INNER):
@@ -68,8 +66,8 @@ def find_wrapped(
         layers = [factors]
         while (inner := pairs.get(name + INNER * len(layers))) is not None:
             layers.append(inner)
-        parameters = {t.rpartition(".")[2] for t in targets if _names(t, name)}
-        if not parameters or (parameters == {"weight"} and rows[factors["A"]] == config.get("r")):
+        parameters = targeted_parameters(config, name)
+        if not parameters or (parameters == {"weight"} and is_matrix(f"{name}.weight", factors["A"])):
             continue
         if len(parameters) != len(layers):
             wrong.append(
@@ -84,6 +82,13 @@ def find_wrapped(
         if name.endswith(INNER) and name not in known
     ]
     return found, wrong
+
+
+def targeted_parameters(config: Mapping[str, Any], module: str) -> set[str]:
+    """The parameters of a module that a config names, by their own names."""
+    stated = config.get("target_parameters") or []
+    targets = [t for t in stated if isinstance(t, str)] if isinstance(stated, list) else []
+    return {t.rpartition(".")[2] for t in targets if _names(t, module)}
 
 
 def _names(target: str, module: str) -> bool:

@@ -382,6 +382,20 @@ def test_dora_and_saved_modules_on_codes(name: str, plain: tuple[Path, Path], tm
         assert torch.equal(kept["lm_head.weight"], tensors["lm_head.weight"])
 
 
+@pytest.mark.parametrize("name", ["nf4", "fp8-blocks", "gptq"])
+def test_a_saved_module_that_stands_as_codes(name: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """It is carried along like any other; only a merge has to write it, and refuses."""
+    base = MAKERS[name](tmp_path / "base", plain[0]).base
+    lora = get_peft_model(quantized.llama().float(), LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"]))
+    lora.save_pretrained(tmp_path / "adapter")
+    assert len(streamer.detect_intruder_dimensions(base, tmp_path / "adapter")) == 2
+    streamer.reduce_intruder_dimension(base, tmp_path / "adapter", tmp_path / "out", mitigation_lambda=0.5)
+    with pytest.raises(
+        UnsupportedError, match=r"saves '.*o_proj.weight' \(modules_to_save\), which stands quantized in"
+    ):
+        streamer.iter_merged(base, tmp_path / "adapter", dequantize=True)
+
+
 def test_adapters_on_experts_in_mxfp4(tmp_path: Path) -> None:
     """Each expert is decoded by itself; the stack is written with PEFT's deltas in it."""
     torch.manual_seed(0)

@@ -133,6 +133,11 @@ REFUSED = {
         {"encoder.word_embeddings.weight": torch.ones(64, 32)}, {},
         "the model ties its embeddings in a way that is not known here, and the adapter changes 'encoder.word_embeddings.weight'",
     ),
+    "a headless base, trained under a head": (
+        {"tie_word_embeddings": True, "architectures": ["TestModel"]}, "encoder.word_embeddings.weight", "test.model.layers.0.q_proj",
+        {"test.encoder.word_embeddings.weight": torch.ones(64, 32)}, {},
+        "the model ties its embeddings in a way that is not known here, and the adapter changes 'encoder.word_embeddings.weight'",
+    ),
     "grown apart": (
         {"tie_word_embeddings": True}, EMBED, "model.layers.0.q_proj", {EMBED: torch.ones(70, 32)}, {"modules_to_save": ["embed_tokens"]},
         "gives 'model.embed_tokens.weight' 70 rows, but the lm_head that is tied to it 64",

@@ -28,6 +28,8 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -59,6 +61,12 @@ tied = llama(tie_word_embeddings=True)
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=32, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def bert() -> nn.Module:
+    return BertModel(
+        BertConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB)
     )
 
 
@@ -148,6 +156,15 @@ def lora_ga(model: nn.Module, config: Any) -> None:
 KINDS: dict[str, Kind] = {
     "linear": Kind(llama(), lora("q_proj", "down_proj")),
     "rslora": Kind(llama(), lora("q_proj", "up_proj", use_rslora=True, alpha_pattern={"up_proj": 3})),
+    "parameters, patterns": Kind(
+        llama(),
+        lora(
+            "k_proj",
+            target_parameters=["q_proj.weight", "down_proj.weight"],
+            rank_pattern={"q_proj.weight": 6, "down_proj": 3},
+            alpha_pattern={"q_proj": 5, "down_proj.weight": 7},
+        ),
+    ),
     "fan_in_fan_out": Kind(gpt2, lora("c_attn", "c_proj", fan_in_fan_out=True)),
     "embedding": Kind(llama(), lora("embed_tokens", "q_proj")),
     "embedding, resized": Kind(llama(), lora("embed_tokens", "lm_head"), prepare=grow),
@@ -227,6 +244,9 @@ KINDS: dict[str, Kind] = {
     "tied, tokens": Kind(tied, lora("q_proj", trainable_token_indices=[3, 5])),
     "tied, tokens of lm_head": Kind(tied, lora("q_proj", trainable_token_indices={"lm_head": [3, 5]}), shared=False),
     "tied, GPT-2": Kind(gpt2, lora("c_attn", "lm_head", fan_in_fan_out=True), shared=False),
+    "headless, embedding": Kind(bert, lora("query", "word_embeddings")),
+    "headless, saved embedding": Kind(bert, lora("query", modules_to_save=["word_embeddings"])),
+    "headless, tokens": Kind(bert, lora("query", trainable_token_indices={"word_embeddings": [3, 5]})),
     "trainable tokens": Kind(llama(), lora("q_proj", trainable_token_indices=[3, 60, 7])),
     "trainable tokens by name": Kind(llama(), lora("v_proj", trainable_token_indices={"embed_tokens": [1, 2]})),
 }  # fmt: skip
@@ -316,11 +336,16 @@ def train(model: nn.Module, steps: int = 4) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=0.05)
     for _ in range(steps):
         out = model(*inputs(model))
-        logits = out.logits if hasattr(out, "logits") else out
+        logits = values(out)
         loss = (logits.float() - torch.randn(logits.shape)).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def values(out: Any) -> Tensor:
+    """What a model computes: logits, or the last layer."""
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def inputs(model: nn.Module) -> tuple[Tensor, ...]:
@@ -400,7 +425,7 @@ def compare_outputs(made: Made, out: Path, figures: Figures) -> None:
     loaded = load(out, torch.float32).eval()
     tokens = torch.randint(1, VOCAB, (3, 9))
     with torch.no_grad():
-        figures.outputs = relative(loaded(tokens).logits, wrapped(tokens).logits)
+        figures.outputs = relative(values(loaded(tokens)), values(wrapped(tokens)))
 
 
 def compare_detection(made: Made, figures: Figures) -> streamer.Findings:
@@ -422,7 +447,10 @@ def compare_detection(made: Made, figures: Figures) -> streamer.Findings:
         similarity = (U0.T @ U[:, :k]).abs().amax(0)
         for j, s in enumerate(similarity.tolist()):
             assert m.detection.similarity_low[j] - 1e-3 <= s <= m.detection.similarity_high[j] + 1e-3, (m.tensor, j, s)
-            if abs(s - 0.5) > 1e-3:
+            # A residual has directions that float32 cannot hold: those that its singular values of zero leave open. The interval says so.
+            settled = not m.detection.similarity_low[j] < 0.5 <= m.detection.similarity_high[j]
+            assert settled or made.kind.residual or abs(s - 0.5) <= 0.02, (m.tensor, j, s)
+            if settled and abs(s - 0.5) > 1e-3:
                 assert (j in m.detection.intruders) == (s < 0.5), (m.tensor, j, s)
         figures.decisions += len(m.detection.intruders)
     return findings
@@ -454,7 +482,7 @@ def compare_methods(made: Made, findings: streamer.Findings, figures: Figures) -
 
 def transposed(made: Made, tensor: str) -> bool:
     """Whether the base stores the matrix as (in, out)."""
-    return (made.kind.model is gpt2 and ".c_" in tensor) or "embed_tokens" in tensor
+    return (made.kind.model is gpt2 and ".c_" in tensor) or "embed_tokens" in tensor or "word_embeddings" in tensor
 
 
 def compare_mitigation(made: Made, findings: streamer.Findings, directory: Path, figures: Figures) -> None:

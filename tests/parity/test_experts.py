@@ -226,6 +226,17 @@ def test_what_experts_have_no_form_for(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("saved", ["experts", "layers.1.mlp"])
+def test_saved_experts_beside_one_tensor_an_expert(saved: str, tmp_path: Path) -> None:
+    """Both in one directory would load as neither."""
+    base, *_ = make("mixtral", tmp_path, [])
+    adapt(transformers.MixtralForCausalLM, tmp_path, [], modules_to_save=[saved])
+    with pytest.raises(
+        UnsupportedError, match=r"which transformers builds on loading from 'model\.layers\.[01]\.block_sparse"
+    ):
+        streamer.iter_merged(base, tmp_path / "adapter", mitigation_lambda=1.0)
+
+
 def test_an_adapter_without_the_head_on_experts(tmp_path: Path) -> None:
     """Built tensors are found by one exchange of prefixes, as all others."""
     base, *_ = make("qwen3-moe", tmp_path, EXPERTS)
