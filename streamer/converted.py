@@ -16,7 +16,7 @@ from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.apply import Job, matrix_figures, output_plan
 from streamer.encodings import as_bytes
 from streamer.errors import UnsupportedError, UsageError
-from streamer.kinds import is_residual
+from streamer.kinds import is_residual, normalize
 from streamer.linalg.deltas import Delta, norm
 from streamer.linalg.operators import Dense, LowRank
 from streamer.linalg.svd import krylov_triplets
@@ -139,7 +139,8 @@ def _beside_factors(plan: Plan) -> Beside:
     kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
     config = {key: adapter.config[key] for key in kept if key in adapter.config}
-    return Beside({}, {c.source: adapter.parts[c.source] for c in adapter.carried}, config, {})
+    carried = {PREFIX + normalize(c.source): adapter.parts[c.source] for c in adapter.carried}
+    return Beside({}, carried, config, {})
 
 
 def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:
