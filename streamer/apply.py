@@ -303,7 +303,7 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
         monitor.emit(Event("write", "", total, total))
         discard_own_findings(out.path)
         record = {"schema": SCHEMA, "command": sink.command, **sink.job.options.as_dict(),
-                  "totals": totals(matrices) | {"bytes": total}, "warnings": list(plan.provenance), "left_out": sink.left_out,
+                  "totals": totals(matrices) | {"bytes": total}, "warnings": list(plan.notes), "left_out": sink.left_out,
                   "carried": plan.changes.listed(plan.base), "matrices": matrices}  # fmt: skip
         return out.commit(record)
 

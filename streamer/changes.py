@@ -64,6 +64,8 @@ class Changes:
         Tensors of the base that the merged model does without.
     untied
         Whether the lm_head parts from the embedding that it was tied to (see `tied`); for the config.
+    notes
+        What is to be said of a merged model, one line each.
     """
 
     sources: Mapping[str, Part] = field(default_factory=dict)
@@ -73,6 +75,7 @@ class Changes:
     vocabulary: int | None = None
     dropped: frozenset[str] = frozenset()
     untied: bool = False
+    notes: tuple[str, ...] = ()
 
     def listed(self, base: Checkpoint) -> list[dict[str, Any]]:
         """What happens to which tensor, as JSON values."""
@@ -154,6 +157,7 @@ def match_changes(
         rows,
         frozenset(trained),
         _vocabulary(base, {n: p for n, p in sources.items() if n not in coded}, adapter),
+        notes=tuple(places.notes.values()),
     )
 
 
@@ -177,6 +181,7 @@ class _Places:
         self.built = {now: name for name, now, by, _, _ in loaded if by is not None}
         self.exchanges = sorted({_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
         self.problems: list[str] = []
+        self.notes: dict[str, str] = {}
 
     def find(self, c: Carried) -> str | None:
         """The tensor's name; None where it has none, which is a problem."""
@@ -198,9 +203,9 @@ class _Places:
                 )
         stripped = next((strip for strip, add in self.exchanges if strip and not add), None)
         if stripped:
-            raise UnsupportedError(
-                f"{self.adapter.file.path}: {c.source!r} is new to {self.base.path}, whose names lack the prefix {stripped!r}: no loader "
-                "would find it beside them; save the base as the class that the adapter was trained on, and merge into that"
+            self.notes[stripped] = (
+                f"{c.name!r} is new, beside names that lack the prefix {stripped!r}: transformers 5 loads them together, and earlier "
+                "versions refuse to"
             )
         return exchanged[0] if len(set(exchanged)) == 1 else c.name
 

@@ -17,7 +17,7 @@ from streamer.apply import Job, matrix_figures, output_plan
 from streamer.budget import Need, mitigation_bytes, resident_bytes
 from streamer.encodings import as_bytes
 from streamer.errors import UnsupportedError, UsageError
-from streamer.kinds import is_residual
+from streamer.kinds import is_residual, normalize
 from streamer.linalg.deltas import Delta, norm
 from streamer.linalg.operators import Dense, LowRank
 from streamer.linalg.svd import krylov_triplets
@@ -150,7 +150,8 @@ def _beside_factors(plan: Plan) -> Beside:
     kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
     config = {key: adapter.config[key] for key in kept if key in adapter.config}
-    return Beside({}, {c.source: adapter.parts[c.source] for c in adapter.carried}, config, {})
+    carried = {PREFIX + normalize(c.source): adapter.parts[c.source] for c in adapter.carried}
+    return Beside({}, carried, config, {})
 
 
 def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:

@@ -73,14 +73,15 @@ class Plan:
     extra_stamps: dict[str, Stamp]
 
     @property
-    def provenance(self) -> tuple[str, ...]:
-        """See `provenance_notes`; no paths in them, so that they may stand in an output."""
-        return tuple(provenance_notes(self.adapter.config, self.config, self.base.path.resolve().name))
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of an output, and stands in it: no paths (see `provenance_notes`, and `Changes.notes`)."""
+        provenance = provenance_notes(self.adapter.config, self.config, self.base.path.resolve().name)
+        return *provenance, *self.changes.notes
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a user should know, and that stops nothing."""
-        return *self.base.warnings, *self.provenance
+        return *self.base.warnings, *self.notes
 
     @cached_property
     def by_weight(self) -> dict[str, list[tuple[Target, Place]]]:
