@@ -7,7 +7,7 @@ to nothing and near to nothing in the base, and large enough to come among the f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,11 @@ class Llama:
         return {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in self.linears.items()}
 
     @property
+    def targets(self) -> dict[str, list[str]]:
+        """What an adapter's config says that it wraps: every linear layer."""
+        return {"target_modules": sorted({name.rpartition(".")[2] for name in self.linears})}
+
+    @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor in file order: name to shape."""
         out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
@@ -99,6 +104,11 @@ class Llama:
                 "intermediate_size": self.intermediate, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
                 "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab, "tie_word_embeddings": self.tied,
                 "torch_dtype": str(ENCODINGS[dtype].dtype).removeprefix("torch.")}  # fmt: skip
+
+
+def lora_shapes(model: Llama, rank: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+    """The shapes of A and B of a LoRA adapter on every linear layer."""
+    return {module: ((rank, n), (m, rank)) for module, (m, n) in model.modules.items()}
 
 
 def power_law(
@@ -156,14 +166,30 @@ def write_base(
 
 
 def write_adapter(
-    directory: Path, model: Llama, rank: int, alpha: float, factors: Callable[[str], tuple[Tensor, Tensor]]
+    directory: Path,
+    targets: Mapping[str, list[str]],
+    shapes: Mapping[str, tuple[tuple[int, int], tuple[int, int]]],
+    rank: int,
+    alpha: float,
+    factors: Callable[[str], tuple[Tensor, Tensor]],
 ) -> None:
-    """Write a LoRA adapter on every linear layer, as PEFT does; `factors` gives a module's A and B."""
+    """Write a LoRA adapter as PEFT does.
+
+    Parameters
+    ----------
+    targets
+        What its config says that it wraps.
+    shapes
+        The shapes of ``lora_A`` and ``lora_B`` by module.
+    factors
+        Gives a module's A and B.
+    """
     directory.mkdir(parents=True)
-    entries: list[tuple[str, str, tuple[int, ...]]] = []
-    for module, (m, n) in model.modules.items():
-        name = f"base_model.model.{module}"
-        entries += [(f"{name}.lora_A.weight", "F32", (rank, n)), (f"{name}.lora_B.weight", "F32", (m, rank))]
+    entries = [
+        (f"base_model.model.{module}.lora_{which}.weight", "F32", shape)
+        for module, pair in shapes.items()
+        for which, shape in zip("AB", pair, strict=True)
+    ]
     held: dict[str, Tensor] = {}
 
     def source(info: TensorInfo) -> Iterator[Buffer]:
@@ -174,13 +200,12 @@ def write_adapter(
         yield as_bytes(held.pop(info.name))
 
     _write(directory / WEIGHTS_NAME, entries, source)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "fan_in_fan_out": False,
-              "target_modules": sorted({name.rpartition(".")[2] for name in model.linears}), "task_type": "CAUSAL_LM",
-              "base_model_name_or_path": "generated"}  # fmt: skip
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "fan_in_fan_out": False, **targets,
+              "task_type": "CAUSAL_LM", "base_model_name_or_path": "generated", "peft_version": "0.21.2"}  # fmt: skip
     write_atomic(directory / ADAPTER_CONFIG, json.dumps(config, indent=2).encode())
 
 
-def _write(path: Path, entries: list[tuple[str, str, tuple[int, ...]]],
+def _write(path: Path, entries: Sequence[tuple[str, str, tuple[int, ...]]],
            source: Callable[[TensorInfo], Iterable[Buffer]]) -> None:  # fmt: skip
     write_shard(path.parent, plan_shard(path.name, entries, {"format": "pt"}), source, lambda _size, _sha256: None)
 
@@ -203,7 +228,7 @@ def make_demo(directory: Path, seed: int = 0) -> DemoModel:
     base, adapter = directory / "base", directory / "adapter"
     write_base(base, model, "BF16", [names[:half], names[half:]],
                lambda name: [weights[name] if name in weights else torch.ones(model.tensors[name])])  # fmt: skip
-    write_adapter(adapter, model, RANK, ALPHA, factors.__getitem__)
+    write_adapter(adapter, model.targets, lora_shapes(model, RANK), RANK, ALPHA, factors.__getitem__)
     return DemoModel(base, adapter, planted)
 
 

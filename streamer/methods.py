@@ -53,6 +53,8 @@ class Method:
         Keys of its config that look like unknown variants, and are none.
     refuses
         Config → why it cannot be computed, or nothing.
+    matrices
+        Matrices of the size of W0 that are in memory at once while the delta is computed, W0 among them, its own tensors not.
     """
 
     title: str
@@ -64,6 +66,7 @@ class Method:
     low_rank: bool = False
     options: frozenset[str] = frozenset()
     refuses: Callable[[Mapping[str, Any]], str] = lambda config: ""
+    matrices: int = 3
 
 
 def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
@@ -269,7 +272,8 @@ def _fan_in_fan_out(config: Mapping[str, Any]) -> str:
 
 
 METHODS: dict[str, Method] = {
-    "LOHA": Method("LoHa", r"hada_(?:w[12]_[ab]|t[12])", _loha_fits, _loha, scaled=True, options=frozenset({"use_effective_conv2d"})),
+    "LOHA": Method("LoHa", r"hada_(?:w[12]_[ab]|t[12])", _loha_fits, _loha, scaled=True, matrices=4,
+                   options=frozenset({"use_effective_conv2d"})),
     "LOKR": Method("LoKr", r"lokr_(?:w[12](?:_[ab])?|t2)", _lokr_fits, _lokr, scaled=True, options=frozenset({"use_effective_conv2d"})),
     "ADALORA": Method("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True,
                       refuses=lambda config: _no_number(config, "lora_alpha", "init_r")),
@@ -279,5 +283,5 @@ METHODS: dict[str, Method] = {
                   refuses=lambda config: _no_number(config, "eps", "num_cayley_neumann_terms") or _fan_in_fan_out(config)),
     "BOFT": Method("BOFT", r"boft_[Rs]", _boft_fits, _boft,
                    refuses=lambda config: _boft_refuses(config) or _fan_in_fan_out(config)),
-    "FULL": Method("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full),
+    "FULL": Method("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full, matrices=2),
 }  # fmt: skip

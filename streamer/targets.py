@@ -125,9 +125,23 @@ def match_targets(
         else:
             assert placed is not None
             targets[found] = Target(found, placed, transposed, match, shape)
+    if config.get("model_type") not in CONV1D_MODELS:
+        problems += _contradicted([t for t in targets.values() if t.module.form == "linear" and not t.kernel])
     if problems:
         raise MismatchError(misfits(problems, len(names), adapter, weights))
     return [targets[name] for name in weights if name in targets]
+
+
+def _contradicted(targets: Sequence[Target]) -> list[str]:
+    """Square layers that the config's flag turns, and every other layer says that the flag is wrong: PEFT ignores it on a Linear."""
+    turned = [t for t in targets if t.transposed]
+    if len(turned) == len(targets) or any(t.stored[0] != t.stored[1] for t in turned):
+        return []
+    return [
+        f"{t.module.name!r}: is square and fan_in_fan_out=true says that it is stored as (in, out), but other layers are stored as "
+        "(out, in): set it to false in adapter_config.json if they are all Linear"
+        for t in turned
+    ]
 
 
 def misfits(problems: Sequence[str], of: int, adapter: Adapter, weights: Weights) -> str:

@@ -20,19 +20,20 @@ sys.path.insert(0, str(TOOLS))
 import bench_merge  # noqa: E402
 import make_checkpoint  # noqa: E402
 from helpers import run_cli, write_adapter  # noqa: E402
+from shapes import Known  # noqa: E402
 
-from streamer.demo import DemoModel, Llama  # noqa: E402
+from streamer.demo import DemoModel  # noqa: E402
 from streamer.findings import load_findings  # noqa: E402
 
 BOUND = 700e6
 SLACK = 8e6  # allocator and interpreter noise, absolute; a matrix of the models below is larger
 
 
-def model(layers: int, hidden: int = 1024) -> Llama:
-    return Llama(hidden, hidden * 7 // 2, layers, 32000, heads=hidden // 128, kv_heads=hidden // 512)
+def model(layers: int, hidden: int = 1024) -> Known:
+    return Known(hidden, hidden * 7 // 2, layers, 32000, heads=hidden // 128, kv_heads=hidden // 512)
 
 
-def make(directory: Path, size: Llama) -> DemoModel:
+def make(directory: Path, size: Known) -> DemoModel:
     """One shard; the adapter touches every linear layer."""
     return make_checkpoint.make_checkpoint(directory, size, shards=1)
 

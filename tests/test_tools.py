@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ENV, tree_digest
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import streamer
+from streamer.storage.shards import plan_shard
 
 TOOLS = Path(__file__).parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+
+from make_checkpoint import HUB_SHARD_BYTES, split  # noqa: E402
+from shapes import KNOWN  # noqa: E402
+
 SMALL = ("--hidden", "192", "--layers", "2")
 
 
@@ -67,6 +75,62 @@ def test_a_generated_checkpoint_loads_and_holds_its_intruders(
     assert sum(counts.values()) == 8
 
 
+@pytest.mark.parametrize(
+    ("like", "experts", "matrices", "planted"),
+    [("llama-3-70b", (), 14, 8), ("mixtral", ("--experts", 4), 24, 10), ("qwen3-moe", ("--experts", 4), 24, 10)],
+)
+def test_a_tiny_one_like_a_model_of_the_hub_loads_in_transformers_and_peft(
+    tmp_path: Path, like: str, experts: tuple, matrices: int, planted: int
+) -> None:
+    tree = make(tmp_path, *SMALL, "--kv-heads", 4, "--like", like, *experts, "--shard-bytes", "1e6")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert model.config.architectures == [type(model).__name__]
+    assert sum(p.nbytes for p in model.parameters()) == tree["bytes"]
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    base = {name: p.clone() for name, p in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")  # PEFT only warns
+        peft = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    merged = peft.merge_and_unload().state_dict()
+
+    found = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
+    assert len(found.matrices) == tree["matrices"] == matrices
+    counts = {m.tensor: len(m.detection.intruders) for m in found if m.detection.intruders}
+    assert counts == tree["planted"]
+    assert sum(counts.values()) == planted
+    for m in found:  # what PEFT adds, where it adds it
+        name, _, expert = m.tensor.rstrip("]").partition("[")
+        change = merged[name].float() - base[name].float()
+        change = change[int(expert)] if expert else change
+        if m.tensor in counts:
+            assert torch.linalg.matrix_norm(change, 2) > 1.2
+
+
+@pytest.mark.parametrize(
+    ("like", "total", "files"),
+    [
+        ("llama-3-8b", 16060522496, [4976698672, 4999802720, 4915916176, 1168138808]),
+        ("llama-3-70b", 141107412992, 30),
+        ("mixtral", 93405585408, 19),
+        ("qwen3-moe", 61064245248, 13),  # its authors cut it at 4 GB
+    ],
+)
+def test_sizes_are_those_of_the_hub(like: str, total: int, files: list[int] | int) -> None:
+    """What the index and the files of Meta-Llama-3-8B and the others say."""
+    model = KNOWN[like]
+    assert model.nbytes("BF16") == total
+    names = split(model, "BF16", None, HUB_SHARD_BYTES)
+    if isinstance(files, int):
+        assert len(names) == files
+        return
+    plans = [
+        plan_shard("x", [(name, "BF16", model.tensors[name]) for name in sorted(group)], {"format": "pt"})
+        for group in names
+    ]
+    assert [plan.nbytes for plan in plans] == files
+
+
 def test_a_large_generated_matrix_has_a_bulk_below_its_top(tmp_path: Path) -> None:
     tree = make(tmp_path, "--hidden", 256, "--layers", 1, "--dtype", "fp32")
     with safe_open(Path(tree["base"]) / "model.safetensors", "pt") as f:
@@ -102,6 +166,7 @@ def test_size_gb_chooses_the_layers(tmp_path: Path) -> None:
         (("--hidden", 64, "--size-gb", 1, "--layers", 3), "give one of --size-gb and --layers"),
         (("--hidden", 64, "--rank", 1), "--rank: expected at least 2"),
         (("--hidden", 66), "must divide"),
+        (("--like", "llama-3-8b", "--experts", 4), "--experts: only a mixture has them"),
         (("--hidden", 64, "--shards", 999), "--shards: expected 1 to"),
     ],
 )

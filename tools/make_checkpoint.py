@@ -1,14 +1,16 @@
-"""Write a Llama-shaped checkpoint of any size and a LoRA adapter with planted intruders, tensor by tensor.
+"""Write a Llama-shaped checkpoint of any size, or one like a model of the hub, and a LoRA adapter with planted intruders.
 
-    python tools/make_checkpoint.py DIR --size-gb 4 --shards 1            4 GB in one model.safetensors
-    python tools/make_checkpoint.py DIR --hidden 192 --layers 2           a tiny one, for a test
-    python tools/make_checkpoint.py DIR --layers 32 --shard-bytes 5e9     shards of at most 5 GB, as the hub has them
+    python tools/make_checkpoint.py DIR --size-gb 4 --shards 1                     4 GB in one model.safetensors
+    python tools/make_checkpoint.py DIR --hidden 192 --layers 2                    a tiny one, for a test
+    python tools/make_checkpoint.py DIR --like llama-3-70b --size-gb 16            real shapes, as many layers as come nearest
+    python tools/make_checkpoint.py DIR --like qwen3-moe --layers 4                the other models are llama-3-8b and mixtral
+    python tools/make_checkpoint.py DIR --like mixtral --hidden 192 --layers 1     names and config of one, but tiny
 
-DIR/base is a model that `transformers` loads, DIR/adapter a PEFT adapter on every linear layer. Each weight is a power-law
-top part of its own (singular values j^-0.7, at most 64 of them) and a bulk of noise below it; all matrices take their noise
-from one buffer, each at another offset, so that the disk sets the pace and memory does not grow with the model. The adapter
-holds the demo's intruders in each layer's q_proj, o_proj and down_proj; below a width of 192 they mix with the base. The same
-arguments give the same bytes on one machine.
+DIR/base is a model that `transformers` loads, DIR/adapter a PEFT adapter on every linear layer, and on the experts of a mixture.
+Each weight is a power-law top part of its own (singular values j^-0.7, at most 64 of them) and a bulk of noise below it; all
+matrices take their noise from one buffer, each at another offset, so that the disk sets the pace and memory does not grow with
+the model. The adapter holds the demo's intruders in each layer's q_proj, o_proj and down_proj, and in the down_proj of every
+other expert; below a width of 192 they mix with the base. The same arguments give the same bytes on one machine.
 """
 
 from __future__ import annotations
@@ -17,15 +19,21 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from shapes import KNOWN, Known, Mixture
 from torch import Tensor
 
-from streamer.demo import PLANTED, DemoModel, Llama, planted_factors, power_law, write_adapter, write_base
+from streamer.demo import PLANTED, DemoModel, lora_shapes, planted_factors, power_law, write_adapter, write_base
+from streamer.merging import threads
 from streamer.storage.header import tensor_nbytes
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+SCALE = 2.0
+HUB_SHARD_BYTES = 5 * 10**9
+SIZES = ("intermediate", "heads", "kv_heads", "vocab")
 TOP = 64
 BLOCK = 1 << 22
 """Values that are made at a time."""
@@ -49,7 +57,7 @@ def seed_of(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + index)
 
 
-def split(model: Llama, dtype: str, shards: int | None, shard_bytes: int | None) -> list[list[str]]:
+def split(model: Known, dtype: str, shards: int | None, shard_bytes: int | None) -> list[list[str]]:
     """Names by shard, in file order: `shards` of about equal bytes, or as few as keep each within `shard_bytes`."""
     sizes = {name: tensor_nbytes(dtype, shape) for name, shape in model.tensors.items()}
     groups: list[list[str]] = [[]]
@@ -75,9 +83,61 @@ def split(model: Llama, dtype: str, shards: int | None, shard_bytes: int | None)
     return groups
 
 
+class Values:
+    """The values of each tensor of the base and of the adapter, from seeds of their own."""
+
+    def __init__(self, model: Known, rank: int, seed: int) -> None:
+        self.model, self.rank, self.seed = model, rank, seed
+        self.shapes, self.matrices = model.tensors, model.matrices
+        self.lora = lora_shapes(model, rank)
+        for module, (_, experts, (m, n)) in model.stacks.items():
+            self.lora[module] = (experts * rank, n), (m, rank * experts)
+        self.seeds = {name: i for i, name in enumerate((*self.shapes, *self.lora))}
+        self.noise = Noise(max(BLOCK, *(m * n for m, n in self.matrices.values())), seed_of(seed, -1))
+
+    def planted(self, module: str, expert: int | None = None) -> int:
+        """The number of intruders in a module of the adapter; of experts every other one has some, on its way back."""
+        if expert is None:
+            return PLANTED.get(".".join(module.split(".")[3:]), 0)
+        return PLANTED["mlp.down_proj"] if self.model.stacks[module][0].endswith("down_proj") and expert % 2 == 0 else 0
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """A tensor of the base, a few rows at a time."""
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            yield torch.ones(shape)
+            return
+        m, n = shape
+        g = seed_of(self.seed, self.seeds[name])
+        offset = int(torch.randint(1 << 16, (), generator=g))
+        top = power_law((m, n), g, top=TOP) if name.removesuffix(".weight") in self.matrices else None
+        # The bulk's largest singular value is about (√m + √n)·std: half of the last of the top part. Small matrices have no bulk.
+        std = 0.02 if top is None else 0.5 * TOP**-0.7 / (m**0.5 + n**0.5) if min(m, n) > TOP else 0.0
+        for start in range(0, m, max(1, BLOCK // n)):
+            stop = min(m, start + max(1, BLOCK // n))
+            piece = self.noise.rows(offset, (m, n), start, stop)
+            yield piece * std if top is None else torch.addmm(piece, top.L[start:stop], top.R.T, beta=std)
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """A and B of a module of the adapter; those of a stack stand expert by expert, A's in rows, B's in columns of each rank."""
+        g = seed_of(self.seed, self.seeds[module])
+        if module not in self.model.stacks:
+            return planted_factors(self.model.modules[module], self.rank, SCALE, self.planted(module), g)
+        _, experts, shape = self.model.stacks[module]
+        pairs = [planted_factors(shape, self.rank, SCALE, self.planted(module, e), g) for e in range(experts)]
+        return torch.cat([A for A, _ in pairs]), torch.stack([B for _, B in pairs], dim=2).flatten(1)
+
+    def all_planted(self) -> dict[str, int]:
+        """Intruders by the name that findings give to the matrix."""
+        found = {f"{module}.weight": self.planted(module) for module in self.model.modules}
+        for module, (parameter, experts, _) in self.model.stacks.items():
+            found |= {f"{parameter}[{e}]": self.planted(module, e) for e in range(experts)}
+        return {name: count for name, count in found.items() if count}
+
+
 def make_checkpoint(
     directory: Path,
-    model: Llama,
+    model: Known,
     dtype: str = "BF16",
     *,
     shards: int | None = 1,
@@ -86,49 +146,41 @@ def make_checkpoint(
     seed: int = 0,
 ) -> DemoModel:
     """Write ``directory/base`` and ``directory/adapter``; the scale of the adapter is 2."""
-    shapes, modules = model.tensors, model.modules
-    number = {name: i for i, name in enumerate(shapes)}
-    noise = Noise(max(BLOCK, *(m * n for m, n in modules.values())), seed_of(seed, -1))
-
-    def rows(name: str) -> Iterator[Tensor]:
-        shape = shapes[name]
-        if len(shape) == 1:
-            yield torch.ones(shape)
-            return
-        m, n = shape
-        g = seed_of(seed, number[name])
-        offset = int(torch.randint(1 << 16, (), generator=g))
-        top = power_law((m, n), g, top=TOP) if name.removesuffix(".weight") in modules else None
-        # The bulk's largest singular value is about (√m + √n)·std: half of the last of the top part. Small matrices have no bulk.
-        std = 0.02 if top is None else 0.5 * TOP**-0.7 / (m**0.5 + n**0.5) if min(m, n) > TOP else 0.0
-        for start in range(0, m, max(1, BLOCK // n)):
-            stop = min(m, start + max(1, BLOCK // n))
-            piece = noise.rows(offset, (m, n), start, stop) * std
-            yield piece if top is None else piece.addmm_(top.L[start:stop], top.R.T)
-
-    planted = {m: PLANTED[kind] for m in modules if (kind := ".".join(m.split(".")[3:])) in PLANTED}
-
-    def factors(module: str) -> tuple[Tensor, Tensor]:
-        g = seed_of(seed, len(number) + number[f"{module}.weight"])
-        return planted_factors(modules[module], rank, 2.0, planted.get(module, 0), g)
-
+    values = Values(model, rank, seed)
     base, adapter = directory / "base", directory / "adapter"
-    write_base(base, model, dtype, split(model, dtype, shards, shard_bytes), rows)
-    write_adapter(adapter, model, rank, 2.0 * rank, factors)
-    return DemoModel(base, adapter, {f"{m}.weight": count for m, count in planted.items()})
+    files = [
+        sorted(names) for names in split(model, dtype, shards, shard_bytes)
+    ]  # within a file as `save_file` has them
+    with threads():  # many small matrices: a barrier at the end of each costs more than a second thread saves
+        write_base(base, model, dtype, files, values.rows)
+        write_adapter(adapter, model.targets, values.lora, rank, SCALE * rank, values.factors)
+    return DemoModel(base, adapter, values.all_planted())
+
+
+def add_file_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say how the base is cut into files."""
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument("--shards", type=int, metavar="K",
+                       help="files; 1 is one model.safetensors without index (default: 1, or with --like as the hub has it)")  # fmt: skip
+    files.add_argument("--shard-bytes", type=float, metavar="SIZE", help="instead: the most bytes of tensors in a file")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what is generated, for whoever generates."""
     g = parser.add_argument_group("the generated model")
-    g.add_argument("--hidden", type=int, default=4096, metavar="N", help="width (default: 4096)")
-    g.add_argument("--intermediate", type=int, metavar="N", help="width inside the MLP (default: 3.5 times hidden)")
-    g.add_argument("--layers", type=int, metavar="N", help="blocks (default: 2, or what --size-gb asks for)")
+    g.add_argument("--like", choices=KNOWN, help="shapes, names and config of this model of the hub, in shards of at most 5 GB; "
+                   "the options below change what they name")  # fmt: skip
+    g.add_argument("--hidden", type=int, metavar="N", help="width (default: 4096)")
+    g.add_argument(
+        "--intermediate", type=int, metavar="N", help="width inside the MLP or an expert (default: 3.5 times hidden)"
+    )
+    g.add_argument("--layers", type=int, metavar="N", help="blocks (default: 2, or all, or what --size-gb asks for)")
     g.add_argument(
         "--vocab", type=int, metavar="N", help="rows of the embedding (default: 32000; 256 below hidden 512)"
     )
     g.add_argument("--heads", type=int, metavar="N", help="attention heads (default: hidden / 128, at least 4)")
     g.add_argument("--kv-heads", type=int, metavar="N", help="heads of k_proj and v_proj (default: a quarter of heads)")
+    g.add_argument("--experts", type=int, metavar="N", help="experts of a layer, with --like a mixture")
     g.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the base; the adapter is fp32 (default: bf16)")
     g.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapter, at least 2 (default: 16)")
     g.add_argument("--size-gb", type=float, metavar="X",
@@ -136,29 +188,47 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other values (default: 0)")
 
 
-def model_of(args: argparse.Namespace) -> Llama:
+def model_of(args: argparse.Namespace) -> Known:
     """The model that the options describe."""
     if args.size_gb is not None and args.layers is not None:
         raise SystemExit("--size-gb chooses the number of layers: give one of --size-gb and --layers")
     if args.rank < max(PLANTED.values()):
         raise SystemExit(f"--rank: expected at least {max(PLANTED.values())}, for the planted intruders")
-    heads = args.heads or max(4, args.hidden // 128)
-    kv_heads = args.kv_heads or max(1, heads // 4)
-    if args.hidden % (2 * heads) or heads % kv_heads:
+    like = KNOWN[args.like] if args.like else None
+    if args.experts and not isinstance(like, Mixture):
+        raise SystemExit("--experts: only a mixture has them; give --like mixtral or qwen3-moe")
+    if like is None or args.hidden:
+        hidden = args.hidden or 4096
+        heads = args.heads or max(4, hidden // 128)
+        sizes = {"hidden": hidden, "intermediate": args.intermediate or hidden * 7 // 2, "heads": heads,
+                 "kv_heads": args.kv_heads or max(1, heads // 4),
+                 "vocab": args.vocab or (32000 if hidden >= 512 else 256)}  # fmt: skip
+    else:
+        sizes = {key: value for key in SIZES if (value := getattr(args, key))}
+    if isinstance(like, Mixture):
+        if args.hidden:
+            sizes["head_dim"] = sizes["hidden"] // sizes["heads"]
+        if args.experts:
+            sizes |= {"experts": args.experts, "per_token": min(args.experts, like.per_token)}
+    model = replace(like, **sizes) if like else Known(layers=2, **sizes)
+    if model.hidden % (2 * model.heads) or model.heads % model.kv_heads:
         raise SystemExit(
-            f"--heads {heads} must divide --hidden {args.hidden} into even heads, --kv-heads {kv_heads} must divide it"
+            f"--heads {model.heads} must divide --hidden {model.hidden} into even heads, --kv-heads {model.kv_heads} must divide it"
         )
-    vocab = args.vocab or (32000 if args.hidden >= 512 else 256)
-    inner = args.intermediate or args.hidden * 7 // 2
-
-    def sized(layers: int) -> Llama:
-        return Llama(args.hidden, inner, layers, vocab, heads, kv_heads)
-
+    if args.layers:
+        return replace(model, layers=args.layers)
     if args.size_gb is None:
-        return sized(args.layers or 2)
+        return model
     dtype = DTYPES[args.dtype]
-    rest = sized(0).nbytes(dtype)
-    return sized(max(1, round((args.size_gb * 1e9 - rest) / (sized(1).nbytes(dtype) - rest))))
+    none, one = (replace(model, layers=layers).nbytes(dtype) for layers in (0, 1))
+    return replace(model, layers=max(1, round((args.size_gb * 1e9 - none) / (one - none))))
+
+
+def shard_bytes_of(args: argparse.Namespace) -> int | None:
+    """The most bytes of tensors in a file; None where a number of files is asked for, or one."""
+    if args.shard_bytes is not None:
+        return int(args.shard_bytes)
+    return HUB_SHARD_BYTES if args.like and args.shards is None else None
 
 
 def main() -> None:
@@ -167,23 +237,19 @@ def main() -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object: paths, sizes, planted intruders by tensor"
     )
-    files = parser.add_mutually_exclusive_group()
-    files.add_argument(
-        "--shards", type=int, metavar="K", help="files; 1 is one model.safetensors without index (default: 1)"
-    )
-    files.add_argument("--shard-bytes", type=float, metavar="SIZE", help="instead: the most bytes of tensors in a file")
+    add_file_options(parser)
     add_model_options(parser)
     args = parser.parse_args()
     for name in ("base", "adapter"):
         if (args.directory / name).exists():
             raise SystemExit(f"{args.directory / name}: exists; name another directory, or remove it")
     model, dtype = model_of(args), DTYPES[args.dtype]
-    shard_bytes = None if args.shard_bytes is None else int(args.shard_bytes)
-    made = make_checkpoint(args.directory, model, dtype, shards=args.shards, shard_bytes=shard_bytes, rank=args.rank,
-                           seed=args.seed)  # fmt: skip
+    made = make_checkpoint(args.directory, model, dtype, shards=args.shards, shard_bytes=shard_bytes_of(args),
+                           rank=args.rank, seed=args.seed)  # fmt: skip
     files_made = sorted(p.name for p in made.base.glob("*.safetensors"))
+    matrices = len(model.modules) + sum(experts for _, experts, _ in model.stacks.values())
     tree = {"base": str(made.base), "adapter": str(made.adapter), "bytes": model.nbytes(dtype), "layers": model.layers,
-            "files": files_made, "matrices": len(model.modules), "planted": made.planted}  # fmt: skip
+            "files": files_made, "matrices": matrices, "planted": made.planted}  # fmt: skip
     if args.json:
         print(json.dumps(tree, indent=1))
     else:
