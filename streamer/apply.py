@@ -157,7 +157,10 @@ def _journalled(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     figures: list[dict[str, Any]] = entry.get("matrices", [])
     numbers = ("delta_norm", "delta_norm_after", "dropped")
     try:
-        good = all(isinstance(m["intruders"], list) and all(type(m[key]) is float for key in numbers) for m in figures)
+        good = all(
+            isinstance(m["intruders"], list) and all(type(m[key]) is float and 0 <= m[key] < 1e100 for key in numbers)
+            for m in figures
+        )
     except (KeyError, TypeError):
         good = False
     if not good:

@@ -141,7 +141,7 @@ class Plan:
         for file in self.adapter.files:
             file.check_unchanged()
         for path, stamp in self.extra_stamps.items():
-            if _stamp(Path(path)) != stamp:
+            if not os.path.exists(path) or _stamp(Path(path)) != stamp:
                 raise InputChangedError(
                     f"{path}: changed since the run began; start again with inputs that stay as they are"
                 )

@@ -125,7 +125,7 @@ def match_targets(
         else:
             assert placed is not None
             targets[found] = Target(found, placed, transposed, match, shape)
-    if config.get("model_type") not in CONV1D_MODELS:
+    if not stores_conv1d(config):
         problems += _contradicted([t for t in targets.values() if t.module.form == "linear" and not t.kernel])
     if problems:
         raise MismatchError(misfits(problems, len(names), adapter, weights))

@@ -272,6 +272,7 @@ CHANGES = {
     ),
     "shard gone": ("base/model-00003-of-00003.safetensors", "os.remove({0!r})"),
     "adapter weights touched": ("adapter/adapter_model.safetensors", "os.utime({0!r})"),
+    "adapter config gone": ("adapter/adapter_config.json", "os.remove({0!r})"),
     "adapter config longer": ("adapter/adapter_config.json", "open({0!r}, 'a').write(' ')"),
     "tokenizer longer": ("base/tokenizer.json", "open({0!r}, 'a').write(' ')"),
 }

@@ -121,6 +121,8 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
         "output journal", 1, lambda d: record(d, 1, lambda r: r.replace(b'"file"', b'"fill"'))),
     "a merge's record of a file that is a list": (
         "output journal", 1, lambda d: record(d, 1, lambda r: changed(r, ("file",), [1]))),
+    "a merge's record of a norm whose square no double holds": (
+        "output journal", -1, lambda d: record(d, -1, lambda r: changed(r, ("matrices", 0, "delta_norm"), 1e300))),
 }  # fmt: skip
 
 
