@@ -150,7 +150,7 @@ def _detection_options(args: argparse.Namespace, findings: Findings | None) -> D
         top_k=default.top_k if args.top_k is None else args.top_k,
         threshold_epsilon=default.threshold_epsilon if args.epsilon is None else args.epsilon,
         solver=default.solver if args.solver is None else args.solver,
-        max_memory=default.max_memory if args.max_memory is None else args.max_memory,
+        max_memory=args.max_memory,  # of this run: that of the findings was their own
     )
 
 

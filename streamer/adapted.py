@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.apply import Job, matrix_figures, output_plan
+from streamer.budget import Need, mitigation_bytes, resident_bytes
 from streamer.encodings import ENCODINGS, as_bytes, encode
 from streamer.errors import UnsupportedError
 from streamer.intruders import back_project
@@ -55,6 +56,16 @@ class AdapterSink:
             for name in self._tensors(target):
                 self._of.setdefault(name, []).append(target)
         self._ready: dict[str, Tensor] = {}
+
+    def needs(self) -> Iterator[Need]:
+        """Memory for each matrix; of experts, whose factors stand in one tensor, for all of them and the new ones."""
+        plan = self.job.plan
+        resident = resident_bytes(plan)
+        for target in plan.targets:
+            size = mitigation_bytes(plan, target, self.job.intruders(target), projected=True)
+            if isinstance(target.module, LoraModule) and target.module.expert is not None:
+                size += 2 * sum(plan.adapter.parts[name].info.nbytes for name in self._tensors(target))
+            yield Need(target.tensor, target.module.shape, resident + size)
 
     def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
         """Bytes of each tensor of the adapter's file; appends each matrix's figures. What is no factor keeps its bytes."""

@@ -187,7 +187,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: has no {CONFIG_NAME} but a config.json: it looks like a model; the order is BASE ADAPTER"
             )
-        raise InputError(f"{path}: expected {CONFIG_NAME}, found none; is this a PEFT adapter?")
+        inside = ", ".join(sorted(repr(p.parent.name) for p in path.glob(f"*/{CONFIG_NAME}"))[:8])
+        what = f"name one of the adapters in it: {inside}" if inside else "is this a PEFT adapter?"
+        raise InputError(f"{path}: expected {CONFIG_NAME}, found none; {what}")
     if not (path / WEIGHTS_NAME).exists():
         if (path / "adapter_model.bin").exists():
             raise UnsupportedError(

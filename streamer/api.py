@@ -10,12 +10,13 @@ from torch import Tensor
 
 from streamer.adapted import AdapterSink
 from streamer.apply import Job, ModelSink, merged_tensors, run_job
+from streamer.budget import check_budget, detection_needs
 from streamer.converted import LoraSink
 from streamer.errors import MismatchError
 from streamer.events import Event, Monitor, OnEvent
 from streamer.findings import Findings, load_findings
 from streamer.intruders import DetectionOptions, Method, MitigationOptions, Scale
-from streamer.pipeline import check_memory, choose_device, detect_all, detect_to_file
+from streamer.pipeline import choose_device, detect_all, detect_to_file
 from streamer.plan import make_plan
 from streamer.storage.tensorfile import IOMode
 
@@ -234,7 +235,7 @@ def prepare(
                 f"{name}: has no findings on {len(missing)} of {len(plan.targets)} matrices, {missing[0]!r} first; run detect again"
             )
     elif mitigation.needs_detection:
-        check_memory(plan, detection)
+        check_budget(detection_needs(plan, detection), detection.max_memory)
     return Job(plan, mitigation, detection, where, loaded, dequantize)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.bases.dequantize import STALE
+from streamer.budget import Need, check_budget, detection_needs, mitigation_bytes, resident_bytes, rows_bytes
 from streamer.encodings import TORCH_DTYPES, as_tensor
-from streamer.errors import NumericError
+from streamer.errors import NumericError, OutputError
 from streamer.events import Event, Monitor
 from streamer.findings import Findings, MatrixFinding
 from streamer.findings_writer import remove_leftovers
@@ -24,7 +26,7 @@ from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import all_finite
 from streamer.merged import MergedModel, plan_merged
-from streamer.merging import one_thread, repeats
+from streamer.merging import Exchanged, Rounded, Shifted, repeats, threads
 from streamer.pipeline import detect_matrix, detect_to_file
 from streamer.plan import Plan, left_out, other_files
 from streamer.storage.atomic import Buffer, locked
@@ -56,6 +58,8 @@ class Job:
         Given ones; without them the job detects, where it needs to, into a file of its own in the output directory.
     dequantize
         Whether a merged model is written plain where the base is quantized.
+    threads
+        Torch's threads for a detection amid the merging of rows, which has one: its last bits depend on them.
     """
 
     plan: Plan
@@ -64,6 +68,7 @@ class Job:
     device: torch.device
     findings: Findings | None = None
     dequantize: bool = False
+    threads: int = field(default_factory=torch.get_num_threads)
     _last: tuple[str, Detection] | None = None
 
     def detection_of(self, target: Target) -> Detection | None:
@@ -72,9 +77,18 @@ class Job:
             return None
         if self.findings is None:
             if self._last is None or self._last[0] != target.tensor:  # codes and scales are made one after the other
-                self._last = target.tensor, detect_matrix(self.plan, target, self.detection, self.device).detection
+                with threads(self.threads):
+                    self._last = target.tensor, detect_matrix(self.plan, target, self.detection, self.device).detection
             return self._last[1]
         return self._by_tensor[target.tensor].detection
+
+    def intruders(self, target: Target) -> int:
+        """How many of them Δ' takes up, at most."""
+        if not self.options.needs_detection:
+            return 0
+        if self.findings is None:
+            return self.detection.directions(target.module.shape)
+        return len(self._by_tensor[target.tensor].detection.intruders)
 
     @cached_property
     def _by_tensor(self) -> dict[str, MatrixFinding]:
@@ -138,6 +152,24 @@ def matrix_figures(
     }
 
 
+def _journalled(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The figures of a finished file's matrices."""
+    figures: list[dict[str, Any]] = entry.get("matrices", [])
+    numbers = ("delta_norm", "delta_norm_after", "dropped")
+    try:
+        good = all(
+            isinstance(m["intruders"], list) and all(type(m[key]) is float and 0 <= m[key] < 1e100 for key in numbers)
+            for m in figures
+        )
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise OutputError(
+            f"{path}: the journal's figures of {entry['file']} are not of this version; --no-resume starts over"
+        )
+    return figures
+
+
 def totals(matrices: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums over matrices; `equal_norm_shrink` is the uniform factor on the whole adapter that gives the same total norm."""
     before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
@@ -151,6 +183,18 @@ def totals(matrices: list[dict[str, Any]]) -> dict[str, Any]:
         "equal_norm_shrink": after / before if before > 0 else 1.0,
         "dropped_max": max((m["dropped"] for m in matrices), default=0.0),
     }
+
+
+def merging_needs(job: Job, model: MergedModel) -> Iterator[Need]:
+    """Memory for each tensor of a merged model that is computed; for one that is copied the process has enough."""
+    resident = resident_bytes(job.plan)
+    for target in job.plan.targets:
+        delta = mitigation_bytes(job.plan, target, job.intruders(target))
+        rows = rows_bytes(job.plan.weights[target.tensor])
+        yield Need(target.tensor, target.module.shape, resident + delta + rows)
+    for output in (o for outputs in model.files.values() for o in outputs):
+        if isinstance(output.recipe, Rounded | Shifted | Exchanged):
+            yield Need(output.name, output.shape, resident + rows_bytes(output.recipe.weight))
 
 
 class ModelSink:
@@ -180,6 +224,10 @@ class ModelSink:
         rivals = [SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
         self.output = output_plan(self, path, tuple(r for r in rivals if r not in self.finals and r not in self.shards))
 
+    def needs(self) -> Iterator[Need]:
+        """Memory for each matrix."""
+        return merging_needs(self.job, self.model)
+
     def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
         """Bytes of each tensor of one shard; appends the figures of merged matrices."""
         outputs = {o.name: o for o in self.model.files[name]}
@@ -208,6 +256,9 @@ class Sink(Protocol):
     left_out: list[str]
     output: OutputPlan
 
+    def needs(self) -> Iterator[Need]:
+        """Memory for each matrix."""
+
     def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
         """Bytes of each tensor of one file; appends the figures of its matrices."""
 
@@ -228,6 +279,7 @@ def inspect_job(sink: Sink, overwrite: bool, resume: bool) -> str:
     """Preflight, read-only: ``new``, ``resume`` or ``done`` (see `inspect_output`)."""
     state = inspect_output(sink.output, overwrite, resume)
     if state != "done":
+        check_budget(sink.needs(), sink.job.detection.max_memory)
         sink.job.plan.refuse_overwriting(sink.output.path / name for name, _ in sink.output.files)
     return state
 
@@ -264,12 +316,12 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
                     monitor.emit(Event("write", name, done, total))
                     out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
                 entry = out.entry(name)
-            matrices += entry.get("matrices", [])
+            matrices += _journalled(entry, out.path)
             done += size
         monitor.emit(Event("write", "", total, total))
         discard_own_findings(out.path)
         record = {"schema": SCHEMA, "command": sink.command, **sink.job.options.as_dict(),
-                  "totals": totals(matrices) | {"bytes": total}, "warnings": list(plan.provenance), "left_out": sink.left_out,
+                  "totals": totals(matrices) | {"bytes": total}, "warnings": list(plan.notes), "left_out": sink.left_out,
                   "carried": plan.changes.listed(plan.base), "matrices": matrices}  # fmt: skip
         return out.commit(record)
 
@@ -289,13 +341,18 @@ def _write_shard(sink: Sink, name: str, out: OutputDirectory, monitor: Monitor, 
         sink.job.plan.check_unchanged()
         out.announce(name, nbytes, sha256, matrices=figures)
 
-    with one_thread():
+    with threads():
         write_shard(out.path, shard, source, announce)
 
 
 def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model, in file order; one at a time in memory. What is refused is refused by the call itself."""
-    return _tensors(job, plan_merged(job.plan, job.dequantize), monitor)
+    model = plan_merged(job.plan, job.dequantize)
+    most = max(info.nbytes for shard in model.shards().values() for info in shard.header.tensors)
+    detecting = detection_needs(job.plan, job.detection) if job.findings is None and job.options.needs_detection else ()
+    needs = (replace(n, nbytes=n.nbytes + most) for n in itertools.chain(detecting, merging_needs(job, model)))
+    check_budget(needs, job.detection.max_memory)
+    return _tensors(job, model, monitor)
 
 
 def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
@@ -304,7 +361,7 @@ def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[s
             monitor.checkpoint()
             job.plan.check_unchanged()
             data, at = bytearray(info.nbytes), 0
-            with one_thread():
+            with threads():
                 for piece in output.recipe.pieces(lambda target: job.mitigated(target)[:2]):
                     data[at : at + len(piece)] = piece
                     at += len(piece)

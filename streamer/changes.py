@@ -6,6 +6,7 @@ factors were matched by, so that `plan` knows every tensor of the merged model b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,18 +20,10 @@ from streamer.renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 
-EMBEDDINGS = (
-    "embed_tokens",
-    "wte",
-    "wpe",
-    "word_embeddings",
-    "position_embeddings",
-    "token_type_embeddings",
-    "shared",
-    "embed_in",
-    "embeddings",
+EMBEDDING = re.compile(
+    r"(?:^|\.)(?:wte|wpe|shared|relative_attention_bias|embed_(?!out|proj)\w+|(?!patch)\w*embeddings?)$"
 )
-"""Last names of embeddings."""
+"""Names of embeddings, as against linear layers."""
 
 HEADS = ("lm_head", "embed_out", "output", "score", "classifier")
 """Last names of linear layers on top of a model: of those that are not Conv1D in a model of Conv1D."""
@@ -71,6 +64,8 @@ class Changes:
         Tensors of the base that the merged model does without.
     untied
         Whether the lm_head parts from the embedding that it was tied to (see `tied`); for the config.
+    notes
+        What is to be said of a merged model, one line each.
     """
 
     sources: Mapping[str, Part] = field(default_factory=dict)
@@ -80,6 +75,7 @@ class Changes:
     vocabulary: int | None = None
     dropped: frozenset[str] = frozenset()
     untied: bool = False
+    notes: tuple[str, ...] = ()
 
     def listed(self, base: Checkpoint) -> list[dict[str, Any]]:
         """What happens to which tensor, as JSON values."""
@@ -161,6 +157,7 @@ def match_changes(
         rows,
         frozenset(trained),
         _vocabulary(base, {n: p for n, p in sources.items() if n not in coded}, adapter),
+        notes=tuple(places.notes.values()),
     )
 
 
@@ -184,6 +181,7 @@ class _Places:
         self.built = {now: name for name, now, by, _, _ in loaded if by is not None}
         self.exchanges = sorted({_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
         self.problems: list[str] = []
+        self.notes: dict[str, str] = {}
 
     def find(self, c: Carried) -> str | None:
         """The tensor's name; None where it has none, which is a problem."""
@@ -205,9 +203,9 @@ class _Places:
                 )
         stripped = next((strip for strip, add in self.exchanges if strip and not add), None)
         if stripped:
-            raise UnsupportedError(
-                f"{self.adapter.file.path}: {c.source!r} is new to {self.base.path}, whose names lack the prefix {stripped!r}: no loader "
-                "would find it beside them; save the base as the class that the adapter was trained on, and merge into that"
+            self.notes[stripped] = (
+                f"{c.name!r} is new, beside names that lack the prefix {stripped!r}: transformers 5 loads them together, and earlier "
+                "versions refuse to"
             )
         return exchanged[0] if len(set(exchanged)) == 1 else c.name
 
@@ -215,6 +213,8 @@ class _Places:
 def _no_place(c: Carried) -> str:
     if c.role == "lora_bias":
         return f"{c.source!r} would be added to a bias that the base does not have ({c.name!r}), as PEFT cannot merge it either"
+    if c.module.rpartition(".")[2] in HEADS:
+        return f"{c.source!r} has no tensor in the base (looked for {c.name!r}); if it is tied to the embedding there, untie it first"
     return f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and no modules_to_save in {CONFIG_NAME} names it"
 
 

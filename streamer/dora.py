@@ -35,3 +35,9 @@ def dora_delta(base: Tensor, delta: LowRank, magnitude: Tensor) -> Tensor:
         factor = lengths[i:j] / torch.linalg.vector_norm(total, dim=1)
         out[i:j] = total * factor[:, None] - base[i:j]
     return out
+
+
+def dora_bytes(shape: tuple[int, int], itemsize: int) -> int:
+    """Peak memory of `dora_delta`: W0, the delta, and rows in float64, four times by turns."""
+    m, n = shape
+    return 2 * itemsize * m * n + 4 * min(8 * m * n, max(BLOCK_BYTES, 8 * n))

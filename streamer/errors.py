@@ -20,11 +20,19 @@ A message says where, what was expected and found, and what to do next, in one l
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 3000
+"""Characters: what is quoted from a download may be of any length."""
+
 
 class StreamerError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose. As text it is one line, whatever it quotes: control characters are escaped, its end is cut."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        text = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"
+        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(StreamerError, ValueError):

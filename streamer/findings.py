@@ -27,19 +27,20 @@ from streamer.storage.tensorfile import TensorFile
 
 SCHEMA = "streamer.findings/1"
 
-_ARRAYS = ("U", "S", "Vh", "singular_values", "similarity", "similarity_low", "similarity_high", "intruders")
-_FIGURES = (
-    "certified",
-    "degenerate",
-    "solver",
-    "escalated",
-    "steps",
-    "products",
-    "cutoff",
-    "delta_norm",
-    "intruder_energy",
-    "dropped_at_zero",
-)
+ARRAYS = ("U", "S", "Vh", "singular_values", "similarity", "similarity_low", "similarity_high", "intruders")
+_FIGURES: dict[str, type] = {
+    "certified": bool,
+    "degenerate": list,
+    "solver": str,
+    "escalated": bool,
+    "steps": int,
+    "products": int,
+    "cutoff": float,
+    "delta_norm": float,
+    "intruder_energy": float,
+    "dropped_at_zero": float,
+}
+_OWN: dict[str, type] = {"tensor": str, "module": str, "shape": list, "dtype": str, "rank": int, "scale": float}
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
 
@@ -81,7 +82,7 @@ class MatrixFinding:
     def arrays(self) -> dict[str, Tensor]:
         """The arrays by key, in file order."""
         d = self.detection
-        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in _ARRAYS[3:7]}
+        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in ARRAYS[3:7]}
         return {"U": d.U, "S": d.S, "Vh": d.Vh, **numbers, "intruders": torch.tensor(d.intruders, dtype=torch.int64)}
 
 
@@ -193,6 +194,7 @@ def load_findings(path: str | Path) -> Findings:
         options = DetectionOptions(**tree["options"])
         data = file.data()  # one map for all: a map each would run out of descriptors
         matrices = tuple(_matrix(figures, file, data) for figures in tree["matrices"])
+        _check_identities(tree["base"], tree["adapter"])
         return Findings(tree["base"], tree["adapter"], options, matrices, file)
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise FormatError(
@@ -200,9 +202,29 @@ def load_findings(path: str | Path) -> Findings:
         ) from e
 
 
+def _check_identities(*identities: Any) -> None:
+    for identity in identities:
+        files = identity.get("files", []) if isinstance(identity, dict) else None
+        if not isinstance(files, list) or not all(
+            isinstance(f, dict) and isinstance(f.get("file"), str) for f in files
+        ):
+            raise ValueError("an input's identity is not one")
+
+
+def _check_figures(figures: Any) -> None:
+    for key, kind in {**_OWN, **_FIGURES}.items():
+        value = figures[key]
+        fits = type(value) in ({int, float} if kind is float else {kind})
+        if kind is list:
+            fits = fits and all(type(i) is int and i >= 0 for i in value)
+        if not fits:
+            raise TypeError(f"{key} is {type(value).__name__}")
+
+
 def _matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> MatrixFinding:
+    _check_figures(figures)
     arrays: dict[str, Tensor] = {}
-    for key in _ARRAYS:
+    for key in ARRAYS:
         info = file.header.by_name[f"{figures['tensor']}/{key}"]
         if info.dtype not in DTYPE_NAMES.values():
             raise ValueError(f"tensor {info.name!r} is {info.dtype}")
@@ -222,7 +244,9 @@ def _matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> Matr
             raise ValueError(f"{figures['tensor']}/{key}: expected shape {shape}, found {tuple(arrays[key].shape)}")
     if not all_finite(arrays["S"]):
         raise ValueError(f"{figures['tensor']}/S holds NaN or Inf")
-    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in _ARRAYS[3:]}
+    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ARRAYS[3:]}
+    if k == 0 or not all(type(j) is int and 0 <= j < k for j in (*numbers["intruders"], *figures["degenerate"])):
+        raise ValueError(f"{figures['tensor']}: its intruders are not among its {k} directions")
     chosen: dict[str, Any] = {key: figures[key] for key in _FIGURES} | {"degenerate": tuple(figures["degenerate"])}
     detection = Detection(U=arrays["U"], S=arrays["S"], Vh=arrays["Vh"], **numbers, **chosen)
     return MatrixFinding(figures["tensor"], figures["module"], (m, n), figures["dtype"],

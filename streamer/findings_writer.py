@@ -11,7 +11,7 @@ from typing import Any
 
 from streamer.encodings import as_bytes
 from streamer.errors import FormatError, InputChangedError, OutputError
-from streamer.findings import DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
+from streamer.findings import ARRAYS, DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
 from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
 from streamer.storage.header import MAX_HEADER_BYTES, TensorInfo, layout, parse_header
 from streamer.storage.shards import ShardPlan, plan_shard, write_shard
@@ -90,7 +90,7 @@ class FindingsWriter:
         return self
 
     def _take_up(self) -> None:
-        head = json.loads(self._journal[0]) if len(self._journal) else None
+        head = _head(self._journal[0]) if len(self._journal) else None
         if not (self._resume and _is_resumable(self.path, head, self._start, self._overwrite)):
             self._journal.clear()
             self._journal.append(json.dumps(self._start).encode())
@@ -98,8 +98,16 @@ class FindingsWriter:
             self._records[self._figures(i)["tensor"]] = i
 
     def _figures(self, i: int) -> dict[str, Any]:
-        raw = self._journal[i]
-        figures: dict[str, Any] = json.loads(_record_header(raw).metadata["matrix"])
+        header = _record_header(self._journal[i])
+        try:
+            figures: dict[str, Any] = json.loads(header.metadata["matrix"])
+            keys = {f"{figures['tensor']}/{key}" for key in ARRAYS}
+        except (KeyError, TypeError, ValueError, RecursionError):
+            keys = set()
+        if keys != header.by_name.keys():
+            raise OutputError(
+                f"{self._journal.path}: its record {i} is not one of this version; --no-resume starts the run over"
+            )
         return figures
 
     def __contains__(self, tensor: str) -> bool:
@@ -158,10 +166,19 @@ def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
         If the interrupted run is another one, or its inputs have changed.
     """
     head = None
-    with contextlib.suppress(FileNotFoundError, ValueError), journal_of(path).open("rb") as f:
+    with contextlib.suppress(FileNotFoundError), journal_of(path).open("rb") as f:
         length = int.from_bytes(f.read(40)[:8], "little")
-        head = json.loads(f.read(min(length, MAX_HEADER_BYTES)))
+        head = _head(f.read(min(length, MAX_HEADER_BYTES)))
     return _is_resumable(path, head, start, overwrite)
+
+
+def _head(raw: bytes) -> dict[str, Any] | None:
+    """A journal's first record; None if it is not one, and so no run's."""
+    try:
+        head = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return head if isinstance(head, dict) and {"plan", "stamps"} <= head.keys() else None
 
 
 def _is_resumable(path: Path, head: dict[str, Any] | None, start: dict[str, Any], overwrite: bool) -> bool:

@@ -23,7 +23,7 @@ from streamer.modules import MethodModule
 from streamer.plan import MODEL_CONFIG, Plan
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shards import ShardPlan, index_bytes, plan_shard
-from streamer.targets import CONV1D_MODELS, Place, Target
+from streamer.targets import Place, Target, stores_conv1d
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _refuse_codes(plan: Plan, dequantize: bool) -> None:
             "the 16-bit base"
         )
     refused = [name for name in plan.by_weight if name in coded and not plan.weights.recodes(name)]
-    if dequantize and coded and plan.config.get("model_type") in CONV1D_MODELS:
+    if dequantize and coded and stores_conv1d(plan.config):
         raise UnsupportedError(
             f"{plan.base.path}: a quantized {plan.config['model_type']} stores its layers as (out, in) and a plain one as (in, out), which "
             "is not supported; merge into the 16-bit base"

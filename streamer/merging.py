@@ -34,15 +34,15 @@ CPU seconds for 4 GB of a width of 4096, one thread, three rounds on a busy mach
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch computes on the calling thread alone while rows are merged and written.
+def threads(count: int = 1) -> Iterator[None]:
+    """Torch computes on this many threads: on the calling one alone while rows are merged and written.
 
     With more threads each small step ends at a barrier, and where other processes want the cores the wait there is many times
     the work: on two busy cores 4 GB took 33 to 91 s with two threads, and 13 to 21 s with one, in runs that were not interleaved.
     And a sum's last bit may depend on the number of threads (seen for one shape and block size); so it does not depend on it.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

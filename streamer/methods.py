@@ -53,6 +53,8 @@ class Method:
         Keys of its config that look like unknown variants, and are none.
     refuses
         Config → why it cannot be computed, or nothing.
+    matrices
+        Matrices of the size of W0 that are in memory at once while the delta is computed, W0 among them, its own tensors not.
     """
 
     title: str
@@ -64,12 +66,32 @@ class Method:
     low_rank: bool = False
     options: frozenset[str] = frozenset()
     refuses: Callable[[Mapping[str, Any]], str] = lambda config: ""
+    matrices: int = 3
+
+
+def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of a product; `ValueError` if there is none."""
+    (m, r), (k, n) = a, b
+    if r != k:
+        raise ValueError
+    return m, n
+
+
+def _cored(core: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of ``Σ_ij core[i, j, k, l] a[i, p] b[j, r]``, (p, r, k, l); `ValueError` if there is none."""
+    (i, j, *kernel), (a_i, p), (b_j, r) = core, a, b
+    if len(kernel) != 2 or (i, j) != (a_i, b_j):
+        raise ValueError
+    return p, r, *kernel
 
 
 def _loha_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    if "hada_t1" in s:
-        return s["hada_w1_a"][1] == shape[0] and s["hada_w1_b"][1] * math.prod(s["hada_t1"][2:]) == shape[1]
-    return (s["hada_w1_a"][0], s["hada_w1_b"][1]) == shape == (s["hada_w2_a"][0], s["hada_w2_b"][1])
+    for i in (1, 2):
+        a, b, core = s[f"hada_w{i}_a"], s[f"hada_w{i}_b"], s.get(f"hada_t{i}")
+        m, *rest = _product(a, b) if core is None else _cored(core, a, b)
+        if (m, math.prod(rest)) != shape:
+            return False
+    return True
 
 
 def _loha(p: Parts, base: Tensor) -> Delta:
@@ -86,17 +108,16 @@ def _loha(p: Parts, base: Tensor) -> Delta:
 
 
 def _lokr_sides(s: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    first = s["lokr_w1"] if "lokr_w1" in s else (s["lokr_w1_a"][0], s["lokr_w1_b"][1])
+    first = s["lokr_w1"] if "lokr_w1" in s else _product(s["lokr_w1_a"], s["lokr_w1_b"])
     if "lokr_w2" in s:
         return first, s["lokr_w2"]
-    if "lokr_t2" in s:
-        return first, (s["lokr_w2_a"][1], s["lokr_w2_b"][1], *s["lokr_t2"][2:])
-    return first, (s["lokr_w2_a"][0], s["lokr_w2_b"][1])
+    a, b = s["lokr_w2_a"], s["lokr_w2_b"]
+    return first, _cored(s["lokr_t2"], a, b) if "lokr_t2" in s else _product(a, b)
 
 
 def _lokr_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    first, second = _lokr_sides(s)
-    return (first[0] * second[0], first[1] * math.prod(second[1:])) == shape
+    (p, q), (m, *rest) = _lokr_sides(s)
+    return len(rest) in (1, 3) and (p * m, q * math.prod(rest)) == shape
 
 
 def _lokr(p: Parts, base: Tensor) -> Delta:
@@ -115,7 +136,8 @@ def _lokr(p: Parts, base: Tensor) -> Delta:
 
 
 def _adalora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    return (s["lora_B"][0], s["lora_A"][1]) == shape and s["lora_A"][0] == s["lora_B"][1] == math.prod(s["lora_E"])
+    one = math.prod(s.get("ranknum", ())) == 1
+    return one and _product(s["lora_B"], s["lora_A"]) == shape and math.prod(s["lora_E"]) == s["lora_A"][0]
 
 
 def _adalora(p: Parts, base: Tensor) -> Delta:
@@ -127,9 +149,9 @@ def _adalora(p: Parts, base: Tensor) -> Delta:
 
 
 def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    rank = math.prod(s["vera_lambda_d"])
-    enough = s["vera_B"][0] >= shape[0] and s["vera_A"][1] >= shape[1]
-    return enough and s["vera_A"][0] == s["vera_B"][1] == rank and math.prod(s["vera_lambda_b"]) == shape[0]
+    m, n = _product(s["vera_B"], s["vera_A"])
+    scales = math.prod(s["vera_lambda_b"]), math.prod(s["vera_lambda_d"])
+    return m >= shape[0] and n >= shape[1] and scales == (shape[0], s["vera_A"][0])
 
 
 def _vera(p: Parts, base: Tensor) -> Delta:
@@ -239,18 +261,27 @@ def _full(p: Parts, base: Tensor) -> Delta:
     return Dense((weight.flatten(1) if role == "weight" else weight.T) - base)
 
 
+def _no_number(config: Mapping[str, Any], *keys: str) -> str:
+    """Which of these keys holds no number, where it is there."""
+    wrong = [k for k in keys if k in config and (isinstance(config[k], bool) or not isinstance(config[k], int | float))]
+    return f"{wrong[0]}={config[wrong[0]]!r}, expected a number" if wrong else ""
+
+
 def _fan_in_fan_out(config: Mapping[str, Any]) -> str:
     return "fan_in_fan_out=true, which PEFT does not merge for this method" if config.get("fan_in_fan_out") else ""
 
 
 METHODS: dict[str, Method] = {
-    "LOHA": Method("LoHa", r"hada_(?:w[12]_[ab]|t[12])", _loha_fits, _loha, scaled=True, options=frozenset({"use_effective_conv2d"})),
+    "LOHA": Method("LoHa", r"hada_(?:w[12]_[ab]|t[12])", _loha_fits, _loha, scaled=True, matrices=4,
+                   options=frozenset({"use_effective_conv2d"})),
     "LOKR": Method("LoKr", r"lokr_(?:w[12](?:_[ab])?|t2)", _lokr_fits, _lokr, scaled=True, options=frozenset({"use_effective_conv2d"})),
-    "ADALORA": Method("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True),
+    "ADALORA": Method("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True,
+                      refuses=lambda config: _no_number(config, "lora_alpha", "init_r")),
     "VERA": Method("VeRA", r"vera_lambda_[bd]", _vera_fits, _vera, shared=frozenset({"vera_A", "vera_B"}), low_rank=True,
                    refuses=_vera_refuses),
-    "OFT": Method("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft, options=frozenset({"use_cayley_neumann"}), refuses=_fan_in_fan_out),
+    "OFT": Method("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft, options=frozenset({"use_cayley_neumann"}),
+                  refuses=lambda config: _no_number(config, "eps", "num_cayley_neumann_terms") or _fan_in_fan_out(config)),
     "BOFT": Method("BOFT", r"boft_[Rs]", _boft_fits, _boft,
                    refuses=lambda config: _boft_refuses(config) or _fan_in_fan_out(config)),
-    "FULL": Method("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full),
+    "FULL": Method("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full, matrices=2),
 }  # fmt: skip

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import torch
 
-from streamer.bases.weight import Coded, Weight
+from streamer.bases.weight import Weight
+from streamer.budget import best_way, check_budget, detection_needs
 from streamer.errors import NumericError, UsageError
 from streamer.events import Event, Monitor
 from streamer.findings import Findings, MatrixFinding, detection_digest, load_findings
@@ -23,10 +24,9 @@ from streamer.findings_writer import (
     journal_head,
     remove_leftovers,
 )
-from streamer.intruders import PROCESS_BYTES, DetectionOptions, detect
+from streamer.intruders import DetectionOptions, detect
 from streamer.linalg.operators import Dense, Matrix, RowBlocks
 from streamer.plan import Plan
-from streamer.solvers import working_bytes
 from streamer.targets import Target
 
 T = TypeVar("T")
@@ -71,40 +71,6 @@ def cost(target: Target) -> int:
     return m * n * min(m, n)
 
 
-def needed_bytes(plan: Plan, target: Target, options: DetectionOptions) -> dict[str, int]:
-    """Peak memory of the process for one matrix, by each way that the options leave; see `working_bytes`."""
-    weight, module = plan.weights[target.tensor], target.module
-    rank = module.rank if module.low_rank else None
-    ways = working_bytes(module.shape, options.directions(module.shape), rank, weight.compute.itemsize)
-    if options.solver == "dense":
-        ways = {"dense": ways["dense"]}
-    read = 2 * weight.held_bytes  # the tensor's own bytes, and those of the next one
-    always = read if isinstance(weight, Coded) else 0
-    return {way: PROCESS_BYTES + size + (always if way == "blocks" else read) for way, size in ways.items()}
-
-
-def best_way(plan: Plan, target: Target, options: DetectionOptions) -> str:
-    """The first of ``dense``, ``whole`` and ``blocks`` that fits the memory allowed."""
-    if options.max_memory is None:
-        return "dense"
-    ways = needed_bytes(plan, target, options)
-    return next(way for way, size in ways.items() if size <= options.max_memory)
-
-
-def check_memory(plan: Plan, options: DetectionOptions) -> None:
-    """Raise `UsageError` if some matrix needs more memory than is allowed; the message names the one that needs most."""
-    if options.max_memory is None:
-        return
-    most, target = max(
-        ((min(needed_bytes(plan, t, options).values()), t) for t in plan.targets), key=lambda pair: pair[0]
-    )
-    if most > options.max_memory:
-        raise UsageError(
-            f"max_memory: {options.max_memory >> 20}M is not enough for tensor {target.tensor!r} "
-            f"({'x'.join(map(str, target.module.shape))}); it takes {-(-most >> 20)}M"
-        )
-
-
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device,
                   loaded: Weight | None = None) -> MatrixFinding:  # fmt: skip
     """Detect in one matrix; `loaded` is its weight, where that has been read ahead.
@@ -142,7 +108,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
 def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, monitor: Monitor,
                skip: Callable[[str], bool] = lambda _: False) -> Iterator[MatrixFinding]:  # fmt: skip
     """Detect in every target, in the base's file order, but for those that `skip` knows already."""
-    check_memory(plan, options)
+    check_budget(detection_needs(plan, options), options.max_memory)
     todo = [t for t in plan.targets if not skip(t.tensor)]
     total = sum(map(cost, plan.targets))
     done = total - sum(map(cost, todo))
@@ -193,7 +159,7 @@ def inspect_detection(plan: Plan, path: Path, options: DetectionOptions, overwri
 
 def plan_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite: bool) -> Findings | None:
     """Preflight of `detect`: the finished findings of this very plan, or None if they are still to be made."""
-    check_memory(plan, options)
+    check_budget(detection_needs(plan, options), options.max_memory)
     tensors = [t.tensor for t in plan.targets]
     digest = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
     finished = inspect_findings_output(path, digest, overwrite, plan.inputs)

@@ -29,7 +29,7 @@ from streamer.provenance import provenance_notes
 from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp, open_regular
-from streamer.targets import CONV1D_MODELS, Place, Target, match_targets
+from streamer.targets import Place, Target, match_targets, stores_conv1d
 from streamer.tuned import is_model, open_tuned
 
 MODEL_CONFIG = "config.json"
@@ -73,14 +73,15 @@ class Plan:
     extra_stamps: dict[str, Stamp]
 
     @property
-    def provenance(self) -> tuple[str, ...]:
-        """See `provenance_notes`; no paths in them, so that they may stand in an output."""
-        return tuple(provenance_notes(self.adapter.config, self.config, self.base.path.resolve().name))
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of an output, and stands in it: no paths (see `provenance_notes`, and `Changes.notes`)."""
+        provenance = provenance_notes(self.adapter.config, self.config, self.base.path.resolve().name)
+        return *provenance, *self.changes.notes
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a user should know, and that stops nothing."""
-        return *self.base.warnings, *self.provenance
+        return *self.base.warnings, *self.notes
 
     @cached_property
     def by_weight(self) -> dict[str, list[tuple[Target, Place]]]:
@@ -140,7 +141,7 @@ class Plan:
         for file in self.adapter.files:
             file.check_unchanged()
         for path, stamp in self.extra_stamps.items():
-            if _stamp(Path(path)) != stamp:
+            if not os.path.exists(path) or _stamp(Path(path)) != stamp:
                 raise InputChangedError(
                     f"{path}: changed since the run began; start again with inputs that stay as they are"
                 )
@@ -165,7 +166,7 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_i
     checkpoint = open_checkpoint(base, io)
     config = _model_config(checkpoint.directory)
     if opened is None:
-        conv1d = config.get("model_type") in CONV1D_MODELS
+        conv1d = stores_conv1d(config)
         opened = open_tuned(given, checkpoint, _model_config(given), conv1d, io)
     extra = [path for _, path in other_files(opened.path)]
     if opened.config_path is not None:
@@ -174,7 +175,7 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_i
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
     weights = Weights(checkpoint, config)
     # Of a fine-tuned model the config says whether it is tied, and goes along.
-    tie = None if opened.is_model else tied.find_tie(checkpoint, config, opened)
+    tie = None if opened.is_model else tied.find_tie(checkpoint.weight_map, config, opened)
     aliases = {} if tie is None else {tie.head: Part(*checkpoint.locate(tie.embedding))}
     renames = renames_for(config)
     names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
@@ -182,7 +183,9 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_i
     mirrors = tied.mirrored(tie, opened, matched)
     changes = match_changes(checkpoint, opened, matched, renames, aliases, weights.coded)
     if not opened.is_model:
-        tied.refuse_other_ties(tie, checkpoint, config, opened, matched, [*changes.sources, *changes.rows])
+        tied.refuse_other_ties(
+            tie, checkpoint.path, checkpoint.weight_map, config, opened, matched, [*changes.sources, *changes.rows]
+        )
     if tie is not None:
         changes = tied.settle(tie, checkpoint, changes, matched.values(), opened)
     if opened.is_model:

@@ -14,7 +14,7 @@ from streamer.modules import MethodModule, Module
 from streamer.names import Match
 
 # Models whose linear layers are Conv1D modules, stored (in, out).
-CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
+_CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
 
 MAX_LISTED = 8
 
@@ -79,6 +79,11 @@ class Target:
         return self.module.form == "embedding"
 
 
+def stores_conv1d(config: Mapping[str, Any]) -> bool:
+    """Whether a model with this config stores its linear layers as (in, out)."""
+    return str(config.get("model_type")) in _CONV1D_MODELS
+
+
 def match_targets(
     weights: Weights, adapter: Adapter, config: dict[str, Any], names: Mapping[str, Match]
 ) -> list[Target]:
@@ -105,7 +110,7 @@ def match_targets(
             continue
         weight = weights[found]
         shape, coded = weight.shape, isinstance(weight, Coded)  # quantizers store every kind of layer as (out, in)
-        conv1d = config.get("model_type") in CONV1D_MODELS and not coded
+        conv1d = stores_conv1d(config) and not coded
         placed, transposed = _place(module, shape, adapter.fan_in_fan_out and not coded, conv1d)
         if placed and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
             problems.append(
@@ -120,9 +125,23 @@ def match_targets(
         else:
             assert placed is not None
             targets[found] = Target(found, placed, transposed, match, shape)
+    if not stores_conv1d(config):
+        problems += _contradicted([t for t in targets.values() if t.module.form == "linear" and not t.kernel])
     if problems:
         raise MismatchError(misfits(problems, len(names), adapter, weights))
     return [targets[name] for name in weights if name in targets]
+
+
+def _contradicted(targets: Sequence[Target]) -> list[str]:
+    """Square layers that the config's flag turns, and every other layer says that the flag is wrong: PEFT ignores it on a Linear."""
+    turned = [t for t in targets if t.transposed]
+    if len(turned) == len(targets) or any(t.stored[0] != t.stored[1] for t in turned):
+        return []
+    return [
+        f"{t.module.name!r}: is square and fan_in_fan_out=true says that it is stored as (in, out), but other layers are stored as "
+        "(out, in): set it to false in adapter_config.json if they are all Linear"
+        for t in turned
+    ]
 
 
 def misfits(problems: Sequence[str], of: int, adapter: Adapter, weights: Weights) -> str:

@@ -9,8 +9,9 @@ part: the lm_head is written, and the config says so. Where they change as one, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from streamer.adapter import Adapter
@@ -25,9 +26,9 @@ KEY = "tie_word_embeddings"
 _EMBEDDING = re.compile(
     r"^(?P<outer>(?:[^.]+\.)*?)(?:model|transformer)\.(?:language_model\.|decoder\.)?(?:embed_tokens|wte)\.weight$"
 )
-_OF_A_TIE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in|embed_out|lm_head|decoder)\.weight$")
-_HEADLESS = re.compile(r"(?<!LMHead)(?<!MT)Model$")
+OF_A_TIE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in|embed_out|lm_head|decoder)\.weight$")
 _LANGUAGE_MODEL = re.compile(r"LMHead|ForCausalLM|ConditionalGeneration|MaskedLM|PreTraining")
+_NO_LANGUAGE_MODEL = re.compile(rf"^(?!.*(?:{_LANGUAGE_MODEL.pattern}|MTModel$))")
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,36 @@ class Tie:
     head: str
 
 
-def find_tie(base: Checkpoint, config: Mapping[str, Any], adapter: Adapter) -> Tie | None:
+def find_tie(names: Collection[str], config: Mapping[str, Any], adapter: Adapter) -> Tie | None:
     """The tie that the config states; where it states none, that of a language model that is stored without its lm_head.
 
-    None where the model has no tie, or one that is not of this pattern (see `refuse_other_ties`).
+    Parameters
+    ----------
+    names
+        The tensors of the model that the config is of.
+
+    Returns
+    -------
+    Tie or None
+        None where the model has no tie, or one that is not of this pattern (see `refuse_other_ties`).
     """
-    if not _tied(base, config, adapter):
+    if not _tied(names, config, adapter):
         return None
-    found = [m for m in map(_EMBEDDING.match, base.weight_map) if m]
-    if len(found) != 1 or any(name.endswith("shared.weight") for name in base.weight_map):
+    found = [m for m in map(_EMBEDDING.match, names) if m]
+    if len(found) != 1 or any(name.endswith("shared.weight") for name in names):
         return None
     return Tie(found[0].string, f"{found[0]['outer']}lm_head.weight")
 
 
-def _tied(base: Checkpoint, config: Mapping[str, Any], adapter: Adapter) -> bool:
+def _tied(names: Collection[str], config: Mapping[str, Any], adapter: Adapter) -> bool:
+    if adapter.is_model and _is_without_head(names, config):
+        return False
     text = config.get("text_config")  # vision-language models keep the language model's config there
     stated = [c[KEY] for c in (config, text) if isinstance(c, Mapping) and KEY in c]
     if stated:
         return any(stated)
     # A config leaves out what is its class's default.
-    if any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", name) for name in base.weight_map):
+    if any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", name) for name in names):
         return False
     architectures = config.get("architectures")
     classes = " ".join(map(str, architectures)) if isinstance(architectures, list) else ""
@@ -75,7 +86,8 @@ def _tied(base: Checkpoint, config: Mapping[str, Any], adapter: Adapter) -> bool
 
 def refuse_other_ties(
     tie: Tie | None,
-    base: Checkpoint,
+    model: Path,
+    names: Collection[str],
     config: Mapping[str, Any],
     adapter: Adapter,
     matched: Mapping[str, str],
@@ -85,31 +97,36 @@ def refuse_other_ties(
 
     Parameters
     ----------
+    model, names, config
+        The model, its tensors, and its config.
     matched
-        Module → base tensor that has a delta.
+        Module → the model's tensor that has a delta.
     others
         Names of further tensors that change.
     """
-    if tie is not None or not _tied(base, config, adapter) or _has_no_head(base, config, matched):
+    if tie is not None or not _tied(names, config, adapter):
+        return
+    # Trained on what stands there, a BertModel say, and not on a model with a head around it.
+    own_names = all(tensor == f"{module}.weight" for module, tensor in matched.items())
+    if own_names and _is_without_head(names, config):
         return
     for name in (*matched.values(), *others):
-        if _OF_A_TIE.search(name):
+        if OF_A_TIE.search(name):
             raise UnsupportedError(
-                f"{base.path}: the model ties its embeddings in a way that is not known here, and the adapter changes {name!r}; untie "
+                f"{model}: the model ties its embeddings in a way that is not known here, and the adapter changes {name!r}; untie "
                 f"them first (save the model with {KEY}=false)"
             )
 
 
-def _has_no_head(base: Checkpoint, config: Mapping[str, Any], matched: Mapping[str, str]) -> bool:
-    """Whether the adapter was trained on a model without a head, such as a BertModel: a config says of it all the same that it is tied."""
+def _is_without_head(names: Collection[str], config: Mapping[str, Any]) -> bool:
+    """Whether a model has no lm_head, and nothing else that is tied: a config says that it is tied all the same."""
     architectures = config.get("architectures")
     return (
         isinstance(architectures, list)
         and bool(architectures)
-        and all(_HEADLESS.search(str(a)) for a in architectures)
+        and all(_NO_LANGUAGE_MODEL.search(str(a)) for a in architectures)
         and not config.get("is_encoder_decoder")
-        and not any(name.endswith("shared.weight") for name in base.weight_map)
-        and all(tensor == f"{module}.weight" for module, tensor in matched.items())
+        and not any(name.endswith("shared.weight") for name in names)
     )
 
 
@@ -129,7 +146,7 @@ def settle(tie: Tie, base: Checkpoint, changes: Changes, deltas: Iterable[str], 
     if not delta and not {E, H} & (sources.keys() | rows.keys()):
         return changes
     gone = frozenset({H} & base.weight_map.keys())
-    if gone and not _equal(base_embedding, Part(*base.locate(H))):
+    if gone and not equal(base_embedding, Part(*base.locate(H))):
         raise UnsupportedError(
             f"{base.path}: {H!r} differs from {E!r}, to which the config ties it, and loaders disagree which of them counts; set {KEY} "
             "to what it is, or remove the copy"
@@ -159,11 +176,12 @@ def _as_one(E: str, H: str, delta: set[str], changes: Changes, adapter: Adapter)
     if delta or H in changes.rows:
         return False
     if H in changes.sources:
-        return E in changes.sources and _equal(changes.sources[E], changes.sources[H])
+        return E in changes.sources and equal(changes.sources[E], changes.sources[H])
     return E not in changes.trained
 
 
-def _equal(a: Part, b: Part) -> bool:
+def equal(a: Part, b: Part) -> bool:
+    """Whether two tensors are the same bytes of the same dtype and shape."""
     if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
         return False
     return all(x == y for x, y in zip(a.file.chunks(a.info), b.file.chunks(b.info), strict=True))

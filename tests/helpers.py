@@ -62,11 +62,16 @@ def intruding_factors(m: int, n: int, r: int, seed: int = 0, sigma: float = 0.8)
 
 
 def write_adapter(
-    directory: Path, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], r: int, alpha: float | None = None, **config
+    directory: Path,
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    r: int,
+    alpha: float | None = None,
+    more: dict[str, torch.Tensor] | None = None,
+    **config,
 ) -> Path:
-    """A PEFT folder from module path → (A, B)."""
+    """A PEFT folder from module path → (A, B), and more tensors by their names."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors = dict(more or {})
     for module, (A, B) in factors.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()

@@ -390,6 +390,13 @@ def test_taken_by_config(config: dict) -> None:
 # Identity -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_of_adapters(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        helpers.write_adapter(tmp_path / name, {MODULE: factors()}, r=4)
+    with pytest.raises(InputError, match=r"found none; name one of the adapters in it: 'a', 'b'$"):
+        open_adapter(tmp_path)
+
+
 def test_identity_is_of_contents_not_of_places(tmp_path: Path) -> None:
     adapter = helpers.write_adapter(tmp_path / "a", {MODULE: factors()}, r=4, base_model_name_or_path="org/model")
     same = helpers.write_adapter(tmp_path / "elsewhere", {MODULE: factors()}, r=4, base_model_name_or_path="org/model")

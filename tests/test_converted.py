@@ -85,6 +85,16 @@ def test_the_adapter_and_what_it_leaves_out(tmp_path: Path) -> None:
         )
 
 
+def test_names_are_without_their_wrappers(tmp_path: Path) -> None:
+    """Those of all tensors: PEFT finds none of a compiled model's in one that is not."""
+    base, adapter = job(tmp_path, modules_to_save=["lm_head"])
+    file = adapter / "adapter_model.safetensors"
+    tensors = {**load_file(file), "base_model.model.lm_head.weight": torch.randn(8, 24)}
+    save_file({n.replace("base_model.model.", "base_model.model._orig_mod."): t for n, t in tensors.items()}, file)
+    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", to_lora=6)
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == tensors.keys()
+
+
 @pytest.mark.parametrize("rank", [0, -1, True, 2.0])
 def test_a_rank_that_is_none(tmp_path: Path, rank: object) -> None:
     base, adapter = job(tmp_path)

@@ -10,99 +10,22 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import helpers
 import pytest
 from forks import KILL, STOP, TORN, partials, server
-from helpers import ENV, tree_digest
-from safetensors import safe_open
+from helpers import tree_digest
+from jobs import COMMANDS, Bench, Case
 
-COMMANDS = ("detect", "merge", "merge --findings", "mitigate", "mitigate --findings")
 PLACES = 6
-"""Kill points of each kind and command in the default run; `pytest -m slow` tries every one."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A command on the small job, and what it writes when nothing goes wrong."""
-
-    argv: tuple[str, ...]
-    """The command line without the output."""
-    whole: dict[str, str]
-    """Digests of the whole output tree."""
-    calls: tuple[str, ...]
-    """The calls that change something on disk, in order."""
-
-    def run(self, out: Path, *options: str, **disturbance):
-        """Run it into a tree; `detect` writes a file in it."""
-        target = out / "findings.safetensors" if self.argv[0] == "detect" else out
-        if self.argv[0] == "detect":
-            out.mkdir(exist_ok=True)
-        return server().run(*self.argv, "-o", target, *options, **disturbance)
-
-    @property
-    def committed_by(self) -> str:
-        """The file that makes the output loadable."""
-        return {
-            "detect": "findings.safetensors",
-            "merge": "model.safetensors.index.json",
-            "mitigate": "adapter_config.json",
-        }[self.argv[0]]
-
-    def check_whole_files(self, out: Path) -> None:
-        """P1: what has a final name is what an uninterrupted run gives it, and the commit point stands on all others."""
-        if not out.exists():
-            return
-        named = {name: digest for name, digest in tree_digest(out).items() if not Path(name).name.startswith(".")}
-        assert named.items() <= self.whole.items()
-        for name in named:
-            if name.endswith(".safetensors"):
-                with safe_open(out / name, "pt") as f:
-                    assert f.keys()
-        if self.committed_by in named:
-            assert named.keys() >= self.whole.keys() - {"streamer.json"}
-
-    def check_finishes(self, out: Path, *options: str) -> None:
-        """P2, P3: the same command finishes, and the tree is that of an uninterrupted run, hidden files and all."""
-        again = self.run(out, *options)
-        # A kill after the last rename leaves nothing to do, and the run says so.
-        assert (
-            again.code,
-            again.err.replace(f"streamer: note: {out} holds this very output already; nothing to do\n", ""),
-        ) == (0, "")
-        assert tree_digest(out) == self.whole
-
-
-class Bench:
-    """The small job and the cases on it, made once."""
-
-    def __init__(self, home: Path) -> None:
-        self.base, self.adapter = helpers.three_shards(home)
-        self.findings = home / "findings.safetensors"
-        assert server().run("detect", self.base, self.adapter, "-o", self.findings).code == 0
-        self._home = home
-        self._cases: dict[str, Case] = {}
-
-    def case(self, command: str) -> Case:
-        """The case of one of `COMMANDS`."""
-        if command not in self._cases:
-            verb, *given = command.split()
-            argv = (verb, str(self.base), str(self.adapter), *(("--lambda", "0.5") if verb != "detect" else ()),
-                    *(("--findings", str(self.findings)) if given else ()))  # fmt: skip
-            out = self._home / command.replace(" ", "")
-            done = Case(argv, {}, ()).run(out)
-            assert (done.code, done.err) == (0, "")
-            self._cases[command] = Case(argv, tree_digest(out), tuple(done.calls))
-        return self._cases[command]
+"""Kill points of each kind and command; `survival.py` tries every one."""
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("bench"))
+    return Bench(tmp_path_factory.mktemp("bench"), server())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -139,15 +62,6 @@ def test_killed_at_some_calls(bench: Bench, command: str, how: str, tmp_path: Pa
     if how == TORN:
         writes = [n for n, name in enumerate(case.calls, 1) if name in ("write", "pwrite")]
         places = writes[:: max(1, len(writes) // PLACES)]
-    kill_everywhere(case, places, tmp_path, how)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [KILL, TORN], ids=["before a call", "inside a write"])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_killed_at_every_call(bench: Bench, command: str, how: str, tmp_path: Path) -> None:
-    case = bench.case(command)
-    places = [n for n, name in enumerate(case.calls, 1) if how == KILL or name in ("write", "pwrite")]
     kill_everywhere(case, places, tmp_path, how)
 
 
@@ -281,39 +195,10 @@ def test_two_signals_stop_at_once(bench: Bench, signum: signal.Signals, tmp_path
     case.check_finishes(tmp_path / "out")
 
 
-@dataclass(frozen=True)
-class LongJob:
-    """A job that takes seconds, for processes that are started as a user starts them."""
-
-    base: Path
-    adapter: Path
-
-    def start(self, verb: str, out: Path) -> subprocess.Popen[str]:
-        """Start the command; `out` is a tree as in `Case`."""
-        out.mkdir(exist_ok=True)
-        target = out / "findings.safetensors" if verb == "detect" else out
-        argv = [verb, self.base, self.adapter, "-o", target, "--threads", "1"]
-        return subprocess.Popen([sys.executable, "-m", "streamer", *map(str, argv)], env=ENV, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def long_job(tmp_path_factory: pytest.TempPathFactory) -> LongJob:
-    return LongJob(*helpers.three_shards(tmp_path_factory.mktemp("long"), hidden=256))
-
-
-@pytest.fixture(scope="module")
-def long_wholes(long_job: LongJob, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, str], float]]:
-    """Digests and seconds of uninterrupted runs."""
-    wholes = {}
-    for verb in ("detect", "merge"):
-        out = tmp_path_factory.mktemp(verb)
-        began = time.monotonic()
-        with long_job.start(verb, out) as process:
-            _, err = process.communicate(timeout=120)
-        assert (process.returncode, err) == (0, "")
-        wholes[verb] = tree_digest(out), time.monotonic() - began
-    return wholes
+def long_bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Jobs that take seconds, for processes that are started as a user starts them."""
+    return Bench(tmp_path_factory.mktemp("long"), server(), hidden=256)
 
 
 def wait_for_journal(out: Path, process: subprocess.Popen[str]) -> None:
@@ -332,15 +217,9 @@ def wait_for_journal(out: Path, process: subprocess.Popen[str]) -> None:
     [("detect", signal.SIGINT), ("merge", signal.SIGTERM), ("merge", signal.SIGKILL)],
     ids=["detect SIGINT", "merge SIGTERM", "merge SIGKILL"],
 )
-def test_a_process_is_told_to_stop(
-    long_job: LongJob,
-    long_wholes: dict[str, tuple[dict[str, str], float]],
-    verb: str,
-    signum: signal.Signals,
-    tmp_path: Path,
-) -> None:
-    out = tmp_path / "out"
-    with long_job.start(verb, out) as process:
+def test_a_process_is_told_to_stop(long_bench: Bench, verb: str, signum: signal.Signals, tmp_path: Path) -> None:
+    case, out = long_bench.case(verb), tmp_path / "out"
+    with case.start(out) as process:
         wait_for_journal(out, process)
         process.send_signal(signum)
         stdout, stderr = process.communicate(timeout=60)
@@ -353,34 +232,10 @@ def test_a_process_is_told_to_stop(
         assert stderr.endswith(f"streamer: stopped by signal {int(signum)}; the same command resumes\n")
         assert partials(out) == []
     assert list(out.glob(".*findings.safetensors.journal"))
-    with long_job.start(verb, out) as process:
+    with case.start(out) as process:
         _, stderr = process.communicate(timeout=120)
     assert (process.returncode, stderr) == (0, "")
-    assert tree_digest(out) == long_wholes[verb][0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("verb", ["detect", "merge"])
-def test_killed_at_random_moments(
-    long_job: LongJob, long_wholes: dict[str, tuple[dict[str, str], float]], verb: str, seed: int, tmp_path: Path
-) -> None:
-    """A real process is killed again and again at random moments, until it has finished."""
-    whole, seconds = long_wholes[verb]
-    out = tmp_path / "out"
-    rng = random.Random(f"{verb} {seed}")
-    for _ in range(3):
-        with long_job.start(verb, out) as process:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.3, 1.0) * seconds)
-            process.kill()
-            process.communicate(timeout=60)
-        named = {k: v for k, v in tree_digest(out).items() if not Path(k).name.startswith(".")}
-        assert named.items() <= whole.items()
-    with long_job.start(verb, out) as process:
-        _, stderr = process.communicate(timeout=120)
-    assert (process.returncode, stderr) == (0, "")
-    assert tree_digest(out) == whole
+    assert tree_digest(out) == case.whole
 
 
 # Two runs, changing inputs, full disks --------------------------------------------------------------------------------
@@ -417,6 +272,7 @@ CHANGES = {
     ),
     "shard gone": ("base/model-00003-of-00003.safetensors", "os.remove({0!r})"),
     "adapter weights touched": ("adapter/adapter_model.safetensors", "os.utime({0!r})"),
+    "adapter config gone": ("adapter/adapter_config.json", "os.remove({0!r})"),
     "adapter config longer": ("adapter/adapter_config.json", "open({0!r}, 'a').write(' ')"),
     "tokenizer longer": ("base/tokenizer.json", "open({0!r}, 'a').write(' ')"),
 }

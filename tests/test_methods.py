@@ -9,8 +9,9 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import streamer
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.linalg.operators import LowRank
 from streamer.methods import METHODS, Parts
@@ -65,6 +66,22 @@ def test_what_fits(tmp_path: Path, case: str) -> None:
     assert isinstance(delta, LowRank) == METHODS[peft_type].low_rank
     assert delta.dense().abs().max() > 1e-3
     assert target.module.scale == (2.0 if METHODS[peft_type].scaled else 1.0)
+
+
+@pytest.mark.parametrize("solver", ["dense", "certified"])
+def test_a_module_that_was_pruned_away(tmp_path: Path, solver: str) -> None:
+    """AdaLoRA ends with rank 0 where it spends its budget elsewhere: nothing is added there."""
+    shapes = {f"{Q}.lora_A": (0, 8), f"{Q}.lora_B": (12, 0), f"{Q}.lora_E": (0, 1)}
+    base, adapter = job(tmp_path, "ADALORA", shapes, init_r=6)
+    W0 = load_file(base / "model-00001-of-00001.safetensors")[f"{Q}.weight"]
+    (found,) = streamer.detect_intruder_dimensions(base, adapter, top_k=3, solver=solver)
+    assert found.detection.intruders == ()
+    torch.testing.assert_close(torch.tensor(found.detection.singular_values), torch.linalg.svdvals(W0)[:3])
+    for options in ({"method": "paper"}, {"method": "project"}, {"method": "shrink"}):
+        ((_, merged),) = streamer.iter_merged(base, adapter, top_k=3, solver=solver, **options)  # type: ignore[arg-type]
+        assert torch.equal(merged, W0)
+    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", to_lora=2, top_k=3, solver=solver)
+    assert not load_file(tmp_path / "out" / "adapter_model.safetensors")[f"base_model.model.{Q}.lora_B.weight"].any()
 
 
 BROKEN = {

@@ -125,6 +125,17 @@ def test_a_missing_lm_head_says_why() -> None:
     )
 
 
+def test_a_multihead_attention_is_named() -> None:
+    """PEFT's LoRA on one is on a parameter of its own name, and on a layer below a wrapper."""
+    tensors = ["model.q.weight", "head.attention.in_proj_weight", "head.attention.out_proj.weight"]
+    found = match_names(["model.q", "head.attention", "head.attention.base_layer.out_proj"], tensors)
+    for name in ("head.attention", "head.attention.base_layer.out_proj"):
+        assert found[name].tensor == ""
+        assert (
+            "MultiheadAttention, 'head.attention': LoRA on its fused in_proj_weight is not supported" in found[name].why
+        )
+
+
 def test_a_prefix_is_not_exchanged_without_a_layer_number() -> None:
     """One shared last name is no evidence: a classifier is not the pooler."""
     found = match_names(["classifier.dense"], ["pooler.dense.weight", "encoder.layer.0.q.weight"])

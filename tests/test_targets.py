@@ -61,6 +61,19 @@ def test_a_square_matrix_trusts_the_config(tmp_path: Path, flag: bool) -> None:
     torch.testing.assert_close(merged, W + (delta.T if flag else delta))
 
 
+def test_a_flag_that_other_layers_contradict(tmp_path: Path) -> None:
+    """PEFT ignores the flag on a Linear: a square one would be merged the wrong way round."""
+    base = helpers.write_sharded(tmp_path / "base", [{"q.weight": torch.randn(12, 12), "k.weight": torch.randn(8, 12)}])
+    factors = {"q": helpers.intruding_factors(12, 12, 2), "k": helpers.intruding_factors(8, 12, 2)}
+    adapter = helpers.write_adapter(tmp_path / "adapter", factors, r=2, fan_in_fan_out=True)
+    weights = Weights(open_checkpoint(base), {})
+    with pytest.raises(MismatchError, match=r"'q': is square and fan_in_fan_out=true .* other layers are stored as"):
+        targets_of(weights, open_adapter(adapter), {"model_type": "llama"})
+    by_name = {t.tensor: t for t in targets_of(weights, open_adapter(adapter), {"model_type": "gpt2"})}
+    assert by_name["q.weight"].transposed
+    assert not by_name["k.weight"].transposed
+
+
 def test_a_transposed_base_gives_transposed_findings_and_merges(tmp_path: Path) -> None:
     """A Conv1D base is the transpose of a linear one, in everything."""
     W = helpers.power_law(64, 48).float()

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import warnings
 from pathlib import Path
 
 import helpers
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import streamer
 from streamer.errors import InputError, MismatchError, StreamerError, UnsupportedError
@@ -125,10 +142,6 @@ def test_a_grown_vocabulary_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_the_difference_as_a_lora_adapter(tmp_path: Path) -> None:
-    import warnings
-
-    import peft
-
     base, tuned = pair(tmp_path)
     with pytest.raises(
         UnsupportedError, match="is a model, and no adapter that could be written back; `streamer merge`"
@@ -143,6 +156,97 @@ def test_the_difference_as_a_lora_adapter(tmp_path: Path) -> None:
         by_peft = model.merge_and_unload().state_dict()
     for name, tensor in streamer.iter_merged(base, tuned, **options):  # type: ignore[arg-type]
         torch.testing.assert_close(by_peft[name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max()))
+
+
+def bert() -> PreTrainedModel:
+    return BertForSequenceClassification(BertConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4,
+                                                    vocab_size=64, max_position_embeddings=32))  # fmt: skip
+
+
+def qwen_vl() -> PreTrainedModel:
+    """Its names on disk are not those of the loaded model."""
+    vision = {"depth": 1, "hidden_size": 32, "embed_dim": 32, "num_heads": 4, "patch_size": 4, "out_hidden_size": 48,
+              "intermediate_size": 40}  # fmt: skip
+    text = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "vocab_size": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def shaken(home: Path, make, only: str = "", rows: int = 0) -> tuple[Path, Path, PreTrainedModel]:
+    """A model, and the same with noise on every parameter, or on those whose names hold `only`."""
+    torch.manual_seed(0)
+    model = make()
+    model.save_pretrained(home / "base")
+    if rows:
+        model.resize_token_embeddings(rows)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if only in name:
+                p.add_(0.1 * torch.randn(p.shape))
+    model.save_pretrained(home / "tuned")
+    return home / "base", home / "tuned", model.eval()
+
+
+@pytest.mark.parametrize("rows", [0, pytest.param(70, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(llama, tie_word_embeddings=True),
+        functools.partial(llama, attention_bias=True),
+        gpt2,
+        bert,
+        qwen_vl,
+    ],
+    ids=["llama tied", "llama with biases", "gpt2", "bert", "qwen2.5-vl"],
+)
+def test_peft_s_model_with_the_adapter_computes_what_the_tuned_one_does(tmp_path: Path, make, rows: int) -> None:
+    """Biases, norms, embeddings, a head tied to one, names on disk: nothing that was trained is lost on the way into an adapter."""
+    base, tuned, model = shaken(tmp_path, make, rows=rows)
+    streamer.reduce_intruder_dimension(base, tuned, tmp_path / "out", to_lora=200, mitigation_lambda=1.0)
+    loaded = type(model).from_pretrained(base)
+    if rows:
+        loaded.resize_token_embeddings(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.PeftModel.from_pretrained(loaded, tmp_path / "out").eval()
+    tokens = torch.randint(1, 64, (3, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+    read_back = dict(streamer.iter_merged(base, tmp_path / "out", mitigation_lambda=1.0))
+    assert read_back.keys() == tensors(tuned).keys()
+    for name, tensor in tensors(tuned).items():
+        torch.testing.assert_close(read_back[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_not_trained_is_not_in_the_adapter(tmp_path: Path) -> None:
+    base, tuned, _ = shaken(tmp_path, gpt2, only="c_proj")
+    streamer.reduce_intruder_dimension(base, tuned, tmp_path / "out", to_lora=4)
+    carried = {n.removeprefix("base_model.model.") for n in tensors(tmp_path / "out") if "lora_" not in n}
+    assert carried == {f"transformer.h.0.{m}.c_proj.base_layer.bias" for m in ("attn", "mlp")}
+    assert "modules_to_save" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+
+
+NO_ADAPTER = {
+    "a parameter of its own": (
+        lambda: CLIPVisionModel(CLIPVisionConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4,
+                                                 image_size=28, patch_size=14)),
+        "'embeddings.class_embedding' has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter",
+    ),
+    "another tie": (
+        lambda: T5ForConditionalGeneration(T5Config(d_model=48, d_kv=8, d_ff=80, num_layers=1, num_heads=4, vocab_size=64,
+                                                    decoder_start_token_id=0)),
+        "the model ties its embeddings in a way that is not known here, and the adapter changes 'shared.weight'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_ADAPTER)
+def test_what_a_lora_adapter_cannot_say(tmp_path: Path, case: str) -> None:
+    make, words = NO_ADAPTER[case]
+    base, tuned, _ = shaken(tmp_path, make)
+    with pytest.raises(UnsupportedError, match=words):
+        streamer.reduce_intruder_dimension(base, tuned, tmp_path / "out", to_lora=4)
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_that_do_not_belong_together(tmp_path: Path) -> None:

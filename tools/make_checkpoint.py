@@ -27,7 +27,7 @@ from shapes import KNOWN, Known, Mixture
 from torch import Tensor
 
 from streamer.demo import PLANTED, DemoModel, lora_shapes, planted_factors, power_law, write_adapter, write_base
-from streamer.merging import one_thread
+from streamer.merging import threads
 from streamer.storage.header import tensor_nbytes
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -151,7 +151,7 @@ def make_checkpoint(
     files = [
         sorted(names) for names in split(model, dtype, shards, shard_bytes)
     ]  # within a file as `save_file` has them
-    with one_thread():  # many small matrices: a barrier at the end of each costs more than a second thread saves
+    with threads():  # many small matrices: a barrier at the end of each costs more than a second thread saves
         write_base(base, model, dtype, files, values.rows)
         write_adapter(adapter, model.targets, values.lora, rank, SCALE * rank, values.factors)
     return DemoModel(base, adapter, values.all_planted())

@@ -10,6 +10,7 @@ compressed-tensors packs as GPTQ does; where it keeps no zero points, they are h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -56,7 +57,7 @@ class GPTQ(Coded):
         if len(weight) != 2 or len(scales) != 2 or len(zeros) != 2:
             raise FormatError(f"{where}: expected matrices of codes, scales and zero points; get the file again")
         if "groups" in parts and weight[0]:  # tells the inputs, and so the bits, which may differ by layer
-            bits = weight[0] * 32 // max(1, parts["groups"].info.shape[0])
+            bits = weight[0] * 32 // max(1, math.prod(parts["groups"].info.shape))
         if bits not in (2, 3, 4, 8):
             raise UnsupportedError(f"{where}: GPTQ with {bits!r} bits is not supported")
         inputs, outputs = weight[0] * 32 // bits, weight[1]

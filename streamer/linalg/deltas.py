@@ -35,7 +35,7 @@ def empty(delta: Delta) -> bool:
 def largest(delta: Delta) -> float:
     """The largest entry, at most so many times too large as the rank is."""
     if isinstance(delta, LowRank):
-        return float(delta.L.abs().max()) * float(delta.R.abs().max())
+        return float(delta.L.abs().max()) * float(delta.R.abs().max()) if delta.rank else 0.0
     low, high = torch.aminmax(delta.matrix)
     return max(-float(low), float(high)) * abs(delta.scale)
 

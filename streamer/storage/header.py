@@ -250,25 +250,30 @@ def read_header(fd: int, where: str) -> Header:
     """Read and validate the header of an open file (see `parse_header`)."""
     try:
         file_bytes = os.fstat(fd).st_size
-        prefix = os.pread(fd, 8, 0)
-        if len(prefix) < 8:
+        raw = _extended(fd, b"", 8)
+        if len(raw) < 8:
             raise FormatError(f"{where}: expected a safetensors file, found {file_bytes} bytes; get it again")
-        n = int.from_bytes(prefix, "little")
+        n = int.from_bytes(raw, "little")
         if n > MAX_HEADER_BYTES or 8 + n > file_bytes:
             hint = _what_is_it(os.pread(fd, 256, 0))
             raise FormatError(
                 f"{where}: not a safetensors file, or truncated: its length field says {n} bytes of header, "
                 f"the file has {file_bytes}{hint}; get it again"
             )
-        raw = bytearray(prefix)
-        while len(raw) < 8 + n:
-            piece = os.pread(fd, 8 + n - len(raw), len(raw))
-            if not piece:
-                raise FormatError(f"{where}: the file ended inside its header; get it again")
-            raw += piece
+        raw = _extended(fd, raw, 8 + n)
+        if len(raw) < 8 + n:
+            raise FormatError(f"{where}: the file ended inside its header; get it again")
     except OSError as e:
         raise StorageError(f"{where}: cannot read: {e.strerror}") from e
-    return parse_header(bytes(raw), file_bytes, where)
+    return parse_header(raw, file_bytes, where)
+
+
+def _extended(fd: int, raw: bytes, length: int) -> bytes:
+    """A file's first bytes, read on to this length, whatever the system brings in one call; fewer where the file ends."""
+    out = bytearray(raw)
+    while len(out) < length and (piece := os.pread(fd, length - len(out), len(out))):
+        out += piece
+    return bytes(out)
 
 
 def _what_is_it(head: bytes) -> str:

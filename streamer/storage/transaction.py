@@ -218,6 +218,17 @@ def _journal_head(path: Path) -> dict[str, Any] | None:
     return head if isinstance(head, dict) else None
 
 
+def _entry(journal: Journal, i: int) -> dict[str, Any]:
+    try:
+        entry = strict_json(journal[i])
+    except ValueError:
+        entry = None
+    kinds = {"file": str, "bytes": int, "sha256": str}
+    if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in kinds.items()):
+        raise OutputError(f"{journal.path}: its record {i} is not one of this version; --no-resume starts the run over")
+    return entry
+
+
 def _record(path: Path) -> dict[str, Any]:
     try:
         return read_json_object(path / RECORD_NAME)
@@ -235,7 +246,7 @@ class OutputDirectory:
         self._journal = journal
         self._entries: dict[str, dict[str, Any]] = {}
         for i in range(1, len(journal)):
-            entry = json.loads(journal[i])
+            entry = _entry(journal, i)
             self._entries[entry["file"]] = entry
 
     def finished(self, name: str) -> dict[str, Any] | None:

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -142,6 +143,10 @@ def classifier(base: Path, dtype: torch.dtype) -> nn.Module:
     return LlamaForSequenceClassification.from_pretrained(base, dtype=dtype, num_labels=3)
 
 
+def bert_classifier(base: Path, dtype: torch.dtype) -> nn.Module:
+    return BertForSequenceClassification.from_pretrained(base, dtype=dtype, num_labels=3)
+
+
 def grow(model: nn.Module) -> None:
     torch.manual_seed(5)
     model.resize_token_embeddings(VOCAB + 6)  # type: ignore[operator]
@@ -244,6 +249,7 @@ KINDS: dict[str, Kind] = {
     "tied, tokens": Kind(tied, lora("q_proj", trainable_token_indices=[3, 5])),
     "tied, tokens of lm_head": Kind(tied, lora("q_proj", trainable_token_indices={"lm_head": [3, 5]}), shared=False),
     "tied, GPT-2": Kind(gpt2, lora("c_attn", "lm_head", fan_in_fan_out=True), shared=False),
+    "headless, new head": Kind(bert, lora("query", task_type="SEQ_CLS"), load=bert_classifier),
     "headless, embedding": Kind(bert, lora("query", "word_embeddings")),
     "headless, saved embedding": Kind(bert, lora("query", modules_to_save=["word_embeddings"])),
     "headless, tokens": Kind(bert, lora("query", trainable_token_indices={"word_embeddings": [3, 5]})),
@@ -447,7 +453,10 @@ def compare_detection(made: Made, figures: Figures) -> streamer.Findings:
         similarity = (U0.T @ U[:, :k]).abs().amax(0)
         for j, s in enumerate(similarity.tolist()):
             assert m.detection.similarity_low[j] - 1e-3 <= s <= m.detection.similarity_high[j] + 1e-3, (m.tensor, j, s)
-            if abs(s - 0.5) > 1e-3:
+            # A residual has directions that float32 cannot hold: those that its singular values of zero leave open. The interval says so.
+            settled = not m.detection.similarity_low[j] < 0.5 <= m.detection.similarity_high[j]
+            assert settled or made.kind.residual or abs(s - 0.5) <= 0.02, (m.tensor, j, s)
+            if settled and abs(s - 0.5) > 1e-3:
                 assert (j in m.detection.intruders) == (s < 0.5), (m.tensor, j, s)
         figures.decisions += len(m.detection.intruders)
     return findings

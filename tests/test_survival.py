@@ -1,0 +1,124 @@
+"""A thin slice of the survival table: every kind of fault, at a few places; `survival.py` makes the whole one."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import shim
+from forks import server
+from jobs import COMMANDS, OTHERS, Bench, Case
+from powerloss import Disk
+from shim import Call
+from survival import FAULTS, Tally, Trial, killed_at_random, recorded
+
+pytestmark = pytest.mark.skipif(not shim.AVAILABLE, reason="needs a C compiler")
+
+SLICE = 40
+"""One call of so many is disturbed."""
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"), shim.server())
+
+
+def trial(bench: Bench, command: str, home: Path, every: int) -> Trial:
+    case = bench.case(command)
+    return Trial(case, home, recorded(case, home), every, random.Random(command))
+
+
+def check(tally: Tally) -> None:
+    assert tally.problems == []
+    assert (tally.lost, tally.wrong_codes) == (0, 0)
+    assert tally.identical == tally.injected
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_survives_some(bench: Bench, fault: str, tmp_path: Path) -> None:
+    command = {"SIGINT": "detect", "EIO": "mitigate"}.get(fault, "merge")
+    check(FAULTS[fault](trial(bench, command, tmp_path, SLICE)))
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_other_outputs_survive_some(bench: Bench, command: str, tmp_path: Path) -> None:
+    check(FAULTS["kill before a call"](trial(bench, command, tmp_path, 2 * SLICE)))
+    check(FAULTS["power cut, kept: at random"](trial(bench, command, tmp_path, 2 * SLICE)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("command", [*COMMANDS, *OTHERS])
+def test_survives_all(bench: Bench, command: str, fault: str, tmp_path: Path) -> None:
+    check(FAULTS[fault](trial(bench, command, tmp_path, 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["detect", "mitigate", "merge"])
+def test_killed_at_random_moments(verb: str, tmp_path: Path) -> None:
+    long = Bench(tmp_path, shim.server(), hidden=256)
+    check(killed_at_random(long.case(verb), tmp_path, 100, random.Random(verb)))
+
+
+def test_nothing_of_a_run_is_missed(bench: Bench, tmp_path: Path) -> None:
+    """Replayed with all that was written, the record is the output."""
+    one = trial(bench, "merge", tmp_path, 1)
+    disk = Disk(tmp_path / "recorded")
+    for call in one.calls:
+        disk.apply(call)
+    for file in disk.names.values():
+        file.synced()
+    disk.safe_names = disk.names
+    disk.leave("nothing", random.Random(0), tmp_path / "out")
+    assert one.case.lost(tmp_path / "out") == []
+    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {Path(n).name for n in one.case.whole}
+
+
+def test_a_disk_forgets_what_is_not_synced(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    a, b = str(root / "a"), str(root / "b")
+
+    def left(way: str, *calls: Call) -> dict[str, bytes]:
+        disk = Disk(root)
+        for call in calls:
+            disk.apply(call)
+        out = tmp_path / f"{way}-{len(list(tmp_path.iterdir()))}"
+        disk.leave(way, random.Random(0), out)
+        return {p.name: p.read_bytes() for p in out.iterdir()}
+
+    create, write = Call("c", a, "", 0, 0, b""), Call("w", a, "", 0, 3, b"abc")
+    sync, names = Call("s", a, "", 0, 0, b""), Call("s", str(root), "", 0, 0, b"")
+    rename = Call("r", a, b, 0, 0, b"")
+    assert left("nothing", create, write, sync) == {}
+    assert left("nothing", create, write, names) == {"a": b""}
+    assert left("nothing", create, write, sync, names, rename) == {"a": b"abc"}
+    assert left("names", create, write, names, rename) == {"b": b"\0\0\0"}
+    assert left("names", create, write, sync, rename) == {"b": b"abc"}
+    assert left("nothing", create, write, sync, names, Call("t", a, "", 0, 1, b"")) == {"a": b"abc"}
+    assert left("names", create, sync, names, Call("e", a, "", 0, 4, b"")) == {"a": bytes(4)}
+
+
+@pytest.mark.parametrize("without", ["s", "r"])
+def test_the_table_can_fail(bench: Bench, without: str, tmp_path: Path) -> None:
+    """A run that did not sync, or that wrote under final names, would be found out."""
+    one = trial(bench, "merge", tmp_path, 4)
+    calls = one.calls
+    if without == "r":
+        final = {c.path: c.to for c in calls if c.op == "r"}
+        calls = tuple(
+            Call(c.op, final.get(c.path, c.path), "", c.offset, c.length, c.data) for c in calls if c.op != "r"
+        )
+    else:
+        calls = tuple(c for c in calls if c.op != "s" or c.path not in {w.path for w in calls if w.op == "w"})
+    tally = FAULTS["power cut, kept: names"](Trial(one.case, tmp_path, calls, 4, one.rng))
+    assert tally.lost > 0
+
+
+def test_a_wrong_code_is_counted(bench: Bench, tmp_path: Path) -> None:
+    one = trial(bench, "detect", tmp_path, 1)
+    tally = Tally()
+    tally.begin(one.run(tmp_path / "out", shim.FAIL, 9, 5).code, {0}, "call 9")
+    tally.end(Case(one.case.argv, server(), {"findings.safetensors": "another"}), tmp_path / "out", "call 9")
+    assert (tally.injected, tally.wrong_codes, tally.identical) == (1, 1, 0)
+    assert len(tally.problems) == 2
