@@ -297,7 +297,7 @@ def killed_at_random(case: Case, home: Path, kills: int, rng: random.Random) -> 
         lost = case.lost(out)
         tally.lost += bool(lost)
         tally.problems += [f"{what}: {p}" for p in lost]
-        if tally.injected % 3 == 0 or process.returncode == 0:
+        if tally.injected % 3 == 0 or process.returncode == 0 or tally.injected == kills:
             last = tally.identical
             tally.end(case, out, what)
             # One resumed output answers for the kills before it.
