@@ -204,7 +204,7 @@ class Progress:
         if self._bar is None or event.stage != self._stage or event.total != self._bar.total:
             self.close()
             self._stage = event.stage
-            self._bar = tqdm(total=event.total, initial=event.done, desc=event.stage, file=sys.stderr, leave=False,
+            self._bar = tqdm(total=event.total, initial=event.done, desc=event.stage, file=sys.stderr, leave=False, smoothing=0,
                              bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} left {remaining} {postfix}")  # fmt: skip
         self._bar.set_postfix_str(event.name, refresh=False)
         self._bar.update(event.done - self._bar.n)

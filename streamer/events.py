@@ -16,7 +16,7 @@ class Event:
     Attributes
     ----------
     stage
-        ``detect`` counts in units of cost (m·n·min(m, n) of each matrix), ``write`` in bytes; ``warning`` and ``note`` do not count.
+        ``detect`` counts in units of cost (see `solvers.cost`), ``write`` in bytes; ``warning`` and ``note`` do not count.
     name
         The matrix or file that the run has just begun, or the text of a warning or note.
     done, total

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from streamer import solvers
 from streamer.bases.weight import Weight
 from streamer.budget import best_way, check_budget, detection_needs
 from streamer.errors import NumericError, UsageError
@@ -65,10 +66,10 @@ def one_ahead(items: Sequence[T], load: Callable[[T], V]) -> Generator[tuple[T, 
             del value  # before the next one arrives: never three in memory
 
 
-def cost(target: Target) -> int:
-    """Units of work that detection spends on a matrix."""
-    m, n = target.module.shape
-    return m * n * min(m, n)
+def cost(target: Target, options: DetectionOptions) -> int:
+    """Units of work that detection spends on a matrix; see `solvers.cost`."""
+    shape = target.module.shape
+    return solvers.cost(shape, options.directions(shape), options.solver)
 
 
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device,
@@ -110,8 +111,8 @@ def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, moni
     """Detect in every target, in the base's file order, but for those that `skip` knows already."""
     check_budget(detection_needs(plan, options), options.max_memory)
     todo = [t for t in plan.targets if not skip(t.tensor)]
-    total = sum(map(cost, plan.targets))
-    done = total - sum(map(cost, todo))
+    total = sum(cost(t, options) for t in plan.targets)
+    done = total - sum(cost(t, options) for t in todo)
 
     def load(target: Target) -> Weight | None:
         return None if best_way(plan, target, options) == "blocks" else plan.weights[target.tensor].load()
@@ -121,7 +122,7 @@ def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, moni
             monitor.checkpoint()
             monitor.emit(Event("detect", target.tensor, done, total))
             yield detect_matrix(plan, target, options, device, loaded)
-            done += cost(target)
+            done += cost(target, options)
     monitor.emit(Event("detect", "", total, total))
 
 

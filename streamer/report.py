@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from streamer.findings import SCHEMA, Findings
+from streamer.intruders import DetectionOptions
 from streamer.pipeline import cost
 from streamer.plan import Plan
 
@@ -124,7 +125,7 @@ def inspect_json(plan: Plan) -> dict[str, Any]:
             "adapted_bytes": sum(plan.weights[t.tensor].nbytes for t in plan.targets),
             "largest_matrix": largest.tensor,
             "largest_matrix_bytes": plan.weights[largest.tensor].nbytes,
-            "detection_cost": sum(map(cost, plan.targets)),
+            "detection_cost": sum(cost(t, DetectionOptions()) for t in plan.targets),
         },
         "warnings": list(plan.warnings),
         "names": _names_json(plan),

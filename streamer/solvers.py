@@ -216,5 +216,18 @@ def cheaper(shape: tuple[int, int], k: int) -> str:
     return "certified" if min(shape) >= 640 and k <= min(shape) // 40 else "dense"
 
 
+def cost(shape: tuple[int, int], k: int, solver: str = "auto") -> int:
+    """What a matrix costs: about the nanoseconds on two cores, so that what is left of a run can be told from what is done.
+
+    Fitted to `tools/bench_detect.py --dtype bf16` (power spectrum, k = 10): certified 0.08 s at 640x640, 0.16 at 2048x2048, 0.24 at
+    1024x8192, 0.45 at 4096x4096, 1.3 at 14336x4096, 1.6 at 8192x8192, within a quarter of each but the first; dense from 2.6 s at
+    2048x2048 to 371 s at 8192x8192, within a factor of two. The number of steps depends on the spectrum, and is taken to be the same.
+    """
+    m, n = shape
+    if (cheaper(shape, k) if solver == "auto" else solver) == "dense":
+        return 1_000_000 + m * n * min(m, n) // 2
+    return 30_000_000 + block_width(k, OVERSAMPLING) // 16 * (20 * m * n + 10_000 * (m + n))
+
+
 SOLVERS: dict[str, Solver] = {"certified": solve_certified, "dense": solve_dense}
 """Solvers by name: base, delta, k, ε, source of randomness, whether the base may be formed for the dense one → `Spectrum`."""

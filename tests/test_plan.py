@@ -15,6 +15,7 @@ import streamer
 from streamer.errors import InputChangedError, OutputError, UsageError
 from streamer.pipeline import choose_device
 from streamer.plan import left_out, make_plan, other_files
+from streamer.solvers import cost
 
 Job = tuple[Path, Path]
 
@@ -137,3 +138,12 @@ def test_output_of_other_findings_is_not_taken_for_done(job: Job, tmp_path: Path
 
 def test_helpers_make_what_they_say(job: Job) -> None:
     assert helpers.tree_digest(job[0]).keys() >= {"config.json", "model.safetensors.index.json"}
+
+
+def test_progress_counts_the_solvers_cost(job: Job) -> None:
+    base, adapter = job
+    events = []
+    findings = streamer.detect_intruder_dimensions(base, adapter, on_event=events.append)
+    counts = [(e.done, e.total) for e in events if e.stage == "detect"]
+    costs = [cost(m.shape, min(10, *m.shape)) for m in findings]
+    assert counts == [(sum(costs[:i]), sum(costs)) for i in range(len(costs) + 1)]

@@ -11,7 +11,7 @@ from streamer import intruders
 from streamer.errors import NumericError, UsageError
 from streamer.intruders import DetectionOptions, detect
 from streamer.linalg.operators import Dense, LowRank, RowBlocks
-from streamer.solvers import SOLVERS, Spectrum, cheaper, working_bytes
+from streamer.solvers import SOLVERS, Spectrum, cheaper, cost, working_bytes
 
 SHAPES = [(150, 200), (200, 150), (160, 160)]
 
@@ -220,3 +220,11 @@ def test_the_ways_that_memory_leaves() -> None:
     base, delta = problem(300, 400)
     assert detect(base, delta, DetectionOptions()).solver == "dense"
     assert detect(base, delta, DetectionOptions(), may_form=False).solver == "certified"
+
+
+def test_the_cost_follows_the_solver_that_runs() -> None:
+    """Certified by the products with the matrix, dense by the cube; a forced solver counts as itself."""
+    assert cost((8192, 8192), 10) == cost((8192, 8192), 10, "certified") < cost((8192, 8192), 10, "dense") / 100
+    assert cost((300, 300), 10) == cost((300, 300), 10, "dense")
+    assert 1.8 < cost((16384, 8192), 10) / cost((8192, 8192), 10) < 2.2
+    assert cost((8192, 8192), 40) > 2.5 * cost((8192, 8192), 10)
