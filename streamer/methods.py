@@ -271,7 +271,8 @@ def _no_number(config: Mapping[str, Any], *keys: str) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30  # neither NaN nor infinite
+    """Neither infinite nor NaN nor a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _oft_refuses(config: Mapping[str, Any]) -> str:
