@@ -19,6 +19,9 @@ from streamer.linalg.operators import Dense, LowRank
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+MOST_TERMS = 1000
+"""Of a Neumann series; PEFT's default is 5. A config may ask for any number, which is that many products a matrix."""
+
 
 class Parts(NamedTuple):
     """A module's tensors by role, in the computing dtype; its scale; the adapter's config; (out, in) of its weight."""
@@ -262,9 +265,21 @@ def _full(p: Parts, base: Tensor) -> Delta:
 
 
 def _no_number(config: Mapping[str, Any], *keys: str) -> str:
-    """Which of these keys holds no number, where it is there."""
-    wrong = [k for k in keys if k in config and (isinstance(config[k], bool) or not isinstance(config[k], int | float))]
+    """Which of these keys holds no number that can be computed with, where it is there."""
+    wrong = [k for k in keys if k in config and not _is_number(config[k])]
     return f"{wrong[0]}={config[wrong[0]]!r}, expected a number" if wrong else ""
+
+
+def _is_number(value: object) -> bool:
+    """Neither infinite nor NaN nor a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _oft_refuses(config: Mapping[str, Any]) -> str:
+    terms = config.get("num_cayley_neumann_terms", 5)
+    if not _is_number(terms) or not 1 <= terms <= MOST_TERMS:
+        return f"num_cayley_neumann_terms={terms!r}, expected 1 to {MOST_TERMS}"
+    return _no_number(config, "eps") or _fan_in_fan_out(config)
 
 
 def _fan_in_fan_out(config: Mapping[str, Any]) -> str:
@@ -280,7 +295,7 @@ METHODS: dict[str, Method] = {
     "VERA": Method("VeRA", r"vera_lambda_[bd]", _vera_fits, _vera, shared=frozenset({"vera_A", "vera_B"}), low_rank=True,
                    refuses=_vera_refuses),
     "OFT": Method("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft, options=frozenset({"use_cayley_neumann"}),
-                  refuses=lambda config: _no_number(config, "eps", "num_cayley_neumann_terms") or _fan_in_fan_out(config)),
+                  refuses=_oft_refuses),
     "BOFT": Method("BOFT", r"boft_[Rs]", _boft_fits, _boft,
                    refuses=lambda config: _boft_refuses(config) or _fan_in_fan_out(config)),
     "FULL": Method("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full, matrices=2),
