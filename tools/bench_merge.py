@@ -213,7 +213,7 @@ def instrumented(base: str, adapter: str, out: str, launched: str) -> None:
         from streamer.api import prepare
         from streamer.events import Monitor
         from streamer.intruders import DetectionOptions, MitigationOptions
-        from streamer.storage import atomic, tensorfile
+        from streamer.storage import atomic, streams, tensorfile
 
     stages = {"addmm_": "addmm", "aminmax": "finite check", "isfinite": "finite check"}
 
@@ -250,11 +250,10 @@ def instrumented(base: str, adapter: str, out: str, launched: str) -> None:
             self.update = clocks.wrap(self._hash.update, "sha256")
 
     calls = {"write": "write", "fsync": "fsync", "posix_fallocate": "reserve"}
-    atomic.os = SimpleNamespace(
-        **vars(os) | {call: clocks.wrap(getattr(os, call), name) for call, name in calls.items()}
-    )
-    atomic.hashlib = SimpleNamespace(**vars(hashlib) | {"sha256": Sha256})
-    tensorfile.os = SimpleNamespace(**vars(os) | {"preadv": clocks.wrap(os.preadv, "read of unchanged tensors")})
+    watched = SimpleNamespace(**vars(os) | {call: clocks.wrap(getattr(os, call), name) for call, name in calls.items()})
+    atomic.os = streams.os = watched
+    streams.hashlib = SimpleNamespace(**vars(hashlib) | {"sha256": Sha256})
+    tensorfile.os = SimpleNamespace(**vars(os) | {"preadv": clocks.wrap(os.preadv, "read")})
     atomic.AtomicFile.write = clocks.wrap(atomic.AtomicFile.write, "wait for the write")  # of the piece before
     apply.matrix_figures = clocks.wrap(unwatched(apply.matrix_figures), "factors and figures")
     apply.Job.mitigated = clocks.wrap(unwatched(apply.Job.mitigated), "factors and figures")

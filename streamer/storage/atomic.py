@@ -96,6 +96,7 @@ class AtomicFile:
     @property
     def sha256(self) -> str:
         """Hex digest of what has been written so far."""
+        self._settle()
         return self._appender.sha256
 
     def __enter__(self) -> AtomicFile:
