@@ -22,15 +22,20 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
     for pattern in patterns:
         if _may_explode(pattern):
             raise ValueError(
-                f"pattern {pattern!r} may take for ever to match: it repeats a group that repeats or branches, or has over "
+                f"pattern {_quoted(pattern)} may take for ever to match: it repeats a group that repeats or branches, or has over "
                 f"{MAX_REPEATS} repeats; write it without"
             )
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return pattern
         except (re.error, OverflowError, RecursionError) as e:
-            raise ValueError(f"pattern {pattern!r} is not a regular expression: {e}") from None
+            raise ValueError(f"pattern {_quoted(pattern)} is not a regular expression: {e}") from None
     return None
+
+
+def _quoted(pattern: str) -> str:
+    """For a message, whose end says what is wrong with it."""
+    return repr(pattern if len(pattern) <= 100 else pattern[:99] + "…")
 
 
 def _may_explode(pattern: str) -> bool:
