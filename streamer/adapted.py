@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.apply import Job, matrix_figures, output_plan
+from streamer.apply import Job, output_plan
 from streamer.budget import Need, mitigation_bytes, resident_bytes
 from streamer.encodings import ENCODINGS, as_bytes, encode
 from streamer.errors import UnsupportedError
+from streamer.figures import matrix_figures
 from streamer.intruders import back_project
 from streamer.linalg.operators import LowRank
 from streamer.modules import LoraModule

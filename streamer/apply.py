@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,8 +16,9 @@ from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.bases.dequantize import STALE
 from streamer.budget import Need, check_budget, detection_needs, mitigation_bytes, resident_bytes, rows_bytes
 from streamer.encodings import TORCH_DTYPES, as_tensor
-from streamer.errors import NumericError, OutputError
+from streamer.errors import NumericError
 from streamer.events import Event, Monitor
+from streamer.figures import journalled, matrix_figures, totals
 from streamer.findings import Findings, MatrixFinding
 from streamer.findings_writer import remove_leftovers
 from streamer.intruders import Detection, DetectionOptions, MitigationOptions, mitigate
@@ -134,55 +134,6 @@ def discard_own_findings(directory: Path) -> None:
     path = directory / OWN_FINDINGS
     path.unlink(missing_ok=True)
     remove_leftovers(path)
-
-
-def matrix_figures(
-    target: Target, delta: Delta, after: Delta, found: Detection | None, scale: str, dropped: float
-) -> dict[str, Any]:
-    """What mitigation did to one matrix, as JSON values."""
-    before = deltas.norm(delta)
-    scaled = () if found is None else found.intruders if scale == "all" else found.intruders[:1]
-    return {
-        "tensor": target.tensor,
-        "module": target.module.name,
-        "intruders": list(scaled),
-        "delta_norm": before,
-        "delta_norm_after": before if after is delta else deltas.norm(after),
-        "dropped": dropped,
-    }
-
-
-def _journalled(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """The figures of a finished file's matrices."""
-    figures: list[dict[str, Any]] = entry.get("matrices", [])
-    numbers = ("delta_norm", "delta_norm_after", "dropped")
-    try:
-        good = all(
-            isinstance(m["intruders"], list) and all(type(m[key]) is float and 0 <= m[key] < 1e100 for key in numbers)
-            for m in figures
-        )
-    except (KeyError, TypeError):
-        good = False
-    if not good:
-        raise OutputError(
-            f"{path}: the journal's figures of {entry['file']} are not of this version; --no-resume starts over"
-        )
-    return figures
-
-
-def totals(matrices: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over matrices; `equal_norm_shrink` is the uniform factor on the whole adapter that gives the same total norm."""
-    before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
-    after = math.sqrt(sum(m["delta_norm_after"] ** 2 for m in matrices))
-    return {
-        "matrices": len(matrices),
-        "intruders": sum(len(m["intruders"]) for m in matrices),
-        "changed": sum(m["delta_norm_after"] != m["delta_norm"] for m in matrices),
-        "delta_norm": before,
-        "delta_norm_after": after,
-        "equal_norm_shrink": after / before if before > 0 else 1.0,
-        "dropped_max": max((m["dropped"] for m in matrices), default=0.0),
-    }
 
 
 def merging_needs(job: Job, model: MergedModel) -> Iterator[Need]:
@@ -316,7 +267,7 @@ def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bo
                     monitor.emit(Event("write", name, done, total))
                     out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
                 entry = out.entry(name)
-            matrices += _journalled(entry, out.path)
+            matrices += journalled(entry, out.path)
             done += size
         monitor.emit(Event("write", "", total, total))
         discard_own_findings(out.path)

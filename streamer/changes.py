@@ -289,8 +289,8 @@ def edited_config(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]
 def _set(config: dict[str, Any], key: str, value: Any) -> None:
     """Set a key where the config has it: at the top, and in the language model's part of a vision-language config."""
     text = config.get("text_config")
-    nested = isinstance(text, dict) and key in text
-    if nested:
-        config["text_config"] = {**text, key: value}  # type: ignore[dict-item]
-    if key in config or not nested:
-        config[key] = value
+    if isinstance(text, dict) and key in text:
+        config["text_config"] = {**text, key: value}
+        if key not in config:
+            return
+    config[key] = value

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.apply import Job, matrix_figures, output_plan
+from streamer.apply import Job, output_plan
 from streamer.budget import Need, mitigation_bytes, resident_bytes
 from streamer.encodings import as_bytes
 from streamer.errors import UnsupportedError, UsageError
+from streamer.figures import matrix_figures
 from streamer.kinds import is_residual, normalize
 from streamer.linalg.deltas import Delta, norm
 from streamer.linalg.operators import Dense, LowRank

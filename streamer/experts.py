@@ -231,9 +231,10 @@ def _turned(stacks: Sequence[tuple[Stack, Sequence[int], Sequence[int]]], adapte
     seen = {t for t in by_shape if t is not None}
     out = []
     for (stack, *_), turned in zip(stacks, by_shape, strict=True):
-        if turned is None:
-            turned = next(iter(seen)) if len(seen) == 1 else _by_version(stack, adapter)  # noqa: PLW2901
-        out.append(turned)
+        if turned is not None:
+            out.append(turned)
+        else:
+            out.append(next(iter(seen)) if len(seen) == 1 else _by_version(stack, adapter))
     return out
 
 
