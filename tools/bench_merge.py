@@ -209,7 +209,7 @@ def instrumented(base: str, adapter: str, out: str, launched: str) -> None:
     with clock.stage("start and import"):
         from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-        from streamer import apply
+        from streamer import apply, outputs
         from streamer.api import prepare
         from streamer.events import Monitor
         from streamer.intruders import DetectionOptions, MitigationOptions
@@ -263,7 +263,7 @@ def instrumented(base: str, adapter: str, out: str, launched: str) -> None:
         job = prepare(base, adapter, MitigationOptions(1.0), DetectionOptions(), None, "cpu")
         sink = apply.ModelSink(job, Path(out))
     with Blocks():
-        apply.run_job(sink, Monitor())
+        outputs.run_jobs([sink], Monitor())
     with clock.stage("other"):
         total = time.time() - float(launched)
     beside: dict[str, dict[str, float]] = {}
