@@ -56,30 +56,30 @@ def timed(command: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def files_of(directories: Iterable[Path]) -> list[Path]:
-    """Every file below the directories."""
-    return [p for directory in directories for p in sorted(directory.rglob("*")) if p.is_file()]
+def files_of(paths: Iterable[Path]) -> list[Path]:
+    """The files, and every file below the directories."""
+    return [p for path in paths for p in (path, *sorted(path.rglob("*"))) if p.is_file()]
 
 
-def size_of(directory: Path) -> int:
-    """Bytes of every file below a directory."""
-    return sum(p.stat().st_size for p in files_of([directory]))
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of every file below a directory."""
+    return sum(p.stat().st_size for p in files_of([path]))
 
 
-def warm(*directories: Path) -> None:
-    """Read everything below into the page cache, as far as it fits."""
-    for path in files_of(directories):
+def warm(*paths: Path) -> None:
+    """Read the files, and all below the directories, into the page cache, as far as it fits."""
+    for path in files_of(paths):
         with path.open("rb") as f:
             hashlib.file_digest(f, "md5")
 
 
-def cold(*directories: Path) -> float:
-    """Drop everything below from the page cache; returns the share of its bytes that the system kept all the same."""
+def cold(*paths: Path) -> float:
+    """Drop the files, and all below the directories, from the page cache; returns the share that the system kept all the same."""
     os.sync()
-    for path in files_of(directories):
+    for path in files_of(paths):
         with path.open("rb") as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return resident(files_of(directories))
+    return resident(files_of(paths))
 
 
 def resident(paths: Iterable[Path]) -> float:
