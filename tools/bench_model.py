@@ -24,11 +24,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import itertools
 import json
-import mmap
-import os
 import re
 import statistics
 import sys
@@ -41,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import make_checkpoint
-from bench_merge import machine, size_of, watched
+from measure import cold, files_of, machine, resident, size_of, warm, watched
 from shapes import KNOWN
 
 Row = dict[str, Any]
@@ -92,37 +89,6 @@ def instrumented(base: str, adapter: str, work: str, device: str, threads: str, 
     ]  # fmt: skip
     tree = {"events": events, "reading": reading, "waited": waited, "matrices": rows, "seconds": since()}
     (Path(work) / "run.json").write_text(json.dumps(tree))
-
-
-def resident(path: Path) -> int:
-    """Bytes of a file that the page cache holds."""
-    import numpy as np
-
-    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as window:
-        pages = np.zeros(-(-len(window) // mmap.PAGESIZE), np.uint8)
-        whole = np.frombuffer(window, np.uint8)
-        at = ctypes.c_void_p(whole.ctypes.data)
-        if ctypes.CDLL(None, use_errno=True).mincore(
-            at, ctypes.c_size_t(len(window)), pages.ctypes.data_as(ctypes.c_void_p)
-        ):
-            raise OSError(ctypes.get_errno(), "mincore", str(path))
-        del whole  # before the map closes
-    return int((pages & 1).sum()) * mmap.PAGESIZE
-
-
-def prepare_cache(base: Path, warm: bool) -> int:
-    """Read the base's files into the page cache, or drop them from it; bytes that it holds then."""
-    held = 0
-    for path in sorted(base.glob("*.safetensors")) if base.is_dir() else [base]:
-        with path.open("rb") as f:
-            if warm:
-                while f.read(1 << 24):
-                    pass
-            else:
-                os.fsync(f.fileno())
-                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        held += resident(path)
-    return held
 
 
 def layer_of(tensor: str) -> int | None:
@@ -176,7 +142,9 @@ def by_shape(matrices: list[Row]) -> list[Row]:
 
 def measure(base: Path, adapter: Path, work: Path, args: argparse.Namespace, planted: dict[str, int] | None) -> Row:
     """One run and all its figures."""
-    held = prepare_cache(base, args.warm)
+    (warm if args.warm else cold)(base)
+    nbytes = size_of(base)
+    held = resident(files_of([base])) * nbytes
     began = time.time()
     peak = watched([sys.executable, __file__, "--instrumented", str(base), str(adapter), str(work), args.device,
                     str(args.threads), repr(began)])  # fmt: skip
@@ -190,7 +158,7 @@ def measure(base: Path, adapter: Path, work: Path, args: argparse.Namespace, pla
     found = {row["tensor"]: row["intruders"] for row in matrices if row["intruders"]}
     tree: Row = {
         "schema": "streamer.bench-model/1", "machine": machine(), "threads": args.threads, "device": args.device,
-        "bytes": size_of(base) if base.is_dir() else base.stat().st_size, "cached_bytes": held, "warm": args.warm,
+        "bytes": nbytes, "cached_bytes": held, "warm": args.warm,
         "matrices": len(matrices), "certified": sum(row["certified"] for row in matrices),
         "escalated": sum(row["escalated"] for row in matrices), "seconds": run["seconds"], "before": events[0][0],
         "layers": layers, "seconds_per_layer": each, "second_half": halves(layers),
