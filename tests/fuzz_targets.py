@@ -345,7 +345,7 @@ def findings(home: Path) -> Target:
         found = load_findings(path)
         findings_table(found)
         json.dumps(findings_json(found))
-        job = prepare(base, directory, HALF, found.options, path)
+        (job,) = prepare(base, [directory], HALF, found.options, [path])
         for target in job.plan.targets:
             job.mitigated(target)
 
