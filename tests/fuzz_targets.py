@@ -401,7 +401,7 @@ def detection_journal(home: Path) -> Target:
 def output_journal(home: Path) -> Target:
     """The journal of an interrupted merge: taken up to the very same files, or refused."""
     base, directory = small_job(home)
-    job = prepare(base, directory, MitigationOptions(1.0), OPTIONS)
+    (job,) = prepare(base, [directory], MitigationOptions(1.0), OPTIONS, [None])
     out, half = home / "out", home / "half"
     try:
         run_jobs([ModelSink(job, half)], _stop_after(4))
@@ -424,7 +424,7 @@ def output_journal(home: Path) -> Target:
 def record(home: Path) -> Target:
     """The record of a finished output: known, or refused."""
     base, directory = small_job(home)
-    job = prepare(base, directory, MitigationOptions(1.0), OPTIONS)
+    (job,) = prepare(base, [directory], MitigationOptions(1.0), OPTIONS, [None])
     out = home / "out"
     run_jobs([ModelSink(job, out)], Monitor())
     path = out / "streamer.json"
