@@ -145,7 +145,7 @@ def table(tree: dict[str, Any]) -> str:
     lines = [head, "", "".join([f"{'round':<8}", *(f"{key:>14}" for key in tree["spread"])])]
     rows = [(str(i), row) for i, row in enumerate(tree["rounds"], 1)]
     rows += [(what, {key: s[what] for key, s in tree["spread"].items()}) for what in ("median", "min", "max")]
-    lines += ["".join([f"{name:<8}", *(f"{value:>14.2f}" for value in row.values())]) for name, row in rows]
+    lines += ["".join([f"{name:<8}", *(f"{row[key]:>14.2f}" for key in tree["spread"])]) for name, row in rows]
     lines += ["", f"{'peak memory':<28}{'anonymous MB':>14}{'VmHWM MB':>10}{'s':>8}"]
     for name, peak in tree["memory"].items():
         label = f"{name}, {peak['bytes'] / 1e9:.2f} GB"
