@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from streamer.linalg import deltas
+from streamer.linalg.christoffel import CHRISTOFFEL_BYTES
 from streamer.linalg.deltas import Delta
 from streamer.linalg.krylov import block_width
 from streamer.linalg.operators import BLOCK_BYTES, Matrix, Sum
-from streamer.linalg.overlaps import CHRISTOFFEL_BYTES, PROVABLE, OverlapBounds, OverlapProcess, dense_overlaps
+from streamer.linalg.overlaps import PROVABLE, OverlapBounds, OverlapProcess, dense_overlaps
 from streamer.linalg.svd import OVERSAMPLING, Triplets, dense_triplets, krylov_triplets
 
 
