@@ -14,7 +14,7 @@ leaves its data to be written later, while merge ends when the data are on the d
 copied files is given as well. `loop` copies with `safe_open` and `save_file`, `shards` merges as other tools do, a shard at a
 time (merge_peers.py); neither syncs.
 
-Memory. Runs of their own, which nothing compares: every 10 ms `Anonymous:` of /proc/PID/smaps_rollup, the memory that the system
+Memory. Runs of their own, which nothing compares: every 10 ms `RssAnon:` of /proc/PID/status, the memory that the system
 could only swap out; the largest is reported. VmHWM counts besides it the mapped pages of files that happened to be resident,
 which the system can drop. --max-memory measures one more merge under that budget; --double one of twice the layers.
 
