@@ -68,15 +68,18 @@ def test_so_many_are_read_ahead_and_no_more(depth: int) -> None:
 
 
 def test_whoever_stops_early_waits_for_one_at_most() -> None:
-    begun, go_on = [], threading.Event()
+    begun, second, go_on = [], threading.Event(), threading.Event()
 
     def load(item: int) -> int:
         begun.append(item)
-        assert item == 0 or go_on.wait(10)
+        if item:
+            second.set()
+            assert go_on.wait(10)
         return item
 
     stream = read_ahead(range(9), load, 3)
     next(stream)
+    assert second.wait(10)
     threading.Timer(0.2, go_on.set).start()
     stream.close()
     assert begun == [0, 1]
