@@ -39,8 +39,10 @@ FLOORS = [
         "merged",
         "budget",
         "figures",
+        "several",
         "pipeline",
         "apply",
+        "outputs",
         "adapted",
         "converted",
         "report",
@@ -69,11 +71,11 @@ WITHIN = [
     ["targets", "findings", "changes", "support"],
     ["experts", "findings_writer", "tied"],
     ["tuned"],
-    ["plan", "staging", "merging", "figures"],
+    ["plan", "staging", "merging", "figures", "several"],
     ["merged", "budget"],
     ["pipeline"],
     ["apply", "report"],
-    ["adapted", "converted"],
+    ["adapted", "converted", "outputs"],
 ]
 # storage.transaction reads JSON as checkpoint does.
 SIBLINGS = {("storage.transaction", "storage.checkpoint")}
