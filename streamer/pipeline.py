@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +24,15 @@ from streamer.findings_writer import (
     inspect_findings_output,
     interrupted_run,
     journal_head,
+    journal_of,
+    most_bytes,
     remove_leftovers,
 )
-from streamer.intruders import DetectionOptions, detect
+from streamer.intruders import Detection, DetectionOptions, detect
 from streamer.linalg.operators import Dense, Matrix, RowBlocks
 from streamer.plan import Plan
+from streamer.storage.atomic import partials_of
+from streamer.storage.transaction import allocated_bytes, check_space
 from streamer.targets import Target
 
 T = TypeVar("T")
@@ -166,4 +171,26 @@ def plan_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite:
     finished = inspect_findings_output(path, digest, overwrite, plan.inputs)
     if finished is None:
         plan.refuse_overwriting([path])
+        # Of an interrupted run: what can be taken up counts, and what cannot is removed first.
+        there = [journal_of(path), *partials_of(path.parent, {path.name, journal_of(path).name})]
+        check_space(path, sum(findings_bytes(plan, options)) - sum(map(allocated_bytes, there)), at_most=True)
     return finished
+
+
+def findings_bytes(plan: Plan, options: DetectionOptions) -> tuple[int, int]:
+    """Bytes of the findings file and of the journal beside it, at most: all directions intruders."""
+    head = Findings(plan.base_identity, plan.adapter_identity, options, ())
+    return most_bytes(head, (_widest(plan, target, options) for target in plan.targets))
+
+
+def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFinding:
+    """A finding that takes as many bytes as there could be: every direction an intruder, every figure at its longest."""
+    module, weight = target.module, plan.weights[target.tensor]
+    (m, n), k = module.shape, options.directions(module.shape)
+    longest, every = -sys.float_info.max, tuple(range(k))
+    U, S, Vh = (torch.empty(shape, dtype=weight.compute, device="meta") for shape in ((m, k), (k,), (k, n)))
+    found = Detection(singular_values=(longest,) * k, similarity=(longest,) * k, similarity_low=(longest,) * k,
+                      similarity_high=(longest,) * k, intruders=every, U=U, S=S, Vh=Vh, certified=False, degenerate=every,
+                      solver=max(solvers.SOLVERS, key=len), escalated=False, steps=10**9, products=10**9, cutoff=longest,
+                      delta_norm=longest, intruder_energy=longest, dropped_at_zero=longest)  # fmt: skip
+    return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scale, found)
