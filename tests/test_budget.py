@@ -17,7 +17,7 @@ from torch import Tensor
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
-import bench_merge  # noqa: E402
+import measure  # noqa: E402
 
 M, N, RANK = 4096, 3072, 8
 MODULE = "model.layers.0.mlp.up_proj"
@@ -147,7 +147,7 @@ def test_the_smallest_budget_is_kept(
     assert least, refused.stderr
     budget = int(least[1])
     line = [sys.executable, "-m", "streamer", *arguments, "--quiet", "--max-memory", f"{budget}M"]
-    peak = bench_merge.watched(line).anonymous
+    peak = measure.watched(line).anonymous
     assert out.exists()
     assert peak <= budget << 20, f"{peak >> 20}M of {budget}M"
     assert peak > 0.4 * (budget << 20), f"{peak >> 20}M of {budget}M: the estimate is too far off"

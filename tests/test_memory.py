@@ -19,6 +19,7 @@ sys.path.insert(0, str(TOOLS))
 
 import bench_merge  # noqa: E402
 import make_checkpoint  # noqa: E402
+import measure  # noqa: E402
 from helpers import run_cli, write_adapter  # noqa: E402
 from shapes import Known  # noqa: E402
 
@@ -40,7 +41,7 @@ def make(directory: Path, size: Known) -> DemoModel:
 
 def peak(made: DemoModel, out: Path, *extra: str) -> int:
     """Peak anonymous bytes of a merge at λ = 1."""
-    found = bench_merge.watched([*bench_merge.merge_command(made.base, made.adapter, out), *extra])
+    found = measure.watched([*bench_merge.merge_command(made.base, made.adapter, out), *extra])
     assert (out / "model.safetensors").stat().st_size == (made.base / "model.safetensors").stat().st_size
     return found.anonymous
 
@@ -68,8 +69,8 @@ def test_merge_stays_under_the_bound_and_twice_the_model_takes_no_more(
 
 def test_the_poll_sees_memory_that_is_held() -> None:
     code = "import time; held = bytearray(b'x') * 100_000_000; time.sleep(0.3)"
-    held = bench_merge.watched([sys.executable, "-c", code])
-    idle = bench_merge.watched([sys.executable, "-c", "import time; time.sleep(0.3)"])
+    held = measure.watched([sys.executable, "-c", code])
+    idle = measure.watched([sys.executable, "-c", "import time; time.sleep(0.3)"])
     assert 99e6 < held.anonymous - idle.anonymous < 103e6
     assert held.hwm >= held.anonymous
 
@@ -82,7 +83,7 @@ def test_a_gigabyte_of_full_width_layers_and_two(tmp_path: Path) -> None:
     assert second < 1.05 * first + SLACK
 
 
-def detection(made: DemoModel, out: Path, *extra: str) -> tuple[bench_merge.Watched, list[tuple[int, ...]]]:
+def detection(made: DemoModel, out: Path, *extra: str) -> tuple[measure.Watched, list[tuple[int, ...]]]:
     """What a detection took, and the intruders of each matrix."""
     command = [
         sys.executable,
@@ -96,7 +97,7 @@ def detection(made: DemoModel, out: Path, *extra: str) -> tuple[bench_merge.Watc
         "--quiet",
         *extra,
     ]
-    return bench_merge.watched(command), [m.detection.intruders for m in load_findings(out)]
+    return measure.watched(command), [m.detection.intruders for m in load_findings(out)]
 
 
 def test_a_budget_too_small_is_refused_with_the_least_that_would_do(
@@ -160,9 +161,9 @@ def test_codes_are_merged_a_few_rows_at_a_time(tmp_path: Path, encoding: str) ->
         factors = {name: (torch.randn(4, n, generator=g), torch.randn(m, 4, generator=g) / 1e3) for name in names}
         adapter = write_adapter(tmp_path / f"adapter{layers}", factors, 4)
         command = bench_merge.merge_command(base, adapter, tmp_path / f"out{layers}")
-        peaks.append(bench_merge.watched([*command, *(["--dequantize"] if encoding != "fp8" else [])]).anonymous)
+        peaks.append(measure.watched([*command, *(["--dequantize"] if encoding != "fp8" else [])]).anonymous)
         written = (tmp_path / f"out{layers}" / "model.safetensors").stat().st_size
         assert written > layers * m * n * (1 if encoding == "fp8" else 2)
-    idle = bench_merge.watched([sys.executable, "-c", "import torch; torch.ones(9) @ torch.ones(9)"]).anonymous
+    idle = measure.watched([sys.executable, "-c", "import torch; torch.ones(9) @ torch.ones(9)"]).anonymous
     assert peaks[1] < 1.05 * peaks[0] + SLACK, peaks
     assert peaks[1] - idle < 4 * m * n + SLACK, (peaks, idle)

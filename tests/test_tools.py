@@ -13,6 +13,7 @@ import torch
 from helpers import ENV, tree_digest
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import streamer
@@ -194,23 +195,29 @@ def test_help_teaches(tool: str) -> None:
 
 
 def test_a_tiny_benchmark_gives_every_figure(tmp_path: Path) -> None:
-    done = run_tool("bench_merge.py", *SMALL, "--pairs", 2, "--double", "--json", "--work", tmp_path)
+    done = run_tool(
+        "bench_merge.py", *SMALL, "--rounds", 2, "--double", "--max-memory", "1G", "--json", "--work", tmp_path
+    )
     assert done.returncode == 0, done.stderr
     tree = json.loads(done.stdout)
-    assert len(tree["pairs"]) == 2
-    for pair in tree["pairs"]:
-        assert pair["ratio"] == pytest.approx(pair["merge"] / pair["cp"])
-        assert pair["cp_sync"] > pair["cp"] > 0
-    for key in ("merge", "cp", "cp_sync", "ratio", "ratio_sync"):
-        values = sorted(p[key] for p in tree["pairs"])
-        assert tree[key] == {"median": pytest.approx(sum(values) / 2), "min": values[0], "max": values[1]}
-    assert 50e6 < tree["memory"]["anonymous"] < tree["memory"]["hwm"] < 2e9  # torch alone is over 50 MB
-    assert tree["double"]["bytes"] > 1.5 * tree["memory"]["bytes"]
-    ratio = tree["double"]["anonymous"] / tree["memory"]["anonymous"]
-    assert tree["double"]["difference_percent"] == pytest.approx(100 * (ratio - 1))
+    assert len(tree["rounds"]) == 2
+    for row in tree["rounds"]:
+        assert {"merge", "cp", "cp_sync", "loop", "shards"} < set(row)
+        for other in ("cp", "cp_sync", "loop", "shards"):
+            assert row[f"merge/{other}"] == pytest.approx(row["merge"] / row[other])
+        assert row["cp_sync"] > row["cp"] > 0
+    for key, values in tree["spread"].items():
+        seen = sorted(r[key] for r in tree["rounds"])
+        assert values == {"median": pytest.approx(sum(seen) / 2), "min": seen[0], "max": seen[1]}
+    memory = tree["memory"]
+    assert set(memory) == {"merge", "loop", "shards", "--max-memory 1G", "double"}
+    assert all(50e6 < m["anonymous"] < m["hwm"] < 2e9 for m in memory.values())  # torch alone is over 50 MB
+    assert memory["double"]["bytes"] > 1.5 * memory["merge"]["bytes"]
+    ratio = memory["double"]["anonymous"] / memory["merge"]["anonymous"]
+    assert tree["difference_percent"] == pytest.approx(100 * (ratio - 1))
     stages = tree["profile"]["stages"]
     assert {
-        "start and import",
+        "import",
         "plan and identity",
         "read and upcast",
         "addmm",
@@ -220,18 +227,34 @@ def test_a_tiny_benchmark_gives_every_figure(tmp_path: Path) -> None:
         "fsync",
     } <= set(stages)
     assert all(t["wall"] > 0 and t["cpu"] >= 0 for t in stages.values())
-    assert sum(t["wall"] for t in stages.values()) == pytest.approx(
-        tree["profile"]["seconds"], rel=0.02
-    )  # nothing counted twice or missed
+    # Nothing counted twice or missed.
+    assert sum(t["wall"] for t in stages.values()) == pytest.approx(tree["profile"]["seconds"], rel=0.02)
     assert "sha256" in stages  # here on the main thread: no piece of a model this small is worth a thread
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
+
+
+def test_the_peers_of_merge_do_what_they_are_named_for(tmp_path: Path) -> None:
+    """Or their times would mean nothing: a copy of every tensor, and PEFT's own sum."""
+    make(tmp_path, *SMALL, "--shards", 2, "--dtype", "fp32")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for name, *more in (("loop", base), ("shards", base, adapter)):
+        done = run_tool("merge_peers.py", name, *more, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "own", mitigation_lambda=1)
+    for shard in base.glob("*.safetensors"):
+        old, copied, merged, own = (load_file(tmp_path / d / shard.name) for d in ("base", "loop", "shards", "own"))
+        assert set(old) == set(copied) == set(merged)
+        assert all(torch.equal(t, copied[name]) for name, t in old.items())
+        assert any(not torch.equal(t, merged[name]) for name, t in old.items())
+        for name, t in merged.items():
+            torch.testing.assert_close(t, own[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_given_checkpoint_is_measured_and_left_alone(tmp_path: Path) -> None:
     make(tmp_path, "--hidden", 64, "--layers", 1)
     before = tree_digest(tmp_path)
-    done = run_tool("bench_merge.py", "--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--pairs", 1)
+    done = run_tool("bench_merge.py", "--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--rounds", 1)
     assert done.returncode == 0, done.stderr
-    for word in ("merge/cp", "median", "anonymous", "addmm", "fsync", "sha256"):
+    for word in ("merge/cp", "merge/shards", "median", "anonymous", "addmm", "fsync", "sha256"):
         assert word in done.stdout
     assert tree_digest(tmp_path) == before

@@ -37,7 +37,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from bench_merge import kilobytes, machine
+from measure import kilobytes, machine
 from torch import Tensor
 
 from streamer.demo import power_law

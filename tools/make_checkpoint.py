@@ -83,6 +83,21 @@ def split(model: Known, dtype: str, shards: int | None, shard_bytes: int | None)
     return groups
 
 
+def planted_in(model: Known, module: str, expert: int | None = None) -> int:
+    """The number of intruders in a module of the adapter; of experts every other one has some, on its way back."""
+    if expert is None:
+        return PLANTED.get(".".join(module.split(".")[3:]), 0)
+    return PLANTED["mlp.down_proj"] if model.stacks[module][0].endswith("down_proj") and expert % 2 == 0 else 0
+
+
+def all_planted(model: Known) -> dict[str, int]:
+    """Intruders by the name that findings give to the matrix."""
+    found = {f"{module}.weight": planted_in(model, module) for module in model.modules}
+    for module, (parameter, experts, _) in model.stacks.items():
+        found |= {f"{parameter}[{e}]": planted_in(model, module, e) for e in range(experts)}
+    return {name: count for name, count in found.items() if count}
+
+
 class Values:
     """The values of each tensor of the base and of the adapter, from seeds of their own."""
 
@@ -94,12 +109,6 @@ class Values:
             self.lora[module] = (experts * rank, n), (m, rank * experts)
         self.seeds = {name: i for i, name in enumerate((*self.shapes, *self.lora))}
         self.noise = Noise(max(BLOCK, *(m * n for m, n in self.matrices.values())), seed_of(seed, -1))
-
-    def planted(self, module: str, expert: int | None = None) -> int:
-        """The number of intruders in a module of the adapter; of experts every other one has some, on its way back."""
-        if expert is None:
-            return PLANTED.get(".".join(module.split(".")[3:]), 0)
-        return PLANTED["mlp.down_proj"] if self.model.stacks[module][0].endswith("down_proj") and expert % 2 == 0 else 0
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """A tensor of the base, a few rows at a time."""
@@ -122,17 +131,10 @@ class Values:
         """A and B of a module of the adapter; those of a stack stand expert by expert, A's in rows, B's in columns of each rank."""
         g = seed_of(self.seed, self.seeds[module])
         if module not in self.model.stacks:
-            return planted_factors(self.model.modules[module], self.rank, SCALE, self.planted(module), g)
+            return planted_factors(self.model.modules[module], self.rank, SCALE, planted_in(self.model, module), g)
         _, experts, shape = self.model.stacks[module]
-        pairs = [planted_factors(shape, self.rank, SCALE, self.planted(module, e), g) for e in range(experts)]
+        pairs = [planted_factors(shape, self.rank, SCALE, planted_in(self.model, module, e), g) for e in range(experts)]
         return torch.cat([A for A, _ in pairs]), torch.stack([B for _, B in pairs], dim=2).flatten(1)
-
-    def all_planted(self) -> dict[str, int]:
-        """Intruders by the name that findings give to the matrix."""
-        found = {f"{module}.weight": self.planted(module) for module in self.model.modules}
-        for module, (parameter, experts, _) in self.model.stacks.items():
-            found |= {f"{parameter}[{e}]": self.planted(module, e) for e in range(experts)}
-        return {name: count for name, count in found.items() if count}
 
 
 def make_checkpoint(
@@ -154,7 +156,7 @@ def make_checkpoint(
     with threads():  # many small matrices: a barrier at the end of each costs more than a second thread saves
         write_base(base, model, dtype, files, values.rows)
         write_adapter(adapter, model.targets, values.lora, rank, SCALE * rank, values.factors)
-    return DemoModel(base, adapter, values.all_planted())
+    return DemoModel(base, adapter, all_planted(model))
 
 
 def add_file_options(parser: argparse.ArgumentParser) -> None:
