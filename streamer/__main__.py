@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,18 +22,21 @@ from streamer.parser import build_parser
 
 if TYPE_CHECKING:
     from streamer.findings import Findings
+    from streamer.forecast import Forecast
     from streamer.intruders import DetectionOptions, MitigationOptions
 
 
 def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer import report
+    from streamer.forecast import forecast_commands
+    from streamer.pipeline import choose_device
     from streamer.plan import make_plan
     from streamer.storage.checkpoint import open_checkpoint
 
     if args.adapter is not None:
         plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
         _warn(plan.warnings, monitor)
-        tree = report.inspect_json(plan)
+        tree = report.inspect_json(plan, forecast_commands(plan, choose_device("auto")))
         _print(args, tree, report.inspect_table(tree))
         return
     base = open_checkpoint(args.base, args.io)
@@ -45,16 +49,18 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
 
 def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.api import detect_intruder_dimensions
+    from streamer.forecast import forecast_detection
     from streamer.pipeline import choose_device, inspect_detection
     from streamer.plan import make_plan
     from streamer.report import findings_json, findings_table
 
     options = _detection_options(args, None)
     if args.dry_run:
-        choose_device(args.device)
+        device = choose_device(args.device)
         plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
         state = inspect_detection(plan, Path(args.output), options, args.overwrite, not args.no_resume)
-        _print_dry_run(args, state, len(plan.targets), 1, None)
+        forecast = None if state == "done" else forecast_detection(plan, options, device)
+        _print_dry_run(args, state, len(plan.targets), 1, None, forecast)
         return
     findings = detect_intruder_dimensions(
         args.base, args.adapter, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,
@@ -89,6 +95,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     from streamer.api import prepare
     from streamer.apply import inspect_job
     from streamer.findings import load_findings
+    from streamer.forecast import forecast_output
     from streamer.report import record_table
 
     findings = load_findings(args.findings) if args.findings else None
@@ -99,7 +106,9 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
                       base_is_residual=args.base_is_residual, **special)  # fmt: skip
         planned = sink(job, Path(args.output))
         state = inspect_job(planned, args.overwrite, not args.no_resume)
-        _print_dry_run(args, state, len(job.plan.targets), len(planned.output.files), planned.output.total_bytes)
+        files, total = len(planned.output.files), planned.output.total_bytes
+        forecast = None if state == "done" else forecast_output(planned)
+        _print_dry_run(args, state, len(job.plan.targets), files, total, forecast)
         return
     record = write(
         args.base, args.adapter, args.output, findings=findings, top_k=detection.top_k,
@@ -160,14 +169,20 @@ def _mitigation_options(args: argparse.Namespace) -> MitigationOptions:
     return MitigationOptions(args.mitigation_lambda, args.method, args.scale)
 
 
-def _print_dry_run(args: argparse.Namespace, state: str, matrices: int, files: int, nbytes: int | None) -> None:
-    from streamer.report import size
+def _print_dry_run(args: argparse.Namespace, state: str, matrices: int, files: int, nbytes: int | None,
+                   forecast: Forecast | None) -> None:  # fmt: skip
+    from streamer.report import forecast_text, size
+    from streamer.storage.transaction import free_bytes
 
     says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
     text = f"dry run: {says} {args.output}: {files} files" + (f", {size(nbytes)}" if nbytes is not None else "")
     tree = {"schema": "streamer.dry-run/1", "command": args.command, "output": args.output, "state": state,
-            "matrices": matrices, "files": files, "bytes": nbytes}  # fmt: skip
-    _print(args, tree, f"{text}; {matrices} matrices")
+            "matrices": matrices, "files": files, "bytes": nbytes,
+            "free_bytes": free_bytes(Path(args.output)), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
+    text += f"; {matrices} matrices"
+    if forecast is not None:
+        text += f"\n{forecast_text(tree['forecast'], tree['free_bytes'])}"
+    _print(args, tree, text)
 
 
 def _print(args: argparse.Namespace, tree: dict[str, Any], text: str) -> None:

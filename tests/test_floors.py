@@ -32,7 +32,20 @@ FLOORS = [
         "bases",
     },
     {"targets", "experts", "changes", "tied", "tuned", "support", "findings", "findings_writer"},
-    {"plan", "merging", "merged", "budget", "figures", "pipeline", "apply", "adapted", "converted", "report"},
+    {
+        "plan",
+        "merging",
+        "merged",
+        "budget",
+        "figures",
+        "pipeline",
+        "apply",
+        "adapted",
+        "converted",
+        "probe",
+        "forecast",
+        "report",
+    },
     {"api"},
     {"demo"},
     {"__main__"},
@@ -59,8 +72,10 @@ WITHIN = [
     ["plan", "merging", "figures"],
     ["merged", "budget"],
     ["pipeline"],
-    ["apply", "report"],
+    ["apply", "probe"],
     ["adapted", "converted"],
+    ["forecast"],
+    ["report"],
 ]
 # storage.transaction reads JSON as checkpoint does.
 SIBLINGS = {("storage.transaction", "storage.checkpoint")}
