@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from streamer.linalg import deltas
+from streamer.linalg.christoffel import CHRISTOFFEL_BYTES
 from streamer.linalg.deltas import Delta
 from streamer.linalg.krylov import block_width
 from streamer.linalg.operators import BLOCK_BYTES, Matrix, Sum
-from streamer.linalg.overlaps import CHRISTOFFEL_BYTES, PROVABLE, OverlapBounds, OverlapProcess, dense_overlaps
+from streamer.linalg.overlaps import PROVABLE, OverlapBounds, OverlapProcess, dense_overlaps
 from streamer.linalg.svd import OVERSAMPLING, Triplets, dense_triplets, krylov_triplets
 
 
@@ -219,14 +220,17 @@ def cheaper(shape: tuple[int, int], k: int) -> str:
 def cost(shape: tuple[int, int], k: int, solver: str = "auto") -> int:
     """What a matrix costs: about the nanoseconds on two cores, so that what is left of a run can be told from what is done.
 
-    Fitted to `tools/bench_detect.py --dtype bf16` (power spectrum, k = 10): certified 0.08 s at 640x640, 0.16 at 2048x2048, 0.24 at
-    1024x8192, 0.45 at 4096x4096, 1.3 at 14336x4096, 1.6 at 8192x8192, within a quarter of each but the first; dense from 2.6 s at
-    2048x2048 to 371 s at 8192x8192, within a factor of two. The number of steps depends on the spectrum, and is taken to be the same.
+    Fitted to the job of `tools/bench_detect.py --dtype bf16` (power spectrum, k = 10; Intel Xeon), upcast and decisions. Certified
+    seconds, measured and by this formula: 0.07 and 0.07 at 640x640, 0.20 and 0.20 at 1024x8192, 0.38 and 0.34 at 4096x4096, 1.06 and
+    1.01 at 14336x4096, 1.35 and 1.14 at 8192x8192, 3.54 and 3.83 at 8192x28672, 0.14 and 0.14 at 2048x768, 0.53 and 0.54 at 4096x2048,
+    within a third at 15 others. The last two are tall and narrow enough for the proof of full rank. Dense: 0.31 and 0.27 at 512x2048,
+    within a factor of two up to 8192x8192. The number of steps depends on the spectrum, and is taken to be the same.
     """
     m, n = shape
     if (cheaper(shape, k) if solver == "auto" else solver) == "dense":
         return 1_000_000 + m * n * min(m, n) // 2
-    return 30_000_000 + block_width(k, OVERSAMPLING) // 16 * (20 * m * n + 10_000 * (m + n))
+    proof = 80 * n * n if n < m and n <= PROVABLE else 0
+    return 67_000_000 + block_width(k, OVERSAMPLING) * m * n + proof
 
 
 SOLVERS: dict[str, Solver] = {"certified": solve_certified, "dense": solve_dense}

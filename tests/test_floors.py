@@ -57,6 +57,7 @@ WITHIN = [
     ["storage.checkpoint", "storage.shards", "storage.transaction"],
     ["linalg.operators", "linalg.precision"],
     ["linalg.krylov", "linalg.deltas"],
+    ["linalg.christoffel"],
     ["linalg.svd", "linalg.overlaps"],
     ["encodings", "methods", "renames", "wrapped", "scales", "dora", "solvers"],
     ["kinds", "modules"],

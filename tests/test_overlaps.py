@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers import power_law, spectrum_matrix
 
-from streamer.linalg import overlaps
+from streamer.linalg import christoffel
+from streamer.linalg.christoffel import christoffel_bound
 from streamer.linalg.krylov import GolubKahan
 from streamer.linalg.operators import Dense, RowBlocks
-from streamer.linalg.overlaps import OverlapProcess, christoffel_bound, dense_overlaps, singular_values_exceed
+from streamer.linalg.overlaps import OverlapProcess, dense_overlaps, singular_values_exceed
 
 SHAPES = [(80, 120), (120, 80), (97, 97), (61, 67), (9, 200), (200, 9)]
 
@@ -297,7 +298,7 @@ def test_the_bound_of_wide_blocks_is_that_of_narrow_ones(width: int, monkeypatch
     w = (ritz.Y.T[:, : len(gk.start_coefficients)] @ gk.start_coefficients)[:, :7]
     sigma = torch.linspace(0, 1, 200, dtype=torch.float64)
     wide = christoffel_bound(sigma, ritz, w, 1e-12)
-    monkeypatch.setattr(overlaps, "NARROW", 1000)
+    monkeypatch.setattr(christoffel, "NARROW", 1000)
     torch.testing.assert_close(wide, christoffel_bound(sigma, ritz, w, 1e-12))
-    monkeypatch.setattr(overlaps, "CHRISTOFFEL_BYTES", 1)
+    monkeypatch.setattr(christoffel, "CHRISTOFFEL_BYTES", 1)
     torch.testing.assert_close(wide, christoffel_bound(sigma, ritz, w, 1e-12))

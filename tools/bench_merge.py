@@ -14,7 +14,7 @@ leaves its data to be written later, while merge ends when the data are on the d
 copied files is given as well. `loop` copies with `safe_open` and `save_file`, `shards` merges as other tools do, a shard at a
 time (merge_peers.py); neither syncs.
 
-Memory. Runs of their own, which nothing compares: every 10 ms `Anonymous:` of /proc/PID/smaps_rollup, the memory that the system
+Memory. Runs of their own, which nothing compares: every 10 ms `RssAnon:` of /proc/PID/status, the memory that the system
 could only swap out; the largest is reported. VmHWM counts besides it the mapped pages of files that happened to be resident,
 which the system can drop. --max-memory measures one more merge under that budget; --double one of twice the layers.
 
@@ -145,7 +145,7 @@ def table(tree: dict[str, Any]) -> str:
     lines = [head, "", "".join([f"{'round':<8}", *(f"{key:>14}" for key in tree["spread"])])]
     rows = [(str(i), row) for i, row in enumerate(tree["rounds"], 1)]
     rows += [(what, {key: s[what] for key, s in tree["spread"].items()}) for what in ("median", "min", "max")]
-    lines += ["".join([f"{name:<8}", *(f"{value:>14.2f}" for value in row.values())]) for name, row in rows]
+    lines += ["".join([f"{name:<8}", *(f"{row[key]:>14.2f}" for key in tree["spread"])]) for name, row in rows]
     lines += ["", f"{'peak memory':<28}{'anonymous MB':>14}{'VmHWM MB':>10}{'s':>8}"]
     for name, peak in tree["memory"].items():
         label = f"{name}, {peak['bytes'] / 1e9:.2f} GB"

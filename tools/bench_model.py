@@ -17,7 +17,7 @@ Reading. A thread reads the next weight while the current one is computed: repor
 the run had to wait for. The base is dropped from the page cache first (--warm: it is read into it), and what the system kept is
 said. The first weight has nothing to hide behind.
 
-Memory. Every 10 ms `Anonymous:` of /proc/PID/smaps_rollup, beside the run.
+Memory. Every 10 ms `RssAnon:` of /proc/PID/status, beside the run.
 """
 
 from __future__ import annotations

@@ -30,6 +30,10 @@ STEP_BYTES = 1 << 20
 class Appender:
     """Appends to a descriptor and hashes what it appends: one thread writes, one hashes, and the caller makes the next piece.
 
+    Untouched bytes come this way too. ``copy_file_range`` would spare them the way through memory, but the digest takes them there
+    anyway: 2.1 GB on ext4 and two cores, three runs each by turns, took 1.5 s this way and 1.6 to 1.9 s that way from the page cache,
+    2.5 to 2.8 s and 3.3 to 5.6 s from the disk.
+
     On two cores hashing (0.6 s/GB) and writing (0.3 s/GB) then cost no time of their own. Pages that are written lie in the cache
     no longer than the disk needs: their memory is used again, and the fsync at the end finds little left.
     """

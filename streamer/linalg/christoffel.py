@@ -1,0 +1,112 @@
+"""How much a singular vector can overlap with given vectors, bounded from above by a block Krylov space: its Christoffel function.
+
+Let M be the base or its transpose, whichever has the smaller side as its right one, carried by the block Golub–Kahan process from a
+start block that holds the given vectors, with ``B = X S Yᵀ``, T = BᵀB. Let v be *any* unit right singular vector of M, with value σ,
+and ŷ = YᵀPᵀv, z = P₊ᵀv its coordinates. Multiplying the process' invariant by v from the left gives, for each Ritz value s_l, with
+``g_l = s_l tail_l``,
+
+    ŷ_l (s_l² − σ²) = −g_lᵀ z − (σ f_l + s_l f'_l),      ‖ŷ‖² + ‖z‖² ≤ 1,
+
+where f, f' are what rounding added to the invariant, ‖f‖² + ‖f'‖² ≤ φ². So ŷ is a linear image of z, but for rounding, and the
+overlap ``c = ŵᵀŷ`` of v with a vector of coordinates ŵ in the Ritz basis is bounded by Cauchy–Schwarz in the metric of the
+constraint, z ↦ zᵀ(I + H)z. Split off the Ritz values N within τ of σ, on whose ŷ_l nothing is known but its norm:
+
+    |c| ≤ (1 + e)·√( Σ_N ŵ_l² + aᵀ(I + H)⁻¹a ) + φ·√( Σ_¬N ŵ_l² / (s_l − σ)² ),
+    a = Σ_¬N ŵ_l g_l / (s_l² − σ²),   H = Σ_¬N g_l g_lᵀ / (s_l² − σ²)²,   e = φ / τ at most,
+
+since |σ f + s f'| ≤ (s + σ)·√(f² + f'²). The first root is the block Christoffel function of the space. It holds for every singular
+vector with that value, in clusters or not; its supremum over σ bounds every overlap. Near a converged Ritz value it has a peak as
+narrow as the residual, so it is sampled on that scale as well. The supremum is taken over these samples, `MARGIN` above their largest.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from streamer.linalg.krylov import RitzBasis
+
+WINDOW = 100.0
+"""τ/φ. Wider windows lump more Ritz values together, narrower ones pay more for rounding; at 100 rounding costs 1 %."""
+
+MARGIN = 1.02
+"""What the bound may come to between two samples of `samples`, over the larger of them. On 150 matrices of the gallery 100 samples an
+interval and 120 around each Ritz value found 1.3 % more at most, and 0.01 % in the median."""
+
+CHRISTOFFEL_BYTES = 32 << 20
+"""Memory for evaluating the bound."""
+
+NARROW = 32
+"""Blocks of up to so many columns share one table of p·b² values among all σ, so that H is one product; for wider ones it would be
+larger than the basis."""
+
+LEAST_WINDOW = 1e-5
+"""τ/‖L‖ at least: H grows with (‖L‖/τ)², and I + H must keep the I in float64. Only matrices in float64 come so far down."""
+
+
+def window(ritz: RitzBasis, phi: float) -> float:
+    """τ: Ritz values this near to σ are taken together."""
+    tail = float(torch.linalg.matrix_norm(ritz.tail)) if ritz.tail.numel() else 0.0
+    return max(WINDOW * phi, LEAST_WINDOW * tail / math.sqrt(len(ritz.S)), 1e-300)
+
+
+def samples(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) -> Tensor:
+    """Where the bound is evaluated: 8 points in each Ritz interval, and around each Ritz value on its own scales."""
+    inside = S[bottom < S].sort().values
+    edges = torch.cat([S.new_tensor([bottom]), inside, S.new_tensor([top])])
+    within = edges[:-1, None] + edges.diff()[:, None] * S.new_tensor([0.0, 0.03, 0.12, 0.3, 0.5, 0.7, 0.88, 0.97])
+    peaks = S[:, None] + residual[:, None] * S.new_tensor([-10, -3, -1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10])
+    around = S[:, None] + tau * S.new_tensor([-1.0001, 1.0001])
+    sigma = torch.cat([within.flatten(), peaks.flatten(), around.flatten(), edges])
+    return sigma[(sigma >= bottom) & (sigma <= top)]
+
+
+def christoffel_bound(sigma: Tensor, ritz: RitzBasis, w: Tensor, phi: float) -> Tensor:
+    """The upper bound of the module's docstring at each σ, for vectors of Ritz coordinates w.
+
+    Parameters
+    ----------
+    sigma
+        (G,) values.
+    w
+        (p, k) coordinates in the Ritz basis.
+    phi
+        Bound on the rounding in the process' invariant.
+
+    Returns
+    -------
+    Tensor
+        (G, k): a bound on ``|⟨vector, v⟩|`` for every unit singular vector v with that value. Cost O(G·p·(b² + k·b)), vectorised over
+        as many values at a time as fit `CHRISTOFFEL_BYTES`.
+    """
+    g = (ritz.S * ritz.tail).T
+    p, b = g.shape
+    k = w.shape[1]
+    once = CHRISTOFFEL_BYTES // (8 * (4 * p + 2 * b * b + 2 * k * b + (p * max(b, k) if b > NARROW else 0)))
+    tau = window(ritz, phi)
+    parts = [_christoffel(some, ritz.S, g, w, phi, tau) for some in torch.split(sigma, max(1, once))]
+    return torch.cat(parts) if parts else w.new_zeros((0, k))
+
+
+def _christoffel(sigma: Tensor, S: Tensor, g: Tensor, w: Tensor, phi: float, tau: float) -> Tensor:
+    p, b = g.shape
+    k = w.shape[1]
+    distance = S - sigma[:, None]
+    near = distance.abs() <= tau
+    far = torch.where(near, 0.0, 1 / torch.where(near, 1.0, distance))
+    inverse = far / (S + sigma[:, None]).clamp_min(1e-300)
+    chi = near.double() @ w.square()
+    if b:
+        if b > NARROW:
+            H = (inverse.square()[:, None, :] * g.T) @ g
+            a = (inverse[:, None, :] * w.T) @ g
+        else:
+            H = (inverse.square() @ (g[:, :, None] * g[:, None, :]).reshape(p, b * b)).reshape(len(sigma), b, b)
+            a = (inverse @ (w[:, :, None] * g[:, None, :]).reshape(p, k * b)).reshape(len(sigma), k, b)
+        factor = torch.linalg.cholesky(H + torch.eye(b, dtype=torch.float64))
+        chi += torch.linalg.solve_triangular(factor, a.transpose(1, 2), upper=False).square().sum(1)
+    rounding = phi * (far.square() @ w.square()).sqrt()
+    e = phi * far.abs().amax(1, keepdim=True)
+    return chi.sqrt() * (1 + e) + rounding
