@@ -13,7 +13,7 @@ from streamer.adapted import AdapterSink
 from streamer.apply import Job, ModelSink, Sink
 from streamer.bases.weight import Coded, Weight
 from streamer.budget import best_way, detection_bytes, factor_rank
-from streamer.errors import UnsupportedError
+from streamer.errors import NumericError, UnsupportedError
 from streamer.intruders import DetectionOptions, MitigationOptions
 from streamer.linalg.deltas import Delta
 from streamer.linalg.svd import OVERSAMPLING
@@ -209,7 +209,11 @@ def _writing_seconds(sink: Sink) -> float | None:
         return None
     for group in alike.values():
         largest = max(group, key=lambda o: sizes[o.name])
-        seconds += writing_pace(largest.recipe, unchanged) * sum(sizes[o.name] for o in group)
+        try:
+            pace = writing_pace(largest.recipe, unchanged)
+        except NumericError:  # the run itself will say where
+            return None
+        seconds += pace * sum(sizes[o.name] for o in group)
     return seconds
 
 
