@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from streamer import solvers
-from streamer.bases.weight import Weight
 from streamer.budget import best_way, check_budget, detection_needs
 from streamer.errors import NumericError, UsageError
 from streamer.events import Event, Monitor
@@ -31,12 +28,10 @@ from streamer.findings_writer import (
 from streamer.intruders import Detection, DetectionOptions, detect
 from streamer.linalg.operators import Dense, Matrix, RowBlocks
 from streamer.plan import Plan
+from streamer.staging import Staged, Stager, read_ahead
 from streamer.storage.atomic import partials_of
 from streamer.storage.transaction import allocated_bytes, check_space
 from streamer.targets import Target
-
-T = TypeVar("T")
-V = TypeVar("V")
 
 
 def choose_device(name: str) -> torch.device:
@@ -60,17 +55,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def one_ahead(items: Sequence[T], load: Callable[[T], V]) -> Generator[tuple[T, V], None, None]:
-    """Each item with what `load` gives for it; the next one is loaded by a thread while the current one is in use."""
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        ahead = [pool.submit(load, item) for item in items[:1]]
-        for i, item in enumerate(items):
-            value = ahead.pop().result()
-            ahead += [pool.submit(load, following) for following in items[i + 1 : i + 2]]
-            yield item, value
-            del value  # before the next one arrives: never three in memory
-
-
 def cost(target: Target, options: DetectionOptions) -> int:
     """Units of work that detection spends on a matrix; see `solvers.cost`."""
     shape = target.module.shape
@@ -78,8 +62,10 @@ def cost(target: Target, options: DetectionOptions) -> int:
 
 
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device,
-                  loaded: Weight | None = None) -> MatrixFinding:  # fmt: skip
-    """Detect in one matrix; `loaded` is its weight, where that has been read ahead.
+                  staged: Staged | None = None, monitor: Monitor | None = None) -> MatrixFinding:  # fmt: skip
+    """Detect in one matrix; `staged` is its weight, where that has been read ahead.
+
+    A matrix that the device has no memory for is computed on the CPU; the monitor is told.
 
     Raises
     ------
@@ -87,16 +73,37 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         If an input is not finite or the solver fails; the message names file and tensor.
     """
     began = time.perf_counter()
-    weight = loaded or plan.weights[target.tensor]
-    way = best_way(plan, target, options)
+    staged = staged or Staged(plan.weights[target.tensor])
+    found: Detection | None = None
+    try:
+        found = _detection(plan, target, options, device, staged)
+    except torch.cuda.OutOfMemoryError:
+        if device.type == "cpu":
+            raise
+    if found is None:  # outside of the handler, which holds on to what the device has
+        if monitor is not None:
+            monitor.emit(
+                Event("warning", f"{target.tensor}: {device} has not enough memory for it; it is computed on the CPU")
+            )
+        found = _detection(plan, target, options, torch.device("cpu"), staged)
+    module = target.module
+    return MatrixFinding(target.tensor, module.name, module.shape, staged.weight.label, module.rank, module.scale, found,
+                         time.perf_counter() - began)  # fmt: skip
+
+
+def _detection(
+    plan: Plan, target: Target, options: DetectionOptions, device: torch.device, staged: Staged
+) -> Detection:
+    """The same on this very device."""
+    weight, way = staged.weight, best_way(plan, target, options)
     base: Matrix
     if way == "blocks":  # as it is stored, decoded a few rows at a time in each product
         base = RowBlocks(weight.matrix, weight.at_hand().rows, torch.empty(0, dtype=weight.compute, device=device))
     else:
-        base = Dense(weight.whole(device).reshape(weight.matrix))
+        base = Dense(staged.whole(device).reshape(weight.matrix))
     delta = plan.delta(target, base.matrix if isinstance(base, Dense) else None)
     try:
-        found = detect(
+        return detect(
             base.T if target.transposed else base,
             delta,
             options,
@@ -106,9 +113,6 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         )
     except NumericError as e:
         raise NumericError(f"{weight.where}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
-    module = target.module
-    return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scale, found,
-                         time.perf_counter() - began)  # fmt: skip
 
 
 def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, monitor: Monitor,
@@ -119,14 +123,18 @@ def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, moni
     total = sum(cost(t, options) for t in plan.targets)
     done = total - sum(cost(t, options) for t in todo)
 
-    def load(target: Target) -> Weight | None:
-        return None if best_way(plan, target, options) == "blocks" else plan.weights[target.tensor].load()
+    stager = Stager(device)
 
-    with contextlib.closing(one_ahead(todo, load)) as stream:
-        for target, loaded in stream:
+    def load(target: Target) -> Staged | None:
+        return None if best_way(plan, target, options) == "blocks" else stager.stage(plan.weights[target.tensor])
+
+    # Behind a small matrix a large one is not read in time; what is mapped may wait, other memory is not to grow.
+    mapped = device.type == "cpu" and not any(plan.weights[t.tensor].held_bytes for t in todo)
+    with contextlib.closing(read_ahead(todo, load, 2 if mapped else 1)) as stream:
+        for target, staged in stream:
             monitor.checkpoint()
             monitor.emit(Event("detect", target.tensor, done, total))
-            yield detect_matrix(plan, target, options, device, loaded)
+            yield detect_matrix(plan, target, options, device, staged, monitor)
             done += cost(target, options)
     monitor.emit(Event("detect", "", total, total))
 

@@ -113,8 +113,8 @@ def refuse_other_ties(
     for name in (*matched.values(), *others):
         if OF_A_TIE.search(name):
             raise UnsupportedError(
-                f"{model}: the model ties its embeddings in a way that is not known here, and the adapter changes {name!r}; untie "
-                f"them first (save the model with {KEY}=false)"
+                f"{model}: the model ties its embeddings in a way that is not known here, and the adapter changes {name!r}; train "
+                "one that leaves embeddings and lm_head as they are (exclude_modules)"
             )
 
 

@@ -34,6 +34,7 @@ FLOORS = [
     {"targets", "experts", "changes", "tied", "tuned", "support", "findings", "findings_writer"},
     {
         "plan",
+        "staging",
         "merging",
         "merged",
         "budget",
@@ -70,7 +71,7 @@ WITHIN = [
     ["targets", "findings", "changes", "support"],
     ["experts", "findings_writer", "tied"],
     ["tuned"],
-    ["plan", "merging", "figures"],
+    ["plan", "staging", "merging", "figures"],
     ["merged", "budget"],
     ["pipeline"],
     ["apply", "probe"],

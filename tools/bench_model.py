@@ -54,19 +54,19 @@ def instrumented(base: str, adapter: str, work: str, device: str, threads: str, 
     events: list[tuple[float, str, int, int]] = []
     reading: list[tuple[float, float]] = []
     waited: list[float] = []
-    ahead = pipeline.one_ahead
+    ahead = pipeline.read_ahead
 
     def since() -> float:
         return time.time() - float(launched)
 
-    def clocked(items: Sequence[Any], load: Callable[[Any], Any]) -> Iterator[Any]:
+    def clocked(items: Sequence[Any], load: Callable[[Any], Any], depth: int) -> Iterator[Any]:
         def timed(item: Any) -> Any:
             began = since()
             value = load(item)
             reading.append((began, since()))
             return value
 
-        with contextlib.closing(ahead(items, timed)) as stream:
+        with contextlib.closing(ahead(items, timed, depth)) as stream:
             while True:
                 began = since()
                 following = next(stream, None)
@@ -74,9 +74,9 @@ def instrumented(base: str, adapter: str, work: str, device: str, threads: str, 
                     return
                 waited.append(since() - began)
                 yield following
-                del following  # as `one_ahead` does: never three in memory
+                del following  # as `read_ahead` does
 
-    pipeline.one_ahead = clocked  # type: ignore[assignment]  # what it hands out is the same
+    pipeline.read_ahead = clocked  # type: ignore[assignment]  # what it hands out is the same
     found = api.detect_intruder_dimensions(
         base, adapter, Path(work) / "findings.safetensors", device=device,
         on_event=lambda e: events.append((since(), e.name, e.done, e.total)) if e.stage == "detect" else None,

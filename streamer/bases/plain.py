@@ -45,7 +45,11 @@ class Plain(Weight):
             i, j = k * rows, min(m, (k + 1) * rows)
             yield i, j, as_tensor(piece, dtype, (j - i, n))
 
+    def stored(self) -> Tensor:
+        """All values as they are stored."""
+        return self.parts["weight"].whole()
+
     def whole(self, device: torch.device) -> Tensor:
         """All values in the computing dtype."""
         # A copy even where the dtype stays: LAPACK's bits depend on the alignment of its input, and a map has any.
-        return self.parts["weight"].whole().to(device, self.compute, copy=True)
+        return self.stored().to(device, self.compute, copy=True)

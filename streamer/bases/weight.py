@@ -148,6 +148,10 @@ class Weight(ABC):
     def rows(self, i: int, j: int) -> Tensor:
         """Rows i to j of the `matrix`, (j − i, n), in a floating-point dtype that `compute` holds exactly; not to be written to."""
 
+    def stored(self) -> Tensor | None:
+        """All values in one tensor as they are stored, of the logical shape, not to be written to; None where they are in none."""
+        return None
+
     def whole(self, device: torch.device) -> Tensor:
         """All values in the computing dtype: a copy, of the logical shape."""
         source, (m, n) = self.at_hand(), self.matrix

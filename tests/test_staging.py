@@ -1,0 +1,127 @@
+"""Weights on their way to the device: the same values on every device present, so many ahead, and the CPU where a GPU has no room."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from streamer.bases.plain import Plain
+from streamer.bases.weight import Part
+from streamer.events import Event, Monitor
+from streamer.findings import MatrixFinding
+from streamer.intruders import DetectionOptions
+from streamer.pipeline import detect_all, detect_matrix
+from streamer.plan import Plan, make_plan
+from streamer.staging import Stager, read_ahead
+from streamer.storage.tensorfile import IOMode, TensorFile
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+NO_ROOM = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 448.00 MiB.")
+
+
+@pytest.fixture
+def plan(job: tuple[Path, Path]) -> Plan:
+    return make_plan(*job)
+
+
+def decisions(found: MatrixFinding) -> tuple[object, ...]:
+    return found.tensor, found.detection.intruders, found.detection.certified
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_what_arrives_is_what_stands_on_disk(tmp_path: Path, io: IOMode, device: str, dtype: torch.dtype) -> None:
+    values = torch.randn(37, 53, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    save_file({"w": values}, tmp_path / "f.safetensors")
+    file = TensorFile(tmp_path / "f.safetensors", io)
+    staged = Stager(torch.device(device)).stage(Plain.of(Part(file, file.header.by_name["w"])))
+    whole = staged.whole(torch.device(device))
+    assert whole.device.type == device
+    assert whole.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(whole.cpu().double(), values.double())
+    assert torch.equal(
+        staged.whole(torch.device("cpu")), whole.cpu()
+    )  # for one that the device turns out to have no room for
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_so_many_are_read_ahead_and_no_more(depth: int) -> None:
+    begun: list[int] = []
+    reached = threading.Condition()
+
+    def load(item: int) -> int:
+        with reached:
+            begun.append(item)
+            reached.notify()
+        return 10 * item
+
+    for i, (item, value) in enumerate(read_ahead(range(5), load, depth)):
+        assert (item, value) == (i, 10 * i)
+        with reached:
+            assert reached.wait_for(lambda i=i: len(begun) == min(5, i + 1 + depth), timeout=10)
+    assert begun == list(range(5))
+
+
+def test_whoever_stops_early_waits_for_one_at_most() -> None:
+    begun, second, go_on = [], threading.Event(), threading.Event()
+
+    def load(item: int) -> int:
+        begun.append(item)
+        if item:
+            second.set()
+            assert go_on.wait(10)
+        return item
+
+    stream = read_ahead(range(9), load, 3)
+    next(stream)
+    assert second.wait(10)
+    threading.Timer(0.2, go_on.set).start()
+    stream.close()
+    assert begun == [0, 1]
+
+
+def test_what_cannot_be_read_is_raised_at_its_turn() -> None:
+    stream = read_ahead([1, 0, 2], lambda item: 1 / item, 2)
+    assert next(stream) == (1, 1.0)
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_decides_the_same(plan: Plan, device: str) -> None:
+    options = DetectionOptions()
+    expected = [decisions(detect_matrix(plan, t, options, torch.device("cpu"))) for t in plan.targets]
+    found = [decisions(f) for f in detect_all(plan, options, torch.device(device), Monitor())]
+    assert found == expected
+
+
+def test_a_matrix_without_room_on_the_device_is_computed_on_the_cpu_and_that_is_said(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Plain.whole
+
+    def without_room(self: Plain, device: torch.device) -> torch.Tensor:
+        if device.type != "cpu":
+            raise NO_ROOM
+        return whole(self, device)
+
+    monkeypatch.setattr(Plain, "whole", without_room)
+    target, options, events = plan.targets[0], DetectionOptions(), list[Event]()
+    found = detect_matrix(plan, target, options, torch.device("cuda"), monitor=Monitor(events.append))
+    text = f"{target.tensor}: cuda has not enough memory for it; it is computed on the CPU"
+    assert events == [Event("warning", text)]
+    assert decisions(found) == decisions(detect_matrix(plan, target, options, torch.device("cpu")))
+
+
+def test_without_room_on_the_cpu_there_is_nowhere_to_go(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_room(*_: object) -> torch.Tensor:
+        raise NO_ROOM
+
+    monkeypatch.setattr(Plain, "whole", without_room)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        detect_matrix(plan, plan.targets[0], DetectionOptions(), torch.device("cpu"))
