@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -51,25 +51,34 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.api import detect_intruder_dimensions
     from streamer.forecast import forecast_detection
     from streamer.pipeline import choose_device, inspect_detection
-    from streamer.plan import make_plan
+    from streamer.plan import make_plans
     from streamer.report import findings_json, findings_table
+    from streamer.several import findings_of, named_adapters
 
     options = _detection_options(args, None)
+    adapters = _adapters(args)
     if args.dry_run:
         device = choose_device(args.device)
-        plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
-        state = inspect_detection(plan, Path(args.output), options, args.overwrite, not args.no_resume)
-        forecast = None if state == "done" else forecast_detection(plan, options, device)
-        _print_dry_run(args, state, len(plan.targets), 1, None, forecast)
+        named = named_adapters(adapters)
+        parts = {}
+        for name, plan in zip(
+            named, make_plans(args.base, [*named.values()], args.io, args.base_is_residual), strict=True
+        ):
+            path = findings_of(args.output, name)
+            state = inspect_detection(plan, path, options, args.overwrite, not args.no_resume, make_parent=bool(name))
+            forecast = None if state == "done" else forecast_detection(plan, options, device)
+            parts[name] = _dry_run(args, path, state, len(plan.targets), 1, None, forecast)
+        _print_each(args, parts)
         return
-    findings = detect_intruder_dimensions(
-        args.base, args.adapter, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,
+    found = detect_intruder_dimensions(
+        args.base, adapters, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,
         solver=options.solver, max_memory=options.max_memory, device=args.device, io=args.io,
         base_is_residual=args.base_is_residual, resume=not args.no_resume,
         overwrite=args.overwrite,
         monitor=monitor,
     )  # fmt: skip
-    _print(args, findings_json(findings), findings_table(findings))
+    each = found if isinstance(found, dict) else {"": found}
+    _print_each(args, {name: (findings_json(findings), findings_table(findings)) for name, findings in each.items()})
 
 
 def _mitigate(args: argparse.Namespace, monitor: Monitor) -> None:
@@ -92,31 +101,43 @@ def _merge(args: argparse.Namespace, monitor: Monitor) -> None:
 
 
 def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **special: Any) -> None:
-    from streamer.api import prepare
-    from streamer.apply import inspect_job
+    from streamer.api import findings_by_name, prepare
     from streamer.findings import load_findings
     from streamer.forecast import forecast_output
+    from streamer.outputs import inspect_jobs
     from streamer.report import record_table
+    from streamer.several import model_of, named_adapters
 
-    findings = load_findings(args.findings) if args.findings else None
-    detection = _detection_options(args, findings)
+    adapters = _adapters(args)
+    named = named_adapters(adapters)
+    given = findings_by_name(args.findings or None, named)
+    detection = _detection_options(args, load_findings(given[0]) if isinstance(given[0], Path) else None)
     mitigation = _mitigation_options(args)
     if args.dry_run:
-        job = prepare(args.base, args.adapter, mitigation, detection, findings, args.device, args.io,
-                      base_is_residual=args.base_is_residual, **special)  # fmt: skip
-        planned = sink(job, Path(args.output))
-        state = inspect_job(planned, args.overwrite, not args.no_resume)
-        files, total = len(planned.output.files), planned.output.total_bytes
-        forecast = None if state == "done" else forecast_output(planned)
-        _print_dry_run(args, state, len(job.plan.targets), files, total, forecast)
+        jobs = prepare(args.base, [*named.values()], mitigation, detection, given, args.device, args.io,
+                       base_is_residual=args.base_is_residual, **special)  # fmt: skip
+        sinks = [sink(job, model_of(args.output, name)) for job, name in zip(jobs, named, strict=True)]
+        parts = {}
+        for name, planned, state in zip(
+            named, sinks, inspect_jobs(sinks, args.overwrite, not args.no_resume), strict=True
+        ):
+            output = planned.output
+            forecast = None if state == "done" else forecast_output(planned)
+            matrices, files = len(planned.job.plan.targets), len(output.files)
+            parts[name] = _dry_run(args, output.path, state, matrices, files, output.total_bytes, forecast)
+        _print_each(args, parts)
         return
-    record = write(
-        args.base, args.adapter, args.output, findings=findings, top_k=detection.top_k,
+    found = write(
+        args.base, adapters, args.output, findings=args.findings or None, top_k=detection.top_k,
         threshold_epsilon=detection.threshold_epsilon, mitigation_lambda=mitigation.mitigation_lambda, method=mitigation.method,
         scale=mitigation.scale, solver=detection.solver, max_memory=detection.max_memory, device=args.device, io=args.io,
         base_is_residual=args.base_is_residual, resume=not args.no_resume, overwrite=args.overwrite, monitor=monitor, **special,
     )  # fmt: skip
-    _print(args, {**record, "output": args.output}, record_table(record, args.output))
+    parts = {}
+    for name, record in ({"": found} if "" in named else found).items():
+        output = str(model_of(args.output, name)) if name else args.output
+        parts[name] = {**record, "output": output}, record_table(record, output)
+    _print_each(args, parts)
 
 
 def _report(args: argparse.Namespace, monitor: Monitor) -> None:
@@ -169,20 +190,37 @@ def _mitigation_options(args: argparse.Namespace) -> MitigationOptions:
     return MitigationOptions(args.mitigation_lambda, args.method, args.scale)
 
 
-def _print_dry_run(args: argparse.Namespace, state: str, matrices: int, files: int, nbytes: int | None,
-                   forecast: Forecast | None) -> None:  # fmt: skip
+def _adapters(args: argparse.Namespace) -> str | list[str]:
+    """The adapter, or several: a list, or a directory of adapters."""
+    from streamer.several import holds_adapters
+
+    if args.command not in ("detect", "merge"):
+        return str(args.adapter)
+    given: list[str] = args.adapter
+    return given if len(given) > 1 or holds_adapters(given[0]) else given[0]
+
+
+def _dry_run(args: argparse.Namespace, output: Path, state: str, matrices: int, files: int, nbytes: int | None,
+             forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
     from streamer.report import forecast_text, size
     from streamer.storage.transaction import free_bytes
 
     says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
-    text = f"dry run: {says} {args.output}: {files} files" + (f", {size(nbytes)}" if nbytes is not None else "")
-    tree = {"schema": "streamer.dry-run/1", "command": args.command, "output": args.output, "state": state,
+    text = f"dry run: {says} {output}: {files} files" + (f", {size(nbytes)}" if nbytes is not None else "")
+    tree = {"schema": "streamer.dry-run/1", "command": args.command, "output": str(output), "state": state,
             "matrices": matrices, "files": files, "bytes": nbytes,
-            "free_bytes": free_bytes(Path(args.output)), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
+            "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
     text += f"; {matrices} matrices"
-    if forecast is not None:
-        text += f"\n{forecast_text(tree['forecast'], tree['free_bytes'])}"
-    _print(args, tree, text)
+    return tree, text if forecast is None else f"{text}\n{forecast_text(tree['forecast'], tree['free_bytes'])}"
+
+
+def _print_each(args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+    """The result of the one adapter, or of each of several by its name."""
+    if "" in parts:
+        _print(args, *parts[""])
+        return
+    tree = {"schema": "streamer.several/1", "adapters": {name: tree for name, (tree, _) in parts.items()}}
+    _print(args, tree, "\n\n".join(f"{name}\n{text}" for name, (_, text) in parts.items()))
 
 
 def _print(args: argparse.Namespace, tree: dict[str, Any], text: str) -> None:

@@ -2,28 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 from torch import Tensor
 
 from streamer.adapted import AdapterSink
-from streamer.apply import Job, ModelSink, merged_tensors, run_job
+from streamer.apply import Job, ModelSink, merged_tensors
 from streamer.budget import check_budget, detection_needs
 from streamer.converted import LoraSink
-from streamer.errors import MismatchError
+from streamer.errors import MismatchError, UsageError
 from streamer.events import Event, Monitor, OnEvent
 from streamer.findings import Findings, load_findings
 from streamer.intruders import DetectionOptions, Method, MitigationOptions, Scale
-from streamer.pipeline import choose_device, detect_all, detect_to_file
-from streamer.plan import make_plan
+from streamer.outputs import run_jobs
+from streamer.pipeline import choose_device, detect_in_memory, detect_to_files
+from streamer.plan import Plan, make_plans
+from streamer.several import findings_of, model_of, named_adapters
 from streamer.storage.tensorfile import IOMode
 
+Several = Sequence[Path] | list[str] | tuple[str, ...]
+"""Adapters on one base; a directory of adapters among them stands for those in it."""
 
+
+class Detecting(TypedDict, total=False):
+    """Options of `detect_intruder_dimensions`."""
+
+    top_k: int | float
+    threshold_epsilon: float
+    solver: str
+    max_memory: int | None
+    device: str
+    io: IOMode
+    base_is_residual: bool
+    resume: bool
+    overwrite: bool
+    on_event: OnEvent | None
+    monitor: Monitor | None
+
+
+class Merging(Detecting, total=False):
+    """Options of `merge_with_reduced_intruder_dimensions`."""
+
+    mitigation_lambda: float
+    method: Method
+    scale: Scale
+    dequantize: bool
+
+
+@overload
+def detect_intruder_dimensions(
+    base: str | Path, adapter: str | Path, output: str | Path | None = None, **options: Unpack[Detecting]
+) -> Findings: ...
+@overload
+def detect_intruder_dimensions(
+    base: str | Path, adapter: Several, output: str | Path | None = None, **options: Unpack[Detecting]
+) -> dict[str, Findings]: ...
 def detect_intruder_dimensions(
     base: str | Path,
-    adapter: str | Path,
+    adapter: str | Path | Several,
     output: str | Path | None = None,
     *,
     top_k: int | float = 10,
@@ -37,7 +75,7 @@ def detect_intruder_dimensions(
     overwrite: bool = False,
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
-) -> Findings:
+) -> Findings | dict[str, Findings]:
     """Find the intruder dimensions of ``W0 + s·B·A`` in every matrix that the adapter changes.
 
     Parameters
@@ -45,9 +83,10 @@ def detect_intruder_dimensions(
     base
         Model directory, or one ``.safetensors`` file.
     adapter
-        PEFT LoRA directory.
+        PEFT adapter's directory; or several of them, in a list: each base matrix is then read once for all.
     output
         Findings file to write as detection goes; a killed run resumes from its journal. None keeps the findings in memory.
+        Of several adapters a directory, where ``NAME.safetensors`` is written for the adapter in ``…/NAME``.
     top_k, threshold_epsilon, solver, max_memory
         See `streamer.intruders.DetectionOptions`.
     device
@@ -67,6 +106,7 @@ def detect_intruder_dimensions(
     -------
     Findings
         One entry a matrix; `reduce_intruder_dimension` and `merge_with_reduced_intruder_dimensions` take it.
+        Of several adapters a dict of them by the adapters' names.
 
     Raises
     ------
@@ -75,14 +115,17 @@ def detect_intruder_dimensions(
     """
     options = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
     where = choose_device(device)
-    plan = make_plan(base, adapter, io, base_is_residual)
-    monitor = monitor or Monitor(on_event)
-    for warning in plan.warnings:
-        monitor.emit(Event("warning", warning))
+    adapters = named_adapters(adapter)
+    plans = make_plans(base, list(adapters.values()), io, base_is_residual)
+    monitor = _monitor(plans, monitor, on_event)
     if output is None:
-        matrices = tuple(detect_all(plan, options, where, monitor))
-        return Findings(plan.base_identity, plan.adapter_identity, options, matrices)
-    return detect_to_file(plan, Path(output), options, where, monitor, resume=resume, overwrite=overwrite)
+        found = detect_in_memory(plans, options, where, monitor)
+    else:
+        paths = [findings_of(output, name) for name in adapters]
+        found = detect_to_files(
+            plans, paths, options, where, monitor, resume=resume, overwrite=overwrite, make_parent="" not in adapters
+        )
+    return found[0] if "" in adapters else dict(zip(adapters, found, strict=True))
 
 
 def reduce_intruder_dimension(
@@ -141,17 +184,28 @@ def reduce_intruder_dimension(
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    job = prepare(base, adapter, mitigation, detection, findings, device, io, base_is_residual)
+    (job,) = prepare(base, [adapter], mitigation, detection, [findings], device, io, base_is_residual)
     sink = AdapterSink(job, Path(output)) if to_lora is None else LoraSink(job, Path(output), to_lora)
-    return run_job(sink, _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
+    (record,) = run_jobs([sink], _monitor([job.plan], monitor, on_event), overwrite=overwrite, resume=resume)
+    return record
 
 
+@overload
+def merge_with_reduced_intruder_dimensions(
+    base: str | Path, adapter: str | Path, output: str | Path, *, findings: Findings | str | Path | None = None,
+    **options: Unpack[Merging],
+) -> dict[str, Any]: ...  # fmt: skip
+@overload
+def merge_with_reduced_intruder_dimensions(
+    base: str | Path, adapter: Several, output: str | Path, *, findings: Mapping[str, Findings] | str | Path | None = None,
+    **options: Unpack[Merging],
+) -> dict[str, dict[str, Any]]: ...  # fmt: skip
 def merge_with_reduced_intruder_dimensions(
     base: str | Path,
-    adapter: str | Path,
+    adapter: str | Path | Several,
     output: str | Path,
     *,
-    findings: Findings | str | Path | None = None,
+    findings: Findings | Mapping[str, Findings] | str | Path | None = None,
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float = 0.75,
@@ -173,12 +227,21 @@ def merge_with_reduced_intruder_dimensions(
     Shard names, tensor order, dtypes, metadata and all other files are the base's; untouched tensors keep their bytes.
     Weights that stand as FP8 codes are coded anew, with new scales: each value is rounded to the nearest of 4 significant bits. Other
     codes are not written; with `dequantize` all codes of the model become plain tensors of its config's dtype.
+    Of several adapters `output` is a directory where a model is written for each, under the adapter's name, while the base is read once;
+    `findings` are those that `detect_intruder_dimensions` gave for them, or their directory; and the result is a dict of records by name.
     Other parameters, result and errors are those of `reduce_intruder_dimension`, but that nothing is truncated.
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    job = prepare(base, adapter, mitigation, detection, findings, device, io, base_is_residual, dequantize)
-    return run_job(ModelSink(job, Path(output)), _monitor(job, monitor, on_event), overwrite=overwrite, resume=resume)
+    adapters = named_adapters(adapter)
+    given = findings_by_name(findings, adapters)
+    jobs = prepare(
+        base, list(adapters.values()), mitigation, detection, given, device, io, base_is_residual, dequantize
+    )
+    sinks = [ModelSink(job, model_of(output, name)) for job, name in zip(jobs, adapters, strict=True)]
+    monitor = _monitor([job.plan for job in jobs], monitor, on_event)
+    records = run_jobs(sinks, monitor, overwrite=overwrite, resume=resume)
+    return records[0] if "" in adapters else dict(zip(adapters, records, strict=True))
 
 
 def iter_merged(
@@ -206,41 +269,67 @@ def iter_merged(
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    job = prepare(base, adapter, mitigation, detection, findings, device, io, base_is_residual, dequantize)
+    (job,) = prepare(base, [adapter], mitigation, detection, [findings], device, io, base_is_residual, dequantize)
     return merged_tensors(job, Monitor())
 
 
 def prepare(
     base: str | Path,
-    adapter: str | Path,
+    adapters: Sequence[str | Path],
     mitigation: MitigationOptions,
     detection: DetectionOptions,
-    findings: Findings | str | Path | None = None,
+    findings: Sequence[Findings | str | Path | None],
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
     dequantize: bool = False,
-) -> Job:
-    """Open and check everything that a mitigation reads; nothing is written."""
+) -> list[Job]:
+    """Open and check everything that mitigations read; nothing is written. `findings` are given for each adapter, or none."""
     where = choose_device(device)
-    loaded = load_findings(findings) if isinstance(findings, str | Path) else findings
-    plan = make_plan(base, adapter, io, base_is_residual)
-    if loaded is not None:
-        loaded.check_matches(plan.base_identity, plan.adapter_identity, detection)
-        shapes = {m.tensor: m.shape for m in loaded}
-        missing = [t.tensor for t in plan.targets if shapes.get(t.tensor) != t.module.shape]
-        if missing:
-            name = findings if isinstance(findings, str | Path) else "findings"
-            raise MismatchError(
-                f"{name}: has no findings on {len(missing)} of {len(plan.targets)} matrices, {missing[0]!r} first; run detect again"
-            )
-    elif mitigation.needs_detection:
-        check_budget(detection_needs(plan, detection), detection.max_memory)
-    return Job(plan, mitigation, detection, where, loaded, dequantize)
+    loaded = [load_findings(one) if isinstance(one, str | Path) else one for one in findings]
+    plans = make_plans(base, adapters, io, base_is_residual)
+    for plan, found, given in zip(plans, loaded, findings, strict=True):
+        if found is not None:
+            _check_findings(plan, found, given if isinstance(given, str | Path) else "findings", detection)
+        elif mitigation.needs_detection:
+            check_budget(detection_needs(plan, detection), detection.max_memory)
+    return [
+        Job(plan, mitigation, detection, where, found, dequantize) for plan, found in zip(plans, loaded, strict=True)
+    ]
 
 
-def _monitor(job: Job, monitor: Monitor | None, on_event: OnEvent | None) -> Monitor:
+def findings_by_name(
+    findings: Findings | Mapping[str, Findings] | str | Path | None, adapters: Iterable[str]
+) -> list[Findings | Path | None]:
+    """The findings for each adapter, by its name: those given, or where their file is."""
+    names = list(adapters)
+    if findings is None:
+        return [None for _ in names]
+    if names == [""] and not isinstance(findings, Mapping):
+        return [findings if isinstance(findings, Findings) else Path(findings)]
+    if isinstance(findings, Mapping):
+        lacking = [name for name in names if name not in findings]
+        if lacking:
+            raise UsageError(f"findings: has none for adapter {lacking[0]!r}; run detect on it")
+        return [findings[name] for name in names]
+    if isinstance(findings, Findings) or not Path(findings).is_dir():
+        where = "findings" if isinstance(findings, Findings) else findings
+        raise UsageError(f"{where}: expected findings on several adapters: the directory that detect wrote for them")
+    return [findings_of(findings, name) for name in names]
+
+
+def _check_findings(plan: Plan, findings: Findings, name: str | Path, options: DetectionOptions) -> None:
+    findings.check_matches(plan.base_identity, plan.adapter_identity, options)
+    shapes = {m.tensor: m.shape for m in findings}
+    missing = [t.tensor for t in plan.targets if shapes.get(t.tensor) != t.module.shape]
+    if missing:
+        raise MismatchError(
+            f"{name}: has no findings on {len(missing)} of {len(plan.targets)} matrices, {missing[0]!r} first; run detect again"
+        )
+
+
+def _monitor(plans: Sequence[Plan], monitor: Monitor | None, on_event: OnEvent | None) -> Monitor:
     monitor = monitor or Monitor(on_event)
-    for warning in job.plan.warnings:
+    for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
         monitor.emit(Event("warning", warning))
     return monitor

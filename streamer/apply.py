@@ -17,35 +17,32 @@ from streamer.bases.dequantize import STALE
 from streamer.budget import Need, check_budget, detection_needs, mitigation_bytes, resident_bytes, rows_bytes
 from streamer.encodings import TORCH_DTYPES, as_tensor
 from streamer.errors import NumericError
-from streamer.events import Event, Monitor
-from streamer.figures import journalled, matrix_figures, totals
+from streamer.events import Monitor
+from streamer.figures import matrix_figures
 from streamer.findings import Findings, MatrixFinding
-from streamer.findings_writer import journal_of, remove_leftovers
+from streamer.findings_writer import journal_of
 from streamer.intruders import Detection, DetectionOptions, MitigationOptions, mitigate
 from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import all_finite
 from streamer.merged import MergedModel, plan_merged
 from streamer.merging import Exchanged, Rounded, Shifted, repeats, threads
-from streamer.pipeline import detect_matrix, detect_to_file, findings_bytes
+from streamer.pipeline import detect_matrix, findings_bytes
 from streamer.plan import Plan, left_out, other_files
-from streamer.storage.atomic import Buffer, locked
+from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
-from streamer.storage.shards import ShardPlan, Source, write_shard
+from streamer.storage.shards import ShardPlan, Source
 from streamer.storage.transaction import (
-    LOCK_NAME,
     RECORD_NAME,
-    OutputDirectory,
     OutputPlan,
-    finished_record,
-    inspect_output,
-    open_output,
 )
 from streamer.targets import Target
 
 SCHEMA = "streamer.output/1"
+
 OWN_FINDINGS = ".streamer.findings.safetensors"
+"""Findings that a job makes for itself, in its output directory."""
 
 
 @dataclass
@@ -124,21 +121,6 @@ class Job:
             "detection": detection,
             "dequantize": self.dequantize,
         }
-
-    def ensure_findings(self, directory: Path, monitor: Monitor, resume: bool) -> None:
-        """Detect into the output directory where findings are needed and none were given; resumable like everything."""
-        if self.detects:
-            path = directory / OWN_FINDINGS
-            if not resume:
-                discard_own_findings(directory)
-            self.findings = detect_to_file(self.plan, path, self.detection, self.device, monitor)
-
-
-def discard_own_findings(directory: Path) -> None:
-    """Remove the findings that a job made for itself, finished or not."""
-    path = directory / OWN_FINDINGS
-    path.unlink(missing_ok=True)
-    remove_leftovers(path)
 
 
 def merging_needs(job: Job, model: MergedModel) -> Iterator[Need]:
@@ -238,76 +220,6 @@ def _temporary(job: Job, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, i
     findings, journal = findings_bytes(job.plan, job.detection)
     more = max(0, journal - sum(size for _, size in files))
     return (OWN_FINDINGS, findings), (journal_of(Path(OWN_FINDINGS)).name, more)
-
-
-def inspect_job(sink: Sink, overwrite: bool, resume: bool) -> str:
-    """Preflight, read-only: ``new``, ``resume`` or ``done`` (see `inspect_output`)."""
-    state = inspect_output(sink.output, overwrite, resume)
-    if state != "done":
-        check_budget(sink.needs(), sink.job.detection.max_memory)
-        sink.job.plan.refuse_overwriting(sink.output.path / name for name, _ in sink.output.files)
-    return state
-
-
-def run_job(sink: Sink, monitor: Monitor, *, overwrite: bool = False, resume: bool = True) -> dict[str, Any]:
-    """Write the output as one resumable transaction and return its record.
-
-    The record is that of `streamer mitigate --json` and `streamer merge --json`; it stands in the output as ``streamer.json``.
-    A finished output of the same plan is left as it is.
-    """
-    if inspect_job(sink, overwrite, resume) == "done":
-        monitor.emit(Event("note", f"{sink.output.path} holds this very output already; nothing to do"))
-        lock = sink.output.path / LOCK_NAME
-        if lock.exists():  # of a run that was killed as it ended
-            with locked(lock):
-                pass
-        return finished_record(sink.output)
-    plan = sink.job.plan
-    check = plan.check_unchanged
-    total, done = sink.output.total_bytes, 0
-    matrices: list[dict[str, Any]] = []
-    with open_output(sink.output, overwrite, resume) as out:
-        sizes = dict(sink.output.files)
-        copies = dict(sink.copies)
-        texts = {**sink.edited, **sink.finals}
-        for name, size in sizes.items():
-            monitor.checkpoint()
-            entry = out.finished(name)
-            if entry is None:
-                if name in sink.shards:
-                    sink.job.ensure_findings(out.path, monitor, out.resumed)
-                    _write_shard(sink, name, out, monitor, done, total)
-                else:
-                    monitor.emit(Event("write", name, done, total))
-                    out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
-                entry = out.entry(name)
-            matrices += journalled(entry, out.path)
-            done += size
-        monitor.emit(Event("write", "", total, total))
-        discard_own_findings(out.path)
-        record = {"schema": SCHEMA, "command": sink.command, **sink.job.options.as_dict(),
-                  "totals": totals(matrices) | {"bytes": total}, "warnings": list(plan.notes), "left_out": sink.left_out,
-                  "carried": plan.changes.listed(plan.base), "matrices": matrices}  # fmt: skip
-        return out.commit(record)
-
-
-def _write_shard(sink: Sink, name: str, out: OutputDirectory, monitor: Monitor, done: int, total: int) -> None:
-    shard = sink.shards[name]
-    figures: list[dict[str, Any]] = []
-    pour = sink.source(name, figures)
-
-    def source(info: TensorInfo) -> Iterator[Buffer]:
-        monitor.emit(Event("write", info.name, done + info.start, total))
-        for piece in pour(info):
-            monitor.checkpoint()
-            yield piece
-
-    def announce(nbytes: int, sha256: str) -> None:
-        sink.job.plan.check_unchanged()
-        out.announce(name, nbytes, sha256, matrices=figures)
-
-    with threads():
-        write_shard(out.path, shard, source, announce)
 
 
 def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:

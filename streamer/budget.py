@@ -65,9 +65,9 @@ def check_budget(needs: Iterable[Need], max_memory: int | None) -> None:
 
 
 def resident_bytes(plan: Plan) -> int:
-    """Memory between any two steps."""
-    tensors = len(plan.base.weight_map) + len(plan.adapter.parts)
-    return PROCESS_BYTES + TENSOR_BYTES * tensors + MATRIX_BYTES * len(plan.targets)
+    """Memory between any two steps, the tables of all adapters included."""
+    tensors = len(plan.base.weight_map) + plan.company.parts
+    return PROCESS_BYTES + TENSOR_BYTES * tensors + MATRIX_BYTES * plan.company.matrices
 
 
 def detection_bytes(plan: Plan, target: Target, options: DetectionOptions) -> dict[str, int]:

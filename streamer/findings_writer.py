@@ -231,7 +231,8 @@ def _record_header(raw: bytes) -> Any:
     return parse_header(raw[:n], len(raw), "journal")
 
 
-def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Sequence[Path] = ()) -> Findings | None:
+def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Sequence[Path] = (),
+                            make_parent: bool = False) -> Findings | None:  # fmt: skip
     """Preflight, read-only: the finished findings of this very plan, or None if they are still to be made.
 
     Parameters
@@ -244,13 +245,15 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
         Whether what stands at the path may be replaced.
     inputs
         Input directories and files that the output must stay out of.
+    make_parent
+        Whether the file's directory may still be missing.
 
     Raises
     ------
     OutputError
         If something else stands at the path, or it cannot be written.
     """
-    if not path.parent.is_dir():
+    if not make_parent and not path.parent.is_dir():
         raise OutputError(f"{path}: directory {path.parent} does not exist; create it first")
     if path.is_dir():
         raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")

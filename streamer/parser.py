@@ -25,7 +25,7 @@ a first run:
   streamer merge BASE ADAPTER -o DIR --lambda 0.75 --findings findings.safetensors
                                                         a plain model with the mitigated adapter merged in
 
-BASE is a model directory (or one .safetensors file), ADAPTER a PEFT LoRA directory. Results go to stdout, progress to stderr.
+BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's directory. Results go to stdout, progress to stderr.
 
 """
     + EXIT_CODES
@@ -101,22 +101,31 @@ def build_parser() -> argparse.ArgumentParser:
                         "shrink: the whole adapter, no detection, the baseline (default: paper)")  # fmt: skip
     g.add_argument("--scale", choices=["all", "first"], default="all",
                    help="every intruder among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
-    g.add_argument("--findings", metavar="FILE", help="from `streamer detect`; without it detection runs first")
+    g.add_argument(
+        "--findings",
+        metavar="FILE",
+        help="from `streamer detect` (of several adapters, its directory); without it detection runs first",
+    )
 
     def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXIT_CODES,
                                   formatter_class=raw, parents=[*parents, output])  # fmt: skip
 
-    def inputs(sub: argparse.ArgumentParser) -> None:
+    def inputs(sub: argparse.ArgumentParser, several: bool = False) -> None:
         sub.add_argument("base", metavar="BASE", help="model directory, or one .safetensors file")
-        sub.add_argument("adapter", metavar="ADAPTER", help="PEFT LoRA directory")
+        if several:
+            sub.add_argument("adapter", metavar="ADAPTER", nargs="+",
+                             help="PEFT adapter's directory; several, or a directory of them, in one pass over the base")  # fmt: skip
+        else:
+            sub.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter's directory")
 
     sub = command("inspect", "show what is there, and which tensor each module changes", reading)
     sub.add_argument("base", metavar="BASE", help="model directory, or one .safetensors file")
-    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="PEFT LoRA directory")
+    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="PEFT adapter's directory")
     sub = command("detect", "find the intruder dimensions and write the findings", reading, computing, writing)
-    inputs(sub)
-    sub.add_argument("-o", "--output", required=True, metavar="FILE", help="findings file to write")
+    inputs(sub, several=True)
+    sub.add_argument("-o", "--output", required=True, metavar="FILE",
+                     help="findings file to write; of several adapters a directory, for a NAME.safetensors each")  # fmt: skip
     sub = command("mitigate", "write a mitigated adapter", reading, mitigating, computing, writing)
     inputs(sub)
     sub.add_argument(
@@ -129,8 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "merge", "write the base with the mitigated adapter merged in", reading, mitigating, computing, writing
     )
-    inputs(sub)
-    sub.add_argument("-o", "--output", required=True, metavar="DIR", help="model directory to write")
+    inputs(sub, several=True)
+    sub.add_argument("-o", "--output", required=True, metavar="DIR",
+                     help="model directory to write; of several adapters a directory, for a model NAME each")  # fmt: skip
     sub.add_argument("--dequantize", action="store_true",
                      help="write a plain model where the base is quantized, in the dtype of its config")  # fmt: skip
     sub = command("report", "show findings as a table or as JSON")

@@ -1,13 +1,14 @@
-"""Detection over a whole adapter: one matrix at a time, the next one read while the current one computes."""
+"""Detection over whole adapters of one base: one matrix at a time, the next one read while the current one computes."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from streamer.intruders import Detection, DetectionOptions, detect
 from streamer.linalg.operators import Dense, Matrix, RowBlocks
 from streamer.plan import Plan
 from streamer.staging import Staged, Stager, read_ahead
-from streamer.storage.atomic import partials_of
+from streamer.storage.atomic import make_directory, partials_of
 from streamer.storage.transaction import allocated_bytes, check_space
 from streamer.targets import Target
 
@@ -115,74 +116,137 @@ def _detection(
         raise NumericError(f"{weight.where}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
 
 
-def detect_all(plan: Plan, options: DetectionOptions, device: torch.device, monitor: Monitor,
-               skip: Callable[[str], bool] = lambda _: False) -> Iterator[MatrixFinding]:  # fmt: skip
-    """Detect in every target, in the base's file order, but for those that `skip` knows already."""
-    check_budget(detection_needs(plan, options), options.max_memory)
-    todo = [t for t in plan.targets if not skip(t.tensor)]
-    total = sum(cost(t, options) for t in plan.targets)
-    done = total - sum(cost(t, options) for t in todo)
+Known = Callable[[int, str], bool]
+"""Whether a plan's findings on a matrix, by the plan's place among others and the tensor, are there already."""
+
+
+def detect_all(plans: Sequence[Plan], options: DetectionOptions, device: torch.device, monitor: Monitor,
+               known: Known = lambda _i, _tensor: False) -> Iterator[tuple[int, MatrixFinding]]:  # fmt: skip
+    """Detect in every target of plans on one base, in the base's file order, each with its plan's place among them.
+
+    A matrix that several plans change is read once for all of them.
+    """
+    _check_budgets(plans, options)
+    todo = [[(i, t) for i, t in uses if not known(i, t.tensor)] for uses in _matrices(plans)]
+    total = sum(cost(t, options) for plan in plans for t in plan.targets)
+    done = total - sum(cost(t, options) for uses in todo for _, t in uses)
 
     stager = Stager(device)
 
-    def load(target: Target) -> Staged | None:
-        return None if best_way(plan, target, options) == "blocks" else stager.stage(plan.weights[target.tensor])
+    def load(uses: list[tuple[int, Target]]) -> Staged | None:
+        i, target = uses[0]
+        whole = any(best_way(plans[i], t, options) != "blocks" for i, t in uses)
+        return stager.stage(plans[i].weights[target.tensor]) if whole else None
 
     # Behind a small matrix a large one is not read in time; what is mapped may wait, other memory is not to grow.
-    mapped = device.type == "cpu" and not any(plan.weights[t.tensor].held_bytes for t in todo)
-    with contextlib.closing(read_ahead(todo, load, 2 if mapped else 1)) as stream:
-        for target, staged in stream:
-            monitor.checkpoint()
-            monitor.emit(Event("detect", target.tensor, done, total))
-            yield detect_matrix(plan, target, options, device, staged, monitor)
-            done += cost(target, options)
+    mapped = device.type == "cpu" and not any(plans[i].weights[t.tensor].held_bytes for uses in todo for i, t in uses)
+    with contextlib.closing(read_ahead([uses for uses in todo if uses], load, 2 if mapped else 1)) as stream:
+        for uses, staged in stream:
+            for i, target in uses:
+                monitor.checkpoint()
+                monitor.emit(Event("detect", target.tensor, done, total))
+                yield i, detect_matrix(plans[i], target, options, device, staged, monitor)
+                done += cost(target, options)
     monitor.emit(Event("detect", "", total, total))
 
 
-def detect_to_file(plan: Plan, path: Path, options: DetectionOptions, device: torch.device, monitor: Monitor, *,
-                   resume: bool = True, overwrite: bool = False) -> Findings:  # fmt: skip
-    """Detect, journalling each matrix, and write the findings file; seconds are those of this run.
+def detect_in_memory(
+    plans: Sequence[Plan], options: DetectionOptions, device: torch.device, monitor: Monitor
+) -> list[Findings]:
+    """Detect, and keep each plan's findings in memory."""
+    found: list[dict[str, MatrixFinding]] = [{} for _ in plans]
+    for i, finding in detect_all(plans, options, device, monitor):
+        found[i][finding.tensor] = finding
+    return [
+        Findings(p.base_identity, p.adapter_identity, options, tuple(mine[t.tensor] for t in p.targets))
+        for p, mine in zip(plans, found, strict=True)
+    ]
 
-    Finished findings of this very plan are left as they are.
+
+def _matrices(plans: Sequence[Plan]) -> list[list[tuple[int, Target]]]:
+    """The targets of all plans in file order, those together that are the same bytes: an adapter may save a weight of its own."""
+    found: dict[tuple[Any, ...], list[tuple[int, Target]]] = {}
+    for i, plan in enumerate(plans):
+        for target in plan.targets:
+            parts = plan.weights[target.tensor].parts.values()
+            where = tuple((str(part.file.path), part.info.start, part.info.end) for part in parts)
+            found.setdefault((plan.place(target), target.tensor, where), []).append((i, target))
+    return [found[key] for key in sorted(found, key=lambda key: key[0])]
+
+
+def detect_to_files(plans: Sequence[Plan], paths: Sequence[Path], options: DetectionOptions, device: torch.device,
+                    monitor: Monitor, *, resume: bool = True, overwrite: bool = False,
+                    make_parent: bool = False) -> list[Findings]:  # fmt: skip
+    """Detect, journalling each matrix, and write each plan's findings file; seconds are those of this run.
+
+    Finished findings of these very plans are left as they are. With `make_parent` the files' directory is made if it is missing.
     """
-    finished = plan_detection(plan, path, options, overwrite)
-    if finished is not None:
-        remove_leftovers(path)  # of a run that was killed just after the file got its name
-        return finished
-    head = Findings(plan.base_identity, plan.adapter_identity, options, ())
-    tensors = [t.tensor for t in plan.targets]
-    seconds: dict[str, float | None] = {}
-    with FindingsWriter(path, head, tensors, plan.detection_stamps(), resume=resume, overwrite=overwrite,
-                        before_rename=plan.check_unchanged) as writer:  # fmt: skip
-        for finding in detect_all(plan, options, device, monitor, skip=writer.__contains__):
-            writer.add(finding)
-            seconds[finding.tensor] = finding.seconds
+    pairs = list(zip(plans, paths, strict=True))
+    finished = [plan_detection(plan, path, options, overwrite, make_parent) for plan, path in pairs]
+    todo = [pair for pair, found in zip(pairs, finished, strict=True) if found is None]
+    if len(todo) > 1:
+        _check_space(todo, options)
+    for (_, path), found in zip(pairs, finished, strict=True):
+        if found is None:
+            make_directory(path.parent)
+        else:
+            remove_leftovers(path)  # of a run that was killed just after the file got its name
+    seconds: dict[tuple[Path, str], float | None] = {}
+    with contextlib.ExitStack() as stack:
+        writers = []
+        for plan, path in todo:
+            head = Findings(plan.base_identity, plan.adapter_identity, options, ())
+            tensors = [t.tensor for t in plan.targets]
+            writer = FindingsWriter(path, head, tensors, plan.detection_stamps(), resume=resume, overwrite=overwrite,
+                                    before_rename=plan.check_unchanged)  # fmt: skip
+            writers.append(stack.enter_context(writer))
+        if todo:
+            pending = [plan for plan, _ in todo]
+            for i, finding in detect_all(pending, options, device, monitor, lambda i, tensor: tensor in writers[i]):
+                writers[i].add(finding)
+                seconds[writers[i].path, finding.tensor] = finding.seconds
         monitor.checkpoint()
-    findings = load_findings(path)
-    return replace(findings, matrices=tuple(replace(m, seconds=seconds.get(m.tensor)) for m in findings))
+
+    def timed(path: Path) -> Findings:
+        findings = load_findings(path)
+        matrices = tuple(replace(m, seconds=seconds.get((path, m.tensor))) for m in findings)
+        return replace(findings, matrices=matrices)
+
+    return [timed(path) if found is None else found for path, found in zip(paths, finished, strict=True)]
 
 
-def inspect_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite: bool, resume: bool) -> str:
+def inspect_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite: bool, resume: bool,
+                      make_parent: bool = False) -> str:  # fmt: skip
     """Preflight of `detect`, read-only: ``new``, ``resume`` or ``done``."""
-    if plan_detection(plan, path, options, overwrite) is not None:
+    if plan_detection(plan, path, options, overwrite, make_parent) is not None:
         return "done"
     head = Findings(plan.base_identity, plan.adapter_identity, options, ())
     start = journal_head(head, [t.tensor for t in plan.targets], plan.detection_stamps())
     return "resume" if resume and interrupted_run(path, start, overwrite) else "new"
 
 
-def plan_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite: bool) -> Findings | None:
+def plan_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite: bool,
+                   make_parent: bool = False) -> Findings | None:  # fmt: skip
     """Preflight of `detect`: the finished findings of this very plan, or None if they are still to be made."""
-    check_budget(detection_needs(plan, options), options.max_memory)
+    _check_budgets([plan], options)
     tensors = [t.tensor for t in plan.targets]
     digest = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
-    finished = inspect_findings_output(path, digest, overwrite, plan.inputs)
+    finished = inspect_findings_output(path, digest, overwrite, plan.inputs, make_parent)
     if finished is None:
         plan.refuse_overwriting([path])
-        # Of an interrupted run: what can be taken up counts, and what cannot is removed first.
-        there = [journal_of(path), *partials_of(path.parent, {path.name, journal_of(path).name})]
-        check_space(path, sum(findings_bytes(plan, options)) - sum(map(allocated_bytes, there)), at_most=True)
+        _check_space([(plan, path)], options)
     return finished
+
+
+def _check_space(todo: Sequence[tuple[Plan, Path]], options: DetectionOptions) -> None:
+    """Refuse findings that might not fit on the disk, each with its journal beside it."""
+    needed = 0
+    for plan, path in todo:
+        # Of an interrupted run: what can be taken up counts, and what cannot is removed first.
+        names = {path.name, journal_of(path).name}
+        there = [journal_of(path), *(partials_of(path.parent, names) if path.parent.is_dir() else ())]
+        needed += sum(findings_bytes(plan, options)) - sum(map(allocated_bytes, there))
+    check_space(todo[0][1], needed, at_most=True)
 
 
 def findings_bytes(plan: Plan, options: DetectionOptions) -> tuple[int, int]:
@@ -202,3 +266,7 @@ def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFind
                       solver=max(solvers.SOLVERS, key=len), escalated=False, steps=10**9, products=10**9, cutoff=longest,
                       delta_norm=longest, intruder_energy=longest, dropped_at_zero=longest)  # fmt: skip
     return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scale, found)
+
+
+def _check_budgets(plans: Sequence[Plan], options: DetectionOptions) -> None:
+    check_budget((need for plan in plans for need in detection_needs(plan, options)), options.max_memory)

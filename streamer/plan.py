@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,6 +43,26 @@ _SKIPPED_DIRECTORIES = re.compile(
 )
 
 
+@dataclass
+class Company:
+    """What plans of several adapters on one base have in common.
+
+    Attributes
+    ----------
+    parts, matrices
+        How many tensors the adapters hold, and how many matrices they change, all together.
+    """
+
+    base: Checkpoint
+    parts: int = 0
+    matrices: int = 0
+
+    @cached_property
+    def base_identity(self) -> dict[str, Any]:
+        """See `Checkpoint.identity`."""
+        return self.base.identity()
+
+
 @dataclass(frozen=True)
 class Plan:
     """A base, an adapter, and which tensor each module changes.
@@ -61,6 +81,8 @@ class Plan:
         The base's ``config.json``, or {} where there is none.
     extra_stamps
         Stamps of the small files that are copied or read whole, by path.
+    company
+        What it has in common with the plans that are carried out together with it.
     """
 
     base: Checkpoint
@@ -71,6 +93,7 @@ class Plan:
     mirrors: Mapping[str, LoraModule]
     config: dict[str, Any]
     extra_stamps: dict[str, Stamp]
+    company: Company
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -92,6 +115,11 @@ class Plan:
                 out.setdefault(place.weight, []).append((target, place))
         return out
 
+    @cached_property
+    def place(self) -> Callable[[Target], tuple[int, int]]:
+        """Gives where a target comes in the base's file order: its weight's place, and which matrix of the weight it is."""
+        return _places(self.weights)
+
     def delta(self, target: Target, base: Tensor | None = None) -> Delta:
         """What the adapter adds to a matrix, (out, in); dense where it is not of low rank, from W0 as it is stored."""
         if base is None and not target.module.low_rank:
@@ -101,8 +129,8 @@ class Plan:
 
     @cached_property
     def base_identity(self) -> dict[str, Any]:
-        """See `Checkpoint.identity`."""
-        return self.base.identity()
+        """See `Checkpoint.identity`; made once for all plans."""
+        return self.company.base_identity
 
     @cached_property
     def adapter_identity(self) -> dict[str, Any]:
@@ -153,21 +181,36 @@ class Plan:
 
 
 def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> Plan:
-    """Open and match a base and an adapter.
+    """Open and match a base and an adapter; see `make_plans`."""
+    return make_plans(base, [adapter], io, base_is_residual)[0]
+
+
+def make_plans(
+    base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", base_is_residual: bool = False
+) -> list[Plan]:
+    """Open a base, once, and match each adapter with it.
 
     Raises
     ------
     InputError
-        If either is bad, refused, or they do not belong together. Nothing has been written.
+        If one of them is bad, refused, or they do not belong together. Nothing has been written.
     """
-    given = Path(adapter)
+    given = [Path(adapter) for adapter in adapters]
     # What is wrong with an adapter is said before what is wrong with the base.
-    opened = None if is_model(given) else open_adapter(given, io, base_is_residual)
+    opened = [None if is_model(path) else open_adapter(path, io, base_is_residual) for path in given]
     checkpoint = open_checkpoint(base, io)
     config = _model_config(checkpoint.directory)
-    if opened is None:
-        conv1d = stores_conv1d(config)
-        opened = open_tuned(given, checkpoint, _model_config(given), conv1d, io)
+    company = Company(checkpoint)
+    conv1d = stores_conv1d(config)
+    return [
+        _plan(company, config, adapter or open_tuned(path, checkpoint, _model_config(path), conv1d, io))
+        for path, adapter in zip(given, opened, strict=True)
+    ]
+
+
+def _plan(company: Company, config: dict[str, Any], opened: Adapter) -> Plan:
+    """Match an adapter with a base."""
+    checkpoint = company.base
     extra = [path for _, path in other_files(opened.path)]
     if opened.config_path is not None:
         extra.append(opened.config_path)
@@ -194,12 +237,17 @@ def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_i
     other = {m.name for m in mirrors.values()}
     own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
     targets = [*match_targets(weights, opened, config, own), *match_experts(weights, opened, config, names, renames)]
-    order = {name: at for at, name in enumerate(weights)}
-    targets.sort(key=lambda t: (order[t.places[0].weight], t.places[0].index or 0))
+    targets.sort(key=_places(weights))
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
-    return Plan(
-        checkpoint, weights, opened, tuple(targets), changes, mirrors, config, {str(p): _stamp(p) for p in extra}
-    )
+    stamps = {str(p): _stamp(p) for p in extra}
+    company.parts += len(opened.parts)
+    company.matrices += len(targets)
+    return Plan(checkpoint, weights, opened, tuple(targets), changes, mirrors, config, stamps, company)
+
+
+def _places(weights: Weights) -> Callable[[Target], tuple[int, int]]:
+    order = {name: at for at, name in enumerate(weights)}
+    return lambda target: (order[target.places[0].weight], target.places[0].index or 0)
 
 
 def _check_whole(base: Checkpoint, weights: Weights, tuned: Adapter, found: set[str]) -> None:

@@ -29,13 +29,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from streamer.api import iter_merged, prepare
-from streamer.apply import ModelSink, run_job
+from streamer.apply import ModelSink
 from streamer.errors import FormatError, StreamerError
 from streamer.events import Event, Monitor
 from streamer.findings import load_findings
 from streamer.intruders import DetectionOptions, MitigationOptions
 from streamer.merged import plan_merged
-from streamer.pipeline import detect_to_file
+from streamer.outputs import run_jobs
+from streamer.pipeline import detect_to_files
 from streamer.plan import make_plan
 from streamer.report import findings_json, findings_table, inspect_json, inspect_table
 from streamer.storage.checkpoint import open_checkpoint
@@ -334,17 +335,17 @@ def findings(home: Path) -> Target:
     base, directory = small_job(home)
     path = home / "f.safetensors"
     plan = make_plan(base, directory)
-    detect_to_file(plan, path, OPTIONS, CPU, Monitor())
+    detect_to_files([plan], [path], OPTIONS, CPU, Monitor())
     seeds = [path.read_bytes()]
     path.unlink()
-    detect_to_file(plan, path, DetectionOptions(0.1, 0.9, "dense"), CPU, Monitor())
+    detect_to_files([plan], [path], DetectionOptions(0.1, 0.9, "dense"), CPU, Monitor())
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
         found = load_findings(path)
         findings_table(found)
         json.dumps(findings_json(found))
-        job = prepare(base, directory, HALF, found.options, path)
+        (job,) = prepare(base, [directory], HALF, found.options, [path])
         for target in job.plan.targets:
             job.mitigated(target)
 
@@ -379,17 +380,17 @@ def detection_journal(home: Path) -> Target:
     out.mkdir()
     path, journal = out / "f.safetensors", out / ".f.safetensors.journal"
     try:
-        detect_to_file(plan, path, OPTIONS, CPU, _stop_after(len(NAMES)))
+        detect_to_files([plan], [path], OPTIONS, CPU, _stop_after(len(NAMES)))
     except _Killed:
         known = records_of(journal.read_bytes())
-    detect_to_file(plan, path, OPTIONS, CPU, Monitor())
+    detect_to_files([plan], [path], OPTIONS, CPU, Monitor())
     whole = path.read_bytes()
 
     def run(data: bytes) -> None:
         shutil.rmtree(out)
         out.mkdir()
         journal.write_bytes(data)
-        detect_to_file(plan, path, OPTIONS, CPU, Monitor())
+        detect_to_files([plan], [path], OPTIONS, CPU, Monitor())
         load_findings(path)
         if path.read_bytes() != whole and {*records_of(data)} <= {*known}:
             raise Trouble("other findings than an uninterrupted run's")
@@ -400,20 +401,20 @@ def detection_journal(home: Path) -> Target:
 def output_journal(home: Path) -> Target:
     """The journal of an interrupted merge: taken up to the very same files, or refused."""
     base, directory = small_job(home)
-    job = prepare(base, directory, MitigationOptions(1.0), OPTIONS)
+    (job,) = prepare(base, [directory], MitigationOptions(1.0), OPTIONS, [None])
     out, half = home / "out", home / "half"
     try:
-        run_job(ModelSink(job, half), _stop_after(4))
+        run_jobs([ModelSink(job, half)], _stop_after(4))
     except _Killed:
         known = records_of((half / ".streamer.journal").read_bytes())
-    run_job(ModelSink(job, out), Monitor())
+    run_jobs([ModelSink(job, out)], Monitor())
     whole = tree_digest(out)
 
     def run(data: bytes) -> None:
         shutil.rmtree(out)
         shutil.copytree(half, out)
         (out / ".streamer.journal").write_bytes(data)
-        run_job(ModelSink(job, out), Monitor())
+        run_jobs([ModelSink(job, out)], Monitor())
         if tree_digest(out) != whole and {*records_of(data)} <= {*known}:
             raise Trouble("another output than an uninterrupted run's")
 
@@ -423,14 +424,14 @@ def output_journal(home: Path) -> Target:
 def record(home: Path) -> Target:
     """The record of a finished output: known, or refused."""
     base, directory = small_job(home)
-    job = prepare(base, directory, MitigationOptions(1.0), OPTIONS)
+    (job,) = prepare(base, [directory], MitigationOptions(1.0), OPTIONS, [None])
     out = home / "out"
-    run_job(ModelSink(job, out), Monitor())
+    run_jobs([ModelSink(job, out)], Monitor())
     path = out / "streamer.json"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        run_job(ModelSink(job, out), Monitor())
+        run_jobs([ModelSink(job, out)], Monitor())
         if path.read_bytes() != data:
             raise Trouble("a finished output was written to")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,8 @@ class Case:
     """Digests of the whole output tree."""
     calls: tuple[str, ...] = ()
     """The calls that change something on disk, in order."""
+    several: bool = False
+    """Whether the adapter is a directory of adapters, and the output one of outputs."""
 
     def run(self, out: Path, *options: str, **disturbance) -> Outcome:
         """Run it into a tree; `detect` writes a file in it."""
@@ -36,21 +39,31 @@ class Case:
 
     def line(self, out: Path) -> list[str]:
         """The command line that writes into a tree."""
-        if self.argv[0] == "detect":
-            out.mkdir(exist_ok=True)
-        return [*self.argv, "-o", str(out / "findings.safetensors" if self.argv[0] == "detect" else out)]
+        if self.argv[0] != "detect" or self.several:
+            return [*self.argv, "-o", str(out)]
+        out.mkdir(exist_ok=True)
+        return [*self.argv, "-o", str(out / "findings.safetensors")]
 
     def start(self, out: Path) -> subprocess.Popen[str]:
         """Start it as a user does, in a process of its own."""
         line = [sys.executable, "-m", "streamer", *self.line(out), "--threads", "1"]
         return subprocess.Popen(line, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    @property
-    def committed_by(self) -> str:
-        """The file that makes the output loadable."""
-        last = {"detect": "findings.safetensors", "mitigate": "adapter_config.json"}
-        index = "model.safetensors.index.json"
-        return last.get(self.argv[0], index if index in self.whole else "model.safetensors")
+    def commits(self) -> dict[str, set[str]]:
+        """The files that make outputs loadable, each with those that it stands on."""
+        if self.argv[0] == "detect":
+            return {name: set() for name in self.whole}
+        found = {}
+        for home in {Path(name).parts[0] + "/" for name in self.whole} if self.several else {""}:
+            beside = {name for name in self.whole if name.startswith(home)} - {f"{home}streamer.json"}
+            index, single = f"{home}model.safetensors.index.json", f"{home}model.safetensors"
+            last = f"{home}adapter_config.json" if self.argv[0] == "mitigate" else index if index in beside else single
+            found[last] = beside
+        return found
+
+    def committed(self, out: Path) -> bool:
+        """Whether all outputs are loadable."""
+        return all((out / name).exists() for name in self.commits())
 
     def lost(self, out: Path) -> list[str]:
         """P1: what has a final name and is not what an uninterrupted run gives it, or lacks what the commit point stands on."""
@@ -59,8 +72,9 @@ class Case:
         named = {name: digest for name, digest in tree_digest(out).items() if not Path(name).name.startswith(".")}
         wrong = [name for name, digest in named.items() if self.whole.get(name) != digest]
         wrong += [name for name in named if name.endswith(".safetensors") and not _loads(out / name)]
-        if self.committed_by in named:
-            wrong += [f"{name} is missing" for name in self.whole.keys() - {"streamer.json"} - named.keys()]
+        for commit, names in self.commits().items():
+            if commit in named:
+                wrong += [f"{name} is missing" for name in names - named.keys()]
         return wrong
 
     def check_whole_files(self, out: Path) -> None:
@@ -71,7 +85,8 @@ class Case:
         """P2, P3: what goes wrong when the same command runs again, or differs from an uninterrupted run, hidden files and all."""
         again = self.run(out, *options)
         # A kill after the last rename leaves nothing to do, and the run says so.
-        error = again.err.replace(f"streamer: note: {out} holds this very output already; nothing to do\n", "")
+        note = rf"streamer: note: {re.escape(str(out))}\S* holds this very output already; nothing to do\n"
+        error = re.sub(note, "", again.err)
         wrong = [f"exit {again.code}: {error}"] if (again.code, error) != (0, "") else []
         now = tree_digest(out)
         return wrong + [name for name in {**now, **self.whole} if now.get(name) != self.whole.get(name)]
@@ -136,12 +151,33 @@ def dora(home: Path) -> tuple[Path, Path]:
     return base, write_adapter(home / "dora", factors, r=4, more=magnitudes, use_dora=True)
 
 
+def several(home: Path) -> tuple[Path, Path]:
+    """A directory of three adapters: LoRA, DoRA on some of its modules, and LoRA with weights of its own in the base's place."""
+    base, plain = helpers.three_shards(home)
+    adapters = home / "adapters"
+    adapters.mkdir()
+    plain.rename(adapters / "lora")
+    dora(home / "more")[1].rename(adapters / "dora")
+    layer = "model.layers.1"
+    own = {
+        f"base_model.model.{layer}.mlp.up_proj.base_layer.weight": helpers.power_law(96, 48, seed=7).float(),
+        f"base_model.model.{layer}.input_layernorm.weight": torch.full((48,), 1.5),
+    }
+    factors = {f"{layer}.{name}": helpers.intruding_factors(*shape, 3, seed=5) for name, shape in SHAPES.items()}
+    write_adapter(adapters / "saved", factors, r=3, more=own, modules_to_save=["input_layernorm"])
+    return base, adapters
+
+
+SHAPES = {"self_attn.q_proj": (48, 48), "mlp.up_proj": (96, 48)}
+
 OTHERS: dict[str, tuple[Callable[[Path], tuple[Path, Path]], str]] = {
     "merge into FP8": (fp8, "merge --lambda 0.5"),
     "merge --dequantize": (fp8, "merge --lambda 0.5 --dequantize"),
     "merge of experts": (experts, "merge --lambda 0.5"),
     "merge of DoRA": (dora, "merge --lambda 0.5"),
     "mitigate --to-lora": (dora, "mitigate --lambda 0.5 --to-lora 3"),
+    "detect of several": (several, "detect"),
+    "merge of several": (several, "merge --lambda 0.5"),
 }
 """Other outputs: their inputs, and the command."""
 
@@ -161,9 +197,10 @@ class Bench:
         if command not in self._cases:
             out = self._home / command.replace(" ", "-")
             argv = self._argv(command)
-            done = Case(argv, self._server).run(out)
+            together = command.endswith("of several")
+            done = Case(argv, self._server, several=together).run(out)
             assert (done.code, done.err) == (0, "")
-            self._cases[command] = Case(argv, self._server, tree_digest(out), tuple(done.calls))
+            self._cases[command] = Case(argv, self._server, tree_digest(out), tuple(done.calls), together)
         return self._cases[command]
 
     def _argv(self, command: str) -> tuple[str, ...]:

@@ -215,9 +215,10 @@ def changed(trial: Trial) -> Tally:
     """An input changes in mid-run: exit 8 and no commit point, or the whole output, where all had been read. Put back, it goes on."""
     tally = Tally()
     case = trial.case
-    inputs = [
-        p for source in case.argv[1:3] for p in sorted(Path(source).iterdir()) if p.suffix in (".safetensors", ".json")
+    found = [
+        p for source in case.argv[1:3] for p in sorted([*Path(source).iterdir(), *Path(source).glob("*/adapter_*")])
     ]
+    inputs = [p for p in found if p.suffix in (".safetensors", ".json")]
     for i, n in enumerate(range(2, len(case.calls), 2 * trial.every)):
         path, (how, code) = trial.rng.choice(inputs), list(CHANGES.items())[i % len(CHANGES)]
         if path.name == "tokenizer.json" and case.argv[0] != "merge":
@@ -228,7 +229,7 @@ def changed(trial: Trial) -> Tally:
         os.link(path, aside)  # the very same file again afterwards
         done = case.run(out, at=n, code=code.format(str(path), str(trial.home / "new")))
         tally.begin(done.code, {0, 8}, what)
-        if (done.code == 8) == (case.committed_by in case.whole and (out / case.committed_by).exists()):
+        if (done.code == 8) == case.committed(out):
             tally.problems.append(f"{what}: exit {done.code} with {sorted(os.listdir(out))}")
         os.replace(aside, path)
         aside.unlink(missing_ok=True)  # where the two are one file still, the renaming did nothing
@@ -248,7 +249,7 @@ def two_at_once(trial: Trial) -> Tally:
         first = trial.case.run(out, at=n, code=STOP)
         began = time.monotonic()
         second = trial.case.run(out)
-        finished = out.exists() and trial.case.lost(out) == [] and trial.case.committed_by in os.listdir(out)
+        finished = out.exists() and trial.case.lost(out) == [] and trial.case.committed(out)
         tally.begin(second.code, {5, 0} if finished else {5}, what)
         if time.monotonic() - began > 30:
             tally.problems.append(f"{what}: the second one waited")

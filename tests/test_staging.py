@@ -96,7 +96,7 @@ def test_what_cannot_be_read_is_raised_at_its_turn() -> None:
 def test_every_device_decides_the_same(plan: Plan, device: str) -> None:
     options = DetectionOptions()
     expected = [decisions(detect_matrix(plan, t, options, torch.device("cpu"))) for t in plan.targets]
-    found = [decisions(f) for f in detect_all(plan, options, torch.device(device), Monitor())]
+    found = [decisions(f) for _, f in detect_all([plan], options, torch.device(device), Monitor())]
     assert found == expected
 
 

@@ -21,7 +21,7 @@ for `flat`), and a small random rest.
 Time. The solvers take turns, --repeats times, so that a busy machine slows all of them (those of --topk-peers do not); medians are
 reported, of the wall's seconds and of the processor's (all threads). On a shared machine only the latter, with --threads 1, repeat. A
 solver whose first run takes more than 5 s is run once, between runs of the certified one. The first run of each is watched for
-memory (`Anonymous:` of /proc/self/smaps_rollup, growth over what the process held before) and is timed only if it is slow.
+memory (`RssAnon:` of /proc/self/status, growth over what the process held before) and is timed only if it is slow.
 """
 
 from __future__ import annotations
@@ -147,12 +147,12 @@ def timed(job: Callable[[], Any]) -> Run:
 def watched(job: Callable[[], Any]) -> Run:
     """Run it by the clock, with a thread that polls this process' memory every 5 ms."""
     done = threading.Event()
-    before = peak = kilobytes("/proc/self/smaps_rollup", "Anonymous:")
+    before = peak = kilobytes("/proc/self/status", "RssAnon:")
 
     def poll() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            peak = max(peak, kilobytes("/proc/self/smaps_rollup", "Anonymous:"))
+            peak = max(peak, kilobytes("/proc/self/status", "RssAnon:"))
 
     thread = threading.Thread(target=poll)
     thread.start()

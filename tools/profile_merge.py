@@ -77,7 +77,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     with clock.stage("import"):
         from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-        from streamer import apply
+        from streamer import apply, outputs
         from streamer.api import prepare
         from streamer.events import Monitor
         from streamer.findings import load_findings
@@ -130,10 +130,10 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     tensorfile.TensorFile.view = clocks.wrap(tensorfile.TensorFile.view, "read and upcast")
     with clock.stage("plan and identity"):
         found = load_findings(findings)
-        job = prepare(base, adapter, MitigationOptions(float(mitigation_lambda)), found.options, found, "cpu")
+        (job,) = prepare(base, [adapter], MitigationOptions(float(mitigation_lambda)), found.options, [found], "cpu")
         sink = apply.ModelSink(job, Path(out))
     with Blocks():
-        apply.run_job(sink, Monitor())
+        outputs.run_jobs([sink], Monitor())
     with clock.stage("other"):
         total = time.perf_counter() - began
     beside: dict[str, dict[str, float]] = {}

@@ -96,7 +96,7 @@ class AtomicFile:
     @property
     def sha256(self) -> str:
         """Hex digest of what has been written so far."""
-        self._settle()
+        self.settle()
         return self._appender.sha256
 
     def __enter__(self) -> AtomicFile:
@@ -131,7 +131,8 @@ class AtomicFile:
             raise storage_error(self.path, "write", e) from e
         self.written += len(view)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Wait until all that was appended is written: its memory is free."""
         try:
             self._appender.settle()
         except OSError as e:
@@ -142,7 +143,7 @@ class AtomicFile:
             self._discard()
             return
         try:
-            self._settle()
+            self.settle()
             if self.written != self.size:
                 raise StorageError(
                     f"{self.path}: expected to write {self.size} bytes, wrote {self.written}; please report this"

@@ -6,7 +6,7 @@ A planned file is a header and, for each tensor in offset order, a source of byt
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,15 @@ def like(name: str, header: Header) -> ShardPlan:
 
 
 def write_shard(directory: Path, plan: ShardPlan, source: Source, before_rename: Callable[[int, str], None]) -> None:
-    """Write a planned file through an `AtomicFile`.
+    """Write a planned file; see `shard_steps`."""
+    for _ in shard_steps(directory, plan, source, before_rename):
+        pass
+
+
+def shard_steps(
+    directory: Path, plan: ShardPlan, source: Source, before_rename: Callable[[int, str], None]
+) -> Generator[tuple[TensorInfo, AtomicFile], None, None]:
+    """Write a planned file through an `AtomicFile`, which is given with each tensor before that is written.
 
     Before the rename the header is read back from the disk by the strict reader and must equal the plan's; then
     `before_rename` is called with its size and SHA-256; it may raise to stop the rename.
@@ -61,6 +69,7 @@ def write_shard(directory: Path, plan: ShardPlan, source: Source, before_rename:
     with AtomicFile(directory / plan.name, plan.nbytes, check) as f:
         f.write(plan.raw_header)
         for info in plan.header.tensors:
+            yield info, f
             begun = f.written
             for piece in source(info):
                 f.write(piece)

@@ -62,8 +62,14 @@ class TensorFile:
     io
         ``mmap`` maps each tensor while it is used; ``pread`` copies it, for network file systems, where a map is slow
         and a vanished page is fatal.
+
+    Attributes
+    ----------
+    shared
+        Several readers take turns with each tensor: what one has had stays in the system's cache until `let_go`.
     """
 
+    shared = False
     _fd = -1
 
     def __init__(self, path: Path, io: IOMode = "mmap") -> None:
@@ -148,8 +154,13 @@ class TensorFile:
             at = self.header.data_start + info.start + start
             self._readahead.before(at, at + len(piece))
             self._read_into(piece, at)
-            self._readahead.after(at + len(piece))
+            if not self.shared:
+                self._readahead.after(at + len(piece))
             yield piece
+
+    def let_go(self, stop: int) -> None:
+        """Of a shared file: all readers have had what stands before `stop`, counted from the first tensor."""
+        self._readahead.after(self.header.data_start + stop)
 
     def _check_size(self, wanted: int) -> None:
         have = os.fstat(self._fd).st_size

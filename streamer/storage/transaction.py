@@ -96,12 +96,17 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
             raise OutputError(f"{path}: exists and is not a directory; choose another output")
         state = _state_of(plan, overwrite, resume)
     if state != "done":
-        have = sum(allocated_bytes(p) for home, names in _homes(plan) for p in partials_of(home, names))
-        if state == "resume":
-            have += sum(size for name, size in plan.files if _size(path / name) == size)
-        have += sum(allocated_bytes(path / name) for name, _ in plan.temporary)
-        check_space(path, plan.total_bytes + plan.temporary_bytes - have, at_most=bool(plan.temporary))
+        check_space(path, missing_bytes(plan, state), at_most=bool(plan.temporary))
     return state
+
+
+def missing_bytes(plan: OutputPlan, state: str) -> int:
+    """Bytes that a plan in this state, ``new`` or ``resume``, still takes on the disk."""
+    have = sum(allocated_bytes(p) for home, names in _homes(plan) for p in partials_of(home, names))
+    if state == "resume":
+        have += sum(size for name, size in plan.files if _size(plan.path / name) == size)
+    have += sum(allocated_bytes(plan.path / name) for name, _ in plan.temporary)
+    return plan.total_bytes + plan.temporary_bytes - have
 
 
 def check_place(path: Path, inputs: Sequence[Path]) -> None:

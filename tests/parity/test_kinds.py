@@ -7,6 +7,9 @@ from pathlib import Path
 import kinds_cases
 import pytest
 import torch
+from helpers import tree_digest
+
+import streamer
 
 # In bf16 by default what differs there: whose rounding it is, and what else is rounded than a sum.
 IN_BF16 = {
@@ -54,3 +57,34 @@ def test_a_kind(kind: str, dtype: str, tmp_path: Path) -> None:
         assert figures.mitigate <= 4 * eps  # the factors were rounded as well
     if figures.to_lora is not None:
         assert figures.to_lora <= max(4 * eps, 2e-5)
+
+
+def test_several_kinds_together_are_what_each_is_alone(tmp_path: Path) -> None:
+    """PEFT's adapters of many kinds, all on one base: dense deltas, saved modules, and rows of an embedding among them."""
+    names = {
+        "lora": "linear",
+        "dora": "DoRA",
+        "loha": "LoHa",
+        "oft": "OFT",
+        "saved": "modules_to_save",
+        "tokens": "trainable tokens",
+    }
+    adapters = []
+    for name, kind in names.items():
+        made = kinds_cases.make(kind, torch.bfloat16, tmp_path / kind)
+        adapters.append(made.adapter.rename(tmp_path / name))
+    bases = {(tmp_path / kind / "base" / "model.safetensors").read_bytes() for kind in names.values()}
+    assert len(bases) == 1
+    base = made.base
+    found = streamer.detect_intruder_dimensions(base, adapters, tmp_path / "found")
+    streamer.merge_with_reduced_intruder_dimensions(base, adapters, tmp_path / "merged", findings=found)
+    assert sum(findings.intruders > 0 for findings in found.values()) > 3
+    for name, adapter in zip(names, adapters, strict=True):
+        alone = tmp_path / "alone" / name
+        alone.parent.mkdir(exist_ok=True)
+        findings = streamer.detect_intruder_dimensions(base, adapter, alone.with_suffix(".safetensors"))
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, alone, findings=findings)
+        assert (
+            alone.with_suffix(".safetensors").read_bytes() == (tmp_path / "found" / f"{name}.safetensors").read_bytes()
+        )
+        assert tree_digest(alone) == tree_digest(tmp_path / "merged" / name)

@@ -1,0 +1,215 @@
+"""Outputs being written, one or several in step: each a resumable transaction of its own, and of the base each tensor is read once.
+
+An output's tensors are in the base's file order. Of several outputs the one that is furthest behind goes on, so that all of them ask for
+a tensor before any asks for the next, and the system's cache has it for all but the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamer.apply import OWN_FINDINGS, SCHEMA, Sink
+from streamer.budget import check_budget
+from streamer.events import Event, Monitor
+from streamer.figures import journalled, totals
+from streamer.findings_writer import remove_leftovers
+from streamer.merging import threads
+from streamer.pipeline import detect_to_files
+from streamer.storage.atomic import AtomicFile, Buffer, locked
+from streamer.storage.header import TensorInfo
+from streamer.storage.shards import shard_steps
+from streamer.storage.transaction import (
+    LOCK_NAME,
+    OutputDirectory,
+    check_space,
+    finished_record,
+    inspect_output,
+    missing_bytes,
+    open_output,
+)
+
+Place = tuple[int, int]
+"""Which of the base's files, and where in it."""
+
+END = (1 << 62, 0)
+
+
+def inspect_jobs(sinks: Sequence[Sink], overwrite: bool = False, resume: bool = True) -> Sequence[str]:
+    """Preflight, read-only: ``new``, ``resume`` or ``done`` for each (see `inspect_output`), and whether all of them fit on the disk."""
+    states = []
+    for sink in sinks:
+        state = inspect_output(sink.output, overwrite, resume)
+        if state != "done":
+            check_budget(sink.needs(), sink.job.detection.max_memory)
+            sink.job.plan.refuse_overwriting(sink.output.path / name for name, _ in sink.output.files)
+        states.append(state)
+    if len(sinks) > 1:
+        missing = sum(missing_bytes(s.output, state) for s, state in zip(sinks, states, strict=True) if state != "done")
+        check_space(sinks[0].output.path.parent, missing, at_most=any(sink.output.temporary for sink in sinks))
+    return states
+
+
+def run_jobs(
+    sinks: Sequence[Sink], monitor: Monitor, *, overwrite: bool = False, resume: bool = True
+) -> list[dict[str, Any]]:
+    """Write outputs that are made from one base, each as one resumable transaction, and return their records.
+
+    A record is that of `streamer mitigate --json` and `streamer merge --json`; it stands in the output as ``streamer.json``.
+    A finished output of the same plan is left as it is.
+    """
+    states = inspect_jobs(sinks, overwrite, resume)
+    todo = [sink for sink, state in zip(sinks, states, strict=True) if state != "done"]
+    for sink in (sink for sink, state in zip(sinks, states, strict=True) if state == "done"):
+        monitor.emit(Event("note", f"{sink.output.path} holds this very output already; nothing to do"))
+        lock = sink.output.path / LOCK_NAME
+        if lock.exists():  # of a run that was killed as it ended
+            with locked(lock):
+                pass
+    with contextlib.ExitStack() as stack:
+        outs = [stack.enter_context(open_output(sink.output, overwrite, resume)) for sink in todo]
+        runs = [_Run(sink, out, monitor) for sink, out in zip(todo, outs, strict=True)]
+        for run in runs:
+            run.look()
+        _detect([run for run in runs if run.lacks_findings], monitor)
+        with threads():
+            _in_step(runs)
+    return [finished_record(sink.output) for sink in sinks]
+
+
+class _Run:
+    """One output while it is written."""
+
+    def __init__(self, sink: Sink, out: OutputDirectory, monitor: Monitor) -> None:
+        self.sink, self.out, self.monitor = sink, out, monitor
+        self.done = 0
+        """Bytes that stand, those of the file in hand included."""
+        self._finished: set[str] = set()
+
+    def look(self) -> None:
+        """See which files an interrupted run has finished."""
+        for name, _ in self.sink.output.files:
+            self.monitor.checkpoint()
+            if self.out.finished(name) is not None:
+                self._finished.add(name)
+
+    @property
+    def lacks_findings(self) -> bool:
+        """Whether there are deltas left to mitigate, and nothing is known about them."""
+        job = self.sink.job
+        return job.detects and not self.sink.shards.keys() <= self._finished
+
+    def steps(self, runs: Sequence[_Run]) -> Generator[Place, None, None]:
+        """Write everything, in order, the commit point last; pause before each tensor, at its place in the base.
+
+        Parameters
+        ----------
+        runs
+            All that are in step, this one among them: while one goes on, the others hold no pieces.
+        """
+        sink, out = self.sink, self.out
+        check = sink.job.plan.check_unchanged
+        total = sum(run.sink.output.total_bytes for run in runs)
+        copies, texts = dict(sink.copies), {**sink.edited, **sink.finals}
+        matrices: list[dict[str, Any]] = []
+
+        def emit(name: str) -> None:
+            self.monitor.emit(Event("write", name, sum(run.done for run in runs), total))
+
+        begun = 0
+        for name, size in sink.output.files:
+            self.monitor.checkpoint()
+            if name in self._finished:
+                pass
+            elif name in sink.shards:
+                with contextlib.closing(self._shard(name)) as tensors:
+                    for place, info, file in tensors:
+                        if len(runs) > 1:
+                            file.settle()
+                        yield place
+                        self.done = begun + info.start
+                        emit(info.name)
+            else:
+                emit(name)
+                out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
+            matrices += journalled(out.entry(name), out.path)
+            begun += size
+            self.done = begun
+        emit("")
+        discard_own_findings(out.path)
+        plan = sink.job.plan
+        record = {"schema": SCHEMA, "command": sink.command, **sink.job.options.as_dict(),
+                  "totals": totals(matrices) | {"bytes": begun}, "warnings": list(plan.notes), "left_out": sink.left_out,
+                  "carried": plan.changes.listed(plan.base), "matrices": matrices}  # fmt: skip
+        out.commit(record)
+
+    def _shard(self, name: str) -> Generator[tuple[Place, TensorInfo, AtomicFile], None, None]:
+        """Write a shard; each of its tensors, before it is written, with its place and the file."""
+        base, shard = self.sink.job.plan.base, self.sink.shards[name]
+        figures: list[dict[str, Any]] = []
+        pour = self.sink.source(name, figures)
+
+        def source(info: TensorInfo) -> Generator[Buffer, None, None]:
+            for piece in pour(info):
+                self.monitor.checkpoint()
+                yield piece
+
+        def announce(nbytes: int, sha256: str) -> None:
+            self.sink.job.plan.check_unchanged()
+            self.out.announce(name, nbytes, sha256, matrices=figures)
+
+        number = list(base.files).index(name) if name in base.files else 0
+        stands = base.files[name].header.by_name if name in base.files else {}
+        start = 0
+        with contextlib.closing(shard_steps(self.out.path, shard, source, announce)) as tensors:
+            for info, file in tensors:
+                if info.name in stands:  # a new one, or one under another name, goes with the one before it
+                    start = stands[info.name].start
+                yield (number, start), info, file
+
+
+def _in_step(runs: Sequence[_Run]) -> None:
+    """Let the run that is furthest behind go on, until all are done; the cache keeps what not all have had."""
+    if not runs:
+        return
+    files = list(runs[0].sink.job.plan.base.files.values())
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            file.shared = len(runs) > 1
+            stack.callback(setattr, file, "shared", False)
+        waiting: dict[Generator[Place, None, None], Place] = {}
+        for run in runs:
+            waiting[stack.enter_context(contextlib.closing(run.steps(runs)))] = (-1, 0)
+        while waiting:
+            behind = min(waiting.values())
+            for steps in [steps for steps, place in waiting.items() if place == behind]:
+                waiting[steps] = next(steps, END)
+                if waiting[steps] == END:
+                    del waiting[steps]
+            number, start = min(waiting.values(), default=END)
+            if len(runs) > 1 and behind[0] >= 0:
+                file = files[behind[0]]
+                file.let_go(start if number == behind[0] else file.header.data_bytes)
+
+
+def _detect(runs: Sequence[_Run], monitor: Monitor) -> None:
+    """Detect into the output directories where findings are needed and none were given; resumable like everything."""
+    if not runs:
+        return
+    for run in runs:
+        if not run.out.resumed:
+            discard_own_findings(run.out.path)
+    jobs = [run.sink.job for run in runs]
+    paths = [run.out.path / OWN_FINDINGS for run in runs]
+    found = detect_to_files([job.plan for job in jobs], paths, jobs[0].detection, jobs[0].device, monitor)
+    for job, findings in zip(jobs, found, strict=True):
+        job.findings = findings
+
+
+def discard_own_findings(directory: Path) -> None:
+    """Remove the findings that a job made for itself, finished or not."""
+    path = directory / OWN_FINDINGS
+    path.unlink(missing_ok=True)
+    remove_leftovers(path)
