@@ -6,8 +6,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import jobs
@@ -16,8 +19,11 @@ from forks import KILL, server
 from helpers import tree_digest
 
 import streamer
-from streamer.errors import UsageError
+from streamer.budget import PROCESS_BYTES, TENSOR_BYTES, resident_bytes
+from streamer.errors import StorageError, UsageError
+from streamer.plan import make_plan, make_plans
 from streamer.several import holds_adapters, named_adapters
+from streamer.storage.atomic import locked
 
 NAMES = ["dora", "lora", "saved"]
 WAYS = ["detect", "merge --lambda 0.5", "merge --lambda 0.5 --findings"]
@@ -119,8 +125,6 @@ def test_shards_that_one_output_has_already_are_kept(inputs: Inputs, tmp_path: P
 
 
 def test_each_output_is_locked(inputs: Inputs, tmp_path: Path) -> None:
-    from streamer.storage.atomic import locked
-
     for way, lock in ((WAYS[1], "saved/.streamer.lock"), ("detect", ".saved.safetensors.lock")):
         out = tmp_path / way.split()[0]
         (out / lock).parent.mkdir(parents=True)
@@ -254,6 +258,40 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(named_adapters([".", "b"])) == ["many", "b"]
 
 
+def test_all_outputs_must_fit_on_the_disk(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [inputs.adapters / name for name in NAMES]
+    sizes = [
+        sum(p.stat().st_size for p in (inputs.single / WAYS[1] / name).rglob("*") if p.is_file()) for name in NAMES
+    ]
+    free = sum(sizes) - max(sizes) // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    merge = streamer.merge_with_reduced_intruder_dimensions
+    with pytest.raises(StorageError, match=rf"out: needs \d+ bytes, the disk has {free} free"):
+        merge(inputs.base, paths, tmp_path / "out", mitigation_lambda=1)
+    assert not (tmp_path / "out").exists()
+    # What stands need not fit once more.
+    merge(inputs.base, [paths[0]], tmp_path / "out", mitigation_lambda=1)
+    merge(inputs.base, paths, tmp_path / "out", mitigation_lambda=1)
+    assert sorted(os.listdir(tmp_path / "out")) == NAMES
+
+
+def test_a_budget_counts_the_tables_of_all(inputs: Inputs) -> None:
+    paths = [inputs.adapters / name for name in NAMES]
+    alone = [resident_bytes(make_plan(inputs.base, path)) for path in paths]
+    together = {resident_bytes(plan) for plan in make_plans(inputs.base, paths)}
+    base = PROCESS_BYTES + TENSOR_BYTES * len(make_plan(inputs.base, paths[0]).base.weight_map)
+    assert together == {base + sum(size - base for size in alone)}
+
+
+def test_a_fine_tuned_model_goes_along(inputs: Inputs, tmp_path: Path) -> None:
+    tuned = inputs.single / WAYS[1] / "lora"
+    names = ["saved", "lora"]
+    found = streamer.detect_intruder_dimensions(inputs.base, [inputs.adapters / "saved", tuned])
+    assert list(found) == names
+    alone = [streamer.detect_intruder_dimensions(inputs.base, path) for path in (inputs.adapters / "saved", tuned)]
+    assert [found[n].digest() for n in names] == [findings.digest() for findings in alone]
+
+
 READ = """
 import sys, torch
 torch.set_num_threads(1)
@@ -267,9 +305,6 @@ print(rchar() - before)
 
 def read_by(*argv: object) -> int:
     """Bytes that a command reads by system calls, as the kernel counts them."""
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-c", READ, *map(str, argv)], env=helpers.ENV, text=True, capture_output=True, check=True
     )

@@ -349,6 +349,8 @@ def main() -> None:
         parser.error("--solvers: peft is not installed; pip install peft")
     if min(args.repeats, args.rank, args.threads, args.top_k) < 1:
         parser.error("--repeats, --rank, --threads and --top-k: at least 1")
+    if "peft" in args.solver_names:
+        importlib.import_module("peft.tuners.lora.intruders")  # which takes seconds that are not the solver's
     shapes = [shape_of(text) for text in args.shapes.split(",")]
     args.torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     torch.set_num_threads(args.threads)
