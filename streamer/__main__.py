@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,18 +22,21 @@ from streamer.parser import build_parser
 
 if TYPE_CHECKING:
     from streamer.findings import Findings
+    from streamer.forecast import Forecast
     from streamer.intruders import DetectionOptions, MitigationOptions
 
 
 def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer import report
+    from streamer.forecast import forecast_commands
+    from streamer.pipeline import choose_device
     from streamer.plan import make_plan
     from streamer.storage.checkpoint import open_checkpoint
 
     if args.adapter is not None:
         plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
         _warn(plan.warnings, monitor)
-        tree = report.inspect_json(plan)
+        tree = report.inspect_json(plan, forecast_commands(plan, choose_device("auto")))
         _print(args, tree, report.inspect_table(tree))
         return
     base = open_checkpoint(args.base, args.io)
@@ -45,6 +49,7 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
 
 def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.api import detect_intruder_dimensions
+    from streamer.forecast import forecast_detection
     from streamer.pipeline import choose_device, inspect_detection
     from streamer.plan import make_plans
     from streamer.report import findings_json, findings_table
@@ -53,7 +58,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     options = _detection_options(args, None)
     adapters = _adapters(args)
     if args.dry_run:
-        choose_device(args.device)
+        device = choose_device(args.device)
         named = named_adapters(adapters)
         parts = {}
         for name, plan in zip(
@@ -61,7 +66,8 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
         ):
             path = findings_of(args.output, name)
             state = inspect_detection(plan, path, options, args.overwrite, not args.no_resume, make_parent=bool(name))
-            parts[name] = _dry_run(args, path, state, len(plan.targets), 1, None)
+            forecast = None if state == "done" else forecast_detection(plan, options, device)
+            parts[name] = _dry_run(args, path, state, len(plan.targets), 1, None, forecast)
         _print_each(args, parts)
         return
     found = detect_intruder_dimensions(
@@ -97,6 +103,7 @@ def _merge(args: argparse.Namespace, monitor: Monitor) -> None:
 def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **special: Any) -> None:
     from streamer.api import findings_by_name, prepare
     from streamer.findings import load_findings
+    from streamer.forecast import forecast_output
     from streamer.outputs import inspect_jobs
     from streamer.report import record_table
     from streamer.several import model_of, named_adapters
@@ -115,9 +122,9 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
             named, sinks, inspect_jobs(sinks, args.overwrite, not args.no_resume), strict=True
         ):
             output = planned.output
-            parts[name] = _dry_run(
-                args, output.path, state, len(planned.job.plan.targets), len(output.files), output.total_bytes
-            )
+            forecast = None if state == "done" else forecast_output(planned)
+            matrices, files = len(planned.job.plan.targets), len(output.files)
+            parts[name] = _dry_run(args, output.path, state, matrices, files, output.total_bytes, forecast)
         _print_each(args, parts)
         return
     found = write(
@@ -193,16 +200,18 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
     return given if len(given) > 1 or holds_adapters(given[0]) else given[0]
 
 
-def _dry_run(
-    args: argparse.Namespace, output: Path, state: str, matrices: int, files: int, nbytes: int | None
-) -> tuple[dict[str, Any], str]:
-    from streamer.report import size
+def _dry_run(args: argparse.Namespace, output: Path, state: str, matrices: int, files: int, nbytes: int | None,
+             forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
+    from streamer.report import forecast_text, size
+    from streamer.storage.transaction import free_bytes
 
     says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
     text = f"dry run: {says} {output}: {files} files" + (f", {size(nbytes)}" if nbytes is not None else "")
     tree = {"schema": "streamer.dry-run/1", "command": args.command, "output": str(output), "state": state,
-            "matrices": matrices, "files": files, "bytes": nbytes}  # fmt: skip
-    return tree, f"{text}; {matrices} matrices"
+            "matrices": matrices, "files": files, "bytes": nbytes,
+            "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
+    text += f"; {matrices} matrices"
+    return tree, text if forecast is None else f"{text}\n{forecast_text(tree['forecast'], tree['free_bytes'])}"
 
 
 def _print_each(args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]]) -> None:

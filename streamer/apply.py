@@ -20,13 +20,14 @@ from streamer.errors import NumericError
 from streamer.events import Monitor
 from streamer.figures import matrix_figures
 from streamer.findings import Findings, MatrixFinding
+from streamer.findings_writer import journal_of
 from streamer.intruders import Detection, DetectionOptions, MitigationOptions, mitigate
 from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import all_finite
 from streamer.merged import MergedModel, plan_merged
 from streamer.merging import Exchanged, Rounded, Shifted, repeats, threads
-from streamer.pipeline import detect_matrix
+from streamer.pipeline import detect_matrix, findings_bytes
 from streamer.plan import Plan, left_out, other_files
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
@@ -39,6 +40,9 @@ from streamer.storage.transaction import (
 from streamer.targets import Target
 
 SCHEMA = "streamer.output/1"
+
+OWN_FINDINGS = ".streamer.findings.safetensors"
+"""Findings that a job makes for itself, in its output directory."""
 
 
 @dataclass
@@ -74,6 +78,11 @@ class Job:
                     self._last = target.tensor, detect_matrix(self.plan, target, self.detection, self.device).detection
             return self._last[1]
         return self._by_tensor[target.tensor].detection
+
+    @property
+    def detects(self) -> bool:
+        """Whether the job makes findings of its own."""
+        return self.findings is None and self.options.needs_detection
 
     def intruders(self, target: Target) -> int:
         """How many of them Δ' takes up, at most."""
@@ -201,14 +210,23 @@ def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: An
     files = (*copies, *edited, *shards, *finals)
     plan = sink.job.plan
     digest = plan.digest(command=sink.command, files=files, **sink.job.decisions(), **decisions)
-    return OutputPlan(path, files, digest, plan.stamps(), plan.inputs, rivals)
+    return OutputPlan(path, files, digest, plan.stamps(), plan.inputs, rivals, _temporary(sink.job, files))
+
+
+def _temporary(job: Job, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """The job's own findings, which stay to the end; their journal goes before any large file comes."""
+    if not job.detects:
+        return ()
+    findings, journal = findings_bytes(job.plan, job.detection)
+    more = max(0, journal - sum(size for _, size in files))
+    return (OWN_FINDINGS, findings), (journal_of(Path(OWN_FINDINGS)).name, more)
 
 
 def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model, in file order; one at a time in memory. What is refused is refused by the call itself."""
     model = plan_merged(job.plan, job.dequantize)
     most = max(info.nbytes for shard in model.shards().values() for info in shard.header.tensors)
-    detecting = detection_needs(job.plan, job.detection) if job.findings is None and job.options.needs_detection else ()
+    detecting = detection_needs(job.plan, job.detection) if job.detects else ()
     needs = (replace(n, nbytes=n.nbytes + most) for n in itertools.chain(detecting, merging_needs(job, model)))
     check_budget(needs, job.detection.max_memory)
     return _tensors(job, model, monitor)

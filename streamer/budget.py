@@ -73,7 +73,7 @@ def resident_bytes(plan: Plan) -> int:
 def detection_bytes(plan: Plan, target: Target, options: DetectionOptions) -> dict[str, int]:
     """Peak memory of detection in one matrix, by each way that the options leave; see `working_bytes`."""
     weight, module = plan.weights[target.tensor], target.module
-    rank = _rank(module) if module.low_rank else None
+    rank = factor_rank(module) if module.low_rank else None
     ways = working_bytes(module.shape, options.directions(module.shape), rank, weight.compute.itemsize)
     if options.solver == "dense":
         ways = {"dense": ways["dense"]}
@@ -109,7 +109,7 @@ def mitigation_bytes(plan: Plan, target: Target, intruders: int, projected: bool
     module = target.module
     m, n = module.shape
     if module.low_rank:
-        size = (PROJECTED if projected else THIN) * (m + n) * (_rank(module) + intruders)
+        size = (PROJECTED if projected else THIN) * (m + n) * (factor_rank(module) + intruders)
     else:
         # Δ, Δ', and one more where Δ is scaled.
         size = max(_making_bytes(plan, target), 3 * plan.weights[target.tensor].compute.itemsize * m * n)
@@ -135,7 +135,7 @@ def _making_bytes(plan: Plan, target: Target) -> int:
     return METHODS[module.method].matrices * itemsize * math.prod(module.shape)
 
 
-def _rank(module: Module) -> int:
+def factor_rank(module: Module) -> int:
     """Columns of a module's factors, where its delta is of low rank."""
     if isinstance(module, MethodModule):
         return max(min(shape) for shape in module.shapes.values() if len(shape) == 2)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from torch import Tensor
 
 from streamer.encodings import as_bytes
 from streamer.errors import FormatError, InputChangedError, OutputError
 from streamer.findings import ARRAYS, DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
 from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
-from streamer.storage.header import MAX_HEADER_BYTES, TensorInfo, layout, parse_header
+from streamer.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, layout, parse_header
 from streamer.storage.shards import ShardPlan, plan_shard, write_shard
 from streamer.storage.transaction import check_place
+
+OFFSETS_BYTES = 16 * 14
+"""By how much the offsets of a matrix' tensors are longer in a large file than in a record."""
 
 
 def journal_of(path: Path) -> Path:
@@ -116,8 +121,7 @@ class FindingsWriter:
     def add(self, finding: MatrixFinding) -> None:
         """Journal one matrix, durably."""
         arrays = finding.arrays()
-        entries = [(f"{finding.tensor}/{key}", DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in arrays.items()]
-        _, raw = layout(entries, {"matrix": json.dumps(finding.figures())})
+        _, raw = _layout(finding, arrays)
         self._journal.append(raw + b"".join(as_bytes(t) for t in arrays.values()))
         self._records[finding.tensor] = len(self._journal) - 1
 
@@ -150,6 +154,30 @@ class FindingsWriter:
                 self._journal.close()
         finally:
             self._lock.__exit__(None, None, None)
+
+
+def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Header, bytes]:
+    """The header of a matrix' record, and its bytes."""
+    entries = [(f"{finding.tensor}/{key}", DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in arrays.items()]
+    return layout(entries, {"matrix": json.dumps(finding.figures())})
+
+
+def most_bytes(head: Findings, widest: Iterable[MatrixFinding]) -> tuple[int, int]:
+    """Bytes of a findings file and of the journal beside it, at most.
+
+    Parameters
+    ----------
+    head
+        Identity and options.
+    widest
+        For each matrix the largest finding that there could be; tensors without values (``meta``) will do.
+    """
+    file = journal = 4096 + 2 * len(json.dumps([head.base, head.adapter, head.options.as_dict()]))
+    for finding in widest:
+        record = _layout(finding, finding.arrays())[0].file_bytes
+        file += record + OFFSETS_BYTES
+        journal += record + 40
+    return file, journal
 
 
 def journal_head(head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]]) -> dict[str, Any]:

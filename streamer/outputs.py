@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamer.apply import SCHEMA, Sink
+from streamer.apply import OWN_FINDINGS, SCHEMA, Sink
 from streamer.budget import check_budget
 from streamer.events import Event, Monitor
 from streamer.figures import journalled, totals
@@ -36,8 +36,6 @@ Place = tuple[int, int]
 
 END = (1 << 62, 0)
 
-OWN_FINDINGS = ".streamer.findings.safetensors"
-
 
 def inspect_jobs(sinks: Sequence[Sink], overwrite: bool = False, resume: bool = True) -> Sequence[str]:
     """Preflight, read-only: ``new``, ``resume`` or ``done`` for each (see `inspect_output`), and whether all of them fit on the disk."""
@@ -50,7 +48,7 @@ def inspect_jobs(sinks: Sequence[Sink], overwrite: bool = False, resume: bool = 
         states.append(state)
     if len(sinks) > 1:
         missing = sum(missing_bytes(s.output, state) for s, state in zip(sinks, states, strict=True) if state != "done")
-        check_space(sinks[0].output.path.parent, missing)
+        check_space(sinks[0].output.path.parent, missing, at_most=any(sink.output.temporary for sink in sinks))
     return states
 
 
@@ -101,7 +99,7 @@ class _Run:
     def lacks_findings(self) -> bool:
         """Whether there are deltas left to mitigate, and nothing is known about them."""
         job = self.sink.job
-        return job.findings is None and job.options.needs_detection and not self.sink.shards.keys() <= self._finished
+        return job.detects and not self.sink.shards.keys() <= self._finished
 
     def steps(self, runs: Sequence[_Run]) -> Generator[Place, None, None]:
         """Write everything, in order, the commit point last; pause before each tensor, at its place in the base.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,13 +22,16 @@ from streamer.findings_writer import (
     inspect_findings_output,
     interrupted_run,
     journal_head,
+    journal_of,
+    most_bytes,
     remove_leftovers,
 )
 from streamer.intruders import Detection, DetectionOptions, detect
 from streamer.linalg.operators import Dense, Matrix, RowBlocks
 from streamer.plan import Plan
 from streamer.staging import Staged, Stager, read_ahead
-from streamer.storage.atomic import make_directory
+from streamer.storage.atomic import make_directory, partials_of
+from streamer.storage.transaction import allocated_bytes, check_space
 from streamer.targets import Target
 
 
@@ -179,10 +183,11 @@ def detect_to_files(plans: Sequence[Plan], paths: Sequence[Path], options: Detec
     """
     pairs = list(zip(plans, paths, strict=True))
     finished = [plan_detection(plan, path, options, overwrite, make_parent) for plan, path in pairs]
-    todo = []
-    for (plan, path), found in zip(pairs, finished, strict=True):
+    todo = [pair for pair, found in zip(pairs, finished, strict=True) if found is None]
+    if len(todo) > 1:
+        _check_space(todo, options)
+    for (_, path), found in zip(pairs, finished, strict=True):
         if found is None:
-            todo.append((plan, path))
             make_directory(path.parent)
         else:
             remove_leftovers(path)  # of a run that was killed just after the file got its name
@@ -229,7 +234,38 @@ def plan_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite:
     finished = inspect_findings_output(path, digest, overwrite, plan.inputs, make_parent)
     if finished is None:
         plan.refuse_overwriting([path])
+        _check_space([(plan, path)], options)
     return finished
+
+
+def _check_space(todo: Sequence[tuple[Plan, Path]], options: DetectionOptions) -> None:
+    """Refuse findings that might not fit on the disk, each with its journal beside it."""
+    needed = 0
+    for plan, path in todo:
+        # Of an interrupted run: what can be taken up counts, and what cannot is removed first.
+        names = {path.name, journal_of(path).name}
+        there = [journal_of(path), *(partials_of(path.parent, names) if path.parent.is_dir() else ())]
+        needed += sum(findings_bytes(plan, options)) - sum(map(allocated_bytes, there))
+    check_space(todo[0][1], needed, at_most=True)
+
+
+def findings_bytes(plan: Plan, options: DetectionOptions) -> tuple[int, int]:
+    """Bytes of the findings file and of the journal beside it, at most: all directions intruders."""
+    head = Findings(plan.base_identity, plan.adapter_identity, options, ())
+    return most_bytes(head, (_widest(plan, target, options) for target in plan.targets))
+
+
+def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFinding:
+    """A finding that takes as many bytes as there could be: every direction an intruder, every figure at its longest."""
+    module, weight = target.module, plan.weights[target.tensor]
+    (m, n), k = module.shape, options.directions(module.shape)
+    longest, every = -sys.float_info.max, tuple(range(k))
+    U, S, Vh = (torch.empty(shape, dtype=weight.compute, device="meta") for shape in ((m, k), (k,), (k, n)))
+    found = Detection(singular_values=(longest,) * k, similarity=(longest,) * k, similarity_low=(longest,) * k,
+                      similarity_high=(longest,) * k, intruders=every, U=U, S=S, Vh=Vh, certified=False, degenerate=every,
+                      solver=max(solvers.SOLVERS, key=len), escalated=False, steps=10**9, products=10**9, cutoff=longest,
+                      delta_norm=longest, intruder_energy=longest, dropped_at_zero=longest)  # fmt: skip
+    return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scale, found)
 
 
 def _check_budgets(plans: Sequence[Plan], options: DetectionOptions) -> None:

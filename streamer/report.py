@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from streamer.findings import SCHEMA, Findings
+from streamer.forecast import Forecast
 from streamer.intruders import DetectionOptions
 from streamer.pipeline import cost
 from streamer.plan import Plan
@@ -106,8 +108,8 @@ def record_table(record: Mapping[str, Any], where: str) -> str:
     return "\n".join(lines)
 
 
-def inspect_json(plan: Plan) -> dict[str, Any]:
-    """What is there, and what a run would read and compute."""
+def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | None]) -> dict[str, Any]:
+    """What is there, and what a run would read, compute and take; null for a command that is refused."""
     matrices = [
         {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.weights[t.tensor].label,
          "rank": t.module.rank, "scale": t.module.scale, "transposed": t.transposed, "matched": t.match.rule}
@@ -131,6 +133,7 @@ def inspect_json(plan: Plan) -> dict[str, Any]:
         "names": _names_json(plan),
         "matrices": matrices,
         "carried": plan.changes.listed(plan.base),
+        "forecast": {command: None if f is None else asdict(f) for command, f in forecasts.items()},
     }
 
 
@@ -162,7 +165,47 @@ def inspect_table(tree: Mapping[str, Any]) -> str:
         + f"\n\n{t['matrices']} matrices of {t['tensors']} tensors; base {size(t['base_bytes'])}, adapted {size(t['adapted_bytes'])}; "
         f"largest matrix {t['largest_matrix']} ({size(t['largest_matrix_bytes'])})"
         + "".join(f"\n{n['modules']} matched by {n['rule']}: {n['why']}" for n in tree["names"])
+        + f"\n\n{_forecast_table(tree['forecast'])}"
     )
+
+
+def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """What each command would take, a line a command."""
+    rows = []
+    for command, f in forecasts.items():
+        if f is None:
+            rows.append([command, "refused: `--dry-run` says why", "", "", ""])
+            continue
+        most = "at most " if command == "detect" else ""
+        rows.append([command, _memory(f), size(f["read_bytes"]), most + size(f["write_bytes"]), duration(f["seconds"])])
+    return (
+        table(["forecast", "memory", "read", "written", "time"], rows, left=1)
+        + "\nmitigate and merge: with findings. time: from a short probe of this machine as busy as it is, if the disk keeps up\n"
+        "and no matrix is left to the dense solver that needs it only where bounds cannot settle it; `--dry-run` has the free disk"
+    )
+
+
+def forecast_text(forecast: Mapping[str, Any], free: int) -> str:
+    """What one command would take, in a line."""
+    beside = f" and at most {size(forecast['temporary_bytes'])} for a while" if forecast["temporary_bytes"] else ""
+    return (
+        f"forecast: memory {_memory(forecast)}; reads {size(forecast['read_bytes'])}, writes {size(forecast['write_bytes'])}{beside}; "
+        f"{size(free)} free; time {duration(forecast['seconds'])}, if the disk keeps up"
+    )
+
+
+def _memory(forecast: Mapping[str, Any]) -> str:
+    usual, most = forecast["peak_memory_bytes"], forecast["escalated_memory_bytes"]
+    return size(usual) + (f", {size(most)} where the dense solver must decide" if most > usual else "")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people."""
+    if seconds is None:
+        return "not estimated"
+    if seconds < 100:
+        return f"about {seconds:.1f} s" if seconds < 10 else f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 6000 else f"about {seconds / 3600:.1f} h"
 
 
 def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]]) -> str:

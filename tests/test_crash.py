@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -333,7 +334,7 @@ def test_no_room_for_a_file(bench: Bench, command: str, limit: int, tmp_path: Pa
 
 
 def test_no_room_is_known_before_anything_is_written(bench: Bench, tmp_path: Path) -> None:
-    case = bench.case("merge")
+    case = bench.case("merge --findings")
     full = case.run(
         tmp_path / "out", before="import shutil; shutil.disk_usage = lambda p: shutil._ntuple_diskusage(9, 9, 9)"
     )
@@ -342,6 +343,30 @@ def test_no_room_is_known_before_anything_is_written(bench: Bench, tmp_path: Pat
     assert needed > sum(p.stat().st_size for p in bench.base.glob("*.safetensors"))
     assert f"{tmp_path / 'out'}: needs {needed} bytes, the disk has 9 free; free some space" in full.err
     assert not (tmp_path / "out").exists()
+
+
+FREE = "import shutil; shutil.disk_usage = lambda p: shutil._ntuple_diskusage(9, 9, {})"
+
+
+@pytest.mark.parametrize("command", ["detect", "merge", "mitigate"])
+def test_no_room_for_findings_is_known_before_anything_is_written(bench: Bench, command: str, tmp_path: Path) -> None:
+    """Their size is not known yet: room is asked for as if every direction were an intruder, for the journal beside them too."""
+    case, out = bench.case(command), tmp_path / "out"
+    full = case.run(out, before=FREE.format(9))
+    assert full.code == 6
+    words = re.search(
+        r"needs up to (\d+) bytes, the disk has 9 free; free some space, or choose another disk\n", full.err
+    )
+    assert words, full.err
+    assert not out.exists() or list(out.iterdir()) == []
+    needed = int(words[1])
+    assert case.run(out, before=FREE.format(needed - 1)).code == 6
+    killed = case.run(out, at=len(case.calls) // 3, code=KILL, before=FREE.format(needed))
+    assert killed.code == -signal.SIGKILL
+    there = sum(p.stat().st_blocks * 512 for p in out.rglob("*.journal") if "findings" in p.name)
+    assert there > 0
+    assert case.run(out, "--dry-run", before=FREE.format(needed - there)).code == 0
+    case.check_finishes(out)
 
 
 # Running again --------------------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ FLOORS = [
         "outputs",
         "adapted",
         "converted",
+        "probe",
+        "forecast",
         "report",
     },
     {"api"},
@@ -74,8 +76,10 @@ WITHIN = [
     ["plan", "staging", "merging", "figures", "several"],
     ["merged", "budget"],
     ["pipeline"],
-    ["apply", "report"],
+    ["apply", "probe"],
     ["adapted", "converted", "outputs"],
+    ["forecast"],
+    ["report"],
 ]
 # storage.transaction reads JSON as checkpoint does.
 SIBLINGS = {("storage.transaction", "storage.checkpoint")}

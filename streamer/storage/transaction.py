@@ -55,6 +55,8 @@ class OutputPlan:
         Input directories that the output must stay out of.
     rivals
         Names that a loader might prefer to ours; they must not be there.
+    temporary
+        (relative name, bytes at most) of what stands there only while the run is under way.
     """
 
     path: Path
@@ -63,11 +65,17 @@ class OutputPlan:
     stamps: dict[str, Sequence[int]]
     inputs: tuple[Path, ...]
     rivals: tuple[str, ...] = ()
+    temporary: tuple[tuple[str, int], ...] = ()
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all files."""
         return sum(size for _, size in self.files)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Bytes at most of what does not stay."""
+        return sum(size for _, size in self.temporary)
 
 
 def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = True) -> Literal["new", "resume", "done"]:
@@ -88,16 +96,17 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
             raise OutputError(f"{path}: exists and is not a directory; choose another output")
         state = _state_of(plan, overwrite, resume)
     if state != "done":
-        check_space(path, missing_bytes(plan, state))
+        check_space(path, missing_bytes(plan, state), at_most=bool(plan.temporary))
     return state
 
 
 def missing_bytes(plan: OutputPlan, state: str) -> int:
     """Bytes that a plan in this state, ``new`` or ``resume``, still takes on the disk."""
-    have = sum(_allocated(p) for home, names in _homes(plan) for p in partials_of(home, names))
+    have = sum(allocated_bytes(p) for home, names in _homes(plan) for p in partials_of(home, names))
     if state == "resume":
         have += sum(size for name, size in plan.files if _size(plan.path / name) == size)
-    return plan.total_bytes - have
+    have += sum(allocated_bytes(plan.path / name) for name, _ in plan.temporary)
+    return plan.total_bytes + plan.temporary_bytes - have
 
 
 def check_place(path: Path, inputs: Sequence[Path]) -> None:
@@ -127,13 +136,27 @@ def check_place(path: Path, inputs: Sequence[Path]) -> None:
         raise OutputError(f"{path}: {there} is not writable; choose another output")
 
 
-def check_space(path: Path, needed: int) -> None:
-    """Refuse a plan that does not fit on the disk."""
-    free = shutil.disk_usage(_existing(path)).free
+def free_bytes(path: Path) -> int:
+    """Bytes that are free on the disk where a path stands, or would stand."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def check_space(path: Path, needed: int, at_most: bool = False) -> None:
+    """Refuse a plan that does not fit on the disk; `at_most` says that less may turn out to be needed."""
+    free = free_bytes(path)
     if needed > free:
         raise StorageError(
-            f"{path}: needs {needed} bytes, the disk has {free} free; free some space, or choose another disk"
+            f"{path}: needs {'up to ' if at_most else ''}{needed} bytes, the disk has {free} free; free some space, "
+            "or choose another disk"
         )
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes on the disk that removing a file gives back; 0 if there is none."""
+    try:
+        return path.stat(follow_symlinks=False).st_blocks * 512
+    except OSError:
+        return 0
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -150,14 +173,6 @@ def _size(path: Path) -> int:
         return path.stat(follow_symlinks=False).st_size
     except OSError:
         return -1
-
-
-def _allocated(path: Path) -> int:
-    """Bytes on the disk that removing a file gives back."""
-    try:
-        return path.stat(follow_symlinks=False).st_blocks * 512
-    except OSError:
-        return 0
 
 
 def _homes(plan: OutputPlan) -> Iterator[tuple[Path, set[str]]]:

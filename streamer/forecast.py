@@ -1,0 +1,232 @@
+"""What a command will take, before it is run: memory, bytes and disk from headers alone, and time from a short probe of this machine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from streamer.adapted import AdapterSink
+from streamer.apply import Job, ModelSink, Sink
+from streamer.bases.weight import Coded, Weight
+from streamer.budget import best_way, detection_bytes, factor_rank
+from streamer.errors import NumericError, UnsupportedError
+from streamer.intruders import DetectionOptions, MitigationOptions
+from streamer.linalg.deltas import Delta
+from streamer.linalg.svd import OVERSAMPLING
+from streamer.merged import Output
+from streamer.merging import Copied, Exchanged, Recipe, Recoded, Share, Shifted, Stacked
+from streamer.pipeline import findings_bytes
+from streamer.plan import Plan
+from streamer.probe import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
+from streamer.solvers import cheaper, cost
+from streamer.targets import Target
+
+TIMED = {"dense": 3, "certified": 1}
+"""Shapes that a solver is timed on: `solvers.cost` is within a tenth of what the certified one takes from one shape to another, and
+only within a factor of two for the dense one."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one command takes, from the beginning.
+
+    Attributes
+    ----------
+    peak_memory_bytes
+        Anonymous memory of the whole process at its peak, an upper estimate, where no matrix is left to the dense solver that
+        another one is meant for.
+    escalated_memory_bytes
+        The same where the dense solver must decide the largest matrix after all; within the budget, if there is one.
+    read_bytes
+        Of the inputs, each byte once.
+    write_bytes
+        Of the output: exact for models and adapters (without the record ``streamer.json``), for findings at most.
+    temporary_bytes
+        What stands beside the output for a while, at most: a journal, findings that the command makes for itself.
+    seconds
+        Estimated from a probe, for processors that are free, a disk that keeps up, and no matrix that needs the dense solver after
+        all; None where it is not estimated. The start of the process and the checks of a dry run come on top.
+    """
+
+    peak_memory_bytes: int
+    escalated_memory_bytes: int
+    read_bytes: int
+    write_bytes: int
+    temporary_bytes: int
+    seconds: float | None
+
+
+def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device) -> Forecast:
+    """What `detect` takes."""
+    works = [_Work.of(plan, target, options) for target in plan.targets]
+    adapter = sum(file.header.file_bytes for file in plan.adapter.files)
+    read = sum(plan.weights[target.tensor].nbytes for target in plan.targets)
+    written, journal = findings_bytes(plan, options)
+    return Forecast(
+        max(work.memory for work in works),
+        max(work.escalated for work in works),
+        read + adapter,
+        written,
+        journal,
+        _detection_seconds(plan, works, device),
+    )
+
+
+def forecast_output(sink: Sink, detects: bool | None = None) -> Forecast:
+    """What `mitigate` or `merge` takes.
+
+    Parameters
+    ----------
+    detects
+        Whether it detects first; by default what the job says. False asks for a forecast as if findings were there.
+    """
+    job, output = sink.job, sink.output
+    plan, merges = job.plan, isinstance(sink, ModelSink)
+    detects = job.detects if detects is None else detects
+    memory = escalated = max(need.nbytes for need in sink.needs())
+    read = sum(file.header.file_bytes for file in plan.adapter.files) + sum(p.stat().st_size for _, p in sink.copies)
+    if merges:
+        read += sum(file.header.file_bytes for file in plan.base.files.values())
+    else:
+        read += sum(plan.weights[t.tensor].nbytes for t in plan.targets if not t.module.low_rank)
+    if job.findings is not None:
+        factors = (f for m in job.findings for f in (m.detection.U, m.detection.S, m.detection.Vh))
+        read += sum(factor.nbytes for factor in factors)
+    seconds = _writing_seconds(sink)
+    if detects:
+        first = forecast_detection(plan, job.detection, job.device)
+        memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
+        read += first.read_bytes
+        seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
+    return Forecast(memory, escalated, read, output.total_bytes, output.temporary_bytes if detects else 0, seconds)
+
+
+def forecast_commands(plan: Plan, device: torch.device) -> dict[str, Forecast | None]:
+    """What each command takes with its defaults, `mitigate` and `merge` from findings; None for one that is refused."""
+    detection = DetectionOptions()
+    job = Job(plan, MitigationOptions(), detection, device)
+    commands: dict[str, Forecast | None] = {"detect": forecast_detection(plan, detection, device)}
+    for sink in (AdapterSink, ModelSink):
+        try:
+            commands[sink.command] = forecast_output(sink(job, Path("output")), detects=False)
+        except UnsupportedError:
+            commands[sink.command] = None
+    return commands
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Detection in one matrix: how, and what memory that takes."""
+
+    target: Target
+    k: int
+    rank: int | None
+    solver: str
+    blocks: bool
+    memory: int
+    escalated: int
+
+    @classmethod
+    def of(cls, plan: Plan, target: Target, options: DetectionOptions) -> _Work:
+        shape, module = target.module.shape, target.module
+        k, ways, way = (
+            options.directions(shape),
+            detection_bytes(plan, target, options),
+            best_way(plan, target, options),
+        )
+        solver = options.solver
+        if solver == "auto":
+            solver = cheaper(shape, k) if way == "dense" else "certified"
+        if k + OVERSAMPLING >= min(shape):
+            solver = "dense"
+        expected = ways["whole"] if way == "dense" and solver == "certified" else ways[way]
+        rank = factor_rank(module) if module.low_rank else None
+        return cls(target, k, rank, solver, way == "blocks", expected, ways[way])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.target.module.shape
+
+    @property
+    def cost(self) -> int:
+        return cost(self.shape, self.k, self.solver)
+
+
+def _detection_seconds(plan: Plan, works: Iterable[_Work], device: torch.device) -> float | None:
+    """The solvers' time, and that of bringing each matrix to the computing dtype. The next one is read meanwhile."""
+    if device.type != "cpu":
+        return None
+    seconds, decoded = 0.0, defaultdict[str, list[Weight]](list)
+    alike = defaultdict[tuple[str, bool, bool], list[_Work]](list)
+    for work in works:
+        weight = plan.weights[work.target.tensor]
+        if not work.blocks:
+            decoded[weight.label].append(weight)
+        elif isinstance(weight, Coded):  # decoded again for each product
+            return None
+        alike[work.solver, work.rank is None, work.blocks].append(work)
+    for (solver, _, blocks), group in alike.items():
+        of_shape = defaultdict[tuple[int, int], list[_Work]](list)
+        for work in group:
+            of_shape[work.shape].append(work)
+        by_cost = sorted(of_shape.values(), key=lambda same: sum(w.cost for w in same), reverse=True)
+        timed = 0.0
+        for same in by_cost[: TIMED[solver]]:
+            work = same[0]
+            timed += detection_pace(work.shape, work.k, work.rank, solver, blocks) * sum(w.cost for w in same)
+        known = sum(w.cost for same in by_cost[: TIMED[solver]] for w in same)
+        seconds += timed * sum(w.cost for w in group) / known
+    for weights in decoded.values():
+        values = sum(w.matrix[0] * w.matrix[1] for w in weights)
+        seconds += decoding_pace(max(weights, key=lambda w: w.nbytes)) * values
+    return seconds
+
+
+def _writing_seconds(sink: Sink) -> float | None:
+    """The time of all output tensors, and of the figures of each matrix; None for what is not summed a few rows at a time."""
+    plan = sink.job.plan
+    if any(not target.module.low_rank for target in plan.targets):
+        return None
+    seconds = _figures_seconds(sink.job, 2 if isinstance(sink, ModelSink) else 3)
+
+    def unchanged(target: Target) -> tuple[Delta, Delta]:
+        delta = plan.delta(target)
+        return delta, delta
+
+    if not isinstance(sink, ModelSink):
+        part = max(plan.adapter.parts.values(), key=lambda part: part.info.nbytes)
+        return seconds + writing_pace(Copied(part), unchanged) * sink.output.total_bytes
+    sizes = {info.name: info.nbytes for shard in sink.shards.values() for info in shard.header.tensors}
+    alike = defaultdict[type, list[Output]](list)
+    for output in (o for outputs in sink.model.files.values() for o in outputs):
+        few = isinstance(output.recipe, Shifted | Exchanged)
+        alike[Copied if few else _kind(output.recipe)].append(output)
+    if Recoded in alike:  # in several passes over the whole
+        return None
+    for group in alike.values():
+        largest = max(group, key=lambda o: sizes[o.name])
+        try:
+            pace = writing_pace(largest.recipe, unchanged)
+        except NumericError:  # the run itself will say where
+            return None
+        seconds += pace * sum(sizes[o.name] for o in group)
+    return seconds
+
+
+def _kind(recipe: Recipe) -> type:
+    """The recipe, or that of the matrices that it holds."""
+    if isinstance(recipe, Stacked):
+        return _kind(recipe.recipes[0])
+    return type(recipe.recipe if isinstance(recipe, Share) else recipe)
+
+
+def _figures_seconds(job: Job, times: int) -> float:
+    """For each matrix, the norms of Δ and Δ', and its projection."""
+    works = [(t.module.shape, factor_rank(t.module), job.intruders(t)) for t in job.plan.targets]
+    units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
+    shape, rank, intruders = max(works, key=lambda work: factor_cost(work[0], work[1] + work[2]))
+    return factor_pace(shape, rank + intruders) * units

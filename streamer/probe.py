@@ -1,0 +1,145 @@
+"""How long the steps of a run take on this machine: each is done once, on a small share of the work, and nothing is written.
+
+A pace is seconds for a unit of work. Disks are not measured: of what is read the second reading counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from streamer.bases.weight import DECODED_BYTES, Weight
+from streamer.intruders import DetectionOptions, detect
+from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Dense, LowRank, Matrix, RowBlocks
+from streamer.merging import Mitigated, Recipe, threads
+from streamer.solvers import cost
+
+DENSE_COST = 100_000_000
+"""Units of `solvers.cost` of a matrix that the dense solver is timed on, at most."""
+
+CERTIFIED_VALUES = 1 << 21
+"""Values of a matrix that the certified solver is timed on, at most: 0.1 s on two cores."""
+
+SAMPLE_BYTES = 16 << 20
+"""Bytes of an output tensor that are made, at most, to time it."""
+
+TOP = 64
+"""Directions above the bulk of a matrix that is timed, as in `tools/bench_detect.py`."""
+
+RUNS = 3
+"""Runs of which the fastest counts: on a machine with other work one alone says little."""
+
+SECONDS = 0.4
+"""No further run begins after these."""
+
+
+def detection_pace(shape: tuple[int, int], k: int, rank: int | None, solver: str, blocks: bool = False) -> float:
+    """Seconds for a unit of `solvers.cost`, from a generated matrix of this form, smaller where that is large.
+
+    Parameters
+    ----------
+    rank
+        That of the delta; None for a dense one.
+    solver
+        The one that is meant to run, not ``auto``.
+    blocks
+        Whether the matrix is multiplied as it is stored.
+    """
+    m, n = _smaller(shape, solver)
+    share = min(1.0, min(m, n) / min(shape))
+    k = max(1, min(k, round(k * share) if k > min(m, n) // 40 else k))
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(m, n, generator=g).mul_(0.5 * TOP**-0.7 / (m**0.5 + n**0.5))
+    p = min(TOP, m, n)
+    top = torch.randn(m, p, generator=g) * (torch.arange(1, p + 1).pow(-0.7) / (m * n) ** 0.5)
+    base.addmm_(top, torch.randn(p, n, generator=g))
+    r = min(rank or 8, m, n)
+    factors = LowRank(torch.randn(m, r, generator=g) / (r * m) ** 0.5, torch.randn(n, r, generator=g) / n**0.5)
+    delta: Delta = factors if rank is not None else Dense(factors.dense())
+    matrix: Matrix = Dense(base)
+    if blocks:
+        stored = base.bfloat16()
+        matrix = RowBlocks((m, n), lambda i, j: stored[i:j], torch.empty(0))
+    options = DetectionOptions(k, 0.5, solver)
+    seconds = fastest(lambda: detect(matrix, delta, options, name="probe", may_form=not blocks))
+    return seconds / cost((m, n), k, solver)
+
+
+def _smaller(shape: tuple[int, int], solver: str) -> tuple[int, int]:
+    """The same form, scaled down to what takes a fraction of a second."""
+    (m, n), whole = shape, max(1, cost(shape, 1, solver))
+    factor = (DENSE_COST / whole) ** (1 / 3) if solver == "dense" else (CERTIFIED_VALUES / max(1, m * n)) ** 0.5
+    return (m, n) if factor >= 1 else (max(1, round(m * factor)), max(1, round(n * factor)))
+
+
+def decoding_pace(weight: Weight) -> float:
+    """Seconds for a value that is brought from where it is stored to the computing dtype."""
+    m, n = weight.matrix
+    rows = max(1, min(m, DECODED_BYTES // max(1, n * weight.compute.itemsize)))
+    source = weight.at_hand()
+    out = torch.empty((rows, n), dtype=weight.compute)
+    source.rows(0, rows)  # read by now
+    return fastest(lambda: out.copy_(source.rows(0, rows))) / max(1, rows * n)
+
+
+def factor_pace(shape: tuple[int, int], rank: int) -> float:
+    """Seconds for a unit of `factor_cost`, from the norm of a generated delta in factors; on one thread, as mitigation has."""
+    (m, n), r = shape, max(1, rank)
+    g = torch.Generator().manual_seed(0)
+    delta = LowRank(
+        torch.randn(m, r, generator=g, dtype=torch.float64), torch.randn(n, r, generator=g, dtype=torch.float64)
+    )
+    with threads():
+        return fastest(delta.norm) / factor_cost(shape, r)
+
+
+def factor_cost(shape: tuple[int, int], rank: int) -> int:
+    """Units of work of the thin QRs of both factors of a delta."""
+    return (sum(shape) + 1000) * rank * (rank + 8)
+
+
+def writing_pace(recipe: Recipe, mitigated: Mitigated) -> float:
+    """Seconds for a byte of a tensor that is made by this recipe, hashed and written, as far as the processors go.
+
+    A writer and a hasher work beside the maker, so that the slowest sets the pace, or all three where there are fewer processors.
+    """
+    count, last = 0, b""
+
+    def make() -> None:
+        nonlocal count, last
+        count = 0
+        for piece in recipe.pieces(mitigated):
+            count, last = count + len(piece), bytes(piece) if count == 0 else last
+            if count >= SAMPLE_BYTES:
+                break
+
+    with threads():
+        making = fastest(make) / max(1, count)
+    beside = [fastest(stage) / max(1, len(last)) for stage in (lambda: hashlib.sha256(last), lambda: _write(last))]
+    stages = [making, *beside]
+    return max(*stages, sum(stages) / len(os.sched_getaffinity(0)))
+
+
+def _write(data: bytes) -> None:
+    """Into memory of the system's, as into its cache of a file."""
+    with open(os.memfd_create("probe"), "wb", buffering=0) as f:
+        f.write(data)
+
+
+def fastest(job: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs."""
+    began, best = time.perf_counter(), math.inf
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        job()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now - began > SECONDS:
+            break
+    return best
