@@ -192,7 +192,8 @@ def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     return (
         f"forecast: memory {_memory(forecast)}; "
         f"reads {size(forecast['read_bytes'])}, writes {most}{size(forecast['write_bytes'])}{beside}; "
-        f"{size(free)} free; time {duration(forecast['seconds'])}, if the disk keeps up"
+        f"{size(free)} free; time {duration(forecast['seconds'])}, "
+        "with the processors as busy as now and if the disk keeps up"
     )
 
 
