@@ -22,7 +22,7 @@ from streamer.plan import Plan, make_plans
 from streamer.several import findings_of, model_of, named_adapters
 from streamer.storage.tensorfile import IOMode
 
-Several = Sequence[Path] | list[str] | tuple[str, ...]
+Several = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]
 """Adapters on one base; a directory of adapters among them stands for those in it."""
 
 

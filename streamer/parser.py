@@ -25,7 +25,8 @@ a first run:
   streamer merge BASE ADAPTER -o DIR --lambda 0.75 --findings findings.safetensors
                                                         a plain model with the mitigated adapter merged in
 
-BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's directory. Results go to stdout, progress to stderr.
+BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's directory; detect and merge take several, or a directory
+of adapters, and read the base once for all. Results go to stdout, progress to stderr.
 
 """
     + EXIT_CODES
