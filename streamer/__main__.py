@@ -203,7 +203,7 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
 def _dry_run(args: argparse.Namespace, output: Path, state: str, matrices: int, files: int, nbytes: int | None,
              forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
     from streamer.report import forecast_text, size
-    from streamer.storage.transaction import free_bytes
+    from streamer.storage.place import free_bytes
 
     says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
     text = f"dry run: {says} {output}: {files} files" + (f", {size(nbytes)}" if nbytes is not None else "")
