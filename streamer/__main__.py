@@ -203,7 +203,7 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
 def _dry_run(args: argparse.Namespace, output: Path, state: str, matrices: int, files: int, nbytes: int | None,
              forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
     from streamer.report import forecast_text, size
-    from streamer.storage.transaction import free_bytes
+    from streamer.storage.place import free_bytes
 
     says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
     text = f"dry run: {says} {output}: {files} files" + (f", {size(nbytes)}" if nbytes is not None else "")
@@ -211,7 +211,10 @@ def _dry_run(args: argparse.Namespace, output: Path, state: str, matrices: int, 
             "matrices": matrices, "files": files, "bytes": nbytes,
             "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
     text += f"; {matrices} matrices"
-    return tree, text if forecast is None else f"{text}\n{forecast_text(tree['forecast'], tree['free_bytes'])}"
+    return (
+        tree,
+        text if forecast is None else f"{text}\n{forecast_text(args.command, tree['forecast'], tree['free_bytes'])}",
+    )
 
 
 def _print_each(args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]]) -> None:

@@ -16,8 +16,8 @@ from streamer.errors import FormatError, InputChangedError, OutputError
 from streamer.findings import ARRAYS, DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
 from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
 from streamer.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, layout, parse_header
+from streamer.storage.place import check_place
 from streamer.storage.shards import ShardPlan, plan_shard, write_shard
-from streamer.storage.transaction import check_place
 
 OFFSETS_BYTES = 16 * 14
 """By how much the offsets of a matrix' tensors are longer in a large file than in a record."""

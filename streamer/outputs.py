@@ -20,11 +20,11 @@ from streamer.merging import threads
 from streamer.pipeline import detect_to_files
 from streamer.storage.atomic import AtomicFile, Buffer, locked
 from streamer.storage.header import TensorInfo
+from streamer.storage.place import check_space
 from streamer.storage.shards import shard_steps
 from streamer.storage.transaction import (
     LOCK_NAME,
     OutputDirectory,
-    check_space,
     finished_record,
     inspect_output,
     missing_bytes,

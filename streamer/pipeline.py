@@ -31,7 +31,7 @@ from streamer.linalg.operators import Dense, Matrix, RowBlocks
 from streamer.plan import Plan
 from streamer.staging import Staged, Stager, read_ahead
 from streamer.storage.atomic import make_directory, partials_of
-from streamer.storage.transaction import allocated_bytes, check_space
+from streamer.storage.place import allocated_bytes, check_space
 from streamer.targets import Target
 
 

@@ -185,12 +185,15 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None]) -> str:
     )
 
 
-def forecast_text(forecast: Mapping[str, Any], free: int) -> str:
+def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     """What one command would take, in a line."""
     beside = f" and at most {size(forecast['temporary_bytes'])} for a while" if forecast["temporary_bytes"] else ""
+    most = "at most " if command == "detect" else ""
     return (
-        f"forecast: memory {_memory(forecast)}; reads {size(forecast['read_bytes'])}, writes {size(forecast['write_bytes'])}{beside}; "
-        f"{size(free)} free; time {duration(forecast['seconds'])}, if the disk keeps up"
+        f"forecast: memory {_memory(forecast)}; "
+        f"reads {size(forecast['read_bytes'])}, writes {most}{size(forecast['write_bytes'])}{beside}; "
+        f"{size(free)} free; time {duration(forecast['seconds'])}, "
+        "with the processors as busy as now and if the disk keeps up"
     )
 
 

@@ -55,7 +55,7 @@ FLOORS = [
 ]
 WITHIN = [
     ["storage.streams"],
-    ["storage.header", "storage.atomic"],
+    ["storage.header", "storage.atomic", "storage.place"],
     ["storage.tensorfile"],
     ["storage.checkpoint", "storage.shards", "storage.transaction"],
     ["linalg.operators", "linalg.precision"],

@@ -155,6 +155,8 @@ def test_inspect_and_dry_run_name_what_they_forecast(job: Job, findings: Path, t
     text = run("merge", *job, "-o", tmp_path / "m", "--dry-run").out
     assert "forecast: memory " in text
     assert " free; time about " in text
+    assert ", writes at most " not in text
+    assert ", writes at most " in run("detect", *job, "-o", tmp_path / "d", "--dry-run").out
     text = run("inspect", *job).out
     assert "forecast" in text
     assert "at most" in text

@@ -19,14 +19,13 @@ from helpers import tree_digest
 
 from streamer.errors import InputChangedError, LockedError, OutputError, StorageError, StreamerError
 from streamer.storage.atomic import AtomicFile, Journal, locked
+from streamer.storage.place import check_place, check_space
 from streamer.storage.transaction import (
     JOURNAL_NAME,
     LOCK_NAME,
     RECORD_NAME,
     OutputDirectory,
     OutputPlan,
-    check_place,
-    check_space,
     finished_record,
     inspect_output,
     open_output,

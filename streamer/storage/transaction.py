@@ -12,13 +12,12 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from streamer.errors import FormatError, InputChangedError, OutputError, StorageError
+from streamer.errors import FormatError, InputChangedError, OutputError
 from streamer.storage.atomic import (
     AtomicFile,
     Journal,
@@ -31,6 +30,7 @@ from streamer.storage.atomic import (
 )
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.header import strict_json
+from streamer.storage.place import allocated_bytes, check_place, check_space
 
 RECORD_NAME = "streamer.json"
 JOURNAL_NAME = ".streamer.journal"
@@ -107,65 +107,6 @@ def missing_bytes(plan: OutputPlan, state: str) -> int:
         have += sum(size for name, size in plan.files if _size(plan.path / name) == size)
     have += sum(allocated_bytes(plan.path / name) for name, _ in plan.temporary)
     return plan.total_bytes + plan.temporary_bytes - have
-
-
-def check_place(path: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output that is a symlink, an input, or inside an input or a hub cache, or cannot be written."""
-    if path.is_symlink():
-        raise OutputError(
-            f"{path}: is a symlink, and writing never follows one; name its target {os.path.realpath(path)}"
-        )
-    real = Path(os.path.realpath(path))
-    for source in inputs:
-        inside = Path(os.path.realpath(source))
-        if _same(real, inside):
-            raise OutputError(f"{path}: is the input {source}; choose another output")
-        if any(_same(parent, inside) for parent in real.parents):
-            raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
-        if any(_same(real, parent) for parent in inside.parents):
-            raise OutputError(f"{path}: contains the input {source}; choose an output beside it")
-    for parent in (real, *real.parents):
-        if parent.name.startswith(("models--", "datasets--", "spaces--")) and any(
-            (parent / part).is_dir() for part in ("blobs", "refs", "snapshots")
-        ):
-            raise OutputError(f"{path}: lies inside a hub cache, where nothing is written; choose another output")
-    there = _existing(real)
-    if not there.is_dir():
-        raise OutputError(f"{path}: {there} is not a directory; choose another output")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: {there} is not writable; choose another output")
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that are free on the disk where a path stands, or would stand."""
-    return shutil.disk_usage(_existing(path)).free
-
-
-def check_space(path: Path, needed: int, at_most: bool = False) -> None:
-    """Refuse a plan that does not fit on the disk; `at_most` says that less may turn out to be needed."""
-    free = free_bytes(path)
-    if needed > free:
-        raise StorageError(
-            f"{path}: needs {'up to ' if at_most else ''}{needed} bytes, the disk has {free} free; free some space, "
-            "or choose another disk"
-        )
-
-
-def allocated_bytes(path: Path) -> int:
-    """Bytes on the disk that removing a file gives back; 0 if there is none."""
-    try:
-        return path.stat(follow_symlinks=False).st_blocks * 512
-    except OSError:
-        return 0
-
-
-def _same(a: Path, b: Path) -> bool:
-    """Whether two paths are one, by device and inode too: a mount shows a directory under a second name."""
-    return a == b or (a.exists() and b.exists() and a.samefile(b))
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def _size(path: Path) -> int:
