@@ -260,17 +260,18 @@ def iter_merged(
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    on_event: OnEvent | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time.
 
     Inputs are opened and checked by the call itself, not by the first step. Without findings each matrix is detected when its
-    turn comes. A tensor of a dtype that torch does not have comes as its bytes, a flat uint8 tensor. Parameters and errors are
-    those of `merge_with_reduced_intruder_dimensions`.
+    turn comes. A tensor of a dtype that torch does not have comes as its bytes, a flat uint8 tensor. `on_event` is told of each tensor
+    as it is begun, in bytes. Other parameters and errors are those of `merge_with_reduced_intruder_dimensions`.
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
     (job,) = prepare(base, [adapter], mitigation, detection, [findings], device, io, base_is_residual, dequantize)
-    return merged_tensors(job, Monitor())
+    return merged_tensors(job, _monitor([job.plan], None, on_event))
 
 
 def prepare(

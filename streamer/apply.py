@@ -17,7 +17,7 @@ from streamer.bases.dequantize import STALE
 from streamer.budget import Need, check_budget, detection_needs, mitigation_bytes, resident_bytes, rows_bytes
 from streamer.encodings import TORCH_DTYPES, as_tensor
 from streamer.errors import NumericError
-from streamer.events import Monitor
+from streamer.events import Event, Monitor
 from streamer.figures import matrix_figures
 from streamer.findings import Findings, MatrixFinding
 from streamer.findings_writer import journal_of
@@ -57,6 +57,8 @@ class Job:
         Whether a merged model is written plain where the base is quantized.
     threads
         Torch's threads for a detection amid the merging of rows, which has one: its last bits depend on them.
+    monitor
+        Told of what happens in such a detection.
     """
 
     plan: Plan
@@ -66,6 +68,7 @@ class Job:
     findings: Findings | None = None
     dequantize: bool = False
     threads: int = field(default_factory=torch.get_num_threads)
+    monitor: Monitor | None = None
     _last: tuple[str, Detection] | None = None
 
     def detection_of(self, target: Target) -> Detection | None:
@@ -75,7 +78,8 @@ class Job:
         if self.findings is None:
             if self._last is None or self._last[0] != target.tensor:  # codes and scales are made one after the other
                 with threads(self.threads):
-                    self._last = target.tensor, detect_matrix(self.plan, target, self.detection, self.device).detection
+                    found = detect_matrix(self.plan, target, self.detection, self.device, monitor=self.monitor)
+                self._last = target.tensor, found.detection
             return self._last[1]
         return self._by_tensor[target.tensor].detection
 
@@ -229,13 +233,16 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     detecting = detection_needs(job.plan, job.detection) if job.detects else ()
     needs = (replace(n, nbytes=n.nbytes + most) for n in itertools.chain(detecting, merging_needs(job, model)))
     check_budget(needs, job.detection.max_memory)
-    return _tensors(job, model, monitor)
+    return _tensors(replace(job, monitor=monitor), model, monitor)
 
 
 def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
-    for shard in model.shards().values():
+    shards = model.shards()
+    done, total = 0, sum(shard.header.data_bytes for shard in shards.values())
+    for shard in shards.values():
         for info, output in zip(shard.header.tensors, model.files[shard.name], strict=True):
             monitor.checkpoint()
+            monitor.emit(Event("write", info.name, done, total))
             job.plan.check_unchanged()
             data, at = bytearray(info.nbytes), 0
             with threads():
@@ -246,3 +253,5 @@ def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[s
             # Of a dtype that torch does not have, the bytes.
             shape = info.shape if dtype else (info.nbytes,)
             yield info.name, as_tensor(memoryview(data), dtype or torch.uint8, shape)
+            done += info.nbytes
+    monitor.emit(Event("write", "", total, total))

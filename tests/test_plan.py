@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import streamer
 from streamer.errors import InputChangedError, OutputError, UsageError
+from streamer.events import Event
 from streamer.pipeline import choose_device
 from streamer.plan import left_out, make_plan, other_files
 from streamer.solvers import cost
@@ -91,6 +93,17 @@ def test_stamps_do_not_depend_on_the_spelling(job: Job, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert make_plan(os.path.relpath(base), os.path.relpath(adapter)).stamps() == absolute
     assert not any(path.endswith("tokenizer.json") for path in make_plan(base, adapter).detection_stamps())
+
+
+def test_iter_merged_tells_of_each_tensor(job: Job) -> None:
+    base, adapter = job
+    events: list[Event] = []
+    sizes = {
+        name: t.nbytes for name, t in streamer.iter_merged(base, adapter, mitigation_lambda=1.0, on_event=events.append)
+    }
+    assert [e.name for e in events if e.stage == "write"] == [*sizes, ""]
+    assert [e.done for e in events if e.stage == "write"] == [0, *itertools.accumulate(sizes.values())]
+    assert {e.total for e in events} == {sum(sizes.values())}
 
 
 def test_iter_merged_stops_when_the_adapter_changes(job: Job) -> None:
