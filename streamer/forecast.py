@@ -49,8 +49,8 @@ class Forecast:
         What stands beside the output for a while, at most: a journal, findings that the command makes for itself.
     seconds
         Estimated from a probe, for processors as busy as now, a disk that keeps up, and no matrix that needs the dense solver after
-        all; other work on them makes it many times as long, as it does the run. None where it is not estimated. The start of the
-        process and the checks of a dry run come on top.
+        all. Other work on them makes it longer, as it does the run, though not by the same factor. None where it is not estimated. The
+        start of the process and the checks of a dry run come on top.
     """
 
     peak_memory_bytes: int
