@@ -12,6 +12,7 @@ from pathlib import Path
 
 from streamer.adapter import CONFIG_NAME
 from streamer.errors import UsageError
+from streamer.storage.place import refuse_symlink
 from streamer.tuned import is_model
 
 
@@ -46,7 +47,15 @@ def named_adapters(adapters: str | Path | Sequence[str | Path]) -> dict[str, Pat
 
 
 def model_of(output: str | Path, name: str) -> Path:
-    """Where `merge` writes the model of an adapter."""
+    """Where `merge` writes the model of an adapter.
+
+    Raises
+    ------
+    OutputError
+        If the directory for the models of several is a symlink.
+    """
+    if name:
+        refuse_symlink(Path(output))
     return Path(output) / name
 
 
