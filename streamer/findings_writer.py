@@ -16,7 +16,7 @@ from streamer.errors import FormatError, InputChangedError, OutputError
 from streamer.findings import ARRAYS, DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
 from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
 from streamer.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, layout, parse_header
-from streamer.storage.place import check_place
+from streamer.storage.place import check_place, refuse_symlink
 from streamer.storage.shards import ShardPlan, plan_shard, write_shard
 
 OFFSETS_BYTES = 16 * 14
@@ -257,8 +257,9 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
         raise OutputError(f"{path}: directory {path.parent} does not exist; create it first")
     if path.is_dir():
         raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
-    if path.is_symlink():
-        raise OutputError(f"{path}: is a symlink, and writing never follows one; name its target {path.resolve()}")
+    refuse_symlink(path)
+    if make_parent:
+        refuse_symlink(path.parent)
     check_place(path.parent.resolve(), ())
     for source in inputs:
         if source.resolve() in (path.resolve(), *path.resolve().parents):

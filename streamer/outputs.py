@@ -28,7 +28,7 @@ from streamer.storage.transaction import (
     finished_record,
     inspect_output,
     missing_bytes,
-    open_output,
+    open_outputs,
 )
 
 Place = tuple[int, int]
@@ -68,8 +68,7 @@ def run_jobs(
         if lock.exists():  # of a run that was killed as it ended
             with locked(lock):
                 pass
-    with contextlib.ExitStack() as stack:
-        outs = [stack.enter_context(open_output(sink.output, overwrite, resume)) for sink in todo]
+    with open_outputs([sink.output for sink in todo], overwrite, resume) as outs:
         runs = [_Run(sink, out, monitor) for sink, out in zip(todo, outs, strict=True)]
         for run in runs:
             run.look()

@@ -49,11 +49,14 @@ class Company:
 
     Attributes
     ----------
+    inputs
+        Directories and files that every output must stay out of.
     parts, matrices
         How many tensors the adapters hold, and how many matrices they change, all together.
     """
 
     base: Checkpoint
+    inputs: tuple[Path, ...]
     parts: int = 0
     matrices: int = 0
 
@@ -139,8 +142,8 @@ class Plan:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Directories and files that an output must stay out of."""
-        return self.base.path, self.adapter.path
+        """Directories and files that an output must stay out of: those of all that are carried out together."""
+        return self.company.inputs
 
     def stamps(self) -> dict[str, Sequence[int]]:
         """Stamps of every input file, by path."""
@@ -200,7 +203,7 @@ def make_plans(
     opened = [None if is_model(path) else open_adapter(path, io, base_is_residual) for path in given]
     checkpoint = open_checkpoint(base, io)
     config = _model_config(checkpoint.directory)
-    company = Company(checkpoint)
+    company = Company(checkpoint, (checkpoint.path, *given))
     conv1d = stores_conv1d(config)
     return [
         _plan(company, config, adapter or open_tuned(path, checkpoint, _model_config(path), conv1d, io))

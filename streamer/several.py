@@ -12,6 +12,7 @@ from pathlib import Path
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.errors import OutputError, UsageError
+from streamer.storage.place import refuse_symlink
 from streamer.tuned import is_model
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
@@ -56,12 +57,26 @@ def named_adapters(adapters: str | Path | Sequence[str | Path]) -> dict[str, Pat
 
 
 def model_of(output: str | Path, name: str) -> Path:
-    """Where `merge` writes the model of an adapter."""
+    """Where `merge` writes the model of an adapter.
+
+    Raises
+    ------
+    OutputError
+        If what is to be the directory for the models of several is a file, or a symlink.
+    """
+    if name:
+        refuse_symlink(Path(output))
     return _directory(output) / name if name else Path(output)
 
 
 def findings_of(output: str | Path, name: str) -> Path:
-    """Where `detect` writes the findings on an adapter."""
+    """Where `detect` writes the findings on an adapter.
+
+    Raises
+    ------
+    OutputError
+        If what is to be the directory for those on several is a file.
+    """
     return _directory(output) / f"{name}.safetensors" if name else Path(output)
 
 

@@ -137,6 +137,34 @@ def test_each_output_is_locked(inputs: Inputs, tmp_path: Path) -> None:
         assert tree_digest(out) == tree_digest(inputs.single / way)
 
 
+def test_one_that_is_locked_leaves_the_others_as_they_were(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(*inputs.line(WAYS[1], out))
+    before = tree_digest(out)
+    with locked(out / "saved" / ".streamer.lock"):
+        error = run(*inputs.line("merge --lambda 0.25 --overwrite", out), code=5)
+    assert "saved: another run is writing here" in error
+    assert tree_digest(out) == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_output_that_is_a_link_is_not_followed(inputs: Inputs, way: str, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for target in ("real", "nowhere"):
+        (tmp_path / "link").symlink_to(tmp_path / target)
+        assert "link: is a symlink, and writing never follows one" in run(*inputs.line(way, tmp_path / "link"), code=4)
+        (tmp_path / "link").unlink()
+    assert list((tmp_path / "real").iterdir()) == []
+
+
+def test_an_output_stays_out_of_the_inputs_of_the_others(inputs: Inputs, tmp_path: Path) -> None:
+    inside = tmp_path / "out" / "lora" / "dora"
+    shutil.copytree(inputs.adapters / "dora", inside)
+    error = run(*inputs.line(WAYS[1], tmp_path / "out", inputs.adapters / "lora", inside), code=4)
+    assert f"lora: contains the input {inside}" in error
+    assert tree_digest(tmp_path / "out") == {f"lora/dora/{k}": v for k, v in tree_digest(inside).items()}
+
+
 def test_two_of_one_name_are_refused(inputs: Inputs, tmp_path: Path) -> None:
     again = tmp_path / "lora"
     shutil.copytree(inputs.adapters / "lora", again)

@@ -28,7 +28,7 @@ from streamer.storage.transaction import (
     OutputPlan,
     finished_record,
     inspect_output,
-    open_output,
+    open_outputs,
 )
 
 DATA = {
@@ -77,7 +77,7 @@ def nothing() -> None:
 def carry_out(case: Case, plan: OutputPlan | None = None, until: str = "", **options: bool) -> list[str]:
     """Carry a plan out, up to the file `until`; the names that were written."""
     written = []
-    with open_output(plan or case.plan, **options) as out:
+    with open_outputs([plan or case.plan], **options) as (out,):
         for name, data in DATA.items():
             if name == until:
                 raise Killed
@@ -103,8 +103,8 @@ def interrupt(case: Case, until: str = "model-2", plan: OutputPlan | None = None
 
 
 def run(begin: Callable[..., object], plan: OutputPlan, overwrite: bool = False, resume: bool = True) -> None:
-    if begin is open_output:
-        with open_output(plan, overwrite, resume):
+    if begin is open_outputs:
+        with open_outputs([plan], overwrite, resume):
             raise AssertionError("begun")
     begin(plan, overwrite, resume)
 
@@ -113,7 +113,7 @@ def refusal(kind: type[StreamerError], case: Case, plan: OutputPlan | None = Non
     """The one line of a refusal, by the preflight and under the lock alike; neither touches what is there."""
     before = tree_digest(case.out.parent)
     messages = set()
-    for begin in (inspect_output, open_output):
+    for begin in (inspect_output, open_outputs):
         with pytest.raises(kind) as caught:
             run(begin, plan or case.plan, **options)
         assert type(caught.value) is kind
@@ -437,11 +437,11 @@ def test_a_symlink_at_a_final_name(case: Case, name: str, overwrite: bool) -> No
     path.parent.mkdir(parents=True)
     path.symlink_to(case.base / "precious", target_is_directory=name == "sub")
     at = case.out / "sub/config.json" if name == "sub" else path
-    for begin in (inspect_output, open_output):
+    for begin in (inspect_output, open_outputs):
         with pytest.raises(OutputError, match="symlink") as caught:
             run(begin, case.plan, overwrite)
         words = "is a symlink, and writing never follows one; remove it"
-        if not (begin is open_output and name == LOCK_NAME):
+        if not (begin is open_outputs and name == LOCK_NAME):
             assert str(caught.value) == f"{at}: {words}"
     assert path.is_symlink()
     assert not (case.base / "precious").exists()
@@ -486,7 +486,7 @@ def test_places_where_nothing_is_written(case: Case, tmp_path: Path, place: str,
     plan = dataclasses.replace(case.plan, path=out)
     before = sorted(tmp_path.rglob("*"))
     for overwrite in (False, True):
-        for begin in (inspect_output, open_output):
+        for begin in (inspect_output, open_outputs):
             with pytest.raises(OutputError) as caught:
                 run(begin, plan, overwrite)
             assert str(caught.value) == f"{out}: {words.format(base=case.base, out=out)}"
@@ -601,7 +601,7 @@ def test_a_check_before_the_rename_stops_it(case: Case) -> None:
         raise InputChangedError("changed")
 
     def write() -> None:
-        with open_output(case.plan) as out:
+        with open_outputs([case.plan]) as (out,):
             put(out, case, "sub/config.json", b"", changed)
 
     with pytest.raises(InputChangedError, match="changed"):
@@ -622,7 +622,7 @@ def test_a_copied_file_that_changed_its_size(case: Case, content: bytes) -> None
 
 def test_a_copied_file_that_vanished(case: Case) -> None:
     def copy() -> None:
-        with open_output(case.plan) as out:
+        with open_outputs([case.plan]) as (out,):
             out.copy("sub/config.json", case.base / "gone", nothing)
 
     with pytest.raises(StorageError, match="gone: cannot copy: No such file or directory"):
@@ -649,7 +649,7 @@ def test_entries_keep_their_details(case: Case) -> None:
     """What was announced with a file comes back when the run is taken up."""
 
     def announce() -> None:
-        with open_output(case.plan) as out:
+        with open_outputs([case.plan]) as (out,):
             with AtomicFile(case.out / "model-1", 100) as f:
                 f.write(DATA["model-1"])
             out.announce("model-1", 100, f.sha256, matrices=[{"tensor": "é", "norm": 1.5}])
@@ -657,7 +657,7 @@ def test_entries_keep_their_details(case: Case) -> None:
 
     with pytest.raises(Killed):
         announce()
-    with open_output(case.plan) as out:
+    with open_outputs([case.plan]) as (out,):
         assert out.resumed
         entry = out.finished("model-1")
         assert entry is not None
@@ -670,13 +670,13 @@ def test_a_killed_process_is_taken_up(case: Case) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
-from streamer.storage.transaction import OutputPlan, open_output
+from streamer.storage.transaction import OutputPlan, open_outputs
 plan = OutputPlan(Path({str(case.out)!r}), {case.plan.files!r}, "digest", {case.plan.stamps!r}, ())
 real = os.rename
 def rename(*args):
     real(*args)
     os.kill(os.getpid(), signal.SIGKILL)
-with open_output(plan) as out:
+with open_outputs([plan]) as (out,):
     out.write("sub/config.json", b"{{}}", lambda: None)
     os.rename = rename
     out.write("model-1", bytes(range(100)), lambda: None)

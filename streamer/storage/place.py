@@ -10,12 +10,17 @@ from pathlib import Path
 from streamer.errors import OutputError, StorageError
 
 
-def check_place(path: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output that is a symlink, an input, or inside an input or a hub cache, or cannot be written."""
+def refuse_symlink(path: Path) -> None:
+    """Refuse an output that is a symlink."""
     if path.is_symlink():
         raise OutputError(
             f"{path}: is a symlink, and writing never follows one; name its target {os.path.realpath(path)}"
         )
+
+
+def check_place(path: Path, inputs: Sequence[Path]) -> None:
+    """Refuse an output that is a symlink, an input, or inside an input or a hub cache, or cannot be written."""
+    refuse_symlink(path)
     real = Path(os.path.realpath(path))
     for source in inputs:
         inside = Path(os.path.realpath(source))

@@ -71,8 +71,10 @@ def shard_steps(
         for info in plan.header.tensors:
             yield info, f
             begun = f.written
+            piece: Buffer = b""
             for piece in source(info):
                 f.write(piece)
+            del piece  # not to be held while other files are written
             if f.written - begun != info.nbytes:
                 raise NumericError(
                     f"tensor {info.name!r}: planned {info.nbytes} bytes, got {f.written - begun}; please report this"

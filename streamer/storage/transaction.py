@@ -198,7 +198,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 class OutputDirectory:
-    """The directory while it is being written; made by `open_output`."""
+    """The directory while it is being written; made by `open_outputs`."""
 
     def __init__(self, plan: OutputPlan, journal: Journal, resumed: bool) -> None:
         self.path = plan.path
@@ -283,36 +283,49 @@ def finished_record(plan: OutputPlan) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_output(plan: OutputPlan, overwrite: bool = False, resume: bool = True) -> Iterator[OutputDirectory]:
-    """Lock the directory, take up an interrupted run or begin, and keep the journal if the block raises.
+def open_outputs(
+    plans: Sequence[OutputPlan], overwrite: bool = False, resume: bool = True
+) -> Iterator[list[OutputDirectory]]:
+    """Lock the directories, take up interrupted runs or begin, and keep the journals if the block raises.
+
+    All are locked and looked at before anything in one of them is touched: one that is refused leaves the others as they were.
 
     Raises
     ------
     LockedError
-        If another run is at work there.
+        If another run is at work in one of them.
     OutputError, StorageError, InputChangedError
-        As `inspect_output`, which is repeated under the lock.
+        As `inspect_output`, which is repeated under the locks.
     """
-    check_place(plan.path, plan.inputs)
-    make_directory(plan.path)
-    with locked(plan.path / LOCK_NAME):
-        state = inspect_output(plan, overwrite, resume)
-        if state == "done":
-            raise OutputError(
-                f"{plan.path}: another run has just finished this output; run the command again to see it"
-            )
-        for home, names in _homes(plan):
-            remove_partials(home, names)
-        if state == "new":
-            # The old commit point goes first, be it another's or that of a run of ours killed at its very end: from here
-            # on nobody takes the directory for a finished output.
-            for name in (plan.files[-1][0], *(plan.rivals if overwrite else ()), RECORD_NAME):
-                _remove(plan.path / name)
-        journal = Journal(plan.path / JOURNAL_NAME)
-        if state != "resume":
-            journal.clear()
-            journal.append(json.dumps({"plan": plan.digest, "stamps": plan.stamps}).encode())
-        try:
-            yield OutputDirectory(plan, journal, state == "resume")
-        finally:
-            journal.close()
+    with contextlib.ExitStack() as stack:
+        states = []
+        for plan in plans:
+            check_place(plan.path, plan.inputs)
+            make_directory(plan.path)
+            stack.enter_context(locked(plan.path / LOCK_NAME))
+            states.append(inspect_output(plan, overwrite, resume))
+            if states[-1] == "done":
+                raise OutputError(
+                    f"{plan.path}: another run has just finished this output; run the command again to see it"
+                )
+        yield [stack.enter_context(_begun(plan, state, overwrite)) for plan, state in zip(plans, states, strict=True)]
+
+
+@contextlib.contextmanager
+def _begun(plan: OutputPlan, state: str, overwrite: bool) -> Iterator[OutputDirectory]:
+    """One of them, locked, in the state ``new`` or ``resume``."""
+    for home, names in _homes(plan):
+        remove_partials(home, names)
+    if state == "new":
+        # The old commit point goes first, be it another's or that of a run of ours killed at its very end: from here
+        # on nobody takes the directory for a finished output.
+        for name in (plan.files[-1][0], *(plan.rivals if overwrite else ()), RECORD_NAME):
+            _remove(plan.path / name)
+    journal = Journal(plan.path / JOURNAL_NAME)
+    if state != "resume":
+        journal.clear()
+        journal.append(json.dumps({"plan": plan.digest, "stamps": plan.stamps}).encode())
+    try:
+        yield OutputDirectory(plan, journal, state == "resume")
+    finally:
+        journal.close()
