@@ -81,9 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)",
     )
     g.add_argument("--max-memory", type=_size, metavar="SIZE",
-                   help="anonymous memory of the whole process, like 600M or 4G: large matrices are multiplied as they are "
-                        "stored, which takes longer, and what only a full SVD could settle stays open; what does not fit is refused "
-                        "(default: as much as it takes)")  # fmt: skip
+                   help="anonymous memory of the whole process, like 600M or 4G, what a GPU's driver takes not counted: large matrices "
+                        "are multiplied as they are stored, which takes longer, and what only a full SVD could settle stays open; "
+                        "what does not fit is refused (default: as much as it takes)")  # fmt: skip
     g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
     g.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
 

@@ -100,18 +100,25 @@ def test_every_device_decides_the_same(plan: Plan, device: str) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    "error", [NO_ROOM, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), RuntimeError("misaligned")]
+)
 def test_a_matrix_without_room_on_the_device_is_computed_on_the_cpu_and_that_is_said(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     whole = Plain.whole
 
     def without_room(self: Plain, device: torch.device) -> torch.Tensor:
         if device.type != "cpu":
-            raise NO_ROOM
+            raise error
         return whole(self, device)
 
     monkeypatch.setattr(Plain, "whole", without_room)
     target, options, events = plan.targets[0], DetectionOptions(), list[Event]()
+    if "misaligned" in str(error):  # another error is not hidden
+        with pytest.raises(RuntimeError, match="misaligned"):
+            detect_matrix(plan, target, options, torch.device("cuda"))
+        return
     found = detect_matrix(plan, target, options, torch.device("cuda"), monitor=Monitor(events.append))
     text = f"{target.tensor}: cuda has not enough memory for it; it is computed on the CPU"
     assert events == [Event("warning", text)]
