@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from streamer.errors import StreamerError, UsageError
+from streamer.errors import StorageError, StreamerError, UsageError
 from streamer.events import Event, Monitor
 from streamer.parser import build_parser
 
@@ -343,11 +344,10 @@ def run(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has gone; that is no fault
         return 0
     except OSError as e:
-        print(
-            f"streamer: {e.filename or 'I/O'}: {e.strerror or e}; the same command resumes once the cause is gone",
-            file=sys.stderr,
-        )
-        return 6
+        from streamer.storage.atomic import advice
+
+        print(f"streamer: {e.filename or 'I/O'}: {e.strerror or e}; {advice(e)}", file=sys.stderr)
+        return UsageError.exit_code if e.errno == errno.ENAMETOOLONG else StorageError.exit_code
     except MemoryError:
         print(
             "streamer: out of memory; use fewer threads or a machine with more, then run the same command again",

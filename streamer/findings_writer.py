@@ -14,9 +14,9 @@ from torch import Tensor
 from streamer.encodings import as_bytes
 from streamer.errors import FormatError, InputChangedError, OutputError
 from streamer.findings import ARRAYS, DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
-from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
+from streamer.storage.atomic import Buffer, Journal, locked, partial_name, remove_partials
 from streamer.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, layout, parse_header
-from streamer.storage.place import check_place, refuse_symlink
+from streamer.storage.place import check_name, check_place, refuse_symlink
 from streamer.storage.shards import ShardPlan, plan_shard, write_shard
 
 OFFSETS_BYTES = 16 * 14
@@ -255,6 +255,7 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
     """
     if not make_parent and not path.parent.is_dir():
         raise OutputError(f"{path}: directory {path.parent} does not exist; create it first")
+    check_name(path, partial_name(journal_of(path).name))
     if path.is_dir():
         raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
     refuse_symlink(path)

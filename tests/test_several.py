@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -201,6 +202,30 @@ def test_one_of_a_directory_that_is_not_whole_is_refused_by_name(inputs: Inputs,
         (adapters / "dora" / name).symlink_to(tmp_path / "gone")
         assert list(named_adapters([adapters])) == NAMES
         (adapters / "dora" / name).unlink()
+
+
+def test_too_long_a_name_is_refused_before_a_byte_is_written(inputs: Inputs, tmp_path: Path) -> None:
+    for length in (250, 230):  # too long for its lock, and only for the partial file at the very end
+        long = tmp_path / ("n" * length)
+        shutil.copytree(inputs.adapters / "lora", long)
+        error = run(*inputs.line("detect", tmp_path / "out", inputs.adapters / "dora", long), code=4)
+        assert f"{long.name}.safetensors: its name is too long" in error
+    for way in WAYS:
+        error = run(*inputs.line(way, tmp_path / ("o" * 256)), code=2)
+        assert error.endswith("ooo: File name too long; choose a shorter name\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_to_do_where_descriptors_run_out(inputs: Inputs) -> None:
+    lowest = os.dup(0)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 2, hard))
+    try:
+        with pytest.raises(StorageError, match="Too many open files; take fewer adapters at once, or raise `ulimit -n`"):
+            make_plans(inputs.base, [inputs.adapters / name for name in NAMES])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_model_in_a_directory_of_adapters_is_refused(inputs: Inputs, tmp_path: Path) -> None:

@@ -32,14 +32,21 @@ class Sink(Protocol):
         """Append bytes."""
 
 
-def storage_error(path: Path, action: str, e: OSError) -> StorageError:
+def storage_error(path: Path, action: str, e: OSError) -> StorageError | OutputError:
     """Turn an `OSError` into the error that says where, what, and what to do."""
-    advice = (
-        "free some space, then run the same command again"
-        if e.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-        else ("run the same command again once the cause is gone")
-    )
-    return StorageError(f"{path}: cannot {action}: {e.strerror or e}; {advice}")
+    kind = OutputError if e.errno == errno.ENAMETOOLONG else StorageError
+    return kind(f"{path}: cannot {action}: {e.strerror or e}; {advice(e)}")
+
+
+def advice(e: OSError) -> str:
+    """What to do about it."""
+    if e.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return "free some space, then run the same command again"
+    if e.errno in {errno.EMFILE, errno.ENFILE}:
+        return "take fewer adapters at once, or raise `ulimit -n`"
+    if e.errno == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    return "run the same command again once the cause is gone"
 
 
 def fsync_directory(path: Path) -> None:
@@ -89,7 +96,7 @@ class AtomicFile:
         self.size = size
         self.written = 0
         self._check = check
-        self._partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        self._partial = path.with_name(partial_name(path.name))
         self._fd = -1
         self._appender = Appender(self._fd)
 
@@ -179,6 +186,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write a small file atomically."""
     with AtomicFile(path, len(data)) as f:
         f.write(data)
+
+
+def partial_name(name: str) -> str:
+    """A name that `PARTIAL` matches, and that is nobody else's."""
+    return f".{name}.{secrets.token_hex(8)}.partial"
 
 
 def partials_of(directory: Path, names: set[str]) -> list[Path]:

@@ -42,6 +42,16 @@ def check_place(path: Path, inputs: Sequence[Path]) -> None:
         raise OutputError(f"{path}: {there} is not writable; choose another output")
 
 
+def check_name(path: Path, longest: str) -> None:
+    """Refuse an output for which a file would be written, for a while at least, under a longer name than the file system takes."""
+    most, found = os.pathconf(_existing(path.parent), "PC_NAME_MAX"), len(os.fsencode(longest))
+    if 0 < most < found:
+        raise OutputError(
+            f"{path}: its name is too long: with what a partial file adds it has {found} bytes, the file system takes {most}; "
+            "choose a shorter name"
+        )
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that are free on the disk where a path stands, or would stand."""
     return shutil.disk_usage(_existing(path)).free

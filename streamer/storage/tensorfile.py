@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from streamer.errors import FormatError, InputChangedError, InputError, StorageError
+from streamer.storage.atomic import storage_error
 from streamer.storage.header import Header, TensorInfo, read_header
 from streamer.storage.streams import QUEUE, Readahead
 
@@ -44,7 +45,7 @@ def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
     except OSError as e:
         if e.errno == errno.ELOOP:
             raise FormatError(f"{path}: expected {what}, found a link that leads to itself") from None
-        raise StorageError(f"{path}: cannot open: {e.strerror}") from e
+        raise storage_error(path, "open", e) from e
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode):
         os.close(fd)
