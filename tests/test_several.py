@@ -19,9 +19,7 @@ from forks import KILL, server
 from helpers import tree_digest
 
 import streamer
-from streamer.budget import PROCESS_BYTES, TENSOR_BYTES, resident_bytes
 from streamer.errors import StorageError, UsageError
-from streamer.plan import make_plan, make_plans
 from streamer.several import holds_adapters, named_adapters
 from streamer.storage.atomic import locked
 
@@ -301,14 +299,6 @@ def test_all_outputs_must_fit_on_the_disk(inputs: Inputs, tmp_path: Path, monkey
     merge(inputs.base, [paths[0]], tmp_path / "out", mitigation_lambda=1)
     merge(inputs.base, paths, tmp_path / "out", mitigation_lambda=1)
     assert sorted(os.listdir(tmp_path / "out")) == NAMES
-
-
-def test_a_budget_counts_the_tables_of_all(inputs: Inputs) -> None:
-    paths = [inputs.adapters / name for name in NAMES]
-    alone = [resident_bytes(make_plan(inputs.base, path)) for path in paths]
-    together = {resident_bytes(plan) for plan in make_plans(inputs.base, paths)}
-    base = PROCESS_BYTES + TENSOR_BYTES * len(make_plan(inputs.base, paths[0]).base.weight_map)
-    assert together == {base + sum(size - base for size in alone)}
 
 
 def test_a_fine_tuned_model_goes_along(inputs: Inputs, tmp_path: Path) -> None:
