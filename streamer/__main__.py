@@ -50,7 +50,7 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
 def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.api import detect_intruder_dimensions
     from streamer.forecast import forecast_detection
-    from streamer.pipeline import choose_device, inspect_detection
+    from streamer.pipeline import choose_device, inspect_detections
     from streamer.plan import make_plans
     from streamer.report import findings_json, findings_table
     from streamer.several import findings_of, named_adapters
@@ -60,12 +60,13 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     if args.dry_run:
         device = choose_device(args.device)
         named = named_adapters(adapters)
+        plans = make_plans(args.base, [*named.values()], args.io, args.base_is_residual)
+        paths = [findings_of(args.output, name) for name in named]
+        states = inspect_detections(
+            plans, paths, options, args.overwrite, not args.no_resume, make_parent="" not in named
+        )
         parts = {}
-        for name, plan in zip(
-            named, make_plans(args.base, [*named.values()], args.io, args.base_is_residual), strict=True
-        ):
-            path = findings_of(args.output, name)
-            state = inspect_detection(plan, path, options, args.overwrite, not args.no_resume, make_parent=bool(name))
+        for name, plan, path, state in zip(named, plans, paths, states, strict=True):
             forecast = None if state == "done" else forecast_detection(plan, options, device)
             parts[name] = _dry_run(args, path, state, len(plan.targets), 1, None, forecast)
         _print_each(args, parts)

@@ -183,6 +183,8 @@ def load_findings(path: str | Path) -> Findings:
     FormatError
         If it is not one, or not whole.
     """
+    if Path(path).is_dir():
+        raise FormatError(f"{path}: expected a findings file, found a directory; name the findings file in it")
     file = TensorFile(Path(path))
     text = file.header.metadata.get("findings")
     if file.header.metadata.get("schema") != SCHEMA or text is None:

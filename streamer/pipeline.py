@@ -181,11 +181,9 @@ def detect_to_files(plans: Sequence[Plan], paths: Sequence[Path], options: Detec
 
     Finished findings of these very plans are left as they are. With `make_parent` the files' directory is made if it is missing.
     """
+    finished = _finished(plans, paths, options, overwrite, make_parent)
     pairs = list(zip(plans, paths, strict=True))
-    finished = [plan_detection(plan, path, options, overwrite, make_parent) for plan, path in pairs]
     todo = [pair for pair, found in zip(pairs, finished, strict=True) if found is None]
-    if len(todo) > 1:
-        _check_space(todo, options)
     for (_, path), found in zip(pairs, finished, strict=True):
         if found is None:
             make_directory(path.parent)
@@ -215,26 +213,36 @@ def detect_to_files(plans: Sequence[Plan], paths: Sequence[Path], options: Detec
     return [timed(path) if found is None else found for path, found in zip(paths, finished, strict=True)]
 
 
-def inspect_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite: bool, resume: bool,
-                      make_parent: bool = False) -> str:  # fmt: skip
-    """Preflight of `detect`, read-only: ``new``, ``resume`` or ``done``."""
-    if plan_detection(plan, path, options, overwrite, make_parent) is not None:
-        return "done"
-    head = Findings(plan.base_identity, plan.adapter_identity, options, ())
-    start = journal_head(head, [t.tensor for t in plan.targets], plan.detection_stamps())
-    return "resume" if resume and interrupted_run(path, start, overwrite) else "new"
+def inspect_detections(plans: Sequence[Plan], paths: Sequence[Path], options: DetectionOptions, overwrite: bool, resume: bool,
+                       make_parent: bool = False) -> list[str]:  # fmt: skip
+    """Preflight of `detect`, read-only: ``new``, ``resume`` or ``done`` for each plan."""
+    states = []
+    finished = _finished(plans, paths, options, overwrite, make_parent)
+    for plan, path, found in zip(plans, paths, finished, strict=True):
+        head = Findings(plan.base_identity, plan.adapter_identity, options, ())
+        start = journal_head(head, [t.tensor for t in plan.targets], plan.detection_stamps())
+        if found is not None:
+            states.append("done")
+        else:
+            states.append("resume" if resume and interrupted_run(path, start, overwrite) else "new")
+    return states
 
 
-def plan_detection(plan: Plan, path: Path, options: DetectionOptions, overwrite: bool,
-                   make_parent: bool = False) -> Findings | None:  # fmt: skip
-    """Preflight of `detect`: the finished findings of this very plan, or None if they are still to be made."""
-    _check_budgets([plan], options)
-    tensors = [t.tensor for t in plan.targets]
-    digest = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
-    finished = inspect_findings_output(path, digest, overwrite, plan.inputs, make_parent)
-    if finished is None:
-        plan.refuse_overwriting([path])
-        _check_space([(plan, path)], options)
+def _finished(plans: Sequence[Plan], paths: Sequence[Path], options: DetectionOptions, overwrite: bool,
+              make_parent: bool) -> list[Findings | None]:  # fmt: skip
+    """Preflight of `detect`: for each plan its finished findings, or None if they are still to be made; those must fit on the disk."""
+    _check_budgets(plans, options)
+    finished = []
+    for plan, path in zip(plans, paths, strict=True):
+        tensors = [t.tensor for t in plan.targets]
+        digest = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
+        found = inspect_findings_output(path, digest, overwrite, plan.inputs, make_parent)
+        if found is None:
+            plan.refuse_overwriting([path])
+        finished.append(found)
+    todo = [(plan, path) for plan, path, found in zip(plans, paths, finished, strict=True) if found is None]
+    if todo:
+        _check_space(todo, options)
     return finished
 
 
@@ -246,7 +254,8 @@ def _check_space(todo: Sequence[tuple[Plan, Path]], options: DetectionOptions) -
         names = {path.name, journal_of(path).name}
         there = [journal_of(path), *(partials_of(path.parent, names) if path.parent.is_dir() else ())]
         needed += sum(findings_bytes(plan, options)) - sum(map(allocated_bytes, there))
-    check_space(todo[0][1], needed, at_most=True)
+    first = todo[0][1]
+    check_space(first.parent if len(todo) > 1 else first, needed, at_most=True)
 
 
 def findings_bytes(plan: Plan, options: DetectionOptions) -> tuple[int, int]:

@@ -10,32 +10,42 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamer.adapter import CONFIG_NAME
-from streamer.errors import UsageError
+from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
+from streamer.errors import OutputError, UsageError
 from streamer.storage.place import refuse_symlink
 from streamer.tuned import is_model
+
+FILES = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
+"""By any of them a directory is an adapter's, whole or not."""
 
 
 def holds_adapters(path: str | Path) -> bool:
     """Whether a path is a directory of adapters: no adapter itself, nor a model, but there are adapters in it."""
     path = Path(path)
-    return not (path / CONFIG_NAME).exists() and not is_model(path) and bool(_inside(path))
+    return not _is_adapter(path) and not is_model(path) and bool(_inside(path))
 
 
 def named_adapters(adapters: str | Path | Sequence[str | Path]) -> dict[str, Path]:
     """Adapters by name, in the order given; in a list, a directory of adapters stands for those in it, sorted.
 
+    One that is not whole is among them, so that opening it says what it lacks. Other directories beside them are passed over.
+
     Raises
     ------
     UsageError
-        If there are none, or two have one name.
+        If there are none, one is given twice, two have one name, or there is a model in a directory of adapters.
     """
     if isinstance(adapters, str | Path):
         return {"": Path(adapters)}
     found: dict[str, Path] = {}
     for given in map(Path, adapters):
-        for path in _inside(given) if holds_adapters(given) else [given]:
+        several = holds_adapters(given)
+        if several:
+            _refuse_models(given)
+        for path in _inside(given) if several else [given]:
             name = Path(os.path.abspath(path)).name
+            if name in found and os.path.realpath(path) == os.path.realpath(found[name]):
+                raise UsageError(f"{path}: is given twice; name it once")
             if name in found:
                 raise UsageError(
                     f"{path}: has the same name as {found[name]}, and so would their outputs; rename one, or take it alone"
@@ -52,17 +62,49 @@ def model_of(output: str | Path, name: str) -> Path:
     Raises
     ------
     OutputError
-        If the directory for the models of several is a symlink.
+        If what is to be the directory for the models of several is a file, or a symlink.
     """
     if name:
         refuse_symlink(Path(output))
-    return Path(output) / name
+    return _directory(output) / name if name else Path(output)
 
 
 def findings_of(output: str | Path, name: str) -> Path:
-    """Where `detect` writes the findings on an adapter."""
-    return Path(output) / f"{name}.safetensors" if name else Path(output)
+    """Where `detect` writes the findings on an adapter.
+
+    Raises
+    ------
+    OutputError
+        If what is to be the directory for those on several is a file.
+    """
+    return _directory(output) / f"{name}.safetensors" if name else Path(output)
+
+
+def _directory(output: str | Path) -> Path:
+    """The output of several adapters."""
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: of several adapters -o is a directory, found a file; name a directory")
+    return path
 
 
 def _inside(path: Path) -> list[Path]:
-    return sorted(c.parent for c in path.glob(f"*/{CONFIG_NAME}") if not c.parent.name.startswith("."))
+    return sorted(p for p in _directories(path) if _is_adapter(p))
+
+
+def _directories(path: Path) -> list[Path]:
+    return [p for p in path.glob("*") if p.is_dir() and not p.name.startswith(".")]
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether any of an adapter's files is there, if only as a link that leads nowhere."""
+    return any(os.path.lexists(path / name) for name in FILES)
+
+
+def _refuse_models(path: Path) -> None:
+    """It might be a fine-tuned one that is to go along, or the base."""
+    models = sorted(p.name for p in _directories(path) if is_model(p) and not _is_adapter(p))
+    if models:
+        raise UsageError(
+            f"{path}: holds a model beside the adapters, {models[0]!r}; name one by one those that are meant"
+        )

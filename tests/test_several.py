@@ -19,7 +19,11 @@ from forks import KILL, server
 from helpers import tree_digest
 
 import streamer
+from streamer.__main__ import run as streamer_command
 from streamer.errors import StorageError, UsageError
+from streamer.intruders import DetectionOptions
+from streamer.pipeline import findings_bytes
+from streamer.plan import make_plans
 from streamer.several import holds_adapters, named_adapters
 from streamer.storage.atomic import locked
 
@@ -169,6 +173,50 @@ def test_two_of_one_name_are_refused(inputs: Inputs, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_one_that_is_given_twice_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(inputs.adapters)
+    for again in (inputs.adapters / "lora", tmp_path / "link" / "lora"):
+        error = run(*inputs.line("detect", tmp_path / "out", inputs.adapters, again), code=2)
+        assert f"{again}: is given twice; name it once" in error
+
+
+@pytest.mark.parametrize("lacking", ["adapter_config.json", "adapter_model.safetensors"])
+def test_one_of_a_directory_that_is_not_whole_is_refused_by_name(inputs: Inputs, lacking: str, tmp_path: Path) -> None:
+    adapters = tmp_path / "adapters"
+    shutil.copytree(inputs.adapters, adapters)
+    (adapters / "notes").mkdir()
+    (adapters / "notes" / "readme.md").write_text("of no adapter")
+    (adapters / "dora" / lacking).unlink()
+    assert list(named_adapters([adapters])) == NAMES
+    error = run(*inputs.line("detect", tmp_path / "out", adapters), code=3)
+    assert f"{adapters / 'dora'}" in error
+    assert lacking in error
+    # As a pickle, or as a link into a cache that is gone.
+    (adapters / "dora" / "adapter_config.json").unlink(missing_ok=True)
+    (adapters / "dora" / "adapter_model.safetensors").unlink(missing_ok=True)
+    assert list(named_adapters([adapters])) == NAMES[1:]
+    for name in ("adapter_model.bin", "adapter_config.json"):
+        (adapters / "dora" / name).symlink_to(tmp_path / "gone")
+        assert list(named_adapters([adapters])) == NAMES
+        (adapters / "dora" / name).unlink()
+
+
+def test_a_model_in_a_directory_of_adapters_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    shutil.copytree(inputs.adapters, tmp_path / "adapters")
+    shutil.copytree(inputs.base, tmp_path / "adapters" / "tuned")
+    error = run(*inputs.line("detect", tmp_path / "out", tmp_path / "adapters"), code=2)
+    assert f"{tmp_path / 'adapters'}: holds a model beside the adapters, 'tuned'" in error
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_of_several_the_output_is_no_file(inputs: Inputs, way: str, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    for more in [], ["--dry-run"], ["--overwrite"]:
+        error = run(*inputs.line(way, tmp_path / "out"), *more, code=4)
+        assert f"{tmp_path / 'out'}: of several adapters -o is a directory, found a file" in error
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_one_that_is_bad_stops_all_before_a_byte_is_written(inputs: Inputs, way: str, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
@@ -210,6 +258,8 @@ def test_findings_are_a_directory_with_those_on_each(inputs: Inputs, tmp_path: P
     assert "made with another adapter" in run(*line, code=3)
     line[line.index(some)] = some / "lora.safetensors"
     assert "expected findings on several adapters: the directory" in run(*line, code=2)
+    line = ["merge", inputs.base, inputs.adapters / "lora", "--findings", some, "-o", out]
+    assert f"{some}: expected a findings file, found a directory; name the findings file in it" in run(*line, code=3)
     assert not out.exists()
 
 
@@ -299,6 +349,21 @@ def test_all_outputs_must_fit_on_the_disk(inputs: Inputs, tmp_path: Path, monkey
     merge(inputs.base, [paths[0]], tmp_path / "out", mitigation_lambda=1)
     merge(inputs.base, paths, tmp_path / "out", mitigation_lambda=1)
     assert sorted(os.listdir(tmp_path / "out")) == NAMES
+
+
+def test_all_findings_must_fit_on_the_disk(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = make_plans(inputs.base, [inputs.adapters / name for name in NAMES])
+    needed = [sum(findings_bytes(plan, DetectionOptions())) for plan in plans]
+    free = sum(needed) - 1
+    assert free > max(needed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    out = tmp_path / "out"
+    for more in [], ["--dry-run"]:
+        assert streamer_command(["detect", str(inputs.base), str(inputs.adapters), "-o", str(out), *more]) == 6
+        assert f"{out}: needs up to {free + 1} bytes, the disk has {free} free" in capsys.readouterr().err
+        assert not out.exists()
 
 
 def test_a_fine_tuned_model_goes_along(inputs: Inputs, tmp_path: Path) -> None:
