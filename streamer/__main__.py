@@ -54,6 +54,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.plan import make_plans
     from streamer.report import findings_json, findings_table
     from streamer.several import findings_of, named_adapters
+    from streamer.together import shared_by_detections, together
 
     options = _detection_options(args, None)
     adapters = _adapters(args)
@@ -65,11 +66,14 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
         states = inspect_detections(
             plans, paths, options, args.overwrite, not args.no_resume, make_parent="" not in named
         )
-        parts = {}
+        parts, todo, forecasts = {}, [], []
         for name, plan, path, state in zip(named, plans, paths, states, strict=True):
-            forecast = None if state == "done" else forecast_detection(plan, options, device)
+            forecast = None
+            if state != "done":
+                todo.append(plan)
+                forecasts.append(forecast := forecast_detection(plan, options, device))
             parts[name] = _dry_run(args, path, state, len(plan.targets), 1, None, forecast)
-        _print_each(args, parts)
+        _print_dry_runs(args, parts, together(forecasts, shared_by_detections(todo)))
         return
     found = detect_intruder_dimensions(
         args.base, adapters, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,
@@ -108,6 +112,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     from streamer.outputs import inspect_jobs
     from streamer.report import record_table
     from streamer.several import model_of, named_adapters
+    from streamer.together import shared_by_merges, together
 
     adapters = _adapters(args)
     named = named_adapters(adapters)
@@ -118,15 +123,16 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
         jobs = prepare(args.base, [*named.values()], mitigation, detection, given, args.device, args.io,
                        base_is_residual=args.base_is_residual, **special)  # fmt: skip
         sinks = [sink(job, model_of(args.output, name)) for job, name in zip(jobs, named, strict=True)]
-        parts = {}
-        for name, planned, state in zip(
-            named, sinks, inspect_jobs(sinks, args.overwrite, not args.no_resume), strict=True
-        ):
-            output = planned.output
-            forecast = None if state == "done" else forecast_output(planned)
-            matrices, files = len(planned.job.plan.targets), len(output.files)
-            parts[name] = _dry_run(args, output.path, state, matrices, files, output.total_bytes, forecast)
-        _print_each(args, parts)
+        states = inspect_jobs(sinks, args.overwrite, not args.no_resume)
+        parts, todo, forecasts = {}, [], []
+        for name, planned, state in zip(named, sinks, states, strict=True):
+            forecast = None
+            if state != "done":
+                todo.append(planned)
+                forecasts.append(forecast := forecast_output(planned))
+            output, matrices = planned.output, len(planned.job.plan.targets)
+            parts[name] = _dry_run(args, output.path, state, matrices, len(output.files), output.total_bytes, forecast)
+        _print_dry_runs(args, parts, together(forecasts, shared_by_merges(todo)))
         return
     found = write(
         args.base, adapters, args.output, findings=args.findings or None, top_k=detection.top_k,
@@ -203,28 +209,46 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
 
 def _dry_run(args: argparse.Namespace, output: Path, state: str, matrices: int, files: int, nbytes: int | None,
              forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
-    from streamer.report import forecast_text, size
+    from streamer.report import size
     from streamer.storage.place import free_bytes
 
     says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
-    text = f"dry run: {says} {output}: {files} files" + (f", {size(nbytes)}" if nbytes is not None else "")
+    written = "" if nbytes is None else f", {size(nbytes)}"
     tree = {"schema": "streamer.dry-run/1", "command": args.command, "output": str(output), "state": state,
             "matrices": matrices, "files": files, "bytes": nbytes,
             "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
-    text += f"; {matrices} matrices"
-    return (
-        tree,
-        text if forecast is None else f"{text}\n{forecast_text(args.command, tree['forecast'], tree['free_bytes'])}",
-    )
+    return tree, f"dry run: {says} {output}: {files} files{written}; {matrices} matrices"
 
 
-def _print_each(args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]]) -> None:
-    """The result of the one adapter, or of each of several by its name."""
+def _print_dry_runs(
+    args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]], forecast: Forecast | None
+) -> None:
+    """What would be done for each, and what all of it would take."""
+    from streamer.report import forecast_text
+    from streamer.storage.place import free_bytes
+
+    free, tree = free_bytes(Path(args.output)), None if forecast is None else asdict(forecast)
+    text = "" if tree is None else forecast_text(args.command, tree, free)
+    if "" in parts:
+        one, line = parts[""]
+        _print(args, one, f"{line}\n{text}".rstrip())
+    else:
+        _print_each(args, parts, {"free_bytes": free, "forecast": tree}, text and f"all together\n{text}")
+
+
+def _print_each(args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]],
+                more: Mapping[str, Any] | None = None, last: str = "") -> None:  # fmt: skip
+    """The result of the one adapter, or of each of several by its name, and more of all."""
     if "" in parts:
         _print(args, *parts[""])
         return
-    tree = {"schema": "streamer.several/1", "adapters": {name: tree for name, (tree, _) in parts.items()}}
-    _print(args, tree, "\n\n".join(f"{name}\n{text}" for name, (_, text) in parts.items()))
+    tree = {
+        "schema": "streamer.several/1",
+        "adapters": {name: tree for name, (tree, _) in parts.items()},
+        **(more or {}),
+    }
+    texts = [f"{name}\n{text}" for name, (_, text) in parts.items()]
+    _print(args, tree, "\n\n".join([*texts, last] if last else texts))
 
 
 def _print(args: argparse.Namespace, tree: dict[str, Any], text: str) -> None:

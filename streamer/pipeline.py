@@ -127,7 +127,7 @@ def detect_all(plans: Sequence[Plan], options: DetectionOptions, device: torch.d
     A matrix that several plans change is read once for all of them.
     """
     _check_budgets(plans, options)
-    todo = [[(i, t) for i, t in uses if not known(i, t.tensor)] for uses in _matrices(plans)]
+    todo = [[(i, t) for i, t in uses if not known(i, t.tensor)] for uses in matrices_of(plans)]
     total = sum(cost(t, options) for plan in plans for t in plan.targets)
     done = total - sum(cost(t, options) for uses in todo for _, t in uses)
 
@@ -163,7 +163,7 @@ def detect_in_memory(
     ]
 
 
-def _matrices(plans: Sequence[Plan]) -> list[list[tuple[int, Target]]]:
+def matrices_of(plans: Sequence[Plan]) -> list[list[tuple[int, Target]]]:
     """The targets of all plans in file order, those together that are the same bytes: an adapter may save a weight of its own."""
     found: dict[tuple[Any, ...], list[tuple[int, Target]]] = {}
     for i, plan in enumerate(plans):

@@ -47,6 +47,7 @@ FLOORS = [
         "converted",
         "probe",
         "forecast",
+        "together",
         "report",
     },
     {"api"},
@@ -79,7 +80,7 @@ WITHIN = [
     ["apply", "probe"],
     ["adapted", "converted", "outputs"],
     ["forecast"],
-    ["report"],
+    ["report", "together"],
 ]
 # storage.transaction reads JSON as checkpoint does.
 SIBLINGS = {("storage.transaction", "storage.checkpoint")}

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import helpers
 import jobs
 import pytest
+import safetensors
 from forks import KILL, server
 from helpers import tree_digest
 
@@ -290,8 +291,53 @@ def test_json_holds_the_object_of_each(inputs: Inputs, way: str, tmp_path: Path)
             assert plan["bytes"] == done["totals"]["bytes"]
     again = json.loads(run(*inputs.line(way, out), "--dry-run", "--json"))
     assert {plan["state"] for plan in again["adapters"].values()} == {"done"}
+    assert again["forecast"] is None
     text = run(*inputs.line(way, tmp_path / "text"))
     assert [line for line in text.splitlines() if line in NAMES] == NAMES
+
+
+def bytes_of_matrices(base: Path) -> int:
+    found = 0
+    for path in base.glob("*.safetensors"):
+        with safetensors.safe_open(path, "pt") as f:
+            tensors = [f.get_tensor(name) for name in f.keys()]  # noqa: SIM118
+        found += sum(t.nbytes for t in tensors if t.dim() == 2)
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_forecast_of_all_has_the_base_once(inputs: Inputs, way: str, tmp_path: Path) -> None:
+    names, out, findings = ["first", "second", "third"], tmp_path / "out", tmp_path / "findings"
+    findings.mkdir()
+    for name in names:
+        shutil.copytree(inputs.adapters / "lora", tmp_path / name)
+        shutil.copy(inputs.findings / "lora.safetensors", findings / f"{name}.safetensors")
+    verb, base, *rest = inputs.line(way, out, *(tmp_path / name for name in names))
+    line = [verb, base, *(findings if a == inputs.findings else a for a in rest)]
+    tree = json.loads(run(*line, "--dry-run", "--json"))
+    each = [tree["adapters"][name]["forecast"] for name in names]
+    shared = 0 if verb == "detect" else sum(p.stat().st_size for p in inputs.base.glob("*.safetensors"))
+    if way != WAYS[2]:
+        shared += bytes_of_matrices(inputs.base)
+    total = tree["forecast"]
+    assert total["read_bytes"] == sum(f["read_bytes"] for f in each) - 2 * shared
+    assert total["write_bytes"] == sum(f["write_bytes"] for f in each)
+    assert total["temporary_bytes"] == sum(f["temporary_bytes"] for f in each)
+    assert total["peak_memory_bytes"] == max(f["peak_memory_bytes"] for f in each)
+    assert total["escalated_memory_bytes"] == max(f["escalated_memory_bytes"] for f in each)
+    assert total["seconds"] == pytest.approx(sum(f["seconds"] for f in each))
+    assert tree["free_bytes"] > 0
+    text = run(*line, "--dry-run")
+    assert text.count("forecast: ") == text.count(" free") == 1
+    # What stands already takes nothing.
+    given = [inputs.findings / "lora.safetensors"] if way == WAYS[2] else []
+    run(verb, base, tmp_path / "first", *way.split()[1:], *given, "-o", tmp_path / "one")
+    out.mkdir()
+    (tmp_path / "one").rename(out / ("first.safetensors" if verb == "detect" else "first"))
+    tree = json.loads(run(*line, "--dry-run", "--json"))
+    assert tree["adapters"]["first"]["forecast"] is None
+    others = [tree["adapters"][name]["forecast"] for name in names[1:]]
+    assert tree["forecast"]["read_bytes"] == sum(f["read_bytes"] for f in others) - shared
 
 
 def test_the_library_gives_a_dict(inputs: Inputs, tmp_path: Path) -> None:
