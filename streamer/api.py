@@ -10,7 +10,6 @@ from torch import Tensor
 
 from streamer.adapted import AdapterSink
 from streamer.apply import Job, ModelSink, merged_tensors
-from streamer.budget import check_budget, detection_needs
 from streamer.converted import LoraSink
 from streamer.errors import MismatchError, UsageError
 from streamer.events import Event, Monitor, OnEvent
@@ -292,8 +291,6 @@ def prepare(
     for plan, found, given in zip(plans, loaded, findings, strict=True):
         if found is not None:
             _check_findings(plan, found, given if isinstance(given, str | Path) else "findings", detection)
-        elif mitigation.needs_detection:
-            check_budget(detection_needs(plan, detection), detection.max_memory)
     return [
         Job(plan, mitigation, detection, where, found, dequantize) for plan, found in zip(plans, loaded, strict=True)
     ]

@@ -26,7 +26,7 @@ from streamer.storage.shards import ShardPlan, index_bytes, plan_shard
 from streamer.targets import Place, Target, stores_conv1d
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Output:
     """One tensor of the merged model, in the format's spelling, and how it is made."""
 
@@ -99,6 +99,7 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     files[last] += [
         _output(plan, weights, name, None) for name in plan.changes.sources if name not in plan.base.weight_map
     ]
+    plan.company.outputs += sum(map(len, files.values()))
     return MergedModel(
         {name: tuple(outputs) for name, outputs in files.items() if outputs},
         {name: file.header.metadata for name, file in plan.base.files.items()},

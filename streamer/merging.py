@@ -60,7 +60,7 @@ class Recipe(Protocol):
         """Its bytes, in order; each stays as it is until `QUEUE` more were given."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Copied:
     """The bytes of a tensor as they stand, of any dtype."""
 

@@ -7,12 +7,13 @@ a tensor before any asks for the next, and the system's cache has it for all but
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 from streamer.apply import OWN_FINDINGS, SCHEMA, Sink
-from streamer.budget import check_budget
+from streamer.budget import check_budget, detection_needs
 from streamer.events import Event, Monitor
 from streamer.figures import journalled, totals
 from streamer.findings_writer import remove_leftovers
@@ -43,7 +44,9 @@ def inspect_jobs(sinks: Sequence[Sink], overwrite: bool = False, resume: bool = 
     for sink in sinks:
         state = inspect_output(sink.output, overwrite, resume)
         if state != "done":
-            check_budget(sink.needs(), sink.job.detection.max_memory)
+            job = sink.job
+            detecting = detection_needs(job.plan, job.detection) if job.detects else ()
+            check_budget(itertools.chain(detecting, sink.needs()), job.detection.max_memory)
             sink.job.plan.refuse_overwriting(sink.output.path / name for name, _ in sink.output.files)
         states.append(state)
     if len(sinks) > 1:

@@ -51,14 +51,21 @@ class Company:
     ----------
     inputs
         Directories and files that every output must stay out of.
-    parts, matrices
-        How many tensors the adapters hold, and how many matrices they change, all together.
+    weights
+        Those of the base, whose table all plans share.
+    adapters, parts, matrices
+        How many adapters there are, how many tensors they hold, and how many matrices they change, all together.
+    outputs
+        How many tensors of merged models are planned, all together.
     """
 
     base: Checkpoint
     inputs: tuple[Path, ...]
+    weights: Weights
+    adapters: int = 0
     parts: int = 0
     matrices: int = 0
+    outputs: int = 0
 
     @cached_property
     def base_identity(self) -> dict[str, Any]:
@@ -203,7 +210,7 @@ def make_plans(
     opened = [None if is_model(path) else open_adapter(path, io, base_is_residual) for path in given]
     checkpoint = open_checkpoint(base, io)
     config = _model_config(checkpoint.directory)
-    company = Company(checkpoint, (checkpoint.path, *given))
+    company = Company(checkpoint, (checkpoint.path, *given), Weights(checkpoint, config))
     conv1d = stores_conv1d(config)
     return [
         _plan(company, config, adapter or open_tuned(path, checkpoint, _model_config(path), conv1d, io))
@@ -219,7 +226,7 @@ def _plan(company: Company, config: dict[str, Any], opened: Adapter) -> Plan:
         extra.append(opened.config_path)
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
-    weights = Weights(checkpoint, config)
+    weights = company.weights
     # Of a fine-tuned model the config says whether it is tied, and goes along.
     tie = None if opened.is_model else tied.find_tie(checkpoint.weight_map, config, opened)
     aliases = {} if tie is None else {tie.head: Part(*checkpoint.locate(tie.embedding))}
@@ -243,14 +250,14 @@ def _plan(company: Company, config: dict[str, Any], opened: Adapter) -> Plan:
     targets.sort(key=_places(weights))
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
     stamps = {str(p): _stamp(p) for p in extra}
+    company.adapters += 1
     company.parts += len(opened.parts)
     company.matrices += len(targets)
     return Plan(checkpoint, weights, opened, tuple(targets), changes, mirrors, config, stamps, company)
 
 
 def _places(weights: Weights) -> Callable[[Target], tuple[int, int]]:
-    order = {name: at for at, name in enumerate(weights)}
-    return lambda target: (order[target.places[0].weight], target.places[0].index or 0)
+    return lambda target: (weights.place(target.places[0].weight), target.places[0].index or 0)
 
 
 def _check_whole(base: Checkpoint, weights: Weights, tuned: Adapter, found: set[str]) -> None:

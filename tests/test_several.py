@@ -22,11 +22,10 @@ from helpers import tree_digest
 
 import streamer
 from streamer.__main__ import run as streamer_command
-from streamer.budget import PROCESS_BYTES, TENSOR_BYTES, resident_bytes
 from streamer.errors import StorageError, UsageError
 from streamer.intruders import DetectionOptions
 from streamer.pipeline import findings_bytes
-from streamer.plan import make_plan, make_plans
+from streamer.plan import make_plans
 from streamer.several import holds_adapters, named_adapters
 from streamer.storage.atomic import locked
 
@@ -436,14 +435,6 @@ def test_all_findings_must_fit_on_the_disk(
         assert streamer_command(["detect", str(inputs.base), str(inputs.adapters), "-o", str(out), *more]) == 6
         assert f"{out}: needs up to {free + 1} bytes, the disk has {free} free" in capsys.readouterr().err
         assert not out.exists()
-
-
-def test_a_budget_counts_the_tables_of_all(inputs: Inputs) -> None:
-    paths = [inputs.adapters / name for name in NAMES]
-    alone = [resident_bytes(make_plan(inputs.base, path)) for path in paths]
-    together = {resident_bytes(plan) for plan in make_plans(inputs.base, paths)}
-    base = PROCESS_BYTES + TENSOR_BYTES * len(make_plan(inputs.base, paths[0]).base.weight_map)
-    assert together == {base + sum(size - base for size in alone)}
 
 
 def test_a_fine_tuned_model_goes_along(inputs: Inputs, tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ ENTRIES: tuple[Entry, ...] = (
 class Weights(Mapping[str, Weight]):
     """The logical weights of a base by name, in its file order.
 
+    What is made from it by `replaced`, `extended` and `dequantized` shares its table: several adapters on one base have one.
+
     Parameters
     ----------
     checkpoint
@@ -155,6 +157,7 @@ class Weights(Mapping[str, Weight]):
                 self._made[name] = None, {"weight": part}
 
         self.coded = frozenset(name for name, (entry, _) in self._made.items() if entry is not None)
+        self._order = {name: at for at, name in enumerate(self._made)}
         self._instead: dict[str, Part] = {}
         self._further: dict[str, Callable[[Weights], Weight]] = {}
         self._plain: Encoding | None = None
@@ -201,6 +204,12 @@ class Weights(Mapping[str, Weight]):
 
     def __len__(self) -> int:
         return len({**self._made, **self._instead})
+
+    def place(self, name: str) -> int:
+        """Where a weight comes in the file order; what does not stand in the base comes after all that does."""
+        if name in self._order:
+            return self._order[name]
+        return len(self._order) + list(self._instead).index(name)
 
     def recodes(self, name: str) -> bool:
         """Whether merged values of a weight that stands as codes are written back as such."""

@@ -24,7 +24,7 @@ DECODED_BYTES = 4 << 20
 """`Weight.whole` decodes rows of this many bytes at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """One tensor on disk.
 
