@@ -221,7 +221,9 @@ def test_what_to_do_where_descriptors_run_out(inputs: Inputs) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 2, hard))
     try:
-        with pytest.raises(StorageError, match="Too many open files; take fewer adapters at once, or raise `ulimit -n`"):
+        with pytest.raises(
+            StorageError, match="Too many open files; take fewer adapters at once, or raise `ulimit -n`"
+        ):
             make_plans(inputs.base, [inputs.adapters / name for name in NAMES])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
