@@ -74,7 +74,7 @@ def resident_bytes(plan: Plan) -> int:
     """Memory between any two steps, the tables of all adapters included."""
     company = plan.company
     tables = TENSOR_BYTES * (len(plan.base.weight_map) + company.parts) + ADAPTER_BYTES * company.adapters
-    return PROCESS_BYTES + tables + OUTPUT_BYTES * company.outputs + MATRIX_BYTES * company.matrices
+    return PROCESS_BYTES + tables + OUTPUT_BYTES * company.outputs + MATRIX_BYTES * company.matrices + company.kept
 
 
 def detection_bytes(plan: Plan, target: Target, options: DetectionOptions) -> dict[str, int]:
@@ -88,6 +88,12 @@ def detection_bytes(plan: Plan, target: Target, options: DetectionOptions) -> di
     always = read if isinstance(weight, Coded) else 0
     resident, making = resident_bytes(plan) + _factor_bytes(plan, target), _making_bytes(plan, target)
     return {way: resident + max(size, making) + (always if way == "blocks" else read) for way, size in ways.items()}
+
+
+def kept_bytes(plan: Plan, target: Target, options: DetectionOptions) -> int:
+    """Memory of a matrix' findings that are not written: the vectors, every direction an intruder."""
+    m, n = target.module.shape
+    return options.directions((m, n)) * (m + n) * plan.weights[target.tensor].compute.itemsize
 
 
 def best_way(plan: Plan, target: Target, options: DetectionOptions) -> str:

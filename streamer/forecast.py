@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,9 @@ from streamer.targets import Target
 TIMED = {"dense": 3, "certified": 1}
 """Shapes that a solver is timed on: `solvers.cost` is within a tenth of what the certified one takes from one shape to another, and
 only within a factor of two for the dense one."""
+
+NORMS = 2
+"""Norms of a delta in factors that the figures of a detection take, about."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class _Work:
         return cost(self.shape, self.k, self.solver)
 
 
-def _detection_seconds(plan: Plan, works: Iterable[_Work], device: torch.device) -> float | None:
+def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device) -> float | None:
     """The solvers' time, and that of bringing each matrix to the computing dtype. The next one is read meanwhile."""
     if device.type != "cpu":
         return None
@@ -181,6 +184,11 @@ def _detection_seconds(plan: Plan, works: Iterable[_Work], device: torch.device)
             timed += detection_pace(work.shape, work.k, work.rank, solver, blocks) * sum(w.cost for w in same)
         known = sum(w.cost for same in by_cost[: TIMED[solver]] for w in same)
         seconds += timed * sum(w.cost for w in group) / known
+    # The figures of each matrix: these grow with the square of the rank, which is scaled down where the solver is timed.
+    factors = [(work.shape, work.rank) for work in works if work.rank is not None]
+    if factors:
+        units = sum(NORMS * factor_cost(shape, rank) for shape, rank in factors)
+        seconds += factor_pace(*max(factors, key=lambda work: factor_cost(*work))) * units
     for weights in decoded.values():
         values = sum(w.matrix[0] * w.matrix[1] for w in weights)
         seconds += decoding_pace(max(weights, key=lambda w: w.nbytes)) * values

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from streamer import solvers
-from streamer.budget import best_way, check_budget, detection_needs
+from streamer.budget import best_way, check_budget, detection_needs, kept_bytes
 from streamer.errors import NumericError, UsageError
 from streamer.events import Event, Monitor
 from streamer.findings import Findings, MatrixFinding, detection_digest, load_findings
@@ -153,7 +153,8 @@ def detect_all(plans: Sequence[Plan], options: DetectionOptions, device: torch.d
 def detect_in_memory(
     plans: Sequence[Plan], options: DetectionOptions, device: torch.device, monitor: Monitor
 ) -> list[Findings]:
-    """Detect, and keep each plan's findings in memory."""
+    """Detect, and keep each plan's findings in memory, which the budget has to hold as well."""
+    plans[0].company.kept += sum(kept_bytes(plan, t, options) for plan in plans for t in plan.targets)
     found: list[dict[str, MatrixFinding]] = [{} for _ in plans]
     for i, finding in detect_all(plans, options, device, monitor):
         found[i][finding.tensor] = finding
@@ -259,9 +260,12 @@ def _check_space(todo: Sequence[tuple[Plan, Path]], options: DetectionOptions) -
 
 
 def findings_bytes(plan: Plan, options: DetectionOptions) -> tuple[int, int]:
-    """Bytes of the findings file and of the journal beside it, at most: all directions intruders."""
-    head = Findings(plan.base_identity, plan.adapter_identity, options, ())
-    return most_bytes(head, (_widest(plan, target, options) for target in plan.targets))
+    """Bytes of the findings file and of the journal beside it, at most: all directions intruders. Computed once."""
+    if options not in plan.findings_sizes:
+        head = Findings(plan.base_identity, plan.adapter_identity, options, ())
+        widest = (_widest(plan, target, options) for target in plan.targets)
+        plan.findings_sizes[options] = most_bytes(head, widest)
+    return plan.findings_sizes[options]
 
 
 def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFinding:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from streamer.bases.weight import Part
 from streamer.changes import Changes, match_changes
 from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.experts import expert_weight, match_experts, parameters_of
+from streamer.intruders import DetectionOptions
 from streamer.linalg.deltas import Delta
 from streamer.modules import LoraModule
 from streamer.names import match_names
@@ -57,6 +58,8 @@ class Company:
         How many adapters there are, how many tensors they hold, and how many matrices they change, all together.
     outputs
         How many tensors of merged models are planned, all together.
+    kept
+        Bytes of findings that stay in memory, at most.
     """
 
     base: Checkpoint
@@ -66,6 +69,7 @@ class Company:
     parts: int = 0
     matrices: int = 0
     outputs: int = 0
+    kept: int = 0
 
     @cached_property
     def base_identity(self) -> dict[str, Any]:
@@ -93,6 +97,8 @@ class Plan:
         Stamps of the small files that are copied or read whole, by path.
     company
         What it has in common with the plans that are carried out together with it.
+    findings_sizes
+        See `pipeline.findings_bytes`, which takes a second for thousands of matrices.
     """
 
     base: Checkpoint
@@ -104,6 +110,7 @@ class Plan:
     config: dict[str, Any]
     extra_stamps: dict[str, Stamp]
     company: Company
+    findings_sizes: dict[DetectionOptions, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -32,6 +32,9 @@ SAMPLE_BYTES = 16 << 20
 TOP = 64
 """Directions above the bulk of a matrix that is timed, as in `tools/bench_detect.py`."""
 
+DELTA = 0.5
+"""The largest singular value of a delta that is timed; the base's is 1."""
+
 RUNS = 3
 """Runs of which the fastest counts: on a machine with other work one alone says little."""
 
@@ -59,8 +62,9 @@ def detection_pace(shape: tuple[int, int], k: int, rank: int | None, solver: str
     p = min(TOP, m, n)
     top = torch.randn(m, p, generator=g) * (torch.arange(1, p + 1).pow(-0.7) / (m * n) ** 0.5)
     base.addmm_(top, torch.randn(p, n, generator=g))
-    r = min(rank or 8, m, n)
-    factors = LowRank(torch.randn(m, r, generator=g) / (r * m) ** 0.5, torch.randn(n, r, generator=g) / n**0.5)
+    r = max(1, min(rank or 8, m, n, round((rank or 8) * share) if (rank or 8) > min(m, n) // 40 else m))
+    sizes = DELTA * torch.arange(1, r + 1).pow(-0.7)
+    factors = LowRank(torch.randn(m, r, generator=g) * (sizes / m**0.5), torch.randn(n, r, generator=g) / n**0.5)
     delta: Delta = factors if rank is not None else Dense(factors.dense())
     matrix: Matrix = Dense(base)
     if blocks:
