@@ -23,6 +23,7 @@ from streamer.pipeline import findings_bytes
 from streamer.plan import Plan
 from streamer.probe import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
 from streamer.solvers import cheaper, cost
+from streamer.storage.tensorfile import SAMPLE_BYTES
 from streamer.targets import Target
 
 TIMED = {"dense": 3, "certified": 1}
@@ -45,7 +46,8 @@ class Forecast:
     escalated_memory_bytes
         The same where the dense solver must decide the largest matrix after all; within the budget, if there is one.
     read_bytes
-        Of the inputs, each byte once.
+        Of base, adapter and findings: headers, the samples and digests that tell them from others, and the tensors, as often as
+        they are read: by a merge that detects first, those that it detects in twice. Small files are left out.
     write_bytes
         Of the output: exact for models and adapters (without the record ``streamer.json``), for findings at most.
     temporary_bytes
@@ -67,13 +69,11 @@ class Forecast:
 def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device) -> Forecast:
     """What `detect` takes."""
     works = [_Work.of(plan, target, options) for target in plan.targets]
-    adapter = sum(file.header.file_bytes for file in plan.adapter.files)
-    read = sum(plan.weights[target.tensor].nbytes for target in plan.targets)
     written, journal = findings_bytes(plan, options)
     return Forecast(
         max(work.memory for work in works),
         max(work.escalated for work in works),
-        read + adapter,
+        _identified_bytes(plan) + _detected_bytes(plan),
         written,
         journal,
         _detection_seconds(plan, works, device),
@@ -92,9 +92,9 @@ def forecast_output(sink: Sink, detects: bool | None = None) -> Forecast:
     plan, merges = job.plan, isinstance(sink, ModelSink)
     detects = job.detects if detects is None else detects
     memory = escalated = max(need.nbytes for need in sink.needs())
-    read = sum(file.header.file_bytes for file in plan.adapter.files) + sum(p.stat().st_size for _, p in sink.copies)
+    read = _identified_bytes(plan) + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in sink.copies)
     if merges:
-        read += sum(file.header.file_bytes for file in plan.base.files.values())
+        read += plan.base.data_bytes
     else:
         read += sum(plan.weights[t.tensor].nbytes for t in plan.targets if not t.module.low_rank)
     if job.findings is not None:
@@ -104,7 +104,7 @@ def forecast_output(sink: Sink, detects: bool | None = None) -> Forecast:
     if detects:
         first = forecast_detection(plan, job.detection, job.device)
         memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
-        read += first.read_bytes
+        read += _detected_bytes(plan)
         seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
     return Forecast(memory, escalated, read, output.total_bytes, output.temporary_bytes if detects else 0, seconds)
 
@@ -120,6 +120,27 @@ def forecast_commands(plan: Plan, device: torch.device) -> dict[str, Forecast | 
         except UnsupportedError:
             commands[sink.command] = None
     return commands
+
+
+def _identified_bytes(plan: Plan) -> int:
+    """What is read to know the inputs by: headers, samples of models, and the whole of an adapter."""
+    files = list(plan.base.files.values())
+    whole = 0
+    if plan.adapter.is_model:
+        files += plan.adapter.files
+    else:
+        whole = sum(file.header.file_bytes for file in plan.adapter.files)
+    samples = sum(min(SAMPLE_BYTES, t.nbytes) for file in files for t in file.header.tensors)
+    return sum(file.header.data_start for file in files) + samples + whole
+
+
+def _adapter_bytes(plan: Plan) -> int:
+    return sum(file.header.data_bytes for file in plan.adapter.files)
+
+
+def _detected_bytes(plan: Plan) -> int:
+    """What detection reads of the tensors."""
+    return _adapter_bytes(plan) + sum(plan.weights[target.tensor].nbytes for target in plan.targets)
 
 
 @dataclass(frozen=True)

@@ -478,6 +478,15 @@ def test_detection_reads_the_base_once(tmp_path: Path) -> None:
     assert three - one < size / 4 + 2 * 3 * sum(p.stat().st_size for p in adapter.iterdir())
 
 
+def test_a_forecast_counts_what_is_read(tmp_path: Path) -> None:
+    """Samples, headers and digests included; what a process reads besides, of its own modules, is an eighth of this base at most."""
+    base, adapter = helpers.three_shards(tmp_path, hidden=256)
+    size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
+    line = ["merge", base, adapter, "-o", tmp_path / "out", "--lambda", "1", "--io", "pread"]
+    forecast = json.loads(run(*line, "--dry-run", "--json"))["forecast"]["read_bytes"]
+    assert forecast <= read_by(*line, "--quiet") < forecast + size / 8
+
+
 class Cache:
     """The system's page cache, as it is told to read ahead and to drop: which pages come from the disk, and how often."""
 

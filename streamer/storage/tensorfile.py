@@ -21,6 +21,9 @@ from streamer.storage.header import Header, TensorInfo, read_header
 from streamer.storage.streams import QUEUE, Readahead
 
 IOMode = Literal["mmap", "pread"]
+SAMPLE_BYTES = 4096
+"""Bytes of each tensor that tell a model from another."""
+
 Stamp = tuple[int, int, int, int]
 """Device, inode, size, mtime in ns: what must not change while a plan is carried out."""
 
@@ -180,7 +183,7 @@ class TensorFile:
                 raise StorageError(f"{self.path}: the file ended early at byte {at + done}")
             done += n
 
-    def sample(self, size: int = 4096) -> str:
+    def sample(self, size: int = SAMPLE_BYTES) -> str:
         """SHA-256 over the header and the middle `size` bytes of every tensor.
 
         Two models of one architecture have equal headers; this tells them apart without reading them. It is no
