@@ -53,7 +53,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.forecast import forecast_detection
     from streamer.pipeline import choose_device, inspect_detections
     from streamer.plan import make_plans
-    from streamer.report import findings_json, findings_table
+    from streamer.report import dry_run, findings_json, findings_table
     from streamer.several import findings_of, named_adapters
     from streamer.together import shared_by_detections, together
 
@@ -73,7 +73,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
             if state != "done":
                 todo.append(plan)
                 forecasts.append(forecast := forecast_detection(plan, options, device))
-            parts[name] = _dry_run(args, path, state, len(plan.targets), 1, None, forecast)
+            parts[name] = dry_run(args.command, path, state, len(plan.targets), 1, None, forecast)
         _print_dry_runs(args, parts, together(forecasts, shared_by_detections(todo)))
         return
     found = detect_intruder_dimensions(
@@ -111,7 +111,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     from streamer.findings import load_findings
     from streamer.forecast import forecast_output
     from streamer.outputs import inspect_jobs
-    from streamer.report import record_table
+    from streamer.report import dry_run, record_table
     from streamer.several import model_of, named_adapters
     from streamer.together import shared_by_merges, together
 
@@ -132,7 +132,9 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
                 todo.append(planned)
                 forecasts.append(forecast := forecast_output(planned))
             output, matrices = planned.output, len(planned.job.plan.targets)
-            parts[name] = _dry_run(args, output.path, state, matrices, len(output.files), output.total_bytes, forecast)
+            parts[name] = dry_run(
+                args.command, output.path, state, matrices, len(output.files), output.total_bytes, forecast
+            )
         _print_dry_runs(args, parts, together(forecasts, shared_by_merges(todo)))
         return
     found = write(
@@ -208,19 +210,6 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
     return given if len(given) > 1 or holds_adapters(given[0]) else given[0]
 
 
-def _dry_run(args: argparse.Namespace, output: Path, state: str, matrices: int, files: int, nbytes: int | None,
-             forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
-    from streamer.report import size
-    from streamer.storage.place import free_bytes
-
-    says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
-    written = "" if nbytes is None else f", {size(nbytes)}"
-    tree = {"schema": "streamer.dry-run/1", "command": args.command, "output": str(output), "state": state,
-            "matrices": matrices, "files": files, "bytes": nbytes,
-            "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
-    return tree, f"dry run: {says} {output}: {files} files{written}; {matrices} matrices"
-
-
 def _print_dry_runs(
     args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]], forecast: Forecast | None
 ) -> None:
@@ -240,16 +229,9 @@ def _print_dry_runs(
 def _print_each(args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]],
                 more: Mapping[str, Any] | None = None, last: str = "") -> None:  # fmt: skip
     """The result of the one adapter, or of each of several by its name, and more of all."""
-    if "" in parts:
-        _print(args, *parts[""])
-        return
-    tree = {
-        "schema": "streamer.several/1",
-        "adapters": {name: tree for name, (tree, _) in parts.items()},
-        **(more or {}),
-    }
-    texts = [f"{name}\n{text}" for name, (_, text) in parts.items()]
-    _print(args, tree, "\n\n".join([*texts, last] if last else texts))
+    from streamer.report import of_several
+
+    _print(args, *(parts[""] if "" in parts else of_several(parts, more or {}, last)))
 
 
 def _print(args: argparse.Namespace, tree: dict[str, Any], text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from streamer.findings import SCHEMA, Findings
@@ -11,6 +12,7 @@ from streamer.forecast import Forecast
 from streamer.intruders import DetectionOptions
 from streamer.pipeline import cost
 from streamer.plan import Plan
+from streamer.storage.place import free_bytes
 
 
 def findings_json(findings: Findings) -> dict[str, Any]:
@@ -209,6 +211,34 @@ def duration(seconds: float | None) -> str:
     if seconds < 100:
         return f"about {seconds:.1f} s" if seconds < 10 else f"about {seconds:.0f} s"
     return f"about {seconds / 60:.0f} min" if seconds < 6000 else f"about {seconds / 3600:.1f} h"
+
+
+def dry_run(command: str, output: Path, state: str, matrices: int, files: int, nbytes: int | None,
+            forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """What a dry run found: the object, and the line without its forecast.
+
+    Parameters
+    ----------
+    state
+        ``new``, ``resume`` or ``done``.
+    nbytes
+        Of the output; None where they are not known.
+    """
+    says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
+    written = "" if nbytes is None else f", {size(nbytes)}"
+    tree = {"schema": "streamer.dry-run/1", "command": command, "output": str(output), "state": state,
+            "matrices": matrices, "files": files, "bytes": nbytes,
+            "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
+    return tree, f"dry run: {says} {output}: {files} files{written}; {matrices} matrices"
+
+
+def of_several(
+    parts: Mapping[str, tuple[dict[str, Any], str]], more: Mapping[str, Any], last: str
+) -> tuple[dict[str, Any], str]:
+    """The objects and texts on several adapters, by their names, in one; with `more` of all, and a `last` text."""
+    tree = {"schema": "streamer.several/1", "adapters": {name: tree for name, (tree, _) in parts.items()}, **more}
+    texts = [f"{name}\n{text}" for name, (_, text) in parts.items()]
+    return tree, "\n\n".join([*texts, last] if last else texts)
 
 
 def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]]) -> str:
