@@ -182,8 +182,8 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None]) -> str:
         rows.append([command, _memory(f), size(f["read_bytes"]), most + size(f["write_bytes"]), duration(f["seconds"])])
     return (
         table(["forecast", "memory", "read", "written", "time"], rows, left=1)
-        + "\nmitigate and merge: with findings. time: from a short probe of this machine as busy as it is, if the disk keeps up\n"
-        "and no matrix is left to the dense solver that needs it only where bounds cannot settle it; `--dry-run` has the free disk"
+        + "\nmitigate and merge: with findings; time: from a short probe of this machine, as busy as it is, if the disk keeps up and\n"
+        "bounds settle what they are tried on; `--dry-run` shows the free disk"
     )
 
 
