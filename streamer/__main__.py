@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +22,6 @@ from streamer.parser import build_parser
 
 if TYPE_CHECKING:
     from streamer.findings import Findings
-    from streamer.forecast import Forecast
     from streamer.intruders import DetectionOptions, MitigationOptions
 
 
@@ -53,7 +51,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.forecast import forecast_detection
     from streamer.pipeline import choose_device, inspect_detections
     from streamer.plan import make_plans
-    from streamer.report import dry_run, findings_json, findings_table
+    from streamer.report import dry_run, dry_runs, findings_json, findings_table
     from streamer.several import findings_of, named_adapters
     from streamer.together import shared_by_detections, together
 
@@ -74,7 +72,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
                 todo.append(plan)
                 forecasts.append(forecast := forecast_detection(plan, options, device))
             parts[name] = dry_run(args.command, path, state, len(plan.targets), 1, None, forecast)
-        _print_dry_runs(args, parts, together(forecasts, shared_by_detections(todo)))
+        _print(args, *dry_runs(args.command, args.output, parts, together(forecasts, shared_by_detections(todo))))
         return
     found = detect_intruder_dimensions(
         args.base, adapters, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,
@@ -111,7 +109,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     from streamer.findings import load_findings
     from streamer.forecast import forecast_output
     from streamer.outputs import inspect_jobs
-    from streamer.report import dry_run, record_table
+    from streamer.report import dry_run, dry_runs, record_table
     from streamer.several import model_of, named_adapters
     from streamer.together import shared_by_merges, together
 
@@ -135,7 +133,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
             parts[name] = dry_run(
                 args.command, output.path, state, matrices, len(output.files), output.total_bytes, forecast
             )
-        _print_dry_runs(args, parts, together(forecasts, shared_by_merges(todo)))
+        _print(args, *dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo))))
         return
     found = write(
         args.base, adapters, args.output, findings=args.findings or None, top_k=detection.top_k,
@@ -210,28 +208,11 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
     return given if len(given) > 1 or holds_adapters(given[0]) else given[0]
 
 
-def _print_dry_runs(
-    args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]], forecast: Forecast | None
-) -> None:
-    """What would be done for each, and what all of it would take."""
-    from streamer.report import forecast_text
-    from streamer.storage.place import free_bytes
-
-    free, tree = free_bytes(Path(args.output)), None if forecast is None else asdict(forecast)
-    text = "" if tree is None else forecast_text(args.command, tree, free)
-    if "" in parts:
-        one, line = parts[""]
-        _print(args, one, f"{line}\n{text}".rstrip())
-    else:
-        _print_each(args, parts, {"free_bytes": free, "forecast": tree}, text and f"all together\n{text}")
-
-
-def _print_each(args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]],
-                more: Mapping[str, Any] | None = None, last: str = "") -> None:  # fmt: skip
-    """The result of the one adapter, or of each of several by its name, and more of all."""
+def _print_each(args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+    """The result of the one adapter, or of each of several by its name."""
     from streamer.report import of_several
 
-    _print(args, *(parts[""] if "" in parts else of_several(parts, more or {}, last)))
+    _print(args, *(parts[""] if "" in parts else of_several(parts)))
 
 
 def _print(args: argparse.Namespace, tree: dict[str, Any], text: str) -> None:

@@ -80,18 +80,15 @@ class FindingsWriter:
         self._start = journal_head(head, tensors, stamps)
         self._resume, self._overwrite = resume, overwrite
         self._before_rename = before_rename
-        self._lock = locked(lock_of(path))
         self._records: dict[str, int] = {}
 
     def __enter__(self) -> FindingsWriter:
-        self._lock.__enter__()
-        try:
+        with contextlib.ExitStack() as held:
+            held.enter_context(locked(lock_of(self.path)))
             remove_partials(self.path.parent, {self.path.name})
             self._journal = Journal(journal_of(self.path))
             self._take_up()
-        except BaseException:
-            self._lock.__exit__(None, None, None)
-            raise
+            self._lock = held.pop_all()
         return self
 
     def _take_up(self) -> None:
@@ -153,7 +150,7 @@ class FindingsWriter:
             else:
                 self._journal.close()
         finally:
-            self._lock.__exit__(None, None, None)
+            self._lock.close()
 
 
 def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Header, bytes]:

@@ -232,11 +232,26 @@ def dry_run(command: str, output: Path, state: str, matrices: int, files: int, n
     return tree, f"dry run: {says} {output}: {files} files{written}; {matrices} matrices"
 
 
+def dry_runs(command: str, output: str, parts: Mapping[str, tuple[dict[str, Any], str]],
+             forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """What dry runs found, by adapter, and what all of it would take."""
+    free, tree = free_bytes(Path(output)), None if forecast is None else asdict(forecast)
+    text = "" if tree is None else forecast_text(command, tree, free)
+    if "" in parts:
+        one, line = parts[""]
+        return one, f"{line}\n{text}".rstrip()
+    return of_several(parts, {"free_bytes": free, "forecast": tree}, text and f"all together\n{text}")
+
+
 def of_several(
-    parts: Mapping[str, tuple[dict[str, Any], str]], more: Mapping[str, Any], last: str
+    parts: Mapping[str, tuple[dict[str, Any], str]], more: Mapping[str, Any] | None = None, last: str = ""
 ) -> tuple[dict[str, Any], str]:
     """The objects and texts on several adapters, by their names, in one; with `more` of all, and a `last` text."""
-    tree = {"schema": "streamer.several/1", "adapters": {name: tree for name, (tree, _) in parts.items()}, **more}
+    tree = {
+        "schema": "streamer.several/1",
+        "adapters": {name: tree for name, (tree, _) in parts.items()},
+        **(more or {}),
+    }
     texts = [f"{name}\n{text}" for name, (_, text) in parts.items()]
     return tree, "\n\n".join([*texts, last] if last else texts)
 

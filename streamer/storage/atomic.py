@@ -149,6 +149,7 @@ class AtomicFile:
         if kind is not None:
             self._discard()
             return
+        done = False
         try:
             self.settle()
             if self.written != self.size:
@@ -162,12 +163,12 @@ class AtomicFile:
             self._close()
             os.rename(self._partial, self.path)
             fsync_directory(self.path.parent)
+            done = True
         except OSError as e:
-            self._discard()
             raise storage_error(self.path, "finish", e) from e
-        except BaseException:
-            self._discard()
-            raise
+        finally:
+            if not done:
+                self._discard()
 
     def _close(self) -> None:
         self._appender.close()  # waits: nothing may write to a descriptor that is closed, or another file's by then

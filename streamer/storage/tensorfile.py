@@ -6,6 +6,7 @@ is read through a window that maps just its own bytes, or by ``pread`` into a bu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import mmap
@@ -80,13 +81,12 @@ class TensorFile:
         self.path = path
         self.io = io
         self._fd, st = open_regular(path, "a safetensors file")
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
             self.stamp = file_stamp(st)
             self._readahead = Readahead(self._fd)
             self.header: Header = read_header(self._fd, str(path))
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def close(self) -> None:
         """Close the descriptor; views that are still alive stay valid."""
