@@ -23,8 +23,8 @@ SERVER = """
 import errno, json, os, resource, signal, sys, time
 import torch
 torch.set_num_threads(1)
-import streamer.__main__, streamer.api, streamer.report
-from streamer.__main__ import run
+import streamer.cli.main, streamer.api, streamer.cli.json_report
+from streamer.cli.main import run
 
 home, calls = sys.argv[1], sys.argv[2].split(",")
 real = {name: getattr(os, name) for name in calls}

@@ -30,6 +30,8 @@ from safetensors.torch import save_file
 
 from streamer.api import iter_merged, prepare
 from streamer.apply import ModelSink
+from streamer.cli.json_report import findings_json, inspect_json
+from streamer.cli.tables import findings_table, inspect_table
 from streamer.errors import FormatError, StreamerError
 from streamer.events import Event, Monitor
 from streamer.findings import load_findings
@@ -38,7 +40,6 @@ from streamer.merged import plan_merged
 from streamer.outputs import run_jobs
 from streamer.pipeline import detect_to_files
 from streamer.plan import make_plan
-from streamer.report import findings_json, findings_table, inspect_json, inspect_table
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.header import DTYPE_BITS, tensor_nbytes
 from streamer.storage.tensorfile import TensorFile

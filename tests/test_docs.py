@@ -13,7 +13,7 @@ import pytest
 from helpers import run_cli
 
 import streamer
-from streamer.__main__ import build_parser
+from streamer.cli.parser import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -20,7 +20,7 @@ sys.path.insert(0, str(TOOLS))
 import bench_merge  # noqa: E402
 
 from streamer.budget import detection_needs  # noqa: E402
-from streamer.forecast import forecast_commands, forecast_detection  # noqa: E402
+from streamer.cli.forecast import forecast_commands, forecast_detection  # noqa: E402
 from streamer.intruders import DetectionOptions  # noqa: E402
 from streamer.plan import make_plan  # noqa: E402
 

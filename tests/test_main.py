@@ -522,7 +522,7 @@ def test_help_says_what_exit_codes_mean(command: str) -> None:
 def test_the_parser_needs_nothing_heavy() -> None:
     """So that --help and a wrong option answer at once."""
     code = (
-        "import sys, streamer.__main__ as m; m.build_parser().format_help(); "
+        "import sys, streamer.cli.main as m; m.build_parser().format_help(); "
         "print(sorted({'torch', 'numpy', 'scipy', 'safetensors', 'tqdm', 'matplotlib'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)

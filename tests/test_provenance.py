@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import streamer
-from streamer.__main__ import run
+from streamer.cli.main import run
 from streamer.provenance import named_encoding, provenance_notes, stored_encoding
 
 

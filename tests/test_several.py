@@ -21,7 +21,7 @@ from forks import KILL, server
 from helpers import tree_digest
 
 import streamer
-from streamer.__main__ import run as streamer_command
+from streamer.cli.main import run as streamer_command
 from streamer.errors import StorageError, UsageError
 from streamer.intruders import DetectionOptions
 from streamer.pipeline import findings_bytes
@@ -451,10 +451,10 @@ def test_a_fine_tuned_model_goes_along(inputs: Inputs, tmp_path: Path) -> None:
 READ = """
 import sys, torch
 torch.set_num_threads(1)
-import streamer.__main__, streamer.api, streamer.report
+import streamer.cli.main, streamer.api, streamer.cli.json_report
 def rchar(): return int(open("/proc/self/io").read().split()[1])
 before = rchar()
-assert streamer.__main__.run(sys.argv[1:]) == 0
+assert streamer.cli.main.run(sys.argv[1:]) == 0
 print(rchar() - before)
 """
 

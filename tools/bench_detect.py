@@ -40,7 +40,7 @@ import torch
 from measure import kilobytes, machine
 from torch import Tensor
 
-from streamer.demo import power_law
+from streamer.cli.demo import power_law
 from streamer.intruders import Detection, DetectionOptions, MitigationOptions, back_project, detect, mitigate
 from streamer.linalg.operators import Dense, LowRank, RowBlocks, Sum
 from streamer.linalg.svd import krylov_triplets, residuals

@@ -26,7 +26,7 @@ import torch
 from shapes import KNOWN, Known, Mixture
 from torch import Tensor
 
-from streamer.demo import PLANTED, DemoModel, lora_shapes, planted_factors, power_law, write_adapter, write_base
+from streamer.cli.demo import PLANTED, DemoModel, lora_shapes, planted_factors, power_law, write_adapter, write_base
 from streamer.merging import threads
 from streamer.storage.header import tensor_nbytes
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamer.demo import Llama
+from streamer.cli.demo import Llama
 
 
 @dataclass(frozen=True)

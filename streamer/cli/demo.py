@@ -18,11 +18,11 @@ from torch import Tensor
 from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapter import WEIGHTS_NAME
 from streamer.api import detect_intruder_dimensions, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
+from streamer.cli.tables import table
 from streamer.encodings import ENCODINGS, as_bytes
 from streamer.events import Monitor
 from streamer.findings import load_findings
 from streamer.linalg.operators import LowRank
-from streamer.report import table
 from streamer.storage.atomic import Buffer, write_atomic
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from streamer.storage.header import TensorInfo, tensor_nbytes

@@ -13,15 +13,15 @@ from streamer.adapted import AdapterSink
 from streamer.apply import Job, ModelSink, Sink
 from streamer.bases.weight import Coded, Weight
 from streamer.budget import best_way, detection_bytes, factor_rank
+from streamer.cli.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
 from streamer.errors import NumericError, UnsupportedError
 from streamer.intruders import DetectionOptions, MitigationOptions
 from streamer.linalg.deltas import Delta
 from streamer.linalg.svd import OVERSAMPLING
 from streamer.merged import Output
 from streamer.merging import Copied, Exchanged, Recipe, Recoded, Share, Shifted, Stacked
-from streamer.pipeline import findings_bytes
+from streamer.pipeline import findings_bytes, matrices_of
 from streamer.plan import Plan
-from streamer.probe import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
 from streamer.solvers import cheaper, cost
 from streamer.storage.tensorfile import SAMPLE_BYTES
 from streamer.targets import Target
@@ -260,3 +260,38 @@ def _figures_seconds(job: Job, times: int) -> float:
     units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
     shape, rank, intruders = max(works, key=lambda work: factor_cost(work[0], work[1] + work[2]))
     return factor_pace(shape, rank + intruders) * units
+
+
+def together(forecasts: Sequence[Forecast], shared: int = 0) -> Forecast | None:
+    """The forecast of all; None if there is nothing to do.
+
+    The steps of different outputs take turns, and each forecast counts the tables of all adapters: so the memory is the largest.
+
+    Parameters
+    ----------
+    shared
+        Bytes that several of them count, beyond the first.
+    """
+    if not forecasts:
+        return None
+    seconds = [f.seconds for f in forecasts if f.seconds is not None]
+    return Forecast(
+        peak_memory_bytes=max(f.peak_memory_bytes for f in forecasts),
+        escalated_memory_bytes=max(f.escalated_memory_bytes for f in forecasts),
+        read_bytes=sum(f.read_bytes for f in forecasts) - shared,
+        write_bytes=sum(f.write_bytes for f in forecasts),
+        temporary_bytes=sum(f.temporary_bytes for f in forecasts),
+        seconds=sum(seconds) if len(seconds) == len(forecasts) else None,
+    )
+
+
+def shared_by_detections(plans: Sequence[Plan]) -> int:
+    """Bytes of the matrices that several plans change, for each plan but the first."""
+    uses = matrices_of(plans)
+    return sum(plans[i].weights[target.tensor].nbytes for same in uses for i, target in same[1:])
+
+
+def shared_by_merges(sinks: Sequence[Sink]) -> int:
+    """Bytes of the base's files, for each output but the first, and what detection shares."""
+    base = sum(file.header.file_bytes for sink in sinks[1:] for file in sink.job.plan.base.files.values())
+    return base + shared_by_detections([sink.job.plan for sink in sinks if sink.job.detects])

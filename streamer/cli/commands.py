@@ -1,0 +1,223 @@
+"""The commands: each takes the parsed arguments, calls the library, and prints one result."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamer.errors import UsageError
+from streamer.events import Event, Monitor
+
+if TYPE_CHECKING:
+    from streamer.findings import Findings
+    from streamer.intruders import DetectionOptions, MitigationOptions
+
+
+def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
+    from streamer.cli.forecast import forecast_commands
+    from streamer.cli.json_report import inspect_json
+    from streamer.cli.tables import dtype_table, inspect_table
+    from streamer.pipeline import choose_device
+    from streamer.plan import make_plan
+    from streamer.storage.checkpoint import open_checkpoint
+
+    if args.adapter is not None:
+        plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
+        _warn(plan.warnings, monitor)
+        tree = inspect_json(plan, forecast_commands(plan, choose_device("auto")))
+        _print(args, tree, inspect_table(tree))
+        return
+    base = open_checkpoint(args.base, args.io)
+    _warn(base.warnings, monitor)
+    files = [(name, [(t.dtype, t.nbytes) for t in f.header.tensors]) for name, f in base.files.items()]
+    tree = {"schema": "streamer.plan/1", "base": base.identity(), "warnings": list(base.warnings),
+            "totals": {"tensors": len(base.weight_map), "base_bytes": base.data_bytes}}  # fmt: skip
+    _print(args, tree, dtype_table(files))
+
+
+def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
+    from streamer.api import detect_intruder_dimensions
+    from streamer.cli.forecast import forecast_detection, shared_by_detections, together
+    from streamer.cli.json_report import dry_run, dry_runs, findings_json
+    from streamer.cli.tables import findings_table
+    from streamer.pipeline import choose_device, inspect_detections
+    from streamer.plan import make_plans
+    from streamer.several import findings_of, named_adapters
+
+    options = _detection_options(args, None)
+    adapters = _adapters(args)
+    if args.dry_run:
+        device = choose_device(args.device)
+        named = named_adapters(adapters)
+        plans = make_plans(args.base, [*named.values()], args.io, args.base_is_residual)
+        paths = [findings_of(args.output, name) for name in named]
+        states = inspect_detections(
+            plans, paths, options, args.overwrite, not args.no_resume, make_parent="" not in named
+        )
+        parts, todo, forecasts = {}, [], []
+        for name, plan, path, state in zip(named, plans, paths, states, strict=True):
+            forecast = None
+            if state != "done":
+                todo.append(plan)
+                forecasts.append(forecast := forecast_detection(plan, options, device))
+            parts[name] = dry_run(args.command, path, state, len(plan.targets), 1, None, forecast)
+        _print(args, *dry_runs(args.command, args.output, parts, together(forecasts, shared_by_detections(todo))))
+        return
+    found = detect_intruder_dimensions(
+        args.base, adapters, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,
+        solver=options.solver, max_memory=options.max_memory, device=args.device, io=args.io,
+        base_is_residual=args.base_is_residual, resume=not args.no_resume,
+        overwrite=args.overwrite,
+        monitor=monitor,
+    )  # fmt: skip
+    each = found if isinstance(found, dict) else {"": found}
+    _print_each(args, {name: (findings_json(findings), findings_table(findings)) for name, findings in each.items()})
+
+
+def _mitigate(args: argparse.Namespace, monitor: Monitor) -> None:
+    from streamer.adapted import AdapterSink
+    from streamer.api import reduce_intruder_dimension
+    from streamer.converted import LoraSink
+
+    if args.to_lora is None:
+        _apply(args, monitor, AdapterSink, reduce_intruder_dimension)
+    else:
+        sink = functools.partial(LoraSink, rank=args.to_lora)
+        _apply(args, monitor, sink, functools.partial(reduce_intruder_dimension, to_lora=args.to_lora))
+
+
+def _merge(args: argparse.Namespace, monitor: Monitor) -> None:
+    from streamer.api import merge_with_reduced_intruder_dimensions
+    from streamer.apply import ModelSink
+
+    _apply(args, monitor, ModelSink, merge_with_reduced_intruder_dimensions, dequantize=args.dequantize)
+
+
+def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **special: Any) -> None:
+    from streamer.api import findings_by_name, prepare
+    from streamer.cli.forecast import forecast_output, shared_by_merges, together
+    from streamer.cli.json_report import dry_run, dry_runs
+    from streamer.cli.tables import record_table
+    from streamer.findings import load_findings
+    from streamer.outputs import inspect_jobs
+    from streamer.several import model_of, named_adapters
+
+    adapters = _adapters(args)
+    named = named_adapters(adapters)
+    given = findings_by_name(args.findings or None, named)
+    detection = _detection_options(args, load_findings(given[0]) if isinstance(given[0], Path) else None)
+    mitigation = _mitigation_options(args)
+    if args.dry_run:
+        jobs = prepare(args.base, [*named.values()], mitigation, detection, given, args.device, args.io,
+                       base_is_residual=args.base_is_residual, **special)  # fmt: skip
+        sinks = [sink(job, model_of(args.output, name)) for job, name in zip(jobs, named, strict=True)]
+        states = inspect_jobs(sinks, args.overwrite, not args.no_resume)
+        parts, todo, forecasts = {}, [], []
+        for name, planned, state in zip(named, sinks, states, strict=True):
+            forecast = None
+            if state != "done":
+                todo.append(planned)
+                forecasts.append(forecast := forecast_output(planned))
+            output, matrices = planned.output, len(planned.job.plan.targets)
+            parts[name] = dry_run(
+                args.command, output.path, state, matrices, len(output.files), output.total_bytes, forecast
+            )
+        _print(args, *dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo))))
+        return
+    found = write(
+        args.base, adapters, args.output, findings=args.findings or None, top_k=detection.top_k,
+        threshold_epsilon=detection.threshold_epsilon, mitigation_lambda=mitigation.mitigation_lambda, method=mitigation.method,
+        scale=mitigation.scale, solver=detection.solver, max_memory=detection.max_memory, device=args.device, io=args.io,
+        base_is_residual=args.base_is_residual, resume=not args.no_resume, overwrite=args.overwrite, monitor=monitor, **special,
+    )  # fmt: skip
+    parts = {}
+    for name, record in ({"": found} if "" in named else found).items():
+        output = str(model_of(args.output, name)) if name else args.output
+        parts[name] = {**record, "output": output}, record_table(record, output)
+    _print_each(args, parts)
+
+
+def _report(args: argparse.Namespace, monitor: Monitor) -> None:
+    from streamer.cli.json_report import findings_json
+    from streamer.cli.tables import findings_table
+    from streamer.findings import load_findings
+
+    findings = load_findings(args.findings)
+    _print(args, findings_json(findings), findings_table(findings))
+
+
+def _demo(args: argparse.Namespace, monitor: Monitor) -> None:
+    from streamer.cli.demo import demo_table, run_demo
+
+    if args.keep:
+        if os.path.lexists(args.keep):
+            raise UsageError(f"--keep: {args.keep} exists; name a directory that does not")
+        result = run_demo(Path(args.keep), args.mitigation_lambda, monitor)
+    else:
+        with tempfile.TemporaryDirectory(prefix="streamer-demo-") as directory:
+            result = run_demo(Path(directory), args.mitigation_lambda, monitor)
+    _print(args, result, demo_table(result))
+
+
+COMMANDS = {
+    "inspect": _inspect,
+    "detect": _detect,
+    "mitigate": _mitigate,
+    "merge": _merge,
+    "report": _report,
+    "demo": _demo,
+}
+
+
+def _detection_options(args: argparse.Namespace, findings: Findings | None) -> DetectionOptions:
+    """The options as given; what was not given is the findings', or the default."""
+    from streamer.intruders import DetectionOptions
+
+    default = findings.options if findings is not None else DetectionOptions()
+    return DetectionOptions(
+        top_k=default.top_k if args.top_k is None else args.top_k,
+        threshold_epsilon=default.threshold_epsilon if args.epsilon is None else args.epsilon,
+        solver=default.solver if args.solver is None else args.solver,
+        max_memory=args.max_memory,  # of this run: that of the findings was their own
+    )
+
+
+def _mitigation_options(args: argparse.Namespace) -> MitigationOptions:
+    from streamer.intruders import MitigationOptions
+
+    return MitigationOptions(args.mitigation_lambda, args.method, args.scale)
+
+
+def _adapters(args: argparse.Namespace) -> str | list[str]:
+    """The adapter, or several: a list, or a directory of adapters."""
+    from streamer.several import holds_adapters
+
+    if args.command not in ("detect", "merge"):
+        return str(args.adapter)
+    given: list[str] = args.adapter
+    return given if len(given) > 1 or holds_adapters(given[0]) else given[0]
+
+
+def _print_each(args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+    """The result of the one adapter, or of each of several by its name."""
+    from streamer.cli.json_report import of_several
+
+    _print(args, *(parts[""] if "" in parts else of_several(parts)))
+
+
+def _print(args: argparse.Namespace, tree: dict[str, Any], text: str) -> None:
+    if args.json:
+        print(json.dumps(tree, indent=1))
+    elif not args.quiet:
+        print(text)
+
+
+def _warn(warnings: tuple[str, ...], monitor: Monitor) -> None:
+    for warning in warnings:
+        monitor.emit(Event("warning", warning))

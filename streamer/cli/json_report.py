@@ -1,0 +1,136 @@
+"""Findings, plans and records as the JSON that scripts rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from streamer.cli.forecast import Forecast
+from streamer.cli.tables import forecast_text, size
+from streamer.findings import SCHEMA, Findings
+from streamer.intruders import DetectionOptions
+from streamer.pipeline import cost
+from streamer.plan import Plan
+from streamer.storage.place import free_bytes
+
+
+def findings_json(findings: Findings) -> dict[str, Any]:
+    """The object of `streamer report --json`; names are added, never changed. Seconds are null where a file was read."""
+    matrices = []
+    for m in findings:
+        d = m.detection
+        matrices.append(
+            m.figures()
+            | {
+                "singular_values": list(d.singular_values),
+                "similarity": list(d.similarity),
+                "similarity_low": list(d.similarity_low),
+                "similarity_high": list(d.similarity_high),
+                "intruders": list(d.intruders),
+                "degenerate": list(d.degenerate),
+                "seconds": m.seconds,
+            }
+        )
+    timed = [m.seconds for m in findings if m.seconds is not None]
+    totals = {
+        "matrices": len(findings),
+        "intruders": findings.intruders,
+        "certified": sum(m.detection.certified for m in findings),
+        "escalated": sum(m.detection.escalated for m in findings),
+        "degenerate": sum(bool(m.detection.degenerate) for m in findings),
+        "seconds": sum(timed) if timed else None,
+    }
+    return {
+        "schema": SCHEMA,
+        "base": dict(findings.base),
+        "adapter": dict(findings.adapter),
+        "options": findings.options.as_dict(),
+        "totals": totals,
+        "matrices": matrices,
+    }
+
+
+def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | None]) -> dict[str, Any]:
+    """What is there, and what a run would read, compute and take; null for a command that is refused."""
+    matrices = [
+        {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.weights[t.tensor].label,
+         "rank": t.module.rank, "scale": t.module.scale, "transposed": t.transposed, "matched": t.match.rule}
+        for t in plan.targets
+    ]  # fmt: skip
+    largest = max(plan.targets, key=lambda t: plan.weights[t.tensor].nbytes)
+    return {
+        "schema": "streamer.plan/1",
+        "base": plan.base_identity,
+        "adapter": plan.adapter_identity,
+        "totals": {
+            "matrices": len(matrices),
+            "tensors": len(plan.base.weight_map),
+            "base_bytes": plan.base.data_bytes,
+            "adapted_bytes": sum(plan.weights[t.tensor].nbytes for t in plan.targets),
+            "largest_matrix": largest.tensor,
+            "largest_matrix_bytes": plan.weights[largest.tensor].nbytes,
+            "detection_cost": sum(cost(t, DetectionOptions()) for t in plan.targets),
+        },
+        "warnings": list(plan.warnings),
+        "names": _names_json(plan),
+        "matrices": matrices,
+        "carried": plan.changes.listed(plan.base),
+        "forecast": {command: None if f is None else asdict(f) for command, f in forecasts.items()},
+    }
+
+
+def _names_json(plan: Plan) -> list[dict[str, Any]]:
+    """Each rule by which modules were found in the base: how many, and the first of them."""
+    groups: dict[str, dict[str, Any]] = {}
+    for t in plan.targets:
+        group = groups.setdefault(
+            t.match.rule,
+            {"rule": t.match.rule, "modules": 0, "module": t.module.name, "tensor": t.tensor, "why": t.match.why},
+        )
+        group["modules"] += 1
+    return list(groups.values())
+
+
+def dry_run(command: str, output: Path, state: str, matrices: int, files: int, nbytes: int | None,
+            forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """What a dry run found: the object, and the line without its forecast.
+
+    Parameters
+    ----------
+    state
+        ``new``, ``resume`` or ``done``.
+    nbytes
+        Of the output; None where they are not known.
+    """
+    says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
+    written = "" if nbytes is None else f", {size(nbytes)}"
+    tree = {"schema": "streamer.dry-run/1", "command": command, "output": str(output), "state": state,
+            "matrices": matrices, "files": files, "bytes": nbytes,
+            "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
+    return tree, f"dry run: {says} {output}: {files} files{written}; {matrices} matrices"
+
+
+def dry_runs(command: str, output: str, parts: Mapping[str, tuple[dict[str, Any], str]],
+             forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """What dry runs found, by adapter, and what all of it would take."""
+    free, tree = free_bytes(Path(output)), None if forecast is None else asdict(forecast)
+    text = "" if tree is None else forecast_text(command, tree, free)
+    if "" in parts:
+        one, line = parts[""]
+        return one, f"{line}\n{text}".rstrip()
+    return of_several(parts, {"free_bytes": free, "forecast": tree}, text and f"all together\n{text}")
+
+
+def of_several(
+    parts: Mapping[str, tuple[dict[str, Any], str]], more: Mapping[str, Any] | None = None, last: str = ""
+) -> tuple[dict[str, Any], str]:
+    """The objects and texts on several adapters, by their names, in one; with `more` of all, and a `last` text."""
+    tree = {
+        "schema": "streamer.several/1",
+        "adapters": {name: tree for name, (tree, _) in parts.items()},
+        **(more or {}),
+    }
+    texts = [f"{name}\n{text}" for name, (_, text) in parts.items()]
+    return tree, "\n\n".join([*texts, last] if last else texts)

@@ -1,0 +1,37 @@
+"""SIGINT and SIGTERM as requests to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+from streamer.events import Monitor
+
+
+@contextlib.contextmanager
+def stop_on_signals(monitor: Monitor) -> Iterator[None]:
+    """SIGINT and SIGTERM: the first asks for a stop at the next safe point, the second ends the process at once.
+
+    A thread waits for them, since Python runs handlers in the main thread alone, which may sit in LAPACK for a minute.
+    """
+    watched = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+
+    def watch() -> None:
+        first = signal.sigwait(watched)
+        monitor.request_stop(first)
+        print(
+            f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once",
+            file=sys.stderr,
+        )
+        os._exit(128 + signal.sigwait(watched))
+
+    threading.Thread(target=watch, daemon=True, name="signals").start()
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
