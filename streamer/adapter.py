@@ -25,6 +25,7 @@ from streamer.linalg.operators import Dense, LowRank
 from streamer.methods import METHODS, Method, Parts
 from streamer.modules import Carried, LoraModule, MethodModule, Module
 from streamer.scales import config_number, finite_scale, scale_of
+from streamer.storage.absent import absent
 from streamer.storage.checkpoint import checkpoint_identity, read_json_object
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import IOMode, TensorFile
@@ -140,11 +141,9 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
     """
     path = Path(path)
     if path.is_file():
-        raise InputError(
-            f"{path}: expected the adapter's directory, found a file; name the directory that holds {CONFIG_NAME}"
-        )
+        raise InputError(f"{path}: expected the adapter's directory, found a file; name the one with {CONFIG_NAME}")
     if not path.is_dir():
-        raise InputError(f"{path}: no such directory; check the path of the adapter")
+        raise absent(path, "adapter")
     config = _read_config(path)
     refusals = config_refusals(config, base_is_residual)
     if refusals:

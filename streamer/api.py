@@ -18,7 +18,7 @@ from streamer.intruders import DetectionOptions, Method, MitigationOptions, Scal
 from streamer.outputs import run_jobs
 from streamer.pipeline import choose_device, detect_in_memory, detect_to_files
 from streamer.plan import Plan, make_plans
-from streamer.several import findings_of, model_of, named_adapters
+from streamer.several import findings_of, given_findings, model_of, named_adapters
 from streamer.storage.tensorfile import IOMode
 
 Several = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]
@@ -121,9 +121,7 @@ def detect_intruder_dimensions(
         found = detect_in_memory(plans, options, where, monitor)
     else:
         paths = [findings_of(output, name) for name in adapters]
-        found = detect_to_files(
-            plans, paths, options, where, monitor, resume=resume, overwrite=overwrite, make_parent="" not in adapters
-        )
+        found = detect_to_files(plans, paths, options, where, monitor, resume=resume, overwrite=overwrite)
     return found[0] if "" in adapters else dict(zip(adapters, found, strict=True))
 
 
@@ -313,7 +311,7 @@ def findings_by_name(
     if isinstance(findings, Findings) or not Path(findings).is_dir():
         where = "findings" if isinstance(findings, Findings) else findings
         raise UsageError(f"{where}: expected findings on several adapters: the directory that detect wrote for them")
-    return [findings_of(findings, name) for name in names]
+    return [given_findings(findings, name) for name in names]
 
 
 def _check_findings(plan: Plan, findings: Findings, name: str | Path, options: DetectionOptions) -> None:

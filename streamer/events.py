@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from streamer.errors import Interrupted
@@ -31,18 +32,32 @@ class Event:
 
 OnEvent = Callable[[Event], None]
 
+OutputState = Literal["written", "resumed", "present"]
+"""What a run did about an output: wrote it, finished what an interrupted run had begun, or found it there."""
+
 
 class Monitor:
-    """Carries events out and a request to stop in. Signal handlers call `request_stop`; the run polls `checkpoint`."""
+    """Carries events out and a request to stop in. Signal handlers call `request_stop`; the run polls `checkpoint`.
+
+    Attributes
+    ----------
+    outputs
+        What the run did about each finished output, by its path.
+    """
 
     def __init__(self, on_event: OnEvent | None = None) -> None:
         self._on_event = on_event
         self._signum: int | None = None
+        self.outputs: dict[Path, OutputState] = {}
 
     def emit(self, event: Event) -> None:
         """Hand an event to the caller."""
         if self._on_event is not None:
             self._on_event(event)
+
+    def told(self, output: Path, state: OutputState) -> None:
+        """Note what the run did about an output that is finished."""
+        self.outputs[output] = state
 
     def request_stop(self, signum: int) -> None:
         """Ask for a stop at the next safe point."""

@@ -16,7 +16,7 @@ from streamer.errors import FormatError, InputChangedError, OutputError
 from streamer.findings import ARRAYS, DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
 from streamer.storage.atomic import Buffer, Journal, locked, partial_name, remove_partials
 from streamer.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, layout, parse_header
-from streamer.storage.place import check_name, check_place, refuse_symlink
+from streamer.storage.place import check_name, check_place, is_placeholder, refuse_address, refuse_symlink
 from streamer.storage.shards import ShardPlan, plan_shard, write_shard
 
 OFFSETS_BYTES = 16 * 14
@@ -81,6 +81,7 @@ class FindingsWriter:
         self._resume, self._overwrite = resume, overwrite
         self._before_rename = before_rename
         self._records: dict[str, int] = {}
+        self.resumed = False
 
     def __enter__(self) -> FindingsWriter:
         with contextlib.ExitStack() as held:
@@ -93,7 +94,8 @@ class FindingsWriter:
 
     def _take_up(self) -> None:
         head = _head(self._journal[0]) if len(self._journal) else None
-        if not (self._resume and _is_resumable(self.path, head, self._start, self._overwrite)):
+        self.resumed = self._resume and _is_resumable(self.path, head, self._start, self._overwrite)
+        if not self.resumed:
             self._journal.clear()
             self._journal.append(json.dumps(self._start).encode())
         for i in range(1, len(self._journal)):
@@ -228,41 +230,35 @@ def _record_header(raw: bytes) -> Any:
     return parse_header(raw[:n], len(raw), "journal")
 
 
-def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Sequence[Path] = (),
-                            make_parent: bool = False) -> Findings | None:  # fmt: skip
+def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Sequence[Path] = ()) -> Findings | None:
     """Preflight, read-only: the finished findings of this very plan, or None if they are still to be made.
 
     Parameters
     ----------
     path
-        The findings file.
+        The findings file; its directory may still be missing, and an empty file there counts as none.
     digest
         See `detection_digest`.
     overwrite
         Whether what stands at the path may be replaced.
     inputs
         Input directories and files that the output must stay out of.
-    make_parent
-        Whether the file's directory may still be missing.
 
     Raises
     ------
     OutputError
         If something else stands at the path, or it cannot be written.
     """
-    if not make_parent and not path.parent.is_dir():
-        raise OutputError(f"{path}: directory {path.parent} does not exist; create it first")
+    refuse_address(path)
     check_name(path, partial_name(journal_of(path).name))
     if path.is_dir():
         raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
     refuse_symlink(path)
-    if make_parent:
-        refuse_symlink(path.parent)
     check_place(path.parent.resolve(), ())
     for source in inputs:
         if source.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
-    if overwrite or not path.exists():
+    if overwrite or not path.exists() or is_placeholder(path):
         return None
     try:
         findings = load_findings(path)

@@ -30,6 +30,7 @@ from streamer.storage.transaction import (
     inspect_output,
     missing_bytes,
     open_outputs,
+    touch_output,
 )
 
 Place = tuple[int, int]
@@ -60,8 +61,9 @@ def run_jobs(
 ) -> list[dict[str, Any]]:
     """Write outputs that are made from one base, each as one resumable transaction, and return their records.
 
-    A record is that of `streamer mitigate --json` and `streamer merge --json`; it stands in the output as ``streamer.json``.
-    A finished output of the same plan is left as it is.
+    A record is that of `streamer mitigate --json` and `streamer merge --json`; but for `output` and `state` it stands in the output, as
+    ``streamer.json``.
+    A finished output of the same plan is left as it is; its files' times become those of this run.
     """
     states = inspect_jobs(sinks, overwrite, resume)
     todo = [sink for sink, state in zip(sinks, states, strict=True) if state != "done"]
@@ -71,6 +73,8 @@ def run_jobs(
         if lock.exists():  # of a run that was killed as it ended
             with locked(lock):
                 pass
+        if fault := touch_output(sink.output):
+            monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     with open_outputs([sink.output for sink in todo], overwrite, resume) as outs:
         runs = [_Run(sink, out, monitor) for sink, out in zip(todo, outs, strict=True)]
         for run in runs:
@@ -78,7 +82,11 @@ def run_jobs(
         _detect([run for run in runs if run.lacks_findings], monitor)
         with threads():
             _in_step(runs)
-    return [finished_record(sink.output) for sink in sinks]
+    said = {"new": "written", "resume": "resumed", "done": "present"}
+    return [
+        {**finished_record(sink.output), "output": str(sink.output.path), "state": said[state]}
+        for sink, state in zip(sinks, states, strict=True)
+    ]
 
 
 class _Run:

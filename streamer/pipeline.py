@@ -31,7 +31,7 @@ from streamer.linalg.operators import Dense, Matrix, RowBlocks
 from streamer.plan import Plan
 from streamer.staging import Staged, Stager, read_ahead
 from streamer.storage.atomic import make_directory, partials_of
-from streamer.storage.place import allocated_bytes, check_space
+from streamer.storage.place import allocated_bytes, check_space, touch
 from streamer.targets import Target
 
 
@@ -176,13 +176,12 @@ def matrices_of(plans: Sequence[Plan]) -> list[list[tuple[int, Target]]]:
 
 
 def detect_to_files(plans: Sequence[Plan], paths: Sequence[Path], options: DetectionOptions, device: torch.device,
-                    monitor: Monitor, *, resume: bool = True, overwrite: bool = False,
-                    make_parent: bool = False) -> list[Findings]:  # fmt: skip
+                    monitor: Monitor, *, resume: bool = True, overwrite: bool = False) -> list[Findings]:  # fmt: skip
     """Detect, journalling each matrix, and write each plan's findings file; seconds are those of this run.
 
-    Finished findings of these very plans are left as they are. With `make_parent` the files' directory is made if it is missing.
+    Finished findings of these very plans are left as they are; the files' times become those of this run. Missing directories are made.
     """
-    finished = _finished(plans, paths, options, overwrite, make_parent)
+    finished = _finished(plans, paths, options, overwrite)
     pairs = list(zip(plans, paths, strict=True))
     todo = [pair for pair, found in zip(pairs, finished, strict=True) if found is None]
     for (_, path), found in zip(pairs, finished, strict=True):
@@ -190,6 +189,9 @@ def detect_to_files(plans: Sequence[Plan], paths: Sequence[Path], options: Detec
             make_directory(path.parent)
         else:
             remove_leftovers(path)  # of a run that was killed just after the file got its name
+            monitor.told(path, "present")
+            if fault := touch([path]):
+                monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     seconds: dict[tuple[Path, str], float | None] = {}
     with contextlib.ExitStack() as stack:
         writers = []
@@ -205,6 +207,8 @@ def detect_to_files(plans: Sequence[Plan], paths: Sequence[Path], options: Detec
                 writers[i].add(finding)
                 seconds[writers[i].path, finding.tensor] = finding.seconds
         monitor.checkpoint()
+    for writer in writers:
+        monitor.told(writer.path, "resumed" if writer.resumed else "written")
 
     def timed(path: Path) -> Findings:
         findings = load_findings(path)
@@ -214,11 +218,12 @@ def detect_to_files(plans: Sequence[Plan], paths: Sequence[Path], options: Detec
     return [timed(path) if found is None else found for path, found in zip(paths, finished, strict=True)]
 
 
-def inspect_detections(plans: Sequence[Plan], paths: Sequence[Path], options: DetectionOptions, overwrite: bool, resume: bool,
-                       make_parent: bool = False) -> list[str]:  # fmt: skip
+def inspect_detections(
+    plans: Sequence[Plan], paths: Sequence[Path], options: DetectionOptions, overwrite: bool, resume: bool
+) -> list[str]:
     """Preflight of `detect`, read-only: ``new``, ``resume`` or ``done`` for each plan."""
     states = []
-    finished = _finished(plans, paths, options, overwrite, make_parent)
+    finished = _finished(plans, paths, options, overwrite)
     for plan, path, found in zip(plans, paths, finished, strict=True):
         head = Findings(plan.base_identity, plan.adapter_identity, options, ())
         start = journal_head(head, [t.tensor for t in plan.targets], plan.detection_stamps())
@@ -229,15 +234,16 @@ def inspect_detections(plans: Sequence[Plan], paths: Sequence[Path], options: De
     return states
 
 
-def _finished(plans: Sequence[Plan], paths: Sequence[Path], options: DetectionOptions, overwrite: bool,
-              make_parent: bool) -> list[Findings | None]:  # fmt: skip
+def _finished(
+    plans: Sequence[Plan], paths: Sequence[Path], options: DetectionOptions, overwrite: bool
+) -> list[Findings | None]:
     """Preflight of `detect`: for each plan its finished findings, or None if they are still to be made; those must fit on the disk."""
     _check_budgets(plans, options)
     finished = []
     for plan, path in zip(plans, paths, strict=True):
         tensors = [t.tensor for t in plan.targets]
         digest = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
-        found = inspect_findings_output(path, digest, overwrite, plan.inputs, make_parent)
+        found = inspect_findings_output(path, digest, overwrite, plan.inputs)
         if found is None:
             plan.refuse_overwriting([path])
         finished.append(found)

@@ -239,7 +239,7 @@ def run_case(case: Case, home: Path, run: Callable[..., tuple[int, str, str]]) -
     before = contents(home)
     wrong = []
     for command in COMMANDS:
-        out = home / f"out-{command}"
+        out = home / f"out-{command}.safetensors"
         code, said, error = run(command, base, adapter, *([] if command == "inspect" else ["-o", out]))
         expected = 0 if command == "inspect" and case.code == 7 else case.code
         if code != expected:

@@ -138,7 +138,7 @@ def test_the_smallest_budget_is_kept(
     make: Callable[[Path], Inputs], command: str, options: tuple[str, ...], tmp_path: Path
 ) -> None:
     base, adapter = make(tmp_path / "in")
-    out = tmp_path / "out"
+    out = tmp_path / "out.safetensors"
     arguments = [command, str(base), str(adapter), "-o", str(out), *options]
     refused = run_cli(*arguments, "--max-memory", "201M")
     assert refused.returncode == 2, refused.stderr

@@ -58,7 +58,7 @@ def test_the_safetensors_library_reads_it(made: tuple[Path, Path, Path, Findings
 def test_no_paths_and_no_times(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
     """The same inputs give the same bytes, wherever they lie."""
     base, adapter = helpers.three_shards(tmp_path / "some" / "where")
-    again = tmp_path / "again"
+    again = tmp_path / "again.safetensors"
     streamer.detect_intruder_dimensions(base, adapter, again, top_k=6, threshold_epsilon=0.6)
     assert again.read_bytes() == made[2].read_bytes()
     assert str(tmp_path).encode() not in again.read_bytes()
@@ -70,7 +70,7 @@ def test_no_intruders_at_all(tmp_path: Path) -> None:
     base = helpers.write_sharded(tmp_path / "base", [{"a.q.weight": W}])
     A, B = helpers.intruding_factors(16, 12, 2, sigma=1e-6)
     adapter = helpers.write_adapter(tmp_path / "adapter", {"a.q": (A, B * 1e-6)}, r=2)
-    path = tmp_path / "f"
+    path = tmp_path / "f.safetensors"
     streamer.detect_intruder_dimensions(base, adapter, path, top_k=3)
     read = load_findings(path)
     assert read.intruders == 0
@@ -236,7 +236,7 @@ def test_not_a_findings_file(made: tuple[Path, Path, Path, Findings], tmp_path: 
 
 def test_findings_over_something_else(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
     base, adapter, _, _ = made
-    path = tmp_path / "f"
+    path = tmp_path / "f.safetensors"
     path.write_text("mine")
     with pytest.raises(OutputError, match=r"exists and is not findings; choose another output, or pass --overwrite"):
         streamer.detect_intruder_dimensions(base, adapter, path)

@@ -119,7 +119,7 @@ def test_the_journal_is_no_larger(job: Job, tmp_path: Path) -> None:
 )
 def test_no_more_memory_than_forecast(command: str, options: tuple[str, ...], tmp_path: Path) -> None:
     base, adapter = model(tmp_path, 2)
-    out = tmp_path / "out"
+    out = tmp_path / "out.safetensors"
     forecast = dry_run(command, base, adapter, "-o", out, *options)["forecast"]
     line = [sys.executable, "-m", "streamer", command, str(base), str(adapter), "-o", str(out), "--quiet", *options]
     peak = bench_merge.watched(line).anonymous
@@ -156,7 +156,7 @@ def test_inspect_and_dry_run_name_what_they_forecast(job: Job, findings: Path, t
     assert "forecast: memory " in text
     assert " free; time about " in text
     assert ", writes at most " not in text
-    assert ", writes at most " in run("detect", *job, "-o", tmp_path / "d", "--dry-run").out
+    assert ", writes at most " in run("detect", *job, "-o", tmp_path / "d.safetensors", "--dry-run").out
     text = run("inspect", *job).out
     assert "forecast" in text
     assert "at most" in text

@@ -28,7 +28,7 @@ WRITING = ("detect", "merge", "mitigate")
 
 def refuse(command: str, base: Path, adapter: Path, home: Path, code: int, *options: object) -> str:
     """Run a command that must be refused: its one line, the exit code checked, and that nothing at all was written."""
-    out = home / "out"
+    out = home / "out.safetensors"  # a name for findings, and for a directory too
     before = tree_digest(home)
     done = server().run(command, base, adapter, "-o", out, *options)
     assert (done.code, done.out, done.calls) == (code, "", []), done
@@ -178,7 +178,8 @@ def test_outputs_that_would_touch_an_input(job: tuple[Path, Path], tmp_path: Pat
     single = base / "model-00001-of-00003.safetensors"
     outside = tmp_path / "file"
     outside.write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for link in ("link", "link.safetensors"):
+        (tmp_path / link).symlink_to(tmp_path / "elsewhere")
     linked = tmp_path / "linked"
     linked.mkdir()
     os.link(single, linked / single.name)
@@ -191,15 +192,14 @@ def test_outputs_that_would_touch_an_input(job: tuple[Path, Path], tmp_path: Pat
         ("merge", base, linked, f"{linked / single.name}: is the input"),
         ("merge", base, outside / "x", "is not a directory"),
         ("merge", base, outside, "is not a directory"),
-        ("detect", base, outside / "x", "does not exist"),
+        ("detect", base, outside / "x.safetensors", "is not a directory"),
         ("mitigate", base, adapter, "is the input"),
         ("mitigate", base, adapter / "new", "lies inside the input"),
         ("detect", base, single, "lies inside the input"),
         ("detect", base, adapter / "findings.safetensors", "lies inside the input"),
         ("detect", base, linked / single.name, "is the input"),
-        ("detect", base, tmp_path / "link", "is a symlink"),
+        ("detect", base, tmp_path / "link.safetensors", "is a symlink"),
         ("detect", base, base, "is a directory"),
-        ("detect", base, tmp_path / "no" / "findings.safetensors", "does not exist; create it first"),
     ]
     for command, source, out, words in cases:
         for options in ([], ["--overwrite"], ["--dry-run"]):
@@ -214,6 +214,7 @@ def test_outputs_that_would_touch_an_input(job: tuple[Path, Path], tmp_path: Pat
             assert done.err.count("\n") == 1
             assert words in done.err, (command, out, done.err)
     (tmp_path / "link").unlink()
+    (tmp_path / "link.safetensors").unlink()
     shutil.rmtree(linked)
     outside.unlink()
     assert tree_digest(tmp_path) == before
@@ -255,7 +256,7 @@ def test_a_foreign_file_is_kept(job: tuple[Path, Path], tmp_path: Path, command:
 
 def test_findings_over_a_foreign_file(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
-    out = tmp_path / "out"
+    out = tmp_path / "out.safetensors"
     out.write_text("mine")
     done = server().run("detect", base, adapter, "-o", out)
     assert (done.code, done.calls) == (4, [])
@@ -585,6 +586,7 @@ def test_json_of_findings(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> 
             assert 0 <= m["intruder_energy"] <= 1
     assert all(m["seconds"] > 0 for m in detected["matrices"])
     assert all(m["seconds"] is None for m in reported["matrices"])  # a file holds no times
+    assert (detected.pop("output"), detected.pop("state")) == (str(said[2]), "written")
     for tree in (detected, reported):
         tree["totals"].pop("seconds")
         for m in tree["matrices"]:
@@ -682,14 +684,14 @@ def test_a_warning_is_told_once(job: tuple[Path, Path], tmp_path: Path, command:
     tree = json.loads(index.read_text())
     right = tree["metadata"]["total_size"]
     index.write_text(json.dumps(tree | {"metadata": {"total_size": 1}}))
-    out = () if command == "inspect" else ("-o", tmp_path / "out")
+    out = () if command == "inspect" else ("-o", tmp_path / "out.safetensors")
     done = server().run(command, base, adapter, *out)
     assert done.code == 0
     assert done.err == (
         f"streamer: warning: {index}: total_size says 1, the shards hold {right} bytes; the output's will be right\n"
     )
     if command == "merge":
-        assert json.loads((tmp_path / "out" / index.name).read_text())["metadata"]["total_size"] == right
+        assert json.loads((tmp_path / "out.safetensors" / index.name).read_text())["metadata"]["total_size"] == right
 
 
 def test_a_reader_that_leaves_is_no_fault(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
@@ -729,7 +731,7 @@ def test_threads_and_io_do_not_matter_for_what_is_found(
 ) -> None:
     base, adapter, findings, _ = said
     done = server().run(
-        "detect", base, adapter, "-o", tmp_path / "f", "--io", "pread", "--threads", "1", "--device", "cpu"
+        "detect", base, adapter, "-o", tmp_path / "f.safetensors", "--io", "pread", "--threads", "1", "--device", "cpu"
     )
     assert (done.code, done.err) == (0, "")
-    assert (tmp_path / "f").read_bytes() == findings.read_bytes()
+    assert (tmp_path / "f.safetensors").read_bytes() == findings.read_bytes()

@@ -338,7 +338,9 @@ def test_a_journal_of_something_else(case: Case, head: bytes) -> None:
     journal.append(head)
     journal.close()
     assert inspect_output(case.plan) == "new"
-    (case.out / "model-1").touch()
+    (case.out / "model-1").touch()  # made beforehand: taken like none
+    assert inspect_output(case.plan) == "new"
+    (case.out / "model-1").write_bytes(b"mine")
     assert "model-1: exists and is not ours" in refusal(OutputError, case)
 
 
@@ -481,7 +483,7 @@ def test_places_where_nothing_is_written(case: Case, tmp_path: Path, place: str,
     (tmp_path / "hub" / "models--x--y" / "snapshots").mkdir(parents=True)
     (tmp_path / "hub" / "datasets--x" / "blobs").mkdir(parents=True)
     (tmp_path / "cache").symlink_to("hub/models--x--y/snapshots")
-    (tmp_path / "file").touch()
+    (tmp_path / "file").write_bytes(b"mine")
     out = tmp_path / place
     plan = dataclasses.replace(case.plan, path=out)
     before = sorted(tmp_path.rglob("*"))

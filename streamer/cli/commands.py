@@ -57,9 +57,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
         named = named_adapters(adapters)
         plans = make_plans(args.base, [*named.values()], args.io, args.base_is_residual)
         paths = [findings_of(args.output, name) for name in named]
-        states = inspect_detections(
-            plans, paths, options, args.overwrite, not args.no_resume, make_parent="" not in named
-        )
+        states = inspect_detections(plans, paths, options, args.overwrite, not args.no_resume)
         parts, todo, forecasts = {}, [], []
         for name, plan, path, state in zip(named, plans, paths, states, strict=True):
             forecast = None
@@ -77,7 +75,12 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
         monitor=monitor,
     )  # fmt: skip
     each = found if isinstance(found, dict) else {"": found}
-    _print_each(args, {name: (findings_json(findings), findings_table(findings)) for name, findings in each.items()})
+    parts = {}
+    for name, findings in each.items():
+        path = findings_of(args.output, name)
+        tree = findings_json(findings) | {"output": str(path), "state": monitor.outputs[path]}
+        parts[name] = tree, findings_table(findings)
+    _print_each(args, parts)
 
 
 def _mitigate(args: argparse.Namespace, monitor: Monitor) -> None:
@@ -138,8 +141,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     )  # fmt: skip
     parts = {}
     for name, record in ({"": found} if "" in named else found).items():
-        output = str(model_of(args.output, name)) if name else args.output
-        parts[name] = {**record, "output": output}, record_table(record, output)
+        parts[name] = dict(record), record_table(record, record["output"])
     _print_each(args, parts)
 
 
@@ -155,6 +157,7 @@ def _report(args: argparse.Namespace, monitor: Monitor) -> None:
 def _demo(args: argparse.Namespace, monitor: Monitor) -> None:
     from streamer.cli.demo import demo_table, run_demo
 
+    _check_lambda(args.mitigation_lambda)
     if args.keep:
         if os.path.lexists(args.keep):
             raise UsageError(f"--keep: {args.keep} exists; name a directory that does not")
@@ -191,7 +194,16 @@ def _detection_options(args: argparse.Namespace, findings: Findings | None) -> D
 def _mitigation_options(args: argparse.Namespace) -> MitigationOptions:
     from streamer.intruders import MitigationOptions
 
-    return MitigationOptions(args.mitigation_lambda, args.method, args.scale)
+    options = MitigationOptions(args.mitigation_lambda, args.method, args.scale)
+    if not args.amplify:
+        _check_lambda(args.mitigation_lambda, "; --amplify permits others: above 1 intruders grow")
+    return options
+
+
+def _check_lambda(value: float, hint: str = "") -> None:
+    """Refuse a lambda that does not mitigate: 75 for 0.75, or the share to remove with a minus. The library takes any, as PEFT's does."""
+    if not 0 <= value <= 1:
+        raise UsageError(f"--lambda: expected what is left of an intruder, in [0, 1], found {value:g}{hint}")
 
 
 def _adapters(args: argparse.Namespace) -> str | list[str]:

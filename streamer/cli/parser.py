@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from streamer import __version__
 
@@ -33,6 +35,94 @@ of adapters, and read the base once for all. Results go to stdout, progress to s
 )
 
 
+EXAMPLES = {
+    "inspect": """\
+examples:
+  streamer inspect BASE                                 files, dtypes and sizes of a model
+  streamer inspect BASE ADAPTER                         which tensor each module changes; what each command would take
+  streamer inspect BASE ADAPTER --json | jq .totals
+""",
+    "detect": """\
+examples:
+  streamer detect BASE ADAPTER -o findings.safetensors
+  streamer detect BASE ADAPTER -o findings.safetensors --top-k 0.1 --epsilon 0.6
+  streamer detect BASE ADAPTER1 ADAPTER2 -o found       writes found/ADAPTER1.safetensors, found/ADAPTER2.safetensors
+  streamer detect BASE ADAPTER -o findings.safetensors --max-memory 4G --dry-run
+""",
+    "mitigate": """\
+examples:
+  streamer mitigate BASE ADAPTER -o mitigated --lambda 0.5
+  streamer mitigate BASE ADAPTER -o mitigated --lambda 0.5 --findings findings.safetensors
+  streamer mitigate BASE ADAPTER -o mitigated --lambda 0.25 --findings findings.safetensors --overwrite
+  streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
+""",
+    "merge": """\
+examples:
+  streamer merge BASE ADAPTER -o merged --lambda 0.5
+  streamer merge BASE ADAPTER -o merged --lambda 0.5 --findings findings.safetensors
+  streamer merge BASE ADAPTER1 ADAPTER2 -o models --findings found
+  streamer merge BASE ADAPTER -o merged --dequantize    a plain model, where BASE is quantized
+""",
+    "report": """\
+examples:
+  streamer report findings.safetensors
+  streamer report findings.safetensors --json | jq '.matrices[] | select(.intruders != []) | .tensor'
+""",
+    "demo": """\
+examples:
+  streamer demo
+  streamer demo --lambda 0 --keep demo                  keeps the model, the adapter and all that is made of them
+""",
+}
+
+
+class BadUsage(SystemExit):
+    """Arguments that the parser does not understand: exit code 2, and what argparse would have printed.
+
+    Attributes
+    ----------
+    usage
+        The usage of the command, one or more lines.
+    message
+        What is wrong, one line.
+    """
+
+    def __init__(self, usage: str, message: str) -> None:
+        super().__init__(2)
+        self.usage = usage
+        self.message = message
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that leaves it to `cli.main` how an error is shown, and takes no abbreviations, which a new option would break."""
+
+    def __init__(self, **options: Any) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"allow_abbrev": False, "formatter_class": raw, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `BadUsage`."""
+        raise BadUsage(self.format_usage(), f"{self.prog}: error: {message}")
+
+
+class _PrintCompletion(argparse.Action):
+    """Print a shell's completion script and leave."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:  # fmt: skip
+        from streamer.cli.completion import completion_script
+
+        try:
+            print(completion_script(parser, str(values)))
+        except ImportError:
+            parser.error(
+                f"{option_string}: needs shtab, which is not installed: pip install 'intruder-streamer[completion]'"
+            )
+        parser.exit()
+
+
 def _top_k(text: str) -> int | float:
     return float(text) if "." in text else int(text)
 
@@ -44,23 +134,26 @@ def _size(text: str) -> int:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser; options are declared here, once."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="streamer",
         description="Find the intruder dimensions of a LoRA adapter and scale them down, one matrix at a time.",
         epilog=EPILOG,
-        formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=f"streamer {__version__}")
+    parser.add_argument("--print-completion", action=_PrintCompletion, choices=["bash", "zsh", "tcsh"], metavar="SHELL",
+                        help="print a completion script for bash, zsh or tcsh and exit; needs the extra [completion]")  # fmt: skip
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--json", action="store_true", help="print one JSON object to stdout")
+    output = Parser(add_help=False)
+    output.add_argument("--json", action="store_true",
+                        help="print one JSON object to stdout, of a failure as well; docs/formats.md describes them")  # fmt: skip
+    output.add_argument("--json-events", action="store_true",
+                        help="one JSON object a line on stderr in place of progress, warnings and errors")  # fmt: skip
     output.add_argument("--quiet", action="store_true", help="no progress, no warnings, no table")
 
-    reading = argparse.ArgumentParser(add_help=False)
+    reading = Parser(add_help=False)
     reading.add_argument("--io", choices=["mmap", "pread"], default="mmap",
                          help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
     reading.add_argument(
@@ -69,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained",
     )
 
-    computing = argparse.ArgumentParser(add_help=False)
+    computing = Parser(add_help=False)
     g = computing.add_argument_group("detection")
     g.add_argument("--top-k", type=_top_k, metavar="K",
                    help="judge the K largest singular directions: a count, or a share like 0.1 (default: 10)")  # fmt: skip
@@ -87,16 +180,20 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
     g.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
 
-    writing = argparse.ArgumentParser(add_help=False)
+    writing = Parser(add_help=False)
     g = writing.add_argument_group("output")
     g.add_argument("--dry-run", action="store_true", help="all checks, nothing written")
     g.add_argument("--no-resume", action="store_true", help="start over instead of taking up an interrupted run")
-    g.add_argument("--overwrite", action="store_true", help="replace what stands at the output")
+    g.add_argument("--overwrite", action="store_true",
+                   help="write anew where another output stands, or this one: its own files are replaced or removed, by its record, and "
+                        "whatever else has a name that is written; other files stay")  # fmt: skip
 
-    mitigating = argparse.ArgumentParser(add_help=False)
+    mitigating = Parser(add_help=False)
     g = mitigating.add_argument_group("mitigation")
     g.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.75, metavar="L",
-                   help="what is left of an intruder: 1 changes nothing, 0 removes it (default: 0.75)")  # fmt: skip
+                   help="what is left of an intruder, from 0 to 1: 1 changes nothing, 0 removes it (default: 0.75)")  # fmt: skip
+    g.add_argument("--amplify", action="store_true",
+                   help="permit a lambda outside [0, 1]: above 1 an intruder grows, below 0 it is turned round")  # fmt: skip
     g.add_argument("--method", choices=["paper", "project", "shrink"], default="paper",
                    help="paper: scale the whole direction; project: only the adapter's part of it; "
                         "shrink: the whole adapter, no detection, the baseline (default: paper)")  # fmt: skip
@@ -108,11 +205,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="from `streamer detect` (of several adapters, its directory); without it detection runs first",
     )
 
-    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXIT_CODES,
-                                  formatter_class=raw, parents=[*parents, output])  # fmt: skip
+    def command(name: str, text: str, *parents: Parser) -> Parser:
+        return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
+                                   epilog=f"{EXAMPLES[name]}\n{EXIT_CODES}", parents=[*parents, output])  # fmt: skip
 
-    def inputs(sub: argparse.ArgumentParser, several: bool = False) -> None:
+    def inputs(sub: Parser, several: bool = False) -> None:
         sub.add_argument("base", metavar="BASE", help="model directory, or one .safetensors file")
         if several:
             sub.add_argument("adapter", metavar="ADAPTER", nargs="+",
@@ -126,7 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("detect", "find the intruder dimensions and write the findings", reading, computing, writing)
     inputs(sub, several=True)
     sub.add_argument("-o", "--output", required=True, metavar="FILE",
-                     help="findings file to write; of several adapters a directory, for a NAME.safetensors each")  # fmt: skip
+                     help="findings to write, a .safetensors file; of several adapters a directory, for NAME.safetensors each")  # fmt: skip
     sub = command("mitigate", "write a mitigated adapter", reading, mitigating, computing, writing)
     inputs(sub)
     sub.add_argument(
@@ -148,6 +245,6 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`")
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.25, metavar="L",
-                     help="what is left of an intruder (default: 0.25)")  # fmt: skip
+                     help="what is left of an intruder, from 0 to 1 (default: 0.25)")  # fmt: skip
     sub.add_argument("--keep", metavar="DIR", help="write everything to DIR, which must not exist, and keep it")
     return parser

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from streamer.events import Monitor
 
 
 @contextlib.contextmanager
-def stop_on_signals(monitor: Monitor) -> Iterator[None]:
-    """SIGINT and SIGTERM: the first asks for a stop at the next safe point, the second ends the process at once.
+def stop_on_signals(monitor: Monitor, say: Callable[[str], None]) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a request to stop at the next safe point, which is said, and the second into an end at once.
 
     A thread waits for them, since Python runs handlers in the main thread alone, which may sit in LAPACK for a minute.
     """
@@ -24,10 +23,7 @@ def stop_on_signals(monitor: Monitor) -> Iterator[None]:
     def watch() -> None:
         first = signal.sigwait(watched)
         monitor.request_stop(first)
-        print(
-            f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once",
-            file=sys.stderr,
-        )
+        say(f"signal {int(first)}: stopping at the next safe point; once more to stop at once")
         os._exit(128 + signal.sigwait(watched))
 
     threading.Thread(target=watch, daemon=True, name="signals").start()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamer.errors import FormatError, InputError, StorageError, UnsupportedError
+from streamer.storage.absent import absent
 from streamer.storage.header import TensorInfo, strict_json
 from streamer.storage.tensorfile import IOMode, TensorFile, open_regular
 
@@ -158,7 +159,7 @@ def open_checkpoint(path: str | Path, io: IOMode = "mmap") -> Checkpoint:
             raise InputError(f"{path}: expected a directory or a .safetensors file")
         return _single(path, TensorFile(path, io))
     if not path.is_dir():
-        raise InputError(f"{path}: no such directory; check the path of the base model")
+        raise absent(path, "base model")
     index_path, single_path = path / INDEX_NAME, path / SINGLE_NAME
     if index_path.exists() and single_path.exists():
         raise InputError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamer.errors import OutputError, StorageError
+from streamer.errors import OutputError, StorageError, UsageError
 
 
 def refuse_symlink(path: Path) -> None:
@@ -18,9 +20,46 @@ def refuse_symlink(path: Path) -> None:
         )
 
 
+def refuse_address(path: Path) -> None:
+    """Refuse an output that is no path: ``-``, or an address like ``s3://bucket/name``, of which directories would be made here."""
+    if path == Path("-"):
+        raise UsageError(
+            f"{path}: expected a path, found the sign for stdout: outputs are resumable files; name one (--json prints to stdout)"
+        )
+    scheme = re.fullmatch(r"[a-z][a-z0-9+.-]+:", path.parts[0] if path.parts else "")
+    if scheme and not os.path.lexists(path.parts[0]):
+        raise UsageError(f"{path}: is an address, and outputs are written to disks; write to a directory and upload it")
+
+
+def is_placeholder(path: Path) -> bool:
+    """Whether an empty regular file stands here, as ``mktemp`` and workflow systems make one for an output that is to come."""
+    try:
+        found = path.stat(follow_symlinks=False)
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == 0
+
+
+def touch(paths: Sequence[Path]) -> str:
+    """Set the times of files to now, so that `make` takes them for newer than their inputs; the contents stay.
+
+    Returns
+    -------
+    str
+        Why that failed, for the first where it did; empty if it did not. A finished output on a disk that cannot be written is no fault.
+    """
+    for path in paths:
+        try:
+            os.utime(path)
+        except OSError as e:
+            return f"{path}: {e.strerror or e}"
+    return ""
+
+
 def check_place(path: Path, inputs: Sequence[Path]) -> None:
     """Refuse an output that is a symlink, an input, or inside an input or a hub cache, or cannot be written."""
     refuse_symlink(path)
+    refuse_address(path)
     real = Path(os.path.realpath(path))
     for source in inputs:
         inside = Path(os.path.realpath(source))
@@ -35,7 +74,7 @@ def check_place(path: Path, inputs: Sequence[Path]) -> None:
             (parent / part).is_dir() for part in ("blobs", "refs", "snapshots")
         ):
             raise OutputError(f"{path}: lies inside a hub cache, where nothing is written; choose another output")
-    there = _existing(real)
+    there = _existing(real.parent if is_placeholder(real) else real)
     if not there.is_dir():
         raise OutputError(f"{path}: {there} is not a directory; choose another output")
     if not os.access(there, os.W_OK | os.X_OK):

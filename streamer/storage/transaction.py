@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,8 @@ from streamer.storage.atomic import (
     write_atomic,
 )
 from streamer.storage.checkpoint import read_json_object
-from streamer.storage.header import strict_json
-from streamer.storage.place import allocated_bytes, check_place, check_space
+from streamer.storage.old_output import journal_entry, journal_head, own_files, remove_own_files
+from streamer.storage.place import allocated_bytes, check_place, check_space, is_placeholder, touch
 
 RECORD_NAME = "streamer.json"
 JOURNAL_NAME = ".streamer.journal"
@@ -91,7 +90,7 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
     path = plan.path
     check_place(path, plan.inputs)
     state: Literal["new", "resume", "done"] = "new"
-    if path.exists():
+    if path.exists() and not is_placeholder(path):
         if not path.is_dir():
             raise OutputError(f"{path}: exists and is not a directory; choose another output")
         state = _state_of(plan, overwrite, resume)
@@ -129,7 +128,7 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
     for name in (*(n for n, _ in plan.files), RECORD_NAME, JOURNAL_NAME, LOCK_NAME):
         if any(p.is_symlink() for p in ((path / name), *(path / name).parents) if path in p.parents):
             raise OutputError(f"{path / name}: is a symlink, and writing never follows one; remove it")
-    head = _journal_head(path / JOURNAL_NAME)
+    head = journal_head(path / JOURNAL_NAME)
     if head is not None:
         if head.get("plan") == plan.digest:
             return _may_resume(plan, head) if resume else "new"
@@ -141,15 +140,20 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
         return "new"
     if overwrite:
         return "new"
-    if (path / RECORD_NAME).exists():
+    if _taken(path / RECORD_NAME):
         record = _record(path)
         if record.get("plan") == plan.digest and all(_size(path / n) == size for n, size in plan.files):
             return "done"
         raise OutputError(f"{path}: holds another output; choose another directory, or pass --overwrite")
-    for name in (*(n for n, _ in plan.files), *plan.rivals):
-        if (path / name).exists():
-            raise OutputError(f"{path / name}: exists and is not ours; choose another output, or pass --overwrite")
+    rivals = [name for name in plan.rivals if (path / name).exists()]
+    for name in (*(n for n, _ in plan.files if _taken(path / n)), *rivals):
+        raise OutputError(f"{path / name}: exists and is not ours; choose another output, or pass --overwrite")
     return "new"
+
+
+def _taken(path: Path) -> bool:
+    """Whether something stands at the name of a file to come; an empty file is one that was made beforehand."""
+    return path.exists() and not is_placeholder(path)
 
 
 def _may_resume(plan: OutputPlan, head: dict[str, Any]) -> Literal["resume"]:
@@ -158,36 +162,6 @@ def _may_resume(plan: OutputPlan, head: dict[str, Any]) -> Literal["resume"]:
             f"{plan.path}: an input was modified since this run was interrupted; --no-resume starts it over"
         )
     return "resume"
-
-
-def _journal_head(path: Path) -> dict[str, Any] | None:
-    try:
-        with path.open("rb") as f:
-            frame = f.read(40)
-            length = int.from_bytes(frame[:8], "little")
-            payload = f.read(length) if length <= os.fstat(f.fileno()).st_size else b""
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise storage_error(path, "read", e) from e
-    if len(frame) < 40 or hashlib.sha256(payload).digest() != frame[8:]:
-        return None  # torn before the run did anything
-    try:
-        head = strict_json(payload)
-    except ValueError:
-        return None
-    return head if isinstance(head, dict) else None
-
-
-def _entry(journal: Journal, i: int) -> dict[str, Any]:
-    try:
-        entry = strict_json(journal[i])
-    except ValueError:
-        entry = None
-    kinds = {"file": str, "bytes": int, "sha256": str}
-    if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in kinds.items()):
-        raise OutputError(f"{journal.path}: its record {i} is not one of this version; --no-resume starts the run over")
-    return entry
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -207,7 +181,7 @@ class OutputDirectory:
         self._journal = journal
         self._entries: dict[str, dict[str, Any]] = {}
         for i in range(1, len(journal)):
-            entry = _entry(journal, i)
+            entry = journal_entry(journal, i)
             self._entries[entry["file"]] = entry
 
     def finished(self, name: str) -> dict[str, Any] | None:
@@ -282,6 +256,11 @@ def finished_record(plan: OutputPlan) -> dict[str, Any]:
     return _record(plan.path)
 
 
+def touch_output(plan: OutputPlan) -> str:
+    """Set the times of a finished output to now: of its files, the commit point and the record last, then of the directory; see `touch`."""
+    return touch([*(plan.path / name for name, _ in plan.files), plan.path / RECORD_NAME, plan.path])
+
+
 @contextlib.contextmanager
 def open_outputs(
     plans: Sequence[OutputPlan], overwrite: bool = False, resume: bool = True
@@ -301,6 +280,8 @@ def open_outputs(
         states = []
         for plan in plans:
             check_place(plan.path, plan.inputs)
+            if is_placeholder(plan.path):
+                _remove(plan.path)
             make_directory(plan.path)
             stack.enter_context(locked(plan.path / LOCK_NAME))
             states.append(inspect_output(plan, overwrite, resume))
@@ -319,8 +300,11 @@ def _begun(plan: OutputPlan, state: str, overwrite: bool) -> Iterator[OutputDire
     if state == "new":
         # The old commit point goes first, be it another's or that of a run of ours killed at its very end: from here
         # on nobody takes the directory for a finished output.
-        for name in (plan.files[-1][0], *(plan.rivals if overwrite else ()), RECORD_NAME):
+        old = own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME) if overwrite else []
+        for name in (plan.files[-1][0], *(plan.rivals if overwrite else ())):
             _remove(plan.path / name)
+        remove_own_files(plan.path, old, {name for name, _ in plan.files})
+        _remove(plan.path / RECORD_NAME)
     journal = Journal(plan.path / JOURNAL_NAME)
     if state != "resume":
         journal.clear()

@@ -1,0 +1,39 @@
+"""What ended a run, as the JSON that `--json` and `--json-events` print."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+SCHEMA = "streamer.error/1"
+
+
+def error_entry(kind: str, exit_code: int, message: str, path: str | None = None) -> dict[str, Any]:
+    """Describe one error.
+
+    Parameters
+    ----------
+    kind
+        Name of the exception's class.
+    message
+        The line that goes to stderr, without the program's name.
+    path
+        The file or directory that is to blame; by default the one that the message begins with, if it does.
+    """
+    return {
+        "kind": kind,
+        "exit_code": exit_code,
+        "message": message,
+        "path": _leading_path(message) if path is None else path,
+    }
+
+
+def errors_object(errors: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put errors into the object that `--json` prints."""
+    return {"schema": SCHEMA, "errors": errors}
+
+
+def _leading_path(message: str) -> str | None:
+    """The path before the first colon; messages begin with where the fault is, which may be an option, too."""
+    head, colon, _ = message.partition(": ")
+    return head if colon and (os.sep in head or os.path.lexists(head)) else None

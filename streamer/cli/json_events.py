@@ -1,0 +1,51 @@
+"""Progress, warnings and errors as JSON on stderr, one object a line, for programs that watch a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from typing import Any
+
+from streamer.events import Event
+
+SCHEMA = "streamer.event/1"
+
+
+class JsonEvents:
+    """Write events as lines of JSON, each complete when it is written; what Python warns of as well."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._show = warnings.showwarning
+        warnings.showwarning = lambda message, *_args, **_more: self.say("warning", message=str(message))
+
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        if event.stage in ("warning", "note"):
+            self.say(event.stage, message=event.name)
+        else:
+            self.say("progress", stage=event.stage, name=event.name, done=event.done, total=event.total)
+
+    def note(self, text: str) -> None:
+        """Take a note that is no event of the library."""
+        self.say("note", message=text)
+
+    def error(self, error: dict[str, Any]) -> None:
+        """Take what `cli.errors_json.error_entry` says of the error that ended the run."""
+        self.say("error", **error)
+
+    def done(self) -> None:
+        """Say that the command has done what it was asked for."""
+        self.say("done")
+
+    def close(self) -> None:
+        """Leave Python's warnings as they were."""
+        warnings.showwarning = self._show
+
+    def say(self, event: str, **more: Any) -> None:
+        """Write one line."""
+        seconds = round(time.monotonic() - self._began, 3)
+        line = json.dumps({"schema": SCHEMA, "event": event, "seconds": seconds, **more})
+        print(line, file=sys.stderr, flush=True)
