@@ -3,50 +3,88 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from typing import NoReturn
 
 from streamer.cli.commands import COMMANDS
 from streamer.cli.parser import build_parser
-from streamer.cli.progress import Progress
+from streamer.cli.progress import Progress, say
 from streamer.cli.signals import stop_on_signals
+from streamer.cli.summary import summary
 from streamer.errors import StorageError, StreamerError, UsageError
 from streamer.events import Monitor
 
 
 def run(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    _open_missing_streams()
     args = build_parser().parse_args(argv)
-    progress = Progress(args.quiet)
+    progress = Progress(
+        args.progress, args.quiet, args.command + (" --dry-run" if getattr(args, "dry_run", False) else "")
+    )
     monitor = Monitor(progress)
     try:
+        prints = args.json or not args.quiet
+        if prints and sys.stdout is None:
+            raise StorageError(
+                "stdout: is closed, and the result goes there; redirect it to a file or /dev/null, or pass --quiet"
+            )
         with stop_on_signals(monitor):
             try:
                 if getattr(args, "threads", None) is not None:
                     _set_threads(args.threads)
-                COMMANDS[args.command](args, monitor)
+                tree, text = COMMANDS[args.command](args, monitor)
             finally:
                 progress.close()
-        sys.stdout.flush()
+        if prints:
+            _print(json.dumps(tree, indent=1) if args.json else text)
+        # On a terminal the numbers stand just above.
+        shown = prints and not args.json and sys.stdout.isatty()
+        progress.finish("" if shown else summary(tree))
     except StreamerError as e:
-        print(f"streamer: {e}", file=sys.stderr)
+        say(f"streamer: {e}")
         return e.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has gone; that is no fault
-        return 0
     except OSError as e:
         from streamer.storage.atomic import advice
 
-        print(f"streamer: {e.filename or 'I/O'}: {e.strerror or e}; {advice(e)}", file=sys.stderr)
+        say(f"streamer: {e.filename or 'I/O'}: {e.strerror or e}; {advice(e)}")
         return UsageError.exit_code if e.errno == errno.ENAMETOOLONG else StorageError.exit_code
     except MemoryError:
-        print(
-            "streamer: out of memory; use fewer threads or a machine with more, then run the same command again",
-            file=sys.stderr,
-        )
+        say("streamer: out of memory; use fewer threads or a machine with more, then run the same command again")
         return 1
     return 0
+
+
+def _open_missing_streams() -> None:
+    """Give the null device the numbers of closed standard streams, lest a file that is opened gets one and what is printed goes into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+
+
+def _print(text: str) -> None:
+    """Print a result on stdout.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written; a reader that has gone is no fault.
+    """
+    try:
+        print(text)
+        sys.stdout.flush()
+    except OSError as e:
+        silent = os.open(os.devnull, os.O_WRONLY)  # for what stays in Python's buffer until the process ends
+        os.dup2(silent, sys.stdout.fileno())
+        os.close(silent)
+        if not isinstance(e, BrokenPipeError):
+            raise StorageError(
+                f"stdout: {e.strerror or e}; the result could not be printed, what was written to files stands"
+            ) from e
 
 
 def _set_threads(n: int) -> None:

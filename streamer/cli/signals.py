@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 
+from streamer.cli.progress import say
 from streamer.events import Monitor
 
 
@@ -24,10 +24,7 @@ def stop_on_signals(monitor: Monitor) -> Iterator[None]:
     def watch() -> None:
         first = signal.sigwait(watched)
         monitor.request_stop(first)
-        print(
-            f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once",
-            file=sys.stderr,
-        )
+        say(f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once")
         os._exit(128 + signal.sigwait(watched))
 
     threading.Thread(target=watch, daemon=True, name="signals").start()
