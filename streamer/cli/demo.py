@@ -279,9 +279,8 @@ def run_demo(directory: Path, mitigation_lambda: float, monitor: Monitor) -> dic
 
 
 NEXT = """\
-next, with yours:
-  streamer inspect BASE ADAPTER                          what would be done
-  streamer detect BASE ADAPTER -o findings.safetensors   find its intruders"""
+next: streamer inspect BASE ADAPTER   shows what would be done with yours, and
+      streamer detect BASE ADAPTER -o findings.safetensors   finds its intruders"""
 
 
 def demo_table(result: dict[str, Any], screen: Screen = NO_LIMIT) -> str:
@@ -297,18 +296,20 @@ def demo_table(result: dict[str, Any], screen: Screen = NO_LIMIT) -> str:
         "found": f"intruders among the {top_k} largest directions, by `streamer detect`",
         "gone": f"no longer found in the adapter that `streamer mitigate --lambda {strength:g}` wrote",
     }
-    columns = [Column("matrix", [*(r["tensor"] for r in rows), f"all {t['matrices']} matrices"], left=True, names=True)]
+    columns = [
+        Column("matrix", [r["tensor"] for r in rows], left=True, names=True, foot=f"all {t['matrices']} matrices")
+    ]
     for key, about in counts.items():
-        columns.append(Column(key, [*(str(r[key]) for r in rows), str(t[key])], about, keep=9))
-    columns.append(Column("sigma", [*(number(r["sigma_before"]) for r in rows), ""],
-                          "singular value of the largest one; the base's own largest is 1", keep=3))  # fmt: skip
+        columns.append(Column(key, [str(r[key]) for r in rows], about, keep=9, foot=str(t[key])))
+    before = [number(r["sigma_before"]) for r in rows]
+    columns.append(Column("sigma", before, "singular value of the largest one; the base's own largest is 1", keep=3))
     if t["left"]:
-        columns.append(Column("left", [*(number(r["sigma_after"]) for r in rows), ""],
-                              "the same of what is found in the new adapter, `-` where none is", keep=5))  # fmt: skip
+        after = [number(r["sigma_after"]) for r in rows]
+        columns.append(Column("left", after, "the same of what is found in the new adapter, `-` where none is", keep=5))
     meaning = (
         "lambda 0 removes an intruder"
         if strength == 0
         else f"lambda {strength:g}: an intruder keeps that share of its singular value"
     )
     told = f"{t['planted']} planted, {t['found']} found, {t['gone']} gone, {t['left']} left; {meaning}"
-    return "\n\n".join((table(columns, screen.width), fit(told, screen.width), fit(NEXT, screen.width)))
+    return "\n\n".join((table(columns, screen.width), fit(told, screen.width), fit(NEXT, screen.width, 6)))

@@ -94,6 +94,8 @@ class Column:
         Whether cells are set flush left.
     names
         Whether cells are names of tensors, which can be shortened.
+    foot
+        The cell below the last row, of totals.
     """
 
     head: str
@@ -102,16 +104,17 @@ class Column:
     keep: int = 0
     left: bool = False
     names: bool = False
+    foot: str = ""
 
     @property
     def width(self) -> int:
         """Columns that it takes."""
-        return max(map(len, (self.head, *self.cells)))
+        return max(map(len, (self.head, *self.cells, self.foot)))
 
     @property
     def least(self) -> int:
         """Columns that it takes at least, before others are left out."""
-        return min(self.width, max(NAME_COLUMNS, len(self.head))) if self.names else self.width
+        return min(self.width, max(NAME_COLUMNS, len(self.head), len(self.foot))) if self.names else self.width
 
 
 def table(columns: Sequence[Column], width: int | None = None) -> str:
@@ -127,7 +130,10 @@ def table(columns: Sequence[Column], width: int | None = None) -> str:
             spare = max(0, spare - (min(c.width, room) - c.least))
             shown[shown.index(c)] = replace(c, head=c.head[:room], cells=shorten(c.cells, room))
     lines = []
-    for row in ([c.head for c in shown], ["-" * c.width for c in shown], *zip(*(c.cells for c in shown), strict=True)):
+    rows = [[c.head for c in shown], ["-" * c.width for c in shown], *zip(*(c.cells for c in shown), strict=True)]
+    if any(c.foot for c in shown):
+        rows.append([c.foot for c in shown])
+    for row in rows:
         cells = (f"{text:<{c.width}}" if c.left else f"{text:>{c.width}}" for c, text in zip(shown, row, strict=True))
         lines.append("  ".join(cells).rstrip())
     legend = [(c.head, c.about) for c in shown if c.about]

@@ -19,8 +19,14 @@ REDRAWN = 0.1
 LOGGED = 30.0
 """Seconds between two lines of plain progress; a job shorter than this prints none."""
 
-NARROW_BAR, WIDE_BAR = 8, 24
-"""Columns of the bar itself: with fewer it is left out, with more it says no more."""
+NARROW, WIDE = 60, 110
+"""Columns below which the line is a count, a bar and a time alone, and from which there is room for all."""
+
+SHORTEST, WIDEST = 8, 24
+"""Columns of the bar itself: where there are fewer it is left out."""
+
+ADAPTER = 20
+"""Columns of an adapter's name."""
 
 UNITS = {"detect": "matrices", "write": "tensors"}
 """What a stage's `Event.items` are."""
@@ -70,7 +76,8 @@ class Progress:
         self._began = time.monotonic()
         self._event: Event | None = None
         self._stage_began = self._event_at = self._drawn_at = self._began
-        self._first = 0
+        self._first = Event("probe", "")
+        """The stage's first event: an interrupted run begins in the middle."""
         self._drawn = False
         self._lock = threading.RLock()
         self._closed = threading.Event()
@@ -89,7 +96,7 @@ class Progress:
             now = time.monotonic()
             last = self._event
             if last is None or (event.stage, event.total) != (last.stage, last.total) or event.done < last.done:
-                self._stage_began, self._first = now, event.done
+                self._stage_began, self._first = now, event
             self._event, self._event_at = event, now
             if event.total and event.done >= event.total:
                 self._erase()
@@ -140,52 +147,42 @@ class Progress:
         """Seconds to the stage's end, if the rest goes as fast as what was done; None where nothing was done yet."""
         event = self._event
         assert event is not None
-        if event.done <= self._first or self._event_at <= self._stage_began:
+        if event.done <= self._first.done or self._event_at <= self._stage_began:
             return None
-        pace = (self._event_at - self._stage_began) / (event.done - self._first)
+        pace = (self._event_at - self._stage_began) / (event.done - self._first.done)
         return max(0.0, pace * (event.total - event.done) - (now - self._event_at))
 
     def _bar(self, now: float, columns: int) -> str:
-        """The line on a terminal: what there is no room for is left out, the matrix's name first, then the rate, the bar last."""
-        event = self._event
+        """The line on a terminal: what there is no room for is left out, the matrix's name first, then rate and share, the bar last."""
+        event, left = self._event, self._left(now)
         assert event is not None
-        left = self._left(now)
-        spent = now - self._stage_began
-        times = [clock(spent) if left is None else f"{clock(left)} left"]
-        share = event.done / event.total if event.total else None
-        head = event.stage + (
-            f" {event.items}/{event.of}" if event.of else f" {event.done}/{event.total}" if event.total else ""
-        )
-        rate = self._rate(spent)
-        if rate and columns >= 60:
-            times.insert(0, rate)
-        tail = ", ".join(times)
-        percent = "" if share is None else f" {100 * share:3.0f}%"
-        name = ": ".join(filter(None, (event.adapter, event.name)))
-        fixed = len(head) + len(percent) + len(tail) + 2  # spaces around the bar
-        room = columns - fixed - 2  # its edges
-        if share is None or room < NARROW_BAR:
-            line = f"{head}{percent} {tail}"
+        count = f" {event.items:>{len(str(event.of))}}/{event.of}" if event.of else ""
+        times = clock(now - self._stage_began) if left is None else f"{clock(left)} left"
+        if not event.total:
+            line = f"{event.stage}{count} {times}"
         else:
-            wide = min(WIDE_BAR, room if columns < 60 else max(NARROW_BAR, room // 2))
-            line = f"{head}{percent} |{_filled(share, wide)}| {tail}"
+            share = event.done / event.total
+            shown = f"{100 * share:4.0f}%" if columns >= NARROW else ""
+            rate = f"{self._rate()}, " if columns >= NARROW and self._rate() else ""
+            room = columns - len(f"{event.stage}{count}{shown} || {rate}{times}")
+            width = WIDEST if columns > WIDE else min(WIDEST, room if columns < NARROW else max(SHORTEST, room // 4))
+            bar = f"|{_filled(share, width)}| " if room >= SHORTEST else ""
+            line = f"{event.stage}{count}{shown} {bar}{rate}{times}"
         rest = columns - len(line) - 2
-        if name and rest >= len(event.adapter[:16]) + 12:
-            line += f"  {_tail_of(name, event.adapter, rest)}"
-        return line[:columns]
+        if rest >= len(event.adapter[:ADAPTER]) + SHORTEST and (not event.total or columns >= NARROW):
+            line += f"  {_name(event, rest)}"
+        return line[:columns].rstrip()
 
-    def _rate(self, spent: float) -> str:
-        event = self._event
+    def _rate(self) -> str:
+        """Matrices or megabytes a second, from the stage's beginning to its last event."""
+        event, first, seconds = self._event, self._first, self._event_at - self._stage_began
         assert event is not None
-        done = event.done - self._first
-        if spent < 1 or done <= 0:
+        if seconds < 1:
             return ""
         if event.stage == "write":
-            return f"{done / spent / 1e6:.0f} MB/s"
-        if event.stage == "detect" and event.of:
-            per_second = event.items / event.done * done / spent  # of matrices as large as those so far
-            return f"{per_second:.1f}/s" if per_second >= 0.1 else f"{60 * per_second:.1f}/min"
-        return ""
+            return f"{(event.done - first.done) / seconds / 1e6:.0f} MB/s"
+        pace = (event.items - first.items) / seconds
+        return f"{pace:.1f}/s" if pace >= 1 else f"{60 * pace:.0f}/min"
 
     def _plain(self, now: float) -> str:
         """The line in a log."""
@@ -215,13 +212,11 @@ def _filled(share: float, width: int) -> str:
     return block * full + " " * (width - full)
 
 
-def _tail_of(name: str, adapter: str, columns: int) -> str:
-    """The name in as many columns: the adapter's begins it and stays, of the matrix's its end."""
-    if len(name) <= columns:
-        return name
-    start = f"{adapter[:16]}: " if adapter else ""
-    keep = columns - len(start) - 1
-    return f"{start}…{name[len(name) - keep :]}"
+def _name(event: Event, columns: int) -> str:
+    """The adapter's name and the matrix's, in as many columns: of this its end."""
+    start = f"{event.adapter[:ADAPTER]}: " if event.adapter else ""
+    name, room = event.name.removesuffix(".weight"), columns - len(start)
+    return start + (name if len(name) <= room else f"…{name[len(name) - room + 1 :]}")
 
 
 def clock(seconds: float) -> str:

@@ -24,7 +24,7 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT) -> str:
     columns = [
         Column("matrix", [m.tensor for m in chosen], left=True, names=True),
         Column("shape", ["x".join(map(str, m.shape)) for m in chosen], "rows x columns", keep=1),
-        Column("r", [str(m.rank) for m in chosen], "the adapter's rank", keep=2),
+        Column("r", [str(m.rank or "-") for m in chosen], "rank of the adapter's factors", keep=2),
         Column("intruders", [str(len(d.intruders)) for d in found], "how many of the largest directions the base does not have",
                keep=9),
         Column("ranks", [_ranks(d.intruders) for d in found], "which these are in base + adapter; 1 is the largest", keep=6),
@@ -36,7 +36,7 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT) -> str:
         Column("cut at 0", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
                "what mitigate drops at lambda 0 with --method paper, to keep rank r", keep=5),
     ]  # fmt: skip
-    if set(decided) != {"certified"}:
+    if len({_decided(m) for m in findings}) > 1:
         columns.append(Column("decided", decided, "by which solver; open: nothing settles some direction", keep=7))
     o = findings.options
     certified = sum(m.detection.certified for m in findings)
@@ -44,6 +44,10 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT) -> str:
         f"{findings.intruders} intruders in {sum(bool(m.detection.intruders) for m in findings)} of {len(findings)} matrices "
         f"(top_k={o.top_k}, epsilon={o.threshold_epsilon}); {certified} of {len(findings)} certified"
     )
+    if open_ones := [m.tensor for m in every if not m.detection.certified]:
+        summary += f"\nnot certified: {', '.join(open_ones[:3])}" + (
+            f" and {len(open_ones) - 3} more" if len(open_ones) > 3 else ""
+        )
     return _sections(
         table(columns, screen.width), _cut(cut, len(findings), "most energy", screen), fit(summary, screen.width)
     )
@@ -139,7 +143,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     columns += [
         Column("out x in", ["x".join(map(str, m["shape"])) for m in first], keep=6),
         Column("dtype", [m["dtype"] for m in first], keep=5),
-        Column("r", [str(m["rank"]) for m in first], "the adapter's rank", keep=7),
+        Column("r", [str(m["rank"] or "-") for m in first], "rank of the adapter's factors", keep=7),
         Column(
             "scale", [f"{m['scale']:.4g}" for m in first], "factor on B A, from the adapter's alpha and rank", keep=3
         ),
