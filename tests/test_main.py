@@ -673,7 +673,9 @@ def test_quiet_leaves_warnings_and_twice_says_nothing(job: tuple[Path, Path], tm
         for option in ("--quiet", "-q"):
             done = server().run(*argv, option)
             assert (done.code, done.out, done.last) == (0, "", ""), argv
-            assert re.fullmatch(r"streamer: warning: [^\n]*total_size says 1, [^\n]*\n", done.err) or argv[0] == "report"
+            assert (
+                re.fullmatch(r"streamer: warning: [^\n]*total_size says 1, [^\n]*\n", done.err) or argv[0] == "report"
+            )
         for options in (["-qq"], ["--quiet", "-q"]):
             done = server().run(*argv, *options)
             assert (done.code, done.out, done.err, done.last) == (0, "", "", ""), argv

@@ -6,7 +6,7 @@ import argparse
 import functools
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from streamer.events import Event, Monitor
 if TYPE_CHECKING:
     from streamer.findings import Findings
     from streamer.intruders import DetectionOptions, MitigationOptions
+    from streamer.plan import Plan
 
 
 Result = tuple[dict[str, Any], str]
@@ -59,6 +60,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
         device = choose_device(args.device)
         named = named_adapters(adapters)
         plans = make_plans(args.base, [*named.values()], args.io, args.base_is_residual)
+        _warn_of(plans, monitor)
         paths = [findings_of(args.output, name) for name in named]
         states = inspect_detections(
             plans, paths, options, args.overwrite, not args.no_resume, make_parent="" not in named
@@ -120,6 +122,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     if args.dry_run:
         jobs = prepare(args.base, [*named.values()], mitigation, detection, given, args.device, args.io,
                        base_is_residual=args.base_is_residual, **special)  # fmt: skip
+        _warn_of([job.plan for job in jobs], monitor)
         sinks = [sink(job, model_of(args.output, name)) for job, name in zip(jobs, named, strict=True)]
         states = inspect_jobs(sinks, args.overwrite, not args.no_resume)
         parts, todo, forecasts = {}, [], []
@@ -221,3 +224,8 @@ def _screen(args: argparse.Namespace) -> Screen:
 def _warn(warnings: tuple[str, ...], monitor: Monitor) -> None:
     for warning in warnings:
         monitor.emit(Event("warning", warning))
+
+
+def _warn_of(plans: Sequence[Plan], monitor: Monitor) -> None:
+    """Tell the warnings of all, each once."""
+    _warn(tuple(dict.fromkeys(warning for plan in plans for warning in plan.warnings)), monitor)
