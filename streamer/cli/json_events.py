@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 import warnings
+from dataclasses import asdict
 from typing import Any
 
+from streamer.cli.progress import say
 from streamer.events import Event
 
 SCHEMA = "streamer.event/1"
@@ -26,7 +27,7 @@ class JsonEvents:
         if event.stage in ("warning", "note"):
             self.say(event.stage, message=event.name)
         else:
-            self.say("progress", stage=event.stage, name=event.name, done=event.done, total=event.total)
+            self.say("progress", **asdict(event))
 
     def note(self, text: str) -> None:
         """Take a note that is no event of the library."""
@@ -36,9 +37,9 @@ class JsonEvents:
         """Take what `cli.errors_json.error_entry` says of the error that ended the run."""
         self.say("error", **error)
 
-    def done(self) -> None:
+    def finish(self, summary: str) -> None:
         """Say that the command has done what it was asked for."""
-        self.say("done")
+        self.say("done", message=summary)
 
     def close(self) -> None:
         """Leave Python's warnings as they were."""
@@ -48,4 +49,4 @@ class JsonEvents:
         """Write one line."""
         seconds = round(time.monotonic() - self._began, 3)
         line = json.dumps({"schema": SCHEMA, "event": event, "seconds": seconds, **more})
-        print(line, file=sys.stderr, flush=True)
+        say(line)

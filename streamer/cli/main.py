@@ -15,59 +15,64 @@ from streamer.cli.commands import COMMANDS
 from streamer.cli.errors_json import error_entry, errors_object
 from streamer.cli.json_events import JsonEvents
 from streamer.cli.parser import BadUsage, build_parser
-from streamer.cli.progress import Progress
+from streamer.cli.progress import Progress, say
 from streamer.cli.signals import stop_on_signals
+from streamer.cli.summary import summary
 from streamer.errors import StorageError, StreamerError, UsageError
 from streamer.events import Monitor
 
 
 def run(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    _open_missing_streams()
     try:
         args = build_parser().parse_args(argv)
     except BadUsage as e:
         _refuse(e, sys.argv[1:] if argv is None else argv)
         raise
-    events = JsonEvents() if args.json_events else None
-    progress = events or Progress(args.quiet)
+    progress = JsonEvents() if args.json_events else _progress(args)
     try:
-        _run(args, progress, events)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has gone; that is no fault
+        _run(args, progress)
     except Exception as e:
         error = _described(e)
+        _tell(error or error_entry(type(e).__name__, 1, str(e)), args.json, progress, error is not None)
         if error is None:  # a fault of ours: its traceback is printed as it goes up
-            error = error_entry(type(e).__name__, 1, str(e))
-            _tell(error, args.json, events)
             raise
-        _tell(error, args.json, events)
-        if events is None:
-            print(f"streamer: {error['message']}", file=sys.stderr)
         return int(error["exit_code"])
-    else:
-        if events is not None:
-            events.done()
     finally:
         progress.close()
     return 0
 
 
-def _run(args: argparse.Namespace, progress: Progress | JsonEvents, events: JsonEvents | None) -> None:
+def _progress(args: argparse.Namespace) -> Progress:
+    dry = " --dry-run" if getattr(args, "dry_run", False) else ""
+    return Progress(args.progress, args.quiet, f"{args.command}{dry}")
+
+
+def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
+    """Run the command, print its result on stdout, and the last line on stderr."""
     monitor = Monitor(progress)
-    with stop_on_signals(monitor, events.note if events is not None else _say):
+    prints = args.json or not args.quiet
+    if prints and sys.stdout is None:
+        raise StorageError(
+            "stdout: is closed, and the result goes there; redirect it to a file or /dev/null, or pass --quiet"
+        )
+    with stop_on_signals(monitor, progress.note if isinstance(progress, JsonEvents) else _say):
         try:
             if getattr(args, "threads", None) is not None:
                 _set_threads(args.threads)
-            COMMANDS[args.command](args, monitor)
+            tree, text = COMMANDS[args.command](args, monitor)
         finally:
-            if events is None:
-                progress.close()
-    if sys.stdout is not None:  # it is None where it was closed from the start
-        sys.stdout.flush()
+            progress.close()
+    if prints:
+        _print(json.dumps(tree, indent=1) if args.json else text)
+    # On a terminal the numbers stand just above.
+    shown = prints and not args.json and not args.json_events and sys.stdout.isatty()
+    progress.finish("" if shown else summary(tree))
 
 
 def _say(text: str) -> None:
-    print(f"streamer: {text}", file=sys.stderr)
+    say(f"streamer: {text}")
 
 
 def _described(e: Exception) -> dict[str, Any] | None:
@@ -82,29 +87,63 @@ def _described(e: Exception) -> dict[str, Any] | None:
         where = None if e.filename is None else os.fsdecode(e.filename)
         return error_entry(kind, code, f"{where or 'I/O'}: {e.strerror or e}; {advice(e)}", where)
     if isinstance(e, MemoryError):
-        advice_text = "out of memory; use fewer threads or a machine with more, then run the same command again"
-        return error_entry(kind, 1, advice_text)
+        text = "out of memory; use fewer threads or a machine with more, then run the same command again"
+        return error_entry(kind, 1, text)
     return None
 
 
-def _tell(error: dict[str, Any], as_json: bool, events: JsonEvents | None) -> None:
-    """Say it to programs: on stdout, and on stderr where events go there."""
-    if as_json:
-        with contextlib.suppress(OSError):  # whoever read us has gone
-            print(json.dumps(errors_object([error]), indent=1), flush=True)
-    if events is not None:
-        events.error(error)
+def _tell(error: dict[str, Any], as_json: bool, progress: Progress | JsonEvents, foreseen: bool) -> None:
+    """Say on stderr what went wrong, in a line, and to programs on stdout as well; for people, a traceback says what nobody foresaw."""
+    if as_json and sys.stdout is not None:
+        with contextlib.suppress(StorageError):  # stdout is what failed
+            _print(json.dumps(errors_object([error]), indent=1))
+    if isinstance(progress, JsonEvents):
+        progress.error(error)
+    elif foreseen:
+        _say(error["message"])
 
 
 def _refuse(e: BadUsage, argv: Sequence[str]) -> None:
     """Say what is wrong with the arguments, in the form that those which could be read ask for."""
     error = error_entry("UsageError", UsageError.exit_code, e.message.partition(": error: ")[2])
-    events = JsonEvents() if "--json-events" in argv else None
-    _tell(error, "--json" in argv, events)
-    if events is None:
-        print(f"{e.usage}{e.message}", file=sys.stderr)
-    else:
+    if "--json" in argv and sys.stdout is not None:
+        _print(json.dumps(errors_object([error]), indent=1))
+    if "--json-events" in argv:
+        events = JsonEvents()
+        events.error(error)
         events.close()
+    else:
+        say(f"{e.usage}{e.message}")
+
+
+def _open_missing_streams() -> None:
+    """Give the null device the numbers of closed standard streams, lest a file that is opened gets one and what is printed goes into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+
+
+def _print(text: str) -> None:
+    """Print a result on stdout.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written; a reader that has gone is no fault.
+    """
+    try:
+        print(text)
+        sys.stdout.flush()
+    except OSError as e:
+        silent = os.open(os.devnull, os.O_WRONLY)  # for what stays in Python's buffer until the process ends
+        os.dup2(silent, sys.stdout.fileno())
+        os.close(silent)
+        if not isinstance(e, BrokenPipeError):
+            raise StorageError(
+                f"stdout: {e.strerror or e}; the result could not be printed, what was written to files stands"
+            ) from e
 
 
 def _set_threads(n: int) -> None:

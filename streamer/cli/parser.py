@@ -71,7 +71,7 @@ examples:
     "demo": """\
 examples:
   streamer demo
-  streamer demo --lambda 0 --keep demo                  keeps the model, the adapter and all that is made of them
+  streamer demo --lambda 0.5 --keep demo                keeps the model, the adapter and all that is made of them
 """,
 }
 
@@ -151,7 +151,12 @@ def build_parser() -> Parser:
                         help="print one JSON object to stdout, of a failure as well; docs/formats.md describes them")  # fmt: skip
     output.add_argument("--json-events", action="store_true",
                         help="one JSON object a line on stderr in place of progress, warnings and errors")  # fmt: skip
-    output.add_argument("--quiet", action="store_true", help="no progress, no warnings, no table")
+    output.add_argument("-q", "--quiet", action="count", default=0,
+                        help="no progress, no table, no last line; twice (-qq): no warnings either")  # fmt: skip
+    output.add_argument("--progress", choices=["auto", "bar", "plain", "none"], default="auto",
+                        help="on stderr: a bar, or a line every 30 s (plain); auto: a bar on a terminal, else plain")  # fmt: skip
+    output.add_argument("--all", action="store_true",
+                        help="every row in the tables, which otherwise show what matters most where there are many")  # fmt: skip
 
     reading = Parser(add_help=False)
     reading.add_argument("--io", choices=["mmap", "pread"], default="mmap",
@@ -244,7 +249,7 @@ def build_parser() -> Parser:
     sub = command("report", "show findings as a table or as JSON")
     sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`")
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
-    sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.25, metavar="L",
-                     help="what is left of an intruder, from 0 to 1 (default: 0.25)")  # fmt: skip
+    sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.0, metavar="L",
+                     help="what is left of an intruder, from 0 to 1 (default: 0: nothing)")  # fmt: skip
     sub.add_argument("--keep", metavar="DIR", help="write everything to DIR, which must not exist, and keep it")
     return parser
