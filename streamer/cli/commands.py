@@ -111,6 +111,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     adapters = _adapters(args)
     named = named_adapters(adapters)
     given = findings_by_name(args.findings or None, named)
+    special["model_card"] = not args.no_card
     detection = _detection_options(args, load_findings(given[0]) if isinstance(given[0], Path) else None)
     mitigation = _mitigation_options(args)
     if args.dry_run:
@@ -139,7 +140,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     parts = {}
     for name, record in ({"": found} if "" in named else found).items():
         output = str(model_of(args.output, name)) if name else args.output
-        parts[name] = {**record, "output": output}, record_table(record, output)
+        parts[name] = dict(record), record_table(record, output)
     _print_each(args, parts)
 
 

@@ -50,7 +50,7 @@ def record_table(record: Mapping[str, Any], where: str) -> str:
     t = record["totals"]
     lines = [
         f"wrote {where}: {len(record['files'])} files, {size(t['bytes'])}",
-        f"method {record['method']}, scale {record['scale']}, lambda {record['mitigation_lambda']}: "
+        f"method {record['method']}, scale {record['scale']}, lambda {record['lambda']}: "
         f"{t['changed']} of {t['matrices']} matrices changed, {t['intruders']} intruders scaled",
         f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; a uniform shrink of the whole adapter by "
         f"{t['equal_norm_shrink']:.4f} has the same norm: the baseline for any claim",
@@ -62,6 +62,8 @@ def record_table(record: Mapping[str, Any], where: str) -> str:
         lines.append(
             f"carried along: {len(record['carried'])} tensors that are no factors, {record['carried'][0]['tensor']} first"
         )
+    if record["command"] == "merge" and record["tokenizer"] == "adapter":
+        lines.append("the tokenizer and its chat template are the adapter's own")
     if record["command"] == "mitigate":
         lines.append(f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta")
     return "\n".join(lines)
