@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.apply import Job, output_plan
+from streamer.apply import Job, output_plan, plan_card
 from streamer.budget import Need, mitigation_bytes, resident_bytes
 from streamer.encodings import ENCODINGS, as_bytes, encode
 from streamer.errors import UnsupportedError
@@ -19,6 +19,8 @@ from streamer.intruders import back_project
 from streamer.linalg.operators import LowRank
 from streamer.modules import LoraModule
 from streamer.plan import left_out, other_files
+from streamer.records import MatrixRecord
+from streamer.side_files import own_tokenizer
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
@@ -46,11 +48,18 @@ class AdapterSink:
                 "adapter; `streamer merge` writes it into the base, and --to-lora RANK as a LoRA adapter"
             )
         self.job = job
-        self.shards: Mapping[str, ShardPlan] = {WEIGHTS_NAME: like(WEIGHTS_NAME, plan.adapter.file.header)}
+        self.shards: Mapping[str, ShardPlan] = {
+            WEIGHTS_NAME: like(WEIGHTS_NAME, plan.adapter.file.header, job.stamp(self.command))
+        }
         self.edited: Mapping[str, bytes] = {}
         self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
         self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
+        self.to_lora: int | None = None
+        self.notes: list[str] = []
+        self.advice: list[str] = []
+        self.tokenizer: Literal["adapter", "base"] | None = own_tokenizer(self.copies)
+        self.card, self.copies = plan_card(self)
         self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME))
         self._of: dict[str, list[Target]] = {}
         for target in plan.targets:
@@ -68,7 +77,7 @@ class AdapterSink:
                 size += 2 * sum(plan.adapter.parts[name].info.nbytes for name in self._tensors(target))
             yield Need(target.tensor, target.module.shape, resident + size)
 
-    def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
+    def source(self, name: str, figures: list[MatrixRecord]) -> Source:
         """Bytes of each tensor of the adapter's file; appends each matrix's figures. What is no factor keeps its bytes."""
         file = self.job.plan.adapter.file
 
@@ -94,7 +103,7 @@ class AdapterSink:
         mirror = self._mirror(target)
         return [target.module.a, target.module.b, *([mirror.a, mirror.b] if mirror else [])]
 
-    def _all_factors(self, targets: list[Target], figures: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _all_factors(self, targets: list[Target], figures: list[MatrixRecord]) -> dict[str, Tensor]:
         """The tensors that hold the factors of these targets: of one module, or of all experts of a layer; empty ones stay as they are."""
         new = [(target.module, self._factors(target, figures)) for target in targets]
         module, factors = new[0]
@@ -112,7 +121,7 @@ class AdapterSink:
                     whole[name][part] = factors[name]
         return whole
 
-    def _factors(self, target: Target, figures: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _factors(self, target: Target, figures: list[MatrixRecord]) -> dict[str, Tensor]:
         module = target.module
         delta, after, found = self.job.mitigated(target)
         if after is delta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import TypedDict, Unpack, overload
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from streamer.intruders import DetectionOptions, Method, MitigationOptions, Scal
 from streamer.outputs import run_jobs
 from streamer.pipeline import choose_device, detect_in_memory, detect_to_files
 from streamer.plan import Plan, make_plans
+from streamer.records import Written
 from streamer.several import findings_of, given_findings, model_of, named_adapters
 from streamer.storage.tensorfile import IOMode
 
@@ -48,6 +49,7 @@ class Merging(Detecting, total=False):
     method: Method
     scale: Scale
     dequantize: bool
+    model_card: bool
 
 
 @overload
@@ -137,6 +139,7 @@ def reduce_intruder_dimension(
     method: Method = "paper",
     scale: Scale = "all",
     to_lora: int | None = None,
+    model_card: bool = True,
     solver: str = "auto",
     max_memory: int | None = None,
     device: str = "auto",
@@ -146,7 +149,7 @@ def reduce_intruder_dimension(
     overwrite: bool = False,
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
-) -> dict[str, Any]:
+) -> Written:
     """Write a new LoRA adapter whose delta has its intruders scaled by `mitigation_lambda`.
 
     The mitigated delta is projected back onto ``lora_A``, ``lora_B`` at the adapter's own rank; the record says for each
@@ -166,13 +169,17 @@ def reduce_intruder_dimension(
     to_lora
         Write a LoRA adapter of this rank, whatever the kind of the given one; the record says what relative norm the rank left out.
         Without it the output is of the given adapter's kind, which must be LoRA, and not DoRA.
+    model_card
+        Put the facts of how it was made in front of the ``README.md``, and its base and tags into the head of it that the hub reads.
+        False leaves that file as it is.
     resume, overwrite
         Whether to take up an interrupted run, and whether to replace another output.
 
     Returns
     -------
-    dict
-        The record that stands in the output as ``streamer.json``.
+    Written
+        The record that stands in the output as ``streamer.json``, with where that is (`output`), and whether this run wrote it, took up
+        an interrupted run or found it finished (`state`).
 
     Raises
     ------
@@ -181,7 +188,9 @@ def reduce_intruder_dimension(
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
-    (job,) = prepare(base, [adapter], mitigation, detection, [findings], device, io, base_is_residual)
+    (job,) = prepare(
+        base, [adapter], mitigation, detection, [findings], device, io, base_is_residual, model_card=model_card
+    )
     sink = AdapterSink(job, Path(output)) if to_lora is None else LoraSink(job, Path(output), to_lora)
     (record,) = run_jobs([sink], _monitor([job.plan], monitor, on_event), overwrite=overwrite, resume=resume)
     return record
@@ -191,12 +200,12 @@ def reduce_intruder_dimension(
 def merge_with_reduced_intruder_dimensions(
     base: str | Path, adapter: str | Path, output: str | Path, *, findings: Findings | str | Path | None = None,
     **options: Unpack[Merging],
-) -> dict[str, Any]: ...  # fmt: skip
+) -> Written: ...  # fmt: skip
 @overload
 def merge_with_reduced_intruder_dimensions(
     base: str | Path, adapter: Several, output: str | Path, *, findings: Mapping[str, Findings] | str | Path | None = None,
     **options: Unpack[Merging],
-) -> dict[str, dict[str, Any]]: ...  # fmt: skip
+) -> dict[str, Written]: ...  # fmt: skip
 def merge_with_reduced_intruder_dimensions(
     base: str | Path,
     adapter: str | Path | Several,
@@ -209,6 +218,7 @@ def merge_with_reduced_intruder_dimensions(
     method: Method = "paper",
     scale: Scale = "all",
     dequantize: bool = False,
+    model_card: bool = True,
     solver: str = "auto",
     max_memory: int | None = None,
     device: str = "auto",
@@ -218,7 +228,7 @@ def merge_with_reduced_intruder_dimensions(
     overwrite: bool = False,
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
-) -> dict[str, Any]:
+) -> Written | dict[str, Written]:
     """Write the base with the mitigated delta merged in: ``W0 + Δ'``, rounded once to the base's dtype.
 
     Shard names, tensor order, dtypes, metadata and all other files are the base's; untouched tensors keep their bytes.
@@ -233,7 +243,16 @@ def merge_with_reduced_intruder_dimensions(
     adapters = named_adapters(adapter)
     given = findings_by_name(findings, adapters)
     jobs = prepare(
-        base, list(adapters.values()), mitigation, detection, given, device, io, base_is_residual, dequantize
+        base,
+        list(adapters.values()),
+        mitigation,
+        detection,
+        given,
+        device,
+        io,
+        base_is_residual,
+        dequantize,
+        model_card,
     )
     sinks = [ModelSink(job, model_of(output, name)) for job, name in zip(jobs, adapters, strict=True)]
     monitor = _monitor([job.plan for job in jobs], monitor, on_event)
@@ -281,6 +300,7 @@ def prepare(
     io: IOMode = "mmap",
     base_is_residual: bool = False,
     dequantize: bool = False,
+    model_card: bool = True,
 ) -> list[Job]:
     """Open and check everything that mitigations read; nothing is written. `findings` are given for each adapter, or none."""
     where = choose_device(device)
@@ -290,7 +310,8 @@ def prepare(
         if found is not None:
             _check_findings(plan, found, given if isinstance(given, str | Path) else "findings", detection)
     return [
-        Job(plan, mitigation, detection, where, found, dequantize) for plan, found in zip(plans, loaded, strict=True)
+        Job(plan, mitigation, detection, where, found, dequantize, model_card)
+        for plan, found in zip(plans, loaded, strict=True)
     ]
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from streamer import __version__
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.bases.dequantize import STALE
 from streamer.budget import Need, check_budget, detection_needs, mitigation_bytes, resident_bytes, rows_bytes
@@ -27,8 +28,21 @@ from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import all_finite
 from streamer.merged import MergedModel, plan_merged
 from streamer.merging import Exchanged, Rounded, Shifted, repeats, threads
+from streamer.model_card import CARD_NAME, Card, longest_totals, take_card
 from streamer.pipeline import detect_matrix, findings_bytes
 from streamer.plan import Plan, left_out, other_files
+from streamer.records import (
+    SCHEMA,
+    STAMP,
+    DetectionRecord,
+    MatrixRecord,
+    Record,
+    Totals,
+    detection_record,
+    mitigation_json,
+    stamp,
+)
+from streamer.side_files import with_tokenizer
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
@@ -38,8 +52,6 @@ from streamer.storage.transaction import (
     OutputPlan,
 )
 from streamer.targets import Target
-
-SCHEMA = "streamer.output/1"
 
 OWN_FINDINGS = ".streamer.findings.safetensors"
 """Findings that a job makes for itself, in its output directory."""
@@ -55,6 +67,8 @@ class Job:
         Given ones; without them the job detects, where it needs to, into a file of its own in the output directory.
     dequantize
         Whether a merged model is written plain where the base is quantized.
+    card
+        Whether the output's ``README.md`` says how it was made.
     threads
         Torch's threads for a detection amid the merging of rows, which has one: its last bits depend on them.
     monitor
@@ -67,6 +81,7 @@ class Job:
     device: torch.device
     findings: Findings | None = None
     dequantize: bool = False
+    card: bool = True
     threads: int = field(default_factory=torch.get_num_threads)
     monitor: Monitor | None = None
     _last: tuple[str, Detection] | None = None
@@ -124,7 +139,22 @@ class Job:
             "mitigation": self.options.as_dict(),
             "detection": detection,
             "dequantize": self.dequantize,
+            "card": self.card,
         }
+
+    def detection_record(self, certified: int) -> DetectionRecord | None:
+        """How intruders are found; None where that does not matter."""
+        if not self.options.needs_detection:
+            return None
+        options = self.detection if self.findings is None else self.findings.options
+        return detection_record(options, certified, len(self.plan.targets))
+
+    def stamp(self, command: str) -> dict[str, str]:
+        """What the metadata of the output's files says; before the findings are there, at its longest."""
+        certified = len(self.plan.targets)
+        if self.options.needs_detection and self.findings is not None:
+            certified = sum(self._by_tensor[t.tensor].detection.certified for t in self.plan.targets)
+        return {STAMP: stamp(command, *self.plan.sources, self.detection_record(certified), self.options)}
 
 
 def merging_needs(job: Job, model: MergedModel) -> Iterator[Need]:
@@ -148,7 +178,7 @@ class ModelSink:
         base = job.plan.base
         self.job = job
         self.model = plan_merged(job.plan, job.dequantize)
-        self.shards: Mapping[str, ShardPlan] = self.model.shards()
+        self.shards: Mapping[str, ShardPlan] = self.model.shards(job.stamp(self.command))
         self.edited: Mapping[str, bytes] = self.model.texts
         self.finals: Mapping[str, bytes] = self.model.finals(self.shards)
         aside = {CONFIG_NAME, WEIGHTS_NAME, *self.edited}
@@ -160,8 +190,12 @@ class ModelSink:
         copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
         stale = [name for name, _ in copies if job.dequantize and name in STALE]
         self.copies = [c for c in copies if c[0] not in stale]
+        self.copies, self.tokenizer, says = with_tokenizer(job.plan, self.copies)
+        self.to_lora: int | None = None
+        self.notes, self.advice = [*self.model.head.notes, *says], list(self.model.head.advice)
         written = {*base.files, INDEX_NAME, RECORD_NAME, *aside}
         self.left_out = stale + ([] if beside is None else [n for n in left_out(beside, adapter) if n not in written])
+        self.card, self.copies = plan_card(self, self.model.head.pipeline)
         # A loader would apply an adapter that lies beside the model once more.
         rivals = [SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
         self.output = output_plan(self, path, tuple(r for r in rivals if r not in self.finals and r not in self.shards))
@@ -170,7 +204,7 @@ class ModelSink:
         """Memory for each matrix."""
         return merging_needs(self.job, self.model)
 
-    def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
+    def source(self, name: str, figures: list[MatrixRecord]) -> Source:
         """Bytes of each tensor of one shard; appends the figures of merged matrices."""
         outputs = {o.name: o for o in self.model.files[name]}
 
@@ -187,7 +221,7 @@ class ModelSink:
 
 
 class Sink(Protocol):
-    """What is written: the files, in order, and where the bytes of their tensors come from."""
+    """What is written: the files, in order, where the bytes of their tensors come from, and what is to be said of them."""
 
     command: str
     job: Job
@@ -196,13 +230,40 @@ class Sink(Protocol):
     finals: Mapping[str, bytes]
     copies: list[tuple[str, Path]]
     left_out: list[str]
+    notes: list[str]
+    advice: list[str]
+    tokenizer: Literal["adapter", "base"] | None
+    to_lora: int | None
+    card: Card | None
     output: OutputPlan
 
     def needs(self) -> Iterator[Need]:
         """Memory for each matrix."""
 
-    def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
+    def source(self, name: str, figures: list[MatrixRecord]) -> Source:
         """Bytes of each tensor of one file; appends the figures of its matrices."""
+
+
+def make_record(sink: Sink, certified: int, sums: Totals, matrices: Sequence[MatrixRecord] = ()) -> Record:
+    """The record of an output, but for its files."""
+    job = sink.job
+    base, adapter = job.plan.sources
+    options = mitigation_json(job.options)
+    return {"schema": SCHEMA, "command": sink.command, "version": __version__, "base": base, "adapter": adapter,
+            "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
+            "lambda": options["lambda"], "to_lora": sink.to_lora, "dequantize": job.dequantize, "totals": sums,
+            "warnings": list(job.plan.notes), "notes": sink.notes, "advice": sink.advice, "left_out": sink.left_out,
+            "carried": job.plan.changes.listed(job.plan.base), "tokenizer": sink.tokenizer, "matrices": list(matrices)}  # fmt: skip
+
+
+def plan_card(sink: Sink, pipeline: str = "") -> tuple[Card | None, list[tuple[str, Path]]]:
+    """An output's card, if it gets one, and the files that are copied beside it."""
+    job = sink.job
+    if not job.card:
+        return None, sink.copies
+    shapes = [t.module.shape for t in job.plan.targets]
+    sums = longest_totals(len(shapes), sum(map(job.detection.directions, shapes)))
+    return take_card(sink.command, job.plan.sources, make_record(sink, len(shapes), sums), sink.copies, pipeline)
 
 
 def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: Any) -> OutputPlan:
@@ -211,10 +272,17 @@ def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: An
     edited = [(name, len(data)) for name, data in sink.edited.items()]
     shards = [(name, shard.nbytes) for name, shard in sink.shards.items()]
     finals = [(name, len(data)) for name, data in sink.finals.items()]
-    files = (*copies, *edited, *shards, *finals)
+    *files, commit = *copies, *edited, *shards, *finals
+    card = [] if sink.card is None else [(CARD_NAME, sink.card.most_bytes)]
+    files = [*files, *card, commit]
     plan = sink.job.plan
-    digest = plan.digest(command=sink.command, files=files, **sink.job.decisions(), **decisions)
-    return OutputPlan(path, files, digest, plan.stamps(), plan.inputs, rivals, _temporary(sink.job, files))
+    # Without what the tool's version and the names of the inputs decide: the output of another version is the same output.
+    data = [(name, shard.header.data_bytes) for name, shard in sink.shards.items()]
+    digest = plan.digest(
+        command=sink.command, files=[*copies, *edited, *finals], data=data, **sink.job.decisions(), **decisions
+    )
+    return OutputPlan(path, tuple(files), digest, plan.stamps(), plan.inputs, rivals, _temporary(sink.job, files),
+                      frozenset(name for name, _ in card), __version__)  # fmt: skip
 
 
 def _temporary(job: Job, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:

@@ -16,9 +16,11 @@ from streamer.bases.weight import Part
 from streamer.encodings import encoding_of
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.modules import Carried
+from streamer.records import CarriedRecord
 from streamer.renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
+from streamer.task_heads import LABEL_HEAD
 
 EMBEDDING = re.compile(
     r"(?:^|\.)(?:wte|wpe|shared|relative_attention_bias|embed_(?!out|proj)\w+|(?!patch)\w*embeddings?)$"
@@ -77,12 +79,14 @@ class Changes:
     untied: bool = False
     notes: tuple[str, ...] = ()
 
-    def listed(self, base: Checkpoint) -> list[dict[str, Any]]:
+    def listed(self, base: Checkpoint) -> list[CarriedRecord]:
         """What happens to which tensor, as JSON values."""
         lines = [(name, "replaced" if name in base.weight_map else "new", part) for name, part in self.sources.items()]
         lines += [(name, f"plus {scale:g} times", part) for name, (part, scale) in self.shifts.items()]
         lines += [(name, f"{len(indices)} rows replaced", part) for name, (part, indices) in self.rows.items()]
-        listed = [{"tensor": name, "change": change, "by": part.info.name} for name, change, part in lines]
+        listed: list[CarriedRecord] = [
+            {"tensor": name, "change": change, "by": part.info.name} for name, change, part in lines
+        ]
         return listed + [
             {"tensor": name, "change": "dropped", "by": "the tie to the embedding"} for name in sorted(self.dropped)
         ]
@@ -236,7 +240,8 @@ def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo) -> str:
         if c.indices and max(c.indices) >= base.shape[0]:
             return f"{c.source!r}: row {max(c.indices)} of trainable_token_indices is beyond the {base.shape[0]} rows of {base.name!r}"
         return ""
-    resized = c.module.rpartition(".")[2] in VOCABULARY and c.role == "saved" and mine.shape[1:] == base.shape[1:]
+    may_grow = c.module.rpartition(".")[2] in VOCABULARY or LABEL_HEAD.search(base.name)
+    resized = may_grow and c.role == "saved" and mine.shape[1:] == base.shape[1:]
     if mine.shape != base.shape and not (resized and mine.shape and mine.shape[0]):
         return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(mine.shape)}"
     return ""
@@ -247,7 +252,7 @@ def _vocabulary(base: Checkpoint, sources: Mapping[str, Part], adapter: Adapter)
     resized = {
         name: (base.info(name).shape[0], part.info.shape[0])
         for name, part in sources.items()
-        if name in base.weight_map and part.info.shape != base.info(name).shape
+        if name in base.weight_map and part.info.shape != base.info(name).shape and not LABEL_HEAD.search(name)
     }
     if not resized:
         return None

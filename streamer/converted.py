@@ -7,13 +7,13 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.apply import Job, output_plan
+from streamer.apply import Job, output_plan, plan_card
 from streamer.budget import Need, mitigation_bytes, resident_bytes
 from streamer.encodings import as_bytes
 from streamer.errors import UnsupportedError, UsageError
@@ -23,7 +23,9 @@ from streamer.linalg.deltas import Delta, norm
 from streamer.linalg.operators import Dense, LowRank
 from streamer.linalg.svd import krylov_triplets
 from streamer.plan import Plan, left_out, other_files
+from streamer.records import MatrixRecord
 from streamer.renames import renames_for
+from streamer.side_files import own_tokenizer
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
@@ -45,7 +47,8 @@ class LoraSink:
         plan = job.plan
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise UsageError(f"to_lora: expected a rank from 1, found {rank!r}")
-        _refuse_what_a_plain_adapter_cannot_say(job)
+        if reason := refusal(job):
+            raise UnsupportedError(f"{plan.adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`")
         self.job, self.rank = job, rank
         self._beside = _beside_factors(plan)
         self._of: dict[str, Target] = {}
@@ -56,7 +59,9 @@ class LoraSink:
                 entries.append((name, "F32", shape))
         self._carried = self._beside.carried
         entries += [(name, part.info.dtype, part.info.shape) for name, part in self._carried.items()]
-        self.shards: Mapping[str, ShardPlan] = {WEIGHTS_NAME: plan_shard(WEIGHTS_NAME, entries, {"format": "pt"})}
+        self.shards: Mapping[str, ShardPlan] = {
+            WEIGHTS_NAME: plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp(self.command))
+        }
         self.edited: Mapping[str, bytes] = {}
         # A model's other files are not an adapter's.
         beside = None if plan.adapter.is_model else plan.adapter.path
@@ -65,6 +70,11 @@ class LoraSink:
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: config.encode()}
         own = (WEIGHTS_NAME, RECORD_NAME)
         self.left_out = [] if beside is None else [name for name in left_out(beside) if name not in own]
+        self.to_lora: int | None = rank
+        self.notes: list[str] = []
+        self.advice: list[str] = []
+        self.tokenizer: Literal["adapter", "base"] | None = own_tokenizer(self.copies)
+        self.card, self.copies = plan_card(self)
         self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME), to_lora=rank)
         self._ready: dict[str, Tensor] = {}
 
@@ -78,7 +88,7 @@ class LoraSink:
                 size += truncation_bytes(target.module.shape, self.rank, plan.weights[target.tensor].compute.itemsize)
             yield Need(target.tensor, target.module.shape, resident + size)
 
-    def source(self, name: str, figures: list[dict[str, Any]]) -> Source:
+    def source(self, name: str, figures: list[MatrixRecord]) -> Source:
         """Bytes of each tensor; appends each matrix's figures, `dropped` being the relative norm of what the rank leaves out."""
 
         def pour(info: TensorInfo) -> Iterable[Buffer]:
@@ -91,7 +101,7 @@ class LoraSink:
 
         return pour
 
-    def _factors(self, target: Target, figures: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _factors(self, target: Target, figures: list[MatrixRecord]) -> dict[str, Tensor]:
         delta, after, found = self.job.mitigated(target)
         nearest = truncated(after, self.rank, target.tensor)
         B, A = nearest.L.float(), nearest.R.T.float()
@@ -202,16 +212,15 @@ def _left_out(delta: Delta, written: LowRank) -> float:
     return math.sqrt(sum(squares)) / total
 
 
-def _refuse_what_a_plain_adapter_cannot_say(job: Job) -> None:
+def refusal(job: Job) -> str:
+    """Why a plain LoRA adapter cannot say what an adapter does; empty where it can."""
     adapter = job.plan.adapter
-    reason = ""
     if is_residual(adapter.config):
-        reason = "is relative to a residual base, which a plain config does not say"
-    elif adapter.wrapped:
-        reason = "is on experts' parameters, which a plain config does not name"
-    elif job.plan.mirrors:
-        reason = "holds the delta of a tied embedding twice (ensure_weight_tying)"
-    elif any(c.role == "lora_bias" for c in adapter.carried):
-        reason = "has biases beside its factors (lora_bias), which have no place in another scale"
-    if reason:
-        raise UnsupportedError(f"{adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`")
+        return "is relative to a residual base, which a plain config does not say"
+    if adapter.wrapped:
+        return "is on experts' parameters, which a plain config does not name"
+    if job.plan.mirrors:
+        return "holds the delta of a tied embedding twice (ensure_weight_tying)"
+    if any(c.role == "lora_bias" for c in adapter.carried):
+        return "has biases beside its factors (lora_bias), which have no place in another scale"
+    return ""

@@ -10,12 +10,13 @@ from streamer.errors import OutputError
 from streamer.intruders import Detection
 from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
+from streamer.records import MatrixRecord, Totals
 from streamer.targets import Target
 
 
 def matrix_figures(
     target: Target, delta: Delta, after: Delta, found: Detection | None, scale: str, dropped: float
-) -> dict[str, Any]:
+) -> MatrixRecord:
     """What mitigation did to one matrix, as JSON values."""
     before = deltas.norm(delta)
     scaled = () if found is None else found.intruders if scale == "all" else found.intruders[:1]
@@ -23,19 +24,22 @@ def matrix_figures(
         "tensor": target.tensor,
         "module": target.module.name,
         "intruders": list(scaled),
+        "certified": None if found is None else found.certified,
         "delta_norm": before,
         "delta_norm_after": before if after is delta else deltas.norm(after),
         "dropped": dropped,
     }
 
 
-def journalled(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+def journalled(entry: dict[str, Any], path: Path) -> list[MatrixRecord]:
     """The figures of a finished file's matrices."""
-    figures: list[dict[str, Any]] = entry.get("matrices", [])
+    figures: list[MatrixRecord] = entry.get("matrices", [])
     numbers = ("delta_norm", "delta_norm_after", "dropped")
     try:
         good = all(
-            isinstance(m["intruders"], list) and all(type(m[key]) is float and 0 <= m[key] < 1e100 for key in numbers)
+            isinstance(m["intruders"], list)
+            and m["certified"] in (True, False, None)
+            and all(type(m[key]) is float and 0 <= m[key] < 1e100 for key in numbers)  # type: ignore[literal-required]
             for m in figures
         )
     except (KeyError, TypeError):
@@ -47,8 +51,8 @@ def journalled(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     return figures
 
 
-def totals(matrices: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over matrices; `equal_norm_shrink` is the uniform factor on the whole adapter that gives the same total norm."""
+def totals(matrices: list[MatrixRecord], nbytes: int) -> Totals:
+    """Sum the figures of all matrices of an output of so many bytes."""
     before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
     after = math.sqrt(sum(m["delta_norm_after"] ** 2 for m in matrices))
     return {
@@ -59,4 +63,5 @@ def totals(matrices: list[dict[str, Any]]) -> dict[str, Any]:
         "delta_norm_after": after,
         "equal_norm_shrink": after / before if before > 0 else 1.0,
         "dropped_max": max((m["dropped"] for m in matrices), default=0.0),
+        "bytes": nbytes,
     }

@@ -23,6 +23,7 @@ from streamer.encodings import TORCH_DTYPES, as_bytes, as_tensor
 from streamer.errors import FormatError, MismatchError
 from streamer.intruders import Detection, DetectionOptions
 from streamer.linalg.operators import all_finite
+from streamer.records import STAMP
 from streamer.storage.tensorfile import TensorFile
 
 SCHEMA = "streamer.findings/1"
@@ -98,6 +99,8 @@ class Findings:
         What decided the findings.
     matrices
         One entry a matrix.
+    sources
+        ``base`` and ``adapter``: names, and ids where they are known; they do not decide whether findings fit other inputs.
     """
 
     base: Mapping[str, Any]
@@ -105,6 +108,7 @@ class Findings:
     options: DetectionOptions
     matrices: tuple[MatrixFinding, ...]
     _file: TensorFile | None = field(default=None, repr=False, compare=False)
+    sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def by_tensor(self) -> dict[str, MatrixFinding]:
@@ -197,11 +201,20 @@ def load_findings(path: str | Path) -> Findings:
         data = file.data()  # one map for all: a map each would run out of descriptors
         matrices = tuple(_matrix(figures, file, data) for figures in tree["matrices"])
         _check_identities(tree["base"], tree["adapter"])
-        return Findings(tree["base"], tree["adapter"], options, matrices, file)
+        return Findings(tree["base"], tree["adapter"], options, matrices, file, _sources(file))
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise FormatError(
             f"{path}: findings are not as {SCHEMA} has them ({type(e).__name__}: {e}); run detect again"
         ) from e
+
+
+def _sources(file: TensorFile) -> dict[str, dict[str, str]]:
+    """What the stamp of a findings file calls the inputs; nothing where it has none."""
+    try:
+        tree = json.loads(file.header.metadata[STAMP])
+        return {what: {k: v for k, v in tree[what].items() if isinstance(v, str)} for what in ("base", "adapter")}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return {}
 
 
 def _check_identities(*identities: Any) -> None:

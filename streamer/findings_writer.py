@@ -7,13 +7,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from streamer import __version__
 from streamer.encodings import as_bytes
 from streamer.errors import FormatError, InputChangedError, OutputError
 from streamer.findings import ARRAYS, DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
+from streamer.records import STAMP, Source, detection_record, stamp
 from streamer.storage.atomic import Buffer, Journal, locked, partial_name, remove_partials
 from streamer.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, layout, parse_header
 from streamer.storage.place import check_name, check_place, is_placeholder, refuse_address, refuse_symlink
@@ -134,7 +136,8 @@ class FindingsWriter:
                 home[info.name] = i
         text = json.dumps({"base": self._head.base, "adapter": self._head.adapter,
                            "options": self._head.options.as_dict(), "matrices": matrices})  # fmt: skip
-        plan: ShardPlan = plan_shard(self.path.name, entries, {"schema": SCHEMA, "findings": text})
+        sources = {STAMP: _stamp(self._head, matrices)} if self._head.sources else {}
+        plan: ShardPlan = plan_shard(self.path.name, entries, {"schema": SCHEMA, "findings": text, **sources})
 
         def source(info: TensorInfo) -> Iterator[Buffer]:
             raw = self._journal[home[info.name]]
@@ -155,6 +158,13 @@ class FindingsWriter:
             self._lock.close()
 
 
+def _stamp(head: Findings, matrices: Sequence[Mapping[str, Any]]) -> str:
+    """What the file says of how it was made."""
+    detection = detection_record(head.options, sum(m["certified"] is True for m in matrices), len(matrices))
+    base, adapter = (cast(Source, head.sources[what]) for what in ("base", "adapter"))
+    return stamp("detect", base, adapter, detection)
+
+
 def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Header, bytes]:
     """The header of a matrix' record, and its bytes."""
     entries = [(f"{finding.tensor}/{key}", DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in arrays.items()]
@@ -171,7 +181,8 @@ def most_bytes(head: Findings, widest: Iterable[MatrixFinding]) -> tuple[int, in
     widest
         For each matrix the largest finding that there could be; tensors without values (``meta``) will do.
     """
-    file = journal = 4096 + 2 * len(json.dumps([head.base, head.adapter, head.options.as_dict()]))
+    known = [head.base, head.adapter, dict(head.sources), head.options.as_dict()]
+    file = journal = 4096 + 2 * len(json.dumps(known))
     for finding in widest:
         record = _layout(finding, finding.arrays())[0].file_bytes
         file += record + OFFSETS_BYTES
@@ -181,7 +192,8 @@ def most_bytes(head: Findings, widest: Iterable[MatrixFinding]) -> tuple[int, in
 
 def journal_head(head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """The first record of a journal: what run it belongs to."""
-    return {"plan": detection_digest(head.base, head.adapter, head.options, tensors), "stamps": dict(stamps)}
+    digest = detection_digest(head.base, head.adapter, head.options, tensors)
+    return {"plan": digest, "version": __version__, "stamps": dict(stamps)}
 
 
 def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
@@ -211,7 +223,13 @@ def _head(raw: bytes) -> dict[str, Any] | None:
 def _is_resumable(path: Path, head: dict[str, Any] | None, start: dict[str, Any], overwrite: bool) -> bool:
     if head is None:
         return False
-    if head["plan"] == start["plan"]:
+    version = head.get("version", "")
+    if head["plan"] == start["plan"] and (version == start["version"] or not overwrite):
+        if version != start["version"]:
+            raise OutputError(
+                f"{journal_of(path)}: is of a run that version {version or 'before 0.2'} began, and this is {start['version']}; finish "
+                "it with that version, or pass --no-resume to start it over"
+            )
         if head["stamps"] != json.loads(json.dumps(start["stamps"])):
             raise InputChangedError(
                 f"{path}: an input was modified since this run was interrupted; --no-resume starts it over"

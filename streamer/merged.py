@@ -24,6 +24,7 @@ from streamer.plan import MODEL_CONFIG, Plan
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shards import ShardPlan, index_bytes, plan_shard
 from streamer.targets import Place, Target, stores_conv1d
+from streamer.task_heads import Head, implied_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +51,22 @@ class MergedModel:
         Small files with contents of their own: configs that the merge makes untrue as they stand.
     index
         The base's index, or None for a single file.
+    head
+        What follows from a head that the adapter saves.
     """
 
     files: Mapping[str, tuple[Output, ...]]
     metadata: Mapping[str, Mapping[str, str]]
     texts: Mapping[str, bytes]
     index: Mapping[str, Any] | None
+    head: Head
 
-    def shards(self) -> dict[str, ShardPlan]:
-        """The planned files, their headers exact."""
+    def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
+        """The planned files, their headers exact; their metadata is the base's, and what is given."""
         return {
-            name: plan_shard(name, [(o.name, o.dtype, o.shape) for o in outputs], dict(self.metadata[name]))
+            name: plan_shard(
+                name, [(o.name, o.dtype, o.shape) for o in outputs], {**self.metadata[name], **(metadata or {})}
+            )
             for name, outputs in self.files.items()
         }
 
@@ -100,11 +106,13 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
         _output(plan, weights, name, None) for name in plan.changes.sources if name not in plan.base.weight_map
     ]
     plan.company.outputs += sum(map(len, files.values()))
+    head = _head(plan, [o.name for outputs in files.values() for o in outputs])
     return MergedModel(
         {name: tuple(outputs) for name, outputs in files.items() if outputs},
         {name: file.header.metadata for name, file in plan.base.files.items()},
-        _texts(plan, dequantize),
+        _texts(plan, head, dequantize),
         plan.base.index,
+        head,
     )
 
 
@@ -201,11 +209,19 @@ def _tuned(plan: Plan, name: str, stands: Part) -> Part | None:
     return part if part.info.dtype == stands.info.dtype else None
 
 
-def _texts(plan: Plan, dequantize: bool) -> dict[str, bytes]:
+def _head(plan: Plan, names: list[str]) -> Head:
+    """What follows from the adapter's task and the head that it saves; of a fine-tuned model its own config says it."""
+    if plan.adapter.is_model:
+        return Head(plan.config)
+    trained = {name: part.info.shape for name, part in plan.changes.sources.items() if name in plan.changes.trained}
+    return implied_head(plan.config, plan.adapter.config, trained, names)
+
+
+def _texts(plan: Plan, head: Head, dequantize: bool) -> dict[str, bytes]:
     """The model's config, where the merge changes what it must say."""
     if plan.adapter.is_model:  # its own config describes it
         return {}
-    config = edited_config(plan.config, plan.changes)
+    config = edited_config(head.config, plan.changes)
     if dequantize:
         config = plain_config(config)
     if config == plan.config:

@@ -10,15 +10,18 @@ import contextlib
 import itertools
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-from streamer.apply import OWN_FINDINGS, SCHEMA, Sink
+from streamer.advice import advise
+from streamer.apply import OWN_FINDINGS, Sink, make_record
 from streamer.budget import check_budget, detection_needs
 from streamer.events import Event, Monitor
 from streamer.figures import journalled, totals
 from streamer.findings_writer import remove_leftovers
 from streamer.merging import threads
+from streamer.model_card import CARD_NAME
 from streamer.pipeline import detect_to_files
+from streamer.records import MatrixRecord, Record, Written, certified_count
 from streamer.storage.atomic import AtomicFile, Buffer, locked
 from streamer.storage.header import TensorInfo
 from streamer.storage.place import check_space
@@ -56,14 +59,11 @@ def inspect_jobs(sinks: Sequence[Sink], overwrite: bool = False, resume: bool = 
     return states
 
 
-def run_jobs(
-    sinks: Sequence[Sink], monitor: Monitor, *, overwrite: bool = False, resume: bool = True
-) -> list[dict[str, Any]]:
+def run_jobs(sinks: Sequence[Sink], monitor: Monitor, *, overwrite: bool = False, resume: bool = True) -> list[Written]:
     """Write outputs that are made from one base, each as one resumable transaction, and return their records.
 
     A record is that of `streamer mitigate --json` and `streamer merge --json`; but for `output` and `state` it stands in the output, as
-    ``streamer.json``.
-    A finished output of the same plan is left as it is; its files' times become those of this run.
+    ``streamer.json``. A finished output of the same plan is left as it is; its files' times become those of this run.
     """
     states = inspect_jobs(sinks, overwrite, resume)
     todo = [sink for sink, state in zip(sinks, states, strict=True) if state != "done"]
@@ -77,14 +77,17 @@ def run_jobs(
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     with open_outputs([sink.output for sink in todo], overwrite, resume) as outs:
         runs = [_Run(sink, out, monitor) for sink, out in zip(todo, outs, strict=True)]
+        for line in dict.fromkeys(line for sink in todo for line in (*sink.notes, *sink.advice)):
+            monitor.emit(Event("note", line))
         for run in runs:
             run.look()
         _detect([run for run in runs if run.lacks_findings], monitor)
         with threads():
             _in_step(runs)
+    said: dict[str, Literal["written", "resumed", "present"]]
     said = {"new": "written", "resume": "resumed", "done": "present"}
     return [
-        {**finished_record(sink.output), "output": str(sink.output.path), "state": said[state]}
+        cast(Written, {**finished_record(sink.output), "output": str(sink.output.path), "state": said[state]})
         for sink, state in zip(sinks, states, strict=True)
     ]
 
@@ -135,7 +138,6 @@ class _Run:
         total, of = sum(run.sink.output.total_bytes for run in runs), sum(run.counted for run in runs)
         adapter = sink.job.plan.adapter.path.absolute().name if len(runs) > 1 else ""
         copies, texts = dict(sink.copies), {**sink.edited, **sink.finals}
-        matrices: list[dict[str, Any]] = []
 
         def emit(name: str) -> None:
             done, items = sum(run.done for run in runs), sum(run.items for run in runs)
@@ -144,8 +146,8 @@ class _Run:
         begun = 0
         for name, size in sink.output.files:
             self.monitor.checkpoint()
-            if name in self._finished:
-                self.items += self._items(name)
+            if name in self._finished or (name == CARD_NAME and sink.card is not None):
+                self.items += self._items(name)  # the card comes with the commit point, when all is known that it says
             elif name in sink.shards:
                 with contextlib.closing(self._shard(name)) as tensors:
                     for place, info, file in tensors:
@@ -157,23 +159,44 @@ class _Run:
                         self.items += 1
             else:
                 emit(name)
+                if name == sink.output.files[-1][0]:
+                    self._write_card(self._matrices())
                 out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
                 self.items += 1
-            matrices += journalled(out.entry(name), out.path)
             begun += size
             self.done = begun
+        matrices = self._matrices()
+        self._write_card(matrices)
         emit("")
         discard_own_findings(out.path)
-        plan = sink.job.plan
-        record = {"schema": SCHEMA, "command": sink.command, **sink.job.options.as_dict(),
-                  "totals": totals(matrices) | {"bytes": begun}, "warnings": list(plan.notes), "left_out": sink.left_out,
-                  "carried": plan.changes.listed(plan.base), "matrices": matrices}  # fmt: skip
-        out.commit(record)
+        record = self._record(matrices, sum(out.entry(name)["bytes"] for name, _ in sink.output.files))
+        out.commit(cast(dict[str, Any], record))
+        for line in record["advice"][len(sink.advice) :]:
+            self.monitor.emit(Event("note", line))
+
+    def _matrices(self, last: list[MatrixRecord] | None = None) -> list[MatrixRecord]:
+        """The figures of all matrices of finished files, and of the one in hand."""
+        done = [name for name in self.sink.shards if last is None or name != self.sink.output.files[-1][0]]
+        return [m for name in done for m in journalled(self.out.entry(name), self.out.path)] + (last or [])
+
+    def _record(self, matrices: list[MatrixRecord], nbytes: int = 0) -> Record:
+        record = make_record(self.sink, certified_count(matrices), totals(matrices, nbytes), matrices)
+        record["advice"] = [*record["advice"], *advise(self.sink, matrices)]
+        return record
+
+    def _write_card(self, matrices: list[MatrixRecord]) -> None:
+        """Write the card, just before the commit point; one that an interrupted run has written stays, being the same."""
+        card = self.sink.card
+        if card is not None and CARD_NAME not in self._finished:
+            self.out.write(CARD_NAME, card.text(self._record(matrices)), self.sink.job.plan.check_unchanged)
+            self._finished.add(CARD_NAME)
 
     def _shard(self, name: str) -> Generator[tuple[Place, TensorInfo, AtomicFile], None, None]:
         """Write a shard; each of its tensors, before it is written, with its place and the file."""
-        base, shard = self.sink.job.plan.base, self.sink.shards[name]
-        figures: list[dict[str, Any]] = []
+        job, base = self.sink.job, self.sink.job.plan.base
+        ((key, value),) = job.stamp(self.sink.command).items()
+        shard = self.sink.shards[name].with_metadata(key, value)
+        figures: list[MatrixRecord] = []
         pour = self.sink.source(name, figures)
 
         def source(info: TensorInfo) -> Generator[Buffer, None, None]:
@@ -182,7 +205,9 @@ class _Run:
                 yield piece
 
         def announce(nbytes: int, sha256: str) -> None:
-            self.sink.job.plan.check_unchanged()
+            job.plan.check_unchanged()
+            if name == self.sink.output.files[-1][0]:
+                self._write_card(self._matrices(figures))
             self.out.announce(name, nbytes, sha256, matrices=figures)
 
         number = list(base.files).index(name) if name in base.files else 0

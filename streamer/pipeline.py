@@ -29,6 +29,7 @@ from streamer.findings_writer import (
 from streamer.intruders import Detection, DetectionOptions, detect
 from streamer.linalg.operators import Dense, Matrix, RowBlocks
 from streamer.plan import Plan
+from streamer.records import in_short
 from streamer.staging import Staged, Stager, read_ahead
 from streamer.storage.atomic import make_directory, partials_of
 from streamer.storage.place import allocated_bytes, check_space, touch
@@ -160,9 +161,16 @@ def detect_in_memory(
     for i, finding in detect_all(plans, options, device, monitor):
         found[i][finding.tensor] = finding
     return [
-        Findings(p.base_identity, p.adapter_identity, options, tuple(mine[t.tensor] for t in p.targets))
+        replace(_head(p, options), matrices=tuple(mine[t.tensor] for t in p.targets))
         for p, mine in zip(plans, found, strict=True)
     ]
+
+
+def _head(plan: Plan, options: DetectionOptions) -> Findings:
+    """Findings without a matrix: what they are of, and how they are made."""
+    base, adapter = plan.sources
+    sources = {"base": in_short(base), "adapter": in_short(adapter)}
+    return Findings(plan.base_identity, plan.adapter_identity, options, (), sources=sources)
 
 
 def matrices_of(plans: Sequence[Plan]) -> list[list[tuple[int, Target]]]:
@@ -197,7 +205,7 @@ def detect_to_files(plans: Sequence[Plan], paths: Sequence[Path], options: Detec
     with contextlib.ExitStack() as stack:
         writers = []
         for plan, path in todo:
-            head = Findings(plan.base_identity, plan.adapter_identity, options, ())
+            head = _head(plan, options)
             tensors = [t.tensor for t in plan.targets]
             writer = FindingsWriter(path, head, tensors, plan.detection_stamps(), resume=resume, overwrite=overwrite,
                                     before_rename=plan.check_unchanged)  # fmt: skip
@@ -226,7 +234,7 @@ def inspect_detections(
     states = []
     finished = _finished(plans, paths, options, overwrite)
     for plan, path, found in zip(plans, paths, finished, strict=True):
-        head = Findings(plan.base_identity, plan.adapter_identity, options, ())
+        head = _head(plan, options)
         start = journal_head(head, [t.tensor for t in plan.targets], plan.detection_stamps())
         if found is not None:
             states.append("done")
@@ -269,7 +277,7 @@ def _check_space(todo: Sequence[tuple[Plan, Path]], options: DetectionOptions) -
 def findings_bytes(plan: Plan, options: DetectionOptions) -> tuple[int, int]:
     """Bytes of the findings file and of the journal beside it, at most: all directions intruders. Computed once."""
     if options not in plan.findings_sizes:
-        head = Findings(plan.base_identity, plan.adapter_identity, options, ())
+        head = _head(plan, options)
         widest = (_widest(plan, target, options) for target in plan.targets)
         plan.findings_sizes[options] = most_bytes(head, widest)
     return plan.findings_sizes[options]

@@ -27,6 +27,7 @@ from streamer.linalg.deltas import Delta
 from streamer.modules import LoraModule
 from streamer.names import match_names
 from streamer.provenance import provenance_notes
+from streamer.records import Source, adapter_source, base_source
 from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp, open_regular
@@ -153,6 +154,13 @@ class Plan:
     def adapter_identity(self) -> dict[str, Any]:
         """See `Adapter.identity`."""
         return self.adapter.identity()
+
+    @cached_property
+    def sources(self) -> tuple[Source, Source]:
+        """What an output calls its base and its adapter; no paths."""
+        base, adapter = self.base, self.adapter
+        of_base = base_source(base.path, self.config, adapter.config, self.base_identity)
+        return of_base, adapter_source(adapter.path, self.adapter_identity)
 
     @property
     def inputs(self) -> tuple[Path, ...]:

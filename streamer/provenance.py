@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # What a model's name says of its encoding, as quantized copies are named; a whole word of the name each.
 NAMED = (
@@ -68,3 +70,17 @@ def provenance_notes(adapter_config: Mapping[str, Any], base_config: Mapping[str
         "the adapter on these weights, which differ from those it saw by the quantization error (if it saw them quantized on loading, "
         "as QLoRA does, its config does not say so)"
     ]
+
+
+def hub_id(stated: object) -> str | None:
+    """A model's id on the hub, ``owner/name``, if that is what a config states and not a path."""
+    return stated if isinstance(stated, str) and _ID.fullmatch(stated) and not Path(stated).exists() else None
+
+
+def cached_model(path: Path) -> tuple[str, str] | None:
+    """The id and the revision of a model that lies in the hub's cache, ``models--OWNER--NAME/snapshots/REVISION``."""
+    parts = path.resolve().parts
+    for at in range(len(parts) - 2):
+        if parts[at].startswith("models--") and parts[at + 1] == "snapshots":
+            return parts[at].removeprefix("models--").replace("--", "/"), parts[at + 2]
+    return None

@@ -68,7 +68,7 @@ def test_an_adapter_where_the_model_goes_is_refused_or_removed(job: Job, tmp_pat
     """A loader would apply it on top of the merged weights."""
     base, adapter = job
     out = tmp_path / "out"
-    streamer.reduce_intruder_dimension(base, adapter, out, mitigation_lambda=0.5)
+    streamer.reduce_intruder_dimension(base, adapter, out, mitigation_lambda=0.5, model_card=False)
     (out / "streamer.json").unlink()
     (out / "adapter_model.safetensors").rename(tmp_path / "kept")
     with pytest.raises(OutputError, match=r"adapter_config.json: exists and is not ours"):

@@ -119,6 +119,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     adapters = _adapters(args)
     named = named_adapters(adapters)
     given = findings_by_name(args.findings or None, named)
+    special["model_card"] = not args.no_card
     detection = _detection_options(args, load_findings(given[0]) if isinstance(given[0], Path) else None)
     mitigation = _mitigation_options(args)
     if args.dry_run:

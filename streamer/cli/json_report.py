@@ -45,8 +45,8 @@ def findings_json(findings: Findings) -> dict[str, Any]:
     }
     return {
         "schema": SCHEMA,
-        "base": dict(findings.base),
-        "adapter": dict(findings.adapter),
+        "base": {**findings.sources.get("base", {}), **findings.base},
+        "adapter": {**findings.sources.get("adapter", {}), **findings.adapter},
         "options": findings.options.as_dict(),
         "totals": totals,
         "matrices": matrices,
@@ -63,8 +63,8 @@ def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | None]) -> dict[s
     largest = max(plan.targets, key=lambda t: plan.weights[t.tensor].nbytes)
     return {
         "schema": "streamer.plan/1",
-        "base": plan.base_identity,
-        "adapter": plan.adapter_identity,
+        "base": {**plan.sources[0]},
+        "adapter": {**plan.sources[1]},
         "totals": {
             "matrices": len(matrices),
             "tensors": len(plan.base.weight_map),

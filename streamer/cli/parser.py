@@ -204,6 +204,8 @@ def build_parser() -> Parser:
                         "shrink: the whole adapter, no detection, the baseline (default: paper)")  # fmt: skip
     g.add_argument("--scale", choices=["all", "first"], default="all",
                    help="every intruder among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
+    g.add_argument("--no-card", action="store_true",
+                   help="leave README.md as it is; by default it says first how the output was made")  # fmt: skip
     g.add_argument(
         "--findings",
         metavar="FILE",

@@ -73,7 +73,6 @@ def _ranks(ranks: Sequence[int]) -> str:
 def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMIT) -> str:
     """What was written: totals, and of more than a few matrices the ten that changed most."""
     t, matrices = record["totals"], sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
-    strength = record["lambda"] if "lambda" in record else record["mitigation_lambda"]
     chosen, cut = _most(matrices, _removed, screen)
     columns = [
         Column("matrix", [m["tensor"] for m in chosen], left=True, names=True),
@@ -88,7 +87,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         columns.append(Column("dropped", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
     lines = [
         f"wrote {where}: {len(record['files'])} files, {size(t['bytes'])}",
-        f"method {record['method']}, scale {record['scale']}, lambda {strength}: "
+        f"method {record['method']}, scale {record['scale']}, lambda {record['lambda']}: "
         f"{t['changed']} of {t['matrices']} matrices changed, {t['intruders']} intruders scaled",
         f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; a uniform shrink of the whole adapter by "
         f"{t['equal_norm_shrink']:.4f} has the same norm: the baseline for any claim",
@@ -100,6 +99,8 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         lines.append(
             f"carried along: {len(record['carried'])} tensors that are no factors, {record['carried'][0]['tensor']} first"
         )
+    if record["command"] == "merge" and record["tokenizer"] == "adapter":
+        lines.append("the tokenizer and its chat template are the adapter's own")
     if record["command"] == "mitigate":
         lines.append(f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta")
     lines += [f"advice: {line}" for line in record.get("advice", ())]

@@ -288,7 +288,7 @@ def _what_is_it(head: bytes) -> str:
 
 
 def layout(
-    entries: Iterable[tuple[str, str, Iterable[int]]], metadata: Mapping[str, str] | None = None
+    entries: Iterable[tuple[str, str, Iterable[int]]], metadata: Mapping[str, str] | None = None, length: int = 0
 ) -> tuple[Header, bytes]:
     """Lay tensors out in the given order, without gaps: the header and its bytes.
 
@@ -298,6 +298,8 @@ def layout(
         Name, dtype and shape of each tensor, in file order.
     metadata
         The ``__metadata__`` map; omitted from the file when empty.
+    length
+        Bytes of the JSON at least, a multiple of 8: of a header whose size was settled before all of its metadata was known.
 
     Returns
     -------
@@ -314,7 +316,7 @@ def layout(
         tree[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     body = json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    body += b" " * (-len(body) % 8)
+    body += b" " * max(length - len(body), -len(body) % 8)
     if len(body) > MAX_HEADER_BYTES:
         raise FormatError(f"a header of {len(body)} bytes is over the format's limit of {MAX_HEADER_BYTES}")
     raw = len(body).to_bytes(8, "little") + body

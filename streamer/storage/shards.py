@@ -6,7 +6,7 @@ A planned file is a header and, for each tensor in offset order, a source of byt
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,16 @@ class ShardPlan:
         """Bytes of the whole file."""
         return self.header.file_bytes
 
+    def with_metadata(self, key: str, value: str) -> ShardPlan:
+        """The same file with another value in its metadata, no longer than the planned one: the size stays, spaces make up for it."""
+        if self.header.metadata.get(key) == value:
+            return self
+        entries = [(t.name, t.dtype, t.shape) for t in self.header.tensors]
+        header, raw = layout(entries, {**self.header.metadata, key: value}, len(self.raw_header) - 8)
+        if header.file_bytes != self.nbytes:
+            raise NumericError(f"{self.name}: its header outgrew the plan; please report this")
+        return ShardPlan(self.name, header, raw)
+
 
 def plan_shard(name: str, entries: Iterable[tuple[str, str, Iterable[int]]], metadata: dict[str, str]) -> ShardPlan:
     """Plan a file from (tensor name, dtype, shape) in file order."""
@@ -39,9 +49,10 @@ def plan_shard(name: str, entries: Iterable[tuple[str, str, Iterable[int]]], met
     return ShardPlan(name, header, raw)
 
 
-def like(name: str, header: Header) -> ShardPlan:
-    """Plan a file with the same tensors, order and metadata as an existing one."""
-    return plan_shard(name, [(t.name, t.dtype, t.shape) for t in header.tensors], dict(header.metadata))
+def like(name: str, header: Header, metadata: Mapping[str, str] | None = None) -> ShardPlan:
+    """Plan a file with the same tensors and order as an existing one; its metadata, and more."""
+    entries = [(t.name, t.dtype, t.shape) for t in header.tensors]
+    return plan_shard(name, entries, {**header.metadata, **(metadata or {})})
 
 
 def write_shard(directory: Path, plan: ShardPlan, source: Source, before_rename: Callable[[int, str], None]) -> None:

@@ -56,6 +56,10 @@ class OutputPlan:
         Names that a loader might prefer to ours; they must not be there.
     temporary
         (relative name, bytes at most) of what stands there only while the run is under way.
+    late
+        Names of files whose contents are known only when all others are made: their planned bytes are the most that they take.
+    version
+        The tool's. A run that another one began is not taken up: no output is made by two.
     """
 
     path: Path
@@ -65,6 +69,8 @@ class OutputPlan:
     inputs: tuple[Path, ...]
     rivals: tuple[str, ...] = ()
     temporary: tuple[tuple[str, int], ...] = ()
+    late: frozenset[str] = frozenset()
+    version: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -131,7 +137,7 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
     head = journal_head(path / JOURNAL_NAME)
     if head is not None:
         if head.get("plan") == plan.digest:
-            return _may_resume(plan, head) if resume else "new"
+            return "new" if not resume or (overwrite and not _is_of_version(plan, head)) else _may_resume(plan, head)
         if not overwrite:
             raise OutputError(
                 f"{path}: holds an interrupted run with other inputs or options; finish that one, "
@@ -142,7 +148,7 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
         return "new"
     if _taken(path / RECORD_NAME):
         record = _record(path)
-        if record.get("plan") == plan.digest and all(_size(path / n) == size for n, size in plan.files):
+        if record.get("plan") == plan.digest and _stands(plan, record):
             return "done"
         raise OutputError(f"{path}: holds another output; choose another directory, or pass --overwrite")
     rivals = [name for name in plan.rivals if (path / name).exists()]
@@ -156,7 +162,25 @@ def _taken(path: Path) -> bool:
     return path.exists() and not is_placeholder(path)
 
 
+def _stands(plan: OutputPlan, record: dict[str, Any]) -> bool:
+    """Whether every file of a finished output has the size that its record gives; by another version its header may have another."""
+    files = record.get("files")
+    if not isinstance(files, list):
+        return False
+    sizes = {f.get("file"): f.get("bytes") for f in files if isinstance(f, dict)}
+    return all(name in sizes and _size(plan.path / name) == sizes[name] for name, _ in plan.files)
+
+
+def _is_of_version(plan: OutputPlan, head: dict[str, Any]) -> bool:
+    return bool(head.get("version", "") == plan.version)
+
+
 def _may_resume(plan: OutputPlan, head: dict[str, Any]) -> Literal["resume"]:
+    if not _is_of_version(plan, head):
+        raise OutputError(
+            f"{plan.path}: holds a run that version {head.get('version') or 'before 0.2'} began, and this is {plan.version}; finish it "
+            "with that version, or pass --no-resume to start it over"
+        )
     if head.get("stamps") != json.loads(json.dumps(plan.stamps)):
         raise InputChangedError(
             f"{plan.path}: an input was modified since this run was interrupted; --no-resume starts it over"
@@ -308,7 +332,7 @@ def _begun(plan: OutputPlan, state: str, overwrite: bool) -> Iterator[OutputDire
     journal = Journal(plan.path / JOURNAL_NAME)
     if state != "resume":
         journal.clear()
-        journal.append(json.dumps({"plan": plan.digest, "stamps": plan.stamps}).encode())
+        journal.append(json.dumps({"plan": plan.digest, "version": plan.version, "stamps": plan.stamps}).encode())
     try:
         yield OutputDirectory(plan, journal, state == "resume")
     finally:

@@ -1,0 +1,178 @@
+"""What a model's config must say of the head that an adapter brings along: the class, and the number of labels.
+
+An adapter for classification saves a head that its base does not have, or has for another number of labels. The class of the merged
+model follows from the base's type and the adapter's task, by a table of transformers' own (``auto_classes.json``, see
+``tools/make_auto_classes.py``); the number of labels is the head's number of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+LABEL_HEAD = re.compile(
+    r"(?:^|\.)(?:score|classifier|qa_outputs|logits_proj|sequence_summary\.summary|"
+    r"(?:classifier|classification_head)\.(?:out_proj|linear_out|1))\.(?P<parameter>weight|bias)$"
+)
+"""Names of the last layer of transformers' heads for classification and question answering: a row a label."""
+
+PIPELINES = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+"""PEFT's task types, and what the hub calls the same tasks."""
+
+LABEL_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+DEFAULT_LABELS = 2
+"""How many labels transformers takes where a config states none."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What follows from an adapter's task and head.
+
+    Attributes
+    ----------
+    config
+        The model's config, with what follows set.
+    pipeline
+        The hub's name of the task, where the class changed; else empty.
+    notes, advice
+        What was set, and what could not be known and must be passed on loading; a line each.
+    """
+
+    config: Mapping[str, Any]
+    pipeline: str = ""
+    notes: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+
+
+@cache
+def table() -> dict[str, Any]:
+    """The facts: ``names`` by model type, and ``tasks``: by PEFT's task type the forms of class names, and the model types of each."""
+    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("auto_classes.json").read_text())
+    return data
+
+
+def auto_class(model_type: object, task: object) -> str | None:
+    """The class that transformers loads a model of this type as for one of PEFT's tasks; None where it has none."""
+    if not isinstance(model_type, str) or not isinstance(task, str):
+        return None
+    for form, types in table()["tasks"].get(task, {}).items():
+        if model_type in types:
+            return str(form).replace("*", table()["names"].get(model_type, ""))
+    return None
+
+
+def implied_head(
+    config: Mapping[str, Any],
+    adapter_config: Mapping[str, Any],
+    saved: Mapping[str, tuple[int, ...]],
+    names: Collection[str],
+) -> Head:
+    """Set a model's config right for the head that an adapter saves.
+
+    Parameters
+    ----------
+    config
+        The base's; {} where it has none.
+    saved
+        Shapes of the tensors that the adapter trained and saved whole (``modules_to_save``), by their names in the merged model.
+    names
+        All tensors of the merged model.
+    """
+    task, out = adapter_config.get("task_type"), dict(config)
+    notes: list[str] = []
+    advice: list[str] = []
+    labels = _labels(saved)
+    heads = [name for name in names if LABEL_HEAD.search(name)]
+    matrices = {name: shape for name, shape in saved.items() if len(shape) == 2 and name.endswith(".weight")}
+    if labels is None and task in LABEL_TASKS and matrices and not heads:
+        name, shape = next(reversed(matrices.items()))
+        advice.append(
+            f"the adapter saves a head of its own, {name!r}, and no head that is known; if its {shape[0]} rows are labels, "
+            f"load the model with num_labels={shape[0]}"
+        )
+    elif task in LABEL_TASKS and not heads:
+        advice.append(
+            f"the adapter is for {task}, and neither it nor the base has a head that is known: loading will make one of random values"
+        )
+    if not config:
+        if labels is not None:
+            advice.append(f"the base has no config.json: load the model with a config of num_labels={labels}")
+        return Head(config, advice=tuple(advice))
+    if labels is not None and _set_labels(out, labels):
+        notes.append(f"config.json says {labels} labels, as many as the saved head has rows")
+    cls = auto_class(config.get("model_type"), task)
+    stated = config.get("architectures")
+    old = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
+    if cls is not None and cls != old and _is_meant(str(task), old, config.get("model_type"), saved, heads):
+        out["architectures"] = [cls]
+        notes.append(f"config.json says {cls}, by the adapter's task {task}" + (f", in place of {old}" if old else ""))
+    elif cls is None and labels is not None and not re.search(r"Classification|QuestionAnswering", old):
+        why = (
+            "the adapter's config names no task"
+            if not task
+            else f"no class for {config.get('model_type')!r} and {task} is known"
+        )
+        advice.append(
+            f"{why}: load the model by the class that the adapter was trained with; config.json keeps {old or 'none'}"
+        )
+    if task == "SEQ_CLS" and _pads(heads) and out.get("pad_token_id") is None:
+        advice.append(
+            "config.json has no pad_token_id, without which transformers refuses batches of more than one sequence: set "
+            "model.config.pad_token_id to the tokenizer's"
+        )
+    changed = out.get("architectures") != stated
+    return Head(out, PIPELINES[str(task)] if changed else "", tuple(notes), tuple(advice))
+
+
+def _labels(saved: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Rows of the label head among saved tensors."""
+    rows = {s[0] for name, s in saved.items() if s and (m := LABEL_HEAD.search(name)) and m["parameter"] == "weight"}
+    return rows.pop() if len(rows) == 1 else None
+
+
+def _pads(heads: Collection[str]) -> bool:
+    """Whether a model classifies the last token, and so must know which ones are padding."""
+    return any(re.search(r"(?:^|\.)score\.weight$", name) for name in heads)
+
+
+def _is_meant(
+    task: str, old: str, model_type: object, saved: Mapping[str, tuple[int, ...]], heads: Collection[str]
+) -> bool:
+    """Whether the class for the task is that of the merged model: its head is there, or nothing but the bare model was stated."""
+    if task in LABEL_TASKS:
+        return bool(heads)
+    bare = auto_class(model_type, "FEATURE_EXTRACTION")
+    if task == "FEATURE_EXTRACTION":
+        return not old or bool(saved)
+    others = {auto_class(model_type, other) for other in LABEL_TASKS}
+    return not old or old == bare or old in others
+
+
+def _set_labels(config: dict[str, Any], labels: int) -> bool:
+    """Set the number of labels as transformers writes it; the base's names stay where they are as many."""
+    names = config.get("id2label")
+    stated = len(names) if isinstance(names, dict) else config.get("num_labels", DEFAULT_LABELS)
+    if stated == labels:
+        return False
+    for key in (
+        "num_labels",
+        "_num_labels",
+        "problem_type",
+    ):  # what kind of problem it is does not follow from the number
+        config.pop(key, None)
+    config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+    config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+    return True

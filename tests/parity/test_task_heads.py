@@ -1,0 +1,138 @@
+"""Merged models with the heads that adapters save: the auto class of the task loads them without an argument, and they answer as PEFT's do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import minilm
+import pytest
+import torch
+import transformers
+from forks import server
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig
+
+from streamer.task_heads import auto_class
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60,
+         "max_position_embeddings": 64}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 64, "pad_token_id": 0}
+DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 60}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 60,
+    "decoder_start_token_id": 0,
+}
+LLAMA = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
+MODERN = {**SMALL, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+class Case(NamedTuple):
+    """A base of a class, and an adapter of a task on it, with what it saves whole."""
+
+    model_type: str
+    config: dict[str, Any]
+    base: str
+    task: str
+    targets: list[str]
+    labels: int | None = None
+    saved: list[str] | None = None
+
+
+CASES = {
+    "bert seq": Case("bert", SMALL, "AutoModelForMaskedLM", "SEQ_CLS", ["query", "value"], 3),
+    "bert seq on a bare base": Case("bert", SMALL, "AutoModel", "SEQ_CLS", ["query", "value"], 3),
+    "bert seq on a classifier": Case("bert", SMALL, "AutoModelForSequenceClassification", "SEQ_CLS", ["query"], 5),
+    "bert seq of two labels": Case("bert", SMALL, "AutoModelForMaskedLM", "SEQ_CLS", ["query", "value"], 2),
+    "bert regression": Case("bert", SMALL, "AutoModelForMaskedLM", "SEQ_CLS", ["query", "value"], 1),
+    "roberta seq": Case("roberta", SMALL, "AutoModelForMaskedLM", "SEQ_CLS", ["query", "value"], 4),
+    "distilbert seq": Case("distilbert", DISTIL, "AutoModelForMaskedLM", "SEQ_CLS", ["q_lin", "v_lin"], 3,
+                           ["pre_classifier", "classifier"]),
+    "modernbert seq": Case("modernbert", MODERN, "AutoModelForMaskedLM", "SEQ_CLS", ["Wqkv", "Wo"], 3),
+    "llama seq": Case("llama", LLAMA, "AutoModelForCausalLM", "SEQ_CLS", ["q_proj", "v_proj"], 3),
+    "gpt2 seq": Case("gpt2", GPT2, "AutoModelForCausalLM", "SEQ_CLS", ["c_attn"], 3),
+    "t5 seq": Case("t5", T5, "AutoModelForSeq2SeqLM", "SEQ_CLS", ["q", "v"], 3, ["classification_head"]),
+    "bert token": Case("bert", SMALL, "AutoModelForMaskedLM", "TOKEN_CLS", ["query", "value"], 7),
+    "llama token": Case("llama", LLAMA, "AutoModelForCausalLM", "TOKEN_CLS", ["q_proj"], 7),
+    "distilbert token": Case("distilbert", DISTIL, "AutoModel", "TOKEN_CLS", ["q_lin"], 7),
+    "roberta qa": Case("roberta", SMALL, "AutoModelForMaskedLM", "QUESTION_ANS", ["query", "value"]),
+    "bert qa on a classifier": Case("bert", {**SMALL, "num_labels": 5}, "AutoModelForSequenceClassification",
+                                    "QUESTION_ANS", ["query"]),
+    "llama causal": Case("llama", LLAMA, "AutoModelForCausalLM", "CAUSAL_LM", ["q_proj"], None, ["lm_head"]),
+    "llama causal on a bare base": Case("llama", LLAMA, "AutoModel", "CAUSAL_LM", ["q_proj"], None, ["lm_head"]),
+    "gpt2 causal, untied": Case("gpt2", GPT2, "AutoModelForCausalLM", "CAUSAL_LM", ["c_attn"], None, ["lm_head"]),
+    "t5 seq2seq": Case("t5", T5, "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", ["q", "v"]),
+    "t5 seq2seq, untied": Case("t5", {**T5, "tie_word_embeddings": False}, "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM",
+                               ["q", "v"], None, ["lm_head"]),
+    "bert features": Case("bert", SMALL, "AutoModelForMaskedLM", "FEATURE_EXTRACTION", ["query"], None, ["pooler"]),
+    "bert features, bare": Case("bert", SMALL, "AutoModel", "FEATURE_EXTRACTION", ["query"], None, ["pooler"]),
+}  # fmt: skip
+
+
+def answer(model: torch.nn.Module, task: str) -> torch.Tensor:
+    """What a model says to a few tokens: its first outputs, side by side."""
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if task == "SEQ_2_SEQ_LM":
+        inputs["decoder_input_ids"] = ids[:, :4]
+    if task == "SEQ_CLS" and model.config.model_type == "t5":
+        inputs["input_ids"][:, -1] = model.config.eos_token_id
+    with torch.no_grad():
+        found = model.eval()(**inputs)
+    names = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
+    return torch.cat([found[name].flatten() for name in names if name in found])
+
+
+def trained(model: torch.nn.Module, case: Case, directory: Path) -> PeftModel:
+    """An adapter with all its tensors changed, saved by PEFT."""
+    lora = LoraConfig(task_type=case.task, r=2, lora_alpha=4, target_modules=case.targets, modules_to_save=case.saved)
+    peft = get_peft_model(model, lora)
+    g = torch.Generator().manual_seed(2)
+    for p in peft.parameters():
+        if p.requires_grad:
+            p.data = 0.2 * torch.randn(p.shape, generator=g)
+    peft.save_pretrained(directory)
+    return peft
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_the_auto_class_loads_it_and_it_answers_as_pefts_does(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(case.model_type, **case.config)
+    getattr(transformers, case.base).from_config(config).save_pretrained(tmp_path / "base")
+    auto = getattr(transformers, AUTO[case.task])
+    labels = {} if case.labels is None else {"num_labels": case.labels, "ignore_mismatched_sizes": True}
+    if case.task == "QUESTION_ANS":
+        labels = {"num_labels": 2, "ignore_mismatched_sizes": True}
+    peft = trained(auto.from_pretrained(tmp_path / "base", **labels), case, tmp_path / "adapter")
+    expected = answer(peft.merge_and_unload(), case.task)
+
+    done = server().run(
+        "merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1, "--json"
+    )
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    model, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    torch.testing.assert_close(answer(model, case.task), expected, rtol=1e-4, atol=1e-5)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["architectures"] == [auto_class(case.model_type, case.task)]
+    assert model.config.num_labels == (case.labels or 2)
+    assert record["advice"] == []
