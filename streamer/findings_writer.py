@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from streamer.encodings import as_bytes
-from streamer.errors import FormatError, InputChangedError, OutputError
+from streamer.errors import FormatError, InputChangedError, OutputError, OutputExistsError
 from streamer.findings import ARRAYS, DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
 from streamer.storage.atomic import Buffer, Journal, locked, partial_name, remove_partials
 from streamer.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, layout, parse_header
@@ -43,7 +43,7 @@ def remove_leftovers(path: Path) -> None:
     """
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
-        with locked(lock_of(path)):
+        with locked(lock_of(path), path):
             remove_partials(path.parent, {path.name, journal_of(path).name})
             journal_of(path).unlink(missing_ok=True)
 
@@ -84,7 +84,7 @@ class FindingsWriter:
 
     def __enter__(self) -> FindingsWriter:
         with contextlib.ExitStack() as held:
-            held.enter_context(locked(lock_of(self.path)))
+            held.enter_context(locked(lock_of(self.path), self.path))
             remove_partials(self.path.parent, {self.path.name})
             self._journal = Journal(journal_of(self.path))
             self._take_up()
@@ -217,9 +217,10 @@ def _is_resumable(path: Path, head: dict[str, Any] | None, start: dict[str, Any]
         return True
     if overwrite:
         return False
-    raise OutputError(
-        f"{journal_of(path)}: is of an interrupted run with other inputs or options; finish that one, "
-        "choose another output, or pass --overwrite"
+    raise OutputExistsError(
+        f"{path}: an interrupted run with other inputs or options has its journal there; finish that one, "
+        "choose another output, or pass --overwrite",
+        journal_of(path),
     )
 
 
@@ -258,7 +259,7 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
     refuse_symlink(path)
     if make_parent:
         refuse_symlink(path.parent)
-    check_place(path.parent.resolve(), ())
+    check_place(path.parent.resolve(), (), path)
     for source in inputs:
         if source.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
@@ -267,10 +268,12 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
     try:
         findings = load_findings(path)
     except FormatError as e:
-        raise OutputError(f"{path}: exists and is not findings; choose another output, or pass --overwrite") from e
+        raise OutputExistsError(
+            f"{path}: exists and is not findings; choose another output, or pass --overwrite", path
+        ) from e
     tensors = [m.tensor for m in findings]
     if detection_digest(findings.base, findings.adapter, findings.options, tensors) != digest:
-        raise OutputError(
-            f"{path}: holds findings of other inputs or options; choose another output, or pass --overwrite"
+        raise OutputExistsError(
+            f"{path}: holds findings of other inputs or options; choose another output, or pass --overwrite", path
         )
     return findings

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from streamer.findings import Findings
+from streamer.units import format_size
 
 
 def findings_table(findings: Findings) -> str:
@@ -151,10 +152,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     return "\n".join(lines)
 
 
-def size(nbytes: float) -> str:
-    """Bytes for people, in powers of 1000 as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
+size = format_size
+"""Bytes for people, as messages have them."""
