@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from streamer.errors import Interrupted
+from streamer.errors import Interrupted, StreamerWarning, one_line
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ class Event:
 
 
 OnEvent = Callable[[Event], None]
+
+
+def warn(event: Event) -> None:
+    """Issue warnings through the `warnings` module, in the name of the line that called the library; pass over other events."""
+    if event.stage == "warning":
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "streamer":
+            level, frame = level + 1, frame.f_back
+        warnings.warn(one_line(event.name), StreamerWarning, stacklevel=level)
 
 
 class Monitor:
