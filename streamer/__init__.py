@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name lives. They are resolved when first used: importing streamer loads no torch.
 _HOMES = {
@@ -22,6 +22,7 @@ _HOMES = {
     "MitigationOptions": "intruders",
     "Monitor": "events",
     "StreamerError": "errors",
+    "StreamerWarning": "errors",
     "detect_intruder_dimensions": "api",
     "iter_merged": "api",
     "load_findings": "findings",
@@ -38,6 +39,7 @@ __all__ = [
     "MitigationOptions",
     "Monitor",
     "StreamerError",
+    "StreamerWarning",
     "detect_intruder_dimensions",
     "iter_merged",
     "load_findings",
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
         merge_with_reduced_intruder_dimensions,
         reduce_intruder_dimension,
     )
-    from streamer.errors import StreamerError
+    from streamer.errors import StreamerError, StreamerWarning
     from streamer.events import Event, Monitor
     from streamer.findings import Findings, MatrixFinding, load_findings
     from streamer.intruders import Detection, DetectionOptions, MitigationOptions

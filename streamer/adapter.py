@@ -18,7 +18,7 @@ from torch import Tensor
 from streamer.bases.weight import Part
 from streamer.dora import dora_delta
 from streamer.encodings import encoding_of
-from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
+from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
 from streamer.kinds import FACTORS, classify, config_refusals, is_residual, normalize
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank
@@ -29,6 +29,7 @@ from streamer.storage.absent import absent
 from streamer.storage.checkpoint import checkpoint_identity, read_json_object
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import IOMode, TensorFile
+from streamer.units import listed
 from streamer.wrapped import Wrapped, find_wrapped, targeted_parameters
 
 CONFIG_NAME = "adapter_config.json"
@@ -147,7 +148,7 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
     config = _read_config(path)
     refusals = config_refusals(config, base_is_residual)
     if refusals:
-        raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {'; '.join(refusals)}; {INSTEAD}")
+        raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {listed(refusals, separator='; ')}; {INSTEAD}")
     file = TensorFile(path / WEIGHTS_NAME, io)
     method = METHODS.get(str(config.get("peft_type", "LORA")))
     found, rest = _sort(file, method)
@@ -158,7 +159,7 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
 
     wrapped, wrong = ([], []) if method else find_wrapped(found, config, is_matrix)
     if wrong:
-        raise FormatError(f"{file.path}: {'; '.join(wrong)}; config and weights are not of one adapter")
+        raise FormatError(f"{file.path}: {listed(wrong, separator='; ')}; config and weights are not of one adapter")
     inner = {name for w in wrapped for name in w.layers}
     modules: dict[str, Module] = {}
     for name, tensors in found.items():
@@ -186,16 +187,18 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: has no {CONFIG_NAME} but a config.json: it looks like a model; the order is BASE ADAPTER"
             )
-        inside = ", ".join(sorted(repr(p.parent.name) for p in path.glob(f"*/{CONFIG_NAME}"))[:8])
+        inside = listed(sorted(repr(p.parent.name) for p in path.glob(f"*/{CONFIG_NAME}")))
         what = f"name one of the adapters in it: {inside}" if inside else "is this a PEFT adapter?"
-        raise InputError(f"{path}: expected {CONFIG_NAME}, found none; {what}")
+        raise MissingInputError(f"{path}: expected {CONFIG_NAME}, found none; {what}", path / CONFIG_NAME)
     if not (path / WEIGHTS_NAME).exists():
         if (path / "adapter_model.bin").exists():
             raise UnsupportedError(
                 f"{path}: has adapter_model.bin, a pickle, which can run code when read; load it with PEFT where you trust it "
                 f"and save it again with save_pretrained, which writes {WEIGHTS_NAME}"
             )
-        raise InputError(f"{path}: expected {WEIGHTS_NAME}, found none; finish the download")
+        raise MissingInputError(
+            f"{path}: expected {WEIGHTS_NAME}, found none; finish the download", path / WEIGHTS_NAME
+        )
     return read_json_object(path / CONFIG_NAME)
 
 
@@ -235,8 +238,8 @@ def _sort(
             )
         factors[factor] = info.name
     if refused:
-        listed = "; ".join(f"{n} × {reason}, {example[reason]!r} first" for reason, n in refused.items())
-        raise UnsupportedError(f"{file.path}: refused: not supported: {listed}; {INSTEAD}")
+        kinds = [f"{n} × {reason}, {example[reason]!r} first" for reason, n in refused.items()]
+        raise UnsupportedError(f"{file.path}: refused: not supported: {listed(kinds, separator='; ')}; {INSTEAD}")
     for name, factors in found.items():
         missing = {"A", "B"} - factors.keys()
         if method is None and missing:

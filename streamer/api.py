@@ -12,7 +12,7 @@ from streamer.adapted import AdapterSink
 from streamer.apply import Job, ModelSink, merged_tensors
 from streamer.converted import LoraSink
 from streamer.errors import MismatchError, UsageError
-from streamer.events import Event, Monitor, OnEvent
+from streamer.events import Event, Monitor, OnEvent, warn
 from streamer.findings import Findings, load_findings
 from streamer.intruders import DetectionOptions, Method, MitigationOptions, Scale
 from streamer.outputs import run_jobs
@@ -21,6 +21,7 @@ from streamer.plan import Plan, make_plans
 from streamer.records import Written
 from streamer.several import findings_of, given_findings, model_of, named_adapters
 from streamer.storage.tensorfile import IOMode
+from streamer.units import parse_size
 
 Several = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]
 """Adapters on one base; a directory of adapters among them stands for those in it."""
@@ -32,7 +33,7 @@ class Detecting(TypedDict, total=False):
     top_k: int | float
     threshold_epsilon: float
     solver: str
-    max_memory: int | None
+    max_memory: int | str | None
     device: str
     io: IOMode
     base_is_residual: bool
@@ -68,7 +69,7 @@ def detect_intruder_dimensions(
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
     solver: str = "auto",
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
@@ -82,26 +83,42 @@ def detect_intruder_dimensions(
     Parameters
     ----------
     base
-        Model directory, or one ``.safetensors`` file.
+        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
     adapter
-        PEFT adapter's directory; or several of them, in a list: each base matrix is then read once for all.
+        Directory of a PEFT adapter, or of a fully fine-tuned model; or several, in a list or tuple, where a directory of adapters
+        stands for those in it: each matrix of the base is then read once for all.
     output
-        Findings file to write as detection goes; a killed run resumes from its journal. None keeps the findings in memory.
-        Of several adapters a directory, where ``NAME.safetensors`` is written for the adapter in ``…/NAME``.
-    top_k, threshold_epsilon, solver, max_memory
-        See `streamer.intruders.DetectionOptions`.
+        Findings file to write as detection goes; a killed run resumes from the journal beside it. None keeps the findings in
+        memory. Of several adapters a directory, where ``NAME.safetensors`` is written for the adapter in ``…/NAME``.
+    top_k
+        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
+        in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
+        in (0, 1].
+    solver
+        ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
+        SVD; ``auto``: the cheaper one for each matrix.
+    max_memory
+        Anonymous memory of the whole process, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
+        is needed. Under a budget large matrices are multiplied as they are stored, and what only a full SVD could settle stays
+        open. One that is too small is refused, with the smallest that would do.
     device
-        ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
+        ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
     io
-        ``mmap``, or ``pread`` for network file systems.
+        How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
     base_is_residual
-        The base is the residual that PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left when the adapter was initialised.
-    resume, overwrite
-        Whether to take up an interrupted run, and whether to replace what stands at `output`.
+        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
+        these kinds are refused without it.
+    resume
+        Whether to take up an interrupted run with the same inputs and options; False starts it over.
+    overwrite
+        Whether to replace what stands at `output`: an output or an interrupted run of other inputs or options.
     on_event
-        Called with an `Event` for each step.
+        Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
+        `warnings` module, as `StreamerWarning`.
     monitor
-        In place of `on_event`, for callers that also want to stop a run.
+        In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
 
     Returns
     -------
@@ -112,9 +129,11 @@ def detect_intruder_dimensions(
     Raises
     ------
     StreamerError
-        See `streamer.errors`; the class says what kind of fault it is.
+        Of the class that says what kind of fault it is, with a message of one line (see `streamer.errors`). Some are Python's own
+        kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
+        inputs, `FileExistsError` for an output that may not be replaced.
     """
-    options = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
+    options = DetectionOptions(top_k, threshold_epsilon, solver, _bytes(max_memory))
     where = choose_device(device)
     adapters = named_adapters(adapter)
     plans = make_plans(base, list(adapters.values()), io, base_is_residual)
@@ -141,7 +160,7 @@ def reduce_intruder_dimension(
     to_lora: int | None = None,
     model_card: bool = True,
     solver: str = "auto",
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
@@ -157,23 +176,57 @@ def reduce_intruder_dimension(
 
     Parameters
     ----------
-    base, adapter, top_k, threshold_epsilon, solver, max_memory, device, io, base_is_residual, on_event, monitor
-        See `detect_intruder_dimensions`.
+    base
+        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model.
     output
         Directory to write: a PEFT adapter.
     findings
-        From `detect_intruder_dimensions`, or their file; with them no SVD of a weight is done. Made with the same base,
-        adapter and options, or refused.
-    mitigation_lambda, method, scale
-        See `streamer.intruders.MitigationOptions`.
+        From `detect_intruder_dimensions`, or the path of their file: no SVD of a weight is done then. They must be of the same base,
+        adapter, `top_k` and `threshold_epsilon`. None detects first, into a findings file in the output.
+    top_k
+        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
+        in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
+        in (0, 1].
+    mitigation_lambda
+        What is left of an intruder: 1 changes nothing, 0 removes it.
+    method
+        ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
+        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection.
+    scale
+        ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
     to_lora
         Write a LoRA adapter of this rank, whatever the kind of the given one; the record says what relative norm the rank left out.
-        Without it the output is of the given adapter's kind, which must be LoRA, and not DoRA.
+        None writes the given adapter's own kind, which must be LoRA, and not DoRA.
     model_card
         Put the facts of how it was made in front of the ``README.md``, and its base and tags into the head of it that the hub reads.
         False leaves that file as it is.
-    resume, overwrite
-        Whether to take up an interrupted run, and whether to replace another output.
+    solver
+        ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
+        SVD; ``auto``: the cheaper one for each matrix.
+    max_memory
+        Anonymous memory of the whole process, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
+        is needed. Under a budget large matrices are multiplied as they are stored, and what only a full SVD could settle stays
+        open. One that is too small is refused, with the smallest that would do.
+    device
+        ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
+    io
+        How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
+    base_is_residual
+        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
+        these kinds are refused without it.
+    resume
+        Whether to take up an interrupted run with the same inputs and options; False starts it over.
+    overwrite
+        Whether to replace what stands at `output`: an output or an interrupted run of other inputs or options.
+    on_event
+        Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
+        `warnings` module, as `StreamerWarning`.
+    monitor
+        In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
 
     Returns
     -------
@@ -184,10 +237,12 @@ def reduce_intruder_dimension(
     Raises
     ------
     StreamerError
-        See `streamer.errors`.
+        Of the class that says what kind of fault it is, with a message of one line (see `streamer.errors`). Some are Python's own
+        kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
+        inputs, `FileExistsError` for an output that may not be replaced.
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
-    detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
+    detection = DetectionOptions(top_k, threshold_epsilon, solver, _bytes(max_memory))
     (job,) = prepare(
         base, [adapter], mitigation, detection, [findings], device, io, base_is_residual, model_card=model_card
     )
@@ -220,7 +275,7 @@ def merge_with_reduced_intruder_dimensions(
     dequantize: bool = False,
     model_card: bool = True,
     solver: str = "auto",
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
@@ -229,17 +284,78 @@ def merge_with_reduced_intruder_dimensions(
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
 ) -> Written | dict[str, Written]:
-    """Write the base with the mitigated delta merged in: ``W0 + Δ'``, rounded once to the base's dtype.
+    """Write the base with the mitigated delta merged in: ``W0 + Δ'``, summed in float32 and rounded once to the base's dtype.
 
-    Shard names, tensor order, dtypes, metadata and all other files are the base's; untouched tensors keep their bytes.
-    Weights that stand as FP8 codes are coded anew, with new scales: each value is rounded to the nearest of 4 significant bits. Other
-    codes are not written; with `dequantize` all codes of the model become plain tensors of its config's dtype.
-    Of several adapters `output` is a directory where a model is written for each, under the adapter's name, while the base is read once;
-    `findings` are those that `detect_intruder_dimensions` gave for them, or their directory; and the result is a dict of records by name.
-    Other parameters, result and errors are those of `reduce_intruder_dimension`, but that nothing is truncated.
+    Shard names, tensor order, dtypes, metadata and all other files are the base's; untouched tensors keep their bytes. Nothing is
+    truncated. Weights that stand as FP8 codes are coded anew, with new scales: each value is rounded to the nearest of 4 significant
+    bits. Other quantized weights are refused without `dequantize`.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model; or several, in a list or tuple, where a directory of adapters
+        stands for those in it: the base is then read once for all.
+    output
+        Directory to write: a model. Of several adapters one where a model is written for each, under the adapter's name.
+    findings
+        From `detect_intruder_dimensions`, or the path of their file; of several adapters a dict of them by name, or the directory
+        that was written for them. No SVD of a weight is done then. They must be of the same base, adapter, `top_k` and
+        `threshold_epsilon`. None detects first, into a findings file in the output.
+    top_k
+        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
+        in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
+        in (0, 1].
+    mitigation_lambda
+        What is left of an intruder: 1 changes nothing, 0 removes it.
+    method
+        ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
+        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection.
+    scale
+        ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+    dequantize
+        Write all that is quantized as plain tensors of the config's dtype, and take the quantization out of ``config.json``.
+    solver
+        ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
+        SVD; ``auto``: the cheaper one for each matrix.
+    max_memory
+        Anonymous memory of the whole process, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
+        is needed. Under a budget large matrices are multiplied as they are stored, and what only a full SVD could settle stays
+        open. One that is too small is refused, with the smallest that would do.
+    device
+        ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
+    io
+        How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
+    base_is_residual
+        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
+        these kinds are refused without it.
+    resume
+        Whether to take up an interrupted run with the same inputs and options; False starts it over.
+    overwrite
+        Whether to replace what stands at `output`: an output or an interrupted run of other inputs or options.
+    on_event
+        Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
+        `warnings` module, as `StreamerWarning`.
+    monitor
+        In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+
+    Returns
+    -------
+    dict
+        The record that stands in the output as ``streamer.json``; of several adapters a dict of records by name.
+
+    Raises
+    ------
+    StreamerError
+        Of the class that says what kind of fault it is, with a message of one line (see `streamer.errors`). Some are Python's own
+        kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
+        inputs, `FileExistsError` for an output that may not be replaced.
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
-    detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
+    detection = DetectionOptions(top_k, threshold_epsilon, solver, _bytes(max_memory))
     adapters = named_adapters(adapter)
     given = findings_by_name(findings, adapters)
     jobs = prepare(
@@ -272,20 +388,73 @@ def iter_merged(
     scale: Scale = "all",
     dequantize: bool = False,
     solver: str = "auto",
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
     on_event: OnEvent | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time.
+    """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time; nothing is written.
 
-    Inputs are opened and checked by the call itself, not by the first step. Without findings each matrix is detected when its
-    turn comes. A tensor of a dtype that torch does not have comes as its bytes, a flat uint8 tensor. `on_event` is told of each tensor
-    as it is begun, in bytes. Other parameters and errors are those of `merge_with_reduced_intruder_dimensions`.
+    Inputs are opened and checked by the call itself, not by the first step.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model.
+    findings
+        From `detect_intruder_dimensions`, or the path of their file: no SVD of a weight is done then. They must be of the same base,
+        adapter, `top_k` and `threshold_epsilon`. None detects first, each matrix when its turn comes.
+    top_k
+        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
+        in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
+        in (0, 1].
+    mitigation_lambda
+        What is left of an intruder: 1 changes nothing, 0 removes it.
+    method
+        ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
+        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection.
+    scale
+        ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+    dequantize
+        Yield all that is quantized as plain tensors of the config's dtype.
+    solver
+        ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
+        SVD; ``auto``: the cheaper one for each matrix.
+    max_memory
+        Anonymous memory of the whole process, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
+        is needed. Under a budget large matrices are multiplied as they are stored, and what only a full SVD could settle stays
+        open. One that is too small is refused, with the smallest that would do.
+    device
+        ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
+    io
+        How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
+    base_is_residual
+        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
+        these kinds are refused without it.
+    on_event
+        Called with an `Event` as each tensor is begun, which counts bytes, and for each warning. Without it warnings go
+        through the `warnings` module, as `StreamerWarning`.
+
+    Yields
+    ------
+    name, tensor
+        In the dtype that `merge_with_reduced_intruder_dimensions` would write. A tensor of a dtype that torch does not have comes as
+        its bytes, a flat uint8 tensor.
+
+    Raises
+    ------
+    StreamerError
+        Of the class that says what kind of fault it is, with a message of one line (see `streamer.errors`). Some are Python's own
+        kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
+        inputs.
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
-    detection = DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
+    detection = DetectionOptions(top_k, threshold_epsilon, solver, _bytes(max_memory))
     (job,) = prepare(base, [adapter], mitigation, detection, [findings], device, io, base_is_residual, dequantize)
     return merged_tensors(job, _monitor([job.plan], None, on_event))
 
@@ -346,7 +515,17 @@ def _check_findings(plan: Plan, findings: Findings, name: str | Path, options: D
 
 
 def _monitor(plans: Sequence[Plan], monitor: Monitor | None, on_event: OnEvent | None) -> Monitor:
-    monitor = monitor or Monitor(on_event)
+    monitor = monitor or Monitor(on_event or warn)
     for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
         monitor.emit(Event("warning", warning))
     return monitor
+
+
+def _bytes(max_memory: int | str | None) -> int | None:
+    """Read a budget as the command line does."""
+    if not isinstance(max_memory, str):
+        return max_memory
+    try:
+        return parse_size(max_memory)
+    except ValueError as e:
+        raise UsageError(f"max_memory: {e}") from None

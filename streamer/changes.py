@@ -21,6 +21,7 @@ from streamer.renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.task_heads import LABEL_HEAD
+from streamer.units import listed
 
 EMBEDDING = re.compile(
     r"(?:^|\.)(?:wte|wpe|shared|relative_attention_bias|embed_(?!out|proj)\w+|(?!patch)\w*embeddings?)$"
@@ -42,8 +43,6 @@ VOCABULARY = {
     "output",
 }
 """Last names of the modules whose rows are the vocabulary: these may grow or shrink."""
-
-MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -150,10 +149,8 @@ def match_changes(
         else:
             rows[name] = (mine, c.indices)
     if problems:
-        shown = "; ".join(problems[:MAX_LISTED])
-        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise MismatchError(
-            f"{adapter.file.path}: {shown}{more}; is {base.path} the base that the adapter was trained on?"
+            f"{adapter.file.path}: {listed(problems, separator='; ')}; is {base.path} the base that the adapter was trained on?"
         )
     return Changes(
         sources,
@@ -192,7 +189,7 @@ class _Places:
         exchanged = [add + c.name[len(strip) :] for strip, add in self.exchanges if c.name.startswith(strip)]
         found = dict.fromkeys(n for n in (c.name, self.by_run_time.get(c.name), *exchanged) if n in self.known)
         if len(found) > 1:
-            self.problems.append(f"{c.source!r} is ambiguous: it could be {', '.join(map(repr, found))}")
+            self.problems.append(f"{c.source!r} is ambiguous: it could be {listed(map(repr, found))}")
             return None
         if found:
             return next(iter(found))

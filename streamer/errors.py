@@ -3,36 +3,58 @@
 ::
 
     StreamerError                1   something unexpected
-    ├── UsageError               2   an option or argument that makes no sense
+    ├── UsageError               2   an option or argument that makes no sense; a ValueError
+    │   └── UnknownNameError         a name that findings do not have; a KeyError
     ├── InputError               3   bad or inconsistent input
-    │   ├── FormatError              a file breaks its own format
-    │   ├── UnsupportedError         a known kind of adapter or base that is refused, by name and reason
-    │   └── MismatchError            inputs that do not belong together
-    ├── OutputError              4   the output exists, or is not the one this command would write
+    │   ├── MissingInputError        a file or directory that is not there; a FileNotFoundError
+    │   ├── FormatError              a file breaks its own format; a ValueError
+    │   ├── UnsupportedError         a known kind of adapter or base that is refused, by name and reason; a ValueError
+    │   └── MismatchError            inputs that do not belong together; a ValueError
+    ├── OutputError              4   the output cannot be written here
+    │   └── OutputExistsError        something stands there that is not to be replaced; a FileExistsError
     ├── LockedError              5   another run is writing this output
     ├── StorageError             6   I/O or space; the same command resumes
-    ├── NumericError             7   a non-finite value, or a verification that failed
+    ├── NumericError             7   a non-finite value, or a verification that failed; an ArithmeticError
     ├── InputChangedError        8   an input changed since the plan was made
     └── Interrupted          128+N   stopped by signal N at a safe point; the same command resumes
+
+    StreamerWarning                  odd, but harmless; a UserWarning
 
 A message says where, what was expected and found, and what to do next, in one line.
 """
 
 from __future__ import annotations
 
-LONGEST_MESSAGE = 3000
-"""Characters: what is quoted from a download may be of any length."""
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+LONGEST_MESSAGE = 600
+"""Characters, as a last resort: what is quoted from a download, or a path, may be of any length."""
+
+AT_THE_END = 200
+"""Of them, those that are kept of the end, which says what to do."""
 
 
 class StreamerError(Exception):
-    """Base of all errors raised on purpose. As text it is one line, whatever it quotes: control characters are escaped, its end is cut."""
+    """Base of all errors raised on purpose. As text it is one line of bounded length, whatever it quotes (see `one_line`)."""
 
     exit_code = 1
 
     def __str__(self) -> str:
-        text = super().__str__()
-        text = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"
-        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        return one_line(BaseException.__str__(self))  # not that of OSError or KeyError, which some are too
+
+
+class StreamerWarning(UserWarning):
+    """Odd, but harmless; issued through `warnings` by calls that have neither `on_event` nor `monitor`."""
+
+
+def one_line(text: str) -> str:
+    """Make a text one printable line of bounded length, whose beginning and end are kept."""
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[: LONGEST_MESSAGE - AT_THE_END]} … {text[-AT_THE_END:]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(StreamerError, ValueError):
@@ -41,28 +63,70 @@ class UsageError(StreamerError, ValueError):
     exit_code = 2
 
 
+class UnknownNameError(UsageError, KeyError):
+    """A name that findings do not have, or that fits several of their matrices."""
+
+
 class InputError(StreamerError):
     """An input is bad, or inputs are inconsistent. Nothing has been written."""
 
     exit_code = 3
 
 
-class FormatError(InputError):
+class MissingInputError(InputError, FileNotFoundError):
+    """A file or directory of an input is not there.
+
+    Parameters
+    ----------
+    message
+        The whole message, which names the path.
+    path
+        What is missing; it becomes the `filename`, beside `errno` and `strerror`.
+    """
+
+    def __init__(self, message: str, path: str | Path) -> None:
+        super().__init__(message)
+        self.errno, self.strerror, self.filename = errno.ENOENT, os.strerror(errno.ENOENT), str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.filename)
+
+
+class FormatError(InputError, ValueError):
     """A file breaks its own format."""
 
 
-class UnsupportedError(InputError):
+class UnsupportedError(InputError, ValueError):
     """The input is of a known kind that streamer refuses; the message names the kind and the reason."""
 
 
-class MismatchError(InputError):
+class MismatchError(InputError, ValueError):
     """Base, adapter, findings or options that do not belong together."""
 
 
 class OutputError(StreamerError):
-    """The output exists already, or is not what this command would write."""
+    """The output cannot be written here, or something stands there that is not what this command would write."""
 
     exit_code = 4
+
+
+class OutputExistsError(OutputError, FileExistsError):
+    """Something stands where the output would be, and is not to be replaced.
+
+    Parameters
+    ----------
+    message
+        The whole message, which names the path.
+    path
+        What stands there; it becomes the `filename`, beside `errno` and `strerror`.
+    """
+
+    def __init__(self, message: str, path: str | Path) -> None:
+        super().__init__(message)
+        self.errno, self.strerror, self.filename = errno.EEXIST, os.strerror(errno.EEXIST), str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.filename)
 
 
 class LockedError(StreamerError):
@@ -77,7 +141,7 @@ class StorageError(StreamerError):
     exit_code = 6
 
 
-class NumericError(StreamerError):
+class NumericError(StreamerError, ArithmeticError):
     """A non-finite value where there must be none, or a verification that failed."""
 
     exit_code = 7
@@ -101,3 +165,6 @@ class Interrupted(StreamerError):
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}; the same command resumes")
         self.exit_code = 128 + signum
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.exit_code - 128,)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from streamer.errors import Interrupted
+from streamer.errors import Interrupted, StreamerWarning, one_line
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ OnEvent = Callable[[Event], None]
 
 OutputState = Literal["written", "resumed", "present"]
 """What a run did about an output: wrote it, finished what an interrupted run had begun, or found it there."""
+
+
+def warn(event: Event) -> None:
+    """Issue warnings through the `warnings` module, in the name of the line that called the library; pass over other events."""
+    if event.stage == "warning":
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "streamer":
+            level, frame = level + 1, frame.f_back
+        warnings.warn(one_line(event.name), StreamerWarning, stacklevel=level)
 
 
 class Monitor:

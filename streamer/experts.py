@@ -24,6 +24,7 @@ from streamer.names import Match
 from streamer.renames import CONCATENATE, MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, Renames
 from streamer.scales import scale_of
 from streamer.targets import Place, Target, misfits
+from streamer.units import listed
 from streamer.wrapped import Wrapped
 
 # Model types whose loaded experts are stored (E, in, out).
@@ -213,8 +214,9 @@ def _assign(wrapped: Wrapped, stacks: Mapping[str, Stack], adapter: Adapter) -> 
     registered = tuple(sorted(stacks, key=lambda p: REGISTERED.index(p) if p in REGISTERED else len(REGISTERED)))
     if registered in fits and all(p in REGISTERED for p in stacks):
         return registered
-    shapes = "; ".join(f"lora_A {list(a)}, lora_B {list(b)}" for a, b in (_sides(f, adapter) for f in wrapped.factors))
-    wanted = ", ".join(f"{p} with {len(s.experts)} experts of {list(s.shape)}" for p, s in stacks.items())
+    sides = [_sides(factors, adapter) for factors in wrapped.factors]
+    shapes = listed((f"lora_A {list(a)}, lora_B {list(b)}" for a, b in sides), separator="; ")
+    wanted = listed(f"{p} with {len(s.experts)} experts of {list(s.shape)}" for p, s in stacks.items())
     why = "fit in more than one way" if fits else "do not fit"
     return f"has factors ({shapes}) that {why}: the base has {wanted}"
 

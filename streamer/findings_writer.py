@@ -13,7 +13,7 @@ from torch import Tensor
 
 from streamer import __version__
 from streamer.encodings import as_bytes
-from streamer.errors import FormatError, InputChangedError, OutputError
+from streamer.errors import FormatError, InputChangedError, OutputError, OutputExistsError
 from streamer.findings import ARRAYS, DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
 from streamer.records import STAMP, Source, detection_record, stamp
 from streamer.storage.atomic import Buffer, Journal, locked, partial_name, remove_partials
@@ -45,7 +45,7 @@ def remove_leftovers(path: Path) -> None:
     """
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
-        with locked(lock_of(path)):
+        with locked(lock_of(path), path):
             remove_partials(path.parent, {path.name, journal_of(path).name})
             journal_of(path).unlink(missing_ok=True)
 
@@ -87,7 +87,7 @@ class FindingsWriter:
 
     def __enter__(self) -> FindingsWriter:
         with contextlib.ExitStack() as held:
-            held.enter_context(locked(lock_of(self.path)))
+            held.enter_context(locked(lock_of(self.path), self.path))
             remove_partials(self.path.parent, {self.path.name})
             self._journal = Journal(journal_of(self.path))
             self._take_up()
@@ -237,9 +237,10 @@ def _is_resumable(path: Path, head: dict[str, Any] | None, start: dict[str, Any]
         return True
     if overwrite:
         return False
-    raise OutputError(
-        f"{journal_of(path)}: is of an interrupted run with other inputs or options; finish that one, "
-        "choose another output, or pass --overwrite"
+    raise OutputExistsError(
+        f"{path}: an interrupted run with other inputs or options has its journal there; finish that one, "
+        "choose another output, or pass --overwrite",
+        journal_of(path),
     )
 
 
@@ -272,7 +273,7 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
     if path.is_dir():
         raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
     refuse_symlink(path)
-    check_place(path.parent.resolve(), ())
+    check_place(path.parent.resolve(), (), path)
     for source in inputs:
         if source.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
@@ -281,10 +282,12 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
     try:
         findings = load_findings(path)
     except FormatError as e:
-        raise OutputError(f"{path}: exists and is not findings; choose another output, or pass --overwrite") from e
+        raise OutputExistsError(
+            f"{path}: exists and is not findings; choose another output, or pass --overwrite", path
+        ) from e
     tensors = [m.tensor for m in findings]
     if detection_digest(findings.base, findings.adapter, findings.options, tensors) != digest:
-        raise OutputError(
-            f"{path}: holds findings of other inputs or options; choose another output, or pass --overwrite"
+        raise OutputExistsError(
+            f"{path}: holds findings of other inputs or options; choose another output, or pass --overwrite", path
         )
     return findings

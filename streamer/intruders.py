@@ -62,9 +62,12 @@ class DetectionOptions:
             raise UsageError(f"threshold_epsilon: expected a number in (0, 1], found {self.threshold_epsilon!r}")
         if self.solver not in ("auto", *SOLVERS):
             raise UsageError(f"solver: expected one of auto, {', '.join(SOLVERS)}, found {self.solver!r}")
-        if self.max_memory is not None and self.max_memory <= PROCESS_BYTES:
+        memory = self.max_memory
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
+            raise UsageError(f"max_memory: expected a whole number of bytes, found {memory!r}")
+        if memory is not None and memory <= PROCESS_BYTES:
             raise UsageError(
-                f"max_memory: expected more than the {PROCESS_BYTES >> 20}M of Python and torch, found {self.max_memory}"
+                f"max_memory: expected more than the {PROCESS_BYTES >> 20}M of Python and torch, found {memory >> 20}M"
             )
 
     def directions(self, shape: tuple[int, int]) -> int:

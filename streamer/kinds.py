@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamer.methods import METHODS, Method
+from streamer.units import quoted
 
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "default", "true", "false"}
@@ -87,7 +88,7 @@ def config_refusals(config: Mapping[str, Any], base_is_residual: bool = False) -
     for key, value in config.items():
         # A later PEFT may know variants that we do not: one that is switched on is refused, anything else is ignored.
         if key not in known and value and re.search(r"^use_|_config$|^is_", key):
-            reasons.append(f"unknown variant {key}={value!r}: it may change what the tensors mean")
+            reasons.append(f"unknown variant {key}={quoted(value)}: it may change what the tensors mean")
     return reasons
 
 
@@ -95,7 +96,7 @@ def _method_refusals(method: Method, config: Mapping[str, Any]) -> list[str]:
     reasons = [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
     for key, value in config.items():
         if value and key not in method.options and re.search(r"^use_|_config$|^is_|^layer_replication$", key):
-            reasons.append(f"unknown variant {key}={value!r}: it may change what the tensors mean")
+            reasons.append(f"unknown variant {key}={quoted(value)}: it may change what the tensors mean")
     return reasons
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from streamer.methods import METHODS
+from streamer.units import listed
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class MethodModule:
     @property
     def expected(self) -> str:
         """What it expects of a weight, for messages."""
-        return "what fits " + ", ".join(f"{role} {list(shape)}" for role, shape in self.shapes.items())
+        return "what fits " + listed(f"{role} {list(shape)}" for role, shape in self.shapes.items())
 
 
 Module = LoraModule | MethodModule

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from streamer.renames import Conversion, Renames
+from streamer.units import listed
 
 
 class Match(NamedTuple):
@@ -105,7 +106,7 @@ class _Names:
                 return Match(exact, "exact", f"{EXACT}, as of all modules of the adapter")
             if len(loaded) == 1 and by_run_time and not by_disk:
                 return self._renamed(name, loaded[0])
-            places = ", ".join(repr(t) for t in ([exact] if exact else []) + loaded)
+            places = listed(repr(t) for t in ([exact] if exact else []) + loaded)
             return Match("", "", f"is ambiguous: it could be {places}")
         # An adapter of transformers 4 on a checkpoint of transformers 5: both carried forward; only where that settles.
         onward = self.renames.at_run_time([name + ".weight"]).get(name + ".weight", name)
@@ -137,13 +138,11 @@ class _Names:
     def what_is_wrong(self, name: str, ways: Sequence[Mapping[str, Match]]) -> str:
         """Why a module has no match."""
         if ways:
-            places = ", ".join(sorted(repr(way[name].tensor) for way in ways[:3]))
+            places = listed(sorted(repr(way[name].tensor) for way in ways))
             return f"is ambiguous: it could be {places}"
         weight = name + ".weight"
         if weight in self.built:
-            return (
-                f"is computed from {weight!r} on loading ({', '.join(self.built[weight].by)}), which is not supported"
-            )
+            return f"is computed from {weight!r} on loading ({listed(self.built[weight].by)}), which is not supported"
         attention = name.removesuffix(".base_layer.out_proj")
         if f"{attention}.in_proj_weight" in self.disk:
             return f"is or is in a MultiheadAttention, {attention!r}: LoRA on its fused in_proj_weight is not supported"
@@ -151,7 +150,7 @@ class _Names:
             return "has no tensor in the base; if lm_head is tied to the embedding there, untie it first"
         parts = [t for t, c in self.built.items() if any(to.removesuffix(".weight") in name for to in c.to)]
         if parts:
-            how = ", ".join(self.built[parts[0]].by)
+            how = listed(self.built[parts[0]].by)
             return f"has no tensor of its own: transformers builds it from {parts[0]!r} and its like ({how}), which is not supported"
         return f"has no tensor in the base (looked for {weight!r} and for one exchange of prefixes)"
 

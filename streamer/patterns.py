@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from streamer.units import quoted
+
 MAX_REPEATS = 4
 """Open-ended repeats (``*``, ``+``, ``{2,}``) in one pattern: each may multiply the time by the name's length."""
 
@@ -22,20 +24,15 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
     for pattern in patterns:
         if _may_explode(pattern):
             raise ValueError(
-                f"pattern {_quoted(pattern)} may take for ever to match: it repeats a group that repeats or branches, or has over "
+                f"pattern {quoted(pattern)} may take for ever to match: it repeats a group that repeats or branches, or has over "
                 f"{MAX_REPEATS} repeats; write it without"
             )
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return pattern
         except (re.error, OverflowError, RecursionError) as e:
-            raise ValueError(f"pattern {_quoted(pattern)} is not a regular expression: {e}") from None
+            raise ValueError(f"pattern {quoted(pattern)} is not a regular expression: {e}") from None
     return None
-
-
-def _quoted(pattern: str) -> str:
-    """For a message, whose end says what is wrong with it."""
-    return repr(pattern if len(pattern) <= 100 else pattern[:99] + "…")
 
 
 def _may_explode(pattern: str) -> bool:

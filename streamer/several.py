@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.errors import OutputError, UsageError
+from streamer.errors import OutputExistsError, UsageError
 from streamer.storage.place import refuse_address, refuse_symlink
 from streamer.tuned import is_model
 
@@ -105,7 +105,7 @@ def _directory(output: str | Path) -> Path:
     """The output of several adapters."""
     path = Path(output)
     if path.exists() and not path.is_dir():
-        raise OutputError(f"{path}: of several adapters -o is a directory, found a file; name a directory")
+        raise OutputExistsError(f"{path}: of several adapters -o is a directory, found a file; name a directory", path)
     return path
 
 

@@ -12,11 +12,10 @@ from streamer.bases.weight import Coded
 from streamer.errors import MismatchError
 from streamer.modules import MethodModule, Module
 from streamer.names import Match
+from streamer.units import listed
 
 # Models whose linear layers are Conv1D modules, stored (in, out).
 _CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
-
-MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,8 @@ def _contradicted(targets: Sequence[Target]) -> list[str]:
 
 def misfits(problems: Sequence[str], of: int, adapter: Adapter, weights: Weights) -> str:
     """One line on modules that do not fit the base."""
-    shown = "; ".join(problems[:MAX_LISTED])
-    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
     return (
-        f"{adapter.path}: {len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {shown}{more}; "
+        f"{adapter.path}: {len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ')}; "
         "is this the base that the adapter was trained on?"
     )
 

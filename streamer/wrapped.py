@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from streamer.units import listed
+
 INNER = ".base_layer"
 
 
@@ -71,7 +73,7 @@ def find_wrapped(
             continue
         if len(parameters) != len(layers):
             wrong.append(
-                f"module {name!r}: target_parameters names {len(parameters)} of its parameters ({', '.join(sorted(parameters))}), "
+                f"module {name!r}: target_parameters names {len(parameters)} of its parameters ({listed(sorted(parameters))}), "
                 f"but there are factors for {len(layers)}"
             )
         found.append(Wrapped(name, tuple(sorted(parameters)), tuple((f["A"], f["B"]) for f in reversed(layers))))

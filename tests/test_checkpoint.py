@@ -19,7 +19,14 @@ import torch
 from helpers import write_sharded
 from safetensors.torch import save_file
 
-from streamer.errors import FormatError, InputChangedError, InputError, StorageError, UnsupportedError
+from streamer.errors import (
+    FormatError,
+    InputChangedError,
+    InputError,
+    MissingInputError,
+    StorageError,
+    UnsupportedError,
+)
 from streamer.storage.checkpoint import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -104,7 +111,7 @@ def test_a_hub_cache_is_read_through_its_symlinks(base: Path, tmp_path: Path) ->
     assert "is a hub cache entry, not a model; name a directory inside" in refusal(InputError, entry)
     (snapshot / SHARDS[1]).unlink()
     (snapshot / SHARDS[1]).symlink_to("gone")
-    assert "no such file; check the path, or finish the download" in refusal(InputError, snapshot)
+    assert "no such file; check the path, or finish the download" in refusal(MissingInputError, snapshot)
 
 
 def test_unaligned_data(tmp_path: Path) -> None:
@@ -234,7 +241,7 @@ def test_a_large_index_is_quick(base: Path) -> None:
     (base / INDEX_NAME).write_text(json.dumps({"weight_map": good}))
     assert len(open_checkpoint(base).weight_map) == count + 2
     (base / INDEX_NAME).write_text(json.dumps({"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(count)}}))
-    assert "0.safetensors: no such file" in refusal(InputError, base)
+    assert "0.safetensors: no such file" in refusal(MissingInputError, base)
     assert time.process_time() - began < 15
 
 
@@ -242,8 +249,11 @@ def test_a_large_index_is_quick(base: Path) -> None:
 
 
 def test_nothing_that_could_be_a_model(tmp_path: Path) -> None:
-    assert refusal(InputError, tmp_path / "x") == f"{tmp_path}/x: no such directory; check the path of the base model"
-    assert f"expected {SINGLE_NAME} or {INDEX_NAME}, found neither" in refusal(InputError, tmp_path)
+    assert (
+        refusal(MissingInputError, tmp_path / "x")
+        == f"{tmp_path}/x: no such directory; check the path of the base model"
+    )
+    assert f"expected {SINGLE_NAME} or {INDEX_NAME}, found neither" in refusal(MissingInputError, tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     assert "holds weights as pickles only; convert them to safetensors first" in refusal(UnsupportedError, tmp_path)
     assert "expected a directory or a .safetensors file" in refusal(InputError, tmp_path / "pytorch_model.bin")
@@ -263,7 +273,7 @@ def test_a_single_file_and_an_index(base: Path) -> None:
 def test_a_missing_shard(base: Path) -> None:
     (base / SHARDS[1]).unlink()
     expected = f"{base / SHARDS[1]}: no such file; check the path, or finish the download"
-    assert refusal(InputError, base) == expected
+    assert refusal(MissingInputError, base) == expected
 
 
 def test_a_tensor_in_two_shards(base: Path) -> None:
@@ -325,7 +335,7 @@ def test_json_files(tmp_path: Path) -> None:
         read_json_object(path)
     path.write_text('{"k": [1, "é", null]}')
     assert read_json_object(path) == {"k": [1, "é", None]}
-    with pytest.raises(FormatError, match="over 10 bytes of JSON; this is not such a file"):
+    with pytest.raises(FormatError, match="over 10 B of JSON; this is not such a file"):
         read_json_object(path, limit=10)
     os.mkfifo(tmp_path / "fifo")
     for none in (tmp_path, tmp_path / "fifo"):
@@ -342,7 +352,7 @@ def test_json_files(tmp_path: Path) -> None:
         ),
         (b"<html><title>503 Service Unavailable</title></html>", "a web page"),
         (b"PK\x03\x04" + bytes(100), "a pickle: convert it to safetensors"),
-        (b"", "expected a safetensors file, found 0 bytes"),
+        (b"", "expected a safetensors file, found 0 B"),
         (bytes(1000), "bad safetensors header"),
     ],
 )
@@ -388,7 +398,7 @@ def test_a_file_that_shrinks_is_an_error(base: Path, io: IOMode) -> None:
     checkpoint = open_checkpoint(base, io)
     file, info = checkpoint.locate("c")
     os.truncate(base / SHARDS[1], 5000)
-    words = f"{base / SHARDS[1]}: shrank to 5000 bytes during the run; get the file again"
+    words = f"{base / SHARDS[1]}: shrank to 5.0 kB during the run; get the file again"
     for read in (lambda: file.view(info), lambda: list(file.chunks(info)), file.sample):
         with pytest.raises(InputChangedError) as caught:
             read()
@@ -414,7 +424,7 @@ except InputChangedError as e:
     print(e)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    expected = f"{base / SHARDS[1]}: shrank to 0 bytes during the run; get the file again\n"
+    expected = f"{base / SHARDS[1]}: shrank to 0 B during the run; get the file again\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 
@@ -428,7 +438,7 @@ def test_a_file_that_shrinks_between_check_and_map(base: Path, monkeypatch: pyte
         os.truncate(base / SHARDS[1], 100)
 
     monkeypatch.setattr(TensorFile, "_check_size", check)
-    with pytest.raises(InputChangedError, match="shrank to 100 bytes"):
+    with pytest.raises(InputChangedError, match="shrank to 100 B"):
         file.view(info)
 
 
@@ -522,5 +532,5 @@ def test_a_map_that_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
     monkeypatch.setattr("streamer.storage.tensorfile.mmap.mmap", refuse)
-    with pytest.raises(StorageError, match="cannot map 16000 bytes: No such device; try --io pread"):
+    with pytest.raises(StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"):
         open_checkpoint(base).view("c")

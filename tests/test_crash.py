@@ -20,6 +20,8 @@ from forks import KILL, STOP, TORN, partials, server
 from helpers import tree_digest
 from jobs import COMMANDS, Bench, Case
 
+from streamer.units import format_size
+
 PLACES = 6
 """Kill points of each kind and command; `survival.py` tries every one."""
 
@@ -341,7 +343,7 @@ def test_no_room_is_known_before_anything_is_written(bench: Bench, tmp_path: Pat
     assert full.code == 6
     needed = json.loads(case.run(tmp_path / "out", "--dry-run", "--json").out)["bytes"]
     assert needed > sum(p.stat().st_size for p in bench.base.glob("*.safetensors"))
-    assert f"{tmp_path / 'out'}: needs {needed} bytes, the disk has 9 free; free some space" in full.err
+    assert f"{tmp_path / 'out'}: needs {format_size(needed)}, the disk has 9 B free; free some space" in full.err
     assert not (tmp_path / "out").exists()
 
 
@@ -355,11 +357,15 @@ def test_no_room_for_findings_is_known_before_anything_is_written(bench: Bench, 
     full = case.run(out, before=FREE.format(9))
     assert full.code == 6
     words = re.search(
-        r"needs up to (\d+) bytes, the disk has 9 free; free some space, or choose another disk\n", full.err
+        r"needs up to ([\d.]+) kB, the disk has 9 B free; free some space, or choose another disk\n", full.err
     )
     assert words, full.err
     assert not out.exists() or list(out.iterdir()) == []
-    needed = int(words[1])
+    # Two sizes that would look the same are given in bytes.
+    close = case.run(out, before=FREE.format(int(1000 * float(words[1])) - 49))
+    exact = re.search(r"needs up to (\d+) B, the disk has (\d+) B free", close.err)
+    assert exact, close.err
+    needed = int(exact[1])
     assert case.run(out, before=FREE.format(needed - 1)).code == 6
     killed = case.run(out, at=len(case.calls) // 3, code=KILL, before=FREE.format(needed))
     assert killed.code == -signal.SIGKILL

@@ -194,12 +194,12 @@ def test_truncated_or_padded_at_every_boundary(tmp_path: Path) -> None:
     whole = two_tensors()
     start = len(whole) - 11
     words = {
-        0: "expected a safetensors file, found 0 bytes",
-        7: "expected a safetensors file, found 7 bytes",
+        0: "expected a safetensors file, found 0 B",
+        7: "expected a safetensors file, found 7 B",
         8: "not a safetensors file, or truncated",
         9: "not a safetensors file, or truncated",
         start - 1: "not a safetensors file, or truncated",
-        start: f"expected {len(whole)} bytes by its header, found {start}: the file is truncated",
+        start: f"expected {len(whole)} B by its header, found {start} B: the file is truncated",
         start + 1: "the file is truncated",
         start + 7: "the file is truncated",
         start + 8: "the file is truncated",
@@ -235,7 +235,7 @@ def test_a_length_over_the_limit_is_not_read(tmp_path: Path) -> None:
         f.truncate(8 + MAX_HEADER_BYTES + 1 + 10)
     fd = os.open(path, os.O_RDONLY)
     try:
-        with pytest.raises(FormatError, match=f"its length field says {MAX_HEADER_BYTES + 1} bytes of header"):
+        with pytest.raises(FormatError, match=f"its length field says {MAX_HEADER_BYTES + 1} B of header"):
             read_header(fd, str(path))
     finally:
         os.close(fd)

@@ -286,11 +286,11 @@ def test_inputs_that_are_not_here(inputs: tuple[Path, Path], tmp_path: Path, nam
 
 def test_a_failure_is_an_object_too(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     cases = [
-        (("merge", tmp_path / "no", inputs[1], "-o", tmp_path / "o"), 3, "InputError", str(tmp_path / "no")),
+        (("merge", tmp_path / "no", inputs[1], "-o", tmp_path / "o"), 3, "MissingInputError", str(tmp_path / "no")),
         (("merge", *inputs, "-o", inputs[0]), 4, "OutputError", str(inputs[0])),
         (("merge", *inputs, "-o", tmp_path / "o", "--lambda", "7"), 2, "UsageError", None),
         (("merge", *inputs, "-o", tmp_path / "o", "--threads", "0"), 2, "UsageError", None),
-        (("report", tmp_path / "no.safetensors"), 3, "InputError", str(tmp_path / "no.safetensors")),
+        (("report", tmp_path / "no.safetensors"), 3, "MissingInputError", str(tmp_path / "no.safetensors")),
     ]
     for argv, code, kind, path in cases:
         done = server().run(*argv, "--json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -28,6 +29,7 @@ from streamer.pipeline import findings_bytes
 from streamer.plan import make_plans
 from streamer.several import holds_adapters, named_adapters
 from streamer.storage.atomic import locked
+from streamer.units import format_size
 
 NAMES = ["dora", "lora", "saved"]
 WAYS = ["detect", "merge --lambda 0.5", "merge --lambda 0.5 --findings"]
@@ -415,7 +417,7 @@ def test_all_outputs_must_fit_on_the_disk(inputs: Inputs, tmp_path: Path, monkey
     free = sum(sizes) - max(sizes) // 2
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     merge = streamer.merge_with_reduced_intruder_dimensions
-    with pytest.raises(StorageError, match=rf"out: needs \d+ bytes, the disk has {free} free"):
+    with pytest.raises(StorageError, match=rf"out: needs [\d.]+ kB, the disk has {re.escape(format_size(free))} free"):
         merge(inputs.base, paths, tmp_path / "out", mitigation_lambda=1)
     assert not (tmp_path / "out").exists()
     # What stands need not fit once more.
@@ -435,7 +437,7 @@ def test_all_findings_must_fit_on_the_disk(
     out = tmp_path / "out"
     for more in [], ["--dry-run"]:
         assert streamer_command(["detect", str(inputs.base), str(inputs.adapters), "-o", str(out), *more]) == 6
-        assert f"{out}: needs up to {free + 1} bytes, the disk has {free} free" in capsys.readouterr().err
+        assert f"{out}: needs up to {free + 1} B, the disk has {free} B free" in capsys.readouterr().err
         assert not out.exists()
 
 

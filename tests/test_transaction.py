@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from helpers import tree_digest
 
-from streamer.errors import InputChangedError, LockedError, OutputError, StorageError, StreamerError
+from streamer.errors import InputChangedError, LockedError, OutputError, OutputExistsError, StorageError, StreamerError
 from streamer.storage.atomic import AtomicFile, Journal, locked
 from streamer.storage.place import check_place, check_space
 from streamer.storage.transaction import (
@@ -161,7 +161,7 @@ def test_a_finished_output_that_lost_a_file(case: Case, name: str) -> None:
     carry_out(case)
     (case.out / name).write_bytes(b"short")
     words = "holds another output; choose another directory, or pass --overwrite"
-    assert refusal(OutputError, case) == f"{case.out}: {words}"
+    assert refusal(OutputExistsError, case) == f"{case.out}: {words}"
     (case.out / name).unlink()
     assert carry_out(case, overwrite=True) == list(DATA)
     check_whole(case)
@@ -341,7 +341,7 @@ def test_a_journal_of_something_else(case: Case, head: bytes) -> None:
     (case.out / "model-1").touch()  # made beforehand: taken like none
     assert inspect_output(case.plan) == "new"
     (case.out / "model-1").write_bytes(b"mine")
-    assert "model-1: exists and is not ours" in refusal(OutputError, case)
+    assert "model-1: exists and is not ours" in refusal(OutputExistsError, case)
 
 
 def test_partials_of_a_killed_run_are_removed(case: Case) -> None:
@@ -365,7 +365,7 @@ def test_a_foreign_file_is_kept(case: Case, name: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_bytes(DATA.get(name, b"foreign"))
     expected = f"{path}: exists and is not ours; choose another output, or pass --overwrite"
-    assert refusal(OutputError, case) == expected
+    assert refusal(OutputExistsError, case) == expected
     assert OutputError.exit_code == 4
     assert carry_out(case, overwrite=True) == list(DATA)
     check_whole(case)
@@ -375,7 +375,7 @@ def test_a_foreign_file_is_kept(case: Case, name: str) -> None:
 def test_a_foreign_record_is_kept(case: Case, record: bytes) -> None:
     case.out.mkdir()
     (case.out / RECORD_NAME).write_bytes(record)
-    assert "choose another" in refusal(OutputError, case)
+    assert "choose another" in refusal(OutputExistsError, case)
     carry_out(case, overwrite=True)
     check_whole(case)
 
@@ -383,7 +383,7 @@ def test_a_foreign_record_is_kept(case: Case, record: bytes) -> None:
 def test_another_output_is_kept(case: Case) -> None:
     carry_out(case)
     words = "holds another output; choose another directory, or pass --overwrite"
-    assert refusal(OutputError, case, case.other()) == f"{case.out}: {words}"
+    assert refusal(OutputExistsError, case, case.other()) == f"{case.out}: {words}"
     carry_out(case, case.other(), overwrite=True)
     check_whole(case, "another")
 
@@ -391,7 +391,7 @@ def test_another_output_is_kept(case: Case) -> None:
 def test_the_interrupted_run_of_another_plan_is_kept(case: Case) -> None:
     interrupt(case)
     for options in ({}, {"resume": False}):
-        message = refusal(OutputError, case, case.other(), **options)
+        message = refusal(OutputExistsError, case, case.other(), **options)
         assert message == (
             f"{case.out}: holds an interrupted run with other inputs or options; finish that one, "
             "choose another output, or pass --overwrite"
@@ -542,7 +542,7 @@ Usage = namedtuple("Usage", "total used free")
 def test_a_plan_that_does_not_fit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     need = case.plan.total_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(need, 1, need - 1))
-    words = f"needs {need} bytes, the disk has {need - 1} free; free some space, or choose another disk"
+    words = f"needs {need} B, the disk has {need - 1} B free; free some space, or choose another disk"
     with pytest.raises(StorageError) as caught:
         inspect_output(case.plan)
     assert str(caught.value) == f"{case.out}: {words}"
@@ -564,7 +564,7 @@ def test_a_resume_needs_room_for_the_rest_only(case: Case, monkeypatch: pytest.M
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, rest))
     assert inspect_output(case.plan) == "resume"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, rest - 1))
-    with pytest.raises(StorageError, match=f"needs {rest} bytes"):
+    with pytest.raises(StorageError, match=f"needs {rest} B, the disk has {rest - 1} B free"):
         inspect_output(case.plan)
 
 
@@ -617,7 +617,7 @@ def test_a_copied_file_that_changed_its_size(case: Case, content: bytes) -> None
     source.write_bytes(content)
     with pytest.raises(InputChangedError) as caught:
         carry_out(case)
-    words = f"expected 2 bytes, found {len(content)}: it changed during the run; start again"
+    words = f"expected 2 B, found {len(content)} B: it changed during the run; start again"
     assert str(caught.value) == f"{source}: {words}"
     assert list((case.out / "sub").iterdir()) == []
 

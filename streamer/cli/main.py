@@ -79,7 +79,7 @@ def _described(e: Exception) -> dict[str, Any] | None:
     """What is said of an error; None of one that nobody foresaw."""
     kind = type(e).__name__
     if isinstance(e, StreamerError):
-        return error_entry(kind, e.exit_code, str(e))
+        return error_entry(kind, e.exit_code, str(e), getattr(e, "filename", None))
     if isinstance(e, OSError):
         from streamer.storage.atomic import advice
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from streamer.cli.layout import Column, Screen, fit, natural, table
 from streamer.findings import Findings, MatrixFinding
+from streamer.units import format_size
 
 MANY, SHOWN = 20, 10
 """A table of more rows than `MANY` shows the `SHOWN` that matter most, unless all are asked for."""
@@ -268,10 +269,5 @@ def _sections(*texts: str) -> str:
     return "\n\n".join(text for text in texts if text)
 
 
-def size(nbytes: float) -> str:
-    """Bytes for people, in powers of 1000 as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
+size = format_size
+"""Bytes for people, as messages have them."""

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from streamer.errors import InputError
+from streamer.errors import MissingInputError
 
 HUB_NAME = r"(?P<id>[\w.-]+/[\w.-]+)"
 """``user/name``, as models and adapters are called on the hub."""
@@ -15,7 +15,7 @@ _HUB_ADDRESS = re.compile(rf"(?:https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/|h
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/+.*")
 
 
-def absent(path: Path, what: str) -> InputError:
+def absent(path: Path, what: str) -> MissingInputError:
     """Make the error for an input directory that is not there; `what` it should have been.
 
     Parameters
@@ -25,13 +25,17 @@ def absent(path: Path, what: str) -> InputError:
     """
     text = re.sub(r"^([a-z][a-z0-9+.-]+):/+", r"\1://", os.fspath(path))
     if found := _HUB_ADDRESS.fullmatch(text):
-        return InputError(f"{text}: reading from addresses is to come; download it first: {_download(found['id'])}")
+        return MissingInputError(
+            f"{text}: reading from addresses is to come; download it first: {_download(found['id'])}", path
+        )
     if _ADDRESS.fullmatch(text):
-        return InputError(f"{text}: reading from addresses is to come; download it first, and name the directory")
+        return MissingInputError(
+            f"{text}: reading from addresses is to come; download it first, and name the directory", path
+        )
     # A relative path looks like a name on the hub: where its first part is a directory, a path was meant.
     hint = f", or, if that is its name on the hub, download it: {_download(text)}"
     named = re.fullmatch(HUB_NAME, text) and not path.parent.exists()
-    return InputError(f"{text}: no such directory; check the path of the {what}{hint if named else ''}")
+    return MissingInputError(f"{text}: no such directory; check the path of the {what}{hint if named else ''}", path)
 
 
 def _download(name: str) -> str:

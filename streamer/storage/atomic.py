@@ -214,14 +214,22 @@ def remove_partials(directory: Path, names: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, output: Path | None = None) -> Iterator[None]:
     """Hold the lock file at `path`; it is removed at the end. A lock of a dead process does not hold.
+
+    Parameters
+    ----------
+    path
+        The lock file.
+    output
+        What it locks, for messages; by default its directory.
 
     Raises
     ------
     LockedError
         If another process holds it: at once, without waiting.
     """
+    output = output or path.parent
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -233,9 +241,7 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise LockedError(
-                f"{path.parent}: another run is writing here; wait for it, or choose another output"
-            ) from None
+            raise LockedError(f"{output}: another run is writing here; wait for it, or choose another output") from None
         except OSError:
             pass  # a file system without locks: unique partial names still keep runs apart
         # The holder before us may have removed the file between our open and our lock.

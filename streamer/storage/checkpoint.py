@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamer.errors import FormatError, InputError, StorageError, UnsupportedError
+from streamer.errors import FormatError, InputError, MissingInputError, StorageError, UnsupportedError
 from streamer.storage.absent import absent
 from streamer.storage.header import TensorInfo, strict_json
 from streamer.storage.tensorfile import IOMode, TensorFile, open_regular
+from streamer.units import format_size, quoted
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -106,7 +107,7 @@ def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]
     except OSError as e:
         raise StorageError(f"{path}: cannot read: {e.strerror}") from e
     if len(raw) > limit:
-        raise FormatError(f"{path}: over {limit} bytes of JSON; this is not such a file")
+        raise FormatError(f"{path}: over {format_size(limit)} of JSON; this is not such a file")
     try:
         tree = strict_json(raw)
     except ValueError as e:
@@ -133,9 +134,8 @@ def check_shard_name(name: object, where: Path) -> str:
         and len(os.fsencode(name)) <= 255
     )
     if not plain:
-        shown = repr(name) if len(repr(name)) < 120 else repr(name)[:120] + "…"
         raise FormatError(
-            f"{where}: weight_map names {shown}: expected a plain .safetensors file name; do not trust this file"
+            f"{where}: weight_map names {quoted(name)}: expected a plain .safetensors file name; do not trust this file"
         )
     assert isinstance(name, str)
     return name
@@ -230,6 +230,7 @@ def _nothing_here(path: Path) -> InputError:
         return InputError(
             f"{path}: has no {SINGLE_NAME} and no {INDEX_NAME}, but {others[0]}; name the file itself if it is the model"
         )
-    return InputError(
-        f"{path}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither; check the path of the base model"
+    return MissingInputError(
+        f"{path}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither; check the path of the base model",
+        path / SINGLE_NAME,
     )

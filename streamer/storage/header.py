@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from streamer.errors import FormatError, StorageError
+from streamer.units import format_size, format_sizes
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit on N."""
@@ -240,9 +241,8 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
     header = Header(tuple(tensors), metadata, len(raw), hashlib.sha256(raw).hexdigest())
     if header.file_bytes != file_bytes:
         state = "truncated" if file_bytes < header.file_bytes else "too long"
-        raise FormatError(
-            f"{where}: expected {header.file_bytes} bytes by its header, found {file_bytes}: the file is {state}; get it again"
-        )
+        wanted, found = format_sizes(header.file_bytes, file_bytes)
+        raise FormatError(f"{where}: expected {wanted} by its header, found {found}: the file is {state}; get it again")
     return header
 
 
@@ -252,13 +252,14 @@ def read_header(fd: int, where: str) -> Header:
         file_bytes = os.fstat(fd).st_size
         raw = _extended(fd, b"", 8)
         if len(raw) < 8:
-            raise FormatError(f"{where}: expected a safetensors file, found {file_bytes} bytes; get it again")
+            raise FormatError(f"{where}: expected a safetensors file, found {format_size(file_bytes)}; get it again")
         n = int.from_bytes(raw, "little")
         if n > MAX_HEADER_BYTES or 8 + n > file_bytes:
             hint = _what_is_it(os.pread(fd, 256, 0))
+            stated, found = format_sizes(n, file_bytes)
             raise FormatError(
-                f"{where}: not a safetensors file, or truncated: its length field says {n} bytes of header, "
-                f"the file has {file_bytes}{hint}; get it again"
+                f"{where}: not a safetensors file, or truncated: its length field says {stated} of header, "
+                f"the file has {found}{hint}; get it again"
             )
         raw = _extended(fd, raw, 8 + n)
         if len(raw) < 8 + n:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamer.errors import OutputError, StorageError, UsageError
+from streamer.units import format_sizes
 
 
 def refuse_symlink(path: Path) -> None:
@@ -56,11 +57,22 @@ def touch(paths: Sequence[Path]) -> str:
     return ""
 
 
-def check_place(path: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output that is a symlink, an input, or inside an input or a hub cache, or cannot be written."""
+def check_place(path: Path, inputs: Sequence[Path], output: Path | None = None) -> None:
+    """Refuse an output that is a symlink, an input, or inside an input or a hub cache, or cannot be written.
+
+    Parameters
+    ----------
+    path
+        A directory that is written to.
+    inputs
+        Input directories and files that it must stay out of.
+    output
+        The output as the user named it, for messages, where it is a file in the directory.
+    """
     refuse_symlink(path)
     refuse_address(path)
     real = Path(os.path.realpath(path))
+    path = output or path
     for source in inputs:
         inside = Path(os.path.realpath(source))
         if _same(real, inside):
@@ -100,8 +112,9 @@ def check_space(path: Path, needed: int, at_most: bool = False) -> None:
     """Refuse a plan that does not fit on the disk; `at_most` says that less may turn out to be needed."""
     free = free_bytes(path)
     if needed > free:
+        wanted, found = format_sizes(needed, free)
         raise StorageError(
-            f"{path}: needs {'up to ' if at_most else ''}{needed} bytes, the disk has {free} free; free some space, "
+            f"{path}: needs {'up to ' if at_most else ''}{wanted}, the disk has {found} free; free some space, "
             "or choose another disk"
         )
 

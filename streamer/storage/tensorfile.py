@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from streamer.errors import FormatError, InputChangedError, InputError, StorageError
+from streamer.errors import FormatError, InputChangedError, MissingInputError, StorageError
 from streamer.storage.atomic import storage_error
 from streamer.storage.header import Header, TensorInfo, read_header
 from streamer.storage.streams import QUEUE, Readahead
+from streamer.units import format_size
 
 IOMode = Literal["mmap", "pread"]
 SAMPLE_BYTES = 4096
@@ -39,13 +40,13 @@ def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
 
     Raises
     ------
-    InputError, FormatError, StorageError
+    MissingInputError, FormatError, StorageError
         If it is not there, is something else than a regular file, or cannot be opened; `what` was expected.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path, or finish the download") from None
+        raise MissingInputError(f"{path}: no such file; check the path, or finish the download", path) from None
     except OSError as e:
         if e.errno == errno.ELOOP:
             raise FormatError(f"{path}: expected {what}, found a link that leads to itself") from None
@@ -143,7 +144,7 @@ class TensorFile:
             self._check_size(at + length)
             raise
         except OSError as e:
-            raise StorageError(f"{self.path}: cannot map {length} bytes: {e.strerror}; try --io pread") from e
+            raise StorageError(f"{self.path}: cannot map {format_size(length)}: {e.strerror}; try --io pread") from e
         return memoryview(window)[page:]
 
     def data(self) -> memoryview:
@@ -169,7 +170,7 @@ class TensorFile:
     def _check_size(self, wanted: int) -> None:
         have = os.fstat(self._fd).st_size
         if have < wanted:
-            raise InputChangedError(f"{self.path}: shrank to {have} bytes during the run; get the file again")
+            raise InputChangedError(f"{self.path}: shrank to {format_size(have)} during the run; get the file again")
 
     def _read_into(self, out: memoryview, at: int) -> None:
         done = 0

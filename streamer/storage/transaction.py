@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from streamer.errors import FormatError, InputChangedError, OutputError
+from streamer.errors import FormatError, InputChangedError, OutputError, OutputExistsError
 from streamer.storage.atomic import (
     AtomicFile,
     Journal,
@@ -30,6 +30,7 @@ from streamer.storage.atomic import (
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.old_output import journal_entry, journal_head, own_files, remove_own_files
 from streamer.storage.place import allocated_bytes, check_place, check_space, is_placeholder, touch
+from streamer.units import format_sizes
 
 RECORD_NAME = "streamer.json"
 JOURNAL_NAME = ".streamer.journal"
@@ -98,7 +99,7 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
     state: Literal["new", "resume", "done"] = "new"
     if path.exists() and not is_placeholder(path):
         if not path.is_dir():
-            raise OutputError(f"{path}: exists and is not a directory; choose another output")
+            raise OutputExistsError(f"{path}: exists and is not a directory; choose another output", path)
         state = _state_of(plan, overwrite, resume)
     if state != "done":
         check_space(path, missing_bytes(plan, state), at_most=bool(plan.temporary))
@@ -139,9 +140,10 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
         if head.get("plan") == plan.digest:
             return "new" if not resume or (overwrite and not _is_of_version(plan, head)) else _may_resume(plan, head)
         if not overwrite:
-            raise OutputError(
+            raise OutputExistsError(
                 f"{path}: holds an interrupted run with other inputs or options; finish that one, "
-                "choose another output, or pass --overwrite"
+                "choose another output, or pass --overwrite",
+                path,
             )
         return "new"
     if overwrite:
@@ -150,10 +152,12 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
         record = _record(path)
         if record.get("plan") == plan.digest and _stands(plan, record):
             return "done"
-        raise OutputError(f"{path}: holds another output; choose another directory, or pass --overwrite")
+        raise OutputExistsError(f"{path}: holds another output; choose another directory, or pass --overwrite", path)
     rivals = [name for name in plan.rivals if (path / name).exists()]
     for name in (*(n for n, _ in plan.files if _taken(path / n)), *rivals):
-        raise OutputError(f"{path / name}: exists and is not ours; choose another output, or pass --overwrite")
+        raise OutputExistsError(
+            f"{path / name}: exists and is not ours; choose another output, or pass --overwrite", path / name
+        )
     return "new"
 
 
@@ -192,7 +196,9 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         return read_json_object(path / RECORD_NAME)
     except FormatError as e:
-        raise OutputError(f"{path / RECORD_NAME}: is not ours; choose another output, or pass --overwrite") from e
+        raise OutputExistsError(
+            f"{path / RECORD_NAME}: is not ours; choose another output, or pass --overwrite", path / RECORD_NAME
+        ) from e
 
 
 class OutputDirectory:
@@ -239,8 +245,9 @@ class OutputDirectory:
                 while piece := src.read(8 << 20):
                     f.write(piece)
             if f.written != size:
+                wanted, found = format_sizes(size, f.written)
                 raise InputChangedError(
-                    f"{source}: expected {size} bytes, found {f.written}: it changed during the run; start again"
+                    f"{source}: expected {wanted}, found {found}: it changed during the run; start again"
                 )
 
         try:

@@ -1,0 +1,77 @@
+"""Sizes and lists of names as text for messages and tables, and sizes as options give them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+MOST_LISTED = 3
+"""Names that a message lists before it only counts the others."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Read a size like ``600M`` or ``4G``, in powers of 1024, as a number of bytes.
+
+    >>> parse_size("600M"), parse_size("1.5 GiB"), parse_size("4096")
+    (629145600, 1610612736, 4096)
+
+    Raises
+    ------
+    ValueError
+        If the text is not a size.
+    """
+    match = _SIZE.fullmatch(re.sub(r"\s", "", text))
+    if not match:
+        raise ValueError(f"expected a size like 600M or 4G, found {text!r}")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def format_size(nbytes: float) -> str:
+    """Write a number of bytes for people, in powers of 1000 as disks are sold.
+
+    >>> format_size(999), format_size(1_200_000_000)
+    ('999 B', '1.2 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def format_sizes(wanted: int, found: int) -> tuple[str, str]:
+    """Write two sizes for a message that sets one against the other: in bytes where they would otherwise look equal.
+
+    >>> format_sizes(5_000_000_000, 2_500_000_000)
+    ('5.0 GB', '2.5 GB')
+    >>> format_sizes(5_000_000_001, 5_000_000_000)
+    ('5000000001 B', '5000000000 B')
+    """
+    texts = format_size(wanted), format_size(found)
+    return texts if texts[0] != texts[1] else (f"{wanted} B", f"{found} B")
+
+
+def quoted(value: object, most: int = 100) -> str:
+    """Quote a value in a message, cut where it is long: it may come from a download.
+
+    >>> quoted("abc"), quoted("abcdefghij", 6)
+    ("'abc'", "'abcde…")
+    """
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "…"
+
+
+def listed(names: Iterable[object], most: int = MOST_LISTED, separator: str = ", ") -> str:
+    """List names in a message: the first few, then how many more there are.
+
+    >>> listed(["a", "b"]), listed("abcdefghij")
+    ('a, b', 'a, b, c and 7 more')
+    """
+    texts = [str(name) for name in names]
+    more = len(texts) - most
+    if more <= 0:
+        return separator.join(texts)
+    last = " and " if separator == ", " else f"{separator}and "
+    return f"{separator.join(texts[:most])}{last}{more} more"
