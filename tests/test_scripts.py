@@ -430,11 +430,24 @@ def test_the_examples_in_the_help_are_understood() -> None:
     from streamer.cli.parser import EXAMPLES, build_parser
 
     for command, text in EXAMPLES.items():
-        given = [line.split("   ")[0].split("|")[0] for line in text.splitlines() if line.startswith("  streamer")]
-        # An explanation stands two spaces or more behind.
+        given = [line.split("|")[0] for line in text.splitlines() if line.startswith("  streamer")]
         assert given, command
         for line in given:
-            assert build_parser().parse_args(shlex.split(line.strip().split("  ")[0])[1:]).command == command
+            assert build_parser().parse_args(shlex.split(line)[1:]).command == command
+
+
+def test_a_man_page(tmp_path: Path) -> None:
+    pytest.importorskip("argparse_manpage")
+    tool = Path(__file__).parent.parent / "tools" / "make_man_page.py"
+    page = tmp_path / "streamer.1"
+    subprocess.run([sys.executable, tool, "-o", page], check=True, env=ENV)
+    text = page.read_text()
+    for words in ("streamer merge", r"\-\-to\-lora", "exit codes", r"streamer report findings.safetensors \-\-json"):
+        assert words in text, words
+    if shutil.which("groff"):
+        done = subprocess.run(["groff", "-man", "-Tutf8", "-ww", page], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        assert "what is left of an intruder" in done.stdout
 
 
 def test_an_address_is_no_directory_of_that_name(tmp_path: Path, inputs: tuple[Path, Path]) -> None:

@@ -163,7 +163,8 @@ def test_a_finished_output_that_lost_a_file(case: Case, name: str) -> None:
     words = "holds another output; choose another directory, or pass --overwrite"
     assert refusal(OutputExistsError, case) == f"{case.out}: {words}"
     (case.out / name).unlink()
-    assert carry_out(case, overwrite=True) == list(DATA)
+    assert inspect_output(case.plan) == "new"
+    assert carry_out(case) == list(DATA)
     check_whole(case)
 
 

@@ -11,49 +11,61 @@ from streamer.units import parse_size
 
 EXIT_CODES = """\
 exit codes:
-  0 done    1 unexpected    2 usage    3 bad or inconsistent input    4 output exists or does not match
-  5 locked by another run    6 I/O or space (the same command resumes)    7 numeric or verification failure
-  8 input changed during the run    128+N stopped by signal N (the same command resumes)
+  0 done
+  1 unexpected
+  2 usage
+  3 bad or inconsistent input
+  4 output exists or does not match
+  5 locked by another run
+  6 I/O or space; the same command resumes
+  7 numeric or verification failure
+  8 input changed during the run
+  128+N stopped by signal N; the same command resumes
 """
 
 EPILOG = (
     """\
 a first run:
-  streamer demo                                         the whole job on a generated model, in seconds
-  streamer inspect BASE ADAPTER                         what would be done, matrix by matrix
-  streamer detect BASE ADAPTER -o findings.safetensors  find the intruders, once
-  streamer mitigate BASE ADAPTER -o DIR --lambda 0.75 --findings findings.safetensors
-                                                        a mitigated adapter, for PEFT
-  streamer merge BASE ADAPTER -o DIR --lambda 0.75 --findings findings.safetensors
-                                                        a plain model with the mitigated adapter merged in
+  streamer demo
+      the whole job on a generated model, in seconds
+  streamer inspect BASE ADAPTER
+      what would be done, matrix by matrix
+  streamer detect BASE ADAPTER -o findings.safetensors
+      find the intruders, once
+  streamer mitigate BASE ADAPTER -o DIR --findings findings.safetensors
+      a mitigated adapter, for PEFT
+  streamer merge BASE ADAPTER -o DIR --findings findings.safetensors
+      a plain model with the mitigated adapter merged in
 
-BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's directory; detect and merge take several, or a directory
-of adapters, and read the base once for all. Results go to stdout, progress to stderr.
+BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's
+directory; detect and merge take several, or a directory of adapters, and read
+the base once for all. Results go to stdout, progress to stderr.
 
 """
     + EXIT_CODES
 )
 
-
 EXAMPLES = {
     "inspect": """\
 examples:
-  streamer inspect BASE                                 files, dtypes and sizes of a model
-  streamer inspect BASE ADAPTER                         which tensor each module changes; what each command would take
+  streamer inspect BASE
+  streamer inspect BASE ADAPTER
   streamer inspect BASE ADAPTER --json | jq .totals
 """,
     "detect": """\
 examples:
   streamer detect BASE ADAPTER -o findings.safetensors
-  streamer detect BASE ADAPTER -o findings.safetensors --top-k 0.1 --epsilon 0.6
-  streamer detect BASE ADAPTER1 ADAPTER2 -o found       writes found/ADAPTER1.safetensors, found/ADAPTER2.safetensors
+  streamer detect BASE ADAPTER -o all.safetensors --top-k 0.1 --epsilon 0.6
+  streamer detect BASE ADAPTER1 ADAPTER2 -o found
+      writes found/ADAPTER1.safetensors and found/ADAPTER2.safetensors
   streamer detect BASE ADAPTER -o findings.safetensors --max-memory 4G --dry-run
 """,
     "mitigate": """\
 examples:
-  streamer mitigate BASE ADAPTER -o mitigated --lambda 0.5
-  streamer mitigate BASE ADAPTER -o mitigated --lambda 0.5 --findings findings.safetensors
-  streamer mitigate BASE ADAPTER -o mitigated --lambda 0.25 --findings findings.safetensors --overwrite
+  streamer mitigate BASE ADAPTER -o mild --lambda 0.75
+  streamer mitigate BASE ADAPTER -o half --lambda 0.5 --findings findings.safetensors
+  streamer mitigate BASE ADAPTER -o half --lambda 0.4 --findings findings.safetensors --overwrite
+      another lambda in the same place
   streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
 """,
     "merge": """\
@@ -61,17 +73,19 @@ examples:
   streamer merge BASE ADAPTER -o merged --lambda 0.5
   streamer merge BASE ADAPTER -o merged --lambda 0.5 --findings findings.safetensors
   streamer merge BASE ADAPTER1 ADAPTER2 -o models --findings found
-  streamer merge BASE ADAPTER -o merged --dequantize    a plain model, where BASE is quantized
+  streamer merge BASE ADAPTER -o plain --dequantize
+      a plain model, where BASE is quantized
 """,
     "report": """\
 examples:
   streamer report findings.safetensors
-  streamer report findings.safetensors --json | jq '.matrices[] | select(.intruders != []) | .tensor'
+  streamer report findings.safetensors --json | jq .totals
 """,
     "demo": """\
 examples:
   streamer demo
-  streamer demo --lambda 0.5 --keep demo                keeps the model, the adapter and all that is made of them
+  streamer demo --lambda 0.5 --keep demo
+      keeps the model, the adapter and all that is made of them
 """,
 }
 
@@ -146,22 +160,24 @@ def build_parser() -> Parser:
                         help="print a completion script for bash, zsh or tcsh and exit; needs the extra [completion]")  # fmt: skip
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    output = Parser(add_help=False)
-    output.add_argument("--json", action="store_true",
-                        help="print one JSON object to stdout, of a failure as well; docs/formats.md describes them")  # fmt: skip
-    output.add_argument("--json-events", action="store_true",
+    saying = Parser(add_help=False)
+    g = saying.add_argument_group("what is printed")
+    g.add_argument("--json", action="store_true",
+                        help="print one JSON object to stdout, of a failure as well; see docs/formats.md")  # fmt: skip
+    g.add_argument("--json-events", action="store_true",
                         help="one JSON object a line on stderr in place of progress, warnings and errors")  # fmt: skip
-    output.add_argument("-q", "--quiet", action="count", default=0,
+    g.add_argument("-q", "--quiet", action="count", default=0,
                         help="no progress, no table, no last line; twice (-qq): no warnings either")  # fmt: skip
-    output.add_argument("--progress", choices=["auto", "bar", "plain", "none"], default="auto",
+    g.add_argument("--progress", choices=["auto", "bar", "plain", "none"], default="auto",
                         help="on stderr: a bar, or a line every 30 s (plain); auto: a bar on a terminal, else plain")  # fmt: skip
-    output.add_argument("--all", action="store_true",
+    g.add_argument("--all", action="store_true",
                         help="every row in the tables, which otherwise show what matters most where there are many")  # fmt: skip
 
     reading = Parser(add_help=False)
-    reading.add_argument("--io", choices=["mmap", "pread"], default="mmap",
+    g = reading.add_argument_group("input")
+    g.add_argument("--io", choices=["mmap", "pread"], default="mmap",
                          help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
-    reading.add_argument(
+    g.add_argument(
         "--base-is-residual",
         action="store_true",
         help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained",
@@ -185,13 +201,16 @@ def build_parser() -> Parser:
     g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
     g.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
 
-    writing = Parser(add_help=False)
-    g = writing.add_argument_group("output")
-    g.add_argument("--dry-run", action="store_true", help="all checks, nothing written")
-    g.add_argument("--no-resume", action="store_true", help="start over instead of taking up an interrupted run")
-    g.add_argument("--overwrite", action="store_true",
-                   help="write anew where another output stands, or this one: its own files are replaced or removed, by its record, and "
-                        "whatever else has a name that is written; other files stay")  # fmt: skip
+    def writing(metavar: str, text: str) -> Parser:
+        parent = Parser(add_help=False)
+        g = parent.add_argument_group("output")
+        g.add_argument("-o", "--output", required=True, metavar=metavar, help=text)
+        g.add_argument("--dry-run", action="store_true", help="all checks, nothing written")
+        g.add_argument("--no-resume", action="store_true", help="start over instead of taking up an interrupted run")
+        g.add_argument("--overwrite", action="store_true",
+                       help="write anew where another output stands, or this one: its own files are replaced or removed, by its record, "
+                            "and whatever else has a name that is written; other files stay")  # fmt: skip
+        return parent
 
     mitigating = Parser(add_help=False)
     g = mitigating.add_argument_group("mitigation")
@@ -214,7 +233,7 @@ def build_parser() -> Parser:
 
     def command(name: str, text: str, *parents: Parser) -> Parser:
         return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
-                                   epilog=f"{EXAMPLES[name]}\n{EXIT_CODES}", parents=[*parents, output])  # fmt: skip
+                                   epilog=f"{EXAMPLES[name]}\n{EXIT_CODES}", parents=[*parents, saying])  # fmt: skip
 
     def inputs(sub: Parser, several: bool = False) -> None:
         sub.add_argument("base", metavar="BASE", help="model directory, or one .safetensors file")
@@ -227,11 +246,13 @@ def build_parser() -> Parser:
     sub = command("inspect", "show what is there, and which tensor each module changes", reading)
     sub.add_argument("base", metavar="BASE", help="model directory, or one .safetensors file")
     sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="PEFT adapter's directory")
-    sub = command("detect", "find the intruder dimensions and write the findings", reading, computing, writing)
+    out = writing(
+        "FILE", "findings to write, a .safetensors file; of several adapters a directory, for NAME.safetensors each"
+    )
+    sub = command("detect", "find the intruder dimensions and write the findings", out, computing, reading)
     inputs(sub, several=True)
-    sub.add_argument("-o", "--output", required=True, metavar="FILE",
-                     help="findings to write, a .safetensors file; of several adapters a directory, for NAME.safetensors each")  # fmt: skip
-    sub = command("mitigate", "write a mitigated adapter", reading, mitigating, computing, writing)
+    out = writing("DIR", "adapter directory to write")
+    sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
     inputs(sub)
     sub.add_argument(
         "--to-lora",
@@ -239,13 +260,9 @@ def build_parser() -> Parser:
         metavar="RANK",
         help="write a LoRA adapter of this rank, whatever kind ADAPTER is of; what the rank leaves out is reported",
     )
-    sub.add_argument("-o", "--output", required=True, metavar="DIR", help="adapter directory to write")
-    sub = command(
-        "merge", "write the base with the mitigated adapter merged in", reading, mitigating, computing, writing
-    )
+    out = writing("DIR", "model directory to write; of several adapters a directory, for a model NAME each")
+    sub = command("merge", "write the base with the mitigated adapter merged in", out, mitigating, computing, reading)
     inputs(sub, several=True)
-    sub.add_argument("-o", "--output", required=True, metavar="DIR",
-                     help="model directory to write; of several adapters a directory, for a model NAME each")  # fmt: skip
     sub.add_argument("--dequantize", action="store_true",
                      help="write a plain model where the base is quantized, in the dtype of its config")  # fmt: skip
     sub = command("report", "show findings as a table or as JSON")

@@ -150,8 +150,8 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
         return "new"
     if _taken(path / RECORD_NAME):
         record = _record(path)
-        if record.get("plan") == plan.digest and _stands(plan, record):
-            return "done"
+        if record.get("plan") == plan.digest and (stands := _stands(plan, record)):
+            return "done" if stands == "whole" else "new"
         raise OutputExistsError(f"{path}: holds another output; choose another directory, or pass --overwrite", path)
     rivals = [name for name in plan.rivals if (path / name).exists()]
     for name in (*(n for n, _ in plan.files if _taken(path / n)), *rivals):
@@ -166,13 +166,20 @@ def _taken(path: Path) -> bool:
     return path.exists() and not is_placeholder(path)
 
 
-def _stands(plan: OutputPlan, record: dict[str, Any]) -> bool:
-    """Whether every file of a finished output has the size that its record gives; by another version its header may have another."""
+def _stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["whole", "in part", ""]:
+    """Say whether the files of a finished output have the sizes that its record gives; by another version a header may have another.
+
+    In part if some are missing, as where a user removed one to have it made again; empty if one differs, which might be an edited one.
+    """
     files = record.get("files")
     if not isinstance(files, list):
-        return False
+        return ""
     sizes = {f.get("file"): f.get("bytes") for f in files if isinstance(f, dict)}
-    return all(name in sizes and _size(plan.path / name) == sizes[name] for name, _ in plan.files)
+    found = {name: _size(plan.path / name) for name, _ in plan.files}
+    found = {name: size for name, size in found.items() if size > 0 or size == sizes.get(name)}
+    if any(name not in sizes for name, _ in plan.files) or any(size != sizes[name] for name, size in found.items()):
+        return ""
+    return "whole" if len(found) == len(plan.files) else "in part"
 
 
 def _is_of_version(plan: OutputPlan, head: dict[str, Any]) -> bool:
