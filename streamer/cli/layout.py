@@ -190,10 +190,15 @@ def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
         kept = [p for p in parts[:-1] if p.isdigit()]
         return f"…{'.'.join(kept)}…{parts[-1]}" if kept else f"…{parts[-1]}"
 
+    def letters(name: str, count: int) -> str:
+        parts = bare(name).split(".")[alike:]
+        return ("…" if alike else "") + ".".join([*(p if p.isdigit() else p[:count] for p in parts[:-1]), parts[-1]])
+
     def bound(way: Callable[[str, int], str], count: int) -> Callable[[str], str]:
         return lambda name: way(name, count)
 
-    return [bare, *(bound(without_start, n) for n in range(1, alike + 1)), bound(numbers_and_end, alike)]
+    starts = [bound(without_start, n) for n in range(1, alike + 1)]
+    return [bare, *starts, bound(numbers_and_end, alike), *(bound(letters, n) for n in (8, 4, 3, 1))]
 
 
 def _middle(name: str, width: int) -> str:
