@@ -69,7 +69,7 @@ def test_shortened_names_stay_different() -> None:
     for width in range(12, 45):
         short = shorten(names, width)
         assert max(map(len, short)) <= width
-        assert len(set(short)) == len(names) or width < 18, (width, short)
+        assert len(set(short)) == len(names) or width < 20, (width, short)
 
 
 def test_columns_give_way_from_the_least_important() -> None:

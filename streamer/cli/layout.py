@@ -161,11 +161,12 @@ def shorten(names: Sequence[str], width: int) -> list[str]:
     """Shorten names of tensors alike to as many columns, so that they stay different; layer number and projection go last."""
     if max(map(len, names), default=0) <= width:
         return list(names)
-    for way in _ways(names):
+    ways = _ways(names)
+    for way in ways:
         short = [way(name) for name in names]
         if max(map(len, short)) <= width and len(set(short)) == len(set(names)):
             return short
-    return [_middle(name, width) for name in names]
+    return [_middle(ways[-1](name), width) for name in names]
 
 
 def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:

@@ -31,7 +31,7 @@ def run(argv: list[str] | None = None) -> int:
             raise StorageError(
                 "stdout: is closed, and the result goes there; redirect it to a file or /dev/null, or pass --quiet"
             )
-        with stop_on_signals(monitor):
+        with stop_on_signals(monitor, progress.tell):
             try:
                 if getattr(args, "threads", None) is not None:
                     _set_threads(args.threads)

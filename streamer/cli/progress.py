@@ -88,8 +88,7 @@ class Progress:
         with self._lock:
             if event.stage in ("warning", "note"):
                 if self._quiet < (2 if event.stage == "warning" else 1):
-                    self._erase()
-                    say(f"streamer: {event.stage}: {event.name}")
+                    self.tell(f"streamer: {event.stage}: {event.name}")
                 return
             if self._mode == "none" or self._closed.is_set():
                 return
@@ -107,6 +106,12 @@ class Progress:
             if self._ticker is None:  # a matrix may take minutes, and no event comes then
                 self._ticker = threading.Thread(target=self._tick, daemon=True, name="progress")
                 self._ticker.start()
+
+    def tell(self, text: str) -> None:
+        """Print a line that is no event, on a clean line."""
+        with self._lock:
+            self._erase()
+            say(text)
 
     def close(self) -> None:
         """Remove the bar, for good: what is printed from now on stands on a clean line."""
@@ -216,7 +221,7 @@ def _name(event: Event, columns: int) -> str:
     """The adapter's name and the matrix's, in as many columns: of this its end."""
     start = f"{event.adapter[:ADAPTER]}: " if event.adapter else ""
     name, room = event.name.removesuffix(".weight"), columns - len(start)
-    return start + (name if len(name) <= room else f"…{name[len(name) - room + 1 :]}")
+    return start + (name if len(name) <= room else "…" + name[len(name) - room + 1 :].lstrip("."))
 
 
 def clock(seconds: float) -> str:

@@ -6,17 +6,17 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from streamer.cli.progress import say
 from streamer.events import Monitor
 
 
 @contextlib.contextmanager
-def stop_on_signals(monitor: Monitor) -> Iterator[None]:
+def stop_on_signals(monitor: Monitor, tell: Callable[[str], None]) -> Iterator[None]:
     """SIGINT and SIGTERM: the first asks for a stop at the next safe point, the second ends the process at once.
 
-    A thread waits for them, since Python runs handlers in the main thread alone, which may sit in LAPACK for a minute.
+    `tell` prints a line on stderr. A thread waits for them, since Python runs handlers in the main thread alone, which may sit in LAPACK for
+    a minute.
     """
     watched = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
@@ -24,7 +24,7 @@ def stop_on_signals(monitor: Monitor) -> Iterator[None]:
     def watch() -> None:
         first = signal.sigwait(watched)
         monitor.request_stop(first)
-        say(f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once")
+        tell(f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once")
         os._exit(128 + signal.sigwait(watched))
 
     threading.Thread(target=watch, daemon=True, name="signals").start()

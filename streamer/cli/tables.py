@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from streamer.cli.layout import Column, Screen, fit, natural, table
+from streamer.cli.layout import Column, Screen, fit, natural, shorten, table
 from streamer.findings import Findings, MatrixFinding
 
 MANY, SHOWN = 20, 10
@@ -30,14 +30,14 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT) -> str:
         Column("ranks", [_ranks(d.intruders) for d in found], "which these are in base + adapter; 1 is the largest", keep=6),
         Column("similarity", [f"{min(d.similarity):.3f}" for d in found],
                f"least of a direction to the base, from 0 to 1; below {findings.options.threshold_epsilon:g} is an intruder", keep=4),
-        Column("sigma", [f"{d.singular_values[0]:.4g}" for d in found], "largest singular value of base + adapter", keep=0),
-        Column("|delta|", [f"{d.delta_norm:.4g}" for d in found], "Frobenius norm of what the adapter adds", keep=3),
+        Column("sigma", [f"{d.singular_values[0]:#.4g}" for d in found], "largest singular value of base + adapter", keep=0),
+        Column("|delta|", [f"{d.delta_norm:#.4g}" for d in found], "Frobenius norm of what the adapter adds", keep=3),
         Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in found], "the intruders' share of |delta|^2", keep=8),
         Column("cut at 0", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
                "what mitigate drops at lambda 0 with --method paper, to keep rank r", keep=5),
     ]  # fmt: skip
     if len({_decided(m) for m in findings}) > 1:
-        columns.append(Column("decided", decided, "by which solver; open: nothing settles some direction", keep=7))
+        columns.append(Column("decided", decided, "by which solver; open where none settles a direction", keep=7))
     o = findings.options
     certified = sum(m.detection.certified for m in findings)
     summary = (
@@ -45,7 +45,8 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT) -> str:
         f"(top_k={o.top_k}, epsilon={o.threshold_epsilon}); {certified} of {len(findings)} certified"
     )
     if open_ones := [m.tensor for m in every if not m.detection.certified]:
-        summary += f"\nnot certified: {', '.join(open_ones[:3])}" + (
+        some = shorten(open_ones[:3], (screen.width or 10**6) - 4)
+        summary += f"\nnot certified: {', '.join(some)}" + (
             f" and {len(open_ones) - 3} more" if len(open_ones) > 3 else ""
         )
     return _sections(
@@ -79,9 +80,14 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         Column("matrix", [m["tensor"] for m in chosen], left=True, names=True),
         Column("scaled", [str(len(m["intruders"])) for m in chosen], "intruders that were scaled", keep=2),
         Column(
-            "|delta|", [f"{m['delta_norm']:.4g}" for m in chosen], "Frobenius norm of what the adapter adds", keep=1
+            "|delta|", [f"{m['delta_norm']:#.4g}" for m in chosen], "Frobenius norm of what the adapter adds", keep=1
         ),
-        Column("after", [f"{m['delta_norm_after']:.4g}" for m in chosen], "the same of what was written", keep=3),
+        Column(
+            "after",
+            [f"{m['delta_norm_after']:#.4g}" for m in chosen],
+            "Frobenius norm of the delta that was written",
+            keep=3,
+        ),
     ]
     if record["command"] == "mitigate":
         about = "what back-projection to the adapter's rank left out of the mitigated delta"
@@ -101,7 +107,9 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
             f"carried along: {len(record['carried'])} tensors that are no factors, {record['carried'][0]['tensor']} first"
         )
     if record["command"] == "mitigate":
-        lines.append(f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta")
+        worst = max(matrices, key=lambda m: m["dropped"], default=None)
+        most = f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
+        lines.append(f"{most}, of {worst['tensor']}" if worst and worst["dropped"] else most)
     lines += [f"advice: {line}" for line in record.get("advice", ())]
     return _sections(table(columns, screen.width) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
                      "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
