@@ -147,8 +147,8 @@ progress.finish("4 matrices")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
     lines = done.stderr.splitlines()
-    assert lines[0] == "streamer: 0:00 detect: detect 0 of 4 matrices, 0%, poems"
-    assert re.fullmatch(r"streamer: 0:0\d detect: detect 2 of 4 matrices, 50%, poems, 0:00 left", lines[1])
+    assert lines[0] == "streamer: detect: after 0:00, 0 of 4 matrices, 0%, poems"
+    assert re.fullmatch(r"streamer: detect: after 0:0\d, 2 of 4 matrices, 50%, poems, 0:00 left", lines[1])
     assert re.fullmatch(r"streamer: detect: 4 matrices, in 0\.\d s", lines[-1])
     assert len(lines) in (4, 5)
 

@@ -199,8 +199,9 @@ class Progress:
             count += f", {100 * event.done / event.total:.0f}%"
         if event.adapter:
             count += f", {event.adapter}"
+        stage = "" if event.stage == self._command else f"{event.stage} "
         rest = "" if left is None else f", {clock(left)} left"
-        return f"{clock(now - self._began)} {self._command}: {event.stage} {count}{rest}"
+        return f"{self._command}: after {clock(now - self._began)}, {stage}{count}{rest}"
 
 
 def _columns() -> int:

@@ -15,8 +15,12 @@ from streamer.events import Monitor
 def stop_on_signals(monitor: Monitor, tell: Callable[[str], None]) -> Iterator[None]:
     """SIGINT and SIGTERM: the first asks for a stop at the next safe point, the second ends the process at once.
 
-    `tell` prints a line on stderr. A thread waits for them, since Python runs handlers in the main thread alone, which may sit in LAPACK for
-    a minute.
+    A thread waits for them, since Python runs handlers in the main thread alone, which may sit in LAPACK for a minute.
+
+    Parameters
+    ----------
+    tell
+        Prints a line on stderr.
     """
     watched = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
