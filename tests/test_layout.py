@@ -105,3 +105,10 @@ def test_the_width_is_what_columns_says(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_ranks_are_counted_from_one() -> None:
     assert [_ranks(r) for r in ((), (0,), (0, 1), (0, 2), (0, 1, 2, 5))] == ["-", "1", "1 2", "1 3", "1-3 6"]
+
+
+def test_a_name_does_not_steer_the_terminal() -> None:
+    text = table([Column("matrix", ["a.\x1b[31m.b\r", "é"], left=True, names=True)], 40)
+    assert r"a.\x1b[31m.b\r" in text
+    assert "é" in text
+    assert text.replace("\n", "").isprintable()

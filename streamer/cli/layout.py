@@ -119,7 +119,7 @@ class Column:
 
 def table(columns: Sequence[Column], width: int | None = None) -> str:
     """Set columns side by side, two spaces apart, and under them a legend of those that are shown."""
-    shown = list(columns)
+    shown = [replace(c, cells=[printable(text) for text in c.cells]) for c in columns]
     if width is not None:
         while len(shown) > 1 and sum(c.least + 2 for c in shown) - 2 > width:
             shown.remove(min(shown[1:], key=lambda c: c.keep))
@@ -200,6 +200,11 @@ def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
 
     starts = [bound(without_start, n) for n in range(1, alike + 1)]
     return [bare, *starts, bound(numbers_and_end, alike), *(bound(letters, n) for n in (8, 4, 3, 1))]
+
+
+def printable(text: str) -> str:
+    """Escape what would steer a terminal: names come from downloads."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _middle(name: str, width: int) -> str:

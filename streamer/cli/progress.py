@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Literal
 
+from streamer.cli.layout import printable
 from streamer.events import Event
 
 Mode = Literal["auto", "bar", "plain", "none"]
@@ -34,7 +35,7 @@ UNITS = {"detect": "matrices", "write": "tensors"}
 
 def say(text: str) -> None:
     """Print a line on stderr, if anyone can read it: a log that is full or a reader that has gone does not end a job."""
-    _write(f"{text}\n")
+    _write(f"{printable(text)}\n")
 
 
 def _write(text: str) -> None:
@@ -176,7 +177,7 @@ class Progress:
         rest = columns - len(line) - 2
         if rest >= len(event.adapter[:ADAPTER]) + SHORTEST and (not event.total or columns >= NARROW):
             line += f"  {_name(event, rest)}"
-        return line[:columns].rstrip()
+        return printable(line)[:columns].rstrip()
 
     def _rate(self) -> str:
         """Matrices or megabytes a second, from the stage's beginning to its last event."""
