@@ -84,7 +84,12 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     )  # fmt: skip
     each = found if isinstance(found, dict) else {"": found}
     shown = _screen(args)
-    return _each({name: (findings_json(one), findings_table(one, shown)) for name, one in each.items()})
+    return _each(
+        {
+            name: (findings_json(one), findings_table(one, shown, findings_of(args.output, name)))
+            for name, one in each.items()
+        }
+    )
 
 
 def _mitigate(args: argparse.Namespace, monitor: Monitor) -> Result:

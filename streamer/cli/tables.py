@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from streamer.cli.layout import Column, Screen, fit, natural, shorten, table
@@ -15,8 +16,8 @@ MANY, SHOWN = 20, 10
 NO_LIMIT = Screen()
 
 
-def findings_table(findings: Findings, screen: Screen = NO_LIMIT) -> str:
-    """What was found: a line a matrix, or the ten whose deltas are intruders for the largest part; and totals."""
+def findings_table(findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None) -> str:
+    """What was found: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written."""
     every = sorted(findings, key=lambda m: natural(m.tensor))
     chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
     found = [m.detection for m in chosen]
@@ -49,6 +50,8 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT) -> str:
         summary += f"\nnot certified: {', '.join(some)}" + (
             f" and {len(open_ones) - 3} more" if len(open_ones) > 3 else ""
         )
+    if written is not None:
+        summary += f"\nwrote {written}: {size(written.stat().st_size)}"
     return _sections(
         table(columns, screen.width), _cut(cut, len(findings), "most energy", screen), fit(summary, screen.width)
     )
