@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import pyte
 from forks import server
 
-ROWS = 200
+ROWS = 120
 """Rows of the terminal: more than any command here prints, so that nothing scrolls away."""
+
+REDRAWN = b"\r\x1b[K"
+"""What each drawing of the bar begins with."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ def show(columns: int, *argv: object, env: dict[str, str] | None = None) -> Show
     screen = pyte.Screen(columns, ROWS)
     stream = pyte.ByteStream(screen)
     during: dict[str, None] = {}
-    for at, part in enumerate(b"".join(pieces).split(b"\r")):  # each redrawing begins with one
-        stream.feed(b"\r" * bool(at) + part)
+    for at, part in enumerate(b"".join(pieces).split(REDRAWN)):
+        stream.feed(REDRAWN * bool(at) + part)
         during |= dict.fromkeys(lines(screen))
     return Shown(done.code, b"".join(pieces), list(during), lines(screen))
 

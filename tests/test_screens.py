@@ -223,10 +223,10 @@ def test_a_closed_stdout(job: tuple[Path, Path], findings: Path, tmp_path: Path)
     done = closed(">&-", "merge", *job, "-o", out, "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     expected = tmp_path / "expected"
-    assert closed("", "merge", *job, "-o", expected).returncode == 0
-    assert helpers.tree_digest(out) == helpers.tree_digest(
-        expected
-    )  # nothing was printed into a file that got number 1
+    assert server().run("merge", *job, "-o", expected).code == 0
+    # Nothing was printed into a file that got number 1; the record's norms depend on the number of threads.
+    digests = [{k: v for k, v in helpers.tree_digest(d).items() if k != "streamer.json"} for d in (out, expected)]
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize(

@@ -150,13 +150,14 @@ class Progress:
             self._drawn = False
 
     def _left(self, now: float) -> float | None:
-        """Seconds to the stage's end, if the rest goes as fast as what was done; None where nothing was done yet."""
+        """Seconds to the stage's end, if the rest goes as fast as what was done; None where nothing was, or it goes slower than that."""
         event = self._event
         assert event is not None
         if event.done <= self._first.done or self._event_at <= self._stage_began:
             return None
         pace = (self._event_at - self._stage_began) / (event.done - self._first.done)
-        return max(0.0, pace * (event.total - event.done) - (now - self._event_at))
+        left = pace * (event.total - event.done) - (now - self._event_at)
+        return left if left > 0 else None
 
     def _bar(self, now: float, columns: int) -> str:
         """The line on a terminal: what there is no room for is left out, the matrix's name first, then rate and share, the bar last."""
