@@ -233,9 +233,10 @@ def test_a_closed_stdout(job: tuple[Path, Path], findings: Path, tmp_path: Path)
     ("streams", "words"), [(">/dev/full", "No space left on device"), ("1</dev/null", "Bad file descriptor")]
 )
 def test_a_stdout_that_takes_nothing(findings: Path, streams: str, words: str) -> None:
-    done = closed(streams, "report", findings)
-    assert done.returncode == 6
-    assert re.fullmatch(rf"streamer: stdout: {words}; [^\n]*\n", done.stderr), done.stderr
+    for argv in (["report", findings], ["--help"]):
+        done = closed(streams, *argv)
+        assert done.returncode == 6
+        assert re.fullmatch(rf"streamer: stdout: {words}; [^\n]*\n", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize("streams", ["2>/dev/full", "2>&- <&-"])

@@ -66,25 +66,25 @@ def _open_missing_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
-def _print(text: str) -> None:
-    """Print a result on stdout.
+def _print(text: str = "") -> None:
+    """Print a result on stdout, or what is on its way there.
 
     Raises
     ------
     StorageError
         If it cannot be written; a reader that has gone is no fault.
     """
+    if sys.stdout is None:
+        return
     try:
-        print(text)
-        sys.stdout.flush()
+        print(text, end="\n" if text else "", flush=True)
     except OSError as e:
         silent = os.open(os.devnull, os.O_WRONLY)  # for what stays in Python's buffer until the process ends
         os.dup2(silent, sys.stdout.fileno())
         os.close(silent)
         if not isinstance(e, BrokenPipeError):
-            raise StorageError(
-                f"stdout: {e.strerror or e}; the result could not be printed, what was written to files stands"
-            ) from e
+            message = f"stdout: {e.strerror or e}; the result could not be printed, what was written to files stands"
+            raise StorageError(message) from e
 
 
 def _set_threads(n: int) -> None:
@@ -97,4 +97,13 @@ def _set_threads(n: int) -> None:
 
 def main() -> NoReturn:
     """Entry point of the `streamer` command."""
-    sys.exit(run())
+    try:
+        code = run()
+    except SystemExit:  # the parser's, after help or a wrong option
+        try:
+            _print()
+        except StorageError as e:
+            say(f"streamer: {e}")
+            sys.exit(e.exit_code)
+        raise
+    sys.exit(code)
