@@ -93,6 +93,15 @@ def test_several_adapters_are_named(tmp_path: Path) -> None:
     assert [line for line in shown.during if re.search(r"detect +\d+/18 .*  (poems|legal): \S+_proj$", line)]
     done = server().run("detect", base, tmp_path / "several", "-o", tmp_path / "again")
     assert done.last.startswith("streamer: detect: 2 adapters, 18 matrices, ")
+    head, _, *rows = (line.split() for line in done.out.splitlines()[:5])
+    assert head == ["adapter", "matrices", "with", "any", "intruders", "certified"]
+    assert [row[:2] for row in rows] == [["legal", "9"], ["poems", "9"], ["all", "together"]]
+    assert done.out.endswith(f"\n--all shows each adapter's matrices\n\nwrote {tmp_path / 'again'}\n")
+    full = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged", "--all").out
+    assert full.count("model.layers.") == 18
+    short = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged2").out
+    assert "model.layers." not in short
+    assert short.split()[:2] == ["adapter", "matrices"]
 
 
 def test_a_probe_shows_progress(job: tuple[Path, Path], tmp_path: Path) -> None:

@@ -84,12 +84,10 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     )  # fmt: skip
     each = found if isinstance(found, dict) else {"": found}
     shown = _screen(args)
-    return _each(
-        {
-            name: (findings_json(one), findings_table(one, shown, findings_of(args.output, name)))
-            for name, one in each.items()
-        }
-    )
+    parts = {}
+    for name, one in each.items():
+        parts[name] = findings_json(one), findings_table(one, shown, findings_of(args.output, name))
+    return _each(parts, args.output, shown)
 
 
 def _mitigate(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -151,7 +149,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     for name, record in ({"": found} if "" in named else found).items():
         output = str(model_of(args.output, name)) if name else args.output
         parts[name] = {**record, "output": output}, record_table(record, output, _screen(args))
-    return _each(parts)
+    return _each(parts, args.output, _screen(args))
 
 
 def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -215,11 +213,15 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
     return given if len(given) > 1 or holds_adapters(given[0]) else given[0]
 
 
-def _each(parts: Mapping[str, Result]) -> Result:
-    """The result of the one adapter, or of each of several by its name."""
+def _each(parts: Mapping[str, Result], output: str, shown: Screen) -> Result:
+    """The result of the one adapter; or of several by their names, in full if all is asked for."""
     from streamer.cli.json_report import of_several
+    from streamer.cli.tables import adapters_table
 
-    return parts[""] if "" in parts else of_several(parts)
+    if "" in parts:
+        return parts[""]
+    tree, full = of_several(parts)
+    return tree, full if shown.every else f"{adapters_table(tree['adapters'], shown)}\n\nwrote {output}"
 
 
 def _screen(args: argparse.Namespace) -> Screen:

@@ -118,6 +118,44 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
                      "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
 
 
+def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_LIMIT) -> str:
+    """What was found or written for several adapters, a line an adapter, from the objects that `--json` prints."""
+    t = [tree["totals"] for tree in trees.values()]
+    columns = [Column("adapter", list(trees), left=True, names=True, foot="all together"),
+               _summed("matrices", [x["matrices"] for x in t], "", 1)]  # fmt: skip
+    if all("method" in tree for tree in trees.values()):
+        columns += [
+            _summed("changed", [x["changed"] for x in t], "matrices that were changed", 3),
+            _summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5),
+            Column(
+                "|delta|", [f"{x['delta_norm']:#.4g}" for x in t], "Frobenius norm of what the adapter adds", keep=2
+            ),
+            Column(
+                "after",
+                [f"{x['delta_norm_after']:#.4g}" for x in t],
+                "Frobenius norm of the delta that was written",
+                keep=4,
+            ),
+            Column("size", [size(x["bytes"]) for x in t], keep=6, foot=size(sum(x["bytes"] for x in t))),
+        ]
+    else:
+        some = [sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()]
+        columns += [
+            _summed("with any", some, "matrices with intruders", 3),
+            _summed(
+                "intruders", [x["intruders"] for x in t], "how many of the largest directions the base does not have", 5
+            ),
+            _summed("certified", [x["certified"] for x in t], "matrices in which every decision is proven", 4),
+        ]
+    advice = [f"{name}: advice: {line}" for name, tree in trees.items() for line in tree.get("advice", ())]
+    more = "--all shows each adapter's matrices"
+    return _sections(table(columns, screen.width), "\n".join(fit(line, screen.width) for line in (*advice, more)))
+
+
+def _summed(head: str, numbers: Sequence[int], about: str, keep: int) -> Column:
+    return Column(head, [str(n) for n in numbers], about, keep, foot=str(sum(numbers)))
+
+
 def _removed(matrix: Mapping[str, Any]) -> tuple[float, float]:
     return abs(matrix["delta_norm"] ** 2 - matrix["delta_norm_after"] ** 2), matrix["delta_norm"]
 
