@@ -81,12 +81,13 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
         monitor=monitor,
     )  # fmt: skip
     each = found if isinstance(found, dict) else {"": found}
+    shown = _screen(args)
     parts = {}
-    for name, findings in each.items():
+    for name, one in each.items():
         path = findings_of(args.output, name)
-        tree = findings_json(findings) | {"output": str(path), "state": monitor.outputs[path]}
-        parts[name] = tree, findings_table(findings, _screen(args))
-    return _each(parts)
+        tree = findings_json(one) | {"output": str(path), "state": monitor.outputs[path]}
+        parts[name] = tree, findings_table(one, shown, path)
+    return _each(parts, args.output, shown)
 
 
 def _mitigate(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -148,7 +149,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     parts = {}
     for name, record in ({"": found} if "" in named else found).items():
         parts[name] = dict(record), record_table(record, record["output"], _screen(args))
-    return _each(parts)
+    return _each(parts, args.output, _screen(args))
 
 
 def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -222,11 +223,15 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
     return given if len(given) > 1 or holds_adapters(given[0]) else given[0]
 
 
-def _each(parts: Mapping[str, Result]) -> Result:
-    """The result of the one adapter, or of each of several by its name."""
+def _each(parts: Mapping[str, Result], output: str, shown: Screen) -> Result:
+    """The result of the one adapter; or of several by their names, in full if all is asked for."""
     from streamer.cli.json_report import of_several
+    from streamer.cli.tables import adapters_table
 
-    return parts[""] if "" in parts else of_several(parts)
+    if "" in parts:
+        return parts[""]
+    tree, full = of_several(parts)
+    return tree, full if shown.every else f"{adapters_table(tree['adapters'], shown)}\n\nwrote {output}"
 
 
 def _screen(args: argparse.Namespace) -> Screen:

@@ -305,7 +305,9 @@ def demo_table(result: dict[str, Any], screen: Screen = NO_LIMIT) -> str:
     columns.append(Column("sigma", before, "singular value of the largest one; the base's own largest is 1", keep=3))
     if t["left"]:
         after = [number(r["sigma_after"]) for r in rows]
-        columns.append(Column("left", after, "the same of what is found in the new adapter, `-` where none is", keep=5))
+        columns.append(
+            Column("sigma left", after, "the same of what is found in the new adapter, `-` where none is", keep=5)
+        )
     meaning = (
         "lambda 0 removes an intruder"
         if strength == 0

@@ -29,9 +29,9 @@ class JsonEvents:
         else:
             self.say("progress", **asdict(event))
 
-    def note(self, text: str) -> None:
-        """Take a note that is no event of the library."""
-        self.say("note", message=text)
+    def tell(self, text: str) -> None:
+        """Take a line for stderr that is no event of the library."""
+        self.say("note", message=text.removeprefix("streamer: "))
 
     def error(self, error: dict[str, Any]) -> None:
         """Take what `cli.errors_json.error_entry` says of the error that ended the run."""

@@ -119,7 +119,7 @@ class Column:
 
 def table(columns: Sequence[Column], width: int | None = None) -> str:
     """Set columns side by side, two spaces apart, and under them a legend of those that are shown."""
-    shown = list(columns)
+    shown = [replace(c, cells=[printable(text) for text in c.cells]) for c in columns]
     if width is not None:
         while len(shown) > 1 and sum(c.least + 2 for c in shown) - 2 > width:
             shown.remove(min(shown[1:], key=lambda c: c.keep))
@@ -161,11 +161,12 @@ def shorten(names: Sequence[str], width: int) -> list[str]:
     """Shorten names of tensors alike to as many columns, so that they stay different; layer number and projection go last."""
     if max(map(len, names), default=0) <= width:
         return list(names)
-    for way in _ways(names):
+    ways = _ways(names)
+    for way in ways:
         short = [way(name) for name in names]
         if max(map(len, short)) <= width and len(set(short)) == len(set(names)):
             return short
-    return [_middle(name, width) for name in names]
+    return [_middle(ways[-1](name), width) for name in names]
 
 
 def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
@@ -190,10 +191,20 @@ def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
         kept = [p for p in parts[:-1] if p.isdigit()]
         return f"…{'.'.join(kept)}…{parts[-1]}" if kept else f"…{parts[-1]}"
 
+    def letters(name: str, count: int) -> str:
+        parts = bare(name).split(".")[alike:]
+        return ("…" if alike else "") + ".".join([*(p if p.isdigit() else p[:count] for p in parts[:-1]), parts[-1]])
+
     def bound(way: Callable[[str, int], str], count: int) -> Callable[[str], str]:
         return lambda name: way(name, count)
 
-    return [bare, *(bound(without_start, n) for n in range(1, alike + 1)), bound(numbers_and_end, alike)]
+    starts = [bound(without_start, n) for n in range(1, alike + 1)]
+    return [bare, *starts, bound(numbers_and_end, alike), *(bound(letters, n) for n in (8, 4, 3, 1))]
+
+
+def printable(text: str) -> str:
+    """Escape what would steer a terminal: names come from downloads."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _middle(name: str, width: int) -> str:

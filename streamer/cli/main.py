@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
         raise StorageError(
             "stdout: is closed, and the result goes there; redirect it to a file or /dev/null, or pass --quiet"
         )
-    with stop_on_signals(monitor, progress.note if isinstance(progress, JsonEvents) else _say):
+    with stop_on_signals(monitor, progress.tell):
         try:
             if getattr(args, "threads", None) is not None:
                 _set_threads(args.threads)
@@ -69,10 +69,6 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
     # On a terminal the numbers stand just above.
     shown = prints and not args.json and not args.json_events and sys.stdout.isatty()
     progress.finish("" if shown else summary(tree))
-
-
-def _say(text: str) -> None:
-    say(f"streamer: {text}")
 
 
 def _described(e: Exception) -> dict[str, Any] | None:
@@ -100,7 +96,7 @@ def _tell(error: dict[str, Any], as_json: bool, progress: Progress | JsonEvents,
     if isinstance(progress, JsonEvents):
         progress.error(error)
     elif foreseen:
-        _say(error["message"])
+        say(f"streamer: {error['message']}")
 
 
 def _refuse(e: BadUsage, argv: Sequence[str]) -> None:
@@ -125,25 +121,25 @@ def _open_missing_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
-def _print(text: str) -> None:
-    """Print a result on stdout.
+def _print(text: str = "") -> None:
+    """Print a result on stdout, or what is on its way there.
 
     Raises
     ------
     StorageError
         If it cannot be written; a reader that has gone is no fault.
     """
+    if sys.stdout is None:
+        return
     try:
-        print(text)
-        sys.stdout.flush()
+        print(text, end="\n" if text else "", flush=True)
     except OSError as e:
         silent = os.open(os.devnull, os.O_WRONLY)  # for what stays in Python's buffer until the process ends
         os.dup2(silent, sys.stdout.fileno())
         os.close(silent)
         if not isinstance(e, BrokenPipeError):
-            raise StorageError(
-                f"stdout: {e.strerror or e}; the result could not be printed, what was written to files stands"
-            ) from e
+            message = f"stdout: {e.strerror or e}; the result could not be printed, what was written to files stands"
+            raise StorageError(message) from e
 
 
 def _set_threads(n: int) -> None:
@@ -156,4 +152,13 @@ def _set_threads(n: int) -> None:
 
 def main() -> NoReturn:
     """Entry point of the `streamer` command."""
-    sys.exit(run())
+    try:
+        code = run()
+    except SystemExit:  # the parser's, after help or a wrong option
+        try:
+            _print()
+        except StorageError as e:
+            say(f"streamer: {e}")
+            sys.exit(e.exit_code)
+        raise
+    sys.exit(code)

@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Literal
 
+from streamer.cli.layout import printable
 from streamer.events import Event
 
 Mode = Literal["auto", "bar", "plain", "none"]
@@ -34,7 +35,7 @@ UNITS = {"detect": "matrices", "write": "tensors"}
 
 def say(text: str) -> None:
     """Print a line on stderr, if anyone can read it: a log that is full or a reader that has gone does not end a job."""
-    _write(f"{text}\n")
+    _write(f"{printable(text)}\n")
 
 
 def _write(text: str) -> None:
@@ -88,8 +89,7 @@ class Progress:
         with self._lock:
             if event.stage in ("warning", "note"):
                 if self._quiet < (2 if event.stage == "warning" else 1):
-                    self._erase()
-                    say(f"streamer: {event.stage}: {event.name}")
+                    self.tell(f"streamer: {event.stage}: {event.name}")
                 return
             if self._mode == "none" or self._closed.is_set():
                 return
@@ -107,6 +107,12 @@ class Progress:
             if self._ticker is None:  # a matrix may take minutes, and no event comes then
                 self._ticker = threading.Thread(target=self._tick, daemon=True, name="progress")
                 self._ticker.start()
+
+    def tell(self, text: str) -> None:
+        """Print a line that is no event, on a clean line."""
+        with self._lock:
+            self._erase()
+            say(text)
 
     def close(self) -> None:
         """Remove the bar, for good: what is printed from now on stands on a clean line."""
@@ -144,13 +150,14 @@ class Progress:
             self._drawn = False
 
     def _left(self, now: float) -> float | None:
-        """Seconds to the stage's end, if the rest goes as fast as what was done; None where nothing was done yet."""
+        """Seconds to the stage's end, if the rest goes as fast as what was done; None where nothing was, or it goes slower than that."""
         event = self._event
         assert event is not None
         if event.done <= self._first.done or self._event_at <= self._stage_began:
             return None
         pace = (self._event_at - self._stage_began) / (event.done - self._first.done)
-        return max(0.0, pace * (event.total - event.done) - (now - self._event_at))
+        left = pace * (event.total - event.done) - (now - self._event_at)
+        return left if left > 0 else None
 
     def _bar(self, now: float, columns: int) -> str:
         """The line on a terminal: what there is no room for is left out, the matrix's name first, then rate and share, the bar last."""
@@ -171,7 +178,7 @@ class Progress:
         rest = columns - len(line) - 2
         if rest >= len(event.adapter[:ADAPTER]) + SHORTEST and (not event.total or columns >= NARROW):
             line += f"  {_name(event, rest)}"
-        return line[:columns].rstrip()
+        return printable(line)[:columns].rstrip()
 
     def _rate(self) -> str:
         """Matrices or megabytes a second, from the stage's beginning to its last event."""
@@ -194,8 +201,9 @@ class Progress:
             count += f", {100 * event.done / event.total:.0f}%"
         if event.adapter:
             count += f", {event.adapter}"
+        stage = "" if event.stage == self._command else f"{event.stage} "
         rest = "" if left is None else f", {clock(left)} left"
-        return f"{clock(now - self._began)} {self._command}: {event.stage} {count}{rest}"
+        return f"{self._command}: after {clock(now - self._began)}, {stage}{count}{rest}"
 
 
 def _columns() -> int:
@@ -216,7 +224,7 @@ def _name(event: Event, columns: int) -> str:
     """The adapter's name and the matrix's, in as many columns: of this its end."""
     start = f"{event.adapter[:ADAPTER]}: " if event.adapter else ""
     name, room = event.name.removesuffix(".weight"), columns - len(start)
-    return start + (name if len(name) <= room else f"…{name[len(name) - room + 1 :]}")
+    return start + (name if len(name) <= room else "…" + name[len(name) - room + 1 :].lstrip("."))
 
 
 def clock(seconds: float) -> str:

@@ -12,10 +12,15 @@ from streamer.events import Monitor
 
 
 @contextlib.contextmanager
-def stop_on_signals(monitor: Monitor, say: Callable[[str], None]) -> Iterator[None]:
+def stop_on_signals(monitor: Monitor, tell: Callable[[str], None]) -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into a request to stop at the next safe point, which is said, and the second into an end at once.
 
     A thread waits for them, since Python runs handlers in the main thread alone, which may sit in LAPACK for a minute.
+
+    Parameters
+    ----------
+    tell
+        Prints a line on stderr.
     """
     watched = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
@@ -23,7 +28,7 @@ def stop_on_signals(monitor: Monitor, say: Callable[[str], None]) -> Iterator[No
     def watch() -> None:
         first = signal.sigwait(watched)
         monitor.request_stop(first)
-        say(f"signal {int(first)}: stopping at the next safe point; once more to stop at once")
+        tell(f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once")
         os._exit(128 + signal.sigwait(watched))
 
     threading.Thread(target=watch, daemon=True, name="signals").start()

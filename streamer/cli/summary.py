@@ -21,7 +21,7 @@ def summary(tree: Mapping[str, Any]) -> str:
         from streamer.cli.tables import size
 
         return (
-            f"{totals['changed']} of {_count(totals['matrices'], 'matrix')} changed, {_count(totals['intruders'], 'intruder')} "
+            f"{totals['changed']} of {totals['matrices']} matrices changed, {_count(totals['intruders'], 'intruder')} "
             f"scaled, {_count(len(tree['files']), 'file')}, {size(totals['bytes'])}"
         )
     if schema == "streamer.demo":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from streamer.cli.layout import Column, Screen, fit, natural, table
+from streamer.cli.layout import Column, Screen, fit, natural, shorten, table
 from streamer.findings import Findings, MatrixFinding
 from streamer.units import format_size
 
@@ -16,8 +17,8 @@ MANY, SHOWN = 20, 10
 NO_LIMIT = Screen()
 
 
-def findings_table(findings: Findings, screen: Screen = NO_LIMIT) -> str:
-    """What was found: a line a matrix, or the ten whose deltas are intruders for the largest part; and totals."""
+def findings_table(findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None) -> str:
+    """What was found: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written."""
     every = sorted(findings, key=lambda m: natural(m.tensor))
     chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
     found = [m.detection for m in chosen]
@@ -31,14 +32,14 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT) -> str:
         Column("ranks", [_ranks(d.intruders) for d in found], "which these are in base + adapter; 1 is the largest", keep=6),
         Column("similarity", [f"{min(d.similarity):.3f}" for d in found],
                f"least of a direction to the base, from 0 to 1; below {findings.options.threshold_epsilon:g} is an intruder", keep=4),
-        Column("sigma", [f"{d.singular_values[0]:.4g}" for d in found], "largest singular value of base + adapter", keep=0),
-        Column("|delta|", [f"{d.delta_norm:.4g}" for d in found], "Frobenius norm of what the adapter adds", keep=3),
+        Column("sigma", [f"{d.singular_values[0]:#.4g}" for d in found], "largest singular value of base + adapter", keep=0),
+        Column("|delta|", [f"{d.delta_norm:#.4g}" for d in found], "Frobenius norm of what the adapter adds", keep=3),
         Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in found], "the intruders' share of |delta|^2", keep=8),
         Column("cut at 0", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
                "what mitigate drops at lambda 0 with --method paper, to keep rank r", keep=5),
     ]  # fmt: skip
     if len({_decided(m) for m in findings}) > 1:
-        columns.append(Column("decided", decided, "by which solver; open: nothing settles some direction", keep=7))
+        columns.append(Column("decided", decided, "by which solver; open where none settles a direction", keep=7))
     o = findings.options
     certified = sum(m.detection.certified for m in findings)
     summary = (
@@ -46,9 +47,12 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT) -> str:
         f"(top_k={o.top_k}, epsilon={o.threshold_epsilon}); {certified} of {len(findings)} certified"
     )
     if open_ones := [m.tensor for m in every if not m.detection.certified]:
-        summary += f"\nnot certified: {', '.join(open_ones[:3])}" + (
+        some = shorten(open_ones[:3], (screen.width or 10**6) - 4)
+        summary += f"\nnot certified: {', '.join(some)}" + (
             f" and {len(open_ones) - 3} more" if len(open_ones) > 3 else ""
         )
+    if written is not None:
+        summary += f"\nwrote {written}: {size(written.stat().st_size)}"
     return _sections(
         table(columns, screen.width), _cut(cut, len(findings), "most energy", screen), fit(summary, screen.width)
     )
@@ -79,9 +83,14 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         Column("matrix", [m["tensor"] for m in chosen], left=True, names=True),
         Column("scaled", [str(len(m["intruders"])) for m in chosen], "intruders that were scaled", keep=2),
         Column(
-            "|delta|", [f"{m['delta_norm']:.4g}" for m in chosen], "Frobenius norm of what the adapter adds", keep=1
+            "|delta|", [f"{m['delta_norm']:#.4g}" for m in chosen], "Frobenius norm of what the adapter adds", keep=1
         ),
-        Column("after", [f"{m['delta_norm_after']:.4g}" for m in chosen], "the same of what was written", keep=3),
+        Column(
+            "after",
+            [f"{m['delta_norm_after']:#.4g}" for m in chosen],
+            "Frobenius norm of the delta that was written",
+            keep=3,
+        ),
     ]
     if record["command"] == "mitigate":
         about = "what back-projection to the adapter's rank left out of the mitigated delta"
@@ -103,10 +112,50 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     if record["command"] == "merge" and record["tokenizer"] == "adapter":
         lines.append("the tokenizer and its chat template are the adapter's own")
     if record["command"] == "mitigate":
-        lines.append(f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta")
+        worst = max(matrices, key=lambda m: m["dropped"], default=None)
+        most = f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
+        lines.append(f"{most}, of {worst['tensor']}" if worst and worst["dropped"] else most)
     lines += [f"advice: {line}" for line in record.get("advice", ())]
     return _sections(table(columns, screen.width) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
                      "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
+
+
+def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_LIMIT) -> str:
+    """What was found or written for several adapters, a line an adapter, from the objects that `--json` prints."""
+    t = [tree["totals"] for tree in trees.values()]
+    columns = [Column("adapter", list(trees), left=True, names=True, foot="all together"),
+               _summed("matrices", [x["matrices"] for x in t], "", 1)]  # fmt: skip
+    if all("method" in tree for tree in trees.values()):
+        columns += [
+            _summed("changed", [x["changed"] for x in t], "matrices that were changed", 3),
+            _summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5),
+            Column(
+                "|delta|", [f"{x['delta_norm']:#.4g}" for x in t], "Frobenius norm of what the adapter adds", keep=2
+            ),
+            Column(
+                "after",
+                [f"{x['delta_norm_after']:#.4g}" for x in t],
+                "Frobenius norm of the delta that was written",
+                keep=4,
+            ),
+            Column("size", [size(x["bytes"]) for x in t], keep=6, foot=size(sum(x["bytes"] for x in t))),
+        ]
+    else:
+        some = [sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()]
+        columns += [
+            _summed("with any", some, "matrices with intruders", 3),
+            _summed(
+                "intruders", [x["intruders"] for x in t], "how many of the largest directions the base does not have", 5
+            ),
+            _summed("certified", [x["certified"] for x in t], "matrices in which every decision is proven", 4),
+        ]
+    advice = [f"{name}: advice: {line}" for name, tree in trees.items() for line in tree.get("advice", ())]
+    more = "--all shows each adapter's matrices"
+    return _sections(table(columns, screen.width), "\n".join(fit(line, screen.width) for line in (*advice, more)))
+
+
+def _summed(head: str, numbers: Sequence[int], about: str, keep: int) -> Column:
+    return Column(head, [str(n) for n in numbers], about, keep, foot=str(sum(numbers)))
 
 
 def _removed(matrix: Mapping[str, Any]) -> tuple[float, float]:
