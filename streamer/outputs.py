@@ -16,7 +16,7 @@ from streamer.apply import OWN_FINDINGS, SCHEMA, Sink
 from streamer.budget import check_budget, detection_needs
 from streamer.events import Event, Monitor
 from streamer.figures import journalled, totals
-from streamer.findings_writer import remove_leftovers
+from streamer.findings_file import remove_leftovers
 from streamer.merging import threads
 from streamer.pipeline import detect_to_files
 from streamer.storage.atomic import AtomicFile, Buffer, locked
