@@ -65,11 +65,11 @@ def check_findings_place(path: Path, make_parent: bool) -> None:
     make_parent
         Whether the file's directory may still be missing.
     """
-    if not make_parent and not path.parent.is_dir():
-        raise OutputError(f"{path}: directory {path.parent} does not exist; create it first")
-    check_name(path, partial_name(journal_of(path).name))
     if path.is_dir():
         raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
+    if not make_parent and not path.parent.exists():
+        raise OutputError(f"{path}: directory {path.parent} does not exist; create it first")
+    check_name(path, partial_name(journal_of(path).name))
     refuse_symlink(path)
     if make_parent:
         refuse_symlink(path.parent)

@@ -11,7 +11,7 @@ from streamer.cli.commands import COMMANDS
 from streamer.cli.parser import build_parser
 from streamer.cli.progress import Progress
 from streamer.cli.signals import stop_on_signals
-from streamer.errors import StorageError, StreamerError, UsageError
+from streamer.errors import StorageError, StreamerError, UsageError, one_line
 from streamer.events import Monitor
 
 
@@ -38,7 +38,8 @@ def run(argv: list[str] | None = None) -> int:
     except OSError as e:
         from streamer.storage.atomic import advice
 
-        print(f"streamer: {e.filename or 'I/O'}: {e.strerror or e}; {advice(e)}", file=sys.stderr)
+        said = f"{e.filename or 'I/O'}: {e.strerror or e}; {advice(e)}"
+        print(f"streamer: {one_line(said)}", file=sys.stderr)
         return UsageError.exit_code if e.errno == errno.ENAMETOOLONG else StorageError.exit_code
     except MemoryError:
         print(
