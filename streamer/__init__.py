@@ -18,7 +18,7 @@ _HOMES = {
     "DetectionOptions": "intruders",
     "Event": "events",
     "Findings": "findings",
-    "MatrixFinding": "findings",
+    "MatrixFinding": "matrix_finding",
     "MitigationOptions": "intruders",
     "Monitor": "events",
     "StreamerError": "errors",
@@ -56,8 +56,9 @@ if TYPE_CHECKING:
     )
     from streamer.errors import StreamerError, StreamerWarning
     from streamer.events import Event, Monitor
-    from streamer.findings import Findings, MatrixFinding, load_findings
+    from streamer.findings import Findings, load_findings
     from streamer.intruders import Detection, DetectionOptions, MitigationOptions
+    from streamer.matrix_finding import MatrixFinding
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ from streamer.bases.weight import Part
 from streamer.dora import dora_delta
 from streamer.encodings import encoding_of
 from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
+from streamer.findings_records import AdapterIdentity
 from streamer.kinds import FACTORS, classify, config_refusals, is_residual, normalize
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank
@@ -106,23 +107,24 @@ class Adapter:
         A, B = self.factor(module.a, a).flatten(1), self.factor(module.b, b).flatten(1)
         return LowRank(A.T * module.scale, B) if module.turned else LowRank(B * module.scale, A.T)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> AdapterIdentity:
         """What tells this adapter from another, wherever it lies: digests of weights and config."""
         if self.is_model:
-            return checkpoint_identity({file.path.name: file for file in self.files}) | {"modules": len(self.modules)}
+            files = checkpoint_identity({file.path.name: file for file in self.files})["files"]
+            return {"files": files, "modules": len(self.modules)}
         digest = hashlib.sha256(self.file.header.digest.encode())
         for info in self.file.header.tensors:
             for piece in self.file.chunks(info):
                 digest.update(piece)
         config = (self.path / CONFIG_NAME).read_bytes()
-        # Of a residual base, as the user has stated.
-        residual = {"base_is_residual": True} if is_residual(self.config) else {}
-        return residual | {
+        identity: AdapterIdentity = {
             "weights_sha256": digest.hexdigest(),
             "config_sha256": hashlib.sha256(config).hexdigest(),
             "modules": len(self.modules),
             "base_model_name_or_path": self.config.get("base_model_name_or_path"),
         }
+        # Of a residual base, as the user has stated.
+        return {"base_is_residual": True, **identity} if is_residual(self.config) else identity
 
 
 def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> Adapter:

@@ -20,12 +20,13 @@ from streamer.encodings import TORCH_DTYPES, as_tensor
 from streamer.errors import NumericError
 from streamer.events import Event, Monitor
 from streamer.figures import matrix_figures
-from streamer.findings import Findings, MatrixFinding
-from streamer.findings_writer import journal_of
+from streamer.findings import Findings
+from streamer.findings_file import journal_of
 from streamer.intruders import Detection, DetectionOptions, MitigationOptions, mitigate
 from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import all_finite
+from streamer.matrix_finding import MatrixFinding
 from streamer.merged import MergedModel, plan_merged
 from streamer.merging import Exchanged, Rounded, Shifted, repeats, threads
 from streamer.model_card import CARD_NAME, Card, longest_totals, take_card

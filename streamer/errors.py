@@ -4,7 +4,8 @@
 
     StreamerError                1   something unexpected
     ├── UsageError               2   an option or argument that makes no sense; a ValueError
-    │   └── UnknownNameError         a name that findings do not have; a KeyError
+    │   ├── UnknownNameError         a name that findings do not have; a KeyError
+    │   └── MissingPackageError      an optional package is not installed; an ImportError
     ├── InputError               3   bad or inconsistent input
     │   ├── MissingInputError        a file or directory that is not there; a FileNotFoundError
     │   ├── FormatError              a file breaks its own format; a ValueError
@@ -65,6 +66,25 @@ class UsageError(StreamerError, ValueError):
 
 class UnknownNameError(UsageError, KeyError):
     """A name that findings do not have, or that fits several of their matrices."""
+
+
+class MissingPackageError(UsageError, ImportError):
+    """An optional package is not installed.
+
+    Parameters
+    ----------
+    message
+        The whole message, which says how to install it.
+    name
+        The package.
+    """
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.name)
 
 
 class InputError(StreamerError):

@@ -1,10 +1,7 @@
 """The findings: what was detected, for each matrix, and from which base, adapter and options.
 
-On disk they are one safetensors file. For the base tensor ``T`` it holds ``T/U`` (m, q), ``T/S`` (q,), ``T/Vh`` (q, n), the
-intruders' triplets; ``T/intruders`` (q,) int64; ``T/singular_values``, ``T/similarity`` and its
-``T/similarity_low``, ``T/similarity_high`` (k,) float64.
-The metadata's ``findings`` is JSON: identity, options, and the figures of each matrix. While detection runs, each matrix is a
-record in a journal beside the file; a record is itself a safetensors file of these tensors, and the end puts them together.
+On disk they are one safetensors file, whose layout `findings_file` has. While detection runs, each matrix is a record in a journal
+beside the file; a record is itself a safetensors file of the matrix' tensors, and the end puts them together.
 """
 
 from __future__ import annotations
@@ -12,84 +9,37 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-import torch
-from torch import Tensor
-
-from streamer.encodings import TORCH_DTYPES, as_bytes, as_tensor
-from streamer.errors import FormatError, MismatchError
-from streamer.intruders import Detection, DetectionOptions
-from streamer.linalg.operators import all_finite
+from streamer.encodings import as_bytes
+from streamer.errors import FormatError, MismatchError, UnknownNameError
+from streamer.findings_file import SCHEMA, matrix_entries, plan_findings_file, save_findings_file
+from streamer.findings_records import (
+    AdapterIdentity,
+    BaseIdentity,
+    FindingsRecord,
+    TotalsRecord,
+)
+from streamer.findings_view import findings_frame, findings_html, index_of, indices_of, is_pattern, summary_lines
+from streamer.intruders import DetectionOptions
+from streamer.matrix_finding import MatrixFinding, read_matrix
 from streamer.records import STAMP
+from streamer.storage.atomic import Buffer
+from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import TensorFile
 
-SCHEMA = "streamer.findings/1"
-
-ARRAYS = ("U", "S", "Vh", "singular_values", "similarity", "similarity_low", "similarity_high", "intruders")
-_FIGURES: dict[str, type] = {
-    "certified": bool,
-    "degenerate": list,
-    "solver": str,
-    "escalated": bool,
-    "steps": int,
-    "products": int,
-    "cutoff": float,
-    "delta_norm": float,
-    "intruder_energy": float,
-    "dropped_at_zero": float,
-}
-_OWN: dict[str, type] = {"tensor": str, "module": str, "shape": list, "dtype": str, "rank": int, "scale": float}
-DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+if TYPE_CHECKING:
+    import pandas
 
 
-@dataclass(frozen=True)
-class MatrixFinding:
-    """What was found in one matrix.
-
-    Attributes
-    ----------
-    tensor, module
-        Its name in the base, and in the adapter.
-    shape
-        (out, in), whatever the order on disk.
-    dtype
-        The base tensor's dtype, in the format's spelling.
-    rank, scale
-        The adapter's, for this module.
-    detection
-        Decisions and factors. From a file, the factors are read through a map, when they are used.
-    seconds
-        How long detection took; None where it was read from a file, which holds no times.
-    """
-
-    tensor: str
-    module: str
-    shape: tuple[int, int]
-    dtype: str
-    rank: int
-    scale: float
-    detection: Detection
-    seconds: float | None = None
-
-    def figures(self) -> dict[str, Any]:
-        """Everything but the arrays, as JSON values."""
-        own = {"tensor": self.tensor, "module": self.module, "shape": list(self.shape), "dtype": self.dtype,
-               "rank": self.rank, "scale": self.scale}  # fmt: skip
-        return own | {name: getattr(self.detection, name) for name in _FIGURES}
-
-    def arrays(self) -> dict[str, Tensor]:
-        """The arrays by key, in file order."""
-        d = self.detection
-        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in ARRAYS[3:7]}
-        return {"U": d.U, "S": d.S, "Vh": d.Vh, **numbers, "intruders": torch.tensor(d.intruders, dtype=torch.int64)}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Findings:
-    """All matrices of an adapter, in the base's file order.
+    """All matrices of an adapter, in the base's file order; a sequence of `MatrixFinding`.
+
+    ``findings[0]`` is a matrix, ``findings[:4]`` are findings on the first four, ``findings["layers.0.self_attn.q_proj"]`` is the
+    matrix of that name, and ``findings["*.q_proj"]`` are findings on all that fit; see `find` and `select`.
 
     Attributes
     ----------
@@ -103,8 +53,8 @@ class Findings:
         ``base`` and ``adapter``: names, and ids where they are known; they do not decide whether findings fit other inputs.
     """
 
-    base: Mapping[str, Any]
-    adapter: Mapping[str, Any]
+    base: BaseIdentity
+    adapter: AdapterIdentity
     options: DetectionOptions
     matrices: tuple[MatrixFinding, ...]
     _file: TensorFile | None = field(default=None, repr=False, compare=False)
@@ -129,10 +79,15 @@ class Findings:
                 digest.update(as_bytes(factor))
         return digest.hexdigest()
 
-    def check_matches(
-        self, base: Mapping[str, Any], adapter: Mapping[str, Any], options: DetectionOptions | None
-    ) -> None:
+    def check_matches(self, base: BaseIdentity, adapter: AdapterIdentity, options: DetectionOptions | None) -> None:
         """Refuse to be used with another base, adapter or options than they were made with.
+
+        Parameters
+        ----------
+        base, adapter
+            Identities of the inputs that they are to be used with.
+        options
+            The options that are asked for; None takes those of the findings.
 
         Raises
         ------
@@ -140,24 +95,149 @@ class Findings:
             Which of them differs, and how.
         """
         where = self._file.path if self._file else "findings"
-        for what, mine, theirs in (("base", self.base, base), ("adapter", self.adapter, adapter)):
+        pairs: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...]
+        pairs = ("base", {**self.base}, {**base}), ("adapter", {**self.adapter}, {**adapter})
+        for what, mine, theirs in pairs:
             if mine != theirs:
                 raise MismatchError(
                     f"{where}: made with another {what} ({_difference(mine, theirs)}); run detect again on this one"
                 )
-        for name, value in (options.as_dict() if options else {}).items():
-            mine_value = self.options.as_dict()[name]
+        for name, value in (asdict(options) if options else {}).items():
+            mine_value = getattr(self.options, name)
             # Which solver made them, in what memory, does not matter to who uses them, unless one was asked for.
             if value != mine_value and not ((name == "solver" and value == "auto") or name == "max_memory"):
                 raise MismatchError(
                     f"{where}: made with {name}={mine_value!r}, asked for {value!r}; pass the same, or run detect again"
                 )
 
+    def find(self, name: str) -> MatrixFinding:
+        """The one matrix of a name.
+
+        Parameters
+        ----------
+        name
+            A base tensor's name, an adapter module's, or an end of one, from a dot on, that no other matrix has:
+            ``layers.0.self_attn.q_proj``.
+
+        Raises
+        ------
+        UnknownNameError
+            If there is none, or several; it is a `KeyError`.
+        """
+        return self.matrices[index_of(self._names, name)]
+
+    def select(self, pattern: str) -> Findings:
+        """Findings on the matrices whose tensor or module a pattern fits. They are a part: to mitigate or merge takes all.
+
+        Parameters
+        ----------
+        pattern
+            A name with ``*``, ``?`` or ``[…]``, as in file names: ``*.layers.[0-3].*.q_proj``.
+
+        Raises
+        ------
+        UnknownNameError
+            If there are none; it is a `KeyError`.
+        """
+        return replace(self, matrices=tuple(self.matrices[i] for i in indices_of(self._names, pattern)))
+
+    @overload
+    def __getitem__(self, key: int) -> MatrixFinding: ...
+    @overload
+    def __getitem__(self, key: slice) -> Findings: ...
+    @overload
+    def __getitem__(self, key: str) -> Any: ...  # `find` and `select` say which
+    def __getitem__(self, key: int | slice | str) -> MatrixFinding | Findings:
+        if isinstance(key, slice):
+            return replace(self, matrices=self.matrices[key])
+        if not isinstance(key, str):
+            return self.matrices[key]
+        return self.select(key) if is_pattern(key) else self.find(key)
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return any(key is m for m in self.matrices)
+        try:
+            self.find(key)
+        except UnknownNameError:
+            return False
+        return True
+
     def __iter__(self) -> Iterator[MatrixFinding]:
         return iter(self.matrices)
 
     def __len__(self) -> int:
         return len(self.matrices)
+
+    @property
+    def _names(self) -> list[tuple[str, str]]:
+        return [(m.tensor, m.module) for m in self.matrices]
+
+    def record(self) -> FindingsRecord:
+        """Everything but the vectors, as JSON values: what `streamer report --json` prints. Seconds are None where a file was read."""
+        matrices = [m.record() for m in self.matrices]
+        timed = [m["seconds"] for m in matrices if m["seconds"] is not None]
+        totals: TotalsRecord = {
+            "matrices": len(matrices),
+            "intruders": self.intruders,
+            "certified": sum(m["certified"] for m in matrices),
+            "escalated": sum(m["escalated"] for m in matrices),
+            "degenerate": sum(bool(m["degenerate"]) for m in matrices),
+            "seconds": sum(timed) if timed else None,
+        }
+        base, adapter = ({**self.sources.get(what, {})} for what in ("base", "adapter"))
+        return {"schema": SCHEMA, "base": cast(BaseIdentity, base | self.base), "adapter": cast(AdapterIdentity, adapter | self.adapter),
+                "options": self.options.as_dict(), "totals": totals, "matrices": matrices}  # fmt: skip
+
+    def __repr__(self) -> str:
+        return "<Findings: " + "\n ".join(summary_lines(self.record())) + ">"
+
+    def _repr_html_(self) -> str:
+        return findings_html(self.record())
+
+    def to_pandas(self, by: Literal["matrix", "direction"] = "matrix") -> pandas.DataFrame:
+        """The figures as a data frame; pandas comes with ``pip install 'intruder-streamer[pandas]'``.
+
+        Parameters
+        ----------
+        by
+            ``matrix``: a row for each matrix; ``direction``: one for each of its leading singular directions. Directions and
+            `intruders` count from 0.
+
+        Raises
+        ------
+        MissingPackageError
+            If pandas is not installed; it is an `ImportError`.
+        """
+        return findings_frame(self.record(), by)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write them as a findings file, byte for byte as `detect_intruder_dimensions` writes it; missing directories are made.
+
+        Parameters
+        ----------
+        path
+            The file. It appears whole, or not at all.
+        overwrite
+            Whether to replace what stands there.
+
+        Raises
+        ------
+        OutputExistsError
+            If something stands there; it is a `FileExistsError`.
+        OutputError, StorageError, LockedError
+            If it cannot be written there.
+        """
+        path, matrices = Path(path), self.by_tensor
+        entries = [entry for m in self.matrices for entry in matrix_entries(m.tensor, m.arrays())]
+        figures = [m.figures() for m in self.matrices]
+        shard = plan_findings_file(path.name, self, figures, entries)
+
+        def source(info: TensorInfo) -> Iterator[Buffer]:
+            tensor, _, key = info.name.rpartition("/")
+            yield as_bytes(matrices[tensor].arrays()[key])
+
+        save_findings_file(path, shard, source, overwrite)
 
 
 def _difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
@@ -172,7 +252,7 @@ def _difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
 
 
 def detection_digest(
-    base: Mapping[str, Any], adapter: Mapping[str, Any], options: DetectionOptions, tensors: Sequence[str]
+    base: BaseIdentity, adapter: AdapterIdentity, options: DetectionOptions, tensors: Sequence[str]
 ) -> str:
     """SHA-256 over everything that decides the findings' bytes."""
     plan = {"schema": SCHEMA, "base": base, "adapter": adapter, "options": options.as_dict(), "tensors": list(tensors)}
@@ -180,7 +260,12 @@ def detection_digest(
 
 
 def load_findings(path: str | Path) -> Findings:
-    """Read a findings file.
+    """Read a findings file; its vectors are read through a map, when they are used.
+
+    Parameters
+    ----------
+    path
+        A file that `detect_intruder_dimensions`, ``streamer detect`` or `Findings.save` wrote.
 
     Raises
     ------
@@ -199,7 +284,7 @@ def load_findings(path: str | Path) -> Findings:
         tree = json.loads(text)
         options = DetectionOptions(**tree["options"])
         data = file.data()  # one map for all: a map each would run out of descriptors
-        matrices = tuple(_matrix(figures, file, data) for figures in tree["matrices"])
+        matrices = tuple(read_matrix(figures, file, data) for figures in tree["matrices"])
         _check_identities(tree["base"], tree["adapter"])
         return Findings(tree["base"], tree["adapter"], options, matrices, file, _sources(file))
     except (KeyError, TypeError, ValueError, RecursionError) as e:
@@ -224,45 +309,3 @@ def _check_identities(*identities: Any) -> None:
             isinstance(f, dict) and isinstance(f.get("file"), str) for f in files
         ):
             raise ValueError("an input's identity is not one")
-
-
-def _check_figures(figures: Any) -> None:
-    for key, kind in {**_OWN, **_FIGURES}.items():
-        value = figures[key]
-        fits = type(value) in ({int, float} if kind is float else {kind})
-        if kind is list:
-            fits = fits and all(type(i) is int and i >= 0 for i in value)
-        if not fits:
-            raise TypeError(f"{key} is {type(value).__name__}")
-
-
-def _matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> MatrixFinding:
-    _check_figures(figures)
-    arrays: dict[str, Tensor] = {}
-    for key in ARRAYS:
-        info = file.header.by_name[f"{figures['tensor']}/{key}"]
-        if info.dtype not in DTYPE_NAMES.values():
-            raise ValueError(f"tensor {info.name!r} is {info.dtype}")
-        arrays[key] = as_tensor(data[info.start : info.end], TORCH_DTYPES[info.dtype], info.shape)
-    m, n = figures["shape"]
-    q, k = len(arrays["intruders"]), len(arrays["singular_values"])
-    expected = {
-        "U": (m, q),
-        "S": (q,),
-        "Vh": (q, n),
-        "similarity": (k,),
-        "similarity_low": (k,),
-        "similarity_high": (k,),
-    }
-    for key, shape in expected.items():
-        if tuple(arrays[key].shape) != shape:
-            raise ValueError(f"{figures['tensor']}/{key}: expected shape {shape}, found {tuple(arrays[key].shape)}")
-    if not all_finite(arrays["S"]):
-        raise ValueError(f"{figures['tensor']}/S holds NaN or Inf")
-    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ARRAYS[3:]}
-    if k == 0 or not all(type(j) is int and 0 <= j < k for j in (*numbers["intruders"], *figures["degenerate"])):
-        raise ValueError(f"{figures['tensor']}: its intruders are not among its {k} directions")
-    chosen: dict[str, Any] = {key: figures[key] for key in _FIGURES} | {"degenerate": tuple(figures["degenerate"])}
-    detection = Detection(U=arrays["U"], S=arrays["S"], Vh=arrays["Vh"], **numbers, **chosen)
-    return MatrixFinding(figures["tensor"], figures["module"], (m, n), figures["dtype"],
-                         figures["rank"], figures["scale"], detection)  # fmt: skip

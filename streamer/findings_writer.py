@@ -7,47 +7,32 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from streamer import __version__
 from streamer.encodings import as_bytes
 from streamer.errors import FormatError, InputChangedError, OutputError, OutputExistsError
-from streamer.findings import ARRAYS, DTYPE_NAMES, SCHEMA, Findings, MatrixFinding, detection_digest, load_findings
-from streamer.records import STAMP, Source, detection_record, stamp
-from streamer.storage.atomic import Buffer, Journal, locked, partial_name, remove_partials
+from streamer.findings import Findings, detection_digest, load_findings
+from streamer.findings_file import (
+    ARRAYS,
+    check_findings_name,
+    check_findings_place,
+    journal_of,
+    lock_of,
+    matrix_entries,
+    plan_findings_file,
+)
+from streamer.findings_records import MatrixFigures
+from streamer.matrix_finding import MatrixFinding
+from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
 from streamer.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, layout, parse_header
-from streamer.storage.place import check_name, check_place, is_placeholder, refuse_address, refuse_symlink
-from streamer.storage.shards import ShardPlan, plan_shard, write_shard
+from streamer.storage.place import is_placeholder
+from streamer.storage.shards import write_shard
 
 OFFSETS_BYTES = 16 * 14
 """By how much the offsets of a matrix' tensors are longer in a large file than in a record."""
-
-
-def journal_of(path: Path) -> Path:
-    """Where the journal of a findings file stands while it is being made."""
-    return path.with_name(f".{path.name}.journal")
-
-
-def lock_of(path: Path) -> Path:
-    """Where the lock of a findings file stands while it is being made."""
-    return path.with_name(f".{path.name}.lock")
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove what stands beside a findings file after a run that was killed: journal, lock, partials.
-
-    Raises
-    ------
-    LockedError
-        If a run is at work there.
-    """
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
-        with locked(lock_of(path), path):
-            remove_partials(path.parent, {path.name, journal_of(path).name})
-            journal_of(path).unlink(missing_ok=True)
 
 
 class FindingsWriter:
@@ -103,10 +88,10 @@ class FindingsWriter:
         for i in range(1, len(self._journal)):
             self._records[self._figures(i)["tensor"]] = i
 
-    def _figures(self, i: int) -> dict[str, Any]:
+    def _figures(self, i: int) -> MatrixFigures:
         header = _record_header(self._journal[i])
         try:
-            figures: dict[str, Any] = json.loads(header.metadata["matrix"])
+            figures: MatrixFigures = json.loads(header.metadata["matrix"])
             keys = {f"{figures['tensor']}/{key}" for key in ARRAYS}
         except (KeyError, TypeError, ValueError, RecursionError):
             keys = set()
@@ -128,16 +113,14 @@ class FindingsWriter:
 
     def _write(self) -> None:
         order = [self._records[tensor] for tensor in self._tensors]
-        matrices, entries, home = [], [], {}
+        matrices: list[MatrixFigures] = []
+        entries, home = [], {}
         for i in order:
             matrices.append(self._figures(i))
             for info in _record_header(self._journal[i]).tensors:
                 entries.append((info.name, info.dtype, info.shape))
                 home[info.name] = i
-        text = json.dumps({"base": self._head.base, "adapter": self._head.adapter,
-                           "options": self._head.options.as_dict(), "matrices": matrices})  # fmt: skip
-        sources = {STAMP: _stamp(self._head, matrices)} if self._head.sources else {}
-        plan: ShardPlan = plan_shard(self.path.name, entries, {"schema": SCHEMA, "findings": text, **sources})
+        plan = plan_findings_file(self.path.name, self._head, matrices, entries)
 
         def source(info: TensorInfo) -> Iterator[Buffer]:
             raw = self._journal[home[info.name]]
@@ -158,17 +141,9 @@ class FindingsWriter:
             self._lock.close()
 
 
-def _stamp(head: Findings, matrices: Sequence[Mapping[str, Any]]) -> str:
-    """What the file says of how it was made."""
-    detection = detection_record(head.options, sum(m["certified"] is True for m in matrices), len(matrices))
-    base, adapter = (cast(Source, head.sources[what]) for what in ("base", "adapter"))
-    return stamp("detect", base, adapter, detection)
-
-
 def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Header, bytes]:
     """The header of a matrix' record, and its bytes."""
-    entries = [(f"{finding.tensor}/{key}", DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in arrays.items()]
-    return layout(entries, {"matrix": json.dumps(finding.figures())})
+    return layout(matrix_entries(finding.tensor, arrays), {"matrix": json.dumps(finding.figures())})
 
 
 def most_bytes(head: Findings, widest: Iterable[MatrixFinding]) -> tuple[int, int]:
@@ -268,12 +243,8 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
     OutputError
         If something else stands at the path, or it cannot be written.
     """
-    refuse_address(path)
-    check_name(path, partial_name(journal_of(path).name))
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
-    refuse_symlink(path)
-    check_place(path.parent.resolve(), (), path)
+    check_findings_place(path)
+    check_findings_name(path)
     for source in inputs:
         if source.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from streamer.errors import NumericError, UsageError
+from streamer.findings_records import OptionsRecord
 from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank, Matrix, all_finite
@@ -76,9 +77,10 @@ class DetectionOptions:
         k = self.top_k if isinstance(self.top_k, int) else max(1, round(self.top_k * p))
         return min(k, p)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> OptionsRecord:
         """The options as JSON values."""
-        return asdict(self)
+        return {"top_k": self.top_k, "threshold_epsilon": self.threshold_epsilon, "solver": self.solver,
+                "max_memory": self.max_memory}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class MitigationOptions:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Detection:
     """The decision on each of the k leading directions of ``W = W0 + Δ``, and the factors of the intruders.
 
@@ -170,6 +172,16 @@ class Detection:
     delta_norm: float
     intruder_energy: float
     dropped_at_zero: float
+
+    def summary(self) -> str:
+        """The decision in a line. Ranks count from 0."""
+        ranks = ", ".join(map(str, self.intruders[:10])) + (", …" if len(self.intruders) > 10 else "")
+        found = f"intruders [{ranks}] (ranks from 0) of" if self.intruders else "no intruder in"
+        least = f", least similarity {min(self.similarity):.3f}" if self.similarity else ""
+        return f"{found} {len(self.singular_values)} directions{least}, {self.solver}{'' if self.certified else ', not certified'}"
+
+    def __repr__(self) -> str:
+        return f"<Detection: {self.summary()}>"
 
     def factors(self, scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
         """U, S, Vh of the intruders to scale: all, or the first."""

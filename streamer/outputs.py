@@ -17,7 +17,7 @@ from streamer.apply import OWN_FINDINGS, Sink, make_record
 from streamer.budget import check_budget, detection_needs
 from streamer.events import Event, Monitor
 from streamer.figures import journalled, totals
-from streamer.findings_writer import remove_leftovers
+from streamer.findings_file import remove_leftovers
 from streamer.merging import threads
 from streamer.model_card import CARD_NAME
 from streamer.pipeline import detect_to_files

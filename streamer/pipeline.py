@@ -16,18 +16,18 @@ from streamer import solvers
 from streamer.budget import best_way, check_budget, detection_needs, kept_bytes
 from streamer.errors import NumericError, UsageError
 from streamer.events import Event, Monitor
-from streamer.findings import Findings, MatrixFinding, detection_digest, load_findings
+from streamer.findings import Findings, detection_digest, load_findings
+from streamer.findings_file import journal_of, remove_leftovers
 from streamer.findings_writer import (
     FindingsWriter,
     inspect_findings_output,
     interrupted_run,
     journal_head,
-    journal_of,
     most_bytes,
-    remove_leftovers,
 )
 from streamer.intruders import Detection, DetectionOptions, detect
 from streamer.linalg.operators import Dense, Matrix, RowBlocks
+from streamer.matrix_finding import MatrixFinding
 from streamer.plan import Plan
 from streamer.records import in_short
 from streamer.staging import Staged, Stager, read_ahead

@@ -22,6 +22,7 @@ from streamer.bases.weight import Part
 from streamer.changes import Changes, match_changes
 from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.experts import expert_weight, match_experts, parameters_of
+from streamer.findings_records import AdapterIdentity, BaseIdentity
 from streamer.intruders import DetectionOptions
 from streamer.linalg.deltas import Delta
 from streamer.modules import LoraModule
@@ -73,7 +74,7 @@ class Company:
     kept: int = 0
 
     @cached_property
-    def base_identity(self) -> dict[str, Any]:
+    def base_identity(self) -> BaseIdentity:
         """See `Checkpoint.identity`."""
         return self.base.identity()
 
@@ -146,12 +147,12 @@ class Plan:
         return self.adapter.change(target.module, base.T if base is not None and target.transposed else base)
 
     @cached_property
-    def base_identity(self) -> dict[str, Any]:
+    def base_identity(self) -> BaseIdentity:
         """See `Checkpoint.identity`; made once for all plans."""
         return self.company.base_identity
 
     @cached_property
-    def adapter_identity(self) -> dict[str, Any]:
+    def adapter_identity(self) -> AdapterIdentity:
         """See `Adapter.identity`."""
         return self.adapter.identity()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from streamer.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.errors import OutputExistsError, UsageError
-from streamer.storage.place import refuse_address, refuse_symlink
+from streamer.storage.place import refuse_symlink
 from streamer.tuned import is_model
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
@@ -76,29 +76,15 @@ def findings_of(output: str | Path, name: str) -> Path:
     ------
     OutputError
         If what is to be the directory for those on several is a file, or a symlink.
-    UsageError
-        If the name is not that of a safetensors file.
     """
     if name:
         refuse_symlink(Path(output))
-    else:
-        _check_findings_name(output)
     return given_findings(_directory(output), name) if name else Path(output)
 
 
 def given_findings(directory: str | Path, name: str) -> Path:
     """Where `detect` has written the findings on one of several adapters."""
     return Path(directory) / f"{name}.safetensors"
-
-
-def _check_findings_name(output: str | Path) -> None:
-    """Refuse a findings file that other programs, and `report`, would not take for what it is."""
-    path = Path(output)
-    refuse_address(path)
-    if path.suffix != ".safetensors" and not path.is_dir():
-        raise UsageError(
-            f"{path}: expected a name that ends in .safetensors, which the findings are; as {path}.safetensors"
-        )
 
 
 def _directory(output: str | Path) -> Path:

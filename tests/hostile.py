@@ -246,6 +246,8 @@ def run_case(case: Case, home: Path, run: Callable[..., tuple[int, str, str]]) -
             wrong.append(f"{command}: exit code {code}, expected {expected}: {error}")
         elif code and (said or error.count("\n") != 1 or not error.startswith("streamer: ") or case.words not in error):
             wrong.append(f"{command}: said {said!r} and {error!r}, expected one line with {case.words!r}")
+        elif code and len(error.replace(str(home), "")) > 320:
+            wrong.append(f"{command}: {len(error)} characters in {error!r}")
         elif code and "\x1b" in error:
             wrong.append(f"{command}: control characters in {error!r}")
         if case.code == 7:

@@ -20,6 +20,7 @@ from streamer.errors import (
     Interrupted,
     MismatchError,
     MissingInputError,
+    MissingPackageError,
     NumericError,
     OutputError,
     OutputExistsError,
@@ -36,7 +37,7 @@ ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issu
 def made(kind: type[StreamerError]) -> StreamerError:
     if kind is Interrupted:
         return Interrupted(15)
-    if kind in (MissingInputError, OutputExistsError):
+    if kind in (MissingInputError, MissingPackageError, OutputExistsError):
         return kind("some/where: no such file; check the path", "some/where")
     return kind("some/where: wanted one thing, found another; do this")
 
@@ -47,7 +48,7 @@ def test_an_error_is_the_same_after_a_process_boundary(kind: type[StreamerError]
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is kind
         assert (str(again), again.args, again.exit_code) == (str(error), error.args, error.exit_code)
-        for name in ("errno", "strerror", "filename"):
+        for name in ("errno", "strerror", "filename", "name"):
             assert getattr(again, name, None) == getattr(error, name, None)
 
 
@@ -63,6 +64,7 @@ def test_an_error_s_text_is_its_message(kind: type[StreamerError]) -> None:
     [
         (UsageError, ValueError),
         (UnknownNameError, KeyError),
+        (MissingPackageError, ImportError),
         (MissingInputError, FileNotFoundError),
         (FormatError, ValueError),
         (UnsupportedError, ValueError),

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from streamer.bases.plain import Plain
 from streamer.bases.weight import Part
 from streamer.events import Event, Monitor
-from streamer.findings import MatrixFinding
 from streamer.intruders import DetectionOptions
+from streamer.matrix_finding import MatrixFinding
 from streamer.pipeline import detect_all, detect_matrix
 from streamer.plan import Plan, make_plan
 from streamer.staging import Stager, read_ahead

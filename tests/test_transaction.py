@@ -475,7 +475,7 @@ def test_an_output_that_is_a_symlink(case: Case, tmp_path: Path) -> None:
         ("hub/models--x--y", "lies inside a hub cache, where nothing is written; choose another output"),
         ("hub/datasets--x/new", "lies inside a hub cache, where nothing is written; choose another output"),
         ("cache/0f/out", "lies inside a hub cache, where nothing is written; choose another output"),
-        ("file", "{out} is not a directory; choose another output"),
+        ("file", "is not a directory; choose another output"),
         ("file/out", "{out.parent} is not a directory; choose another output"),
     ],
 )

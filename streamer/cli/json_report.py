@@ -10,7 +10,7 @@ from typing import Any
 from streamer.cli.forecast import Forecast
 from streamer.cli.layout import Screen, fit
 from streamer.cli.tables import NO_LIMIT, forecast_text, size
-from streamer.findings import SCHEMA, Findings
+from streamer.findings import Findings
 from streamer.intruders import DetectionOptions
 from streamer.pipeline import cost
 from streamer.plan import Plan
@@ -19,38 +19,7 @@ from streamer.storage.place import free_bytes
 
 def findings_json(findings: Findings) -> dict[str, Any]:
     """The object of `streamer report --json`; names are added, never changed. Seconds are null where a file was read."""
-    matrices = []
-    for m in findings:
-        d = m.detection
-        matrices.append(
-            m.figures()
-            | {
-                "singular_values": list(d.singular_values),
-                "similarity": list(d.similarity),
-                "similarity_low": list(d.similarity_low),
-                "similarity_high": list(d.similarity_high),
-                "intruders": list(d.intruders),
-                "degenerate": list(d.degenerate),
-                "seconds": m.seconds,
-            }
-        )
-    timed = [m.seconds for m in findings if m.seconds is not None]
-    totals = {
-        "matrices": len(findings),
-        "intruders": findings.intruders,
-        "certified": sum(m.detection.certified for m in findings),
-        "escalated": sum(m.detection.escalated for m in findings),
-        "degenerate": sum(bool(m.detection.degenerate) for m in findings),
-        "seconds": sum(timed) if timed else None,
-    }
-    return {
-        "schema": SCHEMA,
-        "base": {**findings.sources.get("base", {}), **findings.base},
-        "adapter": {**findings.sources.get("adapter", {}), **findings.adapter},
-        "options": findings.options.as_dict(),
-        "totals": totals,
-        "matrices": matrices,
-    }
+    return {**findings.record()}
 
 
 def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | None]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from streamer.cli.parser import BadUsage, build_parser
 from streamer.cli.progress import Progress, say
 from streamer.cli.signals import stop_on_signals
 from streamer.cli.summary import summary
-from streamer.errors import StorageError, StreamerError, UsageError
+from streamer.errors import StorageError, StreamerError, UsageError, one_line
 from streamer.events import Monitor
 
 
@@ -81,7 +81,7 @@ def _described(e: Exception) -> dict[str, Any] | None:
 
         code = UsageError.exit_code if e.errno == errno.ENAMETOOLONG else StorageError.exit_code
         where = None if e.filename is None else os.fsdecode(e.filename)
-        return error_entry(kind, code, f"{where or 'I/O'}: {e.strerror or e}; {advice(e)}", where)
+        return error_entry(kind, code, one_line(f"{where or 'I/O'}: {e.strerror or e}; {advice(e)}"), where)
     if isinstance(e, MemoryError):
         text = "out of memory; use fewer threads or a machine with more, then run the same command again"
         return error_entry(kind, 1, text)

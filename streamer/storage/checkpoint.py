@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamer.errors import FormatError, InputError, MissingInputError, StorageError, UnsupportedError
+from streamer.findings_records import BaseIdentity
 from streamer.storage.absent import absent
 from streamer.storage.header import TensorInfo, strict_json
 from streamer.storage.tensorfile import IOMode, TensorFile, open_regular
@@ -73,7 +74,7 @@ class Checkpoint:
         for file in self.files.values():
             file.check_unchanged()
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> BaseIdentity:
         """What tells this model from another, wherever it lies: file names, sizes, header digests, samples."""
         return checkpoint_identity(self.files)
 
@@ -82,7 +83,7 @@ class Checkpoint:
         return {str(f.path): list(f.stamp) for f in self.files.values()}
 
 
-def checkpoint_identity(files: Mapping[str, TensorFile]) -> dict[str, Any]:
+def checkpoint_identity(files: Mapping[str, TensorFile]) -> BaseIdentity:
     """Names, sizes, header digests and samples of files."""
     return {
         "files": [

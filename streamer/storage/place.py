@@ -86,9 +86,13 @@ def check_place(path: Path, inputs: Sequence[Path], output: Path | None = None) 
             (parent / part).is_dir() for part in ("blobs", "refs", "snapshots")
         ):
             raise OutputError(f"{path}: lies inside a hub cache, where nothing is written; choose another output")
+    nowhere = next((p for p in path.parents if p.is_symlink() and not p.exists()), None)
+    if nowhere is not None:
+        raise OutputError(f"{path}: {nowhere} is a link that leads nowhere; choose another output")
     there = _existing(real.parent if is_placeholder(real) else real)
     if not there.is_dir():
-        raise OutputError(f"{path}: {there} is not a directory; choose another output")
+        what = "is" if os.path.realpath(path) == str(there) else f"{there} is"
+        raise OutputError(f"{path}: {what} not a directory; choose another output")
     if not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: {there} is not writable; choose another output")
 

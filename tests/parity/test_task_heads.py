@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import minilm
 import pytest
 import torch
 import transformers
