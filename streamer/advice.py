@@ -22,12 +22,12 @@ def advise(sink: Sink, matrices: Sequence[MatrixRecord]) -> list[str]:
     if dropped <= DROPPED:
         return []
     job = sink.job
-    says = f"back-projection dropped {100 * dropped:.1f} % of a matrix's mitigated delta; nothing is dropped by"
+    says = f"back-projection dropped up to {100 * dropped:.1f} % of a matrix's mitigated delta; nothing is dropped"
     if not all(t.module.low_rank for t in job.plan.targets):
-        return [f"{says} `streamer merge`, nor by a larger --to-lora, as far as it goes"]
+        return [f"{says} by `streamer merge`, and less with a larger --to-lora"]
     q = {m["tensor"]: len(m["intruders"]) if job.options.method == "paper" else 0 for m in matrices}
     rank = max(t.module.rank + q.get(t.tensor, 0) for t in job.plan.targets)
-    ways = ["--method project"] if job.options.method == "paper" and sink.to_lora is None else []
+    ways = ["with `--method project`"] if job.options.method == "paper" and sink.to_lora is None else []
     if not refusal(job):
-        ways.append(f"--to-lora {rank}")
-    return [f"{says} {' or by '.join([*ways, '`streamer merge`'])}"]
+        ways.append(f"with `--to-lora {rank}`")
+    return [f"{says} {' or '.join(ways or ['by `streamer merge`'])}"]

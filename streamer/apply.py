@@ -250,10 +250,12 @@ def make_record(sink: Sink, certified: int, sums: Totals, matrices: Sequence[Mat
     job = sink.job
     base, adapter = job.plan.sources
     options = mitigation_json(job.options)
+    # What the adapter's other tensors do to the base is said of a merged model.
+    warnings = [note for note in job.plan.notes if sink.command == "merge" or note not in job.plan.changes.notes]
     return {"schema": SCHEMA, "command": sink.command, "version": __version__, "base": base, "adapter": adapter,
             "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
             "lambda": options["lambda"], "to_lora": sink.to_lora, "dequantize": job.dequantize, "totals": sums,
-            "warnings": list(job.plan.notes), "notes": sink.notes, "advice": sink.advice, "left_out": sink.left_out,
+            "warnings": warnings, "notes": sink.notes, "advice": sink.advice, "left_out": sink.left_out,
             "carried": job.plan.changes.listed(job.plan.base), "tokenizer": sink.tokenizer, "matrices": list(matrices)}  # fmt: skip
 
 

@@ -24,11 +24,12 @@ TAG = "intruder-dimensions"
 KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
 """What of a base's head is true of a model merged from it. Results, data sets and widgets are of the base."""
 
-ADVICE_BYTES = 2000
-"""Room for advice that is known only at the end."""
+ADVICE_BYTES = 400
+"""Room for advice that is known only when an adapter is made."""
 
 _HEAD = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?=\s)")
+_PATH = re.compile(r"^base_model[ \t]*:\s+[\"']?(?:[/.~]|[A-Za-z]:)")
 _PLAIN = re.compile(r"[A-Za-z][\w./-]*")
 
 
@@ -60,7 +61,7 @@ class Card:
     @property
     def most_bytes(self) -> int:
         """Bytes that the card takes at most."""
-        return len(self.text(self.longest)) + ADVICE_BYTES
+        return len(self.text(self.longest)) + (ADVICE_BYTES if self.command == "mitigate" else 0)
 
     def text(self, record: Record) -> bytes:
         """The card of an output with this record."""
@@ -135,9 +136,13 @@ def _merged_head(card: Card, blocks: dict[str, str]) -> str:
 
 def _adapter_head(card: Card, blocks: dict[str, str]) -> str:
     """The head of an adapter's card: its own, with its base and our tag."""
-    blocks = dict(blocks)
-    if "base_model" not in blocks and "model_id" in card.base:
-        blocks["base_model"] = f"base_model: {_scalar(card.base['model_id'])}\n"
+    base = card.base.get("model_id")
+    # PEFT writes the path of a base on disk here, which the hub refuses.
+    blocks = {key: text for key, text in blocks.items() if key != "base_model" or not _PATH.search(text)}
+    if "base_model" not in blocks and base is not None:
+        blocks["base_model"] = f"base_model: {_scalar(base)}\n"
+    if "tags" in blocks:
+        blocks["tags"] = re.sub(r"(?m)^ *- base_model:adapter:[/.~].*\n", "", blocks["tags"])
     if "library_name" not in blocks:
         blocks["library_name"] = "library_name: peft\n"
     blocks["tags"] = _with_tag(blocks["tags"]) if "tags" in blocks else _list("tags", [TAG, "lora"])

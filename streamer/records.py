@@ -157,12 +157,17 @@ def base_source(
 ) -> Source:
     """Name a base.
 
-    Its id is that of the cache that it lies in, or what the adapter's config calls its base, or what its own config says that it was
-    loaded from. An adapter that was trained on another encoding of the base names another model.
+    Its id is that of the cache that it lies in, or what the adapter's config calls its base, unless that is by its name a model in
+    another encoding. What its own config says that it was loaded from may be the model that it was trained from, and counts only
+    where it has the name of the directory.
     """
-    other = bool(named_encoding(str(adapter_config.get("base_model_name_or_path")))) != bool(stored_encoding(config))
-    stated = (None if other else adapter_config.get("base_model_name_or_path"), config.get("_name_or_path"))
-    return _source(path, identity, next(filter(None, map(hub_id, stated)), None))
+    stated = adapter_config.get("base_model_name_or_path")
+    model_id = None if bool(named_encoding(str(stated))) != bool(stored_encoding(config)) else hub_id(stated)
+    if model_id is None:
+        loaded_from = hub_id(config.get("_name_or_path"))
+        if loaded_from is not None and loaded_from.rpartition("/")[2] == path.resolve().name:
+            model_id = loaded_from
+    return _source(path, identity, model_id)
 
 
 def adapter_source(path: Path, identity: Mapping[str, Any]) -> Source:

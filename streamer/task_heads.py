@@ -33,9 +33,6 @@ PIPELINES = {
 
 LABEL_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
-DEFAULT_LABELS = 2
-"""How many labels transformers takes where a config states none."""
-
 
 @dataclass(frozen=True)
 class Head:
@@ -164,8 +161,8 @@ def _is_meant(
 def _set_labels(config: dict[str, Any], labels: int) -> bool:
     """Set the number of labels as transformers writes it; the base's names stay where they are as many."""
     names = config.get("id2label")
-    stated = len(names) if isinstance(names, dict) else config.get("num_labels", DEFAULT_LABELS)
-    if stated == labels:
+    # What a config means that states none depends on its class: mostly 2, of BART 3.
+    if (len(names) if isinstance(names, dict) else config.get("num_labels")) == labels:
         return False
     for key in (
         "num_labels",

@@ -72,6 +72,13 @@ def test_written_bytes_are_exact(job: Job, findings: Path, command: str, tmp_pat
     assert not out.exists()
     assert run(command, *job, "-o", out, "--findings", findings).code == 0
     written = sum(p.stat().st_size for p in out.rglob("*") if p.is_file() and p.name != "streamer.json")
+    assert tree["forecast"]["write_bytes"] == tree["bytes"]
+    # Exact, but for the card, whose figures and advice are known at the end.
+    assert 0 <= tree["bytes"] - written < 500
+    plain = tmp_path / "plain"
+    tree = dry_run(command, *job, "-o", plain, "--findings", findings, "--no-card")
+    assert run(command, *job, "-o", plain, "--findings", findings, "--no-card").code == 0
+    written = sum(p.stat().st_size for p in plain.rglob("*") if p.is_file() and p.name != "streamer.json")
     assert tree["forecast"]["write_bytes"] == tree["bytes"] == written
     assert tree["forecast"]["temporary_bytes"] == 0
 

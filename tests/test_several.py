@@ -317,7 +317,7 @@ def test_json_holds_the_object_of_each(inputs: Inputs, way: str, tmp_path: Path)
         assert plan["matrices"] == done["totals"]["matrices"]
         if way != "detect":
             assert done["output"] == plan["output"]
-            assert plan["bytes"] == done["totals"]["bytes"]
+            assert 0 <= plan["bytes"] - done["totals"]["bytes"] < 100  # the card's size is known to a few figures
     again = json.loads(run(*inputs.line(way, out), "--dry-run", "--json"))
     assert {plan["state"] for plan in again["adapters"].values()} == {"done"}
     assert again["forecast"] is None
@@ -385,7 +385,9 @@ def test_the_library_gives_a_dict(inputs: Inputs, tmp_path: Path) -> None:
     for name in NAMES:
         mine = tree_digest(tmp_path / "merged" / name)
         assert mine == tree_digest(inputs.single / WAYS[2] / name)
-        assert records[name] == json.loads((tmp_path / "merged" / name / "streamer.json").read_text())
+        out = tmp_path / "merged" / name
+        stands = json.loads((out / "streamer.json").read_text())
+        assert records[name] == {**stands, "output": str(out), "state": "written"}
     del found["saved"]
     with pytest.raises(UsageError, match="findings: has none for adapter 'saved'; run detect on it"):
         streamer.merge_with_reduced_intruder_dimensions(inputs.base, paths, tmp_path / "no", findings=found)

@@ -1,4 +1,4 @@
-"""Merged models with the heads that adapters save: the auto class of the task loads them without an argument, and they answer as PEFT's do."""
+"""Merged models with saved heads: the auto class of the task loads them without an argument, and they answer as PEFT's do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import minilm
 import pytest
 import torch
 import transformers
@@ -28,6 +29,8 @@ T5 = {
     "vocab_size": 60,
     "decoder_start_token_id": 0,
 }
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 60, "max_position_embeddings": 64}  # fmt: skip
 LLAMA = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
 MODERN = {**SMALL, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 AUTO = {
@@ -53,11 +56,11 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "bert seq": Case("bert", SMALL, "AutoModelForMaskedLM", "SEQ_CLS", ["query", "value"], 3),
+    "bert seq": Case("bert", SMALL, "AutoModelForPreTraining", "SEQ_CLS", ["query", "value"], 3),
     "bert seq on a bare base": Case("bert", SMALL, "AutoModel", "SEQ_CLS", ["query", "value"], 3),
     "bert seq on a classifier": Case("bert", SMALL, "AutoModelForSequenceClassification", "SEQ_CLS", ["query"], 5),
-    "bert seq of two labels": Case("bert", SMALL, "AutoModelForMaskedLM", "SEQ_CLS", ["query", "value"], 2),
-    "bert regression": Case("bert", SMALL, "AutoModelForMaskedLM", "SEQ_CLS", ["query", "value"], 1),
+    "bert seq of two labels": Case("bert", SMALL, "AutoModelForPreTraining", "SEQ_CLS", ["query", "value"], 2),
+    "bert regression": Case("bert", SMALL, "AutoModelForPreTraining", "SEQ_CLS", ["query", "value"], 1),
     "roberta seq": Case("roberta", SMALL, "AutoModelForMaskedLM", "SEQ_CLS", ["query", "value"], 4),
     "distilbert seq": Case("distilbert", DISTIL, "AutoModelForMaskedLM", "SEQ_CLS", ["q_lin", "v_lin"], 3,
                            ["pre_classifier", "classifier"]),
@@ -75,8 +78,12 @@ CASES = {
     "llama causal on a bare base": Case("llama", LLAMA, "AutoModel", "CAUSAL_LM", ["q_proj"], None, ["lm_head"]),
     "gpt2 causal, untied": Case("gpt2", GPT2, "AutoModelForCausalLM", "CAUSAL_LM", ["c_attn"], None, ["lm_head"]),
     "t5 seq2seq": Case("t5", T5, "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", ["q", "v"]),
-    "t5 seq2seq, untied": Case("t5", {**T5, "tie_word_embeddings": False}, "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM",
-                               ["q", "v"], None, ["lm_head"]),
+    "bart seq2seq, untied": Case("bart", {**BART, "tie_word_embeddings": False}, "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM",
+                                 ["q_proj", "v_proj"], None, ["lm_head"]),
+    "bart seq": Case("bart", BART, "AutoModelForSeq2SeqLM", "SEQ_CLS", ["q_proj"], 3, ["classification_head"]),
+    "deberta seq": Case("deberta-v2", SMALL, "AutoModelForMaskedLM", "SEQ_CLS", ["query_proj"], 3, ["pooler", "classifier"]),
+    "electra seq": Case("electra", SMALL, "AutoModelForPreTraining", "SEQ_CLS", ["query"], 3),
+    "qwen2 seq": Case("qwen2", LLAMA, "AutoModelForCausalLM", "SEQ_CLS", ["q_proj"], 3),
     "bert features": Case("bert", SMALL, "AutoModelForMaskedLM", "FEATURE_EXTRACTION", ["query"], None, ["pooler"]),
     "bert features, bare": Case("bert", SMALL, "AutoModel", "FEATURE_EXTRACTION", ["query"], None, ["pooler"]),
 }  # fmt: skip
@@ -88,7 +95,7 @@ def answer(model: torch.nn.Module, task: str) -> torch.Tensor:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if task == "SEQ_2_SEQ_LM":
         inputs["decoder_input_ids"] = ids[:, :4]
-    if task == "SEQ_CLS" and model.config.model_type == "t5":
+    if task == "SEQ_CLS" and model.config.model_type in ("t5", "bart"):
         inputs["input_ids"][:, -1] = model.config.eos_token_id
     with torch.no_grad():
         found = model.eval()(**inputs)
@@ -133,5 +140,5 @@ def test_the_auto_class_loads_it_and_it_answers_as_pefts_does(name: str, tmp_pat
     torch.testing.assert_close(answer(model, case.task), expected, rtol=1e-4, atol=1e-5)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["architectures"] == [auto_class(case.model_type, case.task)]
-    assert model.config.num_labels == (case.labels or 2)
+    assert case.labels in (None, model.config.num_labels)
     assert record["advice"] == []
