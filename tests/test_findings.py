@@ -80,7 +80,8 @@ def test_no_intruders_at_all(tmp_path: Path) -> None:
     )
     assert record["totals"]["changed"] == 0
     name = "adapter_model.safetensors"
-    assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes()
+    ours, theirs = ((home / name).read_bytes() for home in (tmp_path / "out", adapter))
+    assert ours[8 + int.from_bytes(ours[:8], "little") :] == theirs[8 + int.from_bytes(theirs[:8], "little") :]
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
