@@ -360,9 +360,9 @@ def test_the_forecast_of_all_has_the_base_once(inputs: Inputs, way: str, tmp_pat
     assert text.count("forecast: ") == text.count(" free") == 1
     # What stands already takes nothing.
     given = [inputs.findings / "lora.safetensors"] if way == WAYS[2] else []
-    run(verb, base, tmp_path / "first", *way.split()[1:], *given, "-o", tmp_path / "one")
+    run(verb, base, tmp_path / "first", *way.split()[1:], *given, "-o", tmp_path / "one.safetensors")
     out.mkdir()
-    (tmp_path / "one").rename(out / ("first.safetensors" if verb == "detect" else "first"))
+    (tmp_path / "one.safetensors").rename(out / ("first.safetensors" if verb == "detect" else "first"))
     tree = json.loads(run(*line, "--dry-run", "--json"))
     assert tree["adapters"]["first"]["forecast"] is None
     others = [tree["adapters"][name]["forecast"] for name in names[1:]]
