@@ -510,7 +510,8 @@ def _check_findings(plan: Plan, findings: Findings, name: str | Path, options: D
     missing = [t.tensor for t in plan.targets if shapes.get(t.tensor) != t.module.shape]
     if missing:
         raise MismatchError(
-            f"{name}: has no findings on {len(missing)} of {len(plan.targets)} matrices, {missing[0]!r} first; run detect again"
+            f"{name}: has no findings on {len(missing)} of {len(plan.targets)} matrices, {missing[0]!r} first; "
+            "pass those on all matrices, or run detect again"
         )
 
 

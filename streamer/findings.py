@@ -219,12 +219,12 @@ class Findings:
         path
             The file. It appears whole, or not at all.
         overwrite
-            Whether to replace what stands there.
+            Whether to replace findings that stand there; anything else is not replaced, unless it is an empty file.
 
         Raises
         ------
         OutputExistsError
-            If something stands there; it is a `FileExistsError`.
+            If something else stands there; it is a `FileExistsError`.
         OutputError, StorageError, LockedError
             If it cannot be written there.
         """

@@ -15,14 +15,15 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from streamer.errors import OutputError, OutputExistsError, UsageError
+from streamer.errors import InputError, OutputError, OutputExistsError, UsageError
 from streamer.findings_records import AdapterIdentity, BaseIdentity, MatrixFigures
 from streamer.intruders import DetectionOptions
 from streamer.records import STAMP, Source, detection_record, stamp
 from streamer.storage.atomic import Buffer, locked, make_directory, partial_name, remove_partials
 from streamer.storage.header import TensorInfo
-from streamer.storage.place import check_name, check_place, check_space, is_placeholder, refuse_address, refuse_symlink
+from streamer.storage.place import check_name, check_place, check_space, refuse_address, refuse_symlink
 from streamer.storage.shards import ShardPlan, plan_shard, write_shard
+from streamer.storage.tensorfile import TensorFile
 
 SCHEMA = "streamer.findings/1"
 
@@ -114,6 +115,14 @@ def plan_findings_file(name: str, head: Head, matrices: Sequence[MatrixFigures],
     return plan_shard(name, list(entries), metadata)
 
 
+def is_findings_file(path: Path) -> bool:
+    """Whether a file's header says that it holds findings of this schema."""
+    try:
+        return TensorFile(path).header.metadata.get("schema") == SCHEMA
+    except InputError:
+        return False
+
+
 def save_findings_file(
     path: Path, shard: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]], overwrite: bool
 ) -> None:
@@ -128,18 +137,23 @@ def save_findings_file(
     source
         Gives the bytes of each tensor.
     overwrite
-        Whether to replace what stands at the path, and the journal of an interrupted run.
+        Whether to replace findings at the path, and the journal of an interrupted run. An empty file is replaced in any case.
 
     Raises
     ------
     OutputExistsError
-        If something stands there.
+        If something else stands there.
     OutputError, StorageError, LockedError
         If it cannot be written there.
     """
     check_findings_place(path)
-    if path.exists() and not is_placeholder(path) and not overwrite:
-        raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
+    if path.exists() and path.stat().st_size > 0:
+        if not overwrite:
+            raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
+        if not is_findings_file(path):  # it may be weights
+            raise OutputExistsError(
+                f"{path}: exists and is not findings, which is all that is replaced; choose another output", path
+            )
     if journal_of(path).exists() and not overwrite:
         raise OutputExistsError(
             f"{path}: an interrupted run has its journal there; finish that one, choose another output, or pass overwrite=True",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -120,7 +120,7 @@ class MitigationOptions:
         return asdict(self)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Detection:
     """The decision on each of the k leading directions of ``W = W0 + Δ``, and the factors of the intruders.
 
@@ -182,6 +182,14 @@ class Detection:
 
     def __repr__(self) -> str:
         return f"<Detection: {self.summary()}>"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Detection):
+            return NotImplemented
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
 
     def factors(self, scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
         """U, S, Vh of the intruders to scale: all, or the first."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -57,7 +57,7 @@ class MatrixFinding:
     rank: int
     scale: float
     detection: Detection
-    seconds: float | None = None
+    seconds: float | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return f"<MatrixFinding {self.tensor} {'x'.join(map(str, self.shape))}: {self.detection.summary()}>"

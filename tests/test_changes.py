@@ -201,7 +201,8 @@ def test_a_new_module_beside_names_without_their_prefix(tmp_path: Path) -> None:
         "refuse to"
     )
     assert plan.warnings == (said,)
-    record = streamer.merge_with_reduced_intruder_dimensions(b, a, tmp_path / "out", mitigation_lambda=1.0)
+    with pytest.warns(streamer.StreamerWarning, match="'classifier.weight' is new"):
+        record = streamer.merge_with_reduced_intruder_dimensions(b, a, tmp_path / "out", mitigation_lambda=1.0)
     assert record["warnings"] == [said]
 
 

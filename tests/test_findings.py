@@ -199,7 +199,7 @@ def test_untampered_copies_are_read(made: tuple[Path, Path, Path, Findings], tmp
 def test_findings_that_lack_a_matrix_are_refused(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
     base, adapter, path, _ = made
     short = tamper(path, tmp_path, lambda t, _: t["matrices"].pop(3))
-    with pytest.raises(MismatchError, match=r"has no findings on .*; run detect again"):
+    with pytest.raises(MismatchError, match=r"has no findings on .*; pass those on all matrices, or run detect again"):
         streamer.reduce_intruder_dimension(
             base, adapter, tmp_path / "out", findings=short, top_k=6, threshold_epsilon=0.6
         )

@@ -211,7 +211,7 @@ def test_a_part_does_not_pass_for_the_whole(made: tuple[Path, Path, Path, Findin
     base, adapter, _, findings = made
     with pytest.raises(
         MismatchError,
-        match=r"^findings: has no findings on 6 of 9 matrices, 'model.layers.0.mlp.down_proj.weight' first",
+        match=r"^findings: has no findings on 6 of 9 matrices, 'model.layers.0.mlp.down_proj.weight' first; pass those on all",
     ):
         streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", findings=findings["*.q_proj"], top_k=6)
     assert not (tmp_path / "out").exists()
@@ -302,12 +302,34 @@ def test_saving_replaces_nothing_unasked(findings: Findings, tmp_path: Path) -> 
     path.write_text("mine")
     with pytest.raises(OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"):
         findings.save(path)
+    with pytest.raises(
+        OutputExistsError, match=r"f: exists and is not findings, which is all that is replaced; choose another output$"
+    ):
+        findings.save(path, overwrite=True)
     assert path.read_text() == "mine"
-    findings.save(path, overwrite=True)
+    path.write_text("")
+    findings.save(path)
+    with pytest.raises(OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"):
+        findings[:2].save(path)
     again = load_findings(path)
     again[:3].save(path, overwrite=True)  # onto the file that is mapped
     assert len(load_findings(path)) == 3
     assert torch.equal(again[8].detection.U, findings[8].detection.U)
+
+
+def test_weights_are_not_saved_over(findings: Findings, made: tuple[Path, Path, Path, Findings]) -> None:
+    before = helpers.tree_digest(made[0])
+    with pytest.raises(OutputExistsError, match="exists and is not findings"):
+        findings.save(made[0] / "model-00001-of-00003.safetensors", overwrite=True)
+    assert helpers.tree_digest(made[0]) == before
+
+
+def test_findings_that_are_equal(made: tuple[Path, Path, Path, Findings]) -> None:
+    _, _, path, memory = made
+    assert load_findings(path) == memory  # seconds do not count
+    assert memory[:3] != memory[3:6]
+    assert memory[0].detection != memory[1].detection
+    assert memory[0].detection != 3
 
 
 def test_saving_beside_an_interrupted_run(findings: Findings, tmp_path: Path) -> None:

@@ -77,5 +77,6 @@ def test_it_is_said_on_stderr_and_in_json(
     (note,) = json.loads(shown.out)["warnings"]
     assert note.startswith("the adapter was trained on 'unsloth/tiny-bnb-4bit', a quantized model")
     assert f"streamer: warning: {note}" in shown.err
-    record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
+    with pytest.warns(streamer.StreamerWarning, match="a quantized model by its name"):
+        record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
     assert record["warnings"] == [note]
