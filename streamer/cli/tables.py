@@ -113,7 +113,6 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         worst = max(matrices, key=lambda m: m["dropped"], default=None)
         most = f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
         lines.append(f"{most}, of {worst['tensor']}" if worst and worst["dropped"] else most)
-    lines += [f"advice: {line}" for line in record.get("advice", ())]
     return _sections(table(columns, screen.width) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
                      "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
 
@@ -147,9 +146,7 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
             ),
             _summed("certified", [x["certified"] for x in t], "matrices in which every decision is proven", 4),
         ]
-    advice = [f"{name}: advice: {line}" for name, tree in trees.items() for line in tree.get("advice", ())]
-    more = "--all shows each adapter's matrices"
-    return _sections(table(columns, screen.width), "\n".join(fit(line, screen.width) for line in (*advice, more)))
+    return _sections(table(columns, screen.width), fit("--all shows each adapter's matrices", screen.width))
 
 
 def _summed(head: str, numbers: Sequence[int], about: str, keep: int) -> Column:
