@@ -75,6 +75,7 @@ WITHIN = [
     ["pipeline"],
     ["apply"],
     ["adapted", "converted", "outputs"],
+    ["cli.threads"],
     ["cli.parser", "cli.progress", "cli.signals", "cli.calibration", "cli.tables"],
     ["cli.forecast", "cli.demo"],
     ["cli.json_report"],

@@ -11,20 +11,21 @@ from streamer.cli.commands import COMMANDS
 from streamer.cli.parser import build_parser
 from streamer.cli.progress import Progress
 from streamer.cli.signals import stop_on_signals
+from streamer.cli.threads import set_threads, wait_passively
 from streamer.errors import StorageError, StreamerError, UsageError
 from streamer.events import Monitor
 
 
 def run(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    wait_passively()
     args = build_parser().parse_args(argv)
     progress = Progress(args.quiet)
     monitor = Monitor(progress)
     try:
         with stop_on_signals(monitor):
             try:
-                if getattr(args, "threads", None) is not None:
-                    _set_threads(args.threads)
+                set_threads(getattr(args, "threads", None))
                 COMMANDS[args.command](args, monitor)
             finally:
                 progress.close()
@@ -47,14 +48,6 @@ def run(argv: list[str] | None = None) -> int:
         )
         return 1
     return 0
-
-
-def _set_threads(n: int) -> None:
-    if n < 1:
-        raise UsageError(f"--threads: expected a number from 1, found {n}")
-    import torch
-
-    torch.set_num_threads(n)
 
 
 def main() -> NoReturn:

@@ -98,7 +98,8 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None]) -> str:
         rows.append([command, _memory(f), size(f["read_bytes"]), most + size(f["write_bytes"]), duration(f["seconds"])])
     return (
         table(["forecast", "memory", "read", "written", "time"], rows, left=1)
-        + "\nmitigate and merge: with findings; time: from a short probe of this machine, as busy as it is, if the disk keeps up and\n"
+        + "\nmitigate and merge: with findings; time: from a short probe of this machine, as busy as it is, on "
+        + f"{_threads(next((f for f in forecasts.values() if f), None))}, if the disk keeps up and\n"
         "bounds settle what they are tried on; `--dry-run` shows the free disk"
     )
 
@@ -111,8 +112,13 @@ def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
         f"forecast: memory {_memory(forecast)}; "
         f"reads {size(forecast['read_bytes'])}, writes {most}{size(forecast['write_bytes'])}{beside}; "
         f"{size(free)} free; time {duration(forecast['seconds'])}, "
-        "with the processors as busy as now and if the disk keeps up"
+        f"on {_threads(forecast)}, with the processors as busy as now and if the disk keeps up"
     )
+
+
+def _threads(forecast: Mapping[str, Any] | None) -> str:
+    count = 1 if forecast is None else forecast["threads"]
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _memory(forecast: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from streamer.linalg.operators import Operator
 
-
 NOISE = 4
 """Directions of a block are dropped below this many roundings of the norm, times the square root of the basis' columns.
 
