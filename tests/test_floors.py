@@ -75,6 +75,7 @@ WITHIN = [
     ["pipeline"],
     ["apply"],
     ["adapted", "converted", "outputs"],
+    ["cli.threads"],
     ["cli.parser", "cli.signals", "cli.layout", "cli.calibration"],
     ["cli.progress", "cli.tables"],
     ["cli.forecast", "cli.demo", "cli.summary"],

@@ -6,6 +6,7 @@ import argparse
 import re
 
 from streamer import __version__
+from streamer.cli.threads import available_cores
 
 EXIT_CODES = """\
 exit codes:
@@ -90,7 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
                         "are multiplied as they are stored, which takes longer, and what only a full SVD could settle stays open; "
                         "what does not fit is refused (default: as much as it takes)")  # fmt: skip
     g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
-    g.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
+    cores = available_cores()
+    g.add_argument("--threads", type=int, metavar="N",
+                   help=f"CPU threads (default: OMP_NUM_THREADS, or one for each core of this process, {cores} here)")  # fmt: skip
 
     writing = argparse.ArgumentParser(add_help=False)
     g = writing.add_argument_group("output")

@@ -237,13 +237,17 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: S
             memory += f" to {size(f['escalated_memory_bytes'])}"
         rows.append([command, memory, size(f["read_bytes"]), most + size(f["write_bytes"]), duration(f["seconds"])])
     cells = list(zip(*rows, strict=True)) if rows else [()] * 5
+    threads = next((f" on {_threads(f)}" for f in forecasts.values() if f), "")
     columns = [
         Column("forecast", cells[0], "mitigate and merge with findings; --dry-run says why one is refused", left=True),
         Column("memory", cells[1], "at its peak; the larger number where the dense solver must decide", keep=3),
         Column("read", cells[2], keep=1),
         Column("written", cells[3], "--dry-run shows the free disk", keep=2),
         Column(
-            "time", cells[4], "by a short probe of this machine, as busy as it is now, if the disk keeps up", keep=4
+            "time",
+            cells[4],
+            f"by a short probe of this machine{threads}, as busy as it is now, if the disk keeps up",
+            keep=4,
         ),
     ]
     return table(columns, screen.width)
@@ -257,8 +261,13 @@ def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
         f"forecast: memory {_memory(forecast)}; "
         f"reads {size(forecast['read_bytes'])}, writes {most}{size(forecast['write_bytes'])}{beside}; "
         f"{size(free)} free; time {duration(forecast['seconds'])}, "
-        "with the processors as busy as now and if the disk keeps up"
+        f"on {_threads(forecast)}, with the processors as busy as now and if the disk keeps up"
     )
+
+
+def _threads(forecast: Mapping[str, Any]) -> str:
+    count = forecast["threads"]
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _memory(forecast: Mapping[str, Any]) -> str:
