@@ -62,7 +62,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def check_findings_place(path: Path) -> None:
-    """Refuse a path where no findings file can be written: an address, a directory, a symlink, a hub cache; its directory may be missing."""
+    """Refuse a path where no findings file can be written: an address, a directory, a symlink, a hub cache. Its parent may be missing."""
     refuse_address(path)
     if path.is_dir():
         raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Before torch is imported: threads that spin while they wait hold the cores that other jobs, and other tests, want.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import helpers
 import pytest

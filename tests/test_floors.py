@@ -97,6 +97,7 @@ WITHIN = [
     ["adapted", "converted"],
     ["advice"],
     ["outputs"],
+    ["cli.threads"],
     ["cli.completion", "cli.errors_json", "cli.signals", "cli.layout", "cli.calibration"],
     ["cli.parser", "cli.progress", "cli.tables"],
     ["cli.json_events", "cli.forecast", "cli.demo", "cli.summary"],

@@ -24,7 +24,15 @@ from streamer.cli.forecast import forecast_commands, forecast_detection  # noqa:
 from streamer.intruders import DetectionOptions  # noqa: E402
 from streamer.plan import make_plan  # noqa: E402
 
-NAMES = {"peak_memory_bytes", "escalated_memory_bytes", "read_bytes", "write_bytes", "temporary_bytes", "seconds"}
+NAMES = {
+    "peak_memory_bytes",
+    "escalated_memory_bytes",
+    "read_bytes",
+    "write_bytes",
+    "temporary_bytes",
+    "seconds",
+    "threads",
+}
 CPU = torch.device("cpu")
 Job = tuple[Path, Path]
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from streamer.bases.weight import DECODED_BYTES, Weight
+from streamer.cli.threads import available_cores
 from streamer.intruders import DetectionOptions, detect
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank, Matrix, RowBlocks
@@ -135,7 +136,7 @@ def writing_pace(recipe: Recipe, mitigated: Mitigated) -> float:
         making = fastest(make) / max(1, count)
     beside = [fastest(stage) / max(1, len(last)) for stage in (lambda: hashlib.sha256(last), lambda: _write(last))]
     stages = [making, *beside]
-    return max(*stages, sum(stages) / len(os.sched_getaffinity(0)))
+    return max(*stages, sum(stages) / available_cores())
 
 
 def _write(data: bytes) -> None:

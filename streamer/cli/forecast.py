@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -57,6 +57,8 @@ class Forecast:
         Estimated from a probe, for processors as busy as now, a disk that keeps up, and no matrix that needs the dense solver after
         all. Other work on them makes it longer, as it does the run, though not by the same factor. None where it is not estimated. The
         start of the process and the checks of a dry run come on top.
+    threads
+        That the time is for.
     """
 
     peak_memory_bytes: int
@@ -65,6 +67,7 @@ class Forecast:
     write_bytes: int
     temporary_bytes: int
     seconds: float | None
+    threads: int = field(default_factory=torch.get_num_threads)
 
 
 def forecast_detection(

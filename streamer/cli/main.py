@@ -18,6 +18,7 @@ from streamer.cli.parser import BadUsage, build_parser
 from streamer.cli.progress import Progress, say
 from streamer.cli.signals import stop_on_signals
 from streamer.cli.summary import summary
+from streamer.cli.threads import set_threads, wait_passively
 from streamer.errors import StorageError, StreamerError, UsageError, one_line
 from streamer.events import Monitor
 
@@ -25,6 +26,7 @@ from streamer.events import Monitor
 def run(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     _open_missing_streams()
+    wait_passively()
     try:
         args = build_parser().parse_args(argv)
     except BadUsage as e:
@@ -59,8 +61,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
         )
     with stop_on_signals(monitor, progress.tell):
         try:
-            if getattr(args, "threads", None) is not None:
-                _set_threads(args.threads)
+            set_threads(getattr(args, "threads", None))
             tree, text = COMMANDS[args.command](args, monitor)
         finally:
             progress.close()
@@ -140,14 +141,6 @@ def _print(text: str = "") -> None:
         if not isinstance(e, BrokenPipeError):
             message = f"stdout: {e.strerror or e}; the result could not be printed, what was written to files stands"
             raise StorageError(message) from e
-
-
-def _set_threads(n: int) -> None:
-    if n < 1:
-        raise UsageError(f"--threads: expected a number from 1, found {n}")
-    import torch
-
-    torch.set_num_threads(n)
 
 
 def main() -> NoReturn:

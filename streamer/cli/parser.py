@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from streamer import __version__
+from streamer.cli.threads import available_cores
 from streamer.units import parse_size
 
 EXIT_CODES = """\
@@ -199,7 +200,9 @@ def build_parser() -> Parser:
                         "are multiplied as they are stored, which takes longer, and what only a full SVD could settle stays open; "
                         "what does not fit is refused (default: as much as it takes)")  # fmt: skip
     g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
-    g.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
+    cores = available_cores()
+    g.add_argument("--threads", type=int, metavar="N",
+                   help=f"CPU threads (default: OMP_NUM_THREADS, or one for each core of this process, {cores} here)")  # fmt: skip
 
     def writing(metavar: str, text: str) -> Parser:
         parent = Parser(add_help=False)

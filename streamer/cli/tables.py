@@ -116,7 +116,6 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         worst = max(matrices, key=lambda m: m["dropped"], default=None)
         most = f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
         lines.append(f"{most}, of {worst['tensor']}" if worst and worst["dropped"] else most)
-    lines += [f"advice: {line}" for line in record.get("advice", ())]
     return _sections(table(columns, screen.width) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
                      "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
 
@@ -150,9 +149,7 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
             ),
             _summed("certified", [x["certified"] for x in t], "matrices in which every decision is proven", 4),
         ]
-    advice = [f"{name}: advice: {line}" for name, tree in trees.items() for line in tree.get("advice", ())]
-    more = "--all shows each adapter's matrices"
-    return _sections(table(columns, screen.width), "\n".join(fit(line, screen.width) for line in (*advice, more)))
+    return _sections(table(columns, screen.width), fit("--all shows each adapter's matrices", screen.width))
 
 
 def _summed(head: str, numbers: Sequence[int], about: str, keep: int) -> Column:
@@ -243,13 +240,17 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: S
             memory += f" to {size(f['escalated_memory_bytes'])}"
         rows.append([command, memory, size(f["read_bytes"]), most + size(f["write_bytes"]), duration(f["seconds"])])
     cells = list(zip(*rows, strict=True)) if rows else [()] * 5
+    threads = next((f" on {_threads(f)}" for f in forecasts.values() if f), "")
     columns = [
         Column("forecast", cells[0], "mitigate and merge with findings; --dry-run says why one is refused", left=True),
         Column("memory", cells[1], "at its peak; the larger number where the dense solver must decide", keep=3),
         Column("read", cells[2], keep=1),
         Column("written", cells[3], "--dry-run shows the free disk", keep=2),
         Column(
-            "time", cells[4], "by a short probe of this machine, as busy as it is now, if the disk keeps up", keep=4
+            "time",
+            cells[4],
+            f"by a short probe of this machine{threads}, as busy as it is now, if the disk keeps up",
+            keep=4,
         ),
     ]
     return table(columns, screen.width)
@@ -263,8 +264,13 @@ def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
         f"forecast: memory {_memory(forecast)}; "
         f"reads {size(forecast['read_bytes'])}, writes {most}{size(forecast['write_bytes'])}{beside}; "
         f"{size(free)} free; time {duration(forecast['seconds'])}, "
-        "with the processors as busy as now and if the disk keeps up"
+        f"on {_threads(forecast)}, with the processors as busy as now and if the disk keeps up"
     )
+
+
+def _threads(forecast: Mapping[str, Any]) -> str:
+    count = forecast["threads"]
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _memory(forecast: Mapping[str, Any]) -> str:

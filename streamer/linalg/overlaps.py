@@ -138,7 +138,7 @@ class OverlapProcess:
         self.hopeless = False
         self._base = base
         self._U, self._generator = U, generator
-        self._rounding = 0.0  # φ as last measured
+        self._rounding = 0.0  # as last measured
         start = base.rmatmat(U) if self.tall else U
         k = U.shape[1]
         width = min(block_width(k, 4), m, n)
@@ -181,7 +181,7 @@ class OverlapProcess:
         coefficients[: gk.start_coefficients.shape[0]] = gk.start_coefficients[:, :k]
         w = ritz.Y.T @ coefficients
         overlap = self._left_overlaps(ritz) if self.tall else w.abs()
-        low = self._low(ritz, overlap, self._rounding or torch.finfo(gk.P.dtype).eps * gk.norm)
+        low = self._low(ritz, overlap, self._phi)
         high = torch.ones(k, dtype=torch.float64)
         open_ = self._open(low, epsilon)
         reach, measured = 0.0, False
@@ -193,7 +193,7 @@ class OverlapProcess:
             measured = final or not self._rounding
             if measured:
                 self._rounding = 2 * gk.defect_estimate(self._generator) + torch.finfo(gk.P.dtype).eps * gk.norm
-            low = self._low(ritz, overlap, self._rounding)
+            low = self._low(ritz, overlap, self._phi)
             open_ = self._open(low, epsilon)
             if bool(open_.any()):
                 high[open_] = self._high(ritz, w, open_)
@@ -203,6 +203,12 @@ class OverlapProcess:
             if self.hopeless:
                 high[:] = 1.0
         return OverlapBounds(low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff, measured, reach)
+
+    @property
+    def _phi(self) -> float:
+        """φ, by how much the process is off: its rounding, before that is measured one rounding of the norm, and what it has deflated."""
+        gk = self.process
+        return (self._rounding or torch.finfo(gk.P.dtype).eps * gk.norm) + gk.deflated
 
     def _open(self, low: Tensor, epsilon: float) -> Tensor:
         return (low < epsilon) & (self._distance < 2)
@@ -253,7 +259,7 @@ class OverlapProcess:
         return min(1.0, 1.04 * float(high.max()))
 
     def _high(self, ritz: RitzBasis, w: Tensor, open_: Tensor) -> Tensor:
-        S, tau = ritz.S, window(ritz, self._rounding)
+        S, tau = ritz.S, window(ritz, self._phi)
         if self.cutoff and float(S[-1]) <= 2 * self.cutoff * float(S[0]):
             # By interlacing the base has a singular value at least as small: the u⁰_i down there are not covered.
             self.hopeless = True
@@ -265,7 +271,7 @@ class OverlapProcess:
 
     def _bounded(self, sigma: Tensor, ritz: RitzBasis, w: Tensor, open_: Tensor) -> Tensor:
         """The largest of the bounds at these σ, for each open direction."""
-        phi = self._rounding or torch.finfo(self.process.P.dtype).eps * self.process.norm
+        phi = self._phi
         bound = christoffel_bound(sigma, ritz, w[:, open_], phi) + self._lost[open_]
         if self.tall:
             bound = (bound + phi) / sigma[:, None]  # x_j = W0ᵀu_j was rounded too, by one product's error
