@@ -239,10 +239,11 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
 def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     shards = model.shards()
     done, total = 0, sum(shard.header.data_bytes for shard in shards.values())
+    items, of = 0, sum(len(shard.header.tensors) for shard in shards.values())
     for shard in shards.values():
         for info, output in zip(shard.header.tensors, model.files[shard.name], strict=True):
             monitor.checkpoint()
-            monitor.emit(Event("write", info.name, done, total))
+            monitor.emit(Event("write", info.name, done, total, items, of))
             job.plan.check_unchanged()
             data, at = bytearray(info.nbytes), 0
             with threads():
@@ -253,5 +254,5 @@ def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[s
             # Of a dtype that torch does not have, the bytes.
             shape = info.shape if dtype else (info.nbytes,)
             yield info.name, as_tensor(memoryview(data), dtype or torch.uint8, shape)
-            done += info.nbytes
-    monitor.emit(Event("write", "", total, total))
+            done, items = done + info.nbytes, items + 1
+    monitor.emit(Event("write", "", total, total, of, of))

@@ -16,17 +16,25 @@ class Event:
     Attributes
     ----------
     stage
-        ``detect`` counts in units of cost (see `solvers.cost`), ``write`` in bytes; ``warning`` and ``note`` do not count.
+        ``probe`` measures this machine, in steps; ``detect`` counts in units of cost (see `solvers.cost`), ``write`` in bytes;
+        ``warning`` and ``note`` do not count.
     name
         The matrix or file that the run has just begun, or the text of a warning or note.
     done, total
         Units done before it, and in all.
+    items, of
+        Matrices (``detect``), or tensors and other files (``write``), done before it, and in all; 0 of 0 where they are not counted.
+    adapter
+        The name of its adapter where there are several, else empty.
     """
 
-    stage: Literal["detect", "write", "warning", "note"]
+    stage: Literal["probe", "detect", "write", "warning", "note"]
     name: str
     done: int = 0
     total: int = 0
+    items: int = 0
+    of: int = 0
+    adapter: str = ""
 
 
 OnEvent = Callable[[Event], None]

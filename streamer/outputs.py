@@ -88,6 +88,8 @@ class _Run:
         self.sink, self.out, self.monitor = sink, out, monitor
         self.done = 0
         """Bytes that stand, those of the file in hand included."""
+        self.items = 0
+        """Tensors of the shards, and other files, that stand."""
         self._finished: set[str] = set()
 
     def look(self) -> None:
@@ -103,6 +105,15 @@ class _Run:
         job = self.sink.job
         return job.detects and not self.sink.shards.keys() <= self._finished
 
+    @property
+    def counted(self) -> int:
+        """Tensors of the shards, and other files, in all."""
+        return sum(self._items(name) for name, _ in self.sink.output.files)
+
+    def _items(self, name: str) -> int:
+        shards = self.sink.shards
+        return len(shards[name].header.tensors) if name in shards else 1
+
     def steps(self, runs: Sequence[_Run]) -> Generator[Place, None, None]:
         """Write everything, in order, the commit point last; pause before each tensor, at its place in the base.
 
@@ -113,18 +124,20 @@ class _Run:
         """
         sink, out = self.sink, self.out
         check = sink.job.plan.check_unchanged
-        total = sum(run.sink.output.total_bytes for run in runs)
+        total, of = sum(run.sink.output.total_bytes for run in runs), sum(run.counted for run in runs)
+        adapter = sink.job.plan.adapter.path.absolute().name if len(runs) > 1 else ""
         copies, texts = dict(sink.copies), {**sink.edited, **sink.finals}
         matrices: list[dict[str, Any]] = []
 
         def emit(name: str) -> None:
-            self.monitor.emit(Event("write", name, sum(run.done for run in runs), total))
+            done, items = sum(run.done for run in runs), sum(run.items for run in runs)
+            self.monitor.emit(Event("write", name, done, total, items, of, adapter))
 
         begun = 0
         for name, size in sink.output.files:
             self.monitor.checkpoint()
             if name in self._finished:
-                pass
+                self.items += self._items(name)
             elif name in sink.shards:
                 with contextlib.closing(self._shard(name)) as tensors:
                     for place, info, file in tensors:
@@ -133,9 +146,11 @@ class _Run:
                         yield place
                         self.done = begun + info.start
                         emit(info.name)
+                        self.items += 1
             else:
                 emit(name)
                 out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
+                self.items += 1
             matrices += journalled(out.entry(name), out.path)
             begun += size
             self.done = begun

@@ -128,8 +128,9 @@ def detect_all(plans: Sequence[Plan], options: DetectionOptions, device: torch.d
     """
     _check_budgets(plans, options)
     todo = [[(i, t) for i, t in uses if not known(i, t.tensor)] for uses in matrices_of(plans)]
-    total = sum(cost(t, options) for plan in plans for t in plan.targets)
-    done = total - sum(cost(t, options) for uses in todo for _, t in uses)
+    total, of = sum(cost(t, options) for plan in plans for t in plan.targets), sum(len(plan.targets) for plan in plans)
+    done, items = total - sum(cost(t, options) for uses in todo for _, t in uses), of - sum(map(len, todo))
+    names = [plan.adapter.path.absolute().name if len(plans) > 1 else "" for plan in plans]
 
     stager = Stager(device)
 
@@ -144,10 +145,10 @@ def detect_all(plans: Sequence[Plan], options: DetectionOptions, device: torch.d
         for uses, staged in stream:
             for i, target in uses:
                 monitor.checkpoint()
-                monitor.emit(Event("detect", target.tensor, done, total))
+                monitor.emit(Event("detect", target.tensor, done, total, items, of, names[i]))
                 yield i, detect_matrix(plans[i], target, options, device, staged, monitor)
-                done += cost(target, options)
-    monitor.emit(Event("detect", "", total, total))
+                done, items = done + cost(target, options), items + 1
+    monitor.emit(Event("detect", "", total, total, of, of))
 
 
 def detect_in_memory(

@@ -9,6 +9,7 @@ import atexit
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,10 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its exit code (−N for signal N), what it printed, the calls it made; `stopped` if it only sleeps."""
+    """How a run ended: its exit code (−N for signal N), what it printed, the calls it made; `stopped` if it only sleeps.
+
+    `err` is without the last line of a command that did its work, which is `last`.
+    """
 
     code: int
     out: str
@@ -92,6 +96,10 @@ class Outcome:
     calls: list[str]
     pid: int
     stopped: bool
+    last: str = ""
+
+
+LAST = re.compile(r"streamer: [a-z]+(?: --dry-run)?: .*\bin \d[^\n]*\n\Z")
 
 
 class Server:
@@ -136,7 +144,9 @@ class Server:
         answer = json.loads(self._process.stdout.readline())
         calls = json.loads((home / "log").read_text()) if (home / "log").exists() else []
         out, err = ((home / name).read_text() for name in ("out", "err"))
-        return Outcome(answer["code"], out, err, calls, answer["pid"], answer["stopped"])
+        last = LAST.search(err)
+        said = err[: last.start()] if last else err
+        return Outcome(answer["code"], out, said, calls, answer["pid"], answer["stopped"], last[0] if last else "")
 
     def close(self) -> None:
         """End the process."""

@@ -76,8 +76,9 @@ WITHIN = [
     ["apply"],
     ["adapted", "converted", "outputs"],
     ["cli.threads"],
-    ["cli.parser", "cli.progress", "cli.signals", "cli.calibration", "cli.tables"],
-    ["cli.forecast", "cli.demo"],
+    ["cli.parser", "cli.signals", "cli.layout", "cli.calibration"],
+    ["cli.progress", "cli.tables"],
+    ["cli.forecast", "cli.demo", "cli.summary"],
     ["cli.json_report"],
     ["cli.commands"],
     ["cli.main"],
@@ -182,12 +183,12 @@ def test_only_the_command_line_prints_or_exits() -> None:
                 )
 
 
-def test_core_dependencies_are_the_five() -> None:
+def test_core_dependencies_are_the_four() -> None:
     import tomllib
 
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     names = {d.split(">")[0] for d in project["dependencies"]}
-    assert names == {"safetensors", "numpy", "scipy", "torch", "tqdm"}
+    assert names == {"safetensors", "numpy", "scipy", "torch"}
     allowed = names | {"streamer"} | set(sys.stdlib_module_names)
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -653,7 +654,7 @@ def test_tables_for_people(said: tuple[Path, Path, Path, dict[str, Outcome]], tm
             json.loads(done.out)
 
 
-def test_quiet_says_nothing(job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_quiet_leaves_warnings_and_twice_says_nothing(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
     index = base / "model.safetensors.index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": {"total_size": 1}}))
@@ -664,13 +665,21 @@ def test_quiet_says_nothing(job: tuple[Path, Path], tmp_path: Path) -> None:
         ("detect", base, adapter, "-o", findings),
         ("report", findings),
         ("merge", base, adapter, "-o", tmp_path / "m"),
+        ("merge", base, adapter, "-o", tmp_path / "m"),
         ("mitigate", base, adapter, "-o", tmp_path / "a"),
         ("merge", base, adapter, "-o", tmp_path / "d", "--dry-run"),
     ]
     for argv in runs:
-        done = server().run(*argv, "--quiet")
-        assert (done.code, done.out, done.err) == (0, "", ""), argv
-    refused = server().run("merge", base, adapter, "-o", base, "--quiet")
+        for option in ("--quiet", "-q"):
+            done = server().run(*argv, option)
+            assert (done.code, done.out, done.last) == (0, "", ""), argv
+            assert (
+                re.fullmatch(r"streamer: warning: [^\n]*total_size says 1, [^\n]*\n", done.err) or argv[0] == "report"
+            )
+        for options in (["-qq"], ["--quiet", "-q"]):
+            done = server().run(*argv, *options)
+            assert (done.code, done.out, done.err, done.last) == (0, "", "", ""), argv
+    refused = server().run("merge", base, adapter, "-o", base, "-qq")
     assert refused.code == 4
     assert refused.err.count("\n") == 1  # an error is told all the same
 
@@ -720,8 +729,8 @@ def test_bars_on_a_terminal_only(said: tuple[Path, Path, Path, dict[str, Outcome
     assert json.loads(out)["command"] == "merge"
     assert b"detect" in drawn
     assert b"write" in drawn
-    assert b"%|" in drawn
-    assert drawn.endswith(b"\r")
+    assert b"% |" in drawn
+    assert re.search(rb"\r\x1b\[Kstreamer: merge: [^\r\n]* in [^\r\n]* s\r\n\Z", drawn)
 
 
 def test_threads_and_io_do_not_matter_for_what_is_found(

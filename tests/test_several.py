@@ -319,8 +319,10 @@ def test_json_holds_the_object_of_each(inputs: Inputs, way: str, tmp_path: Path)
     again = json.loads(run(*inputs.line(way, out), "--dry-run", "--json"))
     assert {plan["state"] for plan in again["adapters"].values()} == {"done"}
     assert again["forecast"] is None
-    text = run(*inputs.line(way, tmp_path / "text"))
-    assert [line for line in text.splitlines() if line in NAMES] == NAMES
+    short = run(*inputs.line(way, tmp_path / "text"))
+    assert [line.split()[0] for line in short.splitlines()[2:5]] == NAMES
+    full = run(*inputs.line(way, tmp_path / "text"), "--all")
+    assert [line for line in full.splitlines() if line in NAMES] == NAMES
 
 
 def bytes_of_matrices(base: Path) -> int:

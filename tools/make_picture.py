@@ -20,19 +20,21 @@ import streamer
 from streamer.cli.demo import make_demo
 
 MATRIX = "model.layers.0.self_attn.o_proj"
-SHOWN, CELL, LEFT, TOP, GAP = 10, 15, 56, 62, 46
+SHOWN, CELL, LEFT, TOP, GAP = 10, 18, 64, 62, 70
 
 
-def tensor(path: Path, name: str) -> np.ndarray:
-    """A tensor in float64."""
-    with safe_open(path, framework="pt") as f:
-        return f.get_tensor(name).double().numpy()
+def tensor(directory: Path, name: str) -> np.ndarray:
+    """Read a tensor in float64, from whichever of a directory's files holds it."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as f:
+            if name in f.keys():  # noqa: SIM118 - the reader is no mapping
+                return np.asarray(f.get_tensor(name).double())
+    raise SystemExit(f"{directory}: has no tensor {name!r}")
 
 
 def delta(adapter: Path, scale: float) -> np.ndarray:
     """``scale · B · A`` of the matrix."""
-    weights = adapter / "adapter_model.safetensors"
-    A, B = (tensor(weights, f"base_model.model.{MATRIX}.lora_{factor}.weight") for factor in "AB")
+    A, B = (tensor(adapter, f"base_model.model.{MATRIX}.lora_{factor}.weight") for factor in "AB")
     return scale * B @ A
 
 
@@ -42,7 +44,7 @@ def similarities(W: np.ndarray, base: np.ndarray) -> np.ndarray:
     return np.abs(U.T @ U0)
 
 
-def panel(x: int, title: str, below: str, values: np.ndarray, marked: set[int]) -> list[str]:
+def panel(x: int, title: str, below: str, values: np.ndarray, intruders: set[int]) -> list[str]:
     """One table of cells."""
     lines = [f'<text x="{x + SHOWN * CELL / 2}" y="{TOP - 30}" text-anchor="middle" font-weight="bold">{title}</text>',
              f'<text x="{x + SHOWN * CELL / 2}" y="{TOP - 12}" text-anchor="middle" fill="#555">{below}</text>']  # fmt: skip
@@ -51,11 +53,12 @@ def panel(x: int, title: str, below: str, values: np.ndarray, marked: set[int]) 
             shade = round(255 * (1 - min(1.0, value)))
             lines.append(f'<rect x="{x + i * CELL}" y="{TOP + j * CELL}" width="{CELL}" height="{CELL}" '
                          f'fill="rgb({shade},{shade},{min(255, shade + 20)})" stroke="#ddd" stroke-width="0.5"/>')  # fmt: skip
-        if j in marked:
-            lines.append(f'<rect x="{x}" y="{TOP + j * CELL}" width="{SHOWN * CELL}" height="{CELL}" fill="none" '
-                         f'stroke="#c00" stroke-width="2"/>')  # fmt: skip
+    for j in sorted(intruders):
+        lines.append(
+            f'<rect x="{x}" y="{TOP + j * CELL}" width="{SHOWN * CELL}" height="{CELL}" fill="none" stroke="#c00" stroke-width="2"/>'
+        )
     lines.append(f'<text x="{x + SHOWN * CELL / 2}" y="{TOP + SHOWN * CELL + 18}" text-anchor="middle" fill="#555">'
-                 "directions of the base, largest first</text>")  # fmt: skip
+                 "directions of the base</text>")  # fmt: skip
     return lines
 
 
@@ -69,19 +72,22 @@ def main() -> None:
         mitigated = Path(directory) / "picture"
         streamer.reduce_intruder_dimension(model.base, model.adapter, mitigated, findings=findings, mitigation_lambda=0)
         found = next(m for m in findings if m.module == MATRIX)
-        W0 = tensor(model.base / "model.safetensors", f"{MATRIX}.weight")
+        W0 = tensor(model.base, f"{MATRIX}.weight")
         before = similarities(W0 + delta(model.adapter, found.scale), W0)
         after = similarities(W0 + delta(mitigated, found.scale), W0)
     second = LEFT + SHOWN * CELL + GAP
-    width, height = second + SHOWN * CELL + 16, TOP + SHOWN * CELL + 34
+    width, height = second + SHOWN * CELL + 24, TOP + SHOWN * CELL + 34
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
              'font-family="sans-serif" font-size="12">', '<rect width="100%" height="100%" fill="white"/>']  # fmt: skip
-    lines += [f'<text x="{LEFT - 8}" y="{TOP + j * CELL + 12}" text-anchor="end" fill="#555">{j + 1}</text>' for j in range(SHOWN)]
+    lines += [
+        f'<text x="{LEFT - 8}" y="{TOP + j * CELL + 13}" text-anchor="end" fill="#555">{j + 1}</text>'
+        for j in range(SHOWN)
+    ]
     lines += [f'<text transform="translate(16,{TOP + SHOWN * CELL / 2}) rotate(-90)" text-anchor="middle" fill="#555">'
               "directions after fine-tuning</text>"]  # fmt: skip
     lines += panel(LEFT, "fine-tuned", f"intruders: {', '.join(str(j + 1) for j in found.detection.intruders)}", before,
                    set(found.detection.intruders))  # fmt: skip
-    lines += panel(second, "mitigated, λ = 0", "every direction is one of the base's", after, set())
+    lines += panel(second, "mitigated, λ = 0", "each direction is the base's own", after, set())
     arguments.output.write_text("\n".join([*lines, "</svg>\n"]))
 
 

@@ -1,25 +1,30 @@
-"""The commands: each takes the parsed arguments, calls the library, and prints one result."""
+"""The commands: each takes the parsed arguments, calls the library, and returns one result, which `main` prints."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamer.cli.layout import Screen, screen
 from streamer.errors import UsageError
 from streamer.events import Event, Monitor
 
 if TYPE_CHECKING:
     from streamer.findings import Findings
     from streamer.intruders import DetectionOptions, MitigationOptions
+    from streamer.plan import Plan
 
 
-def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
+Result = tuple[dict[str, Any], str]
+"""The object that `--json` prints, and the text for people."""
+
+
+def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.forecast import forecast_commands
     from streamer.cli.json_report import inspect_json
     from streamer.cli.tables import dtype_table, inspect_table
@@ -30,18 +35,17 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> None:
     if args.adapter is not None:
         plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
         _warn(plan.warnings, monitor)
-        tree = inspect_json(plan, forecast_commands(plan, choose_device("auto")))
-        _print(args, tree, inspect_table(tree))
-        return
+        tree = inspect_json(plan, forecast_commands(plan, choose_device("auto"), monitor))
+        return tree, inspect_table(tree, _screen(args))
     base = open_checkpoint(args.base, args.io)
     _warn(base.warnings, monitor)
     files = [(name, [(t.dtype, t.nbytes) for t in f.header.tensors]) for name, f in base.files.items()]
     tree = {"schema": "streamer.plan/1", "base": base.identity(), "warnings": list(base.warnings),
             "totals": {"tensors": len(base.weight_map), "base_bytes": base.data_bytes}}  # fmt: skip
-    _print(args, tree, dtype_table(files))
+    return tree, dtype_table(files, _screen(args))
 
 
-def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
+def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api import detect_intruder_dimensions
     from streamer.cli.forecast import forecast_detection, shared_by_detections, together
     from streamer.cli.json_report import dry_run, dry_runs, findings_json
@@ -56,6 +60,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
         device = choose_device(args.device)
         named = named_adapters(adapters)
         plans = make_plans(args.base, [*named.values()], args.io, args.base_is_residual)
+        _warn_of(plans, monitor)
         paths = [findings_of(args.output, name) for name in named]
         states = inspect_detections(
             plans, paths, options, args.overwrite, not args.no_resume, make_parent="" not in named
@@ -65,10 +70,11 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
             forecast = None
             if state != "done":
                 todo.append(plan)
-                forecasts.append(forecast := forecast_detection(plan, options, device))
+                forecasts.append(forecast := forecast_detection(plan, options, device, monitor))
             parts[name] = dry_run(args.command, path, state, len(plan.targets), 1, None, forecast)
-        _print(args, *dry_runs(args.command, args.output, parts, together(forecasts, shared_by_detections(todo))))
-        return
+        return dry_runs(
+            args.command, args.output, parts, together(forecasts, shared_by_detections(todo)), _screen(args)
+        )
     found = detect_intruder_dimensions(
         args.base, adapters, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,
         solver=options.solver, max_memory=options.max_memory, device=args.device, io=args.io,
@@ -77,29 +83,32 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> None:
         monitor=monitor,
     )  # fmt: skip
     each = found if isinstance(found, dict) else {"": found}
-    _print_each(args, {name: (findings_json(findings), findings_table(findings)) for name, findings in each.items()})
+    shown = _screen(args)
+    parts = {}
+    for name, one in each.items():
+        parts[name] = findings_json(one), findings_table(one, shown, findings_of(args.output, name))
+    return _each(parts, args.output, shown)
 
 
-def _mitigate(args: argparse.Namespace, monitor: Monitor) -> None:
+def _mitigate(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.adapted import AdapterSink
     from streamer.api import reduce_intruder_dimension
     from streamer.converted import LoraSink
 
     if args.to_lora is None:
-        _apply(args, monitor, AdapterSink, reduce_intruder_dimension)
-    else:
-        sink = functools.partial(LoraSink, rank=args.to_lora)
-        _apply(args, monitor, sink, functools.partial(reduce_intruder_dimension, to_lora=args.to_lora))
+        return _apply(args, monitor, AdapterSink, reduce_intruder_dimension)
+    sink = functools.partial(LoraSink, rank=args.to_lora)
+    return _apply(args, monitor, sink, functools.partial(reduce_intruder_dimension, to_lora=args.to_lora))
 
 
-def _merge(args: argparse.Namespace, monitor: Monitor) -> None:
+def _merge(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api import merge_with_reduced_intruder_dimensions
     from streamer.apply import ModelSink
 
-    _apply(args, monitor, ModelSink, merge_with_reduced_intruder_dimensions, dequantize=args.dequantize)
+    return _apply(args, monitor, ModelSink, merge_with_reduced_intruder_dimensions, dequantize=args.dequantize)
 
 
-def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **special: Any) -> None:
+def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **special: Any) -> Result:
     from streamer.api import findings_by_name, prepare
     from streamer.cli.forecast import forecast_output, shared_by_merges, together
     from streamer.cli.json_report import dry_run, dry_runs
@@ -116,6 +125,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     if args.dry_run:
         jobs = prepare(args.base, [*named.values()], mitigation, detection, given, args.device, args.io,
                        base_is_residual=args.base_is_residual, **special)  # fmt: skip
+        _warn_of([job.plan for job in jobs], monitor)
         sinks = [sink(job, model_of(args.output, name)) for job, name in zip(jobs, named, strict=True)]
         states = inspect_jobs(sinks, args.overwrite, not args.no_resume)
         parts, todo, forecasts = {}, [], []
@@ -123,13 +133,12 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
             forecast = None
             if state != "done":
                 todo.append(planned)
-                forecasts.append(forecast := forecast_output(planned))
+                forecasts.append(forecast := forecast_output(planned, monitor=monitor))
             output, matrices = planned.output, len(planned.job.plan.targets)
             parts[name] = dry_run(
                 args.command, output.path, state, matrices, len(output.files), output.total_bytes, forecast
             )
-        _print(args, *dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo))))
-        return
+        return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo)), _screen(args))
     found = write(
         args.base, adapters, args.output, findings=args.findings or None, top_k=detection.top_k,
         threshold_epsilon=detection.threshold_epsilon, mitigation_lambda=mitigation.mitigation_lambda, method=mitigation.method,
@@ -139,20 +148,20 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     parts = {}
     for name, record in ({"": found} if "" in named else found).items():
         output = str(model_of(args.output, name)) if name else args.output
-        parts[name] = {**record, "output": output}, record_table(record, output)
-    _print_each(args, parts)
+        parts[name] = {**record, "output": output}, record_table(record, output, _screen(args))
+    return _each(parts, args.output, _screen(args))
 
 
-def _report(args: argparse.Namespace, monitor: Monitor) -> None:
+def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.json_report import findings_json
     from streamer.cli.tables import findings_table
     from streamer.findings import load_findings
 
     findings = load_findings(args.findings)
-    _print(args, findings_json(findings), findings_table(findings))
+    return findings_json(findings), findings_table(findings, _screen(args))
 
 
-def _demo(args: argparse.Namespace, monitor: Monitor) -> None:
+def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.demo import demo_table, run_demo
 
     if args.keep:
@@ -162,7 +171,7 @@ def _demo(args: argparse.Namespace, monitor: Monitor) -> None:
     else:
         with tempfile.TemporaryDirectory(prefix="streamer-demo-") as directory:
             result = run_demo(Path(directory), args.mitigation_lambda, monitor)
-    _print(args, result, demo_table(result))
+    return result, demo_table(result, _screen(args))
 
 
 COMMANDS = {
@@ -204,20 +213,26 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
     return given if len(given) > 1 or holds_adapters(given[0]) else given[0]
 
 
-def _print_each(args: argparse.Namespace, parts: Mapping[str, tuple[dict[str, Any], str]]) -> None:
-    """The result of the one adapter, or of each of several by its name."""
+def _each(parts: Mapping[str, Result], output: str, shown: Screen) -> Result:
+    """The result of the one adapter; or of several by their names, in full if all is asked for."""
     from streamer.cli.json_report import of_several
+    from streamer.cli.tables import adapters_table
 
-    _print(args, *(parts[""] if "" in parts else of_several(parts)))
+    if "" in parts:
+        return parts[""]
+    tree, full = of_several(parts)
+    return tree, full if shown.every else f"{adapters_table(tree['adapters'], shown)}\n\nwrote {output}"
 
 
-def _print(args: argparse.Namespace, tree: dict[str, Any], text: str) -> None:
-    if args.json:
-        print(json.dumps(tree, indent=1))
-    elif not args.quiet:
-        print(text)
+def _screen(args: argparse.Namespace) -> Screen:
+    return screen(args.all)
 
 
 def _warn(warnings: tuple[str, ...], monitor: Monitor) -> None:
     for warning in warnings:
         monitor.emit(Event("warning", warning))
+
+
+def _warn_of(plans: Sequence[Plan], monitor: Monitor) -> None:
+    """Tell the warnings of all, each once."""
+    _warn(tuple(dict.fromkeys(warning for plan in plans for warning in plan.warnings)), monitor)

@@ -18,10 +18,12 @@ from torch import Tensor
 from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapter import WEIGHTS_NAME
 from streamer.api import detect_intruder_dimensions, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
-from streamer.cli.tables import table
+from streamer.cli.layout import Column, Screen, fit, natural, table
+from streamer.cli.tables import NO_LIMIT
 from streamer.encodings import ENCODINGS, as_bytes
 from streamer.events import Monitor
 from streamer.findings import load_findings
+from streamer.intruders import DetectionOptions
 from streamer.linalg.operators import LowRank
 from streamer.storage.atomic import Buffer, write_atomic
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
@@ -238,7 +240,7 @@ def run_demo(directory: Path, mitigation_lambda: float, monitor: Monitor) -> dic
     Returns
     -------
     dict
-        ``matrices``: for each base tensor with a planted or found intruder the numbers planted, found and left, and the largest
+        ``matrices``: for each base tensor with a planted or found intruder the numbers planted, found, left and gone, and the largest
         intruder's singular value before and after; ``totals``; and where everything stands.
     """
     model = make_demo(directory)
@@ -262,10 +264,11 @@ def run_demo(directory: Path, mitigation_lambda: float, monitor: Monitor) -> dic
             after = left[m.tensor].detection
             rows.append({
                 "tensor": m.tensor, "planted": planted, "found": len(ranks), "left": len(after.intruders),
+                "gone": max(0, len(ranks) - len(after.intruders)),
                 "sigma_before": m.detection.singular_values[ranks[0]] if ranks else None,
                 "sigma_after": after.singular_values[after.intruders[0]] if after.intruders else None,
             })  # fmt: skip
-    keys = ("planted", "found", "left")
+    keys = ("planted", "found", "left", "gone")
     return {
         "schema": "streamer.demo/1",
         "lambda": mitigation_lambda,
@@ -275,19 +278,40 @@ def run_demo(directory: Path, mitigation_lambda: float, monitor: Monitor) -> dic
     }
 
 
-def demo_table(result: dict[str, Any]) -> str:
+NEXT = """\
+next: streamer inspect BASE ADAPTER   shows what would be done with yours, and
+      streamer detect BASE ADAPTER -o findings.safetensors   finds its intruders"""
+
+
+def demo_table(result: dict[str, Any], screen: Screen = NO_LIMIT) -> str:
     """The demo's result for people."""
 
     def number(x: float | None) -> str:
         return "-" if x is None else f"{x:.3f}"
 
-    rows = [[r["tensor"], str(r["planted"]), str(r["found"]), str(r["left"]), number(r["sigma_before"]), number(r["sigma_after"])]
-            for r in result["matrices"]]  # fmt: skip
-    t = result["totals"]
-    rows.append([f"all {t['matrices']} matrices", str(t["planted"]), str(t["found"]), str(t["left"]), "", ""])
-    head = ["matrix", "planted", "found", "left", "sigma before", "sigma after"]
-    return (
-        table(head, rows, left=1)
-        + f"\n\nlambda {result['lambda']}: an intruder keeps that share of its singular value; those still among the ten largest "
-        "count as left"
+    t, strength, top_k = result["totals"], result["lambda"], DetectionOptions().top_k
+    rows = sorted(result["matrices"], key=lambda r: natural(r["tensor"]))
+    counts = {
+        "planted": "intruders that the generated adapter brings into this matrix",
+        "found": f"intruders among the {top_k} largest directions, by `streamer detect`",
+        "gone": f"no longer found in the adapter that `streamer mitigate --lambda {strength:g}` wrote",
+    }
+    columns = [
+        Column("matrix", [r["tensor"] for r in rows], left=True, names=True, foot=f"all {t['matrices']} matrices")
+    ]
+    for key, about in counts.items():
+        columns.append(Column(key, [str(r[key]) for r in rows], about, keep=9, foot=str(t[key])))
+    before = [number(r["sigma_before"]) for r in rows]
+    columns.append(Column("sigma", before, "singular value of the largest one; the base's own largest is 1", keep=3))
+    if t["left"]:
+        after = [number(r["sigma_after"]) for r in rows]
+        columns.append(
+            Column("sigma left", after, "the same of what is found in the new adapter, `-` where none is", keep=5)
+        )
+    meaning = (
+        "lambda 0 removes an intruder"
+        if strength == 0
+        else f"lambda {strength:g}: an intruder keeps that share of its singular value"
     )
+    told = f"{t['planted']} planted, {t['found']} found, {t['gone']} gone, {t['left']} left; {meaning}"
+    return "\n\n".join((table(columns, screen.width), fit(told, screen.width), fit(NEXT, screen.width, 6)))

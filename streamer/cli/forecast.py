@@ -15,6 +15,7 @@ from streamer.bases.weight import Coded, Weight
 from streamer.budget import best_way, detection_bytes, factor_rank
 from streamer.cli.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
 from streamer.errors import NumericError, UnsupportedError
+from streamer.events import Event, Monitor
 from streamer.intruders import DetectionOptions, MitigationOptions
 from streamer.linalg.deltas import Delta
 from streamer.linalg.svd import OVERSAMPLING
@@ -69,8 +70,12 @@ class Forecast:
     threads: int = field(default_factory=torch.get_num_threads)
 
 
-def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device) -> Forecast:
-    """What `detect` takes."""
+def forecast_detection(
+    plan: Plan, options: DetectionOptions, device: torch.device, monitor: Monitor | None = None
+) -> Forecast:
+    """What `detect` takes; the monitor is told of the probe."""
+    monitor = monitor or Monitor()
+    _tell(monitor, "memory of each matrix")
     works = [_Work.of(plan, target, options) for target in plan.targets]
     written, journal = findings_bytes(plan, options)
     return Forecast(
@@ -79,18 +84,21 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
         _identified_bytes(plan) + _detected_bytes(plan),
         written,
         journal,
-        _detection_seconds(plan, works, device),
+        _detection_seconds(plan, works, device, monitor),
     )
 
 
-def forecast_output(sink: Sink, detects: bool | None = None) -> Forecast:
+def forecast_output(sink: Sink, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:
     """What `mitigate` or `merge` takes.
 
     Parameters
     ----------
     detects
         Whether it detects first; by default what the job says. False asks for a forecast as if findings were there.
+    monitor
+        Is told of the probe.
     """
+    monitor = monitor or Monitor()
     job, output = sink.job, sink.output
     plan, merges = job.plan, isinstance(sink, ModelSink)
     detects = job.detects if detects is None else detects
@@ -103,26 +111,32 @@ def forecast_output(sink: Sink, detects: bool | None = None) -> Forecast:
     if job.findings is not None:
         factors = (f for m in job.findings for f in (m.detection.U, m.detection.S, m.detection.Vh))
         read += sum(factor.nbytes for factor in factors)
-    seconds = _writing_seconds(sink)
+    seconds = _writing_seconds(sink, monitor)
     if detects:
-        first = forecast_detection(plan, job.detection, job.device)
+        first = forecast_detection(plan, job.detection, job.device, monitor)
         memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
         read += _detected_bytes(plan)
         seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
     return Forecast(memory, escalated, read, output.total_bytes, output.temporary_bytes if detects else 0, seconds)
 
 
-def forecast_commands(plan: Plan, device: torch.device) -> dict[str, Forecast | None]:
+def forecast_commands(plan: Plan, device: torch.device, monitor: Monitor | None = None) -> dict[str, Forecast | None]:
     """What each command takes with its defaults, `mitigate` and `merge` from findings; None for one that is refused."""
     detection = DetectionOptions()
     job = Job(plan, MitigationOptions(), detection, device)
-    commands: dict[str, Forecast | None] = {"detect": forecast_detection(plan, detection, device)}
+    commands: dict[str, Forecast | None] = {"detect": forecast_detection(plan, detection, device, monitor)}
     for sink in (AdapterSink, ModelSink):
         try:
-            commands[sink.command] = forecast_output(sink(job, Path("output")), detects=False)
+            commands[sink.command] = forecast_output(sink(job, Path("output")), detects=False, monitor=monitor)
         except UnsupportedError:
             commands[sink.command] = None
     return commands
+
+
+def _tell(monitor: Monitor, what: str) -> None:
+    """Say what is measured next; how many such steps there are depends on what they find."""
+    monitor.checkpoint()
+    monitor.emit(Event("probe", what))
 
 
 def _identified_bytes(plan: Plan) -> int:
@@ -184,7 +198,7 @@ class _Work:
         return cost(self.shape, self.k, self.solver)
 
 
-def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device) -> float | None:
+def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device, monitor: Monitor) -> float | None:
     """The solvers' time, and that of bringing each matrix to the computing dtype. The next one is read meanwhile."""
     if device.type != "cpu":
         return None
@@ -205,25 +219,29 @@ def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device)
         timed = 0.0
         for same in by_cost[: TIMED[solver]]:
             work = same[0]
+            _tell(monitor, f"{solver} solver, {work.shape[0]}x{work.shape[1]}")
             timed += detection_pace(work.shape, work.k, work.rank, solver, blocks) * sum(w.cost for w in same)
         known = sum(w.cost for same in by_cost[: TIMED[solver]] for w in same)
         seconds += timed * sum(w.cost for w in group) / known
     # The figures of each matrix: these grow with the square of the rank, which is scaled down where the solver is timed.
     factors = [(work.shape, work.rank) for work in works if work.rank is not None]
     if factors:
+        _tell(monitor, "norms of deltas")
         units = sum(NORMS * factor_cost(shape, rank) for shape, rank in factors)
         seconds += factor_pace(*max(factors, key=lambda work: factor_cost(*work))) * units
-    for weights in decoded.values():
+    for label, weights in decoded.items():
+        _tell(monitor, f"reading {label}")
         values = sum(w.matrix[0] * w.matrix[1] for w in weights)
         seconds += decoding_pace(max(weights, key=lambda w: w.nbytes)) * values
     return seconds
 
 
-def _writing_seconds(sink: Sink) -> float | None:
+def _writing_seconds(sink: Sink, monitor: Monitor) -> float | None:
     """The time of all output tensors, and of the figures of each matrix; None for what is not summed a few rows at a time."""
     plan = sink.job.plan
     if any(not target.module.low_rank for target in plan.targets):
         return None
+    _tell(monitor, "norms of mitigated deltas")
     seconds = _figures_seconds(sink.job, 2 if isinstance(sink, ModelSink) else 3)
 
     def unchanged(target: Target) -> tuple[Delta, Delta]:
@@ -231,6 +249,7 @@ def _writing_seconds(sink: Sink) -> float | None:
         return delta, delta
 
     if not isinstance(sink, ModelSink):
+        _tell(monitor, "writing an adapter's tensors")
         part = max(plan.adapter.parts.values(), key=lambda part: part.info.nbytes)
         return seconds + writing_pace(Copied(part), unchanged) * sink.output.total_bytes
     sizes = {info.name: info.nbytes for shard in sink.shards.values() for info in shard.header.tensors}
@@ -241,6 +260,7 @@ def _writing_seconds(sink: Sink) -> float | None:
     if Recoded in alike:  # in several passes over the whole
         return None
     for group in alike.values():
+        _tell(monitor, f"writing tensors like {group[0].name}")
         largest = max(group, key=lambda o: sizes[o.name])
         try:
             pace = writing_pace(largest.recipe, unchanged)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from streamer.cli.forecast import Forecast
-from streamer.cli.tables import forecast_text, size
+from streamer.cli.layout import Screen, fit
+from streamer.cli.tables import NO_LIMIT, forecast_text, size
 from streamer.findings import SCHEMA, Findings
 from streamer.intruders import DetectionOptions
 from streamer.pipeline import cost
@@ -113,13 +114,14 @@ def dry_run(command: str, output: Path, state: str, matrices: int, files: int, n
 
 
 def dry_runs(command: str, output: str, parts: Mapping[str, tuple[dict[str, Any], str]],
-             forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
+             forecast: Forecast | None, screen: Screen = NO_LIMIT) -> tuple[dict[str, Any], str]:  # fmt: skip
     """What dry runs found, by adapter, and what all of it would take."""
     free, tree = free_bytes(Path(output)), None if forecast is None else asdict(forecast)
     text = "" if tree is None else forecast_text(command, tree, free)
     if "" in parts:
         one, line = parts[""]
-        return one, f"{line}\n{text}".rstrip()
+        return one, fit(f"{line}\n{text}".rstrip(), screen.width)
+    text = fit(text, screen.width)
     return of_several(parts, {"free_bytes": free, "forecast": tree}, text and f"all together\n{text}")
 
 

@@ -59,7 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--json", action="store_true", help="print one JSON object to stdout")
-    output.add_argument("--quiet", action="store_true", help="no progress, no warnings, no table")
+    output.add_argument("-q", "--quiet", action="count", default=0,
+                        help="no progress, no table, no last line; twice (-qq): no warnings either")  # fmt: skip
+    output.add_argument("--progress", choices=["auto", "bar", "plain", "none"], default="auto",
+                        help="on stderr: a bar, or a line every 30 s (plain); auto: a bar on a terminal, else plain")  # fmt: skip
+    output.add_argument("--all", action="store_true",
+                        help="every row in the tables, which otherwise show what matters most where there are many")  # fmt: skip
 
     reading = argparse.ArgumentParser(add_help=False)
     reading.add_argument("--io", choices=["mmap", "pread"], default="mmap",
@@ -150,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("report", "show findings as a table or as JSON")
     sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`")
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
-    sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.25, metavar="L",
-                     help="what is left of an intruder (default: 0.25)")  # fmt: skip
+    sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.0, metavar="L",
+                     help="what is left of an intruder (default: 0: nothing)")  # fmt: skip
     sub.add_argument("--keep", metavar="DIR", help="write everything to DIR, which must not exist, and keep it")
     return parser

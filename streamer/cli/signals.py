@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from streamer.events import Monitor
 
 
 @contextlib.contextmanager
-def stop_on_signals(monitor: Monitor) -> Iterator[None]:
+def stop_on_signals(monitor: Monitor, tell: Callable[[str], None]) -> Iterator[None]:
     """SIGINT and SIGTERM: the first asks for a stop at the next safe point, the second ends the process at once.
 
     A thread waits for them, since Python runs handlers in the main thread alone, which may sit in LAPACK for a minute.
+
+    Parameters
+    ----------
+    tell
+        Prints a line on stderr.
     """
     watched = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
@@ -24,10 +28,7 @@ def stop_on_signals(monitor: Monitor) -> Iterator[None]:
     def watch() -> None:
         first = signal.sigwait(watched)
         monitor.request_stop(first)
-        print(
-            f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once",
-            file=sys.stderr,
-        )
+        tell(f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once")
         os._exit(128 + signal.sigwait(watched))
 
     threading.Thread(target=watch, daemon=True, name="signals").start()

@@ -2,55 +2,102 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from streamer.findings import Findings
+from streamer.cli.layout import Column, Screen, fit, natural, shorten, table
+from streamer.findings import Findings, MatrixFinding
+
+MANY, SHOWN = 20, 10
+"""A table of more rows than `MANY` shows the `SHOWN` that matter most, unless all are asked for."""
+
+NO_LIMIT = Screen()
 
 
-def findings_table(findings: Findings) -> str:
-    """What was found, a line a matrix."""
-    rows = []
-    for m in findings:
-        d = m.detection
-        rows.append([
-            m.tensor, "x".join(map(str, m.shape)), str(m.rank), str(len(d.intruders)),
-            " ".join(str(j + 1) for j in d.intruders) or "-", f"{min(d.similarity):.3f}",
-            f"{d.singular_values[0]:.4g}", f"{d.delta_norm:.4g}", f"{100 * d.intruder_energy:.1f}%",
-            f"{100 * d.dropped_at_zero:.1f}%", d.solver + ("" if d.certified else " (not certified)"),
-        ])  # fmt: skip
-    head = [
-        "matrix",
-        "shape",
-        "r",
-        "intruders",
-        "ranks",
-        "least sim",
-        "sigma_1",
-        "|delta|",
-        "energy",
-        "cut at 0",
-        "solver",
-    ]
+def findings_table(findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None) -> str:
+    """What was found: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written."""
+    every = sorted(findings, key=lambda m: natural(m.tensor))
+    chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
+    found = [m.detection for m in chosen]
+    decided = [_decided(m) for m in chosen]
+    columns = [
+        Column("matrix", [m.tensor for m in chosen], left=True, names=True),
+        Column("shape", ["x".join(map(str, m.shape)) for m in chosen], "rows x columns", keep=1),
+        Column("r", [str(m.rank or "-") for m in chosen], "rank of the adapter's factors", keep=2),
+        Column("intruders", [str(len(d.intruders)) for d in found], "how many of the largest directions the base does not have",
+               keep=9),
+        Column("ranks", [_ranks(d.intruders) for d in found], "which these are in base + adapter; 1 is the largest", keep=6),
+        Column("similarity", [f"{min(d.similarity):.3f}" for d in found],
+               f"least of a direction to the base, from 0 to 1; below {findings.options.threshold_epsilon:g} is an intruder", keep=4),
+        Column("sigma", [f"{d.singular_values[0]:#.4g}" for d in found], "largest singular value of base + adapter", keep=0),
+        Column("|delta|", [f"{d.delta_norm:#.4g}" for d in found], "Frobenius norm of what the adapter adds", keep=3),
+        Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in found], "the intruders' share of |delta|^2", keep=8),
+        Column("cut at 0", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
+               "what mitigate drops at lambda 0 with --method paper, to keep rank r", keep=5),
+    ]  # fmt: skip
+    if len({_decided(m) for m in findings}) > 1:
+        columns.append(Column("decided", decided, "by which solver; open where none settles a direction", keep=7))
     o = findings.options
     certified = sum(m.detection.certified for m in findings)
     summary = (
         f"{findings.intruders} intruders in {sum(bool(m.detection.intruders) for m in findings)} of {len(findings)} matrices "
         f"(top_k={o.top_k}, epsilon={o.threshold_epsilon}); {certified} of {len(findings)} certified"
     )
-    legend = (
-        "ranks: which singular directions of base + delta, 1 = largest; energy: the intruders' share of |delta|^2;\n"
-        "cut at 0: what back-projection to rank r would drop at lambda 0 with --method paper"
+    if open_ones := [m.tensor for m in every if not m.detection.certified]:
+        some = shorten(open_ones[:3], (screen.width or 10**6) - 4)
+        summary += f"\nnot certified: {', '.join(some)}" + (
+            f" and {len(open_ones) - 3} more" if len(open_ones) > 3 else ""
+        )
+    if written is not None:
+        summary += f"\nwrote {written}: {size(written.stat().st_size)}"
+    return _sections(
+        table(columns, screen.width), _cut(cut, len(findings), "most energy", screen), fit(summary, screen.width)
     )
-    return f"{table(head, rows, left=1)}\n\n{summary}\n{legend}"
 
 
-def record_table(record: Mapping[str, Any], where: str) -> str:
-    """What was written."""
-    t = record["totals"]
+def _decided(m: MatrixFinding) -> str:
+    d = m.detection
+    return d.solver if d.certified else f"{d.solver}, open"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """0-based ranks as people count them; runs of more than two in short."""
+    runs: list[list[int]] = []
+    for j in ranks:
+        if runs and j == runs[-1][1] + 1:
+            runs[-1][1] = j
+        else:
+            runs.append([j, j])
+    parts = [f"{a + 1}" if a == b else f"{a + 1} {b + 1}" if b == a + 1 else f"{a + 1}-{b + 1}" for a, b in runs]
+    return " ".join(parts) or "-"
+
+
+def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMIT) -> str:
+    """What was written: totals, and of more than a few matrices the ten that changed most."""
+    t, matrices = record["totals"], sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
+    strength = record["lambda"] if "lambda" in record else record["mitigation_lambda"]
+    chosen, cut = _most(matrices, _removed, screen)
+    columns = [
+        Column("matrix", [m["tensor"] for m in chosen], left=True, names=True),
+        Column("scaled", [str(len(m["intruders"])) for m in chosen], "intruders that were scaled", keep=2),
+        Column(
+            "|delta|", [f"{m['delta_norm']:#.4g}" for m in chosen], "Frobenius norm of what the adapter adds", keep=1
+        ),
+        Column(
+            "after",
+            [f"{m['delta_norm_after']:#.4g}" for m in chosen],
+            "Frobenius norm of the delta that was written",
+            keep=3,
+        ),
+    ]
+    if record["command"] == "mitigate":
+        about = "what back-projection to the adapter's rank left out of the mitigated delta"
+        columns.append(Column("dropped", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
     lines = [
         f"wrote {where}: {len(record['files'])} files, {size(t['bytes'])}",
-        f"method {record['method']}, scale {record['scale']}, lambda {record['mitigation_lambda']}: "
+        f"method {record['method']}, scale {record['scale']}, lambda {strength}: "
         f"{t['changed']} of {t['matrices']} matrices changed, {t['intruders']} intruders scaled",
         f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; a uniform shrink of the whole adapter by "
         f"{t['equal_norm_shrink']:.4f} has the same norm: the baseline for any claim",
@@ -63,45 +110,147 @@ def record_table(record: Mapping[str, Any], where: str) -> str:
             f"carried along: {len(record['carried'])} tensors that are no factors, {record['carried'][0]['tensor']} first"
         )
     if record["command"] == "mitigate":
-        lines.append(f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta")
-    return "\n".join(lines)
+        worst = max(matrices, key=lambda m: m["dropped"], default=None)
+        most = f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
+        lines.append(f"{most}, of {worst['tensor']}" if worst and worst["dropped"] else most)
+    return _sections(table(columns, screen.width) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
+                     "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
 
 
-def inspect_table(tree: Mapping[str, Any]) -> str:
-    """The plan, a line a matrix."""
+def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_LIMIT) -> str:
+    """What was found or written for several adapters, a line an adapter, from the objects that `--json` prints."""
+    t = [tree["totals"] for tree in trees.values()]
+    columns = [Column("adapter", list(trees), left=True, names=True, foot="all together"),
+               _summed("matrices", [x["matrices"] for x in t], "", 1)]  # fmt: skip
+    if all("method" in tree for tree in trees.values()):
+        columns += [
+            _summed("changed", [x["changed"] for x in t], "matrices that were changed", 3),
+            _summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5),
+            Column(
+                "|delta|", [f"{x['delta_norm']:#.4g}" for x in t], "Frobenius norm of what the adapter adds", keep=2
+            ),
+            Column(
+                "after",
+                [f"{x['delta_norm_after']:#.4g}" for x in t],
+                "Frobenius norm of the delta that was written",
+                keep=4,
+            ),
+            Column("size", [size(x["bytes"]) for x in t], keep=6, foot=size(sum(x["bytes"] for x in t))),
+        ]
+    else:
+        some = [sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()]
+        columns += [
+            _summed("with any", some, "matrices with intruders", 3),
+            _summed(
+                "intruders", [x["intruders"] for x in t], "how many of the largest directions the base does not have", 5
+            ),
+            _summed("certified", [x["certified"] for x in t], "matrices in which every decision is proven", 4),
+        ]
+    return _sections(table(columns, screen.width), fit("--all shows each adapter's matrices", screen.width))
+
+
+def _summed(head: str, numbers: Sequence[int], about: str, keep: int) -> Column:
+    return Column(head, [str(n) for n in numbers], about, keep, foot=str(sum(numbers)))
+
+
+def _removed(matrix: Mapping[str, Any]) -> tuple[float, float]:
+    return abs(matrix["delta_norm"] ** 2 - matrix["delta_norm_after"] ** 2), matrix["delta_norm"]
+
+
+def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
+    """The plan: a line a matrix, or where they are many, one for all that differ in nothing but a number in their names."""
     t = tree["totals"]
-    carried = [[c["tensor"], c["change"], c["by"]] for c in tree["carried"]]
-    also = "\n\n" + table(["carried along: tensor", "change", "by"], carried, left=3) if carried else ""
-    rows = [
-        [m["tensor"], m["module"], "x".join(map(str, m["shape"])) + (" (stored transposed)" if m["transposed"] else ""),
-         m["dtype"], str(m["rank"]), f"{m['scale']:.4g}", m["matched"]]
-        for m in tree["matrices"]
-    ]  # fmt: skip
-    return (
-        table(["base tensor", "adapter module", "out x in", "dtype", "r", "scale", "matched"], rows, left=2)
-        + also
-        + f"\n\n{t['matrices']} matrices of {t['tensors']} tensors; base {size(t['base_bytes'])}, adapted {size(t['adapted_bytes'])}; "
-        f"largest matrix {t['largest_matrix']} ({size(t['largest_matrix_bytes'])})"
-        + "".join(f"\n{n['modules']} matched by {n['rule']}: {n['why']}" for n in tree["names"])
-        + f"\n\n{_forecast_table(tree['forecast'])}"
-    )
+    matrices = sorted(tree["matrices"], key=lambda m: natural(m["tensor"]))
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    grouped = len(matrices) > MANY and not screen.every
+    for m in matrices:
+        alike = m["shape"], m["transposed"], m["dtype"], m["rank"], m["scale"], m["matched"]
+        key = (re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", m["tensor"]) if grouped else m["tensor"], *map(str, alike))
+        groups.setdefault(key, []).append(m)
+    rows = list(groups.items())
+    shown, rest = (rows[: 4 * SHOWN], rows[4 * SHOWN :]) if grouped else (rows, [])
+    first = [same[0] for _, same in shown]
+    turned = any(m["transposed"] for m in first)
+    columns = [
+        Column(
+            "base tensor",
+            [key[0] for key, _ in shown],
+            "* stands for any number" if grouped else "",
+            left=True,
+            names=True,
+        )
+    ]
+    if grouped:
+        columns.append(Column("matrices", [str(len(same)) for _, same in shown], keep=9))
+    else:
+        columns.append(
+            Column("module", [m["module"] for m in first], "its name in the adapter", keep=1, left=True, names=True)
+        )
+    columns += [
+        Column("out x in", ["x".join(map(str, m["shape"])) for m in first], keep=6),
+        Column("dtype", [m["dtype"] for m in first], keep=5),
+        Column("r", [str(m["rank"] or "-") for m in first], "rank of the adapter's factors", keep=7),
+        Column(
+            "scale", [f"{m['scale']:.4g}" for m in first], "factor on B A, from the adapter's alpha and rank", keep=3
+        ),
+        Column(
+            "matched",
+            [m["matched"] for m in first],
+            "by which rule its module was found in the base; see below",
+            keep=4,
+        ),
+    ]
+    if turned:
+        columns.append(Column("stored", ["in x out" if m["transposed"] else "out x in" for m in first],
+                              "the order of its sides in the base's file", keep=2))  # fmt: skip
+    carried = ""
+    if tree["carried"]:
+        kept = sorted(tree["carried"], key=lambda c: natural(c["tensor"]))
+        some = kept if screen.every or len(kept) <= MANY else kept[:SHOWN]
+        carried = table([
+            Column("carried along", [c["tensor"] for c in some], "tensors that are no factors", left=True, names=True),
+            Column("change", [c["change"] for c in some], keep=2, left=True),
+            Column("by", [c["by"] for c in some], "the adapter's tensor", keep=1, left=True, names=True),
+        ], screen.width)  # fmt: skip
+        carried = _sections(carried, _cut(len(kept) - len(some), len(kept), "", screen))
+    lines = [
+        f"{t['matrices']} matrices of {t['tensors']} tensors; base {size(t['base_bytes'])}, adapted {size(t['adapted_bytes'])}; "
+        f"largest matrix {t['largest_matrix']} ({size(t['largest_matrix_bytes'])})",
+        *(f"{n['modules']} matched by {n['rule']}: {n['why']}" for n in tree["names"]),
+    ]
+    more = f"{sum(len(same) for _, same in rest)} matrices of {len(rest)} more kinds are not shown" if rest else ""
+    note = f"{more}; --all shows each matrix".removeprefix("; ") if grouped else ""
+    return _sections(table(columns, screen.width), fit(note, screen.width), carried,
+                     "\n".join(fit(line, screen.width) for line in lines), _forecast_table(tree["forecast"], screen))  # fmt: skip
 
 
-def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None]) -> str:
+def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:
     """What each command would take, a line a command."""
     rows = []
     for command, f in forecasts.items():
         if f is None:
-            rows.append([command, "refused: `--dry-run` says why", "", "", ""])
+            rows.append([command, "refused", "", "", ""])
             continue
         most = "at most " if command == "detect" else ""
-        rows.append([command, _memory(f), size(f["read_bytes"]), most + size(f["write_bytes"]), duration(f["seconds"])])
-    return (
-        table(["forecast", "memory", "read", "written", "time"], rows, left=1)
-        + "\nmitigate and merge: with findings; time: from a short probe of this machine, as busy as it is, on "
-        + f"{_threads(next((f for f in forecasts.values() if f), None))}, if the disk keeps up and\n"
-        "bounds settle what they are tried on; `--dry-run` shows the free disk"
-    )
+        memory = size(f["peak_memory_bytes"])
+        if f["escalated_memory_bytes"] > f["peak_memory_bytes"]:
+            memory += f" to {size(f['escalated_memory_bytes'])}"
+        rows.append([command, memory, size(f["read_bytes"]), most + size(f["write_bytes"]), duration(f["seconds"])])
+    cells = list(zip(*rows, strict=True)) if rows else [()] * 5
+    threads = next((f" on {_threads(f)}" for f in forecasts.values() if f), "")
+    columns = [
+        Column("forecast", cells[0], "mitigate and merge with findings; --dry-run says why one is refused", left=True),
+        Column("memory", cells[1], "at its peak; the larger number where the dense solver must decide", keep=3),
+        Column("read", cells[2], keep=1),
+        Column("written", cells[3], "--dry-run shows the free disk", keep=2),
+        Column(
+            "time",
+            cells[4],
+            f"by a short probe of this machine{threads}, as busy as it is now, if the disk keeps up",
+            keep=4,
+        ),
+    ]
+    return table(columns, screen.width)
 
 
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
@@ -116,8 +265,8 @@ def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     )
 
 
-def _threads(forecast: Mapping[str, Any] | None) -> str:
-    count = 1 if forecast is None else forecast["threads"]
+def _threads(forecast: Mapping[str, Any]) -> str:
+    count = forecast["threads"]
     return "1 thread" if count == 1 else f"{count} threads"
 
 
@@ -135,8 +284,8 @@ def duration(seconds: float | None) -> str:
     return f"about {seconds / 60:.0f} min" if seconds < 6000 else f"about {seconds / 3600:.1f} h"
 
 
-def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]]) -> str:
-    """Files of a base: tensors, bytes and dtypes of each."""
+def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], screen: Screen = NO_LIMIT) -> str:
+    """Files of a base: tensors, bytes and dtypes of each; of many files the first ones."""
     rows = []
     for name, tensors in base_files:
         by_dtype: dict[str, int] = {}
@@ -144,17 +293,33 @@ def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]]) -> 
             by_dtype[dtype] = by_dtype.get(dtype, 0) + nbytes
         rows.append([name, str(len(tensors)), size(sum(by_dtype.values())),
                      ", ".join(f"{d} {size(n)}" for d, n in by_dtype.items())])  # fmt: skip
-    return table(["file", "tensors", "size", "dtypes"], rows, left=1)
+    some = rows if screen.every or len(rows) <= MANY else rows[:SHOWN]
+    cells = list(zip(*some, strict=True)) if some else [()] * 4
+    columns = [
+        Column("file", cells[0], left=True, names=True), Column("tensors", cells[1], keep=2), Column("size", cells[2], keep=3),
+        Column("dtypes", cells[3], keep=1, left=True),
+    ]  # fmt: skip
+    total = f"{len(rows)} files, {sum(int(row[1]) for row in rows)} tensors"
+    return _sections(table(columns, screen.width), _cut(len(rows) - len(some), len(rows), "", screen, "files"), total)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Plain columns; the first `left` are set flush left, the others right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = []
-    for row in (head, ["-" * w for w in widths], *rows):
-        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+def _most(items: Sequence[Any], weight: Any, screen: Screen) -> tuple[list[Any], int]:
+    """The items to show, and how many are not: all in their order, or those with the largest weight, the largest first."""
+    if screen.every or len(items) <= MANY:
+        return list(items), 0
+    return sorted(items, key=weight, reverse=True)[:SHOWN], len(items) - SHOWN
+
+
+def _cut(count: int, of: int, by: str, screen: Screen, what: str = "matrices") -> str:
+    """What a table does not show."""
+    if not count:
+        return ""
+    which = f"with the {by}, of {of} {what}" if by else f"first ones of {of}"
+    return fit(f"the {of - count} {which}; --all shows every one", screen.width)
+
+
+def _sections(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text)
 
 
 def size(nbytes: float) -> str:

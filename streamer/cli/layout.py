@@ -1,0 +1,226 @@
+"""Tables that fit a width: names shortened alike, columns left out before a line wraps, rows in the order in which people count.
+
+Where the width is not limited, as in a pipe or a file, nothing is shortened or left out, so that scripts find what they look for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+NAME_COLUMNS = 24
+"""A name is shortened to as few columns before others are left out, and no further unless they all are."""
+
+ORDER = [
+    ("embed_tokens", "wte", "wpe", "embeddings", "word_embeddings", "position_embeddings", "token_type_embeddings"),
+    (
+        "self_attn",
+        "self_attention",
+        "attention",
+        "attn",
+        "linear_attn",
+        "cross_attn",
+        "encoder_attn",
+        "self",
+        "intermediate",
+    ),
+    ("q_proj", "query", "wq", "q", "q_a_proj", "q_b_proj", "c_attn", "qkv_proj", "query_key_value", "in_proj"),
+    ("k_proj", "key", "wk", "k", "kv_a_proj_with_mqa", "kv_b_proj"),
+    ("v_proj", "value", "wv", "v"),
+    ("o_proj", "out_proj", "wo", "o", "output", "dense"),
+    ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+    ("router", "gate"),
+    ("experts", "shared_expert", "shared_experts"),
+    ("gate_proj", "gate_up_proj", "w1", "wi_0", "wi", "fc1", "c_fc"),
+    ("up_proj", "w3", "wi_1"),
+    ("down_proj", "w2", "fc2", "c_proj"),
+    ("norm", "ln_f", "final_layernorm"),
+    ("lm_head", "score", "classifier", "qa_outputs"),
+]
+"""Parts of names in the order in which data passes them; what is not listed comes between the feed-forward and the head, by name."""
+
+_RANKS = {name: (i, j) for i, names in enumerate(ORDER) for j, name in enumerate(names)}
+_OTHER = (len(ORDER) - 3, 99)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What a result is shown on.
+
+    Attributes
+    ----------
+    width
+        Columns; None where lines may have any length.
+    every
+        Whether tables show all rows.
+    """
+
+    width: int | None = None
+    every: bool = False
+
+
+def screen(every: bool = False) -> Screen:
+    """What stdout is: as wide as `COLUMNS` says, or the terminal is; a pipe or file takes lines of any length."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return Screen(max(20, int(columns)), every)
+    try:
+        width = os.get_terminal_size(sys.stdout.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        return Screen(None, every)
+    return Screen(max(20, width) if width else None, every)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes
+    ----------
+    head
+        Its title.
+    cells
+        One a row.
+    about
+        What it holds, for the legend; empty where the title says it.
+    keep
+        Columns with smaller numbers are left out first where there is no room; the first column always stays.
+    left
+        Whether cells are set flush left.
+    names
+        Whether cells are names of tensors, which can be shortened.
+    foot
+        The cell below the last row, of totals.
+    """
+
+    head: str
+    cells: Sequence[str]
+    about: str = ""
+    keep: int = 0
+    left: bool = False
+    names: bool = False
+    foot: str = ""
+
+    @property
+    def width(self) -> int:
+        """Columns that it takes."""
+        return max(map(len, (self.head, *self.cells, self.foot)))
+
+    @property
+    def least(self) -> int:
+        """Columns that it takes at least, before others are left out."""
+        return min(self.width, max(NAME_COLUMNS, len(self.head), len(self.foot))) if self.names else self.width
+
+
+def table(columns: Sequence[Column], width: int | None = None) -> str:
+    """Set columns side by side, two spaces apart, and under them a legend of those that are shown."""
+    shown = [replace(c, cells=[printable(text) for text in c.cells]) for c in columns]
+    if width is not None:
+        while len(shown) > 1 and sum(c.least + 2 for c in shown) - 2 > width:
+            shown.remove(min(shown[1:], key=lambda c: c.keep))
+        names = [c for c in shown if c.names]
+        spare = width - sum(c.least + 2 for c in shown) + 2
+        for c in names:
+            room = max(8, c.least + spare)
+            spare = max(0, spare - (min(c.width, room) - c.least))
+            shown[shown.index(c)] = replace(c, head=c.head[:room], cells=shorten(c.cells, room))
+    lines = []
+    rows = [[c.head for c in shown], ["-" * c.width for c in shown], *zip(*(c.cells for c in shown), strict=True)]
+    if any(c.foot for c in shown):
+        rows.append([c.foot for c in shown])
+    for row in rows:
+        cells = (f"{text:<{c.width}}" if c.left else f"{text:>{c.width}}" for c, text in zip(shown, row, strict=True))
+        lines.append("  ".join(cells).rstrip())
+    legend = [(c.head, c.about) for c in shown if c.about]
+    if legend:
+        indent = max(len(head) for head, _ in legend) + 2
+        lines += ["", *(fit(f"{head:<{indent}}{about}", width, indent) for head, about in legend)]
+    return "\n".join(lines)
+
+
+def fit(text: str, width: int | None, indent: int = 2) -> str:
+    """Wrap a line at the width, further lines indented; words longer than it, such as paths, stay whole."""
+    if width is None:
+        return text
+    indent = indent if indent < width // 2 else 2
+    lines = [
+        textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False,
+                      drop_whitespace=True, replace_whitespace=False)
+        if len(line) > width else line
+        for line in text.split("\n")
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def shorten(names: Sequence[str], width: int) -> list[str]:
+    """Shorten names of tensors alike to as many columns, so that they stay different; layer number and projection go last."""
+    if max(map(len, names), default=0) <= width:
+        return list(names)
+    ways = _ways(names)
+    for way in ways:
+        short = [way(name) for name in names]
+        if max(map(len, short)) <= width and len(set(short)) == len(set(names)):
+            return short
+    return [_middle(ways[-1](name), width) for name in names]
+
+
+def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
+    """Ways of shortening, the mildest first."""
+    tail = ".weight" if all(name.endswith(".weight") for name in names) else ""
+
+    def bare(name: str) -> str:
+        return name.removesuffix(tail)
+
+    split = [bare(name).split(".") for name in names]
+    alike = 0
+    while all(
+        len(parts) > alike + 1 and not parts[alike].isdigit() and parts[alike] == split[0][alike] for parts in split
+    ):
+        alike += 1
+
+    def without_start(name: str, count: int) -> str:
+        return "…" + ".".join(bare(name).split(".")[count:])
+
+    def numbers_and_end(name: str, count: int) -> str:
+        parts = bare(name).split(".")[count:]
+        kept = [p for p in parts[:-1] if p.isdigit()]
+        return f"…{'.'.join(kept)}…{parts[-1]}" if kept else f"…{parts[-1]}"
+
+    def letters(name: str, count: int) -> str:
+        parts = bare(name).split(".")[alike:]
+        return ("…" if alike else "") + ".".join([*(p if p.isdigit() else p[:count] for p in parts[:-1]), parts[-1]])
+
+    def bound(way: Callable[[str, int], str], count: int) -> Callable[[str], str]:
+        return lambda name: way(name, count)
+
+    starts = [bound(without_start, n) for n in range(1, alike + 1)]
+    return [bare, *starts, bound(numbers_and_end, alike), *(bound(letters, n) for n in (8, 4, 3, 1))]
+
+
+def printable(text: str) -> str:
+    """Escape what would steer a terminal: names come from downloads."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _middle(name: str, width: int) -> str:
+    """The start and the end of a name, more of the end."""
+    if len(name) <= width:
+        return name
+    start = (width - 1) // 3
+    return f"{name[:start]}…{name[len(name) - (width - 1 - start) :]}"
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """Sort key of a tensor's name: numbers by size, and inside a layer q, k, v, o, gate, up, down."""
+    key: list[tuple[Any, ...]] = []
+    for part in re.split(r"[.\[\]]+", name):
+        if part.isdigit():
+            key.append((0, int(part)))
+        elif part:
+            key.append((1, *_RANKS.get(part, _OTHER), [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)]))
+    return tuple(key)

@@ -1,0 +1,47 @@
+"""The last line of a command: what it did, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def summary(tree: Mapping[str, Any]) -> str:
+    """Say in half a line what a result holds, from its object as `--json` prints it."""
+    schema = str(tree["schema"]).partition("/")[0]
+    if schema == "streamer.several":
+        parts = list(tree["adapters"].values())
+        totals = {key: _total(parts, key) for key in ("matrices", "intruders", "certified", "changed", "bytes")}
+        one = {**parts[0], "totals": totals, "files": [f for part in parts for f in _files(part)]}
+        return f"{_count(len(parts), 'adapter')}, {summary(one)}"
+    totals = tree.get("totals", {})
+    if schema == "streamer.findings":
+        return f"{_count(totals['matrices'], 'matrix')}, {_count(totals['intruders'], 'intruder')}, {totals['certified']} certified"
+    if schema == "streamer.output":
+        from streamer.cli.tables import size
+
+        return (
+            f"{totals['changed']} of {totals['matrices']} matrices changed, {_count(totals['intruders'], 'intruder')} "
+            f"scaled, {_count(len(tree['files']), 'file')}, {size(totals['bytes'])}"
+        )
+    if schema == "streamer.demo":
+        return f"{totals['planted']} intruders planted, {totals['found']} found, {totals['gone']} gone"
+    if schema == "streamer.dry-run":
+        return "nothing written"
+    if schema == "streamer.plan":
+        return _count(totals["matrices"], "matrix") if "matrices" in totals else _count(totals["tensors"], "tensor")
+    return ""
+
+
+def _total(parts: list[Mapping[str, Any]], key: str) -> int:
+    return sum(part.get("totals", {}).get(key, 0) for part in parts)
+
+
+def _files(part: Mapping[str, Any]) -> list[Any]:
+    files = part.get("files", [])
+    return files if isinstance(files, list) else []  # a dry run has their number
+
+
+def _count(n: int, what: str) -> str:
+    plural = "matrices" if what == "matrix" else f"{what}s"
+    return f"{n} {what if n == 1 else plural}"

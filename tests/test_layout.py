@@ -1,0 +1,114 @@
+"""Tables: the order of rows, names that are shortened alike, columns that give way, lines that fit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from streamer.cli.layout import Column, Screen, fit, natural, screen, shorten, table
+from streamer.cli.tables import _ranks
+
+LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+         "mlp.down_proj")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.embed_tokens.weight", *(f"model.layers.{i}.{n}.weight" for i in (0, 2, 10) for n in LAYER), "lm_head.weight"],
+        [f"h.{i}.{n}" for i in (1, 9, 11) for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
+        [f"bert.encoder.layer.{i}.{n}.weight" for i in (3, 20)
+         for n in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+                   "intermediate.dense", "output.dense")],
+        [f"model.layers.3.mlp.experts.{n}[{e}]" for n in ("gate_up_proj", "down_proj") for e in (0, 2, 12)],
+        [f"model.layers.0.block_sparse_moe.experts.{e}.{n}.weight" for e in (2, 10) for n in ("w1", "w3", "w2")],
+    ],
+)  # fmt: skip
+def test_rows_are_in_the_order_in_which_people_count(names: list[str]) -> None:
+    mixed = random.Random(0).sample(names, len(names))
+    assert sorted(mixed, key=natural) == names
+
+
+def test_any_names_can_be_sorted() -> None:
+    names = [
+        "",
+        "7",
+        "a",
+        "a.7",
+        "a.b",
+        "a.7b",
+        "a7.b",
+        "é.[3]",
+        "a..b",
+        "0.1",
+        "layers.1.q_proj",
+        "layers.x.q_proj",
+        "q_proj",
+    ]
+    assert sorted(sorted(names, key=natural, reverse=True), key=natural) == sorted(names, key=natural)
+
+
+@pytest.mark.parametrize(
+    ("width", "short"),
+    [
+        (100, "model.layers.11.self_attn.q_proj.weight"),
+        (36, "model.layers.11.self_attn.q_proj"),
+        (30, "…layers.11.self_attn.q_proj"),
+        (22, "…11.self_attn.q_proj"),
+        (12, "…11…q_proj"),
+    ],
+)
+def test_a_shortened_name_keeps_layer_and_projection(width: int, short: str) -> None:
+    names = [f"model.layers.{i}.self_attn.{n}_proj.weight" for i in (0, 11) for n in "kq"]
+    assert shorten(names, width)[-1] == short
+
+
+def test_shortened_names_stay_different() -> None:
+    names = [f"model.{side}.layers.{i}.{n}.weight" for side in ("encoder", "decoder") for i in (0, 10) for n in LAYER]
+    for width in range(12, 45):
+        short = shorten(names, width)
+        assert max(map(len, short)) <= width
+        assert len(set(short)) == len(names) or width < 20, (width, short)
+
+
+def test_columns_give_way_from_the_least_important() -> None:
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    columns = [Column("matrix", names, left=True, names=True, foot="all 3"), Column("aa", ["1"] * 3, "of no use", keep=1),
+               Column("bb", ["22"] * 3, "of use", keep=2, foot="66"), Column("cc", ["3"] * 3)]  # fmt: skip
+    for width in (*range(20, 60), None):
+        text = table(columns, width)
+        assert width is None or max(map(len, text.splitlines())) <= width, (width, text)
+        assert ("of no use" in text) == ("aa" in text)
+        assert "bb" in text or "aa" not in text
+        assert "all 3" in text
+    assert "model.layers.0.mlp.up_proj.weight  " in table(columns, None)
+    assert table([Column("matrix", [], names=True)], 20) == "matrix\n------"
+
+
+def test_text_is_wrapped_but_no_path_is_torn() -> None:
+    path = "/data/" + "x" * 60
+    lines = fit(f"wrote {path}: 7 files\nsome words that are more than forty columns long in all", 40).split("\n")
+    assert any(path in line for line in lines)
+    assert all(len(line) <= 40 for line in lines if path not in line)
+    assert fit("a " * 200, None) == "a " * 200
+
+
+def test_the_width_is_what_columns_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without it, in a pipe, nothing is shortened."""
+    monkeypatch.setenv("COLUMNS", "57")
+    assert screen() == Screen(57)
+    for nonsense in ("", "0", "-3", "wide"):
+        monkeypatch.setenv("COLUMNS", nonsense)
+        assert screen(every=True) == Screen(None, every=True)
+
+
+def test_ranks_are_counted_from_one() -> None:
+    assert [_ranks(r) for r in ((), (0,), (0, 1), (0, 2), (0, 1, 2, 5))] == ["-", "1", "1 2", "1 3", "1-3 6"]
+
+
+def test_a_name_does_not_steer_the_terminal() -> None:
+    text = table([Column("matrix", ["a.\x1b[31m.b\r", "é"], left=True, names=True)], 40)
+    assert r"a.\x1b[31m.b\r" in text
+    assert "é" in text
+    assert text.replace("\n", "").isprintable()

@@ -1,0 +1,262 @@
+"""What a person sees: commands on real terminals of several widths, and in a log; the last screen has no bar and no line that wraps."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+import terminal
+from forks import server
+from helpers import ENV, intruding_factors, power_law, write_adapter, write_sharded
+
+BAR = re.compile(r"\d+/\d+ .*\|[█ ]+\|")
+WIDTHS = (40, 80, 200)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return helpers.three_shards(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base of 60 matrices in 15 layers, and an adapter that brings more intruders into some than into others."""
+    home = tmp_path_factory.mktemp("many")
+    factors, tensors = {}, {}
+    for layer in range(15):
+        for j, name in enumerate(("mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj")):
+            module = f"model.layers.{layer}.{name}"
+            tensors[f"{module}.weight"] = power_law(32, 24, seed=4 * layer + j).float()
+            factors[module] = intruding_factors(32, 24, 2, seed=4 * layer + j, sigma=0.8 if j == 3 else 0.01)
+    return write_sharded(home / "base", [tensors]), write_adapter(home / "adapter", factors, 2)
+
+
+@pytest.fixture(scope="module")
+def findings(many: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("findings") / "f.safetensors"
+    assert server().run("detect", *many, "-o", out).code == 0
+    return out
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_the_last_screen_of_every_command(job: tuple[Path, Path], columns: int, tmp_path: Path) -> None:
+    """The result, clean; one line at the end; and not a trace of the bar that was there."""
+    runs = {
+        "demo": ["demo"],
+        "inspect": ["inspect", *job],
+        "detect": ["detect", *job, "-o", tmp_path / "f"],
+        "mitigate": ["mitigate", *job, "-o", tmp_path / "a", "--lambda", "0.5"],
+        "merge": ["merge", *job, "-o", tmp_path / "m"],
+    }
+    for command, argv in runs.items():
+        shown = terminal.show(columns, *argv)
+        assert shown.code == 0, shown.last
+        bars = [line for line in shown.during if BAR.search(line)]
+        assert bars or command == "inspect", (command, shown.during)
+        assert all(len(line) < columns for line in bars)
+        assert not [line for line in shown.last if BAR.search(line) or "%|" in line]
+        assert not any(re.search(r", *$", line) for line in bars)
+        # A line as long as the terminal is wide might have wrapped; only a path, which stays whole, is longer.
+        wide = [line for line in shown.last if len(line) >= columns and str(tmp_path)[:10] not in line]
+        assert all(len(line) == columns for line in wide), wide
+        text = shown.drawn.decode().replace("\r\n", "\n")
+        result = re.sub(r"\r\x1b\[K[^\r\n]*(?=\r)", "", text)
+        long = [
+            line for line in re.sub(r"\r\x1b\[K", "", result).split("\n") if len(line) > columns and "/" not in line
+        ]
+        assert not long, long
+        assert re.fullmatch(rf"streamer: {command}: done in \d.* s", shown.last[-1]), shown.last[-1]
+
+
+def test_the_bar_says_count_and_time_and_gives_up_the_name_first(many: tuple[Path, Path], tmp_path: Path) -> None:
+    for columns in (*WIDTHS, 24):
+        shown = terminal.show(columns, "detect", *many, "-o", tmp_path / f"f{columns}")
+        bars = [line for line in shown.during if re.match(r"detect +\d+/60 ", line)]
+        assert bars
+        assert all(("|" in line) == (columns >= 40) for line in bars)
+        assert all(("_proj" in line) == (columns >= 80) for line in bars)
+        assert all(re.search(r"\d:\d\d( left)?(  |$)", line) for line in bars), bars
+
+
+def test_several_adapters_are_named(tmp_path: Path) -> None:
+    base, adapter = helpers.three_shards(tmp_path)
+    (tmp_path / "several").mkdir()
+    for name in ("poems", "legal"):
+        os.symlink(adapter, tmp_path / "several" / name)
+    shown = terminal.show(100, "detect", base, tmp_path / "several", "-o", tmp_path / "found")
+    assert shown.code == 0
+    assert [line for line in shown.during if re.search(r"detect +\d+/18 .*  (poems|legal): \S+_proj$", line)]
+    done = server().run("detect", base, tmp_path / "several", "-o", tmp_path / "again")
+    assert done.last.startswith("streamer: detect: 2 adapters, 18 matrices, ")
+    head, _, *rows = (line.split() for line in done.out.splitlines()[:5])
+    assert head == ["adapter", "matrices", "with", "any", "intruders", "certified"]
+    assert [row[:2] for row in rows] == [["legal", "9"], ["poems", "9"], ["all", "together"]]
+    assert done.out.endswith(f"\n--all shows each adapter's matrices\n\nwrote {tmp_path / 'again'}\n")
+    full = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged", "--all").out
+    assert full.count("model.layers.") == 18
+    short = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged2").out
+    assert "model.layers." not in short
+    assert short.split()[:2] == ["adapter", "matrices"]
+
+
+def test_a_probe_shows_progress(job: tuple[Path, Path], tmp_path: Path) -> None:
+    for argv in (["inspect", *job], ["merge", *job, "-o", tmp_path / "m", "--dry-run"]):
+        shown = terminal.show(80, *argv)
+        assert [line for line in shown.during if re.match(r"probe \d:\d\d  \w+", line)], shown.during
+
+
+def test_warnings_stand_between_the_bars(tmp_path: Path) -> None:
+    base, adapter = helpers.three_shards(tmp_path)
+    index = base / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"total_size": ', '"total_size": 1'))
+    shown = terminal.show(200, "merge", base, adapter, "-o", tmp_path / "m")
+    assert shown.last[0].startswith("streamer: warning: ")
+    again = terminal.show(200, "merge", base, adapter, "-o", tmp_path / "m")
+    assert [
+        line for line in again.last if line.startswith("streamer: note: ") and "holds this very output already" in line
+    ]
+
+
+@pytest.mark.parametrize("mode", ["none", "plain", "bar"])
+def test_progress_as_asked_for(job: tuple[Path, Path], mode: str, tmp_path: Path) -> None:
+    """A job of a second has nothing to say in a log but its last line; a bar can be forced into one."""
+    done = server().run("detect", *job, "-o", tmp_path / "f", "--progress", mode)
+    assert done.code == 0
+    assert ("\x1b[K" in done.err) == (mode == "bar")
+    assert mode == "bar" or done.err == ""
+    assert re.fullmatch(r"streamer: detect: 9 matrices, \d+ intruders, \d certified, in 0\.\d s\n", done.last)
+    shown = terminal.show(80, "detect", *job, "-o", tmp_path / "t", "--progress", mode)
+    assert bool([line for line in shown.during if BAR.search(line)]) == (mode == "bar")
+
+
+def test_a_dumb_terminal_has_no_bar(job: tuple[Path, Path], tmp_path: Path) -> None:
+    shown = terminal.show(80, "detect", *job, "-o", tmp_path / "f", env={"TERM": "dumb"})
+    assert b"\x1b" not in shown.drawn
+
+
+def test_a_log_shows_life() -> None:
+    """While one matrix takes long and no event comes: the time since the start, the stage, count, share and time left."""
+    code = """
+import time
+from streamer.cli.progress import Progress
+from streamer.events import Event
+progress = Progress("plain", 0, "detect", logged=0.2)
+progress(Event("detect", "a.weight", 0, 100, 0, 4, "poems"))
+time.sleep(0.3)
+progress(Event("detect", "b.weight", 50, 100, 2, 4, "poems"))
+time.sleep(0.4)
+progress(Event("detect", "", 100, 100, 4, 4))
+progress.close()
+progress.finish("4 matrices")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
+    lines = done.stderr.splitlines()
+    assert lines[0] == "streamer: detect: after 0:00, 0 of 4 matrices, 0%, poems"
+    assert re.fullmatch(r"streamer: detect: after 0:0\d, 2 of 4 matrices, 50%, poems, 0:00 left", lines[1])
+    assert re.fullmatch(r"streamer: detect: 4 matrices, in 0\.\d s", lines[-1])
+    assert len(lines) in (4, 5)
+
+
+# Many matrices --------------------------------------------------------------------------------------------------------
+
+
+def test_many_matrices_end_with_ten_and_totals(many: tuple[Path, Path], findings: Path, tmp_path: Path) -> None:
+    """In a pipe as on a terminal; the ten are those whose intruders have most of the delta."""
+    runs = [
+        ["report", findings],
+        ["detect", *many, "-o", tmp_path / "f"],
+        ["mitigate", *many, "-o", tmp_path / "a", "--findings", findings],
+        ["merge", *many, "-o", tmp_path / "m", "--findings", findings],
+    ]
+    for argv in runs:
+        done = server().run(*argv)
+        assert done.code == 0, done.err
+        rows = [line for line in done.out.splitlines() if line.startswith("model.layers.")]
+        assert len(rows) == 10
+        assert all("q_proj.weight " in row for row in rows)  # in full: scripts may look for it
+        assert re.search(
+            r"^the 10 with the (most energy|largest change), of 60 matrices; --all shows every one$", done.out, re.M
+        )
+    out = server().run("report", findings, "--all").out
+    rows = [line.split()[0] for line in out.splitlines() if line.startswith("model.layers.")]
+    inside = [f"{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")]
+    assert rows == [f"model.layers.{layer}.{name}" for layer in range(15) for name in inside]
+
+
+def test_inspect_puts_layers_together(many: tuple[Path, Path]) -> None:
+    rows = [
+        line.split() for line in server().run("inspect", *many).out.splitlines() if line.startswith("model.layers.")
+    ]
+    assert [row[:3] for row in rows] == [
+        [f"model.layers.*.{name}.weight", "15", "32x24"]
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
+    rows = [
+        line for line in server().run("inspect", *many, "--all").out.splitlines() if line.startswith("model.layers.")
+    ]
+    assert len(rows) == 60
+
+
+def test_every_column_is_explained_or_says_it_itself(findings: Path) -> None:
+    plain = {"matrix"}
+    out = server().run("report", findings).out
+    head = re.split(r"  +", out.splitlines()[0].strip())
+    legend = {re.split(r"  +", line)[0] for line in out.split("\n\n")[1].splitlines()}
+    assert set(head) - plain == legend
+
+
+# Streams that are not there -------------------------------------------------------------------------------------------
+
+SHELL = 'exec "$0" -m streamer "$@" '
+
+
+def closed(streams: str, *argv: object) -> subprocess.CompletedProcess[str]:
+    command = ["sh", "-c", f"{SHELL}{streams}", sys.executable, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
+
+
+def test_a_closed_stdout(job: tuple[Path, Path], findings: Path, tmp_path: Path) -> None:
+    done = closed(">&-", "report", findings)
+    assert done.returncode == 6
+    assert done.stderr == (
+        "streamer: stdout: is closed, and the result goes there; redirect it to a file or /dev/null, or pass --quiet\n"
+    )
+    out = tmp_path / "m"
+    assert closed(">&-", "merge", *job, "-o", out).returncode == 6
+    assert not out.exists()
+    done = closed(">&-", "merge", *job, "-o", out, "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = tmp_path / "expected"
+    assert server().run("merge", *job, "-o", expected).code == 0
+    # Nothing was printed into a file that got number 1; the record's norms depend on the number of threads.
+    digests = [{k: v for k, v in helpers.tree_digest(d).items() if k != "streamer.json"} for d in (out, expected)]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    ("streams", "words"), [(">/dev/full", "No space left on device"), ("1</dev/null", "Bad file descriptor")]
+)
+def test_a_stdout_that_takes_nothing(findings: Path, streams: str, words: str) -> None:
+    for argv in (["report", findings], ["--help"]):
+        done = closed(streams, *argv)
+        assert done.returncode == 6
+        assert re.fullmatch(rf"streamer: stdout: {words}; [^\n]*\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("streams", ["2>/dev/full", "2>&- <&-"])
+def test_a_stderr_that_takes_nothing_ends_no_job(job: tuple[Path, Path], streams: str, tmp_path: Path) -> None:
+    done = closed(streams, "detect", *job, "-o", tmp_path / "f", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert '"matrices"' in done.stdout
+
+
+def test_a_reader_of_stderr_that_leaves_ends_no_job(job: tuple[Path, Path], tmp_path: Path) -> None:
+    gone = "r, w = os.pipe(); os.close(r); os.dup2(w, 2)"
+    done = server().run("detect", *job, "-o", tmp_path / "f", "--progress", "bar", before=gone)
+    assert done.code == 0
+    assert (tmp_path / "f").exists()
