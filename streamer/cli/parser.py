@@ -6,7 +6,7 @@ import argparse
 import re
 
 from streamer import __version__
-from streamer.cli.threads import available_cores
+from streamer.cli.cores import available_cores
 
 EXIT_CODES = """\
 exit codes:
