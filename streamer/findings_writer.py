@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from streamer import __version__
@@ -166,9 +167,16 @@ def most_bytes(head: Findings, widest: Iterable[MatrixFinding]) -> tuple[int, in
 
 
 def journal_head(head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """The first record of a journal: what run it belongs to."""
+    """Make the first record of a journal: what run it belongs to, and on how many threads, on which last bits depend."""
     digest = detection_digest(head.base, head.adapter, head.options, tensors)
-    return {"plan": digest, "version": __version__, "stamps": dict(stamps)}
+    return {"plan": digest, "version": __version__, "stamps": dict(stamps), "threads": torch.get_num_threads()}
+
+
+def interrupted_threads(path: Path) -> int | None:
+    """Find on how many threads the findings were made that an interrupted run left half done; None where there are none, or none says."""
+    head = _first_record(path)
+    threads = head.get("threads") if head else None
+    return threads if type(threads) is int and threads > 0 else None
 
 
 def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
@@ -179,11 +187,15 @@ def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
     OutputError, InputChangedError
         If the interrupted run is another one, or its inputs have changed.
     """
-    head = None
+    return _is_resumable(path, _first_record(path), start, overwrite)
+
+
+def _first_record(path: Path) -> dict[str, Any] | None:
+    """Read what run the journal beside a findings file belongs to; None where there is no journal, or no run's."""
     with contextlib.suppress(FileNotFoundError), journal_of(path).open("rb") as f:
         length = int.from_bytes(f.read(40)[:8], "little")
-        head = _head(f.read(min(length, MAX_HEADER_BYTES)))
-    return _is_resumable(path, head, start, overwrite)
+        return _head(f.read(min(length, MAX_HEADER_BYTES)))
+    return None
 
 
 def _head(raw: bytes) -> dict[str, Any] | None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ENV, run_cli
 
-from streamer.cli.threads import available_cores
+import streamer
+from streamer.cli import calibration
+from streamer.cli.cores import available_cores
+from streamer.cli.threads import COUNTS, choose_threads
+from streamer.events import Event, Monitor
+from streamer.findings_writer import interrupted_threads
 
 
 def groups(directory: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:
@@ -79,3 +86,63 @@ def test_the_mask_counts(job: tuple[Path, Path], tmp_path: Path) -> None:
     one = min(os.sched_getaffinity(0))
     done = run_cli("detect", "--help", preexec_fn=lambda: os.sched_setaffinity(0, {one}))
     assert "1 here" in " ".join(done.stdout.split())
+
+
+@pytest.fixture
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Event]]:
+    """As on three cores, with nothing said in the environment; what a monitor is told."""
+    before = torch.get_num_threads()
+    for name in COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    torch.set_num_threads(3)
+    yield []
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("pace", "threads"), [(0.6, 3), (1.1, 3), (1.7, 1)])
+def test_threads_that_do_not_help_are_not_used(
+    three_threads: list[Event], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pace: float, threads: int
+) -> None:
+    monkeypatch.setattr(calibration, "threads_pace", lambda count: pace)
+    choose_threads(None, [tmp_path / "f.safetensors"], Monitor(three_threads.append))
+    assert torch.get_num_threads() == threads
+    assert [e.name for e in three_threads] == (
+        ["3 threads take 1.7 times as long as one here, beside other work: using one; --threads 3 insists"]
+        if threads == 1
+        else []
+    )
+
+
+def test_who_says_how_many_is_not_asked(three_threads: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "threads_pace", lambda count: 9.0)
+    choose_threads(3, [], Monitor(three_threads.append))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    choose_threads(None, [], Monitor(three_threads.append))
+    assert (torch.get_num_threads(), three_threads) == (3, [])
+
+
+def test_a_probe_of_threads_is_quick_and_leaves_them_as_they_were(three_threads: list[Event]) -> None:
+    assert 0.01 < calibration.threads_pace(2) < 100
+    assert torch.get_num_threads() == 3
+
+
+def test_an_interrupted_detection_goes_on_with_its_threads(
+    job: tuple[Path, Path], three_threads: list[Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last bits of findings depend on them, and what is resumed is to be what an uninterrupted run writes."""
+    path = tmp_path / "f.safetensors"
+    torch.set_num_threads(2)
+
+    def stop(event: Event) -> None:
+        if event.stage == "detect" and event.done:
+            monitor.request_stop(2)
+
+    monitor = Monitor(stop)
+    with pytest.raises(streamer.StreamerError, match="stopped"):
+        streamer.detect_intruder_dimensions(*job, path, monitor=monitor)
+    assert interrupted_threads(path) == 2
+    assert interrupted_threads(tmp_path / "other.safetensors") is None
+    monkeypatch.setattr(calibration, "threads_pace", lambda count: 9.0)
+    torch.set_num_threads(3)
+    choose_threads(None, [path], Monitor(three_threads.append))
+    assert (torch.get_num_threads(), three_threads) == (2, [])

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from streamer.bases.weight import DECODED_BYTES, Weight
-from streamer.cli.threads import available_cores
+from streamer.cli.cores import available_cores
 from streamer.intruders import DetectionOptions, detect
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank, Matrix, RowBlocks
@@ -38,6 +38,9 @@ DELTA = 0.5
 
 RUNS = 3
 """Runs of which the fastest counts: on a machine with other work one alone says little."""
+
+ROUNDS, STEPS = 5, 10
+"""Turns of each number of threads, and steps in a turn: 0.1 s in all on two idle cores."""
 
 SECONDS = 0.4
 """No further run begins after these."""
@@ -143,6 +146,23 @@ def _write(data: bytes) -> None:
     """Into memory of the system's, as into its cache of a file."""
     with open(os.memfd_create("probe"), "wb", buffering=0) as f:
         f.write(data)
+
+
+def threads_pace(count: int) -> float:
+    """Time what detection does again and again, products with a block and its orthogonalisation, on so many threads: in times of one alone.
+
+    The two take turns, and their sums count: what matters is how long they wait for a core.
+    """
+    g = torch.Generator().manual_seed(0)
+    W, block = torch.randn(1024, 1024, generator=g), torch.randn(1024, 16, generator=g)
+    seconds = {1: 0.0, count: 0.0}
+    for number in (1, count) * ROUNDS:
+        with threads(number):
+            began = time.perf_counter()
+            for _ in range(STEPS):
+                torch.linalg.qr(W.T @ (W @ block))
+            seconds[number] += time.perf_counter() - began
+    return seconds[count] / seconds[1]
 
 
 def fastest(job: Callable[[], object]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from streamer import __version__
-from streamer.cli.threads import available_cores
+from streamer.cli.cores import available_cores
 from streamer.units import parse_size
 
 EXIT_CODES = """\

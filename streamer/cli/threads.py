@@ -1,15 +1,20 @@
-"""Threads of a command: how they wait, and as many of them as there are cores for this process."""
+"""Threads of a command: how they wait, and how many there are: one for each core of this process, where they help."""
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+from streamer.cli.cores import available_cores
 from streamer.errors import UsageError
+from streamer.events import Event, Monitor
 
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """By any of these the user says how OpenMP's threads wait."""
+
+WORTHLESS = 1.2
+"""Threads that take this many times as long as one alone are not used; within a probe's noise of 1 they may be."""
 
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """By any of these the user says how many there are."""
@@ -26,7 +31,7 @@ def wait_passively() -> None:
 
 def set_threads(count: int | None) -> None:
     """Give torch this many threads; without a count one for each core of this process, unless the user's environment says how many."""
-    if count is None and any(name in os.environ for name in COUNTS):
+    if count is None and _chosen():
         return
     if count is not None and count < 1:
         raise UsageError(f"--threads: expected a number from 1, found {count}")
@@ -35,44 +40,36 @@ def set_threads(count: int | None) -> None:
     torch.set_num_threads(available_cores() if count is None else count)
 
 
-def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Count the cores that this process may use: those of its affinity mask, and of its control group's quota, begun ones included.
+def choose_threads(count: int | None, findings: Iterable[Path], monitor: Monitor) -> None:
+    """Give torch the threads for a detection that nobody has said the number of: one where more take longer, beside other work.
+
+    A detection that was interrupted goes on with as many as it began with, since the last bits of findings depend on them.
 
     Parameters
     ----------
-    cgroups, membership
-        Where Linux mounts control groups, and where it says which ones hold this process.
+    count
+        As the user gives it.
+    findings
+        Files that the detection writes.
+    monitor
+        Is told where there are fewer than cores.
     """
-    # Not there on macOS, which has no masks.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(cores, _quota(cgroups, membership))))
+    import torch
+
+    if count is not None or _chosen() or (cores := torch.get_num_threads()) == 1:
+        return
+    from streamer.cli.calibration import threads_pace
+    from streamer.findings_writer import interrupted_threads
+
+    begun = {threads for path in findings if (threads := interrupted_threads(path))}
+    if begun:
+        torch.set_num_threads(min(begun))
+    elif (times := threads_pace(cores)) > WORTHLESS:
+        torch.set_num_threads(1)
+        text = f"{cores} threads take {times:.1f} times as long as one here, beside other work: using one; --threads {cores} insists"
+        monitor.emit(Event("note", text))
 
 
-def _quota(cgroups: Path, membership: Path) -> float:
-    """Cores that the control groups of this process allow, the innermost to the outermost; infinite where none says."""
-    quota = math.inf
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return quota
-    for line in lines:  # such as 0::/user.slice/job (version 2) and 4:cpu,cpuacct:/job (version 1)
-        _, controllers, inner = [*line.split(":", 2), "", ""][:3]
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = cgroups / controllers if controllers else cgroups
-        group = root / inner.lstrip("/")
-        # In a container the path may be that of the host; the root of the mount is then the container's own.
-        for directory in {root, *(p for p in (group, *group.parents) if root in p.parents)}:
-            quota = min(quota, _quota_of(directory, bool(controllers)))
-    return quota
-
-
-def _quota_of(group: Path, first_version: bool) -> float:
-    try:
-        if first_version:
-            most, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        else:
-            most, period = (group / "cpu.max").read_text().split()
-        return float(most) / float(period) if most not in ("max", "-1") else math.inf
-    except (OSError, ValueError, ZeroDivisionError):
-        return math.inf
+def _chosen() -> bool:
+    """Say whether the user's environment tells how many threads there are."""
+    return any(name in os.environ for name in COUNTS)

@@ -1,0 +1,50 @@
+"""Cores that this process may use."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+
+def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Count the cores that this process may use: those of its affinity mask, and of its control group's quota, begun ones included.
+
+    Parameters
+    ----------
+    cgroups, membership
+        Where Linux mounts control groups, and where it says which ones hold this process.
+    """
+    # Not there on macOS, which has no masks.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _quota(cgroups, membership))))
+
+
+def _quota(cgroups: Path, membership: Path) -> float:
+    """Cores that the control groups of this process allow, the innermost to the outermost; infinite where none says."""
+    quota = math.inf
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return quota
+    for line in lines:  # such as 0::/user.slice/job (version 2) and 4:cpu,cpuacct:/job (version 1)
+        _, controllers, inner = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = cgroups / controllers if controllers else cgroups
+        group = root / inner.lstrip("/")
+        # In a container the path may be that of the host; the root of the mount is then the container's own.
+        for directory in {root, *(p for p in (group, *group.parents) if root in p.parents)}:
+            quota = min(quota, _quota_of(directory, bool(controllers)))
+    return quota
+
+
+def _quota_of(group: Path, first_version: bool) -> float:
+    try:
+        if first_version:
+            most, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        else:
+            most, period = (group / "cpu.max").read_text().split()
+        return float(most) / float(period) if most not in ("max", "-1") else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
