@@ -283,7 +283,9 @@ def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: An
     digest = plan.digest(
         command=sink.command, files=[*copies, *edited, *finals], data=data, **sink.job.decisions(), **decisions
     )
-    return OutputPlan(path, tuple(files), digest, plan.stamps(), plan.inputs, rivals, _temporary(sink.job, files),
+    # A run that is taken up under other names of its inputs, by way of links, would write both names.
+    stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
+    return OutputPlan(path, tuple(files), digest, stamps, plan.inputs, rivals, _temporary(sink.job, files),
                       frozenset(name for name, _ in card), __version__)  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def _blocks(head: str) -> dict[str, str] | None:
             if key in blocks:
                 return None
             blocks[key] = ""
-        elif line.strip() and not line.startswith((" ", "- ", "#")) and line != "-":
+        elif line.strip() and not line.startswith("#") and not (key and (line.startswith((" ", "- ")) or line == "-")):
             return None
         blocks[key] = blocks.get(key, "") + line + "\n"
     return blocks

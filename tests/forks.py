@@ -93,6 +93,11 @@ class Outcome:
     pid: int
     stopped: bool
 
+    @property
+    def told(self) -> str:
+        """What it printed on stderr, but for notes."""
+        return "".join(line for line in self.err.splitlines(True) if not line.startswith("streamer: note: "))
+
 
 class Server:
     """The process that forks.

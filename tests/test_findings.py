@@ -80,7 +80,9 @@ def test_no_intruders_at_all(tmp_path: Path) -> None:
     )
     assert record["totals"]["changed"] == 0
     name = "adapter_model.safetensors"
-    assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes()
+    before, after = ((path / name).read_bytes() for path in (adapter, tmp_path / "out"))
+    data = sum(4 * t.numel() for t in (A, B))
+    assert after[-data:] == before[-data:]
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
