@@ -138,3 +138,14 @@ def test_blocks_are_what_yaml_reads() -> None:
     assert blocks is not None
     assert "".join(blocks.values()) == head
     assert {k: yaml.safe_load(b)[k] for k, b in blocks.items()} == yaml.safe_load(head)
+
+
+def test_a_card_of_a_fine_tuned_model_is_called_so(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    merge(base, adapter, tmp_path / "tuned", mitigation_lambda=1, model_card=False)
+    (tmp_path / "tuned" / "README.md").write_text("# Tuned\n")
+    merge(base, tmp_path / "tuned", tmp_path / "out")
+    head, body = parts(tmp_path / "out" / "README.md")
+    assert "base_model" not in head  # nothing says what it is called
+    assert "# Card of the fine-tuned model\n\nWhat follows is the card of tuned, as it stands there.\n\n# Tuned" in body
+    assert (tmp_path / "out" / "README.md").read_text().count("# Tuned") == 1
