@@ -202,8 +202,7 @@ def reduce_intruder_dimension(
         Write a LoRA adapter of this rank, whatever the kind of the given one; the record says what relative norm the rank left out.
         None writes the given adapter's own kind, which must be LoRA, and not DoRA.
     model_card
-        Put the facts of how it was made in front of the ``README.md``, and its base and tags into the head of it that the hub reads.
-        False leaves that file as it is.
+        Put how it was made in front of the ``README.md``, and base and tags into its head. False leaves that file as it is.
     solver
         ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
         SVD; ``auto``: the cheaper one for each matrix.
@@ -231,8 +230,7 @@ def reduce_intruder_dimension(
     Returns
     -------
     Written
-        The record that stands in the output as ``streamer.json``, with where that is (`output`), and whether this run wrote it, took up
-        an interrupted run or found it finished (`state`).
+        The record, as ``streamer.json`` has it, with `output` (where) and `state` (``written``, ``resumed`` or ``present``).
 
     Raises
     ------
@@ -243,11 +241,9 @@ def reduce_intruder_dimension(
     """
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, _bytes(max_memory))
-    (job,) = prepare(
-        base, [adapter], mitigation, detection, [findings], device, io, base_is_residual, model_card=model_card
-    )
-    sink = AdapterSink(job, Path(output)) if to_lora is None else LoraSink(job, Path(output), to_lora)
-    (record,) = run_jobs([sink], _monitor([job.plan], monitor, on_event), overwrite=overwrite, resume=resume)
+    jobs = prepare(base, [adapter], mitigation, detection, [findings], device, io, base_is_residual, False, model_card)
+    sink = AdapterSink(jobs[0], Path(output)) if to_lora is None else LoraSink(jobs[0], Path(output), to_lora)
+    (record,) = run_jobs([sink], _monitor([jobs[0].plan], monitor, on_event), overwrite=overwrite, resume=resume)
     return record
 
 

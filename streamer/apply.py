@@ -29,7 +29,7 @@ from streamer.linalg.operators import all_finite
 from streamer.matrix_finding import MatrixFinding
 from streamer.merged import MergedModel, plan_merged
 from streamer.merging import Exchanged, Rounded, Shifted, repeats, threads
-from streamer.model_card import CARD_NAME, Card, longest_totals, take_card
+from streamer.model_card import CARD_NAME, Card, longest_totals, take_original
 from streamer.pipeline import detect_matrix, findings_bytes
 from streamer.plan import Plan, left_out, other_files
 from streamer.records import (
@@ -264,9 +264,13 @@ def plan_card(sink: Sink, pipeline: str = "") -> tuple[Card | None, list[tuple[s
     job = sink.job
     if not job.card:
         return None, sink.copies
+    original, copies = take_original(sink.copies)
+    if original is None:
+        return None, copies
     shapes = [t.module.shape for t in job.plan.targets]
     sums = longest_totals(len(shapes), sum(map(job.detection.directions, shapes)))
-    return take_card(sink.command, job.plan.sources, make_record(sink, len(shapes), sums), sink.copies, pipeline)
+    longest = make_record(sink, len(shapes), sums)
+    return Card(original, *job.plan.sources, sink.command, pipeline, longest, job.plan.adapter.is_model), copies
 
 
 def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: Any) -> OutputPlan:
@@ -284,7 +288,9 @@ def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: An
     digest = plan.digest(
         command=sink.command, files=[*copies, *edited, *finals], data=data, **sink.job.decisions(), **decisions
     )
-    return OutputPlan(path, tuple(files), digest, plan.stamps(), plan.inputs, rivals, _temporary(sink.job, files),
+    # A run that is taken up under other names of its inputs, by way of links, would write both names.
+    stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
+    return OutputPlan(path, tuple(files), digest, stamps, plan.inputs, rivals, _temporary(sink.job, files),
                       frozenset(name for name, _ in card), __version__)  # fmt: skip
 
 

@@ -49,6 +49,8 @@ class Card:
         The hub's name of the merged model's task, where it is another than the base's.
     longest
         A record that is as long as it can get, but for the advice.
+    tuned
+        Whether the original is of a fine-tuned model in the adapter's place.
     """
 
     original: bytes
@@ -57,6 +59,7 @@ class Card:
     command: str
     pipeline: str
     longest: Record
+    tuned: bool = False
 
     @property
     def most_bytes(self) -> int:
@@ -75,24 +78,21 @@ class Card:
             front = _merged_head(self, blocks or {}) if merged else _adapter_head(self, blocks or {})
         facts = _facts(record)
         if merged and body.strip():
-            body = f"# Card of the base model\n\nWhat follows is the card of {_name(self.base)}, as it stands there.\n\n{body.lstrip()}"
+            what, source = ("fine-tuned", self.adapter) if self.tuned else ("base", self.base)
+            body = f"# Card of the {what} model\n\nWhat follows is the card of {_name(source)}, as it stands there.\n\n{body.lstrip()}"
         parts = [f"---\n{front}---", f"# {_title(self)}", facts, body.lstrip("\r\n")]
         text = "\n\n".join(part.rstrip("\n") for part in parts if part.strip()) + "\n"
         return text.encode("utf-8", "surrogateescape")
 
 
-def take_card(
-    command: str, sources: tuple[Source, Source], longest: Record, copies: list[tuple[str, Path]], pipeline: str = ""
-) -> tuple[Card | None, list[tuple[str, Path]]]:
-    """Plan an output's card, and take the input's out of the files that are copied; a very long one stays among them."""
+def take_original(copies: list[tuple[str, Path]]) -> tuple[bytes | None, list[tuple[str, Path]]]:
+    """Take the card of an input out of the files that are copied; a very long one stays among them, and there is None."""
     original = next((path for name, path in copies if name == CARD_NAME), None)
-    data = b""
-    if original is not None:
-        if original.stat().st_size > MOST_BYTES:
-            return None, copies
-        data = original.read_bytes()
-    card = Card(data, *sources, command, pipeline, longest)
-    return card, [c for c in copies if c[0] != CARD_NAME]
+    if original is None:
+        return b"", copies
+    if original.stat().st_size > MOST_BYTES:
+        return None, copies
+    return original.read_bytes(), [c for c in copies if c[0] != CARD_NAME]
 
 
 def _split(text: str) -> tuple[str | None, str]:
@@ -113,7 +113,7 @@ def _blocks(head: str) -> dict[str, str] | None:
             if key in blocks:
                 return None
             blocks[key] = ""
-        elif line.strip() and not line.startswith((" ", "- ", "#")) and line != "-":
+        elif line.strip() and not line.startswith("#") and not (key and (line.startswith((" ", "- ")) or line == "-")):
             return None
         blocks[key] = blocks.get(key, "") + line + "\n"
     return blocks

@@ -73,8 +73,8 @@ def provenance_notes(adapter_config: Mapping[str, Any], base_config: Mapping[str
 
 
 def hub_id(stated: object) -> str | None:
-    """A model's id on the hub, ``owner/name``, if that is what a config states and not a path."""
-    return stated if isinstance(stated, str) and _ID.fullmatch(stated) and not Path(stated).exists() else None
+    """A model's id on the hub, ``owner/name``, if a config states what looks like one. A relative path of two parts does as well."""
+    return stated if isinstance(stated, str) and _ID.fullmatch(stated) else None
 
 
 def cached_model(path: Path) -> tuple[str, str] | None:

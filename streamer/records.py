@@ -221,7 +221,8 @@ def stamp(
         "adapter": in_short(adapter),
     }
     if mitigation is not None:
-        tree |= mitigation_json(mitigation) | {"detection": detection}
+        tree |= mitigation_json(mitigation)
+    tree["detection"] = detection
     return json.dumps(tree, ensure_ascii=False)
 
 

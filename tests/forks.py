@@ -98,6 +98,11 @@ class Outcome:
     stopped: bool
     last: str = ""
 
+    @property
+    def told(self) -> str:
+        """What it printed on stderr, but for notes."""
+        return "".join(line for line in self.err.splitlines(True) if not line.startswith("streamer: note: "))
+
 
 LAST = re.compile(r"streamer: [a-z]+(?: --dry-run)?: .*\bin \d[^\n]*\n\Z")
 

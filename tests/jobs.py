@@ -199,7 +199,7 @@ class Bench:
             argv = self._argv(command)
             together = command.endswith("of several")
             done = Case(argv, self._server, several=together).run(out)
-            assert (done.code, done.err) == (0, "")
+            assert (done.code, done.told) == (0, "")
             self._cases[command] = Case(argv, self._server, tree_digest(out), tuple(done.calls), together)
         return self._cases[command]
 

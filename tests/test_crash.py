@@ -109,7 +109,7 @@ def test_started_over_after_a_kill(bench: Bench, command: str, tmp_path: Path) -
     assert case.run(out, at=before, code=KILL).code == -signal.SIGKILL
     shutil.copytree(out, tmp_path / "again")
     full = case.run(out, "--no-resume")
-    assert (full.code, full.err) == (0, "")
+    assert (full.code, full.told) == (0, "")
     assert len(full.calls) >= len(case.calls)
     assert tree_digest(out) == case.whole
     assert case.run(tmp_path / "again", "--no-resume", at=before, code=KILL).code == -signal.SIGKILL
@@ -156,7 +156,7 @@ def test_unneeded_findings_of_a_killed_run_go(bench: Bench, tmp_path: Path) -> N
     hidden = [name for name in tree_digest(out) if name.startswith("..streamer.findings")]
     assert hidden
     done = case.run(out, "--method", "shrink", "--overwrite")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.told) == (0, "")
     assert tree_digest(out).keys() == case.whole.keys()
 
 
@@ -317,7 +317,7 @@ def test_an_input_changes_between_kill_and_resume(command: str, tmp_path: Path) 
     assert "an input was modified since this run was interrupted; --no-resume starts it over" in changed.err
     assert tree_digest(out).keys() <= before.keys()
     fresh = server().run(*argv, "--no-resume")
-    assert (fresh.code, fresh.err) == (0, "")
+    assert (fresh.code, fresh.told) == (0, "")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -397,6 +397,8 @@ def test_a_finished_output_is_left_alone(bench: Bench, command: str, tmp_path: P
                 tree["totals"].pop("seconds")
                 for matrix in tree["matrices"]:
                     matrix.pop("seconds")
+        else:
+            assert (was.pop("state"), is_now.pop("state")) == ("written", "present")
         assert was == is_now
     assert {p: (p.stat().st_ino, p.stat().st_ctime_ns) for p in out.rglob("*")} == stats
 

@@ -516,7 +516,7 @@ def test_usage(argv: list[str], words: str) -> None:
 @pytest.mark.parametrize("command", ["inspect", "detect", "mitigate", "merge", "report", "demo"])
 def test_help_says_what_exit_codes_mean(command: str) -> None:
     done = server().run(command, "--help")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.told) == (0, "")
     for words in ("2 usage", "5 locked by another run", "8 input changed during the run", "128+N stopped by signal N",
                   "--json", "--quiet"):  # fmt: skip
         assert words in done.out
@@ -554,14 +554,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, di
     return base, adapter, findings, runs
 
 
-def told(done: Outcome) -> str:
-    """What a run printed on stderr, but for notes."""
-    return "".join(line for line in done.err.splitlines(True) if not line.startswith("streamer: note: "))
-
-
 def test_json_is_one_object_on_a_silent_terminal(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
     for name, done in said[3].items():
-        assert (done.code, told(done)) == (0, ""), name
+        assert (done.code, done.told) == (0, ""), name
         assert isinstance(json.loads(done.out), dict)
 
 
@@ -659,7 +654,7 @@ def test_tables_for_people(said: tuple[Path, Path, Path, dict[str, Outcome]], tm
     ]
     for argv, words in runs:
         done = server().run(*argv)
-        assert (done.code, told(done)) == (0, "")
+        assert (done.code, done.told) == (0, "")
         assert words in done.out
         with pytest.raises(json.JSONDecodeError):
             json.loads(done.out)
@@ -705,7 +700,7 @@ def test_a_warning_is_told_once(job: tuple[Path, Path], tmp_path: Path, command:
     out = () if command == "inspect" else ("-o", tmp_path / "out.safetensors")
     done = server().run(command, base, adapter, *out)
     assert done.code == 0
-    assert told(done) == (
+    assert done.told == (
         f"streamer: warning: {index}: total_size says 1, the shards hold {right} bytes; the output's will be right\n"
     )
     if command == "merge":
@@ -715,7 +710,7 @@ def test_a_warning_is_told_once(job: tuple[Path, Path], tmp_path: Path, command:
 def test_a_reader_that_leaves_is_no_fault(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
     closed = "r, w = os.pipe(); os.close(r); os.dup2(w, 1)"
     done = server().run("report", said[2], "--json", before=closed)
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.told) == (0, "")
 
 
 def test_bars_on_a_terminal_only(said: tuple[Path, Path, Path, dict[str, Outcome]], tmp_path: Path) -> None:
@@ -751,5 +746,5 @@ def test_threads_and_io_do_not_matter_for_what_is_found(
     done = server().run(
         "detect", base, adapter, "-o", tmp_path / "f.safetensors", "--io", "pread", "--threads", "1", "--device", "cpu"
     )
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.told) == (0, "")
     assert (tmp_path / "f.safetensors").read_bytes() == findings.read_bytes()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +13,10 @@ import pytest
 import torch
 import transformers
 from forks import server
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoConfig
 
-from streamer.task_heads import auto_class
+from streamer.task_heads import auto_class, implied_head, table
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60,
          "max_position_embeddings": 64}  # fmt: skip
@@ -142,3 +144,76 @@ def test_the_auto_class_loads_it_and_it_answers_as_pefts_does(name: str, tmp_pat
     assert written["architectures"] == [auto_class(case.model_type, case.task)]
     assert case.labels in (None, model.config.num_labels)
     assert record["advice"] == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_pretrained_base(tmp_path: Path) -> None:
+    """MiniLM's names have no prefix, and its config no labels."""
+    auto = transformers.AutoModelForSequenceClassification
+    case = Case("bert", {}, "", "SEQ_CLS", ["query", "value"], 8)
+    peft = trained(auto.from_pretrained(minilm.BASE, num_labels=8), case, tmp_path / "adapter")
+    batch = minilm.tokens(minilm.SENTENCES[::50])
+    with torch.no_grad():
+        expected = peft.merge_and_unload().eval()(**batch).logits
+    done = server().run("merge", minilm.BASE, tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1, "--quiet")
+    assert done.code == 0, done.err
+    with torch.no_grad():
+        found = auto.from_pretrained(tmp_path / "out").eval()(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded("a")["input_ids"] == transformers.AutoTokenizer.from_pretrained(minilm.BASE)("a")["input_ids"]
+
+
+BERT = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+CLASSIFIER = ("bert.pooler.dense.weight", "classifier.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "saved", "words"),
+    [
+        (BERT, None, {"classifier.weight": (3, 8)}, "names no task: load the model by the class that the adapter was trained with"),
+        ({**BERT, "model_type": "its own"}, "SEQ_CLS", {"classifier.weight": (3, 8)}, "no class for 'its own' and SEQ_CLS is known"),
+        (BERT, "SEQ_CLS", {"my_head.weight": (3, 8)}, "'my_head.weight', and no head that is known; if its 3 rows are labels, "
+                                                      "load the model with num_labels=3"),
+        (BERT, "TOKEN_CLS", {}, "neither it nor the base has a head that is known: loading will make one of random values"),
+        ({}, "SEQ_CLS", {"classifier.weight": (3, 8)}, "the base has no config.json: load the model with a config of num_labels=3"),
+        ({"model_type": "llama"}, "SEQ_CLS", {"score.weight": (3, 8)}, "config.json has no pad_token_id"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_known_is_said(config: dict, task: str | None, saved: dict, words: str) -> None:
+    head = implied_head(config, {"task_type": task}, saved, [*saved])
+    (line,) = head.advice
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "saved", "names", "changed"),
+    [
+        # The base's names of labels stay where they are as many.
+        ({**BERT, "id2label": {"0": "no", "1": "yes"}}, "SEQ_CLS", {"classifier.weight": (2, 8)}, CLASSIFIER,
+         {"architectures": ["BertForSequenceClassification"]}),
+        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a"}, "num_labels": 1,
+          "problem_type": "regression"}, "SEQ_CLS", {"classifier.weight": (2, 8)}, CLASSIFIER,
+         {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}),
+        # What is meant for several inputs is a class of its own, whatever the adapter's task.
+        ({"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}, "CAUSAL_LM", {}, (), {}),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "CAUSAL_LM", {"lm_head.weight": (9, 8)}, (), {}),
+        ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "FEATURE_EXTRACTION", {}, ("lm_head.weight",), {}),
+    ],
+)  # fmt: skip
+def test_what_a_config_says(config: dict, task: str, saved: dict, names: tuple, changed: dict) -> None:
+    head = implied_head(config, {"task_type": task}, saved, names)
+    gone = {"num_labels", "problem_type"} if "id2label" in changed else set()
+    assert head.config == {k: v for k, v in config.items() if k not in gone} | changed
+    assert head.advice == ()
+
+
+def test_every_task_of_peft_is_known() -> None:
+    assert {task.value for task in TaskType} == table()["tasks"].keys() == AUTO.keys()
+
+
+def test_the_classes_are_the_installed_version_s() -> None:
+    if f"transformers {transformers.__version__} " not in table()["source"]:
+        pytest.skip(f"the table is of {table()['source']}; tools/make_auto_classes.py renews it")
+    tool = Path(__file__).parent.parent.parent / "tools" / "make_auto_classes.py"
+    assert subprocess.run([sys.executable, tool, "--check"], check=False).returncode == 0

@@ -1,0 +1,151 @@
+"""Cards: what the hub reads at their heads, the facts in front, and what stays of the card that was there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import three_shards
+
+import streamer
+from streamer.model_card import _blocks, _with_tag
+
+BASE = """---
+language:
+- en
+- de
+license: other
+license_name: llama3  # with a comment
+datasets: [a/b, c/d]
+model-index:
+- name: base
+  results: [{task: {type: x}}]
+tags:
+- base-only
+pipeline_tag: text-generation
+extra_gated_prompt: >-
+  Say yes.
+
+  And again.
+---
+
+# The base
+
+It scores 99 %.
+"""
+
+
+def parts(path: Path) -> tuple[dict, str]:
+    """The head of a card as the hub reads it, and the rest."""
+    _, head, body = path.read_text().split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def merge(base: Path, adapter: Path, out: Path, **options) -> dict:
+    return streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, **options)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> tuple[Path, Path]:
+    base, adapter = three_shards(tmp_path)
+    config = (adapter / "adapter_config.json").read_text()
+    (adapter / "adapter_config.json").write_text(config.replace("{", '{"base_model_name_or_path": "some/base", ', 1))
+    return base, adapter
+
+
+def test_a_merged_model_is_not_passed_off_as_its_base(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    (base / "README.md").write_text(BASE)
+    record = merge(base, adapter, tmp_path / "out", mitigation_lambda=0.5)
+    head, body = parts(tmp_path / "out" / "README.md")
+    assert head == {
+        "base_model": ["some/base"], "base_model_relation": "finetune", "library_name": "transformers",
+        "tags": ["intruder-dimensions", "merged", "peft", "lora"], "license": "other", "license_name": "llama3",
+        "language": ["en", "de"], "pipeline_tag": "text-generation",
+    }  # fmt: skip
+    facts, _, rest = body.partition("# Card of the base model")
+    assert "[some/base](https://huggingface.co/some/base), digest" in facts
+    assert "| method | paper, λ = 0.5, scale all |" in facts
+    assert f"| intruders | {record['totals']['intruders']} scaled in 9 matrices; 9 matrices changed |" in facts
+    assert "the decisions on 9 of 9 matrices" in facts
+    assert "streamer merge base adapter -o OUTPUT --lambda 0.5 --method paper" in facts
+    assert "It scores 99 %." in rest
+    assert "99 %" not in facts
+    assert str(tmp_path) not in body
+
+
+def test_a_mitigated_adapter_keeps_its_head(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    (adapter / "README.md").write_text(
+        f"---\nbase_model: {base}\nlibrary_name: peft\ntags:\n- base_model:adapter:{base}\n- lora\nmine: 1\n---\n\n# Mine\n"
+    )
+    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out")
+    head, body = parts(tmp_path / "out" / "README.md")
+    assert head == {
+        "base_model": "some/base",
+        "library_name": "peft",
+        "tags": ["lora", "intruder-dimensions"],
+        "mine": 1,
+    }
+    assert body.index("| back-projection | dropped at most") < body.index("# Mine")
+    assert "`--method project`" in body  # what was recommended
+
+
+def test_no_card_leaves_it_as_it_is(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    merge(base, adapter, tmp_path / "none", model_card=False)
+    assert not (tmp_path / "none" / "README.md").exists()
+    (base / "README.md").write_text(BASE)
+    merge(base, adapter, tmp_path / "out", model_card=False)
+    assert (tmp_path / "out" / "README.md").read_text() == BASE
+    with pytest.raises(streamer.StreamerError, match="holds another output"):
+        merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "head", ["a: &x 1\nb: *x\n", "a: 1\na: 2\n", "- a\n", "tags: [a,\nb]\n", "? a\n: b\n", "\ta: 1\n", "a: 1\n...\n"]
+)
+def test_a_head_that_is_not_plain_stays_as_it_is(job: tuple[Path, Path], tmp_path: Path, head: str) -> None:
+    base, adapter = job
+    (base / "README.md").write_bytes(f"---\n{head}---\n".encode() + b"\xff not text\n")
+    merge(base, adapter, tmp_path / "out")
+    data = (tmp_path / "out" / "README.md").read_bytes()
+    assert data.startswith(f"---\n{head}---\n".encode())
+    assert b"| method | paper" in data
+    assert b"\xff not text\n" in data
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tags:\n- a\n- b\n", ["a", "b", "intruder-dimensions"]),
+        ("tags:\n  - a\n  - b\n", ["a", "b", "intruder-dimensions"]),
+        ("tags: [a, b]\n", ["a", "b", "intruder-dimensions"]),
+        ("tags:\n", ["intruder-dimensions"]),
+        ("tags: []\n", ["intruder-dimensions"]),
+        ("tags:\n- intruder-dimensions\n- a\n", ["intruder-dimensions", "a"]),
+        ("tags: some\n", "some"),
+    ],
+)
+def test_tags(text: str, expected: object) -> None:
+    assert yaml.safe_load(_with_tag(text)) == {"tags": expected}
+
+
+def test_blocks_are_what_yaml_reads() -> None:
+    head = BASE.split("---\n")[1]
+    blocks = _blocks(head)
+    assert blocks is not None
+    assert "".join(blocks.values()) == head
+    assert {k: yaml.safe_load(b)[k] for k, b in blocks.items()} == yaml.safe_load(head)
+
+
+def test_a_card_of_a_fine_tuned_model_is_called_so(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    merge(base, adapter, tmp_path / "tuned", mitigation_lambda=1, model_card=False)
+    (tmp_path / "tuned" / "README.md").write_text("# Tuned\n")
+    merge(base, tmp_path / "tuned", tmp_path / "out")
+    head, body = parts(tmp_path / "out" / "README.md")
+    assert "base_model" not in head  # nothing says what it is called
+    assert "# Card of the fine-tuned model\n\nWhat follows is the card of tuned, as it stands there.\n\n# Tuned" in body
+    assert (tmp_path / "out" / "README.md").read_text().count("# Tuned") == 1
