@@ -257,7 +257,8 @@ def test_two_runs_at_once(bench: Bench, command: str, tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
     assert second.code == 5
     assert second.err.count("\n") == 1
-    assert f"{out}: another run is writing here; wait for it, or choose another output" in second.err
+    target = out / "findings.safetensors" if case.argv[0] == "detect" else out
+    assert f"{target}: another run is writing here; wait for it, or choose another output" in second.err
     assert tree_digest(out) == before
     assert server().resume(first.pid).code == 0
     assert tree_digest(out) == case.whole
@@ -384,7 +385,7 @@ def test_a_finished_output_is_left_alone(bench: Bench, command: str, tmp_path: P
     case = bench.case(command)
     out = tmp_path / "out"
     first = case.run(out, "--json")
-    stats = {p: (p.stat().st_ino, p.stat().st_ctime_ns) for p in out.rglob("*")}
+    stats = {p: p.stat().st_ino for p in out.rglob("*")}
     for options in ((), ("--no-resume",)):
         again = case.run(out, "--json", *options)
         note = (
@@ -397,10 +398,11 @@ def test_a_finished_output_is_left_alone(bench: Bench, command: str, tmp_path: P
                 tree["totals"].pop("seconds")
                 for matrix in tree["matrices"]:
                     matrix.pop("seconds")
-        else:
-            assert (was.pop("state"), is_now.pop("state")) == ("written", "present")
+        assert (was.pop("state"), is_now.pop("state")) == ("written", "present")
         assert was == is_now
-    assert {p: (p.stat().st_ino, p.stat().st_ctime_ns) for p in out.rglob("*")} == stats
+    assert {
+        p: p.stat().st_ino for p in out.rglob("*")
+    } == stats  # their times are those of the last run, as `make` wants it
 
 
 OTHER = {"detect": ("--top-k", "3"), "merge": ("--lambda", "0.25"), "mitigate": ("--method", "project")}
@@ -432,7 +434,8 @@ def test_the_interrupted_run_of_another_plan_is_refused(bench: Bench, command: s
     before = tree_digest(out)
     refused = case.run(out)
     assert refused.code == 4
-    assert "interrupted run with other inputs or options; finish that one" in refused.err
+    assert "interrupted run with other inputs or options" in refused.err
+    assert "; finish that one, choose another output, or pass --overwrite\n" in refused.err
     now = tree_digest(out)
     assert {k: v for k, v in before.items() if k in now} == now
     case.check_finishes(out, "--overwrite")
