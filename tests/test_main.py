@@ -193,7 +193,7 @@ def test_outputs_that_would_touch_an_input(job: tuple[Path, Path], tmp_path: Pat
         ("merge", base, linked, f"{linked / single.name}: is the input"),
         ("merge", base, outside / "x", "is not a directory"),
         ("merge", base, outside, "is not a directory"),
-        ("detect", base, outside / "x", "does not exist"),
+        ("detect", base, outside / "x", "is not a directory"),
         ("mitigate", base, adapter, "is the input"),
         ("mitigate", base, adapter / "new", "lies inside the input"),
         ("detect", base, single, "lies inside the input"),
