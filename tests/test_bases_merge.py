@@ -345,6 +345,7 @@ def test_layers_that_a_plain_model_stores_transposed(tmp_path: Path) -> None:
         streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1, dequantize=True)
 
 
+@pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base
 @pytest.mark.parametrize("name", ["nf4", "fp8-blocks"])
 def test_dora_and_saved_modules_on_codes(name: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
     """What the other kinds of adapters do is done to the decoded weights."""
@@ -396,6 +397,7 @@ def test_a_saved_module_that_stands_as_codes(name: str, plain: tuple[Path, Path]
         streamer.iter_merged(base, tmp_path / "adapter", dequantize=True)
 
 
+@pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base
 def test_adapters_on_experts_in_mxfp4(tmp_path: Path) -> None:
     """Each expert is decoded by itself; the stack is written with PEFT's deltas in it."""
     torch.manual_seed(0)

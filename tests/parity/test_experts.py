@@ -183,6 +183,7 @@ def test_turned_factors_are_written_back_turned(case: str, tmp_path: Path) -> No
 # Where the base has the experts otherwise ------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*total_size is absent")
 def test_one_expert_s_gate_and_up_stand_in_different_files(tmp_path: Path) -> None:
     """Each matrix counts once, whichever file its rows are written to; a resumed run gives the same bytes, record and all."""
     base, adapter, _ = make("qwen3-moe", tmp_path, EXPERTS)
@@ -306,6 +307,7 @@ def quantize(base: Path, tensors: dict[str, torch.Tensor], quantization: dict[st
     return out
 
 
+@pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base
 def test_mxfp4_experts(tmp_path: Path) -> None:
     """gpt-oss as it is published: detected and mitigated as the decoded model is, merged with --dequantize, else refused."""
     torch.manual_seed(0)
@@ -339,6 +341,7 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
     assert all(torch.equal(got[k], v) for k, v in expected.items())
 
 
+@pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base
 def test_fp8_experts(tmp_path: Path) -> None:
     """One tensor an expert, in FP8: gate and up are coded anew, each with its rows of the delta."""
     base, adapter, _ = make("qwen3-moe", tmp_path, EXPERTS, torch.bfloat16)
