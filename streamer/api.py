@@ -314,6 +314,8 @@ def merge_with_reduced_intruder_dimensions(
         ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
     dequantize
         Write all that is quantized as plain tensors of the config's dtype, and take the quantization out of ``config.json``.
+    model_card
+        Put how it was made in front of the ``README.md``, and base and tags into its head. False leaves that file as it is.
     solver
         ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
         SVD; ``auto``: the cheaper one for each matrix.

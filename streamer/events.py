@@ -75,7 +75,15 @@ class Monitor:
             self._on_event(event)
 
     def told(self, output: Path, state: OutputState) -> None:
-        """Note what the run did about an output that is finished."""
+        """Note what the run did about an output that is finished.
+
+        Parameters
+        ----------
+        output
+            Where it stands.
+        state
+            What was done about it.
+        """
         self.outputs[output] = state
 
     def request_stop(self, signum: int) -> None:

@@ -95,11 +95,11 @@ def test_a_missing_input_is_a_file_not_found(job: tuple[Path, Path], tmp_path: P
 
 
 def test_an_output_that_stands_is_a_file_that_exists(job: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "f").write_text("mine")
+    (tmp_path / "f.safetensors").write_text("mine")
     with pytest.raises(FileExistsError, match="exists and is not findings") as e:
-        streamer.detect_intruder_dimensions(*job, tmp_path / "f")
+        streamer.detect_intruder_dimensions(*job, tmp_path / "f.safetensors")
     assert isinstance(e.value, OutputError)
-    assert (e.value.filename, e.value.exit_code) == (str(tmp_path / "f"), 4)
+    assert (e.value.filename, e.value.exit_code) == (str(tmp_path / "f.safetensors"), 4)
 
 
 def test_a_long_message_keeps_its_beginning_and_its_advice() -> None:

@@ -157,7 +157,7 @@ def test_inspect_and_dry_run_name_what_they_forecast(job: Job, findings: Path, t
     tree = json.loads(run("inspect", *job, "--json").out)["forecast"]
     assert {command: set(f) for command, f in tree.items()} == dict.fromkeys(("detect", "mitigate", "merge"), NAMES)
     for command in ("detect", "mitigate", "merge"):
-        own = dry_run(command, *job, "-o", tmp_path / command)
+        own = dry_run(command, *job, "-o", tmp_path / f"{command}.safetensors")
         assert set(own["forecast"]) == NAMES
         assert own["free_bytes"] > 0
         exact = {"read_bytes", "write_bytes"} - (set() if command == "detect" else {"read_bytes"})
