@@ -41,6 +41,11 @@ def is_placeholder(path: Path) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_size == 0
 
 
+def is_taken(path: Path) -> bool:
+    """Whether something stands at the name of a file to come; an empty file is one that was made beforehand."""
+    return path.exists() and not is_placeholder(path)
+
+
 def touch(paths: Sequence[Path]) -> str:
     """Set the times of files to now, so that `make` takes them for newer than their inputs; the contents stay.
 

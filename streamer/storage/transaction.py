@@ -29,7 +29,7 @@ from streamer.storage.atomic import (
 )
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.old_output import journal_entry, journal_head, own_files, remove_own_files
-from streamer.storage.place import allocated_bytes, check_place, check_space, is_placeholder, touch
+from streamer.storage.place import allocated_bytes, check_place, check_space, is_placeholder, is_taken, touch
 from streamer.units import format_sizes
 
 RECORD_NAME = "streamer.json"
@@ -148,22 +148,17 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
         return "new"
     if overwrite:
         return "new"
-    if _taken(path / RECORD_NAME):
+    if is_taken(path / RECORD_NAME):
         record = _record(path)
         if record.get("plan") == plan.digest and (stands := _stands(plan, record)):
             return "done" if stands == "whole" else "new"
         raise OutputExistsError(f"{path}: holds another output; choose another directory, or pass --overwrite", path)
     rivals = [name for name in plan.rivals if (path / name).exists()]
-    for name in (*(n for n, _ in plan.files if _taken(path / n)), *rivals):
+    for name in (*(n for n, _ in plan.files if is_taken(path / n)), *rivals):
         raise OutputExistsError(
             f"{path / name}: exists and is not ours; choose another output, or pass --overwrite", path / name
         )
     return "new"
-
-
-def _taken(path: Path) -> bool:
-    """Whether something stands at the name of a file to come; an empty file is one that was made beforehand."""
-    return path.exists() and not is_placeholder(path)
 
 
 def _stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["whole", "in part", ""]:
