@@ -29,6 +29,7 @@ ADVICE_BYTES = 400
 
 _HEAD = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?=\s)")
+_ALIAS = re.compile(r"(?:^|[\s\[,])[&*]\w")
 _PATH = re.compile(r"^base_model[ \t]*:\s+[\"']?(?:[/.~]|[A-Za-z]:)")
 _PLAIN = re.compile(r"[A-Za-z][\w./-]*")
 
@@ -103,8 +104,6 @@ def _split(text: str) -> tuple[str | None, str]:
 
 def _blocks(head: str) -> dict[str, str] | None:
     """The head's keys, each with its lines; comments go with the key above. None where it is not a plain mapping."""
-    if re.search(r"(?m)(?:^|[\s\[,])[&*]\w|^(?:---|\.\.\.|[?%])", head) or "\t" in head:
-        return None  # anchors, several documents: what one key says depends on another
     blocks: dict[str, str] = {}
     key = ""
     for line in head.splitlines():
@@ -116,7 +115,8 @@ def _blocks(head: str) -> dict[str, str] | None:
         elif line.strip() and not line.startswith("#") and not (key and (line.startswith((" ", "- ")) or line == "-")):
             return None
         blocks[key] = blocks.get(key, "") + line + "\n"
-    return blocks
+    # An alias means what is said elsewhere, which may not stay.
+    return None if any(_ALIAS.search(blocks.get(key, "")) for key in (*KEPT, "tags", "base_model")) else blocks
 
 
 def _merged_head(card: Card, blocks: dict[str, str]) -> str:

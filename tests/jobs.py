@@ -83,6 +83,7 @@ class Case:
     def unfinished(self, out: Path, *options: str) -> list[str]:
         """P2, P3: what goes wrong when the same command runs again, or differs from an uninterrupted run, hidden files and all."""
         again = self.run(out, *options)
+        # Notes aside: a kill after the last rename leaves nothing to do, and the run says so.
         wrong = [f"exit {again.code}: {again.told}"] if (again.code, again.told) != (0, "") else []
         now = tree_digest(out)
         return wrong + [name for name in {**now, **self.whole} if now.get(name) != self.whole.get(name)]

@@ -25,9 +25,9 @@ tags:
 - base-only
 pipeline_tag: text-generation
 extra_gated_prompt: >-
-  Say yes.
+  Say *yes*, R &D.	Twice.
 
-  And again.
+  And again: - "so
 ---
 
 # The base
@@ -104,7 +104,16 @@ def test_no_card_leaves_it_as_it_is(job: tuple[Path, Path], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "head", ["a: &x 1\nb: *x\n", "a: 1\na: 2\n", "- a\n", "tags: [a,\nb]\n", "? a\n: b\n", "\ta: 1\n", "a: 1\n...\n"]
+    "head",
+    [
+        "license: &x mit\nlanguage: *x\n",
+        "a: 1\na: 2\n",
+        "- a\n",
+        "tags: [a,\nb]\n",
+        "? a\n: b\n",
+        "\ta: 1\n",
+        "a: 1\n...\n",
+    ],
 )
 def test_a_head_that_is_not_plain_stays_as_it_is(job: tuple[Path, Path], tmp_path: Path, head: str) -> None:
     base, adapter = job
