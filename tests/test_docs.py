@@ -17,6 +17,9 @@ from streamer.cli.parser import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    p.name: p.read_text() for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -33,12 +36,22 @@ def test_every_command_is_in_the_readme(command: str) -> None:
     assert re.search(rf"streamer {command}\b", README)
 
 
-def test_every_option_in_the_readme_exists() -> None:
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_option_of_streamer_in_the_docs_exists(page: str) -> None:
     known = {o for p in (build_parser(), *subparsers().values()) for a in p._actions for o in a.option_strings}
-    shell = "\n".join(line for line in README.splitlines() if "streamer" in line or line.startswith("- `--"))
-    used = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", shell)) - {"--quiet"}
-    assert used - known - {"--hidden", "--intermediate"} <= {"--pairs", "--double", "--size-gb", "--shards"}
-    assert {"--lambda", "--method", "--scale", "--top-k", "--epsilon", "--findings", "--json"} <= used
+    commands = "|".join(subparsers())
+    lines = re.findall(rf"(?:streamer )?\b(?:{commands})\b[^`\n]*", PAGES[page])
+    used = {
+        option for line in lines for option in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", line) if "bench" not in line
+    }
+    assert used <= known
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_link_leads_somewhere(page: str) -> None:
+    folder = ROOT if page in ("README.md", "CONTRIBUTING.md") else ROOT / "docs"
+    for target in re.findall(r"\]\(([^)#]+)", PAGES[page]):
+        assert target.startswith("https://") or (folder / target).exists(), target
 
 
 def test_every_option_has_help() -> None:
@@ -52,21 +65,28 @@ def test_the_table_of_encodings_is_the_registrys() -> None:
 
     rows = ["| " + " | ".join(row) + " |" for row in table()]
     assert len(rows) > 6
-    assert "\n".join(rows) in README
+    assert "\n".join(rows) in PAGES["support.md"]
 
 
-def test_the_readmes_python_runs(job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {"base": job[0], "adapter": job[1]})
+def test_the_readmes_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line, in order, in one directory; then the Python."""
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("streamer ")]
+    assert {line.split()[1] for line in lines} >= {"demo", "inspect", "detect", "report", "mitigate", "merge"}
+    for line in lines:
+        done = run_cli(*line.split()[1:], cwd=tmp_path)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
     assert (tmp_path / "mitigated" / "adapter_config.json").exists()
     assert (tmp_path / "merged" / "model.safetensors.index.json").exists()
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "merged-0.5" / "model.safetensors.index.json").exists()
 
 
 def test_the_demo_prints_what_the_readme_shows() -> None:
     done = run_cli("demo")
     assert done.returncode == 0, done.stderr
-    shown = next(b for b in blocks("text") if "streamer demo" in b)
+    (shown,) = blocks("text")
 
     def counts(text: str) -> list[tuple[str, ...]]:
         return [tuple(line.split()[:4]) for line in text.splitlines() if line.startswith(("model.", "all "))]
@@ -102,4 +122,4 @@ def test_public_names_resolve_and_are_documented() -> None:
 def test_the_table_of_kinds_is_the_registrys() -> None:
     from streamer.support import support_table
 
-    assert support_table() in (ROOT / "README.md").read_text()
+    assert support_table() in PAGES["support.md"]

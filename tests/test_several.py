@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +25,7 @@ import streamer
 from streamer.cli.main import run as streamer_command
 from streamer.errors import StorageError, UsageError
 from streamer.intruders import DetectionOptions
+from streamer.merging import threads
 from streamer.pipeline import findings_bytes
 from streamer.plan import make_plans
 from streamer.several import holds_adapters, named_adapters
@@ -371,6 +372,14 @@ def test_the_forecast_of_all_has_the_base_once(inputs: Inputs, way: str, tmp_pat
     assert tree["forecast"]["read_bytes"] == sum(f["read_bytes"] for f in others) - shared
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The last bits of findings depend on the number of threads; those of the commands to compare with are made on one."""
+    with threads():
+        yield
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_library_gives_a_dict(inputs: Inputs, tmp_path: Path) -> None:
     paths = [inputs.adapters / name for name in NAMES]
     found = streamer.detect_intruder_dimensions(inputs.base, paths)
