@@ -240,6 +240,8 @@ def command_line(record: Record) -> str:
         words += ["--solver", detection["solver"]]
     if record["to_lora"] is not None:
         words += ["--to-lora", str(record["to_lora"])]
+    if not 0 <= record["lambda"] <= 1:
+        words.append("--amplify")
     if record["dequantize"]:
         words.append("--dequantize")
     if record["adapter"].get("base_is_residual"):
