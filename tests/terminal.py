@@ -72,7 +72,6 @@ for number in range(3):
     os.dup2(fd, number)
 os.close(fd)
 os.environ.update({env!r})
-os.environ.pop("COLUMNS", None)
 """
 
 

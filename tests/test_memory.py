@@ -42,7 +42,8 @@ def make(directory: Path, size: Known) -> DemoModel:
 def peak(made: DemoModel, out: Path, *extra: str) -> int:
     """Peak anonymous bytes of a merge at λ = 1."""
     found = measure.watched([*bench_merge.merge_command(made.base, made.adapter, out), *extra])
-    assert (out / "model.safetensors").stat().st_size == (made.base / "model.safetensors").stat().st_size
+    written, read = ((d / "model.safetensors").stat().st_size for d in (out, made.base))
+    assert 0 <= written - read < 1000  # what it was made from stands in its header
     return found.anonymous
 
 

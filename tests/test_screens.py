@@ -49,7 +49,7 @@ def test_the_last_screen_of_every_command(job: tuple[Path, Path], columns: int, 
     runs = {
         "demo": ["demo"],
         "inspect": ["inspect", *job],
-        "detect": ["detect", *job, "-o", tmp_path / "f"],
+        "detect": ["detect", *job, "-o", tmp_path / "f.safetensors"],
         "mitigate": ["mitigate", *job, "-o", tmp_path / "a", "--lambda", "0.5"],
         "merge": ["merge", *job, "-o", tmp_path / "m"],
     }
@@ -125,7 +125,7 @@ def test_warnings_stand_between_the_bars(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["none", "plain", "bar"])
 def test_progress_as_asked_for(job: tuple[Path, Path], mode: str, tmp_path: Path) -> None:
     """A job of a second has nothing to say in a log but its last line; a bar can be forced into one."""
-    done = server().run("detect", *job, "-o", tmp_path / "f", "--progress", mode)
+    done = server().run("detect", *job, "-o", tmp_path / "f.safetensors", "--progress", mode)
     assert done.code == 0
     assert ("\x1b[K" in done.err) == (mode == "bar")
     assert mode == "bar" or done.err == ""
@@ -135,7 +135,7 @@ def test_progress_as_asked_for(job: tuple[Path, Path], mode: str, tmp_path: Path
 
 
 def test_a_dumb_terminal_has_no_bar(job: tuple[Path, Path], tmp_path: Path) -> None:
-    shown = terminal.show(80, "detect", *job, "-o", tmp_path / "f", env={"TERM": "dumb"})
+    shown = terminal.show(80, "detect", *job, "-o", tmp_path / "f.safetensors", env={"TERM": "dumb"})
     assert b"\x1b" not in shown.drawn
 
 
@@ -169,7 +169,7 @@ def test_many_matrices_end_with_ten_and_totals(many: tuple[Path, Path], findings
     """In a pipe as on a terminal; the ten are those whose intruders have most of the delta."""
     runs = [
         ["report", findings],
-        ["detect", *many, "-o", tmp_path / "f"],
+        ["detect", *many, "-o", tmp_path / "f.safetensors"],
         ["mitigate", *many, "-o", tmp_path / "a", "--findings", findings],
         ["merge", *many, "-o", tmp_path / "m", "--findings", findings],
     ]
@@ -250,13 +250,13 @@ def test_a_stdout_that_takes_nothing(findings: Path, streams: str, words: str) -
 
 @pytest.mark.parametrize("streams", ["2>/dev/full", "2>&- <&-"])
 def test_a_stderr_that_takes_nothing_ends_no_job(job: tuple[Path, Path], streams: str, tmp_path: Path) -> None:
-    done = closed(streams, "detect", *job, "-o", tmp_path / "f", "--json")
+    done = closed(streams, "detect", *job, "-o", tmp_path / "f.safetensors", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert '"matrices"' in done.stdout
 
 
 def test_a_reader_of_stderr_that_leaves_ends_no_job(job: tuple[Path, Path], tmp_path: Path) -> None:
     gone = "r, w = os.pipe(); os.close(r); os.dup2(w, 2)"
-    done = server().run("detect", *job, "-o", tmp_path / "f", "--progress", "bar", before=gone)
+    done = server().run("detect", *job, "-o", tmp_path / "f.safetensors", "--progress", "bar", before=gone)
     assert done.code == 0
-    assert (tmp_path / "f").exists()
+    assert (tmp_path / "f.safetensors").exists()
