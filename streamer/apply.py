@@ -26,9 +26,10 @@ from streamer.intruders import Detection, DetectionOptions, MitigationOptions, m
 from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import all_finite
+from streamer.linalg.precision import threads
 from streamer.matrix_finding import MatrixFinding
 from streamer.merged import MergedModel, plan_merged
-from streamer.merging import Exchanged, Rounded, Shifted, repeats, threads
+from streamer.merging import Exchanged, Rounded, Shifted, repeats
 from streamer.model_card import CARD_NAME, Card, longest_totals, take_original
 from streamer.pipeline import detect_matrix, findings_bytes
 from streamer.plan import Plan, left_out, other_files

@@ -58,6 +58,12 @@ class FindingsWriter:
         Replaces a finished file, and a journal of another run.
     before_rename
         Called before the file gets its name; may raise to stop it.
+
+    Attributes
+    ----------
+    threads
+        On how many of torch's threads its matrices are computed: as many as the run began with, wherever it is resumed, since the
+        last bits of findings depend on it.
     """
 
     def __init__(self, path: Path, head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]], *,
@@ -88,6 +94,8 @@ class FindingsWriter:
             self._journal.append(json.dumps(self._start).encode())
         for i in range(1, len(self._journal)):
             self._records[self._figures(i)["tensor"]] = i
+        begun = head.get("threads") if head and self.resumed else None
+        self.threads = begun if type(begun) is int and begun > 0 else torch.get_num_threads()
 
     def _figures(self, i: int) -> MatrixFigures:
         header = _record_header(self._journal[i])
@@ -170,13 +178,6 @@ def journal_head(head: Findings, tensors: Sequence[str], stamps: Mapping[str, Se
     """Make the first record of a journal: what run it belongs to, and on how many threads, on which last bits depend."""
     digest = detection_digest(head.base, head.adapter, head.options, tensors)
     return {"plan": digest, "version": __version__, "stamps": dict(stamps), "threads": torch.get_num_threads()}
-
-
-def interrupted_threads(path: Path) -> int | None:
-    """Find on how many threads the findings were made that an interrupted run left half done; None where there are none, or none says."""
-    head = _first_record(path)
-    threads = head.get("threads") if head else None
-    return threads if type(threads) is int and threads > 0 else None
 
 
 def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:

@@ -5,7 +5,6 @@ A recipe gives bytes of the dtype that the output has; what is computed is compu
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,22 +30,6 @@ BLOCK_BYTES = 4 << 20
 CPU seconds for 4 GB of a width of 4096, one thread, three rounds on a busy machine: 2 MB 2.3 to 2.4; 4 MB 2.1 to 3.2; 8 MB 2.2 to
 3.7; 0.5 MB 3.2 to 3.7. From 2 MB on the noise is larger than any difference; below, the calls' own cost shows.
 """
-
-
-@contextlib.contextmanager
-def threads(count: int = 1) -> Iterator[None]:
-    """Torch computes on this many threads: on the calling one alone while rows are merged and written.
-
-    With more threads each small step ends at a barrier, and where other processes want the cores the wait there is many times
-    the work: on two busy cores 4 GB took 33 to 91 s with two threads, and 13 to 21 s with one, in runs that were not interleaved.
-    And a sum's last bit may depend on the number of threads (seen for one shape and block size); so it does not depend on it.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 Mitigated = Callable[[Target], tuple[Delta, Delta]]

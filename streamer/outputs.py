@@ -18,7 +18,7 @@ from streamer.budget import check_budget, detection_needs
 from streamer.events import Event, Monitor
 from streamer.figures import journalled, totals
 from streamer.findings_file import remove_leftovers
-from streamer.merging import threads
+from streamer.linalg.precision import threads
 from streamer.model_card import CARD_NAME
 from streamer.pipeline import detect_to_files
 from streamer.records import MatrixRecord, Record, Written, certified_count

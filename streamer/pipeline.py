@@ -27,6 +27,7 @@ from streamer.findings_writer import (
 )
 from streamer.intruders import Detection, DetectionOptions, detect
 from streamer.linalg.operators import Dense, Matrix, RowBlocks
+from streamer.linalg.precision import threads
 from streamer.matrix_finding import MatrixFinding
 from streamer.plan import Plan
 from streamer.records import in_short
@@ -122,11 +123,18 @@ Known = Callable[[int, str], bool]
 
 
 def detect_all(plans: Sequence[Plan], options: DetectionOptions, device: torch.device, monitor: Monitor,
-               known: Known = lambda _i, _tensor: False) -> Iterator[tuple[int, MatrixFinding]]:  # fmt: skip
+               known: Known = lambda _i, _tensor: False,
+               counts: Sequence[int] = ()) -> Iterator[tuple[int, MatrixFinding]]:  # fmt: skip
     """Detect in every target of plans on one base, in the base's file order, each with its plan's place among them.
 
     A matrix that several plans change is read once for all of them.
+
+    Parameters
+    ----------
+    counts
+        On how many of torch's threads each plan's matrices are computed; by default on as many as there are.
     """
+    counts = counts or [torch.get_num_threads()] * len(plans)
     _check_budgets(plans, options)
     todo = [[(i, t) for i, t in uses if not known(i, t.tensor)] for uses in matrices_of(plans)]
     total, of = sum(cost(t, options) for plan in plans for t in plan.targets), sum(len(plan.targets) for plan in plans)
@@ -147,7 +155,9 @@ def detect_all(plans: Sequence[Plan], options: DetectionOptions, device: torch.d
             for i, target in uses:
                 monitor.checkpoint()
                 monitor.emit(Event("detect", target.tensor, done, total, items, of, names[i]))
-                yield i, detect_matrix(plans[i], target, options, device, staged, monitor)
+                with threads(counts[i]):
+                    finding = detect_matrix(plans[i], target, options, device, staged, monitor)
+                yield i, finding
                 done, items = done + cost(target, options), items + 1
     monitor.emit(Event("detect", "", total, total, of, of))
 
@@ -212,7 +222,15 @@ def detect_to_files(plans: Sequence[Plan], paths: Sequence[Path], options: Detec
             writers.append(stack.enter_context(writer))
         if todo:
             pending = [plan for plan, _ in todo]
-            for i, finding in detect_all(pending, options, device, monitor, lambda i, tensor: tensor in writers[i]):
+            counts, now = [writer.threads for writer in writers], torch.get_num_threads()
+            for count in sorted({*counts} - {now}):
+                many = f"{count} thread{'s' * (count > 1)}"
+                monitor.emit(Event("note", f"goes on with {many}, as it began; --no-resume starts over with {now}"))
+
+            def known(i: int, tensor: str) -> bool:
+                return tensor in writers[i]
+
+            for i, finding in detect_all(pending, options, device, monitor, known, counts):
                 writers[i].add(finding)
                 seconds[writers[i].path, finding.tensor] = finding.seconds
         monitor.checkpoint()

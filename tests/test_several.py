@@ -25,7 +25,7 @@ import streamer
 from streamer.cli.main import run as streamer_command
 from streamer.errors import StorageError, UsageError
 from streamer.intruders import DetectionOptions
-from streamer.merging import threads
+from streamer.linalg.precision import threads
 from streamer.pipeline import findings_bytes
 from streamer.plan import make_plans
 from streamer.several import holds_adapters, named_adapters

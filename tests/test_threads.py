@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENV, run_cli
+from helpers import ENV, intruding_factors, power_law, run_cli, write_adapter, write_sharded
 
 import streamer
 from streamer.cli import calibration
 from streamer.cli.cores import available_cores
 from streamer.cli.threads import COUNTS, choose_threads
 from streamer.events import Event, Monitor
-from streamer.findings_writer import interrupted_threads
 
 
 def groups(directory: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:
@@ -99,12 +98,12 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Event]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("pace", "threads"), [(0.6, 3), (1.1, 3), (1.7, 1)])
+@pytest.mark.parametrize(("pace", "threads"), [(0.6, 3), (1.4, 3), (1.7, 1)])
 def test_threads_that_do_not_help_are_not_used(
-    three_threads: list[Event], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pace: float, threads: int
+    three_threads: list[Event], monkeypatch: pytest.MonkeyPatch, pace: float, threads: int
 ) -> None:
     monkeypatch.setattr(calibration, "threads_pace", lambda count: pace)
-    choose_threads(None, [tmp_path / "f.safetensors"], Monitor(three_threads.append))
+    choose_threads(None, Monitor(three_threads.append))
     assert torch.get_num_threads() == threads
     assert [e.name for e in three_threads] == (
         ["3 threads take 1.7 times as long as one here, beside other work: using one; --threads 3 insists"]
@@ -115,9 +114,9 @@ def test_threads_that_do_not_help_are_not_used(
 
 def test_who_says_how_many_is_not_asked(three_threads: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "threads_pace", lambda count: 9.0)
-    choose_threads(3, [], Monitor(three_threads.append))
+    choose_threads(3, Monitor(three_threads.append))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    choose_threads(None, [], Monitor(three_threads.append))
+    choose_threads(None, Monitor(three_threads.append))
     assert (torch.get_num_threads(), three_threads) == (3, [])
 
 
@@ -126,23 +125,36 @@ def test_a_probe_of_threads_is_quick_and_leaves_them_as_they_were(three_threads:
     assert torch.get_num_threads() == 3
 
 
+@pytest.mark.parametrize("second", [1, 3])
 def test_an_interrupted_detection_goes_on_with_its_threads(
-    job: tuple[Path, Path], three_threads: list[Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    three_threads: list[Event], tmp_path: Path, second: int
 ) -> None:
     """The last bits of findings depend on them, and what is resumed is to be what an uninterrupted run writes."""
-    path = tmp_path / "f.safetensors"
+    base, adapter = wide(tmp_path)
     torch.set_num_threads(2)
+    whole = tmp_path / "whole.safetensors"
+    streamer.detect_intruder_dimensions(base, adapter, whole, solver="certified")
 
     def stop(event: Event) -> None:
         if event.stage == "detect" and event.done:
             monitor.request_stop(2)
 
-    monitor = Monitor(stop)
+    path, monitor = tmp_path / "f.safetensors", Monitor(stop)
     with pytest.raises(streamer.StreamerError, match="stopped"):
-        streamer.detect_intruder_dimensions(*job, path, monitor=monitor)
-    assert interrupted_threads(path) == 2
-    assert interrupted_threads(tmp_path / "other.safetensors") is None
-    monkeypatch.setattr(calibration, "threads_pace", lambda count: 9.0)
-    torch.set_num_threads(3)
-    choose_threads(None, [path], Monitor(three_threads.append))
-    assert (torch.get_num_threads(), three_threads) == (2, [])
+        streamer.detect_intruder_dimensions(base, adapter, path, solver="certified", monitor=monitor)
+    torch.set_num_threads(second)
+    streamer.detect_intruder_dimensions(base, adapter, path, solver="certified", on_event=three_threads.append)
+    assert path.read_bytes() == whole.read_bytes()
+    assert torch.get_num_threads() == second
+    assert [e.name for e in three_threads if e.stage == "note"] == [
+        f"goes on with 2 threads, as it began; --no-resume starts over with {second}"
+    ]
+
+
+def wide(directory: Path) -> tuple[Path, Path]:
+    """Matrices that are large enough for more than one thread."""
+    shape, tensors, factors = (600, 700), {}, {}
+    for i in range(3):
+        tensors[f"a.{i}.weight"] = power_law(*shape, seed=i).float()
+        factors[f"a.{i}"] = intruding_factors(*shape, 4, seed=i)
+    return write_sharded(directory / "base", [tensors]), write_adapter(directory / "adapter", factors, 4)

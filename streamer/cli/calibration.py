@@ -18,7 +18,8 @@ from streamer.cli.cores import available_cores
 from streamer.intruders import DetectionOptions, detect
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank, Matrix, RowBlocks
-from streamer.merging import Mitigated, Recipe, threads
+from streamer.linalg.precision import threads
+from streamer.merging import Mitigated, Recipe
 from streamer.solvers import cost
 
 DENSE_COST = 100_000_000

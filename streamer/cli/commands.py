@@ -58,7 +58,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     options = _detection_options(args, None)
     adapters = _adapters(args)
     named = named_adapters(adapters)
-    choose_threads(args.threads, [findings_of(args.output, name) for name in named], monitor)
+    choose_threads(args.threads, monitor)
     if args.dry_run:
         device = choose_device(args.device)
         plans = make_plans(args.base, [*named.values()], args.io, args.base_is_residual)
@@ -112,7 +112,6 @@ def _merge(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **special: Any) -> Result:
     from streamer.api import findings_by_name, prepare
-    from streamer.apply import OWN_FINDINGS
     from streamer.cli.forecast import forecast_output, shared_by_merges, together
     from streamer.cli.json_report import dry_run, dry_runs
     from streamer.cli.tables import record_table
@@ -127,7 +126,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     detection = _detection_options(args, load_findings(given[0]) if isinstance(given[0], Path) else None)
     mitigation = _mitigation_options(args)
     if mitigation.needs_detection and given[0] is None:
-        choose_threads(args.threads, [model_of(args.output, name) / OWN_FINDINGS for name in named], monitor)
+        choose_threads(args.threads, monitor)
     if args.dry_run:
         jobs = prepare(args.base, [*named.values()], mitigation, detection, given, args.device, args.io,
                        base_is_residual=args.base_is_residual, **special)  # fmt: skip

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from pathlib import Path
 
 from streamer.cli.cores import available_cores
 from streamer.errors import UsageError
@@ -13,8 +11,9 @@ from streamer.events import Event, Monitor
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """By any of these the user says how OpenMP's threads wait."""
 
-WORTHLESS = 1.2
-"""Threads that take this many times as long as one alone are not used; within a probe's noise of 1 they may be."""
+WORTHLESS = 1.5
+"""Threads that take this many times as long as one alone are not used. Where they only help nothing they are: the last bits of findings
+depend on their number, which had better not change from one run to the next."""
 
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """By any of these the user says how many there are."""
@@ -40,17 +39,13 @@ def set_threads(count: int | None) -> None:
     torch.set_num_threads(available_cores() if count is None else count)
 
 
-def choose_threads(count: int | None, findings: Iterable[Path], monitor: Monitor) -> None:
+def choose_threads(count: int | None, monitor: Monitor) -> None:
     """Give torch the threads for a detection that nobody has said the number of: one where more take longer, beside other work.
-
-    A detection that was interrupted goes on with as many as it began with, since the last bits of findings depend on them.
 
     Parameters
     ----------
     count
         As the user gives it.
-    findings
-        Files that the detection writes.
     monitor
         Is told where there are fewer than cores.
     """
@@ -59,12 +54,8 @@ def choose_threads(count: int | None, findings: Iterable[Path], monitor: Monitor
     if count is not None or _chosen() or (cores := torch.get_num_threads()) == 1:
         return
     from streamer.cli.calibration import threads_pace
-    from streamer.findings_writer import interrupted_threads
 
-    begun = {threads for path in findings if (threads := interrupted_threads(path))}
-    if begun:
-        torch.set_num_threads(min(begun))
-    elif (times := threads_pace(cores)) > WORTHLESS:
+    if (times := threads_pace(cores)) > WORTHLESS:
         torch.set_num_threads(1)
         text = f"{cores} threads take {times:.1f} times as long as one here, beside other work: using one; --threads {cores} insists"
         monitor.emit(Event("note", text))

@@ -1,4 +1,4 @@
-"""Products in full float32: no TF32 on GPUs, no bf16 on CPUs, whatever the process has asked for elsewhere."""
+"""Torch's state while streamer computes, which is the process's: its number of threads, and products in full float32."""
 
 from __future__ import annotations
 
@@ -34,3 +34,19 @@ def full_float32() -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
+def threads(count: int = 1) -> Iterator[None]:
+    """Compute on this many of torch's threads inside: on the calling one alone while rows are merged and written.
+
+    With more threads each small step ends at a barrier, and where other processes want the cores the wait there is many times
+    the work: on two busy cores 4 GB took 33 to 91 s with two threads, and 13 to 21 s with one, in runs that were not interleaved.
+    And a sum's last bit may depend on the number of threads (seen for one shape and block size); so it does not depend on it.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
