@@ -31,12 +31,12 @@ def defects(gk: GolubKahan) -> tuple[torch.Tensor, torch.Tensor]:
     return forward, backward
 
 
-def check_invariant(gk: GolubKahan, units: float = 50) -> None:
-    """The invariant and orthonormality, in units of rounding."""
+def check_invariant(gk: GolubKahan, units: float = 50, deflated: float = 0) -> None:
+    """The invariant and orthonormality, in units of rounding; `deflated` units of it may have been dropped."""
     eps = torch.finfo(gk.P.dtype).eps
     norm = float(torch.linalg.matrix_norm(gk.op.dense().double(), 2))
     for defect in defects(gk):
-        assert float(torch.linalg.matrix_norm(defect)) <= units * eps * norm + gk.deflated
+        assert float(torch.linalg.matrix_norm(defect)) <= units * eps * norm + min(gk.deflated, deflated * eps * norm)
     for basis in (torch.cat([gk.P, gk.following], 1).double(), gk.Q.double()):
         gram = basis.T @ basis - torch.eye(basis.shape[1])
         assert float(torch.linalg.matrix_norm(gram)) <= units * eps
@@ -149,33 +149,29 @@ def test_noise_is_no_direction(sizes: tuple[int, ...], width: int, dtype: torch.
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "steps", "columns"), [("identity", 1, 8), ("rotation", 1, 8), ("zero", 1, 8), ("rank 3", 2, 11)]
+    ("name", "steps", "columns"),
+    [("identity", 1, 8), ("rotation", 1, 8), ("zero", 1, 8), ("rank 3", 2, 11), ("three values", 3, 24)],
 )
 def test_breakdown_ends_the_process(name: str, steps: int, columns: int, dtype: torch.dtype) -> None:
-    """In an invariant subspace the process ends, with singular values of M."""
-    if name == "rank 3":
-        M = spectrum_matrix(40, 40, torch.tensor([3.0, 2.0, 1.0] + [0.0] * 37)).to(dtype)
+    """In an invariant subspace no noise is normalised into a block: the process ends, with singular values of M."""
+    values = {
+        "rank 3": torch.tensor([3.0, 2.0, 1.0] + [0.0] * 37),
+        "three values": torch.tensor([3.0] * 10 + [2.0] * 15 + [1.0] * 15),
+    }
+    if name in values:
+        M = spectrum_matrix(40, 40, values[name]).to(dtype)
     elif name == "rotation":
         M = torch.linalg.qr(gaussian(40, 40, torch.float64)).Q.to(dtype)
     else:
         M = torch.eye(40, dtype=dtype) * (name == "identity")
     gk = started(M)
     run_out(gk)
+    # Three values are equal to rounding only, in float64 to 10 of them; `clusters` has exact ones.
     assert (gk.steps, gk.P.shape[1]) == (steps, columns)
     check_invariant(gk)
     S = gk.ritz().S
-    exact = torch.tensor([3.0, 2.0, 1.0, 0.0] if name == "rank 3" else [1.0 if name != "zero" else 0.0])
+    exact = torch.tensor([3.0, 2.0, 1.0, 0.0] if name in values else [1.0 if name != "zero" else 0.0])
     assert float((S[:, None] - exact).abs().amin(1).max()) <= 50 * torch.finfo(dtype).eps
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 5, 8, 12])
-def test_the_process_ends_where_noise_has_grown(width: int, dtype: torch.dtype) -> None:
-    M = clusters(20, 14, 16, 14).to(dtype)
-    gk = started(M, width)
-    run_out(gk)
-    assert 4 <= gk.steps <= 64
-    check_invariant(gk)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
