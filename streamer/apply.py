@@ -194,7 +194,8 @@ class ModelSink:
         self.copies = [c for c in copies if c[0] not in stale]
         self.copies, self.tokenizer, says = with_tokenizer(job.plan, self.copies)
         self.to_lora: int | None = None
-        self.notes, self.advice = [*self.model.head.notes, *says], list(self.model.head.advice)
+        self.notes = [*job.plan.changes.notes, *self.model.head.notes, *says]
+        self.advice = list(self.model.head.advice)
         written = {*base.files, INDEX_NAME, RECORD_NAME, *aside}
         self.left_out = stale + ([] if beside is None else [n for n in left_out(beside, adapter) if n not in written])
         self.card, self.copies = plan_card(self, self.model.head.pipeline)
@@ -251,12 +252,10 @@ def make_record(sink: Sink, certified: int, sums: Totals, matrices: Sequence[Mat
     job = sink.job
     base, adapter = job.plan.sources
     options = mitigation_json(job.options)
-    # What the adapter's other tensors do to the base is said of a merged model.
-    warnings = [note for note in job.plan.notes if sink.command == "merge" or note not in job.plan.changes.notes]
     return {"schema": SCHEMA, "command": sink.command, "version": __version__, "base": base, "adapter": adapter,
             "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
             "lambda": options["lambda"], "to_lora": sink.to_lora, "dequantize": job.dequantize, "totals": sums,
-            "warnings": warnings, "notes": sink.notes, "advice": sink.advice, "left_out": sink.left_out,
+            "warnings": list(job.plan.notes), "notes": sink.notes, "advice": sink.advice, "left_out": sink.left_out,
             "carried": job.plan.changes.listed(job.plan.base), "tokenizer": sink.tokenizer, "matrices": list(matrices)}  # fmt: skip
 
 

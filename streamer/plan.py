@@ -27,7 +27,7 @@ from streamer.intruders import DetectionOptions
 from streamer.linalg.deltas import Delta
 from streamer.modules import LoraModule
 from streamer.names import match_names
-from streamer.provenance import provenance_notes
+from streamer.provenance import mitigated_before, provenance_notes
 from streamer.records import Source, adapter_source, base_source
 from streamer.renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
@@ -116,9 +116,9 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be said of an output, and stands in it: no paths (see `provenance_notes`, and `Changes.notes`)."""
+        """Say what the inputs are to each other, as warnings and in the record: free of paths, so that outputs are reproducible."""
         provenance = provenance_notes(self.adapter.config, self.config, self.base.path.resolve().name)
-        return *provenance, *self.changes.notes
+        return *mitigated_before(self.adapter.files[0].header.metadata), *provenance
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -70,6 +71,24 @@ def provenance_notes(adapter_config: Mapping[str, Any], base_config: Mapping[str
         "the adapter on these weights, which differ from those it saw by the quantization error (if it saw them quantized on loading, "
         "as QLoRA does, its config does not say so)"
     ]
+
+
+def mitigated_before(metadata: Mapping[str, str]) -> list[str]:
+    """Say that an adapter is one that `mitigate` made: with another λ than 1 its intruders would be scaled twice.
+
+    Parameters
+    ----------
+    metadata
+        Of the adapter's safetensors file.
+    """
+    try:
+        made = json.loads(metadata.get("streamer", ""))
+        if made["command"] != "mitigate" or made["lambda"] == 1:
+            return []
+        how = f"by `streamer mitigate` from {made['adapter']['name']!r}, with lambda {float(made['lambda']):g} and method {made['method']}"
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return []  # of another program
+    return [f"the adapter is mitigated already, {how}: lambda 1 takes it as it is, any other comes on top"]
 
 
 def hub_id(stated: object) -> str | None:

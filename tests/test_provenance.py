@@ -9,7 +9,7 @@ import pytest
 
 import streamer
 from streamer.cli.main import run
-from streamer.provenance import named_encoding, provenance_notes, stored_encoding
+from streamer.provenance import mitigated_before, named_encoding, provenance_notes, stored_encoding
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,30 @@ def test_it_is_said_on_stderr_and_in_json(
     with pytest.warns(streamer.StreamerWarning, match="a quantized model by its name"):
         record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
     assert record["warnings"] == [note]
+
+
+def test_an_adapter_that_is_mitigated_already_is_told(job: tuple[Path, Path], tmp_path: Path) -> None:
+    """Mitigating and then merging the result is what one would try first, and scales intruders twice."""
+    base, adapter = job
+    says = (
+        "the adapter is mitigated already, by `streamer mitigate` from 'adapter', with lambda 0.5 and method project: lambda 1 takes it as "
+        "it is, any other comes on top"
+    )
+    once = tmp_path / "once"
+    first = streamer.reduce_intruder_dimension(base, adapter, once, mitigation_lambda=0.5, method="project")
+    assert first["warnings"] == []
+    with pytest.warns(streamer.StreamerWarning, match="mitigated already"):
+        record = streamer.merge_with_reduced_intruder_dimensions(base, once, tmp_path / "twice")
+    assert record["warnings"] == [says]
+    assert says in (tmp_path / "twice" / "README.md").read_text()
+    same = tmp_path / "same"
+    streamer.reduce_intruder_dimension(base, adapter, same, mitigation_lambda=1)
+    assert streamer.merge_with_reduced_intruder_dimensions(base, same, tmp_path / "merged")["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    "stamp", ["", "{", "[]", "1", '{"command": "mitigate"}', '{"command": "mitigate", "lambda": 0.5, "adapter": 3}']
+)
+def test_a_stamp_of_another_program_says_nothing(stamp: str) -> None:
+    assert mitigated_before({"streamer": stamp}) == []
+    assert mitigated_before({}) == []
