@@ -510,7 +510,19 @@ def test_lambda_is_finite(job: tuple[Path, Path], tmp_path: Path, command: str, 
 def test_usage(argv: list[str], words: str) -> None:
     done = server().run(*argv)
     assert (done.code, done.out, done.calls) == (2, "", [])
-    assert words in done.err.splitlines()[-1]
+    first, *more, last = done.err.splitlines()
+    assert words in last
+    assert re.match(r"streamer( \w+)?: error: ", last)
+    assert first.startswith("usage: streamer")
+    assert all(line.startswith("  ") for line in more), done.err
+    assert "\\n" not in done.err
+
+
+def test_usage_quotes_what_it_was_given_in_one_line() -> None:
+    done = server().run("fly\x1b[2J\nhigh")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("streamer: error: argument COMMAND: invalid choice: ")
+    assert "\x1b" not in done.err
 
 
 @pytest.mark.parametrize("command", ["inspect", "detect", "mitigate", "merge", "report", "demo"])

@@ -110,7 +110,8 @@ def _refuse(e: BadUsage, argv: Sequence[str]) -> None:
         events.error(error)
         events.close()
     else:
-        say(f"{e.usage}{e.message}")
+        for line in (*e.usage.splitlines(), e.message):
+            say(line)
 
 
 def _open_missing_streams() -> None:
