@@ -9,7 +9,7 @@ import threading
 import time
 from typing import Literal
 
-from streamer.cli.layout import printable
+from streamer.cli.layout import fit, printable
 from streamer.events import Event
 
 Mode = Literal["auto", "bar", "plain", "none"]
@@ -34,8 +34,14 @@ UNITS = {"detect": "matrices", "write": "tensors"}
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, if anyone can read it: a log that is full or a reader that has gone does not end a job."""
-    _write(f"{printable(text)}\n")
+    """Print a line on stderr, for people: on a terminal it is wrapped between words."""
+    line = printable(text)
+    write_line(fit(line, _columns()) if _is_terminal() else line)
+
+
+def write_line(line: str) -> None:
+    """Write a line as it stands to stderr, if anyone can read it: a log that is full or a reader that has gone does not end a job."""
+    _write(f"{line}\n")
 
 
 def _write(text: str) -> None:
@@ -69,8 +75,7 @@ class Progress:
 
     def __init__(self, mode: Mode = "auto", quiet: int = 0, command: str = "", logged: float = LOGGED) -> None:
         if mode == "auto":
-            terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-            mode = "bar" if terminal else "plain"
+            mode = "bar" if _is_terminal() and os.environ.get("TERM") != "dumb" else "plain"
         self._mode = "none" if quiet else mode
         self._quiet, self._command = quiet, command
         self._every = logged if self._mode == "plain" else 1.0
@@ -204,6 +209,10 @@ class Progress:
         stage = "" if event.stage == self._command else f"{event.stage} "
         rest = "" if left is None else f", {clock(left)} left"
         return f"{self._command}: after {clock(now - self._began)}, {stage}{count}{rest}"
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 def _columns() -> int:
