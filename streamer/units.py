@@ -1,4 +1,4 @@
-"""Sizes and lists of names as text for messages and tables, and sizes as options give them."""
+"""Sizes, durations and lists of names as text for messages and tables, and sizes as options give them."""
 
 from __future__ import annotations
 
@@ -51,6 +51,22 @@ def format_sizes(wanted: int, found: int) -> tuple[str, str]:
     """
     texts = format_size(wanted), format_size(found)
     return texts if texts[0] != texts[1] else (f"{wanted} B", f"{found} B")
+
+
+def format_duration(seconds: float) -> str:
+    """Write seconds for people.
+
+    >>> [format_duration(s) for s in (3.21, 45, 125, 1500, 4320)]
+    ['3.2 s', '45 s', '2 min 5 s', '25 min', '1 h 12 min']
+    """
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    s = round(seconds)
+    if s < 120:
+        return f"{s} s"
+    if s < 600:
+        return f"{s // 60} min {s % 60} s"
+    return f"{s // 60} min" if s < 3600 else f"{s // 3600} h {s // 60 % 60} min"
 
 
 def quoted(value: object, most: int = 100) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 
 from streamer.cli.forecast import Forecast
 from streamer.cli.layout import Screen, fit
-from streamer.cli.tables import NO_LIMIT, forecast_text, size
+from streamer.cli.tables import NO_LIMIT, forecast_text
 from streamer.findings import Findings
 from streamer.intruders import DetectionOptions
 from streamer.pipeline import cost
 from streamer.plan import Plan
 from streamer.storage.place import free_bytes
+from streamer.units import format_size
 
 
 def findings_json(findings: Findings) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def dry_run(command: str, output: Path, state: str, matrices: int, files: int, n
         Of the output; None where they are not known.
     """
     says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
-    written = "" if nbytes is None else f", {size(nbytes)}"
+    written = "" if nbytes is None else f", {format_size(nbytes)}"
     tree = {"schema": "streamer.dry-run/1", "command": command, "output": str(output), "state": state,
             "matrices": matrices, "files": files, "bytes": nbytes,
             "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip

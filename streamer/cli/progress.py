@@ -9,8 +9,10 @@ import threading
 import time
 from typing import Literal
 
-from streamer.cli.layout import fit, printable
+from streamer.cli.layout import fit
+from streamer.errors import printable
 from streamer.events import Event
+from streamer.units import format_duration
 
 Mode = Literal["auto", "bar", "plain", "none"]
 
@@ -133,7 +135,7 @@ class Progress:
         """Print the last line: what the command did, and how long it took."""
         if not self._quiet:
             what = f"{summary}, in" if summary else "done in"
-            say(f"streamer: {self._command}: {what} {duration(time.monotonic() - self._began)}")
+            say(f"streamer: {self._command}: {what} {format_duration(time.monotonic() - self._began)}")
 
     def _tick(self) -> None:
         while not self._closed.wait(self._every):
@@ -240,13 +242,3 @@ def clock(seconds: float) -> str:
     """Seconds as ``m:ss`` or ``h:mm:ss``."""
     s = round(seconds)
     return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as they are said: ``3.2 s``, ``45 s``, ``2 min 5 s``, ``1 h 12 min``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    s = round(seconds)
-    if s < 120:
-        return f"{s} s"
-    return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s // 60 % 60} min"
