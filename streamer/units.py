@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -79,13 +80,17 @@ def quoted(value: object, most: int = 100) -> str:
     return text if len(text) <= most else text[:most] + "…"
 
 
-def listed(names: Iterable[object], most: int = MOST_LISTED, separator: str = ", ") -> str:
-    """List names in a message: the first few, then how many more there are.
+def listed(names: Iterable[object], most: int = MOST_LISTED, separator: str = ", ", room: float = math.inf) -> str:
+    """List names in a message: the first few, but for one no more than have room, then how many more there are.
 
     >>> listed(["a", "b"]), listed("abcdefghij")
     ('a, b', 'a, b, c and 7 more')
+    >>> listed(["a long name", "another long name"], room=20)
+    'a long name and 1 more'
     """
     texts = [str(name) for name in names]
+    while most > 1 and sum(len(text) + len(separator) for text in texts[:most]) > room:
+        most -= 1
     more = len(texts) - most
     if more <= 0:
         return separator.join(texts)
