@@ -673,6 +673,21 @@ def test_tables_for_people(said: tuple[Path, Path, Path, dict[str, Outcome]], tm
             json.loads(done.out)
 
 
+def test_a_shrunk_adapter_has_no_intruders_to_count(job: tuple[Path, Path], tmp_path: Path) -> None:
+    """What is scaled is each matrix as a whole: a table that said how many intruders were would say 0 of each."""
+    several = tmp_path / "several"
+    several.mkdir()
+    for name in ("one", "two"):
+        shutil.copytree(job[1], several / name)
+    for command, adapter in (("merge", job[1]), ("mitigate", job[1]), ("merge", several)):
+        options = ("--method", "shrink", "--lambda", "0.5")
+        done = server().run(command, job[0], adapter, "-o", tmp_path / f"{command}-{adapter.name}", *options)
+        assert done.code == 0, done.err
+        assert "scaled" not in done.out + done.last
+        assert "9 of 9 matrices changed, each as a whole" in done.out or adapter == several
+        assert "18 of 18 matrices changed, 16 files" in done.last or adapter != several
+
+
 def test_quiet_leaves_warnings_and_twice_says_nothing(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
     index = base / "model.safetensors.index.json"

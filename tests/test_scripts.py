@@ -290,6 +290,7 @@ def test_a_failure_is_an_object_too(inputs: tuple[Path, Path], tmp_path: Path) -
         (("merge", *inputs, "-o", inputs[0]), 4, "OutputError", str(inputs[0])),
         (("merge", *inputs, "-o", tmp_path / "o", "--lambda", "7"), 2, "UsageError", None),
         (("merge", *inputs, "-o", tmp_path / "o", "--threads", "0"), 2, "UsageError", None),
+        (("detect", *inputs, "-o", "f.st"), 2, "UsageError", "f.st"),
         (("report", tmp_path / "no.safetensors"), 3, "MissingInputError", str(tmp_path / "no.safetensors")),
     ]
     for argv, code, kind, path in cases:

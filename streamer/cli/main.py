@@ -36,7 +36,7 @@ def run(argv: list[str] | None = None) -> int:
     try:
         _run(args, progress)
     except Exception as e:
-        error = _described(e)
+        error = _described(e, _paths(args))
         _tell(error or error_entry(type(e).__name__, 1, str(e)), args.json, progress, error is not None)
         if error is None:  # a fault of ours: its traceback is printed as it goes up
             raise
@@ -72,11 +72,17 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
     progress.finish("" if shown else summary(tree))
 
 
-def _described(e: Exception) -> dict[str, Any] | None:
-    """What is said of an error; None of one that nobody foresaw."""
+def _paths(args: argparse.Namespace) -> list[str]:
+    """Collect the paths that the command was given."""
+    values = [getattr(args, name, None) for name in ("base", "adapter", "output", "findings", "keep")]
+    return [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
+
+
+def _described(e: Exception, given: Sequence[str]) -> dict[str, Any] | None:
+    """Describe an error, in a command that was given these paths; None of one that nobody foresaw."""
     kind = type(e).__name__
     if isinstance(e, StreamerError):
-        return error_entry(kind, e.exit_code, str(e), getattr(e, "filename", None))
+        return error_entry(kind, e.exit_code, str(e), getattr(e, "filename", None), given)
     if isinstance(e, OSError):
         from streamer.storage.atomic import advice
 

@@ -82,7 +82,6 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     chosen, cut = _most(matrices, _removed, screen)
     columns = [
         Column("matrix", [m["tensor"] for m in chosen], left=True, names=True),
-        Column("scaled", [str(len(m["intruders"])) for m in chosen], "intruders that were scaled", keep=2),
         Column(
             "|delta|", [f"{m['delta_norm']:#.4g}" for m in chosen], "Frobenius norm of what the adapter adds", keep=1
         ),
@@ -93,13 +92,18 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
             keep=3,
         ),
     ]
+    shrinks = record["method"] == "shrink"  # whole matrices, no intruders
+    if not shrinks:
+        scaled = [str(len(m["intruders"])) for m in chosen]
+        columns.insert(1, Column("scaled", scaled, "intruders that were scaled", keep=2))
     if record["command"] == "mitigate":
         about = "what back-projection to the adapter's rank left out of the mitigated delta"
         columns.append(Column("dropped", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
+    how = "method shrink, " if shrinks else f"method {record['method']}, scale {record['scale']}, "
+    what = "each as a whole" if shrinks else f"{t['intruders']} intruders scaled"
     lines = [
         f"wrote {where}: {len(record['files'])} files, {format_size(t['bytes'])}",
-        f"method {record['method']}, scale {record['scale']}, lambda {record['lambda']}: "
-        f"{t['changed']} of {t['matrices']} matrices changed, {t['intruders']} intruders scaled",
+        f"{how}lambda {record['lambda']}: {t['changed']} of {t['matrices']} matrices changed, {what}",
         f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; a uniform shrink of the whole adapter by "
         f"{t['equal_norm_shrink']:.4f} has the same norm: the baseline for any claim",
     ]
@@ -126,9 +130,10 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
     columns = [Column("adapter", list(trees), left=True, names=True, foot="all together"),
                _summed("matrices", [x["matrices"] for x in t], "", 1)]  # fmt: skip
     if all("method" in tree for tree in trees.values()):
+        columns.append(_summed("changed", [x["changed"] for x in t], "matrices that were changed", 3))
+        if any(tree["method"] != "shrink" for tree in trees.values()):
+            columns.append(_summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5))
         columns += [
-            _summed("changed", [x["changed"] for x in t], "matrices that were changed", 3),
-            _summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5),
             Column(
                 "|delta|", [f"{x['delta_norm']:#.4g}" for x in t], "Frobenius norm of what the adapter adds", keep=2
             ),
@@ -224,8 +229,9 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     ]
     more = f"{sum(len(same) for _, same in rest)} matrices of {len(rest)} more kinds are not shown" if rest else ""
     note = f"{more}; --all shows each matrix".removeprefix("; ") if grouped else ""
+    refused = "\n".join(fit(f"{command} is refused: {why}", screen.width) for command, why in tree["refused"].items())
     return _sections(table(columns, screen.width), fit(note, screen.width), carried,
-                     "\n".join(fit(line, screen.width) for line in lines), _forecast_table(tree["forecast"], screen))  # fmt: skip
+                     "\n".join(fit(line, screen.width) for line in lines), _forecast_table(tree["forecast"], screen), refused)  # fmt: skip
 
 
 def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:
@@ -245,7 +251,7 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: S
     cells = list(zip(*rows, strict=True)) if rows else [()] * 5
     threads = next((f" on {_threads(f)}" for f in forecasts.values() if f), "")
     columns = [
-        Column("forecast", cells[0], "mitigate and merge with findings; --dry-run says why one is refused", left=True),
+        Column("forecast", cells[0], "what each command takes; mitigate and merge with findings", left=True),
         Column("memory", cells[1], "at its peak; the larger number where the dense solver must decide", keep=3),
         Column("read", cells[2], keep=1),
         Column("written", cells[3], "--dry-run shows the free disk", keep=2),
