@@ -176,6 +176,7 @@ def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
     else:
         with tempfile.TemporaryDirectory(prefix="streamer-demo-") as directory:
             result = run_demo(Path(directory), args.mitigation_lambda, monitor)
+        result["directory"] = None  # is gone
     return result, demo_table(result, _screen(args))
 
 
