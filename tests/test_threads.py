@@ -146,3 +146,12 @@ def test_an_interrupted_detection_goes_on_with_its_threads(
     torch.set_num_threads(3)
     choose_threads(None, [path], Monitor(three_threads.append))
     assert (torch.get_num_threads(), three_threads) == (2, [])
+
+
+@pytest.mark.parametrize("command", ["detect", "mitigate", "merge"])
+def test_the_help_says_how_many_threads_there_are(command: str) -> None:
+    """And that they may be fewer: the note on it, beside other work, comes as no surprise."""
+    text = " ".join(run_cli(command, "--help").stdout.split())
+    assert (
+        f"one for each core of this process, {available_cores()} here; beside other work a detection uses fewer" in text
+    )

@@ -202,7 +202,8 @@ def build_parser() -> Parser:
     g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
     cores = available_cores()
     g.add_argument("--threads", type=int, metavar="N",
-                   help=f"CPU threads (default: OMP_NUM_THREADS, or one for each core of this process, {cores} here)")  # fmt: skip
+                   help=f"CPU threads (default: OMP_NUM_THREADS, or one for each core of this process, {cores} here; beside other work a "
+                        "detection uses fewer where it measures that more are slower, and says so)")  # fmt: skip
 
     def writing(metavar: str, text: str) -> Parser:
         parent = Parser(add_help=False)
