@@ -171,6 +171,27 @@ progress.finish("4 matrices")
     assert len(lines) in (4, 5)
 
 
+def test_a_log_reads_well(tmp_path: Path) -> None:
+    """With stderr in a file each command leaves whole lines that begin alike, and the last says what was done."""
+    home, found = tmp_path / "demo", tmp_path / "f.safetensors"
+    base, adapter = home / "base", home / "adapter"
+    runs = [
+        ["demo", "--keep", home],
+        ["inspect", base, adapter],
+        ["detect", base, adapter, "-o", found],
+        ["report", found],
+        ["mitigate", base, adapter, "-o", tmp_path / "a", "--findings", found],
+        ["merge", base, adapter, "-o", tmp_path / "m", "--findings", found],
+        ["merge", base, adapter, "-o", tmp_path / "m", "--findings", found],
+    ]
+    for argv in runs:
+        done = server().run(*argv)
+        assert done.code == 0, done.err
+        *notes, last = (done.err + done.last).splitlines()
+        assert all(re.fullmatch(r"streamer: note: .{20,300}", line) for line in notes), notes
+        assert re.fullmatch(rf"streamer: {argv[0]}: .*in \d.* s", last), last
+
+
 # Many matrices --------------------------------------------------------------------------------------------------------
 
 
