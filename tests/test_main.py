@@ -471,15 +471,18 @@ def test_report_of_what_is_no_findings(job: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--top-k", "0"], "top_k: expected a count from 1, or a share in (0, 1] with a decimal point, found 0"),
+        (
+            ["--top-k", "0"],
+            "streamer: --top-k: expected a count from 1, or a share in (0, 1] with a decimal point, found 0",
+        ),
         (["--top-k", "-3"], "found -3"),
         (["--top-k", "1.5"], "found 1.5"),
-        (["--epsilon", "0"], "threshold_epsilon: expected a number in (0, 1], found 0.0"),
+        (["--epsilon", "0"], "streamer: --epsilon: expected a number in (0, 1], found 0.0"),
         (["--epsilon", "1.1"], "found 1.1"),
         (["--epsilon", "nan"], "found nan"),
         (["--threads", "0"], "--threads: expected a number from 1, found 0"),
-        (["--device", "abacus"], "device: expected auto, cpu, cuda or cuda:i, found 'abacus'"),
-        (["--device", "cuda:99"], "device: cuda:99 is not there; use cpu"),
+        (["--device", "abacus"], "streamer: --device: expected auto, cpu, cuda or cuda:i, found 'abacus'"),
+        (["--device", "cuda:99"], "streamer: --device: cuda:99 is not there; use cpu"),
     ],
 )
 def test_options_that_make_no_sense(job: tuple[Path, Path], tmp_path: Path, options: list[str], words: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from streamer.cli.commands import COMMANDS
 from streamer.cli.errors_json import error_entry, errors_object
 from streamer.cli.json_events import JsonEvents
-from streamer.cli.parser import BadUsage, build_parser
+from streamer.cli.parser import BadUsage, build_parser, named_as_option
 from streamer.cli.progress import Progress, say
 from streamer.cli.signals import stop_on_signals
 from streamer.cli.summary import summary
@@ -82,7 +82,10 @@ def _described(e: Exception, given: Sequence[str]) -> dict[str, Any] | None:
     """Describe an error, in a command that was given these paths; None of one that nobody foresaw."""
     kind = type(e).__name__
     if isinstance(e, StreamerError):
-        return error_entry(kind, e.exit_code, str(e), getattr(e, "filename", None), given)
+        message = str(e)
+        if isinstance(e, UsageError) and message.partition(": ")[0] not in given:  # which may be called as an option is
+            message = named_as_option(message)
+        return error_entry(kind, e.exit_code, message, getattr(e, "filename", None), given)
     if isinstance(e, OSError):
         from streamer.storage.atomic import advice
 

@@ -97,6 +97,14 @@ examples:
 }
 
 
+OPTIONS = {
+    "threshold_epsilon": "--epsilon",
+    **{name: f"--{name.replace('_', '-')}" for name in
+       ("device", "lambda", "max_memory", "method", "scale", "solver", "to_lora", "top_k")},
+}  # fmt: skip
+"""The options of the library's keywords, by which its messages call them."""
+
+
 class BadUsage(SystemExit):
     """Arguments that the parser does not understand: exit code 2, and what argparse would have printed.
 
@@ -156,6 +164,12 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def named_as_option(message: str) -> str:
+    """Put the option that the user knows at the beginning of a message that begins with a keyword of the library."""
+    head, colon, rest = message.partition(": ")
+    return f"{OPTIONS[head]}: {rest}" if colon and head in OPTIONS else message
 
 
 def build_parser() -> Parser:
