@@ -12,7 +12,7 @@ from streamer.adapted import AdapterSink
 from streamer.apply import Job, ModelSink, merged_tensors
 from streamer.converted import LoraSink
 from streamer.errors import MismatchError, UsageError
-from streamer.events import Event, Monitor, OnEvent, warn
+from streamer.events import Monitor, OnEvent, warn
 from streamer.findings import Findings, load_findings
 from streamer.intruders import DetectionOptions, Method, MitigationOptions, Scale
 from streamer.outputs import run_jobs
@@ -515,8 +515,7 @@ def _check_findings(plan: Plan, findings: Findings, name: str | Path, options: D
 
 def _monitor(plans: Sequence[Plan], monitor: Monitor | None, on_event: OnEvent | None) -> Monitor:
     monitor = monitor or Monitor(on_event or warn)
-    for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
-        monitor.emit(Event("warning", warning))
+    monitor.warn(warning for plan in plans for warning in plan.warnings)
     return monitor
 
 

@@ -55,6 +55,11 @@ def one_line(text: str) -> str:
     """Make a text one printable line of bounded length, whose beginning and end are kept."""
     if len(text) > LONGEST_MESSAGE:
         text = f"{text[: LONGEST_MESSAGE - AT_THE_END]} … {text[-AT_THE_END:]}"
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Escape what would steer a terminal: names come from downloads."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

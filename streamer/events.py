@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,6 +73,11 @@ class Monitor:
         """Hand an event to the caller."""
         if self._on_event is not None:
             self._on_event(event)
+
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Hand warnings to the caller, each once."""
+        for warning in dict.fromkeys(warnings):
+            self.emit(Event("warning", warning))
 
     def told(self, output: Path, state: OutputState) -> None:
         """Note what the run did about an output that is finished.

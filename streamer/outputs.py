@@ -10,12 +10,12 @@ import contextlib
 import itertools
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from streamer.advice import advise
 from streamer.apply import OWN_FINDINGS, Sink, make_record
 from streamer.budget import check_budget, detection_needs
-from streamer.events import Event, Monitor
+from streamer.events import Event, Monitor, OutputState
 from streamer.figures import journalled, totals
 from streamer.findings_file import remove_leftovers
 from streamer.linalg.precision import threads
@@ -84,8 +84,7 @@ def run_jobs(sinks: Sequence[Sink], monitor: Monitor, *, overwrite: bool = False
         _detect([run for run in runs if run.lacks_findings], monitor)
         with threads():
             _in_step(runs)
-    said: dict[str, Literal["written", "resumed", "present"]]
-    said = {"new": "written", "resume": "resumed", "done": "present"}
+    said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
     return [
         cast(Written, {**finished_record(sink.output), "output": str(sink.output.path), "state": said[state]})
         for sink, state in zip(sinks, states, strict=True)

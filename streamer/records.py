@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 from streamer import __version__
+from streamer.events import OutputState
 from streamer.intruders import DetectionOptions, MitigationOptions
 from streamer.provenance import cached_model, hub_id, named_encoding, stored_encoding
 
@@ -149,7 +150,7 @@ class Written(Record, total=False):
     """A record, with where the output stands, and whether this run wrote it, took up an interrupted run, or found it finished."""
 
     output: str
-    state: Literal["written", "resumed", "present"]
+    state: OutputState
 
 
 def base_source(

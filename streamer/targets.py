@@ -118,7 +118,8 @@ def match_targets(
                 "adapter_config.json if this layer is a Conv1D"
             )
         elif placed is None:
-            problems.append(f"{name!r}: expected {module.expected} in the base, {found!r} has {list(shape)}")
+            has = "found" if found == f"{name}.weight" else f"{found!r} has"
+            problems.append(f"{name!r}: expected {module.expected} in the base, {has} {list(shape)}")
         elif found in targets:
             problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
         else:
@@ -144,9 +145,9 @@ def _contradicted(targets: Sequence[Target]) -> list[str]:
 
 
 def misfits(problems: Sequence[str], of: int, adapter: Adapter, weights: Weights) -> str:
-    """One line on modules that do not fit the base."""
+    """Say in one line which modules do not fit the base: two of them, or one where names are long."""
     return (
-        f"{adapter.path}: {len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ')}; "
+        f"{adapter.path}: {len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ', 200)}; "
         "is this the base that the adapter was trained on?"
     )
 

@@ -1,7 +1,8 @@
-"""Sizes and lists of names as text for messages and tables, and sizes as options give them."""
+"""Sizes, durations and lists of names as text for messages and tables, and sizes as options give them."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -53,6 +54,22 @@ def format_sizes(wanted: int, found: int) -> tuple[str, str]:
     return texts if texts[0] != texts[1] else (f"{wanted} B", f"{found} B")
 
 
+def format_duration(seconds: float) -> str:
+    """Write seconds for people.
+
+    >>> [format_duration(s) for s in (3.21, 45, 125, 1500, 4320)]
+    ['3.2 s', '45 s', '2 min 5 s', '25 min', '1 h 12 min']
+    """
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    s = round(seconds)
+    if s < 120:
+        return f"{s} s"
+    if s < 600:
+        return f"{s // 60} min {s % 60} s"
+    return f"{s // 60} min" if s < 3600 else f"{s // 3600} h {s // 60 % 60} min"
+
+
 def quoted(value: object, most: int = 100) -> str:
     """Quote a value in a message, cut where it is long: it may come from a download.
 
@@ -63,13 +80,17 @@ def quoted(value: object, most: int = 100) -> str:
     return text if len(text) <= most else text[:most] + "…"
 
 
-def listed(names: Iterable[object], most: int = MOST_LISTED, separator: str = ", ") -> str:
-    """List names in a message: the first few, then how many more there are.
+def listed(names: Iterable[object], most: int = MOST_LISTED, separator: str = ", ", room: float = math.inf) -> str:
+    """List names in a message: the first few, but for one no more than have room, then how many more there are.
 
     >>> listed(["a", "b"]), listed("abcdefghij")
     ('a, b', 'a, b, c and 7 more')
+    >>> listed(["a long name", "another long name"], room=20)
+    'a long name and 1 more'
     """
     texts = [str(name) for name in names]
+    while most > 1 and sum(len(text) + len(separator) for text in texts[:most]) > room:
+        most -= 1
     more = len(texts) - most
     if more <= 0:
         return separator.join(texts)

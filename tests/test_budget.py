@@ -143,7 +143,9 @@ def test_the_smallest_budget_is_kept(
     refused = run_cli(*arguments, "--max-memory", "201M")
     assert refused.returncode == 2, refused.stderr
     assert not out.exists()
-    least = re.search(r"max_memory: 201M is not enough for tensor '[^']+' \([\dx]+\); it takes (\d+)M", refused.stderr)
+    least = re.search(
+        r"--max-memory: 201M is not enough for tensor '[^']+' \([\dx]+\); it takes (\d+)M", refused.stderr
+    )
     assert least, refused.stderr
     budget = int(least[1])
     line = [sys.executable, "-m", "streamer", *arguments, "--quiet", "--max-memory", f"{budget}M"]

@@ -20,7 +20,8 @@ sys.path.insert(0, str(TOOLS))
 import bench_merge  # noqa: E402
 
 from streamer.budget import detection_needs  # noqa: E402
-from streamer.cli.forecast import forecast_commands, forecast_detection  # noqa: E402
+from streamer.cli.forecast import Forecast, forecast_commands, forecast_detection  # noqa: E402
+from streamer.errors import UnsupportedError  # noqa: E402
 from streamer.intruders import DetectionOptions  # noqa: E402
 from streamer.plan import make_plan  # noqa: E402
 
@@ -187,11 +188,17 @@ def test_a_command_that_is_refused_has_none(job: Job, tmp_path: Path) -> None:
     base = job[0]
     tuned = helpers.three_shards(tmp_path)[0]
     forecasts = forecast_commands(make_plan(base, tuned), CPU)
-    assert forecasts["mitigate"] is None
-    assert forecasts["merge"] is not None
+    assert isinstance(forecasts["mitigate"], UnsupportedError)
+    assert isinstance(forecasts["merge"], Forecast)
     assert forecasts["merge"].seconds is None
     done = run("inspect", base, tuned)
     assert re.search(r"^mitigate  +refused$", done.out, re.MULTILINE), done.out
+    why = f"{tuned}: is a model, and no adapter that could be written back; "
+    assert re.search(rf"^mitigate is refused: {why}.*--to-lora RANK ", done.out, re.MULTILINE), done.out
+    tree = json.loads(run("inspect", base, tuned, "--json").out)
+    assert tree["forecast"]["mitigate"] is None
+    assert tree["refused"].keys() == {"mitigate"}
+    assert tree["refused"]["mitigate"].startswith(why)
     assert "not estimated" in done.out
 
 
@@ -203,8 +210,8 @@ def test_twice_the_layers_take_longer_and_no_less_of_anything(tmp_path: Path) ->
     one, four = (forecast_commands(make_plan(*model(tmp_path / str(n), n, 512, 384)), CPU) for n in (1, 4))
     for command, small in one.items():
         large = four[command]
-        assert small is not None
-        assert large is not None
+        assert isinstance(small, Forecast)
+        assert isinstance(large, Forecast)
         assert small.seconds is not None
         assert large.seconds is not None
         assert 0 < small.seconds < large.seconds < math.inf

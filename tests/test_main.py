@@ -37,6 +37,7 @@ def refuse(command: str, base: Path, adapter: Path, home: Path, code: int, *opti
     assert (done.code, done.out, done.calls) == (code, "", []), done
     assert done.err.startswith("streamer: ")
     assert done.err.count("\n") == 1
+    assert len(re.sub(rf"{re.escape(str(home))}[^\s:;,']*", "", done.err)) <= 300, done.err  # paths apart
     assert not out.exists()
     assert tree_digest(home) == before
     return done.err
@@ -84,7 +85,7 @@ def test_a_wrong_shape(job: tuple[Path, Path], tmp_path: Path) -> None:
 
     edit_adapter(adapter, change)
     refuse_everywhere(base, adapter, tmp_path, 3, "'model.layers.1.self_attn.q_proj': expected shape [48, 47] in the base",
-                      "has [48, 48]", "is this the base")  # fmt: skip
+                      "in the base, found [48, 48]", "is this the base")  # fmt: skip
 
 
 def test_every_problem_is_told_at_once(job: tuple[Path, Path], tmp_path: Path) -> None:
@@ -470,15 +471,18 @@ def test_report_of_what_is_no_findings(job: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--top-k", "0"], "top_k: expected a count from 1, or a share in (0, 1] with a decimal point, found 0"),
+        (
+            ["--top-k", "0"],
+            "streamer: --top-k: expected a count from 1, or a share in (0, 1] with a decimal point, found 0",
+        ),
         (["--top-k", "-3"], "found -3"),
         (["--top-k", "1.5"], "found 1.5"),
-        (["--epsilon", "0"], "threshold_epsilon: expected a number in (0, 1], found 0.0"),
+        (["--epsilon", "0"], "streamer: --epsilon: expected a number in (0, 1], found 0.0"),
         (["--epsilon", "1.1"], "found 1.1"),
         (["--epsilon", "nan"], "found nan"),
         (["--threads", "0"], "--threads: expected a number from 1, found 0"),
-        (["--device", "abacus"], "device: expected auto, cpu, cuda or cuda:i, found 'abacus'"),
-        (["--device", "cuda:99"], "device: cuda:99 is not there; use cpu"),
+        (["--device", "abacus"], "streamer: --device: expected auto, cpu, cuda or cuda:i, found 'abacus'"),
+        (["--device", "cuda:99"], "streamer: --device: cuda:99 is not there; use cpu"),
     ],
 )
 def test_options_that_make_no_sense(job: tuple[Path, Path], tmp_path: Path, options: list[str], words: str) -> None:
@@ -501,7 +505,10 @@ def test_lambda_is_finite(job: tuple[Path, Path], tmp_path: Path, command: str, 
         (["fly"], "invalid choice: 'fly'"),
         (["detect", "b", "a"], "the following arguments are required: -o/--output"),
         (["merge", "b", "-o", "x"], "the following arguments are required: ADAPTER"),
-        (["detect", "b", "a", "-o", "x", "--top-k", "some"], "argument --top-k: invalid"),
+        (
+            ["detect", "b", "a", "-o", "x", "--top-k", "some"],
+            "argument --top-k: expected a count like 10 or a share like 0.1, found 'some'",
+        ),
         (["merge", "b", "a", "-o", "x", "--lambda", "much"], "argument --lambda: invalid float value: 'much'"),
         (["merge", "b", "a", "-o", "x", "--method", "magic"], "argument --method: invalid choice: 'magic'"),
         (["detect", "b", "a", "-o", "x", "--lambda", "1"], "unrecognized arguments: --lambda 1"),
@@ -510,7 +517,19 @@ def test_lambda_is_finite(job: tuple[Path, Path], tmp_path: Path, command: str, 
 def test_usage(argv: list[str], words: str) -> None:
     done = server().run(*argv)
     assert (done.code, done.out, done.calls) == (2, "", [])
-    assert words in done.err.splitlines()[-1]
+    first, *more, last = done.err.splitlines()
+    assert words in last
+    assert re.match(r"streamer( \w+)?: error: ", last)
+    assert first.startswith("usage: streamer")
+    assert all(line.startswith("  ") for line in more), done.err
+    assert "\\n" not in done.err
+
+
+def test_usage_quotes_what_it_was_given_in_one_line() -> None:
+    done = server().run("fly\x1b[2J\nhigh")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("streamer: error: argument COMMAND: invalid choice: ")
+    assert "\x1b" not in done.err
 
 
 @pytest.mark.parametrize("command", ["inspect", "detect", "mitigate", "merge", "report", "demo"])
@@ -658,6 +677,21 @@ def test_tables_for_people(said: tuple[Path, Path, Path, dict[str, Outcome]], tm
         assert words in " ".join(done.out.split())  # lines break where a path is long
         with pytest.raises(json.JSONDecodeError):
             json.loads(done.out)
+
+
+def test_a_shrunk_adapter_has_no_intruders_to_count(job: tuple[Path, Path], tmp_path: Path) -> None:
+    """What is scaled is each matrix as a whole: a table that said how many intruders were would say 0 of each."""
+    several = tmp_path / "several"
+    several.mkdir()
+    for name in ("one", "two"):
+        shutil.copytree(job[1], several / name)
+    for command, adapter in (("merge", job[1]), ("mitigate", job[1]), ("merge", several)):
+        options = ("--method", "shrink", "--lambda", "0.5")
+        done = server().run(command, job[0], adapter, "-o", tmp_path / f"{command}-{adapter.name}", *options)
+        assert done.code == 0, done.err
+        assert "scaled" not in done.out + done.last
+        assert "9 of 9 matrices changed, each as a whole" in done.out or adapter == several
+        assert "18 of 18 matrices changed, 16 files" in done.last or adapter != several
 
 
 def test_quiet_leaves_warnings_and_twice_says_nothing(job: tuple[Path, Path], tmp_path: Path) -> None:

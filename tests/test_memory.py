@@ -121,7 +121,7 @@ def test_a_budget_too_small_is_refused_with_the_least_that_would_do(
     assert done.returncode == 2
     assert not out.exists()
     assert re.search(
-        r"max_memory: 210M is not enough for tensor 'model\.layers\.\d\.mlp\.\w+\.weight' \(\d+x\d+\); it takes \d+M",
+        r"--max-memory: 210M is not enough for tensor 'model\.layers\.\d\.mlp\.\w+\.weight' \(\d+x\d+\); it takes \d+M",
         done.stderr,
     )
     least = re.search(r"it takes (\d+M)", done.stderr)

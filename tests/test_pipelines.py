@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,42 +14,21 @@ import helpers
 import pytest
 from helpers import ENV, tree_digest
 
-# Targets of both kinds: a file of an output, and its directory.
-MAKEFILE = """\
-all: merged-0.5/model.safetensors.index.json merged-0.25
-
-build/findings.safetensors: base/model.safetensors.index.json adapter/adapter_config.json
-	$(STREAMER) detect base adapter -o $@ -q
-
-merged-0.5/model.safetensors.index.json: build/findings.safetensors
-	$(STREAMER) merge base adapter -o $(@D) --lambda 0.5 --findings $< -q
-
-merged-0.25: build/findings.safetensors
-	$(STREAMER) merge base adapter -o $@ --lambda 0.25 --findings $< -q
-"""
-
-# Snakemake removes the outputs that it knows before it runs a rule: so it is told of the directory, or of the file that comes last.
-SNAKEFILE = """\
-rule all:
-    input: "merged-0.5/model.safetensors.index.json", "adapter-0.5"
-
-rule detect:
-    input: base="base/model.safetensors.index.json", adapter="adapter/adapter_config.json"
-    output: "build/findings.safetensors"
-    shell: "{config[streamer]} detect base adapter -o {output} -q"
-
-rule merge:
-    input: "build/findings.safetensors"
-    output: "merged-{l}/model.safetensors.index.json"
-    shell: "{config[streamer]} merge base adapter -o merged-{wildcards.l} --lambda {wildcards.l} --findings {input} -q"
-
-rule mitigate:
-    input: "build/findings.safetensors"
-    output: directory("adapter-{l}")
-    shell: "{config[streamer]} mitigate base adapter -o {output} --lambda {wildcards.l} --findings {input} -q"
-"""
-
 STREAMER = f"{sys.executable} -m streamer"
+PAGE = (Path(__file__).parent.parent / "docs" / "shell.md").read_text()
+
+
+def block(language: str, before: str) -> str:
+    """The block of a language in docs/shell.md, which runs here as it stands there, but for how the command is called."""
+    (text,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    assert f"{before}streamer " in text
+    return text.replace(f"{before}streamer ", f"{before}{STREAMER} ")
+
+
+# Targets of both kinds: a file of an output, and its directory.
+MAKEFILE = block("make", "\t")
+SNAKEFILE = block("python", 'shell: "')
+
 OUTPUTS = ("build", "merged-0.5", "merged-0.25", "adapter-0.5")
 """Of both; what one does not make has no files."""
 QUIET = {**ENV, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -67,7 +47,7 @@ def touch(path: Path) -> None:
 def test_make_runs_what_is_needed_and_then_nothing(tmp_path: Path) -> None:
     def make() -> int:
         """How many commands `make -j2` ran."""
-        line = ["make", "-j2", "--no-print-directory", f"STREAMER={STREAMER}"]
+        line = ["make", "-j2", "--no-print-directory"]
         done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=QUIET, check=False)
         assert (done.returncode, done.stderr) == (0, ""), done
         return done.stdout.count(STREAMER)
@@ -91,7 +71,7 @@ def test_snakemake_runs_what_is_needed_and_then_nothing(tmp_path: Path) -> None:
     pytest.importorskip("snakemake")
 
     def snakemake(*options: str) -> str:
-        line = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", f"streamer={STREAMER}", *options]
+        line = [sys.executable, "-m", "snakemake", "--cores", "2", *options]
         env = {**QUIET, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
         done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -75,7 +75,8 @@ def test_the_last_screen_of_every_command(job: tuple[Path, Path], columns: int, 
 
 def test_the_bar_says_count_and_time_and_gives_up_the_name_first(many: tuple[Path, Path], tmp_path: Path) -> None:
     for columns in (*WIDTHS, 24):
-        shown = terminal.show(columns, "detect", *many, "-o", tmp_path / f"f{columns}")
+        shown = terminal.show(columns, "detect", *many, "-o", tmp_path / f"{columns}.safetensors")
+        assert shown.code == 0, shown.last
         bars = [line for line in shown.during if re.match(r"detect +\d+/60 ", line)]
         assert bars
         assert all(("|" in line) == (columns >= 40) for line in bars)
@@ -92,21 +93,25 @@ def test_several_adapters_are_named(tmp_path: Path) -> None:
     assert shown.code == 0
     assert [line for line in shown.during if re.search(r"detect +\d+/18 .*  (poems|legal): \S+_proj$", line)]
     done = server().run("detect", base, tmp_path / "several", "-o", tmp_path / "again")
+    assert done.code == 0, done.err
     assert done.last.startswith("streamer: detect: 2 adapters, 18 matrices, ")
     head, _, *rows = (line.split() for line in done.out.splitlines()[:5])
     assert head == ["adapter", "matrices", "with", "any", "intruders", "certified"]
     assert [row[:2] for row in rows] == [["legal", "9"], ["poems", "9"], ["all", "together"]]
     assert done.out.endswith(f"\n--all shows each adapter's matrices\n\nwrote {tmp_path / 'again'}\n")
-    full = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged", "--all").out
-    assert full.count("model.layers.") == 18
-    short = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged2").out
-    assert "model.layers." not in short
-    assert short.split()[:2] == ["adapter", "matrices"]
+    full = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged", "--all")
+    assert full.code == 0, full.err
+    assert full.out.count("model.layers.") == 18
+    short = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged2")
+    assert short.code == 0, short.err
+    assert "model.layers." not in short.out
+    assert short.out.split()[:2] == ["adapter", "matrices"]
 
 
 def test_a_probe_shows_progress(job: tuple[Path, Path], tmp_path: Path) -> None:
     for argv in (["inspect", *job], ["merge", *job, "-o", tmp_path / "m", "--dry-run"]):
         shown = terminal.show(80, *argv)
+        assert shown.code == 0, shown.last
         assert [line for line in shown.during if re.match(r"probe \d:\d\d  \w+", line)], shown.during
 
 
@@ -115,8 +120,10 @@ def test_warnings_stand_between_the_bars(tmp_path: Path) -> None:
     index = base / "model.safetensors.index.json"
     index.write_text(index.read_text().replace('"total_size": ', '"total_size": 1'))
     shown = terminal.show(200, "merge", base, adapter, "-o", tmp_path / "m")
+    assert shown.code == 0, shown.last
     assert shown.last[0].startswith("streamer: warning: ")
     again = terminal.show(200, "merge", base, adapter, "-o", tmp_path / "m")
+    assert again.code == 0, again.last
     assert [
         line for line in again.last if line.startswith("streamer: note: ") and "holds this very output already" in line
     ]
@@ -130,12 +137,14 @@ def test_progress_as_asked_for(job: tuple[Path, Path], mode: str, tmp_path: Path
     assert ("\x1b[K" in done.err) == (mode == "bar")
     assert mode == "bar" or done.err == ""
     assert re.fullmatch(r"streamer: detect: 9 matrices, \d+ intruders, \d certified, in 0\.\d s\n", done.last)
-    shown = terminal.show(80, "detect", *job, "-o", tmp_path / "t", "--progress", mode)
+    shown = terminal.show(80, "detect", *job, "-o", tmp_path / "t.safetensors", "--progress", mode)
+    assert shown.code == 0, shown.last
     assert bool([line for line in shown.during if BAR.search(line)]) == (mode == "bar")
 
 
 def test_a_dumb_terminal_has_no_bar(job: tuple[Path, Path], tmp_path: Path) -> None:
     shown = terminal.show(80, "detect", *job, "-o", tmp_path / "f.safetensors", env={"TERM": "dumb"})
+    assert shown.code == 0, shown.last
     assert b"\x1b" not in shown.drawn
 
 
@@ -162,6 +171,27 @@ progress.finish("4 matrices")
     assert len(lines) in (4, 5)
 
 
+def test_a_log_reads_well(tmp_path: Path) -> None:
+    """With stderr in a file each command leaves whole lines that begin alike, and the last says what was done."""
+    home, found = tmp_path / "demo", tmp_path / "f.safetensors"
+    base, adapter = home / "base", home / "adapter"
+    runs = [
+        ["demo", "--keep", home],
+        ["inspect", base, adapter],
+        ["detect", base, adapter, "-o", found],
+        ["report", found],
+        ["mitigate", base, adapter, "-o", tmp_path / "a", "--findings", found],
+        ["merge", base, adapter, "-o", tmp_path / "m", "--findings", found],
+        ["merge", base, adapter, "-o", tmp_path / "m", "--findings", found],
+    ]
+    for argv in runs:
+        done = server().run(*argv)
+        assert done.code == 0, done.err
+        *notes, last = (done.err + done.last).splitlines()
+        assert all(re.fullmatch(r"streamer: note: .{20,300}", line) for line in notes), notes
+        assert re.fullmatch(rf"streamer: {argv[0]}: .*in \d.* s", last), last
+
+
 # Many matrices --------------------------------------------------------------------------------------------------------
 
 
@@ -182,31 +212,30 @@ def test_many_matrices_end_with_ten_and_totals(many: tuple[Path, Path], findings
         assert re.search(
             r"^the 10 with the (most energy|largest change), of 60 matrices; --all shows every one$", done.out, re.M
         )
-    out = server().run("report", findings, "--all").out
-    rows = [line.split()[0] for line in out.splitlines() if line.startswith("model.layers.")]
+    every = server().run("report", findings, "--all")
+    assert every.code == 0, every.err
+    rows = [line.split()[0] for line in every.out.splitlines() if line.startswith("model.layers.")]
     inside = [f"{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")]
     assert rows == [f"model.layers.{layer}.{name}" for layer in range(15) for name in inside]
 
 
 def test_inspect_puts_layers_together(many: tuple[Path, Path]) -> None:
-    rows = [
-        line.split() for line in server().run("inspect", *many).out.splitlines() if line.startswith("model.layers.")
-    ]
+    short, every = (server().run("inspect", *many, *options) for options in ((), ("--all",)))
+    assert (short.code, every.code) == (0, 0), short.err + every.err
+    rows = [line.split() for line in short.out.splitlines() if line.startswith("model.layers.")]
     assert [row[:3] for row in rows] == [
         [f"model.layers.*.{name}.weight", "15", "32x24"]
         for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
     ]
-    rows = [
-        line for line in server().run("inspect", *many, "--all").out.splitlines() if line.startswith("model.layers.")
-    ]
-    assert len(rows) == 60
+    assert sum(line.startswith("model.layers.") for line in every.out.splitlines()) == 60
 
 
 def test_every_column_is_explained_or_says_it_itself(findings: Path) -> None:
     plain = {"matrix"}
-    out = server().run("report", findings).out
-    head = re.split(r"  +", out.splitlines()[0].strip())
-    legend = {re.split(r"  +", line)[0] for line in out.split("\n\n")[1].splitlines()}
+    done = server().run("report", findings)
+    assert done.code == 0, done.err
+    head = re.split(r"  +", done.out.splitlines()[0].strip())
+    legend = {re.split(r"  +", line)[0] for line in done.out.split("\n\n")[1].splitlines()}
     assert set(head) - plain == legend
 
 

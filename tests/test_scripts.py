@@ -290,6 +290,7 @@ def test_a_failure_is_an_object_too(inputs: tuple[Path, Path], tmp_path: Path) -
         (("merge", *inputs, "-o", inputs[0]), 4, "OutputError", str(inputs[0])),
         (("merge", *inputs, "-o", tmp_path / "o", "--lambda", "7"), 2, "UsageError", None),
         (("merge", *inputs, "-o", tmp_path / "o", "--threads", "0"), 2, "UsageError", None),
+        (("detect", *inputs, "-o", "f.st"), 2, "UsageError", "f.st"),
         (("report", tmp_path / "no.safetensors"), 3, "MissingInputError", str(tmp_path / "no.safetensors")),
     ]
     for argv, code, kind, path in cases:
@@ -434,6 +435,21 @@ def test_the_examples_in_the_help_are_understood() -> None:
         assert given, command
         for line in given:
             assert build_parser().parse_args(shlex.split(line)[1:]).command == command
+
+
+def test_the_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import argparse
+
+    from streamer.cli.parser import EXAMPLES, build_parser
+
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = build_parser()
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    assert commands.keys() == EXAMPLES.keys()
+    for one in (parser, *commands.values()):
+        long = [line for line in one.format_help().splitlines() if len(line) > 80]
+        assert not long, long
+        assert " _" not in one.format_help()
 
 
 def test_a_man_page(tmp_path: Path) -> None:

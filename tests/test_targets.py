@@ -46,7 +46,7 @@ def test_orientation(tmp_path: Path, shape: tuple[int, int], flag: bool, transpo
 
 
 def test_a_transposed_tensor_needs_the_flag(tmp_path: Path) -> None:
-    with pytest.raises(MismatchError, match=r"expected shape \[12, 8\] in the base, 'h.0.fc.weight' has \[8, 12\]"):
+    with pytest.raises(MismatchError, match=r"expected shape \[12, 8\] in the base, found \[8, 12\]"):
         match_one(tmp_path, torch.randn(8, 12), (12, 8))
 
 
@@ -96,7 +96,7 @@ def test_a_transposed_base_gives_transposed_findings_and_merges(tmp_path: Path) 
 def test_a_shape_that_does_not_fit(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(MismatchError) as e:
         match_one(tmp_path, torch.zeros(shape), (12, 8))
-    assert f"expected shape [12, 8] in the base, 'h.0.fc.weight' has {list(shape)}" in str(e.value)
+    assert f"'h.0.fc': expected shape [12, 8] in the base, found {list(shape)}" in str(e.value)
     assert str(tmp_path / "adapter") in str(e.value)
     assert str(tmp_path / "base") in str(e.value)
     assert "is this the base that the adapter was trained on?" in str(e.value)
@@ -139,7 +139,7 @@ def test_every_problem_stands_in_one_message(tmp_path: Path) -> None:
         targets_of(Weights(open_checkpoint(base), {}), open_adapter(adapter), {})
     said = str(e.value)
     assert said.startswith(f"{tmp_path / 'adapter'}: 11 of 12 modules do not fit {tmp_path / 'base'}: ")
-    assert "'a.k': expected shape [12, 8] in the base, 'a.k.weight' has [12, 9]" in said
+    assert "'a.k': expected shape [12, 8] in the base, found [12, 9]" in said
     assert "'a.v' has no tensor in the base" in said
     assert "; and 9 more; is this the base that the adapter was trained on?" in said
     assert "\n" not in said

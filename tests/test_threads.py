@@ -158,3 +158,12 @@ def wide(directory: Path) -> tuple[Path, Path]:
         tensors[f"a.{i}.weight"] = power_law(*shape, seed=i).float()
         factors[f"a.{i}"] = intruding_factors(*shape, 4, seed=i)
     return write_sharded(directory / "base", [tensors]), write_adapter(directory / "adapter", factors, 4)
+
+
+@pytest.mark.parametrize("command", ["detect", "mitigate", "merge"])
+def test_the_help_says_how_many_threads_there_are(command: str) -> None:
+    """And that they may be fewer: the note on it, beside other work, comes as no surprise."""
+    text = " ".join(run_cli(command, "--help").stdout.split())
+    assert (
+        f"one for each core of this process, {available_cores()} here; beside other work a detection uses fewer" in text
+    )

@@ -6,19 +6,18 @@ import argparse
 import functools
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamer.cli.layout import Screen, screen
 from streamer.cli.threads import choose_threads
 from streamer.errors import UsageError
-from streamer.events import Event, Monitor
+from streamer.events import Monitor
 
 if TYPE_CHECKING:
     from streamer.findings import Findings
     from streamer.intruders import DetectionOptions, MitigationOptions
-    from streamer.plan import Plan
 
 
 Result = tuple[dict[str, Any], str]
@@ -35,11 +34,11 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
     if args.adapter is not None:
         plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
-        _warn(plan.warnings, monitor)
+        monitor.warn(plan.warnings)
         tree = inspect_json(plan, forecast_commands(plan, choose_device("auto"), monitor))
         return tree, inspect_table(tree, _screen(args))
     base = open_checkpoint(args.base, args.io)
-    _warn(base.warnings, monitor)
+    monitor.warn(base.warnings)
     files = [(name, [(t.dtype, t.nbytes) for t in f.header.tensors]) for name, f in base.files.items()]
     tree = {"schema": "streamer.plan/1", "base": base.identity(), "warnings": list(base.warnings),
             "totals": {"tensors": len(base.weight_map), "base_bytes": base.data_bytes}}  # fmt: skip
@@ -62,7 +61,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     if args.dry_run:
         device = choose_device(args.device)
         plans = make_plans(args.base, [*named.values()], args.io, args.base_is_residual)
-        _warn_of(plans, monitor)
+        monitor.warn(warning for plan in plans for warning in plan.warnings)
         paths = [findings_of(args.output, name) for name in named]
         states = inspect_detections(plans, paths, options, args.overwrite, not args.no_resume)
         parts, todo, forecasts = {}, [], []
@@ -130,7 +129,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
     if args.dry_run:
         jobs = prepare(args.base, [*named.values()], mitigation, detection, given, args.device, args.io,
                        base_is_residual=args.base_is_residual, **special)  # fmt: skip
-        _warn_of([job.plan for job in jobs], monitor)
+        monitor.warn(warning for job in jobs for warning in job.plan.warnings)
         sinks = [sink(job, model_of(args.output, name)) for job, name in zip(jobs, named, strict=True)]
         states = inspect_jobs(sinks, args.overwrite, not args.no_resume)
         parts, todo, forecasts = {}, [], []
@@ -176,6 +175,7 @@ def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
     else:
         with tempfile.TemporaryDirectory(prefix="streamer-demo-") as directory:
             result = run_demo(Path(directory), args.mitigation_lambda, monitor)
+        result["directory"] = None  # is gone
     return result, demo_table(result, _screen(args))
 
 
@@ -240,13 +240,3 @@ def _each(parts: Mapping[str, Result], output: str, shown: Screen) -> Result:
 
 def _screen(args: argparse.Namespace) -> Screen:
     return screen(args.all)
-
-
-def _warn(warnings: tuple[str, ...], monitor: Monitor) -> None:
-    for warning in warnings:
-        monitor.emit(Event("warning", warning))
-
-
-def _warn_of(plans: Sequence[Plan], monitor: Monitor) -> None:
-    """Tell the warnings of all, each once."""
-    _warn(tuple(dict.fromkeys(warning for plan in plans for warning in plan.warnings)), monitor)

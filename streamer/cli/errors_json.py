@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 SCHEMA = "streamer.error/1"
 
 
-def error_entry(kind: str, exit_code: int, message: str, path: str | None = None) -> dict[str, Any]:
+def error_entry(
+    kind: str, exit_code: int, message: str, path: str | None = None, given: Collection[str] = ()
+) -> dict[str, Any]:
     """Describe one error.
 
     Parameters
@@ -19,12 +22,14 @@ def error_entry(kind: str, exit_code: int, message: str, path: str | None = None
         The line that goes to stderr, without the program's name.
     path
         The file or directory that is to blame; by default the one that the message begins with, if it does.
+    given
+        Paths that the command was given: whether they exist or not, a message may begin with one.
     """
     return {
         "kind": kind,
         "exit_code": exit_code,
         "message": message,
-        "path": _leading_path(message) if path is None else path,
+        "path": _leading_path(message, given) if path is None else path,
     }
 
 
@@ -33,7 +38,7 @@ def errors_object(errors: list[dict[str, Any]]) -> dict[str, Any]:
     return {"schema": SCHEMA, "errors": errors}
 
 
-def _leading_path(message: str) -> str | None:
+def _leading_path(message: str, given: Collection[str]) -> str | None:
     """The path before the first colon; messages begin with where the fault is, which may be an option, too."""
     head, colon, _ = message.partition(": ")
-    return head if colon and (os.sep in head or os.path.lexists(head)) else None
+    return head if colon and (head in given or os.sep in head or os.path.lexists(head)) else None

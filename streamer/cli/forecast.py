@@ -120,16 +120,18 @@ def forecast_output(sink: Sink, detects: bool | None = None, monitor: Monitor | 
     return Forecast(memory, escalated, read, output.total_bytes, output.temporary_bytes if detects else 0, seconds)
 
 
-def forecast_commands(plan: Plan, device: torch.device, monitor: Monitor | None = None) -> dict[str, Forecast | None]:
-    """What each command takes with its defaults, `mitigate` and `merge` from findings; None for one that is refused."""
+def forecast_commands(
+    plan: Plan, device: torch.device, monitor: Monitor | None = None
+) -> dict[str, Forecast | UnsupportedError]:
+    """Say what each command takes with its defaults, `mitigate` and `merge` from findings; or with which error it is refused."""
     detection = DetectionOptions()
     job = Job(plan, MitigationOptions(), detection, device)
-    commands: dict[str, Forecast | None] = {"detect": forecast_detection(plan, detection, device, monitor)}
+    commands: dict[str, Forecast | UnsupportedError] = {"detect": forecast_detection(plan, detection, device, monitor)}
     for sink in (AdapterSink, ModelSink):
         try:
             commands[sink.command] = forecast_output(sink(job, Path("output")), detects=False, monitor=monitor)
-        except UnsupportedError:
-            commands[sink.command] = None
+        except UnsupportedError as e:
+            commands[sink.command] = e
     return commands
 
 

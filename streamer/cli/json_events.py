@@ -8,7 +8,7 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
-from streamer.cli.progress import say
+from streamer.cli.progress import write_line
 from streamer.events import Event
 
 SCHEMA = "streamer.event/1"
@@ -48,5 +48,4 @@ class JsonEvents:
     def say(self, event: str, **more: Any) -> None:
         """Write one line."""
         seconds = round(time.monotonic() - self._began, 3)
-        line = json.dumps({"schema": SCHEMA, "event": event, "seconds": seconds, **more})
-        say(line)
+        write_line(json.dumps({"schema": SCHEMA, "event": event, "seconds": seconds, **more}))

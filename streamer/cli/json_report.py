@@ -9,12 +9,14 @@ from typing import Any
 
 from streamer.cli.forecast import Forecast
 from streamer.cli.layout import Screen, fit
-from streamer.cli.tables import NO_LIMIT, forecast_text, size
+from streamer.cli.tables import NO_LIMIT, forecast_text
+from streamer.errors import UnsupportedError
 from streamer.findings import Findings
 from streamer.intruders import DetectionOptions
 from streamer.pipeline import cost
 from streamer.plan import Plan
 from streamer.storage.place import free_bytes
+from streamer.units import format_size
 
 
 def findings_json(findings: Findings) -> dict[str, Any]:
@@ -22,8 +24,8 @@ def findings_json(findings: Findings) -> dict[str, Any]:
     return {**findings.record()}
 
 
-def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | None]) -> dict[str, Any]:
-    """What is there, and what a run would read, compute and take; null for a command that is refused."""
+def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError]) -> dict[str, Any]:
+    """Say what is there, and what a run would read, compute and take; null for a command that is refused, and why it is."""
     matrices = [
         {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.weights[t.tensor].label,
          "rank": t.module.rank, "scale": t.module.scale, "transposed": t.transposed, "matched": t.match.rule}
@@ -47,7 +49,8 @@ def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | None]) -> dict[s
         "names": _names_json(plan),
         "matrices": matrices,
         "carried": plan.changes.listed(plan.base),
-        "forecast": {command: None if f is None else asdict(f) for command, f in forecasts.items()},
+        "forecast": {c: asdict(f) if isinstance(f, Forecast) else None for c, f in forecasts.items()},
+        "refused": {c: str(f) for c, f in forecasts.items() if isinstance(f, UnsupportedError)},
     }
 
 
@@ -75,7 +78,7 @@ def dry_run(command: str, output: Path, state: str, matrices: int, files: int, n
         Of the output; None where they are not known.
     """
     says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
-    written = "" if nbytes is None else f", {size(nbytes)}"
+    written = "" if nbytes is None else f", {format_size(nbytes)}"
     tree = {"schema": "streamer.dry-run/1", "command": command, "output": str(output), "state": state,
             "matrices": matrices, "files": files, "bytes": nbytes,
             "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip

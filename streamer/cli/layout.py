@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from streamer.errors import printable
+
 NAME_COLUMNS = 24
 """A name is shortened to as few columns before others are left out, and no further unless they all are."""
 
@@ -200,11 +202,6 @@ def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
 
     starts = [bound(without_start, n) for n in range(1, alike + 1)]
     return [bare, *starts, bound(numbers_and_end, alike), *(bound(letters, n) for n in (8, 4, 3, 1))]
-
-
-def printable(text: str) -> str:
-    """Escape what would steer a terminal: names come from downloads."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _middle(name: str, width: int) -> str:

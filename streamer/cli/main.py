@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from streamer.cli.commands import COMMANDS
 from streamer.cli.errors_json import error_entry, errors_object
 from streamer.cli.json_events import JsonEvents
-from streamer.cli.parser import BadUsage, build_parser
+from streamer.cli.parser import BadUsage, build_parser, named_as_option
 from streamer.cli.progress import Progress, say
 from streamer.cli.signals import stop_on_signals
 from streamer.cli.summary import summary
@@ -36,7 +36,7 @@ def run(argv: list[str] | None = None) -> int:
     try:
         _run(args, progress)
     except Exception as e:
-        error = _described(e)
+        error = _described(e, _paths(args))
         _tell(error or error_entry(type(e).__name__, 1, str(e)), args.json, progress, error is not None)
         if error is None:  # a fault of ours: its traceback is printed as it goes up
             raise
@@ -72,11 +72,20 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
     progress.finish("" if shown else summary(tree))
 
 
-def _described(e: Exception) -> dict[str, Any] | None:
-    """What is said of an error; None of one that nobody foresaw."""
+def _paths(args: argparse.Namespace) -> list[str]:
+    """Collect the paths that the command was given."""
+    values = [getattr(args, name, None) for name in ("base", "adapter", "output", "findings", "keep")]
+    return [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
+
+
+def _described(e: Exception, given: Sequence[str]) -> dict[str, Any] | None:
+    """Describe an error, in a command that was given these paths; None of one that nobody foresaw."""
     kind = type(e).__name__
     if isinstance(e, StreamerError):
-        return error_entry(kind, e.exit_code, str(e), getattr(e, "filename", None))
+        message = str(e)
+        if isinstance(e, UsageError) and message.partition(": ")[0] not in given:  # which may be called as an option is
+            message = named_as_option(message)
+        return error_entry(kind, e.exit_code, message, getattr(e, "filename", None), given)
     if isinstance(e, OSError):
         from streamer.storage.atomic import advice
 
@@ -110,7 +119,8 @@ def _refuse(e: BadUsage, argv: Sequence[str]) -> None:
         events.error(error)
         events.close()
     else:
-        say(f"{e.usage}{e.message}")
+        for line in (*e.usage.splitlines(), e.message):
+            say(line)
 
 
 def _open_missing_streams() -> None:

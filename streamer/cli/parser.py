@@ -10,6 +10,12 @@ from streamer import __version__
 from streamer.cli.cores import available_cores
 from streamer.units import parse_size
 
+DESCRIPTION = """\
+Find the intruder dimensions of a LoRA adapter and scale them down, one matrix
+at a time. An intruder is one of the largest singular directions of a matrix
+after fine-tuning which resembles none that the base had before it.
+"""
+
 EXIT_CODES = """\
 exit codes:
   0 done
@@ -59,20 +65,20 @@ examples:
   streamer detect BASE ADAPTER -o all.safetensors --top-k 0.1 --epsilon 0.6
   streamer detect BASE ADAPTER1 ADAPTER2 -o found
       writes found/ADAPTER1.safetensors and found/ADAPTER2.safetensors
-  streamer detect BASE ADAPTER -o findings.safetensors --max-memory 4G --dry-run
+  streamer detect BASE ADAPTER -o f.safetensors --max-memory 4G --dry-run
 """,
     "mitigate": """\
 examples:
   streamer mitigate BASE ADAPTER -o mild --lambda 0.75
-  streamer mitigate BASE ADAPTER -o half --lambda 0.5 --findings findings.safetensors
-  streamer mitigate BASE ADAPTER -o half --lambda 0.4 --findings findings.safetensors --overwrite
+  streamer mitigate BASE ADAPTER -o half --lambda 0.5 --findings f.safetensors
+  streamer mitigate BASE ADAPTER -o half --lambda 0.4 --overwrite
       another lambda in the same place
   streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
 """,
     "merge": """\
 examples:
   streamer merge BASE ADAPTER -o merged --lambda 0.5
-  streamer merge BASE ADAPTER -o merged --lambda 0.5 --findings findings.safetensors
+  streamer merge BASE ADAPTER -o merged --lambda 0.5 --findings f.safetensors
   streamer merge BASE ADAPTER1 ADAPTER2 -o models --findings found
   streamer merge BASE ADAPTER -o plain --dequantize
       a plain model, where BASE is quantized
@@ -89,6 +95,14 @@ examples:
       keeps the model, the adapter and all that is made of them
 """,
 }
+
+
+OPTIONS = {
+    "threshold_epsilon": "--epsilon",
+    **{name: f"--{name.replace('_', '-')}" for name in
+       ("device", "lambda", "max_memory", "method", "scale", "solver", "to_lora", "top_k")},
+}  # fmt: skip
+"""The options of the library's keywords, by which its messages call them."""
 
 
 class BadUsage(SystemExit):
@@ -139,7 +153,10 @@ class _PrintCompletion(argparse.Action):
 
 
 def _top_k(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a count like 10 or a share like 0.1, found {text!r}") from None
 
 
 def _size(text: str) -> int:
@@ -149,11 +166,17 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
+def named_as_option(message: str) -> str:
+    """Put the option that the user knows at the beginning of a message that begins with a keyword of the library."""
+    head, colon, rest = message.partition(": ")
+    return f"{OPTIONS[head]}: {rest}" if colon and head in OPTIONS else message
+
+
 def build_parser() -> Parser:
     """The parser; options are declared here, once."""
     parser = Parser(
         prog="streamer",
-        description="Find the intruder dimensions of a LoRA adapter and scale them down, one matrix at a time.",
+        description=DESCRIPTION,
         epilog=EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"streamer {__version__}")
@@ -196,23 +219,26 @@ def build_parser() -> Parser:
         help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)",
     )
     g.add_argument("--max-memory", type=_size, metavar="SIZE",
-                   help="anonymous memory of the whole process, like 600M or 4G, what a GPU's driver takes not counted: large matrices "
-                        "are multiplied as they are stored, which takes longer, and what only a full SVD could settle stays open; "
-                        "what does not fit is refused (default: as much as it takes)")  # fmt: skip
+                   help="the most memory to take, like 600M or 4G, mapped files and a GPU's driver not counted: large matrices take "
+                        "longer, what only a full SVD could settle stays open, and what does not fit is refused "
+                        "(default: as much as it takes)")  # fmt: skip
     g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
     cores = available_cores()
     g.add_argument("--threads", type=int, metavar="N",
-                   help=f"CPU threads (default: OMP_NUM_THREADS, or one for each core of this process, {cores} here)")  # fmt: skip
+                   help=f"CPU threads (default: OMP_NUM_THREADS, or one for each core of this process, {cores} here; beside other work a "
+                        "detection uses fewer where it measures that more are slower, and says so)")  # fmt: skip
 
     def writing(metavar: str, text: str) -> Parser:
         parent = Parser(add_help=False)
         g = parent.add_argument_group("output")
         g.add_argument("-o", "--output", required=True, metavar=metavar, help=text)
-        g.add_argument("--dry-run", action="store_true", help="all checks, nothing written")
+        g.add_argument(
+            "--dry-run", action="store_true", help="check all, forecast memory, disk and time, and write nothing"
+        )
         g.add_argument("--no-resume", action="store_true", help="start over instead of taking up an interrupted run")
         g.add_argument("--overwrite", action="store_true",
-                       help="write anew where another output stands, or this one: its own files are replaced or removed, by its record, "
-                            "and whatever else has a name that is written; other files stay")  # fmt: skip
+                       help="write anew where an output stands already: the files of its record are replaced or removed, and any file "
+                            "whose name is written; other files stay")  # fmt: skip
         return parent
 
     mitigating = Parser(add_help=False)
@@ -225,9 +251,9 @@ def build_parser() -> Parser:
                    help="paper: scale the whole direction; project: only the adapter's part of it; "
                         "shrink: the whole adapter, no detection, the baseline (default: paper)")  # fmt: skip
     g.add_argument("--scale", choices=["all", "first"], default="all",
-                   help="every intruder among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
+                   help="which intruders: all among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
     g.add_argument("--no-card", action="store_true",
-                   help="leave README.md as it is; by default it says first how the output was made")  # fmt: skip
+                   help="do not say in the output's model card, README.md, how it was made")  # fmt: skip
     g.add_argument(
         "--findings",
         metavar="FILE",

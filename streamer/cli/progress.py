@@ -9,8 +9,10 @@ import threading
 import time
 from typing import Literal
 
-from streamer.cli.layout import printable
+from streamer.cli.layout import fit
+from streamer.errors import printable
 from streamer.events import Event
+from streamer.units import format_duration
 
 Mode = Literal["auto", "bar", "plain", "none"]
 
@@ -34,8 +36,14 @@ UNITS = {"detect": "matrices", "write": "tensors"}
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, if anyone can read it: a log that is full or a reader that has gone does not end a job."""
-    _write(f"{printable(text)}\n")
+    """Print a line on stderr, for people: on a terminal it is wrapped between words."""
+    line = printable(text)
+    write_line(fit(line, _columns()) if _is_terminal() else line)
+
+
+def write_line(line: str) -> None:
+    """Write a line as it stands to stderr, if anyone can read it: a log that is full or a reader that has gone does not end a job."""
+    _write(f"{line}\n")
 
 
 def _write(text: str) -> None:
@@ -69,8 +77,7 @@ class Progress:
 
     def __init__(self, mode: Mode = "auto", quiet: int = 0, command: str = "", logged: float = LOGGED) -> None:
         if mode == "auto":
-            terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-            mode = "bar" if terminal else "plain"
+            mode = "bar" if _is_terminal() and os.environ.get("TERM") != "dumb" else "plain"
         self._mode = "none" if quiet else mode
         self._quiet, self._command = quiet, command
         self._every = logged if self._mode == "plain" else 1.0
@@ -128,7 +135,7 @@ class Progress:
         """Print the last line: what the command did, and how long it took."""
         if not self._quiet:
             what = f"{summary}, in" if summary else "done in"
-            say(f"streamer: {self._command}: {what} {duration(time.monotonic() - self._began)}")
+            say(f"streamer: {self._command}: {what} {format_duration(time.monotonic() - self._began)}")
 
     def _tick(self) -> None:
         while not self._closed.wait(self._every):
@@ -206,6 +213,10 @@ class Progress:
         return f"{self._command}: after {clock(now - self._began)}, {stage}{count}{rest}"
 
 
+def _is_terminal() -> bool:
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
 def _columns() -> int:
     """Columns of the terminal that stderr is; 80 where it is none."""
     try:
@@ -231,13 +242,3 @@ def clock(seconds: float) -> str:
     """Seconds as ``m:ss`` or ``h:mm:ss``."""
     s = round(seconds)
     return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as they are said: ``3.2 s``, ``45 s``, ``2 min 5 s``, ``1 h 12 min``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    s = round(seconds)
-    if s < 120:
-        return f"{s} s"
-    return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s // 60 % 60} min"

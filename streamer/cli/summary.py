@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from streamer.units import format_size
+
 
 def summary(tree: Mapping[str, Any]) -> str:
     """Say in half a line what a result holds, from its object as `--json` prints it."""
@@ -18,11 +20,11 @@ def summary(tree: Mapping[str, Any]) -> str:
     if schema == "streamer.findings":
         return f"{_count(totals['matrices'], 'matrix')}, {_count(totals['intruders'], 'intruder')}, {totals['certified']} certified"
     if schema == "streamer.output":
-        from streamer.cli.tables import size
-
+        shrinks = tree["method"] == "shrink"  # whole matrices, no intruders
+        scaled = "" if shrinks else f"{_count(totals['intruders'], 'intruder')} scaled, "
         return (
-            f"{totals['changed']} of {totals['matrices']} matrices changed, {_count(totals['intruders'], 'intruder')} "
-            f"scaled, {_count(len(tree['files']), 'file')}, {size(totals['bytes'])}"
+            f"{totals['changed']} of {totals['matrices']} matrices changed, {scaled}"
+            f"{_count(len(tree['files']), 'file')}, {format_size(totals['bytes'])}"
         )
     if schema == "streamer.demo":
         return f"{totals['planted']} intruders planted, {totals['found']} found, {totals['gone']} gone"

@@ -10,7 +10,7 @@ from typing import Any
 from streamer.cli.layout import Column, Screen, fit, natural, shorten, table
 from streamer.findings import Findings
 from streamer.matrix_finding import MatrixFinding
-from streamer.units import format_size
+from streamer.units import format_duration, format_size
 
 MANY, SHOWN = 20, 10
 """A table of more rows than `MANY` shows the `SHOWN` that matter most, unless all are asked for."""
@@ -53,7 +53,7 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT, written: Path 
             f" and {len(open_ones) - 3} more" if len(open_ones) > 3 else ""
         )
     if written is not None:
-        summary += f"\nwrote {written}: {size(written.stat().st_size)}"
+        summary += f"\nwrote {written}: {format_size(written.stat().st_size)}"
     return _sections(
         table(columns, screen.width), _cut(cut, len(findings), "most energy", screen), fit(summary, screen.width)
     )
@@ -82,7 +82,6 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     chosen, cut = _most(matrices, _removed, screen)
     columns = [
         Column("matrix", [m["tensor"] for m in chosen], left=True, names=True),
-        Column("scaled", [str(len(m["intruders"])) for m in chosen], "intruders that were scaled", keep=2),
         Column(
             "|delta|", [f"{m['delta_norm']:#.4g}" for m in chosen], "Frobenius norm of what the adapter adds", keep=1
         ),
@@ -93,13 +92,18 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
             keep=3,
         ),
     ]
+    shrinks = record["method"] == "shrink"  # whole matrices, no intruders
+    if not shrinks:
+        scaled = [str(len(m["intruders"])) for m in chosen]
+        columns.insert(1, Column("scaled", scaled, "intruders that were scaled", keep=2))
     if record["command"] == "mitigate":
         about = "what back-projection to the adapter's rank left out of the mitigated delta"
         columns.append(Column("dropped", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
+    how = "method shrink, " if shrinks else f"method {record['method']}, scale {record['scale']}, "
+    what = "each as a whole" if shrinks else f"{t['intruders']} intruders scaled"
     lines = [
-        f"wrote {where}: {len(record['files'])} files, {size(t['bytes'])}",
-        f"method {record['method']}, scale {record['scale']}, lambda {record['lambda']}: "
-        f"{t['changed']} of {t['matrices']} matrices changed, {t['intruders']} intruders scaled",
+        f"wrote {where}: {len(record['files'])} files, {format_size(t['bytes'])}",
+        f"{how}lambda {record['lambda']}: {t['changed']} of {t['matrices']} matrices changed, {what}",
         f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; a uniform shrink of the whole adapter by "
         f"{t['equal_norm_shrink']:.4f} has the same norm: the baseline for any claim",
     ]
@@ -126,9 +130,10 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
     columns = [Column("adapter", list(trees), left=True, names=True, foot="all together"),
                _summed("matrices", [x["matrices"] for x in t], "", 1)]  # fmt: skip
     if all("method" in tree for tree in trees.values()):
+        columns.append(_summed("changed", [x["changed"] for x in t], "matrices that were changed", 3))
+        if any(tree["method"] != "shrink" for tree in trees.values()):
+            columns.append(_summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5))
         columns += [
-            _summed("changed", [x["changed"] for x in t], "matrices that were changed", 3),
-            _summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5),
             Column(
                 "|delta|", [f"{x['delta_norm']:#.4g}" for x in t], "Frobenius norm of what the adapter adds", keep=2
             ),
@@ -138,7 +143,7 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
                 "Frobenius norm of the delta that was written",
                 keep=4,
             ),
-            Column("size", [size(x["bytes"]) for x in t], keep=6, foot=size(sum(x["bytes"] for x in t))),
+            Column("size", [format_size(x["bytes"]) for x in t], keep=6, foot=format_size(sum(x["bytes"] for x in t))),
         ]
     else:
         some = [sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()]
@@ -217,14 +222,16 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
         ], screen.width)  # fmt: skip
         carried = _sections(carried, _cut(len(kept) - len(some), len(kept), "", screen))
     lines = [
-        f"{t['matrices']} matrices of {t['tensors']} tensors; base {size(t['base_bytes'])}, adapted {size(t['adapted_bytes'])}; "
-        f"largest matrix {t['largest_matrix']} ({size(t['largest_matrix_bytes'])})",
+        f"{t['matrices']} matrices of {t['tensors']} tensors; base {format_size(t['base_bytes'])}, "
+        f"adapted {format_size(t['adapted_bytes'])}; "
+        f"largest matrix {t['largest_matrix']} ({format_size(t['largest_matrix_bytes'])})",
         *(f"{n['modules']} matched by {n['rule']}: {n['why']}" for n in tree["names"]),
     ]
     more = f"{sum(len(same) for _, same in rest)} matrices of {len(rest)} more kinds are not shown" if rest else ""
     note = f"{more}; --all shows each matrix".removeprefix("; ") if grouped else ""
+    refused = "\n".join(fit(f"{command} is refused: {why}", screen.width) for command, why in tree["refused"].items())
     return _sections(table(columns, screen.width), fit(note, screen.width), carried,
-                     "\n".join(fit(line, screen.width) for line in lines), _forecast_table(tree["forecast"], screen))  # fmt: skip
+                     "\n".join(fit(line, screen.width) for line in lines), _forecast_table(tree["forecast"], screen), refused)  # fmt: skip
 
 
 def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:
@@ -235,14 +242,16 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: S
             rows.append([command, "refused", "", "", ""])
             continue
         most = "at most " if command == "detect" else ""
-        memory = size(f["peak_memory_bytes"])
+        memory = format_size(f["peak_memory_bytes"])
         if f["escalated_memory_bytes"] > f["peak_memory_bytes"]:
-            memory += f" to {size(f['escalated_memory_bytes'])}"
-        rows.append([command, memory, size(f["read_bytes"]), most + size(f["write_bytes"]), duration(f["seconds"])])
+            memory += f" to {format_size(f['escalated_memory_bytes'])}"
+        rows.append(
+            [command, memory, format_size(f["read_bytes"]), most + format_size(f["write_bytes"]), _time(f["seconds"])]
+        )
     cells = list(zip(*rows, strict=True)) if rows else [()] * 5
     threads = next((f" on {_threads(f)}" for f in forecasts.values() if f), "")
     columns = [
-        Column("forecast", cells[0], "mitigate and merge with findings; --dry-run says why one is refused", left=True),
+        Column("forecast", cells[0], "what each command takes; mitigate and merge with findings", left=True),
         Column("memory", cells[1], "at its peak; the larger number where the dense solver must decide", keep=3),
         Column("read", cells[2], keep=1),
         Column("written", cells[3], "--dry-run shows the free disk", keep=2),
@@ -258,12 +267,14 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: S
 
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     """What one command would take, in a line."""
-    beside = f" and at most {size(forecast['temporary_bytes'])} for a while" if forecast["temporary_bytes"] else ""
+    beside = (
+        f" and at most {format_size(forecast['temporary_bytes'])} for a while" if forecast["temporary_bytes"] else ""
+    )
     most = "at most " if command == "detect" else ""
     return (
         f"forecast: memory {_memory(forecast)}; "
-        f"reads {size(forecast['read_bytes'])}, writes {most}{size(forecast['write_bytes'])}{beside}; "
-        f"{size(free)} free; time {duration(forecast['seconds'])}, "
+        f"reads {format_size(forecast['read_bytes'])}, writes {most}{format_size(forecast['write_bytes'])}{beside}; "
+        f"{format_size(free)} free; time {_time(forecast['seconds'])}, "
         f"on {_threads(forecast)}, with the processors as busy as now and if the disk keeps up"
     )
 
@@ -275,16 +286,11 @@ def _threads(forecast: Mapping[str, Any]) -> str:
 
 def _memory(forecast: Mapping[str, Any]) -> str:
     usual, most = forecast["peak_memory_bytes"], forecast["escalated_memory_bytes"]
-    return size(usual) + (f", {size(most)} where the dense solver must decide" if most > usual else "")
+    return format_size(usual) + (f", {format_size(most)} where the dense solver must decide" if most > usual else "")
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds for people."""
-    if seconds is None:
-        return "not estimated"
-    if seconds < 100:
-        return f"about {seconds:.1f} s" if seconds < 10 else f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 6000 else f"about {seconds / 3600:.1f} h"
+def _time(seconds: float | None) -> str:
+    return "not estimated" if seconds is None else f"about {format_duration(seconds)}"
 
 
 def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], screen: Screen = NO_LIMIT) -> str:
@@ -294,8 +300,8 @@ def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], scr
         by_dtype: dict[str, int] = {}
         for dtype, nbytes in tensors:
             by_dtype[dtype] = by_dtype.get(dtype, 0) + nbytes
-        rows.append([name, str(len(tensors)), size(sum(by_dtype.values())),
-                     ", ".join(f"{d} {size(n)}" for d, n in by_dtype.items())])  # fmt: skip
+        rows.append([name, str(len(tensors)), format_size(sum(by_dtype.values())),
+                     ", ".join(f"{d} {format_size(n)}" for d, n in by_dtype.items())])  # fmt: skip
     some = rows if screen.every or len(rows) <= MANY else rows[:SHOWN]
     cells = list(zip(*some, strict=True)) if some else [()] * 4
     columns = [
@@ -323,7 +329,3 @@ def _cut(count: int, of: int, by: str, screen: Screen, what: str = "matrices") -
 
 def _sections(*texts: str) -> str:
     return "\n\n".join(text for text in texts if text)
-
-
-size = format_size
-"""Bytes for people, as messages have them."""
