@@ -47,11 +47,8 @@ from streamer.side_files import with_tokenizer
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
+from streamer.storage.output_plan import RECORD_NAME, OutputPlan
 from streamer.storage.shards import ShardPlan, Source
-from streamer.storage.transaction import (
-    RECORD_NAME,
-    OutputPlan,
-)
 from streamer.targets import Target
 
 OWN_FINDINGS = ".streamer.findings.safetensors"

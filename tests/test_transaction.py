@@ -19,17 +19,16 @@ from helpers import tree_digest
 
 from streamer.errors import InputChangedError, LockedError, OutputError, OutputExistsError, StorageError, StreamerError
 from streamer.storage.atomic import AtomicFile, Journal, locked
-from streamer.storage.place import check_place, check_space
-from streamer.storage.transaction import (
+from streamer.storage.output_plan import (
     JOURNAL_NAME,
     LOCK_NAME,
     RECORD_NAME,
-    OutputDirectory,
     OutputPlan,
     finished_record,
     inspect_output,
-    open_outputs,
 )
+from streamer.storage.place import check_place, check_space
+from streamer.storage.transaction import OutputDirectory, open_outputs
 
 DATA = {
     "sub/config.json": b"{}",
@@ -673,7 +672,8 @@ def test_a_killed_process_is_taken_up(case: Case) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
-from streamer.storage.transaction import OutputPlan, open_outputs
+from streamer.storage.output_plan import OutputPlan
+from streamer.storage.transaction import open_outputs
 plan = OutputPlan(Path({str(case.out)!r}), {case.plan.files!r}, "digest", {case.plan.stamps!r}, ())
 real = os.rename
 def rename(*args):
