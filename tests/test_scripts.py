@@ -173,7 +173,27 @@ def test_an_interrupted_run_is_overwritten_whole(inputs: tuple[Path, Path], tmp_
     assert tree_digest(out) == tree_digest(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("option", ["--overwrite", "--no-resume"])
+def test_files_from_before_a_killed_overwrite_go_as_well(
+    inputs: tuple[Path, Path], tmp_path: Path, option: str
+) -> None:
+    """A model, over it another that was killed before it had replaced all shards (and begun anew), over that an adapter."""
+    out = tmp_path / "out"
+    ok("merge", *inputs, "-o", out, "--method", "shrink")
+    copy = shutil.copytree(out, tmp_path / "copy")
+    other = ("--method", "shrink", "--lambda", "0.3", "--overwrite")
+    calls = server().run("merge", *inputs, "-o", copy, *other).calls
+    at = next(i for i in range(len(calls)) if calls[i : i + 6] == ["write"] * 6) + 3  # amid the first shard
+    assert server().run("merge", *inputs, "-o", out, *other, at=at, code=KILL).code == -signal.SIGKILL
+    if option == "--no-resume":
+        assert server().run("merge", *inputs, "-o", out, *other, option, at=at, code=KILL).code == -signal.SIGKILL
+    assert len(list(out.glob("model-*.safetensors"))) == 3
+    ok("mitigate", *inputs, "-o", out, "--overwrite")
+    ok("mitigate", *inputs, "-o", tmp_path / "fresh")
+    assert tree_digest(out) == tree_digest(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("n", range(1, 13))
 def test_killed_while_it_removes_the_old_output(inputs: tuple[Path, Path], tmp_path: Path, n: int) -> None:
     out = tmp_path / "out"
     ok("merge", *inputs, "-o", out, "--method", "shrink")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from streamer.errors import FormatError, InputChangedError, OutputError, OutputExistsError
 from streamer.storage.atomic import partials_of
 from streamer.storage.checkpoint import read_json_object
-from streamer.storage.old_output import journal_head
+from streamer.storage.old_output import journal_head, own_names
 from streamer.storage.place import allocated_bytes, check_place, check_space, is_placeholder, is_taken
 
 RECORD_NAME = "streamer.json"
@@ -106,11 +106,12 @@ def size_of(path: Path) -> int:
 
 
 def homes(plan: OutputPlan) -> Iterator[tuple[Path, set[str]]]:
-    """Each directory that stands and gets files, and the names of all files: where a killed run left partials."""
-    names = {Path(name).name for name, _ in plan.files} | {RECORD_NAME}
-    for home in dict.fromkeys((plan.path, *((plan.path / name).parent for name, _ in plan.files))):
+    """Each directory that stands and gets files, or got some, and the names of all files: where a killed run left partials."""
+    old = own_names(plan.path, plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
+    paths = [plan.path / name for name in (RECORD_NAME, *(name for name, _ in plan.files), *old)]
+    for home in dict.fromkeys(path.parent for path in paths):
         if home.is_dir():
-            yield home, names
+            yield home, {path.name for path in paths}
 
 
 def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:

@@ -25,7 +25,7 @@ from streamer.storage.atomic import (
     storage_error,
     write_atomic,
 )
-from streamer.storage.old_output import journal_entry, own_files, remove_own_files
+from streamer.storage.old_output import NAMES, OLD, as_entries, journal_entry, own_files, remove_own_files
 from streamer.storage.output_plan import (
     JOURNAL_NAME,
     LOCK_NAME,
@@ -161,19 +161,23 @@ def _begun(plan: OutputPlan, state: str, overwrite: bool) -> Iterator[OutputDire
     """One of them, locked, in the state ``new`` or ``resume``."""
     for home, names in homes(plan):
         remove_partials(home, names)
+    old = own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
     if state == "new":
         # The old commit point goes first, be it another's or that of a run of ours killed at its very end: from here
         # on nobody takes the directory for a finished output.
-        old = own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME) if overwrite else []
-        for name in (plan.files[-1][0], *(plan.rivals if overwrite else ())):
+        _remove(plan.path / plan.files[-1][0])
+    journal = Journal(plan.path / JOURNAL_NAME)
+    try:
+        if state == "new":
+            # Before anything else goes: a kill on the way leaves a run to take up, which knows what is still to be removed.
+            head = {"plan": plan.digest, "version": plan.version, "stamps": plan.stamps,
+                    NAMES: [name for name, _ in plan.files], OLD: as_entries(old)}  # fmt: skip
+            journal.clear()
+            journal.append(json.dumps(head).encode())
+        for name in plan.rivals if overwrite else ():
             _remove(plan.path / name)
         remove_own_files(plan.path, old, {name for name, _ in plan.files})
         _remove(plan.path / RECORD_NAME)
-    journal = Journal(plan.path / JOURNAL_NAME)
-    if state != "resume":
-        journal.clear()
-        journal.append(json.dumps({"plan": plan.digest, "version": plan.version, "stamps": plan.stamps}).encode())
-    try:
         yield OutputDirectory(plan, journal, state == "resume")
     finally:
         journal.close()
