@@ -173,6 +173,23 @@ def test_an_interrupted_run_is_overwritten_whole(inputs: tuple[Path, Path], tmp_
     assert tree_digest(out) == tree_digest(tmp_path / "fresh")
 
 
+def test_a_large_file_that_was_edited_stays(tmp_path: Path) -> None:
+    """At its size: only its digest tells it from the one that was written, however long that takes."""
+    import hashlib
+
+    from streamer.storage.old_output import OwnFile, remove_own_files
+
+    data = bytes(70_000_000)
+    files = [OwnFile(name, len(data), hashlib.sha256(data).hexdigest()) for name in ("edited", "own")]
+    for file in files:
+        (tmp_path / file.name).write_bytes(data)
+    with (tmp_path / "edited").open("r+b") as f:
+        f.seek(1_000_000)
+        f.write(b"x")
+    remove_own_files(tmp_path, files, ())
+    assert [p.name for p in tmp_path.iterdir()] == ["edited"]
+
+
 @pytest.mark.parametrize("option", ["--overwrite", "--no-resume"])
 def test_files_from_before_a_killed_overwrite_go_as_well(
     inputs: tuple[Path, Path], tmp_path: Path, option: str

@@ -7,7 +7,9 @@ import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import Any
 
 from streamer.errors import OutputError
@@ -18,9 +20,6 @@ MAX_RECORD_BYTES = 200_000_000
 
 OLD, NAMES = "old", "names"
 """Keys of a journal's head: the files of what stood there before, and the names of those to come."""
-
-HASHED_BYTES = 64 << 20
-"""Up to this size a file is known by its digest, which tells a config that was edited by hand; beyond it by its size."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def remove_own_files(directory: Path, files: Sequence[OwnFile], keep: Collection
     """
     for file in reversed(files):
         path = directory / file.name
-        if file.name in keep or not _stands(directory, file):
+        if file.name in keep or not stands(directory, file):
             continue
         try:
             path.unlink()
@@ -120,19 +119,25 @@ def remove_own_files(directory: Path, files: Sequence[OwnFile], keep: Collection
                 (directory / parent).rmdir()
 
 
-def _stands(directory: Path, file: OwnFile) -> bool:
+def stands(directory: Path, file: OwnFile) -> bool:
     """Whether a file is there as it was written, under a plain name in the directory, and no symlink leads to it."""
     path = directory / file.name
     if not _is_within(directory, file.name):
         return False
     try:
-        if not path.is_file() or path.stat().st_size != file.nbytes:
+        found = path.stat()
+        if not S_ISREG(found.st_mode) or found.st_size != file.nbytes:
             return False
-        if file.nbytes > HASHED_BYTES:
-            return True
-        return hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
-    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return _digest(path, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)) == file.sha256
+    except OSError:
         return False
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, stamp: tuple[int, ...]) -> str:
+    """SHA-256 (hex) of a file's bytes; it is asked for when a plan is looked at, again under the lock, and before the removal."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _is_within(directory: Path, name: str) -> bool:
