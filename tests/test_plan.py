@@ -64,17 +64,20 @@ def test_an_adapter_inside_the_base_stays_behind_however_it_is_spelled(
     assert not (tmp_path / "out" / "ad").exists()
 
 
-def test_an_adapter_where_the_model_goes_is_refused_or_removed(job: Job, tmp_path: Path) -> None:
+def test_an_adapter_where_the_model_goes_is_refused(job: Job, tmp_path: Path) -> None:
     """A loader would apply it on top of the merged weights."""
     base, adapter = job
     out = tmp_path / "out"
     streamer.reduce_intruder_dimension(base, adapter, out, mitigation_lambda=0.5, model_card=False)
     (out / "streamer.json").unlink()
     (out / "adapter_model.safetensors").rename(tmp_path / "kept")
-    with pytest.raises(OutputError, match=r"adapter_config.json: exists and is not ours"):
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"adapter_config.json: exists and is not ours"):
+            streamer.merge_with_reduced_intruder_dimensions(
+                base, adapter, out, mitigation_lambda=1.0, overwrite=overwrite
+            )
+    (out / "adapter_config.json").unlink()
     streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0, overwrite=True)
-    assert not (out / "adapter_config.json").exists()
     assert (out / "model.safetensors.index.json").exists()
 
 

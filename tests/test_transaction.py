@@ -84,7 +84,7 @@ def carry_out(case: Case, plan: OutputPlan | None = None, until: str = "", **opt
                 put(out, case, name, data)
                 written.append(name)
             assert out.entry(name)["bytes"] == len(data)
-        out.commit({"made": "here"})
+        out.commit({"schema": "streamer.output/2", "made": "here"})
     return written
 
 
@@ -364,20 +364,56 @@ def test_a_foreign_file_is_kept(case: Case, name: str) -> None:
     path = case.out / name
     path.parent.mkdir(parents=True)
     path.write_bytes(DATA.get(name, b"foreign"))
-    expected = f"{path}: exists and is not ours; choose another output, or pass --overwrite"
+    expected = f"{path}: exists and is not ours; choose another output, or move it away"
     assert refusal(OutputExistsError, case) == expected
+    assert refusal(OutputExistsError, case, overwrite=True) == expected
     assert OutputError.exit_code == 4
+    path.unlink()
     assert carry_out(case, overwrite=True) == list(DATA)
     check_whole(case)
+
+
+@pytest.mark.parametrize("name", [*DATA, "model.safetensors"])
+def test_a_foreign_file_beside_another_output_is_kept(case: Case, name: str) -> None:
+    """Neither the old record nor an interrupted run's journal names it."""
+    old = dataclasses.replace(case.plan, files=(("old", 3),), digest="old", rivals=())
+    with open_outputs([old]) as (out,):
+        out.write("old", b"old", nothing)
+        out.commit({"schema": "streamer.output/2"})
+    with pytest.raises(Killed):
+        carry_out(case, until="sub/config.json", overwrite=True)
+    (case.out / name).parent.mkdir(exist_ok=True)
+    (case.out / name).write_bytes(b"foreign")
+    words = "exists and is not ours; choose another output, or move it away"
+    assert refusal(OutputExistsError, case, case.other(), overwrite=True) == f"{case.out / name}: {words}"
+
+
+def test_a_rival_of_the_old_output_goes_unless_it_was_changed(case: Case) -> None:
+    rival = case.out / "model.safetensors"
+    old = dataclasses.replace(case.plan, files=((rival.name, 3),), digest="old", rivals=())
+    for changed in (False, True):
+        with open_outputs([old]) as (out,):
+            out.write(rival.name, b"old", nothing)
+            out.commit({"schema": "streamer.output/2"})
+        if changed:
+            rival.write_bytes(b"new")
+            message = refusal(OutputExistsError, case, overwrite=True)
+            assert message.startswith(
+                f"{rival}: was changed since it was written, and a loader would take it for a part"
+            )
+        else:
+            carry_out(case, overwrite=True)
+            check_whole(case)
+            shutil.rmtree(case.out)
 
 
 @pytest.mark.parametrize("record", [b"not json", b"{}", b"[]", b'{"plan": "other"}'])
 def test_a_foreign_record_is_kept(case: Case, record: bytes) -> None:
     case.out.mkdir()
     (case.out / RECORD_NAME).write_bytes(record)
-    assert "choose another" in refusal(OutputExistsError, case)
-    carry_out(case, overwrite=True)
-    check_whole(case)
+    words = "exists and is not ours; choose another output, or move it away"
+    for overwrite in (False, True):
+        assert refusal(OutputExistsError, case, overwrite=overwrite) == f"{case.out / RECORD_NAME}: {words}"
 
 
 def test_another_output_is_kept(case: Case) -> None:
@@ -642,7 +678,9 @@ def test_copies_take_the_umasks_mode(case: Case) -> None:
 
 
 def test_a_commit_point_that_cannot_be_removed(case: Case) -> None:
-    (case.out / INDEX).mkdir(parents=True)
+    carry_out(case)
+    (case.out / INDEX).unlink()
+    (case.out / INDEX).mkdir()
     with pytest.raises(StorageError, match=r"index\.json: cannot remove: Is a directory"):
         carry_out(case, overwrite=True)
 

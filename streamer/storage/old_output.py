@@ -147,19 +147,25 @@ def _is_within(directory: Path, name: str) -> bool:
     return not (plain.is_absolute() or ".." in plain.parts or "\0" in name or any(map(os.path.islink, places)))
 
 
-def _recorded(path: Path) -> Iterator[OwnFile]:
+def is_record(path: Path) -> bool:
+    """Whether a file is the record of an output."""
+    return _record(path) is not None
+
+
+def _record(path: Path) -> dict[str, Any] | None:
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_RECORD_BYTES:
-            return
+            return None
         tree = strict_json(path.read_bytes())
     except (OSError, ValueError):
-        return
-    if (
-        isinstance(tree, dict)
-        and isinstance(tree.get("files"), list)
-        and str(tree.get("schema")).startswith("streamer.output/")
-    ):
-        yield from _entries(tree["files"])
+        return None
+    return tree if isinstance(tree, dict) and str(tree.get("schema")).startswith("streamer.output/") else None
+
+
+def _recorded(path: Path) -> Iterator[OwnFile]:
+    files = (_record(path) or {}).get("files")
+    if isinstance(files, list):
+        yield from _entries(files)
 
 
 def _journalled(path: Path) -> Iterator[OwnFile]:

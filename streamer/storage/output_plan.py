@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from streamer.errors import FormatError, InputChangedError, OutputError, OutputExistsError
+from streamer.errors import InputChangedError, OutputError, OutputExistsError
 from streamer.storage.atomic import partials_of
 from streamer.storage.checkpoint import read_json_object
-from streamer.storage.old_output import journal_head, own_names
+from streamer.storage.old_output import is_record, journal_head, own_files, own_names, stands
 from streamer.storage.place import allocated_bytes, check_place, check_space, is_placeholder, is_taken
 
 RECORD_NAME = "streamer.json"
@@ -36,7 +36,7 @@ class OutputPlan:
     inputs
         Input directories that the output must stay out of.
     rivals
-        Names that a loader might prefer to ours; they must not be there.
+        Names that a loader might prefer to ours; they must not be there, unless they are an old output's, and go with it.
     temporary
         (relative name, bytes at most) of what stands there only while the run is under way.
     late
@@ -119,6 +119,17 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
     for name in (*(n for n, _ in plan.files), RECORD_NAME, JOURNAL_NAME, LOCK_NAME):
         if any(p.is_symlink() for p in ((path / name), *(path / name).parents) if path in p.parents):
             raise OutputError(f"{path / name}: is a symlink, and writing never follows one; remove it")
+    state = _told(plan, overwrite, resume)
+    if state == "new":
+        _refuse_foreign(plan, overwrite)
+    return state
+
+
+def _told(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
+    """Say what journal and record tell of the directory."""
+    path = plan.path
+    if is_taken(path / RECORD_NAME) and not is_record(path / RECORD_NAME):
+        raise _foreign(path / RECORD_NAME)
     head = journal_head(path / JOURNAL_NAME)
     if head is not None:
         if head.get("plan") == plan.digest:
@@ -130,19 +141,39 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
                 path,
             )
         return "new"
-    if overwrite:
+    if overwrite or not is_taken(path / RECORD_NAME):
         return "new"
-    if is_taken(path / RECORD_NAME):
-        record = read_record(path)
-        if record.get("plan") == plan.digest and (stands := _stands(plan, record)):
-            return "done" if stands == "whole" else "new"
-        raise OutputExistsError(f"{path}: holds another output; choose another directory, or pass --overwrite", path)
-    rivals = [name for name in plan.rivals if (path / name).exists()]
-    for name in (*(n for n, _ in plan.files if is_taken(path / n)), *rivals):
-        raise OutputExistsError(
-            f"{path / name}: exists and is not ours; choose another output, or pass --overwrite", path / name
-        )
-    return "new"
+    record = read_json_object(path / RECORD_NAME)
+    if record.get("plan") == plan.digest and (found := _stands(plan, record)):
+        return "done" if found == "whole" else "new"
+    raise OutputExistsError(f"{path}: holds another output; choose another directory, or pass --overwrite", path)
+
+
+def _refuse_foreign(plan: OutputPlan, overwrite: bool) -> None:
+    """Refuse to write over, or beside, files that no record or journal of ours names: they may be someone's weights.
+
+    A rival that is ours goes, if it is as it was written; so does an empty one where what stands here is to be overwritten.
+    """
+    path, own = plan.path, own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
+    names = {file.name for file in own}
+    for name, _ in plan.files:
+        if name not in names and is_taken(path / name):
+            raise _foreign(path / name)
+    for name in plan.rivals:
+        if not (path / name).exists() or (overwrite and is_placeholder(path / name)):
+            continue
+        if name not in names:
+            raise _foreign(path / name)
+        if not any(stands(path, file) for file in own if file.name == name):
+            raise OutputExistsError(
+                f"{path / name}: was changed since it was written, and a loader would take it for a part of this output; "
+                "choose another output, or move it away",
+                path / name,
+            )
+
+
+def _foreign(path: Path) -> OutputExistsError:
+    return OutputExistsError(f"{path}: exists and is not ours; choose another output, or move it away", path)
 
 
 def _stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["whole", "in part", ""]:
@@ -178,16 +209,6 @@ def _may_resume(plan: OutputPlan, head: dict[str, Any]) -> Literal["resume"]:
     return "resume"
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Read the record of an output."""
-    try:
-        return read_json_object(path / RECORD_NAME)
-    except FormatError as e:
-        raise OutputExistsError(
-            f"{path / RECORD_NAME}: is not ours; choose another output, or pass --overwrite", path / RECORD_NAME
-        ) from e
-
-
 def finished_record(plan: OutputPlan) -> dict[str, Any]:
     """The record of an output that `inspect_output` calls done."""
-    return read_record(plan.path)
+    return read_json_object(plan.path / RECORD_NAME)

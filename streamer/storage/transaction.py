@@ -153,11 +153,11 @@ def open_outputs(
                 raise OutputError(
                     f"{plan.path}: another run has just finished this output; run the command again to see it"
                 )
-        yield [stack.enter_context(_begun(plan, state, overwrite)) for plan, state in zip(plans, states, strict=True)]
+        yield [stack.enter_context(_begun(plan, state)) for plan, state in zip(plans, states, strict=True)]
 
 
 @contextlib.contextmanager
-def _begun(plan: OutputPlan, state: str, overwrite: bool) -> Iterator[OutputDirectory]:
+def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
     """One of them, locked, in the state ``new`` or ``resume``."""
     for home, names in homes(plan):
         remove_partials(home, names)
@@ -174,8 +174,9 @@ def _begun(plan: OutputPlan, state: str, overwrite: bool) -> Iterator[OutputDire
                     NAMES: [name for name, _ in plan.files], OLD: as_entries(old)}  # fmt: skip
             journal.clear()
             journal.append(json.dumps(head).encode())
-        for name in plan.rivals if overwrite else ():
-            _remove(plan.path / name)
+        for path in (plan.path / name for name in plan.rivals):
+            if is_placeholder(path):
+                _remove(path)
         remove_own_files(plan.path, old, {name for name, _ in plan.files})
         _remove(plan.path / RECORD_NAME)
         yield OutputDirectory(plan, journal, state == "resume")
