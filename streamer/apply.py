@@ -287,8 +287,9 @@ def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: An
     )
     # A run that is taken up under other names of its inputs, by way of links, would write both names.
     stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
+    instead = {CARD_NAME: "pass --no-card"} if sink.card is not None and not sink.card.original else {}
     return OutputPlan(path, tuple(files), digest, stamps, plan.inputs, rivals, _temporary(sink.job, files),
-                      frozenset(name for name, _ in card), __version__)  # fmt: skip
+                      frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, __version__)  # fmt: skip
 
 
 def _temporary(job: Job, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:

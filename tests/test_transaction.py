@@ -159,8 +159,12 @@ def test_a_finished_output_is_known_by_its_plan_alone(case: Case) -> None:
 def test_a_finished_output_that_lost_a_file(case: Case, name: str) -> None:
     carry_out(case)
     (case.out / name).write_bytes(b"short")
-    words = "holds another output; choose another directory, or pass --overwrite"
-    assert refusal(OutputExistsError, case) == f"{case.out}: {words}"
+    words = "; remove it to have the output made again, choose another output, or pass --overwrite"
+    message = refusal(OutputExistsError, case)
+    assert message.startswith(
+        f"{case.out / name}: was changed since it was written, expected {len(DATA[name])} B, found "
+    )
+    assert message.endswith(words)
     (case.out / name).unlink()
     assert inspect_output(case.plan) == "new"
     assert carry_out(case) == list(DATA)
@@ -371,6 +375,29 @@ def test_a_foreign_file_is_kept(case: Case, name: str) -> None:
     path.unlink()
     assert carry_out(case, overwrite=True) == list(DATA)
     check_whole(case)
+
+
+def test_a_file_for_users_to_edit(case: Case) -> None:
+    """Edited, the output is whole as it stands; and no run replaces it, be it anew or taken up."""
+    case.plan = dataclasses.replace(case.plan, editable=frozenset({"model-1"}), instead={"model-1": "pass --none"})
+    path = case.out / "model-1"
+    ways = "choose another output, move it away, or pass --none"
+    carry_out(case)
+    path.write_bytes(b"edited")
+    assert inspect_output(case.plan) == "done"
+    expected = f"{path}: was edited since it was written; {ways}"
+    assert refusal(OutputExistsError, case, overwrite=True) == expected
+    (case.out / "model-2").unlink()
+    assert refusal(OutputExistsError, case) == expected
+    path.unlink()
+    interrupt(case)
+    path.write_bytes(b"edited")
+    for options in ({}, {"resume": False}):
+        assert refusal(OutputExistsError, case, **options) == expected
+    shutil.rmtree(case.out)
+    case.out.mkdir()
+    path.write_bytes(b"foreign")
+    assert refusal(OutputExistsError, case) == f"{path}: exists and is not ours; {ways}"
 
 
 @pytest.mark.parametrize("name", [*DATA, "model.safetensors"])

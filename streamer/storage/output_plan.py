@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from streamer.errors import InputChangedError, OutputError, OutputExistsError
 from streamer.storage.atomic import partials_of
 from streamer.storage.checkpoint import read_json_object
-from streamer.storage.old_output import is_record, journal_head, own_files, own_names, stands
+from streamer.storage.old_output import OwnFile, is_record, journal_head, own_files, own_names, stands
 from streamer.storage.place import allocated_bytes, check_place, check_space, is_placeholder, is_taken
+from streamer.units import format_sizes
 
 RECORD_NAME = "streamer.json"
 JOURNAL_NAME = ".streamer.journal"
@@ -41,6 +42,10 @@ class OutputPlan:
         (relative name, bytes at most) of what stands there only while the run is under way.
     late
         Names of files whose contents are known only when all others are made: their planned bytes are the most that they take.
+    editable
+        Names of files that users edit when they stand: such an output is whole, and no edited one is replaced or removed.
+    instead
+        For names of files that need not be written, how to do without.
     version
         The tool's. A run that another one began is not taken up: no output is made by two.
     """
@@ -53,6 +58,8 @@ class OutputPlan:
     rivals: tuple[str, ...] = ()
     temporary: tuple[tuple[str, int], ...] = ()
     late: frozenset[str] = frozenset()
+    editable: frozenset[str] = frozenset()
+    instead: Mapping[str, str] = field(default_factory=dict)
     version: str = ""
 
     @property
@@ -120,8 +127,11 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
         if any(p.is_symlink() for p in ((path / name), *(path / name).parents) if path in p.parents):
             raise OutputError(f"{path / name}: is a symlink, and writing never follows one; remove it")
     state = _told(plan, overwrite, resume)
-    if state == "new":
-        _refuse_foreign(plan, overwrite)
+    if state != "done":
+        own = own_files(path / RECORD_NAME, path / JOURNAL_NAME)
+        if state == "new":
+            _refuse_foreign(plan, own, overwrite)
+        _refuse_edited(plan, own)
     return state
 
 
@@ -144,21 +154,20 @@ def _told(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "re
     if overwrite or not is_taken(path / RECORD_NAME):
         return "new"
     record = read_json_object(path / RECORD_NAME)
-    if record.get("plan") == plan.digest and (found := _stands(plan, record)):
-        return "done" if found == "whole" else "new"
-    raise OutputExistsError(f"{path}: holds another output; choose another directory, or pass --overwrite", path)
+    if record.get("plan") == plan.digest:
+        return _check_stands(plan, record)
+    raise _another(path)
 
 
-def _refuse_foreign(plan: OutputPlan, overwrite: bool) -> None:
+def _refuse_foreign(plan: OutputPlan, own: Sequence[OwnFile], overwrite: bool) -> None:
     """Refuse to write over, or beside, files that no record or journal of ours names: they may be someone's weights.
 
     A rival that is ours goes, if it is as it was written; so does an empty one where what stands here is to be overwritten.
     """
-    path, own = plan.path, own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
-    names = {file.name for file in own}
+    path, names = plan.path, {file.name for file in own}
     for name, _ in plan.files:
         if name not in names and is_taken(path / name):
-            raise _foreign(path / name)
+            raise _foreign(path / name, plan.instead.get(name, ""))
     for name in plan.rivals:
         if not (path / name).exists() or (overwrite and is_placeholder(path / name)):
             continue
@@ -172,24 +181,45 @@ def _refuse_foreign(plan: OutputPlan, overwrite: bool) -> None:
             )
 
 
-def _foreign(path: Path) -> OutputExistsError:
-    return OutputExistsError(f"{path}: exists and is not ours; choose another output, or move it away", path)
+def _another(path: Path) -> OutputExistsError:
+    return OutputExistsError(f"{path}: holds another output; choose another directory, or pass --overwrite", path)
 
 
-def _stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["whole", "in part", ""]:
+def _refuse_edited(plan: OutputPlan, own: Sequence[OwnFile]) -> None:
+    """Refuse to replace what a user has written into a file that stands for that."""
+    for path, name in ((plan.path / name, name) for name, _ in plan.files if name in plan.editable):
+        if is_taken(path) and not any(stands(plan.path, file) for file in own if file.name == name):
+            raise _foreign(path, plan.instead.get(name, ""), "was edited since it was written")
+
+
+def _foreign(path: Path, instead: str = "", what: str = "exists and is not ours") -> OutputExistsError:
+    do = f"choose another output, move it away, or {instead}" if instead else "choose another output, or move it away"
+    return OutputExistsError(f"{path}: {what}; {do}", path)
+
+
+def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "new"]:
     """Say whether the files of a finished output have the sizes that its record gives; by another version a header may have another.
 
-    In part if some are missing, as where a user removed one to have it made again; empty if one differs, which might be an edited one.
+    Made anew if some are missing, as where a user removed one for that; refused if one differs, which might be an edited one.
     """
     files = record.get("files")
-    if not isinstance(files, list):
-        return ""
-    sizes = {f.get("file"): f.get("bytes") for f in files if isinstance(f, dict)}
-    found = {name: size_of(plan.path / name) for name, _ in plan.files}
-    found = {name: size for name, size in found.items() if size > 0 or size == sizes.get(name)}
-    if any(name not in sizes for name, _ in plan.files) or any(size != sizes[name] for name, size in found.items()):
-        return ""
-    return "whole" if len(found) == len(plan.files) else "in part"
+    sizes = {f.get("file"): f.get("bytes") for f in files if isinstance(f, dict)} if isinstance(files, list) else {}
+    missing = False
+    for name, _ in plan.files:
+        found, wanted = size_of(plan.path / name), sizes.get(name)
+        if found == wanted or (found > 0 and name in plan.editable):
+            continue
+        if type(wanted) is not int:
+            raise _another(plan.path)
+        if found > 0:
+            expected, is_now = format_sizes(wanted, found)
+            raise OutputExistsError(
+                f"{plan.path / name}: was changed since it was written, expected {expected}, found {is_now}; remove it to have the "
+                "output made again, choose another output, or pass --overwrite",
+                plan.path / name,
+            )
+        missing = True
+    return "new" if missing else "done"
 
 
 def _is_of_version(plan: OutputPlan, head: dict[str, Any]) -> bool:
