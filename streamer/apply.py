@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -282,14 +283,23 @@ def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: An
     plan = sink.job.plan
     # Without what the tool's version and the names of the inputs decide: the output of another version is the same output.
     data = [(name, shard.header.data_bytes) for name, shard in sink.shards.items()]
+    original = _original_card(sink)
     digest = plan.digest(
-        command=sink.command, files=[*copies, *edited, *finals], data=data, **sink.job.decisions(), **decisions
-    )
+        command=sink.command, files=[*copies, *edited, *finals], data=data, original_card=hashlib.sha256(original).hexdigest(),
+        **sink.job.decisions(), **decisions,
+    )  # fmt: skip
     # A run that is taken up under other names of its inputs, by way of links, would write both names.
     stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
     instead = {CARD_NAME: "pass --no-card"} if sink.card is not None and not sink.card.original else {}
     return OutputPlan(path, tuple(files), digest, stamps, plan.inputs, rivals, _temporary(sink.job, files),
                       frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, __version__)  # fmt: skip
+
+
+def _original_card(sink: Sink) -> bytes:
+    """The card of an input that an output's is made from, or that is copied; empty where there is none."""
+    if sink.card is not None:
+        return sink.card.original
+    return b"".join(path.read_bytes() for name, path in sink.copies if name == CARD_NAME)
 
 
 def _temporary(job: Job, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:

@@ -184,3 +184,19 @@ def test_a_card_that_stood_before_the_first_run(job: tuple[Path, Path], tmp_path
         streamer.merge_with_reduced_intruder_dimensions(base, adapter, out)
     streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, model_card=False)
     assert (out / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("options", [{}, {"model_card": False}])
+def test_another_card_of_the_base_is_another_output(
+    job: tuple[Path, Path], tmp_path: Path, options: dict[str, bool]
+) -> None:
+    """At its size, too."""
+    base, adapter = job
+    merge, out = streamer.merge_with_reduced_intruder_dimensions, tmp_path / "out"
+    (base / "README.md").write_text("# One\n")
+    merge(base, adapter, out, **options)
+    (base / "README.md").write_text("# Two\n")
+    with pytest.raises(streamer.StreamerError, match="holds another output"):
+        merge(base, adapter, out, **options)
+    merge(base, adapter, out, overwrite=True, **options)
+    assert "# Two" in (out / "README.md").read_text()
