@@ -129,10 +129,10 @@ class Job:
         return delta, mitigate(delta, found, self.options), found
 
     def decisions(self) -> dict[str, Any]:
-        """Everything besides the inputs that decides the output's bytes."""
+        """Everything besides the inputs that decides the output's bytes, but for the last bits of given findings."""
         detection: Any = None
         if self.options.needs_detection:
-            detection = self.detection.as_dict() if self.findings is None else self.findings.digest()
+            detection = self.detection.as_dict() if self.findings is None else self.findings.decisions_digest()
         return {
             "schema": SCHEMA,
             "mitigation": self.options.as_dict(),
@@ -140,6 +140,11 @@ class Job:
             "dequantize": self.dequantize,
             "card": self.card,
         }
+
+    @property
+    def bits(self) -> str:
+        """Which last bits the output's are made of: those of given findings, which depend on the threads that these were made on."""
+        return self.findings.digest() if self.findings is not None and self.options.needs_detection else ""
 
     def detection_record(self, certified: int) -> DetectionRecord | None:
         """How intruders are found; None where that does not matter."""
@@ -292,7 +297,7 @@ def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: An
     stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
     instead = {CARD_NAME: "pass --no-card"} if sink.card is not None and not sink.card.original else {}
     return OutputPlan(path, tuple(files), digest, stamps, plan.inputs, rivals, _temporary(sink.job, files),
-                      frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, __version__)  # fmt: skip
+                      frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, sink.job.bits, __version__)  # fmt: skip
 
 
 def _original_card(sink: Sink) -> bytes:

@@ -136,6 +136,22 @@ def test_a_device_that_is_not_there(name: str) -> None:
         choose_device(name)
 
 
+def test_output_of_findings_with_other_last_bits_is_there_already(job: Job, tmp_path: Path) -> None:
+    """As of those that were made anew on another number of threads."""
+    import dataclasses
+
+    base, adapter = job
+    findings = streamer.detect_intruder_dimensions(base, adapter)
+    merge = streamer.merge_with_reduced_intruder_dimensions
+    merge(base, adapter, tmp_path / "out", findings=findings)
+    first = findings.matrices[0]
+    S = first.detection.S.nextafter(first.detection.S + 1)
+    other = dataclasses.replace(first, detection=dataclasses.replace(first.detection, S=S))
+    again = dataclasses.replace(findings, matrices=(other, *findings.matrices[1:]))
+    assert again.digest() != findings.digest()
+    assert merge(base, adapter, tmp_path / "out", findings=again)["state"] == "present"
+
+
 def test_output_of_other_findings_is_not_taken_for_done(job: Job, tmp_path: Path) -> None:
     base, adapter = job
     findings = streamer.detect_intruder_dimensions(base, adapter)

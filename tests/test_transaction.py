@@ -286,6 +286,16 @@ def test_starting_over(case: Case) -> None:
     check_whole(case)
 
 
+def test_other_last_bits(case: Case) -> None:
+    """A finished output is the same; an interrupted run is started over, and no output mixes two."""
+    plans = [dataclasses.replace(case.plan, bits=bits) for bits in ("one", "two")]
+    interrupt(case, plan=plans[0])
+    assert inspect_output(plans[0]) == "resume"
+    assert inspect_output(plans[1]) == "new"
+    assert carry_out(case, plans[1]) == list(DATA)
+    assert [inspect_output(plan) for plan in plans] == ["done", "done"]
+
+
 def test_starting_over_removes_the_commit_point_first(case: Case) -> None:
     """A run killed at its very end has its commit point; with changed inputs its shards are about to be others."""
     carry_out(case)

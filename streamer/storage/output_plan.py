@@ -46,6 +46,9 @@ class OutputPlan:
         Names of files that users edit when they stand: such an output is whole, and no edited one is replaced or removed.
     instead
         For names of files that need not be written, how to do without.
+    bits
+        What tells inputs apart that differ in rounding alone. A finished output of the others is this one; a run that began with them
+        is started over, so that no output mixes two.
     version
         The tool's. A run that another one began is not taken up: no output is made by two.
     """
@@ -60,6 +63,7 @@ class OutputPlan:
     late: frozenset[str] = frozenset()
     editable: frozenset[str] = frozenset()
     instead: Mapping[str, str] = field(default_factory=dict)
+    bits: str = ""
     version: str = ""
 
     @property
@@ -143,6 +147,7 @@ def _told(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "re
     head = journal_head(path / JOURNAL_NAME)
     if head is not None:
         if head.get("plan") == plan.digest:
+            resume = resume and head.get("bits", "") == plan.bits
             return "new" if not resume or (overwrite and not _is_of_version(plan, head)) else _may_resume(plan, head)
         if not overwrite:
             raise OutputExistsError(

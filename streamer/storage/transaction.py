@@ -170,7 +170,7 @@ def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
     try:
         if state == "new":
             # Before anything else goes: a kill on the way leaves a run to take up, which knows what is still to be removed.
-            head = {"plan": plan.digest, "version": plan.version, "stamps": plan.stamps,
+            head = {"plan": plan.digest, "version": plan.version, "bits": plan.bits, "stamps": plan.stamps,
                     NAMES: [name for name, _ in plan.files], OLD: as_entries(old)}  # fmt: skip
             journal.clear()
             journal.append(json.dumps(head).encode())
