@@ -61,6 +61,32 @@ def test_a_finished_output_that_is_asked_for_again_gets_the_time_of_now(
     assert all(p.stat().st_mtime > OLD for p in [*out.rglob("*"), out] if p.is_file() or p == out)
 
 
+@pytest.mark.parametrize("command", WRITING)
+def test_an_output_that_stands_is_not_told_as_written(inputs: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+    """In the table, and in the last line, which a log has."""
+    out = target(tmp_path, command)
+    first, again = (server().run(command, *inputs, "-o", out) for _ in range(2))
+    assert f"wrote {out}: " in first.out
+    assert "already" not in first.out + first.last
+    assert f"{out} stands already: " in again.out
+    assert "wrote" not in again.out
+    assert again.last.startswith(first.last.rpartition(", in ")[0] + ", stands already, in ")
+
+
+def test_of_several_outputs_those_that_stand_are_counted(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    for name in ("a", "b"):
+        shutil.copytree(adapter, tmp_path / "adapters" / name)
+    line = ("detect", base, tmp_path / "adapters", "-o", tmp_path / "out")
+    assert f"wrote {tmp_path / 'out'}\n" in server().run(*line).out
+    (tmp_path / "out" / "a.safetensors").unlink()
+    some, all_ = (server().run(*line) for _ in range(2))
+    assert f"wrote {tmp_path / 'out'}\n" in some.out
+    assert ", 1 of 2 stand already, in " in some.last
+    assert f"{tmp_path / 'out'} stands already\n" in all_.out
+    assert ", 2 of 2 stand already, in " in all_.last
+
+
 def test_what_does_not_stand_is_made_and_nothing_else_gets_a_time(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     ok("merge", *inputs, "-o", out)

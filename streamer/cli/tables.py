@@ -18,7 +18,9 @@ MANY, SHOWN = 20, 10
 NO_LIMIT = Screen()
 
 
-def findings_table(findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None) -> str:
+def findings_table(
+    findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None, state: str = "written"
+) -> str:
     """What was found: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written."""
     every = sorted(findings, key=lambda m: natural(m.tensor))
     chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
@@ -53,10 +55,15 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT, written: Path 
             f" and {len(open_ones) - 3} more" if len(open_ones) > 3 else ""
         )
     if written is not None:
-        summary += f"\nwrote {written}: {size(written.stat().st_size)}"
+        summary += f"\n{stood(written, state)}: {size(written.stat().st_size)}"
     return _sections(
         table(columns, screen.width), _cut(cut, len(findings), "most energy", screen), fit(summary, screen.width)
     )
+
+
+def stood(where: object, state: str) -> str:
+    """Say whether a run has written an output, or found it there."""
+    return f"{where} stands already" if state == "present" else f"wrote {where}"
 
 
 def _decided(m: MatrixFinding) -> str:
@@ -97,7 +104,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         about = "what back-projection to the adapter's rank left out of the mitigated delta"
         columns.append(Column("dropped", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
     lines = [
-        f"wrote {where}: {len(record['files'])} files, {size(t['bytes'])}",
+        f"{stood(where, record['state'])}: {len(record['files'])} files, {size(t['bytes'])}",
         f"method {record['method']}, scale {record['scale']}, lambda {record['lambda']}: "
         f"{t['changed']} of {t['matrices']} matrices changed, {t['intruders']} intruders scaled",
         f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; a uniform shrink of the whole adapter by "
