@@ -113,7 +113,7 @@ def detect_intruder_dimensions(
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
-        Whether to replace what stands at `output`: an output or an interrupted run of other inputs or options.
+        Whether to replace what stands at `output`: findings or an interrupted run of other inputs or options, and nothing else.
     on_event
         Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
         `warnings` module, as `StreamerWarning`.
@@ -220,7 +220,8 @@ def reduce_intruder_dimension(
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
-        Whether to replace what stands at `output`: an output or an interrupted run of other inputs or options.
+        Whether to replace what stands at `output`: an output or an interrupted run of other inputs or options. Files that are not
+        its own are never replaced.
     on_event
         Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
         `warnings` module, as `StreamerWarning`.
@@ -333,7 +334,8 @@ def merge_with_reduced_intruder_dimensions(
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
-        Whether to replace what stands at `output`: an output or an interrupted run of other inputs or options.
+        Whether to replace what stands at `output`: an output or an interrupted run of other inputs or options. Files that are not
+        its own are never replaced.
     on_event
         Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
         `warnings` module, as `StreamerWarning`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,11 +49,8 @@ from streamer.side_files import with_tokenizer
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
+from streamer.storage.output_plan import RECORD_NAME, OutputPlan
 from streamer.storage.shards import ShardPlan, Source
-from streamer.storage.transaction import (
-    RECORD_NAME,
-    OutputPlan,
-)
 from streamer.targets import Target
 
 OWN_FINDINGS = ".streamer.findings.safetensors"
@@ -132,10 +130,10 @@ class Job:
         return delta, mitigate(delta, found, self.options), found
 
     def decisions(self) -> dict[str, Any]:
-        """Everything besides the inputs that decides the output's bytes."""
+        """Everything besides the inputs that decides the output's bytes, but for the last bits of given findings."""
         detection: Any = None
         if self.options.needs_detection:
-            detection = self.detection.as_dict() if self.findings is None else self.findings.digest()
+            detection = self.detection.as_dict() if self.findings is None else self.findings.decisions_digest()
         return {
             "schema": SCHEMA,
             "mitigation": self.options.as_dict(),
@@ -143,6 +141,11 @@ class Job:
             "dequantize": self.dequantize,
             "card": self.card,
         }
+
+    @property
+    def bits(self) -> str:
+        """Which last bits the output's are made of: those of given findings, which depend on the threads that these were made on."""
+        return self.findings.digest() if self.findings is not None and self.options.needs_detection else ""
 
     def detection_record(self, certified: int) -> DetectionRecord | None:
         """How intruders are found; None where that does not matter."""
@@ -285,13 +288,23 @@ def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: An
     plan = sink.job.plan
     # Without what the tool's version and the names of the inputs decide: the output of another version is the same output.
     data = [(name, shard.header.data_bytes) for name, shard in sink.shards.items()]
+    original = _original_card(sink)
     digest = plan.digest(
-        command=sink.command, files=[*copies, *edited, *finals], data=data, **sink.job.decisions(), **decisions
-    )
+        command=sink.command, files=[*copies, *edited, *finals], data=data, original_card=hashlib.sha256(original).hexdigest(),
+        **sink.job.decisions(), **decisions,
+    )  # fmt: skip
     # A run that is taken up under other names of its inputs, by way of links, would write both names.
     stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
+    instead = {CARD_NAME: "pass --no-card"} if sink.card is not None and not sink.card.original else {}
     return OutputPlan(path, tuple(files), digest, stamps, plan.inputs, rivals, _temporary(sink.job, files),
-                      frozenset(name for name, _ in card), __version__)  # fmt: skip
+                      frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, sink.job.bits, __version__)  # fmt: skip
+
+
+def _original_card(sink: Sink) -> bytes:
+    """The card of an input that an output's is made from, or that is copied; empty where there is none."""
+    if sink.card is not None:
+        return sink.card.original
+    return b"".join(path.read_bytes() for name, path in sink.copies if name == CARD_NAME)
 
 
 def _temporary(job: Job, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:

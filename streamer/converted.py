@@ -29,8 +29,8 @@ from streamer.side_files import own_tokenizer
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
+from streamer.storage.output_plan import RECORD_NAME
 from streamer.storage.shards import ShardPlan, Source, plan_shard
-from streamer.storage.transaction import RECORD_NAME
 from streamer.targets import Target
 from streamer.tuned import PREFIX, Beside, beside_factors
 

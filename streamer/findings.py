@@ -71,13 +71,23 @@ class Findings:
         return sum(len(m.detection.intruders) for m in self.matrices)
 
     def digest(self) -> str:
-        """SHA-256 (hex) over the decisions and factors of all matrices: what they would do to a delta."""
+        """SHA-256 (hex) over the decisions and factors of all matrices: what they would do to a delta, to the last bit.
+
+        Last bits depend on the number of threads; `decisions_digest` does not.
+        """
         digest = hashlib.sha256()
         for m in self.matrices:
-            digest.update(f"{m.tensor}{m.detection.intruders}".encode())
+            digest.update(f"{m.tensor}{m.detection.intruders}{m.detection.certified}".encode())
             for factor in (m.detection.U, m.detection.S, m.detection.Vh):
                 digest.update(as_bytes(factor))
         return digest.hexdigest()
+
+    def decisions_digest(self) -> str:
+        """SHA-256 (hex) over what they were made from, and which directions of each matrix are intruders."""
+        tensors = [m.tensor for m in self.matrices]
+        made = detection_digest(self.base, self.adapter, self.options, tensors)
+        decisions = [list(m.detection.intruders) for m in self.matrices]
+        return hashlib.sha256(json.dumps([made, decisions]).encode()).hexdigest()
 
     def check_matches(self, base: BaseIdentity, adapter: AdapterIdentity, options: DetectionOptions | None) -> None:
         """Refuse to be used with another base, adapter or options than they were made with.

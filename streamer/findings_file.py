@@ -123,6 +123,14 @@ def is_findings_file(path: Path) -> bool:
         return False
 
 
+def refuse_others(path: Path) -> None:
+    """Refuse to replace a file that is not findings: it may be weights."""
+    if not is_findings_file(path):
+        raise OutputExistsError(
+            f"{path}: exists and is not findings, which is all that is replaced; choose another output", path
+        )
+
+
 def save_findings_file(
     path: Path, shard: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]], overwrite: bool
 ) -> None:
@@ -150,10 +158,7 @@ def save_findings_file(
     if path.exists() and path.stat().st_size > 0:
         if not overwrite:
             raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
-        if not is_findings_file(path):  # it may be weights
-            raise OutputExistsError(
-                f"{path}: exists and is not findings, which is all that is replaced; choose another output", path
-            )
+        refuse_others(path)
     if journal_of(path).exists() and not overwrite:
         raise OutputExistsError(
             f"{path}: an interrupted run has its journal there; finish that one, choose another output, or pass overwrite=True",

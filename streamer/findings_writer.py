@@ -24,6 +24,7 @@ from streamer.findings_file import (
     lock_of,
     matrix_entries,
     plan_findings_file,
+    refuse_others,
 )
 from streamer.findings_records import MatrixFigures
 from streamer.matrix_finding import MatrixFinding
@@ -247,7 +248,7 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
     digest
         See `detection_digest`.
     overwrite
-        Whether what stands at the path may be replaced.
+        Whether findings that stand at the path may be replaced; anything else may not.
     inputs
         Input directories and files that the output must stay out of.
 
@@ -261,13 +262,16 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
     for source in inputs:
         if source.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
-    if overwrite or not path.exists() or is_placeholder(path):
+    if not path.exists() or is_placeholder(path):
+        return None
+    refuse_others(path)
+    if overwrite:
         return None
     try:
         findings = load_findings(path)
     except FormatError as e:
         raise OutputExistsError(
-            f"{path}: exists and is not findings; choose another output, or pass --overwrite", path
+            f"{path}: holds findings that cannot be read; choose another output, or pass --overwrite", path
         ) from e
     tensors = [m.tensor for m in findings]
     if detection_digest(findings.base, findings.adapter, findings.options, tensors) != digest:

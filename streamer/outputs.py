@@ -24,17 +24,10 @@ from streamer.pipeline import detect_to_files
 from streamer.records import MatrixRecord, Record, Written, certified_count
 from streamer.storage.atomic import AtomicFile, Buffer, locked
 from streamer.storage.header import TensorInfo
+from streamer.storage.output_plan import LOCK_NAME, finished_record, inspect_output, missing_bytes
 from streamer.storage.place import check_space
 from streamer.storage.shards import shard_steps
-from streamer.storage.transaction import (
-    LOCK_NAME,
-    OutputDirectory,
-    finished_record,
-    inspect_output,
-    missing_bytes,
-    open_outputs,
-    touch_output,
-)
+from streamer.storage.transaction import OutputDirectory, open_outputs, touch_output
 
 Place = tuple[int, int]
 """Which of the base's files, and where in it."""

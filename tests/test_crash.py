@@ -138,7 +138,9 @@ def test_overwriting_killed_at_its_first_calls(bench: Bench, command: str, tmp_p
     assert case.run(tmp_path / "old", *old).code == 0
     before = tree_digest(tmp_path / "old")
     assert before != case.whole
-    for n in (1, 2, 4, 6, len(case.calls) - 1):
+    shutil.copytree(tmp_path / "old", tmp_path / "whole")
+    calls = case.run(tmp_path / "whole", "--overwrite").calls
+    for n in (*range(1, 9), len(calls) - 2, len(calls) - 1, len(calls)):
         out = tmp_path / str(n)
         shutil.copytree(tmp_path / "old", out)
         assert case.run(out, "--overwrite", at=n, code=KILL).code == -signal.SIGKILL

@@ -240,9 +240,12 @@ def test_findings_over_something_else(made: tuple[Path, Path, Path, Findings], t
     base, adapter, _, _ = made
     path = tmp_path / "f.safetensors"
     path.write_text("mine")
-    with pytest.raises(OutputError, match=r"exists and is not findings; choose another output, or pass --overwrite"):
+    with pytest.raises(OutputError, match=r"exists and is not findings, which is all that is replaced; choose"):
         streamer.detect_intruder_dimensions(base, adapter, path)
+    with pytest.raises(OutputError, match=r"exists and is not findings, which is all that is replaced; choose"):
+        streamer.detect_intruder_dimensions(base, adapter, path, overwrite=True)
     assert path.read_text() == "mine"
+    path.unlink()
     streamer.detect_intruder_dimensions(base, adapter, path, overwrite=True)
     assert len(load_findings(path)) == 9
     with pytest.raises(OutputError, match=r"holds findings of other inputs or options"):

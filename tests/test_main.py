@@ -250,7 +250,7 @@ def test_a_foreign_file_is_kept(job: tuple[Path, Path], tmp_path: Path, command:
     (out / name).write_text("mine")
     done = server().run(command, base, adapter, "-o", out)
     assert (done.code, done.calls) == (4, [])
-    assert f"{out / name}: exists and is not ours; choose another output, or pass --overwrite" in done.err
+    assert f"{out / name}: exists and is not ours; choose another output, or move it away" in done.err
     assert tree_digest(out).keys() == {name}
     (out / name).unlink()
     (out / "notes.txt").write_text("mine")
@@ -262,11 +262,26 @@ def test_findings_over_a_foreign_file(job: tuple[Path, Path], tmp_path: Path) ->
     base, adapter = job
     out = tmp_path / "out.safetensors"
     out.write_text("mine")
-    done = server().run("detect", base, adapter, "-o", out)
+    words = "exists and is not findings, which is all that is replaced; choose another output"
+    for content in (b"mine", (adapter / "adapter_model.safetensors").read_bytes()):
+        out.write_bytes(content)
+        for options in ([], ["--overwrite"]):
+            done = server().run("detect", base, adapter, "-o", out, *options)
+            assert (done.code, done.calls) == (4, [])
+            assert f"{out}: {words}" in done.err
+            assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("command", ["merge", "mitigate"])
+def test_copies_of_inputs_are_not_overwritten(job: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+    """An adapter in a copy of a base, a model in one of an adapter: a loader's other choice is someone's weights."""
+    base, adapter = job
+    out = shutil.copytree({"merge": adapter, "mitigate": base}[command], tmp_path / "out")
+    before = tree_digest(out)
+    done = server().run(command, base, adapter, "-o", out, "--overwrite")
     assert (done.code, done.calls) == (4, [])
-    assert f"{out}: exists and is not findings; choose another output, or pass --overwrite" in done.err
-    assert out.read_text() == "mine"
-    assert server().run("detect", base, adapter, "-o", out, "--overwrite").code == 0
+    assert "exists and is not ours; choose another output, or move it away" in done.err
+    assert tree_digest(out) == before
 
 
 # Kinds of adapters ----------------------------------------------------------------------------------------------------

@@ -158,3 +158,45 @@ def test_a_card_of_a_fine_tuned_model_is_called_so(job: tuple[Path, Path], tmp_p
     assert "base_model" not in head  # nothing says what it is called
     assert "# Card of the fine-tuned model\n\nWhat follows is the card of tuned, as it stands there.\n\n# Tuned" in body
     assert (tmp_path / "out" / "README.md").read_text().count("# Tuned") == 1
+
+
+def test_an_edited_card_stands_and_is_never_replaced(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    merge, out = streamer.merge_with_reduced_intruder_dimensions, tmp_path / "out"
+    merge(base, adapter, out)
+    with (out / "README.md").open("a") as f:
+        f.write("mine\n")
+    assert merge(base, adapter, out)["state"] == "present"
+    words = r"README\.md: was edited since it was written; choose another output, move it away, or pass --no-card$"
+    with pytest.raises(streamer.StreamerError, match=words):
+        merge(base, adapter, out, mitigation_lambda=0.5, overwrite=True)
+    merge(base, adapter, out, mitigation_lambda=0.5, overwrite=True, model_card=False)
+    assert (out / "README.md").read_text().endswith("mine\n")
+
+
+def test_a_card_that_stood_before_the_first_run(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    words = r"README\.md: exists and is not ours; choose another output, move it away, or pass --no-card$"
+    with pytest.raises(streamer.StreamerError, match=words):
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, out)
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, model_card=False)
+    assert (out / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("options", [{}, {"model_card": False}])
+def test_another_card_of_the_base_is_another_output(
+    job: tuple[Path, Path], tmp_path: Path, options: dict[str, bool]
+) -> None:
+    """At its size, too."""
+    base, adapter = job
+    merge, out = streamer.merge_with_reduced_intruder_dimensions, tmp_path / "out"
+    (base / "README.md").write_text("# One\n")
+    merge(base, adapter, out, **options)
+    (base / "README.md").write_text("# Two\n")
+    with pytest.raises(streamer.StreamerError, match="holds another output"):
+        merge(base, adapter, out, **options)
+    merge(base, adapter, out, overwrite=True, **options)
+    assert "# Two" in (out / "README.md").read_text()

@@ -64,17 +64,20 @@ def test_an_adapter_inside_the_base_stays_behind_however_it_is_spelled(
     assert not (tmp_path / "out" / "ad").exists()
 
 
-def test_an_adapter_where_the_model_goes_is_refused_or_removed(job: Job, tmp_path: Path) -> None:
+def test_an_adapter_where_the_model_goes_is_refused(job: Job, tmp_path: Path) -> None:
     """A loader would apply it on top of the merged weights."""
     base, adapter = job
     out = tmp_path / "out"
     streamer.reduce_intruder_dimension(base, adapter, out, mitigation_lambda=0.5, model_card=False)
     (out / "streamer.json").unlink()
     (out / "adapter_model.safetensors").rename(tmp_path / "kept")
-    with pytest.raises(OutputError, match=r"adapter_config.json: exists and is not ours"):
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"adapter_config.json: exists and is not ours"):
+            streamer.merge_with_reduced_intruder_dimensions(
+                base, adapter, out, mitigation_lambda=1.0, overwrite=overwrite
+            )
+    (out / "adapter_config.json").unlink()
     streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0, overwrite=True)
-    assert not (out / "adapter_config.json").exists()
     assert (out / "model.safetensors.index.json").exists()
 
 
@@ -131,6 +134,22 @@ def test_the_norm_reported_is_that_of_the_adapter_written(job: Job, tmp_path: Pa
 def test_a_device_that_is_not_there(name: str) -> None:
     with pytest.raises(UsageError, match="device: "):
         choose_device(name)
+
+
+def test_output_of_findings_with_other_last_bits_is_there_already(job: Job, tmp_path: Path) -> None:
+    """As of those that were made anew on another number of threads."""
+    import dataclasses
+
+    base, adapter = job
+    findings = streamer.detect_intruder_dimensions(base, adapter)
+    merge = streamer.merge_with_reduced_intruder_dimensions
+    merge(base, adapter, tmp_path / "out", findings=findings)
+    first = findings.matrices[0]
+    S = first.detection.S.nextafter(first.detection.S + 1)
+    other = dataclasses.replace(first, detection=dataclasses.replace(first.detection, S=S))
+    again = dataclasses.replace(findings, matrices=(other, *findings.matrices[1:]))
+    assert again.digest() != findings.digest()
+    assert merge(base, adapter, tmp_path / "out", findings=again)["state"] == "present"
 
 
 def test_output_of_other_findings_is_not_taken_for_done(job: Job, tmp_path: Path) -> None:

@@ -61,6 +61,32 @@ def test_a_finished_output_that_is_asked_for_again_gets_the_time_of_now(
     assert all(p.stat().st_mtime > OLD for p in [*out.rglob("*"), out] if p.is_file() or p == out)
 
 
+@pytest.mark.parametrize("command", WRITING)
+def test_an_output_that_stands_is_not_told_as_written(inputs: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+    """In the table, and in the last line, which a log has."""
+    out = target(tmp_path, command)
+    first, again = (server().run(command, *inputs, "-o", out) for _ in range(2))
+    assert f"wrote {out}: " in first.out
+    assert "already" not in first.out + first.last
+    assert f"{out} stands already: " in again.out
+    assert "wrote" not in again.out
+    assert again.last.startswith(first.last.rpartition(", in ")[0] + ", stands already, in ")
+
+
+def test_of_several_outputs_those_that_stand_are_counted(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    for name in ("a", "b"):
+        shutil.copytree(adapter, tmp_path / "adapters" / name)
+    line = ("detect", base, tmp_path / "adapters", "-o", tmp_path / "out")
+    assert f"wrote {tmp_path / 'out'}\n" in server().run(*line).out
+    (tmp_path / "out" / "a.safetensors").unlink()
+    some, all_ = (server().run(*line) for _ in range(2))
+    assert f"wrote {tmp_path / 'out'}\n" in some.out
+    assert ", 1 of 2 stand already, in " in some.last
+    assert f"{tmp_path / 'out'} stands already\n" in all_.out
+    assert ", 2 of 2 stand already, in " in all_.last
+
+
 def test_what_does_not_stand_is_made_and_nothing_else_gets_a_time(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     ok("merge", *inputs, "-o", out)
@@ -173,7 +199,44 @@ def test_an_interrupted_run_is_overwritten_whole(inputs: tuple[Path, Path], tmp_
     assert tree_digest(out) == tree_digest(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("n", range(1, 9))
+def test_a_large_file_that_was_edited_stays(tmp_path: Path) -> None:
+    """At its size: only its digest tells it from the one that was written, however long that takes."""
+    import hashlib
+
+    from streamer.storage.old_output import OwnFile, remove_own_files
+
+    data = bytes(70_000_000)
+    files = [OwnFile(name, len(data), hashlib.sha256(data).hexdigest()) for name in ("edited", "own")]
+    for file in files:
+        (tmp_path / file.name).write_bytes(data)
+    with (tmp_path / "edited").open("r+b") as f:
+        f.seek(1_000_000)
+        f.write(b"x")
+    remove_own_files(tmp_path, files, ())
+    assert [p.name for p in tmp_path.iterdir()] == ["edited"]
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--no-resume"])
+def test_files_from_before_a_killed_overwrite_go_as_well(
+    inputs: tuple[Path, Path], tmp_path: Path, option: str
+) -> None:
+    """A model, over it another that was killed before it had replaced all shards (and begun anew), over that an adapter."""
+    out = tmp_path / "out"
+    ok("merge", *inputs, "-o", out, "--method", "shrink")
+    copy = shutil.copytree(out, tmp_path / "copy")
+    other = ("--method", "shrink", "--lambda", "0.3", "--overwrite")
+    calls = server().run("merge", *inputs, "-o", copy, *other).calls
+    at = next(i for i in range(len(calls)) if calls[i : i + 6] == ["write"] * 6) + 3  # amid the first shard
+    assert server().run("merge", *inputs, "-o", out, *other, at=at, code=KILL).code == -signal.SIGKILL
+    if option == "--no-resume":
+        assert server().run("merge", *inputs, "-o", out, *other, option, at=at, code=KILL).code == -signal.SIGKILL
+    assert len(list(out.glob("model-*.safetensors"))) == 3
+    ok("mitigate", *inputs, "-o", out, "--overwrite")
+    ok("mitigate", *inputs, "-o", tmp_path / "fresh")
+    assert tree_digest(out) == tree_digest(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("n", range(1, 13))
 def test_killed_while_it_removes_the_old_output(inputs: tuple[Path, Path], tmp_path: Path, n: int) -> None:
     out = tmp_path / "out"
     ok("merge", *inputs, "-o", out, "--method", "shrink")

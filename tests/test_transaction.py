@@ -19,17 +19,16 @@ from helpers import tree_digest
 
 from streamer.errors import InputChangedError, LockedError, OutputError, OutputExistsError, StorageError, StreamerError
 from streamer.storage.atomic import AtomicFile, Journal, locked
-from streamer.storage.place import check_place, check_space
-from streamer.storage.transaction import (
+from streamer.storage.output_plan import (
     JOURNAL_NAME,
     LOCK_NAME,
     RECORD_NAME,
-    OutputDirectory,
     OutputPlan,
     finished_record,
     inspect_output,
-    open_outputs,
 )
+from streamer.storage.place import check_place, check_space
+from streamer.storage.transaction import OutputDirectory, open_outputs
 
 DATA = {
     "sub/config.json": b"{}",
@@ -85,7 +84,7 @@ def carry_out(case: Case, plan: OutputPlan | None = None, until: str = "", **opt
                 put(out, case, name, data)
                 written.append(name)
             assert out.entry(name)["bytes"] == len(data)
-        out.commit({"made": "here"})
+        out.commit({"schema": "streamer.output/2", "made": "here"})
     return written
 
 
@@ -160,8 +159,12 @@ def test_a_finished_output_is_known_by_its_plan_alone(case: Case) -> None:
 def test_a_finished_output_that_lost_a_file(case: Case, name: str) -> None:
     carry_out(case)
     (case.out / name).write_bytes(b"short")
-    words = "holds another output; choose another directory, or pass --overwrite"
-    assert refusal(OutputExistsError, case) == f"{case.out}: {words}"
+    words = "; remove it to have the output made again, choose another output, or pass --overwrite"
+    message = refusal(OutputExistsError, case)
+    assert message.startswith(
+        f"{case.out / name}: was changed since it was written, expected {len(DATA[name])} B, found "
+    )
+    assert message.endswith(words)
     (case.out / name).unlink()
     assert inspect_output(case.plan) == "new"
     assert carry_out(case) == list(DATA)
@@ -283,6 +286,16 @@ def test_starting_over(case: Case) -> None:
     check_whole(case)
 
 
+def test_other_last_bits(case: Case) -> None:
+    """A finished output is the same; an interrupted run is started over, and no output mixes two."""
+    plans = [dataclasses.replace(case.plan, bits=bits) for bits in ("one", "two")]
+    interrupt(case, plan=plans[0])
+    assert inspect_output(plans[0]) == "resume"
+    assert inspect_output(plans[1]) == "new"
+    assert carry_out(case, plans[1]) == list(DATA)
+    assert [inspect_output(plan) for plan in plans] == ["done", "done"]
+
+
 def test_starting_over_removes_the_commit_point_first(case: Case) -> None:
     """A run killed at its very end has its commit point; with changed inputs its shards are about to be others."""
     carry_out(case)
@@ -365,20 +378,79 @@ def test_a_foreign_file_is_kept(case: Case, name: str) -> None:
     path = case.out / name
     path.parent.mkdir(parents=True)
     path.write_bytes(DATA.get(name, b"foreign"))
-    expected = f"{path}: exists and is not ours; choose another output, or pass --overwrite"
+    expected = f"{path}: exists and is not ours; choose another output, or move it away"
     assert refusal(OutputExistsError, case) == expected
+    assert refusal(OutputExistsError, case, overwrite=True) == expected
     assert OutputError.exit_code == 4
+    path.unlink()
     assert carry_out(case, overwrite=True) == list(DATA)
     check_whole(case)
+
+
+def test_a_file_for_users_to_edit(case: Case) -> None:
+    """Edited, the output is whole as it stands; and no run replaces it, be it anew or taken up."""
+    case.plan = dataclasses.replace(case.plan, editable=frozenset({"model-1"}), instead={"model-1": "pass --none"})
+    path = case.out / "model-1"
+    ways = "choose another output, move it away, or pass --none"
+    carry_out(case)
+    path.write_bytes(b"edited")
+    assert inspect_output(case.plan) == "done"
+    expected = f"{path}: was edited since it was written; {ways}"
+    assert refusal(OutputExistsError, case, overwrite=True) == expected
+    (case.out / "model-2").unlink()
+    assert refusal(OutputExistsError, case) == expected
+    path.unlink()
+    interrupt(case)
+    path.write_bytes(b"edited")
+    for options in ({}, {"resume": False}):
+        assert refusal(OutputExistsError, case, **options) == expected
+    shutil.rmtree(case.out)
+    case.out.mkdir()
+    path.write_bytes(b"foreign")
+    assert refusal(OutputExistsError, case) == f"{path}: exists and is not ours; {ways}"
+
+
+@pytest.mark.parametrize("name", [*DATA, "model.safetensors"])
+def test_a_foreign_file_beside_another_output_is_kept(case: Case, name: str) -> None:
+    """Neither the old record nor an interrupted run's journal names it."""
+    old = dataclasses.replace(case.plan, files=(("old", 3),), digest="old", rivals=())
+    with open_outputs([old]) as (out,):
+        out.write("old", b"old", nothing)
+        out.commit({"schema": "streamer.output/2"})
+    with pytest.raises(Killed):
+        carry_out(case, until="sub/config.json", overwrite=True)
+    (case.out / name).parent.mkdir(exist_ok=True)
+    (case.out / name).write_bytes(b"foreign")
+    words = "exists and is not ours; choose another output, or move it away"
+    assert refusal(OutputExistsError, case, case.other(), overwrite=True) == f"{case.out / name}: {words}"
+
+
+def test_a_rival_of_the_old_output_goes_unless_it_was_changed(case: Case) -> None:
+    rival = case.out / "model.safetensors"
+    old = dataclasses.replace(case.plan, files=((rival.name, 3),), digest="old", rivals=())
+    for changed in (False, True):
+        with open_outputs([old]) as (out,):
+            out.write(rival.name, b"old", nothing)
+            out.commit({"schema": "streamer.output/2"})
+        if changed:
+            rival.write_bytes(b"new")
+            message = refusal(OutputExistsError, case, overwrite=True)
+            assert message.startswith(
+                f"{rival}: was changed since it was written, and a loader would take it for a part"
+            )
+        else:
+            carry_out(case, overwrite=True)
+            check_whole(case)
+            shutil.rmtree(case.out)
 
 
 @pytest.mark.parametrize("record", [b"not json", b"{}", b"[]", b'{"plan": "other"}'])
 def test_a_foreign_record_is_kept(case: Case, record: bytes) -> None:
     case.out.mkdir()
     (case.out / RECORD_NAME).write_bytes(record)
-    assert "choose another" in refusal(OutputExistsError, case)
-    carry_out(case, overwrite=True)
-    check_whole(case)
+    words = "exists and is not ours; choose another output, or move it away"
+    for overwrite in (False, True):
+        assert refusal(OutputExistsError, case, overwrite=overwrite) == f"{case.out / RECORD_NAME}: {words}"
 
 
 def test_another_output_is_kept(case: Case) -> None:
@@ -409,7 +481,7 @@ def test_overwriting_removes_the_old_commit_point_first(case: Case, monkeypatch:
 
     def unlink(self: Path, missing_ok: bool = False) -> None:
         removed.append(self.name)
-        assert not (case.out / JOURNAL_NAME).exists()
+        assert (case.out / JOURNAL_NAME).exists() == (self.name != INDEX)  # a kill from here on leaves a run to take up
         real(self, missing_ok)
 
     with monkeypatch.context() as m:
@@ -643,7 +715,9 @@ def test_copies_take_the_umasks_mode(case: Case) -> None:
 
 
 def test_a_commit_point_that_cannot_be_removed(case: Case) -> None:
-    (case.out / INDEX).mkdir(parents=True)
+    carry_out(case)
+    (case.out / INDEX).unlink()
+    (case.out / INDEX).mkdir()
     with pytest.raises(StorageError, match=r"index\.json: cannot remove: Is a directory"):
         carry_out(case, overwrite=True)
 
@@ -673,7 +747,8 @@ def test_a_killed_process_is_taken_up(case: Case) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
-from streamer.storage.transaction import OutputPlan, open_outputs
+from streamer.storage.output_plan import OutputPlan
+from streamer.storage.transaction import open_outputs
 plan = OutputPlan(Path({str(case.out)!r}), {case.plan.files!r}, "digest", {case.plan.stamps!r}, ())
 real = os.rename
 def rename(*args):

@@ -87,7 +87,7 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     for name, one in each.items():
         path = findings_of(args.output, name)
         tree = findings_json(one) | {"output": str(path), "state": monitor.outputs[path]}
-        parts[name] = tree, findings_table(one, shown, path)
+        parts[name] = tree, findings_table(one, shown, path, monitor.outputs[path])
     return _each(parts, args.output, shown)
 
 
@@ -230,12 +230,14 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
 def _each(parts: Mapping[str, Result], output: str, shown: Screen) -> Result:
     """The result of the one adapter; or of several by their names, in full if all is asked for."""
     from streamer.cli.json_report import of_several
-    from streamer.cli.tables import adapters_table
+    from streamer.cli.tables import adapters_table, stood
 
     if "" in parts:
         return parts[""]
     tree, full = of_several(parts)
-    return tree, full if shown.every else f"{adapters_table(tree['adapters'], shown)}\n\nwrote {output}"
+    present = all(part["state"] == "present" for part, _ in parts.values())
+    last = stood(output, "present" if present else "written")
+    return tree, full if shown.every else f"{adapters_table(tree['adapters'], shown)}\n\n{last}"
 
 
 def _screen(args: argparse.Namespace) -> Screen:

@@ -237,8 +237,8 @@ def build_parser() -> Parser:
         )
         g.add_argument("--no-resume", action="store_true", help="start over instead of taking up an interrupted run")
         g.add_argument("--overwrite", action="store_true",
-                       help="write anew where an output stands already: the files of its record are replaced or removed, and any file "
-                            "whose name is written; other files stay")  # fmt: skip
+                       help="write anew where another output stands, or this one: its own files are replaced or removed, by its record; "
+                            "other files stay, and one at a name that is written, or that a loader would read, is refused")  # fmt: skip
         return parent
 
     mitigating = Parser(add_help=False)

@@ -9,13 +9,21 @@ from streamer.units import format_size
 
 
 def summary(tree: Mapping[str, Any]) -> str:
-    """Say in half a line what a result holds, from its object as `--json` prints it."""
+    """Say in half a line what a result holds, and whether it was there before, from its object as `--json` prints it."""
+    parts = [tree] if "adapters" not in tree else list(tree["adapters"].values())
+    present = sum(part.get("state") == "present" for part in parts)
+    if not present:
+        return _held(tree)
+    return f"{_held(tree)}, {'stands' if len(parts) == 1 else f'{present} of {len(parts)} stand'} already"
+
+
+def _held(tree: Mapping[str, Any]) -> str:
     schema = str(tree["schema"]).partition("/")[0]
     if schema == "streamer.several":
         parts = list(tree["adapters"].values())
         totals = {key: _total(parts, key) for key in ("matrices", "intruders", "certified", "changed", "bytes")}
         one = {**parts[0], "totals": totals, "files": [f for part in parts for f in _files(part)]}
-        return f"{_count(len(parts), 'adapter')}, {summary(one)}"
+        return f"{_count(len(parts), 'adapter')}, {_held(one)}"
     totals = tree.get("totals", {})
     if schema == "streamer.findings":
         return f"{_count(totals['matrices'], 'matrix')}, {_count(totals['intruders'], 'intruder')}, {totals['certified']} certified"

@@ -18,7 +18,9 @@ MANY, SHOWN = 20, 10
 NO_LIMIT = Screen()
 
 
-def findings_table(findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None) -> str:
+def findings_table(
+    findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None, state: str = "written"
+) -> str:
     """What was found: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written."""
     every = sorted(findings, key=lambda m: natural(m.tensor))
     chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
@@ -53,10 +55,15 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT, written: Path 
             f" and {len(open_ones) - 3} more" if len(open_ones) > 3 else ""
         )
     if written is not None:
-        summary += f"\nwrote {written}: {format_size(written.stat().st_size)}"
+        summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
     return _sections(
         table(columns, screen.width), _cut(cut, len(findings), "most energy", screen), fit(summary, screen.width)
     )
+
+
+def stood(where: object, state: str) -> str:
+    """Say whether a run has written an output, or found it there."""
+    return f"{where} stands already" if state == "present" else f"wrote {where}"
 
 
 def _decided(m: MatrixFinding) -> str:
@@ -102,7 +109,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     how = "method shrink, " if shrinks else f"method {record['method']}, scale {record['scale']}, "
     what = "each as a whole" if shrinks else f"{t['intruders']} intruders scaled"
     lines = [
-        f"wrote {where}: {len(record['files'])} files, {format_size(t['bytes'])}",
+        f"{stood(where, record['state'])}: {len(record['files'])} files, {format_size(t['bytes'])}",
         f"{how}lambda {record['lambda']}: {t['changed']} of {t['matrices']} matrices changed, {what}",
         f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; a uniform shrink of the whole adapter by "
         f"{t['equal_norm_shrink']:.4f} has the same norm: the baseline for any claim",

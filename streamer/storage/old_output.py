@@ -7,7 +7,9 @@ import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import Any
 
 from streamer.errors import OutputError
@@ -16,8 +18,8 @@ from streamer.storage.header import strict_json
 
 MAX_RECORD_BYTES = 200_000_000
 
-HASHED_BYTES = 64 << 20
-"""Up to this size a file is known by its digest, which tells a config that was edited by hand; beyond it by its size."""
+OLD, NAMES = "old", "names"
+"""Keys of a journal's head: the files of what stood there before, and the names of those to come."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,25 @@ class OwnFile:
 
 def journal_head(path: Path) -> dict[str, Any] | None:
     """Read the first record of a journal, which says what run it is of; None where there is no journal, or none of ours."""
+    return next(_payloads(path), None)
+
+
+def _payloads(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the records of a journal, touching nothing, up to one that is torn or no object."""
     try:
         with path.open("rb") as f:
-            frame = f.read(40)
-            length = int.from_bytes(frame[:8], "little")
-            payload = f.read(length) if length <= os.fstat(f.fileno()).st_size else b""
-    except FileNotFoundError:
-        return None
+            size = os.fstat(f.fileno()).st_size
+            while len(frame := f.read(40)) == 40:
+                length = int.from_bytes(frame[:8], "little")
+                payload = f.read(length) if length <= size else b""
+                tree = strict_json(payload) if hashlib.sha256(payload).digest() == frame[8:] else None
+                if not isinstance(tree, dict):
+                    return
+                yield tree
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return
     except OSError as e:
         raise storage_error(path, "read", e) from e
-    if len(frame) < 40 or hashlib.sha256(payload).digest() != frame[8:]:
-        return None  # torn before the run did anything
-    try:
-        head = strict_json(payload)
-    except ValueError:
-        return None
-    return head if isinstance(head, dict) else None
 
 
 def journal_entry(journal: Journal, i: int) -> dict[str, Any]:
@@ -68,8 +73,24 @@ def journal_entry(journal: Journal, i: int) -> dict[str, Any]:
 
 
 def own_files(record: Path, journal: Path) -> list[OwnFile]:
-    """List the files of an earlier output, finished or not, in the order of writing; what is no record or journal of ours names none."""
+    """List the files of earlier outputs, finished or not, in the order of writing; what is no record or journal of ours names none.
+
+    A journal's head names those that stood before its run: until that has finished, they may be there still.
+    """
     return list(dict.fromkeys([*_recorded(record), *_journalled(journal)]))
+
+
+def own_names(directory: Path, record: Path, journal: Path) -> list[str]:
+    """List the names, in this directory, for which earlier runs wrote files, or were to: partials may stand beside them."""
+    planned = (journal_head(journal) or {}).get(NAMES)
+    names = [file.name for file in own_files(record, journal)]
+    names += [name for name in planned if isinstance(name, str)] if isinstance(planned, list) else []
+    return [name for name in dict.fromkeys(names) if _is_within(directory, name)]
+
+
+def as_entries(files: Iterable[OwnFile]) -> list[dict[str, Any]]:
+    """Turn files into JSON values, as records and journals name them."""
+    return [{"file": file.name, "bytes": file.nbytes, "sha256": file.sha256} for file in files]
 
 
 def remove_own_files(directory: Path, files: Sequence[OwnFile], keep: Collection[str]) -> None:
@@ -87,7 +108,7 @@ def remove_own_files(directory: Path, files: Sequence[OwnFile], keep: Collection
     """
     for file in reversed(files):
         path = directory / file.name
-        if file.name in keep or not _stands(directory, file):
+        if file.name in keep or not stands(directory, file):
             continue
         try:
             path.unlink()
@@ -98,48 +119,61 @@ def remove_own_files(directory: Path, files: Sequence[OwnFile], keep: Collection
                 (directory / parent).rmdir()
 
 
-def _stands(directory: Path, file: OwnFile) -> bool:
+def stands(directory: Path, file: OwnFile) -> bool:
     """Whether a file is there as it was written, under a plain name in the directory, and no symlink leads to it."""
-    name = PurePosixPath(file.name)
-    path = directory / name
-    above = [directory / parent for parent in name.parents[:-1]]
-    if name.is_absolute() or ".." in name.parts or any(os.path.islink(p) for p in (path, *above)):
+    path = directory / file.name
+    if not _is_within(directory, file.name):
         return False
     try:
-        if not path.is_file() or path.stat().st_size != file.nbytes:
+        found = path.stat()
+        if not S_ISREG(found.st_mode) or found.st_size != file.nbytes:
             return False
-        if file.nbytes > HASHED_BYTES:
-            return True
-        return hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
-    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return _digest(path, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)) == file.sha256
+    except OSError:
         return False
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, stamp: tuple[int, ...]) -> str:
+    """SHA-256 (hex) of a file's bytes; it is asked for when a plan is looked at, again under the lock, and before the removal."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _is_within(directory: Path, name: str) -> bool:
+    """Whether a name is that of a place in the directory, to which no symlink leads."""
+    plain = PurePosixPath(name)
+    places = [directory / plain, *(directory / parent for parent in plain.parents[:-1])]
+    return not (plain.is_absolute() or ".." in plain.parts or "\0" in name or any(map(os.path.islink, places)))
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is the record of an output."""
+    return _record(path) is not None
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_RECORD_BYTES:
+            return None
+        tree = strict_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return tree if isinstance(tree, dict) and str(tree.get("schema")).startswith("streamer.output/") else None
 
 
 def _recorded(path: Path) -> Iterator[OwnFile]:
-    try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_RECORD_BYTES:
-            return
-        tree = strict_json(path.read_bytes())
-    except (OSError, ValueError):
-        return
-    if (
-        isinstance(tree, dict)
-        and isinstance(tree.get("files"), list)
-        and str(tree.get("schema")).startswith("streamer.output/")
-    ):
-        yield from _entries(tree["files"])
+    files = (_record(path) or {}).get("files")
+    if isinstance(files, list):
+        yield from _entries(files)
 
 
 def _journalled(path: Path) -> Iterator[OwnFile]:
     if path.is_symlink() or not path.is_file():
         return
-    journal = Journal(path)
-    try:
-        for i in range(1, len(journal)):
-            with contextlib.suppress(ValueError):
-                yield from _entries([strict_json(journal[i])])
-    finally:
-        journal.close()
+    head, *entries = [*_payloads(path)] or [{}]
+    old = head.get(OLD)
+    yield from _entries([*(old if isinstance(old, list) else ()), *entries])
 
 
 def _entries(trees: Iterable[Any]) -> Iterator[OwnFile]:

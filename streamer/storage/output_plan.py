@@ -1,0 +1,249 @@
+"""What an output directory is to hold, and what of it stands there already: looked at, and nothing touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from streamer.errors import InputChangedError, OutputError, OutputExistsError
+from streamer.storage.atomic import partials_of
+from streamer.storage.checkpoint import read_json_object
+from streamer.storage.old_output import OwnFile, is_record, journal_head, own_files, own_names, stands
+from streamer.storage.place import allocated_bytes, check_place, check_space, is_placeholder, is_taken
+from streamer.units import format_sizes
+
+RECORD_NAME = "streamer.json"
+JOURNAL_NAME = ".streamer.journal"
+LOCK_NAME = ".streamer.lock"
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """What will stand in the output directory.
+
+    Attributes
+    ----------
+    path
+        The directory.
+    files
+        (relative name, bytes), in the order of writing; the last one is the commit point.
+    digest
+        SHA-256 (hex) over everything that decides the output's bytes: inputs, options, names.
+    stamps
+        Stamps of the inputs; a resumed run must find the same.
+    inputs
+        Input directories that the output must stay out of.
+    rivals
+        Names that a loader might prefer to ours; they must not be there, unless they are an old output's, and go with it.
+    temporary
+        (relative name, bytes at most) of what stands there only while the run is under way.
+    late
+        Names of files whose contents are known only when all others are made: their planned bytes are the most that they take.
+    editable
+        Names of files that users edit when they stand: such an output is whole, and no edited one is replaced or removed.
+    instead
+        For names of files that need not be written, how to do without.
+    bits
+        What tells inputs apart that differ in rounding alone. A finished output of the others is this one; a run that began with them
+        is started over, so that no output mixes two.
+    version
+        The tool's. A run that another one began is not taken up: no output is made by two.
+    """
+
+    path: Path
+    files: tuple[tuple[str, int], ...]
+    digest: str
+    stamps: dict[str, Sequence[int]]
+    inputs: tuple[Path, ...]
+    rivals: tuple[str, ...] = ()
+    temporary: tuple[tuple[str, int], ...] = ()
+    late: frozenset[str] = frozenset()
+    editable: frozenset[str] = frozenset()
+    instead: Mapping[str, str] = field(default_factory=dict)
+    bits: str = ""
+    version: str = ""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(size for _, size in self.files)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Bytes at most of what does not stay."""
+        return sum(size for _, size in self.temporary)
+
+
+def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = True) -> Literal["new", "resume", "done"]:
+    """Say, read-only, whether the plan may be carried out here and what is left to do.
+
+    Raises
+    ------
+    OutputError
+        If the path is a symlink, an input, inside an input or a hub cache, not writable, or holds what is not ours.
+    StorageError
+        If the plan does not fit on the disk.
+    """
+    path = plan.path
+    check_place(path, plan.inputs)
+    state: Literal["new", "resume", "done"] = "new"
+    if path.exists() and not is_placeholder(path):
+        if not path.is_dir():
+            raise OutputExistsError(f"{path}: exists and is not a directory; choose another output", path)
+        state = _state_of(plan, overwrite, resume)
+    if state != "done":
+        check_space(path, missing_bytes(plan, state), at_most=bool(plan.temporary))
+    return state
+
+
+def missing_bytes(plan: OutputPlan, state: str) -> int:
+    """Bytes that a plan in this state, ``new`` or ``resume``, still takes on the disk."""
+    have = sum(allocated_bytes(p) for home, names in homes(plan) for p in partials_of(home, names))
+    if state == "resume":
+        have += sum(size for name, size in plan.files if size_of(plan.path / name) == size)
+    have += sum(allocated_bytes(plan.path / name) for name, _ in plan.temporary)
+    return plan.total_bytes + plan.temporary_bytes - have
+
+
+def size_of(path: Path) -> int:
+    """Read the size of what stands at a path; -1 if nothing does."""
+    try:
+        return path.stat(follow_symlinks=False).st_size
+    except OSError:
+        return -1
+
+
+def homes(plan: OutputPlan) -> Iterator[tuple[Path, set[str]]]:
+    """Each directory that stands and gets files, or got some, and the names of all files: where a killed run left partials."""
+    old = own_names(plan.path, plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
+    paths = [plan.path / name for name in (RECORD_NAME, *(name for name, _ in plan.files), *old)]
+    for home in dict.fromkeys(path.parent for path in paths):
+        if home.is_dir():
+            yield home, {path.name for path in paths}
+
+
+def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
+    path = plan.path
+    for name in (*(n for n, _ in plan.files), RECORD_NAME, JOURNAL_NAME, LOCK_NAME):
+        if any(p.is_symlink() for p in ((path / name), *(path / name).parents) if path in p.parents):
+            raise OutputError(f"{path / name}: is a symlink, and writing never follows one; remove it")
+    state = _told(plan, overwrite, resume)
+    if state != "done":
+        own = own_files(path / RECORD_NAME, path / JOURNAL_NAME)
+        if state == "new":
+            _refuse_foreign(plan, own, overwrite)
+        _refuse_edited(plan, own)
+    return state
+
+
+def _told(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
+    """Say what journal and record tell of the directory."""
+    path = plan.path
+    if is_taken(path / RECORD_NAME) and not is_record(path / RECORD_NAME):
+        raise _foreign(path / RECORD_NAME)
+    head = journal_head(path / JOURNAL_NAME)
+    if head is not None:
+        if head.get("plan") == plan.digest:
+            resume = resume and head.get("bits", "") == plan.bits
+            return "new" if not resume or (overwrite and not _is_of_version(plan, head)) else _may_resume(plan, head)
+        if not overwrite:
+            raise OutputExistsError(
+                f"{path}: holds an interrupted run with other inputs or options; finish that one, "
+                "choose another output, or pass --overwrite",
+                path,
+            )
+        return "new"
+    if overwrite or not is_taken(path / RECORD_NAME):
+        return "new"
+    record = read_json_object(path / RECORD_NAME)
+    if record.get("plan") == plan.digest:
+        return _check_stands(plan, record)
+    raise _another(path)
+
+
+def _refuse_foreign(plan: OutputPlan, own: Sequence[OwnFile], overwrite: bool) -> None:
+    """Refuse to write over, or beside, files that no record or journal of ours names: they may be someone's weights.
+
+    A rival that is ours goes, if it is as it was written; so does an empty one where what stands here is to be overwritten.
+    """
+    path, names = plan.path, {file.name for file in own}
+    for name, _ in plan.files:
+        if name not in names and is_taken(path / name):
+            raise _foreign(path / name, plan.instead.get(name, ""))
+    for name in plan.rivals:
+        if not (path / name).exists() or (overwrite and is_placeholder(path / name)):
+            continue
+        if name not in names:
+            raise _foreign(path / name)
+        if not any(stands(path, file) for file in own if file.name == name):
+            raise OutputExistsError(
+                f"{path / name}: was changed since it was written, and a loader would take it for a part of this output; "
+                "choose another output, or move it away",
+                path / name,
+            )
+
+
+def _another(path: Path) -> OutputExistsError:
+    return OutputExistsError(f"{path}: holds another output; choose another directory, or pass --overwrite", path)
+
+
+def _refuse_edited(plan: OutputPlan, own: Sequence[OwnFile]) -> None:
+    """Refuse to replace what a user has written into a file that stands for that."""
+    for path, name in ((plan.path / name, name) for name, _ in plan.files if name in plan.editable):
+        if is_taken(path) and not any(stands(plan.path, file) for file in own if file.name == name):
+            raise _foreign(path, plan.instead.get(name, ""), "was edited since it was written")
+
+
+def _foreign(path: Path, instead: str = "", what: str = "exists and is not ours") -> OutputExistsError:
+    do = f"choose another output, move it away, or {instead}" if instead else "choose another output, or move it away"
+    return OutputExistsError(f"{path}: {what}; {do}", path)
+
+
+def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "new"]:
+    """Say whether the files of a finished output have the sizes that its record gives; by another version a header may have another.
+
+    Made anew if some are missing, as where a user removed one for that; refused if one differs, which might be an edited one.
+    """
+    files = record.get("files")
+    sizes = {f.get("file"): f.get("bytes") for f in files if isinstance(f, dict)} if isinstance(files, list) else {}
+    missing = False
+    for name, _ in plan.files:
+        found, wanted = size_of(plan.path / name), sizes.get(name)
+        if found == wanted or (found > 0 and name in plan.editable):
+            continue
+        if type(wanted) is not int:
+            raise _another(plan.path)
+        if found > 0:
+            expected, is_now = format_sizes(wanted, found)
+            raise OutputExistsError(
+                f"{plan.path / name}: was changed since it was written, expected {expected}, found {is_now}; remove it to have the "
+                "output made again, choose another output, or pass --overwrite",
+                plan.path / name,
+            )
+        missing = True
+    return "new" if missing else "done"
+
+
+def _is_of_version(plan: OutputPlan, head: dict[str, Any]) -> bool:
+    return bool(head.get("version", "") == plan.version)
+
+
+def _may_resume(plan: OutputPlan, head: dict[str, Any]) -> Literal["resume"]:
+    if not _is_of_version(plan, head):
+        raise OutputError(
+            f"{plan.path}: holds a run that version {head.get('version') or 'before 0.2'} began, and this is {plan.version}; finish it "
+            "with that version, or pass --no-resume to start it over"
+        )
+    if head.get("stamps") != json.loads(json.dumps(plan.stamps)):
+        raise InputChangedError(
+            f"{plan.path}: an input was modified since this run was interrupted; --no-resume starts it over"
+        )
+    return "resume"
+
+
+def finished_record(plan: OutputPlan) -> dict[str, Any]:
+    """The record of an output that `inspect_output` calls done."""
+    return read_json_object(plan.path / RECORD_NAME)
