@@ -164,6 +164,49 @@ def test_a_pretrained_base(tmp_path: Path) -> None:
     assert loaded("a")["input_ids"] == transformers.AutoTokenizer.from_pretrained(minilm.BASE)("a")["input_ids"]
 
 
+def test_a_head_that_nobody_has_is_not_promised(tmp_path: Path) -> None:
+    """A causal adapter on a classifier: its class would be loaded with an lm_head of random values."""
+    torch.manual_seed(0)
+    case = Case("llama", {**LLAMA, "num_labels": 3}, "AutoModelForSequenceClassification", "CAUSAL_LM", ["q_proj"])
+    config = AutoConfig.for_model(case.model_type, **case.config)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    auto = transformers.AutoModelForCausalLM
+    trained(auto.from_pretrained(tmp_path / "base"), case, tmp_path / "adapter")
+    done = server().run(
+        "merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1, "--json"
+    )
+    assert done.code == 0, done.err
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForSequenceClassification"]
+    (line,) = json.loads(done.out)["advice"]
+    assert line.startswith(
+        "the adapter is for CAUSAL_LM, and neither it nor the base has the head of LlamaForCausalLM, which"
+    )
+    assert len(line) <= 300
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "more", "names", "is_there"),
+    [
+        ("llama", "CAUSAL_LM", {}, ("embed_tokens.weight",), False),
+        ("llama", "CAUSAL_LM", {"tie_word_embeddings": True}, ("embed_tokens.weight",), True),
+        ("llama", "CAUSAL_LM", {}, ("model.embed_tokens.weight", "lm_head.weight"), True),
+        ("gpt2", "CAUSAL_LM", {}, ("wte.weight",), True),
+        ("gpt2", "CAUSAL_LM", {"tie_word_embeddings": False}, ("wte.weight",), False),
+        ("bart", "SEQ_2_SEQ_LM", {}, ("shared.weight",), True),
+        ("t5", "SEQ_2_SEQ_LM", {}, ("shared.weight",), True),
+        # Of BERT's head a tie makes the last layer only.
+        ("bert", "CAUSAL_LM", {}, ("embeddings.word_embeddings.weight",), False),
+        ("bert", "CAUSAL_LM", {}, ("cls.predictions.transform.dense.weight",), True),
+    ],
+)
+def test_a_tie_makes_a_head(model_type: str, task: str, more: dict, names: tuple, is_there: bool) -> None:
+    bare = auto_class(model_type, "FEATURE_EXTRACTION")
+    head = implied_head({"model_type": model_type, "architectures": [bare], **more}, {"task_type": task}, {}, names)
+    assert head.config["architectures"] == [auto_class(model_type, task) if is_there else bare]
+    assert len(head.advice) == (not is_there)
+
+
 BERT = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
 CLASSIFIER = ("bert.pooler.dense.weight", "classifier.weight")
 
