@@ -68,8 +68,8 @@ def _ties(classes: Mapping[str, str], bare: Mapping[str, str]) -> dict[str, list
             prefix = getattr(transformers, name).base_model_prefix + "."
             if rest := {parameter for parameter in model if not parameter.startswith(prefix)}:
                 rest -= _parameters(bare[model_type], config)
-        except Exception:  # noqa: BLE001 - of models that need other packages, or have no config by default, nothing is known
-            continue
+        except (AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            continue  # needs another package, or has no config by default: nothing is known
         if not rest:
             found["default" if by_default else "stated"].append(model_type)
     return found
