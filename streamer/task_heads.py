@@ -15,6 +15,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from streamer.units import listed, quoted
+
 LABEL_HEAD = re.compile(
     r"(?:^|\.)(?:score|classifier|qa_outputs|logits_proj|sequence_summary\.summary|"
     r"(?:classifier|classification_head)\.(?:out_proj|linear_out|1))\.(?P<parameter>weight|bias)$"
@@ -120,7 +122,13 @@ def implied_head(
             advice.append(f"the base has no config.json: load the model with a config of num_labels={labels}")
         return Head(config, advice=tuple(advice))
     if labels is not None and _set_labels(out, labels):
-        notes.append(f"config.json says {labels} labels, as many as the saved head has rows")
+        many, rows = ("1 label", "1 row") if labels == 1 else (f"{labels} labels", f"{labels} rows")
+        notes.append(f"config.json says {many}: the saved head has {rows}")
+    elif labels is not None and (kept := _own_names(config)):
+        advice.append(
+            f"config.json keeps the base's names of labels ({listed(kept)}), being as many as the saved head has rows: where the "
+            "adapter was trained on other labels, set id2label and label2id"
+        )
     cls = auto_class(config.get("model_type"), task)
     stated = config.get("architectures")
     old = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
@@ -186,6 +194,13 @@ def _has_head(task: str, config: Mapping[str, Any], names: Collection[str]) -> b
     stated = [c["tie_word_embeddings"] for c in holders if isinstance(c, Mapping) and "tie_word_embeddings" in c]
     # Where a config states nothing, its class's default holds.
     return model_type in ties["default"] if not stated else any(stated) and any(model_type in t for t in ties.values())
+
+
+def _own_names(config: Mapping[str, Any]) -> list[str]:
+    """The names that a config gives its labels; none where they are the numbered ones that transformers makes."""
+    names = config.get("id2label")
+    texts = [str(name) for name in names.values()] if isinstance(names, dict) else []
+    return [] if all(re.fullmatch(r"LABEL_\d+", text) for text in texts) else [quoted(text, 30) for text in texts]
 
 
 def _set_labels(config: dict[str, Any], labels: int) -> bool:

@@ -232,8 +232,7 @@ def test_what_cannot_be_known_is_said(config: dict, task: str | None, saved: dic
 @pytest.mark.parametrize(
     ("config", "task", "saved", "names", "changed"),
     [
-        # The base's names of labels stay where they are as many.
-        ({**BERT, "id2label": {"0": "no", "1": "yes"}}, "SEQ_CLS", {"classifier.weight": (2, 8)}, CLASSIFIER,
+        ({**BERT, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "SEQ_CLS", {"classifier.weight": (2, 8)}, CLASSIFIER,
          {"architectures": ["BertForSequenceClassification"]}),
         ({"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a"}, "num_labels": 1,
           "problem_type": "regression"}, "SEQ_CLS", {"classifier.weight": (2, 8)}, CLASSIFIER,
@@ -249,6 +248,28 @@ def test_what_a_config_says(config: dict, task: str, saved: dict, names: tuple, 
     gone = {"num_labels", "problem_type"} if "id2label" in changed else set()
     assert head.config == {k: v for k, v in config.items() if k not in gone} | changed
     assert head.advice == ()
+
+
+def test_names_of_labels_that_stay_are_said() -> None:
+    """As many labels are not the same labels: the adapter may have been trained for another task."""
+    config = {**BERT, "id2label": {"0": "NEGATIVE", "1": "POSITIVE"}}
+    head = implied_head(config, {"task_type": "SEQ_CLS"}, {"classifier.weight": (2, 8)}, CLASSIFIER)
+    assert head.config["id2label"] == config["id2label"]
+    (line,) = head.advice
+    assert line.startswith("config.json keeps the base's names of labels ('NEGATIVE', 'POSITIVE')")
+    longest = {str(i): 99 * "x" for i in range(999)}
+    (line,) = implied_head(
+        {**BERT, "id2label": longest}, {"task_type": "SEQ_CLS"}, {"classifier.weight": (999, 8)}, CLASSIFIER
+    ).advice
+    assert len(line) <= 300
+    # Not retrained, the base's head has the base's names.
+    assert implied_head(config, {"task_type": "SEQ_CLS"}, {}, CLASSIFIER).advice == ()
+
+
+@pytest.mark.parametrize(("rows", "words"), [(1, "says 1 label: the saved head has 1 row"), (3, "says 3 labels")])
+def test_labels_are_counted_in_words(rows: int, words: str) -> None:
+    head = implied_head(BERT, {"task_type": "SEQ_CLS"}, {"classifier.weight": (rows, 8)}, CLASSIFIER)
+    assert words in head.notes[0]
 
 
 def test_every_task_of_peft_is_known() -> None:
