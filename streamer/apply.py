@@ -29,7 +29,7 @@ from streamer.linalg.operators import all_finite
 from streamer.matrix_finding import MatrixFinding
 from streamer.merged import MergedModel, plan_merged
 from streamer.merging import Exchanged, Rounded, Shifted, repeats, threads
-from streamer.model_card import CARD_NAME, Card, longest_totals, take_original
+from streamer.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
 from streamer.pipeline import detect_matrix, findings_bytes
 from streamer.plan import Plan, left_out, other_files
 from streamer.records import (
@@ -269,7 +269,7 @@ def plan_card(sink: Sink, pipeline: str = "") -> tuple[Card | None, list[tuple[s
         return None, copies
     shapes = [t.module.shape for t in job.plan.targets]
     sums = longest_totals(len(shapes), sum(map(job.detection.directions, shapes)))
-    longest = make_record(sink, len(shapes), sums)
+    longest = make_record(sink, len(shapes), sums, longest_matrices(len(shapes)))
     return Card(original, *job.plan.sources, sink.command, pipeline, longest, job.plan.adapter.is_model), copies
 
 

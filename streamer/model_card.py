@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamer.records import Record, Source, Totals
+from streamer.records import MatrixRecord, Record, Source, Totals
 
 CARD_NAME = "README.md"
 
@@ -123,7 +123,8 @@ def _merged_head(card: Card, blocks: dict[str, str]) -> str:
     """The head of a merged model's card: ours, and what of the base's is true of it."""
     ids = [s["model_id"] for s in (card.base, card.adapter) if "model_id" in s]
     kept = {key: blocks[key] for key in KEPT if key in blocks}
-    if "library_name" not in kept:
+    # Of another class than the base, the model is not its library's (sentence-transformers, say).
+    if card.pipeline or "library_name" not in kept:
         kept["library_name"] = "library_name: transformers\n"
     if card.pipeline:
         kept["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
@@ -202,7 +203,8 @@ def _facts(record: Record) -> str:
         rows += [
             ("judged", f"{_top(detection['top_k'])} of each matrix; an intruder has a similarity below "
                        f"ε = {_number(detection['threshold_epsilon'])}"),
-            ("intruders", f"{totals['intruders']} scaled in {n} matrices; {totals['changed']} matrices changed"),
+            ("intruders", f"{totals['intruders']} scaled in {sum(bool(m['intruders']) for m in record['matrices'])} of {n} matrices; "
+                          f"{totals['changed']} changed"),
             ("certified", f"the decisions on {detection['certified']} of {n} matrices, solver {detection['solver']}"),
         ]  # fmt: skip
     else:
@@ -247,6 +249,12 @@ def command_line(record: Record) -> str:
     if record["adapter"].get("base_is_residual"):
         words.append("--base-is-residual")
     return shlex.join(words)
+
+
+def longest_matrices(matrices: int) -> list[MatrixRecord]:
+    """Make figures of which as many have intruders as may."""
+    return [{"tensor": "", "module": "", "intruders": [0], "certified": True, "delta_norm": 1.0, "delta_norm_after": 1.0,
+             "dropped": 1.0}] * matrices  # fmt: skip
 
 
 def longest_totals(matrices: int, directions: int) -> Totals:
