@@ -191,7 +191,7 @@ class ModelSink:
         copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
         stale = [name for name, _ in copies if job.dequantize and name in STALE]
         self.copies = [c for c in copies if c[0] not in stale]
-        self.copies, self.tokenizer, says = with_tokenizer(job.plan, self.copies)
+        self.copies, self.tokenizer, self.warnings, says = with_tokenizer(job.plan, self.copies)
         self.to_lora: int | None = None
         self.notes, self.advice = [*self.model.head.notes, *says], list(self.model.head.advice)
         written = {*base.files, INDEX_NAME, RECORD_NAME, *aside}
@@ -231,6 +231,7 @@ class Sink(Protocol):
     finals: Mapping[str, bytes]
     copies: list[tuple[str, Path]]
     left_out: list[str]
+    warnings: list[str]
     notes: list[str]
     advice: list[str]
     tokenizer: Literal["adapter", "base"] | None
@@ -255,7 +256,7 @@ def make_record(sink: Sink, certified: int, sums: Totals, matrices: Sequence[Mat
     return {"schema": SCHEMA, "command": sink.command, "version": __version__, "base": base, "adapter": adapter,
             "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
             "lambda": options["lambda"], "to_lora": sink.to_lora, "dequantize": job.dequantize, "totals": sums,
-            "warnings": warnings, "notes": sink.notes, "advice": sink.advice, "left_out": sink.left_out,
+            "warnings": [*warnings, *sink.warnings], "notes": sink.notes, "advice": sink.advice, "left_out": sink.left_out,
             "carried": job.plan.changes.listed(job.plan.base), "tokenizer": sink.tokenizer, "matrices": list(matrices)}  # fmt: skip
 
 

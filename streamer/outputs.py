@@ -66,6 +66,8 @@ def run_jobs(sinks: Sequence[Sink], monitor: Monitor, *, overwrite: bool = False
     ``streamer.json``. A finished output of the same plan is left as it is; its files' times become those of this run.
     """
     states = inspect_jobs(sinks, overwrite, resume)
+    for line in dict.fromkeys(line for sink in sinks for line in sink.warnings):
+        monitor.emit(Event("warning", line))
     todo = [sink for sink, state in zip(sinks, states, strict=True) if state != "done"]
     for sink in (sink for sink, state in zip(sinks, states, strict=True) if state == "done"):
         monitor.emit(Event("note", f"{sink.output.path} holds this very output already; nothing to do"))
