@@ -192,10 +192,15 @@ def _name(source: Source) -> str:
 def _facts(record: Record) -> str:
     """What is known of how an output was made, as a table, a command, and advice."""
     base, adapter, totals = record["base"], record["adapter"], record["totals"]
-    detection = record["detection"]
+    detection, named = record["detection"], adapter.get("base_model_name_or_path")
     rows = [
         ("base", f"{_name(base)}, digest `{base['digest']}`"),
         ("adapter", f"{_name(adapter)}, digest `{adapter['digest']}`"),
+        *(
+            [("trained on", f"the adapter's config names `{named}` as its base")]
+            if named not in (None, base["name"], base.get("model_id"))
+            else []
+        ),
         ("method", f"{record['method']}, λ = {_number(record['lambda'])}, scale {record['scale']}"),
     ]
     if detection is not None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict, cast
 
 from streamer import __version__
 from streamer.intruders import DetectionOptions, MitigationOptions
-from streamer.provenance import cached_model, hub_id, named_encoding, stored_encoding
+from streamer.provenance import cached_model, hub_id, named_encoding, stated_name, stored_encoding
 
 SCHEMA = "streamer.output/2"
 
@@ -36,6 +36,8 @@ class Source(TypedDict, total=False):
         On the hub, where they are known.
     digest
         The first characters of the SHA-256 of the identity.
+    base_model_name_or_path
+        What an adapter's config calls its base, where that is no path.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Source(TypedDict, total=False):
     weights_sha256: str
     config_sha256: str
     modules: int
+    base_model_name_or_path: str
     base_is_residual: bool
 
 
@@ -157,23 +160,22 @@ def base_source(
 ) -> Source:
     """Name a base.
 
-    Its id is that of the cache that it lies in, or what the adapter's config calls its base, unless that is by its name a model in
-    another encoding. What its own config says that it was loaded from may be the model that it was trained from, and counts only
-    where it has the name of the directory.
+    Its id is that of the cache that it lies in, or what the adapter's config or its own calls it, where that is by its last part the
+    name of the directory: it may have been trained from what its own config names, or the adapter on another model. By its name a model
+    in another encoding is another.
     """
     stated = adapter_config.get("base_model_name_or_path")
-    model_id = None if bool(named_encoding(str(stated))) != bool(stored_encoding(config)) else hub_id(stated)
-    if model_id is None:
-        loaded_from = hub_id(config.get("_name_or_path"))
-        if loaded_from is not None and loaded_from.rpartition("/")[2] == path.resolve().name:
-            model_id = loaded_from
-    return _source(path, identity, model_id)
+    model_id = None if bool(named_encoding(str(stated))) != bool(stored_encoding(config)) else hub_id(stated, path)
+    return _source(path, identity, model_id or hub_id(config.get("_name_or_path"), path))
 
 
 def adapter_source(path: Path, identity: Mapping[str, Any]) -> Source:
     """Name an adapter, or a fine-tuned model in its place."""
     # A config may call its base by a path.
-    return _source(path, {k: v for k, v in identity.items() if k != "base_model_name_or_path"})
+    source = _source(path, {k: v for k, v in identity.items() if k != "base_model_name_or_path"})
+    if named := stated_name(identity.get("base_model_name_or_path")):
+        source["base_model_name_or_path"] = named
+    return source
 
 
 def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None) -> Source:
