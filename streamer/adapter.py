@@ -19,7 +19,7 @@ from streamer.bases.weight import Part
 from streamer.dora import dora_delta
 from streamer.encodings import encoding_of
 from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
-from streamer.findings_records import AdapterIdentity
+from streamer.identities import AdapterIdentity
 from streamer.kinds import FACTORS, classify, config_refusals, is_residual, normalize
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank

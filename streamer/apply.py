@@ -32,18 +32,9 @@ from streamer.merging import Exchanged, Rounded, Shifted, repeats, threads
 from streamer.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
 from streamer.pipeline import detect_matrix, findings_bytes
 from streamer.plan import Plan, left_out, other_files
-from streamer.records import (
-    SCHEMA,
-    STAMP,
-    DetectionRecord,
-    MatrixRecord,
-    Record,
-    Totals,
-    detection_record,
-    mitigation_json,
-    stamp,
-)
+from streamer.records import SCHEMA, MitigatedMatrix, Record, Totals
 from streamer.side_files import with_tokenizer
+from streamer.stamps import STAMP, DetectionRecord, detection_record, mitigation_json, stamp
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
@@ -205,7 +196,7 @@ class ModelSink:
         """Memory for each matrix."""
         return merging_needs(self.job, self.model)
 
-    def source(self, name: str, figures: list[MatrixRecord]) -> Source:
+    def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
         """Bytes of each tensor of one shard; appends the figures of merged matrices."""
         outputs = {o.name: o for o in self.model.files[name]}
 
@@ -242,11 +233,11 @@ class Sink(Protocol):
     def needs(self) -> Iterator[Need]:
         """Memory for each matrix."""
 
-    def source(self, name: str, figures: list[MatrixRecord]) -> Source:
+    def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
         """Bytes of each tensor of one file; appends the figures of its matrices."""
 
 
-def make_record(sink: Sink, certified: int, sums: Totals, matrices: Sequence[MatrixRecord] = ()) -> Record:
+def make_record(sink: Sink, certified: int, sums: Totals, matrices: Sequence[MitigatedMatrix] = ()) -> Record:
     """The record of an output, but for its files."""
     job = sink.job
     base, adapter = job.plan.sources

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamer.records import MatrixRecord, Record, Source, Totals
+from streamer.records import MitigatedMatrix, Record, Totals
+from streamer.sources import Source
 
 CARD_NAME = "README.md"
 
@@ -256,7 +257,7 @@ def command_line(record: Record) -> str:
     return shlex.join(words)
 
 
-def longest_matrices(matrices: int) -> list[MatrixRecord]:
+def longest_matrices(matrices: int) -> list[MitigatedMatrix]:
     """Make figures of which as many have intruders as may."""
     return [{"tensor": "", "module": "", "intruders": [0], "certified": True, "delta_norm": 1.0, "delta_norm_after": 1.0,
              "dropped": 1.0}] * matrices  # fmt: skip

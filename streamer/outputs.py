@@ -21,7 +21,7 @@ from streamer.findings_file import remove_leftovers
 from streamer.merging import threads
 from streamer.model_card import CARD_NAME
 from streamer.pipeline import detect_to_files
-from streamer.records import MatrixRecord, Record, Written, certified_count
+from streamer.records import MitigatedMatrix, Record, Written, certified_count
 from streamer.storage.atomic import AtomicFile, Buffer, locked
 from streamer.storage.header import TensorInfo
 from streamer.storage.place import check_space
@@ -176,17 +176,17 @@ class _Run:
         for line in record["advice"][len(sink.advice) :]:
             self.monitor.emit(Event("note", line))
 
-    def _matrices(self, last: list[MatrixRecord] | None = None) -> list[MatrixRecord]:
+    def _matrices(self, last: list[MitigatedMatrix] | None = None) -> list[MitigatedMatrix]:
         """The figures of all matrices of finished files, and of the one in hand."""
         done = [name for name in self.sink.shards if last is None or name != self.sink.output.files[-1][0]]
         return [m for name in done for m in journalled(self.out.entry(name), self.out.path)] + (last or [])
 
-    def _record(self, matrices: list[MatrixRecord], nbytes: int = 0) -> Record:
+    def _record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
         record = make_record(self.sink, certified_count(matrices), totals(matrices, nbytes), matrices)
         record["advice"] = [*record["advice"], *advise(self.sink, matrices)]
         return record
 
-    def _write_card(self, matrices: list[MatrixRecord]) -> None:
+    def _write_card(self, matrices: list[MitigatedMatrix]) -> None:
         """Write the card, just before the commit point; one that an interrupted run has written stays, being the same."""
         card = self.sink.card
         if card is not None and CARD_NAME not in self._finished:
@@ -198,7 +198,7 @@ class _Run:
         job, base = self.sink.job, self.sink.job.plan.base
         ((key, value),) = job.stamp(self.sink.command).items()
         shard = self.sink.shards[name].with_metadata(key, value)
-        figures: list[MatrixRecord] = []
+        figures: list[MitigatedMatrix] = []
         pour = self.sink.source(name, figures)
 
         def source(info: TensorInfo) -> Generator[Buffer, None, None]:

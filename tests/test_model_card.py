@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import streamer
 from streamer.model_card import Card, _blocks, _merged_head, _with_tag
-from streamer.records import Source
+from streamer.sources import Source
 
 BASE = """---
 language:

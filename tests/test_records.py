@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import streamer
 from streamer.errors import OutputError
-from streamer.records import base_source
+from streamer.sources import base_source
 
 OTHER = (
     "import streamer.apply, streamer.findings_writer as w; streamer.apply.__version__ = w.__version__ = '0.10.0-rc1'"
