@@ -19,7 +19,7 @@ from streamer.intruders import back_project
 from streamer.linalg.operators import LowRank
 from streamer.modules import LoraModule
 from streamer.plan import left_out, other_files
-from streamer.records import MatrixRecord
+from streamer.records import MitigatedMatrix
 from streamer.side_files import own_tokenizer
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
@@ -56,6 +56,7 @@ class AdapterSink:
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
         self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
         self.to_lora: int | None = None
+        self.warnings: list[str] = []
         self.notes: list[str] = []
         self.advice: list[str] = []
         self.tokenizer: Literal["adapter", "base"] | None = own_tokenizer(self.copies)
@@ -77,7 +78,7 @@ class AdapterSink:
                 size += 2 * sum(plan.adapter.parts[name].info.nbytes for name in self._tensors(target))
             yield Need(target.tensor, target.module.shape, resident + size)
 
-    def source(self, name: str, figures: list[MatrixRecord]) -> Source:
+    def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
         """Bytes of each tensor of the adapter's file; appends each matrix's figures. What is no factor keeps its bytes."""
         file = self.job.plan.adapter.file
 
@@ -103,7 +104,7 @@ class AdapterSink:
         mirror = self._mirror(target)
         return [target.module.a, target.module.b, *([mirror.a, mirror.b] if mirror else [])]
 
-    def _all_factors(self, targets: list[Target], figures: list[MatrixRecord]) -> dict[str, Tensor]:
+    def _all_factors(self, targets: list[Target], figures: list[MitigatedMatrix]) -> dict[str, Tensor]:
         """The tensors that hold the factors of these targets: of one module, or of all experts of a layer; empty ones stay as they are."""
         new = [(target.module, self._factors(target, figures)) for target in targets]
         module, factors = new[0]
@@ -121,7 +122,7 @@ class AdapterSink:
                     whole[name][part] = factors[name]
         return whole
 
-    def _factors(self, target: Target, figures: list[MatrixRecord]) -> dict[str, Tensor]:
+    def _factors(self, target: Target, figures: list[MitigatedMatrix]) -> dict[str, Tensor]:
         module = target.module
         delta, after, found = self.job.mitigated(target)
         if after is delta:

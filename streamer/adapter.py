@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from streamer.bases.weight import Part
+from streamer.carried import carried_tensor
 from streamer.dora import dora_delta
 from streamer.encodings import encoding_of
 from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
-from streamer.findings_records import AdapterIdentity
+from streamer.identities import AdapterIdentity
 from streamer.kinds import FACTORS, classify, config_refusals, is_residual, normalize
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank
@@ -172,7 +173,10 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
     if not modules and not wrapped:
         what = "lora_A and lora_B" if method is None else method.title
         raise InputError(f"{file.path}: expected {what} tensors, found none; is this the adapter?")
-    carried = tuple(_carried(role, match, source, modules, file, config) for role, match, source in rest)
+    carried = tuple(
+        carried_tensor(role, match, source, modules, file.path, config, path / CONFIG_NAME)
+        for role, match, source in rest
+    )
     seen: dict[tuple[str, str], str] = {}
     for c in carried:
         other = seen.setdefault((c.role, c.name), c.source)
@@ -265,40 +269,6 @@ def _method(name: str, tensors: Mapping[str, str], file: TensorFile, config: Map
             config_number(config, "alpha_pattern", "alpha", name, where) / rank if rank else 0.0, name, where
         )
     return MethodModule(name, key, dict(tensors), shapes, rank, scale)
-
-
-def _carried(
-    role: str,
-    match: re.Match[str],
-    source: str,
-    modules: Mapping[str, Module],
-    file: TensorFile,
-    config: Mapping[str, Any],
-) -> Carried:
-    groups = match.groupdict()
-    module = groups.get("module") or source
-    if role == "lora_bias":
-        if module not in modules:
-            raise FormatError(f"{file.path}: {source!r} has no lora_A and lora_B beside it; save the adapter again")
-        return Carried(role, module, "bias", source, modules[module].scale)
-    if role == "tokens":
-        return Carried(
-            role, module, "weight", source, indices=_token_indices(config, module, file.path.with_name(CONFIG_NAME))
-        )
-    return Carried(role, module, groups.get("parameter") or "weight", source)
-
-
-def _token_indices(config: Mapping[str, Any], module: str, where: Path) -> tuple[int, ...]:
-    """The rows that trained tokens replace: PEFT stores them in the config, for the input embedding or by module."""
-    stated = config.get("trainable_token_indices")
-    if isinstance(stated, dict):
-        stated = next((v for key, v in stated.items() if f".{module}".endswith(f".{key}")), None)
-    numbers = [i for i in stated if type(i) is int and i >= 0] if isinstance(stated, list) else []
-    if not numbers or numbers != stated or len(set(numbers)) != len(numbers):
-        raise FormatError(
-            f"{where}: trainable_token_indices: expected the rows of {module!r} as different numbers, found {stated!r}"
-        )
-    return tuple(numbers)
 
 
 def _module(name: str, factors: Mapping[str, str], file: TensorFile, config: Mapping[str, Any]) -> LoraModule:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from streamer.apply import Sink
 from streamer.converted import refusal
-from streamer.records import MatrixRecord
+from streamer.records import MitigatedMatrix
 
 DROPPED = 0.01
 """Relative norm that a projection onto an adapter's rank may drop of a matrix before anything is said."""
 
 
-def advise(sink: Sink, matrices: Sequence[MatrixRecord]) -> list[str]:
+def advise(sink: Sink, matrices: Sequence[MitigatedMatrix]) -> list[str]:
     """Say how nothing would be dropped, where the rank of a mitigated adapter drops more than a percent of some matrix.
 
     The paper's method adds a direction of its own for each intruder that it scales, so that a delta of rank r with q of them fits a

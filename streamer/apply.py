@@ -31,21 +31,12 @@ from streamer.linalg.precision import threads
 from streamer.matrix_finding import MatrixFinding
 from streamer.merged import MergedModel, plan_merged
 from streamer.merging import Exchanged, Rounded, Shifted, repeats
-from streamer.model_card import CARD_NAME, Card, longest_totals, take_original
+from streamer.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
 from streamer.pipeline import detect_matrix, findings_bytes
 from streamer.plan import Plan, left_out, other_files
-from streamer.records import (
-    SCHEMA,
-    STAMP,
-    DetectionRecord,
-    MatrixRecord,
-    Record,
-    Totals,
-    detection_record,
-    mitigation_json,
-    stamp,
-)
+from streamer.records import SCHEMA, MitigatedMatrix, Record, Totals
 from streamer.side_files import with_tokenizer
+from streamer.stamps import STAMP, DetectionRecord, detection_record, mitigation_json, stamp
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
@@ -195,7 +186,7 @@ class ModelSink:
         copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
         stale = [name for name, _ in copies if job.dequantize and name in STALE]
         self.copies = [c for c in copies if c[0] not in stale]
-        self.copies, self.tokenizer, says = with_tokenizer(job.plan, self.copies)
+        self.copies, self.tokenizer, self.warnings, says = with_tokenizer(job.plan, self.copies)
         self.to_lora: int | None = None
         self.notes = [*job.plan.changes.notes, *self.model.head.notes, *says]
         self.advice = list(self.model.head.advice)
@@ -210,7 +201,7 @@ class ModelSink:
         """Memory for each matrix."""
         return merging_needs(self.job, self.model)
 
-    def source(self, name: str, figures: list[MatrixRecord]) -> Source:
+    def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
         """Bytes of each tensor of one shard; appends the figures of merged matrices."""
         outputs = {o.name: o for o in self.model.files[name]}
 
@@ -236,6 +227,7 @@ class Sink(Protocol):
     finals: Mapping[str, bytes]
     copies: list[tuple[str, Path]]
     left_out: list[str]
+    warnings: list[str]
     notes: list[str]
     advice: list[str]
     tokenizer: Literal["adapter", "base"] | None
@@ -246,11 +238,11 @@ class Sink(Protocol):
     def needs(self) -> Iterator[Need]:
         """Memory for each matrix."""
 
-    def source(self, name: str, figures: list[MatrixRecord]) -> Source:
+    def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
         """Bytes of each tensor of one file; appends the figures of its matrices."""
 
 
-def make_record(sink: Sink, certified: int, sums: Totals, matrices: Sequence[MatrixRecord] = ()) -> Record:
+def make_record(sink: Sink, certified: int, sums: Totals, matrices: Sequence[MitigatedMatrix] = ()) -> Record:
     """The record of an output, but for its files."""
     job = sink.job
     base, adapter = job.plan.sources
@@ -258,7 +250,7 @@ def make_record(sink: Sink, certified: int, sums: Totals, matrices: Sequence[Mat
     return {"schema": SCHEMA, "command": sink.command, "version": __version__, "base": base, "adapter": adapter,
             "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
             "lambda": options["lambda"], "to_lora": sink.to_lora, "dequantize": job.dequantize, "totals": sums,
-            "warnings": list(job.plan.notes), "notes": sink.notes, "advice": sink.advice, "left_out": sink.left_out,
+            "warnings": [*job.plan.notes, *sink.warnings], "notes": sink.notes, "advice": sink.advice, "left_out": sink.left_out,
             "carried": job.plan.changes.listed(job.plan.base), "tokenizer": sink.tokenizer, "matrices": list(matrices)}  # fmt: skip
 
 
@@ -272,7 +264,7 @@ def plan_card(sink: Sink, pipeline: str = "") -> tuple[Card | None, list[tuple[s
         return None, copies
     shapes = [t.module.shape for t in job.plan.targets]
     sums = longest_totals(len(shapes), sum(map(job.detection.directions, shapes)))
-    longest = make_record(sink, len(shapes), sums)
+    longest = make_record(sink, len(shapes), sums, longest_matrices(len(shapes)))
     return Card(original, *job.plan.sources, sink.command, pipeline, longest, job.plan.adapter.is_model), copies
 
 

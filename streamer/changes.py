@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from streamer.adapter import CONFIG_NAME, Adapter
 from streamer.bases.weight import Part
 from streamer.encodings import encoding_of
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.modules import Carried
-from streamer.records import CarriedRecord
 from streamer.renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
@@ -43,6 +42,14 @@ VOCABULARY = {
     "output",
 }
 """Last names of the modules whose rows are the vocabulary: these may grow or shrink."""
+
+
+class CarriedRecord(TypedDict):
+    """What an adapter's tensor that is no factor does to a tensor of the base."""
+
+    tensor: str
+    change: str
+    by: str
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from streamer.linalg.deltas import Delta, norm
 from streamer.linalg.operators import Dense, LowRank
 from streamer.linalg.svd import krylov_triplets
 from streamer.plan import Plan, left_out, other_files
-from streamer.records import MatrixRecord
+from streamer.records import MitigatedMatrix
 from streamer.renames import renames_for
 from streamer.side_files import own_tokenizer
 from streamer.storage.atomic import Buffer
@@ -71,6 +71,7 @@ class LoraSink:
         own = (WEIGHTS_NAME, RECORD_NAME)
         self.left_out = [] if beside is None else [name for name in left_out(beside) if name not in own]
         self.to_lora: int | None = rank
+        self.warnings: list[str] = []
         self.notes: list[str] = []
         self.advice: list[str] = []
         self.tokenizer: Literal["adapter", "base"] | None = own_tokenizer(self.copies)
@@ -88,7 +89,7 @@ class LoraSink:
                 size += truncation_bytes(target.module.shape, self.rank, plan.weights[target.tensor].compute.itemsize)
             yield Need(target.tensor, target.module.shape, resident + size)
 
-    def source(self, name: str, figures: list[MatrixRecord]) -> Source:
+    def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
         """Bytes of each tensor; appends each matrix's figures, `dropped` being the relative norm of what the rank leaves out."""
 
         def pour(info: TensorInfo) -> Iterable[Buffer]:
@@ -101,7 +102,7 @@ class LoraSink:
 
         return pour
 
-    def _factors(self, target: Target, figures: list[MatrixRecord]) -> dict[str, Tensor]:
+    def _factors(self, target: Target, figures: list[MitigatedMatrix]) -> dict[str, Tensor]:
         delta, after, found = self.job.mitigated(target)
         nearest = truncated(after, self.rank, target.tensor)
         B, A = nearest.L.float(), nearest.R.T.float()

@@ -10,13 +10,13 @@ from streamer.errors import OutputError
 from streamer.intruders import Detection
 from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
-from streamer.records import MatrixRecord, Totals
+from streamer.records import MitigatedMatrix, Totals
 from streamer.targets import Target
 
 
 def matrix_figures(
     target: Target, delta: Delta, after: Delta, found: Detection | None, scale: str, dropped: float
-) -> MatrixRecord:
+) -> MitigatedMatrix:
     """What mitigation did to one matrix, as JSON values."""
     before = deltas.norm(delta)
     scaled = () if found is None else found.intruders if scale == "all" else found.intruders[:1]
@@ -31,9 +31,9 @@ def matrix_figures(
     }
 
 
-def journalled(entry: dict[str, Any], path: Path) -> list[MatrixRecord]:
+def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
     """The figures of a finished file's matrices."""
-    figures: list[MatrixRecord] = entry.get("matrices", [])
+    figures: list[MitigatedMatrix] = entry.get("matrices", [])
     numbers = ("delta_norm", "delta_norm_after", "dropped")
     try:
         good = all(
@@ -51,7 +51,7 @@ def journalled(entry: dict[str, Any], path: Path) -> list[MatrixRecord]:
     return figures
 
 
-def totals(matrices: list[MatrixRecord], nbytes: int) -> Totals:
+def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:
     """Sum the figures of all matrices of an output of so many bytes."""
     before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
     after = math.sqrt(sum(m["delta_norm_after"] ** 2 for m in matrices))

@@ -16,16 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 from streamer.encodings import as_bytes
 from streamer.errors import FormatError, MismatchError, UnknownNameError
 from streamer.findings_file import SCHEMA, matrix_entries, plan_findings_file, save_findings_file
-from streamer.findings_records import (
-    AdapterIdentity,
-    BaseIdentity,
-    FindingsRecord,
-    TotalsRecord,
-)
+from streamer.findings_records import FindingsRecord, TotalsRecord
 from streamer.findings_view import findings_frame, findings_html, index_of, indices_of, is_pattern, summary_lines
+from streamer.identities import AdapterIdentity, BaseIdentity
 from streamer.intruders import DetectionOptions
 from streamer.matrix_finding import MatrixFinding, read_matrix
-from streamer.records import STAMP
+from streamer.stamps import STAMP
 from streamer.storage.atomic import Buffer
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensorfile import TensorFile

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from streamer.errors import InputError, OutputError, OutputExistsError, UsageError
-from streamer.findings_records import AdapterIdentity, BaseIdentity, MatrixFigures
+from streamer.findings_records import MatrixFigures
+from streamer.identities import AdapterIdentity, BaseIdentity
 from streamer.intruders import DetectionOptions
-from streamer.records import STAMP, Source, detection_record, stamp
+from streamer.sources import Source
+from streamer.stamps import STAMP, detection_record, stamp
 from streamer.storage.atomic import Buffer, locked, make_directory, partial_name, remove_partials
 from streamer.storage.header import TensorInfo
 from streamer.storage.place import check_name, check_place, check_space, refuse_address, refuse_symlink

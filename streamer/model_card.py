@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamer.records import Record, Source, Totals
+from streamer.records import MitigatedMatrix, Record, Totals
+from streamer.sources import Source
 
 CARD_NAME = "README.md"
 
@@ -123,7 +124,8 @@ def _merged_head(card: Card, blocks: dict[str, str]) -> str:
     """The head of a merged model's card: ours, and what of the base's is true of it."""
     ids = [s["model_id"] for s in (card.base, card.adapter) if "model_id" in s]
     kept = {key: blocks[key] for key in KEPT if key in blocks}
-    if "library_name" not in kept:
+    # Of another class than the base, the model is not its library's (sentence-transformers, say).
+    if card.pipeline or "library_name" not in kept:
         kept["library_name"] = "library_name: transformers\n"
     if card.pipeline:
         kept["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
@@ -191,10 +193,15 @@ def _name(source: Source) -> str:
 def _facts(record: Record) -> str:
     """What is known of how an output was made, as a table, a command, and advice."""
     base, adapter, totals = record["base"], record["adapter"], record["totals"]
-    detection = record["detection"]
+    detection, named = record["detection"], adapter.get("base_model_name_or_path")
     rows = [
         ("base", f"{_name(base)}, digest `{base['digest']}`"),
         ("adapter", f"{_name(adapter)}, digest `{adapter['digest']}`"),
+        *(
+            [("trained on", f"the adapter's config names `{named}` as its base")]
+            if named not in (None, base["name"], base.get("model_id"))
+            else []
+        ),
         ("method", f"{record['method']}, λ = {_number(record['lambda'])}, scale {record['scale']}"),
     ]
     if detection is not None:
@@ -202,7 +209,8 @@ def _facts(record: Record) -> str:
         rows += [
             ("judged", f"{_top(detection['top_k'])} of each matrix; an intruder has a similarity below "
                        f"ε = {_number(detection['threshold_epsilon'])}"),
-            ("intruders", f"{totals['intruders']} scaled in {n} matrices; {totals['changed']} matrices changed"),
+            ("intruders", f"{totals['intruders']} scaled in {sum(bool(m['intruders']) for m in record['matrices'])} of {n} matrices; "
+                          f"{totals['changed']} changed"),
             ("certified", f"the decisions on {detection['certified']} of {n} matrices, solver {detection['solver']}"),
         ]  # fmt: skip
     else:
@@ -247,6 +255,12 @@ def command_line(record: Record) -> str:
     if record["adapter"].get("base_is_residual"):
         words.append("--base-is-residual")
     return shlex.join(words)
+
+
+def longest_matrices(matrices: int) -> list[MitigatedMatrix]:
+    """Make figures of which as many have intruders as may."""
+    return [{"tensor": "", "module": "", "intruders": [0], "certified": True, "delta_norm": 1.0, "delta_norm_after": 1.0,
+             "dropped": 1.0}] * matrices  # fmt: skip
 
 
 def longest_totals(matrices: int, directions: int) -> Totals:

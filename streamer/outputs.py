@@ -21,7 +21,7 @@ from streamer.findings_file import remove_leftovers
 from streamer.linalg.precision import threads
 from streamer.model_card import CARD_NAME
 from streamer.pipeline import detect_to_files
-from streamer.records import MatrixRecord, Record, Written, certified_count
+from streamer.records import MitigatedMatrix, Record, Written, certified_count
 from streamer.storage.atomic import AtomicFile, Buffer, locked
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_plan import LOCK_NAME, finished_record, inspect_output, missing_bytes
@@ -59,6 +59,8 @@ def run_jobs(sinks: Sequence[Sink], monitor: Monitor, *, overwrite: bool = False
     ``streamer.json``. A finished output of the same plan is left as it is; its files' times become those of this run.
     """
     states = inspect_jobs(sinks, overwrite, resume)
+    for line in dict.fromkeys(line for sink in sinks for line in sink.warnings):
+        monitor.emit(Event("warning", line))
     todo = [sink for sink, state in zip(sinks, states, strict=True) if state != "done"]
     for sink in (sink for sink, state in zip(sinks, states, strict=True) if state == "done"):
         monitor.emit(Event("note", f"{sink.output.path} holds this very output already; nothing to do"))
@@ -166,17 +168,17 @@ class _Run:
         for line in record["advice"][len(sink.advice) :]:
             self.monitor.emit(Event("note", line))
 
-    def _matrices(self, last: list[MatrixRecord] | None = None) -> list[MatrixRecord]:
+    def _matrices(self, last: list[MitigatedMatrix] | None = None) -> list[MitigatedMatrix]:
         """The figures of all matrices of finished files, and of the one in hand."""
         done = [name for name in self.sink.shards if last is None or name != self.sink.output.files[-1][0]]
         return [m for name in done for m in journalled(self.out.entry(name), self.out.path)] + (last or [])
 
-    def _record(self, matrices: list[MatrixRecord], nbytes: int = 0) -> Record:
+    def _record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
         record = make_record(self.sink, certified_count(matrices), totals(matrices, nbytes), matrices)
         record["advice"] = [*record["advice"], *advise(self.sink, matrices)]
         return record
 
-    def _write_card(self, matrices: list[MatrixRecord]) -> None:
+    def _write_card(self, matrices: list[MitigatedMatrix]) -> None:
         """Write the card, just before the commit point; one that an interrupted run has written stays, being the same."""
         card = self.sink.card
         if card is not None and CARD_NAME not in self._finished:
@@ -188,7 +190,7 @@ class _Run:
         job, base = self.sink.job, self.sink.job.plan.base
         ((key, value),) = job.stamp(self.sink.command).items()
         shard = self.sink.shards[name].with_metadata(key, value)
-        figures: list[MatrixRecord] = []
+        figures: list[MitigatedMatrix] = []
         pour = self.sink.source(name, figures)
 
         def source(info: TensorInfo) -> Generator[Buffer, None, None]:

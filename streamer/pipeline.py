@@ -30,7 +30,7 @@ from streamer.linalg.operators import Dense, Matrix, RowBlocks
 from streamer.linalg.precision import threads
 from streamer.matrix_finding import MatrixFinding
 from streamer.plan import Plan
-from streamer.records import in_short
+from streamer.sources import in_short
 from streamer.staging import Staged, Stager, read_ahead
 from streamer.storage.atomic import make_directory, partials_of
 from streamer.storage.place import allocated_bytes, check_space, touch

@@ -22,14 +22,14 @@ from streamer.bases.weight import Part
 from streamer.changes import Changes, match_changes
 from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.experts import expert_weight, match_experts, parameters_of
-from streamer.findings_records import AdapterIdentity, BaseIdentity
+from streamer.identities import AdapterIdentity, BaseIdentity
 from streamer.intruders import DetectionOptions
 from streamer.linalg.deltas import Delta
 from streamer.modules import LoraModule
 from streamer.names import match_names
 from streamer.provenance import mitigated_before, provenance_notes
-from streamer.records import Source, adapter_source, base_source
 from streamer.renames import renames_for
+from streamer.sources import Source, adapter_source, base_source
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensorfile import IOMode, Stamp, file_stamp, open_regular
 from streamer.targets import Place, Target, match_targets, stores_conv1d

@@ -10,6 +10,12 @@ from typing import Any
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+_NAME = re.compile(rf"{_ID.pattern}|[A-Za-z0-9][\w.-]*")
+
+DIRECTORIES = {"base", "checkpoint", "checkpoints", "ckpt", "ckpts", "data", "llms", "merged", "model", "models", "out", "output",
+               "outputs", "results", "runs", "tmp", "weights"}  # fmt: skip
+"""Names of directories in which models lie, as against owners on the hub."""
+
 # What a model's name says of its encoding, as quantized copies are named; a whole word of the name each.
 NAMED = (
     (r"gptq", "gptq"),
@@ -91,9 +97,25 @@ def mitigated_before(metadata: Mapping[str, str]) -> list[str]:
     return [f"the adapter is mitigated already, {how}: lambda 1 takes it as it is, any other comes on top"]
 
 
-def hub_id(stated: object) -> str | None:
-    """A model's id on the hub, ``owner/name``, if a config states what looks like one. A relative path of two parts does as well."""
-    return stated if isinstance(stated, str) and _ID.fullmatch(stated) else None
+def hub_id(stated: object, path: Path) -> str | None:
+    """Take what a config calls a model for its id on the hub, ``owner/name``, where that may be said of the one at `path`.
+
+    A relative path of two parts looks like an id. It is taken for one where it ends in the model's name, and is not where the model lies
+    nor below a directory as people call those of models; what merely may exist decides nothing, so that the same inputs are called the
+    same wherever a run is begun.
+    """
+    if not isinstance(stated, str) or not _ID.fullmatch(stated):
+        return None
+    owner, _, name = stated.partition("/")
+    lies = path.resolve()
+    if name != lies.name or owner == lies.parent.name or owner.lower() in DIRECTORIES:
+        return None
+    return stated
+
+
+def stated_name(stated: object) -> str | None:
+    """What a config calls a model, where that is a name, or looks like an id, and no path of a machine."""
+    return stated if isinstance(stated, str) and _NAME.fullmatch(stated) else None
 
 
 def cached_model(path: Path) -> tuple[str, str] | None:

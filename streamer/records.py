@@ -1,66 +1,19 @@
-"""What an output says of itself: its record, ``streamer.json``, and the stamp in the metadata of its safetensors files.
-
-Both name the inputs by the names of their directories, by their ids on the hub where these are known, and by digests; never by paths,
-so that the same inputs give the same bytes on any machine.
-"""
+"""What an output says of itself: its record, ``streamer.json``, as types of JSON values; the stamp of its files is in `stamps`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from collections.abc import Sequence
+from typing import Literal, TypedDict
 
-from streamer import __version__
+from streamer.changes import CarriedRecord
 from streamer.events import OutputState
-from streamer.intruders import DetectionOptions, MitigationOptions
-from streamer.provenance import cached_model, hub_id, named_encoding, stored_encoding
+from streamer.sources import Source
+from streamer.stamps import DetectionRecord
 
 SCHEMA = "streamer.output/2"
 
-STAMP = "streamer"
-"""The key of the stamp in a file's metadata."""
 
-DIGEST_CHARACTERS = 16
-"""Hexadecimal characters of an input's digest: enough to tell any two apart, and short enough to be read out."""
-
-
-class Source(TypedDict, total=False):
-    """An input: its name, and what tells it from others.
-
-    Attributes
-    ----------
-    name
-        Of its directory or file; of a model in the hub's cache, the last part of its id.
-    model_id, revision
-        On the hub, where they are known.
-    digest
-        The first characters of the SHA-256 of the identity.
-    """
-
-    name: str
-    model_id: str
-    revision: str
-    digest: str
-    files: list[dict[str, Any]]
-    weights_sha256: str
-    config_sha256: str
-    modules: int
-    base_is_residual: bool
-
-
-class DetectionRecord(TypedDict):
-    """How the intruders were found; `certified` of the `matrices` have decisions that are certified."""
-
-    top_k: int | float
-    threshold_epsilon: float
-    solver: str
-    certified: int
-    matrices: int
-
-
-class MatrixRecord(TypedDict):
+class MitigatedMatrix(TypedDict):
     """What mitigation did to one matrix.
 
     Attributes
@@ -95,14 +48,6 @@ class Totals(TypedDict):
     bytes: int
 
 
-class CarriedRecord(TypedDict):
-    """What an adapter's tensor that is no factor does to a tensor of the base."""
-
-    tensor: str
-    change: str
-    by: str
-
-
 class FileRecord(TypedDict):
     """A file of the output."""
 
@@ -133,7 +78,7 @@ Record = TypedDict(
         "left_out": list[str],
         "carried": list[CarriedRecord],
         "tokenizer": Literal["adapter", "base"] | None,
-        "matrices": list[MatrixRecord],
+        "matrices": list[MitigatedMatrix],
         "plan": str,
         "files": list[FileRecord],
     },
@@ -153,85 +98,6 @@ class Written(Record, total=False):
     state: OutputState
 
 
-def base_source(
-    path: Path, config: Mapping[str, Any], adapter_config: Mapping[str, Any], identity: Mapping[str, Any]
-) -> Source:
-    """Name a base.
-
-    Its id is that of the cache that it lies in, or what the adapter's config calls its base, unless that is by its name a model in
-    another encoding. What its own config says that it was loaded from may be the model that it was trained from, and counts only
-    where it has the name of the directory.
-    """
-    stated = adapter_config.get("base_model_name_or_path")
-    model_id = None if bool(named_encoding(str(stated))) != bool(stored_encoding(config)) else hub_id(stated)
-    if model_id is None:
-        loaded_from = hub_id(config.get("_name_or_path"))
-        if loaded_from is not None and loaded_from.rpartition("/")[2] == path.resolve().name:
-            model_id = loaded_from
-    return _source(path, identity, model_id)
-
-
-def adapter_source(path: Path, identity: Mapping[str, Any]) -> Source:
-    """Name an adapter, or a fine-tuned model in its place."""
-    # A config may call its base by a path.
-    return _source(path, {k: v for k, v in identity.items() if k != "base_model_name_or_path"})
-
-
-def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None) -> Source:
-    cached = cached_model(path)
-    source: dict[str, Any] = {"name": path.resolve().name}
-    if cached is not None:
-        model_id = cached[0]
-        source["name"] = model_id.rpartition("/")[2]
-    if model_id is not None:
-        source["model_id"] = model_id
-    if cached is not None:
-        source["revision"] = cached[1]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return cast(Source, {**source, "digest": digest[:DIGEST_CHARACTERS], **identity})
-
-
-def in_short(source: Source) -> dict[str, str]:
-    """A source's name, id and digest, without its identity."""
-    return {key: str(source[key]) for key in ("name", "model_id", "revision", "digest") if key in source}
-
-
-def detection_record(options: DetectionOptions, certified: int, matrices: int) -> DetectionRecord:
-    """How the intruders of an output were found."""
-    return {
-        "top_k": options.top_k,
-        "threshold_epsilon": options.threshold_epsilon,
-        "solver": options.solver,
-        "certified": certified,
-        "matrices": matrices,
-    }
-
-
-def stamp(
-    command: str,
-    base: Source,
-    adapter: Source,
-    detection: DetectionRecord | None = None,
-    mitigation: MitigationOptions | None = None,
-) -> str:
-    """What a file's metadata says of how it was made, as JSON."""
-    tree: dict[str, Any] = {
-        "version": __version__,
-        "command": command,
-        "base": in_short(base),
-        "adapter": in_short(adapter),
-    }
-    if mitigation is not None:
-        tree |= mitigation_json(mitigation)
-    tree["detection"] = detection
-    return json.dumps(tree, ensure_ascii=False)
-
-
-def mitigation_json(options: MitigationOptions) -> dict[str, Any]:
-    """How intruders were scaled, by the names that are written and printed."""
-    return {"method": options.method, "scale": options.scale, "lambda": options.mitigation_lambda}
-
-
-def certified_count(matrices: Sequence[MatrixRecord]) -> int:
+def certified_count(matrices: Sequence[MitigatedMatrix]) -> int:
     """How many matrices have certified decisions."""
     return sum(m["certified"] is True for m in matrices)

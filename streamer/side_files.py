@@ -34,10 +34,12 @@ VOCABULARIES = {
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
+ADDED_TOKENS = "added_tokens.json"
+
 TOKENIZER = VOCABULARIES | {
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
-    "added_tokens.json",
+    ADDED_TOKENS,
     "merges.txt",
     "normalizer.json",
     "target.spm",
@@ -69,46 +71,45 @@ _TOKEN = re.compile(rb'\s*"(?:[^"\\]|\\.)*+"\s*:\s*(\d+)\s*([,}])')
 _PIECE = re.compile(rb'\s*\[\s*"(?:[^"\\]|\\.)*+"\s*,\s*[-+\d.eE]+\s*\]\s*([,\]])')
 
 
-def with_tokenizer(plan: Plan, copies: Copies) -> tuple[Copies, Literal["adapter", "base"] | None, list[str]]:
+def with_tokenizer(
+    plan: Plan, copies: Copies
+) -> tuple[Copies, Literal["adapter", "base"] | None, list[str], list[str]]:
     """Put the adapter's tokenizer in the place of the base's, among the files that a merged model takes along.
 
     Returns
     -------
-    copies, tokenizer, notes
-        The files, whose tokenizer is among them, and why it is not the adapter's where parts of one stand there.
+    copies, tokenizer, warnings, notes
+        The files, whose tokenizer is among them, and why it is not the adapter's where parts of one stand there: a warning where that
+        may have tokens that the other does not have.
     """
     stays: Literal["adapter", "base"] | None = "base" if any(map(_is_tokenizer, _names(copies))) else None
     beside, base = plan.adapter.path, plan.base.directory
     if plan.adapter.is_model:
-        return copies, "adapter" if stays else None, []
+        return copies, "adapter" if stays else None, [], []
     if base is not None and base.resolve() == beside.resolve():
-        return copies, stays, []
+        return copies, stays, [], []
     own = [c for c in other_files(beside) if _is_tokenizer(c[0])]
     if not own:
-        return copies, stays, []
+        return copies, stays, [], []
     has = {name for name, _ in own}
     lacks = "a vocabulary" if not has & VOCABULARIES else "" if TOKENIZER_CONFIG in has else TOKENIZER_CONFIG
     kept = "the tokenizer is the base's" if stays else "none is taken along"
     if lacks:
-        return (
-            copies,
-            stays,
-            [f"the adapter has {own[0][0]} beside it but no whole tokenizer ({lacks} is missing): {kept}"],
-        )
+        says = f"the adapter has {own[0][0]} beside it but no whole tokenizer ({lacks} is missing): {kept}"
+        if has.isdisjoint(VOCABULARIES | {ADDED_TOKENS}):
+            return copies, stays, [], [says]
+        return copies, stays, [f"{says}, and tokens that were added for training are not known to the merged model"], []
     tokens, rows = token_count(beside), _rows(plan)
     if tokens is not None and rows is not None and tokens > rows:
-        return (
-            copies,
-            stays,
-            [
-                f"the adapter's tokenizer has {tokens} tokens and the merged embedding {rows} rows: {kept}, and the tokens that were "
-                "added for training are not known to the merged model"
-            ],
+        says = (
+            f"the adapter's tokenizer has {tokens} tokens and the merged embedding {rows} rows: {kept}, and the tokens that were "
+            "added for training are not known to the merged model"
         )
+        return copies, stays, [says], []
     processor = [c for c in other_files(beside) if c[0] in PROCESSOR]
     drop = PROCESSOR if processor else set[str]()
     rest = [c for c in copies if not _is_tokenizer(c[0]) and c[0] not in drop]
-    return sorted([*rest, *own, *processor]), "adapter", []
+    return sorted([*rest, *own, *processor]), "adapter", [], []
 
 
 def own_tokenizer(copies: Copies) -> Literal["adapter"] | None:

@@ -15,6 +15,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from streamer.units import listed, quoted
+
 LABEL_HEAD = re.compile(
     r"(?:^|\.)(?:score|classifier|qa_outputs|logits_proj|sequence_summary\.summary|"
     r"(?:classifier|classification_head)\.(?:out_proj|linear_out|1))\.(?P<parameter>weight|bias)$"
@@ -32,6 +34,13 @@ PIPELINES = {
 """PEFT's task types, and what the hub calls the same tasks."""
 
 LABEL_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+LANGUAGE_HEAD = re.compile(
+    r"(?:^|\.)(?:lm_head|\w*_lm_head|embed_out|output_projection|predictions|pred_layer|output_layer)\."
+)
+"""Names of transformers' heads for language: a row a token."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,11 @@ class Head:
 
 @cache
 def table() -> dict[str, Any]:
-    """The facts: ``names`` by model type, and ``tasks``: by PEFT's task type the forms of class names, and the model types of each."""
+    """Read the facts.
+
+    ``names`` by model type; ``tasks``: by PEFT's task type the forms of class names, and the model types of each; ``ties``: by task the
+    model types whose head is nothing but the embedding where the two are tied, by ``default`` or where a config has ``stated`` it.
+    """
     data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("auto_classes.json").read_text())
     return data
 
@@ -109,13 +122,28 @@ def implied_head(
             advice.append(f"the base has no config.json: load the model with a config of num_labels={labels}")
         return Head(config, advice=tuple(advice))
     if labels is not None and _set_labels(out, labels):
-        notes.append(f"config.json says {labels} labels, as many as the saved head has rows")
+        many, rows = ("1 label", "1 row") if labels == 1 else (f"{labels} labels", f"{labels} rows")
+        notes.append(f"config.json says {many}: the saved head has {rows}")
+    elif labels is not None and (kept := _own_names(config)):
+        advice.append(
+            f"config.json keeps the base's names of labels ({listed(kept)}), being as many as the saved head has rows: where the "
+            "adapter was trained on other labels, set id2label and label2id"
+        )
     cls = auto_class(config.get("model_type"), task)
     stated = config.get("architectures")
     old = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
-    if cls is not None and cls != old and _is_meant(str(task), old, config.get("model_type"), saved, heads):
-        out["architectures"] = [cls]
-        notes.append(f"config.json says {cls}, by the adapter's task {task}" + (f", in place of {old}" if old else ""))
+    if cls is not None and cls != old and _fits_task(str(task), old, config.get("model_type"), saved):
+        if not _has_head(str(task), config, names):
+            if task in LANGUAGE_TASKS:
+                advice.append(
+                    f"the adapter is for {task}, and neither it nor the base has the head of {cls}, which loading would make of random "
+                    f"values: config.json keeps {old or 'no class'}; merge into the model that the adapter was trained on"
+                )
+        else:
+            out["architectures"] = [cls]
+            notes.append(
+                f"config.json says {cls}, by the adapter's task {task}" + (f", in place of {old}" if old else "")
+            )
     elif cls is None and labels is not None and not re.search(r"Classification|QuestionAnswering", old):
         why = (
             "the adapter's config names no task"
@@ -145,17 +173,34 @@ def _pads(heads: Collection[str]) -> bool:
     return any(re.search(r"(?:^|\.)score\.weight$", name) for name in heads)
 
 
-def _is_meant(
-    task: str, old: str, model_type: object, saved: Mapping[str, tuple[int, ...]], heads: Collection[str]
-) -> bool:
-    """Whether the class for the task is that of the merged model: its head is there, or nothing but the bare model was stated."""
+def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the class for the task may take the place of the one that was stated: nothing but the bare model, or a classifier."""
     if task in LABEL_TASKS:
-        return bool(heads)
-    bare = auto_class(model_type, "FEATURE_EXTRACTION")
+        return True
     if task == "FEATURE_EXTRACTION":
         return not old or bool(saved)
-    others = {auto_class(model_type, other) for other in LABEL_TASKS}
-    return not old or old == bare or old in others
+    others = {auto_class(model_type, other) for other in (*LABEL_TASKS, "FEATURE_EXTRACTION")}
+    return not old or old in others
+
+
+def _has_head(task: str, config: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Whether the merged model holds the head of the task's class, or a tie that makes it."""
+    if task in LABEL_TASKS:
+        return any(map(LABEL_HEAD.search, names))
+    if task not in LANGUAGE_TASKS or any(map(LANGUAGE_HEAD.search, names)):
+        return True
+    ties, model_type = table()["ties"][task], config.get("model_type")
+    holders = (config, config.get("text_config"))
+    stated = [c["tie_word_embeddings"] for c in holders if isinstance(c, Mapping) and "tie_word_embeddings" in c]
+    # Where a config states nothing, its class's default holds.
+    return model_type in ties["default"] if not stated else any(stated) and any(model_type in t for t in ties.values())
+
+
+def _own_names(config: Mapping[str, Any]) -> list[str]:
+    """The names that a config gives its labels; none where they are the numbered ones that transformers makes."""
+    names = config.get("id2label")
+    texts = [str(name) for name in names.values()] if isinstance(names, dict) else []
+    return [] if all(re.fullmatch(r"LABEL_\d+", text) for text in texts) else [quoted(text, 30) for text in texts]
 
 
 def _set_labels(config: dict[str, Any], labels: int) -> bool:

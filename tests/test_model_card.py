@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import three_shards
+from helpers import intruding_factors, power_law, three_shards, write_adapter
+from safetensors.torch import save_file
 
 import streamer
-from streamer.model_card import _blocks, _with_tag
+from streamer.model_card import Card, _blocks, _merged_head, _with_tag
+from streamer.sources import Source
 
 BASE = """---
 language:
@@ -67,7 +69,7 @@ def test_a_merged_model_is_not_passed_off_as_its_base(job: tuple[Path, Path], tm
     facts, _, rest = body.partition("# Card of the base model")
     assert "[some/base](https://huggingface.co/some/base), digest" in facts
     assert "| method | paper, λ = 0.5, scale all |" in facts
-    assert f"| intruders | {record['totals']['intruders']} scaled in 9 matrices; 9 matrices changed |" in facts
+    assert f"| intruders | {record['totals']['intruders']} scaled in 9 of 9 matrices; 9 changed |" in facts
     assert "the decisions on 9 of 9 matrices" in facts
     assert "streamer merge base adapter -o OUTPUT --lambda 0.5 --method paper" in facts
     assert "It scores 99 %." in rest
@@ -90,6 +92,36 @@ def test_a_mitigated_adapter_keeps_its_head(job: tuple[Path, Path], tmp_path: Pa
     }
     assert body.index("| back-projection | dropped at most") < body.index("# Mine")
     assert "`--method project`" in body  # what was recommended
+
+
+def test_matrices_with_intruders_are_counted(tmp_path: Path) -> None:
+    """Not all that were judged have some; where a card has room for all, it says how many do."""
+    tensors = {f"layers.{i}.weight": power_law(24, 20, seed=i).float() for i in range(12)}
+    factors = {f"layers.{i}": intruding_factors(24, 20, 3, seed=i) for i in range(12)}
+    for i in range(2, 12):
+        a, b = factors[f"layers.{i}"]
+        factors[f"layers.{i}"] = (a, 0 * b)
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    record = merge(tmp_path / "base", write_adapter(tmp_path / "adapter", factors, r=3), tmp_path / "out")
+    scaled = [m for m in record["matrices"] if m["intruders"]]
+    assert 0 < len(scaled) <= 2
+    text = (tmp_path / "out" / "README.md").read_text()
+    intruders = record["totals"]["intruders"]
+    assert f"| intruders | {intruders} scaled in {len(scaled)} of 12 matrices; {len(scaled)} changed |" in text
+
+
+def test_the_library_is_that_of_the_class(tmp_path: Path) -> None:
+    """A classifier made of a sentence encoder is none."""
+    source: Source = {"name": "x", "digest": "0"}
+    blocks = {
+        "library_name": "library_name: sentence-transformers\n",
+        "pipeline_tag": "pipeline_tag: sentence-similarity\n",
+    }
+    for pipeline, library in (("text-classification", "transformers"), ("", "sentence-transformers")):
+        head = yaml.safe_load(_merged_head(Card(b"", source, source, "merge", pipeline, {}), dict(blocks)))
+        assert head["library_name"] == library
+        assert head["pipeline_tag"] == (pipeline or "sentence-similarity")
 
 
 def test_no_card_leaves_it_as_it_is(job: tuple[Path, Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import streamer
 from streamer.errors import OutputError
-from streamer.records import base_source
+from streamer.sources import base_source
 
 OTHER = (
     "import streamer.apply, streamer.findings_writer as w; streamer.apply.__version__ = w.__version__ = '0.10.0-rc1'"
@@ -50,7 +50,7 @@ def single(tmp_path: Path) -> tuple[Path, Path]:
     (tmp_path / "one").mkdir()
     save_file(tensors, tmp_path / "one" / "model.safetensors", metadata={"format": "pt", "note": "the base's own"})
     (tmp_path / "one" / "README.md").write_text("---\nlicense: mit\n---\n# One\n")
-    return tmp_path / "one", write_adapter(tmp_path / "few", factors, r=3, base_model_name_or_path="some/model")
+    return tmp_path / "one", write_adapter(tmp_path / "few", factors, r=3, base_model_name_or_path="some/one")
 
 
 def test_every_file_is_stamped(single: tuple[Path, Path], tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_every_file_is_stamped(single: tuple[Path, Path], tmp_path: Path) -> Non
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "mit", findings=findings, top_k=3)
     streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", findings=findings, top_k=3)
     certified = sum(m.detection.certified for m in findings)
-    sources = {"base": ("one", "some/model"), "adapter": ("few", None)}
+    sources = {"base": ("one", "some/one"), "adapter": ("few", None)}
     for path, command in (("f.safetensors", "detect"), ("mit/adapter_model.safetensors", "mitigate"),
                           ("out/model.safetensors", "merge")):  # fmt: skip
         said = stamp(tmp_path / path)
@@ -99,19 +99,45 @@ def test_what_a_base_is_called(tmp_path: Path) -> None:
     cached.mkdir(parents=True)
     found = base_source(cached, {}, {"base_model_name_or_path": "an/other"}, {})
     assert (found["name"], found["model_id"], found["revision"]) == ("thing", "some/thing", "0123abc")
-    plain = tmp_path / "thing"
-    plain.mkdir()
+    bnb = {"quantization_config": {"quant_method": "bitsandbytes"}}
     calls = [
-        ({}, "some/thing", "some/thing"),
-        ({}, str(plain), None),
-        ({}, "./models/thing", None),
-        ({}, "some/thing-bnb-4bit", None),  # trained on its quantized copy, which this is not
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "some/thing-bnb-4bit", "some/thing-bnb-4bit"),
-        ({"_name_or_path": "some/thing"}, None, "some/thing"),
-        ({"_name_or_path": "some/parent"}, None, None),  # what it was trained from, perhaps
+        ("thing", {}, "some/thing", "some/thing"),
+        ("thing", {}, str(tmp_path / "thing"), None),
+        ("thing", {}, "./models/thing", None),
+        ("thing-ft", {}, "models/thing", None),  # another model than the one that it was trained on
+        ("own/thing", {}, "own/thing", None),  # where it lies, and so a path
+        ("thing", {}, "models/thing", None),
+        ("thing", {}, "some/thing-bnb-4bit", None),  # trained on its quantized copy, which this is not
+        ("thing-bnb-4bit", bnb, "some/thing-bnb-4bit", "some/thing-bnb-4bit"),
+        ("thing-bnb-4bit", {}, "some/thing-bnb-4bit", None),
+        ("thing", {"_name_or_path": "some/thing"}, None, "some/thing"),
+        ("thing", {"_name_or_path": "some/parent"}, None, None),  # what it was trained from, perhaps
     ]
-    for config, stated, expected in calls:
-        assert base_source(plain, config, {"base_model_name_or_path": stated}, {}).get("model_id") == expected
+    for directory, config, stated, expected in calls:
+        path = tmp_path / directory
+        path.mkdir(parents=True, exist_ok=True)
+        found = base_source(path, config, {"base_model_name_or_path": stated}, {}).get("model_id")
+        assert found == expected, (directory, stated)
+
+
+def test_what_a_base_is_not_called_is_said(single: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = single
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    said = {"models/llama": "models/llama", "llama": "llama", "some/one": None, "/data/llama": None, "../llama": None}
+    for n, (stated, named) in enumerate(said.items()):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": stated}))
+        record = streamer.merge_with_reduced_intruder_dimensions(
+            base, adapter, tmp_path / f"out{n}", mitigation_lambda=1
+        )
+        card = (tmp_path / f"out{n}" / "README.md").read_text()
+        assert (record["base"].get("model_id"), "base_model:" in card) == (
+            ("some/one", True) if stated == "some/one" else (None, False)
+        )
+        line = f"| trained on | the adapter's config names `{named}` as its base |"
+        assert (line in card) == (named is not None)
+        assert ("as its base" in card) == (named is not None)
+        assert "data/llama" not in card
+        assert "data/llama" not in (tmp_path / f"out{n}" / "streamer.json").read_text()
 
 
 @pytest.mark.parametrize("command", ["mitigate", "merge"])

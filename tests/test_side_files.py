@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from forks import server
 from helpers import three_shards
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -96,10 +97,31 @@ def test_why_not(job: tuple[Path, Path], tmp_path: Path) -> None:
     ]
     assert (tmp_path / "template" / "chat_template.jinja").read_text() == "base's template"
     save(adapter, "bpe", "adapter's", *(f"<{i}>" for i in range(20)))
-    record = merge(base, adapter, tmp_path / "larger")
+    with pytest.warns(streamer.StreamerWarning, match="tokens and the merged embedding 64 rows"):
+        record = merge(base, adapter, tmp_path / "larger")
     assert record["tokenizer"] == "base"
-    assert "tokens and the merged embedding 64 rows: the tokenizer is the base's" in record["notes"][0]
+    (line,) = record["warnings"]
+    assert "tokens and the merged embedding 64 rows: the tokenizer is the base's" in line
+    assert line in (tmp_path / "larger" / "README.md").read_text()
+    assert record["notes"] == []
     assert (tmp_path / "larger" / "vocab.txt").exists()
+
+
+@pytest.mark.parametrize("gone", ["tokenizer_config.json", "tokenizer.json"])
+def test_tokens_that_are_lost_are_a_warning(gone: str, job: tuple[Path, Path], tmp_path: Path) -> None:
+    """Half a tokenizer that may have tokens of its own, as against a chat template."""
+    base, adapter = job
+    save(adapter, "bpe", "adapter's", "<call>")
+    (adapter / "added_tokens.json").write_text('{"<call>": 61}')
+    (adapter / gone).unlink()
+    done = server().run("merge", base, adapter, "-o", tmp_path / "out", "--lambda", 1, "--quiet")
+    assert done.code == 0
+    (line,) = json.loads((tmp_path / "out" / "streamer.json").read_text())["warnings"]
+    assert line.endswith(
+        "the tokenizer is the base's, and tokens that were added for training are not known to the merged model"
+    )
+    assert len(line) <= 300
+    assert f"streamer: warning: {line}" in done.err
 
 
 def test_a_mitigated_adapter_keeps_its_own(job: tuple[Path, Path], tmp_path: Path) -> None:

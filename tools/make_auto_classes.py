@@ -7,12 +7,16 @@ python tools/make_auto_classes.py --check    # exit code 1 if the file is not wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).parent.parent / "streamer" / "auto_classes.json"
+
+KEY = "tie_word_embeddings"
 
 # PEFT's task types, and the auto class by which transformers loads a model for each.
 TASKS = {
@@ -46,8 +50,38 @@ def make_table() -> dict[str, Any]:
             regular = name is not None and cls.startswith(name)
             by_form.setdefault(f"*{cls.removeprefix(name or '')}" if regular else cls, []).append(model_type)
         tasks[task] = dict(sorted(by_form.items()))
+    ties = {task: _ties(heads[task], bare) for task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")}
     return {"source": f"transformers {transformers.__version__} (Apache-2.0), modeling_auto", "names": names,
-            "tasks": tasks}  # fmt: skip
+            "tasks": tasks, "ties": ties}  # fmt: skip
+
+
+def _ties(classes: Mapping[str, str], bare: Mapping[str, str]) -> dict[str, list[str]]:
+    """The model types whose head for a task is all the embedding, where they are tied: by default, or only where a config says so."""
+    import transformers
+
+    found: dict[str, list[str]] = {"default": [], "stated": []}
+    for model_type, name in sorted(classes.items()):
+        # Of models that need another package, or have no config by default, nothing is known; their errors are of many kinds.
+        with contextlib.suppress(Exception):
+            config = transformers.CONFIG_MAPPING[model_type]()
+            by_default = bool(getattr(config, KEY, False))
+            setattr(config, KEY, True)
+            rest = _parameters(name, config)
+            prefix = getattr(transformers, name).base_model_prefix + "."
+            if rest := {parameter for parameter in rest if not parameter.startswith(prefix)}:
+                rest -= _parameters(bare[model_type], config)
+            if not rest:
+                found["default" if by_default else "stated"].append(model_type)
+    return found
+
+
+def _parameters(name: str, config: Any) -> set[str]:
+    """Names of a model's parameters, one name of those that are tied."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        return {parameter for parameter, _ in getattr(transformers, name)._from_config(config).named_parameters()}
 
 
 def as_text(table: dict[str, Any]) -> str:
@@ -57,7 +91,8 @@ def as_text(table: dict[str, Any]) -> str:
     for n, (task, forms) in enumerate(table["tasks"].items()):
         body = ",\n".join(f"  {json.dumps(form)}: {json.dumps(types)}" for form, types in forms.items())
         lines.append(f" {json.dumps(task)}: {{\n{body}\n }}" + ("," if n + 1 < len(table["tasks"]) else ""))
-    return "\n".join([*lines, "}", "}", ""])
+    ties = ",\n".join(f" {json.dumps(task)}: {json.dumps(types)}" for task, types in table["ties"].items())
+    return "\n".join([*lines, "},", f'"ties": {{\n{ties}\n}}', "}", ""])
 
 
 def main() -> int:

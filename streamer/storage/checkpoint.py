@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamer.errors import FormatError, InputError, MissingInputError, StorageError, UnsupportedError
-from streamer.findings_records import BaseIdentity
+from streamer.identities import BaseIdentity
 from streamer.storage.absent import absent
 from streamer.storage.header import TensorInfo, strict_json
 from streamer.storage.tensorfile import IOMode, TensorFile, open_regular

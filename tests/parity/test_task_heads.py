@@ -164,6 +164,49 @@ def test_a_pretrained_base(tmp_path: Path) -> None:
     assert loaded("a")["input_ids"] == transformers.AutoTokenizer.from_pretrained(minilm.BASE)("a")["input_ids"]
 
 
+def test_a_head_that_nobody_has_is_not_promised(tmp_path: Path) -> None:
+    """A causal adapter on a classifier: its class would be loaded with an lm_head of random values."""
+    torch.manual_seed(0)
+    case = Case("llama", {**LLAMA, "num_labels": 3}, "AutoModelForSequenceClassification", "CAUSAL_LM", ["q_proj"])
+    config = AutoConfig.for_model(case.model_type, **case.config)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    auto = transformers.AutoModelForCausalLM
+    trained(auto.from_pretrained(tmp_path / "base"), case, tmp_path / "adapter")
+    done = server().run(
+        "merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1, "--json"
+    )
+    assert done.code == 0, done.err
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForSequenceClassification"]
+    (line,) = json.loads(done.out)["advice"]
+    assert line.startswith(
+        "the adapter is for CAUSAL_LM, and neither it nor the base has the head of LlamaForCausalLM, which"
+    )
+    assert len(line) <= 300
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "more", "names", "is_there"),
+    [
+        ("llama", "CAUSAL_LM", {}, ("embed_tokens.weight",), False),
+        ("llama", "CAUSAL_LM", {"tie_word_embeddings": True}, ("embed_tokens.weight",), True),
+        ("llama", "CAUSAL_LM", {}, ("model.embed_tokens.weight", "lm_head.weight"), True),
+        ("gpt2", "CAUSAL_LM", {}, ("wte.weight",), True),
+        ("gpt2", "CAUSAL_LM", {"tie_word_embeddings": False}, ("wte.weight",), False),
+        ("bart", "SEQ_2_SEQ_LM", {}, ("shared.weight",), True),
+        ("t5", "SEQ_2_SEQ_LM", {}, ("shared.weight",), True),
+        # Of BERT's head a tie makes the last layer only.
+        ("bert", "CAUSAL_LM", {}, ("embeddings.word_embeddings.weight",), False),
+        ("bert", "CAUSAL_LM", {}, ("cls.predictions.transform.dense.weight",), True),
+    ],
+)
+def test_a_tie_makes_a_head(model_type: str, task: str, more: dict, names: tuple, is_there: bool) -> None:
+    bare = auto_class(model_type, "FEATURE_EXTRACTION")
+    head = implied_head({"model_type": model_type, "architectures": [bare], **more}, {"task_type": task}, {}, names)
+    assert head.config["architectures"] == [auto_class(model_type, task) if is_there else bare]
+    assert len(head.advice) == (not is_there)
+
+
 BERT = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
 CLASSIFIER = ("bert.pooler.dense.weight", "classifier.weight")
 
@@ -189,8 +232,7 @@ def test_what_cannot_be_known_is_said(config: dict, task: str | None, saved: dic
 @pytest.mark.parametrize(
     ("config", "task", "saved", "names", "changed"),
     [
-        # The base's names of labels stay where they are as many.
-        ({**BERT, "id2label": {"0": "no", "1": "yes"}}, "SEQ_CLS", {"classifier.weight": (2, 8)}, CLASSIFIER,
+        ({**BERT, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "SEQ_CLS", {"classifier.weight": (2, 8)}, CLASSIFIER,
          {"architectures": ["BertForSequenceClassification"]}),
         ({"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a"}, "num_labels": 1,
           "problem_type": "regression"}, "SEQ_CLS", {"classifier.weight": (2, 8)}, CLASSIFIER,
@@ -206,6 +248,28 @@ def test_what_a_config_says(config: dict, task: str, saved: dict, names: tuple, 
     gone = {"num_labels", "problem_type"} if "id2label" in changed else set()
     assert head.config == {k: v for k, v in config.items() if k not in gone} | changed
     assert head.advice == ()
+
+
+def test_names_of_labels_that_stay_are_said() -> None:
+    """As many labels are not the same labels: the adapter may have been trained for another task."""
+    config = {**BERT, "id2label": {"0": "NEGATIVE", "1": "POSITIVE"}}
+    head = implied_head(config, {"task_type": "SEQ_CLS"}, {"classifier.weight": (2, 8)}, CLASSIFIER)
+    assert head.config["id2label"] == config["id2label"]
+    (line,) = head.advice
+    assert line.startswith("config.json keeps the base's names of labels ('NEGATIVE', 'POSITIVE')")
+    longest = {str(i): 99 * "x" for i in range(999)}
+    (line,) = implied_head(
+        {**BERT, "id2label": longest}, {"task_type": "SEQ_CLS"}, {"classifier.weight": (999, 8)}, CLASSIFIER
+    ).advice
+    assert len(line) <= 300
+    # Not retrained, the base's head has the base's names.
+    assert implied_head(config, {"task_type": "SEQ_CLS"}, {}, CLASSIFIER).advice == ()
+
+
+@pytest.mark.parametrize(("rows", "words"), [(1, "says 1 label: the saved head has 1 row"), (3, "says 3 labels")])
+def test_labels_are_counted_in_words(rows: int, words: str) -> None:
+    head = implied_head(BERT, {"task_type": "SEQ_CLS"}, {"classifier.weight": (rows, 8)}, CLASSIFIER)
+    assert words in head.notes[0]
 
 
 def test_every_task_of_peft_is_known() -> None:
