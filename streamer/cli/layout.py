@@ -98,6 +98,8 @@ class Column:
         Whether cells are names of tensors, which can be shortened.
     foot
         The cell below the last row, of totals.
+    among
+        Of a column of names: all that there are, where the rows have some; shortened, a name is to be like no other.
     """
 
     head: str
@@ -107,6 +109,7 @@ class Column:
     left: bool = False
     names: bool = False
     foot: str = ""
+    among: Sequence[str] = ()
 
     @property
     def width(self) -> int:
@@ -122,15 +125,18 @@ class Column:
 def table(columns: Sequence[Column], width: int | None = None) -> str:
     """Set columns side by side, two spaces apart, and under them a legend of those that are shown."""
     shown = [replace(c, cells=[printable(text) for text in c.cells]) for c in columns]
+    left_out: list[str] = []
     if width is not None:
         while len(shown) > 1 and sum(c.least + 2 for c in shown) - 2 > width:
-            shown.remove(min(shown[1:], key=lambda c: c.keep))
+            least = min(shown[1:], key=lambda c: c.keep)
+            shown.remove(least)
+            left_out.append(least.head)
         names = [c for c in shown if c.names]
         spare = width - sum(c.least + 2 for c in shown) + 2
         for c in names:
             room = max(8, c.least + spare)
             spare = max(0, spare - (min(c.width, room) - c.least))
-            shown[shown.index(c)] = replace(c, head=c.head[:room], cells=shorten(c.cells, room))
+            shown[shown.index(c)] = replace(c, head=c.head[:room], cells=shorten(c.cells, room, c.among))
     lines = []
     rows = [[c.head for c in shown], ["-" * c.width for c in shown], *zip(*(c.cells for c in shown), strict=True)]
     if any(c.foot for c in shown):
@@ -142,6 +148,8 @@ def table(columns: Sequence[Column], width: int | None = None) -> str:
     if legend:
         indent = max(len(head) for head, _ in legend) + 2
         lines += ["", *(fit(f"{head:<{indent}}{about}", width, indent) for head, about in legend)]
+    if left_out:
+        lines += ["", fit(f"left out for want of room: {', '.join(left_out)}", width)]
     return "\n".join(lines)
 
 
@@ -159,14 +167,20 @@ def fit(text: str, width: int | None, indent: int = 2) -> str:
     return "\n".join(lines)
 
 
-def shorten(names: Sequence[str], width: int) -> list[str]:
-    """Shorten names of tensors alike to as many columns, so that they stay different; layer number and projection go last."""
+def shorten(names: Sequence[str], width: int, among: Sequence[str] = ()) -> list[str]:
+    """Shorten names of tensors alike to as many columns, so that they stay different; layer number and projection go last.
+
+    Parameters
+    ----------
+    among
+        All names that they are not to be taken for, themselves among them; by default they alone.
+    """
     if max(map(len, names), default=0) <= width:
         return list(names)
-    ways = _ways(names)
+    ways, every = _ways(names), {*names, *among}
     for way in ways:
         short = [way(name) for name in names]
-        if max(map(len, short)) <= width and len(set(short)) == len(set(names)):
+        if max(map(len, short)) <= width and len(set(map(way, every))) == len(every):
             return short
     return [_middle(ways[-1](name), width) for name in names]
 

@@ -27,7 +27,7 @@ def findings_table(
     found = [m.detection for m in chosen]
     decided = [_decided(m) for m in chosen]
     columns = [
-        Column("matrix", [m.tensor for m in chosen], left=True, names=True),
+        Column("matrix", [m.tensor for m in chosen], left=True, names=True, among=[m.tensor for m in every]),
         Column("shape", ["x".join(map(str, m.shape)) for m in chosen], "rows x columns", keep=1),
         Column("r", [str(m.rank or "-") for m in chosen], "rank of the adapter's factors", keep=2),
         Column("intruders", [str(len(d.intruders)) for d in found], "how many of the largest directions the base does not have",
@@ -54,6 +54,7 @@ def findings_table(
         summary += f"\nnot certified: {', '.join(some)}" + (
             f" and {len(open_ones) - 3} more" if len(open_ones) > 3 else ""
         )
+        summary += "; a direction that is left open there counts as no intruder, and another --epsilon may settle it"
     if written is not None:
         summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
     return _sections(
@@ -108,11 +109,17 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         columns.append(Column("dropped", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
     how = "method shrink, " if shrinks else f"method {record['method']}, scale {record['scale']}, "
     what = "each as a whole" if shrinks else f"{t['intruders']} intruders scaled"
+    if record["lambda"] == 1:
+        what = "since lambda 1 takes the adapter as it is"
     lines = [
         f"{stood(where, record['state'])}: {len(record['files'])} files, {format_size(t['bytes'])}",
-        f"{how}lambda {record['lambda']}: {t['changed']} of {t['matrices']} matrices changed, {what}",
-        f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; a uniform shrink of the whole adapter by "
-        f"{t['equal_norm_shrink']:.4f} has the same norm: the baseline for any claim",
+        f"{how}lambda {record['lambda']}: {t['changed']} of {t['matrices']} matrices mitigated, {what}",
+        f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}"
+        + (
+            ""
+            if shrinks
+            else f"; --method shrink --lambda {t['equal_norm_shrink']:.4f} gives the same norm: what to compare with"
+        ),
     ]
     if record["left_out"]:
         names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
