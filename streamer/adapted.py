@@ -56,7 +56,7 @@ class AdapterSink:
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
         self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
         self.to_lora: int | None = None
-        self.warnings: list[str] = []
+        self.warnings = job.warnings
         self.notes: list[str] = []
         self.advice: list[str] = []
         self.tokenizer: Literal["adapter", "base"] | None = own_tokenizer(self.copies)

@@ -34,6 +34,7 @@ from streamer.merging import Exchanged, Rounded, Shifted, repeats
 from streamer.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
 from streamer.pipeline import detect_matrix, findings_bytes
 from streamer.plan import Plan, left_out, other_files
+from streamer.provenance import mitigated_before
 from streamer.records import SCHEMA, MitigatedMatrix, Record, Totals
 from streamer.side_files import with_tokenizer
 from streamer.stamps import STAMP, DetectionRecord, detection_record, mitigation_json, stamp
@@ -93,6 +94,13 @@ class Job:
     def detects(self) -> bool:
         """Whether the job makes findings of its own."""
         return self.findings is None and self.options.needs_detection
+
+    @property
+    def warnings(self) -> list[str]:
+        """What mitigating is warned of: an adapter whose intruders were scaled before."""
+        if self.options.mitigation_lambda == 1:
+            return []
+        return mitigated_before(self.plan.adapter.files[0].header.metadata)
 
     def intruders(self, target: Target) -> int:
         """How many of them Δ' takes up, at most."""
@@ -186,7 +194,8 @@ class ModelSink:
         copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
         stale = [name for name, _ in copies if job.dequantize and name in STALE]
         self.copies = [c for c in copies if c[0] not in stale]
-        self.copies, self.tokenizer, self.warnings, says = with_tokenizer(job.plan, self.copies)
+        self.copies, self.tokenizer, lost, says = with_tokenizer(job.plan, self.copies)
+        self.warnings = [*job.warnings, *lost]
         self.to_lora: int | None = None
         self.notes = [*job.plan.changes.notes, *self.model.head.notes, *says]
         self.advice = list(self.model.head.advice)

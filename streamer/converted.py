@@ -71,7 +71,7 @@ class LoraSink:
         own = (WEIGHTS_NAME, RECORD_NAME)
         self.left_out = [] if beside is None else [name for name in left_out(beside) if name not in own]
         self.to_lora: int | None = rank
-        self.warnings: list[str] = []
+        self.warnings = job.warnings
         self.notes: list[str] = []
         self.advice: list[str] = []
         self.tokenizer: Literal["adapter", "base"] | None = own_tokenizer(self.copies)

@@ -20,7 +20,7 @@ from streamer.figures import journalled, totals
 from streamer.findings_file import remove_leftovers
 from streamer.linalg.precision import threads
 from streamer.model_card import CARD_NAME
-from streamer.pipeline import detect_to_files
+from streamer.pipeline import detect_to_files, naming_inputs
 from streamer.records import MitigatedMatrix, Record, Written, certified_count
 from streamer.storage.atomic import AtomicFile, Buffer, locked
 from streamer.storage.header import TensorInfo
@@ -39,12 +39,13 @@ def inspect_jobs(sinks: Sequence[Sink], overwrite: bool = False, resume: bool = 
     """Preflight, read-only: ``new``, ``resume`` or ``done`` for each (see `inspect_output`), and whether all of them fit on the disk."""
     states = []
     for sink in sinks:
-        state = inspect_output(sink.output, overwrite, resume)
+        job, paths = sink.job, [sink.output.path / name for name, _ in sink.output.files]
+        with naming_inputs(job.plan, paths, overwrite):
+            state = inspect_output(sink.output, overwrite, resume)
         if state != "done":
-            job = sink.job
+            job.plan.refuse_overwriting(paths)
             detecting = detection_needs(job.plan, job.detection) if job.detects else ()
             check_budget(itertools.chain(detecting, sink.needs()), job.detection.max_memory)
-            sink.job.plan.refuse_overwriting(sink.output.path / name for name, _ in sink.output.files)
         states.append(state)
     if len(sinks) > 1:
         missing = sum(missing_bytes(s.output, state) for s, state in zip(sinks, states, strict=True) if state != "done")

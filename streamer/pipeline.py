@@ -14,7 +14,7 @@ import torch
 
 from streamer import solvers
 from streamer.budget import best_way, check_budget, detection_needs, kept_bytes
-from streamer.errors import NumericError, UsageError
+from streamer.errors import NumericError, OutputExistsError, UsageError
 from streamer.events import Event, Monitor
 from streamer.findings import Findings, detection_digest, load_findings
 from streamer.findings_file import journal_of, remove_leftovers
@@ -261,6 +261,17 @@ def inspect_detections(
     return states
 
 
+@contextlib.contextmanager
+def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterator[None]:
+    """Say of what even `overwrite` may not replace that it is an input, where it is one, rather than that it is foreign."""
+    try:
+        yield
+    except OutputExistsError:
+        if overwrite:
+            plan.refuse_overwriting(paths)
+        raise
+
+
 def _finished(
     plans: Sequence[Plan], paths: Sequence[Path], options: DetectionOptions, overwrite: bool
 ) -> list[Findings | None]:
@@ -270,7 +281,8 @@ def _finished(
     for plan, path in zip(plans, paths, strict=True):
         tensors = [t.tensor for t in plan.targets]
         digest = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
-        found = inspect_findings_output(path, digest, overwrite, plan.inputs)
+        with naming_inputs(plan, [path], overwrite):
+            found = inspect_findings_output(path, digest, overwrite, plan.inputs)
         if found is None:
             plan.refuse_overwriting([path])
         finished.append(found)

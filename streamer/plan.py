@@ -27,7 +27,7 @@ from streamer.intruders import DetectionOptions
 from streamer.linalg.deltas import Delta
 from streamer.modules import LoraModule
 from streamer.names import match_names
-from streamer.provenance import mitigated_before, provenance_notes
+from streamer.provenance import provenance_notes
 from streamer.renames import renames_for
 from streamer.sources import Source, adapter_source, base_source
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
@@ -117,8 +117,7 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """Say what the inputs are to each other, as warnings and in the record: free of paths, so that outputs are reproducible."""
-        provenance = provenance_notes(self.adapter.config, self.config, self.base.path.resolve().name)
-        return *mitigated_before(self.adapter.files[0].header.metadata), *provenance
+        return tuple(provenance_notes(self.adapter.config, self.config, self.base.path.resolve().name))
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -96,6 +96,13 @@ def test_an_adapter_that_is_mitigated_already_is_told(job: tuple[Path, Path], tm
         record = streamer.merge_with_reduced_intruder_dimensions(base, once, tmp_path / "twice")
     assert record["warnings"] == [says]
     assert says in (tmp_path / "twice" / "README.md").read_text()
+    assert (
+        streamer.merge_with_reduced_intruder_dimensions(base, once, tmp_path / "as it is", mitigation_lambda=1)[
+            "warnings"
+        ]
+        == []
+    )
+    assert streamer.detect_intruder_dimensions(base, once).intruders >= 0  # finding them is no scaling
     same = tmp_path / "same"
     streamer.reduce_intruder_dimension(base, adapter, same, mitigation_lambda=1)
     assert streamer.merge_with_reduced_intruder_dimensions(base, same, tmp_path / "merged")["warnings"] == []
