@@ -27,7 +27,7 @@ from streamer.findings_file import (
     refuse_others,
 )
 from streamer.findings_records import MatrixFigures
-from streamer.matrix_finding import MatrixFinding
+from streamer.matrix_finding import MatrixFinding, check_figures
 from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
 from streamer.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, layout, parse_header
 from streamer.storage.place import is_placeholder
@@ -102,6 +102,7 @@ class FindingsWriter:
         header = _record_header(self._journal[i])
         try:
             figures: MatrixFigures = json.loads(header.metadata["matrix"])
+            check_figures(figures)
             keys = {f"{figures['tensor']}/{key}" for key in ARRAYS}
         except (KeyError, TypeError, ValueError, RecursionError):
             keys = set()

@@ -81,7 +81,8 @@ class MatrixFinding:
         return {"U": d.U, "S": d.S, "Vh": d.Vh, **numbers, "intruders": torch.tensor(d.intruders, dtype=torch.int64)}
 
 
-def _check_figures(figures: Any) -> None:
+def check_figures(figures: Any) -> None:
+    """Check that the figures of a matrix are all there, each of its kind; `KeyError` or `TypeError` where not."""
     for key, kind in {**_OWN, **_FIGURES}.items():
         value = figures[key]
         fits = type(value) in ({int, float} if kind is float else {kind})
@@ -99,7 +100,7 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
     KeyError, TypeError, ValueError
         If figures or arrays are not as the schema has them.
     """
-    _check_figures(figures)
+    check_figures(figures)
     arrays: dict[str, Tensor] = {}
     for key in ARRAYS:
         info = file.header.by_name[f"{figures['tensor']}/{key}"]

@@ -115,6 +115,9 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "a detection's record that is no file": ("detection journal", 2, lambda d: record(d, 1, lambda r: b"x" * 50)),
     "a detection's record without figures": (
         "detection journal", 2, lambda d: record(d, 1, lambda r: r.replace(b'"matrix"', b'"matrux"'))),
+    "a detection's record without a decision's certificate": (
+        "detection journal", 2, lambda d: record(d, 1, lambda r: r.replace(b"certified", b"certifled"))),
+    "an output's record of a file that is a list": ("record", 0, lambda d: changed(d, ("files", 0, "file"), [1])),
     "a merge's record that is no JSON": ("output journal", 1, lambda d: record(d, 1, lambda r: r[:-9])),
     "a merge's record of bytes": ("output journal", 1, lambda d: record(d, 1, lambda r: b"\xe3" + r)),
     "a merge's record without a file": (

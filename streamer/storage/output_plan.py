@@ -208,7 +208,8 @@ def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "
     Made anew if some are missing, as where a user removed one for that; refused if one differs, which might be an edited one.
     """
     files = record.get("files")
-    sizes = {f.get("file"): f.get("bytes") for f in files if isinstance(f, dict)} if isinstance(files, list) else {}
+    entries = [f for f in files if isinstance(f, dict)] if isinstance(files, list) else []
+    sizes = {f["file"]: f.get("bytes") for f in entries if isinstance(f.get("file"), str)}
     missing = False
     for name, _ in plan.files:
         found, wanted = size_of(plan.path / name), sizes.get(name)
