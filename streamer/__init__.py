@@ -14,18 +14,18 @@ __version__ = "0.2.0"
 
 # Where each public name lives. They are resolved when first used: importing streamer loads no torch.
 _HOMES = {
-    "Detection": "intruders",
-    "DetectionOptions": "intruders",
+    "Detection": "detection.intruders",
+    "DetectionOptions": "detection.options",
     "Event": "events",
-    "Findings": "findings",
-    "MatrixFinding": "matrix_finding",
-    "MitigationOptions": "intruders",
+    "Findings": "detection.findings",
+    "MatrixFinding": "detection.matrix_finding",
+    "MitigationOptions": "output.mitigation",
     "Monitor": "events",
     "StreamerError": "errors",
     "StreamerWarning": "errors",
     "detect_intruder_dimensions": "api",
     "iter_merged": "api",
-    "load_findings": "findings",
+    "load_findings": "detection.findings",
     "merge_with_reduced_intruder_dimensions": "api",
     "reduce_intruder_dimension": "api",
 }
@@ -54,11 +54,13 @@ if TYPE_CHECKING:
         merge_with_reduced_intruder_dimensions,
         reduce_intruder_dimension,
     )
+    from streamer.detection.findings import Findings, load_findings
+    from streamer.detection.intruders import Detection
+    from streamer.detection.matrix_finding import MatrixFinding
+    from streamer.detection.options import DetectionOptions
     from streamer.errors import StreamerError, StreamerWarning
     from streamer.events import Event, Monitor
-    from streamer.findings import Findings, load_findings
-    from streamer.intruders import Detection, DetectionOptions, MitigationOptions
-    from streamer.matrix_finding import MatrixFinding
+    from streamer.output.mitigation import MitigationOptions
 
 
 def __getattr__(name: str) -> Any:

@@ -8,19 +8,20 @@ from typing import TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from streamer.adapted import AdapterSink
-from streamer.apply import Job, ModelSink, merged_tensors
-from streamer.converted import LoraSink
+from streamer.adapters.batch import findings_of, given_findings, model_of, named_adapters
+from streamer.detection.findings import Findings, load_findings
+from streamer.detection.options import DetectionOptions
+from streamer.detection.run import choose_device, detect_in_memory, detect_to_files
 from streamer.errors import MismatchError, UsageError
 from streamer.events import Monitor, OnEvent, warn
-from streamer.findings import Findings, load_findings
-from streamer.intruders import DetectionOptions, Method, MitigationOptions, Scale
-from streamer.outputs import run_jobs
-from streamer.pipeline import choose_device, detect_in_memory, detect_to_files
-from streamer.plan import Plan, make_plans
-from streamer.records import Written
-from streamer.several import findings_of, given_findings, model_of, named_adapters
-from streamer.storage.tensorfile import IOMode
+from streamer.output.adapter_writer import AdapterSink
+from streamer.output.job import Job, ModelSink, merged_tensors
+from streamer.output.lora_writer import LoraSink
+from streamer.output.mitigation import Method, MitigationOptions, Scale
+from streamer.output.records import Written
+from streamer.output.run import run_jobs
+from streamer.plan.plan import Plan, make_plans
+from streamer.storage.tensor_file import IOMode
 from streamer.units import parse_size
 
 Several = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]

@@ -29,20 +29,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from streamer.api import iter_merged, prepare
-from streamer.apply import ModelSink
 from streamer.cli.json_report import findings_json, inspect_json
 from streamer.cli.tables import findings_table, inspect_table
+from streamer.detection.findings import load_findings
+from streamer.detection.options import DetectionOptions
+from streamer.detection.run import detect_to_files
 from streamer.errors import FormatError, StreamerError
 from streamer.events import Event, Monitor
-from streamer.findings import load_findings
-from streamer.intruders import DetectionOptions, MitigationOptions
-from streamer.merged import plan_merged
-from streamer.outputs import run_jobs
-from streamer.pipeline import detect_to_files
-from streamer.plan import make_plan
+from streamer.output.job import ModelSink
+from streamer.output.merged_model import plan_merged
+from streamer.output.mitigation import MitigationOptions
+from streamer.output.run import run_jobs
+from streamer.plan.plan import make_plan
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.header import DTYPE_BITS, tensor_nbytes
-from streamer.storage.tensorfile import TensorFile
+from streamer.storage.tensor_file import TensorFile
 
 CPU = torch.device("cpu")
 SIZE = 16

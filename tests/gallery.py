@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from helpers import spectrum_matrix
 
-from streamer.intruders import Detection, DetectionOptions, detect
+from streamer.detection.intruders import Detection, detect
+from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense, LowRank
 
 EPSILONS = (0.1, 0.3, 0.5, 0.8)

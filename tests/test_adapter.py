@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from streamer.adapter import LoraModule, open_adapter
+from streamer.adapters.adapter import LoraModule, open_adapter
+from streamer.adapters.config_rules import classify, config_refusals, normalize
 from streamer.errors import FormatError, InputError, MismatchError, StreamerError, UnsupportedError
-from streamer.kinds import classify, config_refusals, normalize
 
 MODULE = "model.layers.0.self_attn.q_proj"
 

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from streamer.bases.dequantize import plain_weights
-from streamer.bases.grouped import unpacked
-from streamer.bases.registry import Weights
-from streamer.bases.scaled import exponents
 from streamer.errors import FormatError, InputError, UnsupportedError
 from streamer.linalg.operators import RowBlocks
 from streamer.storage.checkpoint import open_checkpoint
+from streamer.weights.dequantize import plain_weights
+from streamer.weights.logical import Weights
+from streamer.weights.quantization.grouped import unpacked
+from streamer.weights.quantization.scaled_codes import exponents
 
 CPU = torch.device("cpu")
 FP8_CONFIG = {"quant_method": "fp8", "weight_block_size": [128, 128]}

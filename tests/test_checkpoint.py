@@ -35,7 +35,7 @@ from streamer.storage.checkpoint import (
     open_checkpoint,
     read_json_object,
 )
-from streamer.storage.tensorfile import IOMode, TensorFile
+from streamer.storage.tensor_file import IOMode, TensorFile
 
 MODES: tuple[IOMode, ...] = ("mmap", "pread")
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -531,6 +531,6 @@ def test_a_map_that_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
-    monkeypatch.setattr("streamer.storage.tensorfile.mmap.mmap", refuse)
+    monkeypatch.setattr("streamer.storage.tensor_file.mmap.mmap", refuse)
     with pytest.raises(StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"):
         open_checkpoint(base).view("c")

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamer
-from streamer.converted import truncated
 from streamer.errors import OutputError, StreamerError, UnsupportedError, UsageError
 from streamer.linalg.operators import Dense, LowRank
+from streamer.output.lora_writer import truncated
 
 Q = "model.layers.0.q_proj"
 

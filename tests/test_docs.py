@@ -61,7 +61,7 @@ def test_every_option_has_help() -> None:
 
 
 def test_the_table_of_encodings_is_the_registrys() -> None:
-    from streamer.bases.registry import table
+    from streamer.weights.logical import table
 
     rows = ["| " + " | ".join(row) + " |" for row in table()]
     assert len(rows) > 6
@@ -120,6 +120,6 @@ def test_public_names_resolve_and_are_documented() -> None:
 
 
 def test_the_table_of_kinds_is_the_registrys() -> None:
-    from streamer.support import support_table
+    from tools.support_tables import support_table
 
     assert support_table() in PAGES["support.md"]

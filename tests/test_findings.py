@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import streamer
+from streamer.detection.findings import Findings, load_findings
+from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, InputError, MismatchError, NumericError, OutputError
-from streamer.findings import Findings, load_findings
-from streamer.intruders import DetectionOptions
 from streamer.storage.checkpoint import open_checkpoint
 
 

@@ -15,6 +15,9 @@ import torch
 from forks import server
 
 import streamer
+from streamer.detection.findings import Findings, load_findings
+from streamer.detection.findings_file import journal_of, lock_of
+from streamer.detection.findings_view import index_of, indices_of, is_pattern
 from streamer.errors import (
     FormatError,
     LockedError,
@@ -26,9 +29,6 @@ from streamer.errors import (
     UnknownNameError,
     UsageError,
 )
-from streamer.findings import Findings, load_findings
-from streamer.findings_file import journal_of, lock_of
-from streamer.findings_view import index_of, indices_of, is_pattern
 from streamer.storage.atomic import locked
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -379,7 +379,7 @@ def test_a_killed_save_leaves_the_old_file(made: tuple[Path, Path, Path, Finding
     old = out.read_bytes()
     program = (
         "import os, signal, sys\n"
-        "from streamer.findings import load_findings\n"
+        "from streamer.detection.findings import load_findings\n"
         "findings, n = load_findings(sys.argv[1]), [0]\n"
         "def at(name, real):\n"
         "    def call(*args, **kwargs):\n"

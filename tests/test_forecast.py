@@ -19,11 +19,11 @@ sys.path.insert(0, str(TOOLS))
 
 import bench_merge  # noqa: E402
 
-from streamer.budget import detection_needs  # noqa: E402
 from streamer.cli.forecast import Forecast, forecast_commands, forecast_detection  # noqa: E402
+from streamer.detection.memory import detection_needs  # noqa: E402
+from streamer.detection.options import DetectionOptions  # noqa: E402
 from streamer.errors import UnsupportedError  # noqa: E402
-from streamer.intruders import DetectionOptions  # noqa: E402
-from streamer.plan import make_plan  # noqa: E402
+from streamer.plan.plan import make_plan  # noqa: E402
 
 NAMES = {
     "peak_memory_bytes",
@@ -105,7 +105,7 @@ def test_findings_are_no_larger_and_not_much_smaller(job: Job, options: tuple[st
 
 def test_the_journal_is_no_larger(job: Job, tmp_path: Path) -> None:
     """What stands beside the findings just before it goes."""
-    from streamer.findings_writer import FindingsWriter
+    from streamer.detection.findings_writer import FindingsWriter
 
     seen: list[int] = []
     begun = FindingsWriter._write

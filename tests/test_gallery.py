@@ -11,7 +11,8 @@ import pytest
 import torch
 from gallery import BASES, DELTAS, EPSILONS, Tally, cases, ingredients, judge, make_case, run, truth
 
-from streamer.intruders import Detection, DetectionOptions, detect
+from streamer.detection.intruders import Detection, detect
+from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense
 
 SHAPES = [(67, 97), (97, 67), (80, 80)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import power_law, spectrum_matrix
 
-from streamer.linalg.krylov import GolubKahan
+from streamer.linalg.golub_kahan import GolubKahan
 from streamer.linalg.operators import Dense
 
 SHAPES = [(61, 67), (67, 61), (64, 64), (1, 40), (40, 1), (13, 300), (300, 13)]

@@ -9,7 +9,7 @@ from helpers import power_law, spectrum_matrix
 
 from streamer.linalg import operators
 from streamer.linalg.operators import Dense, LowRank, RowBlocks, Sum, all_finite, skinny_product
-from streamer.linalg.overlaps import dense_overlaps
+from streamer.linalg.overlap_bounds import dense_overlaps
 from streamer.linalg.svd import dense_triplets, residuals
 
 SHAPES = [(17, 29), (29, 17), (23, 23), (1, 13), (13, 1)]

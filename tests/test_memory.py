@@ -24,7 +24,7 @@ from helpers import run_cli, write_adapter  # noqa: E402
 from shapes import Known  # noqa: E402
 
 from streamer.cli.demo import DemoModel  # noqa: E402
-from streamer.findings import load_findings  # noqa: E402
+from streamer.detection.findings import load_findings  # noqa: E402
 
 BOUND = 700e6
 SLACK = 8e6  # allocator and interpreter noise, absolute; a matrix of the models below is larger

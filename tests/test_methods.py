@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamer
+from streamer.adapters.peft_methods import METHODS, Parts
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.linalg.operators import LowRank
-from streamer.methods import METHODS, Parts
-from streamer.plan import make_plan
+from streamer.plan.plan import make_plan
 
 Q = "layers.0.q"
 

@@ -10,8 +10,8 @@ from helpers import intruding_factors, power_law, three_shards, write_adapter
 from safetensors.torch import save_file
 
 import streamer
-from streamer.model_card import Card, _blocks, _merged_head, _with_tag
-from streamer.sources import Source
+from streamer.output.model_card import Card, _blocks, _merged_head, _with_tag
+from streamer.plan.sources import Source
 
 BASE = """---
 language:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.names import Match
-from streamer.names import match_names as match
-from streamer.renames import Rename, Renames, renames_for
+from streamer.plan.name_matching import Match
+from streamer.plan.name_matching import match_names as match
+from streamer.plan.transformers_renames import Rename, Renames, renames_for
 
 
 def match_names(

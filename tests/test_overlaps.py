@@ -10,9 +10,9 @@ from helpers import power_law, spectrum_matrix
 
 from streamer.linalg import christoffel
 from streamer.linalg.christoffel import christoffel_bound
-from streamer.linalg.krylov import GolubKahan
+from streamer.linalg.golub_kahan import GolubKahan
 from streamer.linalg.operators import Dense, RowBlocks
-from streamer.linalg.overlaps import OverlapProcess, dense_overlaps, singular_values_exceed
+from streamer.linalg.overlap_bounds import OverlapProcess, dense_overlaps, singular_values_exceed
 
 SHAPES = [(80, 120), (120, 80), (97, 97), (61, 67), (9, 200), (200, 9)]
 

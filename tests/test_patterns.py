@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from streamer.patterns import first_match
+from streamer.adapters.rank_patterns import first_match
 
 PATHS = st.lists(
     st.sampled_from(["model", "layers", "0", "1", "q_proj", "k_proj", "proj", "mlp"]), min_size=1, max_size=5

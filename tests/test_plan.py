@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamer
+from streamer.detection.run import choose_device
+from streamer.detection.solvers import cost
 from streamer.errors import InputChangedError, OutputError, UsageError
 from streamer.events import Event
-from streamer.pipeline import choose_device
-from streamer.plan import left_out, make_plan, other_files
-from streamer.solvers import cost
+from streamer.plan.plan import left_out, make_plan, other_files
 
 Job = tuple[Path, Path]
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import intruding_factors, power_law
 
-from streamer.intruders import DetectionOptions, detect
+from streamer.detection.intruders import detect
+from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense, LowRank
-from streamer.linalg.precision import full_float32
+from streamer.linalg.torch_state import full_float32
 
 
 @pytest.fixture

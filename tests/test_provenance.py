@@ -9,7 +9,7 @@ import pytest
 
 import streamer
 from streamer.cli.main import run
-from streamer.provenance import mitigated_before, named_encoding, provenance_notes, stored_encoding
+from streamer.plan.provenance import mitigated_before, named_encoding, provenance_notes, stored_encoding
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 import streamer
 from streamer.errors import OutputError
-from streamer.sources import base_source
+from streamer.plan.sources import base_source
 
 OTHER = (
-    "import streamer.apply, streamer.findings_writer as w; streamer.apply.__version__ = w.__version__ = '0.10.0-rc1'"
+    "import streamer.output.job as j, streamer.detection.findings_writer as w; "
+    "j.__version__ = w.__version__ = '0.10.0-rc1'"
 )
 """Run as another version, whose name has another length."""
 

@@ -22,13 +22,13 @@ from forks import KILL, server
 from helpers import tree_digest
 
 import streamer
+from streamer.adapters.batch import holds_adapters, named_adapters
 from streamer.cli.main import run as streamer_command
+from streamer.detection.options import DetectionOptions
+from streamer.detection.run import findings_bytes
 from streamer.errors import StorageError, UsageError
-from streamer.intruders import DetectionOptions
-from streamer.linalg.precision import threads
-from streamer.pipeline import findings_bytes
-from streamer.plan import make_plans
-from streamer.several import holds_adapters, named_adapters
+from streamer.linalg.torch_state import threads
+from streamer.plan.plan import make_plans
 from streamer.storage.atomic import locked
 from streamer.units import format_size
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from streamer.errors import FormatError, InputChangedError, NumericError, StorageError
 from streamer.storage.atomic import Buffer
 from streamer.storage.header import TensorInfo
-from streamer.storage.shards import ShardPlan, index_bytes, like, plan_shard, write_shard
-from streamer.storage.tensorfile import TensorFile
+from streamer.storage.shard_writer import ShardPlan, index_bytes, like, plan_shard, write_shard
+from streamer.storage.tensor_file import TensorFile
 
 NAME = "model.safetensors"
 DATA = {"a": bytes(range(24)), "e": b"", "b": b"\x01\x00\xff"}

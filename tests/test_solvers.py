@@ -7,11 +7,12 @@ import pytest
 import torch
 from helpers import intruding_factors, power_law, spectrum_matrix
 
-from streamer import intruders
+from streamer.detection import intruders
+from streamer.detection.intruders import detect
+from streamer.detection.options import DetectionOptions
+from streamer.detection.solvers import SOLVERS, Spectrum, cheaper, cost, working_bytes
 from streamer.errors import NumericError, UsageError
-from streamer.intruders import DetectionOptions, detect
 from streamer.linalg.operators import Dense, LowRank, RowBlocks
-from streamer.solvers import SOLVERS, Spectrum, cheaper, cost, working_bytes
 
 SHAPES = [(150, 200), (200, 150), (160, 160)]
 

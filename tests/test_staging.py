@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from streamer.bases.plain import Plain
-from streamer.bases.weight import Part
+from streamer.detection.matrix_finding import MatrixFinding
+from streamer.detection.options import DetectionOptions
+from streamer.detection.prefetch import Stager, read_ahead
+from streamer.detection.run import detect_all, detect_matrix
 from streamer.events import Event, Monitor
-from streamer.intruders import DetectionOptions
-from streamer.matrix_finding import MatrixFinding
-from streamer.pipeline import detect_all, detect_matrix
-from streamer.plan import Plan, make_plan
-from streamer.staging import Stager, read_ahead
-from streamer.storage.tensorfile import IOMode, TensorFile
+from streamer.plan.plan import Plan, make_plan
+from streamer.storage.tensor_file import IOMode, TensorFile
+from streamer.weights.base import Part
+from streamer.weights.plain import Plain
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 NO_ROOM = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 448.00 MiB.")

@@ -17,8 +17,8 @@ import pytest
 from streamer.errors import StorageError
 from streamer.storage import atomic
 from streamer.storage.atomic import AtomicFile
-from streamer.storage.streams import BESIDE_BYTES, LAG_BYTES, QUEUE, STEP_BYTES, Readahead
-from streamer.storage.tensorfile import TensorFile
+from streamer.storage.page_cache import BESIDE_BYTES, LAG_BYTES, QUEUE, STEP_BYTES, Readahead
+from streamer.storage.tensor_file import TensorFile
 
 LARGE = 2 * BESIDE_BYTES
 

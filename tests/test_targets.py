@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import streamer
-from streamer.adapter import Adapter, open_adapter
-from streamer.bases.registry import Weights
+from streamer.adapters.adapter import Adapter, open_adapter
 from streamer.errors import MismatchError, UnsupportedError
-from streamer.names import match_names
-from streamer.renames import renames_for
+from streamer.plan.name_matching import match_names
+from streamer.plan.targets import Target, match_targets
+from streamer.plan.transformers_renames import renames_for
 from streamer.storage.checkpoint import open_checkpoint
-from streamer.targets import Target, match_targets
+from streamer.weights.logical import Weights
 
 
 def targets_of(weights: Weights, adapter: Adapter, config: dict) -> list[Target]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import streamer
 from streamer.errors import UnsupportedError
-from streamer.plan import make_plan
+from streamer.plan.plan import make_plan
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -19,6 +19,7 @@ from helpers import tree_digest
 
 from streamer.errors import InputChangedError, LockedError, OutputError, OutputExistsError, StorageError, StreamerError
 from streamer.storage.atomic import AtomicFile, Journal, locked
+from streamer.storage.output_checks import check_place, check_space
 from streamer.storage.output_plan import (
     JOURNAL_NAME,
     LOCK_NAME,
@@ -27,7 +28,6 @@ from streamer.storage.output_plan import (
     finished_record,
     inspect_output,
 )
-from streamer.storage.place import check_place, check_space
 from streamer.storage.transaction import OutputDirectory, open_outputs
 
 DATA = {

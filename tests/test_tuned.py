@@ -30,7 +30,7 @@ from transformers import (
 
 import streamer
 from streamer.errors import InputError, MismatchError, StreamerError, UnsupportedError
-from streamer.plan import make_plan
+from streamer.plan.plan import make_plan
 
 
 def llama(**options: object) -> PreTrainedModel:

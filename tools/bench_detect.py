@@ -41,10 +41,12 @@ from measure import kilobytes, machine
 from torch import Tensor
 
 from streamer.cli.demo import power_law
-from streamer.intruders import Detection, DetectionOptions, MitigationOptions, back_project, detect, mitigate
+from streamer.detection.intruders import Detection, detect
+from streamer.detection.options import DetectionOptions
+from streamer.detection.solvers import triplets_columns
 from streamer.linalg.operators import Dense, LowRank, RowBlocks, Sum
 from streamer.linalg.svd import krylov_triplets, residuals
-from streamer.solvers import triplets_columns
+from streamer.output.mitigation import MitigationOptions, back_project, mitigate
 
 SLOW = 5.0
 TOP = 64

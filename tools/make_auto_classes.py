@@ -1,4 +1,4 @@
-"""Write streamer/auto_classes.json: which class transformers has for a model type and a task, taken from the installed transformers.
+"""Write streamer/plan/auto_classes.json: which class transformers has for a model type and a task, taken from the installed transformers.
 
 python tools/make_auto_classes.py            # rewrites the file
 python tools/make_auto_classes.py --check    # exit code 1 if the file is not what the installed version says
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).parent.parent / "streamer" / "auto_classes.json"
+TABLE = Path(__file__).parent.parent / "streamer" / "plan" / "auto_classes.json"
 
 KEY = "tie_word_embeddings"
 

@@ -27,7 +27,7 @@ from shapes import KNOWN, Known, Mixture
 from torch import Tensor
 
 from streamer.cli.demo import PLANTED, DemoModel, lora_shapes, planted_factors, power_law, write_adapter, write_base
-from streamer.linalg.precision import threads
+from streamer.linalg.torch_state import threads
 from streamer.storage.header import tensor_nbytes
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}

@@ -1,4 +1,4 @@
-"""Write streamer/renames.json: how transformers renames tensors on loading, taken from the installed transformers.
+"""Write streamer/plan/renames.json: how transformers renames tensors on loading, taken from the installed transformers.
 
 python tools/make_renames.py            # rewrites the file
 python tools/make_renames.py --check    # exit code 1 if the file is not what the installed version says
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).parent.parent / "streamer" / "renames.json"
+TABLE = Path(__file__).parent.parent / "streamer" / "plan" / "renames.json"
 
 # Renames that count layers anew; what they touch is loaded under a name that no pattern gives.
 RENUMBERS = {

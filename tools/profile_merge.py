@@ -77,12 +77,15 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     with clock.stage("import"):
         from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-        from streamer import apply, outputs
         from streamer.api import prepare
+        from streamer.detection.findings import load_findings
         from streamer.events import Monitor
-        from streamer.findings import load_findings
-        from streamer.intruders import MitigationOptions
-        from streamer.storage import atomic, streams, tensorfile
+        from streamer.output import job as apply
+        from streamer.output import run as outputs
+        from streamer.output.mitigation import MitigationOptions
+        from streamer.storage import atomic
+        from streamer.storage import page_cache as streams
+        from streamer.storage import tensor_file as tensorfile
 
     stages = {"addmm_": "addmm", "aminmax": "finite check", "isfinite": "finite check"}
 

@@ -13,14 +13,15 @@ from collections.abc import Callable
 
 import torch
 
-from streamer.bases.weight import DECODED_BYTES, Weight
 from streamer.cli.cores import available_cores
-from streamer.intruders import DetectionOptions, detect
+from streamer.detection.intruders import detect
+from streamer.detection.options import DetectionOptions
+from streamer.detection.solvers import cost
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank, Matrix, RowBlocks
-from streamer.linalg.precision import threads
-from streamer.merging import Mitigated, Recipe
-from streamer.solvers import cost
+from streamer.linalg.torch_state import threads
+from streamer.output.recipes import Mitigated, Recipe
+from streamer.weights.base import DECODED_BYTES, Weight
 
 DENSE_COST = 100_000_000
 """Units of `solvers.cost` of a matrix that the dense solver is timed on, at most."""

@@ -16,8 +16,9 @@ from streamer.errors import UsageError
 from streamer.events import Monitor
 
 if TYPE_CHECKING:
-    from streamer.findings import Findings
-    from streamer.intruders import DetectionOptions, MitigationOptions
+    from streamer.detection.findings import Findings
+    from streamer.detection.options import DetectionOptions
+    from streamer.output.mitigation import MitigationOptions
 
 
 Result = tuple[dict[str, Any], str]
@@ -28,8 +29,8 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.forecast import forecast_commands
     from streamer.cli.json_report import inspect_json
     from streamer.cli.tables import dtype_table, inspect_table
-    from streamer.pipeline import choose_device
-    from streamer.plan import make_plan
+    from streamer.detection.run import choose_device
+    from streamer.plan.plan import make_plan
     from streamer.storage.checkpoint import open_checkpoint
 
     if args.adapter is not None:
@@ -46,13 +47,13 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.adapters.batch import findings_of, named_adapters
     from streamer.api import detect_intruder_dimensions
     from streamer.cli.forecast import forecast_detection, shared_by_detections, together
     from streamer.cli.json_report import dry_run, dry_runs, findings_json
     from streamer.cli.tables import findings_table
-    from streamer.pipeline import choose_device, inspect_detections
-    from streamer.plan import make_plans
-    from streamer.several import findings_of, named_adapters
+    from streamer.detection.run import choose_device, inspect_detections
+    from streamer.plan.plan import make_plans
 
     options = _detection_options(args, None)
     adapters = _adapters(args)
@@ -92,9 +93,9 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 
 def _mitigate(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.adapted import AdapterSink
     from streamer.api import reduce_intruder_dimension
-    from streamer.converted import LoraSink
+    from streamer.output.adapter_writer import AdapterSink
+    from streamer.output.lora_writer import LoraSink
 
     if args.to_lora is None:
         return _apply(args, monitor, AdapterSink, reduce_intruder_dimension)
@@ -104,19 +105,19 @@ def _mitigate(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _merge(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api import merge_with_reduced_intruder_dimensions
-    from streamer.apply import ModelSink
+    from streamer.output.job import ModelSink
 
     return _apply(args, monitor, ModelSink, merge_with_reduced_intruder_dimensions, dequantize=args.dequantize)
 
 
 def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **special: Any) -> Result:
+    from streamer.adapters.batch import model_of, named_adapters
     from streamer.api import findings_by_name, prepare
     from streamer.cli.forecast import forecast_output, shared_by_merges, together
     from streamer.cli.json_report import dry_run, dry_runs
     from streamer.cli.tables import record_table
-    from streamer.findings import load_findings
-    from streamer.outputs import inspect_jobs
-    from streamer.several import model_of, named_adapters
+    from streamer.detection.findings import load_findings
+    from streamer.output.run import inspect_jobs
 
     adapters = _adapters(args)
     named = named_adapters(adapters)
@@ -158,7 +159,7 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
 def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.json_report import findings_json
     from streamer.cli.tables import findings_table
-    from streamer.findings import load_findings
+    from streamer.detection.findings import load_findings
 
     findings = load_findings(args.findings)
     return findings_json(findings), findings_table(findings, _screen(args))
@@ -191,7 +192,7 @@ COMMANDS = {
 
 def _detection_options(args: argparse.Namespace, findings: Findings | None) -> DetectionOptions:
     """The options as given; what was not given is the findings', or the default."""
-    from streamer.intruders import DetectionOptions
+    from streamer.detection.options import DetectionOptions
 
     default = findings.options if findings is not None else DetectionOptions()
     return DetectionOptions(
@@ -203,7 +204,7 @@ def _detection_options(args: argparse.Namespace, findings: Findings | None) -> D
 
 
 def _mitigation_options(args: argparse.Namespace) -> MitigationOptions:
-    from streamer.intruders import MitigationOptions
+    from streamer.output.mitigation import MitigationOptions
 
     options = MitigationOptions(args.mitigation_lambda, args.method, args.scale)
     if not args.amplify:
@@ -219,7 +220,7 @@ def _check_lambda(value: float, hint: str = "") -> None:
 
 def _adapters(args: argparse.Namespace) -> str | list[str]:
     """The adapter, or several: a list, or a directory of adapters."""
-    from streamer.several import holds_adapters
+    from streamer.adapters.batch import holds_adapters
 
     if args.command not in ("detect", "merge"):
         return str(args.adapter)

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamer.adapter import CONFIG_NAME as ADAPTER_CONFIG
-from streamer.adapter import WEIGHTS_NAME
+from streamer.adapters.adapter import CONFIG_NAME as ADAPTER_CONFIG
+from streamer.adapters.adapter import WEIGHTS_NAME
 from streamer.api import detect_intruder_dimensions, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
 from streamer.cli.layout import Column, Screen, fit, natural, table
 from streamer.cli.tables import NO_LIMIT
-from streamer.encodings import ENCODINGS, as_bytes
+from streamer.detection.findings import load_findings
+from streamer.detection.options import DetectionOptions
 from streamer.events import Monitor
-from streamer.findings import load_findings
-from streamer.intruders import DetectionOptions
 from streamer.linalg.operators import LowRank
 from streamer.storage.atomic import Buffer, write_atomic
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from streamer.storage.header import TensorInfo, tensor_nbytes
-from streamer.storage.shards import index_bytes, plan_shard, write_shard
+from streamer.storage.shard_writer import index_bytes, plan_shard, write_shard
+from streamer.weights.dtypes import ENCODINGS, as_bytes
 
 HIDDEN, LAYERS, VOCAB, RANK, ALPHA = 192, 4, 512, 4, 8
 PLANTED = {"self_attn.q_proj": 1, "self_attn.o_proj": 2, "mlp.down_proj": 1}

@@ -9,23 +9,25 @@ from pathlib import Path
 
 import torch
 
-from streamer.adapted import AdapterSink
-from streamer.apply import Job, ModelSink, Sink
-from streamer.bases.weight import Coded, Weight
-from streamer.budget import best_way, detection_bytes, factor_rank
 from streamer.cli.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
+from streamer.detection.memory import best_way, detection_bytes
+from streamer.detection.options import DetectionOptions
+from streamer.detection.run import findings_bytes, matrices_of
+from streamer.detection.solvers import cheaper, cost
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
-from streamer.intruders import DetectionOptions, MitigationOptions
 from streamer.linalg.deltas import Delta
 from streamer.linalg.svd import OVERSAMPLING
-from streamer.merged import Output
-from streamer.merging import Copied, Exchanged, Recipe, Recoded, Share, Shifted, Stacked
-from streamer.pipeline import findings_bytes, matrices_of
-from streamer.plan import Plan
-from streamer.solvers import cheaper, cost
-from streamer.storage.tensorfile import SAMPLE_BYTES
-from streamer.targets import Target
+from streamer.output.adapter_writer import AdapterSink
+from streamer.output.job import Job, ModelSink, Sink
+from streamer.output.merged_model import Output
+from streamer.output.mitigation import MitigationOptions
+from streamer.output.recipes import Copied, Exchanged, Recipe, Recoded, Share, Shifted, Stacked
+from streamer.plan.memory import factor_rank
+from streamer.plan.plan import Plan
+from streamer.plan.targets import Target
+from streamer.storage.tensor_file import SAMPLE_BYTES
+from streamer.weights.base import Coded, Weight
 
 TIMED = {"dense": 3, "certified": 1}
 """Shapes that a solver is timed on: `solvers.cost` is within a tenth of what the certified one takes from one shape to another, and

@@ -10,12 +10,12 @@ from typing import Any
 from streamer.cli.forecast import Forecast
 from streamer.cli.layout import Screen, fit
 from streamer.cli.tables import NO_LIMIT, forecast_text
+from streamer.detection.findings import Findings
+from streamer.detection.options import DetectionOptions
+from streamer.detection.run import cost
 from streamer.errors import UnsupportedError
-from streamer.findings import Findings
-from streamer.intruders import DetectionOptions
-from streamer.pipeline import cost
-from streamer.plan import Plan
-from streamer.storage.place import free_bytes
+from streamer.plan.plan import Plan
+from streamer.storage.output_checks import free_bytes
 from streamer.units import format_size
 
 

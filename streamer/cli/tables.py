@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from streamer.cli.layout import Column, Screen, fit, natural, shorten, table
-from streamer.findings import Findings
-from streamer.matrix_finding import MatrixFinding
+from streamer.detection.findings import Findings
+from streamer.detection.matrix_finding import MatrixFinding
 from streamer.units import format_duration, format_size
 
 MANY, SHOWN = 20, 10

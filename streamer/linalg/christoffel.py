@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from streamer.linalg.krylov import RitzBasis
+from streamer.linalg.golub_kahan import RitzBasis
 
 WINDOW = 100.0
 """τ/φ. Wider windows lump more Ritz values together, narrower ones pay more for rounding; at 100 rounding costs 1 %."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from streamer.linalg.krylov import GolubKahan, RitzBasis, block_width
+from streamer.linalg.golub_kahan import GolubKahan, RitzBasis, block_width
 from streamer.linalg.operators import Operator
 
 

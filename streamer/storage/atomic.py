@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Protocol
 
 from streamer.errors import LockedError, OutputError, StorageError
-from streamer.storage.streams import Appender
+from streamer.storage.page_cache import Appender
 
 PARTIAL = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{16}\.partial$")
 

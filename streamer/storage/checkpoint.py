@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from streamer.errors import FormatError, InputError, MissingInputError, StorageError, UnsupportedError
-from streamer.identities import BaseIdentity
 from streamer.storage.absent import absent
 from streamer.storage.header import TensorInfo, strict_json
-from streamer.storage.tensorfile import IOMode, TensorFile, open_regular
+from streamer.storage.identities import BaseIdentity
+from streamer.storage.tensor_file import IOMode, TensorFile, open_regular
 from streamer.units import format_size, quoted
 
 INDEX_NAME = "model.safetensors.index.json"

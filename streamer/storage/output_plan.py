@@ -12,7 +12,7 @@ from streamer.errors import InputChangedError, OutputError, OutputExistsError
 from streamer.storage.atomic import partials_of
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.old_output import OwnFile, is_record, journal_head, own_files, own_names, stands
-from streamer.storage.place import allocated_bytes, check_place, check_space, is_placeholder, is_taken
+from streamer.storage.output_checks import allocated_bytes, check_place, check_space, is_placeholder, is_taken
 from streamer.units import format_sizes
 
 RECORD_NAME = "streamer.json"

@@ -26,6 +26,7 @@ from streamer.storage.atomic import (
     write_atomic,
 )
 from streamer.storage.old_output import NAMES, OLD, as_entries, journal_entry, own_files, remove_own_files
+from streamer.storage.output_checks import check_place, is_placeholder, touch
 from streamer.storage.output_plan import (
     JOURNAL_NAME,
     LOCK_NAME,
@@ -35,7 +36,6 @@ from streamer.storage.output_plan import (
     inspect_output,
     size_of,
 )
-from streamer.storage.place import check_place, is_placeholder, touch
 from streamer.units import format_sizes
 
 

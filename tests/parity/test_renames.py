@@ -13,7 +13,7 @@ import transformers
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
 
-from streamer.renames import renames_for, table
+from streamer.plan.transformers_renames import renames_for, table
 
 ROOT = Path(__file__).parent.parent.parent
 THEIRS = _build_checkpoint_conversion_mapping()

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from streamer.errors import FormatError
 from streamer.storage.header import DTYPE_BITS, TensorInfo, layout, parse_header
-from streamer.storage.shards import like, plan_shard, write_shard
-from streamer.storage.tensorfile import TensorFile
+from streamer.storage.shard_writer import like, plan_shard, write_shard
+from streamer.storage.tensor_file import TensorFile
 
 Verdict = list[tuple[str, str, tuple[int, ...], int]] | None
 """Name, dtype, shape and bytes of each tensor, sorted; None where the file is refused."""

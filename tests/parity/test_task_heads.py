@@ -16,7 +16,7 @@ from forks import server
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoConfig
 
-from streamer.task_heads import auto_class, implied_head, table
+from streamer.plan.task_heads import auto_class, implied_head, table
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60,
          "max_position_embeddings": 64}  # fmt: skip

@@ -1,0 +1,1 @@
+"""Deltas: a PEFT adapter or a fine-tuned model, module by module."""

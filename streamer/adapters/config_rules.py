@@ -1,0 +1,150 @@
+"""Kinds of PEFT adapters: which are handled, which are refused, by name and reason. A new kind is a new entry here.
+
+Two tables: by the config (`CONFIG_RULES`) and by the tensors' names (`TENSOR_RULES`, first match wins). Every refusal
+says what the adapter is and why it is refused; `adapter` collects them all before anything else happens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamer.adapters.peft_methods import METHODS, Method
+from streamer.units import quoted
+
+_RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "default", "true", "false"}
+
+
+@dataclass(frozen=True)
+class ConfigRule:
+    """A refusal by `adapter_config.json`: a key, when its value is refused, and what to say.
+
+    One that is `residual` falls where the user states that the base is the residual that the adapter was trained on.
+    """
+
+    key: str
+    refuses: Callable[[Any], bool]
+    kind: str
+    reason: str
+    residual: bool = False
+
+
+def _residual_init(value: object) -> bool:
+    return isinstance(value, str) and value.lower().startswith(_RESIDUAL)
+
+
+def _unknown_init(value: object) -> bool:
+    return isinstance(value, str) and not _residual_init(value) and value.lower() not in _PLAIN_INITS
+
+
+_NOT_YET = "is not supported"
+
+CONFIG_RULES: tuple[ConfigRule, ...] = (
+    ConfigRule("init_lora_weights", _residual_init, "residual-base initialisation",
+               "its delta is relative to a residual of the base; save the adapter again with path_initial_model_for_weight_conversion, "
+               "or give the residual as the base and pass --base-is-residual", residual=True),
+    ConfigRule("init_lora_weights", _unknown_init, "unknown initialisation", "it may have changed the base"),
+    ConfigRule("loftq_config", bool, "LoftQ", "its delta is relative to a quantized base with its residual left out; give that one as "
+               "the base and pass --base-is-residual", residual=True),
+    ConfigRule("alora_invocation_tokens", bool, "aLoRA", "acts on some tokens only, which no merged weight can express"),
+    ConfigRule("arrow_config", bool, "Arrow", "routes between adapters at run time, which no merged weight can express"),
+    ConfigRule("use_qalora", bool, "QALoRA", "pools its input, so lora_A does not have the base's width"),
+    ConfigRule("use_bdlora", bool, "BD-LoRA", "stores block-diagonal factors"),
+    ConfigRule("kasa_config", bool, "KaSA", "changes the base and adds a diagonal between the factors"),
+    ConfigRule("monteclora_config", bool, "MonteCLoRA", "samples its factors"),
+    ConfigRule("velora_config", bool, "VeLoRA", f"{_NOT_YET}: it keeps buffers beside the factors"),
+    ConfigRule("layer_replication", bool, "layer replication", "the model has layers that the base on disk does not have"),
+    ConfigRule("megatron_config", bool, "Megatron LoRA", "its tensors are split over ranks; convert it to plain PEFT first"),
+)  # fmt: skip
+
+# Keys that PEFT writes and that do not change what the tensors mean: where the adapter was put, how it was trained.
+_HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
+    "trainable_token_indices", "use_dora", "use_rslora",
+}  # fmt: skip
+
+
+def is_residual(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter with this config is relative to a residual of its base."""
+    return any(rule.residual and rule.refuses(config.get(rule.key)) for rule in CONFIG_RULES)
+
+
+def config_refusals(config: Mapping[str, Any], base_is_residual: bool = False) -> list[str]:
+    """Why an adapter with this config is refused: one phrase a reason, empty if it is handled."""
+    peft_type = config.get("peft_type", "LORA")
+    if isinstance(peft_type, str) and peft_type in METHODS:
+        return _method_refusals(METHODS[peft_type], config)
+    if peft_type != "LORA":
+        return [f"{peft_type} adapter: its change of the weights is not known here"]
+    rules = [rule for rule in CONFIG_RULES if not (rule.residual and base_is_residual)]
+    reasons = [f"{rule.kind}: {rule.reason}" for rule in rules if rule.refuses(config.get(rule.key))]
+    known = _HARMLESS | {rule.key for rule in CONFIG_RULES}
+    for key, value in config.items():
+        # A later PEFT may know variants that we do not: one that is switched on is refused, anything else is ignored.
+        if key not in known and value and re.search(r"^use_|_config$|^is_", key):
+            reasons.append(f"unknown variant {key}={quoted(value)}: it may change what the tensors mean")
+    return reasons
+
+
+def _method_refusals(method: Method, config: Mapping[str, Any]) -> list[str]:
+    reasons = [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
+    for key, value in config.items():
+        if value and key not in method.options and re.search(r"^use_|_config$|^is_|^layer_replication$", key):
+            reasons.append(f"unknown variant {key}={quoted(value)}: it may change what the tensors mean")
+    return reasons
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """What a tensor of an adapter is, by its normalised name; refused where `refusal` gives a reason.
+
+    The groups of the pattern name the ``module``, the ``factor`` (A or B), and the ``parameter`` of the module.
+    """
+
+    pattern: re.Pattern[str]
+    role: str
+    refusal: str = ""
+
+
+FACTORS = ("factor", "embedding", "magnitude")
+"""Roles of the tensors that make a LoRA module."""
+
+_ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
+
+TENSOR_RULES: tuple[TensorRule, ...] = (
+    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_(?P<factor>[AB]){_ADAPTER}\.weight$"), "factor"),
+    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_embedding_(?P<factor>[AB]){_ADAPTER}$"), "embedding"),
+    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$"), "magnitude"),
+    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_B{_ADAPTER}\.bias$"), "lora_bias"),
+    TensorRule(re.compile(rf"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_ADAPTER}$"), "tokens"),
+    # What the base has there: kept by trainers that save a module's whole state.
+    TensorRule(re.compile(r"\.trainable_tokens_original(\.|$)|\.original_module\."), "original"),
+    TensorRule(re.compile(r"\.(hada_|lokr_|lora_|ranknum|vera_|oft_|boft_|ia3_)"), "other", "another method's tensors"),
+    TensorRule(re.compile(r"^(?P<module>.+?)\.modules_to_save\.[^.]+\.(?P<parameter>.+)$"), "saved"),
+    TensorRule(re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<parameter>[^.]+)$"), "saved"),
+    TensorRule(re.compile(r"^(?P<module>.+)\.(?P<parameter>[^.]+)$"), "saved"),
+    TensorRule(re.compile(r""), "unknown", "a tensor of unknown meaning"),
+)
+
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+
+
+def normalize(name: str) -> str:
+    """A tensor name of an adapter without the wrappers: PEFT's prefix, DDP's, torch.compile's, FSDP's."""
+    name = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
+    return name.removeprefix("base_model.model.")
+
+
+def classify(name: str) -> tuple[TensorRule, re.Match[str]]:
+    """The rule for a normalised tensor name, and its match."""
+    for rule in TENSOR_RULES:
+        match = rule.pattern.search(name)
+        if match:
+            return rule, match
+    raise AssertionError("the last rule matches everything")

@@ -1,0 +1,1 @@
+"""Decisions: the leading directions of each matrix, and the findings file."""

@@ -1,0 +1,324 @@
+"""The findings: what was detected, for each matrix, and from which base, adapter and options.
+
+On disk they are one safetensors file, whose layout `findings_file` has. While detection runs, each matrix is a record in a journal
+beside the file; a record is itself a safetensors file of the matrix' tensors, and the end puts them together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
+
+from streamer.detection.findings_file import SCHEMA, matrix_entries, plan_findings_file, save_findings_file
+from streamer.detection.findings_records import FindingsRecord, TotalsRecord
+from streamer.detection.findings_view import (
+    findings_frame,
+    findings_html,
+    index_of,
+    indices_of,
+    is_pattern,
+    summary_lines,
+)
+from streamer.detection.matrix_finding import MatrixFinding, read_matrix
+from streamer.detection.options import DetectionOptions
+from streamer.detection.stamps import STAMP
+from streamer.errors import FormatError, MismatchError, UnknownNameError
+from streamer.storage.atomic import Buffer
+from streamer.storage.header import TensorInfo
+from streamer.storage.identities import AdapterIdentity, BaseIdentity
+from streamer.storage.tensor_file import TensorFile
+from streamer.weights.dtypes import as_bytes
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, repr=False)
+class Findings:
+    """All matrices of an adapter, in the base's file order; a sequence of `MatrixFinding`.
+
+    ``findings[0]`` is a matrix, ``findings[:4]`` are findings on the first four, ``findings["layers.0.self_attn.q_proj"]`` is the
+    matrix of that name, and ``findings["*.q_proj"]`` are findings on all that fit; see `find` and `select`.
+
+    Attributes
+    ----------
+    base, adapter
+        The identities of the inputs (sizes, digests); no paths, so that the same inputs give the same bytes anywhere.
+    options
+        What decided the findings.
+    matrices
+        One entry a matrix.
+    sources
+        ``base`` and ``adapter``: names, and ids where they are known; they do not decide whether findings fit other inputs.
+    """
+
+    base: BaseIdentity
+    adapter: AdapterIdentity
+    options: DetectionOptions
+    matrices: tuple[MatrixFinding, ...]
+    _file: TensorFile | None = field(default=None, repr=False, compare=False)
+    sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def by_tensor(self) -> dict[str, MatrixFinding]:
+        """Entries by the base tensor's name."""
+        return {m.tensor: m for m in self.matrices}
+
+    @property
+    def intruders(self) -> int:
+        """Intruders in all matrices."""
+        return sum(len(m.detection.intruders) for m in self.matrices)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over the decisions and factors of all matrices: what they would do to a delta, to the last bit.
+
+        Last bits depend on the number of threads; `decisions_digest` does not.
+        """
+        digest = hashlib.sha256()
+        for m in self.matrices:
+            digest.update(f"{m.tensor}{m.detection.intruders}{m.detection.certified}".encode())
+            for factor in (m.detection.U, m.detection.S, m.detection.Vh):
+                digest.update(as_bytes(factor))
+        return digest.hexdigest()
+
+    def decisions_digest(self) -> str:
+        """SHA-256 (hex) over what they were made from, and which directions of each matrix are intruders."""
+        tensors = [m.tensor for m in self.matrices]
+        made = detection_digest(self.base, self.adapter, self.options, tensors)
+        decisions = [list(m.detection.intruders) for m in self.matrices]
+        return hashlib.sha256(json.dumps([made, decisions]).encode()).hexdigest()
+
+    def check_matches(self, base: BaseIdentity, adapter: AdapterIdentity, options: DetectionOptions | None) -> None:
+        """Refuse to be used with another base, adapter or options than they were made with.
+
+        Parameters
+        ----------
+        base, adapter
+            Identities of the inputs that they are to be used with.
+        options
+            The options that are asked for; None takes those of the findings.
+
+        Raises
+        ------
+        MismatchError
+            Which of them differs, and how.
+        """
+        where = self._file.path if self._file else "findings"
+        pairs: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...]
+        pairs = ("base", {**self.base}, {**base}), ("adapter", {**self.adapter}, {**adapter})
+        for what, mine, theirs in pairs:
+            if mine != theirs:
+                raise MismatchError(
+                    f"{where}: made with another {what} ({_difference(mine, theirs)}); run detect again on this one"
+                )
+        for name, value in (asdict(options) if options else {}).items():
+            mine_value = getattr(self.options, name)
+            # Which solver made them, in what memory, does not matter to who uses them, unless one was asked for.
+            if value != mine_value and not ((name == "solver" and value == "auto") or name == "max_memory"):
+                raise MismatchError(
+                    f"{where}: made with {name}={mine_value!r}, asked for {value!r}; pass the same, or run detect again"
+                )
+
+    def find(self, name: str) -> MatrixFinding:
+        """The one matrix of a name.
+
+        Parameters
+        ----------
+        name
+            A base tensor's name, an adapter module's, or an end of one, from a dot on, that no other matrix has:
+            ``layers.0.self_attn.q_proj``.
+
+        Raises
+        ------
+        UnknownNameError
+            If there is none, or several; it is a `KeyError`.
+        """
+        return self.matrices[index_of(self._names, name)]
+
+    def select(self, pattern: str) -> Findings:
+        """Findings on the matrices whose tensor or module a pattern fits. They are a part: to mitigate or merge takes all.
+
+        Parameters
+        ----------
+        pattern
+            A name with ``*``, ``?`` or ``[…]``, as in file names: ``*.layers.[0-3].*.q_proj``.
+
+        Raises
+        ------
+        UnknownNameError
+            If there are none; it is a `KeyError`.
+        """
+        return replace(self, matrices=tuple(self.matrices[i] for i in indices_of(self._names, pattern)))
+
+    @overload
+    def __getitem__(self, key: int) -> MatrixFinding: ...
+    @overload
+    def __getitem__(self, key: slice) -> Findings: ...
+    @overload
+    def __getitem__(self, key: str) -> Any: ...  # `find` and `select` say which
+    def __getitem__(self, key: int | slice | str) -> MatrixFinding | Findings:
+        if isinstance(key, slice):
+            return replace(self, matrices=self.matrices[key])
+        if not isinstance(key, str):
+            return self.matrices[key]
+        return self.select(key) if is_pattern(key) else self.find(key)
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return any(key is m for m in self.matrices)
+        try:
+            self.find(key)
+        except UnknownNameError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[MatrixFinding]:
+        return iter(self.matrices)
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    @property
+    def _names(self) -> list[tuple[str, str]]:
+        return [(m.tensor, m.module) for m in self.matrices]
+
+    def record(self) -> FindingsRecord:
+        """Everything but the vectors, as JSON values: what `streamer report --json` prints. Seconds are None where a file was read."""
+        matrices = [m.record() for m in self.matrices]
+        timed = [m["seconds"] for m in matrices if m["seconds"] is not None]
+        totals: TotalsRecord = {
+            "matrices": len(matrices),
+            "intruders": self.intruders,
+            "certified": sum(m["certified"] for m in matrices),
+            "escalated": sum(m["escalated"] for m in matrices),
+            "degenerate": sum(bool(m["degenerate"]) for m in matrices),
+            "seconds": sum(timed) if timed else None,
+        }
+        base, adapter = ({**self.sources.get(what, {})} for what in ("base", "adapter"))
+        return {"schema": SCHEMA, "base": cast(BaseIdentity, base | self.base), "adapter": cast(AdapterIdentity, adapter | self.adapter),
+                "options": self.options.as_dict(), "totals": totals, "matrices": matrices}  # fmt: skip
+
+    def __repr__(self) -> str:
+        return "<Findings: " + "\n ".join(summary_lines(self.record())) + ">"
+
+    def _repr_html_(self) -> str:
+        return findings_html(self.record())
+
+    def to_pandas(self, by: Literal["matrix", "direction"] = "matrix") -> pandas.DataFrame:
+        """The figures as a data frame; pandas comes with ``pip install 'intruder-streamer[pandas]'``.
+
+        Parameters
+        ----------
+        by
+            ``matrix``: a row for each matrix; ``direction``: one for each of its leading singular directions. Directions and
+            `intruders` count from 0.
+
+        Raises
+        ------
+        MissingPackageError
+            If pandas is not installed; it is an `ImportError`.
+        """
+        return findings_frame(self.record(), by)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write them as a findings file, byte for byte as `detect_intruder_dimensions` writes it; missing directories are made.
+
+        Parameters
+        ----------
+        path
+            The file. It appears whole, or not at all.
+        overwrite
+            Whether to replace findings that stand there; anything else is not replaced, unless it is an empty file.
+
+        Raises
+        ------
+        OutputExistsError
+            If something else stands there; it is a `FileExistsError`.
+        OutputError, StorageError, LockedError
+            If it cannot be written there.
+        """
+        path, matrices = Path(path), self.by_tensor
+        entries = [entry for m in self.matrices for entry in matrix_entries(m.tensor, m.arrays())]
+        figures = [m.figures() for m in self.matrices]
+        shard = plan_findings_file(path.name, self, figures, entries)
+
+        def source(info: TensorInfo) -> Iterator[Buffer]:
+            tensor, _, key = info.name.rpartition("/")
+            yield as_bytes(matrices[tensor].arrays()[key])
+
+        save_findings_file(path, shard, source, overwrite)
+
+
+def _difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    keys = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
+    if "files" in keys:
+        a, b = mine.get("files", []), theirs.get("files", [])
+        if [f["file"] for f in a] != [f["file"] for f in b]:
+            return f"files {[f['file'] for f in a][:3]} against {[f['file'] for f in b][:3]}"
+        changed = next(x["file"] for x, y in zip(a, b, strict=True) if x != y)
+        return f"the content of {changed} differs"
+    return f"{', '.join(keys)} differ"
+
+
+def detection_digest(
+    base: BaseIdentity, adapter: AdapterIdentity, options: DetectionOptions, tensors: Sequence[str]
+) -> str:
+    """SHA-256 over everything that decides the findings' bytes."""
+    plan = {"schema": SCHEMA, "base": base, "adapter": adapter, "options": options.as_dict(), "tensors": list(tensors)}
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def load_findings(path: str | Path) -> Findings:
+    """Read a findings file; its vectors are read through a map, when they are used.
+
+    Parameters
+    ----------
+    path
+        A file that `detect_intruder_dimensions`, ``streamer detect`` or `Findings.save` wrote.
+
+    Raises
+    ------
+    FormatError
+        If it is not one, or not whole.
+    """
+    if Path(path).is_dir():
+        raise FormatError(f"{path}: expected a findings file, found a directory; name the findings file in it")
+    file = TensorFile(Path(path))
+    text = file.header.metadata.get("findings")
+    if file.header.metadata.get("schema") != SCHEMA or text is None:
+        raise FormatError(
+            f"{path}: expected findings ({SCHEMA}), found another safetensors file; make them with `streamer detect`"
+        )
+    try:
+        tree = json.loads(text)
+        options = DetectionOptions(**tree["options"])
+        data = file.data()  # one map for all: a map each would run out of descriptors
+        matrices = tuple(read_matrix(figures, file, data) for figures in tree["matrices"])
+        _check_identities(tree["base"], tree["adapter"])
+        return Findings(tree["base"], tree["adapter"], options, matrices, file, _sources(file))
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise FormatError(
+            f"{path}: findings are not as {SCHEMA} has them ({type(e).__name__}: {e}); run detect again"
+        ) from e
+
+
+def _sources(file: TensorFile) -> dict[str, dict[str, str]]:
+    """What the stamp of a findings file calls the inputs; nothing where it has none."""
+    try:
+        tree = json.loads(file.header.metadata[STAMP])
+        return {what: {k: v for k, v in tree[what].items() if isinstance(v, str)} for what in ("base", "adapter")}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return {}
+
+
+def _check_identities(*identities: Any) -> None:
+    for identity in identities:
+        files = identity.get("files", []) if isinstance(identity, dict) else None
+        if not isinstance(files, list) or not all(
+            isinstance(f, dict) and isinstance(f.get("file"), str) for f in files
+        ):
+            raise ValueError("an input's identity is not one")

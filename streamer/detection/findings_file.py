@@ -1,0 +1,174 @@
+"""Write a findings file: its layout, what stands beside it meanwhile, and one that is written at once.
+
+On disk findings are one safetensors file. For the base tensor ``T`` it holds ``T/U`` (m, q), ``T/S`` (q,), ``T/Vh`` (q, n), the
+intruders' triplets; ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high`` (k,) float64;
+``T/intruders`` (q,) int64. The metadata's ``findings`` is JSON: identity, options, and the figures of each matrix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from streamer.detection.findings_records import MatrixFigures
+from streamer.detection.options import DetectionOptions
+from streamer.detection.stamps import STAMP, detection_record, stamp
+from streamer.errors import InputError, OutputError, OutputExistsError, UsageError
+from streamer.plan.sources import Source
+from streamer.storage.atomic import Buffer, locked, make_directory, partial_name, remove_partials
+from streamer.storage.header import TensorInfo
+from streamer.storage.identities import AdapterIdentity, BaseIdentity
+from streamer.storage.output_checks import check_name, check_place, check_space, refuse_address, refuse_symlink
+from streamer.storage.shard_writer import ShardPlan, plan_shard, write_shard
+from streamer.storage.tensor_file import TensorFile
+
+SCHEMA = "streamer.findings/1"
+
+ARRAYS = ("U", "S", "Vh", "singular_values", "similarity", "similarity_low", "similarity_high", "intruders")
+"""The arrays of a matrix, in file order."""
+
+DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+
+Entry = tuple[str, str, tuple[int, ...]]
+"""A tensor's name, dtype and shape."""
+
+
+def journal_of(path: Path) -> Path:
+    """Where the journal of a findings file stands while it is being made."""
+    return path.with_name(f".{path.name}.journal")
+
+
+def lock_of(path: Path) -> Path:
+    """Where the lock of a findings file stands while it is being made."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what stands beside a findings file after a run that was killed: journal, lock, partials.
+
+    Raises
+    ------
+    LockedError
+        If a run is at work there.
+    """
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
+        with locked(lock_of(path), path):
+            remove_partials(path.parent, {path.name, journal_of(path).name})
+            journal_of(path).unlink(missing_ok=True)
+
+
+def check_findings_place(path: Path) -> None:
+    """Refuse a path where no findings file can be written: an address, a directory, a symlink, a hub cache. Its parent may be missing."""
+    refuse_address(path)
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
+    check_name(path, partial_name(journal_of(path).name))
+    refuse_symlink(path)
+    check_place(path.parent.resolve(), (), path)
+
+
+def check_findings_name(path: Path) -> None:
+    """Refuse the name of a findings file that other programs would not take for one."""
+    if path.suffix != ".safetensors" and not path.is_dir():
+        raise UsageError(
+            f"{path}: expected a name that ends in .safetensors, which the findings are; as {path}.safetensors"
+        )
+
+
+def matrix_entries(tensor: str, arrays: Mapping[str, Tensor]) -> list[Entry]:
+    """The entries of one matrix."""
+    return [(f"{tensor}/{key}", DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in arrays.items()]
+
+
+class Head(Protocol):
+    """What findings say besides their matrices."""
+
+    @property
+    def base(self) -> BaseIdentity:
+        """What tells the base from another."""
+
+    @property
+    def adapter(self) -> AdapterIdentity:
+        """What tells the adapter from another."""
+
+    @property
+    def options(self) -> DetectionOptions:
+        """What decided the findings."""
+
+    @property
+    def sources(self) -> Mapping[str, Mapping[str, str]]:
+        """The names of base and adapter; empty where they are not known."""
+
+
+def plan_findings_file(name: str, head: Head, matrices: Sequence[MatrixFigures], entries: Iterable[Entry]) -> ShardPlan:
+    """Lay out a findings file: the same findings give the same bytes, however they are written."""
+    tree = {"base": head.base, "adapter": head.adapter, "options": head.options.as_dict(), "matrices": matrices}
+    metadata = {"schema": SCHEMA, "findings": json.dumps(tree)}
+    if head.sources:
+        detection = detection_record(head.options, sum(m["certified"] is True for m in matrices), len(matrices))
+        base, adapter = (cast(Source, head.sources[what]) for what in ("base", "adapter"))
+        metadata[STAMP] = stamp("detect", base, adapter, detection)
+    return plan_shard(name, list(entries), metadata)
+
+
+def is_findings_file(path: Path) -> bool:
+    """Whether a file's header says that it holds findings of this schema."""
+    try:
+        return TensorFile(path).header.metadata.get("schema") == SCHEMA
+    except InputError:
+        return False
+
+
+def refuse_others(path: Path) -> None:
+    """Refuse to replace a file that is not findings: it may be weights."""
+    if not is_findings_file(path):
+        raise OutputExistsError(
+            f"{path}: exists and is not findings, which is all that is replaced; choose another output", path
+        )
+
+
+def save_findings_file(
+    path: Path, shard: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]], overwrite: bool
+) -> None:
+    """Write a findings file at once, atomically; missing directories are made.
+
+    Parameters
+    ----------
+    path
+        The file.
+    shard
+        Its layout.
+    source
+        Gives the bytes of each tensor.
+    overwrite
+        Whether to replace findings at the path, and the journal of an interrupted run. An empty file is replaced in any case.
+
+    Raises
+    ------
+    OutputExistsError
+        If something else stands there.
+    OutputError, StorageError, LockedError
+        If it cannot be written there.
+    """
+    check_findings_place(path)
+    if path.exists() and path.stat().st_size > 0:
+        if not overwrite:
+            raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
+        refuse_others(path)
+    if journal_of(path).exists() and not overwrite:
+        raise OutputExistsError(
+            f"{path}: an interrupted run has its journal there; finish that one, choose another output, or pass overwrite=True",
+            journal_of(path),
+        )
+    check_space(path, shard.nbytes)
+    make_directory(path.parent)
+    with locked(lock_of(path), path):
+        remove_partials(path.parent, {path.name, journal_of(path).name})
+        write_shard(path.parent, shard, source, lambda _size, _sha256: None)
+        journal_of(path).unlink(missing_ok=True)

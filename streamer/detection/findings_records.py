@@ -1,0 +1,70 @@
+"""The JSON of findings, as types: options, and the figures of each matrix (schema ``streamer.findings/1``)."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from streamer.storage.identities import AdapterIdentity, BaseIdentity
+
+
+class OptionsRecord(TypedDict):
+    """What decided the findings; see `DetectionOptions`."""
+
+    top_k: int | float
+    threshold_epsilon: float
+    solver: str
+    max_memory: int | None
+
+
+class MatrixFigures(TypedDict):
+    """Everything that is known of a matrix but its arrays; see `MatrixFinding` and `Detection`. Ranks count from 0."""
+
+    tensor: str
+    module: str
+    shape: list[int]
+    dtype: str
+    rank: int
+    scale: float
+    certified: bool
+    degenerate: list[int]
+    solver: str
+    escalated: bool
+    steps: int
+    products: int
+    cutoff: float
+    delta_norm: float
+    intruder_energy: float
+    dropped_at_zero: float
+
+
+class MatrixRecord(MatrixFigures):
+    """A matrix in the JSON that `streamer report` prints. `intruders` are ranks from 0; `seconds` is None where a file was read."""
+
+    singular_values: list[float]
+    similarity: list[float]
+    similarity_low: list[float]
+    similarity_high: list[float]
+    intruders: list[int]
+    seconds: float | None
+
+
+class TotalsRecord(TypedDict):
+    """Counts over all matrices, and the seconds that detection took, where it was run."""
+
+    matrices: int
+    intruders: int
+    certified: int
+    escalated: int
+    degenerate: int
+    seconds: float | None
+
+
+class FindingsRecord(TypedDict):
+    """The object that ``streamer report --json`` prints."""
+
+    schema: str
+    base: BaseIdentity
+    adapter: AdapterIdentity
+    options: OptionsRecord
+    totals: TotalsRecord
+    matrices: list[MatrixRecord]

@@ -1,0 +1,161 @@
+"""Look at findings: which matrices a name or pattern means, a short text, an HTML table, data frames."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import html
+import importlib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from streamer.detection.findings_records import FindingsRecord, MatrixRecord
+from streamer.errors import MissingPackageError, UnknownNameError, UsageError
+from streamer.units import format_size, listed
+
+if TYPE_CHECKING:
+    import pandas
+
+SHOWN = 10
+"""Matrices in the HTML table."""
+
+Names = Sequence[tuple[str, str]]
+"""The base tensor's name and the adapter module's of each matrix."""
+
+
+def is_pattern(key: str) -> bool:
+    """Tell a pattern from a name; ``[3]`` alone is an expert's number."""
+    return "*" in key or "?" in key or re.search(r"\[(?!\d+\])", key) is not None
+
+
+def index_of(names: Names, key: str) -> int:
+    """Find the one matrix of a name: its tensor's, its module's, or an end of one of these that no other matrix has.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is none, or several.
+    """
+    for fits in (
+        [i for i, pair in enumerate(names) if key in pair],
+        [i for i, pair in enumerate(names) if any(name.endswith(f".{key}") for name in pair)],
+    ):
+        if len(fits) == 1:
+            return fits[0]
+        if fits:
+            found = listed(names[i][0] for i in fits)
+            raise UnknownNameError(
+                f"findings: {key!r} fits {len(fits)} matrices: {found}; use a longer name, or '*{key}*' for all"
+            )
+    close = difflib.get_close_matches(key, [name for pair in names for name in pair], 1, 0.5)
+    near = f"did you mean {close[0]!r}?" if close else f"there are {listed((t for t, _ in names), 2)}"
+    raise UnknownNameError(f"findings: no matrix is called {key!r}; {near}")
+
+
+def indices_of(names: Names, pattern: str) -> list[int]:
+    """Find the matrices whose tensor or module a pattern fits, with ``*``, ``?`` and ``[…]`` as in file names.
+
+    Raises
+    ------
+    UnknownNameError
+        If there are none.
+    """
+    literal = re.sub(r"\[(\d+)\]", r"[[]\1]", pattern)  # experts are numbered so
+    fits = [re.compile(fnmatch.translate(p)).match for p in dict.fromkeys((pattern, literal))]
+    found = [i for i, pair in enumerate(names) if any(fit(name) for fit in fits for name in pair)]
+    if not found:
+        there = listed((t for t, _ in names), 2)
+        raise UnknownNameError(f"findings: no matrix fits {pattern!r}; there are {there}")
+    return found
+
+
+def summary_lines(tree: FindingsRecord) -> list[str]:
+    """Say in three lines what was found, how, and in what."""
+    t, o, matrices = tree["totals"], tree["options"], tree["matrices"]
+    with_any = sum(bool(m["intruders"]) for m in matrices)
+    files = tree["base"].get("files", [])
+    base = (
+        f"{listed((f['file'] for f in files), 1)} ({format_size(sum(f['bytes'] for f in files))})"
+        if files
+        else "unknown"
+    )
+    trained_on = tree["adapter"].get("base_model_name_or_path")
+    names = " … ".join(dict.fromkeys(m["tensor"] for m in (*matrices[:1], *matrices[-1:])))
+    return [
+        f"{count(t['intruders'], 'intruder')} in {with_any} of {count(len(matrices), 'matrix', 'matrices')}, {t['certified']} certified; "
+        f"top_k={o['top_k']}, threshold_epsilon={o['threshold_epsilon']}, solver={o['solver']}",
+        f"base {base}" + (f", adapter trained on {trained_on!r}" if trained_on else ""),
+        names or "no matrices",
+    ]
+
+
+def count(n: int, one: str, many: str = "") -> str:
+    """Write a number with its noun."""
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def findings_html(tree: FindingsRecord) -> str:
+    """Make a small table of the matrices with the most intruders, for notebooks."""
+    most = sorted(tree["matrices"], key=lambda m: (-len(m["intruders"]), -m["intruder_energy"]))[:SHOWN]
+    head = (
+        "matrix",
+        "shape",
+        "intruders",
+        "ranks (1 = largest)",
+        "least similarity",
+        "σ₁",
+        "‖Δ‖",
+        "energy",
+        "certified",
+    )
+    rows = [
+        (m["tensor"], "×".join(map(str, m["shape"])), str(len(m["intruders"])), " ".join(str(j + 1) for j in m["intruders"]),
+         f"{min(m['similarity']):.3f}", f"{m['singular_values'][0]:.4g}", f"{m['delta_norm']:.4g}", f"{m['intruder_energy']:.1%}",
+         "yes" if m["certified"] else "no")
+        for m in most
+    ]  # fmt: skip
+    left = len(tree["matrices"]) - len(most)
+    more = f"<p>and {count(left, 'matrix', 'matrices')} more, with no more intruders than these</p>" if left else ""
+    caption = "<br>".join(map(html.escape, summary_lines(tree)[:2]))
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><caption>{caption}</caption><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>{more}"
+
+
+def findings_frame(tree: FindingsRecord, by: Literal["matrix", "direction"]) -> pandas.DataFrame:
+    """Make a data frame of the figures, with a row for each matrix or for each of its leading directions."""
+    if by not in ("matrix", "direction"):
+        raise UsageError(f"by: expected 'matrix' or 'direction', found {by!r}")
+    try:
+        library = importlib.import_module("pandas")
+    except ImportError:
+        raise MissingPackageError(
+            "to_pandas: needs pandas, which is not installed; pip install 'intruder-streamer[pandas]'", "pandas"
+        ) from None
+    rows = [row for m in tree["matrices"] for row in ([_matrix_row(m)] if by == "matrix" else _direction_rows(m))]
+    return library.DataFrame(rows)
+
+
+def _matrix_row(m: MatrixRecord) -> dict[str, Any]:
+    own = {key: value for key, value in m.items() if not isinstance(value, list)}
+    return {
+        "tensor": own.pop("tensor"),
+        "module": own.pop("module"),
+        "rows": m["shape"][0],
+        "columns": m["shape"][1],
+        "intruder_count": len(m["intruders"]),
+        "intruders": tuple(m["intruders"]),
+        "least_similarity": min(m["similarity"]),
+        "largest_singular_value": m["singular_values"][0],
+        **own,
+    }
+
+
+def _direction_rows(m: MatrixRecord) -> list[dict[str, Any]]:
+    keys = ("singular_values", "similarity", "similarity_low", "similarity_high")
+    return [
+        {"tensor": m["tensor"], "module": m["module"], "direction": j, "singular_value": value, "similarity": similarity,
+         "similarity_low": low, "similarity_high": high, "intruder": j in m["intruders"], "degenerate": j in m["degenerate"]}
+        for j, (value, similarity, low, high) in enumerate(zip(*(m[key] for key in keys), strict=True))  # type: ignore[literal-required]
+    ]  # fmt: skip

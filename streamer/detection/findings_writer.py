@@ -1,0 +1,282 @@
+"""A findings file being made: each matrix a record in a journal beside it, so that a killed run resumes; put together at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamer import __version__
+from streamer.detection.findings import Findings, detection_digest, load_findings
+from streamer.detection.findings_file import (
+    ARRAYS,
+    check_findings_name,
+    check_findings_place,
+    journal_of,
+    lock_of,
+    matrix_entries,
+    plan_findings_file,
+    refuse_others,
+)
+from streamer.detection.findings_records import MatrixFigures
+from streamer.detection.matrix_finding import MatrixFinding, check_figures
+from streamer.errors import FormatError, InputChangedError, OutputError, OutputExistsError
+from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
+from streamer.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, layout, parse_header
+from streamer.storage.output_checks import is_placeholder
+from streamer.storage.shard_writer import write_shard
+from streamer.weights.dtypes import as_bytes
+
+OFFSETS_BYTES = 16 * 14
+"""By how much the offsets of a matrix' tensors are longer in a large file than in a record."""
+
+
+class FindingsWriter:
+    """A findings file being made: locked, resumable after each matrix, under its name only when it is whole.
+
+    ``with FindingsWriter(path, findings, tensors, stamps) as w: w.add(…)``; leaving the block without an exception writes the
+    file and removes the journal, leaving it with one keeps the journal.
+
+    Parameters
+    ----------
+    path
+        The file.
+    head
+        Identity and options; its matrices are not used.
+    tensors
+        Base tensors to come, in the order of the file.
+    stamps
+        Stamps of the inputs; a journal of other stamps is refused.
+    resume
+        False starts over.
+    overwrite
+        Replaces a finished file, and a journal of another run.
+    before_rename
+        Called before the file gets its name; may raise to stop it.
+
+    Attributes
+    ----------
+    threads
+        On how many of torch's threads its matrices are computed: as many as the run began with, wherever it is resumed, since the
+        last bits of findings depend on it.
+    """
+
+    def __init__(self, path: Path, head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]], *,
+                 resume: bool, overwrite: bool, before_rename: Callable[[], None]) -> None:  # fmt: skip
+        self.path = path
+        self._head = head
+        self._tensors = tensors
+        self._start = journal_head(head, tensors, stamps)
+        self._resume, self._overwrite = resume, overwrite
+        self._before_rename = before_rename
+        self._records: dict[str, int] = {}
+        self.resumed = False
+
+    def __enter__(self) -> FindingsWriter:
+        with contextlib.ExitStack() as held:
+            held.enter_context(locked(lock_of(self.path), self.path))
+            remove_partials(self.path.parent, {self.path.name})
+            self._journal = Journal(journal_of(self.path))
+            self._take_up()
+            self._lock = held.pop_all()
+        return self
+
+    def _take_up(self) -> None:
+        head = _head(self._journal[0]) if len(self._journal) else None
+        self.resumed = self._resume and _is_resumable(self.path, head, self._start, self._overwrite)
+        if not self.resumed:
+            self._journal.clear()
+            self._journal.append(json.dumps(self._start).encode())
+        for i in range(1, len(self._journal)):
+            self._records[self._figures(i)["tensor"]] = i
+        begun = head.get("threads") if head and self.resumed else None
+        self.threads = begun if type(begun) is int and begun > 0 else torch.get_num_threads()
+
+    def _figures(self, i: int) -> MatrixFigures:
+        header = _record_header(self._journal[i])
+        try:
+            figures: MatrixFigures = json.loads(header.metadata["matrix"])
+            check_figures(figures)
+            keys = {f"{figures['tensor']}/{key}" for key in ARRAYS}
+        except (KeyError, TypeError, ValueError, RecursionError):
+            keys = set()
+        if keys != header.by_name.keys():
+            raise OutputError(
+                f"{self._journal.path}: its record {i} is not one of this version; --no-resume starts the run over"
+            )
+        return figures
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._records
+
+    def add(self, finding: MatrixFinding) -> None:
+        """Journal one matrix, durably."""
+        arrays = finding.arrays()
+        _, raw = _layout(finding, arrays)
+        self._journal.append(raw + b"".join(as_bytes(t) for t in arrays.values()))
+        self._records[finding.tensor] = len(self._journal) - 1
+
+    def _write(self) -> None:
+        order = [self._records[tensor] for tensor in self._tensors]
+        matrices: list[MatrixFigures] = []
+        entries, home = [], {}
+        for i in order:
+            matrices.append(self._figures(i))
+            for info in _record_header(self._journal[i]).tensors:
+                entries.append((info.name, info.dtype, info.shape))
+                home[info.name] = i
+        plan = plan_findings_file(self.path.name, self._head, matrices, entries)
+
+        def source(info: TensorInfo) -> Iterator[Buffer]:
+            raw = self._journal[home[info.name]]
+            header = _record_header(raw)
+            own = header.by_name[info.name]
+            yield raw[header.data_start + own.start : header.data_start + own.end]
+
+        write_shard(self.path.parent, plan, source, lambda _size, _sha256: self._before_rename())
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._write()
+                self._journal.remove()
+            else:
+                self._journal.close()
+        finally:
+            self._lock.close()
+
+
+def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Header, bytes]:
+    """The header of a matrix' record, and its bytes."""
+    return layout(matrix_entries(finding.tensor, arrays), {"matrix": json.dumps(finding.figures())})
+
+
+def most_bytes(head: Findings, widest: Iterable[MatrixFinding]) -> tuple[int, int]:
+    """Bytes of a findings file and of the journal beside it, at most.
+
+    Parameters
+    ----------
+    head
+        Identity and options.
+    widest
+        For each matrix the largest finding that there could be; tensors without values (``meta``) will do.
+    """
+    known = [head.base, head.adapter, dict(head.sources), head.options.as_dict()]
+    file = journal = 4096 + 2 * len(json.dumps(known))
+    for finding in widest:
+        record = _layout(finding, finding.arrays())[0].file_bytes
+        file += record + OFFSETS_BYTES
+        journal += record + 40
+    return file, journal
+
+
+def journal_head(head: Findings, tensors: Sequence[str], stamps: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Make the first record of a journal: what run it belongs to, and on how many threads, on which last bits depend."""
+    digest = detection_digest(head.base, head.adapter, head.options, tensors)
+    return {"plan": digest, "version": __version__, "stamps": dict(stamps), "threads": torch.get_num_threads()}
+
+
+def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
+    """Preflight, read-only: whether a run with this `journal_head` was interrupted here and can be taken up.
+
+    Raises
+    ------
+    OutputError, InputChangedError
+        If the interrupted run is another one, or its inputs have changed.
+    """
+    return _is_resumable(path, _first_record(path), start, overwrite)
+
+
+def _first_record(path: Path) -> dict[str, Any] | None:
+    """Read what run the journal beside a findings file belongs to; None where there is no journal, or no run's."""
+    with contextlib.suppress(FileNotFoundError), journal_of(path).open("rb") as f:
+        length = int.from_bytes(f.read(40)[:8], "little")
+        return _head(f.read(min(length, MAX_HEADER_BYTES)))
+    return None
+
+
+def _head(raw: bytes) -> dict[str, Any] | None:
+    """A journal's first record; None if it is not one, and so no run's."""
+    try:
+        head = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return head if isinstance(head, dict) and {"plan", "stamps"} <= head.keys() else None
+
+
+def _is_resumable(path: Path, head: dict[str, Any] | None, start: dict[str, Any], overwrite: bool) -> bool:
+    if head is None:
+        return False
+    version = head.get("version", "")
+    if head["plan"] == start["plan"] and (version == start["version"] or not overwrite):
+        if version != start["version"]:
+            raise OutputError(
+                f"{journal_of(path)}: is of a run that version {version or 'before 0.2'} began, and this is {start['version']}; finish "
+                "it with that version, or pass --no-resume to start it over"
+            )
+        if head["stamps"] != json.loads(json.dumps(start["stamps"])):
+            raise InputChangedError(
+                f"{path}: an input was modified since this run was interrupted; --no-resume starts it over"
+            )
+        return True
+    if overwrite:
+        return False
+    raise OutputExistsError(
+        f"{path}: an interrupted run with other inputs or options has its journal there; finish that one, "
+        "choose another output, or pass --overwrite",
+        journal_of(path),
+    )
+
+
+def _record_header(raw: bytes) -> Any:
+    n = 8 + int.from_bytes(raw[:8], "little")
+    return parse_header(raw[:n], len(raw), "journal")
+
+
+def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Sequence[Path] = ()) -> Findings | None:
+    """Preflight, read-only: the finished findings of this very plan, or None if they are still to be made.
+
+    Parameters
+    ----------
+    path
+        The findings file; its directory may still be missing, and an empty file there counts as none.
+    digest
+        See `detection_digest`.
+    overwrite
+        Whether findings that stand at the path may be replaced; anything else may not.
+    inputs
+        Input directories and files that the output must stay out of.
+
+    Raises
+    ------
+    OutputError
+        If something else stands at the path, or it cannot be written.
+    """
+    check_findings_place(path)
+    check_findings_name(path)
+    for source in inputs:
+        if source.resolve() in (path.resolve(), *path.resolve().parents):
+            raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
+    if not path.exists() or is_placeholder(path):
+        return None
+    refuse_others(path)
+    if overwrite:
+        return None
+    try:
+        findings = load_findings(path)
+    except FormatError as e:
+        raise OutputExistsError(
+            f"{path}: holds findings that cannot be read; choose another output, or pass --overwrite", path
+        ) from e
+    tensors = [m.tensor for m in findings]
+    if detection_digest(findings.base, findings.adapter, findings.options, tensors) != digest:
+        raise OutputExistsError(
+            f"{path}: holds findings of other inputs or options; choose another output, or pass --overwrite", path
+        )
+    return findings

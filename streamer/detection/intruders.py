@@ -1,0 +1,177 @@
+"""Decide which leading singular directions of one matrix are intruders.
+
+Notation: W0 (m, n) is the base weight, Δ = s·B·A the adapter's delta, W = W0 + Δ, and u_j, σ_j, v_j are W's leading
+singular triplets. Direction j is an intruder if ``max_i |⟨u_j, u⁰_i⟩| < ε`` over all left singular vectors u⁰_i of W0
+(Shuttleworth et al., arXiv 2410.21228, Algorithm 1). Left always means the output side.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from streamer.detection.options import DetectionOptions
+from streamer.detection.solvers import SOLVERS, cheaper
+from streamer.errors import NumericError
+from streamer.linalg import deltas
+from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import LowRank, Matrix, all_finite
+from streamer.linalg.svd import DEGENERATE
+from streamer.linalg.torch_state import full_float32
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Detection:
+    """The decision on each of the k leading directions of ``W = W0 + Δ``, and the factors of the intruders.
+
+    Attributes
+    ----------
+    singular_values
+        (k,) σ_1 … σ_k of W.
+    similarity
+        (k,) each direction's similarity to the base's nearest left singular vector, as the decision took it; from the certified
+        solver the bound that decided.
+    similarity_low, similarity_high
+        (k,) an interval around it.
+    intruders
+        0-based ranks of the intruders, rising.
+    U, S, Vh
+        (m, q), (q,), (q, n): the intruders' triplets, float32 (float64 for a float64 base).
+    certified
+        Each interval lies on one side of ε, and no direction is degenerate: for all singular vectors of the base but those below
+        `cutoff`.
+    degenerate
+        0-based ranks of directions in a cluster so tight that no single vector is defined, by any solver.
+    solver, escalated
+        The solver that ran; whether the certified one had to give up for it.
+    steps, products, cutoff
+        What the certificate cost, and δ: base singular values below ``δ·σ⁰_1`` are not covered by it (0: all are).
+    delta_norm
+        ``‖Δ‖_F``.
+    intruder_energy
+        ``‖U_Iᵀ Δ‖_F² / ‖Δ‖_F²``: the share of the delta's energy on the intruders' side, in [0, 1].
+    dropped_at_zero
+        Relative norm that back-projection to the adapter's rank would drop at λ = 0 with ``--method paper``; 0 for a dense delta.
+    """
+
+    singular_values: tuple[float, ...]
+    similarity: tuple[float, ...]
+    similarity_low: tuple[float, ...]
+    similarity_high: tuple[float, ...]
+    intruders: tuple[int, ...]
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    certified: bool
+    degenerate: tuple[int, ...]
+    solver: str
+    escalated: bool
+    steps: int
+    products: int
+    cutoff: float
+    delta_norm: float
+    intruder_energy: float
+    dropped_at_zero: float
+
+    def summary(self) -> str:
+        """The decision in a line. Ranks count from 0."""
+        ranks = ", ".join(map(str, self.intruders[:10])) + (", …" if len(self.intruders) > 10 else "")
+        found = f"intruders [{ranks}] (ranks from 0) of" if self.intruders else "no intruder in"
+        least = f", least similarity {min(self.similarity):.3f}" if self.similarity else ""
+        return f"{found} {len(self.singular_values)} directions{least}, {self.solver}{'' if self.certified else ', not certified'}"
+
+    def __repr__(self) -> str:
+        return f"<Detection: {self.summary()}>"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Detection):
+            return NotImplemented
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
+
+
+def detect(
+    base: Matrix,
+    delta: Delta,
+    options: DetectionOptions,
+    rank: int | None = None,
+    name: str = "",
+    may_form: bool = True,
+) -> Detection:
+    """Find the intruder dimensions of ``W0 + Δ``.
+
+    Parameters
+    ----------
+    base
+        W0, (m, n), float32 or float64, on any device, in memory or by blocks of rows.
+    delta
+        Δ of the same shape, in factors or dense; its dtype is made the base's.
+    rank
+        The adapter's rank, for `Detection.dropped_at_zero`; by default the delta's.
+    name
+        Seeds the random start of the Krylov processes, so that a matrix gives the same bits in whatever order it comes.
+    may_form
+        Whether there is memory for the dense solver. Without it, what bounds cannot settle stays open.
+
+    Raises
+    ------
+    NumericError
+        If an input holds NaN or Inf, or the solver does not converge. Nothing non-finite reaches a solver.
+    """
+    for what, pieces in (("the base matrix", base.pieces()), *deltas.named_parts(delta)):
+        if not all(map(all_finite, pieces)):
+            raise NumericError(f"{what} holds NaN or Inf; check the file it came from")
+    delta = deltas.cast(delta, base.like.dtype, base.like.device)
+    norm = deltas.norm(delta)
+    if not norm < torch.finfo(base.like.dtype).max:
+        raise NumericError(f"the delta's norm, {norm:.3g}, overflows; check the adapter's scale")
+    k = options.directions(base.shape)
+    solver = options.solver
+    if solver == "auto":
+        solver = cheaper(base.shape, k) if may_form else "certified"
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    try:
+        with full_float32():
+            spectrum = SOLVERS[solver](base, delta, k, options.threshold_epsilon, generator, may_form)
+    except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # torch's stubs do not export it
+        raise NumericError(f"the {solver} solver did not converge ({e}); the matrix may be badly scaled") from e
+    triplets, low, high = spectrum.triplets, spectrum.low, spectrum.high
+    if not all_finite(triplets.S):
+        raise NumericError("base + delta overflows; check the adapter's scale")
+    error = triplets.angle_error_estimate
+    chosen = torch.nonzero(spectrum.similarity < options.threshold_epsilon).flatten()
+    on_one_side = (low >= options.threshold_epsilon) | (high < options.threshold_epsilon)
+    degenerate = torch.nonzero(error > DEGENERATE).flatten()
+    index = chosen.to(triplets.U.device)
+    U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
+    delta = deltas.cast(delta, base.like.dtype, torch.device("cpu"))
+    share = deltas.side_norm(delta, U) / norm if norm > 0 and len(chosen) else 0.0
+    dropped = 0.0
+    if isinstance(delta, LowRank) and len(chosen):
+        removed = delta.to(torch.float64) + LowRank(-U.double() * S.double(), Vh.double().T)
+        dropped = removed.truncated(rank or delta.rank)[1]
+    return Detection(
+        singular_values=tuple(triplets.S.double().tolist()),
+        similarity=tuple(spectrum.similarity.tolist()),
+        similarity_low=tuple(low.tolist()),
+        similarity_high=tuple(high.tolist()),
+        intruders=tuple(chosen.tolist()),
+        U=U.contiguous(),
+        S=S.contiguous(),
+        Vh=Vh.contiguous(),
+        certified=bool(on_one_side.all()) and len(degenerate) == 0,
+        degenerate=tuple(degenerate.tolist()),
+        solver=spectrum.solver,
+        escalated=spectrum.escalated,
+        steps=spectrum.steps,
+        products=spectrum.products,
+        cutoff=spectrum.cutoff,
+        delta_norm=norm,
+        intruder_energy=min(1.0, share**2),
+        dropped_at_zero=dropped,
+    )

@@ -1,0 +1,131 @@
+"""One matrix of the findings: decisions and factors, as JSON values and arrays, and read back from a findings file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from streamer.detection.findings_file import ARRAYS, DTYPE_NAMES
+from streamer.detection.findings_records import MatrixFigures, MatrixRecord
+from streamer.detection.intruders import Detection
+from streamer.linalg.operators import all_finite
+from streamer.storage.tensor_file import TensorFile
+from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
+
+_FIGURES: dict[str, type] = {
+    "certified": bool,
+    "degenerate": list,
+    "solver": str,
+    "escalated": bool,
+    "steps": int,
+    "products": int,
+    "cutoff": float,
+    "delta_norm": float,
+    "intruder_energy": float,
+    "dropped_at_zero": float,
+}
+_OWN: dict[str, type] = {"tensor": str, "module": str, "shape": list, "dtype": str, "rank": int, "scale": float}
+
+
+@dataclass(frozen=True, repr=False)
+class MatrixFinding:
+    """What was found in one matrix.
+
+    Attributes
+    ----------
+    tensor, module
+        Its name in the base, and in the adapter.
+    shape
+        (out, in), whatever the order on disk.
+    dtype
+        The base tensor's dtype, in the format's spelling.
+    rank, scale
+        The adapter's, for this module.
+    detection
+        Decisions and factors. From a file, the factors are read through a map, when they are used.
+    seconds
+        How long detection took; None where it was read from a file, which holds no times.
+    """
+
+    tensor: str
+    module: str
+    shape: tuple[int, int]
+    dtype: str
+    rank: int
+    scale: float
+    detection: Detection
+    seconds: float | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return f"<MatrixFinding {self.tensor} {'x'.join(map(str, self.shape))}: {self.detection.summary()}>"
+
+    def figures(self) -> MatrixFigures:
+        """Everything but the arrays, as JSON values."""
+        own = {"tensor": self.tensor, "module": self.module, "shape": list(self.shape), "dtype": self.dtype,
+               "rank": self.rank, "scale": self.scale}  # fmt: skip
+        return cast("MatrixFigures", own | {name: getattr(self.detection, name) for name in _FIGURES})
+
+    def record(self) -> MatrixRecord:
+        """Everything but the vectors, as JSON values: what `streamer report --json` has of a matrix."""
+        d = self.detection
+        numbers = {name: list(getattr(d, name)) for name in (*ARRAYS[3:], "degenerate")}
+        return cast("MatrixRecord", {**self.figures(), **numbers, "seconds": self.seconds})
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The arrays by key, in file order."""
+        d = self.detection
+        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in ARRAYS[3:7]}
+        return {"U": d.U, "S": d.S, "Vh": d.Vh, **numbers, "intruders": torch.tensor(d.intruders, dtype=torch.int64)}
+
+
+def check_figures(figures: Any) -> None:
+    """Check that the figures of a matrix are all there, each of its kind; `KeyError` or `TypeError` where not."""
+    for key, kind in {**_OWN, **_FIGURES}.items():
+        value = figures[key]
+        fits = type(value) in ({int, float} if kind is float else {kind})
+        if kind is list:
+            fits = fits and all(type(i) is int and i >= 0 for i in value)
+        if not fits:
+            raise TypeError(f"{key} is {type(value).__name__}")
+
+
+def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> MatrixFinding:
+    """Read the finding of these figures from an open findings file, whose data are mapped.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If figures or arrays are not as the schema has them.
+    """
+    check_figures(figures)
+    arrays: dict[str, Tensor] = {}
+    for key in ARRAYS:
+        info = file.header.by_name[f"{figures['tensor']}/{key}"]
+        if info.dtype not in DTYPE_NAMES.values():
+            raise ValueError(f"tensor {info.name!r} is {info.dtype}")
+        arrays[key] = as_tensor(data[info.start : info.end], TORCH_DTYPES[info.dtype], info.shape)
+    m, n = figures["shape"]
+    q, k = len(arrays["intruders"]), len(arrays["singular_values"])
+    expected = {
+        "U": (m, q),
+        "S": (q,),
+        "Vh": (q, n),
+        "similarity": (k,),
+        "similarity_low": (k,),
+        "similarity_high": (k,),
+    }
+    for key, shape in expected.items():
+        if tuple(arrays[key].shape) != shape:
+            raise ValueError(f"{figures['tensor']}/{key}: expected shape {shape}, found {tuple(arrays[key].shape)}")
+    if not all_finite(arrays["S"]):
+        raise ValueError(f"{figures['tensor']}/S holds NaN or Inf")
+    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ARRAYS[3:]}
+    if k == 0 or not all(type(j) is int and 0 <= j < k for j in (*numbers["intruders"], *figures["degenerate"])):
+        raise ValueError(f"{figures['tensor']}: its intruders are not among its {k} directions")
+    chosen: dict[str, Any] = {key: figures[key] for key in _FIGURES} | {"degenerate": tuple(figures["degenerate"])}
+    detection = Detection(U=arrays["U"], S=arrays["S"], Vh=arrays["Vh"], **numbers, **chosen)
+    return MatrixFinding(figures["tensor"], figures["module"], (m, n), figures["dtype"],
+                         figures["rank"], figures["scale"], detection)  # fmt: skip

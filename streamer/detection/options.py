@@ -1,0 +1,62 @@
+"""Options of detection: which directions are judged, by which threshold, solver and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamer.detection.findings_records import OptionsRecord
+from streamer.detection.solvers import SOLVERS
+from streamer.errors import UsageError
+from streamer.plan.memory import PROCESS_BYTES
+
+
+@dataclass(frozen=True)
+class DetectionOptions:
+    """What decides the findings.
+
+    Attributes
+    ----------
+    top_k
+        How many leading directions are judged: a count, or a share of min(m, n) as a float in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity is below this; in (0, 1].
+    solver
+        ``auto`` or the name of a solver.
+    max_memory
+        Bytes of anonymous memory for the whole process, or None. A matrix that does not fit in the computing dtype is multiplied as
+        it is stored; one that the dense solver has no room for stays open where bounds cannot settle it: `certified` is false then,
+        and nothing is an intruder that is not proven to be one.
+    """
+
+    top_k: int | float = 10
+    threshold_epsilon: float = 0.5
+    solver: str = "auto"
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        k = self.top_k
+        good = not isinstance(k, bool) and ((isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k <= 1))
+        if not good:
+            raise UsageError(f"top_k: expected a count from 1, or a share in (0, 1] with a decimal point, found {k!r}")
+        if not 0 < self.threshold_epsilon <= 1:
+            raise UsageError(f"threshold_epsilon: expected a number in (0, 1], found {self.threshold_epsilon!r}")
+        if self.solver not in ("auto", *SOLVERS):
+            raise UsageError(f"solver: expected one of auto, {', '.join(SOLVERS)}, found {self.solver!r}")
+        memory = self.max_memory
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
+            raise UsageError(f"max_memory: expected a whole number of bytes, found {memory!r}")
+        if memory is not None and memory <= PROCESS_BYTES:
+            raise UsageError(
+                f"max_memory: expected more than the {PROCESS_BYTES >> 20}M of Python and torch, found {memory >> 20}M"
+            )
+
+    def directions(self, shape: tuple[int, int]) -> int:
+        """How many directions are judged in a matrix of this shape: at least one, at most min(m, n)."""
+        p = min(shape)
+        k = self.top_k if isinstance(self.top_k, int) else max(1, round(self.top_k * p))
+        return min(k, p)
+
+    def as_dict(self) -> OptionsRecord:
+        """The options as JSON values."""
+        return {"top_k": self.top_k, "threshold_epsilon": self.threshold_epsilon, "solver": self.solver,
+                "max_memory": self.max_memory}  # fmt: skip

@@ -1,0 +1,91 @@
+"""Weights on their way from the disk to where they are computed: a thread brings the next ones while the current one is in use.
+
+For a GPU bytes are copied as they are stored into pinned memory, and from there on a stream of its own, beside what is computed; they
+become float32 on the device, exactly. What stands as codes, or in several tensors, is decoded on the CPU when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from streamer.weights.base import Weight
+
+T = TypeVar("T")
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A weight that has been read.
+
+    Attributes
+    ----------
+    weight
+        With its bytes at hand.
+    values
+        The same on a GPU, as they are stored; None where there are none yet.
+    arrived
+        The event after which they are there.
+    """
+
+    weight: Weight
+    values: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+    def whole(self, device: torch.device) -> Tensor:
+        """All values in the computing dtype, as `Weight.whole` has them; not to be written to.
+
+        Raises
+        ------
+        torch.cuda.OutOfMemoryError
+            If a GPU has no room for them.
+        """
+        if self.values is None or self.arrived is None or self.values.device.type != device.type:
+            return self.weight.whole(device)
+        stream = torch.cuda.current_stream(self.values.device)
+        stream.wait_event(self.arrived)
+        self.values.record_stream(stream)  # its memory is not given away before this stream is done with it
+        return self.values.to(self.weight.compute)
+
+
+class Stager:
+    """Reads weights, and has a GPU copy them beside its computing; on the CPU it reads alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # in torch's stubs
+
+    def stage(self, weight: Weight) -> Staged:
+        """Read a weight and begin its copy, in whatever thread this is called."""
+        weight = weight.load()
+        values = weight.stored() if self._stream is not None else None
+        if values is None or self._stream is None:
+            return Staged(weight)
+        try:
+            with torch.cuda.stream(self._stream):
+                there = values.pin_memory().to(self._device, non_blocking=True)
+            return Staged(weight, there, self._stream.record_event())
+        except RuntimeError:
+            # No room there, or for pinned memory. There may be some when its turn comes; if not, that says so.
+            return Staged(weight)
+
+
+def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Generator[tuple[T, V], None, None]:
+    """Each item with what `load` gives for it; so many of the next ones are loaded by a thread while the current one is in use."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
+        coming = deque(pool.submit(load, item) for item in items[:depth])
+        for i, item in enumerate(items):
+            value = coming.popleft().result()
+            coming.extend(pool.submit(load, following) for following in items[i + depth : i + depth + 1])
+            yield item, value
+            del value  # before the next one arrives: never more than `depth` beside the current one
+    finally:
+        pool.shutdown(cancel_futures=True)

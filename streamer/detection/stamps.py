@@ -1,0 +1,55 @@
+"""The stamp in the metadata of every file that is written: what it was made from, and how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from streamer import __version__
+from streamer.detection.options import DetectionOptions
+from streamer.plan.sources import Source, in_short
+
+STAMP = "streamer"
+"""The key of the stamp in a file's metadata."""
+
+
+class DetectionRecord(TypedDict):
+    """How the intruders were found; `certified` of the `matrices` have decisions that are certified."""
+
+    top_k: int | float
+    threshold_epsilon: float
+    solver: str
+    certified: int
+    matrices: int
+
+
+def detection_record(options: DetectionOptions, certified: int, matrices: int) -> DetectionRecord:
+    """How the intruders of an output were found."""
+    return {
+        "top_k": options.top_k,
+        "threshold_epsilon": options.threshold_epsilon,
+        "solver": options.solver,
+        "certified": certified,
+        "matrices": matrices,
+    }
+
+
+def stamp(
+    command: str,
+    base: Source,
+    adapter: Source,
+    detection: DetectionRecord | None = None,
+    mitigation: Mapping[str, Any] | None = None,
+) -> str:
+    """What a file's metadata says of how it was made, as JSON."""
+    tree: dict[str, Any] = {
+        "version": __version__,
+        "command": command,
+        "base": in_short(base),
+        "adapter": in_short(adapter),
+    }
+    if mitigation is not None:
+        tree |= mitigation
+    tree["detection"] = detection
+    return json.dumps(tree, ensure_ascii=False)

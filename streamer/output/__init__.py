@@ -1,0 +1,1 @@
+"""Results: mitigated deltas, output tensors, files."""

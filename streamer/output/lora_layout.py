@@ -1,0 +1,105 @@
+"""Lay out a LoRA adapter made from a fine-tuned model: the names of its modules, and its tensors beside the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamer.adapters.adapter import Adapter
+from streamer.errors import UnsupportedError
+from streamer.plan.carried_tensors import Changes
+from streamer.plan.tied_embeddings import OF_A_TIE, equal, find_tie, refuse_other_ties
+from streamer.plan.transformers_renames import Renames
+from streamer.storage.checkpoint import Checkpoint
+from streamer.weights.base import Part
+
+PREFIX = "base_model.model."
+"""What PEFT's names begin with."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What stands in a LoRA adapter beside its factors, and how its modules are called.
+
+    Attributes
+    ----------
+    names
+        Module → its name in a loaded model, where that is another one.
+    carried
+        Tensor's name in the adapter → what it holds.
+    config
+        What the config says of it.
+    heads
+        Embedding's module → the lm_head that is tied to it, and takes the same delta.
+    """
+
+    names: Mapping[str, str]
+    carried: Mapping[str, Part]
+    config: Mapping[str, Any]
+    heads: Mapping[str, str]
+
+
+def beside_factors(
+    tuned: Adapter, base: Checkpoint, matched: Mapping[str, str], changes: Changes, renames: Renames
+) -> Beside:
+    """How a LoRA adapter says what of a fine-tuned model is no delta of a matrix.
+
+    PEFT knows the modules by their names in a loaded model; a bias is its module's own where that has factors; what else has changed
+    is a saved module, with all of its tensors; an embedding and its lm_head stay tied. What has not changed is left out.
+
+    Parameters
+    ----------
+    matched
+        Module → base tensor of those that have factors.
+
+    Raises
+    ------
+    UnsupportedError
+        If something changed that has no place in a LoRA adapter.
+    """
+    now = renames.at_run_time(tuned.parts)
+    names = {m: now.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in matched}
+    bases = {part.info.name: Part(*base.locate(n)) for n, part in changes.sources.items() if n in base.weight_map}
+    changed = {
+        c.source: c for c in tuned.carried if c.source not in bases or not equal(tuned.parts[c.source], bases[c.source])
+    }
+    inner = {name.rpartition(".")[0].rpartition(".")[0] for name in tuned.parts}
+    saved = set()
+    for c in changed.values():
+        if c.module in matched and c.parameter == "bias":
+            continue
+        if c.module in matched or c.source not in now or any(f"{i}.".startswith(f"{c.module}.") for i in inner):
+            raise UnsupportedError(
+                f"{tuned.path}: {c.source!r} has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter; "
+                "use `streamer merge`"
+            )
+        saved.add(now[c.source].rpartition(".")[0])
+    carried = {}
+    for c in tuned.carried:
+        name = now.get(c.source, c.source)
+        module, _, parameter = name.rpartition(".")
+        # By PEFT's rule, an entry of modules_to_save names all modules whose path ends in it.
+        if any(module.endswith(s) for s in saved):
+            saved.add(module)
+            carried[PREFIX + name] = tuned.parts[c.source]
+        elif c.source in changed:
+            carried[f"{PREFIX}{module}.base_layer.{parameter}"] = tuned.parts[c.source]
+    tie = find_tie(tuned.parts, tuned.config, tuned)
+    trained = {
+        m: f"{m}.weight"
+        for m, n in matched.items()
+        if OF_A_TIE.search(f"{m}.weight") and not equal(tuned.parts[f"{m}.weight"], Part(*base.locate(n)))
+    }
+    refuse_other_ties(tie, tuned.path, tuned.parts, tuned.config, tuned, trained, changed)
+    heads, one = {}, tie is not None and tie.head not in tuned.parts
+    if tie is not None and one:
+        head = renames.at_run_time([tie.head]).get(tie.head, tie.head).removesuffix(".weight")
+        heads = {m: head for m in matched if f"{m}.weight" == tie.embedding}
+        if not heads and now.get(tie.embedding, "").removesuffix(".weight") in saved:  # of another size than the base's
+            saved.add(head)
+            carried[f"{PREFIX}{head}.weight"] = tuned.parts[tie.embedding]
+    config: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
+    if one:
+        config["ensure_weight_tying"] = True
+    return Beside(names, carried, config, heads)

@@ -1,0 +1,229 @@
+"""The plan of a merged model: for each tensor of each file, its dtype and shape, and what it is made of.
+
+One plan serves the files that `merge` writes, the index, the sizes of a dry run, and the tensors of `iter_merged`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamer.adapters.modules import MethodModule
+from streamer.errors import UnsupportedError
+from streamer.output.recipes import Copied, Exchanged, Merged, Recipe, Recoded, Rounded, Share, Shifted, Stacked
+from streamer.plan.carried_tensors import edited_config
+from streamer.plan.plan import MODEL_CONFIG, Plan
+from streamer.plan.targets import Place, Target, stores_conv1d
+from streamer.plan.task_heads import Head, implied_head
+from streamer.storage.checkpoint import INDEX_NAME
+from streamer.storage.shard_writer import ShardPlan, index_bytes, plan_shard
+from streamer.weights.base import Part, Weight
+from streamer.weights.dequantize import belongs_to_codes, plain_config, plain_weights
+from streamer.weights.dtypes import SPELLINGS
+from streamer.weights.logical import Weights
+from streamer.weights.plain import Plain
+from streamer.weights.quantization.fp8 import FP8
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the merged model, in the format's spelling, and how it is made."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """What a merge writes.
+
+    Attributes
+    ----------
+    files
+        Output tensors by file name, in file order: the base's files and order, new tensors at the end of the last file.
+    metadata
+        Each file's metadata.
+    texts
+        Small files with contents of their own: configs that the merge makes untrue as they stand.
+    index
+        The base's index, or None for a single file.
+    head
+        What follows from a head that the adapter saves.
+    """
+
+    files: Mapping[str, tuple[Output, ...]]
+    metadata: Mapping[str, Mapping[str, str]]
+    texts: Mapping[str, bytes]
+    index: Mapping[str, Any] | None
+    head: Head
+
+    def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
+        """The planned files, their headers exact; their metadata is the base's, and what is given."""
+        return {
+            name: plan_shard(
+                name, [(o.name, o.dtype, o.shape) for o in outputs], {**self.metadata[name], **(metadata or {})}
+            )
+            for name, outputs in self.files.items()
+        }
+
+    def finals(self, shards: Mapping[str, ShardPlan]) -> dict[str, bytes]:
+        """The index, with the tensors as they are."""
+        if self.index is None:
+            return {}
+        stated: Mapping[str, str] = self.index["weight_map"]
+        where = {o.name: name for name, outputs in self.files.items() for o in outputs}
+        # The base's own order: new names come last.
+        weight_map = {t: where[t] for t in stated if t in where} | where
+        total = sum(shard.header.data_bytes for shard in shards.values())
+        return {INDEX_NAME: index_bytes({**self.index, "weight_map": weight_map}, total)}
+
+
+def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
+    """What each tensor of the merged model is made of; from headers alone.
+
+    Parameters
+    ----------
+    dequantize
+        Write everything that stands as codes in the dtype of the model's config, and leave out what belongs to codes.
+
+    Raises
+    ------
+    UnsupportedError
+        If merged values would have to be written in an encoding that is not written.
+    """
+    _refuse_codes(plan, dequantize)
+    weights = plain_weights(plan.weights, plan.config) if dequantize else plan.weights
+    files = {
+        name: [o for t in file.header.tensors if (o := _of_file(plan, weights, t.name, Part(file, t), dequantize))]
+        for name, file in plan.base.files.items()
+    }
+    last = next(reversed(files))
+    files[last] += [
+        _output(plan, weights, name, None) for name in plan.changes.sources if name not in plan.base.weight_map
+    ]
+    plan.company.outputs += sum(map(len, files.values()))
+    head = _head(plan, [o.name for outputs in files.values() for o in outputs])
+    return MergedModel(
+        {name: tuple(outputs) for name, outputs in files.items() if outputs},
+        {name: file.header.metadata for name, file in plan.base.files.items()},
+        _texts(plan, head, dequantize),
+        plan.base.index,
+        head,
+    )
+
+
+def _of_file(plan: Plan, weights: Weights, name: str, part: Part, dequantize: bool) -> Output | None:
+    """What a tensor of the base becomes; None if it is left out."""
+    if name in plan.changes.dropped or (dequantize and belongs_to_codes(name, weights)):
+        return None
+    if name not in weights.owners:
+        return _output(plan, weights, name, part)
+    logical, role = weights.owners[name]
+    if dequantize:
+        if role != "weight":
+            return None
+        weight = weights[logical]
+        assert weight.encoding is not None
+        recipe = _merged(plan, weight) if logical in plan.by_weight else Rounded(weight)
+        return Output(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
+    if logical not in plan.by_weight or role not in ("weight", "scale"):
+        return Output(name, part.info.dtype, part.info.shape, Copied(part))
+    return Output(name, part.info.dtype, part.info.shape, _merged(plan, weights[logical], role))
+
+
+def _merged(plan: Plan, weight: Weight, role: str | None = None, tuned: Part | None = None) -> Recipe:
+    """What a weight becomes that the adapter changes; with a `role`, that one of the tensors that its codes stand in."""
+    recipes = [_piece(weight, target, place, role, tuned) for target, place in plan.by_weight[weight.name]]
+    return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stacked(tuple(recipes))
+
+
+def _piece(weight: Weight, target: Target, place: Place, role: str | None, tuned: Part | None) -> Recipe:
+    if place.index is not None:
+        weight = weight.slice(place.index)
+    if role is None:
+        recipe: Merged | Recoded = Merged(weight, target, tuned)
+    else:
+        assert isinstance(weight, FP8)
+        recipe = Recoded(weight, target, role)
+    return recipe if place.rows is None else Share(recipe, place.rows)
+
+
+def _refuse_codes(plan: Plan, dequantize: bool) -> None:
+    """Refuse what does not fit the codes of the weights that it changes; one line for all."""
+    coded = plan.weights.coded
+    replaced = [name for name in plan.changes.sources if name in coded]
+    if replaced:
+        raise UnsupportedError(
+            f"{plan.adapter.file.path}: saves {replaced[0]!r} (modules_to_save), which stands quantized in {plan.base.path}; merge into "
+            "the 16-bit base"
+        )
+    refused = [name for name in plan.by_weight if name in coded and not plan.weights.recodes(name)]
+    if dequantize and coded and stores_conv1d(plan.config):
+        raise UnsupportedError(
+            f"{plan.base.path}: a quantized {plan.config['model_type']} stores its layers as (out, in) and a plain one as (in, out), which "
+            "is not supported; merge into the 16-bit base"
+        )
+    if refused and not dequantize:
+        raise UnsupportedError(
+            f"{plan.base.path}: {len(refused)} of the weights to merge into are quantized, {refused[0]!r} first "
+            f"({plan.weights[refused[0]].label}), and merged weights do not fit their codes; --dequantize writes a plain model, "
+            "or merge into the 16-bit base"
+        )
+
+
+def _output(plan: Plan, weights: Weights, name: str, part: Part | None) -> Output:
+    """A tensor of the merged model; `part` is the base's own, if it has one."""
+    changes = plan.changes
+    source = changes.sources.get(name, part)
+    assert source is not None
+    stands = part or source
+    recipe: Recipe
+    if name in plan.by_weight:
+        recipe = _merged(plan, weights[name], tuned=_tuned(plan, name, stands))
+    elif name in changes.shifts:
+        shift, scale = changes.shifts[name]
+        recipe = Shifted(weights[name], Plain.of(shift), scale)
+    elif name in changes.rows:
+        tokens, indices = changes.rows[name]
+        recipe = Exchanged(weights[name], Plain.of(tokens), indices)
+    elif source.info.dtype != stands.info.dtype:
+        recipe = Rounded(weights[name])
+    else:
+        return Output(name, source.info.dtype, source.info.shape, Copied(source))
+    encoding = weights[name].encoding
+    assert encoding is not None
+    return Output(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
+
+
+def _tuned(plan: Plan, name: str, stands: Part) -> Part | None:
+    """The fine-tuned model's own tensor, where it stands in an adapter's place and in the dtype that is written."""
+    module = plan.by_weight[name][0][0].module
+    if not plan.adapter.is_model or not isinstance(module, MethodModule):
+        return None
+    (tensor,) = module.tensors.values()
+    part = plan.adapter.parts[tensor]
+    return part if part.info.dtype == stands.info.dtype else None
+
+
+def _head(plan: Plan, names: list[str]) -> Head:
+    """What follows from the adapter's task and the head that it saves; of a fine-tuned model its own config says it."""
+    if plan.adapter.is_model:
+        return Head(plan.config)
+    trained = {name: part.info.shape for name, part in plan.changes.sources.items() if name in plan.changes.trained}
+    return implied_head(plan.config, plan.adapter.config, trained, names)
+
+
+def _texts(plan: Plan, head: Head, dequantize: bool) -> dict[str, bytes]:
+    """The model's config, where the merge changes what it must say."""
+    if plan.adapter.is_model:  # its own config describes it
+        return {}
+    config = edited_config(head.config, plan.changes)
+    if dequantize:
+        config = plain_config(config)
+    if config == plan.config:
+        return {}
+    return {MODEL_CONFIG: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}

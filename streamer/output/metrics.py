@@ -1,0 +1,67 @@
+"""What a mitigation did: the figures of a matrix, as the journal and the record of an output hold them, and their sums."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from streamer.detection.intruders import Detection
+from streamer.errors import OutputError
+from streamer.linalg import deltas
+from streamer.linalg.deltas import Delta
+from streamer.output.records import MitigatedMatrix, Totals
+from streamer.plan.targets import Target
+
+
+def matrix_figures(
+    target: Target, delta: Delta, after: Delta, found: Detection | None, scale: str, dropped: float
+) -> MitigatedMatrix:
+    """What mitigation did to one matrix, as JSON values."""
+    before = deltas.norm(delta)
+    scaled = () if found is None else found.intruders if scale == "all" else found.intruders[:1]
+    return {
+        "tensor": target.tensor,
+        "module": target.module.name,
+        "intruders": list(scaled),
+        "certified": None if found is None else found.certified,
+        "delta_norm": before,
+        "delta_norm_after": before if after is delta else deltas.norm(after),
+        "dropped": dropped,
+    }
+
+
+def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
+    """The figures of a finished file's matrices."""
+    figures: list[MitigatedMatrix] = entry.get("matrices", [])
+    numbers = ("delta_norm", "delta_norm_after", "dropped")
+    try:
+        good = all(
+            isinstance(m["intruders"], list)
+            and m["certified"] in (True, False, None)
+            and all(type(m[key]) is float and 0 <= m[key] < 1e100 for key in numbers)  # type: ignore[literal-required]
+            for m in figures
+        )
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise OutputError(
+            f"{path}: the journal's figures of {entry['file']} are not of this version; --no-resume starts over"
+        )
+    return figures
+
+
+def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:
+    """Sum the figures of all matrices of an output of so many bytes."""
+    before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
+    after = math.sqrt(sum(m["delta_norm_after"] ** 2 for m in matrices))
+    return {
+        "matrices": len(matrices),
+        "intruders": sum(len(m["intruders"]) for m in matrices),
+        "changed": sum(m["delta_norm_after"] != m["delta_norm"] for m in matrices),
+        "delta_norm": before,
+        "delta_norm_after": after,
+        "equal_norm_shrink": after / before if before > 0 else 1.0,
+        "dropped_max": max((m["dropped"] for m in matrices), default=0.0),
+        "bytes": nbytes,
+    }

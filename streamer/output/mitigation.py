@@ -1,0 +1,135 @@
+"""Scale the intruders of one matrix's delta by λ, and project the result back onto an adapter's rank.
+
+Notation as in `detection.intruders`: Δ is the adapter's delta, and ``U_I Σ_I V_Iᵀ`` the intruders' triplets of ``W0 + Δ``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from streamer.detection.intruders import Detection
+from streamer.errors import UsageError
+from streamer.linalg import deltas
+from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Dense, LowRank
+
+Method = Literal["paper", "project", "shrink"]
+Scale = Literal["all", "first"]
+
+
+@dataclass(frozen=True)
+class MitigationOptions:
+    """What decides the mitigated delta, given the findings.
+
+    Attributes
+    ----------
+    mitigation_lambda
+        What is left of an intruder: 1 changes nothing, 0 removes it, above 1 amplifies it.
+    method
+        ``paper``: ``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``. ``project``: ``Δ' = (I − (1 − λ) U_I U_Iᵀ) Δ``, which leaves the base's
+        own share of the direction alone and needs no truncation. ``shrink``: ``Δ' = λ Δ``, the baseline; no detection.
+    scale
+        ``all`` intruders among the top k, or only the ``first`` (highest-ranked) of each matrix.
+    """
+
+    mitigation_lambda: float = 0.75
+    method: Method = "paper"
+    scale: Scale = "all"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mitigation_lambda, bool) or not math.isfinite(self.mitigation_lambda):
+            raise UsageError(f"lambda: expected a finite number, found {self.mitigation_lambda!r}")
+        if self.method not in get_args(Method):
+            raise UsageError(f"method: expected one of {', '.join(get_args(Method))}, found {self.method!r}")
+        if self.scale not in get_args(Scale):
+            raise UsageError(f"scale: expected one of {', '.join(get_args(Scale))}, found {self.scale!r}")
+
+    @property
+    def needs_detection(self) -> bool:
+        """Whether the result depends on the findings at all."""
+        return self.method != "shrink" and self.mitigation_lambda != 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        return asdict(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the options by the names that are written and printed."""
+        return {"method": self.method, "scale": self.scale, "lambda": self.mitigation_lambda}
+
+
+def selected_factors(detection: Detection, scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (m, q), S (q,), Vh (q, n) of the intruders to scale: all of them, or the highest-ranked one."""
+    q = len(detection.intruders) if scale == "all" else min(1, len(detection.intruders))
+    return detection.U[:, :q], detection.S[:q], detection.Vh[:q]
+
+
+def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptions) -> Delta:
+    """The mitigated delta Δ'; the delta itself, as it is, where nothing changes.
+
+    Parameters
+    ----------
+    delta
+        Δ, (m, n), in factors or dense.
+    detection
+        The findings on this matrix; may be None where the options do not need them.
+
+    Returns
+    -------
+    LowRank or Dense
+        Factors are in float64, for ``paper`` of rank r + q, for the others of rank r; a dense Δ' has the dtype of Δ.
+        `MitigationOptions` has the formulas.
+    """
+    lam = options.mitigation_lambda
+    if lam == 1:
+        return delta
+    exact = deltas.cast(delta, torch.float64) if isinstance(delta, LowRank) else delta
+    if options.method == "shrink":
+        return exact.scaled(lam)
+    if detection is None:
+        raise UsageError(f"method {options.method!r} at lambda {lam} needs findings")
+    U, S, Vh = selected_factors(detection, options.scale)
+    if len(S) == 0:
+        return delta
+    if isinstance(exact, Dense):
+        matrix = exact.dense()
+        U, S, Vh = (t.to(matrix) for t in (U, S, Vh))
+        # One matrix more than Δ, the product being added as it is formed.
+        if options.method == "project":
+            return Dense(torch.addmm(matrix, U, U.T @ matrix, alpha=lam - 1))
+        return Dense(torch.addmm(matrix, U * S, Vh, alpha=lam - 1))
+    U, S, Vh = (t.double() for t in (U, S, Vh))
+    if options.method == "project":
+        # U_I is orthonormal to working precision only; the component it removes is (1 − λ) of what it measures.
+        return LowRank(exact.L - (1 - lam) * (U @ (U.T @ exact.L)), exact.R)
+    return exact + LowRank((lam - 1) * U * S, Vh.T)
+
+
+def back_project(delta: LowRank, rank: int, scale: float) -> tuple[Tensor, Tensor, float]:
+    """Adapter factors with ``scale · B @ A ≈ Δ'``, and the relative Frobenius norm that was dropped.
+
+    Parameters
+    ----------
+    delta
+        Δ' = L Rᵀ, (m, n).
+    rank
+        The adapter's rank r. Where Δ' has no more columns its factors are kept and nothing is dropped; else it is
+        truncated to the nearest matrix of rank r, and ``√Σ`` is shared evenly between B and A.
+    scale
+        The LoRA scale s, not zero.
+
+    Returns
+    -------
+    B, A, dropped
+        (m, r), (r, n), and ``‖Δ' − s·B·A‖_F / ‖Δ'‖_F``.
+    """
+    delta = delta.to(torch.float64)
+    if delta.rank <= rank:
+        return delta.L / scale, delta.R.T, 0.0
+    root, dropped = delta.scaled(1 / scale).truncated(rank)
+    return root.L, root.R.T, dropped

@@ -1,0 +1,270 @@
+"""The ``README.md`` of an output: the facts of how it was made in front of the card of what it was made from.
+
+The YAML at the card's head is what the hub reads. It is edited as text, key by key; one that does not look as expected stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamer.output.records import MitigatedMatrix, Record, Totals
+from streamer.plan.sources import Source
+
+CARD_NAME = "README.md"
+
+MOST_BYTES = 4 << 20
+"""Of a card that is taken in; a longer one stays as it is."""
+
+TAG = "intruder-dimensions"
+
+KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
+"""What of a base's head is true of a model merged from it. Results, data sets and widgets are of the base."""
+
+ADVICE_BYTES = 400
+"""Room for advice that is known only when an adapter is made."""
+
+_HEAD = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+_KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?=\s)")
+_ALIAS = re.compile(r"(?:^|[\s\[,])[&*]\w")
+_PATH = re.compile(r"^base_model[ \t]*:\s+[\"']?(?:[/.~]|[A-Za-z]:)")
+_PLAIN = re.compile(r"[A-Za-z][\w./-]*")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card to be written: everything but what the record says at the end.
+
+    Attributes
+    ----------
+    original
+        The card that stands in the input, as bytes; empty where there is none.
+    base, adapter
+        The inputs.
+    command
+        ``merge`` or ``mitigate``.
+    pipeline
+        The hub's name of the merged model's task, where it is another than the base's.
+    longest
+        A record that is as long as it can get, but for the advice.
+    tuned
+        Whether the original is of a fine-tuned model in the adapter's place.
+    """
+
+    original: bytes
+    base: Source
+    adapter: Source
+    command: str
+    pipeline: str
+    longest: Record
+    tuned: bool = False
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that the card takes at most."""
+        return len(self.text(self.longest)) + (ADVICE_BYTES if self.command == "mitigate" else 0)
+
+    def text(self, record: Record) -> bytes:
+        """The card of an output with this record."""
+        original = self.original.decode("utf-8", "surrogateescape")
+        head, body = _split(original)
+        blocks = None if head is None else _blocks(head)
+        merged = self.command == "merge"
+        if head is not None and blocks is None:
+            front = head
+        else:
+            front = _merged_head(self, blocks or {}) if merged else _adapter_head(self, blocks or {})
+        facts = _facts(record)
+        if merged and body.strip():
+            what, source = ("fine-tuned", self.adapter) if self.tuned else ("base", self.base)
+            body = f"# Card of the {what} model\n\nWhat follows is the card of {_name(source)}, as it stands there.\n\n{body.lstrip()}"
+        parts = [f"---\n{front}---", f"# {_title(self)}", facts, body.lstrip("\r\n")]
+        text = "\n\n".join(part.rstrip("\n") for part in parts if part.strip()) + "\n"
+        return text.encode("utf-8", "surrogateescape")
+
+
+def take_original(copies: list[tuple[str, Path]]) -> tuple[bytes | None, list[tuple[str, Path]]]:
+    """Take the card of an input out of the files that are copied; a very long one stays among them, and there is None."""
+    original = next((path for name, path in copies if name == CARD_NAME), None)
+    if original is None:
+        return b"", copies
+    if original.stat().st_size > MOST_BYTES:
+        return None, copies
+    return original.read_bytes(), [c for c in copies if c[0] != CARD_NAME]
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """The YAML head of a card, if it has one, and the rest."""
+    match = _HEAD.match(text)
+    return (match[1].replace("\r\n", "\n"), text[match.end() :]) if match else (None, text)
+
+
+def _blocks(head: str) -> dict[str, str] | None:
+    """The head's keys, each with its lines; comments go with the key above. None where it is not a plain mapping."""
+    blocks: dict[str, str] = {}
+    key = ""
+    for line in head.splitlines():
+        if match := _KEY.match(line + "\n"):
+            key = match[1]
+            if key in blocks:
+                return None
+            blocks[key] = ""
+        elif line.strip() and not line.startswith("#") and not (key and (line.startswith((" ", "- ")) or line == "-")):
+            return None
+        blocks[key] = blocks.get(key, "") + line + "\n"
+    # An alias means what is said elsewhere, which may not stay.
+    return None if any(_ALIAS.search(blocks.get(key, "")) for key in (*KEPT, "tags", "base_model")) else blocks
+
+
+def _merged_head(card: Card, blocks: dict[str, str]) -> str:
+    """The head of a merged model's card: ours, and what of the base's is true of it."""
+    ids = [s["model_id"] for s in (card.base, card.adapter) if "model_id" in s]
+    kept = {key: blocks[key] for key in KEPT if key in blocks}
+    # Of another class than the base, the model is not its library's (sentence-transformers, say).
+    if card.pipeline or "library_name" not in kept:
+        kept["library_name"] = "library_name: transformers\n"
+    if card.pipeline:
+        kept["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
+    own = ""
+    if "model_id" in card.base:
+        # By the hub's words a model of several is a merge, and one that was trained from a base a finetune.
+        own = _list("base_model", ids) + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
+    return own + _list("tags", [TAG, "merged", "peft", "lora"]) + "".join(kept.values())
+
+
+def _adapter_head(card: Card, blocks: dict[str, str]) -> str:
+    """The head of an adapter's card: its own, with its base and our tag."""
+    base = card.base.get("model_id")
+    # PEFT writes the path of a base on disk here, which the hub refuses.
+    blocks = {key: text for key, text in blocks.items() if key != "base_model" or not _PATH.search(text)}
+    if "base_model" not in blocks and base is not None:
+        blocks["base_model"] = f"base_model: {_scalar(base)}\n"
+    if "tags" in blocks:
+        blocks["tags"] = re.sub(r"(?m)^ *- base_model:adapter:[/.~].*\n", "", blocks["tags"])
+    if "library_name" not in blocks:
+        blocks["library_name"] = "library_name: peft\n"
+    blocks["tags"] = _with_tag(blocks["tags"]) if "tags" in blocks else _list("tags", [TAG, "lora"])
+    return "".join(blocks.values())
+
+
+def _with_tag(block: str) -> str:
+    """A block of tags with ours among them; as it is, where its form is not known."""
+    if re.search(rf"(?m)[\s\[,\"']{TAG}[\"']?\s*(?:$|[,\]])", block):
+        return block
+    if re.fullmatch(r"tags[ ]*:[ ]*(?:\[[ ]*\])?[ ]*\n\s*", block):
+        return _list("tags", [TAG])
+    if match := re.fullmatch(r"(tags[ ]*:[ ]*\[[^\[\]#]*?),?([ ]*\][ ]*\n\s*)", block):
+        return f"{match[1]}, {TAG}{match[2]}"
+    if match := re.fullmatch(r"(tags[ ]*:[ ]*\n(?:([ ]*)- [^\n]*\n)(?:\2- [^\n]*\n)*)(.*)", block, re.DOTALL):
+        return f"{match[1]}{match[2]}- {TAG}\n{match[3]}"
+    return block
+
+
+def _list(key: str, values: Sequence[str]) -> str:
+    return f"{key}:\n" + "".join(f"- {_scalar(value)}\n" for value in values)
+
+
+def _scalar(text: str) -> str:
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+def _title(card: Card) -> str:
+    base, adapter = (_safe(s["name"]) for s in (card.base, card.adapter))
+    return f"{base} with {adapter} merged in" if card.command == "merge" else f"{adapter}, mitigated"
+
+
+def _safe(text: str) -> str:
+    """A name within a line of Markdown."""
+    return re.sub(r"[^\w .+@/-]", "_", text)
+
+
+def _name(source: Source) -> str:
+    """A source as a card names it."""
+    name = _safe(source["name"])
+    if "model_id" in source:
+        name = f"[{source['model_id']}](https://huggingface.co/{source['model_id']})"
+    return name
+
+
+def _facts(record: Record) -> str:
+    """What is known of how an output was made, as a table, a command, and advice."""
+    base, adapter, totals = record["base"], record["adapter"], record["totals"]
+    detection, named = record["detection"], adapter.get("base_model_name_or_path")
+    rows = [
+        ("base", f"{_name(base)}, digest `{base['digest']}`"),
+        ("adapter", f"{_name(adapter)}, digest `{adapter['digest']}`"),
+        *(
+            [("trained on", f"the adapter's config names `{named}` as its base")]
+            if named not in (None, base["name"], base.get("model_id"))
+            else []
+        ),
+        ("method", f"{record['method']}, λ = {_number(record['lambda'])}, scale {record['scale']}"),
+    ]
+    if detection is not None:
+        n = detection["matrices"]
+        rows += [
+            ("judged", f"{_top(detection['top_k'])} of each matrix; an intruder has a similarity below "
+                       f"ε = {_number(detection['threshold_epsilon'])}"),
+            ("intruders", f"{totals['intruders']} scaled in {sum(bool(m['intruders']) for m in record['matrices'])} of {n} matrices; "
+                          f"{totals['changed']} changed"),
+            ("certified", f"the decisions on {detection['certified']} of {n} matrices, solver {detection['solver']}"),
+        ]  # fmt: skip
+    else:
+        rows.append(("matrices", f"{totals['changed']} of {totals['matrices']} changed; no detection was needed"))
+    rows += [("norm of the change", f"{totals['delta_norm']:.4g} before, {totals['delta_norm_after']:.4g} after"),
+             ("baseline", f"scaling the whole adapter by {totals['equal_norm_shrink']:.4g} gives the same norm")]  # fmt: skip
+    if record["command"] == "mitigate":
+        rows.append(("back-projection", f"dropped at most {100 * totals['dropped_max']:.2f} % of a matrix's change"))
+    rows.append(("made with", f"intruder-streamer {record['version']}"))
+    table = "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows)
+    command = f"```sh\n{command_line(record)}\n```\n"
+    says = [*record["warnings"], *record["advice"]]
+    advice = "Warnings and advice:\n\n" + "".join(f"- {line}\n" for line in says) if says else ""
+    intro = (
+        "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
+        "directions that fine-tuning adds and the base does not have; here they are scaled by λ: 1 leaves them, 0 removes them.\n"
+    )
+    return "\n".join(part for part in (intro, table, command, advice) if part)
+
+
+def _number(x: float) -> str:
+    return repr(float(x)).removesuffix(".0")
+
+
+def _top(k: int | float) -> str:
+    return f"the {k} leading directions" if isinstance(k, int) else f"the leading {100 * k:g} % of the directions"
+
+
+def command_line(record: Record) -> str:
+    """The command that makes an output, with the names of its inputs in place of paths."""
+    words = ["streamer", record["command"], record["base"]["name"], record["adapter"]["name"], "-o", "OUTPUT"]
+    words += ["--lambda", _number(record["lambda"]), "--method", record["method"], "--scale", record["scale"]]
+    if (detection := record["detection"]) is not None:
+        words += ["--top-k", str(detection["top_k"]), "--epsilon", _number(detection["threshold_epsilon"])]
+        words += ["--solver", detection["solver"]]
+    if record["to_lora"] is not None:
+        words += ["--to-lora", str(record["to_lora"])]
+    if not 0 <= record["lambda"] <= 1:
+        words.append("--amplify")
+    if record["dequantize"]:
+        words.append("--dequantize")
+    if record["adapter"].get("base_is_residual"):
+        words.append("--base-is-residual")
+    return shlex.join(words)
+
+
+def longest_matrices(matrices: int) -> list[MitigatedMatrix]:
+    """Make figures of which as many have intruders as may."""
+    return [{"tensor": "", "module": "", "intruders": [0], "certified": True, "delta_norm": 1.0, "delta_norm_after": 1.0,
+             "dropped": 1.0}] * matrices  # fmt: skip
+
+
+def longest_totals(matrices: int, directions: int) -> Totals:
+    """Totals whose figures are as long as any may get."""
+    long = -1.2345678e-100
+    return {"matrices": matrices, "intruders": directions, "changed": matrices, "delta_norm": long, "delta_norm_after": long,
+            "equal_norm_shrink": long, "dropped_max": 1.0, "bytes": 0}  # fmt: skip

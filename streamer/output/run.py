@@ -1,0 +1,261 @@
+"""Outputs being written, one or several in step: each a resumable transaction of its own, and of the base each tensor is read once.
+
+An output's tensors are in the base's file order. Of several outputs the one that is furthest behind goes on, so that all of them ask for
+a tensor before any asks for the next, and the system's cache has it for all but the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from streamer.detection.findings_file import remove_leftovers
+from streamer.detection.memory import detection_needs
+from streamer.detection.run import detect_to_files, naming_inputs
+from streamer.events import Event, Monitor, OutputState
+from streamer.linalg.torch_state import threads
+from streamer.output.advice import advise
+from streamer.output.job import OWN_FINDINGS, Sink, make_record
+from streamer.output.metrics import journalled, totals
+from streamer.output.model_card import CARD_NAME
+from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
+from streamer.plan.memory import check_budget
+from streamer.storage.atomic import AtomicFile, Buffer, locked
+from streamer.storage.header import TensorInfo
+from streamer.storage.output_checks import check_space
+from streamer.storage.output_plan import LOCK_NAME, finished_record, inspect_output, missing_bytes
+from streamer.storage.shard_writer import shard_steps
+from streamer.storage.transaction import OutputDirectory, open_outputs, touch_output
+
+Place = tuple[int, int]
+"""Which of the base's files, and where in it."""
+
+END = (1 << 62, 0)
+
+
+def inspect_jobs(sinks: Sequence[Sink], overwrite: bool = False, resume: bool = True) -> Sequence[str]:
+    """Preflight, read-only: ``new``, ``resume`` or ``done`` for each (see `inspect_output`), and whether all of them fit on the disk."""
+    states = []
+    for sink in sinks:
+        job, paths = sink.job, [sink.output.path / name for name, _ in sink.output.files]
+        with naming_inputs(job.plan, paths, overwrite):
+            state = inspect_output(sink.output, overwrite, resume)
+        if state != "done":
+            job.plan.refuse_overwriting(paths)
+            detecting = detection_needs(job.plan, job.detection) if job.detects else ()
+            check_budget(itertools.chain(detecting, sink.needs()), job.detection.max_memory)
+        states.append(state)
+    if len(sinks) > 1:
+        missing = sum(missing_bytes(s.output, state) for s, state in zip(sinks, states, strict=True) if state != "done")
+        check_space(sinks[0].output.path.parent, missing, at_most=any(sink.output.temporary for sink in sinks))
+    return states
+
+
+def run_jobs(sinks: Sequence[Sink], monitor: Monitor, *, overwrite: bool = False, resume: bool = True) -> list[Written]:
+    """Write outputs that are made from one base, each as one resumable transaction, and return their records.
+
+    A record is that of `streamer mitigate --json` and `streamer merge --json`; but for `output` and `state` it stands in the output, as
+    ``streamer.json``. A finished output of the same plan is left as it is; its files' times become those of this run.
+    """
+    states = inspect_jobs(sinks, overwrite, resume)
+    for line in dict.fromkeys(line for sink in sinks for line in sink.warnings):
+        monitor.emit(Event("warning", line))
+    todo = [sink for sink, state in zip(sinks, states, strict=True) if state != "done"]
+    for sink in (sink for sink, state in zip(sinks, states, strict=True) if state == "done"):
+        monitor.emit(Event("note", f"{sink.output.path} holds this very output already; nothing to do"))
+        lock = sink.output.path / LOCK_NAME
+        if lock.exists():  # of a run that was killed as it ended
+            with locked(lock):
+                pass
+        if fault := touch_output(sink.output):
+            monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
+    with open_outputs([sink.output for sink in todo], overwrite, resume) as outs:
+        runs = [_Run(sink, out, monitor) for sink, out in zip(todo, outs, strict=True)]
+        for line in dict.fromkeys(line for sink in todo for line in (*sink.notes, *sink.advice)):
+            monitor.emit(Event("note", line))
+        for run in runs:
+            run.look()
+        _detect([run for run in runs if run.lacks_findings], monitor)
+        with threads():
+            _in_step(runs)
+    said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
+    return [
+        cast(Written, {**finished_record(sink.output), "output": str(sink.output.path), "state": said[state]})
+        for sink, state in zip(sinks, states, strict=True)
+    ]
+
+
+class _Run:
+    """One output while it is written."""
+
+    def __init__(self, sink: Sink, out: OutputDirectory, monitor: Monitor) -> None:
+        self.sink, self.out, self.monitor = sink, out, monitor
+        self.done = 0
+        """Bytes that stand, those of the file in hand included."""
+        self.items = 0
+        """Tensors of the shards, and other files, that stand."""
+        self._finished: set[str] = set()
+
+    def look(self) -> None:
+        """See which files an interrupted run has finished."""
+        for name, _ in self.sink.output.files:
+            self.monitor.checkpoint()
+            if self.out.finished(name) is not None:
+                self._finished.add(name)
+
+    @property
+    def lacks_findings(self) -> bool:
+        """Whether there are deltas left to mitigate, and nothing is known about them."""
+        job = self.sink.job
+        return job.detects and not self.sink.shards.keys() <= self._finished
+
+    @property
+    def counted(self) -> int:
+        """Tensors of the shards, and other files, in all."""
+        return sum(self._items(name) for name, _ in self.sink.output.files)
+
+    def _items(self, name: str) -> int:
+        shards = self.sink.shards
+        return len(shards[name].header.tensors) if name in shards else 1
+
+    def steps(self, runs: Sequence[_Run]) -> Generator[Place, None, None]:
+        """Write everything, in order, the commit point last; pause before each tensor, at its place in the base.
+
+        Parameters
+        ----------
+        runs
+            All that are in step, this one among them: while one goes on, the others hold no pieces.
+        """
+        sink, out = self.sink, self.out
+        check = sink.job.plan.check_unchanged
+        total, of = sum(run.sink.output.total_bytes for run in runs), sum(run.counted for run in runs)
+        adapter = sink.job.plan.adapter.path.absolute().name if len(runs) > 1 else ""
+        copies, texts = dict(sink.copies), {**sink.edited, **sink.finals}
+
+        def emit(name: str) -> None:
+            done, items = sum(run.done for run in runs), sum(run.items for run in runs)
+            self.monitor.emit(Event("write", name, done, total, items, of, adapter))
+
+        begun = 0
+        for name, size in sink.output.files:
+            self.monitor.checkpoint()
+            if name in self._finished or (name == CARD_NAME and sink.card is not None):
+                self.items += self._items(name)  # the card comes with the commit point, when all is known that it says
+            elif name in sink.shards:
+                with contextlib.closing(self._shard(name)) as tensors:
+                    for place, info, file in tensors:
+                        if len(runs) > 1:
+                            file.settle()
+                        yield place
+                        self.done = begun + info.start
+                        emit(info.name)
+                        self.items += 1
+            else:
+                emit(name)
+                if name == sink.output.files[-1][0]:
+                    self._write_card(self._matrices())
+                out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
+                self.items += 1
+            begun += size
+            self.done = begun
+        matrices = self._matrices()
+        self._write_card(matrices)
+        emit("")
+        discard_own_findings(out.path)
+        record = self._record(matrices, sum(out.entry(name)["bytes"] for name, _ in sink.output.files))
+        out.commit(cast(dict[str, Any], record))
+        for line in record["advice"][len(sink.advice) :]:
+            self.monitor.emit(Event("note", line))
+
+    def _matrices(self, last: list[MitigatedMatrix] | None = None) -> list[MitigatedMatrix]:
+        """The figures of all matrices of finished files, and of the one in hand."""
+        done = [name for name in self.sink.shards if last is None or name != self.sink.output.files[-1][0]]
+        return [m for name in done for m in journalled(self.out.entry(name), self.out.path)] + (last or [])
+
+    def _record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
+        record = make_record(self.sink, certified_count(matrices), totals(matrices, nbytes), matrices)
+        record["advice"] = [*record["advice"], *advise(self.sink, matrices)]
+        return record
+
+    def _write_card(self, matrices: list[MitigatedMatrix]) -> None:
+        """Write the card, just before the commit point; one that an interrupted run has written stays, being the same."""
+        card = self.sink.card
+        if card is not None and CARD_NAME not in self._finished:
+            self.out.write(CARD_NAME, card.text(self._record(matrices)), self.sink.job.plan.check_unchanged)
+            self._finished.add(CARD_NAME)
+
+    def _shard(self, name: str) -> Generator[tuple[Place, TensorInfo, AtomicFile], None, None]:
+        """Write a shard; each of its tensors, before it is written, with its place and the file."""
+        job, base = self.sink.job, self.sink.job.plan.base
+        ((key, value),) = job.stamp(self.sink.command).items()
+        shard = self.sink.shards[name].with_metadata(key, value)
+        figures: list[MitigatedMatrix] = []
+        pour = self.sink.source(name, figures)
+
+        def source(info: TensorInfo) -> Generator[Buffer, None, None]:
+            for piece in pour(info):
+                self.monitor.checkpoint()
+                yield piece
+
+        def announce(nbytes: int, sha256: str) -> None:
+            job.plan.check_unchanged()
+            if name == self.sink.output.files[-1][0]:
+                self._write_card(self._matrices(figures))
+            self.out.announce(name, nbytes, sha256, matrices=figures)
+
+        number = list(base.files).index(name) if name in base.files else 0
+        stands = base.files[name].header.by_name if name in base.files else {}
+        start = 0
+        with contextlib.closing(shard_steps(self.out.path, shard, source, announce)) as tensors:
+            for info, file in tensors:
+                if info.name in stands:  # a new one, or one under another name, goes with the one before it
+                    start = stands[info.name].start
+                yield (number, start), info, file
+
+
+def _in_step(runs: Sequence[_Run]) -> None:
+    """Let the run that is furthest behind go on, until all are done; the cache keeps what not all have had."""
+    if not runs:
+        return
+    files = list(runs[0].sink.job.plan.base.files.values())
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            file.shared = len(runs) > 1
+            stack.callback(setattr, file, "shared", False)
+        waiting: dict[Generator[Place, None, None], Place] = {}
+        for run in runs:
+            waiting[stack.enter_context(contextlib.closing(run.steps(runs)))] = (-1, 0)
+        while waiting:
+            behind = min(waiting.values())
+            for steps in [steps for steps, place in waiting.items() if place == behind]:
+                waiting[steps] = next(steps, END)
+                if waiting[steps] == END:
+                    del waiting[steps]
+            number, start = min(waiting.values(), default=END)
+            if len(runs) > 1 and behind[0] >= 0:
+                file = files[behind[0]]
+                file.let_go(start if number == behind[0] else file.header.data_bytes)
+
+
+def _detect(runs: Sequence[_Run], monitor: Monitor) -> None:
+    """Detect into the output directories where findings are needed and none were given; resumable like everything."""
+    if not runs:
+        return
+    for run in runs:
+        if not run.out.resumed:
+            discard_own_findings(run.out.path)
+    jobs = [run.sink.job for run in runs]
+    paths = [run.out.path / OWN_FINDINGS for run in runs]
+    found = detect_to_files([job.plan for job in jobs], paths, jobs[0].detection, jobs[0].device, monitor)
+    for job, findings in zip(jobs, found, strict=True):
+        job.findings = findings
+
+
+def discard_own_findings(directory: Path) -> None:
+    """Remove the findings that a job made for itself, finished or not."""
+    path = directory / OWN_FINDINGS
+    path.unlink(missing_ok=True)
+    remove_leftovers(path)

@@ -1,0 +1,1 @@
+"""Matching: the base tensor that each module changes; every refusal."""

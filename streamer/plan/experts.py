@@ -1,0 +1,278 @@
+"""Experts: LoRA on a stacked parameter, taken apart into one matrix an expert, each found in the base as it stands there.
+
+A loaded model has the experts of a layer in one parameter (E, out, in), or (E, in, out) in some; a base has that tensor, or one tensor
+an expert, or even two (gate and up), which transformers puts together on loading. Here each expert is a matrix (out, in) of its own,
+whatever stands on disk: detected, mitigated and merged as any other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamer.adapters.adapter import CONFIG_NAME, Adapter
+from streamer.adapters.modules import LoraModule
+from streamer.adapters.scaling import scale_of
+from streamer.adapters.target_parameters import Wrapped
+from streamer.errors import MismatchError, UnsupportedError
+from streamer.plan.name_matching import Match
+from streamer.plan.targets import Place, Target, misfits
+from streamer.plan.transformers_renames import CONCATENATE, MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, Renames
+from streamer.units import listed
+from streamer.weights.base import Weight
+from streamer.weights.logical import Weights
+from streamer.weights.row_concat import Below
+
+# Model types whose loaded experts are stored (E, in, out).
+STORED_IN_OUT = {"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"}
+
+# The order in which transformers' modules register their parameters; PEFT wraps them in that order.
+REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "down_proj", "w2")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A parameter of the loaded model that holds one matrix for each expert.
+
+    Attributes
+    ----------
+    name
+        Its name in findings: the tensor's, or the run-time name of one that is built on loading.
+    experts
+        For each expert where its rows stand.
+    shape
+        (out, in) of one matrix.
+    transposed
+        The base stores (in, out).
+    run_time
+        ``out,in`` or ``in,out``, as the loaded model stores a matrix; empty where versions of transformers differ.
+    """
+
+    name: str
+    experts: tuple[tuple[Place, ...], ...]
+    shape: tuple[int, int]
+    transposed: bool
+    run_time: str
+
+
+def parameters_of(adapter: Adapter) -> list[str]:
+    """The names under which a base is searched for the wrapped parameters."""
+    return [w.matched_as(p) for w in adapter.wrapped for p in w.parameters]
+
+
+def expert_weight(target: Target, weights: Weights) -> Weight:
+    """The matrix of an expert, from where its rows stand."""
+    pieces = [weights[p.weight] if p.index is None else weights[p.weight].slice(p.index) for p in target.pieces]
+    return replace(pieces[0], name=target.tensor) if len(pieces) == 1 else Below.of(target.tensor, pieces)
+
+
+def match_experts(
+    weights: Weights, adapter: Adapter, config: Mapping[str, Any], names: Mapping[str, Match], renames: Renames
+) -> list[Target]:
+    """Every expert of every wrapped parameter, with where it stands in the base.
+
+    Parameters
+    ----------
+    names
+        From `match_names`, the wrapped parameters among them.
+
+    Raises
+    ------
+    MismatchError
+        If a parameter is unmatched, or its shape fits no factors, or factors fit more than one: all of them in one message.
+    UnsupportedError
+        If it cannot be told which way round the factors of square matrices are.
+    """
+    if not adapter.wrapped:
+        return []
+    built: defaultdict[str, list[Loaded]] = defaultdict(list)
+    for loaded in renames.loaded(weights):
+        if loaded.by is not None and loaded.by.stacks:
+            built[loaded.name].append(loaded)
+    model = _Model.of(config)
+    problems: list[str] = []
+    pairs: list[tuple[str, Match, Stack, tuple[str, str]]] = []
+    for wrapped in adapter.wrapped:
+        stacks: dict[str, Stack] = {}
+        for parameter in wrapped.parameters:
+            match = names[wrapped.matched_as(parameter)]
+            found = _stack(match.tensor, built, weights, model) if match.tensor else match.why
+            if isinstance(found, Stack):
+                stacks[parameter] = found
+            else:
+                problems.append(f"{wrapped.module + '.' + parameter!r} {found}")
+        if len(stacks) != len(wrapped.parameters):
+            continue
+        order = _assign(wrapped, stacks, adapter)
+        if isinstance(order, str):
+            problems.append(f"{wrapped.module!r} {order}")
+            continue
+        pairs += [
+            (f"{wrapped.module}.{parameter}", names[wrapped.matched_as(parameter)], stacks[parameter], factors)
+            for parameter, factors in zip(order, wrapped.factors, strict=True)
+        ]
+    if problems:
+        raise MismatchError(misfits(problems, sum(len(w.parameters) for w in adapter.wrapped), adapter, weights))
+    turned = _turned([(stack, *_sides(factors, adapter)) for _, _, stack, factors in pairs], adapter)
+    return [
+        target
+        for (name, match, stack, factors), turn in zip(pairs, turned, strict=True)
+        for target in _targets(name, match, stack, factors, turn, adapter)
+    ]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a config says of a model's experts: their width, 0 if it does not say, and whether a loaded model stores them (in, out)."""
+
+    hidden: int
+    in_out: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> _Model:
+        text = config.get("text_config")
+        hidden = (text if isinstance(text, dict) else config).get("hidden_size")
+        types = {str(c.get("model_type")) for c in (config, *config.values()) if isinstance(c, dict)}
+        return cls(hidden if isinstance(hidden, int) else 0, bool(types & STORED_IN_OUT))
+
+
+def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: Weights, model: _Model) -> Stack | str:
+    """The stack of this name, or what is wrong with it."""
+    if tensor in built:
+        return _built(tensor, built[tensor], weights, model)
+    shape = weights[tensor].shape
+    if len(shape) != 3:
+        return f"is expected to be a stack of matrices, {tensor!r} has {list(shape)}"
+    experts, m, n = shape
+    places = tuple((Place(tensor, e),) for e in range(experts))
+    if model.in_out:
+        return Stack(tensor, places, (n, m), True, "in,out")
+    return Stack(tensor, places, (m, n), False, "out,in")
+
+
+def _built(name: str, loaded: Sequence[Loaded], weights: Weights, model: _Model) -> Stack | str:
+    """The same of one that is built on loading: of the tensors of each expert, or of stacks, one below the other."""
+    by = loaded[0].by
+    assert by is not None
+    numbered = MERGE in by.by
+    sources: list[dict[int, str]] = [{} for _ in by.sources]
+    for part in loaded:
+        sources[part.source][(part.number if numbered else 0) or 0] = part.tensor
+    experts = len(sources[0])
+    shapes = {tuple(weights[s[e]].shape for s in sources) for e in range(experts) if all(e in s for s in sources)}
+    if (
+        sum(map(len, sources)) != len(loaded)
+        or any(sorted(s) != list(range(experts)) for s in sources)
+        or len(shapes) != 1
+    ):
+        return (
+            f"is built on loading from {loaded[0].tensor!r} and its like, which are not one of a shape for each expert"
+        )
+    (one,) = shapes
+    kinds = {(*s[:-2], s[-1]) for s in one}  # all but their heights
+    if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (CONCATENATE in by.by and model.in_out):
+        return f"is built on loading from {loaded[0].tensor!r} and its like, whose shapes do not fit together"
+    heights, width = [s[-2] for s in one], one[0][-1]
+    ends = list(itertools.accumulate(heights))
+    rows = [(end - h, end) for h, end in zip(heights, ends, strict=True)] if len(heights) > 1 else [None]
+
+    def places(e: int) -> tuple[Place, ...]:
+        tensor, index = (e, None) if numbered else (0, e)
+        return tuple(Place(s[tensor], index, r) for s, r in zip(sources, rows, strict=True))
+
+    m, n = ends[-1], width
+    transposed = model.in_out != (TRANSPOSE in by.by)
+    if TRANSPOSE_IF in by.by:  # where the shape is not the model's, whose input and output are of its width
+        known = n if not name.endswith("down_proj") else m
+        transposed = known != model.hidden
+        if model.hidden not in (m, n):
+            return f"is stored as {[m, n]}, of which none is the model's hidden_size {model.hidden}"
+    if transposed:
+        m, n = n, m
+    run_time = "out,in" if by.by in ((MERGE,), (MERGE, CONCATENATE), (CONCATENATE,)) else ""
+    return Stack(name, tuple(map(places, range(experts if numbered else one[0][0]))), (m, n), transposed, run_time)
+
+
+def _sides(factors: tuple[str, str], adapter: Adapter) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    a, b = (adapter.file.header.by_name[name].shape for name in factors)
+    return a, b
+
+
+def _assign(wrapped: Wrapped, stacks: Mapping[str, Stack], adapter: Adapter) -> tuple[str, ...] | str:
+    """Which parameter each wrapper is of, the innermost first; or what is wrong."""
+    fits = [
+        order
+        for order in itertools.permutations(stacks)
+        if all(_fit(stacks[p], *_sides(factors, adapter)) for p, factors in zip(order, wrapped.factors, strict=True))
+    ]
+    if len(fits) == 1:
+        return fits[0]
+    registered = tuple(sorted(stacks, key=lambda p: REGISTERED.index(p) if p in REGISTERED else len(REGISTERED)))
+    if registered in fits and all(p in REGISTERED for p in stacks):
+        return registered
+    sides = [_sides(factors, adapter) for factors in wrapped.factors]
+    shapes = listed((f"lora_A {list(a)}, lora_B {list(b)}" for a, b in sides), separator="; ")
+    wanted = listed(f"{p} with {len(s.experts)} experts of {list(s.shape)}" for p, s in stacks.items())
+    why = "fit in more than one way" if fits else "do not fit"
+    return f"has factors ({shapes}) that {why}: the base has {wanted}"
+
+
+def _fit(stack: Stack, a: Sequence[int], b: Sequence[int]) -> bool:
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0 or a[0] % len(stack.experts):
+        return False
+    return {(b[0], a[1]), (a[1], b[0])} >= {stack.shape}
+
+
+def _turned(stacks: Sequence[tuple[Stack, Sequence[int], Sequence[int]]], adapter: Adapter) -> list[bool]:
+    """For each stack whether ``(B·A)ᵀ`` is (out, in): by its shape; for square ones as the others; else by PEFT's version."""
+    by_shape = [None if s.shape[0] == s.shape[1] else (a[1] == s.shape[0]) for s, a, _ in stacks]
+    seen = {t for t in by_shape if t is not None}
+    out = []
+    for (stack, *_), turned in zip(stacks, by_shape, strict=True):
+        if turned is not None:
+            out.append(turned)
+        else:
+            out.append(next(iter(seen)) if len(seen) == 1 else _by_version(stack, adapter))
+    return out
+
+
+def _by_version(stack: Stack, adapter: Adapter) -> bool:
+    """Up to 0.19.0 PEFT added ``(B·A)ᵀ`` to the parameter, whichever way round that is; from 0.19.1 on lora_A is of the input's width.
+
+    With 0.19 and later that depends on what transformers says of the module, which the adapter does not tell: for a parameter
+    (out, in) nothing, in any version.
+    """
+    stated = adapter.config.get("peft_version", "0.17.0")  # later ones write it
+    match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", stated) if isinstance(stated, str) else None
+    version = tuple(map(int, match.groups())) if match else ()
+    if version and stack.run_time == "out,in":
+        return version < (0, 19, 1)
+    if version and version < (0, 19) and stack.run_time == "in,out":
+        return False
+    raise UnsupportedError(
+        f"{adapter.path / CONFIG_NAME}: refused: the experts of {stack.name!r} are square ({stack.shape[0]}x{stack.shape[1]}), and by "
+        f"peft_version {stated!r} it cannot be told which way round their factors are; save the adapter again with a current PEFT"
+    )
+
+
+def _targets(
+    name: str, match: Match, stack: Stack, factors: tuple[str, str], turned: bool, adapter: Adapter
+) -> list[Target]:
+    a, b = factors
+    experts = len(stack.experts)
+    rank = adapter.file.header.by_name[a].shape[0] // experts
+    scale = scale_of(name, rank, adapter.config, adapter.path / CONFIG_NAME)
+    return [
+        Target(
+            f"{stack.name}[{e}]",
+            LoraModule(f"{name}[{e}]", a, b, rank, scale, stack.shape, "expert", expert=(e, experts), turned=turned),
+            stack.transposed,
+            match,
+            pieces=places,
+        )
+        for e, places in enumerate(stack.experts)
+    ]

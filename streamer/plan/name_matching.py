@@ -1,0 +1,187 @@
+"""Which tensor of a base an adapter's module is: exact names, known renames, one exchange of prefixes; nothing else.
+
+Adapters use run-time module names, checkpoints their own. A module is looked for under its own name, then under the name that
+transformers gives to a tensor on loading (`renames`), then, for the adapter as a whole, under one exchange of prefixes that fits every
+module. A module that finds no tensor, or more than one, has no match: a partial match is never a warning.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from streamer.plan.transformers_renames import Conversion, Renames
+from streamer.units import listed
+
+
+class Match(NamedTuple):
+    """Where a module was found.
+
+    Attributes
+    ----------
+    tensor
+        Name in the base; empty if there is no match.
+    rule
+        ``exact``, ``rename`` or ``prefix '…' → '…'``; empty if there is no match.
+    why
+        What speaks for it, or what is wrong.
+    """
+
+    tensor: str
+    rule: str
+    why: str
+
+
+EXACT = "the module's own name"
+
+
+def match_names(
+    modules: Iterable[str], tensors: Iterable[str], renames: Renames, parameters: Iterable[str] = ()
+) -> dict[str, Match]:
+    """Match every module to the ``.weight`` tensor that it is.
+
+    Parameters
+    ----------
+    tensors
+        All tensor names of the base.
+    renames
+        Those of its model.
+    parameters
+        Names of parameters, found in the same way. One that is built on loading, out of one tensor an expert, has no tensor of its
+        own: its match is its run-time name.
+    """
+    parameters = list(parameters)
+    modules = [*modules, *parameters]
+    names = _Names(list(tensors), renames, frozenset(parameters))
+    found = {name: names.by_name(name, modules) for name in modules}
+    if all(m.tensor for m in found.values()):
+        return found
+    ambiguous = any(m.why for m in found.values() if not m.tensor)
+    exchanged = [] if ambiguous else names.by_prefix(modules)
+    if len(exchanged) == 1:
+        return exchanged[0]
+    for name, match in found.items():
+        if not match.tensor and not match.why:
+            found[name] = Match("", "", names.what_is_wrong(name, exchanged))
+    return found
+
+
+class _Names:
+    """A base's tensor names, as they stand on disk and as a loaded model has them."""
+
+    def __init__(self, tensors: Sequence[str], renames: Renames, parameters: frozenset[str]) -> None:
+        self.renames = renames
+        self.parameters = parameters
+        self.stacks: set[str] = set()
+        self.disk: dict[str, str] = {}
+        self.run_time: defaultdict[str, list[str]] = defaultdict(list)
+        self.built: dict[str, Conversion] = {}
+        for tensor, name, conversion, _, _ in renames.loaded(tensors):
+            stem = tensor.removesuffix(".weight")
+            # A parameter goes by its whole name, a module by its weight's.
+            if stem != tensor or stem not in self.disk:
+                self.disk[stem] = tensor
+            if conversion is None:
+                self.run_time[name.removesuffix(".weight")].append(tensor)
+                continue
+            if conversion.stacks:
+                self.stacks.add(name)
+            self.built[tensor] = conversion
+            if name == tensor:  # the values change, the name stays: what the module holds does not stand on disk
+                del self.disk[stem]
+
+    def by_name(self, name: str, modules: Sequence[str]) -> Match:
+        """The match under the module's own name or a known rename; no `why` if there simply is none."""
+        if name in self.stacks and name in self.parameters:
+            return self._renamed(name, name)
+        exact, loaded = self.disk.get(name), self.run_time.get(name, [])
+        if exact is not None and (not loaded or exact in loaded):
+            return Match(exact, "exact", EXACT)
+        if exact is None and len(loaded) == 1:
+            return self._renamed(name, loaded[0])
+        if loaded:  # on disk the name means one tensor, in a loaded model another
+            by_disk, by_run_time = (all(m in names for m in modules) for names in (self.disk, self.run_time))
+            if exact is not None and by_disk and not by_run_time:
+                return Match(exact, "exact", f"{EXACT}, as of all modules of the adapter")
+            if len(loaded) == 1 and by_run_time and not by_disk:
+                return self._renamed(name, loaded[0])
+            places = listed(repr(t) for t in ([exact] if exact else []) + loaded)
+            return Match("", "", f"is ambiguous: it could be {places}")
+        # An adapter of transformers 4 on a checkpoint of transformers 5: both carried forward; only where that settles.
+        onward = self.renames.at_run_time([name + ".weight"]).get(name + ".weight", name)
+        loaded = self.run_time.get(onward.removesuffix(".weight"), [])
+        if len(loaded) == 1 and self.renames.at_run_time([onward]).get(onward) == onward:
+            return self._renamed(name, loaded[0])
+        return Match("", "", "")
+
+    def _renamed(self, name: str, tensor: str) -> Match:
+        if tensor == name:
+            return Match(tensor, "rename", f"transformers builds it on loading, in {self.renames.model}")
+        whose = f"in {self.renames.model}" if self.renames.model else "in vision-language models"
+        return Match(tensor, "rename", f"transformers has {tensor!r} as {name + '.weight'!r}, or had, {whose}")
+
+    def by_prefix(self, modules: Sequence[str]) -> list[dict[str, Match]]:
+        """Every way in which one exchange of prefixes fits all modules, on disk names or on run-time names."""
+        run_time = {name: tensors[0] for name, tensors in self.run_time.items() if len(tensors) == 1}
+        run_time |= {name: name for name in self.stacks}
+        ways: dict[tuple[str, ...], dict[str, Match]] = {}
+        for stems in (self.disk, run_time):
+            for strip, add in _prefix_rules(modules, stems):
+                why = f"this exchange of prefixes fits all {len(modules)} modules, and no other does"
+                rule = f"prefix {strip!r} → {add!r}"
+                found = {name: Match(stems[_exchange(name, strip, add)], rule, why) for name in modules}
+                if all(m.tensor not in self.stacks or name in self.parameters for name, m in found.items()):
+                    ways.setdefault(tuple(m.tensor for m in found.values()), found)
+        return list(ways.values())
+
+    def what_is_wrong(self, name: str, ways: Sequence[Mapping[str, Match]]) -> str:
+        """Why a module has no match."""
+        if ways:
+            places = listed(sorted(repr(way[name].tensor) for way in ways))
+            return f"is ambiguous: it could be {places}"
+        weight = name + ".weight"
+        if weight in self.built:
+            return f"is computed from {weight!r} on loading ({listed(self.built[weight].by)}), which is not supported"
+        attention = name.removesuffix(".base_layer.out_proj")
+        if f"{attention}.in_proj_weight" in self.disk:
+            return f"is or is in a MultiheadAttention, {attention!r}: LoRA on its fused in_proj_weight is not supported"
+        if name.rpartition(".")[2] == "lm_head":
+            return "has no tensor in the base; if lm_head is tied to the embedding there, untie it first"
+        parts = [t for t, c in self.built.items() if any(to.removesuffix(".weight") in name for to in c.to)]
+        if parts:
+            how = listed(self.built[parts[0]].by)
+            return f"has no tensor of its own: transformers builds it from {parts[0]!r} and its like ({how}), which is not supported"
+        return f"has no tensor in the base (looked for {weight!r} and for one exchange of prefixes)"
+
+
+def _exchange(name: str, strip: str, add: str) -> str:
+    return add + name[len(strip) :]
+
+
+def _prefix_rules(modules: Sequence[str], stems: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Exchanges of a prefix that fit every module, those with the longest common suffix only.
+
+    A prefix may not hold a number: ``layers.0`` is not ``layers.1``. It may be added or taken away, as wrappers do, but exchanged for
+    another only where the suffix holds a number, a layer's: ``classifier.dense`` is not ``pooler.dense``.
+    """
+    first, *others = modules
+    mine = first.split(".")
+    rules = set()
+    for stem in stems:
+        theirs = stem.split(".")
+        n = 0
+        while n < min(len(mine), len(theirs)) and mine[-1 - n] == theirs[-1 - n]:
+            n += 1
+        strip, add = ("".join(p + "." for p in parts[: len(parts) - n]) for parts in (mine, theirs))
+        if n and not any(part.isdigit() for part in (strip + add).split(".")):
+            rules.add((strip, add))
+    found = [rule for rule in rules if all(_fits(name, *rule, stems) for name in (first, *others))]
+    shortest = min((strip.count(".") for strip, _ in found), default=0)
+    return sorted(rule for rule in found if rule[0].count(".") == shortest)
+
+
+def _fits(name: str, strip: str, add: str, stems: Mapping[str, str]) -> bool:
+    if not name.startswith(strip) or _exchange(name, strip, add) not in stems:
+        return False
+    return not (strip and add) or any(part.isdigit() for part in name[len(strip) :].split("."))

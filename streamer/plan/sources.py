@@ -1,0 +1,87 @@
+"""What an output calls its inputs.
+
+By the names of their directories, by their ids on the hub where these are known, and by digests; never by paths, so that the same inputs
+give the same bytes on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from streamer.plan.provenance import cached_model, hub_id, named_encoding, stated_name, stored_encoding
+
+DIGEST_CHARACTERS = 16
+"""Hexadecimal characters of an input's digest: enough to tell any two apart, and short enough to be read out."""
+
+
+class Source(TypedDict, total=False):
+    """An input: its name, and what tells it from others.
+
+    Attributes
+    ----------
+    name
+        Of its directory or file; of a model in the hub's cache, the last part of its id.
+    model_id, revision
+        On the hub, where they are known.
+    digest
+        The first characters of the SHA-256 of the identity.
+    base_model_name_or_path
+        What an adapter's config calls its base, where that is no path.
+    """
+
+    name: str
+    model_id: str
+    revision: str
+    digest: str
+    files: list[dict[str, Any]]
+    weights_sha256: str
+    config_sha256: str
+    modules: int
+    base_model_name_or_path: str
+    base_is_residual: bool
+
+
+def base_source(
+    path: Path, config: Mapping[str, Any], adapter_config: Mapping[str, Any], identity: Mapping[str, Any]
+) -> Source:
+    """Name a base.
+
+    Its id is that of the cache that it lies in, or what the adapter's config or its own calls it, where that is by its last part the
+    name of the directory: it may have been trained from what its own config names, or the adapter on another model. By its name a model
+    in another encoding is another.
+    """
+    stated = adapter_config.get("base_model_name_or_path")
+    model_id = None if bool(named_encoding(str(stated))) != bool(stored_encoding(config)) else hub_id(stated, path)
+    return _source(path, identity, model_id or hub_id(config.get("_name_or_path"), path))
+
+
+def adapter_source(path: Path, identity: Mapping[str, Any]) -> Source:
+    """Name an adapter, or a fine-tuned model in its place."""
+    # A config may call its base by a path.
+    source = _source(path, {k: v for k, v in identity.items() if k != "base_model_name_or_path"})
+    if named := stated_name(identity.get("base_model_name_or_path")):
+        source["base_model_name_or_path"] = named
+    return source
+
+
+def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None) -> Source:
+    cached = cached_model(path)
+    source: dict[str, Any] = {"name": path.resolve().name}
+    if cached is not None:
+        model_id = cached[0]
+        source["name"] = model_id.rpartition("/")[2]
+    if model_id is not None:
+        source["model_id"] = model_id
+    if cached is not None:
+        source["revision"] = cached[1]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return cast(Source, {**source, "digest": digest[:DIGEST_CHARACTERS], **identity})
+
+
+def in_short(source: Source) -> dict[str, str]:
+    """A source's name, id and digest, without its identity."""
+    return {key: str(source[key]) for key in ("name", "model_id", "revision", "digest") if key in source}

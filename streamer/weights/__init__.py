@@ -1,0 +1,1 @@
+"""Logical weights of a base: its tensors as float matrices, plain or quantized."""

@@ -1,0 +1,55 @@
+"""Plain floating-point weights: one tensor, values as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from streamer.weights.base import Part, Weight
+from streamer.weights.dtypes import TORCH_DTYPES, as_tensor, encoding_of
+
+
+@dataclass(frozen=True)
+class Plain(Weight):
+    """A tensor of floating-point values."""
+
+    @classmethod
+    def of(cls, part: Part) -> Self:
+        """The weight that a tensor is.
+
+        Raises
+        ------
+        UnsupportedError
+            If its dtype is not one of floating-point values.
+        """
+        info = part.info
+        encoding = encoding_of(info, str(part.file.path))
+        return cls(info.name, info.shape, {"weight": part}, info.dtype, encoding.compute, encoding)
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows as they are stored."""
+        return self.parts["weight"].rows(i, j).reshape(j - i, -1)
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Rows as they are stored, the disk reading ahead."""
+        part, (m, n) = self.parts["weight"], self.matrix
+        if part.held is not None or part.info.nbytes == 0:
+            yield from super().blocks(rows)
+            return
+        dtype = TORCH_DTYPES[part.info.dtype]
+        for k, piece in enumerate(part.file.chunks(part.info, rows * n * dtype.itemsize)):
+            i, j = k * rows, min(m, (k + 1) * rows)
+            yield i, j, as_tensor(piece, dtype, (j - i, n))
+
+    def stored(self) -> Tensor:
+        """All values as they are stored."""
+        return self.parts["weight"].whole()
+
+    def whole(self, device: torch.device) -> Tensor:
+        """All values in the computing dtype."""
+        # A copy even where the dtype stays: LAPACK's bits depend on the alignment of its input, and a map has any.
+        return self.stored().to(device, self.compute, copy=True)

@@ -1,0 +1,1 @@
+"""Quantized formats: one module for each family, found through `registry`."""

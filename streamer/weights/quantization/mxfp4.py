@@ -1,0 +1,52 @@
+"""MXFP4 as gpt-oss has it: stacks of matrices in FP4 (e2m1) codes, 32 of them under one power of two.
+
+On disk ``<name>_blocks`` (experts, out, in / 32, 16) holds two codes a byte, the first in the low bits, and ``<name>_scales``
+(experts, out, in / 32) the exponents. The model's own tensor is (experts, in, out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from streamer.errors import FormatError
+from streamer.weights.base import Coded, Part
+from streamer.weights.quantization.scaled_codes import exponents
+
+GROUP = 32
+
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+@dataclass(frozen=True)
+class MXFP4(Coded):
+    """E2m1 codes and their exponents."""
+
+    @classmethod
+    def of(cls, name: str, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Self:
+        """The weight of these tensors."""
+        blocks, scales = parts["weight"].info, parts["scales"].info
+        if (
+            len(blocks.shape) != 4
+            or blocks.shape[3] != GROUP // 2
+            or blocks.shape[:3] != scales.shape
+            or scales.dtype != "U8"
+        ):
+            raise FormatError(
+                f"{parts['weight'].file.path}: tensor {blocks.name!r}: shape {list(blocks.shape)} and scales {list(scales.shape)} of "
+                f"{scales.dtype} do not fit; get index and shards of one version"
+            )
+        experts, out, groups, _ = blocks.shape
+        return cls(name, (experts, groups * GROUP, out), dict(parts), "MXFP4", torch.float32, None)
+
+    def decode(self, i: int, j: int) -> Tensor:
+        """``e2m1 · 2^(scale − 127)``, transposed."""
+        first, last = i // GROUP, -(-j // GROUP)
+        packed = self.parts["weight"].whole()[:, first:last]
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(2)  # (out, groups, 32)
+        values = _E2M1[codes.int()].mul_(exponents(self.parts["scales"].whole()[:, first:last])[..., None])
+        return values.flatten(1).T[i - first * GROUP : j - first * GROUP].contiguous()

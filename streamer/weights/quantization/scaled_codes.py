@@ -1,0 +1,121 @@
+"""Codes times a scale, which a tensor, a row (a channel), or a block of rows and columns shares: FP8 e4m3, and int8.
+
+``W = code · scale`` in float32 under every name that the scale goes by: ``weight_scale_inv`` (the "inverse" of what the quantizer
+multiplied with) and ``weight_scale``. Scales stand as floating-point values or as e8m0 exponents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from streamer.errors import FormatError, UnsupportedError
+from streamer.weights.base import Coded, Part
+
+EXPONENTS = ("F8_E8M0", "U8")
+
+
+@dataclass(frozen=True)
+class Scaled(Coded):
+    """Codes that are values but for a scale.
+
+    Attributes
+    ----------
+    block
+        Rows and columns that share a scale; the last block of a row or column may be smaller.
+    powers
+        Whether scales are powers of two.
+    """
+
+    block: tuple[int, int]
+    powers: bool
+
+    @classmethod
+    def of(cls, name: str, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Self:
+        """The weight of these tensors; `config` is the model's ``quantization_config``."""
+        weight, scale = parts["weight"].info, parts["scale"].info
+        where = f"{parts['weight'].file.path}: tensor {name!r}"
+        if len(weight.shape) not in (2, 3):
+            raise UnsupportedError(
+                f"{where}: {weight.dtype} weights of {len(weight.shape)} dimensions are not supported"
+            )
+        if "zeros" in parts and bool(parts["zeros"].bytes().any()):
+            raise UnsupportedError(f"{where}: zero points other than 0 are not supported here; use the 16-bit model")
+        if scale.dtype not in ("F32", "BF16", "F16", *EXPONENTS):
+            raise UnsupportedError(
+                f"{where}: its scale {scale.name!r} is of dtype {scale.dtype}, which is not supported"
+            )
+        block = _block(weight.shape, scale.shape, _stated_block(config))
+        if block is None:
+            raise FormatError(
+                f"{where}: shape {list(weight.shape)} and scale {list(scale.shape)} do not fit; get index and shards of one version"
+            )
+        m, n = weight.shape[-2:]
+        kind = "tensor" if block == (m, n) else "channel" if block == (1, n) else f"{block[0]}x{block[1]}"
+        powers = scale.dtype in EXPONENTS or config.get("scale_fmt") == "ue8m0"
+        return cls(name, weight.shape, dict(parts), f"{weight.dtype} ({kind})", torch.float32, None, block, powers)
+
+    def decode(self, i: int, j: int) -> Tensor:
+        """``code · scale``."""
+        values = self.parts["weight"].rows(i, j).to(torch.float32)
+        return self.by_block(values, self.grid(), i, torch.Tensor.mul_)
+
+    def grid(self) -> Tensor:
+        """The scales in float32, (block rows, block columns)."""
+        part = self.parts["scale"]
+        (m, n), (bm, bn) = self.shape[-2:], self.block
+        values = exponents(part.bytes()) if part.info.dtype in EXPONENTS else part.whole().to(torch.float32)
+        return values.reshape(-(-m // bm), -(-n // bn))
+
+    def by_block(self, values: Tensor, grid: Tensor, i: int, act: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Act in place on rows that begin at i with each value's own scale."""
+        (bm, bn), n = self.block, values.shape[1]
+        scales, whole = grid[torch.arange(i, i + len(values)) // bm], n // bn
+        act(values[:, : whole * bn].view(len(values), whole, bn), scales[:, :whole, None])
+        act(values[:, whole * bn :], scales[:, whole:].expand(-1, n - whole * bn))
+        return values
+
+
+def exponents(codes: Tensor) -> Tensor:
+    """E8m0 bytes as float32: ``2^(byte − 127)``, and 255 is NaN. By the bits, since no power function need be exact."""
+    bits = codes.to(torch.int32)
+    values = torch.where(bits == 0, 1 << 22, bits << 23).view(torch.float32)  # 2^-127 is subnormal
+    return torch.where(bits == 255, float("nan"), values)
+
+
+def _stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The block that a quantization config states, of transformers' own kind or of compressed-tensors'."""
+    groups = config.get("config_groups")
+    weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+    stated = [config.get("weight_block_size"), *(w.get("block_structure") for w in weights if isinstance(w, dict))]
+    for size in stated:
+        if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
+            return size[0], size[1]
+    return None
+
+
+def _block(shape: tuple[int, ...], scale: tuple[int, ...], stated: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; None if the shapes do not fit.
+
+    What the config states is taken where it fits, then what divides evenly: one checkpoint may hold two kinds of blocks.
+    """
+    m, n = shape[-2:]
+    stack = math.prod(shape[:-2])
+    if 0 in shape:
+        return None
+    if math.prod(scale) == stack and (stack == 1 or scale[0] == stack):
+        return m, n
+    grid = (*scale, 1) if len(scale) == len(shape) - 1 else scale  # one a row, without a dimension for columns
+    if len(grid) != len(shape) or grid[:-2] != shape[:-2]:
+        return None
+    gm, gn = grid[-2:]
+    even = [(m // gm, n // gn)] if gm and gn and m % gm == 0 and n % gn == 0 else []
+    for bm, bn in [*([stated] if stated else []), *even, (128, 128)]:
+        if (-(-m // bm), -(-n // bn)) == (gm, gn):
+            return min(bm, m), min(bn, n)
+    return None
