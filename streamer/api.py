@@ -17,7 +17,7 @@ from streamer.events import Monitor, OnEvent, warn
 from streamer.output.adapter_writer import AdapterSink
 from streamer.output.job import Job, ModelSink, merged_tensors
 from streamer.output.lora_writer import LoraSink
-from streamer.output.mitigation import Method, MitigationOptions, Scale
+from streamer.output.mitigation import MitigationMethod, MitigationOptions, Selection
 from streamer.output.records import Written
 from streamer.output.run import run_jobs
 from streamer.plan.plan import Plan, make_plans
@@ -48,8 +48,8 @@ class Merging(Detecting, total=False):
     """Options of `merge_with_reduced_intruder_dimensions`."""
 
     mitigation_lambda: float
-    method: Method
-    scale: Scale
+    method: MitigationMethod
+    scale: Selection
     dequantize: bool
     model_card: bool
 
@@ -156,8 +156,8 @@ def reduce_intruder_dimension(
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float = 0.75,
-    method: Method = "paper",
-    scale: Scale = "all",
+    method: MitigationMethod = "paper",
+    scale: Selection = "all",
     to_lora: int | None = None,
     model_card: bool = True,
     solver: str = "auto",
@@ -268,8 +268,8 @@ def merge_with_reduced_intruder_dimensions(
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float = 0.75,
-    method: Method = "paper",
-    scale: Scale = "all",
+    method: MitigationMethod = "paper",
+    scale: Selection = "all",
     dequantize: bool = False,
     model_card: bool = True,
     solver: str = "auto",
@@ -385,8 +385,8 @@ def iter_merged(
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float = 0.75,
-    method: Method = "paper",
-    scale: Scale = "all",
+    method: MitigationMethod = "paper",
+    scale: Selection = "all",
     dequantize: bool = False,
     solver: str = "auto",
     max_memory: int | str | None = None,

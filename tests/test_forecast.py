@@ -20,7 +20,7 @@ sys.path.insert(0, str(TOOLS))
 import bench_merge  # noqa: E402
 
 from streamer.cli.forecast import Forecast, forecast_commands, forecast_detection  # noqa: E402
-from streamer.detection.memory import detection_needs  # noqa: E402
+from streamer.detection.memory import detection_estimates  # noqa: E402
 from streamer.detection.options import DetectionOptions  # noqa: E402
 from streamer.errors import UnsupportedError  # noqa: E402
 from streamer.plan.plan import make_plan  # noqa: E402
@@ -146,7 +146,7 @@ def test_no_more_memory_than_forecast(command: str, options: tuple[str, ...], tm
 
 def test_a_budget_is_the_most_that_is_forecast(tmp_path: Path) -> None:
     plan = make_plan(*model(tmp_path, 1, 4096, 2048))
-    budget = max(need.nbytes for need in detection_needs(plan, DetectionOptions()))
+    budget = max(need.nbytes for need in detection_estimates(plan, DetectionOptions()))
     free, tight = (forecast_detection(plan, DetectionOptions(max_memory=b), CPU) for b in (None, budget))
     assert tight.peak_memory_bytes == tight.escalated_memory_bytes == budget
     assert budget < free.peak_memory_bytes <= free.escalated_memory_bytes

@@ -10,7 +10,7 @@ from helpers import intruding_factors, power_law, spectrum_matrix
 from streamer.detection import intruders
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
-from streamer.detection.solvers import SOLVERS, Spectrum, cheaper, cost, working_bytes
+from streamer.detection.solvers import SOLVERS, SolverResult, cheaper, cost, working_bytes
 from streamer.errors import NumericError, UsageError
 from streamer.linalg.operators import Dense, LowRank, RowBlocks
 
@@ -22,7 +22,7 @@ def problem(m: int, n: int, dtype: torch.dtype = torch.float32, size: float = 1.
     return Dense((power_law(m, n) * size).to(dtype)), LowRank((B * size).to(dtype), A.T.to(dtype))
 
 
-def solve(name: str, base: Dense, delta: LowRank, k: int = 10, epsilon: float = 0.5, seed: int = 0) -> Spectrum:
+def solve(name: str, base: Dense, delta: LowRank, k: int = 10, epsilon: float = 0.5, seed: int = 0) -> SolverResult:
     return SOLVERS[name](base, delta, k, epsilon, torch.Generator().manual_seed(seed))
 
 
@@ -124,7 +124,7 @@ def test_the_cheaper_solver() -> None:
 def test_nothing_non_finite_reaches_a_solver(
     where: str, bad: float, solver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def reached(*_: object) -> Spectrum:
+    def reached(*_: object) -> SolverResult:
         raise AssertionError("a solver was called")
 
     monkeypatch.setattr(intruders, "SOLVERS", dict.fromkeys(SOLVERS, reached))
@@ -220,7 +220,7 @@ def test_the_ways_that_memory_leaves() -> None:
         DetectionOptions(max_memory=100 << 20)
     base, delta = problem(300, 400)
     assert detect(base, delta, DetectionOptions()).solver == "dense"
-    assert detect(base, delta, DetectionOptions(), may_form=False).solver == "certified"
+    assert detect(base, delta, DetectionOptions(), allow_dense=False).solver == "certified"
 
 
 def test_the_cost_follows_the_solver_that_runs() -> None:

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.options import DetectionOptions
-from streamer.detection.prefetch import Stager, read_ahead
+from streamer.detection.prefetch import Prefetcher, read_ahead
 from streamer.detection.run import detect_all, detect_matrix
 from streamer.events import Event, Monitor
 from streamer.plan.plan import Plan, make_plan
 from streamer.storage.tensor_file import IOMode, TensorFile
-from streamer.weights.base import Part
+from streamer.weights.base import StoredTensor
 from streamer.weights.plain import Plain
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -39,7 +39,7 @@ def test_what_arrives_is_what_stands_on_disk(tmp_path: Path, io: IOMode, device:
     values = torch.randn(37, 53, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     save_file({"w": values}, tmp_path / "f.safetensors")
     file = TensorFile(tmp_path / "f.safetensors", io)
-    staged = Stager(torch.device(device)).stage(Plain.of(Part(file, file.header.by_name["w"])))
+    staged = Prefetcher(torch.device(device)).stage(Plain.of(StoredTensor(file, file.header.by_name["w"])))
     whole = staged.whole(torch.device(device))
     assert whole.device.type == device
     assert whole.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

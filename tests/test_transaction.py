@@ -413,7 +413,7 @@ def test_a_file_for_users_to_edit(case: Case) -> None:
 @pytest.mark.parametrize("name", [*DATA, "model.safetensors"])
 def test_a_foreign_file_beside_another_output_is_kept(case: Case, name: str) -> None:
     """Neither the old record nor an interrupted run's journal names it."""
-    old = dataclasses.replace(case.plan, files=(("old", 3),), digest="old", rivals=())
+    old = dataclasses.replace(case.plan, files=(("old", 3),), digest="old", conflicting_names=())
     with open_outputs([old]) as (out,):
         out.write("old", b"old", nothing)
         out.commit({"schema": "streamer.output/2"})
@@ -427,7 +427,7 @@ def test_a_foreign_file_beside_another_output_is_kept(case: Case, name: str) -> 
 
 def test_a_rival_of_the_old_output_goes_unless_it_was_changed(case: Case) -> None:
     rival = case.out / "model.safetensors"
-    old = dataclasses.replace(case.plan, files=((rival.name, 3),), digest="old", rivals=())
+    old = dataclasses.replace(case.plan, files=((rival.name, 3),), digest="old", conflicting_names=())
     for changed in (False, True):
         with open_outputs([old]) as (out,):
             out.write(rival.name, b"old", nothing)

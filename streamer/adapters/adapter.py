@@ -19,7 +19,7 @@ from streamer.adapters.carried_roles import carried_tensor
 from streamer.adapters.config_rules import FACTORS, classify, config_refusals, is_residual, normalize
 from streamer.adapters.dora import dora_delta
 from streamer.adapters.modules import Carried, LoraModule, MethodModule, Module
-from streamer.adapters.peft_methods import METHODS, Method, Parts
+from streamer.adapters.peft_methods import METHODS, MethodInputs, PeftMethod
 from streamer.adapters.scaling import config_number, finite_scale, scale_of
 from streamer.adapters.target_parameters import Wrapped, find_wrapped, targeted_parameters
 from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
@@ -31,7 +31,7 @@ from streamer.storage.header import TensorInfo
 from streamer.storage.identities import AdapterIdentity
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import listed
-from streamer.weights.base import Part
+from streamer.weights.base import StoredTensor
 from streamer.weights.dtypes import encoding_of
 
 CONFIG_NAME = "adapter_config.json"
@@ -68,9 +68,9 @@ class Adapter:
         return self.files[0]
 
     @cached_property
-    def parts(self) -> dict[str, Part]:
+    def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor, by name."""
-        return {info.name: Part(file, info) for file in self.files for info in file.header.tensors}
+        return {info.name: StoredTensor(file, info) for file in self.files for info in file.header.tensors}
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -79,7 +79,7 @@ class Adapter:
 
     def factor(self, tensor: str, index: tuple[slice, ...] = ()) -> Tensor:
         """A tensor of the file, or a part of it, in its computing dtype; a copy, small."""
-        part = self.parts[tensor]
+        part = self.tensors[tensor]
         return part.whole()[index].to(encoding_of(part.info, str(part.file.path)).compute, copy=True)
 
     @property
@@ -96,7 +96,7 @@ class Adapter:
                 tensors = {
                     role: t.to(base.device, torch.promote_types(t.dtype, base.dtype)) for role, t in tensors.items()
                 }
-            return METHODS[module.method].delta(Parts(tensors, module.scale, self.config, module.shape), W0)
+            return METHODS[module.method].delta(MethodInputs(tensors, module.scale, self.config, module.shape), W0)
         if module.magnitude is None:
             return self.delta(module)
         assert base is not None
@@ -104,9 +104,9 @@ class Adapter:
 
     def delta(self, module: LoraModule) -> LowRank:
         """``scale · B @ A`` as (out, in) factors: all of a module's delta where that is of low rank."""
-        a, b = module.parts
+        a, b = module.expert_slices
         A, B = self.factor(module.a, a).flatten(1), self.factor(module.b, b).flatten(1)
-        return LowRank(A.T * module.scale, B) if module.turned else LowRank(B * module.scale, A.T)
+        return LowRank(A.T * module.scale, B) if module.delta_transposed else LowRank(B * module.scale, A.T)
 
     def identity(self) -> AdapterIdentity:
         """What tells this adapter from another, wherever it lies: digests of weights and config."""
@@ -209,7 +209,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _sort(
-    file: TensorFile, method: Method | None
+    file: TensorFile, method: PeftMethod | None
 ) -> tuple[dict[str, dict[str, str]], list[tuple[str, re.Match[str], str]]]:
     """Every tensor by its role: module → role → tensor, and (role, match, tensor) of those that are carried along."""
     found: dict[str, dict[str, str]] = {}

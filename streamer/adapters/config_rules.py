@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamer.adapters.peft_methods import METHODS, Method
+from streamer.adapters.peft_methods import METHODS, PeftMethod
 from streamer.units import quoted
 
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -92,7 +92,7 @@ def config_refusals(config: Mapping[str, Any], base_is_residual: bool = False) -
     return reasons
 
 
-def _method_refusals(method: Method, config: Mapping[str, Any]) -> list[str]:
+def _method_refusals(method: PeftMethod, config: Mapping[str, Any]) -> list[str]:
     reasons = [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
     for key, value in config.items():
         if value and key not in method.options and re.search(r"^use_|_config$|^is_|^layer_replication$", key):

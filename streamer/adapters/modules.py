@@ -47,7 +47,7 @@ class LoraModule:
     kernel: tuple[int, ...] = ()
     magnitude: str | None = None
     expert: tuple[int, int] | None = None
-    turned: bool = False
+    delta_transposed: bool = False
 
     @property
     def low_rank(self) -> bool:
@@ -55,7 +55,7 @@ class LoraModule:
         return self.magnitude is None
 
     @property
-    def parts(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    def expert_slices(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Which part of lora_A and of lora_B are the module's: all, or an expert's rows and columns."""
         if self.expert is None:
             return (), ()

@@ -23,7 +23,7 @@ MOST_TERMS = 1000
 """Of a Neumann series; PEFT's default is 5. A config may ask for any number, which is that many products a matrix."""
 
 
-class Parts(NamedTuple):
+class MethodInputs(NamedTuple):
     """A module's tensors by role, in the computing dtype; its scale; the adapter's config; (out, in) of its weight."""
 
     tensors: Mapping[str, Tensor]
@@ -33,7 +33,7 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class PeftMethod:
     """How a method changes a weight.
 
     Attributes
@@ -63,7 +63,7 @@ class Method:
     title: str
     roles: str
     fits: Callable[[Shapes, tuple[int, int]], bool]
-    delta: Callable[[Parts, Tensor], Delta]
+    delta: Callable[[MethodInputs, Tensor], Delta]
     scaled: bool = False
     shared: frozenset[str] = frozenset()
     low_rank: bool = False
@@ -97,7 +97,7 @@ def _loha_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return True
 
 
-def _loha(p: Parts, base: Tensor) -> Delta:
+def _loha(p: MethodInputs, base: Tensor) -> Delta:
     """``(w1_a w1_b) ∘ (w2_a w2_b)``, each with a core for the kernel where there is one."""
     t = p.tensors
 
@@ -123,7 +123,7 @@ def _lokr_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return len(rest) in (1, 3) and (p * m, q * math.prod(rest)) == shape
 
 
-def _lokr(p: Parts, base: Tensor) -> Delta:
+def _lokr(p: MethodInputs, base: Tensor) -> Delta:
     """``w1 ⊗ w2``, either one a product itself."""
     t = p.tensors
     w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
@@ -143,7 +143,7 @@ def _adalora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return one and _product(s["lora_B"], s["lora_A"]) == shape and math.prod(s["lora_E"]) == s["lora_A"][0]
 
 
-def _adalora(p: Parts, base: Tensor) -> Delta:
+def _adalora(p: MethodInputs, base: Tensor) -> Delta:
     """``B · diag(E) · A · alpha / (init_r + 1e-5)``: PEFT keeps the rank that it started with in the scale."""
     t, alpha = p.tensors, float(p.config.get("lora_alpha", 8))
     rank = float(t["ranknum"]) if "ranknum" in t else float(p.config.get("init_r", 12))
@@ -157,7 +157,7 @@ def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return m >= shape[0] and n >= shape[1] and scales == (shape[0], s["vera_A"][0])
 
 
-def _vera(p: Parts, base: Tensor) -> Delta:
+def _vera(p: MethodInputs, base: Tensor) -> Delta:
     """``diag(b) B · diag(d) A``, with the first rows and columns of projections that all modules share."""
     (m, n), t = p.shape, p.tensors
     return LowRank(
@@ -206,7 +206,7 @@ def _cayley(Q: Tensor, config: Mapping[str, Any]) -> Tensor:
     return R
 
 
-def _oft(p: Parts, base: Tensor) -> Delta:
+def _oft(p: MethodInputs, base: Tensor) -> Delta:
     """``W0 Rᵀ`` with R of rotations along the diagonal; of an embedding ``Rᵀ W0``, W0 (dim, vocabulary)."""
     ((role, vectors),) = p.tensors.items()
     size = _block_size(vectors.shape[1])
@@ -236,7 +236,7 @@ def _boft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return factors == 1 and size == other and blocks * size == shape[1] and math.prod(s["boft_s"]) == shape[0]
 
 
-def _boft(p: Parts, base: Tensor) -> Delta:
+def _boft(p: MethodInputs, base: Tensor) -> Delta:
     """``diag(s) W0 Rᵀ`` for one butterfly factor, where no permutation is in play."""
     data = p.tensors["boft_R"][0].double()
     R = _cayley(0.5 * (data - data.mT), {}).to(base.dtype)
@@ -258,7 +258,7 @@ def _full_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     return ((m, n) if role == "weight" else (n, m)) == shape
 
 
-def _full(p: Parts, base: Tensor) -> Delta:
+def _full(p: MethodInputs, base: Tensor) -> Delta:
     """``W1 − W0``."""
     ((role, weight),) = p.tensors.items()
     return Dense((weight.flatten(1) if role == "weight" else weight.T) - base)
@@ -286,17 +286,17 @@ def _fan_in_fan_out(config: Mapping[str, Any]) -> str:
     return "fan_in_fan_out=true, which PEFT does not merge for this method" if config.get("fan_in_fan_out") else ""
 
 
-METHODS: dict[str, Method] = {
-    "LOHA": Method("LoHa", r"hada_(?:w[12]_[ab]|t[12])", _loha_fits, _loha, scaled=True, matrices=4,
+METHODS: dict[str, PeftMethod] = {
+    "LOHA": PeftMethod("LoHa", r"hada_(?:w[12]_[ab]|t[12])", _loha_fits, _loha, scaled=True, matrices=4,
                    options=frozenset({"use_effective_conv2d"})),
-    "LOKR": Method("LoKr", r"lokr_(?:w[12](?:_[ab])?|t2)", _lokr_fits, _lokr, scaled=True, options=frozenset({"use_effective_conv2d"})),
-    "ADALORA": Method("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True,
+    "LOKR": PeftMethod("LoKr", r"lokr_(?:w[12](?:_[ab])?|t2)", _lokr_fits, _lokr, scaled=True, options=frozenset({"use_effective_conv2d"})),
+    "ADALORA": PeftMethod("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True,
                       refuses=lambda config: _no_number(config, "lora_alpha", "init_r")),
-    "VERA": Method("VeRA", r"vera_lambda_[bd]", _vera_fits, _vera, shared=frozenset({"vera_A", "vera_B"}), low_rank=True,
+    "VERA": PeftMethod("VeRA", r"vera_lambda_[bd]", _vera_fits, _vera, shared=frozenset({"vera_A", "vera_B"}), low_rank=True,
                    refuses=_vera_refuses),
-    "OFT": Method("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft, options=frozenset({"use_cayley_neumann"}),
+    "OFT": PeftMethod("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft, options=frozenset({"use_cayley_neumann"}),
                   refuses=_oft_refuses),
-    "BOFT": Method("BOFT", r"boft_[Rs]", _boft_fits, _boft,
+    "BOFT": PeftMethod("BOFT", r"boft_[Rs]", _boft_fits, _boft,
                    refuses=lambda config: _boft_refuses(config) or _fan_in_fan_out(config)),
-    "FULL": Method("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full, matrices=2),
+    "FULL": PeftMethod("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full, matrices=2),
 }  # fmt: skip

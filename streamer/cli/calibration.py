@@ -79,7 +79,7 @@ def detection_pace(shape: tuple[int, int], k: int, rank: int | None, solver: str
     options = DetectionOptions(k, 0.5, solver)
 
     def solve() -> None:
-        detect(matrix, delta, options, name="probe", may_form=not blocks)
+        detect(matrix, delta, options, name="probe", allow_dense=not blocks)
 
     # Where other work wants the processors, threads wait for one another after each small step, and this matrix has smaller ones than
     # the run: it took 20 times as long then as on one thread.

@@ -22,12 +22,12 @@ from streamer.output.adapter_writer import AdapterSink
 from streamer.output.job import Job, ModelSink, Sink
 from streamer.output.merged_model import Output
 from streamer.output.mitigation import MitigationOptions
-from streamer.output.recipes import Copied, Exchanged, Recipe, Recoded, Share, Shifted, Stacked
+from streamer.output.recipes import AddBias, CopyBytes, Recipe, ReplaceRows, Requantize, RowSlice, Stack
 from streamer.plan.memory import factor_rank
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.tensor_file import SAMPLE_BYTES
-from streamer.weights.base import Coded, Weight
+from streamer.weights.base import QuantizedWeight, Weight
 
 TIMED = {"dense": 3, "certified": 1}
 """Shapes that a solver is timed on: `solvers.cost` is within a tenth of what the certified one takes from one shape to another, and
@@ -212,7 +212,7 @@ def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device,
         weight = plan.weights[work.target.tensor]
         if not work.blocks:
             decoded[weight.label].append(weight)
-        elif isinstance(weight, Coded):  # decoded again for each product
+        elif isinstance(weight, QuantizedWeight):  # decoded again for each product
             return None
         alike[work.solver, work.rank is None, work.blocks].append(work)
     for (solver, _, blocks), group in alike.items():
@@ -254,14 +254,14 @@ def _writing_seconds(sink: Sink, monitor: Monitor) -> float | None:
 
     if not isinstance(sink, ModelSink):
         _tell(monitor, "writing an adapter's tensors")
-        part = max(plan.adapter.parts.values(), key=lambda part: part.info.nbytes)
-        return seconds + writing_pace(Copied(part), unchanged) * sink.output.total_bytes
+        part = max(plan.adapter.tensors.values(), key=lambda part: part.info.nbytes)
+        return seconds + writing_pace(CopyBytes(part), unchanged) * sink.output.total_bytes
     sizes = {info.name: info.nbytes for shard in sink.shards.values() for info in shard.header.tensors}
     alike = defaultdict[type, list[Output]](list)
     for output in (o for outputs in sink.model.files.values() for o in outputs):
-        few = isinstance(output.recipe, Shifted | Exchanged)
-        alike[Copied if few else _kind(output.recipe)].append(output)
-    if Recoded in alike:  # in several passes over the whole
+        few = isinstance(output.recipe, AddBias | ReplaceRows)
+        alike[CopyBytes if few else _kind(output.recipe)].append(output)
+    if Requantize in alike:  # in several passes over the whole
         return None
     for group in alike.values():
         _tell(monitor, f"writing tensors like {group[0].name}")
@@ -276,9 +276,9 @@ def _writing_seconds(sink: Sink, monitor: Monitor) -> float | None:
 
 def _kind(recipe: Recipe) -> type:
     """The recipe, or that of the matrices that it holds."""
-    if isinstance(recipe, Stacked):
+    if isinstance(recipe, Stack):
         return _kind(recipe.recipes[0])
-    return type(recipe.recipe if isinstance(recipe, Share) else recipe)
+    return type(recipe.recipe if isinstance(recipe, RowSlice) else recipe)
 
 
 def _figures_seconds(job: Job, times: int) -> float:

@@ -101,7 +101,7 @@ def detect(
     options: DetectionOptions,
     rank: int | None = None,
     name: str = "",
-    may_form: bool = True,
+    allow_dense: bool = True,
 ) -> Detection:
     """Find the intruder dimensions of ``W0 + Δ``.
 
@@ -133,18 +133,18 @@ def detect(
     k = options.directions(base.shape)
     solver = options.solver
     if solver == "auto":
-        solver = cheaper(base.shape, k) if may_form else "certified"
+        solver = cheaper(base.shape, k) if allow_dense else "certified"
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     try:
         with full_float32():
-            spectrum = SOLVERS[solver](base, delta, k, options.threshold_epsilon, generator, may_form)
+            result = SOLVERS[solver](base, delta, k, options.threshold_epsilon, generator, allow_dense)
     except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # torch's stubs do not export it
         raise NumericError(f"the {solver} solver did not converge ({e}); the matrix may be badly scaled") from e
-    triplets, low, high = spectrum.triplets, spectrum.low, spectrum.high
+    triplets, low, high = result.triplets, result.low, result.high
     if not all_finite(triplets.S):
         raise NumericError("base + delta overflows; check the adapter's scale")
     error = triplets.angle_error_estimate
-    chosen = torch.nonzero(spectrum.similarity < options.threshold_epsilon).flatten()
+    chosen = torch.nonzero(result.similarity < options.threshold_epsilon).flatten()
     on_one_side = (low >= options.threshold_epsilon) | (high < options.threshold_epsilon)
     degenerate = torch.nonzero(error > DEGENERATE).flatten()
     index = chosen.to(triplets.U.device)
@@ -157,7 +157,7 @@ def detect(
         dropped = removed.truncated(rank or delta.rank)[1]
     return Detection(
         singular_values=tuple(triplets.S.double().tolist()),
-        similarity=tuple(spectrum.similarity.tolist()),
+        similarity=tuple(result.similarity.tolist()),
         similarity_low=tuple(low.tolist()),
         similarity_high=tuple(high.tolist()),
         intruders=tuple(chosen.tolist()),
@@ -166,11 +166,11 @@ def detect(
         Vh=Vh.contiguous(),
         certified=bool(on_one_side.all()) and len(degenerate) == 0,
         degenerate=tuple(degenerate.tolist()),
-        solver=spectrum.solver,
-        escalated=spectrum.escalated,
-        steps=spectrum.steps,
-        products=spectrum.products,
-        cutoff=spectrum.cutoff,
+        solver=result.solver,
+        escalated=result.escalated,
+        steps=result.steps,
+        products=result.products,
+        cutoff=result.cutoff,
         delta_norm=norm,
         intruder_energy=min(1.0, share**2),
         dropped_at_zero=dropped,

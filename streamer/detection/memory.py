@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import working_bytes
-from streamer.plan.memory import Need, factor_bytes, factor_rank, making_bytes, resident_bytes
+from streamer.plan.memory import MemoryEstimate, factor_bytes, factor_rank, making_bytes, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.weights.base import Coded
+from streamer.weights.base import QuantizedWeight
 
 
 def detection_bytes(plan: Plan, target: Target, options: DetectionOptions) -> dict[str, int]:
@@ -20,7 +20,7 @@ def detection_bytes(plan: Plan, target: Target, options: DetectionOptions) -> di
     if options.solver == "dense":
         ways = {"dense": ways["dense"]}
     read = 2 * weight.held_bytes  # the tensor's own bytes, and those of the next one
-    always = read if isinstance(weight, Coded) else 0
+    always = read if isinstance(weight, QuantizedWeight) else 0
     resident, making = resident_bytes(plan) + factor_bytes(plan, target), making_bytes(plan, target)
     return {way: resident + max(size, making) + (always if way == "blocks" else read) for way, size in ways.items()}
 
@@ -39,6 +39,8 @@ def best_way(plan: Plan, target: Target, options: DetectionOptions) -> str:
     return next(way for way, size in ways.items() if size <= options.max_memory)
 
 
-def detection_needs(plan: Plan, options: DetectionOptions) -> Iterator[Need]:
+def detection_estimates(plan: Plan, options: DetectionOptions) -> Iterator[MemoryEstimate]:
     """The least that detection in each matrix takes."""
-    return (Need(t.tensor, t.module.shape, min(detection_bytes(plan, t, options).values())) for t in plan.targets)
+    return (
+        MemoryEstimate(t.tensor, t.module.shape, min(detection_bytes(plan, t, options).values())) for t in plan.targets
+    )

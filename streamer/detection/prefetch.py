@@ -22,7 +22,7 @@ V = TypeVar("V")
 
 
 @dataclass(frozen=True)
-class Staged:
+class PrefetchedWeight:
     """A weight that has been read.
 
     Attributes
@@ -55,26 +55,26 @@ class Staged:
         return self.values.to(self.weight.compute)
 
 
-class Stager:
+class Prefetcher:
     """Reads weights, and has a GPU copy them beside its computing; on the CPU it reads alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # in torch's stubs
 
-    def stage(self, weight: Weight) -> Staged:
+    def stage(self, weight: Weight) -> PrefetchedWeight:
         """Read a weight and begin its copy, in whatever thread this is called."""
         weight = weight.load()
         values = weight.stored() if self._stream is not None else None
         if values is None or self._stream is None:
-            return Staged(weight)
+            return PrefetchedWeight(weight)
         try:
             with torch.cuda.stream(self._stream):
                 there = values.pin_memory().to(self._device, non_blocking=True)
-            return Staged(weight, there, self._stream.record_event())
+            return PrefetchedWeight(weight, there, self._stream.record_event())
         except RuntimeError:
             # No room there, or for pinned memory. There may be some when its turn comes; if not, that says so.
-            return Staged(weight)
+            return PrefetchedWeight(weight)
 
 
 def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Generator[tuple[T, V], None, None]:

@@ -24,9 +24,9 @@ from streamer.detection.findings_writer import (
 )
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.memory import best_way, detection_needs, kept_bytes
+from streamer.detection.memory import best_way, detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.detection.prefetch import Staged, Stager, read_ahead
+from streamer.detection.prefetch import PrefetchedWeight, Prefetcher, read_ahead
 from streamer.errors import NumericError, OutputExistsError, UsageError
 from streamer.events import Event, Monitor
 from streamer.linalg.operators import Dense, Matrix, RowBlocks
@@ -67,8 +67,8 @@ def cost(target: Target, options: DetectionOptions) -> int:
 
 
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device,
-                  staged: Staged | None = None, monitor: Monitor | None = None) -> MatrixFinding:  # fmt: skip
-    """Detect in one matrix; `staged` is its weight, where that has been read ahead.
+                  prefetched: PrefetchedWeight | None = None, monitor: Monitor | None = None) -> MatrixFinding:  # fmt: skip
+    """Detect in one matrix; `prefetched` is its weight, where that has been read ahead.
 
     A matrix that the device has no memory for is computed on the CPU; the monitor is told.
 
@@ -78,10 +78,10 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         If an input is not finite or the solver fails; the message names file and tensor.
     """
     began = time.perf_counter()
-    staged = staged or Staged(plan.weights[target.tensor])
+    prefetched = prefetched or PrefetchedWeight(plan.weights[target.tensor])
     found: Detection | None = None
     try:
-        found = _detection(plan, target, options, device, staged)
+        found = _detection(plan, target, options, device, prefetched)
     except RuntimeError as e:  # cuBLAS and cuSOLVER have no class of their own for it
         if device.type == "cpu" or not (isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e)):
             raise
@@ -90,22 +90,22 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
             monitor.emit(
                 Event("warning", f"{target.tensor}: {device} has not enough memory for it; it is computed on the CPU")
             )
-        found = _detection(plan, target, options, torch.device("cpu"), staged)
+        found = _detection(plan, target, options, torch.device("cpu"), prefetched)
     module = target.module
-    return MatrixFinding(target.tensor, module.name, module.shape, staged.weight.label, module.rank, module.scale, found,
+    return MatrixFinding(target.tensor, module.name, module.shape, prefetched.weight.label, module.rank, module.scale, found,
                          time.perf_counter() - began)  # fmt: skip
 
 
 def _detection(
-    plan: Plan, target: Target, options: DetectionOptions, device: torch.device, staged: Staged
+    plan: Plan, target: Target, options: DetectionOptions, device: torch.device, prefetched: PrefetchedWeight
 ) -> Detection:
     """The same on this very device."""
-    weight, way = staged.weight, best_way(plan, target, options)
+    weight, way = prefetched.weight, best_way(plan, target, options)
     base: Matrix
     if way == "blocks":  # as it is stored, decoded a few rows at a time in each product
         base = RowBlocks(weight.matrix, weight.at_hand().rows, torch.empty(0, dtype=weight.compute, device=device))
     else:
-        base = Dense(staged.whole(device).reshape(weight.matrix))
+        base = Dense(prefetched.whole(device).reshape(weight.matrix))
     delta = plan.delta(target, base.matrix if isinstance(base, Dense) else None)
     try:
         return detect(
@@ -114,7 +114,7 @@ def _detection(
             options,
             target.module.rank,
             target.tensor,
-            may_form=way == "dense",
+            allow_dense=way == "dense",
         )
     except NumericError as e:
         raise NumericError(f"{weight.where}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
@@ -143,9 +143,9 @@ def detect_all(plans: Sequence[Plan], options: DetectionOptions, device: torch.d
     done, items = total - sum(cost(t, options) for uses in todo for _, t in uses), of - sum(map(len, todo))
     names = [plan.adapter.path.absolute().name if len(plans) > 1 else "" for plan in plans]
 
-    stager = Stager(device)
+    stager = Prefetcher(device)
 
-    def load(uses: list[tuple[int, Target]]) -> Staged | None:
+    def load(uses: list[tuple[int, Target]]) -> PrefetchedWeight | None:
         i, target = uses[0]
         whole = any(best_way(plans[i], t, options) != "blocks" for i, t in uses)
         return stager.stage(plans[i].weights[target.tensor]) if whole else None
@@ -153,12 +153,12 @@ def detect_all(plans: Sequence[Plan], options: DetectionOptions, device: torch.d
     # Behind a small matrix a large one is not read in time; what is mapped may wait, other memory is not to grow.
     mapped = device.type == "cpu" and not any(plans[i].weights[t.tensor].held_bytes for uses in todo for i, t in uses)
     with contextlib.closing(read_ahead([uses for uses in todo if uses], load, 2 if mapped else 1)) as stream:
-        for uses, staged in stream:
+        for uses, prefetched in stream:
             for i, target in uses:
                 monitor.checkpoint()
                 monitor.emit(Event("detect", target.tensor, done, total, items, of, names[i]))
                 with threads(counts[i]):
-                    finding = detect_matrix(plans[i], target, options, device, staged, monitor)
+                    finding = detect_matrix(plans[i], target, options, device, prefetched, monitor)
                 yield i, finding
                 done, items = done + cost(target, options), items + 1
     monitor.emit(Event("detect", "", total, total, of, of))
@@ -190,8 +190,8 @@ def matrices_of(plans: Sequence[Plan]) -> list[list[tuple[int, Target]]]:
     found: dict[tuple[Any, ...], list[tuple[int, Target]]] = {}
     for i, plan in enumerate(plans):
         for target in plan.targets:
-            parts = plan.weights[target.tensor].parts.values()
-            where = tuple((str(part.file.path), part.info.start, part.info.end) for part in parts)
+            tensors = plan.weights[target.tensor].tensors.values()
+            where = tuple((str(stored.file.path), stored.info.start, stored.info.end) for stored in tensors)
             found.setdefault((plan.place(target), target.tensor, where), []).append((i, target))
     return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
@@ -326,4 +326,4 @@ def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFind
 
 
 def _check_budgets(plans: Sequence[Plan], options: DetectionOptions) -> None:
-    check_budget((need for plan in plans for need in detection_needs(plan, options)), options.max_memory)
+    check_budget((need for plan in plans for need in detection_estimates(plan, options)), options.max_memory)

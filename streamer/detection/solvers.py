@@ -23,7 +23,7 @@ from streamer.linalg.svd import OVERSAMPLING, Triplets, dense_triplets, krylov_t
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class SolverResult:
     """What a solver answers.
 
     Attributes
@@ -61,24 +61,24 @@ BASIS = 256
 OPEN_COLUMNS = 512
 """Columns of the basis for the bounds where the matrix may not be formed: memory is short then."""
 
-Solver = Callable[[Matrix, Delta, int, float, torch.Generator, bool], Spectrum]
+Solver = Callable[[Matrix, Delta, int, float, torch.Generator, bool], SolverResult]
 
 
 def solve_dense(
-    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, may_form: bool = True
-) -> Spectrum:
+    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
+) -> SolverResult:
     """LAPACK's full SVD of the sum and of the base, formed in any case."""
     scale, base_scale = _scales(base, delta)
     triplets = dense_triplets(Sum([base.scaled(scale), delta.scaled(scale)]), k)
     bounds, similarity = dense_overlaps(base.scaled(base_scale), triplets.U, generator)
     distance = triplets.distance_estimate
     low, high = (bounds.low - distance).clamp_min(0), (bounds.high + distance).clamp_max(1)
-    return Spectrum(_unscaled(triplets, scale), similarity, low, high, "dense")
+    return SolverResult(_unscaled(triplets, scale), similarity, low, high, "dense")
 
 
 def solve_certified(
-    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, may_form: bool = True
-) -> Spectrum:
+    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
+) -> SolverResult:
     """Block Krylov for the triplets, then bounds on the overlaps until each lies on one side of ε; else the dense solver.
 
     A matrix with a direction that is degenerate goes to the dense solver at once: no bound on its overlaps would settle it. Where the
@@ -86,15 +86,15 @@ def solve_certified(
     called an intruder that is not proven to be one.
     """
     scale, base_scale = _scales(base, delta)
-    if k + OVERSAMPLING >= min(base.shape) or (base_scale == 0 and may_form):
+    if k + OVERSAMPLING >= min(base.shape) or (base_scale == 0 and allow_dense):
         return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True)
-    columns = bounds_columns(base.shape, k, may_form)
+    columns = bounds_columns(base.shape, k, allow_dense)
     W = Sum([base.scaled(scale), delta.scaled(scale)])
     most = max(16, 2 * columns // block_width(k, OVERSAMPLING))
     found = krylov_triplets(W, k, generator, base.like, triplets_columns(k), most)
     steps, products, triplets = found.steps, found.products, found.triplets
     distance = triplets.distance_estimate
-    if not may_form or (found.converged and bool((distance < 2).all())):
+    if not allow_dense or (found.converged and bool((distance < 2).all())):
         # A zero base has any singular vectors.
         bounds = OverlapBounds(torch.zeros_like(distance), torch.ones_like(distance), 0, 0, 0.0)
         if base_scale:
@@ -102,9 +102,9 @@ def solve_certified(
             bounds = _settle(process, epsilon, columns)
         low, high = bounds.low, bounds.high
         steps, products = steps + bounds.steps, products + bounds.products
-        if not may_form or bool(((low >= epsilon) | (high < epsilon)).all()):
+        if not allow_dense or bool(((low >= epsilon) | (high < epsilon)).all()):
             similarity = torch.where(low >= epsilon, low, high)
-            return Spectrum(_unscaled(triplets, scale), similarity, low, high, "certified",
+            return SolverResult(_unscaled(triplets, scale), similarity, low, high, "certified",
                             steps=steps, products=products, cutoff=bounds.cutoff)  # fmt: skip
     return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)
 
@@ -168,7 +168,7 @@ def triplets_columns(k: int) -> int:
     return max(BASIS, 4 * block_width(k, OVERSAMPLING))
 
 
-def bounds_columns(shape: tuple[int, int], k: int, may_form: bool) -> int:
+def bounds_columns(shape: tuple[int, int], k: int, allow_dense: bool) -> int:
     """Columns at which the basis for the bounds is given up.
 
     With 0.45 of the short side the dense solver costs no more. Large matrices are given up earlier, so that the basis needs a sixth
@@ -176,7 +176,7 @@ def bounds_columns(shape: tuple[int, int], k: int, may_form: bool) -> int:
     """
     m, n = shape
     width = block_width(k, OVERSAMPLING)
-    most = max(1024, 16 * width, m * n // (6 * (m + n))) if may_form else max(OPEN_COLUMNS, 8 * width)
+    most = max(1024, 16 * width, m * n // (6 * (m + n))) if allow_dense else max(OPEN_COLUMNS, 8 * width)
     return max(min(round(0.45 * min(m, n)), most), min(256, m, n))
 
 
@@ -198,8 +198,8 @@ def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: in
         return {"dense": dense}
     proof = 20 * n * n if n < m and n <= PROVABLE else 0
 
-    def certified(may_form: bool) -> int:
-        columns = min(p, max(bounds_columns(shape, k, may_form), triplets_columns(k))) + width
+    def certified(allow_dense: bool) -> int:
+        columns = min(p, max(bounds_columns(shape, k, allow_dense), triplets_columns(k))) + width
         bases = (m + n + max(m, n)) * columns * itemsize  # and the successor of one, while it grows
         return bases + 2 * CHRISTOFFEL_BYTES + 8 * columns**2 * 8 + proof + factors
 
@@ -234,4 +234,4 @@ def cost(shape: tuple[int, int], k: int, solver: str = "auto") -> int:
 
 
 SOLVERS: dict[str, Solver] = {"certified": solve_certified, "dense": solve_dense}
-"""Solvers by name: base, delta, k, ε, source of randomness, whether the base may be formed for the dense one → `Spectrum`."""
+"""Solvers by name: base, delta, k, ε, source of randomness, whether the base may be formed for the dense one → `SolverResult`."""

@@ -18,8 +18,8 @@ from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_figures
 from streamer.output.mitigation import back_project
 from streamer.output.records import MitigatedMatrix
-from streamer.plan.memory import Need, resident_bytes
-from streamer.plan.plan import left_out, other_files
+from streamer.plan.memory import MemoryEstimate, resident_bytes
+from streamer.plan.plan import other_files, skipped_files
 from streamer.plan.side_files import own_tokenizer
 from streamer.plan.targets import Target
 from streamer.storage.atomic import Buffer
@@ -55,29 +55,29 @@ class AdapterSink:
         self.edited: Mapping[str, bytes] = {}
         self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
-        self.left_out = [n for n in left_out(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
+        self.skipped_files = [n for n in skipped_files(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
         self.to_lora: int | None = None
         self.warnings = job.warnings
         self.notes: list[str] = []
         self.advice: list[str] = []
         self.tokenizer: Literal["adapter", "base"] | None = own_tokenizer(self.copies)
         self.card, self.copies = plan_card(self)
-        self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME))
+        self.output = output_plan(self, path, conflicting_names=("adapter_model.bin", SINGLE_NAME, INDEX_NAME))
         self._of: dict[str, list[Target]] = {}
         for target in plan.targets:
             for name in self._tensors(target):
                 self._of.setdefault(name, []).append(target)
         self._ready: dict[str, Tensor] = {}
 
-    def needs(self) -> Iterator[Need]:
+    def needs(self) -> Iterator[MemoryEstimate]:
         """Memory for each matrix; of experts, whose factors stand in one tensor, for all of them and the new ones."""
         plan = self.job.plan
         resident = resident_bytes(plan)
         for target in plan.targets:
             size = mitigation_bytes(plan, target, self.job.intruders(target), projected=True)
             if isinstance(target.module, LoraModule) and target.module.expert is not None:
-                size += 2 * sum(plan.adapter.parts[name].info.nbytes for name in self._tensors(target))
-            yield Need(target.tensor, target.module.shape, resident + size)
+                size += 2 * sum(plan.adapter.tensors[name].info.nbytes for name in self._tensors(target))
+            yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
     def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
         """Bytes of each tensor of the adapter's file; appends each matrix's figures. What is no factor keeps its bytes."""
@@ -115,10 +115,10 @@ class AdapterSink:
             or not any(t.numel() for _, f in new for t in f.values())
         ):
             return factors
-        whole = {name: self.job.plan.adapter.parts[name].whole().clone() for name in (module.a, module.b)}
+        whole = {name: self.job.plan.adapter.tensors[name].whole().clone() for name in (module.a, module.b)}
         for expert, factors in new:
             assert isinstance(expert, LoraModule)
-            for name, part in zip((expert.a, expert.b), expert.parts, strict=True):
+            for name, part in zip((expert.a, expert.b), expert.expert_slices, strict=True):
                 if factors[name].numel():
                     whole[name][part] = factors[name]
         return whole
@@ -132,7 +132,7 @@ class AdapterSink:
         assert isinstance(after, LowRank)
         assert isinstance(module, LoraModule)
         B, A, dropped = back_project(after, module.rank, module.scale)
-        if module.turned:
+        if module.delta_transposed:
             A, B = B.T, A.T
         factors = {module.a: A, module.b: B}
         if mirror := self._mirror(target):
@@ -142,6 +142,6 @@ class AdapterSink:
             encoding = ENCODINGS[self.job.plan.adapter.file.header.by_name[name].dtype]
             out[name] = encode(factor, encoding, factor, name)
         A, B = out[module.a].double(), out[module.b].double()
-        written = LowRank(A.T * module.scale, B) if module.turned else LowRank(B * module.scale, A.T)
+        written = LowRank(A.T * module.scale, B) if module.delta_transposed else LowRank(B * module.scale, A.T)
         figures.append(matrix_figures(target, delta, written, found, self.job.options.scale, dropped))
         return out

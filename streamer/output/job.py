@@ -19,7 +19,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.findings_file import journal_of
 from streamer.detection.intruders import Detection
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.memory import detection_needs
+from streamer.detection.memory import detection_estimates
 from streamer.detection.options import DetectionOptions
 from streamer.detection.run import detect_matrix, findings_bytes
 from streamer.detection.stamps import STAMP, DetectionRecord, detection_record, stamp
@@ -34,10 +34,10 @@ from streamer.output.merged_model import MergedModel, plan_merged
 from streamer.output.metrics import matrix_figures
 from streamer.output.mitigation import MitigationOptions, mitigate
 from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
-from streamer.output.recipes import Exchanged, Rounded, Shifted, repeats
+from streamer.output.recipes import AddBias, Cast, ReplaceRows, repeats
 from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
-from streamer.plan.memory import Need, check_budget, resident_bytes
-from streamer.plan.plan import Plan, left_out, other_files
+from streamer.plan.memory import MemoryEstimate, check_budget, resident_bytes
+from streamer.plan.plan import Plan, other_files, skipped_files
 from streamer.plan.provenance import mitigated_before
 from streamer.plan.side_files import with_tokenizer
 from streamer.plan.targets import Target
@@ -165,16 +165,16 @@ class Job:
         return {STAMP: stamp(command, *self.plan.sources, self.detection_record(certified), self.options.as_json())}
 
 
-def merging_needs(job: Job, model: MergedModel) -> Iterator[Need]:
+def merge_estimates(job: Job, model: MergedModel) -> Iterator[MemoryEstimate]:
     """Memory for each tensor of a merged model that is computed; for one that is copied the process has enough."""
     resident = resident_bytes(job.plan)
     for target in job.plan.targets:
         delta = mitigation_bytes(job.plan, target, job.intruders(target))
         rows = rows_bytes(job.plan.weights[target.tensor])
-        yield Need(target.tensor, target.module.shape, resident + delta + rows)
+        yield MemoryEstimate(target.tensor, target.module.shape, resident + delta + rows)
     for output in (o for outputs in model.files.values() for o in outputs):
-        if isinstance(output.recipe, Rounded | Shifted | Exchanged):
-            yield Need(output.name, output.shape, resident + rows_bytes(output.recipe.weight))
+        if isinstance(output.recipe, Cast | AddBias | ReplaceRows):
+            yield MemoryEstimate(output.name, output.shape, resident + rows_bytes(output.recipe.weight))
 
 
 class ModelSink:
@@ -204,15 +204,19 @@ class ModelSink:
         self.notes = [*job.plan.changes.notes, *self.model.head.notes, *says]
         self.advice = list(self.model.head.advice)
         written = {*base.files, INDEX_NAME, RECORD_NAME, *aside}
-        self.left_out = stale + ([] if beside is None else [n for n in left_out(beside, adapter) if n not in written])
+        self.skipped_files = stale + (
+            [] if beside is None else [n for n in skipped_files(beside, adapter) if n not in written]
+        )
         self.card, self.copies = plan_card(self, self.model.head.pipeline)
         # A loader would apply an adapter that lies beside the model once more.
-        rivals = [SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
-        self.output = output_plan(self, path, tuple(r for r in rivals if r not in self.finals and r not in self.shards))
+        conflicting_names = [SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
+        self.output = output_plan(
+            self, path, tuple(r for r in conflicting_names if r not in self.finals and r not in self.shards)
+        )
 
-    def needs(self) -> Iterator[Need]:
+    def needs(self) -> Iterator[MemoryEstimate]:
         """Memory for each matrix."""
-        return merging_needs(self.job, self.model)
+        return merge_estimates(self.job, self.model)
 
     def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
         """Bytes of each tensor of one shard; appends the figures of merged matrices."""
@@ -239,7 +243,7 @@ class Sink(Protocol):
     edited: Mapping[str, bytes]
     finals: Mapping[str, bytes]
     copies: list[tuple[str, Path]]
-    left_out: list[str]
+    skipped_files: list[str]
     warnings: list[str]
     notes: list[str]
     advice: list[str]
@@ -248,7 +252,7 @@ class Sink(Protocol):
     card: Card | None
     output: OutputPlan
 
-    def needs(self) -> Iterator[Need]:
+    def needs(self) -> Iterator[MemoryEstimate]:
         """Memory for each matrix."""
 
     def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
@@ -263,7 +267,7 @@ def make_record(sink: Sink, certified: int, sums: Totals, matrices: Sequence[Mit
     return {"schema": SCHEMA, "command": sink.command, "version": __version__, "base": base, "adapter": adapter,
             "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
             "lambda": options["lambda"], "to_lora": sink.to_lora, "dequantize": job.dequantize, "totals": sums,
-            "warnings": [*job.plan.notes, *sink.warnings], "notes": sink.notes, "advice": sink.advice, "left_out": sink.left_out,
+            "warnings": [*job.plan.notes, *sink.warnings], "notes": sink.notes, "advice": sink.advice, "left_out": sink.skipped_files,
             "carried": job.plan.changes.listed(job.plan.base), "tokenizer": sink.tokenizer, "matrices": list(matrices)}  # fmt: skip
 
 
@@ -281,7 +285,7 @@ def plan_card(sink: Sink, pipeline: str = "") -> tuple[Card | None, list[tuple[s
     return Card(original, *job.plan.sources, sink.command, pipeline, longest, job.plan.adapter.is_model), copies
 
 
-def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: Any) -> OutputPlan:
+def output_plan(sink: Sink, path: Path, conflicting_names: tuple[str, ...], **decisions: Any) -> OutputPlan:
     """What the sink will write, in the order of writing, the commit point last; `decisions` besides the job's tell it from others."""
     copies = [(name, p.stat().st_size) for name, p in sink.copies]
     edited = [(name, len(data)) for name, data in sink.edited.items()]
@@ -301,7 +305,7 @@ def output_plan(sink: Sink, path: Path, rivals: tuple[str, ...], **decisions: An
     # A run that is taken up under other names of its inputs, by way of links, would write both names.
     stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
     instead = {CARD_NAME: "pass --no-card"} if sink.card is not None and not sink.card.original else {}
-    return OutputPlan(path, tuple(files), digest, stamps, plan.inputs, rivals, _temporary(sink.job, files),
+    return OutputPlan(path, tuple(files), digest, stamps, plan.inputs, conflicting_names, _temporary(sink.job, files),
                       frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, sink.job.bits, __version__)  # fmt: skip
 
 
@@ -325,8 +329,8 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model, in file order; one at a time in memory. What is refused is refused by the call itself."""
     model = plan_merged(job.plan, job.dequantize)
     most = max(info.nbytes for shard in model.shards().values() for info in shard.header.tensors)
-    detecting = detection_needs(job.plan, job.detection) if job.detects else ()
-    needs = (replace(n, nbytes=n.nbytes + most) for n in itertools.chain(detecting, merging_needs(job, model)))
+    detecting = detection_estimates(job.plan, job.detection) if job.detects else ()
+    needs = (replace(n, nbytes=n.nbytes + most) for n in itertools.chain(detecting, merge_estimates(job, model)))
     check_budget(needs, job.detection.max_memory)
     return _tensors(replace(job, monitor=monitor), model, monitor)
 

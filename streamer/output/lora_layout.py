@@ -8,18 +8,18 @@ from typing import Any
 
 from streamer.adapters.adapter import Adapter
 from streamer.errors import UnsupportedError
-from streamer.plan.carried_tensors import Changes
+from streamer.plan.carried_tensors import TensorEdits
 from streamer.plan.tied_embeddings import OF_A_TIE, equal, find_tie, refuse_other_ties
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
-from streamer.weights.base import Part
+from streamer.weights.base import StoredTensor
 
 PREFIX = "base_model.model."
 """What PEFT's names begin with."""
 
 
 @dataclass(frozen=True)
-class Beside:
+class LoraLayout:
     """What stands in a LoRA adapter beside its factors, and how its modules are called.
 
     Attributes
@@ -35,14 +35,14 @@ class Beside:
     """
 
     names: Mapping[str, str]
-    carried: Mapping[str, Part]
+    carried: Mapping[str, StoredTensor]
     config: Mapping[str, Any]
     heads: Mapping[str, str]
 
 
-def beside_factors(
-    tuned: Adapter, base: Checkpoint, matched: Mapping[str, str], changes: Changes, renames: Renames
-) -> Beside:
+def lora_layout(
+    tuned: Adapter, base: Checkpoint, matched: Mapping[str, str], changes: TensorEdits, renames: Renames
+) -> LoraLayout:
     """How a LoRA adapter says what of a fine-tuned model is no delta of a matrix.
 
     PEFT knows the modules by their names in a loaded model; a bias is its module's own where that has factors; what else has changed
@@ -58,13 +58,17 @@ def beside_factors(
     UnsupportedError
         If something changed that has no place in a LoRA adapter.
     """
-    now = renames.at_run_time(tuned.parts)
+    now = renames.at_run_time(tuned.tensors)
     names = {m: now.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in matched}
-    bases = {part.info.name: Part(*base.locate(n)) for n, part in changes.sources.items() if n in base.weight_map}
-    changed = {
-        c.source: c for c in tuned.carried if c.source not in bases or not equal(tuned.parts[c.source], bases[c.source])
+    bases = {
+        part.info.name: StoredTensor(*base.locate(n)) for n, part in changes.sources.items() if n in base.weight_map
     }
-    inner = {name.rpartition(".")[0].rpartition(".")[0] for name in tuned.parts}
+    changed = {
+        c.source: c
+        for c in tuned.carried
+        if c.source not in bases or not equal(tuned.tensors[c.source], bases[c.source])
+    }
+    inner = {name.rpartition(".")[0].rpartition(".")[0] for name in tuned.tensors}
     saved = set()
     for c in changed.values():
         if c.module in matched and c.parameter == "bias":
@@ -82,24 +86,24 @@ def beside_factors(
         # By PEFT's rule, an entry of modules_to_save names all modules whose path ends in it.
         if any(module.endswith(s) for s in saved):
             saved.add(module)
-            carried[PREFIX + name] = tuned.parts[c.source]
+            carried[PREFIX + name] = tuned.tensors[c.source]
         elif c.source in changed:
-            carried[f"{PREFIX}{module}.base_layer.{parameter}"] = tuned.parts[c.source]
-    tie = find_tie(tuned.parts, tuned.config, tuned)
+            carried[f"{PREFIX}{module}.base_layer.{parameter}"] = tuned.tensors[c.source]
+    tie = find_tie(tuned.tensors, tuned.config, tuned)
     trained = {
         m: f"{m}.weight"
         for m, n in matched.items()
-        if OF_A_TIE.search(f"{m}.weight") and not equal(tuned.parts[f"{m}.weight"], Part(*base.locate(n)))
+        if OF_A_TIE.search(f"{m}.weight") and not equal(tuned.tensors[f"{m}.weight"], StoredTensor(*base.locate(n)))
     }
-    refuse_other_ties(tie, tuned.path, tuned.parts, tuned.config, tuned, trained, changed)
-    heads, one = {}, tie is not None and tie.head not in tuned.parts
+    refuse_other_ties(tie, tuned.path, tuned.tensors, tuned.config, tuned, trained, changed)
+    heads, one = {}, tie is not None and tie.head not in tuned.tensors
     if tie is not None and one:
         head = renames.at_run_time([tie.head]).get(tie.head, tie.head).removesuffix(".weight")
         heads = {m: head for m in matched if f"{m}.weight" == tie.embedding}
         if not heads and now.get(tie.embedding, "").removesuffix(".weight") in saved:  # of another size than the base's
             saved.add(head)
-            carried[f"{PREFIX}{head}.weight"] = tuned.parts[tie.embedding]
+            carried[f"{PREFIX}{head}.weight"] = tuned.tensors[tie.embedding]
     config: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
     if one:
         config["ensure_weight_tying"] = True
-    return Beside(names, carried, config, heads)
+    return LoraLayout(names, carried, config, heads)

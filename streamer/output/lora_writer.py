@@ -19,12 +19,12 @@ from streamer.linalg.deltas import Delta, norm
 from streamer.linalg.operators import Dense, LowRank
 from streamer.linalg.svd import krylov_triplets
 from streamer.output.job import Job, output_plan, plan_card
-from streamer.output.lora_layout import PREFIX, Beside, beside_factors
+from streamer.output.lora_layout import PREFIX, LoraLayout, lora_layout
 from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_figures
 from streamer.output.records import MitigatedMatrix
-from streamer.plan.memory import Need, resident_bytes
-from streamer.plan.plan import Plan, left_out, other_files
+from streamer.plan.memory import MemoryEstimate, resident_bytes
+from streamer.plan.plan import Plan, other_files, skipped_files
 from streamer.plan.side_files import own_tokenizer
 from streamer.plan.targets import Target
 from streamer.plan.transformers_renames import renames_for
@@ -70,17 +70,19 @@ class LoraSink:
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: config.encode()}
         own = (WEIGHTS_NAME, RECORD_NAME)
-        self.left_out = [] if beside is None else [name for name in left_out(beside) if name not in own]
+        self.skipped_files = [] if beside is None else [name for name in skipped_files(beside) if name not in own]
         self.to_lora: int | None = rank
         self.warnings = job.warnings
         self.notes: list[str] = []
         self.advice: list[str] = []
         self.tokenizer: Literal["adapter", "base"] | None = own_tokenizer(self.copies)
         self.card, self.copies = plan_card(self)
-        self.output = output_plan(self, path, rivals=("adapter_model.bin", SINGLE_NAME, INDEX_NAME), to_lora=rank)
+        self.output = output_plan(
+            self, path, conflicting_names=("adapter_model.bin", SINGLE_NAME, INDEX_NAME), to_lora=rank
+        )
         self._ready: dict[str, Tensor] = {}
 
-    def needs(self) -> Iterator[Need]:
+    def needs(self) -> Iterator[MemoryEstimate]:
         """Memory for each matrix."""
         plan = self.job.plan
         resident = resident_bytes(plan)
@@ -88,7 +90,7 @@ class LoraSink:
             size = mitigation_bytes(plan, target, self.job.intruders(target), projected=True)
             if not target.module.low_rank:
                 size += truncation_bytes(target.module.shape, self.rank, plan.weights[target.tensor].compute.itemsize)
-            yield Need(target.tensor, target.module.shape, resident + size)
+            yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
     def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
         """Bytes of each tensor; appends each matrix's figures, `dropped` being the relative norm of what the rank leaves out."""
@@ -154,17 +156,17 @@ def _linear(stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...
     return {f"{stem}.lora_A.weight": (rank, *inner), f"{stem}.lora_B.weight": (m, rank, *(1 for _ in kernel))}
 
 
-def _beside_factors(plan: Plan) -> Beside:
+def _beside_factors(plan: Plan) -> LoraLayout:
     """What else stands in the adapter: of one that is read, what it carries, under the same names."""
     adapter = plan.adapter
     if adapter.is_model:
         matched = {t.module.name: t.tensor for t in plan.targets}
-        return beside_factors(adapter, plan.base, matched, plan.changes, renames_for(plan.config))
+        return lora_layout(adapter, plan.base, matched, plan.changes, renames_for(plan.config))
     kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
     config = {key: adapter.config[key] for key in kept if key in adapter.config}
-    carried = {PREFIX + normalize(c.source): adapter.parts[c.source] for c in adapter.carried}
-    return Beside({}, carried, config, {})
+    carried = {PREFIX + normalize(c.source): adapter.tensors[c.source] for c in adapter.carried}
+    return LoraLayout({}, carried, config, {})
 
 
 def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:

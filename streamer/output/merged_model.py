@@ -12,14 +12,14 @@ from typing import Any
 
 from streamer.adapters.modules import MethodModule
 from streamer.errors import UnsupportedError
-from streamer.output.recipes import Copied, Exchanged, Merged, Recipe, Recoded, Rounded, Share, Shifted, Stacked
+from streamer.output.recipes import AddBias, AddDelta, Cast, CopyBytes, Recipe, ReplaceRows, Requantize, RowSlice, Stack
 from streamer.plan.carried_tensors import edited_config
 from streamer.plan.plan import MODEL_CONFIG, Plan
-from streamer.plan.targets import Place, Target, stores_conv1d
+from streamer.plan.targets import Target, TensorSlice, stores_conv1d
 from streamer.plan.task_heads import Head, implied_head
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shard_writer import ShardPlan, index_bytes, plan_shard
-from streamer.weights.base import Part, Weight
+from streamer.weights.base import StoredTensor, Weight
 from streamer.weights.dequantize import belongs_to_codes, plain_config, plain_weights
 from streamer.weights.dtypes import SPELLINGS
 from streamer.weights.logical import Weights
@@ -98,7 +98,9 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     _refuse_codes(plan, dequantize)
     weights = plain_weights(plan.weights, plan.config) if dequantize else plan.weights
     files = {
-        name: [o for t in file.header.tensors if (o := _of_file(plan, weights, t.name, Part(file, t), dequantize))]
+        name: [
+            o for t in file.header.tensors if (o := _of_file(plan, weights, t.name, StoredTensor(file, t), dequantize))
+        ]
         for name, file in plan.base.files.items()
     }
     last = next(reversed(files))
@@ -116,7 +118,7 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     )
 
 
-def _of_file(plan: Plan, weights: Weights, name: str, part: Part, dequantize: bool) -> Output | None:
+def _of_file(plan: Plan, weights: Weights, name: str, part: StoredTensor, dequantize: bool) -> Output | None:
     """What a tensor of the base becomes; None if it is left out."""
     if name in plan.changes.dropped or (dequantize and belongs_to_codes(name, weights)):
         return None
@@ -128,28 +130,28 @@ def _of_file(plan: Plan, weights: Weights, name: str, part: Part, dequantize: bo
             return None
         weight = weights[logical]
         assert weight.encoding is not None
-        recipe = _merged(plan, weight) if logical in plan.by_weight else Rounded(weight)
+        recipe = _merged(plan, weight) if logical in plan.by_weight else Cast(weight)
         return Output(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
     if logical not in plan.by_weight or role not in ("weight", "scale"):
-        return Output(name, part.info.dtype, part.info.shape, Copied(part))
+        return Output(name, part.info.dtype, part.info.shape, CopyBytes(part))
     return Output(name, part.info.dtype, part.info.shape, _merged(plan, weights[logical], role))
 
 
-def _merged(plan: Plan, weight: Weight, role: str | None = None, tuned: Part | None = None) -> Recipe:
+def _merged(plan: Plan, weight: Weight, role: str | None = None, tuned: StoredTensor | None = None) -> Recipe:
     """What a weight becomes that the adapter changes; with a `role`, that one of the tensors that its codes stand in."""
     recipes = [_piece(weight, target, place, role, tuned) for target, place in plan.by_weight[weight.name]]
-    return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stacked(tuple(recipes))
+    return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
 
 
-def _piece(weight: Weight, target: Target, place: Place, role: str | None, tuned: Part | None) -> Recipe:
+def _piece(weight: Weight, target: Target, place: TensorSlice, role: str | None, tuned: StoredTensor | None) -> Recipe:
     if place.index is not None:
         weight = weight.slice(place.index)
     if role is None:
-        recipe: Merged | Recoded = Merged(weight, target, tuned)
+        recipe: AddDelta | Requantize = AddDelta(weight, target, tuned)
     else:
         assert isinstance(weight, FP8)
-        recipe = Recoded(weight, target, role)
-    return recipe if place.rows is None else Share(recipe, place.rows)
+        recipe = Requantize(weight, target, role)
+    return recipe if place.rows is None else RowSlice(recipe, place.rows)
 
 
 def _refuse_codes(plan: Plan, dequantize: bool) -> None:
@@ -175,7 +177,7 @@ def _refuse_codes(plan: Plan, dequantize: bool) -> None:
         )
 
 
-def _output(plan: Plan, weights: Weights, name: str, part: Part | None) -> Output:
+def _output(plan: Plan, weights: Weights, name: str, part: StoredTensor | None) -> Output:
     """A tensor of the merged model; `part` is the base's own, if it has one."""
     changes = plan.changes
     source = changes.sources.get(name, part)
@@ -186,26 +188,26 @@ def _output(plan: Plan, weights: Weights, name: str, part: Part | None) -> Outpu
         recipe = _merged(plan, weights[name], tuned=_tuned(plan, name, stands))
     elif name in changes.shifts:
         shift, scale = changes.shifts[name]
-        recipe = Shifted(weights[name], Plain.of(shift), scale)
+        recipe = AddBias(weights[name], Plain.of(shift), scale)
     elif name in changes.rows:
         tokens, indices = changes.rows[name]
-        recipe = Exchanged(weights[name], Plain.of(tokens), indices)
+        recipe = ReplaceRows(weights[name], Plain.of(tokens), indices)
     elif source.info.dtype != stands.info.dtype:
-        recipe = Rounded(weights[name])
+        recipe = Cast(weights[name])
     else:
-        return Output(name, source.info.dtype, source.info.shape, Copied(source))
+        return Output(name, source.info.dtype, source.info.shape, CopyBytes(source))
     encoding = weights[name].encoding
     assert encoding is not None
     return Output(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
 
 
-def _tuned(plan: Plan, name: str, stands: Part) -> Part | None:
+def _tuned(plan: Plan, name: str, stands: StoredTensor) -> StoredTensor | None:
     """The fine-tuned model's own tensor, where it stands in an adapter's place and in the dtype that is written."""
     module = plan.by_weight[name][0][0].module
     if not plan.adapter.is_model or not isinstance(module, MethodModule):
         return None
     (tensor,) = module.tensors.values()
-    part = plan.adapter.parts[tensor]
+    part = plan.adapter.tensors[tensor]
     return part if part.info.dtype == stands.info.dtype else None
 
 

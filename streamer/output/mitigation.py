@@ -18,8 +18,8 @@ from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank
 
-Method = Literal["paper", "project", "shrink"]
-Scale = Literal["all", "first"]
+MitigationMethod = Literal["paper", "project", "shrink"]
+Selection = Literal["all", "first"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class MitigationOptions:
     """
 
     mitigation_lambda: float = 0.75
-    method: Method = "paper"
-    scale: Scale = "all"
+    method: MitigationMethod = "paper"
+    scale: Selection = "all"
 
     def __post_init__(self) -> None:
         if isinstance(self.mitigation_lambda, bool) or not math.isfinite(self.mitigation_lambda):
             raise UsageError(f"lambda: expected a finite number, found {self.mitigation_lambda!r}")
-        if self.method not in get_args(Method):
-            raise UsageError(f"method: expected one of {', '.join(get_args(Method))}, found {self.method!r}")
-        if self.scale not in get_args(Scale):
-            raise UsageError(f"scale: expected one of {', '.join(get_args(Scale))}, found {self.scale!r}")
+        if self.method not in get_args(MitigationMethod):
+            raise UsageError(f"method: expected one of {', '.join(get_args(MitigationMethod))}, found {self.method!r}")
+        if self.scale not in get_args(Selection):
+            raise UsageError(f"scale: expected one of {', '.join(get_args(Selection))}, found {self.scale!r}")
 
     @property
     def needs_detection(self) -> bool:
@@ -63,7 +63,7 @@ class MitigationOptions:
         return {"method": self.method, "scale": self.scale, "lambda": self.mitigation_lambda}
 
 
-def selected_factors(detection: Detection, scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
+def selected_factors(detection: Detection, scale: Selection) -> tuple[Tensor, Tensor, Tensor]:
     """Return U (m, q), S (q,), Vh (q, n) of the intruders to scale: all of them, or the highest-ranked one."""
     q = len(detection.intruders) if scale == "all" else min(1, len(detection.intruders))
     return detection.U[:, :q], detection.S[:q], detection.Vh[:q]

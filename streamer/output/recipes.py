@@ -20,7 +20,7 @@ from streamer.linalg.operators import LowRank, all_finite
 from streamer.plan.targets import Target
 from streamer.storage.atomic import Buffer
 from streamer.storage.page_cache import QUEUE
-from streamer.weights.base import Part, Weight
+from streamer.weights.base import StoredTensor, Weight
 from streamer.weights.dtypes import Encoding, as_bytes, encode
 from streamer.weights.quantization.fp8 import FP8
 
@@ -44,10 +44,10 @@ class Recipe(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
+class CopyBytes:
     """The bytes of a tensor as they stand, of any dtype."""
 
-    part: Part
+    part: StoredTensor
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """The file's own bytes."""
@@ -55,7 +55,7 @@ class Copied:
 
 
 @dataclass(frozen=True)
-class Rounded:
+class Cast:
     """The values of a weight, rounded once to the dtype that is written: the adapter's own, or what codes mean. They must be finite."""
 
     weight: Weight
@@ -71,7 +71,7 @@ class Rounded:
 
 
 @dataclass(frozen=True)
-class Merged:
+class AddDelta:
     """``W0 + Δ'``; a delta of zero leaves W0's own bytes: adding it would turn −0 into +0.
 
     `tuned` is ``W0 + Δ`` as it stands in a file, whose bytes are the result where Δ' is Δ.
@@ -79,7 +79,7 @@ class Merged:
 
     weight: Weight
     target: Target
-    tuned: Part | None = None
+    tuned: StoredTensor | None = None
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Rows of the sum."""
@@ -99,7 +99,7 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Recoded:
+class Requantize:
     """One of the tensors that the codes of ``W0 + Δ'`` stand in, scales chosen anew; a delta of zero leaves W0's own bytes."""
 
     weight: FP8
@@ -110,7 +110,7 @@ class Recoded:
         """Codes, or their scales. The sum is made again for each pass: it is never in memory whole."""
         (_, delta), weight = mitigated(self.target), self.weight.at_hand()
         change = deltas.cast(delta.T if self.target.transposed else delta, weight.compute)
-        part = weight.parts[self.role]
+        part = weight.tensors[self.role]
         if deltas.empty(change):
             yield from part.file.chunks(part.info)
             return
@@ -125,10 +125,10 @@ class Recoded:
 
 
 @dataclass(frozen=True)
-class Share:
+class RowSlice:
     """A tensor that holds some rows of a matrix: what the recipe makes of these rows of the delta."""
 
-    recipe: Merged | Recoded
+    recipe: AddDelta | Requantize
     rows: tuple[int, int]
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
@@ -144,7 +144,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Stacked:
+class Stack:
     """A tensor that holds one matrix after the other."""
 
     recipes: tuple[Recipe, ...]
@@ -156,15 +156,15 @@ class Stacked:
 
 def repeats(recipe: Recipe) -> bool:
     """Whether another tensor's recipe asks for the same delta, so that it counts there: codes' scales, and all shares but the first."""
-    if isinstance(recipe, Stacked):
+    if isinstance(recipe, Stack):
         return repeats(recipe.recipes[0])
-    if isinstance(recipe, Share):
+    if isinstance(recipe, RowSlice):
         return recipe.rows[0] > 0 or repeats(recipe.recipe)
-    return isinstance(recipe, Recoded) and recipe.role != "weight"
+    return isinstance(recipe, Requantize) and recipe.role != "weight"
 
 
 @dataclass(frozen=True)
-class Shifted:
+class AddBias:
     """A weight plus `scale` times a tensor of its shape: a bias with LoRA's own."""
 
     weight: Weight
@@ -179,7 +179,7 @@ class Shifted:
 
 
 @dataclass(frozen=True)
-class Exchanged:
+class ReplaceRows:
     """A weight with some of its rows exchanged: an embedding with trained tokens. All other rows keep their bytes."""
 
     weight: Weight

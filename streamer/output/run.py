@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from streamer.detection.findings_file import remove_leftovers
-from streamer.detection.memory import detection_needs
+from streamer.detection.memory import detection_estimates
 from streamer.detection.run import detect_to_files, naming_inputs
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
@@ -30,7 +30,7 @@ from streamer.storage.output_plan import LOCK_NAME, finished_record, inspect_out
 from streamer.storage.shard_writer import shard_steps
 from streamer.storage.transaction import OutputDirectory, open_outputs, touch_output
 
-Place = tuple[int, int]
+FilePosition = tuple[int, int]
 """Which of the base's files, and where in it."""
 
 END = (1 << 62, 0)
@@ -45,7 +45,7 @@ def inspect_jobs(sinks: Sequence[Sink], overwrite: bool = False, resume: bool = 
             state = inspect_output(sink.output, overwrite, resume)
         if state != "done":
             job.plan.refuse_overwriting(paths)
-            detecting = detection_needs(job.plan, job.detection) if job.detects else ()
+            detecting = detection_estimates(job.plan, job.detection) if job.detects else ()
             check_budget(itertools.chain(detecting, sink.needs()), job.detection.max_memory)
         states.append(state)
     if len(sinks) > 1:
@@ -121,7 +121,7 @@ class _Run:
         shards = self.sink.shards
         return len(shards[name].header.tensors) if name in shards else 1
 
-    def steps(self, runs: Sequence[_Run]) -> Generator[Place, None, None]:
+    def steps(self, runs: Sequence[_Run]) -> Generator[FilePosition, None, None]:
         """Write everything, in order, the commit point last; pause before each tensor, at its place in the base.
 
         Parameters
@@ -148,7 +148,7 @@ class _Run:
                 with contextlib.closing(self._shard(name)) as tensors:
                     for place, info, file in tensors:
                         if len(runs) > 1:
-                            file.settle()
+                            file.flush()
                         yield place
                         self.done = begun + info.start
                         emit(info.name)
@@ -187,7 +187,7 @@ class _Run:
             self.out.write(CARD_NAME, card.text(self._record(matrices)), self.sink.job.plan.check_unchanged)
             self._finished.add(CARD_NAME)
 
-    def _shard(self, name: str) -> Generator[tuple[Place, TensorInfo, AtomicFile], None, None]:
+    def _shard(self, name: str) -> Generator[tuple[FilePosition, TensorInfo, AtomicFile], None, None]:
         """Write a shard; each of its tensors, before it is written, with its place and the file."""
         job, base = self.sink.job, self.sink.job.plan.base
         ((key, value),) = job.stamp(self.sink.command).items()
@@ -225,7 +225,7 @@ def _in_step(runs: Sequence[_Run]) -> None:
         for file in files:
             file.shared = len(runs) > 1
             stack.callback(setattr, file, "shared", False)
-        waiting: dict[Generator[Place, None, None], Place] = {}
+        waiting: dict[Generator[FilePosition, None, None], FilePosition] = {}
         for run in runs:
             waiting[stack.enter_context(contextlib.closing(run.steps(runs)))] = (-1, 0)
         while waiting:
@@ -237,7 +237,7 @@ def _in_step(runs: Sequence[_Run]) -> None:
             number, start = min(waiting.values(), default=END)
             if len(runs) > 1 and behind[0] >= 0:
                 file = files[behind[0]]
-                file.let_go(start if number == behind[0] else file.header.data_bytes)
+                file.release_pages(start if number == behind[0] else file.header.data_bytes)
 
 
 def _detect(runs: Sequence[_Run], monitor: Monitor) -> None:

@@ -19,7 +19,7 @@ from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import Part
+from streamer.weights.base import StoredTensor
 from streamer.weights.dtypes import encoding_of
 
 
@@ -32,7 +32,7 @@ class CarriedRecord(TypedDict):
 
 
 @dataclass(frozen=True)
-class Changes:
+class TensorEdits:
     """By name of the merged model's tensor.
 
     Attributes
@@ -55,9 +55,9 @@ class Changes:
         What is to be said of a merged model, one line each.
     """
 
-    sources: Mapping[str, Part] = field(default_factory=dict)
-    shifts: Mapping[str, tuple[Part, float]] = field(default_factory=dict)
-    rows: Mapping[str, tuple[Part, tuple[int, ...]]] = field(default_factory=dict)
+    sources: Mapping[str, StoredTensor] = field(default_factory=dict)
+    shifts: Mapping[str, tuple[StoredTensor, float]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[StoredTensor, tuple[int, ...]]] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
     vocabulary: int | None = None
     dropped: frozenset[str] = frozenset()
@@ -82,9 +82,9 @@ def match_changes(
     adapter: Adapter,
     matched: Mapping[str, str],
     renames: Renames,
-    aliases: Mapping[str, Part] | None = None,
+    aliases: Mapping[str, StoredTensor] | None = None,
     coded: Collection[str] = (),
-) -> Changes:
+) -> TensorEdits:
     """Give every carried tensor of an adapter its tensor in the merged model.
 
     Parameters
@@ -105,19 +105,19 @@ def match_changes(
     UnsupportedError
         If the merged model could not be loaded, or a dtype is not one of values.
     """
-    known = {**{name: Part(*base.locate(name)) for name in base.weight_map}, **(aliases or {})}
+    known = {**{name: StoredTensor(*base.locate(name)) for name in base.weight_map}, **(aliases or {})}
     places = _Places(base, adapter, known, matched, renames)
     problems = places.problems
     trained: set[str] = set()
-    sources: dict[str, Part] = {}
-    shifts: dict[str, tuple[Part, float]] = {}
-    rows: dict[str, tuple[Part, tuple[int, ...]]] = {}
+    sources: dict[str, StoredTensor] = {}
+    shifts: dict[str, tuple[StoredTensor, float]] = {}
+    rows: dict[str, tuple[StoredTensor, tuple[int, ...]]] = {}
     # What replaces comes first: the rest must fit it.
     for c in sorted(adapter.carried, key=lambda c: c.role != "saved"):
         name = None if c.role == "original" else places.find(c)
         if name is None:
             continue
-        mine = adapter.parts[c.source]
+        mine = adapter.tensors[c.source]
         if name in known and name not in coded:
             theirs = sources.get(name) or known[name]
             problem = _misfit(c, mine.info, theirs.info)
@@ -138,7 +138,7 @@ def match_changes(
         raise MismatchError(
             f"{adapter.file.path}: {listed(problems, separator='; ')}; is {base.path} the base that the adapter was trained on?"
         )
-    return Changes(
+    return TensorEdits(
         sources,
         shifts,
         rows,
@@ -230,7 +230,7 @@ def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo) -> str:
     return ""
 
 
-def _vocabulary(base: Checkpoint, sources: Mapping[str, Part], adapter: Adapter) -> int | None:
+def _vocabulary(base: Checkpoint, sources: Mapping[str, StoredTensor], adapter: Adapter) -> int | None:
     """The new number of rows of the embeddings, if some have another than the base's; then all must."""
     resized = {
         name: (base.info(name).shape[0], part.info.shape[0])
@@ -261,7 +261,7 @@ def _exchange(module: str, stem: str) -> tuple[str, str]:
     return "".join(p + "." for p in strip), "".join(p + "." for p in add)
 
 
-def edited_config(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+def edited_config(config: Mapping[str, Any], changes: TensorEdits) -> dict[str, Any]:
     """The model's config with what the changes make untrue set right; equal to the one given where nothing is."""
     out = dict(config)
     if changes.vocabulary is not None:

@@ -20,7 +20,7 @@ from streamer.adapters.scaling import scale_of
 from streamer.adapters.target_parameters import Wrapped
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.name_matching import Match
-from streamer.plan.targets import Place, Target, misfits
+from streamer.plan.targets import Target, TensorSlice, misfits
 from streamer.plan.transformers_renames import CONCATENATE, MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, Renames
 from streamer.units import listed
 from streamer.weights.base import Weight
@@ -53,7 +53,7 @@ class Stack:
     """
 
     name: str
-    experts: tuple[tuple[Place, ...], ...]
+    experts: tuple[tuple[TensorSlice, ...], ...]
     shape: tuple[int, int]
     transposed: bool
     run_time: str
@@ -148,7 +148,7 @@ def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: Weights, mod
     if len(shape) != 3:
         return f"is expected to be a stack of matrices, {tensor!r} has {list(shape)}"
     experts, m, n = shape
-    places = tuple((Place(tensor, e),) for e in range(experts))
+    places = tuple((TensorSlice(tensor, e),) for e in range(experts))
     if model.in_out:
         return Stack(tensor, places, (n, m), True, "in,out")
     return Stack(tensor, places, (m, n), False, "out,in")
@@ -180,9 +180,9 @@ def _built(name: str, loaded: Sequence[Loaded], weights: Weights, model: _Model)
     ends = list(itertools.accumulate(heights))
     rows = [(end - h, end) for h, end in zip(heights, ends, strict=True)] if len(heights) > 1 else [None]
 
-    def places(e: int) -> tuple[Place, ...]:
+    def places(e: int) -> tuple[TensorSlice, ...]:
         tensor, index = (e, None) if numbered else (0, e)
-        return tuple(Place(s[tensor], index, r) for s, r in zip(sources, rows, strict=True))
+        return tuple(TensorSlice(s[tensor], index, r) for s, r in zip(sources, rows, strict=True))
 
     m, n = ends[-1], width
     transposed = model.in_out != (TRANSPOSE in by.by)
@@ -269,7 +269,9 @@ def _targets(
     return [
         Target(
             f"{stack.name}[{e}]",
-            LoraModule(f"{name}[{e}]", a, b, rank, scale, stack.shape, "expert", expert=(e, experts), turned=turned),
+            LoraModule(
+                f"{name}[{e}]", a, b, rank, scale, stack.shape, "expert", expert=(e, experts), delta_transposed=turned
+            ),
             stack.transposed,
             match,
             pieces=places,

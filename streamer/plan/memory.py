@@ -34,7 +34,7 @@ MATRIX_BYTES = 20_000
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """A step, by the tensor that it is about, and the peak memory of the process while it runs."""
 
     tensor: str
@@ -42,7 +42,7 @@ class Need:
     nbytes: int
 
 
-def check_budget(needs: Iterable[Need], max_memory: int | None) -> None:
+def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> None:
     """Refuse a budget that some step does not fit.
 
     Raises
@@ -63,7 +63,7 @@ def check_budget(needs: Iterable[Need], max_memory: int | None) -> None:
 def resident_bytes(plan: Plan) -> int:
     """Memory between any two steps, the tables of all adapters included."""
     company = plan.company
-    tables = TENSOR_BYTES * (len(plan.base.weight_map) + company.parts) + ADAPTER_BYTES * company.adapters
+    tables = TENSOR_BYTES * (len(plan.base.weight_map) + company.tensor_count) + ADAPTER_BYTES * company.adapters
     return PROCESS_BYTES + tables + OUTPUT_BYTES * company.outputs + MATRIX_BYTES * company.matrices + company.kept
 
 
@@ -89,8 +89,8 @@ def factor_bytes(plan: Plan, target: Target) -> int:
     """Memory for a module's tensors: as they stand where they are not mapped, and in the computing dtype where the step has them not."""
     module, itemsize = target.module, plan.weights[target.tensor].compute.itemsize
     names = module.tensors.values() if isinstance(module, MethodModule) else (module.a, module.b)
-    parts = [plan.adapter.parts[name] for name in names]
-    held = sum(part.info.nbytes for part in parts if part.file.io == "pread")
+    tensors = [plan.adapter.tensors[name] for name in names]
+    held = sum(stored.info.nbytes for stored in tensors if stored.file.io == "pread")
     if isinstance(module, LoraModule):
         return held
-    return held + sum(math.prod(part.info.shape) * max(4, itemsize) for part in parts)
+    return held + sum(math.prod(stored.info.shape) * max(4, itemsize) for stored in tensors)

@@ -21,17 +21,17 @@ from streamer.adapters.modules import LoraModule
 from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.deltas import Delta
 from streamer.plan import tied_embeddings as tied
-from streamer.plan.carried_tensors import Changes, match_changes
+from streamer.plan.carried_tensors import TensorEdits, match_changes
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
 from streamer.plan.name_matching import match_names
 from streamer.plan.provenance import provenance_notes
 from streamer.plan.sources import Source, adapter_source, base_source
-from streamer.plan.targets import Place, Target, match_targets, stores_conv1d
+from streamer.plan.targets import Target, TensorSlice, match_targets, stores_conv1d
 from streamer.plan.transformers_renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.tensor_file import IOMode, Stamp, file_stamp, open_regular
-from streamer.weights.base import Part
+from streamer.weights.base import StoredTensor
 from streamer.weights.logical import Weights
 
 MODEL_CONFIG = "config.json"
@@ -55,7 +55,7 @@ class Company:
         Directories and files that every output must stay out of.
     weights
         Those of the base, whose table all plans share.
-    adapters, parts, matrices
+    adapters, tensor_count, matrices
         How many adapters there are, how many tensors they hold, and how many matrices they change, all together.
     outputs
         How many tensors of merged models are planned, all together.
@@ -67,7 +67,7 @@ class Company:
     inputs: tuple[Path, ...]
     weights: Weights
     adapters: int = 0
-    parts: int = 0
+    tensor_count: int = 0
     matrices: int = 0
     outputs: int = 0
     kept: int = 0
@@ -104,7 +104,7 @@ class Plan:
     weights: Weights
     adapter: Adapter
     targets: tuple[Target, ...]
-    changes: Changes
+    changes: TensorEdits
     mirrors: Mapping[str, LoraModule]
     config: dict[str, Any]
     extra_stamps: dict[str, Stamp]
@@ -121,9 +121,9 @@ class Plan:
         return *self.base.warnings, *self.notes
 
     @cached_property
-    def by_weight(self) -> dict[str, list[tuple[Target, Place]]]:
+    def by_weight(self) -> dict[str, list[tuple[Target, TensorSlice]]]:
         """What changes each weight: the targets, and which part of it each of them is."""
-        out: dict[str, list[tuple[Target, Place]]] = {}
+        out: dict[str, list[tuple[Target, TensorSlice]]] = {}
         for target in self.targets:
             for place in target.places:
                 out.setdefault(place.weight, []).append((target, place))
@@ -240,7 +240,7 @@ def _plan(company: Company, config: dict[str, Any], opened: Adapter) -> Plan:
     weights = company.weights
     # Of a fine-tuned model the config says whether it is tied, and goes along.
     tie = None if opened.is_model else tied.find_tie(checkpoint.weight_map, config, opened)
-    aliases = {} if tie is None else {tie.head: Part(*checkpoint.locate(tie.embedding))}
+    aliases = {} if tie is None else {tie.head: StoredTensor(*checkpoint.locate(tie.embedding))}
     renames = renames_for(config)
     names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
@@ -262,7 +262,7 @@ def _plan(company: Company, config: dict[str, Any], opened: Adapter) -> Plan:
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
     stamps = {str(p): _stamp(p) for p in extra}
     company.adapters += 1
-    company.parts += len(opened.parts)
+    company.tensor_count += len(opened.tensors)
     company.matrices += len(targets)
     return Plan(checkpoint, weights, opened, tuple(targets), changes, mirrors, config, stamps, company)
 
@@ -294,7 +294,7 @@ def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, P
     return [(str(p.relative_to(directory)), p) for p, stays in _walk(directory, apart) if not stays]
 
 
-def left_out(directory: Path, apart: Path | None = None) -> list[str]:
+def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:
     """Relative names of what `other_files` leaves out: files, and directories as a whole."""
     return [str(p.relative_to(directory)) for p, stays in _walk(directory, apart) if stays]
 

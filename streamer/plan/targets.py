@@ -11,7 +11,7 @@ from streamer.adapters.modules import MethodModule, Module
 from streamer.errors import MismatchError
 from streamer.plan.name_matching import Match
 from streamer.units import listed
-from streamer.weights.base import Coded
+from streamer.weights.base import QuantizedWeight
 from streamer.weights.logical import Weights
 
 # Models whose linear layers are Conv1D modules, stored (in, out).
@@ -19,7 +19,7 @@ _CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gp
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorSlice:
     """Where a matrix stands in the base.
 
     Attributes
@@ -60,12 +60,12 @@ class Target:
     transposed: bool
     match: Match
     stored: tuple[int, ...] = ()
-    pieces: tuple[Place, ...] = ()
+    pieces: tuple[TensorSlice, ...] = ()
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[TensorSlice, ...]:
         """Where its rows stand."""
-        return self.pieces or (Place(self.tensor),)
+        return self.pieces or (TensorSlice(self.tensor),)
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -108,7 +108,10 @@ def match_targets(
             problems.append(f"{name!r} {match.why}")
             continue
         weight = weights[found]
-        shape, coded = weight.shape, isinstance(weight, Coded)  # quantizers store every kind of layer as (out, in)
+        shape, coded = (
+            weight.shape,
+            isinstance(weight, QuantizedWeight),
+        )  # quantizers store every kind of layer as (out, in)
         conv1d = stores_conv1d(config) and not coded
         placed, transposed = _place(module, shape, adapter.fan_in_fan_out and not coded, conv1d)
         if placed and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":

@@ -17,9 +17,9 @@ from typing import Any
 from streamer.adapters.adapter import Adapter
 from streamer.adapters.modules import LoraModule
 from streamer.errors import UnsupportedError
-from streamer.plan.carried_tensors import Changes
+from streamer.plan.carried_tensors import TensorEdits
 from streamer.storage.checkpoint import Checkpoint
-from streamer.weights.base import Part
+from streamer.weights.base import StoredTensor
 
 KEY = "tie_word_embeddings"
 
@@ -130,7 +130,7 @@ def _is_without_head(names: Collection[str], config: Mapping[str, Any]) -> bool:
     )
 
 
-def settle(tie: Tie, base: Checkpoint, changes: Changes, deltas: Iterable[str], adapter: Adapter) -> Changes:
+def settle(tie: Tie, base: Checkpoint, changes: TensorEdits, deltas: Iterable[str], adapter: Adapter) -> TensorEdits:
     """The changes, with the tie kept or undone.
 
     Parameters
@@ -141,12 +141,12 @@ def settle(tie: Tie, base: Checkpoint, changes: Changes, deltas: Iterable[str], 
     E, H = tie.embedding, tie.head
     delta = {E, H} & set(deltas)
     sources, rows = dict(changes.sources), dict(changes.rows)
-    base_embedding = Part(*base.locate(E))
+    base_embedding = StoredTensor(*base.locate(E))
     start = base_embedding if E in changes.trained else sources.get(E, base_embedding)
     if not delta and not {E, H} & (sources.keys() | rows.keys()):
         return changes
     gone = frozenset({H} & base.weight_map.keys())
-    if gone and not equal(base_embedding, Part(*base.locate(H))):
+    if gone and not equal(base_embedding, StoredTensor(*base.locate(H))):
         raise UnsupportedError(
             f"{base.path}: {H!r} differs from {E!r}, to which the config ties it, and loaders disagree which of them counts; set {KEY} "
             "to what it is, or remove the copy"
@@ -169,7 +169,7 @@ def settle(tie: Tie, base: Checkpoint, changes: Changes, deltas: Iterable[str], 
     return replace(changes, sources=sources, untied=True)
 
 
-def _as_one(E: str, H: str, delta: set[str], changes: Changes, adapter: Adapter) -> bool:
+def _as_one(E: str, H: str, delta: set[str], changes: TensorEdits, adapter: Adapter) -> bool:
     """Whether both stay one tensor: neither is changed, or both in the same way."""
     if adapter.config.get("ensure_weight_tying") and H not in changes.rows:
         return True
@@ -180,7 +180,7 @@ def _as_one(E: str, H: str, delta: set[str], changes: Changes, adapter: Adapter)
     return E not in changes.trained
 
 
-def equal(a: Part, b: Part) -> bool:
+def equal(a: StoredTensor, b: StoredTensor) -> bool:
     """Whether two tensors are the same bytes of the same dtype and shape."""
     if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
         return False

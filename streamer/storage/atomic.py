@@ -103,7 +103,7 @@ class AtomicFile:
     @property
     def sha256(self) -> str:
         """Hex digest of what has been written so far."""
-        self.settle()
+        self.flush()
         return self._appender.sha256
 
     def __enter__(self) -> AtomicFile:
@@ -138,10 +138,10 @@ class AtomicFile:
             raise storage_error(self.path, "write", e) from e
         self.written += len(view)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until all that was appended is written: its memory is free."""
         try:
-            self._appender.settle()
+            self._appender.flush()
         except OSError as e:
             raise storage_error(self.path, "write", e) from e
 
@@ -151,7 +151,7 @@ class AtomicFile:
             return
         done = False
         try:
-            self.settle()
+            self.flush()
             if self.written != self.size:
                 raise StorageError(
                     f"{self.path}: expected to write {self.size} bytes, wrote {self.written}; please report this"

@@ -58,7 +58,7 @@ class OutputPlan:
     digest: str
     stamps: dict[str, Sequence[int]]
     inputs: tuple[Path, ...]
-    rivals: tuple[str, ...] = ()
+    conflicting_names: tuple[str, ...] = ()
     temporary: tuple[tuple[str, int], ...] = ()
     late: frozenset[str] = frozenset()
     editable: frozenset[str] = frozenset()
@@ -173,7 +173,7 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OwnFile], overwrite: bool) -
     for name, _ in plan.files:
         if name not in names and is_taken(path / name):
             raise _foreign(path / name, plan.instead.get(name, ""))
-    for name in plan.rivals:
+    for name in plan.conflicting_names:
         if not (path / name).exists() or (overwrite and is_placeholder(path / name)):
             continue
         if name not in names:

@@ -48,7 +48,7 @@ class Appender:
     @property
     def sha256(self) -> str:
         """Hex digest of what has been appended so far."""
-        self.settle()
+        self.flush()
         return self._hash.hexdigest()
 
     def append(self, view: memoryview) -> None:
@@ -69,11 +69,11 @@ class Appender:
                 return
             view = memoryview(bytes(view))
         self._threads = self._threads or tuple(ThreadPoolExecutor(1, thread_name_prefix=f"write-{i}") for i in (1, 2))
-        self.settle(QUEUE - 1)
+        self.flush(QUEUE - 1)
         writer, hasher = self._threads
         self._pending.append((writer.submit(self._write, view), hasher.submit(self._hash.update, view)))
 
-    def settle(self, pieces: int = 0) -> None:
+    def flush(self, pieces: int = 0) -> None:
         """Wait until at most so many pieces are in hand, and raise what became of the others."""
         while len(self._pending) > pieces:
             for future in self._pending.popleft():

@@ -72,7 +72,7 @@ class TensorFile:
     Attributes
     ----------
     shared
-        Several readers take turns with each tensor: what one has had stays in the system's cache until `let_go`.
+        Several readers take turns with each tensor: what one has had stays in the system's cache until `release_pages`.
     """
 
     shared = False
@@ -163,7 +163,7 @@ class TensorFile:
                 self._readahead.after(at + len(piece))
             yield piece
 
-    def let_go(self, stop: int) -> None:
+    def release_pages(self, stop: int) -> None:
         """Of a shared file: all readers have had what stands before `stop`, counted from the first tensor."""
         self._readahead.after(self.header.data_start + stop)
 

@@ -174,7 +174,7 @@ def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
                     NAMES: [name for name, _ in plan.files], OLD: as_entries(old)}  # fmt: skip
             journal.clear()
             journal.append(json.dumps(head).encode())
-        for path in (plan.path / name for name in plan.rivals):
+        for path in (plan.path / name for name in plan.conflicting_names):
             if is_placeholder(path):
                 _remove(path)
         remove_own_files(plan.path, old, {name for name, _ in plan.files})

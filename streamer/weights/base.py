@@ -25,7 +25,7 @@ DECODED_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StoredTensor:
     """One tensor on disk.
 
     Attributes
@@ -61,7 +61,7 @@ class Part:
     def _data(self, start: int = 0, stop: int | None = None) -> memoryview:
         return self.file.view(self.info, start, stop) if self.held is None else self.held[start:stop]
 
-    def slice(self, index: int) -> Part:
+    def slice(self, index: int) -> StoredTensor:
         """What stands under one index of the first dimension."""
         info = self.info
         size = info.nbytes // info.shape[0]
@@ -70,7 +70,7 @@ class Part:
         one = replace(info, shape=info.shape[1:], start=info.start + at, end=info.start + at + size)
         return replace(self, info=one, held=held)
 
-    def load(self) -> Part:
+    def load(self) -> StoredTensor:
         """The same with its bytes at hand, every page touched: read here and not where they are used."""
         view = self.file.view(self.info)
         np.frombuffer(view, np.uint8)[::4096].sum()
@@ -87,7 +87,7 @@ class Weight(ABC):
         The tensor's name in a plain checkpoint of this model.
     shape
         Its shape there.
-    parts
+    tensors
         The tensors on disk that it is made of, by their role; the first one is the one that stands for it in file order.
     label
         The encoding, as findings and tables name it.
@@ -99,7 +99,7 @@ class Weight(ABC):
 
     name: str
     shape: tuple[int, ...]
-    parts: Mapping[str, Part]
+    tensors: Mapping[str, StoredTensor]
     label: str
     compute: torch.dtype
     encoding: Encoding | None
@@ -112,21 +112,21 @@ class Weight(ABC):
     @property
     def where(self) -> str:
         """The file, for messages."""
-        return str(next(iter(self.parts.values())).file.path)
+        return str(next(iter(self.tensors.values())).file.path)
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return sum(part.info.nbytes for part in self.parts.values())
+        return sum(stored.info.nbytes for stored in self.tensors.values())
 
     @property
     def held_bytes(self) -> int:
         """Bytes of anonymous memory that `load` takes: nothing where files are mapped."""
-        return sum(part.info.nbytes for part in self.parts.values() if part.file.io == "pread")
+        return sum(stored.info.nbytes for stored in self.tensors.values() if stored.file.io == "pread")
 
     def load(self) -> Self:
         """The same weight with its bytes read ahead."""
-        return replace(self, parts={role: part.load() for role, part in self.parts.items()})
+        return replace(self, tensors={role: stored.load() for role, stored in self.tensors.items()})
 
     def at_hand(self) -> Self:
         """The same, for a loop over its rows: nothing is read twice."""
@@ -141,8 +141,8 @@ class Weight(ABC):
 
     def slice(self, index: int) -> Self:
         """One matrix of a stack, such as an expert's."""
-        parts = {role: part.slice(index) for role, part in self.parts.items()}
-        return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], parts=parts)
+        tensors = {role: stored.slice(index) for role, stored in self.tensors.items()}
+        return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], tensors=tensors)
 
     @abstractmethod
     def rows(self, i: int, j: int) -> Tensor:
@@ -164,12 +164,12 @@ class Weight(ABC):
 
 
 @dataclass(frozen=True)
-class Coded(Weight):
+class QuantizedWeight(Weight):
     """A weight that stands as codes, and is computed in float32; a stack of matrices is decoded one by one."""
 
     def at_hand(self) -> Self:
         """With its bytes read, where files are not mapped: a few rows may need some of every row of codes."""
-        held = all(part.held is not None or part.file.io == "mmap" for part in self.parts.values())
+        held = all(stored.held is not None or stored.file.io == "mmap" for stored in self.tensors.values())
         return self if held else self.load()
 
     @abstractmethod

@@ -13,7 +13,7 @@ from typing import Any
 
 from streamer.errors import FormatError, UnsupportedError
 from streamer.storage.checkpoint import Checkpoint
-from streamer.weights.base import Coded, Part, Weight
+from streamer.weights.base import QuantizedWeight, StoredTensor, Weight
 from streamer.weights.dtypes import Encoding
 from streamer.weights.plain import Plain
 from streamer.weights.quantization.bitsandbytes import EightBit, FourBit
@@ -24,78 +24,78 @@ from streamer.weights.quantization.scaled_codes import Scaled
 
 
 @dataclass(frozen=True)
-class Entry:
+class QuantizationFormat:
     """One encoding.
 
     Attributes
     ----------
     title, stored
         For people: what it is, and what stands on disk.
-    methods
+    quant_methods
         Values of ``quant_method`` under which it is used; None among them where it needs no config.
-    codes
-        How the name of the tensor of codes ends, its dtypes (none: any), and what the name of the weight ends with instead.
-    parts
+    values
+        How the name of the tensor of quantized values ends, its dtypes (none: any), and what the name of the weight ends with instead.
+    companion_suffixes
         Other tensors, by role: how their names go on after the stem; the first that is there.
     optional
         The same for those that may be missing.
     make
-        The weight of these parts.
+        The weight that these tensors hold.
     recodes
         Whether `merge` writes merged weights back in this encoding.
     """
 
     title: str
     stored: str
-    methods: frozenset[str | None]
-    codes: tuple[str, tuple[str, ...], str]
-    parts: Mapping[str, tuple[str, ...]]
-    make: Callable[[str, Mapping[str, Part], Mapping[str, Any]], Coded]
+    quant_methods: frozenset[str | None]
+    values: tuple[str, tuple[str, ...], str]
+    companion_suffixes: Mapping[str, tuple[str, ...]]
+    make: Callable[[str, Mapping[str, StoredTensor], Mapping[str, Any]], QuantizedWeight]
     optional: Mapping[str, tuple[str, ...]] | None = None
     recodes: bool = False
 
-    def claim(self, tensor: str, parts: Mapping[str, Part]) -> tuple[str, dict[str, str]] | None:
+    def claim(self, tensor: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[str, str]] | None:
         """The weight's name and its tensors by role, if this tensor holds the codes of one."""
-        ending, dtypes, instead = self.codes
-        if not tensor.endswith(ending) or (dtypes and parts[tensor].info.dtype not in dtypes):
+        ending, dtypes, instead = self.values
+        if not tensor.endswith(ending) or (dtypes and tensors[tensor].info.dtype not in dtypes):
             return None
         stem = tensor.removesuffix(ending)
         roles = {"weight": tensor}
-        for role, endings in {**self.parts, **(self.optional or {})}.items():
-            found = next((stem + e for e in endings if stem + e in parts), None)
+        for role, endings in {**self.companion_suffixes, **(self.optional or {})}.items():
+            found = next((stem + e for e in endings if stem + e in tensors), None)
             if found is not None:
                 roles[role] = found
-            elif role in self.parts:
+            elif role in self.companion_suffixes:
                 return None
         return stem + instead, roles
 
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry("FP8 e4m3: scale of a block, a row or the tensor", "`weight`, `weight_scale_inv` or `weight_scale`",
+FORMATS: tuple[QuantizationFormat, ...] = (
+    QuantizationFormat("FP8 e4m3: scale of a block, a row or the tensor", "`weight`, `weight_scale_inv` or `weight_scale`",
           frozenset({None, "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}), ("", ("F8_E4M3",), ""),
           {"scale": ("_scale_inv", "_scale")}, FP8.of, {"zeros": ("_zero_point",)}, recodes=True),
-    Entry("bitsandbytes NF4 and FP4, double quantization too", "`weight`, `.absmax`, `.quant_map`, `.quant_state.*`",
+    QuantizationFormat("bitsandbytes NF4 and FP4, double quantization too", "`weight`, `.absmax`, `.quant_map`, `.quant_state.*`",
           frozenset({None, "bitsandbytes"}), ("", (), ""),
           {"absmax": (".absmax",), "map": (".quant_map",),
            "state": (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")}, FourBit.of,
           {"nested_absmax": (".nested_absmax",), "nested_map": (".nested_quant_map",)}),
-    Entry("bitsandbytes int8", "`weight`, `SCB`",
+    QuantizationFormat("bitsandbytes int8", "`weight`, `SCB`",
           frozenset({None, "bitsandbytes"}), (".weight", ("I8",), ".weight"),
           {"SCB": (".SCB",)}, EightBit.of, {"format": (".weight_format",)}),
-    Entry("GPTQ, 2, 3, 4 and 8 bits, both formats", "`qweight`, `qzeros`, `scales`, `g_idx`",
+    QuantizationFormat("GPTQ, 2, 3, 4 and 8 bits, both formats", "`qweight`, `qzeros`, `scales`, `g_idx`",
           frozenset({"gptq"}), (".qweight", (), ".weight"),
           {"zeros": (".qzeros",), "scales": (".scales",)}, GPTQ.of, {"groups": (".g_idx",)}),
-    Entry("AWQ, 4 bits (gemm)", "`qweight`, `qzeros`, `scales`",
+    QuantizationFormat("AWQ, 4 bits (gemm)", "`qweight`, `qzeros`, `scales`",
           frozenset({"awq"}), (".qweight", (), ".weight"),
           {"zeros": (".qzeros",), "scales": (".scales",)}, AWQ.of),
-    Entry("compressed-tensors int8", "`weight`, `weight_scale`",
+    QuantizationFormat("compressed-tensors int8", "`weight`, `weight_scale`",
           frozenset({"compressed-tensors"}), (".weight", ("I8",), ".weight"),
           {"scale": (".weight_scale",)}, Scaled.of, {"zeros": (".weight_zero_point",)}),
-    Entry("compressed-tensors packed integers", "`weight_packed`, `weight_scale`, `weight_shape`",
+    QuantizationFormat("compressed-tensors packed integers", "`weight_packed`, `weight_scale`, `weight_shape`",
           frozenset({"compressed-tensors"}), (".weight_packed", (), ".weight"),
           {"scales": (".weight_scale",), "shape": (".weight_shape",)}, Packed.of,
           {"zeros": (".weight_zero_point",), "groups": (".weight_g_idx",)}),
-    Entry("MXFP4 expert stacks", "`*_blocks`, `*_scales`",
+    QuantizationFormat("MXFP4 expert stacks", "`*_blocks`, `*_scales`",
           frozenset({None, "mxfp4"}), ("_blocks", ("U8",), ""),
           {"scales": ("_scales",)}, MXFP4.of),
 )  # fmt: skip
@@ -133,36 +133,36 @@ class Weights(Mapping[str, Weight]):
         self.checkpoint = checkpoint
         self.quantization = quantization_of(config)
         method = _method(self.quantization, f"{checkpoint.path}")
-        parts = {t.name: Part(f, t) for f in checkpoint.files.values() for t in f.header.tensors}
-        self._made: dict[str, tuple[Entry | None, dict[str, Part]]] = {}
+        tensors = {t.name: StoredTensor(f, t) for f in checkpoint.files.values() for t in f.header.tensors}
+        self._made: dict[str, tuple[QuantizationFormat | None, dict[str, StoredTensor]]] = {}
         self.owners: dict[str, tuple[str, str]] = {}
-        entries = [e for e in ENTRIES if method in e.methods]
+        entries = [e for e in FORMATS if method in e.quant_methods]
         claimed = {}
-        for name in parts:
+        for name in tensors:
             for entry in entries:
-                found = entry.claim(name, parts)
+                found = entry.claim(name, tensors)
                 if found is not None:
                     claimed[name] = entry, *found
                     self.owners |= {tensor: (found[0], role) for role, tensor in found[1].items()}
                     break
-        for name, part in parts.items():
+        for name, stored in tensors.items():
             if name in claimed:
                 entry, logical, roles = claimed[name]
-                if logical in parts and logical != name:
+                if logical in tensors and logical != name:
                     raise FormatError(
-                        f"{part.file.path}: tensors {name!r} and {logical!r} are the same weight; get the file again"
+                        f"{stored.file.path}: tensors {name!r} and {logical!r} are the same weight; get the file again"
                     )
-                self._made[logical] = entry, {role: parts[tensor] for role, tensor in roles.items()}
+                self._made[logical] = entry, {role: tensors[tensor] for role, tensor in roles.items()}
             elif name not in self.owners:
-                self._made[name] = None, {"weight": part}
+                self._made[name] = None, {"weight": stored}
 
         self.coded = frozenset(name for name, (entry, _) in self._made.items() if entry is not None)
         self._order = {name: at for at, name in enumerate(self._made)}
-        self._instead: dict[str, Part] = {}
+        self._instead: dict[str, StoredTensor] = {}
         self._further: dict[str, Callable[[Weights], Weight]] = {}
         self._plain: Encoding | None = None
 
-    def replaced(self, sources: Mapping[str, Part]) -> Weights:
+    def replaced(self, sources: Mapping[str, StoredTensor]) -> Weights:
         """The same with other tensors in the place of some, or beside them; they are written as those that they replace."""
         out = copy.copy(self)
         out._instead = {**self._instead, **sources}
@@ -191,10 +191,10 @@ class Weights(Mapping[str, Weight]):
         )
 
     def _of_base(self, name: str) -> Weight:
-        entry, parts = self._made[name]
+        entry, tensors = self._made[name]
         if entry is None:
-            return Plain.of(parts["weight"])
-        return replace(entry.make(name, parts, self.quantization), encoding=self._plain)
+            return Plain.of(tensors["weight"])
+        return replace(entry.make(name, tensors, self.quantization), encoding=self._plain)
 
     def __contains__(self, name: object) -> bool:
         return name in self._made or name in self._instead
@@ -213,9 +213,9 @@ class Weights(Mapping[str, Weight]):
 
     def recodes(self, name: str) -> bool:
         """Whether merged values of a weight that stands as codes are written back as such."""
-        entry, parts = self._made[name]
+        entry, tensors = self._made[name]
         return (
-            entry is not None and entry.recodes and len(parts["weight"].info.shape) == 2 and name not in self._instead
+            entry is not None and entry.recodes and len(tensors["weight"].info.shape) == 2 and name not in self._instead
         )
 
 
@@ -240,7 +240,7 @@ def _method(quantization: Mapping[str, Any], where: str) -> str | None:
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"  # as older versions of transformers wrote it
     kind = repr(method)
-    known = sorted({m for entry in ENTRIES for m in entry.methods if m is not None})
+    known = sorted({m for entry in FORMATS for m in entry.quant_methods if m is not None})
     if method in known:
         for key, good in _VARIANTS.get(str(method), {}).items():
             value = quantization.get(key)
@@ -274,6 +274,6 @@ def table() -> list[tuple[str, str, str, str]]:
         plain,
         *(
             (e.title, e.stored, "read", "coded anew, or `--dequantize`" if e.recodes else "`--dequantize`")
-            for e in ENTRIES
+            for e in FORMATS
         ),
     ]

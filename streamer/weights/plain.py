@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from streamer.weights.base import Part, Weight
+from streamer.weights.base import StoredTensor, Weight
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor, encoding_of
 
 
@@ -18,7 +18,7 @@ class Plain(Weight):
     """A tensor of floating-point values."""
 
     @classmethod
-    def of(cls, part: Part) -> Self:
+    def of(cls, stored: StoredTensor) -> Self:
         """The weight that a tensor is.
 
         Raises
@@ -26,28 +26,28 @@ class Plain(Weight):
         UnsupportedError
             If its dtype is not one of floating-point values.
         """
-        info = part.info
-        encoding = encoding_of(info, str(part.file.path))
-        return cls(info.name, info.shape, {"weight": part}, info.dtype, encoding.compute, encoding)
+        info = stored.info
+        encoding = encoding_of(info, str(stored.file.path))
+        return cls(info.name, info.shape, {"weight": stored}, info.dtype, encoding.compute, encoding)
 
     def rows(self, i: int, j: int) -> Tensor:
         """Rows as they are stored."""
-        return self.parts["weight"].rows(i, j).reshape(j - i, -1)
+        return self.tensors["weight"].rows(i, j).reshape(j - i, -1)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Rows as they are stored, the disk reading ahead."""
-        part, (m, n) = self.parts["weight"], self.matrix
-        if part.held is not None or part.info.nbytes == 0:
+        stored, (m, n) = self.tensors["weight"], self.matrix
+        if stored.held is not None or stored.info.nbytes == 0:
             yield from super().blocks(rows)
             return
-        dtype = TORCH_DTYPES[part.info.dtype]
-        for k, piece in enumerate(part.file.chunks(part.info, rows * n * dtype.itemsize)):
+        dtype = TORCH_DTYPES[stored.info.dtype]
+        for k, piece in enumerate(stored.file.chunks(stored.info, rows * n * dtype.itemsize)):
             i, j = k * rows, min(m, (k + 1) * rows)
             yield i, j, as_tensor(piece, dtype, (j - i, n))
 
     def stored(self) -> Tensor:
         """All values as they are stored."""
-        return self.parts["weight"].whole()
+        return self.tensors["weight"].whole()
 
     def whole(self, device: torch.device) -> Tensor:
         """All values in the computing dtype."""

@@ -22,9 +22,9 @@ class Below(Weight):
     def of(cls, name: str, pieces: Sequence[Weight]) -> Self:
         """The matrix of these rows."""
         first = pieces[0]
-        parts = {f"{at}.{role}": part for at, piece in enumerate(pieces) for role, part in piece.parts.items()}
+        tensors = {f"{at}.{role}": stored for at, piece in enumerate(pieces) for role, stored in piece.tensors.items()}
         shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
-        return cls(name, shape, parts, first.label, first.compute, first.encoding, tuple(pieces))
+        return cls(name, shape, tensors, first.label, first.compute, first.encoding, tuple(pieces))
 
     def load(self) -> Self:
         """The same with its bytes read ahead."""

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from streamer.errors import FormatError, UnsupportedError
 from streamer.storage.header import strict_json
-from streamer.weights.base import Coded, Part
+from streamer.weights.base import QuantizedWeight, StoredTensor
 
 
 @dataclass(frozen=True)
-class FourBit(Coded):
+class FourBit(QuantizedWeight):
     """NF4 or FP4 codes.
 
     Attributes
@@ -35,14 +35,14 @@ class FourBit(Coded):
     offset: float
 
     @classmethod
-    def of(cls, name: str, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """The weight of these tensors."""
-        where = f"{parts['weight'].file.path}: tensor {name!r}"
-        state = _state(parts["state"], where)
+        where = f"{tensors['weight'].file.path}: tensor {name!r}"
+        state = _state(tensors["state"], where)
         shape = state.get("shape")
         if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_count, shape))):
             raise UnsupportedError(f"{where}: bitsandbytes weights of shape {shape!r} are not supported")
-        nested = "nested_absmax" in parts
+        nested = "nested_absmax" in tensors
         blocksize, inner = _count(state, "blocksize", where), _count(state, "nested_blocksize", where) if nested else 1
         offset = state.get("nested_offset", 0.0)
         if isinstance(offset, bool) or not isinstance(offset, int | float):
@@ -53,9 +53,9 @@ class FourBit(Coded):
         if nested:
             wanted |= {"nested_absmax": -(-blocks // inner) * 4, "nested_map": 1024}
         for role, size in wanted.items():
-            if role not in parts:
+            if role not in tensors:
                 raise FormatError(f"{where}: its nested_quant_map is missing; get the file again")
-            info = parts[role].info
+            info = tensors[role].info
             if info.nbytes != size or (
                 role != "weight" and info.dtype != ("U8" if nested and role == "absmax" else "F32")
             ):
@@ -63,15 +63,15 @@ class FourBit(Coded):
                     f"{where}: expected {size} bytes in {info.name!r}, found {info.nbytes} of {info.dtype}; get the file again"
                 )
         kind = str(state.get("quant_type")).upper()
-        return cls(name, tuple(shape), dict(parts), kind, torch.float32, None, blocksize, inner, float(offset))
+        return cls(name, tuple(shape), dict(tensors), kind, torch.float32, None, blocksize, inner, float(offset))
 
     def decode(self, i: int, j: int) -> Tensor:
         """``quant_map[code] · absmax``."""
         n = self.shape[1]
         a, b = i * n, j * n
-        packed = self.parts["weight"].bytes(a // 2, -(-b // 2))
+        packed = self.tensors["weight"].bytes(a // 2, -(-b // 2))
         codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[a % 2 :][: b - a]
-        values = self.parts["map"].flat(0, 16)[codes.int()]
+        values = self.tensors["map"].flat(0, 16)[codes.int()]
         size, first = self.blocksize, a // self.blocksize
         scales = self._absmax(first, -(-b // size))
         head = min(-a % size, b - a)  # values before the first whole block, and after the last
@@ -85,39 +85,39 @@ class FourBit(Coded):
 
     def _absmax(self, i: int, j: int) -> Tensor:
         """The scales of blocks i to j, float32."""
-        part = self.parts["absmax"]
-        if "nested_absmax" not in self.parts:
-            return part.flat(i, j)
+        stored = self.tensors["absmax"]
+        if "nested_absmax" not in self.tensors:
+            return stored.flat(i, j)
         size = self.nested_blocksize
-        values = self.parts["nested_map"].flat(0, 256)[part.flat(i, j).int()]
-        outer = self.parts["nested_absmax"].flat(i // size, -(-j // size))[torch.arange(i, j) // size - i // size]
+        values = self.tensors["nested_map"].flat(0, 256)[stored.flat(i, j).int()]
+        outer = self.tensors["nested_absmax"].flat(i // size, -(-j // size))[torch.arange(i, j) // size - i // size]
         return values.mul_(outer).add_(self.offset)
 
 
 @dataclass(frozen=True)
-class EightBit(Coded):
+class EightBit(QuantizedWeight):
     """Int8 codes and the largest magnitude of each row."""
 
     @classmethod
-    def of(cls, name: str, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """The weight of these tensors."""
-        weight, scale = parts["weight"].info, parts["SCB"].info
-        where = f"{parts['weight'].file.path}: tensor {name!r}"
+        weight, scale = tensors["weight"].info, tensors["SCB"].info
+        where = f"{tensors['weight'].file.path}: tensor {name!r}"
         if len(weight.shape) != 2 or scale.dtype != "F32" or math.prod(scale.shape) != weight.shape[0]:
             raise FormatError(
                 f"{where}: expected a matrix and an F32 scale a row, found {list(weight.shape)} and {scale.dtype} "
                 f"{list(scale.shape)}; get the file again"
             )
-        if "format" in parts and bool(parts["format"].bytes().any()):
+        if "format" in tensors and bool(tensors["format"].bytes().any()):
             raise UnsupportedError(
                 f"{where}: its weight_format is not 0 (rows); save the model again with bitsandbytes 0.45 or later"
             )
-        return cls(name, weight.shape, dict(parts), "INT8 (bitsandbytes)", torch.float32, None)
+        return cls(name, weight.shape, dict(tensors), "INT8 (bitsandbytes)", torch.float32, None)
 
     def decode(self, i: int, j: int) -> Tensor:
         """``code · SCB / 127``, as the library multiplies."""
-        scale = self.parts["SCB"].flat(i, j)
-        return self.parts["weight"].rows(i, j).to(torch.float32).mul_(scale[:, None]).mul_(7.874015718698502e-3)
+        scale = self.tensors["SCB"].flat(i, j)
+        return self.tensors["weight"].rows(i, j).to(torch.float32).mul_(scale[:, None]).mul_(7.874015718698502e-3)
 
 
 def _is_count(value: object) -> bool:
@@ -131,12 +131,12 @@ def _count(state: Mapping[str, Any], key: str, where: str) -> int:
     return value
 
 
-def _state(part: Part, where: str) -> dict[str, Any]:
+def _state(stored: StoredTensor, where: str) -> dict[str, Any]:
     """The JSON that bitsandbytes keeps in a tensor; a few hundred bytes."""
-    if part.info.nbytes > 1 << 16:
-        raise FormatError(f"{where}: its quant_state has {part.info.nbytes} bytes; get the file again")
+    if stored.info.nbytes > 1 << 16:
+        raise FormatError(f"{where}: its quant_state has {stored.info.nbytes} bytes; get the file again")
     try:
-        state = strict_json(part.bytes().numpy().tobytes())
+        state = strict_json(stored.bytes().numpy().tobytes())
     except ValueError as e:
         raise FormatError(f"{where}: its quant_state is no JSON: {e}; get the file again") from None
     return state if isinstance(state, dict) else {}

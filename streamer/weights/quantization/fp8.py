@@ -46,16 +46,16 @@ class FP8(Scaled):
         scale = torch.where(grid > 0, grid / LARGEST, 1.0)
         if self.powers:
             scale = exponents(_exponent_bytes(scale))
-        if self.parts["scale"].info.dtype in EXPONENTS:
+        if self.tensors["scale"].info.dtype in EXPONENTS:
             return scale
-        dtype = TORCH_DTYPES[self.parts["scale"].info.dtype]
+        dtype = TORCH_DTYPES[self.tensors["scale"].info.dtype]
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         return scale.clamp_min(smallest).to(dtype).to(torch.float32)
 
     def recoded(self, role: str, merged: Rows, grid: Tensor) -> Iterator[Tensor]:
         """What stands in one of the parts for other values with the scales of `rescaled`: codes to the nearest, or the scales."""
         if role == "scale":
-            dtype = self.parts["scale"].info.dtype
+            dtype = self.tensors["scale"].info.dtype
             yield _exponent_bytes(grid) if dtype in EXPONENTS else grid.to(TORCH_DTYPES[dtype])
             return
         for i, j in self._steps():

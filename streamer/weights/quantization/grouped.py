@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from streamer.errors import FormatError, UnsupportedError
-from streamer.weights.base import Coded, Part
+from streamer.weights.base import QuantizedWeight, StoredTensor
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """The place in a word of the eight outputs that it holds."""
@@ -28,7 +28,7 @@ _SCALES = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
-class GPTQ(Coded):
+class GPTQ(QuantizedWeight):
     """Codes along the inputs.
 
     Attributes
@@ -46,37 +46,37 @@ class GPTQ(Coded):
     offset: int
 
     @classmethod
-    def of(cls, name: str, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """The weight of these tensors."""
-        where = f"{parts['weight'].file.path}: tensor {parts['weight'].info.name!r}"
+        where = f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
         stated = config.get("checkpoint_format") or config.get("format") or "gptq"
         if stated not in ("gptq", "gptq_v2"):
             raise UnsupportedError(f"{where}: GPTQ format {stated!r} is not supported; use the 16-bit model")
-        weight, scales, zeros = (parts[role].info.shape for role in ("weight", "scales", "zeros"))
+        weight, scales, zeros = (tensors[role].info.shape for role in ("weight", "scales", "zeros"))
         bits = config.get("bits")
         if len(weight) != 2 or len(scales) != 2 or len(zeros) != 2:
             raise FormatError(f"{where}: expected matrices of codes, scales and zero points; get the file again")
-        if "groups" in parts and weight[0]:  # tells the inputs, and so the bits, which may differ by layer
-            bits = weight[0] * 32 // max(1, math.prod(parts["groups"].info.shape))
+        if "groups" in tensors and weight[0]:  # tells the inputs, and so the bits, which may differ by layer
+            bits = weight[0] * 32 // max(1, math.prod(tensors["groups"].info.shape))
         if bits not in (2, 3, 4, 8):
             raise UnsupportedError(f"{where}: GPTQ with {bits!r} bits is not supported")
         inputs, outputs = weight[0] * 32 // bits, weight[1]
         group = _group_size(config, inputs)
         fits = (
-            _dtypes(parts)
+            _dtypes(tensors)
             and scales[1] == outputs
             and zeros == (scales[0], -(-outputs * bits // 32))
             and weight[0] == -(-inputs * bits // 32)
         )
-        if "groups" in parts:
-            fits &= parts["groups"].info.shape == (inputs,) and parts["groups"].info.dtype == "I32"
+        if "groups" in tensors:
+            fits &= tensors["groups"].info.shape == (inputs,) and tensors["groups"].info.dtype == "I32"
         else:
             fits &= scales[0] == -(-inputs // group)
-        _check(fits, parts, where)
+        _check(fits, tensors, where)
         return cls(
             name,
             (outputs, inputs),
-            dict(parts),
+            dict(tensors),
             f"GPTQ {bits} bits",
             torch.float32,
             None,
@@ -88,17 +88,17 @@ class GPTQ(Coded):
     def decode(self, i: int, j: int) -> Tensor:
         """``(code − zero) · scale``, transposed."""
         inputs = self.shape[1]
-        codes = unpacked(self.parts["weight"].whole()[:, i:j], self.bits, 0, inputs)
-        zeros = unpacked(self.parts["zeros"].whole().T, self.bits, i, j).T + self.offset
-        if "groups" in self.parts:
-            group = _known(self.parts["groups"], self.parts["scales"].info.shape[0])
+        codes = unpacked(self.tensors["weight"].whole()[:, i:j], self.bits, 0, inputs)
+        zeros = unpacked(self.tensors["zeros"].whole().T, self.bits, i, j).T + self.offset
+        if "groups" in self.tensors:
+            group = _known(self.tensors["groups"], self.tensors["scales"].info.shape[0])
         else:
             group = torch.arange(inputs) // self.group_size
-        return _scaled(codes, zeros, self.parts["scales"].whole()[:, i:j], group)
+        return _scaled(codes, zeros, self.tensors["scales"].whole()[:, i:j], group)
 
 
 @dataclass(frozen=True)
-class AWQ(Coded):
+class AWQ(QuantizedWeight):
     """Codes of four bits along the outputs.
 
     Attributes
@@ -110,27 +110,27 @@ class AWQ(Coded):
     group_size: int
 
     @classmethod
-    def of(cls, name: str, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """The weight of these tensors."""
-        where = f"{parts['weight'].file.path}: tensor {parts['weight'].info.name!r}"
+        where = f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
         stated = config.get("version") or config.get("format") or "gemm"
         if str(stated).lower() != "gemm" or config.get("bits", 4) != 4 or config.get("zero_point", True) is not True:
             raise UnsupportedError(
                 f"{where}: AWQ is supported with 4 bits, zero points and version gemm, found bits={config.get('bits')!r}, "
                 f"zero_point={config.get('zero_point')!r}, version={stated!r}"
             )
-        weight, scales, zeros = (parts[role].info.shape for role in ("weight", "scales", "zeros"))
+        weight, scales, zeros = (tensors[role].info.shape for role in ("weight", "scales", "zeros"))
         inputs = weight[0] if weight else 0
         group = _group_size(config, inputs)
         _check(
-            _dtypes(parts)
+            _dtypes(tensors)
             and len(weight) == 2
             and scales == (-(-inputs // group), 8 * weight[1])
             and zeros == (scales[0], weight[1]),
-            parts,
+            tensors,
             where,
         )
-        return cls(name, (8 * weight[1], inputs), dict(parts), "AWQ 4 bits", torch.float32, None, group)
+        return cls(name, (8 * weight[1], inputs), dict(tensors), "AWQ 4 bits", torch.float32, None, group)
 
     def decode(self, i: int, j: int) -> Tensor:
         """``(code − zero) · scale``, transposed."""
@@ -138,15 +138,15 @@ class AWQ(Coded):
         shifts = torch.tensor(AWQ_ORDER, dtype=torch.int32) * 4
 
         def codes(role: str) -> Tensor:
-            words = self.parts[role].whole()[:, first:last]
+            words = self.tensors[role].whole()[:, first:last]
             return ((words[..., None] >> shifts) & 15).flatten(1)[:, i - 8 * first : j - 8 * first]
 
         group = torch.arange(self.shape[1]) // self.group_size
-        return _scaled(codes("weight"), codes("zeros"), self.parts["scales"].whole()[:, i:j], group)
+        return _scaled(codes("weight"), codes("zeros"), self.tensors["scales"].whole()[:, i:j], group)
 
 
 @dataclass(frozen=True)
-class Packed(Coded):
+class Packed(QuantizedWeight):
     """What compressed-tensors calls pack-quantized.
 
     Attributes
@@ -158,39 +158,41 @@ class Packed(Coded):
     bits: int
 
     @classmethod
-    def of(cls, name: str, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """The weight of these tensors."""
-        where = f"{parts['weight'].file.path}: tensor {parts['weight'].info.name!r}"
-        words, scales, stated = (parts[role].info for role in ("weight", "scales", "shape"))
+        where = f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
+        words, scales, stated = (tensors[role].info for role in ("weight", "scales", "shape"))
         shape = (
-            tuple(parts["shape"].whole().tolist()) if stated.dtype in ("I64", "I32") and stated.shape == (2,) else ()
+            tuple(tensors["shape"].whole().tolist()) if stated.dtype in ("I64", "I32") and stated.shape == (2,) else ()
         )
         if len(words.shape) != 2 or len(shape) != 2 or shape[0] != words.shape[0] or shape[1] < 1:
             raise UnsupportedError(f"{where}: packed weights of shape {list(words.shape)} are not supported")
         m, n = shape
         fitting = [bits for bits in range(1, 9) if -(-n * bits // 32) == words.shape[1]]
         _check(
-            words.dtype == "I32" and len(fitting) == 1 and len(scales.shape) == 2 and scales.shape[0] == m, parts, where
+            words.dtype == "I32" and len(fitting) == 1 and len(scales.shape) == 2 and scales.shape[0] == m,
+            tensors,
+            where,
         )
         bits, groups = fitting[0], scales.shape[1]
         fits = scales.dtype in _SCALES and 0 < groups <= n
-        if "zeros" in parts:
-            fits &= parts["zeros"].info.dtype == "I32" and parts["zeros"].info.shape == (-(-m * bits // 32), groups)
-        if "groups" in parts:
-            fits &= parts["groups"].info.dtype == "I32" and parts["groups"].info.shape == (n,)
-        _check(fits, parts, where)
-        return cls(name, (m, n), dict(parts), f"INT{bits} (compressed-tensors)", torch.float32, None, bits)
+        if "zeros" in tensors:
+            fits &= tensors["zeros"].info.dtype == "I32" and tensors["zeros"].info.shape == (-(-m * bits // 32), groups)
+        if "groups" in tensors:
+            fits &= tensors["groups"].info.dtype == "I32" and tensors["groups"].info.shape == (n,)
+        _check(fits, tensors, where)
+        return cls(name, (m, n), dict(tensors), f"INT{bits} (compressed-tensors)", torch.float32, None, bits)
 
     def decode(self, i: int, j: int) -> Tensor:
         """``(code − zero) · scale``."""
-        n, scales = self.shape[1], self.parts["scales"].rows(i, j).to(torch.float32)
-        codes = unpacked(self.parts["weight"].rows(i, j).T, self.bits, 0, n).T
+        n, scales = self.shape[1], self.tensors["scales"].rows(i, j).to(torch.float32)
+        codes = unpacked(self.tensors["weight"].rows(i, j).T, self.bits, 0, n).T
         count = scales.shape[1]
         group = torch.arange(n) // -(-n // count)
-        if "groups" in self.parts and not bool((self.parts["groups"].whole() < 0).any()):  # −1 where it is not used
-            group = _known(self.parts["groups"], count)
-        if "zeros" in self.parts:
-            zeros = unpacked(self.parts["zeros"].whole(), self.bits, i, j)
+        if "groups" in self.tensors and not bool((self.tensors["groups"].whole() < 0).any()):  # −1 where it is not used
+            group = _known(self.tensors["groups"], count)
+        if "zeros" in self.tensors:
+            zeros = unpacked(self.tensors["zeros"].whole(), self.bits, i, j)
             return codes.sub(zeros[:, group]).to(torch.float32).mul_(scales[:, group])
         return codes.sub(1 << (self.bits - 1)).to(torch.float32).mul_(scales[:, group])
 
@@ -218,24 +220,24 @@ def _group_size(config: Mapping[str, Any], inputs: int) -> int:
     return size if type(size) is int and size > 0 else max(1, inputs)
 
 
-def _dtypes(parts: Mapping[str, Part]) -> bool:
-    words = {parts[role].info.dtype for role in ("weight", "zeros")}
-    return words == {"I32"} and parts["scales"].info.dtype in _SCALES
+def _dtypes(tensors: Mapping[str, StoredTensor]) -> bool:
+    words = {tensors[role].info.dtype for role in ("weight", "zeros")}
+    return words == {"I32"} and tensors["scales"].info.dtype in _SCALES
 
 
-def _known(part: Part, count: int) -> Tensor:
+def _known(stored: StoredTensor, count: int) -> Tensor:
     """The group of each input, if all are there."""
-    group = part.whole()
+    group = stored.whole()
     if bool(((group < 0) | (group >= count)).any()):
         raise FormatError(
-            f"{part.file.path}: tensor {part.info.name!r}: names groups that are not there; get the file again"
+            f"{stored.file.path}: tensor {stored.info.name!r}: names groups that are not there; get the file again"
         )
     return group
 
 
-def _check(fits: bool, parts: Mapping[str, Part], where: str) -> None:
+def _check(fits: bool, tensors: Mapping[str, StoredTensor], where: str) -> None:
     if not fits:
-        found = ", ".join(f"{p.info.name} {p.info.dtype} {list(p.info.shape)}" for p in parts.values())
+        found = ", ".join(f"{p.info.name} {p.info.dtype} {list(p.info.shape)}" for p in tensors.values())
         raise FormatError(
             f"{where}: codes, scales and zero points do not fit: {found}; get the file again, and its config.json"
         )

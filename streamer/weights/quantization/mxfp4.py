@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from streamer.errors import FormatError
-from streamer.weights.base import Coded, Part
+from streamer.weights.base import QuantizedWeight, StoredTensor
 from streamer.weights.quantization.scaled_codes import exponents
 
 GROUP = 32
@@ -23,13 +23,13 @@ _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, 
 
 
 @dataclass(frozen=True)
-class MXFP4(Coded):
+class MXFP4(QuantizedWeight):
     """E2m1 codes and their exponents."""
 
     @classmethod
-    def of(cls, name: str, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """The weight of these tensors."""
-        blocks, scales = parts["weight"].info, parts["scales"].info
+        blocks, scales = tensors["weight"].info, tensors["scales"].info
         if (
             len(blocks.shape) != 4
             or blocks.shape[3] != GROUP // 2
@@ -37,16 +37,16 @@ class MXFP4(Coded):
             or scales.dtype != "U8"
         ):
             raise FormatError(
-                f"{parts['weight'].file.path}: tensor {blocks.name!r}: shape {list(blocks.shape)} and scales {list(scales.shape)} of "
+                f"{tensors['weight'].file.path}: tensor {blocks.name!r}: shape {list(blocks.shape)} and scales {list(scales.shape)} of "
                 f"{scales.dtype} do not fit; get index and shards of one version"
             )
         experts, out, groups, _ = blocks.shape
-        return cls(name, (experts, groups * GROUP, out), dict(parts), "MXFP4", torch.float32, None)
+        return cls(name, (experts, groups * GROUP, out), dict(tensors), "MXFP4", torch.float32, None)
 
     def decode(self, i: int, j: int) -> Tensor:
         """``e2m1 · 2^(scale − 127)``, transposed."""
         first, last = i // GROUP, -(-j // GROUP)
-        packed = self.parts["weight"].whole()[:, first:last]
+        packed = self.tensors["weight"].whole()[:, first:last]
         codes = torch.stack([packed & 15, packed >> 4], -1).flatten(2)  # (out, groups, 32)
-        values = _E2M1[codes.int()].mul_(exponents(self.parts["scales"].whole()[:, first:last])[..., None])
+        values = _E2M1[codes.int()].mul_(exponents(self.tensors["scales"].whole()[:, first:last])[..., None])
         return values.flatten(1).T[i - first * GROUP : j - first * GROUP].contiguous()

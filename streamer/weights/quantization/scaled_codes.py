@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from streamer.errors import FormatError, UnsupportedError
-from streamer.weights.base import Coded, Part
+from streamer.weights.base import QuantizedWeight, StoredTensor
 
 EXPONENTS = ("F8_E8M0", "U8")
 
 
 @dataclass(frozen=True)
-class Scaled(Coded):
+class Scaled(QuantizedWeight):
     """Codes that are values but for a scale.
 
     Attributes
@@ -36,15 +36,15 @@ class Scaled(Coded):
     powers: bool
 
     @classmethod
-    def of(cls, name: str, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """The weight of these tensors; `config` is the model's ``quantization_config``."""
-        weight, scale = parts["weight"].info, parts["scale"].info
-        where = f"{parts['weight'].file.path}: tensor {name!r}"
+        weight, scale = tensors["weight"].info, tensors["scale"].info
+        where = f"{tensors['weight'].file.path}: tensor {name!r}"
         if len(weight.shape) not in (2, 3):
             raise UnsupportedError(
                 f"{where}: {weight.dtype} weights of {len(weight.shape)} dimensions are not supported"
             )
-        if "zeros" in parts and bool(parts["zeros"].bytes().any()):
+        if "zeros" in tensors and bool(tensors["zeros"].bytes().any()):
             raise UnsupportedError(f"{where}: zero points other than 0 are not supported here; use the 16-bit model")
         if scale.dtype not in ("F32", "BF16", "F16", *EXPONENTS):
             raise UnsupportedError(
@@ -58,18 +58,18 @@ class Scaled(Coded):
         m, n = weight.shape[-2:]
         kind = "tensor" if block == (m, n) else "channel" if block == (1, n) else f"{block[0]}x{block[1]}"
         powers = scale.dtype in EXPONENTS or config.get("scale_fmt") == "ue8m0"
-        return cls(name, weight.shape, dict(parts), f"{weight.dtype} ({kind})", torch.float32, None, block, powers)
+        return cls(name, weight.shape, dict(tensors), f"{weight.dtype} ({kind})", torch.float32, None, block, powers)
 
     def decode(self, i: int, j: int) -> Tensor:
         """``code · scale``."""
-        values = self.parts["weight"].rows(i, j).to(torch.float32)
+        values = self.tensors["weight"].rows(i, j).to(torch.float32)
         return self.by_block(values, self.grid(), i, torch.Tensor.mul_)
 
     def grid(self) -> Tensor:
         """The scales in float32, (block rows, block columns)."""
-        part = self.parts["scale"]
+        stored = self.tensors["scale"]
         (m, n), (bm, bn) = self.shape[-2:], self.block
-        values = exponents(part.bytes()) if part.info.dtype in EXPONENTS else part.whole().to(torch.float32)
+        values = exponents(stored.bytes()) if stored.info.dtype in EXPONENTS else stored.whole().to(torch.float32)
         return values.reshape(-(-m // bm), -(-n // bn))
 
     def by_block(self, values: Tensor, grid: Tensor, i: int, act: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
