@@ -6,12 +6,12 @@
 
 It runs the `streamer` on PATH, a process a command, on small generated inputs: a LoRA adapter on a plain, a sharded and an FP8 base, a
 DoRA adapter, an adapter on experts' parameters, a fine-tuned model; PEFT writes the adapters, seeds are fixed. The inputs are in the
-list as well: where `input/` differs, or the first line (the version of streamer, which outputs record), all else may.
+list as well: where `input/` differs, or `version/`, which outputs record, all else may. Some 120 processes take three minutes of
+processor time.
 
 Files are compared as they are: they hold no times, paths or thread numbers. From what is printed the following is taken out: in JSON the
-keys of `MEASURED`; in text the seconds after "in" and "about" and the figures of the table of forecasts. Commands
-take `--threads 2`: two lists are comparable where they are from one machine, with one version of torch and of PEFT. About 120 processes:
-three minutes of processor time.
+keys of `MEASURED`; in text the seconds after "in" and "about" and the figures of the table of forecasts. Commands take `--threads 2`:
+lists are comparable where they are from one machine, with one version of torch and of PEFT.
 """
 
 from __future__ import annotations
