@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ENV, tree_digest
 
-TOOLS = Path(__file__).parent.parent / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 from bench_model import forecasts, halves, layer_of  # noqa: E402

@@ -1,4 +1,4 @@
-"""The survival table: ``python tests/survival.py`` injects faults into runs of the command line, and says what became of them.
+"""The survival table: ``python tests/faults/survival.py`` injects faults into runs of the command line, and says what became of them.
 
 Every fault is followed by the same three questions. Was a file lost: does anything stand under its final name that is not whole (P1)?
 Does the same command finish, with every byte of an uninterrupted run (P2, P3)? Was the exit code the documented one (P6, P15)?
@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import shim
 from forks import STOP, Outcome, partials

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-TOOLS = Path(__file__).parent.parent / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import bench_merge  # noqa: E402

@@ -517,7 +517,7 @@ def test_the_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_man_page(tmp_path: Path) -> None:
     pytest.importorskip("argparse_manpage")
-    tool = Path(__file__).parent.parent / "tools" / "make_man_page.py"
+    tool = Path(__file__).parents[2] / "tools" / "make_man_page.py"
     page = tmp_path / "streamer.1"
     subprocess.run([sys.executable, tool, "-o", page], check=True, env=ENV)
     text = page.read_text()

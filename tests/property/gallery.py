@@ -1,16 +1,20 @@
 """A gallery of generated matrices: what the certified solver claims, against float64's full SVD.
 
-``python tests/gallery.py --count 1000`` prints the tally. A claim is an interval and a decision on one direction: it fails if the true
-similarity lies outside the interval by more than `TOLERANCE`, or if the decision is wrong where the similarity is clear of ε.
+``python tests/property/gallery.py --count 1000`` prints the tally. A claim is an interval and a decision on one direction: it fails if
+the true similarity lies outside the interval by more than `TOLERANCE`, or if the decision is wrong where the similarity is clear of ε.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import numpy as np
 import torch

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import streamer
 from streamer.storage.shard_writer import plan_shard
 
-TOOLS = Path(__file__).parent.parent / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 from make_checkpoint import HUB_SHARD_BYTES, split  # noqa: E402

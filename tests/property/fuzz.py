@@ -1,4 +1,4 @@
-"""Fuzz all that is read: ``python tests/fuzz.py --minutes 30`` prints executions and crashes for each target.
+"""Fuzz all that is read: ``python tests/property/fuzz.py --minutes 30`` prints executions and crashes for each target.
 
 A crash is an exception outside `streamer.errors`, a message of more than one line, an answer other than the safetensors library's or an
 uninterrupted run's, more than five seconds of computing, more than a gigabyte, or the end of the process. An input whose failure has a
@@ -22,6 +22,8 @@ import traceback
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
 from fuzz_targets import TARGETS, Target

@@ -15,7 +15,7 @@ import pytest
 from helpers import ENV, tree_digest
 
 STREAMER = f"{sys.executable} -m streamer"
-PAGE = (Path(__file__).parent.parent / "docs" / "shell.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "shell.md").read_text()
 
 
 def block(language: str, before: str) -> str:

@@ -22,7 +22,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     tree["properties"]["schema"]["const"]: tree
     for tree in (json.loads(path.read_text()) for path in (files("streamer") / "schemas").iterdir())
 }
-FORMATS = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
+FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
 
 
 def objects(schema: Any) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Broken and hostile adapters and bases: what each is, how it comes about, and how it must end.
 
-``python tests/hostile.py`` runs every command on every one of them and prints the table. A case is made from a sound base and adapter by
-one change. It ends well if each command says one line, exits with the documented code, and leaves every file as it was.
+``python tests/property/hostile.py`` runs every command on every one of them and prints the table. A case is made from a sound base and adapter
+by one change. It ends well if each command says one line, exits with the documented code, and leaves every file as it was.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
 from helpers import three_shards, tree_digest

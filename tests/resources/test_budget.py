@@ -14,7 +14,7 @@ from helpers import run_cli, write_adapter
 from safetensors.torch import save_file
 from torch import Tensor
 
-TOOLS = Path(__file__).parent.parent / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import measure  # noqa: E402

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ENV
 
-TOOL = Path(__file__).parent.parent / "tools" / "bench_detect.py"
+TOOL = Path(__file__).parents[2] / "tools" / "bench_detect.py"
 TINY = ("--rank", "6", "--top-k", "5", "--repeats", "1", "--threads", "1")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "streamer"
+PACKAGE = Path(__file__).parents[2] / "streamer"
 
 EXTRAS = {"completion.py": {"shtab"}}
 """Modules that import an optional dependency, inside a function, and say what to install where it is missing."""

@@ -12,7 +12,7 @@ import torch
 from helpers import intruding_factors, run_cli, write_adapter, write_sharded
 from safetensors.torch import save_file
 
-TOOLS = Path(__file__).parent.parent / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import measure  # noqa: E402

@@ -14,7 +14,7 @@ import pytest
 
 import streamer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 AGAIN = "pip install --force-reinstall --no-deps intruder-streamer"
 

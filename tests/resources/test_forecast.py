@@ -14,7 +14,7 @@ import torch
 from forks import Outcome, server
 from helpers import write_adapter, write_sharded
 
-TOOLS = Path(__file__).parent.parent / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import bench_merge  # noqa: E402
