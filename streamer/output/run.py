@@ -23,8 +23,9 @@ from streamer.output.metrics import journalled, totals
 from streamer.output.model_card import CARD_NAME
 from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
 from streamer.plan.memory import check_budget
-from streamer.storage.atomic import AtomicFile, Buffer, locked
+from streamer.storage.atomic_file import AtomicFile, Buffer
 from streamer.storage.header import TensorInfo
+from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_space
 from streamer.storage.output_plan import LOCK_NAME, finished_record, inspect_output, missing_bytes
 from streamer.storage.shard_writer import shard_steps

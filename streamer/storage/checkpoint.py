@@ -11,9 +11,11 @@ from typing import Any
 
 from streamer.errors import FormatError, InputError, MissingInputError, StorageError, UnsupportedError
 from streamer.storage.absent import absent
-from streamer.storage.header import TensorInfo, strict_json
+from streamer.storage.files import open_regular
+from streamer.storage.header import TensorInfo
 from streamer.storage.identities import BaseIdentity
-from streamer.storage.tensor_file import IOMode, TensorFile, open_regular
+from streamer.storage.strict_json import strict_json
+from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import format_size, quoted
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -63,11 +65,6 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo:
         """The entry of a tensor."""
         return self.locate(name)[1]
-
-    def view(self, name: str) -> memoryview:
-        """The bytes of a tensor (see `TensorFile.view`)."""
-        file, info = self.locate(name)
-        return file.view(info)
 
     def check_unchanged(self) -> None:
         """Raise `InputChangedError` if any file changed since it was opened."""
