@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamer.errors import FormatError, InputError, MissingInputError, StorageError, UnsupportedError
 from streamer.storage.absent import absent
@@ -21,6 +21,13 @@ from streamer.units import format_size, quoted
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 200_000_000
+
+
+class FilePosition(NamedTuple):
+    """Position of a tensor in a model: the index of its file among the model's, and its first byte in that file's data."""
+
+    file_index: int
+    start: int
 
 
 @dataclass(frozen=True)

@@ -36,15 +36,10 @@ class TensorFile:
     io
         ``mmap`` maps each tensor while it is used; ``pread`` copies it, for network file systems, where a map is slow
         and a vanished page is fatal.
-
-    Attributes
-    ----------
-    shared
-        Several readers take turns with each tensor: what one has had stays in the system's cache until `release_pages`.
     """
 
-    shared = False
     _fd = -1
+    _keeps_pages = False
 
     def __init__(self, path: Path, io: IOMode = "mmap") -> None:
         self.path = path
@@ -127,12 +122,21 @@ class TensorFile:
             at = self.header.data_start + info.start + start
             self._readahead.before(at, at + len(piece))
             self._read_into(piece, at)
-            if not self.shared:
+            if not self._keeps_pages:
                 self._readahead.after(at + len(piece))
             yield piece
 
+    @contextlib.contextmanager
+    def keeping_pages(self) -> Iterator[None]:
+        """Keep what `chunks` reads in the page cache until `release_pages`, for several readers that take turns with each tensor."""
+        self._keeps_pages = True
+        try:
+            yield
+        finally:
+            self._keeps_pages = False
+
     def release_pages(self, stop: int) -> None:
-        """Of a shared file: all readers have had what stands before `stop`, counted from the first tensor."""
+        """Drop from the page cache what stands before `stop`, counted from the first tensor: all readers have had it."""
         self._readahead.after(self.header.data_start + stop)
 
     def _check_size(self, wanted: int) -> None:
