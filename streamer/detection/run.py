@@ -35,7 +35,8 @@ from streamer.plan.memory import check_budget
 from streamer.plan.plan import Plan
 from streamer.plan.sources import in_short
 from streamer.plan.targets import Target
-from streamer.storage.atomic import make_directory, partials_of
+from streamer.storage.atomic_file import partials_of
+from streamer.storage.files import make_directory
 from streamer.storage.output_checks import allocated_bytes, check_space, touch
 
 

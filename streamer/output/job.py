@@ -41,7 +41,7 @@ from streamer.plan.plan import Plan, other_files, skipped_files
 from streamer.plan.provenance import mitigated_before
 from streamer.plan.side_files import with_tokenizer
 from streamer.plan.targets import Target
-from streamer.storage.atomic import Buffer
+from streamer.storage.atomic_file import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_plan import RECORD_NAME, OutputPlan

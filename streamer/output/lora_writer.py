@@ -28,7 +28,7 @@ from streamer.plan.plan import Plan, other_files, skipped_files
 from streamer.plan.side_files import own_tokenizer
 from streamer.plan.targets import Target
 from streamer.plan.transformers_renames import renames_for
-from streamer.storage.atomic import Buffer
+from streamer.storage.atomic_file import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_plan import RECORD_NAME

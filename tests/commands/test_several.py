@@ -29,7 +29,7 @@ from streamer.detection.run import findings_bytes
 from streamer.errors import StorageError, UsageError
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_plans
-from streamer.storage.atomic import locked
+from streamer.storage.lock import locked
 from streamer.units import format_size
 
 NAMES = ["dora", "lora", "saved"]

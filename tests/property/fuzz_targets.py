@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import intruding_factors, power_law, tree_digest, write_adapter, write_sharded
+from helpers import intruding_factors, power_law, tree_digest, view, write_adapter, write_sharded
 from mutate import (
     Mutator,
     dump,
@@ -126,7 +126,7 @@ def index(home: Path) -> Target:
         checkpoint = open_checkpoint(base)
         checkpoint.identity()
         for name in checkpoint.weight_map:
-            checkpoint.view(name)
+            view(checkpoint, name)
 
     return Target([path.read_bytes()], mutate_json, run)
 

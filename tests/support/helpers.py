@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from streamer.storage.checkpoint import Checkpoint
+
 ENV = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
 
 
@@ -26,6 +28,12 @@ def run_cli(*args: object, timeout: float = 120, **kwargs) -> subprocess.Complet
         check=False,
         **kwargs,
     )
+
+
+def view(checkpoint: Checkpoint, name: str) -> memoryview:
+    """The bytes of a checkpoint's tensor."""
+    file, info = checkpoint.locate(name)
+    return file.view(info)
 
 
 def tree_digest(directory: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ from streamer.errors import (
     UnknownNameError,
     UsageError,
 )
-from streamer.storage.atomic import locked
+from streamer.storage.lock import locked
 
 Q = "model.layers.1.self_attn.q_proj"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import signal
@@ -14,18 +15,12 @@ from pathlib import Path
 import pytest
 
 from streamer.errors import LockedError, OutputError, StorageError
-from streamer.storage import atomic
-from streamer.storage.atomic import (
-    PARTIAL,
-    AtomicFile,
-    Journal,
-    fsync_directory,
-    locked,
-    make_directory,
-    partials_of,
-    remove_partials,
-    write_atomic,
-)
+from streamer.storage import atomic_file, files
+from streamer.storage import journal as journal_module
+from streamer.storage.atomic_file import PARTIAL, AtomicFile, partials_of, remove_partials, write_atomic
+from streamer.storage.files import fsync_directory, make_directory
+from streamer.storage.journal import Journal
+from streamer.storage.lock import locked
 
 ADVICE = "run the same command again once the cause is gone"
 
@@ -145,7 +140,7 @@ def test_a_symlink_at_the_target_is_replaced_not_followed(tmp_path: Path) -> Non
 def test_what_stands_at_the_partials_name_is_neither_followed_nor_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr(atomic.secrets, "token_hex", lambda n: "0" * 2 * n)
+    monkeypatch.setattr(atomic_file.secrets, "token_hex", lambda n: "0" * 2 * n)
     partial, elsewhere = tmp_path / f".f.{'0' * 16}.partial", tmp_path / "elsewhere"
     if what != "dangling":
         elsewhere.write_bytes(b"old")
@@ -251,7 +246,7 @@ def test_no_room_for_a_file(tmp_path: Path) -> None:
 import resource, signal
 from pathlib import Path
 from streamer.errors import StorageError
-from streamer.storage.atomic import AtomicFile
+from streamer.storage.atomic_file import AtomicFile
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for size, reserved in ((2000, True), (500, False)):
@@ -298,7 +293,7 @@ def test_a_partial_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_new_directories_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(atomic, "fsync_directory", synced.append)
+    monkeypatch.setattr(files, "fsync_directory", synced.append)
     make_directory(tmp_path / "a" / "b")
     make_directory(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
@@ -318,7 +313,7 @@ def test_a_file_where_a_directory_should_be(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from streamer.storage.atomic import locked
+from streamer.storage.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -379,7 +374,7 @@ def test_the_lock_of_a_dead_process_does_not_hold(tmp_path: Path) -> None:
 
 def test_a_lock_file_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The holder before us ends just then: the lock of a file without a name would exclude nobody."""
-    path, real, calls = tmp_path / "lock", atomic.fcntl.flock, []
+    path, real, calls = tmp_path / "lock", fcntl.flock, []
 
     def flock(fd: int, how: int) -> None:
         calls.append(fd)
@@ -390,7 +385,7 @@ def test_a_lock_file_removed_between_open_and_lock(tmp_path: Path, monkeypatch: 
             path.touch()
         real(fd, how)
 
-    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with locked(path):
         assert len(calls) == 3
         with pytest.raises(LockedError):
@@ -399,7 +394,7 @@ def test_a_lock_file_removed_between_open_and_lock(tmp_path: Path, monkeypatch: 
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic.fcntl, "flock", failing(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     take(tmp_path / "lock")
     assert names(tmp_path) == []
 
@@ -578,7 +573,7 @@ def test_a_journal_is_not_a_symlink(tmp_path: Path) -> None:
 
 def test_a_new_journals_name_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(atomic, "fsync_directory", synced.append)
+    monkeypatch.setattr(journal_module, "fsync_directory", synced.append)
     journal = Journal(tmp_path / "j")
     journal.append(b"head")
     assert synced == [tmp_path]

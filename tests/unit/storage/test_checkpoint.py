@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_sharded
+from helpers import view, write_sharded
 from safetensors.torch import save_file
 
 from streamer.errors import (
@@ -81,8 +81,8 @@ def test_shards(base: Path, io: IOMode) -> None:
     assert checkpoint.weight_map == {"a": SHARDS[0], "b": SHARDS[0], "c": SHARDS[1]}
     assert checkpoint.data_bytes == 24 + 40 + 16000
     assert checkpoint.info("a").shape == (2, 3)
-    assert bytes(checkpoint.view("c")) == torch.arange(4000, dtype=torch.int32).numpy().tobytes()
-    assert bytes(checkpoint.view("b")) == torch.arange(5).numpy().tobytes()
+    assert bytes(view(checkpoint, "c")) == torch.arange(4000, dtype=torch.int32).numpy().tobytes()
+    assert bytes(view(checkpoint, "b")) == torch.arange(5).numpy().tobytes()
     checkpoint.check_unchanged()
 
 
@@ -129,7 +129,7 @@ def test_unaligned_data(tmp_path: Path) -> None:
             checkpoint = open_checkpoint(path, io)
             for name, raw in data.items():
                 file, info = checkpoint.locate(name)
-                assert bytes(checkpoint.view(name)) == raw
+                assert bytes(view(checkpoint, name)) == raw
                 assert bytes(file.view(info, 3, 6)) == raw[3:6]
                 assert bytes(file.view(info, 3)) == raw[3:]
                 assert b"".join(map(bytes, file.chunks(info, 1000))) == raw
@@ -138,7 +138,7 @@ def test_unaligned_data(tmp_path: Path) -> None:
 def test_both_modes_give_equal_bytes_and_samples(base: Path) -> None:
     one, two = (open_checkpoint(base, io) for io in MODES)
     for name in one.weight_map:
-        assert bytes(one.view(name)) == bytes(two.view(name))
+        assert bytes(view(one, name)) == bytes(view(two, name))
     assert one.identity() == two.identity()
     assert one.stamps() == two.stamps()
 
@@ -147,7 +147,7 @@ def test_an_empty_tensor(tmp_path: Path) -> None:
     save_file({"none": torch.empty(0, 3), "a": torch.ones(1)}, tmp_path / SINGLE_NAME)
     for io in MODES:
         checkpoint = open_checkpoint(tmp_path, io)
-        assert bytes(checkpoint.view("none")) == b""
+        assert bytes(view(checkpoint, "none")) == b""
         file, info = checkpoint.locate("none")
         assert list(file.chunks(info)) == []
 
@@ -165,8 +165,8 @@ def test_a_view_is_private(base: Path) -> None:
     """torch takes it as writable; a write must not reach the input."""
     before = (base / SHARDS[1]).read_bytes()
     for io in MODES:
-        view = open_checkpoint(base, io).view("c")
-        view[:4] = b"\xff" * 4
+        seen = view(open_checkpoint(base, io), "c")
+        seen[:4] = b"\xff" * 4
     assert (base / SHARDS[1]).read_bytes() == before
 
 
@@ -369,7 +369,7 @@ def test_a_sparse_tail(base: Path) -> None:
     size = (base / SHARDS[1]).stat().st_size
     os.truncate(base / SHARDS[1], 1000)
     os.truncate(base / SHARDS[1], size)
-    assert bytes(open_checkpoint(base).view("c")[-4:]) == bytes(4)
+    assert bytes(view(open_checkpoint(base), "c")[-4:]) == bytes(4)
     os.truncate(base / SHARDS[1], size - 1)
     assert "the file is truncated; get it again" in refusal(FormatError, base)
 
@@ -419,7 +419,8 @@ from streamer.storage.checkpoint import open_checkpoint
 checkpoint = open_checkpoint({str(base)!r})
 os.truncate({str(base / SHARDS[1])!r}, 0)
 try:
-    bytes(checkpoint.view("c"))
+    file, info = checkpoint.locate("c")
+    bytes(file.view(info))
 except InputChangedError as e:
     print(e)
 """
@@ -463,7 +464,7 @@ def grow(path: Path) -> None:
 def test_check_unchanged(base: Path, change: Callable[[Path], None], shard: str) -> None:
     checkpoint = open_checkpoint(base)
     checkpoint.check_unchanged()
-    before = bytes(checkpoint.view("c"))
+    before = bytes(view(checkpoint, "c"))
     change(base / shard)
     with pytest.raises(InputChangedError) as caught:
         checkpoint.check_unchanged()
@@ -471,7 +472,7 @@ def test_check_unchanged(base: Path, change: Callable[[Path], None], shard: str)
         "vanished during the run" if change is Path.unlink else "changed since the run began; start again with a base"
     )
     assert str(caught.value).startswith(f"{base / shard}: {words}")
-    assert bytes(checkpoint.view("c")) == before  # the open file is still the one that was planned
+    assert bytes(view(checkpoint, "c")) == before  # the open file is still the one that was planned
 
 
 def test_check_unchanged_follows_a_link_to_another_file(base: Path, tmp_path: Path) -> None:
@@ -515,7 +516,7 @@ def test_a_read_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(StorageError) as caught:
-        open_checkpoint(base, "pread").view("c")
+        view(open_checkpoint(base, "pread"), "c")
     words = "cannot read: Input/output error; run the same command again"
     assert str(caught.value) == f"{base / SHARDS[1]}: {words}"
 
@@ -524,7 +525,7 @@ def test_a_read_that_brings_nothing(base: Path, monkeypatch: pytest.MonkeyPatch)
     """An error, not an endless loop."""
     monkeypatch.setattr(os, "preadv", lambda *_: 0)
     with pytest.raises(StorageError, match=f"{SHARDS[1]}: the file ended early at byte "):
-        open_checkpoint(base, "pread").view("c")
+        view(open_checkpoint(base, "pread"), "c")
 
 
 def test_a_map_that_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,4 +534,4 @@ def test_a_map_that_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("streamer.storage.tensor_file.mmap.mmap", refuse)
     with pytest.raises(StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"):
-        open_checkpoint(base).view("c")
+        view(open_checkpoint(base), "c")

@@ -21,9 +21,9 @@ from streamer.storage.header import (
     layout,
     parse_header,
     read_header,
-    strict_json,
     tensor_nbytes,
 )
+from streamer.storage.strict_json import strict_json
 
 F32 = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from streamer.errors import StorageError
-from streamer.storage import atomic
-from streamer.storage.atomic import AtomicFile
+from streamer.storage.atomic_file import AtomicFile
 from streamer.storage.page_cache import BESIDE_BYTES, LAG_BYTES, QUEUE, STEP_BYTES, Readahead
 from streamer.storage.tensor_file import TensorFile
 
@@ -37,7 +36,7 @@ def slow_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             seen.append(fd)
         return real(fd, data)
 
-    monkeypatch.setattr(atomic.os, "write", write)
+    monkeypatch.setattr(os, "write", write)
     return seen
 
 
@@ -103,7 +102,7 @@ def test_what_the_system_refuses_is_raised_though_late(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(fd, data)
 
-    monkeypatch.setattr(atomic.os, "write", write)
+    monkeypatch.setattr(os, "write", write)
     with (  # noqa: PT012  # the error comes with the next call, or at the end
         pytest.raises(StorageError, match=r"f: cannot write: No space left on device; free some space"),
         AtomicFile(tmp_path / "f", 2 * LARGE) as f,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streamer.errors import FormatError, InputChangedError, NumericError, StorageError
-from streamer.storage.atomic import Buffer
+from streamer.storage.atomic_file import Buffer
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import ShardPlan, index_bytes, like, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile

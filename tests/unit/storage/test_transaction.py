@@ -18,7 +18,9 @@ import pytest
 from helpers import tree_digest
 
 from streamer.errors import InputChangedError, LockedError, OutputError, OutputExistsError, StorageError, StreamerError
-from streamer.storage.atomic import AtomicFile, Journal, locked
+from streamer.storage.atomic_file import AtomicFile
+from streamer.storage.journal import Journal
+from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_place, check_space
 from streamer.storage.output_plan import (
     JOURNAL_NAME,
@@ -356,6 +358,15 @@ def test_a_journal_of_something_else(case: Case, head: bytes) -> None:
     assert inspect_output(case.plan) == "new"
     (case.out / "model-1").write_bytes(b"mine")
     assert "model-1: exists and is not ours" in refusal(OutputExistsError, case)
+
+
+def test_an_input_whose_path_is_not_utf_8(case: Case) -> None:
+    """Such a path is in the journal's head with lone surrogates; the run is known again all the same."""
+    case = dataclasses.replace(case, plan=dataclasses.replace(case.plan, stamps={os.fsdecode(b"base/\xff"): (1, 2)}))
+    interrupt(case)
+    assert inspect_output(case.plan) == "resume"
+    carry_out(case)
+    check_whole(case)
 
 
 def test_partials_of_a_killed_run_are_removed(case: Case) -> None:
