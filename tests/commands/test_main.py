@@ -18,8 +18,9 @@ import helpers
 import peft
 import pytest
 import torch
+from command_line import ENV
 from forks import Outcome, server
-from helpers import ENV, tree_digest
+from helpers import tree_digest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM

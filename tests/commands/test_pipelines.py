@@ -12,10 +12,12 @@ from pathlib import Path
 
 import helpers
 import pytest
-from helpers import ENV, tree_digest
+from command_line import ENV
+from helpers import tree_digest
+from paths import ROOT
 
 STREAMER = f"{sys.executable} -m streamer"
-PAGE = (Path(__file__).parents[2] / "docs" / "shell.md").read_text()
+PAGE = (ROOT / "docs" / "shell.md").read_text()
 
 
 def block(language: str, before: str) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 import helpers
 import pytest
 import terminal
+from command_line import ENV
 from forks import server
-from helpers import ENV, intruding_factors, power_law, write_adapter, write_sharded
+from helpers import intruding_factors, power_law, write_adapter, write_sharded
 
 BAR = re.compile(r"\d+/\d+ .*\|[█ ]+\|")
 WIDTHS = (40, 80, 200)

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import ENV
 from forks import KILL, server
-from helpers import ENV, tree_digest
+from helpers import tree_digest
+from paths import TOOLS
 
 import streamer
 from streamer.errors import OutputError, UsageError
@@ -517,7 +519,7 @@ def test_the_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_man_page(tmp_path: Path) -> None:
     pytest.importorskip("argparse_manpage")
-    tool = Path(__file__).parents[2] / "tools" / "make_man_page.py"
+    tool = TOOLS / "make_man_page.py"
     page = tmp_path / "streamer.1"
     subprocess.run([sys.executable, tool, "-o", page], check=True, env=ENV)
     text = page.read_text()

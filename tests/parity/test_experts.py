@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from paths import DATA
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_architectures import MODELS, MOE, TEXT, weights
@@ -84,15 +85,15 @@ def test_bf16(name: str, tmp_path: Path) -> None:
 
 # What other versions of PEFT wrote -------------------------------------------------------------------------------------
 
-DATA = Path(__file__).parents[1] / "data" / "experts"
+ADAPTERS = DATA / "experts"
 REFUSED = {f"gpt_oss-square-peft{v}" for v in ("0.19.0-transformers5", "0.19.1-transformers4", "0.19.1-transformers5")}
 
 
-@pytest.mark.parametrize("case", sorted(p.name for p in DATA.iterdir() if not p.name.startswith("base-")))
+@pytest.mark.parametrize("case", sorted(p.name for p in ADAPTERS.iterdir() if not p.name.startswith("base-")))
 def test_of_other_versions(case: str, tmp_path: Path) -> None:
     """Which way round the factors are: by their shapes; of square experts by the others of the adapter; else by the version."""
     name, _, _, loader = case.split("-")
-    base, adapter = DATA / f"base-{name}-{loader}", DATA / case / "adapter"
+    base, adapter = ADAPTERS / f"base-{name}-{loader}", ADAPTERS / case / "adapter"
     if case in REFUSED:
         with pytest.raises(
             UnsupportedError, match=r"down_proj' are square \(8x8\), and by peft_version '0.19.[01]' it cannot be told"
@@ -100,7 +101,11 @@ def test_of_other_versions(case: str, tmp_path: Path) -> None:
             streamer.detect_intruder_dimensions(base, adapter)
         return
     streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "merged", mitigation_lambda=1.0)
-    ours, theirs, before = weights(tmp_path / "merged"), load_file(DATA / case / "merged.safetensors"), weights(base)
+    ours, theirs, before = (
+        weights(tmp_path / "merged"),
+        load_file(ADAPTERS / case / "merged.safetensors"),
+        weights(base),
+    )
     assert ours.keys() == theirs.keys()
     assert any(not torch.equal(theirs[key], before[key]) for key in theirs)
     for key, tensor in ours.items():
@@ -108,7 +113,7 @@ def test_of_other_versions(case: str, tmp_path: Path) -> None:
 
 
 def test_the_data_is_small() -> None:
-    assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) < 100_000
+    assert sum(p.stat().st_size for p in ADAPTERS.rglob("*") if p.is_file()) < 100_000
 
 
 # Detection and mitigation ----------------------------------------------------------------------------------------------
@@ -170,7 +175,7 @@ def test_a_mitigated_adapter_gives_the_mitigated_model(name: str, tmp_path: Path
 @pytest.mark.parametrize("case", ["qwen3_moe-both-peft0.18.1-transformers5", "gpt_oss-both-peft0.17.1-transformers4"])
 def test_turned_factors_are_written_back_turned(case: str, tmp_path: Path) -> None:
     name, _, _, loader = case.split("-")
-    base, adapter = DATA / f"base-{name}-{loader}", DATA / case / "adapter"
+    base, adapter = ADAPTERS / f"base-{name}-{loader}", ADAPTERS / case / "adapter"
     options: dict[str, Any] = {"top_k": 3, "mitigation_lambda": 0.25, "method": "project", "threshold_epsilon": 0.9}
     record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "mitigated", **options)
     assert record["totals"]["intruders"] > 0

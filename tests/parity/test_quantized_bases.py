@@ -11,6 +11,7 @@ import helpers
 import pytest
 import quantized
 import torch
+from command_line import run_cli
 from peft import LoraConfig, PeftModel, get_peft_model
 from quantized import MAKERS, Quantized
 from safetensors.torch import load_file, save_file
@@ -257,12 +258,12 @@ def test_fp8_keeps_its_bytes_where_the_delta_is_zero(fp8: Case, tmp_path: Path) 
 def test_the_command_line(plain: tuple[Path, Path], tmp_path: Path) -> None:
     made = quantized.gptq(tmp_path / "base", plain[0])
     command = ("merge", made.base, plain[1], "-o", tmp_path / "out", "--lambda", "1", "--json")
-    done = helpers.run_cli(*command)
+    done = run_cli(*command)
     assert done.returncode == 3
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
-    planned = json.loads(helpers.run_cli(*command, "--dequantize", "--dry-run").stdout)
-    record = json.loads(helpers.run_cli(*command, "--dequantize").stdout)
+    planned = json.loads(run_cli(*command, "--dequantize", "--dry-run").stdout)
+    record = json.loads(run_cli(*command, "--dequantize").stdout)
     assert 0 <= planned["bytes"] - record["totals"]["bytes"] < 100  # the card's size is known to a few figures
     assert planned["files"] == len(record["files"])
     assert "quantize_config.json" in record["left_out"]

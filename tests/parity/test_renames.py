@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from paths import ROOT
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
 
 from streamer.plan.transformers_renames import renames_for, table
 
-ROOT = Path(__file__).parents[2]
 THEIRS = _build_checkpoint_conversion_mapping()
 SAME_VERSION = f"transformers {transformers.__version__} " in table()["source"]
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from forks import server
+from paths import TOOLS
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoConfig
 
@@ -279,5 +280,5 @@ def test_every_task_of_peft_is_known() -> None:
 def test_the_classes_are_the_installed_version_s() -> None:
     if f"transformers {transformers.__version__} " not in table()["source"]:
         pytest.skip(f"the table is of {table()['source']}; tools/make_auto_classes.py renews it")
-    tool = Path(__file__).parents[2] / "tools" / "make_auto_classes.py"
+    tool = TOOLS / "make_auto_classes.py"
     assert subprocess.run([sys.executable, tool, "--check"], check=False).returncode == 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from helpers import ENV
+from command_line import ENV
+from paths import TOOLS
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_detect.py"
+TOOL = TOOLS / "bench_detect.py"
 TINY = ("--rank", "6", "--top-k", "5", "--repeats", "1", "--threads", "1")
 
 

@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ENV, tree_digest
-
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-from bench_model import forecasts, halves, layer_of  # noqa: E402
-from measure import cold, resident, warm  # noqa: E402
+from bench_model import forecasts, halves, layer_of
+from command_line import ENV
+from helpers import tree_digest
+from measure import cold, resident, warm
+from paths import TOOLS
 
 SMALL = ("--hidden", "192", "--layers", "2")
 

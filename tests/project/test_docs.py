@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import run_cli
+from command_line import run_cli
+from paths import ROOT
 
 import streamer
 from streamer.cli.parser import build_parser
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = {
     p.name: p.read_text() for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))

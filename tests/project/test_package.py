@@ -11,10 +11,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import streamer
 
-ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 AGAIN = "pip install --force-reinstall --no-deps intruder-streamer"
 

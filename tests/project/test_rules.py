@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-PACKAGE = Path(__file__).parents[2] / "streamer"
+PACKAGE = ROOT / "streamer"
 
 EXTRAS = {"completion.py": {"shtab"}}
 """Modules that import an optional dependency, inside a function, and say what to install where it is missing."""

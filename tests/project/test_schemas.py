@@ -14,6 +14,7 @@ import helpers
 import pytest
 from forks import KILL, Outcome, server
 from jsonschema import Draft202012Validator
+from paths import ROOT
 from referencing import Registry, Resource
 
 import streamer
@@ -22,7 +23,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     tree["properties"]["schema"]["const"]: tree
     for tree in (json.loads(path.read_text()) for path in (files("streamer") / "schemas").iterdir())
 }
-FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+FORMATS = (ROOT / "docs" / "formats.md").read_text()
 
 
 def objects(schema: Any) -> Iterator[dict[str, Any]]:

@@ -10,20 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENV, tree_digest
+from command_line import ENV
+from helpers import tree_digest
+from make_checkpoint import HUB_SHARD_BYTES, split
+from paths import TOOLS
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from shapes import KNOWN
 from transformers import AutoModelForCausalLM
 
 import streamer
 from streamer.storage.shard_writer import plan_shard
-
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-from make_checkpoint import HUB_SHARD_BYTES, split  # noqa: E402
-from shapes import KNOWN  # noqa: E402
 
 SMALL = ("--hidden", "192", "--layers", "2")
 

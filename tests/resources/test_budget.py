@@ -8,16 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import measure
 import pytest
 import torch
-from helpers import run_cli, write_adapter
+from command_line import run_cli
+from helpers import write_adapter
 from safetensors.torch import save_file
 from torch import Tensor
-
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import measure  # noqa: E402
 
 M, N, RANK = 4096, 3072, 8
 MODULE = "model.layers.0.mlp.up_proj"

@@ -8,22 +8,18 @@ import re
 import sys
 from pathlib import Path
 
+import bench_merge
 import helpers
 import pytest
 import torch
 from forks import Outcome, server
 from helpers import write_adapter, write_sharded
 
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import bench_merge  # noqa: E402
-
-from streamer.cli.forecast import Forecast, forecast_commands, forecast_detection  # noqa: E402
-from streamer.detection.memory import detection_estimates  # noqa: E402
-from streamer.detection.options import DetectionOptions  # noqa: E402
-from streamer.errors import UnsupportedError  # noqa: E402
-from streamer.plan.plan import make_plan  # noqa: E402
+from streamer.cli.forecast import Forecast, forecast_commands, forecast_detection
+from streamer.detection.memory import detection_estimates
+from streamer.detection.options import DetectionOptions
+from streamer.errors import UnsupportedError
+from streamer.plan.plan import make_plan
 
 NAMES = {
     "peak_memory_bytes",

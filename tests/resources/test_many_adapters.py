@@ -7,18 +7,15 @@ import re
 import sys
 from pathlib import Path
 
+import measure
 import pytest
 import torch
-from helpers import intruding_factors, run_cli, write_adapter, write_sharded
+from command_line import run_cli
+from helpers import intruding_factors, write_adapter, write_sharded
 from safetensors.torch import save_file
 
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import measure  # noqa: E402
-
-import streamer  # noqa: E402
-from streamer.errors import UsageError  # noqa: E402
+import streamer
+from streamer.errors import UsageError
 
 TENSORS, ADAPTERS, SIZE = 3000, 20, 16
 MODULE = "model.layers.0.mlp.up_proj"

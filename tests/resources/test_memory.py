@@ -9,22 +9,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import bench_merge
 import bitsandbytes.functional as bnb
+import make_checkpoint
+import measure
 import pytest
 import torch
+from command_line import run_cli
+from helpers import write_adapter
 from safetensors.torch import save_file
+from shapes import Known
 
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import bench_merge  # noqa: E402
-import make_checkpoint  # noqa: E402
-import measure  # noqa: E402
-from helpers import run_cli, write_adapter  # noqa: E402
-from shapes import Known  # noqa: E402
-
-from streamer.cli.demo import DemoModel  # noqa: E402
-from streamer.detection.findings import load_findings  # noqa: E402
+from streamer.cli.demo import DemoModel
+from streamer.detection.findings import load_findings
 
 BOUND = 700e6
 SLACK = 8e6  # allocator and interpreter noise, absolute; a matrix of the models below is larger

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import ENV
+from command_line import ENV
 
 CALLS = ("write", "pwrite", "fsync", "rename", "unlink", "ftruncate")
 

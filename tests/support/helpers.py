@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from streamer.storage.checkpoint import Checkpoint
-
-ENV = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
-
-
-def run_cli(*args: object, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess[str]:
-    """Run `streamer` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "streamer", *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=ENV,
-        check=False,
-        **kwargs,
-    )
 
 
 def view(checkpoint: Checkpoint, name: str) -> memoryview:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import helpers
 import torch
+from command_line import ENV
 from forks import Outcome, Server
-from helpers import ENV, MODULES, tree_digest, write_adapter, write_sharded
+from helpers import MODULES, tree_digest, write_adapter, write_sharded
 from safetensors import SafetensorError, safe_open
 
 COMMANDS = ("detect", "merge", "merge --findings", "mitigate", "mitigate --findings")

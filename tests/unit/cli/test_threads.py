@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENV, intruding_factors, power_law, run_cli, write_adapter, write_sharded
+from command_line import ENV, run_cli
+from helpers import intruding_factors, power_law, write_adapter, write_sharded
 
 import streamer
 from streamer.cli import calibration

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import ENV
 from forks import Server, partials
-from helpers import ENV, tree_digest
+from helpers import tree_digest
 from jobs import Bench
 
 import streamer

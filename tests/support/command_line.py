@@ -1,0 +1,22 @@
+"""Runs of `streamer` in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+ENV = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
+
+
+def run_cli(*args: object, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run `streamer` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "streamer", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=ENV,
+        check=False,
+        **kwargs,
+    )
