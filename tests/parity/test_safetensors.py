@@ -11,9 +11,9 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import header_cases
 import pytest
 import safetensors
-import test_header
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -66,28 +66,28 @@ def agree(whole: bytes) -> bool:
 # Accept and refuse --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", test_header.ACCEPTED)
+@pytest.mark.parametrize("case", header_cases.ACCEPTED)
 def test_the_library_accepts_what_we_accept(case: str) -> None:
-    whole = test_header.ACCEPTED[case]
+    whole = header_cases.ACCEPTED[case]
     assert theirs(whole) is not None
     assert agree(whole)
 
 
-@pytest.mark.parametrize("case", test_header.REFUSED)
+@pytest.mark.parametrize("case", header_cases.REFUSED)
 def test_the_library_refuses_what_we_refuse(case: str) -> None:
-    whole, words = test_header.REFUSED[case]
+    whole, words = header_cases.REFUSED[case]
     if "appears twice" not in words:
         assert theirs(whole) is None
 
 
 def test_only_duplicate_keys_are_refused_here_alone() -> None:
-    entry = test_header.F32
+    entry = header_cases.F32
     for body in (
         f'{{"a":{entry},"a":{entry}}}',
         f'{{"__metadata__":{{"k":"1","k":"2"}},"a":{entry}}}',
         f'{{"a":{entry[:-1]},"x":1,"x":2}}}}',
     ):
-        whole = test_header.file_of(body)
+        whole = header_cases.file_of(body)
         assert theirs(whole) is not None
         mine, message = ours(whole)
         assert mine is None
@@ -143,7 +143,7 @@ def broken_headers(seed: int, count: int) -> Iterator[bytes]:
             if rng.random() < 0.7:
                 at = rng.choice([i for i, c in enumerate(text) if c in '{}[],:" '] or [0])
             text = text[:at] + rng.choice(["", *PIECES]) + text[at + rng.choice([0, 0, 1, 2, 4]) :]
-        yield test_header.file_of(text, rng.choice([0, 4, 11]))
+        yield header_cases.file_of(text, rng.choice([0, 4, 11]))
 
 
 def test_broken_headers() -> None:
@@ -164,7 +164,7 @@ def test_any_bytes(raw: bytes) -> None:
 def test_every_dtype_is_the_librarys(dtype: str) -> None:
     for count in range(9):
         bits = count * DTYPE_BITS[dtype]
-        whole = test_header.file_of(
+        whole = header_cases.file_of(
             f'{{"t":{{"dtype":"{dtype}","shape":[{count}],"data_offsets":[0,{bits // 8}]}}}}', bits // 8
         )
         assert agree(whole)
@@ -188,7 +188,7 @@ def as_torch(raw: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-@given(test_header.entries(), st.dictionaries(st.text(), st.text(), max_size=3), st.randoms(use_true_random=False))
+@given(header_cases.entries(), st.dictionaries(st.text(), st.text(), max_size=3), st.randoms(use_true_random=False))
 def test_the_library_reads_what_we_write(
     tmp_path: Path, tensors: list[tuple[str, str, list[int]]], metadata: dict[str, str], rng: random.Random
 ) -> None:
@@ -210,7 +210,7 @@ def test_the_library_reads_what_we_write(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-@given(test_header.entries(), st.dictionaries(st.text(), st.text(), max_size=3), st.randoms(use_true_random=False))
+@given(header_cases.entries(), st.dictionaries(st.text(), st.text(), max_size=3), st.randoms(use_true_random=False))
 def test_we_read_what_the_library_writes(
     tmp_path: Path, tensors: list[tuple[str, str, list[int]]], metadata: dict[str, str], rng: random.Random
 ) -> None:

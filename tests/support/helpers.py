@@ -18,6 +18,11 @@ def view(checkpoint: Checkpoint, name: str) -> memoryview:
     return file.view(info)
 
 
+def names(directory: Path) -> list[str]:
+    """What a directory holds, hidden files too."""
+    return sorted(p.name for p in directory.iterdir())
+
+
 def tree_digest(directory: Path) -> dict[str, str]:
     """SHA-256 of every file below a directory, by relative name; hidden files too."""
     return {

@@ -1,0 +1,15 @@
+"""System calls that go wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+
+def failing(number: int) -> Callable[..., int]:
+    """A system call that fails with this errno, each time."""
+
+    def call(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return call

@@ -1,0 +1,126 @@
+"""An output directory of four files: its plan, carried out whole or until a file, what is refused without a change, and a lock."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import tree_digest
+
+from streamer.errors import StreamerError
+from streamer.storage.lock import locked
+from streamer.storage.output_plan import (
+    JOURNAL_NAME,
+    RECORD_NAME,
+    OutputPlan,
+    inspect_output,
+)
+from streamer.storage.transaction import OutputDirectory, open_outputs
+
+DATA = {
+    "sub/config.json": b"{}",
+    "model-1": bytes(range(100)),
+    "model-2": b"\x01" * 50,
+    "index.json": b'{"weight_map": {}}',
+}
+
+
+INDEX = "index.json"
+
+
+@dataclasses.dataclass
+class Case:
+    """A plan and its input directory."""
+
+    base: Path
+    plan: OutputPlan
+
+    @property
+    def out(self) -> Path:
+        return self.plan.path
+
+    def other(self, digest: str = "another") -> OutputPlan:
+        """Another plan for the same place."""
+        return dataclasses.replace(self.plan, digest=digest)
+
+
+def make_case(directory: Path) -> Case:
+    base = directory / "base"
+    (base / "sub").mkdir(parents=True)
+    (base / "sub" / "config.json").write_bytes(DATA["sub/config.json"])
+    files = tuple((name, len(data)) for name, data in DATA.items())
+    plan = OutputPlan(directory / "out", files, "digest", {"base/x": (1, 2, 3, 4)}, (base,), ("model.safetensors",))
+    return Case(base, plan)
+
+
+class Killed(BaseException):
+    """The process ends here: nothing that runs afterwards may be counted on."""
+
+
+def nothing() -> None:
+    """Before a rename."""
+
+
+def carry_out(case: Case, plan: OutputPlan | None = None, until: str = "", **options: bool) -> list[str]:
+    """Carry a plan out, up to the file `until`; the names that were written."""
+    written = []
+    with open_outputs([plan or case.plan], **options) as (out,):
+        for name, data in DATA.items():
+            if name == until:
+                raise Killed
+            if out.finished(name) is None:
+                put(out, case, name, data)
+                written.append(name)
+            assert out.entry(name)["bytes"] == len(data)
+        out.commit({"schema": "streamer.output/2", "made": "here"})
+    return written
+
+
+def put(out: OutputDirectory, case: Case, name: str, data: bytes, check: Callable[[], None] = nothing) -> None:
+    if (case.base / name).exists():
+        out.copy(name, case.base / name, check)
+    else:
+        out.write(name, data, check)
+
+
+def interrupt(case: Case, until: str = "model-2", plan: OutputPlan | None = None) -> None:
+    with pytest.raises(Killed):
+        carry_out(case, plan, until)
+    assert (case.out / JOURNAL_NAME).exists()
+
+
+def run(begin: Callable[..., object], plan: OutputPlan, overwrite: bool = False, resume: bool = True) -> None:
+    if begin is open_outputs:
+        with open_outputs([plan], overwrite, resume):
+            raise AssertionError("begun")
+    begin(plan, overwrite, resume)
+
+
+def refusal(kind: type[StreamerError], case: Case, plan: OutputPlan | None = None, **options: bool) -> str:
+    """The one line of a refusal, by the preflight and under the lock alike; neither touches what is there."""
+    before = tree_digest(case.out.parent)
+    messages = set()
+    for begin in (inspect_output, open_outputs):
+        with pytest.raises(kind) as caught:
+            run(begin, plan or case.plan, **options)
+        assert type(caught.value) is kind
+        messages.add(str(caught.value))
+    assert tree_digest(case.out.parent) == before
+    (message,) = messages
+    assert "\n" not in message
+    return message
+
+
+def check_whole(case: Case, digest: str = "digest") -> None:
+    assert {n: (case.out / n).read_bytes() for n in DATA} == DATA
+    assert tree_digest(case.out).keys() == {*DATA, RECORD_NAME}
+    assert json.loads((case.out / RECORD_NAME).read_text())["plan"] == digest
+
+
+def take(path: Path) -> None:
+    """Take a lock, and let it go."""
+    with locked(path):
+        assert path.exists()

@@ -1,0 +1,262 @@
+"""Files that appear whole under their name, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from faults import failing
+from helpers import names
+
+from streamer.errors import StorageError
+from streamer.storage import atomic_file, files
+from streamer.storage.atomic_file import PARTIAL, AtomicFile, partials_of, remove_partials, write_atomic
+from streamer.storage.files import fsync_directory, make_directory
+from streamer.storage.journal import Journal
+
+ADVICE = "run the same command again once the cause is gone"
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    old = os.umask(0o022)
+    yield os.umask
+    os.umask(old)
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    seen: list[bytes] = []
+    with AtomicFile(path, 6, lambda fd: seen.append(os.pread(fd, 99, 0))) as f:
+        f.write(b"one")
+        assert not path.exists()
+        (partial,) = names(tmp_path)
+        assert PARTIAL.match(partial)
+        f.write(memoryview(bytearray(b"two")))
+        assert f.written == 6
+    assert seen == [b"onetwo"]
+    assert f.sha256 == hashlib.sha256(b"onetwo").hexdigest()
+    assert path.read_bytes() == b"onetwo"
+    assert names(tmp_path) == ["f"]
+
+
+def test_nothing_and_views_of_any_type(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "empty", b"")
+    assert (tmp_path / "empty").read_bytes() == b""
+    with AtomicFile(tmp_path / "f", 8) as f:
+        f.write(memoryview(b"12345678").cast("H"))
+        f.write(b"")
+    assert (tmp_path / "f").read_bytes() == b"12345678"
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_old_file_and_no_partial(tmp_path: Path, kind: type[BaseException]) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+
+    def write() -> None:
+        with AtomicFile(path, 3) as f:
+            f.write(b"new")
+            raise kind
+
+    with pytest.raises(kind):
+        write()
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["f"]
+
+
+def test_the_check_can_stop_the_rename(tmp_path: Path) -> None:
+    def check(_: int) -> None:
+        raise KeyError("no")
+
+    def write() -> None:
+        with AtomicFile(tmp_path / "f", 3, check) as f:
+            f.write(b"new")
+
+    with pytest.raises(KeyError):
+        write()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("data", [b"", b"12", b"1234"])
+def test_the_byte_count_must_be_the_planned_one(tmp_path: Path, data: bytes) -> None:
+    def write() -> None:
+        with AtomicFile(tmp_path / "f", 3) as f:
+            f.write(data)
+
+    with pytest.raises(StorageError) as caught:
+        write()
+    assert str(caught.value) == f"{tmp_path}/f: expected to write 3 bytes, wrote {len(data)}; please report this"
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_mode_follows_the_umask(tmp_path: Path, umask: Callable[[int], int], mask: int, mode: int) -> None:
+    umask(mask)
+    write_atomic(tmp_path / "f", b"x")
+    journal = Journal(tmp_path / "journal")
+    journal.append(b"head")
+    journal.clear()
+    journal.append(b"head")
+    journal.close()
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == mode, path
+
+
+def test_a_symlink_at_the_target_is_replaced_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(b"old")
+    (tmp_path / "f").symlink_to("elsewhere")
+    write_atomic(tmp_path / "f", b"new")
+    assert not (tmp_path / "f").is_symlink()
+    assert (tmp_path / "f").read_bytes() == b"new"
+    assert (tmp_path / "elsewhere").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("what", ["symlink", "dangling", "file"])
+def test_what_stands_at_the_partials_name_is_neither_followed_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(atomic_file.secrets, "token_hex", lambda n: "0" * 2 * n)
+    partial, elsewhere = tmp_path / f".f.{'0' * 16}.partial", tmp_path / "elsewhere"
+    if what != "dangling":
+        elsewhere.write_bytes(b"old")
+    if what == "file":
+        elsewhere.rename(partial)
+    else:
+        partial.symlink_to(elsewhere)
+    before = names(tmp_path)
+    with pytest.raises(StorageError, match=r"f: cannot create: File exists; run the same command again"):
+        write_atomic(tmp_path / "f", b"new")
+    assert names(tmp_path) == before
+    if what != "dangling":
+        assert partial.read_bytes() == b"old"
+
+
+def test_short_writes_are_written_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, bytes(data)[:3]))
+    write_atomic(tmp_path / "f", bytes(range(100)))
+    assert (tmp_path / "f").read_bytes() == bytes(range(100))
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "words"),
+    [
+        ("open", errno.EACCES, f"cannot create: Permission denied; {ADVICE}"),
+        ("posix_fallocate", errno.ENOSPC, "cannot create: No space left on device; free some space, then run"),
+        ("posix_fallocate", errno.EDQUOT, "cannot create: Disk quota exceeded; free some space, then run"),
+        ("posix_fallocate", errno.EFBIG, "cannot create: File too large; free some space, then run"),
+        ("write", errno.ENOSPC, "cannot write: No space left on device; free some space, then run"),
+        ("write", errno.EIO, f"cannot write: Input/output error; {ADVICE}"),
+        ("fsync", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
+        ("close", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
+        ("rename", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
+    ],
+)
+def test_a_system_that_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, words: str
+) -> None:
+    """The old file stays, no partial is left, and the one line says what to do."""
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    real_close = os.close
+
+    def close(fd: int) -> None:  # a close that fails has closed all the same
+        real_close(fd)
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as m:
+        m.setattr(os, call, close if call == "close" else failing(number))
+        with pytest.raises(StorageError) as caught:
+            write_atomic(path, b"new")
+    assert str(caught.value).startswith(f"{path}: {words}")
+    assert caught.value.exit_code == 6
+    assert names(tmp_path) == ["f"]
+    assert path.read_bytes() == b"old"
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_that_cannot_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", failing(number))
+    write_atomic(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
+
+
+def test_a_failed_fsync_is_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel forgets a failed write-back: a second fsync would succeed and prove nothing."""
+    calls: list[int] = []
+
+    def fsync(fd: int) -> None:
+        calls.append(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StorageError, match="cannot finish"):
+        write_atomic(tmp_path / "f", b"new")
+    assert len(calls) == 1
+    assert names(tmp_path) == []
+
+
+def test_data_is_durable_before_the_name_and_the_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    for call in ("write", "fsync", "rename"):
+        real = getattr(os, call)
+
+        def watched(*args: object, call: str = call, real: Callable[..., object] = real) -> object:
+            of = os.readlink(f"/proc/self/fd/{args[0]}") if call != "rename" else str(args[0])
+            log.append(f"{call} {'partial' if of.endswith('.partial') else 'directory'}")
+            return real(*args)
+
+        monkeypatch.setattr(os, call, watched)
+    write_atomic(tmp_path / "f", b"new")
+    assert log == ["write partial", "fsync partial", "rename partial", "fsync directory"]
+
+
+def test_a_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot create: No such file or directory"):
+        write_atomic(tmp_path / "missing" / "f", b"new")
+
+
+def test_own_partials_only_are_removed(tmp_path: Path) -> None:
+    digits = "0123456789abcdef"
+    ours = f".f.{digits}.partial"
+    others = [f".g.{digits}.partial", f".f.{digits[:-1]}.partial", f"f.{digits}.partial", f".f.{digits}.partial2", ".f"]
+    for name in (ours, *others):
+        (tmp_path / name).touch()
+    (tmp_path / f".f.{digits[::-1]}.partial").symlink_to("elsewhere")
+    before = names(tmp_path)
+    assert partials_of(tmp_path, {"f"}) == [tmp_path / ours]
+    remove_partials(tmp_path, {"f"})
+    assert set(before) - set(names(tmp_path)) == {ours}
+
+
+def test_a_partial_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f".f.{'0' * 16}.partial").touch()
+    monkeypatch.setattr(os, "unlink", failing(errno.EPERM))
+    with pytest.raises(StorageError, match=r"\.partial: cannot remove: Operation not permitted; run the same command"):
+        remove_partials(tmp_path, {"f"})
+
+
+def test_new_directories_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "fsync_directory", synced.append)
+    make_directory(tmp_path / "a" / "b")
+    make_directory(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert synced == [tmp_path, tmp_path / "a"]
+
+
+def test_a_file_where_a_directory_should_be(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(StorageError, match=r"a/b: cannot create: Not a directory"):
+        make_directory(tmp_path / "a" / "b")
+    with pytest.raises(OSError, match="Not a directory"):
+        fsync_directory(tmp_path / "a")

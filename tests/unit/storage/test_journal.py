@@ -1,0 +1,182 @@
+"""The journal: what was appended comes back, and what a crash tore ends it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from faults import failing
+from helpers import names
+
+from streamer.errors import StorageError
+from streamer.storage import journal as journal_module
+from streamer.storage.journal import Journal
+
+RECORDS = [b"head", b"", b"x" * 50, b"last"]
+
+
+def journal_of(path: Path, records: list[bytes]) -> bytes:
+    """Its bytes on disk."""
+    journal = Journal(path)
+    for record in records:
+        journal.append(record)
+    journal.close()
+    return path.read_bytes()
+
+
+def contents(path: Path) -> list[bytes]:
+    journal = Journal(path)
+    out = [journal[i] for i in range(len(journal))]
+    journal.close()
+    return out
+
+
+def test_records_come_back(tmp_path: Path) -> None:
+    raw = journal_of(tmp_path / "j", RECORDS)
+    assert len(raw) == sum(40 + len(r) for r in RECORDS)
+    assert contents(tmp_path / "j") == RECORDS
+    journal = Journal(tmp_path / "j")
+    assert journal[2] == RECORDS[2]
+    journal.append(b"more")
+    assert journal[4] == b"more"
+    journal.remove()
+    assert names(tmp_path) == []
+
+
+def test_torn_at_every_byte(tmp_path: Path) -> None:
+    """Whole records are kept, the torn one goes, and the journal is written on from there."""
+    path = tmp_path / "j"
+    raw = journal_of(path, RECORDS)
+    ends = [sum(40 + len(r) for r in RECORDS[:n]) for n in range(len(RECORDS) + 1)]
+    for size in range(len(raw) + 1):
+        path.write_bytes(raw[:size])
+        whole = sum(end <= size for end in ends[1:])
+        assert contents(path) == RECORDS[:whole], size
+        assert path.stat().st_size == ends[whole]
+        journal = Journal(path)
+        journal.append(b"more")
+        journal.close()
+        assert contents(path) == [*RECORDS[:whole], b"more"]
+
+
+def test_a_flipped_bit_ends_the_journal(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    raw = journal_of(path, [b"head", b"second", b"third"])
+    starts = [0, 44, 90]
+    for bit in range(0, 8 * len(raw), 9):  # each byte, and each place in a byte
+        broken = bytearray(raw)
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        hit = sum(start <= bit // 8 for start in starts) - 1
+        assert contents(path) == [b"head", b"second", b"third"][:hit], bit
+
+
+@pytest.mark.parametrize("tail", [bytes(4096), b"\xff" * 4096, b"\xff" * 7, (2**63).to_bytes(8, "little") + bytes(40)])
+def test_garbage_after_the_records(tmp_path: Path, tail: bytes) -> None:
+    """What a power loss may leave of a record: zeros, or anything."""
+    path = tmp_path / "j"
+    raw = journal_of(path, RECORDS)
+    path.write_bytes(raw + tail)
+    assert contents(path) == RECORDS
+    assert path.read_bytes() == raw
+
+
+def test_short_reads_and_writes_of_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread, pwrite = os.pread, os.pwrite
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, min(n, 7), at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
+    journal_of(tmp_path / "j", RECORDS)
+    assert contents(tmp_path / "j") == RECORDS
+
+
+@pytest.mark.parametrize(("call", "number"), [("pwrite", errno.ENOSPC), ("pwrite", errno.EIO), ("fsync", errno.EIO)])
+def test_an_append_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append(b"head")
+    with monkeypatch.context() as m:
+        m.setattr(os, call, failing(number))
+        with pytest.raises(StorageError, match="j: cannot append to the journal: "):
+            journal.append(b"lost")
+    assert len(journal) == 1
+    journal.append(b"second")
+    journal.close()
+    assert contents(tmp_path / "j") == [b"head", b"second"]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "rename"])
+def test_starting_over_replaces_the_journal_in_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int
+) -> None:
+    """Whichever call fails, there is the old journal or the new head."""
+    path, real, calls = tmp_path / "j", getattr(os, call), []
+    journal_of(path, RECORDS)
+    journal = Journal(path)
+    journal.clear()
+    assert len(journal) == 0
+
+    def dies(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == nth:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args, **kwargs)
+
+    failed = False
+    with monkeypatch.context() as m:
+        m.setattr(os, call, dies)
+        try:
+            journal.append(b"new")
+        except StorageError:
+            failed = True
+    journal.close()
+    assert failed == (len(calls) >= nth)
+    assert contents(path) in ((RECORDS, [b"new"]) if failed else ([b"new"],))
+    assert names(tmp_path) == ["j"]
+
+
+def test_a_journal_started_over_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal_of(path, RECORDS)
+    journal = Journal(path)
+    journal.clear()
+    journal.append(b"new")
+    journal.append(b"second")
+    assert [journal[0], journal[1]] == [b"new", b"second"]
+    journal.close()
+    journal.close()
+    assert contents(path) == [b"new", b"second"]
+
+
+def test_clearing_alone_changes_nothing_on_disk(tmp_path: Path) -> None:
+    raw = journal_of(tmp_path / "j", RECORDS)
+    journal = Journal(tmp_path / "j")
+    journal.clear()
+    journal.close()
+    assert (tmp_path / "j").read_bytes() == raw
+
+
+def test_what_a_killed_start_over_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / f".j.{'0' * 16}.partial").touch()
+    Journal(tmp_path / "j").close()
+    assert names(tmp_path) == ["j"]
+
+
+def test_a_journal_is_not_a_symlink(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(b"precious")
+    (tmp_path / "j").symlink_to("elsewhere")
+    with pytest.raises(StorageError, match="j: cannot open the journal: Too many levels of symbolic links"):
+        Journal(tmp_path / "j")
+    assert (tmp_path / "elsewhere").read_bytes() == b"precious"
+
+
+def test_a_new_journals_name_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(journal_module, "fsync_directory", synced.append)
+    journal = Journal(tmp_path / "j")
+    journal.append(b"head")
+    assert synced == [tmp_path]
+    journal.append(b"second")
+    assert synced == [tmp_path]
+    journal.close()

@@ -1,0 +1,187 @@
+"""What may be replaced: an output's own files, and nothing that the user put there."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, nothing, refusal, run
+
+from streamer.errors import OutputError, OutputExistsError, StorageError
+from streamer.storage.output_plan import (
+    JOURNAL_NAME,
+    LOCK_NAME,
+    RECORD_NAME,
+    inspect_output,
+)
+from streamer.storage.transaction import open_outputs
+
+
+@pytest.mark.parametrize("name", [*DATA, "model.safetensors"])
+def test_a_foreign_file_is_kept(case: Case, name: str) -> None:
+    """A final name, or one that a loader would prefer to ours."""
+    path = case.out / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(DATA.get(name, b"foreign"))
+    expected = f"{path}: exists and is not ours; choose another output, or move it away"
+    assert refusal(OutputExistsError, case) == expected
+    assert refusal(OutputExistsError, case, overwrite=True) == expected
+    assert OutputError.exit_code == 4
+    path.unlink()
+    assert carry_out(case, overwrite=True) == list(DATA)
+    check_whole(case)
+
+
+def test_a_file_for_users_to_edit(case: Case) -> None:
+    """Edited, the output is whole as it stands; and no run replaces it, be it anew or taken up."""
+    case.plan = dataclasses.replace(case.plan, editable=frozenset({"model-1"}), instead={"model-1": "pass --none"})
+    path = case.out / "model-1"
+    ways = "choose another output, move it away, or pass --none"
+    carry_out(case)
+    path.write_bytes(b"edited")
+    assert inspect_output(case.plan) == "done"
+    expected = f"{path}: was edited since it was written; {ways}"
+    assert refusal(OutputExistsError, case, overwrite=True) == expected
+    (case.out / "model-2").unlink()
+    assert refusal(OutputExistsError, case) == expected
+    path.unlink()
+    interrupt(case)
+    path.write_bytes(b"edited")
+    for options in ({}, {"resume": False}):
+        assert refusal(OutputExistsError, case, **options) == expected
+    shutil.rmtree(case.out)
+    case.out.mkdir()
+    path.write_bytes(b"foreign")
+    assert refusal(OutputExistsError, case) == f"{path}: exists and is not ours; {ways}"
+
+
+@pytest.mark.parametrize("name", [*DATA, "model.safetensors"])
+def test_a_foreign_file_beside_another_output_is_kept(case: Case, name: str) -> None:
+    """Neither the old record nor an interrupted run's journal names it."""
+    old = dataclasses.replace(case.plan, files=(("old", 3),), digest="old", conflicting_names=())
+    with open_outputs([old]) as (out,):
+        out.write("old", b"old", nothing)
+        out.commit({"schema": "streamer.output/2"})
+    with pytest.raises(Killed):
+        carry_out(case, until="sub/config.json", overwrite=True)
+    (case.out / name).parent.mkdir(exist_ok=True)
+    (case.out / name).write_bytes(b"foreign")
+    words = "exists and is not ours; choose another output, or move it away"
+    assert refusal(OutputExistsError, case, case.other(), overwrite=True) == f"{case.out / name}: {words}"
+
+
+def test_a_rival_of_the_old_output_goes_unless_it_was_changed(case: Case) -> None:
+    rival = case.out / "model.safetensors"
+    old = dataclasses.replace(case.plan, files=((rival.name, 3),), digest="old", conflicting_names=())
+    for changed in (False, True):
+        with open_outputs([old]) as (out,):
+            out.write(rival.name, b"old", nothing)
+            out.commit({"schema": "streamer.output/2"})
+        if changed:
+            rival.write_bytes(b"new")
+            message = refusal(OutputExistsError, case, overwrite=True)
+            assert message.startswith(
+                f"{rival}: was changed since it was written, and a loader would take it for a part"
+            )
+        else:
+            carry_out(case, overwrite=True)
+            check_whole(case)
+            shutil.rmtree(case.out)
+
+
+@pytest.mark.parametrize("record", [b"not json", b"{}", b"[]", b'{"plan": "other"}'])
+def test_a_foreign_record_is_kept(case: Case, record: bytes) -> None:
+    case.out.mkdir()
+    (case.out / RECORD_NAME).write_bytes(record)
+    words = "exists and is not ours; choose another output, or move it away"
+    for overwrite in (False, True):
+        assert refusal(OutputExistsError, case, overwrite=overwrite) == f"{case.out / RECORD_NAME}: {words}"
+
+
+def test_another_output_is_kept(case: Case) -> None:
+    carry_out(case)
+    words = "holds another output; choose another directory, or pass --overwrite"
+    assert refusal(OutputExistsError, case, case.other()) == f"{case.out}: {words}"
+    carry_out(case, case.other(), overwrite=True)
+    check_whole(case, "another")
+
+
+def test_the_interrupted_run_of_another_plan_is_kept(case: Case) -> None:
+    interrupt(case)
+    for options in ({}, {"resume": False}):
+        message = refusal(OutputExistsError, case, case.other(), **options)
+        assert message == (
+            f"{case.out}: holds an interrupted run with other inputs or options; finish that one, "
+            "choose another output, or pass --overwrite"
+        )
+    assert carry_out(case, case.other(), overwrite=True) == list(DATA)
+    check_whole(case, "another")
+
+
+def test_overwriting_removes_the_old_commit_point_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    carry_out(case)
+    (case.out / "model.safetensors").touch()
+    removed: list[str] = []
+    real = Path.unlink
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        removed.append(self.name)
+        assert (case.out / JOURNAL_NAME).exists() == (self.name != INDEX)  # a kill from here on leaves a run to take up
+        real(self, missing_ok)
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "unlink", unlink)
+        with pytest.raises(Killed):
+            carry_out(case, case.other(), until="sub/config.json", overwrite=True)
+    assert removed == [INDEX, "model.safetensors", RECORD_NAME]
+    assert (case.out / "model-1").read_bytes() == DATA["model-1"]
+    assert carry_out(case, case.other(), overwrite=True) == list(DATA)
+    check_whole(case, "another")
+
+
+def test_an_interrupted_overwrite_is_taken_up_with_or_without_the_option(case: Case) -> None:
+    for options in ({}, {"overwrite": True}):
+        carry_out(case, overwrite=True)
+        with pytest.raises(Killed):
+            carry_out(case, case.other(), until="model-2", overwrite=True)
+        assert inspect_output(case.other(), **options) == "resume"
+        assert carry_out(case, case.other(), **options) == ["model-2", INDEX]
+        check_whole(case, "another")
+
+
+@pytest.mark.parametrize("name", [*DATA, "sub", RECORD_NAME, JOURNAL_NAME, LOCK_NAME])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_symlink_at_a_final_name(case: Case, name: str, overwrite: bool) -> None:
+    """Dangling or not: never followed, never replaced without a word."""
+    path = case.out / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(case.base / "precious", target_is_directory=name == "sub")
+    at = case.out / "sub/config.json" if name == "sub" else path
+    for begin in (inspect_output, open_outputs):
+        with pytest.raises(OutputError, match="symlink") as caught:
+            run(begin, case.plan, overwrite)
+        words = "is a symlink, and writing never follows one; remove it"
+        if not (begin is open_outputs and name == LOCK_NAME):
+            assert str(caught.value) == f"{at}: {words}"
+    assert path.is_symlink()
+    assert not (case.base / "precious").exists()
+
+
+def test_an_output_that_is_a_symlink(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    case.out.symlink_to("real")
+    message = refusal(OutputError, case)
+    assert message == f"{case.out}: is a symlink, and writing never follows one; name its target {tmp_path}/real"
+    (tmp_path / "real").rmdir()
+    assert "is a symlink" in refusal(OutputError, case)
+    assert not (tmp_path / "real").exists()
+
+
+def test_a_commit_point_that_cannot_be_removed(case: Case) -> None:
+    carry_out(case)
+    (case.out / INDEX).unlink()
+    (case.out / INDEX).mkdir()
+    with pytest.raises(StorageError, match=r"index\.json: cannot remove: Is a directory"):
+        carry_out(case, overwrite=True)
