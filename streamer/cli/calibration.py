@@ -17,8 +17,8 @@ from streamer.cli.cores import available_cores
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import cost
-from streamer.linalg.deltas import Delta
-from streamer.linalg.operators import Dense, LowRank, Matrix, RowBlocks
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta, Dense, Matrix, RowBlocks
 from streamer.linalg.torch_state import threads
 from streamer.output.recipes import Mitigated, Recipe
 from streamer.weights.base import DECODED_BYTES, Weight

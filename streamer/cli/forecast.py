@@ -16,7 +16,7 @@ from streamer.detection.run import findings_bytes, matrices_of
 from streamer.detection.solvers import cheaper, cost
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
-from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Delta
 from streamer.linalg.svd import OVERSAMPLING
 from streamer.output.adapter_writer import AdapterSink
 from streamer.output.job import Job, ModelSink, Sink

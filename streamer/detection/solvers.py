@@ -13,11 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamer.linalg import deltas
 from streamer.linalg.christoffel import CHRISTOFFEL_BYTES
-from streamer.linalg.deltas import Delta
 from streamer.linalg.golub_kahan import block_width
-from streamer.linalg.operators import BLOCK_BYTES, Matrix, Sum
+from streamer.linalg.operators import BLOCK_BYTES, Delta, Matrix, Sum
 from streamer.linalg.overlap_bounds import PROVABLE, OverlapBounds, OverlapProcess, dense_overlaps
 from streamer.linalg.svd import OVERSAMPLING, Triplets, dense_triplets, krylov_triplets
 
@@ -69,7 +67,7 @@ def solve_dense(
 ) -> SolverResult:
     """LAPACK's full SVD of the sum and of the base, formed in any case."""
     scale, base_scale = _scales(base, delta)
-    triplets = dense_triplets(Sum([base.scaled(scale), delta.scaled(scale)]), k)
+    triplets = dense_triplets(Sum(base.scaled(scale), delta.scaled(scale)), k)
     bounds, similarity = dense_overlaps(base.scaled(base_scale), triplets.U, generator)
     distance = triplets.distance_estimate
     low, high = (bounds.low - distance).clamp_min(0), (bounds.high + distance).clamp_max(1)
@@ -89,7 +87,7 @@ def solve_certified(
     if k + OVERSAMPLING >= min(base.shape) or (base_scale == 0 and allow_dense):
         return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True)
     columns = bounds_columns(base.shape, k, allow_dense)
-    W = Sum([base.scaled(scale), delta.scaled(scale)])
+    W = Sum(base.scaled(scale), delta.scaled(scale))
     most = max(16, 2 * columns // block_width(k, OVERSAMPLING))
     found = krylov_triplets(W, k, generator, base.like, triplets_columns(k), most)
     steps, products, triplets = found.steps, found.products, found.triplets
@@ -144,7 +142,7 @@ def _scales(base: Matrix, delta: Delta) -> tuple[float, float]:
     """
     # No copy of the matrix, as abs() would make.
     largest = max(abs(end) for piece in base.pieces() for end in torch.stack(torch.aminmax(piece)).tolist())
-    total = largest + deltas.largest(delta)
+    total = largest + delta.largest_estimate()
     return _power(total, base.like.dtype) or 1.0, _power(largest, base.like.dtype)
 
 

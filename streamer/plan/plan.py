@@ -19,7 +19,7 @@ from streamer.adapters.adapter import Adapter, open_adapter
 from streamer.adapters.finetuned import is_model, open_tuned
 from streamer.adapters.modules import LoraModule
 from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
-from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Delta
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.carried_tensors import TensorEdits, match_changes
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
