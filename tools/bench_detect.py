@@ -41,9 +41,9 @@ from measure import kilobytes, machine
 from torch import Tensor
 
 from streamer.cli.demo import power_law
+from streamer.detection.cost import triplets_columns
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
-from streamer.detection.solvers import triplets_columns
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense, RowBlocks, Sum
 from streamer.linalg.svd import krylov_triplets, residuals

@@ -14,8 +14,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from streamer.detection.cost import cheaper
 from streamer.detection.options import DetectionOptions
-from streamer.detection.solvers import SOLVERS, cheaper
+from streamer.detection.solvers import SOLVERS
 from streamer.errors import NumericError
 from streamer.linalg.operators import Delta, Matrix, all_finite
 from streamer.linalg.svd import DEGENERATE

@@ -18,7 +18,7 @@ from streamer.linalg.low_rank import LowRank
 
 
 class Operator(Protocol):
-    """A real matrix known by its products."""
+    """A real matrix that is known by its products."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -31,7 +31,7 @@ class Operator(Protocol):
         """``M.T @ Y``, (m, c) to (n, c)."""
 
     def dense(self) -> Tensor:
-        """The matrix itself, (m, n)."""
+        """Form the matrix, (m, n)."""
 
     @property
     def T(self) -> Operator:
@@ -40,7 +40,7 @@ class Operator(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """``scale · matrix``, a matrix in memory, (m, n).
+    """``scale · matrix``: a matrix in memory, (m, n).
 
     The scale, a power of two, is applied to the factor of each product and costs no copy of the matrix.
     """
@@ -55,7 +55,7 @@ class Dense:
 
     @property
     def like(self) -> Tensor:
-        """A tensor, empty, of the dtype and device of the products."""
+        """An empty tensor of the dtype and device of the products."""
         return self.matrix.new_empty(0)
 
     def matmat(self, X: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Dense:
         return replace(self, matrix=self.matrix.T)
 
     def dense(self) -> Tensor:
-        """The matrix itself, a copy only where it is scaled."""
+        """Form the matrix, a copy only where it is scaled."""
         return self.matrix if self.scale == 1 else self.matrix * self.scale
 
     def scaled(self, factor: float) -> Dense:
@@ -80,11 +80,11 @@ class Dense:
         return replace(self, scale=self.scale * factor)
 
     def pieces(self) -> Iterator[Tensor]:
-        """All values, unscaled, in pieces of any shape."""
+        """Iterate over all values, unscaled, in pieces of any shape."""
         yield self.matrix
 
     def rows(self) -> Iterator[Tensor] | None:
-        """Rows in order, unscaled, a few at a time."""
+        """Iterate over the rows in order, unscaled, a few at a time."""
         return iter(torch.split(self.matrix, 1024))
 
     # As a delta: the methods of `LowRank` by these names.
@@ -156,16 +156,16 @@ class Dense:
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """``scale · M`` where M (m, n) is read a few rows at a time for each product, and is never in memory whole.
+    """``scale · M`` where M (m, n) is read a few rows at a time for each product, so that memory does not hold it.
 
     Attributes
     ----------
     stored
-        Shape of what is read.
+        Shape of the matrix that is read.
     read
         ``read(i, j)`` gives rows i to j in any floating-point dtype.
     like
-        A tensor, empty, of the dtype and device of the products.
+        An empty tensor of the dtype and device of the products.
     transposed
         Whether M is the transpose of what is read.
     """
@@ -196,7 +196,7 @@ class RowBlocks:
         return self._across(Y * self.scale) if self.transposed else self._down(Y * self.scale)
 
     def dense(self) -> Tensor:
-        """The matrix itself, formed, (m, n)."""
+        """Form the matrix, (m, n)."""
         out = self.like.new_empty(self.stored)
         for i, block in self._blocks():
             torch.mul(block, self.scale, out=out[i : i + len(block)])
@@ -207,11 +207,11 @@ class RowBlocks:
         return replace(self, scale=self.scale * factor)
 
     def pieces(self) -> Iterator[Tensor]:
-        """All values, unscaled, in pieces of any shape."""
+        """Iterate over all values, unscaled, in pieces of any shape."""
         return (block for _, block in self._blocks())
 
     def rows(self) -> Iterator[Tensor] | None:
-        """Rows in order, unscaled, a few at a time; None for a transpose, whose rows cannot be had without all of it."""
+        """Iterate over the rows in order, unscaled, a few at a time; None for a transpose, whose rows would need all of it."""
         return None if self.transposed else self.pieces()
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
@@ -245,27 +245,17 @@ Leading = Callable[[Dense, int], tuple[Tensor, Tensor, Tensor]]
 """Finds the leading singular triplets of a matrix, so many at least if it has them: U (m, p), S (p,), Vh (p, n), float64."""
 
 BLOCK_BYTES = 16 << 20
-"""What `RowBlocks` reads at a time, so that the block is still in the cache for the product after its upcast.
-
-Milliseconds of `M @ X` and `M.T @ Y` with 16 columns from bf16, 2 threads, by blocks of 4, 8, 16, 32 and 64 MB: 14336x4096 24+61, 20+36,
-19+29, 28+32, 35+42; 4096x14336 41+66, 30+60, 26+61, 28+42, 36+44; 8192x28672 239+289, 195+291, 126+241, 131+255, 141+177. From a float32
-copy they are 20+24, 27+28 and 81+119.
-"""
+"""Bytes of rows that `RowBlocks` reads at a time: still in the cache for the product after the upcast; measured in docs/benchmarks.md."""
 
 PIECES = 8
-"""Pieces that a product is cut into.
-
-One product of a 14336x4096 or 4096x14336 float32 matrix with 16 columns took 26 and 22 to 25 ms whole, and 20 in 8 pieces (2 threads,
-AMD EPYC, MKL); on an Intel Xeon 15 to 17 either way.
-"""
+"""Row blocks that a product of a long matrix is cut into; measured in docs/benchmarks.md."""
 
 
 def skinny_product(M: Tensor, X: Tensor) -> Tensor:
     """``M @ X`` for M (m, n), row-major or a transpose, and X (n, c) of few columns.
 
-    X gets zero columns up to a multiple of 16: a product with 4 to 14 columns took 3 to 6 times as long as one with 16 (4096x4096
-    float32, `W.T @ Y`, 2 cores). On the CPU a transpose is multiplied from the left (8192x28672 with 16 columns, 2 threads, Xeon:
-    80 ms, and 185 ms from the right), and long matrices in `PIECES`.
+    X gets zero columns up to a multiple of 16, for which products are several times as fast. On the CPU a transpose is multiplied from
+    the left, and long matrices in `PIECES`; all are measured in docs/benchmarks.md.
     """
     c = X.shape[1]
     X = torch.nn.functional.pad(X, (0, -c % 16))

@@ -118,7 +118,7 @@ class Requantize:
             change.add_rows(values, i, j)
             return values
 
-        for piece in weight.recoded(self.role, merged, weight.rescaled(merged)):
+        for piece in weight.requantized(self.role, merged, weight.new_scales(merged)):
             yield as_bytes(piece)
 
 
