@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import streamer
 from streamer.adapters.peft_methods import METHODS, MethodInputs
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
-from streamer.linalg.operators import LowRank
+from streamer.linalg.low_rank import LowRank
 from streamer.plan.plan import make_plan
 
 Q = "layers.0.q"
