@@ -28,3 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def job(tmp_path: Path) -> tuple[Path, Path]:
     """A sharded base and its adapter."""
     return helpers.three_shards(tmp_path)
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> tuple[Path, Path]:
+    """A base of one file and its adapter."""
+    return helpers.one_file(tmp_path)

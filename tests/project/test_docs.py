@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import doctest
 import importlib
 import pkgutil
@@ -10,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from arguments import subparsers
 from command_line import run_cli
 from paths import ROOT
 
@@ -24,11 +24,6 @@ PAGES = {
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def subparsers() -> dict[str, argparse.ArgumentParser]:
-    actions = build_parser()._actions
-    return next(a for a in actions if isinstance(a, argparse._SubParsersAction)).choices
 
 
 @pytest.mark.parametrize("command", sorted(subparsers()))

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from streamer.storage.checkpoint import Checkpoint
@@ -21,6 +22,17 @@ def view(checkpoint: Checkpoint, name: str) -> memoryview:
 def names(directory: Path) -> list[str]:
     """What a directory holds, hidden files too."""
     return sorted(p.name for p in directory.iterdir())
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with safe_open(path, "pt") as f:
+        return f.metadata()
+
+
+def stamp(path: Path) -> dict:
+    """What a file says of the run that wrote it."""
+    return json.loads(metadata(path)["streamer"])
 
 
 def tree_digest(directory: Path) -> dict[str, str]:
@@ -114,3 +126,15 @@ def three_shards(directory: Path, dtype: torch.dtype = torch.bfloat16, hidden: i
     (base / "1_Pooling").mkdir()
     (base / "1_Pooling" / "config.json").write_text("{}")
     return base, write_adapter(directory / "adapter", factors, r=4)
+
+
+def one_file(directory: Path) -> tuple[Path, Path]:
+    """A base of one file, which is the commit point of what is merged from it, and its adapter."""
+    tensors, factors = {}, {}
+    for i in range(3):
+        tensors[f"layers.{i}.weight"] = power_law(24, 20, seed=i).float()
+        factors[f"layers.{i}"] = intruding_factors(24, 20, 3, seed=i)
+    (directory / "one").mkdir()
+    save_file(tensors, directory / "one" / "model.safetensors", metadata={"format": "pt", "note": "the base's own"})
+    (directory / "one" / "README.md").write_text("---\nlicense: mit\n---\n# One\n")
+    return directory / "one", write_adapter(directory / "few", factors, r=3, base_model_name_or_path="some/one")

@@ -5,38 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from peft.utils.other import get_pattern_key
 
 from streamer.adapters.rank_patterns import first_match
-
-PATHS = st.lists(
-    st.sampled_from(["model", "layers", "0", "1", "q_proj", "k_proj", "proj", "mlp"]), min_size=1, max_size=5
-)
-KEYS = st.one_of(
-    PATHS.map(".".join),
-    st.sampled_from(
-        [
-            ".*",
-            "q_proj|k_proj",
-            "(q|k)_proj",
-            r"layers\.\d",
-            "^model",
-            "^q_proj$",
-            ".*proj",
-            "q",
-            r"\w+_proj",
-            "model.+proj",
-        ]
-    ),
-)
-
-
-@given(PATHS.map(".".join), st.lists(KEYS, unique=True, max_size=5))
-def test_patterns_match_as_in_peft(module: str, keys: list[str]) -> None:
-    found = first_match(keys, module)
-    assert get_pattern_key(keys, module) == (module if found is None else found)
 
 
 @pytest.mark.parametrize(

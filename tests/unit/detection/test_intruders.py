@@ -1,4 +1,4 @@
-"""Detection and mitigation of one matrix, against the dense formula in float64."""
+"""Decisions on one matrix, against the dense formula in float64."""
 
 from __future__ import annotations
 
@@ -6,27 +6,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import intruding_factors, power_law, spectrum_matrix
+from planted import oracle, problem
 
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
 from streamer.errors import NumericError, UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense
-from streamer.output.mitigation import MitigationOptions, back_project, mitigate
+from streamer.output.mitigation import MitigationOptions
 
 SHAPES = [(96, 64), (64, 96), (80, 80), (61, 67)]
-
-
-def problem(m: int, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Dense, LowRank]:
-    A, B = intruding_factors(m, n, 4, seed)
-    return Dense(power_law(m, n, seed).to(dtype)), LowRank(B, A.T)
-
-
-def oracle(base: torch.Tensor, delta: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """U, S, Vh of base + delta, and the similarities of the k leading directions, in float64 by numpy."""
-    U0 = np.linalg.svd(base.double().numpy(), full_matrices=False)[0]
-    U, S, Vh = np.linalg.svd((base.double() + delta.double()).numpy(), full_matrices=False)
-    return U[:, :k], S[:k], Vh[:k], np.abs(U0.T @ U[:, :k]).max(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -58,68 +47,6 @@ def test_the_planted_intruder_is_found_with_its_energy() -> None:
     assert found.delta_norm == pytest.approx(float(np.linalg.norm(delta.dense())), rel=1e-6)
     assert found.certified
     assert found.degenerate == ()
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.5, 0.75, 1.5, -0.5])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_paper_and_project_are_their_formulas(shape: tuple[int, int], lam: float) -> None:
-    base, delta = problem(*shape)
-    found = detect(base, delta, DetectionOptions())
-    assert found.intruders
-    U, S, Vh, _ = oracle(base.matrix, delta.dense(), 10)
-    I = list(found.intruders)  # noqa: E741
-    D = delta.dense().double().numpy()
-    paper = mitigate(delta, found, MitigationOptions(lam))
-    np.testing.assert_allclose(paper.dense(), D + (lam - 1) * (U[:, I] * S[I]) @ Vh[I], atol=2e-5)
-    project = mitigate(delta, found, MitigationOptions(lam, "project"))
-    np.testing.assert_allclose(project.dense(), D - (1 - lam) * U[:, I] @ (U[:, I].T @ D), atol=2e-5)
-    assert project.rank == delta.rank
-    assert project.R is not delta.L
-    torch.testing.assert_close(project.R, delta.R.double(), rtol=0, atol=0)
-    shrink = mitigate(delta, None, MitigationOptions(lam, "shrink"))
-    np.testing.assert_allclose(shrink.dense(), lam * D, rtol=1e-6, atol=1e-7)  # D was formed in float32
-
-
-def test_lambda_one_and_no_intruders_give_the_delta_itself() -> None:
-    base, delta = problem(64, 64)
-    found = detect(base, delta, DetectionOptions())
-    for method in ("paper", "project", "shrink"):
-        assert mitigate(delta, found, MitigationOptions(1.0, method)) is delta  # type: ignore[arg-type]
-    quiet = detect(base, delta.scaled(1e-6), DetectionOptions())
-    assert quiet.intruders == ()
-    assert mitigate(delta, quiet, MitigationOptions(0.0)) is delta
-
-
-def test_first_scales_only_the_highest_ranked() -> None:
-    base = Dense(power_law(80, 80).float())
-    delta = problem(80, 80, seed=1)[1].scaled(1.8) + problem(80, 80, seed=2)[1]
-    found = detect(base, delta, DetectionOptions())
-    assert len(found.intruders) == 2
-    U, S, Vh, _ = oracle(base.matrix, delta.dense(), 10)
-    j = found.intruders[0]
-    after = mitigate(delta, found, MitigationOptions(0.0, "paper", "first"))
-    np.testing.assert_allclose(after.dense(), delta.dense().numpy() - S[j] * np.outer(U[:, j], Vh[j]), atol=2e-5)
-
-
-@pytest.mark.parametrize("rank", [1, 4])
-def test_back_projection_is_the_nearest_of_its_rank_and_says_what_it_dropped(rank: int) -> None:
-    base, delta = problem(96, 64)
-    found = detect(base, delta, DetectionOptions(), rank=rank)
-    after = mitigate(delta, found, MitigationOptions(0.0))
-    B, A, dropped = back_project(after, rank, scale=2.5)
-    D = after.dense().numpy()
-    U, S, Vh = np.linalg.svd(D, full_matrices=False)
-    np.testing.assert_allclose(2.5 * B @ A, (U[:, :rank] * S[:rank]) @ Vh[:rank], atol=1e-9)
-    assert dropped == pytest.approx(np.linalg.norm(S[rank:]) / np.linalg.norm(S), abs=1e-9)
-    assert dropped > 0
-    assert found.dropped_at_zero == pytest.approx(dropped, rel=1e-4)
-
-
-def test_back_projection_at_a_rank_that_suffices_is_exact() -> None:
-    _, delta = problem(30, 20)
-    B, A, dropped = back_project(delta, 4, 0.5)
-    assert dropped == 0
-    torch.testing.assert_close(0.5 * B @ A, delta.dense().double(), rtol=1e-6, atol=1e-7)
 
 
 def test_a_degenerate_cluster_is_said() -> None:

@@ -1,0 +1,11 @@
+"""Random matrices, and shapes of all kinds: wide, tall, square, one row, one column."""
+
+from __future__ import annotations
+
+import torch
+
+SHAPES = [(17, 29), (29, 17), (23, 23), (1, 13), (13, 1)]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,0 +1,22 @@
+"""A matrix with a planted intruder, and the dense formula's answer in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from helpers import intruding_factors, power_law
+
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Dense
+
+
+def problem(m: int, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Dense, LowRank]:
+    A, B = intruding_factors(m, n, 4, seed)
+    return Dense(power_law(m, n, seed).to(dtype)), LowRank(B, A.T)
+
+
+def oracle(base: torch.Tensor, delta: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """U, S, Vh of base + delta, and the similarities of the k leading directions, in float64 by numpy."""
+    U0 = np.linalg.svd(base.double().numpy(), full_matrices=False)[0]
+    U, S, Vh = np.linalg.svd((base.double() + delta.double()).numpy(), full_matrices=False)
+    return U[:, :k], S[:k], Vh[:k], np.abs(U0.T @ U[:, :k]).max(0)

@@ -1,0 +1,149 @@
+"""An adapter's config: scales by PEFT's own rules, what is taken, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from raw_adapter import MODULE, factors, one_module, write_raw
+
+from streamer.adapters.adapter import open_adapter
+from streamer.adapters.config_rules import config_refusals
+from streamer.errors import FormatError, InputError, MismatchError, StreamerError
+
+# Scales ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "rank", "scale"),
+    [
+        ({}, 4, 2.0),
+        ({"use_rslora": True}, 4, 8 / math.sqrt(4)),
+        ({"alpha": 7.5}, 4, 7.5 / 4),
+        ({"alpha_pattern": {"q_proj": 1}}, 4, 0.25),
+        ({"alpha_pattern": {"k_proj": 1}}, 4, 2.0),
+        ({"alpha_pattern": {"proj": 1}}, 4, 2.0),  # a key is a whole component, or several
+        ({"alpha_pattern": {"self_attn.q_proj": 1, "q_proj": 2}}, 4, 0.25),
+        ({"alpha_pattern": {"q_proj": 2, "self_attn.q_proj": 1}}, 4, 0.5),  # the first in the config's order
+        ({"alpha_pattern": {".*attn.*": 2}}, 4, 0.5),
+        ({"alpha_pattern": {"^model.layers.0.self_attn.q_proj": 2}}, 4, 0.5),
+        ({"alpha_pattern": {r"layers\.\d+\.self_attn\.(q|k)_proj": 2}}, 4, 0.5),
+        ({"alpha_pattern": {MODULE: 2}}, 4, 0.5),
+        ({"alpha_pattern": {"layers.1.self_attn.q_proj": 2}}, 4, 2.0),
+        ({"rank_pattern": {"q_proj": 2}}, 2, 4.0),
+        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 1}}, 2, 0.5),
+        ({"rank_pattern": {"q_proj": 9}, "alpha_pattern": {"q_proj": 1}, "use_rslora": True}, 9, 1 / 3),
+        ({"rank_pattern": {}, "alpha_pattern": None}, 4, 2.0),
+    ],
+)
+def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
+    module = one_module(tmp_path, rank=rank, **config)
+    assert (module.rank, module.shape) == (rank, (6, 5))
+    assert module.scale == pytest.approx(scale, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "words"),
+    [
+        (
+            {"r": 8},
+            MismatchError,
+            "expected rank 8 by the config, found 4 rows in lora_A; config and weights are not of one adapter",
+        ),
+        ({"rank_pattern": {"q_proj": 2}}, MismatchError, "expected rank 2 by the config, found 4 rows"),
+        ({"alpha": 0}, FormatError, "its alpha gives a scale of 0.0; expected a finite number, not 0"),
+        (
+            {"alpha": "8"},
+            FormatError,
+            "lora_alpha of module 'model.layers.0.self_attn.q_proj': expected a number, found '8'",
+        ),
+        ({"alpha": True}, FormatError, "expected a number, found True"),
+        ({"alpha_pattern": {"q_proj": None}}, FormatError, "expected a number, found None"),
+        ({"alpha_pattern": ["q_proj"]}, FormatError, "alpha_pattern: expected an object, found list"),
+        ({"alpha": 10**400}, FormatError, "is out of range"),
+        ({"rank_pattern": {"a{99999999999}": 4}}, FormatError, "is not a regular expression"),
+        ({"rank_pattern": {"(" * 5000: 4}}, FormatError, "is not a regular expression"),
+        ({"rank_pattern": {"(": 4}}, FormatError, "pattern '(' is not a regular expression"),
+    ],
+)
+def test_a_config_that_is_wrong(tmp_path: Path, config: dict, error: type[StreamerError], words: str) -> None:
+    with pytest.raises(error) as e:
+        one_module(tmp_path, **config)
+    assert str(e.value).startswith(str(tmp_path / "adapter_config.json"))
+    assert words in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_alpha_must_be_stated(tmp_path: Path) -> None:
+    write_raw(tmp_path, dict(zip((f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"), factors(), strict=True)))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(FormatError, match=r"lora_alpha of module .* expected a number, found None"):
+        open_adapter(tmp_path)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "bias",
+                                        "init_lora_weights", "use_dora", "modules_to_save", "new_key", "use_new"]),
+                       st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+                                    lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=3), s, max_size=3),
+                                    max_leaves=5)))  # fmt: skip
+def test_any_config_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, config: dict) -> None:
+    """No config, however odd, ends in anything but an adapter or one line."""
+    home = tmp_path_factory.mktemp("a")
+    A, B = factors()
+    write_raw(home, {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B}, **config)
+    said = ""
+    try:
+        scale = open_adapter(home).modules[MODULE].scale
+    except InputError as e:
+        said = str(e)
+    assert str(home) in said if said else math.isfinite(scale)
+    assert "\n" not in said
+
+
+# Kinds, by config -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({"init_lora_weights": "pissa_niter_16"}, "residual-base"),
+        ({"init_lora_weights": "PiSSA"}, "residual-base"),
+        ({"init_lora_weights": "loftq"}, "residual-base"),
+        ({"init_lora_weights": "corda"}, "residual-base"),
+        ({"init_lora_weights": "lora_ga"}, "residual-base"),
+        ({"init_lora_weights": "tomorrow"}, "unknown initialisation"),
+        ({"loftq_config": {"loftq_bits": 4}}, "LoftQ"),
+        ({"alora_invocation_tokens": [1]}, "aLoRA"),
+        ({"arrow_config": {"k": 1}}, "Arrow"),
+        ({"use_bdlora": {"x": 1}}, "BD-LoRA"),
+        ({"kasa_config": {"x": 1}}, "KaSA"),
+        ({"monteclora_config": {"x": 1}}, "MonteCLoRA"),
+        ({"megatron_config": {"x": 1}}, "Megatron"),
+        ({"peft_type": "HRA"}, "HRA adapter"),
+        ({"peft_type": ["LORA"]}, "adapter: its change of the weights is not known here"),
+        ({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}, "BOFT: boft_n_butterfly_factor=2"),
+        ({"peft_type": "OFT", "fan_in_fan_out": True}, "OFT: fan_in_fan_out=true"),
+        ({"peft_type": "LOKR", "use_tomorrow": True}, "unknown variant use_tomorrow=True"),
+        ({"use_tomorrow": True}, "unknown variant use_tomorrow=True"),
+        ({"tomorrow_config": {"x": 1}}, "unknown variant tomorrow_config"),
+    ],
+)
+def test_refused_by_config(config: dict, kind: str) -> None:
+    reasons = config_refusals(config)
+    assert len(reasons) == 1
+    assert kind in reasons[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"init_lora_weights": init} for init in (True, False, None, "gaussian", "eva", "orthogonal")
+    ] + [{"loftq_config": {}}, {"bias": None}, {"use_tomorrow": False}, {"tomorrow_config": None}, {"a_note": "x"},
+         {"target_modules": ["q"], "layers_to_transform": [1], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}],
+)  # fmt: skip
+def test_taken_by_config(config: dict) -> None:
+    assert config_refusals(config) == []

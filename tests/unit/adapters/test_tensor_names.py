@@ -1,0 +1,196 @@
+"""Names of an adapter's tensors: variants, what is carried along, forms of factors, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from raw_adapter import MODULE, factors, write_raw
+
+from streamer.adapters.adapter import open_adapter
+from streamer.adapters.config_rules import classify, normalize
+from streamer.errors import FormatError, InputError, UnsupportedError
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "base_model.model.{}.lora_{}.weight",
+        "base_model.model.{}.lora_{}.default.weight",
+        "base_model.model.{}.lora_{}.my-adapter_2.weight",
+        "{}.lora_{}.weight",
+        "module.base_model.model.{}.lora_{}.weight",
+        "_orig_mod.base_model.model.{}.lora_{}.weight",
+        "base_model.model._orig_mod.{}.lora_{}.weight",
+        "_fsdp_wrapped_module.base_model.model.{}.lora_{}.weight",
+        "module._orig_mod.base_model.model.{}.lora_{}.default.weight",
+        "_fsdp_wrapped_module._orig_mod.base_model.model.{}.lora_{}.weight",
+    ],
+)
+def test_name_variants(tmp_path: Path, template: str) -> None:
+    A, B = factors()
+    adapter = open_adapter(write_raw(tmp_path, {template.format(MODULE, "A"): A, template.format(MODULE, "B"): B}))
+    assert list(adapter.modules) == [MODULE]
+    module = adapter.modules[MODULE]
+    assert (module.a, module.b) == (template.format(MODULE, "A"), template.format(MODULE, "B"))
+    delta = adapter.delta(module)
+    torch.testing.assert_close(delta.L @ delta.R.T, 2.0 * B @ A)
+
+
+def test_wrappers_inside_a_path() -> None:
+    for wrapper in ("_orig_mod", "_fsdp_wrapped_module"):
+        name = f"base_model.model.model.layers.0.{wrapper}.self_attn.{wrapper}.q_proj.lora_A.weight"
+        assert normalize(name) == f"{MODULE}.lora_A.weight"
+    # These only look like wrappers.
+    assert normalize("model.my_orig_mod.x.lora_A.weight") == "model.my_orig_mod.x.lora_A.weight"
+    assert normalize("model.module.x.lora_A.weight") == "model.module.x.lora_A.weight"
+
+
+@given(st.text(max_size=40))
+def test_every_name_has_a_rule(name: str) -> None:
+    rule, match = classify(normalize(name))
+    assert rule.refusal or rule.role == "original" or match["module"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("base_model.model.{}.hada_w1_a", (6, 5), "another method's tensors"),
+        ("base_model.model.{}.lora_E", (4, 1), "another method's tensors"),
+        ("prompt_embeddings", (3, 5), "a tensor of unknown meaning"),
+    ],
+)
+def test_a_tensor_that_would_be_lost_is_refused(tmp_path: Path, name: str, shape: tuple[int, ...], reason: str) -> None:
+    name = name.format(MODULE)
+    A, B = factors()
+    path = write_raw(tmp_path, {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B, name: torch.zeros(shape)})
+    with pytest.raises(UnsupportedError) as e:
+        open_adapter(path)
+    assert str(e.value) == (f"{path / 'adapter_model.safetensors'}: refused: not supported: 1 × {reason}, {name!r} first; "
+                            "merge such an adapter with PEFT instead")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "of"),
+    [
+        ("base_model.model.{}.lora_B.bias", "lora_bias", f"{MODULE}.bias"),
+        ("base_model.model.{}.lora_B.default.bias", "lora_bias", f"{MODULE}.bias"),
+        ("base_model.model.{}.bias", "saved", f"{MODULE}.bias"),
+        ("base_model.model.{}.base_layer.bias", "saved", f"{MODULE}.bias"),
+        ("base_model.model.lm_head.weight", "saved", "lm_head.weight"),
+        ("base_model.model.lm_head.modules_to_save.default.weight", "saved", "lm_head.weight"),
+        ("base_model.model.head.modules_to_save.default.0.dense.weight", "saved", "head.0.dense.weight"),
+        ("base_model.model.lm_head.original_module.weight", "original", None),
+        ("base_model.model.{}.base_layer.weight", "saved", f"{MODULE}.weight"),
+        ("base_model.model.embed.token_adapter.base_layer.weight", "saved", "embed.weight"),
+        ("base_model.model.embed.token_adapter.trainable_tokens_original.default", "original", None),
+        ("base_model.model.embed.token_adapter.trainable_tokens_delta", "tokens", "embed.weight"),
+        ("base_model.model.embed.token_adapter.trainable_tokens_delta.default", "tokens", "embed.weight"),
+    ],
+)
+def test_what_is_carried_along(tmp_path: Path, name: str, role: str, of: str | None) -> None:
+    A, B = factors()
+    name = name.format(MODULE)
+    path = write_raw(tmp_path, {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B, name: torch.zeros(2, 5)},
+                     trainable_token_indices=[4, 1])  # fmt: skip
+    (carried,) = open_adapter(path).carried
+    assert (carried.role, carried.source) == (role, name)
+    if of is not None:
+        assert carried.name == of
+    assert carried.scale == (2.0 if role == "lora_bias" else 1.0)
+    assert carried.indices == ((4, 1) if role == "tokens" else ())
+
+
+def test_all_reasons_are_counted(tmp_path: Path) -> None:
+    path = write_raw(
+        tmp_path, {"a.hada_w1_a": torch.ones(4, 3), "a.hada_w1_b": torch.ones(8, 4), "prompt": torch.ones(3)}
+    )
+    with pytest.raises(UnsupportedError) as e:
+        open_adapter(path)
+    assert "2 × another method's tensors, 'a.hada_w1_a' first" in str(e.value)
+    assert "1 × a tensor of unknown meaning, 'prompt' first" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "a", "b", "shape", "form", "weight"),
+    [
+        (("lora_A.weight", "lora_B.weight"), (4, 5), (6, 4), (6, 5), "linear", (6, 5)),
+        (("lora_embedding_A", "lora_embedding_B"), (4, 50), (6, 4), (6, 50), "embedding", (50, 6)),
+        (("lora_embedding_A.default", "lora_embedding_B.default"), (4, 50), (6, 4), (6, 50), "embedding", (50, 6)),
+        (("lora_A.weight", "lora_B.weight"), (4, 5, 3), (6, 4, 1), (6, 15), "convolution", (6, 5, 3)),
+        (("lora_A.weight", "lora_B.weight"), (4, 5, 3, 2), (6, 4, 1, 1), (6, 30), "convolution", (6, 5, 3, 2)),
+        (("lora_A.weight", "lora_B.weight"), (4, 5, 1, 1, 2), (6, 4, 1, 1, 1), (6, 10), "convolution", (6, 5, 1, 1, 2)),
+    ],
+)
+def test_forms(
+    tmp_path: Path, names: tuple[str, str], a: tuple, b: tuple, shape: tuple, form: str, weight: tuple
+) -> None:
+    A, B = torch.randn(a), torch.randn(b)
+    adapter = open_adapter(write_raw(tmp_path, {f"x.{names[0]}": A, f"x.{names[1]}": B}))
+    module = adapter.modules["x"]
+    assert (module.shape, module.form, module.weight, module.rank) == (shape, form, weight, 4)
+    torch.testing.assert_close(adapter.delta(module).dense(), 2 * B.flatten(1) @ A.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "words"),
+    [
+        (
+            {"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 2, 1)},
+            UnsupportedError,
+            "LoRA on a convolution with 2 groups",
+        ),
+        (
+            {"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 4, 3)},
+            UnsupportedError,
+            "is not a convolution of kernel size 1",
+        ),
+        ({"lora_A.weight": (4, 5, 3), "lora_B.weight": (6, 4)}, FormatError, "are not of one layer"),
+        ({"lora_embedding_A": (4, 5), "lora_B.weight": (6, 4)}, FormatError, "are not of one layer"),
+        ({"lora_A.weight": (4,), "lora_B.weight": (6,)}, FormatError, "are not of one layer"),
+    ],
+)
+def test_factors_of_no_form(tmp_path: Path, tensors: dict, error: type, words: str) -> None:
+    path = write_raw(tmp_path, {f"x.{n}": torch.ones(s) for n, s in tensors.items()})
+    with pytest.raises(error) as e:
+        open_adapter(path)
+    assert words in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"x.lora_A.weight": (4, 5)}, "module 'x' has lora_A but not its partner; save the adapter again"),
+        ({"x.lora_B.weight": (4, 5)}, "module 'x' has lora_B but not its partner"),
+        (
+            {"x.lora_A.weight": (4, 5), "x.lora_B.weight": (6, 3)},
+            "lora_B [6, 3] and lora_A [4, 5] do not multiply; save",
+        ),
+        ({"x.lora_A.weight": (0, 5), "x.lora_B.weight": (6, 0)}, "lora_B [6, 0] and lora_A [0, 5] do not multiply"),
+        ({"x.lora_A.weight": (4, 0), "x.lora_B.weight": (6, 4)}, "do not multiply"),
+        (
+            {"x.lora_A.weight": (4, 5), "x.lora_B.weight": (6, 4), "x.lora_A.second.weight": (4, 5)},
+            "are the same factor of one module; save one adapter at a time",
+        ),
+        ({}, "expected lora_A and lora_B tensors, found none; is this the adapter?"),
+    ],
+)
+def test_factors_that_do_not_pair_up(tmp_path: Path, tensors: dict[str, tuple[int, ...]], words: str) -> None:
+    path = write_raw(tmp_path, {name: torch.ones(shape) for name, shape in tensors.items()})
+    with pytest.raises(InputError) as e:
+        open_adapter(path)
+    assert str(e.value).startswith(f"{path / 'adapter_model.safetensors'}: ")
+    assert words in str(e.value)
+
+
+def test_factors_that_are_no_numbers(tmp_path: Path) -> None:
+    path = write_raw(
+        tmp_path, {"x.lora_A.weight": torch.ones(4, 5, dtype=torch.int8), "x.lora_B.weight": torch.ones(6, 4)}
+    )
+    with pytest.raises(UnsupportedError, match=r"tensor 'x.lora_A.weight': dtype I8 is not one of"):
+        open_adapter(path)

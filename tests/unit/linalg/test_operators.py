@@ -1,0 +1,56 @@
+"""Operators multiply as their dense forms do, whole and by rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matrices import SHAPES, random
+
+from streamer.linalg import operators
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Dense, RowBlocks, Sum, skinny_product
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_operator_multiplies_as_its_dense_form(shape: tuple[int, int]) -> None:
+    m, n = shape
+    low = LowRank(random(m, 3), random(n, 3, seed=1))
+    matrix = random(m, n, seed=2)
+    dense, blocks = Dense(matrix), RowBlocks((m, n), lambda i, j: matrix[i:j], matrix.new_empty(0))
+    flipped = RowBlocks((n, m), lambda i, j: matrix.T[i:j], matrix.new_empty(0)).T
+    for op in (low, dense, Sum(dense, low), low.T.T, low + low.scaled(-0.5), dense.scaled(0.25), dense.T.scaled(4.0).T,
+               blocks, flipped, blocks.scaled(0.25), flipped.T.T.scaled(8.0)):  # fmt: skip
+        assert op.shape == shape
+        X, Y = random(n, 4, seed=3), random(m, 4, seed=4)
+        torch.testing.assert_close(op.matmat(X), op.dense() @ X)
+        torch.testing.assert_close(op.rmatmat(Y), op.dense().T @ Y)
+
+
+@pytest.mark.parametrize("m", [1, 500, 1024, 1031, 2050])
+@pytest.mark.parametrize("layout", ["rows", "columns", "neither"])
+def test_a_skinny_product_in_pieces_is_the_product(m: int, layout: str) -> None:
+    """Lengths that do not divide by the number of pieces, and layouts that cannot be cut."""
+    M = {"rows": random(m, 40), "columns": random(40, m).T, "neither": random(m, 80)[:, ::2]}[layout]
+    for c in (1, 10, 16, 17):
+        X, Y = random(40, c, seed=1), random(m, c, seed=2)
+        torch.testing.assert_close(skinny_product(M, X), M @ X)
+        torch.testing.assert_close(skinny_product(M.T, Y), M.T @ Y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_row_blocks_read_a_few_rows_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = random(103, 20).to(dtype)
+    asked = []
+
+    def read(i: int, j: int) -> torch.Tensor:
+        asked.append((i, j))
+        return stored[i:j]
+
+    monkeypatch.setattr(operators, "BLOCK_BYTES", 10 * 20 * 4)
+    M = RowBlocks((103, 20), read, torch.empty(0))
+    X = random(20, 3).float()
+    torch.testing.assert_close(M.matmat(X), stored.float() @ X)
+    assert asked == [(i, min(i + 10, 103)) for i in range(0, 103, 10)]
+    assert torch.equal(M.dense(), stored.float())
+    assert torch.equal(torch.cat([rows.clone() for rows in M.rows()]), stored.float())
+    assert M.T.rows() is None
