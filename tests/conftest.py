@@ -11,7 +11,13 @@ os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
 
 import helpers
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# Matrices of tests are small: a second thread takes processor time and gives none back. Commands in processes of their own choose for
+# themselves; OMP_NUM_THREADS says otherwise.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -34,3 +40,9 @@ def job(tmp_path: Path) -> tuple[Path, Path]:
 def single(tmp_path: Path) -> tuple[Path, Path]:
     """A base of one file and its adapter."""
     return helpers.one_file(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A sharded base and its adapter, which no test changes."""
+    return helpers.three_shards(tmp_path_factory.mktemp("inputs"))

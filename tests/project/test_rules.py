@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from command_line import ENV
 from paths import ROOT
 
 PACKAGE = ROOT / "streamer"
@@ -53,3 +54,13 @@ def test_core_dependencies_are_the_four() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 roots = [node.module.split(".")[0]]
             assert set(roots) <= allowed | EXTRAS.get(path.name, set()), f"{path.name}:{node.lineno}"
+
+
+def test_the_parser_needs_nothing_heavy() -> None:
+    """So that --help and a wrong option answer at once."""
+    code = (
+        "import sys, streamer.cli.main as m; m.build_parser().format_help(); "
+        "print(sorted({'torch', 'numpy', 'scipy', 'safetensors', 'tqdm', 'matplotlib'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

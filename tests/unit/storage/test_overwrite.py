@@ -185,3 +185,20 @@ def test_a_commit_point_that_cannot_be_removed(case: Case) -> None:
     (case.out / INDEX).mkdir()
     with pytest.raises(StorageError, match=r"index\.json: cannot remove: Is a directory"):
         carry_out(case, overwrite=True)
+
+
+def test_a_large_file_that_was_edited_stays(tmp_path: Path) -> None:
+    """At its size: only its digest tells it from the one that was written, however long that takes."""
+    import hashlib
+
+    from streamer.storage.old_output import OwnFile, remove_own_files
+
+    data = bytes(70_000_000)
+    files = [OwnFile(name, len(data), hashlib.sha256(data).hexdigest()) for name in ("edited", "own")]
+    for file in files:
+        (tmp_path / file.name).write_bytes(data)
+    with (tmp_path / "edited").open("r+b") as f:
+        f.seek(1_000_000)
+        f.write(b"x")
+    remove_own_files(tmp_path, files, ())
+    assert [p.name for p in tmp_path.iterdir()] == ["edited"]

@@ -1,0 +1,115 @@
+"""Failures and progress as JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import ENV
+from forks import server
+
+# JSON of failures, and events ---------------------------------------------------------------------------------------
+
+
+def test_a_failure_is_an_object_too(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    cases = [
+        (("merge", tmp_path / "no", inputs[1], "-o", tmp_path / "o"), 3, "MissingInputError", str(tmp_path / "no")),
+        (("merge", *inputs, "-o", inputs[0]), 4, "OutputError", str(inputs[0])),
+        (("merge", *inputs, "-o", tmp_path / "o", "--lambda", "7"), 2, "UsageError", None),
+        (("merge", *inputs, "-o", tmp_path / "o", "--threads", "0"), 2, "UsageError", None),
+        (("detect", *inputs, "-o", "f.st"), 2, "UsageError", "f.st"),
+        (("report", tmp_path / "no.safetensors"), 3, "MissingInputError", str(tmp_path / "no.safetensors")),
+    ]
+    for argv, code, kind, path in cases:
+        done = server().run(*argv, "--json")
+        tree = json.loads(done.out)
+        assert tree["schema"] == "streamer.error/1"
+        (error,) = tree["errors"]
+        assert (done.code, error["exit_code"], error["kind"], error["path"]) == (code, code, kind, path)
+        assert done.err == f"streamer: {error['message']}\n"
+
+
+@pytest.mark.parametrize(
+    "argv", [["--json"], ["merge", "--json"], ["detect", "b", "a", "-o", "x", "--top-k", "x", "--json"]]
+)
+def test_wrong_arguments_are_an_object_too(argv: list[str]) -> None:
+    done = server().run(*argv)
+    (error,) = json.loads(done.out)["errors"]
+    assert (done.code, error["kind"], error["exit_code"], error["path"]) == (2, "UsageError", 2, None)
+    assert done.err.splitlines()[-1].endswith(f"error: {error['message']}")
+
+
+def test_a_fault_of_ours_is_an_object_and_a_traceback(inputs: tuple[Path, Path]) -> None:
+    before = (
+        "import streamer.cli.main as m\ndef broken(*_): raise RuntimeError('impossible')\nm.COMMANDS['report'] = broken"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {before}\nsys.argv = ['streamer', 'report', 'x', '--json']\nm.main()"],
+        capture_output=True, text=True, env=ENV, check=False,
+    )  # fmt: skip
+    (error,) = json.loads(done.stdout)["errors"]
+    assert (done.returncode, error["kind"], error["exit_code"], error["message"]) == (
+        1,
+        "RuntimeError",
+        1,
+        "impossible",
+    )
+    assert "Traceback" in done.stderr
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_events_are_lines_of_json(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    done = server().run("merge", *inputs, "-o", tmp_path / "out", "--json-events", "--json")
+    assert json.loads(done.out)["command"] == "merge"
+    events = lines(done.err)
+    assert events[-1]["event"] == "done"
+    assert {e["stage"] for e in events if e["event"] == "progress"} == {"detect", "write"}
+    assert all(e["done"] <= e["total"] for e in events if e["event"] == "progress")
+    seconds = [e["seconds"] for e in events]
+    assert seconds == sorted(seconds)
+    again = lines(server().run("merge", *inputs, "-o", tmp_path / "out", "--json-events").err)
+    assert [e["event"] for e in again] == ["note", "done"]
+    assert "holds this very output already" in again[0]["message"]
+
+
+def test_events_of_what_goes_wrong(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(inputs[0], tmp_path / "base")
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": {"total_size": 1}}))
+    out = tmp_path / "out"
+    done = server().run("merge", base, inputs[1], "-o", out, "--json-events", "--lambda", "nan")
+    (error,) = lines(done.err)
+    assert (done.code, error["event"], error["kind"], error["exit_code"]) == (2, "error", "UsageError", 2)
+    warned = lines(server().run("inspect", base, "--json-events").err)
+    assert [e["event"] for e in warned] == ["warning", "done"]
+    (usage,) = lines(server().run("merge", "--json-events").err)
+    assert (usage["event"], usage["kind"]) == ("error", "UsageError")
+
+
+def test_events_of_a_signal(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    code = "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2)"
+    done = server().run("merge", *inputs, "-o", tmp_path / "out", "--json-events", at=12, code=code)
+    assert done.code == 128 + signal.SIGTERM
+    said = [e for e in lines(done.err) if e["event"] != "progress"]
+    assert [e["event"] for e in said] == ["note", "error"]
+    assert said[0]["message"].startswith("signal 15: stopping at the next safe point")
+    assert (said[1]["kind"], said[1]["exit_code"]) == ("Interrupted", 143)
+
+
+def test_what_python_warns_of_is_an_event() -> None:
+    code = (
+        "import warnings; from streamer.cli.json_events import JsonEvents\n"
+        "e = JsonEvents(); warnings.warn('odd', stacklevel=1); e.close(); warnings.warn('even', stacklevel=1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
+    first, *rest = done.stderr.splitlines()
+    assert json.loads(first)["message"] == "odd"
+    assert "UserWarning: even" in rest[0]

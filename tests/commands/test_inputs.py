@@ -1,0 +1,291 @@
+"""Adapters and bases that do not fit, are broken, or lie where the output would go."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from commands import edit_adapter, refuse, refuse_everywhere
+from forks import server
+from helpers import tree_digest
+from safetensors.torch import load_file, save_file
+
+from streamer.units import format_sizes
+
+
+def test_a_module_that_the_base_lacks(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if "layers.2.mlp.up_proj" in n]:
+            tensors[name.replace("layers.2", "layers.3")] = tensors.pop(name)
+
+    edit_adapter(adapter, change)
+    refuse_everywhere(base, adapter, tmp_path, 3, str(adapter), "1 of 9 modules do not fit", str(base),
+                      "'model.layers.3.mlp.up_proj' has no tensor in the base",
+                      "is this the base that the adapter was trained on?")  # fmt: skip
+
+
+def test_a_wrong_shape(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 47)
+
+    edit_adapter(adapter, change)
+    refuse_everywhere(base, adapter, tmp_path, 3, "'model.layers.1.self_attn.q_proj': expected shape [48, 47] in the base",
+                      "in the base, found [48, 48]", "is this the base")  # fmt: skip
+
+
+def test_every_problem_is_told_at_once(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        prefix = "base_model.model.model.layers."
+        tensors[f"{prefix}1.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 47)
+        tensors[f"{prefix}0.mlp.down_proj.lora_B.weight"] = torch.ones(50, 4)
+        for i in range(20):
+            tensors[f"{prefix}9.extra_{i}.lora_A.weight"] = torch.ones(4, 5)
+            tensors[f"{prefix}9.extra_{i}.lora_B.weight"] = torch.ones(5, 4)
+
+    edit_adapter(adapter, change)
+    refuse_everywhere(base, adapter, tmp_path, 3, "22 of 29 modules do not fit", "[48, 47]", "[50, 96]",
+                      "; and 20 more; is this")  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [1, 100, "half", "header"])
+def test_a_truncated_shard(job: tuple[Path, Path], tmp_path: Path, cut: int | str) -> None:
+    base, adapter = job
+    shard = base / "model-00002-of-00003.safetensors"
+    size = shard.stat().st_size
+    kept = {"half": size // 2, "header": 30}.get(str(cut), size - int(cut) if isinstance(cut, int) else 0)
+    os.truncate(shard, kept)
+    refuse_everywhere(base, adapter, tmp_path, 3, str(shard), "truncated", "get it again", format_sizes(size, kept)[1])
+
+
+def test_a_truncated_adapter(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    file = adapter / "adapter_model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    refuse_everywhere(base, adapter, tmp_path, 3, str(file), "the file is truncated; get it again")
+
+
+def test_a_pickled_adapter(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    os.rename(adapter / "adapter_model.safetensors", adapter / "adapter_model.bin")
+    refuse_everywhere(base, adapter, tmp_path, 3, "adapter_model.bin, a pickle", "save_pretrained")
+
+
+def test_inputs_that_are_not_there_or_exchanged(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    refuse_everywhere(
+        base, tmp_path / "no", tmp_path, 3, f"{tmp_path / 'no'}: no such directory", "path of the adapter"
+    )
+    refuse_everywhere(tmp_path / "no", adapter, tmp_path, 3, f"{tmp_path / 'no'}: no such directory", "base model")
+    refuse_everywhere(
+        adapter, base, tmp_path, 3, str(adapter), "is an adapter, not a base model; the order is BASE ADAPTER"
+    )
+    refuse_everywhere(adapter, adapter, tmp_path, 3, "is an adapter, not a base model; the order is BASE ADAPTER")
+    (adapter / "adapter_model.safetensors").unlink()
+    refuse_everywhere(base, adapter, tmp_path, 3, "expected adapter_model.safetensors, found none; finish the download")
+
+
+@pytest.mark.parametrize("name", ["../base/model-00001-of-00003.safetensors", "/etc/passwd", "x\u0000.safetensors", 7])
+def test_an_index_that_points_elsewhere(job: tuple[Path, Path], tmp_path: Path, name: object) -> None:
+    base, adapter = job
+    index = base / "model.safetensors.index.json"
+    tree = json.loads(index.read_text())
+    tree["weight_map"]["model.layers.0.self_attn.q_proj.weight"] = name
+    index.write_text(json.dumps(tree))
+    refuse_everywhere(base, adapter, tmp_path, 3, str(index), "weight_map names",
+                      "expected a plain .safetensors file name; do not trust this file")  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"r": 4, "r": 4}', "\ufeff{}", '{"r": NaN}', "[" * 100_000])
+def test_a_config_that_is_no_json(job: tuple[Path, Path], tmp_path: Path, text: str) -> None:
+    base, adapter = job
+    (adapter / "adapter_config.json").write_text(text)
+    refuse_everywhere(base, adapter, tmp_path, 3, f"{adapter / 'adapter_config.json'}: ")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_a_quantized_base(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, adapter = helpers.three_shards(tmp_path)
+    shard = base / "model-00002-of-00003.safetensors"
+    tensors = load_file(shard)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = (
+        torch.zeros(tensors[name].numel() // 2, 1, dtype=torch.uint8)
+        if dtype == torch.uint8
+        else tensors[name].to(dtype)
+    )
+    save_file(tensors, shard)
+    code = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}[dtype]
+    refuse_everywhere(base, adapter, tmp_path, 3, f"{shard}: tensor {name!r}: dtype {code} is not one of BF16, F16, F32, F64",
+                      "nothing beside it says what its codes mean; use the 16-bit model")  # fmt: skip
+
+
+def test_outputs_that_would_touch_an_input(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    before = tree_digest(tmp_path)
+    single = base / "model-00001-of-00003.safetensors"
+    outside = tmp_path / "file"
+    outside.write_text("mine")
+    for link in ("link", "link.safetensors"):
+        (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    os.link(single, linked / single.name)
+    cases = [
+        ("merge", base, base, "is the input"),
+        ("merge", base, adapter, "is the input"),
+        ("merge", base, base / "new", "lies inside the input"),
+        ("merge", base, tmp_path, "contains the input"),
+        ("merge", base, tmp_path / "link", "is a symlink, and writing never follows one"),
+        ("merge", base, linked, f"{linked / single.name}: is the input"),
+        ("merge", base, outside / "x", "is not a directory"),
+        ("merge", base, outside, "is not a directory"),
+        ("detect", base, outside / "x.safetensors", "is not a directory"),
+        ("mitigate", base, adapter, "is the input"),
+        ("mitigate", base, adapter / "new", "lies inside the input"),
+        ("detect", base, single, "lies inside the input"),
+        ("detect", base, adapter / "findings.safetensors", "lies inside the input"),
+        ("detect", base, linked / single.name, "is the input"),
+        ("detect", base, tmp_path / "link.safetensors", "is a symlink"),
+        ("detect", base, base, "is a directory"),
+    ]
+    for command, source, out, words in cases:
+        for options in ([], ["--overwrite"], ["--dry-run"]):
+            if out.parent == linked and "--overwrite" not in options:
+                continue
+            if out == linked and "--overwrite" not in options:
+                words = "exists and is not ours; choose another output"  # noqa: PLW2901
+            elif out == linked:
+                words = f"{linked / single.name}: is the input"  # noqa: PLW2901
+            done = server().run(command, source, adapter, "-o", out, *options)
+            assert (done.code, done.out, done.calls) == (4, "", []), (command, out, options, done)
+            assert done.err.count("\n") == 1
+            assert words in done.err, (command, out, done.err)
+    (tmp_path / "link").unlink()
+    (tmp_path / "link.safetensors").unlink()
+    shutil.rmtree(linked)
+    outside.unlink()
+    assert tree_digest(tmp_path) == before
+
+
+def test_a_single_file_is_not_merged_into_its_own_directory(tmp_path: Path) -> None:
+    module = "model.layers.0.mlp"
+    home = tmp_path / "base"
+    home.mkdir()
+    file = home / "model.safetensors"
+    save_file({f"{module}.weight": helpers.power_law(16, 12).float()}, file)
+    adapter = helpers.write_adapter(tmp_path / "adapter", {module: helpers.intruding_factors(16, 12, 2)}, r=2)
+    before = tree_digest(tmp_path)
+    for out in (home, tmp_path):
+        for options in ([], ["--overwrite"]):
+            done = server().run("merge", file, adapter, "-o", out, *options)
+            assert (done.code, done.calls) == (4, [])
+            assert f"{out}: contains the input" in done.err
+    assert tree_digest(tmp_path) == before
+    assert server().run("merge", file, adapter, "-o", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("command", ["merge", "mitigate"])
+def test_a_foreign_file_is_kept(job: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+    base, adapter = job
+    out = tmp_path / "out"
+    out.mkdir()
+    name = {"merge": "config.json", "mitigate": "adapter_config.json"}[command]
+    (out / name).write_text("mine")
+    done = server().run(command, base, adapter, "-o", out)
+    assert (done.code, done.calls) == (4, [])
+    assert f"{out / name}: exists and is not ours; choose another output, or move it away" in done.err
+    assert tree_digest(out).keys() == {name}
+    (out / name).unlink()
+    (out / "notes.txt").write_text("mine")
+    assert server().run(command, base, adapter, "-o", out).code == 0
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_findings_over_a_foreign_file(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    out = tmp_path / "out.safetensors"
+    out.write_text("mine")
+    words = "exists and is not findings, which is all that is replaced; choose another output"
+    for content in (b"mine", (adapter / "adapter_model.safetensors").read_bytes()):
+        out.write_bytes(content)
+        for options in ([], ["--overwrite"]):
+            done = server().run("detect", base, adapter, "-o", out, *options)
+            assert (done.code, done.calls) == (4, [])
+            assert f"{out}: {words}" in done.err
+            assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("command", ["merge", "mitigate"])
+def test_copies_of_inputs_are_not_overwritten(job: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+    """An adapter in a copy of a base, a model in one of an adapter: a loader's other choice is someone's weights."""
+    base, adapter = job
+    out = shutil.copytree({"merge": adapter, "mitigate": base}[command], tmp_path / "out")
+    before = tree_digest(out)
+    done = server().run(command, base, adapter, "-o", out, "--overwrite")
+    assert (done.code, done.calls) == (4, [])
+    assert "exists and is not ours; choose another output, or move it away" in done.err
+    assert tree_digest(out) == before
+
+
+# Findings that do not belong ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["merge", "mitigate"])
+def test_findings_of_something_else(job: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+    base, adapter = job
+    findings = tmp_path / "findings.safetensors"
+    assert server().run("detect", base, adapter, "-o", findings).code == 0
+    use = ("--findings", findings)
+    for options, words in [
+        (("--top-k", "9"), "made with top_k=10, asked for 9; pass the same, or run detect again"),
+        (("--epsilon", "0.4"), "made with threshold_epsilon=0.5, asked for 0.4"),
+        (("--solver", "dense"), "made with solver='auto', asked for 'dense'"),
+    ]:
+        line = refuse(command, base, adapter, tmp_path, 3, *use, *options)
+        assert f"{findings}: {words}" in line
+    shard = base / "model-00002-of-00003.safetensors"
+    tensors = load_file(shard)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name] * 2}, shard, metadata={"format": "pt"})
+    line = refuse(command, base, adapter, tmp_path, 3, *use)
+    assert f"{findings}: made with another base (the content of {shard.name} differs); run detect again" in line
+    save_file(tensors, shard, metadata={"format": "pt"})
+    edit_adapter(adapter, lambda t: t.update({k: v * 1.01 for k, v in t.items() if "layers.0" in k}))
+    line = refuse(command, base, adapter, tmp_path, 3, *use)
+    assert f"{findings}: made with another adapter (weights_sha256" in line
+    assert "run detect again on this one" in line
+
+
+@pytest.mark.parametrize("command", ["merge", "mitigate"])
+def test_findings_that_are_none(job: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+    base, adapter = job
+    shard = base / "model-00001-of-00003.safetensors"
+    line = refuse(command, base, adapter, tmp_path, 3, "--findings", shard)
+    assert f"{shard}: expected findings (streamer.findings/1), found another safetensors file" in line
+    assert "make them with `streamer detect`" in line
+    line = refuse(command, base, adapter, tmp_path, 3, "--findings", tmp_path / "no")
+    assert f"{tmp_path / 'no'}: no such file" in line
+    (tmp_path / "text").write_text("some text, long enough to have a length field")
+    line = refuse(command, base, adapter, tmp_path, 3, "--findings", tmp_path / "text")
+    assert "not a safetensors file" in line
+
+
+def test_report_of_what_is_no_findings(job: tuple[Path, Path]) -> None:
+    base, _ = job
+    done = server().run("report", base / "model-00001-of-00003.safetensors")
+    assert (done.code, done.out) == (3, "")
+    assert done.err.count("\n") == 1
+    done = server().run("report", base)
+    assert done.code == 3
+    assert done.err.count("\n") == 1

@@ -1,0 +1,250 @@
+"""What commands say: JSON, tables, warnings, silence, bars on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import helpers
+import pytest
+from command_line import ENV
+from forks import Outcome, server
+from helpers import tree_digest
+
+# What is said ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, dict[str, Outcome]]:
+    """Every command with --json, on one job: base, adapter, findings, and how each ended."""
+    home = tmp_path_factory.mktemp("said")
+    base, adapter = helpers.three_shards(home)
+    findings = home / "findings.safetensors"
+    runs = {
+        "inspect base": server().run("inspect", base, "--json"),
+        "inspect": server().run("inspect", base, adapter, "--json"),
+        "detect": server().run("detect", base, adapter, "-o", findings, "--json"),
+        "report": server().run("report", findings, "--json"),
+    }
+    for command in ("merge", "mitigate"):
+        runs[command] = server().run(command, base, adapter, "-o", home / command, "--findings", findings,
+                                     "--lambda", "0.5", "--json")  # fmt: skip
+    return base, adapter, findings, runs
+
+
+def test_json_is_one_object_on_a_silent_terminal(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
+    for name, done in said[3].items():
+        assert (done.code, done.told) == (0, ""), name
+        assert isinstance(json.loads(done.out), dict)
+
+
+def test_json_of_findings(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
+    base, _, _, runs = said
+    detected, reported = json.loads(runs["detect"].out), json.loads(runs["report"].out)
+    for tree in (detected, reported):
+        assert tree["schema"] == "streamer.findings/1"
+        assert tree.keys() >= {"base", "adapter", "options", "totals", "matrices"}
+        assert tree["options"] == {"top_k": 10, "threshold_epsilon": 0.5, "solver": "auto", "max_memory": None}
+        assert tree["totals"].keys() >= {"matrices", "intruders", "certified", "escalated", "seconds"}
+        assert tree["totals"]["matrices"] == len(tree["matrices"]) == 9
+        assert tree["totals"]["intruders"] == sum(len(m["intruders"]) for m in tree["matrices"]) >= 9
+        assert [m["tensor"] for m in tree["matrices"]] == [
+            name
+            for shard in sorted(base.glob("*.safetensors"))
+            for name in tensors_in_order(shard)
+            if not name.endswith(("layernorm.weight", "counter"))
+        ]
+        for m in tree["matrices"]:
+            assert m.keys() >= {"tensor", "module", "shape", "dtype", "rank", "scale", "solver", "singular_values",
+                                "similarity_low", "similarity_high", "intruders", "certified", "seconds", "delta_norm",
+                                "intruder_energy"}  # fmt: skip
+            assert m["tensor"] == m["module"] + ".weight"
+            assert (m["dtype"], m["rank"], m["scale"]) == ("BF16", 4, 1.0)
+            assert len(m["singular_values"]) == len(m["similarity_low"]) == len(m["similarity_high"]) == 10
+            assert m["singular_values"] == sorted(m["singular_values"], reverse=True)
+            for j in range(10):
+                assert 0 <= m["similarity_low"][j] <= m["similarity_high"][j] <= 1
+            assert 0 <= m["intruder_energy"] <= 1
+    assert all(m["seconds"] > 0 for m in detected["matrices"])
+    assert all(m["seconds"] is None for m in reported["matrices"])  # a file holds no times
+    assert (detected.pop("output"), detected.pop("state")) == (str(said[2]), "written")
+    for tree in (detected, reported):
+        tree["totals"].pop("seconds")
+        for m in tree["matrices"]:
+            m.pop("seconds")
+    assert detected == reported
+
+
+def tensors_in_order(file: Path) -> list[str]:
+    with file.open("rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    header.pop("__metadata__", None)
+    return sorted(header, key=lambda name: header[name]["data_offsets"])
+
+
+@pytest.mark.parametrize("command", ["merge", "mitigate"])
+def test_json_of_what_was_written(said: tuple[Path, Path, Path, dict[str, Outcome]], command: str) -> None:
+    tree = json.loads(said[3][command].out)
+    out = Path(tree["output"])
+    assert (tree["schema"], tree["command"], tree["lambda"]) == ("streamer.output/2", command, 0.5)
+    assert tree["state"] == "written"
+    assert (tree["method"], tree["scale"]) == ("paper", "all")
+    digests = tree_digest(out)
+    assert {f["file"]: f["sha256"] for f in tree["files"]} == {k: v for k, v in digests.items() if k != "streamer.json"}
+    assert all(f["bytes"] == (out / f["file"]).stat().st_size for f in tree["files"])
+    assert tree["totals"]["bytes"] == sum(f["bytes"] for f in tree["files"])
+    assert len(tree["matrices"]) == tree["totals"]["matrices"] == tree["totals"]["changed"] == 9
+    for m in tree["matrices"]:
+        assert m.keys() >= {"tensor", "module", "intruders", "delta_norm", "delta_norm_after", "dropped"}
+        assert 0 < m["delta_norm_after"] < m["delta_norm"]
+        assert 0 <= m["dropped"] < 1
+    assert (tree["totals"]["dropped_max"] > 0) == (command == "mitigate")
+    assert 0 < tree["totals"]["equal_norm_shrink"] < 1
+    stands = json.loads((out / "streamer.json").read_text())
+    assert tree == {**stands, "output": str(out), "state": "written"}
+
+
+def test_json_of_a_plan(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
+    tree = json.loads(said[3]["inspect"].out)
+    assert tree["totals"]["matrices"] == 9
+    assert tree["totals"]["largest_matrix_bytes"] == 2 * 48 * 96
+    assert {m["matched"] for m in tree["matrices"]} == {"exact"}
+    (rule,) = tree["names"]
+    assert (rule["rule"], rule["modules"], rule["why"]) == ("exact", 9, "the module's own name")
+    assert rule["tensor"] == f"{rule['module']}.weight"
+    assert json.loads(said[3]["inspect base"].out)["totals"]["tensors"] == 15
+
+
+def test_tables_for_people(said: tuple[Path, Path, Path, dict[str, Outcome]], tmp_path: Path) -> None:
+    base, adapter, findings, _ = said
+    runs = [
+        (("inspect", base), "model-00002-of-00003.safetensors"),
+        (("inspect", base, adapter), "9 matrices of 15 tensors"),
+        (("inspect", base, adapter), "9 matched by exact: the module's own name"),
+        (("report", findings), "of 9 matrices (top_k=10, epsilon=0.5)"),
+        (("detect", base, adapter, "-o", tmp_path / "f.safetensors"), "of 9 matrices (top_k=10, epsilon=0.5)"),
+        (("merge", base, adapter, "-o", tmp_path / "m"), f"wrote {tmp_path / 'm'}: 8 files"),
+        (("mitigate", base, adapter, "-o", tmp_path / "a"), "back-projection dropped at most"),
+        (
+            ("merge", base, adapter, "-o", tmp_path / "d", "--dry-run"),
+            f"dry run: would write {tmp_path / 'd'}: 8 files",
+        ),
+    ]
+    for argv, words in runs:
+        done = server().run(*argv)
+        assert (done.code, done.told) == (0, "")
+        assert words in " ".join(done.out.split())  # lines break where a path is long
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(done.out)
+
+
+def test_a_shrunk_adapter_has_no_intruders_to_count(job: tuple[Path, Path], tmp_path: Path) -> None:
+    """What is scaled is each matrix as a whole: a table that said how many intruders were would say 0 of each."""
+    several = tmp_path / "several"
+    several.mkdir()
+    for name in ("one", "two"):
+        shutil.copytree(job[1], several / name)
+    for command, adapter in (("merge", job[1]), ("mitigate", job[1]), ("merge", several)):
+        options = ("--method", "shrink", "--lambda", "0.5")
+        done = server().run(command, job[0], adapter, "-o", tmp_path / f"{command}-{adapter.name}", *options)
+        assert done.code == 0, done.err
+        assert "scaled" not in done.out + done.last
+        assert "9 of 9 matrices mitigated, each as a whole" in done.out or adapter == several
+        assert "18 of 18 matrices changed, 16 files" in done.last or adapter != several
+
+
+def test_quiet_leaves_warnings_and_twice_says_nothing(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": {"total_size": 1}}))
+    findings = tmp_path / "f.safetensors"
+    runs = [
+        ("inspect", base, adapter),
+        ("inspect", base),
+        ("detect", base, adapter, "-o", findings),
+        ("report", findings),
+        ("merge", base, adapter, "-o", tmp_path / "m"),
+        ("merge", base, adapter, "-o", tmp_path / "m"),
+        ("mitigate", base, adapter, "-o", tmp_path / "a"),
+        ("merge", base, adapter, "-o", tmp_path / "d", "--dry-run"),
+    ]
+    for argv in runs:
+        for option in ("--quiet", "-q"):
+            done = server().run(*argv, option)
+            assert (done.code, done.out, done.last) == (0, "", ""), argv
+            assert (
+                re.fullmatch(r"streamer: warning: [^\n]*total_size says 1, [^\n]*\n", done.err) or argv[0] == "report"
+            )
+        for options in (["-qq"], ["--quiet", "-q"]):
+            done = server().run(*argv, *options)
+            assert (done.code, done.out, done.err, done.last) == (0, "", "", ""), argv
+    refused = server().run("merge", base, adapter, "-o", base, "-qq")
+    assert refused.code == 4
+    assert refused.err.count("\n") == 1  # an error is told all the same
+
+
+@pytest.mark.parametrize("command", ["inspect", "detect", "merge", "mitigate"])
+def test_a_warning_is_told_once(job: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+    base, adapter = job
+    index = base / "model.safetensors.index.json"
+    tree = json.loads(index.read_text())
+    right = tree["metadata"]["total_size"]
+    index.write_text(json.dumps(tree | {"metadata": {"total_size": 1}}))
+    out = () if command == "inspect" else ("-o", tmp_path / "out.safetensors")
+    done = server().run(command, base, adapter, *out)
+    assert done.code == 0
+    assert done.told == (
+        f"streamer: warning: {index}: total_size says 1, the shards hold {right} bytes; the output's will be right\n"
+    )
+    if command == "merge":
+        assert json.loads((tmp_path / "out.safetensors" / index.name).read_text())["metadata"]["total_size"] == right
+
+
+def test_a_reader_that_leaves_is_no_fault(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
+    closed = "r, w = os.pipe(); os.close(r); os.dup2(w, 1)"
+    done = server().run("report", said[2], "--json", before=closed)
+    assert (done.code, done.told) == (0, "")
+
+
+def test_bars_on_a_terminal_only(said: tuple[Path, Path, Path, dict[str, Outcome]], tmp_path: Path) -> None:
+    """A real terminal on stderr gets bars and a whole screen back; stdout stays a clean object."""
+    base, adapter, _, _ = said
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    argv = ["merge", base, adapter, "-o", tmp_path / "out", "--json"]
+    with subprocess.Popen([sys.executable, "-m", "streamer", *map(str, argv)], env=ENV,
+                          stdout=subprocess.PIPE, stderr=theirs, text=True) as process:  # fmt: skip
+        os.close(theirs)
+        drawn = b""
+        try:
+            while piece := os.read(ours, 65536):
+                drawn += piece
+        except OSError:  # Linux says EIO when the other side has closed
+            pass
+        assert process.stdout is not None
+        out = process.stdout.read()
+    os.close(ours)
+    assert process.returncode == 0
+    assert json.loads(out)["command"] == "merge"
+    assert b"detect" in drawn
+    assert b"write" in drawn
+    assert b"% |" in drawn
+    assert re.search(rb"\r\x1b\[Kstreamer: merge: [^\r\n]* in [^\r\n]* s\r\n\Z", drawn)
+
+
+def test_threads_and_io_do_not_matter_for_what_is_found(
+    said: tuple[Path, Path, Path, dict[str, Outcome]], tmp_path: Path
+) -> None:
+    base, adapter, findings, _ = said
+    done = server().run(
+        "detect", base, adapter, "-o", tmp_path / "f.safetensors", "--io", "pread", "--threads", "1", "--device", "cpu"
+    )
+    assert (done.code, done.told) == (0, "")
+    assert (tmp_path / "f.safetensors").read_bytes() == findings.read_bytes()

@@ -1,0 +1,50 @@
+"""Outputs that are resumed or replaced by a run that is killed."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from commands import WRITING, ok, target
+from forks import KILL, server
+from helpers import tree_digest
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_a_killed_run_is_resumed_and_says_so(inputs: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+    out = target(tmp_path, command)
+    assert server().run(command, *inputs, "-o", out, at=12, code=KILL).code == -signal.SIGKILL
+    assert ok(command, *inputs, "-o", out)["state"] == "resumed"
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--no-resume"])
+def test_files_from_before_a_killed_overwrite_go_as_well(
+    inputs: tuple[Path, Path], tmp_path: Path, option: str
+) -> None:
+    """A model, over it another that was killed before it had replaced all shards (and begun anew), over that an adapter."""
+    out = tmp_path / "out"
+    ok("merge", *inputs, "-o", out, "--method", "shrink")
+    copy = shutil.copytree(out, tmp_path / "copy")
+    other = ("--method", "shrink", "--lambda", "0.3", "--overwrite")
+    calls = server().run("merge", *inputs, "-o", copy, *other).calls
+    at = next(i for i in range(len(calls)) if calls[i : i + 6] == ["write"] * 6) + 3  # amid the first shard
+    assert server().run("merge", *inputs, "-o", out, *other, at=at, code=KILL).code == -signal.SIGKILL
+    if option == "--no-resume":
+        assert server().run("merge", *inputs, "-o", out, *other, option, at=at, code=KILL).code == -signal.SIGKILL
+    assert len(list(out.glob("model-*.safetensors"))) == 3
+    ok("mitigate", *inputs, "-o", out, "--overwrite")
+    ok("mitigate", *inputs, "-o", tmp_path / "fresh")
+    assert tree_digest(out) == tree_digest(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_killed_while_it_removes_the_old_output(inputs: tuple[Path, Path], tmp_path: Path, n: int) -> None:
+    out = tmp_path / "out"
+    ok("merge", *inputs, "-o", out, "--method", "shrink")
+    line = ("mitigate", *inputs, "-o", out, "--overwrite", "--method", "shrink")
+    assert server().run(*line, at=n, code=KILL).code == -signal.SIGKILL
+    ok(*line)
+    ok("mitigate", *inputs, "-o", tmp_path / "fresh", "--method", "shrink")
+    assert tree_digest(out) == tree_digest(tmp_path / "fresh")

@@ -1,0 +1,158 @@
+"""Kinds of adapters that PEFT saves and that are refused, each in one line and by its name."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from commands import refuse, refuse_everywhere
+from forks import server
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# Kinds of adapters ----------------------------------------------------------------------------------------------------
+
+
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2)  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama") / "base"
+    llama().save_pretrained(path)
+    return path
+
+
+def lora(**config: object) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 4, **config})
+
+
+REFUSED = {
+    "layer_replication": (lambda: lora(layer_replication=[[0, 2], [1, 2]]), "layer replication: the model has layers"),
+    "PiSSA": (lambda: lora(init_lora_weights="pissa"), "its delta is relative to a residual of the base"),
+    "OLoRA": (lambda: lora(init_lora_weights="olora"), "path_initial_model_for_weight_conversion"),
+    "aLoRA": (
+        lambda: lora(alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"),
+        "aLoRA: acts on some tokens only, which no merged weight can express",
+    ),
+    "QALoRA": (lambda: lora(use_qalora=True), "QALoRA: pools its input, so lora_A does not have the base's width"),
+    "BD-LoRA": (
+        lambda: lora(use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)),
+        "BD-LoRA: stores block-diagonal factors",
+    ),
+    "KaSA": (
+        lambda: lora(kasa_config=peft.KasaConfig()),
+        "KaSA: changes the base and adds a diagonal between the factors",
+    ),
+    "MonteCLoRA": (lambda: lora(monteclora_config=peft.MontecloraConfig()), "MonteCLoRA: samples its factors"),
+    "VeLoRA": (
+        lambda: lora(velora_config=peft.VeloraConfig()),
+        "VeLoRA: is not supported: it keeps buffers beside the factors",
+    ),
+    "VeRA without its projections": (
+        lambda: peft.VeraConfig(target_modules=["q_proj"], save_projection=False),
+        "VeRA: its projections are not in the file (save_projection=false)",
+    ),
+    "HRA": (
+        lambda: peft.HRAConfig(target_modules=["q_proj"]),
+        "HRA adapter: its change of the weights is not known here",
+    ),
+    "IA3": (lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3 adapter"),
+    "prompt": (lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING adapter"),
+}
+
+
+def save_peft(config: peft.PeftConfig, path: Path) -> Path:
+    """Save an adapter as PEFT saves it, its lora_B not zero."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on kinds that are refused anyway
+        model = peft.get_peft_model(llama(), config)
+        torch.manual_seed(1)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.3)
+        model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_kind_that_is_refused(llama_base: Path, tmp_path: Path, kind: str) -> None:
+    config, words = REFUSED[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = config()
+    adapter = save_peft(made, tmp_path / "adapter")
+    refuse_everywhere(llama_base, adapter, tmp_path, 3, f"{adapter}/adapter_", "refused: ", words,
+                      "merge such an adapter with PEFT instead")  # fmt: skip
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", False])
+def test_an_adapter_that_peft_saved_is_taken(llama_base: Path, tmp_path: Path, init: bool | str) -> None:
+    adapter = save_peft(lora(init_lora_weights=init, target_modules="all-linear"), tmp_path / "adapter")
+    done = server().run("mitigate", llama_base, adapter, "-o", tmp_path / "out", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["totals"]["matrices"] == 14
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as f:
+        assert len(f.keys()) == 28
+
+
+def test_an_arrow_router_is_refused(llama_base: Path, tmp_path: Path) -> None:
+    """It needs the adapters that it routes between."""
+    save_peft(lora(), tmp_path / "one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.create_arrow_model(
+            llama(), task_specific_adapter_paths=[str(tmp_path / "one")], arrow_config=peft.ArrowConfig(top_k=1)
+        )
+        model.save_pretrained(tmp_path / "saved", selected_adapters=["arrow_router"])
+    refuse_everywhere(llama_base, tmp_path / "saved" / "arrow_router", tmp_path, 3, "refused: ",
+                      "Arrow: routes between adapters at run time, which no merged weight can express")  # fmt: skip
+
+
+def test_a_megatron_adapter_is_refused(llama_base: Path, tmp_path: Path) -> None:
+    """PEFT makes one only where Megatron is installed: the config of a plain one is given what it would say."""
+    adapter = save_peft(lora(), tmp_path / "adapter")
+    tree = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(tree | {"megatron_config": {"hidden_size": 32}}))
+    refuse_everywhere(llama_base, adapter, tmp_path, 3,
+                      "Megatron LoRA: its tensors are split over ranks; convert it to plain PEFT first")  # fmt: skip
+
+
+def test_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3, groups=2))
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT knows no config of such a model
+        peft.get_peft_model(model, lora(target_modules=["0"])).save_pretrained(tmp_path / "adapter")
+    refuse_everywhere(tmp_path / "base", tmp_path / "adapter", tmp_path, 3, "LoRA on a convolution with 2 groups")
+
+
+def test_what_dora_and_other_methods_cannot_write(llama_base: Path, tmp_path: Path) -> None:
+    for name, config in {"DoRA": lora(use_dora=True), "LoHa": peft.LoHaConfig(target_modules=["q_proj"])}.items():
+        adapter = save_peft(config, tmp_path / name)
+        line = refuse("mitigate", llama_base, adapter, tmp_path, 3, "--method", "shrink")
+        assert (
+            "the mitigated delta of 'model.layers.0.self_attn.q_proj' (and 1 more) has no form in this kind of adapter"
+            in line
+        )
+        assert "`streamer merge` writes it into the base" in line
+        assert server().run("mitigate", llama_base, adapter, "-o", tmp_path / f"same-{name}", "--lambda", "1").code == 0
+
+
+def test_all_reasons_are_told_at_once(llama_base: Path, tmp_path: Path) -> None:
+    config = lora(use_qalora=True, init_lora_weights="gaussian")
+    adapter = save_peft(config, tmp_path / "adapter")
+    tree = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(tree | {"use_hyper": True, "init_lora_weights": "magic"}))
+    refuse_everywhere(llama_base, adapter, tmp_path, 3, "QALoRA", "unknown initialisation",
+                      "unknown variant use_hyper=True: it may change what the tensors mean")  # fmt: skip
