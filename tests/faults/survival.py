@@ -22,75 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import shim
-from forks import STOP, Outcome, partials
+from forks import STOP, partials
 from jobs import COMMANDS, OTHERS, Bench, Case
 from powerloss import WAYS, Disk
-
-
-@dataclass
-class Tally:
-    """What became of the faults of one kind in one command."""
-
-    injected: int = 0
-    runs: int = 0
-    identical: int = 0
-    lost: int = 0
-    wrong_codes: int = 0
-    problems: list[str] = field(default_factory=list)
-
-    def begin(self, code: int, allowed: set[int], what: str) -> None:
-        """A run with a fault in it has ended."""
-        self.injected += 1
-        self.runs += 1
-        if code not in allowed:
-            self.wrong_codes += 1
-            self.problems.append(f"{what}: exit {code}, expected one of {sorted(allowed)}")
-
-    def end(self, case: Case, out: Path, what: str) -> None:
-        """Look at what it left, run the command again, compare, and remove all."""
-        lost = case.lost(out)
-        self.lost += bool(lost)
-        unfinished = case.unfinished(out)
-        self.runs += 1
-        self.identical += not unfinished
-        self.problems += [f"{what}: {p}" for p in (*lost, *unfinished)]
-        shutil.rmtree(out, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A command to be disturbed: its calls as the shim counts them, and where outputs go."""
-
-    case: Case
-    home: Path
-    calls: tuple[shim.Call, ...]
-    every: int
-    rng: random.Random
-
-    def places(self, ops: str = shim.CHANGES) -> Iterator[tuple[int, str]]:
-        """(n, op) of every `every`-th call of these kinds, n from 1."""
-        found = [(n, call.op) for n, call in enumerate(self.calls, 1) if call.op in ops]
-        return iter(found[self.rng.randrange(min(self.every, len(found) or 1)) :: self.every])
-
-    def run(self, out: Path, mode: int, at: int = 0, number: int = 0, **disturbance) -> Outcome:
-        """Run it with a fault of the shim's."""
-        return self.case.run(out, before=shim.arm(out, mode, at, number), **disturbance)
-
-
-def recorded(case: Case, home: Path) -> tuple[shim.Call, ...]:
-    """The calls of an uninterrupted run."""
-    out, record = home / "recorded", home / "record"
-    done = case.run(out, before=shim.arm(out, record=record))
-    assert done.code == 0, done.err
-    shutil.rmtree(out)
-    return tuple(shim.read_record(record))
+from trials import Tally, Trial, recorded
 
 
 def killed(trial: Trial, mode: int, ops: str) -> Tally:
@@ -324,6 +265,8 @@ FAULTS: dict[str, Callable[[Trial], Tally]] = {
     "two runs at once": two_at_once,
     **{f"power cut, kept: {way}": lambda t, way=way: power_cut(t, way) for way in WAYS},
 }
+
+
 RANDOM = "kill at random"
 
 

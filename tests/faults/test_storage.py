@@ -13,10 +13,7 @@ from transactions import INDEX, carry_out, check_whole, make_case, take
 from two_shards import SHARDS, two_shards
 
 from streamer.errors import LockedError
-from streamer.storage.output_plan import (
-    JOURNAL_NAME,
-    LOCK_NAME,
-)
+from streamer.storage.output_plan import JOURNAL_NAME, LOCK_NAME
 
 
 def test_a_killed_process_is_taken_up(tmp_path: Path) -> None:

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import minilm
 import pytest
+import quantized
+from minilm import Trained
 
 import streamer
-
-
-class Trained(NamedTuple):
-    """A trained adapter, and what was detected in it by `auto` (dense, for matrices this small) and by the certified solver."""
-
-    rank: int
-    adapter: Path
-    findings: streamer.Findings
-    certified: streamer.Findings
 
 
 @pytest.fixture(scope="session", params=[8, 1], ids=["r8", "r1"])
@@ -30,3 +22,11 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         for solver in ("auto", "certified")
     )
     return Trained(request.param, adapter, findings, certified)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A 16-bit Llama, and an adapter that PEFT trained on it: what bases are quantized from."""
+    directory = tmp_path_factory.mktemp("plain")
+    quantized.llama().save_pretrained(directory / "base")
+    return directory / "base", quantized.train_adapter(directory / "adapter", quantized.llama())

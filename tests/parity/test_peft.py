@@ -8,7 +8,7 @@ from pathlib import Path
 import minilm
 import pytest
 import torch
-from conftest import Trained
+from minilm import Trained
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from safetensors.torch import load_file

@@ -6,9 +6,7 @@ import struct
 
 from hypothesis import strategies as st
 
-from streamer.storage.header import (
-    DTYPE_BITS,
-)
+from streamer.storage.header import DTYPE_BITS
 
 F32 = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 

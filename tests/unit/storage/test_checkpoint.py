@@ -14,14 +14,8 @@ from helpers import view, write_sharded
 from safetensors.torch import save_file
 from two_shards import MODES, SHARDS, refusal
 
-from streamer.errors import (
-    InputError,
-    MissingInputError,
-)
-from streamer.storage.checkpoint import (
-    SINGLE_NAME,
-    open_checkpoint,
-)
+from streamer.errors import InputError, MissingInputError
+from streamer.storage.checkpoint import SINGLE_NAME, open_checkpoint
 from streamer.storage.tensor_file import IOMode, TensorFile
 
 

@@ -14,19 +14,8 @@ import torch
 from safetensors.torch import save_file
 from two_shards import SHARDS, refusal
 
-from streamer.errors import (
-    FormatError,
-    InputError,
-    MissingInputError,
-    UnsupportedError,
-)
-from streamer.storage.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    check_shard_name,
-    open_checkpoint,
-    read_json_object,
-)
+from streamer.errors import FormatError, InputError, MissingInputError, UnsupportedError
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, check_shard_name, open_checkpoint, read_json_object
 
 
 def edit_index(base: Path, change: Callable[[dict], object]) -> None:

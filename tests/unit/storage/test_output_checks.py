@@ -14,10 +14,7 @@ from transactions import DATA, INDEX, Case, carry_out, interrupt, refusal, run
 from streamer.errors import LockedError, OutputError, StorageError
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_place, check_space
-from streamer.storage.output_plan import (
-    LOCK_NAME,
-    inspect_output,
-)
+from streamer.storage.output_plan import LOCK_NAME, inspect_output
 from streamer.storage.transaction import open_outputs
 
 

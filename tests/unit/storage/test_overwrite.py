@@ -10,12 +10,7 @@ import pytest
 from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, nothing, refusal, run
 
 from streamer.errors import OutputError, OutputExistsError, StorageError
-from streamer.storage.output_plan import (
-    JOURNAL_NAME,
-    LOCK_NAME,
-    RECORD_NAME,
-    inspect_output,
-)
+from streamer.storage.output_plan import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, inspect_output
 from streamer.storage.transaction import open_outputs
 
 

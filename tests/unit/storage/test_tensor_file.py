@@ -13,15 +13,8 @@ import pytest
 from helpers import view
 from two_shards import MODES, SHARDS, refusal
 
-from streamer.errors import (
-    FormatError,
-    InputChangedError,
-    StorageError,
-)
-from streamer.storage.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-)
+from streamer.errors import FormatError, InputChangedError, StorageError
+from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.tensor_file import IOMode, TensorFile
 
 

@@ -14,12 +14,7 @@ from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, inte
 
 from streamer.errors import InputChangedError, OutputError, OutputExistsError, StorageError
 from streamer.storage.atomic_file import AtomicFile
-from streamer.storage.output_plan import (
-    JOURNAL_NAME,
-    RECORD_NAME,
-    finished_record,
-    inspect_output,
-)
+from streamer.storage.output_plan import JOURNAL_NAME, RECORD_NAME, finished_record, inspect_output
 from streamer.storage.transaction import open_outputs
 
 # From nothing to done -----------------------------------------------------------------------------------------------

@@ -1,0 +1,13 @@
+"""Fixtures of faults in commands."""
+
+from __future__ import annotations
+
+import pytest
+from forks import server
+from jobs import Bench
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The commands, each with an uninterrupted run to compare with."""
+    return Bench(tmp_path_factory.mktemp("bench"), server())

@@ -1,0 +1,95 @@
+"""Signals: stopped at a safe point, at once on the second, as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from forks import LAST, partials, server
+from helpers import tree_digest
+from jobs import COMMANDS, Bench
+
+# Signals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_stopped_at_a_safe_point(bench: Bench, command: str, signum: signal.Signals, tmp_path: Path) -> None:
+    case = bench.case(command)
+    ask = f"os.kill(os.getpid(), {int(signum)}); time.sleep(0.1)"
+    last = 12 if command == "detect" else len(case.calls) // 2  # when all is detected, there is no point in stopping
+    for n in (2, last // 2, last):
+        out = tmp_path / str(n)
+        stopped = case.run(out, at=n, code=ask)
+        assert stopped.code == 128 + signum
+        first, second = stopped.err.splitlines()
+        assert f"signal {int(signum)}: stopping at the next safe point" in first
+        assert second == f"streamer: stopped by signal {int(signum)}; the same command resumes"
+        assert partials(out) == []
+        assert [p for p in out.rglob(".*") if p.name.endswith("journal")]
+        assert not [p for p in out.rglob(".*") if p.name.endswith("lock")]
+        case.check_whole_files(out)
+        case.check_finishes(out)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_two_signals_stop_at_once(bench: Bench, signum: signal.Signals, tmp_path: Path) -> None:
+    """The second one does not wait for a safe point: here none would come for a minute."""
+    case = bench.case("merge")
+    began = time.monotonic()
+    once = f"os.kill(os.getpid(), {int(signum)}); time.sleep(0.2)"
+    stopped = case.run(tmp_path / "out", at=30, code=f"{once}; {once}; time.sleep(60)")
+    assert time.monotonic() - began < 20
+    assert stopped.code == 128 + signum
+    assert "once more to stop at once" in stopped.err
+    assert "stopped by signal" not in stopped.err
+    case.check_whole_files(tmp_path / "out")
+    case.check_finishes(tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def long_bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Jobs that take seconds, for processes that are started as a user starts them."""
+    return Bench(tmp_path_factory.mktemp("long"), server(), hidden=256)
+
+
+def wait_for_journal(out: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until the run has journalled its first result."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            if any(p.stat().st_size > 10_000 for p in out.glob(".*findings.safetensors.journal")):
+                return
+        time.sleep(0.002)
+    raise AssertionError(f"no journal came; the run ended with {process.poll()}")
+
+
+@pytest.mark.parametrize(
+    ("verb", "signum"),
+    [("detect", signal.SIGINT), ("merge", signal.SIGTERM), ("merge", signal.SIGKILL)],
+    ids=["detect SIGINT", "merge SIGTERM", "merge SIGKILL"],
+)
+def test_a_process_is_told_to_stop(long_bench: Bench, verb: str, signum: signal.Signals, tmp_path: Path) -> None:
+    case, out = long_bench.case(verb), tmp_path / "out"
+    with case.start(out) as process:
+        wait_for_journal(out, process)
+        process.send_signal(signum)
+        stdout, stderr = process.communicate(timeout=60)
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + signum
+        assert stdout == ""
+        assert "Traceback" not in stderr
+        assert stderr.endswith(f"streamer: stopped by signal {int(signum)}; the same command resumes\n")
+        assert partials(out) == []
+    assert list(out.glob(".*findings.safetensors.journal"))
+    with case.start(out) as process:
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert LAST.fullmatch(stderr)
+    assert tree_digest(out) == case.whole

@@ -1,0 +1,119 @@
+"""Tiny models of many architectures, and adapters that PEFT saves for them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+ATTENTION = LINEAR[:4]
+
+
+CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": 28, "patch_size": 14, "projection_dim": 32}  # fmt: skip
+
+
+SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
+
+
+ROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
+
+
+def config(kind: str, **values: Any) -> Any:
+    return getattr(transformers, f"{kind}Config")(**values)
+
+
+def text(kind: str, **values: Any) -> Callable[[], Any]:
+    return lambda: config(kind, **TEXT, **values)
+
+
+def llava(**nested: Any) -> Any:
+    return config("Llava", vision_config=CLIP, text_config={"model_type": "llama", **TEXT}, image_token_id=5,
+                  tie_word_embeddings=False, **nested)  # fmt: skip
+
+
+def qwen_vl(kind: str) -> Callable[[], Any]:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "out_hidden_size": 32,
+              "intermediate_size": 48, "spatial_merge_size": 2, "mlp_ratio": 2}  # fmt: skip
+    return lambda: config(
+        kind, text_config={**TEXT, "rope_parameters": ROPE}, vision_config=vision, tie_word_embeddings=False
+    )
+
+
+def multimodal(kind: str, model_type: str, vision: dict[str, Any], **values: Any) -> Callable[[], Any]:
+    return lambda: config(kind, text_config={"model_type": model_type, **TEXT}, vision_config=vision, tie_word_embeddings=False,
+                          image_token_id=5, **values)  # fmt: skip
+
+
+# Name → (the model's class, its config, the adapter's target modules)
+MODELS: dict[str, tuple[str, Callable[[], Any], list[str] | str]] = {
+    "llama": ("LlamaForCausalLM", text("Llama"), [*LINEAR, "lm_head"]),
+    "mistral": ("MistralForCausalLM", text("Mistral"), LINEAR),
+    "qwen2": ("Qwen2ForCausalLM", text("Qwen2"), LINEAR),
+    "qwen3": ("Qwen3ForCausalLM", text("Qwen3"), LINEAR),
+    "gemma2": ("Gemma2ForCausalLM", text("Gemma2"), LINEAR),
+    "gemma3-text": ("Gemma3ForCausalLM", text("Gemma3Text"), LINEAR),
+    "phi3": ("Phi3ForCausalLM", text("Phi3"), ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "gpt2": ("GPT2LMHeadModel", lambda: config("GPT2", n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64,
+                                               bos_token_id=1, eos_token_id=2), ["c_attn", "c_proj", "c_fc"]),
+    "gpt-neox": ("GPTNeoXForCausalLM", text("GPTNeoX"), ["query_key_value", "dense", "dense_h_to_4h", "embed_out", "lm_head"]),
+    "bert": ("BertForSequenceClassification", text("Bert", num_labels=3), ["query", "key", "value", "dense"]),
+    "vit": ("ViTForImageClassification", lambda: config("ViT", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                                        num_attention_heads=4, image_size=28, patch_size=14), "all-linear"),
+    "t5": ("T5ForConditionalGeneration", lambda: config("T5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64,
+                                                        decoder_start_token_id=0), ["q", "k", "v", "o", "wi", "wo"]),
+    "mixtral": ("MixtralForCausalLM", text("Mixtral", **MOE), ATTENTION),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", text("Qwen3Moe", **MOE), ATTENTION),
+    "gpt-oss": ("GptOssForCausalLM", text("GptOss", **MOE), ATTENTION),
+    "llava": ("LlavaForConditionalGeneration", llava, [*LINEAR, "out_proj", "fc1", "fc2", "linear_1", "lm_head"]),
+    "llava-next": ("LlavaNextForConditionalGeneration", multimodal("LlavaNext", "llama", CLIP), [*LINEAR, "fc1"]),
+    "paligemma": ("PaliGemmaForConditionalGeneration", multimodal("PaliGemma", "gemma", SIGLIP), [*LINEAR, "fc1", "linear"]),
+    "gemma3": ("Gemma3ForConditionalGeneration", multimodal("Gemma3", "gemma3_text", SIGLIP, mm_tokens_per_image=4), [*LINEAR, "fc1"]),
+    "mistral3": ("Mistral3ForConditionalGeneration", multimodal("Mistral3", "mistral", {**CLIP, "model_type": "pixtral"}), LINEAR),
+    "qwen2-vl": ("Qwen2VLForConditionalGeneration", qwen_vl("Qwen2VL"), [*LINEAR, "qkv", "attn.proj", "fc1", "lm_head"]),
+    "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", qwen_vl("Qwen2_5_VL"), [*LINEAR, "qkv", "attn.proj", "lm_head"]),
+}  # fmt: skip
+
+
+def make_base(name: str, path: Path) -> Any:
+    """A tiny random model, saved; returns its class."""
+    cls, make, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(make())
+    model.save_pretrained(path)
+    return type(model)
+
+
+def make_adapter(cls: Any, base: Path, path: Path, targets: list[str] | str) -> Any:
+    """An adapter with random factors on the saved base; returns PEFT's model."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fan_in_fan_out, which PEFT sets itself
+        model = get_peft_model(
+            cls.from_pretrained(base), LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+        )
+        model.save_pretrained(path, save_embedding_layers=False)
+    return model
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")

@@ -1,0 +1,27 @@
+"""Names of several adapters."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import helpers
+import pytest
+
+from streamer.adapters.batch import holds_adapters, named_adapters
+
+
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b", "a", ".hidden"):
+        helpers.write_adapter(tmp_path / "many" / name, {}, r=1)
+    assert holds_adapters(tmp_path / "many")
+    assert not holds_adapters(tmp_path / "many" / "a")
+    assert not holds_adapters(tmp_path / "nothing")
+    assert named_adapters(str(tmp_path / "many")) == {"": tmp_path / "many"}
+    assert list(named_adapters([tmp_path / "many"])) == ["a", "b"]
+    # A training run keeps its checkpoints inside: it is an adapter all the same.
+    shutil.copy(tmp_path / "many/a/adapter_config.json", tmp_path / "many")
+    assert not holds_adapters(tmp_path / "many")
+    assert list(named_adapters([tmp_path / "many", tmp_path / "many" / "b" / ".." / "b"])) == ["many", "b"]
+    monkeypatch.chdir(tmp_path / "many")
+    assert list(named_adapters([".", "b"])) == ["many", "b"]

@@ -1,0 +1,152 @@
+"""Formats of quantized weights: what is looked up, what is refused by its name, what is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from quantized_values import AWQ_WORDS, BNB, CODES, CPU, FP8_CONFIG, base_of, fp8, packed
+
+from streamer.errors import FormatError, InputError, UnsupportedError
+from streamer.weights.dequantize import plain_weights
+
+
+def test_a_view_holds_the_names_that_it_looks_up(tmp_path: Path) -> None:
+    """What is in the view, what it iterates over and what can be looked up are one set, whatever was replaced or added."""
+    plain = torch.randn(128, 128)
+    scale = torch.rand(1, 1) + 0.1
+    tensors = {"w.weight": fp8((128, 128)), "w.weight_scale_inv": scale, "v.weight": plain}
+    base = base_of(tmp_path, tensors, FP8_CONFIG)
+    v = base.stored["v.weight"].tensors["weight"]
+    view = base.replaced({"w.weight": v, "new.weight": v}).extended(
+        {"v.weight[:2]": lambda weights: weights["v.weight"]}
+    )
+    assert set(base) == {"w.weight", "v.weight"}
+    assert list(view) == [*base, "new.weight", "v.weight[:2]"]
+    assert len(view) == 4
+    assert all(name in view and torch.equal(view[name].whole(CPU), plain) for name in view)
+    assert not view["w.weight"].quantized
+    assert base["w.weight"].quantized
+    assert view.quantized_names == {"w.weight"}
+    assert [view.file_index(name) for name in ("v.weight", "w.weight", "new.weight")] == [
+        base.file_index("v.weight"), base.file_index("w.weight"), 3,
+    ]  # fmt: skip
+    for name in ("w.weight_scale_inv", "x"):
+        assert name not in view
+        with pytest.raises(KeyError):
+            view[name]
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        *(
+            {"quant_method": m}
+            for m in (
+                "hqq",
+                "aqlm",
+                "quanto",
+                "torchao",
+                "bitnet",
+                "eetq",
+                "vptq",
+                "higgs",
+                "auto-round",
+                "quark",
+                ["x"],
+                3,
+            )
+        ),
+        {"bits": 4},
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"a": 1}},
+        {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": "sparse-24-bitmask"}},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+    ],
+)
+def test_other_ways_of_quantization_are_refused_by_name(tmp_path: Path, quantization: dict) -> None:
+    with pytest.raises(UnsupportedError) as e:
+        base_of(tmp_path, CODES, quantization)
+    text = str(e.value)
+    assert repr(quantization.get("quant_method")) in text
+    assert text.startswith(f"{tmp_path}: config.json: bases quantized by ")
+    assert text.endswith("use the 16-bit model")
+    for key, value in quantization.items():
+        assert (
+            key in ("quant_method", "bits")
+            or f"{key}={value!r}" in text
+            or value in ("dense", "float-quantized")
+            or f"with {key}" in text
+        )
+
+
+@pytest.mark.parametrize("config", [None, {"quant_method": "bitsandbytes"}, {"quant_method": "fp8"}])
+def test_codes_that_nothing_explains_are_refused(tmp_path: Path, config: dict | None) -> None:
+    weights = base_of(tmp_path, CODES, config)
+    with pytest.raises(UnsupportedError, match=r"tensor 'w\.weight': dtype I8 is not one of .* use the 16-bit model"):
+        weights["w.weight"]
+    with pytest.raises(UnsupportedError, match=r"tensor 'w\.weight': dtype I8 with no scale or table"):
+        plain_weights(weights, {})
+    assert torch.equal(weights["w.bias"].whole(CPU), torch.zeros(64))
+
+
+BROKEN = {
+    "fp8: a scale for other rows": (
+        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(3, 1)},
+        {"quant_method": "fp8"},
+        r"\[64, 96\] and scale \[3, 1\] do not fit",
+    ),
+    "fp8: an integer scale": (
+        {"w.weight": fp8((64, 96)), "w.weight_scale": torch.ones(1, dtype=torch.int64)},
+        {"quant_method": "fp8"},
+        "of dtype I64",
+    ),
+    "fp8: a vector": (
+        {"w.weight": fp8((64,)), "w.weight_scale": torch.ones(1)},
+        {"quant_method": "fp8"},
+        "F8_E4M3 weights of 1 dimensions",
+    ),
+    "int8: a scale for other rows": (
+        {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(63)},
+        BNB,
+        "an F32 scale a row",
+    ),
+    "int8: another format": (
+        {"w.weight": CODES["w.weight"], "w.SCB": torch.ones(64), "w.weight_format": torch.ones(1, dtype=torch.uint8)},
+        BNB,
+        "weight_format is not 0",
+    ),
+    "mxfp4: scales of other experts": (
+        {
+            "w_blocks": torch.zeros(2, 8, 1, 16, dtype=torch.uint8),
+            "w_scales": torch.zeros(3, 8, 1, dtype=torch.uint8),
+        },
+        {"quant_method": "mxfp4"},
+        "do not fit",
+    ),
+    "gptq: five bits": (packed(), {"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits"),
+    "gptq: other outputs": (packed(scales=torch.ones(1, 40)), {"quant_method": "gptq", "bits": 4}, "do not fit"),
+    "gptq: marlin": (packed(), {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin'"),
+    "gptq: a group that is not there": (
+        packed(g_idx=torch.ones(64, dtype=torch.int32)),
+        {"quant_method": "gptq", "bits": 4},
+        "groups that are not there",
+    ),
+    "awq: gemv": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "version": "gemv"}, "version gemm"),
+    "awq: other groups": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "group_size": 32}, "do not fit"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_codes(tmp_path: Path, name: str) -> None:
+    tensors, config, message = BROKEN[name]
+    weights = base_of(tmp_path, tensors, config)
+    with pytest.raises(InputError, match=message):
+        weights["w" if "w_blocks" in tensors else "w.weight"].whole(CPU)
+
+
+def test_a_weight_that_stands_twice(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"'w\.qweight' and 'w\.weight' are the same weight"):
+        base_of(tmp_path, packed(weight=torch.ones(32, 64)), {"quant_method": "gptq", "bits": 4})
