@@ -23,7 +23,7 @@ from streamer.cli.tables import NO_LIMIT
 from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions
 from streamer.events import Monitor
-from streamer.linalg.operators import LowRank
+from streamer.linalg.low_rank import LowRank
 from streamer.storage.atomic_file import Buffer, write_atomic
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from streamer.storage.header import TensorInfo, tensor_nbytes

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from streamer.detection import solvers
+from streamer.detection.cost import cost as solver_cost
 from streamer.detection.findings import Findings, detection_digest, load_findings
 from streamer.detection.findings_file import journal_of, remove_leftovers
 from streamer.detection.findings_writer import (
@@ -62,9 +63,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def cost(target: Target, options: DetectionOptions) -> int:
-    """Units of work that detection spends on a matrix; see `solvers.cost`."""
+    """Units of work that detection spends on a matrix; see `detection.cost.cost`."""
     shape = target.module.shape
-    return solvers.cost(shape, options.directions(shape), options.solver)
+    return solver_cost(shape, options.directions(shape), options.solver)
 
 
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device,

@@ -19,7 +19,7 @@ from streamer.adapters.adapter import Adapter, open_adapter
 from streamer.adapters.finetuned import is_model, open_tuned
 from streamer.adapters.modules import LoraModule
 from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
-from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Delta
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.carried_tensors import TensorEdits, match_changes
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
@@ -33,7 +33,7 @@ from streamer.storage.files import Stamp, file_stamp, open_regular
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.tensor_file import IOMode
 from streamer.weights.base import StoredTensor
-from streamer.weights.logical import Weights
+from streamer.weights.logical import WeightView, open_weights
 
 MODEL_CONFIG = "config.json"
 
@@ -66,7 +66,7 @@ class Company:
 
     base: Checkpoint
     inputs: tuple[Path, ...]
-    weights: Weights
+    weights: WeightView
     adapters: int = 0
     tensor_count: int = 0
     matrices: int = 0
@@ -102,7 +102,7 @@ class Plan:
     """
 
     base: Checkpoint
-    weights: Weights
+    weights: WeightView
     adapter: Adapter
     targets: tuple[Target, ...]
     changes: TensorEdits
@@ -222,7 +222,7 @@ def make_plans(
     opened = [None if is_model(path) else open_adapter(path, io, base_is_residual) for path in given]
     checkpoint = open_checkpoint(base, io)
     config = _model_config(checkpoint.directory)
-    company = Company(checkpoint, (checkpoint.path, *given), Weights(checkpoint, config))
+    company = Company(checkpoint, (checkpoint.path, *given), open_weights(checkpoint, config))
     conv1d = stores_conv1d(config)
     return [
         _plan(company, config, adapter or open_tuned(path, checkpoint, _model_config(path), conv1d, io))
@@ -246,7 +246,7 @@ def _plan(company: Company, config: dict[str, Any], opened: Adapter) -> Plan:
     names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(tie, opened, matched)
-    changes = match_changes(checkpoint, opened, matched, renames, aliases, weights.coded)
+    changes = match_changes(checkpoint, opened, matched, renames, aliases, weights.quantized_names)
     if not opened.is_model:
         tied.refuse_other_ties(
             tie, checkpoint.path, checkpoint.weight_map, config, opened, matched, [*changes.sources, *changes.rows]
@@ -268,13 +268,13 @@ def _plan(company: Company, config: dict[str, Any], opened: Adapter) -> Plan:
     return Plan(checkpoint, weights, opened, tuple(targets), changes, mirrors, config, stamps, company)
 
 
-def _places(weights: Weights) -> Callable[[Target], tuple[int, int]]:
-    return lambda target: (weights.place(target.places[0].weight), target.places[0].index or 0)
+def _places(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
+    return lambda target: (weights.file_index(target.places[0].weight), target.places[0].index or 0)
 
 
-def _check_whole(base: Checkpoint, weights: Weights, tuned: Adapter, found: set[str]) -> None:
+def _check_whole(base: Checkpoint, weights: WeightView, tuned: Adapter, found: set[str]) -> None:
     """Refuse a fine-tuned model that is not one of the base's tensors."""
-    if weights.coded:
+    if weights.quantized_names:
         raise UnsupportedError(
             f"{base.path}: is quantized; a fine-tuned model is compared with the 16-bit base that it was trained from"
         )
