@@ -1,4 +1,4 @@
-"""Write a findings file: its layout, what stands beside it meanwhile, and one that is written at once.
+"""Layout of a findings file, the paths of its journal and its lock, and writing one at once.
 
 On disk findings are one safetensors file. For the base tensor ``T`` it holds ``T/U`` (m, q), ``T/S`` (q,), ``T/Vh`` (q, n), the
 intruders' triplets; ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high`` (k,) float64;
@@ -25,7 +25,7 @@ from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.lock import locked
-from streamer.storage.output_checks import check_name, check_place, check_space, refuse_address, refuse_symlink
+from streamer.storage.output_checks import check_name, check_output_path, check_space, refuse_address, refuse_symlink
 from streamer.storage.shard_writer import ShardPlan, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
 
@@ -41,17 +41,17 @@ Entry = tuple[str, str, tuple[int, ...]]
 
 
 def journal_of(path: Path) -> Path:
-    """Where the journal of a findings file stands while it is being made."""
+    """Give the path of the journal of a findings file that is being made: ``dir/f.safetensors`` → ``dir/.f.safetensors.journal``."""
     return path.with_name(f".{path.name}.journal")
 
 
 def lock_of(path: Path) -> Path:
-    """Where the lock of a findings file stands while it is being made."""
+    """Give the path of the lock of a findings file that is being made: ``dir/f.safetensors`` → ``dir/.f.safetensors.lock``."""
     return path.with_name(f".{path.name}.lock")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what stands beside a findings file after a run that was killed: journal, lock, partials.
+    """Remove the journal, lock and partials that a killed run left for a findings file.
 
     Raises
     ------
@@ -65,14 +65,14 @@ def remove_leftovers(path: Path) -> None:
             journal_of(path).unlink(missing_ok=True)
 
 
-def check_findings_place(path: Path) -> None:
+def check_findings_path(path: Path) -> None:
     """Refuse a path where no findings file can be written: an address, a directory, a symlink, a hub cache. Its parent may be missing."""
     refuse_address(path)
     if path.is_dir():
         raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
     check_name(path, partial_name(journal_of(path).name))
     refuse_symlink(path)
-    check_place(path.parent.resolve(), (), path)
+    check_output_path(path.parent.resolve(), (), path)
 
 
 def check_findings_name(path: Path) -> None:
@@ -84,32 +84,32 @@ def check_findings_name(path: Path) -> None:
 
 
 def matrix_entries(tensor: str, arrays: Mapping[str, Tensor]) -> list[Entry]:
-    """The entries of one matrix."""
+    """List the entries of one matrix: ``q.weight`` → ``q.weight/U``, ``q.weight/S`` and so on."""
     return [(f"{tensor}/{key}", DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in arrays.items()]
 
 
 class Head(Protocol):
-    """What findings say besides their matrices."""
+    """Identity and options of findings, without their matrices."""
 
     @property
     def base(self) -> BaseIdentity:
-        """What tells the base from another."""
+        """Identity of the base."""
 
     @property
     def adapter(self) -> AdapterIdentity:
-        """What tells the adapter from another."""
+        """Identity of the adapter."""
 
     @property
     def options(self) -> DetectionOptions:
-        """What decided the findings."""
+        """Options that decided the findings."""
 
     @property
     def sources(self) -> Mapping[str, Mapping[str, str]]:
-        """The names of base and adapter; empty where they are not known."""
+        """Names of base and adapter; empty where they are not known."""
 
 
 def plan_findings_file(name: str, head: Head, matrices: Sequence[MatrixFigures], entries: Iterable[Entry]) -> ShardPlan:
-    """Lay out a findings file: the same findings give the same bytes, however they are written."""
+    """Lay out a findings file. Equal findings give equal bytes, whether written at once or through a journal."""
     tree = {"base": head.base, "adapter": head.adapter, "options": head.options.as_dict(), "matrices": matrices}
     metadata = {"schema": SCHEMA, "findings": json.dumps(tree)}
     if head.sources:
@@ -120,14 +120,14 @@ def plan_findings_file(name: str, head: Head, matrices: Sequence[MatrixFigures],
 
 
 def is_findings_file(path: Path) -> bool:
-    """Whether a file's header says that it holds findings of this schema."""
+    """Say whether a file's header states findings of this schema."""
     try:
         return TensorFile(path).header.metadata.get("schema") == SCHEMA
     except InputError:
         return False
 
 
-def refuse_others(path: Path) -> None:
+def refuse_foreign(path: Path) -> None:
     """Refuse to replace a file that is not findings: it may be weights."""
     if not is_findings_file(path):
         raise OutputExistsError(
@@ -158,11 +158,11 @@ def save_findings_file(
     OutputError, StorageError, LockedError
         If it cannot be written there.
     """
-    check_findings_place(path)
+    check_findings_path(path)
     if path.exists() and path.stat().st_size > 0:
         if not overwrite:
             raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
-        refuse_others(path)
+        refuse_foreign(path)
     if journal_of(path).exists() and not overwrite:
         raise OutputExistsError(
             f"{path}: an interrupted run has its journal there; finish that one, choose another output, or pass overwrite=True",
