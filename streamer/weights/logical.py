@@ -20,7 +20,7 @@ from streamer.weights.quantization.registry import FORMATS, QuantizationFormat, 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """How a base stores one logical weight.
+    """Tensors and format in which a base stores one logical weight.
 
     Attributes
     ----------
