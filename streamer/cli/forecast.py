@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from streamer.cli.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
+from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.memory import best_way, detection_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.detection.run import findings_bytes, matrices_of
 from streamer.detection.solvers import cheaper, cost
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
@@ -23,7 +23,9 @@ from streamer.output.job import Job, ModelSink, Sink
 from streamer.output.merged_model import Output
 from streamer.output.mitigation import MitigationOptions
 from streamer.output.recipes import AddBias, CopyBytes, Recipe, ReplaceRows, Requantize, RowSlice, Stack
-from streamer.plan.memory import factor_rank
+from streamer.output.run import resident_of
+from streamer.plan.batch import Batch
+from streamer.plan.memory import factor_rank, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.tensor_file import SAMPLE_BYTES
@@ -72,29 +74,38 @@ class Forecast:
     threads: int = field(default_factory=torch.get_num_threads)
 
 
-def forecast_detection(
-    plan: Plan, options: DetectionOptions, device: torch.device, monitor: Monitor | None = None
-) -> Forecast:
-    """What `detect` takes; the monitor is told of the probe."""
+def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int, size: FindingsSize,
+                       monitor: Monitor | None = None) -> Forecast:  # fmt: skip
+    """Forecast what `detect` takes.
+
+    Parameters
+    ----------
+    resident
+        Bytes that stay in memory between two steps; see `resident_bytes`.
+    size
+        See `findings_bytes`.
+    monitor
+        Is told of the probe.
+    """
     monitor = monitor or Monitor()
     _tell(monitor, "memory of each matrix")
-    works = [_Work.of(plan, target, options) for target in plan.targets]
-    written, journal = findings_bytes(plan, options)
+    works = [_Work.of(plan, target, options, resident) for target in plan.targets]
     return Forecast(
         max(work.memory for work in works),
         max(work.escalated for work in works),
         _identified_bytes(plan) + _detected_bytes(plan),
-        written,
-        journal,
+        *size,
         _detection_seconds(plan, works, device, monitor),
     )
 
 
-def forecast_output(sink: Sink, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:
-    """What `mitigate` or `merge` takes.
+def forecast_output(sink: Sink, resident: int, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:
+    """Forecast what `mitigate` or `merge` takes.
 
     Parameters
     ----------
+    resident
+        Bytes that stay in memory between two steps; see `resident_of`.
     detects
         Whether it detects first; by default what the job says. False asks for a forecast as if findings were there.
     monitor
@@ -104,7 +115,7 @@ def forecast_output(sink: Sink, detects: bool | None = None, monitor: Monitor | 
     job, output = sink.job, sink.output
     plan, merges = job.plan, isinstance(sink, ModelSink)
     detects = job.detects if detects is None else detects
-    memory = escalated = max(need.nbytes for need in sink.needs())
+    memory = escalated = max(need.nbytes for need in sink.needs(resident))
     read = _identified_bytes(plan) + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in sink.copies)
     if merges:
         read += plan.base.data_bytes
@@ -115,7 +126,7 @@ def forecast_output(sink: Sink, detects: bool | None = None, monitor: Monitor | 
         read += sum(factor.nbytes for factor in factors)
     seconds = _writing_seconds(sink, monitor)
     if detects:
-        first = forecast_detection(plan, job.detection, job.device, monitor)
+        first = forecast_detection(plan, job.detection, job.device, resident, job.findings_size, monitor)
         memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
         read += _detected_bytes(plan)
         seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
@@ -128,12 +139,15 @@ def forecast_commands(
     """Say what each command takes with its defaults, `mitigate` and `merge` from findings; or with which error it is refused."""
     detection = DetectionOptions()
     job = Job(plan, MitigationOptions(), detection, device)
-    commands: dict[str, Forecast | UnsupportedError] = {"detect": forecast_detection(plan, detection, device, monitor)}
-    for sink in (AdapterSink, ModelSink):
+    resident = resident_bytes(Batch(plan.base, (plan,)))
+    first = forecast_detection(plan, detection, device, resident, findings_bytes(plan, detection), monitor)
+    commands: dict[str, Forecast | UnsupportedError] = {"detect": first}
+    for writer in (AdapterSink, ModelSink):
         try:
-            commands[sink.command] = forecast_output(sink(job, Path("output")), detects=False, monitor=monitor)
+            sink = writer(job, Path("output"))
+            commands[writer.command] = forecast_output(sink, resident_of([sink]), detects=False, monitor=monitor)
         except UnsupportedError as e:
-            commands[sink.command] = e
+            commands[writer.command] = e
     return commands
 
 
@@ -177,13 +191,10 @@ class _Work:
     escalated: int
 
     @classmethod
-    def of(cls, plan: Plan, target: Target, options: DetectionOptions) -> _Work:
+    def of(cls, plan: Plan, target: Target, options: DetectionOptions, resident: int) -> _Work:
         shape, module = target.module.shape, target.module
-        k, ways, way = (
-            options.directions(shape),
-            detection_bytes(plan, target, options),
-            best_way(plan, target, options),
-        )
+        k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
+        way = best_way(plan, target, options, resident)
         solver = options.solver
         if solver == "auto":
             solver = cheaper(shape, k) if way == "dense" else "certified"
@@ -312,13 +323,14 @@ def together(forecasts: Sequence[Forecast], shared: int = 0) -> Forecast | None:
     )
 
 
-def shared_by_detections(plans: Sequence[Plan]) -> int:
-    """Bytes of the matrices that several plans change, for each plan but the first."""
-    uses = matrices_of(plans)
-    return sum(plans[i].weights[target.tensor].nbytes for same in uses for i, target in same[1:])
+def shared_by_detections(batch: Batch) -> int:
+    """Count the bytes of the matrices that several plans change, for each plan but the first."""
+    return sum(batch.plans[i].weights[target.tensor].nbytes for same in batch.matrices() for i, target in same[1:])
 
 
 def shared_by_merges(sinks: Sequence[Sink]) -> int:
-    """Bytes of the base's files, for each output but the first, and what detection shares."""
+    """Count the bytes of the base's files, for each output but the first, and what detection shares."""
+    if not sinks:
+        return 0
     base = sum(file.header.file_bytes for sink in sinks[1:] for file in sink.job.plan.base.files.values())
-    return base + shared_by_detections([sink.job.plan for sink in sinks if sink.job.detects])
+    return base + shared_by_detections(Batch(sinks[0].job.plan.base, tuple(s.job.plan for s in sinks if s.job.detects)))
