@@ -1,4 +1,4 @@
-"""The whole job on a small generated model with planted intruders, in a directory of the caller's."""
+"""Run the whole job on a small generated model with planted intruders, in a directory of the caller's."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ next: streamer inspect BASE ADAPTER   shows what would be done with yours, and
 
 
 def demo_table(result: dict[str, Any], screen: Screen = NO_LIMIT) -> str:
-    """The demo's result for people."""
+    """Format the demo's result for people."""
 
     def number(x: float | None) -> str:
         return "-" if x is None else f"{x:.3f}"

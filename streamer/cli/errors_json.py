@@ -1,4 +1,4 @@
-"""What ended a run, as the JSON that `--json` and `--json-events` print."""
+"""Describe the error that ended a run as the JSON that `--json` and `--json-events` print."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def errors_object(errors: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _leading_path(message: str, given: Collection[str]) -> str | None:
-    """The path before the first colon; messages begin with where the fault is, which may be an option, too."""
+    """Return the path before the first colon; messages begin with where the fault is, which may be an option, too."""
     head, colon, _ = message.partition(": ")
     return head if colon and (head in given or os.sep in head or os.path.lexists(head)) else None

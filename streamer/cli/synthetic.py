@@ -34,7 +34,7 @@ SIGMA = (1.4, 0.8)
 
 @dataclass(frozen=True)
 class DemoModel:
-    """Where the generated base and adapter are, and what was planted: intruders by base tensor."""
+    """Generated base and adapter, and how many intruders were planted by base tensor."""
 
     base: Path
     adapter: Path
@@ -43,7 +43,7 @@ class DemoModel:
 
 @dataclass(frozen=True)
 class Llama:
-    """The sizes of a Llama-shaped model, and what follows from them: its tensors, its config.
+    """Sizes of a Llama-shaped model, and what follows from them: its tensors, its config.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class Llama:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of one block: name to (out, in)."""
+        """List the linear layers of one block: name to (out, in)."""
         h, inner, kv = self.hidden, self.intermediate, self.hidden // self.heads * self.kv_heads
         return {
             "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, h),
@@ -72,17 +72,17 @@ class Llama:
 
     @property
     def modules(self) -> dict[str, tuple[int, int]]:
-        """Every linear layer of every block: path in the model to (out, in)."""
+        """List the linear layers of all blocks: path in the model to (out, in)."""
         return {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in self.linears.items()}
 
     @property
     def targets(self) -> dict[str, list[str]]:
-        """What an adapter's config says that it wraps: every linear layer."""
+        """Make the entries of an adapter's config that say what it wraps: every linear layer."""
         return {"target_modules": sorted({name.rpartition(".")[2] for name in self.linears})}
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor in file order: name to shape."""
+        """List the tensors in file order: name to shape."""
         out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
         for i in range(self.layers):
             out |= {f"model.layers.{i}.{name}.weight": shape for name, shape in self.linears.items()}
@@ -91,11 +91,11 @@ class Llama:
         return out if self.tied else out | {"lm_head.weight": (self.vocab, self.hidden)}
 
     def nbytes(self, dtype: str) -> int:
-        """Bytes of all tensors in this dtype."""
+        """Count the bytes of all tensors in this dtype."""
         return sum(tensor_nbytes(dtype, shape) for shape in self.tensors.values())
 
     def config(self, dtype: str) -> dict[str, Any]:
-        """What stands in ``config.json``."""
+        """Make the model's ``config.json``."""
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
                 "intermediate_size": self.intermediate, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
                 "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab, "tie_word_embeddings": self.tied,
@@ -103,14 +103,14 @@ class Llama:
 
 
 def lora_shapes(model: Llama, rank: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
-    """The shapes of A and B of a LoRA adapter on every linear layer."""
+    """List the shapes of A and B of a LoRA adapter on every linear layer."""
     return {module: ((rank, n), (m, rank)) for module, (m, n) in model.modules.items()}
 
 
 def power_law(
     shape: tuple[int, int], generator: torch.Generator, decay: float = 0.7, top: int | None = None
 ) -> LowRank:
-    """A random matrix with singular values ``j^-decay``, all of them or the first `top`, in factors, float32."""
+    """Make a random matrix with singular values ``j^-decay``, all of them or the first `top`, in factors, float32."""
     p = min(*shape, *(() if top is None else (top,)))
     U = torch.linalg.qr(torch.randn(shape[0], p, generator=generator)).Q
     V = torch.linalg.qr(torch.randn(shape[1], p, generator=generator)).Q
@@ -120,7 +120,7 @@ def power_law(
 def planted_factors(
     shape: tuple[int, int], rank: int, scale: float, planted: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """``A`` (rank, n) and ``B`` (m, rank): `planted` intruders of singular values `SIGMA`, and a small random rest.
+    """Make ``A`` (rank, n) and ``B`` (m, rank): `planted` intruders of singular values `SIGMA`, and a small random rest.
 
     A trained adapter leans on what the base does already; here that part is small and random.
     """

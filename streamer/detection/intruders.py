@@ -25,7 +25,7 @@ from streamer.linalg.torch_state import full_float32
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Detection:
-    """The decision on each of the k leading directions of ``W = W0 + Δ``, and the factors of the intruders.
+    """Decisions on each of the k leading directions of ``W = W0 + Δ``, and the factors of the intruders.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class Detection:
     dropped_at_zero: float
 
     def summary(self) -> str:
-        """The decision in a line. Ranks count from 0."""
+        """Say the decision in a line. Ranks count from 0."""
         ranks = ", ".join(map(str, self.intruders[:10])) + (", …" if len(self.intruders) > 10 else "")
         found = f"intruders [{ranks}] (ranks from 0) of" if self.intruders else "no intruder in"
         least = f", least similarity {min(self.similarity):.3f}" if self.similarity else ""
@@ -115,7 +115,7 @@ def detect(
         The adapter's rank, for `Detection.dropped_at_zero`; by default the delta's.
     name
         Seeds the random start of the Krylov processes, so that a matrix gives the same bits in whatever order it comes.
-    may_form
+    allow_dense
         Whether there is memory for the dense solver. Without it, what bounds cannot settle stays open.
 
     Raises

@@ -1,4 +1,4 @@
-"""Detection over whole adapters of one base: one matrix at a time, the next one read while the current one computes."""
+"""Detect in all matrices of adapters on one base: one at a time, the next one read while the current one computes."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def inspect_detections(
 
 @contextlib.contextmanager
 def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterator[None]:
-    """Say of what even `overwrite` may not replace that it is an input, where it is one, rather than that it is foreign."""
+    """Name the input, where an output would replace one, in place of the refusal to replace a file of unknown origin."""
     try:
         yield
     except OutputExistsError:
