@@ -25,12 +25,8 @@ def error_entry(
     given
         Paths that the command was given: whether they exist or not, a message may begin with one.
     """
-    return {
-        "kind": kind,
-        "exit_code": exit_code,
-        "message": message,
-        "path": _leading_path(message, given) if path is None else path,
-    }
+    where = _leading_path(message, given) if path is None else path
+    return {"kind": kind, "exit_code": exit_code, "message": message, "path": where}
 
 
 def errors_object(errors: list[dict[str, Any]]) -> dict[str, Any]:

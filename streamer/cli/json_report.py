@@ -101,10 +101,7 @@ def of_several(
     parts: Mapping[str, tuple[dict[str, Any], str]], more: Mapping[str, Any] | None = None, last: str = ""
 ) -> tuple[dict[str, Any], str]:
     """Combine the objects and texts on several adapters, by their names; with `more` on all of them, and a `last` text."""
-    tree = {
-        "schema": "streamer.several/1",
-        "adapters": {name: tree for name, (tree, _) in parts.items()},
-        **(more or {}),
-    }
+    trees = {name: tree for name, (tree, _) in parts.items()}
+    tree = {"schema": "streamer.several/1", "adapters": trees, **(more or {})}
     texts = [f"{name}\n{text}" for name, (_, text) in parts.items()]
     return tree, "\n\n".join([*texts, last] if last else texts)

@@ -174,11 +174,7 @@ def named_as_option(message: str) -> str:
 
 def build_parser() -> Parser:
     """Build the parser; options are declared here, once."""
-    parser = Parser(
-        prog="streamer",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-    )
+    parser = Parser(prog="streamer", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"streamer {__version__}")
     parser.add_argument("--print-completion", action=_PrintCompletion, choices=["bash", "zsh", "tcsh"], metavar="SHELL",
                         help="print a completion script for bash, zsh or tcsh and exit; needs the extra [completion]")  # fmt: skip

@@ -88,10 +88,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     """Format a record: totals, and of more than a few matrices the ten that changed most."""
     t, matrices = record["totals"], sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
     chosen, cut = _most(matrices, _removed, screen)
-    columns = [
-        Column("matrix", [m["tensor"] for m in chosen], left=True, names=True),
-        *_norms(chosen, keep=1),
-    ]
+    columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, keep=1)]
     shrinks = record["method"] == "shrink"  # whole matrices, no intruders
     if not shrinks:
         scaled = [str(len(m["intruders"])) for m in chosen]

@@ -191,13 +191,10 @@ class Findings:
         matrices = [m.record() for m in self.matrices]
         timed = [m["seconds"] for m in matrices if m["seconds"] is not None]
         totals: TotalsRecord = {
-            "matrices": len(matrices),
-            "intruders": self.intruders,
-            "certified": sum(m["certified"] for m in matrices),
-            "escalated": sum(m["escalated"] for m in matrices),
-            "degenerate": sum(bool(m["degenerate"]) for m in matrices),
+            "matrices": len(matrices), "intruders": self.intruders, "certified": sum(m["certified"] for m in matrices),
+            "escalated": sum(m["escalated"] for m in matrices), "degenerate": sum(bool(m["degenerate"]) for m in matrices),
             "seconds": sum(timed) if timed else None,
-        }
+        }  # fmt: skip
         base, adapter = ({**self.sources.get(what, {})} for what in ("base", "adapter"))
         return {"schema": SCHEMA, "base": cast(BaseIdentity, base | self.base), "adapter": cast(AdapterIdentity, adapter | self.adapter),
                 "options": self.options.as_dict(), "totals": totals, "matrices": matrices}  # fmt: skip

@@ -95,14 +95,8 @@ class Detection:
     __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
 
 
-def detect(
-    base: Matrix,
-    delta: Delta,
-    options: DetectionOptions,
-    rank: int | None = None,
-    name: str = "",
-    allow_dense: bool = True,
-) -> Detection:
+def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | None = None, name: str = "",
+           allow_dense: bool = True) -> Detection:  # fmt: skip
     """Find the intruder dimensions of ``W0 + Δ``.
 
     Parameters
@@ -156,22 +150,9 @@ def detect(
         removed = delta.to(torch.float64) + LowRank(-U.double() * S.double(), Vh.double().T)
         dropped = removed.truncated(rank or delta.rank)[1]
     return Detection(
-        singular_values=tuple(triplets.S.double().tolist()),
-        similarity=tuple(result.similarity.tolist()),
-        similarity_low=tuple(low.tolist()),
-        similarity_high=tuple(high.tolist()),
-        intruders=tuple(chosen.tolist()),
-        U=U.contiguous(),
-        S=S.contiguous(),
-        Vh=Vh.contiguous(),
-        certified=bool(on_one_side.all()) and len(degenerate) == 0,
-        degenerate=tuple(degenerate.tolist()),
-        solver=result.solver,
-        escalated=result.escalated,
-        steps=result.steps,
-        products=result.products,
-        cutoff=result.cutoff,
-        delta_norm=norm,
-        intruder_energy=min(1.0, share**2),
-        dropped_at_zero=dropped,
-    )
+        singular_values=tuple(triplets.S.double().tolist()), similarity=tuple(result.similarity.tolist()),
+        similarity_low=tuple(low.tolist()), similarity_high=tuple(high.tolist()), intruders=tuple(chosen.tolist()),
+        U=U.contiguous(), S=S.contiguous(), Vh=Vh.contiguous(), certified=bool(on_one_side.all()) and len(degenerate) == 0,
+        degenerate=tuple(degenerate.tolist()), solver=result.solver, escalated=result.escalated, steps=result.steps,
+        products=result.products, cutoff=result.cutoff, delta_norm=norm, intruder_energy=min(1.0, share**2), dropped_at_zero=dropped,
+    )  # fmt: skip

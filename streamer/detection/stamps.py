@@ -26,30 +26,13 @@ class DetectionRecord(TypedDict):
 
 def detection_record(options: DetectionOptions, certified: int, matrices: int) -> DetectionRecord:
     """Record how the intruders of an output were found."""
-    return {
-        "top_k": options.top_k,
-        "threshold_epsilon": options.threshold_epsilon,
-        "solver": options.solver,
-        "certified": certified,
-        "matrices": matrices,
-    }
+    return {"top_k": options.top_k, "threshold_epsilon": options.threshold_epsilon, "solver": options.solver,
+            "certified": certified, "matrices": matrices}  # fmt: skip
 
 
-def stamp(
-    command: str,
-    base: Source,
-    adapter: Source,
-    detection: DetectionRecord | None = None,
-    mitigation: Mapping[str, Any] | None = None,
-) -> str:
+def stamp(command: str, base: Source, adapter: Source, detection: DetectionRecord | None = None,
+          mitigation: Mapping[str, Any] | None = None) -> str:  # fmt: skip
     """Make the stamp of a file, as JSON."""
-    tree: dict[str, Any] = {
-        "version": __version__,
-        "command": command,
-        "base": in_short(base),
-        "adapter": in_short(adapter),
-    }
-    if mitigation is not None:
-        tree |= mitigation
-    tree["detection"] = detection
+    inputs = {"base": in_short(base), "adapter": in_short(adapter)}
+    tree = {"version": __version__, "command": command, **inputs, **(mitigation or {}), "detection": detection}
     return json.dumps(tree, ensure_ascii=False)
