@@ -12,7 +12,7 @@ from torch import Tensor
 from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.adapters.modules import LoraModule
 from streamer.errors import UnsupportedError
-from streamer.linalg.operators import LowRank
+from streamer.linalg.low_rank import LowRank
 from streamer.output.job import Job, output_plan, plan_card
 from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_figures
@@ -22,7 +22,7 @@ from streamer.plan.memory import MemoryEstimate
 from streamer.plan.plan import other_files, skipped_files
 from streamer.plan.side_files import own_tokenizer
 from streamer.plan.targets import Target
-from streamer.storage.atomic import Buffer
+from streamer.storage.atomic_file import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_plan import RECORD_NAME

@@ -26,9 +26,7 @@ from streamer.detection.run import detect_matrix
 from streamer.detection.stamps import STAMP, DetectionRecord, detection_record, stamp
 from streamer.errors import NumericError
 from streamer.events import Event, Monitor
-from streamer.linalg import deltas
-from streamer.linalg.deltas import Delta
-from streamer.linalg.operators import all_finite
+from streamer.linalg.operators import Delta, all_finite
 from streamer.linalg.torch_state import threads
 from streamer.output.memory import mitigation_bytes, rows_bytes
 from streamer.output.merged_model import MergedModel, plan_merged
@@ -43,7 +41,7 @@ from streamer.plan.plan import Plan, other_files, skipped_files
 from streamer.plan.provenance import mitigated_before
 from streamer.plan.side_files import with_tokenizer
 from streamer.plan.targets import Target
-from streamer.storage.atomic import Buffer
+from streamer.storage.atomic_file import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_plan import RECORD_NAME, OutputPlan
@@ -134,8 +132,8 @@ class Job:
     def mitigated(self, target: Target) -> tuple[Delta, Delta, Detection | None]:
         """Δ, Δ' and the findings of one matrix; Δ' is Δ itself where nothing changes."""
         delta = self.plan.delta(target)
-        for what, pieces in deltas.named_parts(delta):
-            if not all(map(all_finite, pieces)):
+        for what, tensor in delta.named_tensors():
+            if not all_finite(tensor):
                 raise NumericError(
                     f"{self.plan.adapter.file.path}: {what} of module {target.module.name!r} holds NaN or Inf; check the adapter"
                 )

@@ -6,7 +6,7 @@ from streamer.output.recipes import BLOCK_BYTES
 from streamer.plan.memory import factor_bytes, factor_rank, making_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.weights.base import DECODED_BYTES, QuantizedWeight, Weight
+from streamer.weights.base import DECODED_BYTES, Weight
 
 THIN = 48
 """Bytes for each row, column and rank of a mitigated delta: its factors in float64, those that it was made from, and their thin QRs."""
@@ -43,4 +43,4 @@ def rows_bytes(weight: Weight) -> int:
     m, n = weight.matrix
     row = max(1, n * weight.compute.itemsize)
     block = max(row, min(m * row, max(BLOCK_BYTES, DECODED_BYTES)))
-    return (3 + (DECODED if isinstance(weight, QuantizedWeight) else 1)) * block + weight.held_bytes
+    return (3 + (DECODED if weight.quantized else 1)) * block + weight.held_bytes

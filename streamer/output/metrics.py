@@ -8,8 +8,7 @@ from typing import Any
 
 from streamer.detection.intruders import Detection
 from streamer.errors import OutputError
-from streamer.linalg import deltas
-from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Delta
 from streamer.output.records import MitigatedMatrix, Totals
 from streamer.plan.targets import Target
 
@@ -18,7 +17,7 @@ def matrix_figures(
     target: Target, delta: Delta, after: Delta, found: Detection | None, scale: str, dropped: float
 ) -> MitigatedMatrix:
     """What mitigation did to one matrix, as JSON values."""
-    before = deltas.norm(delta)
+    before = delta.norm()
     scaled = () if found is None else found.intruders if scale == "all" else found.intruders[:1]
     return {
         "tensor": target.tensor,
@@ -26,7 +25,7 @@ def matrix_figures(
         "intruders": list(scaled),
         "certified": None if found is None else found.certified,
         "delta_norm": before,
-        "delta_norm_after": before if after is delta else deltas.norm(after),
+        "delta_norm_after": before if after is delta else after.norm(),
         "dropped": dropped,
     }
 

@@ -1,0 +1,233 @@
+"""Solvers: what they answer, when the certified one gives up, and that nothing non-finite reaches them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import intruding_factors, power_law, spectrum_matrix
+
+from streamer.detection import intruders
+from streamer.detection.cost import cheaper, cost, working_bytes
+from streamer.detection.intruders import detect
+from streamer.detection.options import DetectionOptions
+from streamer.detection.solvers import SOLVERS, SolverResult
+from streamer.errors import NumericError, UsageError
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Dense, RowBlocks
+
+SHAPES = [(150, 200), (200, 150), (160, 160)]
+
+
+def problem(m: int, n: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> tuple[Dense, LowRank]:
+    A, B = intruding_factors(m, n, 4)
+    return Dense((power_law(m, n) * size).to(dtype)), LowRank((B * size).to(dtype), A.T.to(dtype))
+
+
+def solve(name: str, base: Dense, delta: LowRank, k: int = 10, epsilon: float = 0.5, seed: int = 0) -> SolverResult:
+    return SOLVERS[name](base, delta, k, epsilon, torch.Generator().manual_seed(seed))
+
+
+def oracle(base: Dense, delta: LowRank, k: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """U, S and the similarities in float64."""
+    W0 = base.matrix.double().numpy()
+    U0 = np.linalg.svd(W0, full_matrices=False)[0]
+    U, S, _ = np.linalg.svd(W0 + delta.to(torch.float64).dense().numpy(), full_matrices=False)
+    return U[:, :k], S[:k], np.abs(U0.T @ U[:, :k]).max(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_triplets_and_intervals_are_right(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    base, delta = problem(*shape, dtype)
+    found = solve(name, base, delta)
+    U, S, similarity = oracle(base, delta)
+    assert found.solver == name
+    assert not found.escalated
+    eps = torch.finfo(dtype).eps
+    np.testing.assert_allclose(found.triplets.S, S, rtol=100 * eps if dtype == torch.float32 else 1e-9)
+    assert float(found.triplets.residuals.max()) < 1e-4
+    angle = 1 - np.abs((found.triplets.U.double().numpy() * U).sum(0))
+    assert (angle <= found.triplets.angle_error_estimate.numpy() ** 2 + 50 * eps).all()
+    assert (found.low.numpy() <= similarity + 1e-5).all()
+    assert (found.high.numpy() >= similarity - 1e-5).all()
+    assert bool(((found.low >= 0.5) | (found.high < 0.5)).all())
+    assert (found.steps > 0) == (found.products > 0) == (name == "certified")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_same_seed_same_bits_another_seed_the_same_decisions(shape: tuple[int, int]) -> None:
+    base, delta = problem(*shape)
+    first, again, other = (solve("certified", base, delta, seed=seed) for seed in (0, 0, 1))
+    for name in ("low", "high", "similarity"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    for name in ("U", "S", "Vh", "residuals"):
+        assert torch.equal(getattr(first.triplets, name), getattr(again.triplets, name))
+    assert torch.equal(first.similarity < 0.5, other.similarity < 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [2.0**-140, 2.0**-120, 2.0**-100, 2.0**100, 2.0**120])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_size_does_not_matter(name: str, size: float, dtype: torch.dtype) -> None:
+    """2⁻¹⁴⁰ makes float32 subnormal: the power of two that would undo it overflows."""
+    base, delta = problem(150, 200, dtype, size)
+    found = solve(name, base, delta)
+    _, S, _ = oracle(base, delta)
+    np.testing.assert_allclose(found.triplets.S.double() / size, S / size, rtol=1e-2 if size < 2.0**-126 else 1e-5)
+    assert torch.equal(found.similarity < 0.5, solve(name, *problem(150, 200, dtype)).similarity < 0.5)
+    assert bool(torch.isfinite(found.triplets.residuals).all())
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e15, 1e25])
+def test_a_base_far_below_the_delta_is_judged_on_its_own_scale(ratio: float) -> None:
+    """Squares of the base's entries would vanish in float32 at the delta's scale."""
+    base, delta = problem(160, 160)
+    base = Dense(base.matrix / ratio)
+    found = solve("certified", base, delta, k=1)
+    similarity = oracle(base, delta, 1)[2]
+    assert found.solver == "certified"
+    assert float(found.low[0]) - 1e-5 <= similarity[0] <= float(found.high[0]) + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("base", "k"),
+    [(torch.zeros(60, 80), 10), (power_law(60, 80), 55), (power_law(12, 80), 10), (torch.eye(60, 80), 10)],
+    ids=["zero base", "most directions", "few rows", "degenerate"],
+)
+def test_what_cannot_be_certified_is_escalated_and_said(base: torch.Tensor, k: int) -> None:
+    A, B = intruding_factors(*base.shape, 2)
+    found = solve("certified", Dense(base.float()), LowRank(B, A.T), k=k)
+    assert found.escalated
+    assert found.solver == "dense"
+    assert found.triplets.S.shape == (k,)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_last_direction_of_a_tall_matrix_has_a_neighbour_at_zero(name: str) -> None:
+    """With σ_n small against σ_1, u_n turns into the vectors outside the range: its gap is σ_n, not its distance to σ_{n−1}."""
+    W0 = spectrum_matrix(70, 40, torch.tensor([1.0] * 39 + [1e-6])).float()
+    zero = LowRank(torch.zeros(70, 1), torch.zeros(40, 1))
+    found = solve(name, Dense(W0), zero, k=40)
+    assert float(found.triplets.gaps[-1]) < 2e-6
+    assert float(found.triplets.angle_error_estimate[-1]) > 0.05
+
+
+def test_the_cheaper_solver() -> None:
+    assert cheaper((4096, 4096), 10) == "certified"
+    assert cheaper((4096, 4096), 1000) == "dense"
+    assert cheaper((64, 4096), 10) == "dense"
+
+
+@pytest.mark.parametrize("solver", ["auto", *SOLVERS])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["base", "lora_B", "lora_A"])
+def test_nothing_non_finite_reaches_a_solver(
+    where: str, bad: float, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reached(*_: object) -> SolverResult:
+        raise AssertionError("a solver was called")
+
+    monkeypatch.setattr(intruders, "SOLVERS", dict.fromkeys(SOLVERS, reached))
+    base, delta = problem(40, 50)
+    {"base": base.matrix, "lora_B": delta.L, "lora_A": delta.R}[where][-1, -1] = bad
+    with pytest.raises(
+        NumericError, match=f"{where}.* holds NaN or Inf" if where != "base" else "the base matrix holds"
+    ):
+        detect(base, delta, DetectionOptions(solver=solver))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sum_that_overflows_is_refused(solver: str) -> None:
+    base = Dense(torch.full((40, 50), 3e38))
+    delta = LowRank(torch.full((40, 1), 3e38), torch.ones(50, 1))
+    with pytest.raises(NumericError):
+        detect(base, delta, DetectionOptions(solver=solver))
+
+
+def stored_in_bf16(base: Dense) -> tuple[Dense, RowBlocks]:
+    """The base rounded to bf16, in memory and by blocks of rows that refuse to be formed."""
+    raw = base.matrix.bfloat16()
+
+    class Unformed(RowBlocks):
+        def dense(self) -> torch.Tensor:
+            raise AssertionError("formed")
+
+    return Dense(raw.float()), Unformed((len(raw), raw.shape[1]), lambda i, j: raw[i:j], torch.empty(0))
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300), (320, 320)])
+def test_without_a_copy_of_the_matrix_the_answer_is_the_same(shape: tuple[int, int]) -> None:
+    base, delta = problem(*shape)
+    copied, blocks = stored_in_bf16(base)
+    _, S, similarity = oracle(copied, delta)
+    found = SOLVERS["certified"](blocks, delta, 10, 0.5, torch.Generator().manual_seed(0), False)
+    assert found.solver == "certified"
+    np.testing.assert_allclose(found.triplets.S, S, rtol=1e-5)
+    assert (found.low.numpy() <= similarity + 1e-5).all()
+    assert (found.high.numpy() >= similarity - 1e-5).all()
+    assert bool(((found.low >= 0.5) | (found.high < 0.5)).all())
+    assert torch.equal(found.similarity < 0.5, torch.from_numpy(similarity < 0.5))
+
+
+@pytest.mark.parametrize("shape", [(600, 700), (700, 600)])
+def test_what_only_the_dense_solver_could_settle_stays_open_where_there_is_no_room_for_it(
+    shape: tuple[int, int],
+) -> None:
+    """A direction that leans on one vector deep in the bulk by 0.49, and ε = 0.5: no bound of few steps can tell."""
+    W0 = spectrum_matrix(*shape, torch.linspace(1.5, 1, min(shape)))
+    U0 = torch.linalg.svd(W0, full_matrices=False).U
+    u = torch.randn(shape[0], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u -= U0[:, 300] * (U0[:, 300] @ u)
+    u = 0.49 * U0[:, 300] + (1 - 0.49**2) ** 0.5 * u / u.norm()
+    v = torch.nn.functional.normalize(torch.randn(shape[1], 1, generator=torch.Generator().manual_seed(2)), dim=0)
+    _, blocks = stored_in_bf16(Dense(W0.float()))
+    delta = LowRank(40 * u[:, None].float(), v)
+    found = SOLVERS["certified"](blocks, delta, 1, 0.5, torch.Generator().manual_seed(0), False)
+    assert found.solver == "certified"
+    assert float(found.low[0]) < 0.5 <= float(found.high[0])
+    assert float(found.similarity[0]) >= 0.5  # not proven to be an intruder, so not called one
+    allowed = solve("certified", Dense(W0.float()), delta, k=1)
+    assert allowed.solver == "dense"
+    assert float(allowed.similarity[0]) == pytest.approx(0.49, abs=0.02)
+
+
+@pytest.mark.parametrize("shape", [(500, 300), (300, 500)])
+@pytest.mark.parametrize("k", [1, 10, 60])
+def test_without_room_for_it_no_path_forms_the_matrix(shape: tuple[int, int], k: int) -> None:
+    """Stored as it is used, and the other way round, as Conv1D does; a base of zeros; a base without rank."""
+    base, delta = problem(*shape)
+    low_rank = Dense(base.matrix[:, :40] @ base.matrix[:40])
+    for matrix in (base, Dense(torch.zeros(shape)), low_rank):
+        _, blocks = stored_in_bf16(matrix)
+        _, flipped = stored_in_bf16(Dense(matrix.matrix.T.contiguous()))
+        for stored in (blocks, flipped.T):
+            found = SOLVERS["certified"](stored, delta, k, 0.5, torch.Generator().manual_seed(0), False)
+            assert found.solver == "certified"
+            assert len(found.low) == k
+
+
+def test_the_ways_that_memory_leaves() -> None:
+    large = working_bytes((8192, 28672), 10, 16, 4)
+    assert large["blocks"] < 400e6  # with the process itself below 600 MB
+    assert large["whole"] < 8192 * 28672 * 4 * 1.25 + 350e6
+    assert list(large) == ["dense", "whole", "blocks"]
+    assert large["dense"] > large["whole"] > large["blocks"]
+    assert list(working_bytes((300, 400), 295, 8, 4)) == ["dense"]  # no room for Krylov
+    # A dense delta is a matrix more, and another one while it is formed; it is never multiplied from the disk.
+    assert list(working_bytes((8192, 28672), 10, None, 4)) == ["dense", "whole"]
+    assert working_bytes((8192, 28672), 10, None, 4)["whole"] - large["whole"] > 1.9 * 4 * 8192 * 28672
+    with pytest.raises(UsageError, match="expected more than the 200M of Python and torch"):
+        DetectionOptions(max_memory=100 << 20)
+    base, delta = problem(300, 400)
+    assert detect(base, delta, DetectionOptions()).solver == "dense"
+    assert detect(base, delta, DetectionOptions(), allow_dense=False).solver == "certified"
+
+
+def test_the_cost_follows_the_solver_that_runs() -> None:
+    """Certified by the products with the matrix, dense by the cube; a forced solver counts as itself."""
+    assert cost((8192, 8192), 10) == cost((8192, 8192), 10, "certified") < cost((8192, 8192), 10, "dense") / 100
+    assert cost((300, 300), 10) == cost((300, 300), 10, "dense")
+    assert 1.8 < cost((16384, 8192), 10) / cost((8192, 8192), 10) < 2.2
+    assert cost((8192, 8192), 40) > 2.5 * cost((8192, 8192), 10)

@@ -1,0 +1,200 @@
+"""Operators, dense triplets and overlaps: defining identities, against numpy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import power_law, spectrum_matrix
+
+from streamer.linalg import operators
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta, Dense, RowBlocks, Sum, all_finite, skinny_product
+from streamer.linalg.overlap_bounds import dense_overlaps
+from streamer.linalg.svd import dense_triplets, residuals
+
+SHAPES = [(17, 29), (29, 17), (23, 23), (1, 13), (13, 1)]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_operator_multiplies_as_its_dense_form(shape: tuple[int, int]) -> None:
+    m, n = shape
+    low = LowRank(random(m, 3), random(n, 3, seed=1))
+    matrix = random(m, n, seed=2)
+    dense, blocks = Dense(matrix), RowBlocks((m, n), lambda i, j: matrix[i:j], matrix.new_empty(0))
+    flipped = RowBlocks((n, m), lambda i, j: matrix.T[i:j], matrix.new_empty(0)).T
+    for op in (low, dense, Sum(dense, low), low.T.T, low + low.scaled(-0.5), dense.scaled(0.25), dense.T.scaled(4.0).T,
+               blocks, flipped, blocks.scaled(0.25), flipped.T.T.scaled(8.0)):  # fmt: skip
+        assert op.shape == shape
+        X, Y = random(n, 4, seed=3), random(m, 4, seed=4)
+        torch.testing.assert_close(op.matmat(X), op.dense() @ X)
+        torch.testing.assert_close(op.rmatmat(Y), op.dense().T @ Y)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 3, 20])
+def test_low_rank_norm_and_svd_equal_numpys(shape: tuple[int, int], rank: int) -> None:
+    m, n = shape
+    low = LowRank(random(m, rank), random(n, rank, seed=1))
+    M = low.dense().numpy()
+    U, S, Vh = low.svd()
+    np.testing.assert_allclose(low.norm(), np.linalg.norm(M), rtol=1e-12)
+    np.testing.assert_allclose((U * S) @ Vh, M, atol=1e-12 * np.linalg.norm(M))
+    expected = np.linalg.svd(M, compute_uv=False)[: len(S)]
+    np.testing.assert_allclose(S, np.pad(expected, (0, len(S) - len(expected))), atol=1e-12 * expected[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", ["factors", "dense", "dense, scaled", "transposes"])
+def test_both_forms_of_a_delta_do_the_same(shape: tuple[int, int], form: str) -> None:
+    """Each method of a delta against its formula on the dense matrix."""
+    (m, n), low = shape, LowRank(random(shape[0], 3), random(shape[1], 3, seed=1))
+    matrix = low.dense()
+    delta: Delta = {
+        "factors": low, "dense": Dense(matrix), "dense, scaled": Dense(matrix * 4, 0.25), "transposes": Dense(matrix.T).T,
+    }[form]  # fmt: skip
+    U, S, V = torch.linalg.qr(random(m, 2, seed=2)).Q, torch.tensor([3.0, 2.0]).double(), random(n, 2, seed=3)
+    i, j = m // 3, max(m // 3 + 1, m // 2)
+    torch.testing.assert_close(delta.dense(), matrix)
+    assert delta.norm() == pytest.approx(float(matrix.norm()))
+    assert float(matrix.abs().max()) <= 3 * delta.largest_estimate() * (1 + 1e-12)
+    assert delta.projected_norm(U) == pytest.approx(float((U.T @ matrix).norm()))
+    torch.testing.assert_close(delta.row_slice(i, j).dense(), matrix[i:j])
+    rows = random(j - i, n, seed=4)
+    expected = rows + matrix[i:j]
+    delta.add_rows(rows, i, j)
+    torch.testing.assert_close(rows, expected)
+    torch.testing.assert_close(delta.plus_projection(U, -0.5).dense(), matrix - 0.5 * U @ (U.T @ matrix))
+    torch.testing.assert_close(delta.plus_triplets(U, S, V.T, -0.5).dense(), matrix - 0.5 * (U * S) @ V.T)
+    other = LowRank(random(m, 2, seed=5), random(n, 2, seed=6))
+    assert delta.distance(other) == pytest.approx(float((matrix - other.dense()).norm()))
+    nearest = delta.nearest(1, lambda dense, _: torch.linalg.svd(dense.dense(), full_matrices=False))
+    best = float(torch.linalg.svdvals(matrix)[1:].norm())
+    assert delta.distance(nearest) == pytest.approx(best, abs=1e-12)
+    assert not delta.is_zero()
+    assert delta.row_slice(0, 0).is_zero()
+    assert [t.dtype for _, t in delta.to(torch.float32).named_tensors()] == [torch.float32] * len(delta.named_tensors())
+
+
+def test_norm_survives_cancellation() -> None:
+    """tr(LᵀL RᵀR) in float64 would give 1e-8 of noise here, or a negative square."""
+    A = LowRank(random(40, 2), random(30, 2, seed=1))
+    tiny = LowRank(random(40, 1, seed=2) * 1e-12, random(30, 1, seed=3))
+    difference = A + tiny + A.scaled(-1)
+    assert difference.norm() == pytest.approx(tiny.norm(), rel=1e-2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("keep", [1, 2, 5, 40])
+def test_truncation_is_eckart_youngs(shape: tuple[int, int], keep: int) -> None:
+    m, n = shape
+    low = LowRank(random(m, 5), random(n, 5, seed=1))
+    cut, dropped = low.truncated(keep)
+    M = low.dense().numpy()
+    U, S, Vh = np.linalg.svd(M, full_matrices=False)
+    best = (U[:, :keep] * S[:keep]) @ Vh[:keep]
+    assert cut.rank == keep
+    np.testing.assert_allclose(cut.dense(), best, atol=1e-10)
+    assert dropped == pytest.approx(np.linalg.norm(M - best) / np.linalg.norm(M), abs=1e-12)
+    np.testing.assert_allclose(
+        torch.linalg.vector_norm(cut.L, dim=0), torch.linalg.vector_norm(cut.R, dim=0), atol=1e-10
+    )
+
+
+def test_truncating_zero_is_zero() -> None:
+    cut, dropped = LowRank(torch.zeros(6, 3), torch.zeros(5, 3)).truncated(2)
+    assert dropped == 0
+    assert not cut.dense().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (64, 64)])
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+def test_dense_triplets_satisfy_their_identities(shape: tuple[int, int], dtype: torch.dtype, scale: float) -> None:
+    W = (power_law(*shape) * scale).to(dtype)
+    t = dense_triplets(Dense(W), 10)
+    eps = torch.finfo(dtype).eps
+    sigma1 = float(t.S[0])
+    assert float(t.residuals.max()) <= 50 * eps * sigma1
+    torch.testing.assert_close(t.U.T @ t.U, torch.eye(10, dtype=dtype), rtol=0, atol=50 * eps)
+    torch.testing.assert_close(t.Vh @ t.Vh.T, torch.eye(10, dtype=dtype), rtol=0, atol=50 * eps)
+    expected = np.linalg.svd(W.double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(t.S.double(), expected[:10], rtol=100 * eps)
+    gaps = np.minimum(
+        np.abs(expected[:-1] - expected[1:])[:10], np.r_[np.inf, np.abs(expected[:-1] - expected[1:])[:9]]
+    )
+    np.testing.assert_allclose(t.gaps, gaps, rtol=1e-3)
+
+
+def test_residuals_see_a_wrong_vector() -> None:
+    W = Dense(power_law(30, 20))
+    t = dense_triplets(W, 3)
+    spoiled = t.U.clone()
+    spoiled[:, 1] = torch.nn.functional.normalize(spoiled[:, 1] + 1e-3 * random(30), dim=0)
+    r = residuals(W, spoiled, t.S, t.Vh)
+    assert float(r[1]) > 1e-5
+    assert float(r[0]) < 1e-13
+
+
+def test_angle_error_is_large_in_a_cluster_only() -> None:
+    sigma = torch.tensor([3.0, 2.0, 1.0 + 1e-9, 1.0, 0.5, 0.25])
+    t = dense_triplets(Dense(spectrum_matrix(6, 8, sigma).float()), 5)
+    error = t.angle_error_estimate
+    assert float(error[2]) > 0.1
+    assert float(error[3]) > 0.1
+    assert float(error[[0, 1, 4]].max()) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50)])
+def test_dense_overlaps_equal_numpys(shape: tuple[int, int]) -> None:
+    W0 = power_law(*shape)
+    U = torch.linalg.qr(random(shape[0], 6)).Q
+    U0 = np.linalg.svd(W0.numpy(), full_matrices=False)[0]
+    bounds, similarity = dense_overlaps(Dense(W0), U, torch.Generator().manual_seed(0))
+    expected = np.abs(U0.T @ U.numpy()).max(0)
+    np.testing.assert_allclose(similarity, expected, atol=1e-9)
+    assert (bounds.low.numpy() <= expected).all()
+    assert (bounds.high.numpy() >= expected).all()
+    assert float((bounds.high - bounds.low).max()) < 0.02
+
+
+def test_all_finite() -> None:
+    assert all_finite(torch.empty(0))
+    assert all_finite(torch.tensor([1e38, -1e38]))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert not all_finite(torch.tensor([0.0, bad, 1.0], dtype=dtype))
+
+
+@pytest.mark.parametrize("m", [1, 500, 1024, 1031, 2050])
+@pytest.mark.parametrize("layout", ["rows", "columns", "neither"])
+def test_a_skinny_product_in_pieces_is_the_product(m: int, layout: str) -> None:
+    """Lengths that do not divide by the number of pieces, and layouts that cannot be cut."""
+    M = {"rows": random(m, 40), "columns": random(40, m).T, "neither": random(m, 80)[:, ::2]}[layout]
+    for c in (1, 10, 16, 17):
+        X, Y = random(40, c, seed=1), random(m, c, seed=2)
+        torch.testing.assert_close(skinny_product(M, X), M @ X)
+        torch.testing.assert_close(skinny_product(M.T, Y), M.T @ Y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_row_blocks_read_a_few_rows_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = random(103, 20).to(dtype)
+    asked = []
+
+    def read(i: int, j: int) -> torch.Tensor:
+        asked.append((i, j))
+        return stored[i:j]
+
+    monkeypatch.setattr(operators, "BLOCK_BYTES", 10 * 20 * 4)
+    M = RowBlocks((103, 20), read, torch.empty(0))
+    X = random(20, 3).float()
+    torch.testing.assert_close(M.matmat(X), stored.float() @ X)
+    assert asked == [(i, min(i + 10, 103)) for i in range(0, 103, 10)]
+    assert torch.equal(M.dense(), stored.float())
+    assert torch.equal(torch.cat([rows.clone() for rows in M.rows()]), stored.float())
+    assert M.T.rows() is None
