@@ -1,4 +1,4 @@
-"""What a command will take, before it is run: memory, bytes and disk from headers alone, and time from a short probe of this machine."""
+"""Forecast what a command takes: memory, bytes and disk from headers alone, and time from a short probe of this machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from streamer.cli.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
 from streamer.detection.cost import cheaper, cost
+from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.memory import best_way, detection_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.detection.run import findings_bytes, matrices_of
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.linalg.operators import Delta
@@ -23,7 +23,9 @@ from streamer.output.job import Job, ModelSink, Sink
 from streamer.output.merged_model import Output
 from streamer.output.mitigation import MitigationOptions
 from streamer.output.recipes import AddBias, CopyBytes, Recipe, ReplaceRows, Requantize, RowSlice, Stack
-from streamer.plan.memory import factor_rank
+from streamer.output.run import resident_of
+from streamer.plan.batch import Batch
+from streamer.plan.memory import factor_rank, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.tensor_file import SAMPLE_BYTES
@@ -39,7 +41,7 @@ NORMS = 2
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one command takes, from the beginning.
+    """Forecast of one command, from its beginning.
 
     Attributes
     ----------
@@ -72,29 +74,38 @@ class Forecast:
     threads: int = field(default_factory=torch.get_num_threads)
 
 
-def forecast_detection(
-    plan: Plan, options: DetectionOptions, device: torch.device, monitor: Monitor | None = None
-) -> Forecast:
-    """What `detect` takes; the monitor is told of the probe."""
+def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int, size: FindingsSize,
+                       monitor: Monitor | None = None) -> Forecast:  # fmt: skip
+    """Forecast what `detect` takes.
+
+    Parameters
+    ----------
+    resident
+        Bytes that stay in memory between two steps; see `resident_bytes`.
+    size
+        See `findings_bytes`.
+    monitor
+        Is told of the probe.
+    """
     monitor = monitor or Monitor()
     _tell(monitor, "memory of each matrix")
-    works = [_Work.of(plan, target, options) for target in plan.targets]
-    written, journal = findings_bytes(plan, options)
+    works = [_Work.of(plan, target, options, resident) for target in plan.targets]
     return Forecast(
         max(work.memory for work in works),
         max(work.escalated for work in works),
         _identified_bytes(plan) + _detected_bytes(plan),
-        written,
-        journal,
+        *size,
         _detection_seconds(plan, works, device, monitor),
     )
 
 
-def forecast_output(sink: Sink, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:
-    """What `mitigate` or `merge` takes.
+def forecast_output(sink: Sink, resident: int, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:
+    """Forecast what `mitigate` or `merge` takes.
 
     Parameters
     ----------
+    resident
+        Bytes that stay in memory between two steps; see `resident_of`.
     detects
         Whether it detects first; by default what the job says. False asks for a forecast as if findings were there.
     monitor
@@ -104,7 +115,7 @@ def forecast_output(sink: Sink, detects: bool | None = None, monitor: Monitor | 
     job, output = sink.job, sink.output
     plan, merges = job.plan, isinstance(sink, ModelSink)
     detects = job.detects if detects is None else detects
-    memory = escalated = max(need.nbytes for need in sink.needs())
+    memory = escalated = max(need.nbytes for need in sink.needs(resident))
     read = _identified_bytes(plan) + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in sink.copies)
     if merges:
         read += plan.base.data_bytes
@@ -115,7 +126,7 @@ def forecast_output(sink: Sink, detects: bool | None = None, monitor: Monitor | 
         read += sum(factor.nbytes for factor in factors)
     seconds = _writing_seconds(sink, monitor)
     if detects:
-        first = forecast_detection(plan, job.detection, job.device, monitor)
+        first = forecast_detection(plan, job.detection, job.device, resident, job.findings_size, monitor)
         memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
         read += _detected_bytes(plan)
         seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
@@ -128,12 +139,15 @@ def forecast_commands(
     """Say what each command takes with its defaults, `mitigate` and `merge` from findings; or with which error it is refused."""
     detection = DetectionOptions()
     job = Job(plan, MitigationOptions(), detection, device)
-    commands: dict[str, Forecast | UnsupportedError] = {"detect": forecast_detection(plan, detection, device, monitor)}
-    for sink in (AdapterSink, ModelSink):
+    resident = resident_bytes(Batch(plan.base, (plan,)))
+    first = forecast_detection(plan, detection, device, resident, findings_bytes(plan, detection), monitor)
+    commands: dict[str, Forecast | UnsupportedError] = {"detect": first}
+    for writer in (AdapterSink, ModelSink):
         try:
-            commands[sink.command] = forecast_output(sink(job, Path("output")), detects=False, monitor=monitor)
+            sink = writer(job, Path("output"))
+            commands[writer.command] = forecast_output(sink, resident_of([sink]), detects=False, monitor=monitor)
         except UnsupportedError as e:
-            commands[sink.command] = e
+            commands[writer.command] = e
     return commands
 
 
@@ -144,7 +158,7 @@ def _tell(monitor: Monitor, what: str) -> None:
 
 
 def _identified_bytes(plan: Plan) -> int:
-    """What is read to know the inputs by: headers, samples of models, and the whole of an adapter."""
+    """Count the bytes that are read to identify the inputs: headers, samples of models, and the whole of an adapter."""
     files = list(plan.base.files.values())
     whole = 0
     if plan.adapter.is_model:
@@ -160,13 +174,13 @@ def _adapter_bytes(plan: Plan) -> int:
 
 
 def _detected_bytes(plan: Plan) -> int:
-    """What detection reads of the tensors."""
+    """Count the bytes that detection reads of the tensors."""
     return _adapter_bytes(plan) + sum(plan.weights[target.tensor].nbytes for target in plan.targets)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Detection in one matrix: how, and what memory that takes."""
+    """Detection in one matrix: its solver, and what memory that takes."""
 
     target: Target
     k: int
@@ -177,13 +191,10 @@ class _Work:
     escalated: int
 
     @classmethod
-    def of(cls, plan: Plan, target: Target, options: DetectionOptions) -> _Work:
+    def of(cls, plan: Plan, target: Target, options: DetectionOptions, resident: int) -> _Work:
         shape, module = target.module.shape, target.module
-        k, ways, way = (
-            options.directions(shape),
-            detection_bytes(plan, target, options),
-            best_way(plan, target, options),
-        )
+        k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
+        way = best_way(plan, target, options, resident)
         solver = options.solver
         if solver == "auto":
             solver = cheaper(shape, k) if way == "dense" else "certified"
@@ -203,7 +214,7 @@ class _Work:
 
 
 def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device, monitor: Monitor) -> float | None:
-    """The solvers' time, and that of bringing each matrix to the computing dtype. The next one is read meanwhile."""
+    """Estimate the solvers' time, and that of bringing each matrix to the computing dtype. The next one is read meanwhile."""
     if device.type != "cpu":
         return None
     seconds, decoded = 0.0, defaultdict[str, list[Weight]](list)
@@ -241,7 +252,7 @@ def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device,
 
 
 def _writing_seconds(sink: Sink, monitor: Monitor) -> float | None:
-    """The time of all output tensors, and of the figures of each matrix; None for what is not summed a few rows at a time."""
+    """Estimate the time of all output tensors, and of the figures of each matrix; None for what is not summed a few rows at a time."""
     plan = sink.job.plan
     if any(not target.module.low_rank for target in plan.targets):
         return None
@@ -275,22 +286,22 @@ def _writing_seconds(sink: Sink, monitor: Monitor) -> float | None:
 
 
 def _kind(recipe: Recipe) -> type:
-    """The recipe, or that of the matrices that it holds."""
+    """Return the kind of the recipe, or of those of the matrices that it holds."""
     if isinstance(recipe, Stack):
         return _kind(recipe.recipes[0])
     return type(recipe.recipe if isinstance(recipe, RowSlice) else recipe)
 
 
 def _figures_seconds(job: Job, times: int) -> float:
-    """For each matrix, the norms of Δ and Δ', and its projection."""
+    """Estimate the time of the norms of Δ and Δ' of each matrix, and of its projection."""
     works = [(t.module.shape, factor_rank(t.module), job.intruders(t)) for t in job.plan.targets]
     units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
     shape, rank, intruders = max(works, key=lambda work: factor_cost(work[0], work[1] + work[2]))
     return factor_pace(shape, rank + intruders) * units
 
 
-def together(forecasts: Sequence[Forecast], shared: int = 0) -> Forecast | None:
-    """The forecast of all; None if there is nothing to do.
+def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | None:
+    """Add up forecasts, of which None has nothing to do; None if all have.
 
     The steps of different outputs take turns, and each forecast counts the tables of all adapters: so the memory is the largest.
 
@@ -299,6 +310,7 @@ def together(forecasts: Sequence[Forecast], shared: int = 0) -> Forecast | None:
     shared
         Bytes that several of them count, beyond the first.
     """
+    forecasts = [forecast for forecast in planned if forecast]
     if not forecasts:
         return None
     seconds = [f.seconds for f in forecasts if f.seconds is not None]
@@ -312,13 +324,14 @@ def together(forecasts: Sequence[Forecast], shared: int = 0) -> Forecast | None:
     )
 
 
-def shared_by_detections(plans: Sequence[Plan]) -> int:
-    """Bytes of the matrices that several plans change, for each plan but the first."""
-    uses = matrices_of(plans)
-    return sum(plans[i].weights[target.tensor].nbytes for same in uses for i, target in same[1:])
+def shared_by_detections(batch: Batch) -> int:
+    """Count the bytes of the matrices that several plans change, for each plan but the first."""
+    return sum(batch.plans[i].weights[target.tensor].nbytes for same in batch.matrices() for i, target in same[1:])
 
 
 def shared_by_merges(sinks: Sequence[Sink]) -> int:
-    """Bytes of the base's files, for each output but the first, and what detection shares."""
+    """Count the bytes of the base's files, for each output but the first, and what detection shares."""
+    if not sinks:
+        return 0
     base = sum(file.header.file_bytes for sink in sinks[1:] for file in sink.job.plan.base.files.values())
-    return base + shared_by_detections([sink.job.plan for sink in sinks if sink.job.detects])
+    return base + shared_by_detections(Batch(sinks[0].job.plan.base, tuple(s.job.plan for s in sinks if s.job.detects)))

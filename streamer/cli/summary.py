@@ -1,4 +1,4 @@
-"""The last line of a command: what it did, in numbers."""
+"""Make the last line of a command: what it did, in numbers."""
 
 from __future__ import annotations
 

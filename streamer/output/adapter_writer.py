@@ -18,7 +18,7 @@ from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_figures
 from streamer.output.mitigation import back_project
 from streamer.output.records import MitigatedMatrix
-from streamer.plan.memory import MemoryEstimate, resident_bytes
+from streamer.plan.memory import MemoryEstimate
 from streamer.plan.plan import other_files, skipped_files
 from streamer.plan.side_files import own_tokenizer
 from streamer.plan.targets import Target
@@ -34,6 +34,7 @@ class AdapterSink:
     """Writes a mitigated adapter: the same tensors, names, order, dtypes and config; factors of mitigated modules replaced."""
 
     command = "mitigate"
+    output_tensors = 0
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
@@ -69,10 +70,9 @@ class AdapterSink:
                 self._of.setdefault(name, []).append(target)
         self._ready: dict[str, Tensor] = {}
 
-    def needs(self) -> Iterator[MemoryEstimate]:
+    def needs(self, resident: int) -> Iterator[MemoryEstimate]:
         """Memory for each matrix; of experts, whose factors stand in one tensor, for all of them and the new ones."""
         plan = self.job.plan
-        resident = resident_bytes(plan)
         for target in plan.targets:
             size = mitigation_bytes(plan, target, self.job.intruders(target), projected=True)
             if isinstance(target.module, LoraModule) and target.module.expert is not None:

@@ -17,11 +17,12 @@ from streamer import __version__
 from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.detection.findings import Findings
 from streamer.detection.findings_file import journal_of
+from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.intruders import Detection
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import detection_estimates
 from streamer.detection.options import DetectionOptions
-from streamer.detection.run import detect_matrix, findings_bytes
+from streamer.detection.run import detect_matrix
 from streamer.detection.stamps import STAMP, DetectionRecord, detection_record, stamp
 from streamer.errors import NumericError
 from streamer.events import Event, Monitor
@@ -34,6 +35,7 @@ from streamer.output.mitigation import MitigationOptions, mitigate
 from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
 from streamer.output.recipes import AddBias, Cast, ReplaceRows, repeats
 from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
+from streamer.plan.batch import Batch
 from streamer.plan.memory import MemoryEstimate, check_budget, resident_bytes
 from streamer.plan.plan import Plan, other_files, skipped_files
 from streamer.plan.provenance import mitigated_before
@@ -67,6 +69,8 @@ class Job:
         Torch's threads for a detection amid the merging of rows, which has one: its last bits depend on them.
     monitor
         Told of what happens in such a detection.
+    resident
+        Bytes that stay in memory beside it; see `resident_bytes`.
     """
 
     plan: Plan
@@ -78,6 +82,7 @@ class Job:
     card: bool = True
     threads: int = field(default_factory=torch.get_num_threads)
     monitor: Monitor | None = None
+    resident: int = 0
     _last: tuple[str, Detection] | None = None
 
     def detection_of(self, target: Target) -> Detection | None:
@@ -87,7 +92,9 @@ class Job:
         if self.findings is None:
             if self._last is None or self._last[0] != target.tensor:  # codes and scales are made one after the other
                 with threads(self.threads):
-                    found = detect_matrix(self.plan, target, self.detection, self.device, monitor=self.monitor)
+                    found = detect_matrix(
+                        self.plan, target, self.detection, self.device, self.resident, monitor=self.monitor
+                    )
                 self._last = target.tensor, found.detection
             return self._last[1]
         return self._by_tensor[target.tensor].detection
@@ -111,6 +118,11 @@ class Job:
         if self.findings is None:
             return self.detection.directions(target.module.shape)
         return len(self._by_tensor[target.tensor].detection.intruders)
+
+    @cached_property
+    def findings_size(self) -> FindingsSize:
+        """See `findings_bytes`; of the findings that the job makes."""
+        return findings_bytes(self.plan, self.detection)
 
     @cached_property
     def _by_tensor(self) -> dict[str, MatrixFinding]:
@@ -163,9 +175,8 @@ class Job:
         return {STAMP: stamp(command, *self.plan.sources, self.detection_record(certified), self.options.as_json())}
 
 
-def merge_estimates(job: Job, model: MergedModel) -> Iterator[MemoryEstimate]:
+def merge_estimates(job: Job, model: MergedModel, resident: int) -> Iterator[MemoryEstimate]:
     """Memory for each tensor of a merged model that is computed; for one that is copied the process has enough."""
-    resident = resident_bytes(job.plan)
     for target in job.plan.targets:
         delta = mitigation_bytes(job.plan, target, job.intruders(target))
         rows = rows_bytes(job.plan.weights[target.tensor])
@@ -184,6 +195,7 @@ class ModelSink:
         base = job.plan.base
         self.job = job
         self.model = plan_merged(job.plan, job.dequantize)
+        self.output_tensors = self.model.tensor_count
         self.shards: Mapping[str, ShardPlan] = self.model.shards(job.stamp(self.command))
         self.edited: Mapping[str, bytes] = self.model.texts
         self.finals: Mapping[str, bytes] = self.model.finals(self.shards)
@@ -212,9 +224,9 @@ class ModelSink:
             self, path, tuple(r for r in conflicting_names if r not in self.finals and r not in self.shards)
         )
 
-    def needs(self) -> Iterator[MemoryEstimate]:
+    def needs(self, resident: int) -> Iterator[MemoryEstimate]:
         """Memory for each matrix."""
-        return merge_estimates(self.job, self.model)
+        return merge_estimates(self.job, self.model, resident)
 
     def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
         """Bytes of each tensor of one shard; appends the figures of merged matrices."""
@@ -236,6 +248,7 @@ class Sink(Protocol):
     """What is written: the files, in order, where the bytes of their tensors come from, and what is to be said of them."""
 
     command: str
+    output_tensors: int
     job: Job
     shards: Mapping[str, ShardPlan]
     edited: Mapping[str, bytes]
@@ -250,7 +263,7 @@ class Sink(Protocol):
     card: Card | None
     output: OutputPlan
 
-    def needs(self) -> Iterator[MemoryEstimate]:
+    def needs(self, resident: int) -> Iterator[MemoryEstimate]:
         """Memory for each matrix."""
 
     def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
@@ -318,7 +331,7 @@ def _temporary(job: Job, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, i
     """The job's own findings, which stay to the end; their journal goes before any large file comes."""
     if not job.detects:
         return ()
-    findings, journal = findings_bytes(job.plan, job.detection)
+    findings, journal = job.findings_size
     more = max(0, journal - sum(size for _, size in files))
     return (OWN_FINDINGS, findings), (journal_of(Path(OWN_FINDINGS)).name, more)
 
@@ -327,10 +340,13 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model, in file order; one at a time in memory. What is refused is refused by the call itself."""
     model = plan_merged(job.plan, job.dequantize)
     most = max(info.nbytes for shard in model.shards().values() for info in shard.header.tensors)
-    detecting = detection_estimates(job.plan, job.detection) if job.detects else ()
-    needs = (replace(n, nbytes=n.nbytes + most) for n in itertools.chain(detecting, merge_estimates(job, model)))
+    resident = resident_bytes(Batch(job.plan.base, (job.plan,)), model.tensor_count)
+    detecting = detection_estimates(job.plan, job.detection, resident) if job.detects else ()
+    needs = (
+        replace(n, nbytes=n.nbytes + most) for n in itertools.chain(detecting, merge_estimates(job, model, resident))
+    )
     check_budget(needs, job.detection.max_memory)
-    return _tensors(replace(job, monitor=monitor), model, monitor)
+    return _tensors(replace(job, monitor=monitor, resident=resident), model, monitor)
 
 
 def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ from streamer.output.lora_layout import PREFIX, LoraLayout, lora_layout
 from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_figures
 from streamer.output.records import MitigatedMatrix
-from streamer.plan.memory import MemoryEstimate, resident_bytes
+from streamer.plan.memory import MemoryEstimate
 from streamer.plan.plan import Plan, other_files, skipped_files
 from streamer.plan.side_files import own_tokenizer
 from streamer.plan.targets import Target
@@ -44,6 +44,7 @@ class LoraSink:
     """Writes the mitigated deltas as a LoRA adapter of rank `rank` and scale 1, in float32; what is carried along keeps its bytes."""
 
     command = "mitigate"
+    output_tensors = 0
 
     def __init__(self, job: Job, path: Path, rank: int) -> None:
         plan = job.plan
@@ -83,10 +84,9 @@ class LoraSink:
         )
         self._ready: dict[str, Tensor] = {}
 
-    def needs(self) -> Iterator[MemoryEstimate]:
+    def needs(self, resident: int) -> Iterator[MemoryEstimate]:
         """Memory for each matrix."""
         plan = self.job.plan
-        resident = resident_bytes(plan)
         for target in plan.targets:
             size = mitigation_bytes(plan, target, self.job.intruders(target), projected=True)
             if not target.module.low_rank:

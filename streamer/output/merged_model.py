@@ -61,6 +61,11 @@ class MergedModel:
     index: Mapping[str, Any] | None
     head: Head
 
+    @property
+    def tensor_count(self) -> int:
+        """Count the output tensors of all files."""
+        return sum(map(len, self.files.values()))
+
     def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
         """The planned files, their headers exact; their metadata is the base's, and what is given."""
         return {
@@ -107,7 +112,6 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     files[last] += [
         _output(plan, weights, name, None) for name in plan.changes.sources if name not in plan.base.weight_map
     ]
-    plan.company.outputs += sum(map(len, files.values()))
     head = _head(plan, [o.name for outputs in files.values() for o in outputs])
     return MergedModel(
         {name: tuple(outputs) for name, outputs in files.items() if outputs},

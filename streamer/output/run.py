@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.memory import detection_estimates
+from streamer.detection.options import RunOptions
 from streamer.detection.run import detect_to_files, naming_inputs
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
@@ -22,7 +24,8 @@ from streamer.output.job import OWN_FINDINGS, Sink, make_record
 from streamer.output.metrics import journalled, totals
 from streamer.output.model_card import CARD_NAME
 from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
-from streamer.plan.memory import check_budget
+from streamer.plan.batch import Batch
+from streamer.plan.memory import check_budget, resident_bytes
 from streamer.storage.atomic_file import AtomicFile, Buffer
 from streamer.storage.checkpoint import FilePosition
 from streamer.storage.header import TensorInfo
@@ -33,17 +36,27 @@ from streamer.storage.shard_writer import shard_steps
 from streamer.storage.transaction import OutputDirectory, open_outputs, touch_output
 
 
-def inspect_jobs(sinks: Sequence[Sink], overwrite: bool = False, resume: bool = True) -> Sequence[str]:
-    """Preflight, read-only: ``new``, ``resume`` or ``done`` for each (see `inspect_output`), and whether all of them fit on the disk."""
-    states = []
+def batch_of(sinks: Sequence[Sink]) -> Batch:
+    """Return the plans of outputs that are made from one base."""
+    return Batch(sinks[0].job.plan.base, tuple(sink.job.plan for sink in sinks))
+
+
+def resident_of(sinks: Sequence[Sink]) -> int:
+    """Estimate the memory between any two steps of outputs that are written together."""
+    return resident_bytes(batch_of(sinks), sum(sink.output_tensors for sink in sinks))
+
+
+def inspect_jobs(sinks: Sequence[Sink], options: RunOptions) -> Sequence[str]:
+    """Check before writing: ``new``, ``resume`` or ``done`` for each (see `inspect_output`), and whether all of them fit on the disk."""
+    states, resident = [], resident_of(sinks)
     for sink in sinks:
         job, paths = sink.job, [sink.output.path / name for name, _ in sink.output.files]
-        with naming_inputs(job.plan, paths, overwrite):
-            state = inspect_output(sink.output, overwrite, resume)
+        with naming_inputs(job.plan, paths, options.overwrite):
+            state = inspect_output(sink.output, options.overwrite, options.resume)
         if state != "done":
             job.plan.refuse_overwriting(paths)
-            detecting = detection_estimates(job.plan, job.detection) if job.detects else ()
-            check_budget(itertools.chain(detecting, sink.needs()), job.detection.max_memory)
+            detecting = detection_estimates(job.plan, job.detection, resident) if job.detects else ()
+            check_budget(itertools.chain(detecting, sink.needs(resident)), job.detection.max_memory)
         states.append(state)
     if len(sinks) > 1:
         missing = sum(missing_bytes(s.output, state) for s, state in zip(sinks, states, strict=True) if state != "done")
@@ -51,13 +64,13 @@ def inspect_jobs(sinks: Sequence[Sink], overwrite: bool = False, resume: bool = 
     return states
 
 
-def run_jobs(sinks: Sequence[Sink], monitor: Monitor, *, overwrite: bool = False, resume: bool = True) -> list[Written]:
+def run_jobs(sinks: Sequence[Sink], options: RunOptions) -> list[Written]:
     """Write outputs that are made from one base, each as one resumable transaction, and return their records.
 
     A record is that of `streamer mitigate --json` and `streamer merge --json`; but for `output` and `state` it stands in the output, as
     ``streamer.json``. A finished output of the same plan is left as it is; its files' times become those of this run.
     """
-    states = inspect_jobs(sinks, overwrite, resume)
+    monitor, states = options.monitor, inspect_jobs(sinks, options)
     for line in dict.fromkeys(line for sink in sinks for line in sink.warnings):
         monitor.emit(Event("warning", line))
     todo = [sink for sink, state in zip(sinks, states, strict=True) if state != "done"]
@@ -69,13 +82,13 @@ def run_jobs(sinks: Sequence[Sink], monitor: Monitor, *, overwrite: bool = False
                 pass
         if fault := touch_output(sink.output):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
-    with open_outputs([sink.output for sink in todo], overwrite, resume) as outs:
+    with open_outputs([sink.output for sink in todo], options.overwrite, options.resume) as outs:
         runs = [_Run(sink, out, monitor) for sink, out in zip(todo, outs, strict=True)]
         for line in dict.fromkeys(line for sink in todo for line in (*sink.notes, *sink.advice)):
             monitor.emit(Event("note", line))
         for run in runs:
             run.look()
-        _detect([run for run in runs if run.lacks_findings], monitor)
+        _detect([run for run in runs if run.lacks_findings], options, resident_of(sinks))
         with threads():
             _in_step(runs)
     said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
@@ -237,16 +250,17 @@ def _in_step(runs: Sequence[_Run]) -> None:
                 file.release_pages(following.start if following and inside else file.header.data_bytes)
 
 
-def _detect(runs: Sequence[_Run], monitor: Monitor) -> None:
+def _detect(runs: Sequence[_Run], options: RunOptions, resident: int) -> None:
     """Detect into the output directories where findings are needed and none were given; resumable like everything."""
     if not runs:
         return
     for run in runs:
         if not run.out.resumed:
             discard_own_findings(run.out.path)
-    jobs = [run.sink.job for run in runs]
+    jobs, batch = [run.sink.job for run in runs], batch_of([run.sink for run in runs])
     paths = [run.out.path / OWN_FINDINGS for run in runs]
-    found = detect_to_files([job.plan for job in jobs], paths, jobs[0].detection, jobs[0].device, monitor)
+    options, sizes = replace(options, overwrite=False, resume=True), [job.findings_size for job in jobs]
+    found = detect_to_files(batch, paths, jobs[0].detection, options, resident, sizes)
     for job, findings in zip(jobs, found, strict=True):
         job.findings = findings
 

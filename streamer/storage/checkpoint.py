@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,11 @@ class Checkpoint:
             file.check_unchanged()
 
     def identity(self) -> BaseIdentity:
-        """Compute the identity of the model, which is independent of its path; see `checkpoint_identity`."""
+        """Return the identity of the model, independent of its path and read once; see `checkpoint_identity`."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> BaseIdentity:
         return checkpoint_identity(self.files)
 
     def stamps(self) -> dict[str, Sequence[int]]:
