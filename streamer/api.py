@@ -14,10 +14,14 @@ from streamer.detection.options import DetectionOptions
 from streamer.detection.run import choose_device, detect_in_memory, detect_to_files
 from streamer.errors import MismatchError, UsageError
 from streamer.events import Monitor, OnEvent, warn
-from streamer.output.adapter_writer import AdapterSink
-from streamer.output.job import Job, ModelSink, merged_tensors
-from streamer.output.lora_writer import LoraSink
+from streamer.output.adapter_writer import AdapterWriter
+from streamer.output.findings_source import findings_source
+from streamer.output.iterate import merged_tensors
+from streamer.output.job import Job
+from streamer.output.lora_writer import LoraWriter
 from streamer.output.mitigation import MitigationMethod, MitigationOptions, Selection
+from streamer.output.model_writer import ModelWriter
+from streamer.output.output_spec import Writer
 from streamer.output.records import Written
 from streamer.output.run import run_jobs
 from streamer.plan.plan import Plan, make_plans
@@ -244,8 +248,9 @@ def reduce_intruder_dimension(
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = DetectionOptions(top_k, threshold_epsilon, solver, _bytes(max_memory))
     jobs = prepare(base, [adapter], mitigation, detection, [findings], device, io, base_is_residual, False, model_card)
-    sink = AdapterSink(jobs[0], Path(output)) if to_lora is None else LoraSink(jobs[0], Path(output), to_lora)
-    (record,) = run_jobs([sink], _monitor([jobs[0].plan], monitor, on_event), overwrite=overwrite, resume=resume)
+    path = Path(output)
+    writer: Writer = AdapterWriter(jobs[0], path) if to_lora is None else LoraWriter(jobs[0], path, to_lora)
+    (record,) = run_jobs([writer], _monitor([jobs[0].plan], monitor, on_event), overwrite=overwrite, resume=resume)
     return record
 
 
@@ -371,9 +376,9 @@ def merge_with_reduced_intruder_dimensions(
         dequantize,
         model_card,
     )
-    sinks = [ModelSink(job, model_of(output, name)) for job, name in zip(jobs, adapters, strict=True)]
+    writers = [ModelWriter(job, model_of(output, name)) for job, name in zip(jobs, adapters, strict=True)]
     monitor = _monitor([job.plan for job in jobs], monitor, on_event)
-    records = run_jobs(sinks, monitor, overwrite=overwrite, resume=resume)
+    records = run_jobs(writers, monitor, overwrite=overwrite, resume=resume)
     return records[0] if "" in adapters else dict(zip(adapters, records, strict=True))
 
 
@@ -480,7 +485,7 @@ def prepare(
         if found is not None:
             _check_findings(plan, found, given if isinstance(given, str | Path) else "findings", detection)
     return [
-        Job(plan, mitigation, detection, where, found, dequantize, model_card)
+        Job(plan, mitigation, detection, where, findings_source(found, detection), dequantize, model_card)
         for plan, found in zip(plans, loaded, strict=True)
     ]
 

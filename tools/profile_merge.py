@@ -80,8 +80,9 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
         from streamer.api import prepare
         from streamer.detection.findings import load_findings
         from streamer.events import Monitor
-        from streamer.output import job as apply
+        from streamer.output import model_writer
         from streamer.output import run as outputs
+        from streamer.output.job import Job
         from streamer.output.mitigation import MitigationOptions
         from streamer.storage import atomic
         from streamer.storage import page_cache as streams
@@ -127,16 +128,16 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     streams.hashlib = SimpleNamespace(**vars(hashlib) | {"sha256": Sha256})
     tensorfile.os = SimpleNamespace(**vars(os) | {"preadv": clocks.wrap(os.preadv, "read")})
     atomic.AtomicFile.write = clocks.wrap(atomic.AtomicFile.write, "wait for the write")  # of the piece before
-    apply.matrix_figures = clocks.wrap(unwatched(apply.matrix_figures), "factors and figures")
-    apply.Job.mitigated = clocks.wrap(unwatched(apply.Job.mitigated), "factors and figures")
+    model_writer.matrix_metrics = clocks.wrap(unwatched(model_writer.matrix_metrics), "factors and figures")
+    Job.mitigated = clocks.wrap(unwatched(Job.mitigated), "factors and figures")
     # The map; its pages come with the upcast.
     tensorfile.TensorFile.view = clocks.wrap(tensorfile.TensorFile.view, "read and upcast")
     with clock.stage("plan and identity"):
         found = load_findings(findings)
         (job,) = prepare(base, [adapter], MitigationOptions(float(mitigation_lambda)), found.options, [found], "cpu")
-        sink = apply.ModelSink(job, Path(out))
+        writer = model_writer.ModelWriter(job, Path(out))
     with Blocks():
-        outputs.run_jobs([sink], Monitor())
+        outputs.run_jobs([writer], Monitor())
     with clock.stage("other"):
         total = time.perf_counter() - began
     beside: dict[str, dict[str, float]] = {}

@@ -94,23 +94,23 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _mitigate(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api import reduce_intruder_dimension
-    from streamer.output.adapter_writer import AdapterSink
-    from streamer.output.lora_writer import LoraSink
+    from streamer.output.adapter_writer import AdapterWriter
+    from streamer.output.lora_writer import LoraWriter
 
     if args.to_lora is None:
-        return _apply(args, monitor, AdapterSink, reduce_intruder_dimension)
-    sink = functools.partial(LoraSink, rank=args.to_lora)
-    return _apply(args, monitor, sink, functools.partial(reduce_intruder_dimension, to_lora=args.to_lora))
+        return _apply(args, monitor, AdapterWriter, reduce_intruder_dimension)
+    writer = functools.partial(LoraWriter, rank=args.to_lora)
+    return _apply(args, monitor, writer, functools.partial(reduce_intruder_dimension, to_lora=args.to_lora))
 
 
 def _merge(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api import merge_with_reduced_intruder_dimensions
-    from streamer.output.job import ModelSink
+    from streamer.output.model_writer import ModelWriter
 
-    return _apply(args, monitor, ModelSink, merge_with_reduced_intruder_dimensions, dequantize=args.dequantize)
+    return _apply(args, monitor, ModelWriter, merge_with_reduced_intruder_dimensions, dequantize=args.dequantize)
 
 
-def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **special: Any) -> Result:
+def _apply(args: argparse.Namespace, monitor: Monitor, writer: Any, write: Any, **special: Any) -> Result:
     from streamer.adapters.batch import model_of, named_adapters
     from streamer.api import findings_by_name, prepare
     from streamer.cli.forecast import forecast_output, shared_by_merges, together
@@ -131,15 +131,15 @@ def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **
         jobs = prepare(args.base, [*named.values()], mitigation, detection, given, args.device, args.io,
                        base_is_residual=args.base_is_residual, **special)  # fmt: skip
         monitor.warn(warning for job in jobs for warning in job.plan.warnings)
-        sinks = [sink(job, model_of(args.output, name)) for job, name in zip(jobs, named, strict=True)]
-        states = inspect_jobs(sinks, args.overwrite, not args.no_resume)
+        writers = [writer(job, model_of(args.output, name)) for job, name in zip(jobs, named, strict=True)]
+        states = inspect_jobs(writers, args.overwrite, not args.no_resume)
         parts, todo, forecasts = {}, [], []
-        for name, planned, state in zip(named, sinks, states, strict=True):
+        for name, planned, state in zip(named, writers, states, strict=True):
             forecast = None
             if state != "done":
                 todo.append(planned)
                 forecasts.append(forecast := forecast_output(planned, monitor=monitor))
-            output, matrices = planned.output, len(planned.job.plan.targets)
+            output, matrices = planned.spec.output, len(planned.spec.job.plan.targets)
             parts[name] = dry_run(
                 args.command, output.path, state, matrices, len(output.files), output.total_bytes, forecast
             )

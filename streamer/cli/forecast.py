@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +18,13 @@ from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.linalg.deltas import Delta
 from streamer.linalg.svd import OVERSAMPLING
-from streamer.output.adapter_writer import AdapterSink
-from streamer.output.job import Job, ModelSink, Sink
-from streamer.output.merged_model import Output
+from streamer.output.adapter_writer import AdapterWriter
+from streamer.output.findings_source import OwnFile
+from streamer.output.job import Job
 from streamer.output.mitigation import MitigationOptions
-from streamer.output.recipes import AddBias, CopyBytes, Recipe, ReplaceRows, Requantize, RowSlice, Stack
-from streamer.plan.memory import factor_rank
+from streamer.output.model_writer import ModelWriter
+from streamer.output.output_spec import Writer
+from streamer.plan.memory import factor_rank, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.tensor_file import SAMPLE_BYTES
@@ -90,7 +91,7 @@ def forecast_detection(
     )
 
 
-def forecast_output(sink: Sink, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:
+def forecast_output(writer: Writer, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:
     """What `mitigate` or `merge` takes.
 
     Parameters
@@ -101,19 +102,13 @@ def forecast_output(sink: Sink, detects: bool | None = None, monitor: Monitor | 
         Is told of the probe.
     """
     monitor = monitor or Monitor()
-    job, output = sink.job, sink.output
-    plan, merges = job.plan, isinstance(sink, ModelSink)
+    job, output = writer.spec.job, writer.spec.output
+    plan = job.plan
     detects = job.detects if detects is None else detects
-    memory = escalated = max(need.nbytes for need in sink.needs())
-    read = _identified_bytes(plan) + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in sink.copies)
-    if merges:
-        read += plan.base.data_bytes
-    else:
-        read += sum(plan.weights[t.tensor].nbytes for t in plan.targets if not t.module.low_rank)
-    if job.findings is not None:
-        factors = (f for m in job.findings for f in (m.detection.U, m.detection.S, m.detection.Vh))
-        read += sum(factor.nbytes for factor in factors)
-    seconds = _writing_seconds(sink, monitor)
+    memory = escalated = max(estimate.nbytes for estimate in writer.estimates(resident_bytes(plan)))
+    read = _identified_bytes(plan) + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.spec.copies)
+    read += writer.read_bytes() + job.findings.nbytes
+    seconds = _writing_seconds(writer, monitor)
     if detects:
         first = forecast_detection(plan, job.detection, job.device, monitor)
         memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
@@ -127,13 +122,14 @@ def forecast_commands(
 ) -> dict[str, Forecast | UnsupportedError]:
     """Say what each command takes with its defaults, `mitigate` and `merge` from findings; or with which error it is refused."""
     detection = DetectionOptions()
-    job = Job(plan, MitigationOptions(), detection, device)
+    job = Job(plan, MitigationOptions(), detection, device, OwnFile(detection))
     commands: dict[str, Forecast | UnsupportedError] = {"detect": forecast_detection(plan, detection, device, monitor)}
-    for sink in (AdapterSink, ModelSink):
+    writers: dict[str, Callable[[Job, Path], Writer]] = {"mitigate": AdapterWriter, "merge": ModelWriter}
+    for command, writer in writers.items():
         try:
-            commands[sink.command] = forecast_output(sink(job, Path("output")), detects=False, monitor=monitor)
+            commands[command] = forecast_output(writer(job, Path("output")), detects=False, monitor=monitor)
         except UnsupportedError as e:
-            commands[sink.command] = e
+            commands[command] = e
     return commands
 
 
@@ -240,48 +236,30 @@ def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device,
     return seconds
 
 
-def _writing_seconds(sink: Sink, monitor: Monitor) -> float | None:
-    """The time of all output tensors, and of the figures of each matrix; None for what is not summed a few rows at a time."""
-    plan = sink.job.plan
+def _writing_seconds(writer: Writer, monitor: Monitor) -> float | None:
+    """Estimate the time of all output tensors, and of the metrics of each matrix; None for what is not summed a few rows at a time."""
+    plan = writer.spec.job.plan
     if any(not target.module.low_rank for target in plan.targets):
         return None
     _tell(monitor, "norms of mitigated deltas")
-    seconds = _figures_seconds(sink.job, 2 if isinstance(sink, ModelSink) else 3)
+    seconds = _metrics_seconds(writer.spec.job, writer.norms)
 
     def unchanged(target: Target) -> tuple[Delta, Delta]:
         delta = plan.delta(target)
         return delta, delta
 
-    if not isinstance(sink, ModelSink):
-        _tell(monitor, "writing an adapter's tensors")
-        part = max(plan.adapter.tensors.values(), key=lambda part: part.info.nbytes)
-        return seconds + writing_pace(CopyBytes(part), unchanged) * sink.output.total_bytes
-    sizes = {info.name: info.nbytes for shard in sink.shards.values() for info in shard.header.tensors}
-    alike = defaultdict[type, list[Output]](list)
-    for output in (o for outputs in sink.model.files.values() for o in outputs):
-        few = isinstance(output.recipe, AddBias | ReplaceRows)
-        alike[CopyBytes if few else _kind(output.recipe)].append(output)
-    if Requantize in alike:  # in several passes over the whole
+    if (timed := writer.timed()) is None:
         return None
-    for group in alike.values():
-        _tell(monitor, f"writing tensors like {group[0].name}")
-        largest = max(group, key=lambda o: sizes[o.name])
+    for name, recipe, nbytes in timed:
+        _tell(monitor, f"writing {name}")
         try:
-            pace = writing_pace(largest.recipe, unchanged)
+            seconds += writing_pace(recipe, unchanged) * nbytes
         except NumericError:  # the run itself will say where
             return None
-        seconds += pace * sum(sizes[o.name] for o in group)
     return seconds
 
 
-def _kind(recipe: Recipe) -> type:
-    """The recipe, or that of the matrices that it holds."""
-    if isinstance(recipe, Stack):
-        return _kind(recipe.recipes[0])
-    return type(recipe.recipe if isinstance(recipe, RowSlice) else recipe)
-
-
-def _figures_seconds(job: Job, times: int) -> float:
+def _metrics_seconds(job: Job, times: int) -> float:
     """For each matrix, the norms of Δ and Δ', and its projection."""
     works = [(t.module.shape, factor_rank(t.module), job.intruders(t)) for t in job.plan.targets]
     units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
@@ -318,7 +296,7 @@ def shared_by_detections(plans: Sequence[Plan]) -> int:
     return sum(plans[i].weights[target.tensor].nbytes for same in uses for i, target in same[1:])
 
 
-def shared_by_merges(sinks: Sequence[Sink]) -> int:
+def shared_by_merges(writers: Sequence[Writer]) -> int:
     """Bytes of the base's files, for each output but the first, and what detection shares."""
-    base = sum(file.header.file_bytes for sink in sinks[1:] for file in sink.job.plan.base.files.values())
-    return base + shared_by_detections([sink.job.plan for sink in sinks if sink.job.detects])
+    base = sum(file.header.file_bytes for writer in writers[1:] for file in writer.spec.job.plan.base.files.values())
+    return base + shared_by_detections([writer.spec.job.plan for writer in writers if writer.spec.job.detects])

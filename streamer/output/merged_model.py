@@ -61,6 +61,11 @@ class MergedModel:
     index: Mapping[str, Any] | None
     head: Head
 
+    @property
+    def tensor_count(self) -> int:
+        """Count the output tensors of all files."""
+        return sum(map(len, self.files.values()))
+
     def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
         """The planned files, their headers exact; their metadata is the base's, and what is given."""
         return {
