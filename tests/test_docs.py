@@ -54,6 +54,21 @@ def test_every_link_leads_somewhere(page: str) -> None:
         assert target.startswith("https://") or (folder / target).exists(), target
 
 
+def test_every_source_file_named_in_the_docs_exists() -> None:
+    for page, text in PAGES.items():
+        for path in re.findall(r"`((?:streamer|tests|tools)/[\w/.-]+\.\w+)", text):
+            assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+def test_the_messages_in_troubleshooting_are_the_programs() -> None:
+    source = "\n".join(path.read_text() for path in (ROOT / "streamer").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # a message over several lines is one
+    rows = re.findall(r"^\| (.*?) \| ", PAGES["troubleshooting.md"], re.MULTILINE)
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 30
+    assert [text for text in quoted if text not in source] == []
+
+
 def test_every_option_has_help() -> None:
     for name, parser in subparsers().items():
         for action in parser._actions:
