@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamer
-from streamer.detection.run import choose_device
+from streamer.detection.device import choose_device
 from streamer.detection.solvers import cost
 from streamer.errors import InputChangedError, OutputError, UsageError
 from streamer.events import Event
-from streamer.plan.plan import left_out, make_plan, other_files
+from streamer.plan.plan import make_plan, other_files, skipped_files
 
 Job = tuple[Path, Path]
 
@@ -44,7 +44,7 @@ def test_weights_of_modules_of_their_own_are_taken_along(job: Job, tmp_path: Pat
     assert not (out / "code").is_symlink()
     assert record["left_out"] == ["onnx", "pytorch_model.bin", "pytorch_model.bin.index.json"]
     assert not any((out / name).exists() for name in record["left_out"])
-    assert {name for name, _ in other_files(base)} | set(left_out(base)) > {
+    assert {name for name, _ in other_files(base)} | set(skipped_files(base)) > {
         "config.json",
         "tokenizer.json",
         "1_Pooling/config.json",

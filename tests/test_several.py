@@ -24,11 +24,11 @@ from helpers import tree_digest
 import streamer
 from streamer.adapters.batch import holds_adapters, named_adapters
 from streamer.cli.main import run as streamer_command
+from streamer.detection.findings_size import findings_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.detection.run import findings_bytes
 from streamer.errors import StorageError, UsageError
 from streamer.linalg.torch_state import threads
-from streamer.plan.plan import make_plans
+from streamer.plan.plan import make_batch
 from streamer.storage.atomic import locked
 from streamer.units import format_size
 
@@ -227,7 +227,7 @@ def test_what_to_do_where_descriptors_run_out(inputs: Inputs) -> None:
         with pytest.raises(
             StorageError, match="Too many open files; take fewer adapters at once, or raise `ulimit -n`"
         ):
-            make_plans(inputs.base, [inputs.adapters / name for name in NAMES])
+            make_batch(inputs.base, [inputs.adapters / name for name in NAMES])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -442,7 +442,7 @@ def test_all_outputs_must_fit_on_the_disk(inputs: Inputs, tmp_path: Path, monkey
 def test_all_findings_must_fit_on_the_disk(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plans = make_plans(inputs.base, [inputs.adapters / name for name in NAMES])
+    plans = make_batch(inputs.base, [inputs.adapters / name for name in NAMES]).plans
     needed = [sum(findings_bytes(plan, DetectionOptions())) for plan in plans]
     free = sum(needed) - 1
     assert free > max(needed)

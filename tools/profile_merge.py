@@ -77,13 +77,14 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     with clock.stage("import"):
         from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-        from streamer.api import prepare
+        from streamer.detection.device import choose_device
         from streamer.detection.findings import load_findings
-        from streamer.events import Monitor
+        from streamer.detection.options import RunOptions
         from streamer.output import model_writer
         from streamer.output import run as outputs
         from streamer.output.job import Job
         from streamer.output.mitigation import MitigationOptions
+        from streamer.output.prepare import OutputOptions, prepare_outputs
         from streamer.storage import atomic
         from streamer.storage import page_cache as streams
         from streamer.storage import tensor_file as tensorfile
@@ -134,10 +135,11 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     tensorfile.TensorFile.view = clocks.wrap(tensorfile.TensorFile.view, "read and upcast")
     with clock.stage("plan and identity"):
         found = load_findings(findings)
-        (job,) = prepare(base, [adapter], MitigationOptions(float(mitigation_lambda)), found.options, [found], "cpu")
-        writer = model_writer.ModelWriter(job, Path(out))
+        mitigation, run = MitigationOptions(float(mitigation_lambda)), RunOptions(choose_device("cpu"))
+        form, adapters = OutputOptions(merges=True), {"": Path(adapter)}
+        writers = prepare_outputs(base, adapters, out, [found], mitigation, found.options, form, run)
     with Blocks():
-        outputs.run_jobs([writer], Monitor())
+        outputs.run_jobs(writers, run)
     with clock.stage("other"):
         total = time.perf_counter() - began
     beside: dict[str, dict[str, float]] = {}

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from streamer.cli.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
+from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.memory import best_way, detection_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.detection.run import findings_bytes, matrices_of
 from streamer.detection.solvers import cheaper, cost
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
@@ -24,6 +24,8 @@ from streamer.output.job import Job
 from streamer.output.mitigation import MitigationOptions
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
+from streamer.output.run import resident_of
+from streamer.plan.batch import Batch
 from streamer.plan.memory import factor_rank, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
@@ -73,29 +75,40 @@ class Forecast:
     threads: int = field(default_factory=torch.get_num_threads)
 
 
-def forecast_detection(
-    plan: Plan, options: DetectionOptions, device: torch.device, monitor: Monitor | None = None
-) -> Forecast:
-    """What `detect` takes; the monitor is told of the probe."""
+def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int, size: FindingsSize,
+                       monitor: Monitor | None = None) -> Forecast:  # fmt: skip
+    """Forecast what `detect` takes.
+
+    Parameters
+    ----------
+    resident
+        Bytes that stay in memory between two steps; see `resident_bytes`.
+    size
+        See `findings_bytes`.
+    monitor
+        Is told of the probe.
+    """
     monitor = monitor or Monitor()
     _tell(monitor, "memory of each matrix")
-    works = [_Work.of(plan, target, options) for target in plan.targets]
-    written, journal = findings_bytes(plan, options)
+    works = [_Work.of(plan, target, options, resident) for target in plan.targets]
     return Forecast(
         max(work.memory for work in works),
         max(work.escalated for work in works),
         _identified_bytes(plan) + _detected_bytes(plan),
-        written,
-        journal,
+        *size,
         _detection_seconds(plan, works, device, monitor),
     )
 
 
-def forecast_output(writer: Writer, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:
-    """What `mitigate` or `merge` takes.
+def forecast_output(
+    writer: Writer, resident: int, detects: bool | None = None, monitor: Monitor | None = None
+) -> Forecast:
+    """Forecast what `mitigate` or `merge` takes.
 
     Parameters
     ----------
+    resident
+        Bytes that stay in memory between two steps; see `resident_of`.
     detects
         Whether it detects first; by default what the job says. False asks for a forecast as if findings were there.
     monitor
@@ -105,12 +118,12 @@ def forecast_output(writer: Writer, detects: bool | None = None, monitor: Monito
     job, output = writer.spec.job, writer.spec.output
     plan = job.plan
     detects = job.detects if detects is None else detects
-    memory = escalated = max(estimate.nbytes for estimate in writer.estimates(resident_bytes(plan)))
+    memory = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
     read = _identified_bytes(plan) + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.spec.copies)
-    read += writer.read_bytes() + job.findings.nbytes
+    read += writer.spec.base_bytes + job.findings.nbytes
     seconds = _writing_seconds(writer, monitor)
     if detects:
-        first = forecast_detection(plan, job.detection, job.device, monitor)
+        first = forecast_detection(plan, job.detection, job.device, resident, job.findings_size, monitor)
         memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
         read += _detected_bytes(plan)
         seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
@@ -123,11 +136,14 @@ def forecast_commands(
     """Say what each command takes with its defaults, `mitigate` and `merge` from findings; or with which error it is refused."""
     detection = DetectionOptions()
     job = Job(plan, MitigationOptions(), detection, device, OwnFile(detection))
-    commands: dict[str, Forecast | UnsupportedError] = {"detect": forecast_detection(plan, detection, device, monitor)}
+    resident = resident_bytes(Batch(plan.base, (plan,)))
+    first = forecast_detection(plan, detection, device, resident, findings_bytes(plan, detection), monitor)
+    commands: dict[str, Forecast | UnsupportedError] = {"detect": first}
     writers: dict[str, Callable[[Job, Path], Writer]] = {"mitigate": AdapterWriter, "merge": ModelWriter}
-    for command, writer in writers.items():
+    for command, make in writers.items():
         try:
-            commands[command] = forecast_output(writer(job, Path("output")), detects=False, monitor=monitor)
+            writer = make(job, Path("output"))
+            commands[command] = forecast_output(writer, resident_of([writer]), detects=False, monitor=monitor)
         except UnsupportedError as e:
             commands[command] = e
     return commands
@@ -173,13 +189,10 @@ class _Work:
     escalated: int
 
     @classmethod
-    def of(cls, plan: Plan, target: Target, options: DetectionOptions) -> _Work:
+    def of(cls, plan: Plan, target: Target, options: DetectionOptions, resident: int) -> _Work:
         shape, module = target.module.shape, target.module
-        k, ways, way = (
-            options.directions(shape),
-            detection_bytes(plan, target, options),
-            best_way(plan, target, options),
-        )
+        k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
+        way = best_way(plan, target, options, resident)
         solver = options.solver
         if solver == "auto":
             solver = cheaper(shape, k) if way == "dense" else "certified"
@@ -242,7 +255,7 @@ def _writing_seconds(writer: Writer, monitor: Monitor) -> float | None:
     if any(not target.module.low_rank for target in plan.targets):
         return None
     _tell(monitor, "norms of mitigated deltas")
-    seconds = _metrics_seconds(writer.spec.job, writer.norms)
+    seconds = _metrics_seconds(writer.spec.job, writer.spec.norms)
 
     def unchanged(target: Target) -> tuple[Delta, Delta]:
         delta = plan.delta(target)
@@ -290,13 +303,15 @@ def together(forecasts: Sequence[Forecast], shared: int = 0) -> Forecast | None:
     )
 
 
-def shared_by_detections(plans: Sequence[Plan]) -> int:
-    """Bytes of the matrices that several plans change, for each plan but the first."""
-    uses = matrices_of(plans)
-    return sum(plans[i].weights[target.tensor].nbytes for same in uses for i, target in same[1:])
+def shared_by_detections(batch: Batch) -> int:
+    """Count the bytes of the matrices that several plans change, for each plan but the first."""
+    return sum(batch.plans[i].weights[target.tensor].nbytes for same in batch.matrices() for i, target in same[1:])
 
 
 def shared_by_merges(writers: Sequence[Writer]) -> int:
-    """Bytes of the base's files, for each output but the first, and what detection shares."""
-    base = sum(file.header.file_bytes for writer in writers[1:] for file in writer.spec.job.plan.base.files.values())
-    return base + shared_by_detections([writer.spec.job.plan for writer in writers if writer.spec.job.detects])
+    """Count the bytes of the base's files, for each output but the first, and what detection shares."""
+    jobs = [writer.spec.job for writer in writers]
+    if not jobs:
+        return 0
+    base = sum(file.header.file_bytes for job in jobs[1:] for file in job.plan.base.files.values())
+    return base + shared_by_detections(Batch(jobs[0].plan.base, tuple(job.plan for job in jobs if job.detects)))

@@ -1,18 +1,22 @@
-"""Options of detection: which directions are judged, by which threshold, solver and memory."""
+"""Options: what decides the findings, and how a run goes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from streamer.detection.findings_records import OptionsRecord
 from streamer.detection.solvers import SOLVERS
 from streamer.errors import UsageError
+from streamer.events import Monitor
 from streamer.plan.memory import PROCESS_BYTES
+from streamer.storage.tensor_file import IOMode
 
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """What decides the findings.
+    """Options that decide the findings.
 
     Attributes
     ----------
@@ -60,3 +64,31 @@ class DetectionOptions:
         """The options as JSON values."""
         return {"top_k": self.top_k, "threshold_epsilon": self.threshold_epsilon, "solver": self.solver,
                 "max_memory": self.max_memory}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of a run that leave its result as it is, up to last bits; the memory allowed decides it, and is in `DetectionOptions`.
+
+    Attributes
+    ----------
+    device
+        That detection computes on.
+    io
+        How tensors are read.
+    base_is_residual
+        Whether the base is what an initialisation such as PiSSA's left of the model.
+    resume
+        Whether an interrupted run with the same inputs and options is taken up.
+    overwrite
+        Whether what stands at the output is replaced.
+    monitor
+        Takes events, and asks for a stop.
+    """
+
+    device: torch.device
+    io: IOMode = "mmap"
+    base_is_residual: bool = False
+    resume: bool = True
+    overwrite: bool = False
+    monitor: Monitor = field(default_factory=Monitor)

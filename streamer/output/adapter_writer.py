@@ -13,7 +13,7 @@ from streamer.adapters.modules import LoraModule
 from streamer.errors import UnsupportedError
 from streamer.linalg.operators import LowRank
 from streamer.output.job import Job
-from streamer.output.memory import delta_bytes, mitigation_bytes
+from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_metrics
 from streamer.output.mitigation import back_project
 from streamer.output.output_spec import adapter_spec, copied
@@ -29,8 +29,6 @@ from streamer.weights.dtypes import ENCODINGS, as_bytes, encode
 
 class AdapterWriter:
     """Writes the tensors, names, order, dtypes and config of the adapter that was read, and new factors of mitigated modules."""
-
-    norms = 3
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
@@ -62,10 +60,6 @@ class AdapterWriter:
             if isinstance(target.module, LoraModule) and target.module.expert is not None:
                 size += 2 * sum(plan.adapter.tensors[name].info.nbytes for name in self._tensors(target))
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
-
-    def read_bytes(self) -> int:
-        """Count the bytes of weights that deltas are computed from."""
-        return delta_bytes(self.spec.job.plan)
 
     def timed(self) -> list[tuple[str, Recipe, int]]:
         """Give all bytes as copied."""

@@ -127,6 +127,8 @@ class DetectedOnTheWay(OwnFile):
 
     Attributes
     ----------
+    resident
+        Bytes that stay in memory between two steps; see `resident_bytes`.
     threads
         Torch's threads for detection amid the merging of rows, which has one: its last bits depend on them.
     monitor
@@ -137,6 +139,7 @@ class DetectedOnTheWay(OwnFile):
 
     plan: Plan
     device: torch.device
+    resident: int
     monitor: Monitor
     threads: int = field(default_factory=torch.get_num_threads)
     last: dict[str, Detection] = field(default_factory=dict)
@@ -145,7 +148,7 @@ class DetectedOnTheWay(OwnFile):
         """Detect in one matrix, if it is another than the last."""
         if target.tensor not in self.last:
             with threads(self.threads):
-                found = detect_matrix(self.plan, target, self.options, self.device, monitor=self.monitor)
+                found = detect_matrix(self.plan, target, self.options, self.device, self.resident, monitor=self.monitor)
             self.last.clear()
             self.last[target.tensor] = found.detection
         return self.last[target.tensor]

@@ -16,6 +16,7 @@ from streamer.output.findings_source import DetectedOnTheWay
 from streamer.output.job import Job
 from streamer.output.merged_model import MergedModel, plan_merged
 from streamer.output.model_writer import merge_estimates
+from streamer.plan.batch import Batch
 from streamer.plan.memory import check_budget, resident_bytes
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
@@ -24,12 +25,11 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
     """Give every tensor of the merged model, in file order; one at a time in memory. What is refused is refused by the call itself."""
     model = plan_merged(job.plan, job.dequantize)
     most = max(info.nbytes for shard in model.shards().values() for info in shard.header.tensors)
-    resident = resident_bytes(job.plan) + most
-    detecting = detection_estimates(job.plan, job.detection) if job.detects else ()
-    detecting = (replace(n, nbytes=n.nbytes + most) for n in detecting)
-    check_budget(itertools.chain(detecting, merge_estimates(job, model, resident)), job.detection.max_memory)
+    resident = resident_bytes(Batch(job.plan.base, (job.plan,)), model.tensor_count)
+    detecting = detection_estimates(job.plan, job.detection, resident + most) if job.detects else ()
+    check_budget(itertools.chain(detecting, merge_estimates(job, model, resident + most)), job.detection.max_memory)
     if job.detects:
-        job = replace(job, findings=DetectedOnTheWay(job.detection, job.plan, job.device, monitor))
+        job = replace(job, findings=DetectedOnTheWay(job.detection, job.plan, job.device, resident, monitor))
     return _tensors(job, model, monitor)
 
 

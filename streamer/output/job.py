@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.intruders import Detection
 from streamer.detection.options import DetectionOptions
 from streamer.detection.stamps import STAMP, DetectionRecord, detection_record, stamp
@@ -45,6 +47,11 @@ class Job:
     findings: FindingsSource
     dequantize: bool = False
     card: bool = True
+
+    @cached_property
+    def findings_size(self) -> FindingsSize:
+        """See `findings_bytes`; of the findings that the job makes."""
+        return findings_bytes(self.plan, self.detection)
 
     @property
     def detects(self) -> bool:

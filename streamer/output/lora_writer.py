@@ -20,7 +20,7 @@ from streamer.linalg.operators import Dense, LowRank
 from streamer.linalg.svd import krylov_triplets
 from streamer.output.job import Job
 from streamer.output.lora_layout import PREFIX, LoraLayout, lora_layout
-from streamer.output.memory import delta_bytes, mitigation_bytes
+from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_metrics
 from streamer.output.output_spec import adapter_spec, copied
 from streamer.output.recipes import Recipe
@@ -40,8 +40,6 @@ SMALL = 1024
 
 class LoraWriter:
     """Writes the mitigated deltas as a LoRA adapter of rank `rank` and scale 1, in float32; what is carried along keeps its bytes."""
-
-    norms = 3
 
     def __init__(self, job: Job, path: Path, rank: int) -> None:
         plan = job.plan
@@ -73,10 +71,6 @@ class LoraWriter:
             if not target.module.low_rank:
                 size += truncation_bytes(target.module.shape, self._rank, plan.weights[target.tensor].compute.itemsize)
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
-
-    def read_bytes(self) -> int:
-        """Count the bytes of weights that deltas are computed from."""
-        return delta_bytes(self._plan)
 
     def timed(self) -> list[tuple[str, Recipe, int]]:
         """Give all bytes as copied."""

@@ -31,8 +31,3 @@ def mitigation_bytes(plan: Plan, target: Target, intruders: int, projected: bool
         # Δ, Δ', and one more where Δ is scaled.
         size = max(making_bytes(plan, target), 3 * plan.weights[target.tensor].compute.itemsize * m * n)
     return size + factor_bytes(plan, target)
-
-
-def delta_bytes(plan: Plan) -> int:
-    """Count the bytes of the weights that deltas are computed from, those of low rank being the adapter's alone."""
-    return sum(plan.weights[t.tensor].nbytes for t in plan.targets if not t.module.low_rank)

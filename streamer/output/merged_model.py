@@ -112,7 +112,6 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     files[last] += [
         _output(plan, weights, name, None) for name in plan.changes.sources if name not in plan.base.weight_map
     ]
-    plan.company.outputs += sum(map(len, files.values()))
     head = _head(plan, [o.name for outputs in files.values() for o in outputs])
     return MergedModel(
         {name: tuple(outputs) for name, outputs in files.items() if outputs},

@@ -29,8 +29,6 @@ from streamer.weights.dequantize import STALE
 class ModelWriter:
     """Writes the base with the mitigated deltas merged in."""
 
-    norms = 2
-
     def __init__(self, job: Job, path: Path) -> None:
         self._model = model = plan_merged(job.plan, job.dequantize)
         self.spec = _spec(job, path, model)
@@ -39,10 +37,6 @@ class ModelWriter:
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix, and for each other tensor that is computed."""
         return merge_estimates(self.spec.job, self._model, resident)
-
-    def read_bytes(self) -> int:
-        """Count the bytes of the base's tensors."""
-        return self.spec.job.plan.base.data_bytes
 
     def timed(self) -> list[tuple[str, Recipe, int]] | None:
         """Give the recipe of the largest tensor of each kind, and the bytes of the kind."""
@@ -113,5 +107,7 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
         warnings=[*job.warnings, *lost],
         notes=[*plan.changes.notes, *model.head.notes, *says],
         advice=list(model.head.advice),
+        base_bytes=base.data_bytes,
+        norms=2,
         model_tensors=model.tensor_count,
     ).with_card(model.head.pipeline)

@@ -12,7 +12,6 @@ from typing import Literal, Protocol
 from streamer import __version__
 from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.detection.findings_file import journal_of
-from streamer.detection.run import findings_bytes
 from streamer.output.job import Job
 from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
 from streamer.output.recipes import CopyBytes, Recipe
@@ -58,6 +57,10 @@ class OutputSpec:
         The rank of a LoRA adapter that is made from deltas of any kind.
     card
         The card that is written with the last facts; None where none is, or where an input's is copied.
+    base_bytes
+        Bytes of the base that are read.
+    norms
+        Norms of a delta in factors that each matrix takes, its projection counted as one.
     model_tensors
         Tensors of a merged model, which take memory in its plan.
     """
@@ -77,6 +80,8 @@ class OutputSpec:
     advice: list[str] = field(default_factory=list)
     to_lora: int | None = None
     card: Card | None = None
+    base_bytes: int = 0
+    norms: int = 3
     model_tensors: int = 0
 
     def record(self, certified: int, sums: Totals, matrices: Sequence[MitigatedMatrix] = ()) -> Record:
@@ -138,7 +143,7 @@ class OutputSpec:
         """The job's own findings, which stay to the end; their journal goes before any large file comes."""
         if not self.job.detects:
             return ()
-        findings, journal = findings_bytes(self.job.plan, self.job.detection)
+        findings, journal = self.job.findings_size
         more = max(0, journal - sum(size for _, size in files))
         return (OWN_FINDINGS, findings), (journal_of(Path(OWN_FINDINGS)).name, more)
 
@@ -150,18 +155,12 @@ class Writer(Protocol):
     ----------
     spec
         The output as it will be.
-    norms
-        Norms of a delta in factors that each matrix takes, its projection counted as one.
     """
 
     spec: OutputSpec
-    norms: int
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix, `resident` bytes being in use already."""
-
-    def read_bytes(self) -> int:
-        """Count the bytes of the base that are read."""
 
     def timed(self) -> list[tuple[str, Recipe, int]] | None:
         """Give names, recipes and the bytes that are made like each, for all bytes; None where their number does not tell the time."""
@@ -194,6 +193,7 @@ def adapter_spec(
         tokenizer=own_tokenizer(copies),
         warnings=job.warnings,
         to_lora=to_lora,
+        base_bytes=sum(job.plan.weights[t.tensor].nbytes for t in job.plan.targets if not t.module.low_rank),
     ).with_card()
 
 

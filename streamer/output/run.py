@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.memory import detection_estimates
+from streamer.detection.options import RunOptions
 from streamer.detection.run import detect_to_files, naming_inputs
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
@@ -24,6 +25,7 @@ from streamer.output.metrics import journalled, totals
 from streamer.output.model_card import CARD_NAME
 from streamer.output.output_spec import OWN_FINDINGS, Writer
 from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
+from streamer.plan.batch import Batch
 from streamer.plan.memory import check_budget, resident_bytes
 from streamer.storage.atomic import AtomicFile, Buffer, locked
 from streamer.storage.header import TensorInfo
@@ -38,19 +40,29 @@ FilePosition = tuple[int, int]
 END = (1 << 62, 0)
 
 
-def inspect_jobs(writers: Sequence[Writer], overwrite: bool = False, resume: bool = True) -> Sequence[str]:
+def batch_of(writers: Sequence[Writer]) -> Batch:
+    """Return the plans of outputs that are made from one base."""
+    plans = [writer.spec.job.plan for writer in writers]
+    return Batch(plans[0].base, tuple(plans))
+
+
+def resident_of(writers: Sequence[Writer]) -> int:
+    """Estimate the memory between any two steps of outputs that are written together."""
+    return resident_bytes(batch_of(writers), sum(writer.spec.model_tensors for writer in writers))
+
+
+def inspect_jobs(writers: Sequence[Writer], options: RunOptions) -> Sequence[str]:
     """Check before writing: ``new``, ``resume`` or ``done`` for each (see `inspect_output`), and whether all of them fit on the disk."""
-    states = []
+    states, resident = [], resident_of(writers)
     for writer in writers:
         spec, job = writer.spec, writer.spec.job
         paths = [spec.path / name for name, _ in spec.output.files]
-        with naming_inputs(job.plan, paths, overwrite):
-            state = inspect_output(spec.output, overwrite, resume)
+        with naming_inputs(job.plan, paths, options.overwrite):
+            state = inspect_output(spec.output, options.overwrite, options.resume)
         if state != "done":
             job.plan.refuse_overwriting(paths)
-            detecting = detection_estimates(job.plan, job.detection) if job.detects else ()
-            estimates = writer.estimates(resident_bytes(job.plan))
-            check_budget(itertools.chain(detecting, estimates), job.detection.max_memory)
+            detecting = detection_estimates(job.plan, job.detection, resident) if job.detects else ()
+            check_budget(itertools.chain(detecting, writer.estimates(resident)), job.detection.max_memory)
         states.append(state)
     if len(writers) > 1:
         outputs = [writer.spec.output for writer in writers]
@@ -59,15 +71,13 @@ def inspect_jobs(writers: Sequence[Writer], overwrite: bool = False, resume: boo
     return states
 
 
-def run_jobs(
-    writers: Sequence[Writer], monitor: Monitor, *, overwrite: bool = False, resume: bool = True
-) -> list[Written]:
+def run_jobs(writers: Sequence[Writer], options: RunOptions) -> list[Written]:
     """Write outputs that are made from one base, each as one resumable transaction, and return their records.
 
     A record is that of `streamer mitigate --json` and `streamer merge --json`; without `output` and `state` it stands in the output, as
     ``streamer.json``. A finished output of the same plan is left as it is; its files' times become those of this run.
     """
-    states = inspect_jobs(writers, overwrite, resume)
+    monitor, states = options.monitor, inspect_jobs(writers, options)
     specs = [writer.spec for writer in writers]
     for line in dict.fromkeys(line for spec in specs for line in spec.warnings):
         monitor.emit(Event("warning", line))
@@ -80,13 +90,13 @@ def run_jobs(
         if fault := touch_output(spec.output):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
-    with open_outputs([writer.spec.output for writer in todo], overwrite, resume) as outs:
+    with open_outputs([writer.spec.output for writer in todo], options.overwrite, options.resume) as outs:
         runs = [_Run(writer, out, monitor) for writer, out in zip(todo, outs, strict=True)]
         for line in dict.fromkeys(line for run in runs for line in (*run.spec.notes, *run.spec.advice)):
             monitor.emit(Event("note", line))
         for run in runs:
             run.look()
-        _detect([run for run in runs if run.lacks_findings], monitor)
+        _detect([run for run in runs if run.lacks_findings], options, resident_of(writers))
         with threads():
             _in_step(runs)
     said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
@@ -248,16 +258,17 @@ def _in_step(runs: Sequence[_Run]) -> None:
                 file.release_pages(start if number == behind[0] else file.header.data_bytes)
 
 
-def _detect(runs: Sequence[_Run], monitor: Monitor) -> None:
+def _detect(runs: Sequence[_Run], options: RunOptions, resident: int) -> None:
     """Detect into the output directories where findings are needed and none were given; resumable like everything."""
     if not runs:
         return
     for run in runs:
         if not run.out.resumed:
             discard_own_findings(run.out.path)
-    jobs = [run.job for run in runs]
+    jobs, batch = [run.job for run in runs], batch_of([run.writer for run in runs])
     paths = [run.out.path / OWN_FINDINGS for run in runs]
-    found = detect_to_files([job.plan for job in jobs], paths, jobs[0].detection, jobs[0].device, monitor)
+    options, sizes = replace(options, overwrite=False, resume=True), [job.findings_size for job in jobs]
+    found = detect_to_files(batch, paths, jobs[0].detection, options, resident, sizes)
     for run, findings in zip(runs, found, strict=True):
         run.job = replace(run.job, findings=GivenFindings(findings))
 

@@ -14,6 +14,7 @@ from streamer.adapters.dora import dora_bytes
 from streamer.adapters.modules import LoraModule, MethodModule, Module
 from streamer.adapters.peft_methods import METHODS
 from streamer.errors import UsageError
+from streamer.plan.batch import Batch
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 
@@ -60,11 +61,16 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> Non
         )
 
 
-def resident_bytes(plan: Plan) -> int:
-    """Memory between any two steps, the tables of all adapters included."""
-    company = plan.company
-    tables = TENSOR_BYTES * (len(plan.base.weight_map) + company.tensor_count) + ADAPTER_BYTES * company.adapters
-    return PROCESS_BYTES + tables + OUTPUT_BYTES * company.outputs + MATRIX_BYTES * company.matrices + company.kept
+def resident_bytes(batch: Batch, output_tensors: int = 0) -> int:
+    """Estimate the memory between any two steps, the tables of all adapters included.
+
+    Parameters
+    ----------
+    output_tensors
+        Tensors of the merged models that are written, all together.
+    """
+    tables = TENSOR_BYTES * (len(batch.base.weight_map) + batch.adapter_tensor_count) + ADAPTER_BYTES * len(batch.plans)
+    return PROCESS_BYTES + tables + OUTPUT_BYTES * output_tensors + MATRIX_BYTES * batch.matrix_count
 
 
 def making_bytes(plan: Plan, target: Target) -> int:

@@ -21,6 +21,7 @@ from streamer.adapters.modules import LoraModule
 from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.deltas import Delta
 from streamer.plan import tied_embeddings as tied
+from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_changes
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
 from streamer.plan.name_matching import match_names
@@ -45,39 +46,6 @@ _SKIPPED_DIRECTORIES = re.compile(
 )
 
 
-@dataclass
-class Company:
-    """What plans of several adapters on one base have in common.
-
-    Attributes
-    ----------
-    inputs
-        Directories and files that every output must stay out of.
-    weights
-        Those of the base, whose table all plans share.
-    adapters, tensor_count, matrices
-        How many adapters there are, how many tensors they hold, and how many matrices they change, all together.
-    outputs
-        How many tensors of merged models are planned, all together.
-    kept
-        Bytes of findings that stay in memory, at most.
-    """
-
-    base: Checkpoint
-    inputs: tuple[Path, ...]
-    weights: Weights
-    adapters: int = 0
-    tensor_count: int = 0
-    matrices: int = 0
-    outputs: int = 0
-    kept: int = 0
-
-    @cached_property
-    def base_identity(self) -> BaseIdentity:
-        """See `Checkpoint.identity`."""
-        return self.base.identity()
-
-
 @dataclass(frozen=True)
 class Plan:
     """A base, an adapter, and which tensor each module changes.
@@ -96,8 +64,8 @@ class Plan:
         The base's ``config.json``, or {} where there is none.
     extra_stamps
         Stamps of the small files that are copied or read whole, by path.
-    company
-        What it has in common with the plans that are carried out together with it.
+    inputs
+        Directories and files that an output must stay out of: those of all plans of its batch.
     """
 
     base: Checkpoint
@@ -108,7 +76,7 @@ class Plan:
     mirrors: Mapping[str, LoraModule]
     config: dict[str, Any]
     extra_stamps: dict[str, Stamp]
-    company: Company
+    inputs: tuple[Path, ...]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -143,8 +111,8 @@ class Plan:
 
     @cached_property
     def base_identity(self) -> BaseIdentity:
-        """See `Checkpoint.identity`; made once for all plans."""
-        return self.company.base_identity
+        """See `Checkpoint.identity`."""
+        return self.base.identity()
 
     @cached_property
     def adapter_identity(self) -> AdapterIdentity:
@@ -157,11 +125,6 @@ class Plan:
         base, adapter = self.base, self.adapter
         of_base = base_source(base.path, self.config, adapter.config, self.base_identity)
         return of_base, adapter_source(adapter.path, self.adapter_identity)
-
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """Directories and files that an output must stay out of: those of all that are carried out together."""
-        return self.company.inputs
 
     def stamps(self) -> dict[str, Sequence[int]]:
         """Stamps of every input file, by path."""
@@ -202,13 +165,13 @@ class Plan:
 
 
 def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> Plan:
-    """Open and match a base and an adapter; see `make_plans`."""
-    return make_plans(base, [adapter], io, base_is_residual)[0]
+    """Open and match a base and an adapter; see `make_batch`."""
+    return make_batch(base, [adapter], io, base_is_residual).plans[0]
 
 
-def make_plans(
+def make_batch(
     base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", base_is_residual: bool = False
-) -> list[Plan]:
+) -> Batch:
     """Open a base, once, and match each adapter with it.
 
     Raises
@@ -221,23 +184,29 @@ def make_plans(
     opened = [None if is_model(path) else open_adapter(path, io, base_is_residual) for path in given]
     checkpoint = open_checkpoint(base, io)
     config = _model_config(checkpoint.directory)
-    company = Company(checkpoint, (checkpoint.path, *given), Weights(checkpoint, config))
-    conv1d = stores_conv1d(config)
-    return [
-        _plan(company, config, adapter or open_tuned(path, checkpoint, _model_config(path), conv1d, io))
+    weights, inputs, conv1d = Weights(checkpoint, config), (checkpoint.path, *given), stores_conv1d(config)
+    plans = (
+        _plan(
+            checkpoint,
+            weights,
+            config,
+            adapter or open_tuned(path, checkpoint, _model_config(path), conv1d, io),
+            inputs,
+        )
         for path, adapter in zip(given, opened, strict=True)
-    ]
+    )
+    return Batch(checkpoint, tuple(plans))
 
 
-def _plan(company: Company, config: dict[str, Any], opened: Adapter) -> Plan:
+def _plan(
+    checkpoint: Checkpoint, weights: Weights, config: dict[str, Any], opened: Adapter, inputs: tuple[Path, ...]
+) -> Plan:
     """Match an adapter with a base."""
-    checkpoint = company.base
     extra = [path for _, path in other_files(opened.path)]
     if opened.config_path is not None:
         extra.append(opened.config_path)
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
-    weights = company.weights
     # Of a fine-tuned model the config says whether it is tied, and goes along.
     tie = None if opened.is_model else tied.find_tie(checkpoint.weight_map, config, opened)
     aliases = {} if tie is None else {tie.head: StoredTensor(*checkpoint.locate(tie.embedding))}
@@ -261,10 +230,7 @@ def _plan(company: Company, config: dict[str, Any], opened: Adapter) -> Plan:
     targets.sort(key=_places(weights))
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
     stamps = {str(p): _stamp(p) for p in extra}
-    company.adapters += 1
-    company.tensor_count += len(opened.tensors)
-    company.matrices += len(targets)
-    return Plan(checkpoint, weights, opened, tuple(targets), changes, mirrors, config, stamps, company)
+    return Plan(checkpoint, weights, opened, tuple(targets), changes, mirrors, config, stamps, inputs)
 
 
 def _places(weights: Weights) -> Callable[[Target], tuple[int, int]]:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,11 @@ class Checkpoint:
             file.check_unchanged()
 
     def identity(self) -> BaseIdentity:
-        """What tells this model from another, wherever it lies: file names, sizes, header digests, samples."""
+        """What tells this model from another, wherever it lies: file names, sizes, header digests, samples; read once."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> BaseIdentity:
         return checkpoint_identity(self.files)
 
     def stamps(self) -> dict[str, Sequence[int]]:
