@@ -23,7 +23,7 @@ import measure  # noqa: E402
 from helpers import run_cli, write_adapter  # noqa: E402
 from shapes import Known  # noqa: E402
 
-from streamer.cli.demo import DemoModel  # noqa: E402
+from streamer.cli.synthetic import DemoModel  # noqa: E402
 from streamer.detection.findings import load_findings  # noqa: E402
 
 BOUND = 700e6

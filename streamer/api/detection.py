@@ -1,4 +1,4 @@
-"""Detection as a function of the library."""
+"""Offer detection as a function of the library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The keywords that the library's functions have in common, and the options that they stand for."""
+"""Make options of the keywords that the library's functions have in common."""
 
 from __future__ import annotations
 
@@ -56,15 +56,8 @@ def detection_options(
     return DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
 
 
-def run_options(
-    device: str,
-    io: IOMode,
-    base_is_residual: bool,
-    on_event: OnEvent | None,
-    resume: bool = True,
-    overwrite: bool = False,
-    monitor: Monitor | None = None,
-) -> RunOptions:
+def run_options(device: str, io: IOMode, base_is_residual: bool, on_event: OnEvent | None, resume: bool = True,
+                overwrite: bool = False, monitor: Monitor | None = None) -> RunOptions:  # fmt: skip
     """Make the options of a run; its warnings go through the `warnings` module where nothing takes events."""
     monitor = monitor or Monitor(on_event or warn)
     return RunOptions(choose_device(device), io, base_is_residual, resume, overwrite, monitor)

@@ -1,4 +1,4 @@
-"""Merging as functions of the library: into files, or tensor by tensor."""
+"""Offer merging as functions of the library: into files, or tensor by tensor."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def merge_with_reduced_intruder_dimensions(
     """Write the base with the mitigated delta merged in: ``W0 + Δ'``, summed in float32 and rounded once to the base's dtype.
 
     Shard names, tensor order, dtypes, metadata and all other files are the base's; untouched tensors keep their bytes. Nothing is
-    truncated. Weights that stand as FP8 codes are coded anew, with new scales: each value is rounded to the nearest of 4 significant
+    truncated. Weights that stand in FP8 are quantized anew, with new scales: each value is rounded to the nearest of 4 significant
     bits. Other quantized weights are refused without `dequantize`.
 
     Parameters

@@ -1,4 +1,4 @@
-"""Mitigation of an adapter as a function of the library."""
+"""Offer mitigation of an adapter as a function of the library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands: each takes the parsed arguments, calls the library, and returns one result, which `main` prints."""
+"""Run the commands: each takes the parsed arguments, calls the library, and returns one result, which `main` prints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from streamer.detection.options import DetectionOptions, RunOptions
     from streamer.output.mitigation import MitigationOptions
     from streamer.output.output_spec import Writer
-    from streamer.output.prepare import OutputOptions
 
 
 Result = tuple[dict[str, Any], str]
@@ -82,35 +81,23 @@ def _dry_detect(
     run.monitor.warn(batch.warnings)
     paths = [findings_of(args.output, name) for name in adapters]
     states, resident = inspect_detections(batch, paths, options, run), resident_bytes(batch)
-    parts, todo, forecasts = {}, [], []
-    for name, plan, path, (state, size) in zip(adapters, batch.plans, paths, states, strict=True):
-        forecast = None
-        if state != "done":
-            todo.append(plan)
-            forecast = forecast_detection(plan, options, run.device, resident, size, run.monitor)
-            forecasts.append(forecast)
-        parts[name] = dry_run(args.command, path, state, len(plan.targets), 1, None, forecast)
-    shared = shared_by_detections(Batch(batch.base, tuple(todo)))
-    return dry_runs(args.command, args.output, parts, together(forecasts, shared), _screen(args))
+    forecasts = [
+        None if state == "done" else forecast_detection(plan, options, run.device, resident, size, run.monitor)
+        for plan, (state, size) in zip(batch.plans, states, strict=True)
+    ]
+    todo = Batch(batch.base, tuple(plan for plan, forecast in zip(batch.plans, forecasts, strict=True) if forecast))
+    parts = {
+        name: dry_run(args.command, path, state, len(plan.targets), 1, None, forecast)
+        for name, plan, path, (state, _), forecast in zip(adapters, batch.plans, paths, states, forecasts, strict=True)
+    }
+    return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_detections(todo)), _screen(args))
 
 
-def _mitigate(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.output.prepare import OutputOptions
-
-    return _write(args, monitor, OutputOptions(merges=False, to_lora=args.to_lora, model_card=not args.no_card))
-
-
-def _merge(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.output.prepare import OutputOptions
-
-    return _write(args, monitor, OutputOptions(merges=True, dequantize=args.dequantize, model_card=not args.no_card))
-
-
-def _write(args: argparse.Namespace, monitor: Monitor, form: OutputOptions) -> Result:
+def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.adapters.batch import named_adapters
     from streamer.cli.tables import record_table
     from streamer.detection.findings import load_findings
-    from streamer.output.prepare import findings_by_name, prepare_outputs
+    from streamer.output.prepare import OutputOptions, findings_by_name, prepare_outputs
     from streamer.output.run import run_jobs
 
     adapters = named_adapters(_adapters(args))
@@ -119,7 +106,9 @@ def _write(args: argparse.Namespace, monitor: Monitor, form: OutputOptions) -> R
     mitigation = _mitigation_options(args)
     if mitigation.needs_detection and given[0] is None:
         choose_threads(args.threads, monitor)
-    run = _run_options(args, monitor)
+    merges, run = args.command == "merge", _run_options(args, monitor)
+    own = {"dequantize": args.dequantize} if merges else {"to_lora": args.to_lora}
+    form = OutputOptions(merges, model_card=not args.no_card, **own)
     writers = prepare_outputs(args.base, adapters, args.output, given, mitigation, detection, form, run)
     if args.dry_run:
         return _dry_write(args, adapters, writers, run)
@@ -136,15 +125,14 @@ def _dry_write(args: argparse.Namespace, adapters: Iterable[str], writers: Seque
     from streamer.output.run import inspect_jobs, resident_of
 
     states, resident = inspect_jobs(writers, run), resident_of(writers)
-    parts, todo, forecasts = {}, [], []
-    for name, writer, state in zip(adapters, writers, states, strict=True):
-        forecast = None
-        if state != "done":
-            todo.append(writer)
-            forecasts.append(forecast := forecast_output(writer, resident, monitor=run.monitor))
-        output, matrices = writer.spec.output, len(writer.spec.job.plan.targets)
-        files = len(output.files)
-        parts[name] = dry_run(args.command, output.path, state, matrices, files, output.total_bytes, forecast)
+    forecasts = [
+        None if state == "done" else forecast_output(writer, resident, monitor=run.monitor)
+        for writer, state in zip(writers, states, strict=True)
+    ]
+    todo, parts = [writer for writer, forecast in zip(writers, forecasts, strict=True) if forecast], {}
+    for name, writer, state, forecast in zip(adapters, writers, states, forecasts, strict=True):
+        out, matrices = writer.spec.output, len(writer.spec.job.plan.targets)
+        parts[name] = dry_run(args.command, out.path, state, matrices, len(out.files), out.total_bytes, forecast)
     return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo)), _screen(args))
 
 
@@ -175,15 +163,15 @@ def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
 COMMANDS = {
     "inspect": _inspect,
     "detect": _detect,
-    "mitigate": _mitigate,
-    "merge": _merge,
+    "mitigate": _write,
+    "merge": _write,
     "report": _report,
     "demo": _demo,
 }
 
 
 def _detection_options(args: argparse.Namespace, findings: Findings | None) -> DetectionOptions:
-    """The options as given; what was not given is the findings', or the default."""
+    """Make the options as given; what was not given is the findings', or the default."""
     from streamer.detection.options import DetectionOptions
 
     default = findings.options if findings is not None else DetectionOptions()
@@ -219,7 +207,7 @@ def _check_lambda(value: float, hint: str = "") -> None:
 
 
 def _adapters(args: argparse.Namespace) -> str | list[str]:
-    """The adapter, or several: a list, or a directory of adapters."""
+    """Return the adapter; or a list, of several or of one directory of adapters."""
     from streamer.adapters.batch import holds_adapters
 
     if args.command not in ("detect", "merge"):
@@ -229,7 +217,7 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
 
 
 def _each(parts: Mapping[str, Result], output: str, shown: Screen) -> Result:
-    """The result of the one adapter; or of several by their names, in full if all is asked for."""
+    """Combine the results of several adapters by their names, in full if all is asked for; that of one alone stays as it is."""
     from streamer.cli.json_report import of_several
     from streamer.cli.tables import adapters_table, stood
 

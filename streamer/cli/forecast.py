@@ -1,4 +1,4 @@
-"""What a command will take, before it is run: memory, bytes and disk from headers alone, and time from a short probe of this machine."""
+"""Forecast what a command takes: memory, bytes and disk from headers alone, and time from a short probe of this machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NORMS = 2
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one command takes, from the beginning.
+    """Forecast of one command, from its beginning.
 
     Attributes
     ----------
@@ -156,7 +156,7 @@ def _tell(monitor: Monitor, what: str) -> None:
 
 
 def _identified_bytes(plan: Plan) -> int:
-    """What is read to know the inputs by: headers, samples of models, and the whole of an adapter."""
+    """Count the bytes that are read to identify the inputs: headers, samples of models, and the whole of an adapter."""
     files = list(plan.base.files.values())
     whole = 0
     if plan.adapter.is_model:
@@ -172,13 +172,13 @@ def _adapter_bytes(plan: Plan) -> int:
 
 
 def _detected_bytes(plan: Plan) -> int:
-    """What detection reads of the tensors."""
+    """Count the bytes that detection reads of the tensors."""
     return _adapter_bytes(plan) + sum(plan.weights[target.tensor].nbytes for target in plan.targets)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Detection in one matrix: how, and what memory that takes."""
+    """Detection in one matrix: its solver, and what memory that takes."""
 
     target: Target
     k: int
@@ -212,7 +212,7 @@ class _Work:
 
 
 def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device, monitor: Monitor) -> float | None:
-    """The solvers' time, and that of bringing each matrix to the computing dtype. The next one is read meanwhile."""
+    """Estimate the solvers' time, and that of bringing each matrix to the computing dtype. The next one is read meanwhile."""
     if device.type != "cpu":
         return None
     seconds, decoded = 0.0, defaultdict[str, list[Weight]](list)
@@ -273,15 +273,15 @@ def _writing_seconds(writer: Writer, monitor: Monitor) -> float | None:
 
 
 def _metrics_seconds(job: Job, times: int) -> float:
-    """For each matrix, the norms of Δ and Δ', and its projection."""
+    """Estimate the time of the norms of Δ and Δ' of each matrix, and of its projection."""
     works = [(t.module.shape, factor_rank(t.module), job.intruders(t)) for t in job.plan.targets]
     units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
     shape, rank, intruders = max(works, key=lambda work: factor_cost(work[0], work[1] + work[2]))
     return factor_pace(shape, rank + intruders) * units
 
 
-def together(forecasts: Sequence[Forecast], shared: int = 0) -> Forecast | None:
-    """The forecast of all; None if there is nothing to do.
+def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | None:
+    """Add up forecasts, of which None has nothing to do; None if all have.
 
     The steps of different outputs take turns, and each forecast counts the tables of all adapters: so the memory is the largest.
 
@@ -290,6 +290,7 @@ def together(forecasts: Sequence[Forecast], shared: int = 0) -> Forecast | None:
     shared
         Bytes that several of them count, beyond the first.
     """
+    forecasts = [forecast for forecast in planned if forecast]
     if not forecasts:
         return None
     seconds = [f.seconds for f in forecasts if f.seconds is not None]

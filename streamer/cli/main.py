@@ -1,4 +1,4 @@
-"""Entry point of the command: runs what was asked for, turns errors into one line and an exit code. Nothing heavy is imported before."""
+"""Run the command that was asked for, and turn errors into one line and an exit code; nothing heavy is imported before."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _print(text: str = "") -> None:
 
 
 def main() -> NoReturn:
-    """Entry point of the `streamer` command."""
+    """Run the `streamer` command and exit with its code."""
     try:
         code = run()
     except SystemExit:  # the parser's, after help or a wrong option

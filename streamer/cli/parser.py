@@ -1,4 +1,4 @@
-"""The grammar of the command line: every command and option, declared once."""
+"""Parse the command line: every command and option, declared once."""
 
 from __future__ import annotations
 
@@ -173,12 +173,8 @@ def named_as_option(message: str) -> str:
 
 
 def build_parser() -> Parser:
-    """The parser; options are declared here, once."""
-    parser = Parser(
-        prog="streamer",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-    )
+    """Build the parser; options are declared here, once."""
+    parser = Parser(prog="streamer", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"streamer {__version__}")
     parser.add_argument("--print-completion", action=_PrintCompletion, choices=["bash", "zsh", "tcsh"], metavar="SHELL",
                         help="print a completion script for bash, zsh or tcsh and exit; needs the extra [completion]")  # fmt: skip
@@ -201,11 +197,8 @@ def build_parser() -> Parser:
     g = reading.add_argument_group("input")
     g.add_argument("--io", choices=["mmap", "pread"], default="mmap",
                          help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
-    g.add_argument(
-        "--base-is-residual",
-        action="store_true",
-        help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained",
-    )
+    g.add_argument("--base-is-residual", action="store_true",
+                   help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained")  # fmt: skip
 
     computing = Parser(add_help=False)
     g = computing.add_argument_group("detection")
@@ -213,11 +206,8 @@ def build_parser() -> Parser:
                    help="judge the K largest singular directions: a count, or a share like 0.1 (default: 10)")  # fmt: skip
     g.add_argument("--epsilon", type=float, metavar="E",
                    help="a direction whose similarity to the base is below E is an intruder (default: 0.5)")  # fmt: skip
-    g.add_argument(
-        "--solver",
-        choices=["auto", "certified", "dense"],
-        help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)",
-    )
+    g.add_argument("--solver", choices=["auto", "certified", "dense"],
+                   help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)")  # fmt: skip
     g.add_argument("--max-memory", type=_size, metavar="SIZE",
                    help="the most memory to take, like 600M or 4G, mapped files and a GPU's driver not counted: large matrices take "
                         "longer, what only a full SVD could settle stays open, and what does not fit is refused "
@@ -232,9 +222,7 @@ def build_parser() -> Parser:
         parent = Parser(add_help=False)
         g = parent.add_argument_group("output")
         g.add_argument("-o", "--output", required=True, metavar=metavar, help=text)
-        g.add_argument(
-            "--dry-run", action="store_true", help="check all, forecast memory, disk and time, and write nothing"
-        )
+        g.add_argument("--dry-run", action="store_true", help="check all, forecast memory, disk and time, and write nothing")  # fmt: skip
         g.add_argument("--no-resume", action="store_true", help="start over instead of taking up an interrupted run")
         g.add_argument("--overwrite", action="store_true",
                        help="write anew where another output stands, or this one: its own files are replaced or removed, by its record; "
@@ -254,11 +242,8 @@ def build_parser() -> Parser:
                    help="which intruders: all among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
     g.add_argument("--no-card", action="store_true",
                    help="do not say in the output's model card, README.md, how it was made")  # fmt: skip
-    g.add_argument(
-        "--findings",
-        metavar="FILE",
-        help="from `streamer detect` (of several adapters, its directory); without it detection runs first",
-    )
+    g.add_argument("--findings", metavar="FILE",
+                   help="from `streamer detect` (of several adapters, its directory); without it detection runs first")  # fmt: skip
 
     def command(name: str, text: str, *parents: Parser) -> Parser:
         return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
@@ -283,12 +268,8 @@ def build_parser() -> Parser:
     out = writing("DIR", "adapter directory to write")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
     inputs(sub)
-    sub.add_argument(
-        "--to-lora",
-        type=int,
-        metavar="RANK",
-        help="write a LoRA adapter of this rank, whatever kind ADAPTER is of; what the rank leaves out is reported",
-    )
+    sub.add_argument("--to-lora", type=int, metavar="RANK", help="write a LoRA adapter of this rank, whatever kind ADAPTER is of; "
+                     "what the rank leaves out is reported")  # fmt: skip
     out = writing("DIR", "model directory to write; of several adapters a directory, for a model NAME each")
     sub = command("merge", "write the base with the mitigated adapter merged in", out, mitigating, computing, reading)
     inputs(sub, several=True)

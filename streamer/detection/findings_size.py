@@ -1,4 +1,4 @@
-"""Bytes that findings take on the disk at most, known before the first matrix is read, and whether the disk has room for them."""
+"""Estimate the bytes that findings take on the disk, at most, and check that there is room, before the first matrix is read."""
 
 from __future__ import annotations
 

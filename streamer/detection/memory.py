@@ -1,4 +1,4 @@
-"""Peak memory of detection, matrix by matrix, and the way that a budget leaves."""
+"""Estimate the peak memory of detection, matrix by matrix, and choose the way that a budget leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options: what decides the findings, and how a run goes."""
+"""Options of detection, which decide the findings, and of a run."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class DetectionOptions:
             )
 
     def directions(self, shape: tuple[int, int]) -> int:
-        """How many directions are judged in a matrix of this shape: at least one, at most min(m, n)."""
+        """Count the directions that are judged in a matrix of this shape: at least one, at most min(m, n)."""
         p = min(shape)
         k = self.top_k if isinstance(self.top_k, int) else max(1, round(self.top_k * p))
         return min(k, p)
 
     def as_dict(self) -> OptionsRecord:
-        """The options as JSON values."""
+        """Return the options as JSON values."""
         return {"top_k": self.top_k, "threshold_epsilon": self.threshold_epsilon, "solver": self.solver,
                 "max_memory": self.max_memory}  # fmt: skip
 

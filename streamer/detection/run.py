@@ -1,10 +1,10 @@
-"""Detection over whole adapters of one base: one matrix at a time, the next one read while the current one computes."""
+"""Detect in all matrices of adapters on one base: one at a time, the next one read while the current one computes."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,25 +86,14 @@ def _detection(plan: Plan, target: Target, options: DetectionOptions, device: to
         base = Dense(prefetched.whole(device).reshape(weight.matrix))
     delta = plan.delta(target, base.matrix if isinstance(base, Dense) else None)
     try:
-        return detect(
-            base.T if target.transposed else base,
-            delta,
-            options,
-            target.module.rank,
-            target.tensor,
-            allow_dense=way == "dense",
-        )
+        oriented = base.T if target.transposed else base
+        return detect(oriented, delta, options, target.module.rank, target.tensor, allow_dense=way == "dense")
     except NumericError as e:
         raise NumericError(f"{weight.where}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
 
 
-Known = Callable[[int, str], bool]
-"""Whether a plan's findings on a matrix, by the plan's place among others and the tensor, are there already."""
-
-
 def detect_all(batch: Batch, options: DetectionOptions, run: RunOptions, resident: int,
-               known: Known = lambda _i, _tensor: False,
-               counts: Sequence[int] = ()) -> Iterator[tuple[int, MatrixFinding]]:  # fmt: skip
+               writers: Sequence[FindingsWriter] = ()) -> Iterator[tuple[int, MatrixFinding]]:  # fmt: skip
     """Detect in every target of a batch, in the base's file order, and yield each finding with its plan's number.
 
     A matrix that several plans change is read once for all of them.
@@ -113,15 +102,13 @@ def detect_all(batch: Batch, options: DetectionOptions, run: RunOptions, residen
     ----------
     resident
         Bytes that stay in memory between two steps; see `resident_bytes`.
-    known
-        Tells which findings are there already.
-    counts
-        On how many of torch's threads each plan's matrices are computed; by default on as many as there are.
+    writers
+        Of each plan's findings: a matrix on which they are there already is passed over, and they say the number of torch's threads.
     """
     plans, device, monitor = batch.plans, run.device, run.monitor
-    counts = counts or [torch.get_num_threads()] * len(plans)
+    counts = [writer.threads for writer in writers] or [torch.get_num_threads()] * len(plans)
     _check_budgets(batch, options, resident)
-    todo = [[(i, t) for i, t in uses if not known(i, t.tensor)] for uses in batch.matrices()]
+    todo = [[(i, t) for i, t in uses if not writers or t.tensor not in writers[i]] for uses in batch.matrices()]
     total, of = sum(cost(t, options) for plan in plans for t in plan.targets), batch.matrix_count
     done, items = total - sum(cost(t, options) for uses in todo for _, t in uses), of - sum(map(len, todo))
     names = [plan.adapter.path.absolute().name if len(plans) > 1 else "" for plan in plans]
@@ -200,10 +187,7 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
     finished = _finished(batch, paths, options, run.overwrite, resident)
     pairs = list(zip(plans, paths, strict=True))
     todo = [pair for pair, found in zip(pairs, finished, strict=True) if found is None]
-    if todo:
-        known_sizes = dict(zip(paths, sizes, strict=False))
-        needed = [known_sizes.get(path) or findings_bytes(plan, options) for plan, path in todo]
-        check_findings_space([path for _, path in todo], needed)
+    _checked_sizes(batch, paths, options, finished, sizes)
     for (_, path), found in zip(pairs, finished, strict=True):
         if found is None:
             make_directory(path.parent)
@@ -223,15 +207,11 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
             writers.append(stack.enter_context(writer))
         if todo:
             pending = Batch(batch.base, tuple(plan for plan, _ in todo))
-            counts, now = [writer.threads for writer in writers], torch.get_num_threads()
-            for count in sorted({*counts} - {now}):
+            now = torch.get_num_threads()
+            for count in sorted({writer.threads for writer in writers} - {now}):
                 many = f"{count} thread{'s' * (count > 1)}"
                 monitor.emit(Event("note", f"goes on with {many}, as it began; --no-resume starts over with {now}"))
-
-            def known(i: int, tensor: str) -> bool:
-                return tensor in writers[i]
-
-            for i, finding in detect_all(pending, options, run, resident, known, counts):
+            for i, finding in detect_all(pending, options, run, resident, writers):
                 writers[i].add(finding)
                 seconds[writers[i].path, finding.tensor] = finding.seconds
         monitor.checkpoint()
@@ -255,28 +235,31 @@ def inspect_detections(
     """
     states = []
     finished = _finished(batch, paths, options, run.overwrite, resident_bytes(batch))
-    todo = [
-        (path, findings_bytes(plan, options))
-        for plan, path, found in zip(batch.plans, paths, finished, strict=True)
-        if found is None
-    ]
-    if todo:
-        check_findings_space(*zip(*todo, strict=True))
-    sizes = dict(todo)
-    for plan, path, found in zip(batch.plans, paths, finished, strict=True):
+    sizes = _checked_sizes(batch, paths, options, finished)
+    for plan, path, found, size in zip(batch.plans, paths, finished, sizes, strict=True):
         state = "done"
         if found is None:
-            start = journal_head(
-                findings_head(plan, options), [t.tensor for t in plan.targets], plan.detection_stamps()
-            )
+            tensors = [t.tensor for t in plan.targets]
+            start = journal_head(findings_head(plan, options), tensors, plan.detection_stamps())
             state = "resume" if run.resume and interrupted_run(path, start, run.overwrite) else "new"
-        states.append((state, sizes.get(path, (0, 0))))
+        states.append((state, size))
     return states
+
+
+def _checked_sizes(batch: Batch, paths: Sequence[Path], options: DetectionOptions, finished: Sequence[Findings | None],
+                   sizes: Sequence[FindingsSize] = ()) -> Sequence[FindingsSize]:  # fmt: skip
+    """Compute `findings_bytes` of each plan, (0, 0) where findings are finished, and check that the disk has room."""
+    pairs = list(zip(batch.plans, finished, strict=True))
+    sizes = sizes or [findings_bytes(plan, options) if found is None else (0, 0) for plan, found in pairs]
+    todo = [i for i, found in enumerate(finished) if found is None]
+    if todo:
+        check_findings_space([paths[i] for i in todo], [sizes[i] for i in todo])
+    return sizes
 
 
 @contextlib.contextmanager
 def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterator[None]:
-    """Say of what even `overwrite` may not replace that it is an input, where it is one, rather than that it is foreign."""
+    """Name the input, where an output would replace one, in place of the refusal to replace a file of unknown origin."""
     try:
         yield
     except OutputExistsError:

@@ -20,6 +20,9 @@ from streamer.output.output_spec import Writer
 from streamer.output.run import batch_of
 from streamer.plan.plan import Plan, make_batch
 
+FindingsOrPath = Findings | Path | None
+"""Findings on an adapter, or where their file is; None where there are none yet."""
+
 
 @dataclass(frozen=True)
 class OutputOptions:
@@ -43,16 +46,9 @@ class OutputOptions:
     model_card: bool = True
 
 
-def prepare_outputs(
-    base: str | Path,
-    adapters: Mapping[str, Path],
-    output: str | Path,
-    findings: Sequence[Findings | Path | None],
-    mitigation: MitigationOptions,
-    detection: DetectionOptions,
-    form: OutputOptions,
-    run: RunOptions,
-) -> list[Writer]:
+def prepare_outputs(base: str | Path, adapters: Mapping[str, Path], output: str | Path, findings: Sequence[FindingsOrPath],
+                    mitigation: MitigationOptions, detection: DetectionOptions, form: OutputOptions,
+                    run: RunOptions) -> list[Writer]:  # fmt: skip
     """Plan the output of each adapter, and hand on the warnings of the inputs.
 
     Parameters
@@ -76,15 +72,8 @@ def _writer(job: Job, path: Path, form: OutputOptions) -> Writer:
     return AdapterWriter(job, path) if form.to_lora is None else LoraWriter(job, path, form.to_lora)
 
 
-def open_jobs(
-    base: str | Path,
-    adapters: Mapping[str, Path],
-    findings: Sequence[Findings | Path | None],
-    mitigation: MitigationOptions,
-    detection: DetectionOptions,
-    form: OutputOptions,
-    run: RunOptions,
-) -> list[Job]:
+def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence[FindingsOrPath], mitigation: MitigationOptions,
+              detection: DetectionOptions, form: OutputOptions, run: RunOptions) -> list[Job]:  # fmt: skip
     """Open and check everything that mitigations read.
 
     Parameters
@@ -92,7 +81,7 @@ def open_jobs(
     adapters
         By name; see `named_adapters`.
     findings
-        Those on each adapter, or where their file is; None has the job detect. See `findings_by_name`.
+        Those on each adapter; without them its job detects. See `findings_by_name`.
     """
     loaded = [load_findings(one) if isinstance(one, Path) else one for one in findings]
     batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual)
@@ -109,7 +98,7 @@ def open_jobs(
 
 def findings_by_name(
     findings: Findings | Mapping[str, Findings] | str | Path | None, adapters: Iterable[str]
-) -> list[Findings | Path | None]:
+) -> list[FindingsOrPath]:
     """Find the findings on each adapter by its name: those given, or where their file is.
 
     Raises
