@@ -85,9 +85,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
         from streamer.output.job import Job
         from streamer.output.mitigation import MitigationOptions
         from streamer.output.prepare import OutputOptions, prepare_outputs
-        from streamer.storage import atomic
-        from streamer.storage import page_cache as streams
-        from streamer.storage import tensor_file as tensorfile
+        from streamer.storage import atomic_file, page_cache, system, tensor_file
 
     stages = {"addmm_": "addmm", "aminmax": "finite check", "isfinite": "finite check"}
 
@@ -123,16 +121,18 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
 
             self.update = clocks.wrap(self._hash.update, "sha256")
 
-    calls = {"write": "write", "fsync": "fsync", "posix_fallocate": "reserve"}
-    watched = SimpleNamespace(**vars(os) | {call: clocks.wrap(getattr(os, call), name) for call, name in calls.items()})
-    atomic.os = streams.os = watched
-    streams.hashlib = SimpleNamespace(**vars(hashlib) | {"sha256": Sha256})
-    tensorfile.os = SimpleNamespace(**vars(os) | {"preadv": clocks.wrap(os.preadv, "read")})
-    atomic.AtomicFile.write = clocks.wrap(atomic.AtomicFile.write, "wait for the write")  # of the piece before
+    page_cache.os = SimpleNamespace(**vars(os) | {"write": clocks.wrap(os.write, "write")})
+    page_cache.hashlib = SimpleNamespace(**vars(hashlib) | {"sha256": Sha256})
+    atomic_file.sync = clocks.wrap(system.sync, "fsync")
+    atomic_file.reserve = clocks.wrap(system.reserve, "reserve")
+    tensor_file.read_at = clocks.wrap(system.read_at, "read")
+    atomic_file.AtomicFile.write = clocks.wrap(
+        atomic_file.AtomicFile.write, "wait for the write"
+    )  # of the piece before
     model_writer.matrix_metrics = clocks.wrap(unwatched(model_writer.matrix_metrics), "factors and figures")
     Job.mitigated = clocks.wrap(unwatched(Job.mitigated), "factors and figures")
     # The map; its pages come with the upcast.
-    tensorfile.TensorFile.view = clocks.wrap(tensorfile.TensorFile.view, "read and upcast")
+    tensor_file.TensorFile.view = clocks.wrap(tensor_file.TensorFile.view, "read and upcast")
     with clock.stage("plan and identity"):
         found = load_findings(findings)
         mitigation, run = MitigationOptions(float(mitigation_lambda)), RunOptions(choose_device("cpu"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable
 
@@ -21,6 +20,7 @@ from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank, Matrix, RowBlocks
 from streamer.linalg.torch_state import threads
 from streamer.output.recipes import Mitigated, Recipe
+from streamer.storage.system import memory_file
 from streamer.weights.base import DECODED_BYTES, Weight
 
 DENSE_COST = 100_000_000
@@ -146,7 +146,7 @@ def writing_pace(recipe: Recipe, mitigated: Mitigated) -> float:
 
 def _write(data: bytes) -> None:
     """Write into memory of the system's, as into its cache of a file."""
-    with open(os.memfd_create("probe"), "wb", buffering=0) as f:
+    with memory_file() as f:
         f.write(data)
 
 

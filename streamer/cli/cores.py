@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
+
+from streamer.storage.system import affinity_cores
 
 
 def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
@@ -15,9 +16,7 @@ def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = P
     cgroups, membership
         Where Linux mounts control groups, and where it says which ones hold this process.
     """
-    # Not there on macOS, which has no masks.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(cores, _quota(cgroups, membership))))
+    return max(1, math.ceil(min(affinity_cores(), _quota(cgroups, membership))))
 
 
 def _quota(cgroups: Path, membership: Path) -> float:

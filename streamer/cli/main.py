@@ -87,7 +87,7 @@ def _described(e: Exception, given: Sequence[str]) -> dict[str, Any] | None:
             message = named_as_option(message)
         return error_entry(kind, e.exit_code, message, getattr(e, "filename", None), given)
     if isinstance(e, OSError):
-        from streamer.storage.atomic import advice
+        from streamer.storage.files import advice
 
         code = UsageError.exit_code if e.errno == errno.ENAMETOOLONG else StorageError.exit_code
         where = None if e.filename is None else os.fsdecode(e.filename)

@@ -27,7 +27,7 @@ from streamer.detection.matrix_finding import MatrixFinding, read_matrix
 from streamer.detection.options import DetectionOptions
 from streamer.detection.stamps import STAMP
 from streamer.errors import FormatError, MismatchError, UnknownNameError
-from streamer.storage.atomic import Buffer
+from streamer.storage.atomic_file import Buffer
 from streamer.storage.header import TensorInfo
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.tensor_file import TensorFile

@@ -20,9 +20,11 @@ from streamer.detection.options import DetectionOptions
 from streamer.detection.stamps import STAMP, detection_record, stamp
 from streamer.errors import InputError, OutputError, OutputExistsError, UsageError
 from streamer.plan.sources import Source
-from streamer.storage.atomic import Buffer, locked, make_directory, partial_name, remove_partials
+from streamer.storage.atomic_file import Buffer, partial_name, remove_partials
+from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
+from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_name, check_place, check_space, refuse_address, refuse_symlink
 from streamer.storage.shard_writer import ShardPlan, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile

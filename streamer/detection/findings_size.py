@@ -18,7 +18,7 @@ from streamer.detection.options import DetectionOptions
 from streamer.plan.plan import Plan
 from streamer.plan.sources import in_short
 from streamer.plan.targets import Target
-from streamer.storage.atomic import partials_of
+from streamer.storage.atomic_file import partials_of
 from streamer.storage.output_checks import allocated_bytes, check_space
 
 FindingsSize = tuple[int, int]

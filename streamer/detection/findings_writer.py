@@ -26,9 +26,11 @@ from streamer.detection.findings_file import (
 )
 from streamer.detection.findings_records import MatrixFigures
 from streamer.detection.matrix_finding import MatrixFinding, check_figures
-from streamer.errors import FormatError, InputChangedError, OutputError, OutputExistsError
-from streamer.storage.atomic import Buffer, Journal, locked, remove_partials
-from streamer.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, layout, parse_header
+from streamer.errors import FormatError, OutputError, OutputExistsError
+from streamer.storage.atomic_file import Buffer, remove_partials
+from streamer.storage.header import Header, TensorInfo, layout, parse_header
+from streamer.storage.journal import Journal, may_resume
+from streamer.storage.lock import locked
 from streamer.storage.output_checks import is_placeholder
 from streamer.storage.shard_writer import write_shard
 from streamer.weights.dtypes import as_bytes
@@ -88,14 +90,13 @@ class FindingsWriter:
         return self
 
     def _take_up(self) -> None:
-        head = _head(self._journal[0]) if len(self._journal) else None
-        self.resumed = self._resume and _is_resumable(self.path, head, self._start, self._overwrite)
+        self.resumed = self._resume and interrupted_run(self.path, self._start, self._overwrite)
         if not self.resumed:
             self._journal.clear()
             self._journal.append(json.dumps(self._start).encode())
         for i in range(1, len(self._journal)):
             self._records[self._figures(i)["tensor"]] = i
-        begun = head.get("threads") if head and self.resumed else None
+        begun = json.loads(self._journal[0]).get("threads")
         self.threads = begun if type(begun) is int and begun > 0 else torch.get_num_threads()
 
     def _figures(self, i: int) -> MatrixFigures:
@@ -190,51 +191,13 @@ def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
     OutputError, InputChangedError
         If the interrupted run is another one, or its inputs have changed.
     """
-    return _is_resumable(path, _first_record(path), start, overwrite)
+    found = next(Journal.peek(journal_of(path)), {})
+    ours = {"plan", "stamps"} <= found.keys()
+    return ours and may_resume(path, found, start, overwrite=overwrite, journal=journal_of(path))
 
 
-def _first_record(path: Path) -> dict[str, Any] | None:
-    """Read what run the journal beside a findings file belongs to; None where there is no journal, or no run's."""
-    with contextlib.suppress(FileNotFoundError), journal_of(path).open("rb") as f:
-        length = int.from_bytes(f.read(40)[:8], "little")
-        return _head(f.read(min(length, MAX_HEADER_BYTES)))
-    return None
-
-
-def _head(raw: bytes) -> dict[str, Any] | None:
-    """A journal's first record; None if it is not one, and so no run's."""
-    try:
-        head = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return head if isinstance(head, dict) and {"plan", "stamps"} <= head.keys() else None
-
-
-def _is_resumable(path: Path, head: dict[str, Any] | None, start: dict[str, Any], overwrite: bool) -> bool:
-    if head is None:
-        return False
-    version = head.get("version", "")
-    if head["plan"] == start["plan"] and (version == start["version"] or not overwrite):
-        if version != start["version"]:
-            raise OutputError(
-                f"{journal_of(path)}: is of a run that version {version or 'before 0.2'} began, and this is {start['version']}; finish "
-                "it with that version, or pass --no-resume to start it over"
-            )
-        if head["stamps"] != json.loads(json.dumps(start["stamps"])):
-            raise InputChangedError(
-                f"{path}: an input was modified since this run was interrupted; --no-resume starts it over"
-            )
-        return True
-    if overwrite:
-        return False
-    raise OutputExistsError(
-        f"{path}: an interrupted run with other inputs or options has its journal there; finish that one, "
-        "choose another output, or pass --overwrite",
-        journal_of(path),
-    )
-
-
-def _record_header(raw: bytes) -> Any:
+def _record_header(raw: bytes) -> Header:
+    """Read the header of a record, which is a safetensors file of one matrix."""
     n = 8 + int.from_bytes(raw[:8], "little")
     return parse_header(raw[:n], len(raw), "journal")
 

@@ -29,7 +29,7 @@ from streamer.plan.batch import Batch
 from streamer.plan.memory import check_budget, resident_bytes
 from streamer.plan.plan import Plan, make_batch
 from streamer.plan.targets import Target
-from streamer.storage.atomic import make_directory
+from streamer.storage.files import make_directory
 from streamer.storage.output_checks import touch
 
 

@@ -21,7 +21,7 @@ from streamer.output.recipes import Recipe
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.targets import Target
-from streamer.storage.atomic import Buffer
+from streamer.storage.atomic_file import Buffer
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import like
 from streamer.weights.dtypes import ENCODINGS, as_bytes, encode

@@ -29,7 +29,7 @@ from streamer.plan.memory import MemoryEstimate
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.plan.transformers_renames import renames_for
-from streamer.storage.atomic import Buffer
+from streamer.storage.atomic_file import Buffer
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import plan_shard
 from streamer.weights.dtypes import as_bytes

@@ -19,7 +19,7 @@ from streamer.plan.memory import MemoryEstimate
 from streamer.plan.plan import other_files, skipped_files
 from streamer.plan.side_files import with_tokenizer
 from streamer.plan.targets import Target
-from streamer.storage.atomic import Buffer
+from streamer.storage.atomic_file import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_plan import RECORD_NAME

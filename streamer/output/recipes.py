@@ -18,7 +18,7 @@ from streamer.linalg import deltas
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import LowRank, all_finite
 from streamer.plan.targets import Target
-from streamer.storage.atomic import Buffer
+from streamer.storage.atomic_file import Buffer
 from streamer.storage.page_cache import QUEUE
 from streamer.weights.base import DECODED_BYTES, QuantizedWeight, StoredTensor, Weight
 from streamer.weights.dtypes import Encoding, as_bytes, encode

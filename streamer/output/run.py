@@ -27,17 +27,14 @@ from streamer.output.output_spec import OWN_FINDINGS, Writer
 from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
 from streamer.plan.batch import Batch
 from streamer.plan.memory import check_budget, resident_bytes
-from streamer.storage.atomic import AtomicFile, Buffer, locked
+from streamer.storage.atomic_file import AtomicFile, Buffer
+from streamer.storage.checkpoint import FilePosition
 from streamer.storage.header import TensorInfo
+from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_space
 from streamer.storage.output_plan import LOCK_NAME, finished_record, inspect_output, missing_bytes
 from streamer.storage.shard_writer import shard_steps
 from streamer.storage.transaction import OutputDirectory, open_outputs, touch_output
-
-FilePosition = tuple[int, int]
-"""Which of the base's files, and where in it."""
-
-END = (1 << 62, 0)
 
 
 def batch_of(writers: Sequence[Writer]) -> Batch:
@@ -231,7 +228,7 @@ class _Run:
             for info, file in tensors:
                 if info.name in stands:  # a new one, or one under another name, goes with the one before it
                     start = stands[info.name].start
-                yield (number, start), info, file
+                yield FilePosition(number, start), info, file
 
 
 def _in_step(runs: Sequence[_Run]) -> None:
@@ -240,22 +237,22 @@ def _in_step(runs: Sequence[_Run]) -> None:
         return
     files = list(runs[0].job.plan.base.files.values())
     with contextlib.ExitStack() as stack:
-        for file in files:
-            file.shared = len(runs) > 1
-            stack.callback(setattr, file, "shared", False)
+        for file in files if len(runs) > 1 else ():
+            stack.enter_context(file.keeping_pages())
         waiting: dict[Generator[FilePosition, None, None], FilePosition] = {}
         for run in runs:
-            waiting[stack.enter_context(contextlib.closing(run.steps(runs)))] = (-1, 0)
+            waiting[stack.enter_context(contextlib.closing(run.steps(runs)))] = FilePosition(-1, 0)
         while waiting:
             behind = min(waiting.values())
             for steps in [steps for steps, place in waiting.items() if place == behind]:
-                waiting[steps] = next(steps, END)
-                if waiting[steps] == END:
+                if (position := next(steps, None)) is None:
                     del waiting[steps]
-            number, start = min(waiting.values(), default=END)
-            if len(runs) > 1 and behind[0] >= 0:
-                file = files[behind[0]]
-                file.release_pages(start if number == behind[0] else file.header.data_bytes)
+                else:
+                    waiting[steps] = position
+            if len(runs) > 1 and behind.file_index >= 0:
+                file, following = files[behind.file_index], min(waiting.values(), default=None)
+                inside = following is not None and following.file_index == behind.file_index
+                file.release_pages(following.start if following and inside else file.header.data_bytes)
 
 
 def _detect(runs: Sequence[_Run], options: RunOptions, resident: int) -> None:

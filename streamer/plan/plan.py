@@ -30,8 +30,9 @@ from streamer.plan.sources import Source, adapter_source, base_source
 from streamer.plan.targets import Target, TensorSlice, match_targets, stores_conv1d
 from streamer.plan.transformers_renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
+from streamer.storage.files import Stamp, file_stamp, open_regular
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
-from streamer.storage.tensor_file import IOMode, Stamp, file_stamp, open_regular
+from streamer.storage.tensor_file import IOMode
 from streamer.weights.base import StoredTensor
 from streamer.weights.logical import Weights
 

@@ -8,18 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamer.errors import FormatError, InputError, MissingInputError, StorageError, UnsupportedError
 from streamer.storage.absent import absent
-from streamer.storage.header import TensorInfo, strict_json
+from streamer.storage.files import open_regular
+from streamer.storage.header import TensorInfo
 from streamer.storage.identities import BaseIdentity
-from streamer.storage.tensor_file import IOMode, TensorFile, open_regular
+from streamer.storage.strict_json import strict_json
+from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import format_size, quoted
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 200_000_000
+
+
+class FilePosition(NamedTuple):
+    """Position of a tensor in a model: the index of its file among the model's, and its first byte in that file's data."""
+
+    file_index: int
+    start: int
 
 
 @dataclass(frozen=True)
@@ -64,11 +73,6 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo:
         """The entry of a tensor."""
         return self.locate(name)[1]
-
-    def view(self, name: str) -> memoryview:
-        """The bytes of a tensor (see `TensorFile.view`)."""
-        file, info = self.locate(name)
-        return file.view(info)
 
     def check_unchanged(self) -> None:
         """Raise `InputChangedError` if any file changed since it was opened."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from streamer.errors import FormatError, StorageError
+from streamer.storage.files import read_bytes
+from streamer.storage.strict_json import strict_json
 from streamer.units import format_size, format_sizes
 
 MAX_HEADER_BYTES = 100_000_000
@@ -114,49 +115,6 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     return bits // 8
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"key {twice!r} appears twice")
-    return out
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if value in {float("inf"), float("-inf")}:
-        raise ValueError(f"number {text[:20]} is out of range")
-    return value
-
-
-def _integer(text: str) -> int | float:
-    # As the library's parser has it: beyond 64 bits an integer must still fit a double, and −0 is no integer.
-    if len(text) > 20:
-        _finite(text)
-    return -0.0 if text == "-0" else int(text)
-
-
-def strict_json(raw: bytes) -> Any:
-    """JSON as the standard has it: UTF-8, no duplicate keys, no NaN, nothing beyond a double; every fault is a `ValueError`."""
-    try:
-        value = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-            parse_int=_integer,
-        )
-        if b"\\u" in raw:  # Python's parser lets lone surrogates through; they cannot be written again.
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return value
-
-
 def _is_index(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**64
 
@@ -250,7 +208,7 @@ def read_header(fd: int, where: str) -> Header:
     """Read and validate the header of an open file (see `parse_header`)."""
     try:
         file_bytes = os.fstat(fd).st_size
-        raw = _extended(fd, b"", 8)
+        raw = read_bytes(fd, 8, 0)
         if len(raw) < 8:
             raise FormatError(f"{where}: expected a safetensors file, found {format_size(file_bytes)}; get it again")
         n = int.from_bytes(raw, "little")
@@ -261,20 +219,12 @@ def read_header(fd: int, where: str) -> Header:
                 f"{where}: not a safetensors file, or truncated: its length field says {stated} of header, "
                 f"the file has {found}{hint}; get it again"
             )
-        raw = _extended(fd, raw, 8 + n)
+        raw += read_bytes(fd, n, 8)
         if len(raw) < 8 + n:
             raise FormatError(f"{where}: the file ended inside its header; get it again")
     except OSError as e:
         raise StorageError(f"{where}: cannot read: {e.strerror}") from e
     return parse_header(raw, file_bytes, where)
-
-
-def _extended(fd: int, raw: bytes, length: int) -> bytes:
-    """A file's first bytes, read on to this length, whatever the system brings in one call; fewer where the file ends."""
-    out = bytearray(raw)
-    while len(out) < length and (piece := os.pread(fd, length - len(out), len(out))):
-        out += piece
-    return bytes(out)
 
 
 def _what_is_it(head: bytes) -> str:

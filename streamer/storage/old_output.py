@@ -13,8 +13,9 @@ from stat import S_ISREG
 from typing import Any
 
 from streamer.errors import OutputError
-from streamer.storage.atomic import Journal, storage_error
-from streamer.storage.header import strict_json
+from streamer.storage.files import storage_error
+from streamer.storage.journal import Journal
+from streamer.storage.strict_json import strict_json
 
 MAX_RECORD_BYTES = 200_000_000
 
@@ -29,29 +30,6 @@ class OwnFile:
     name: str
     nbytes: int
     sha256: str
-
-
-def journal_head(path: Path) -> dict[str, Any] | None:
-    """Read the first record of a journal, which says what run it is of; None where there is no journal, or none of ours."""
-    return next(_payloads(path), None)
-
-
-def _payloads(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the records of a journal, touching nothing, up to one that is torn or no object."""
-    try:
-        with path.open("rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            while len(frame := f.read(40)) == 40:
-                length = int.from_bytes(frame[:8], "little")
-                payload = f.read(length) if length <= size else b""
-                tree = strict_json(payload) if hashlib.sha256(payload).digest() == frame[8:] else None
-                if not isinstance(tree, dict):
-                    return
-                yield tree
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return
-    except OSError as e:
-        raise storage_error(path, "read", e) from e
 
 
 def journal_entry(journal: Journal, i: int) -> dict[str, Any]:
@@ -82,7 +60,7 @@ def own_files(record: Path, journal: Path) -> list[OwnFile]:
 
 def own_names(directory: Path, record: Path, journal: Path) -> list[str]:
     """List the names, in this directory, for which earlier runs wrote files, or were to: partials may stand beside them."""
-    planned = (journal_head(journal) or {}).get(NAMES)
+    planned = next(Journal.peek(journal), {}).get(NAMES)
     names = [file.name for file in own_files(record, journal)]
     names += [name for name in planned if isinstance(name, str)] if isinstance(planned, list) else []
     return [name for name in dict.fromkeys(names) if _is_within(directory, name)]
@@ -171,7 +149,7 @@ def _recorded(path: Path) -> Iterator[OwnFile]:
 def _journalled(path: Path) -> Iterator[OwnFile]:
     if path.is_symlink() or not path.is_file():
         return
-    head, *entries = [*_payloads(path)] or [{}]
+    head, *entries = [*Journal.peek(path)] or [{}]
     old = head.get(OLD)
     yield from _entries([*(old if isinstance(old, list) else ()), *entries])
 

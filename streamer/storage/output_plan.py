@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from streamer.errors import InputChangedError, OutputError, OutputExistsError
-from streamer.storage.atomic import partials_of
+from streamer.errors import OutputError, OutputExistsError
+from streamer.storage.atomic_file import partials_of
 from streamer.storage.checkpoint import read_json_object
-from streamer.storage.old_output import OwnFile, is_record, journal_head, own_files, own_names, stands
+from streamer.storage.journal import Journal, may_resume
+from streamer.storage.old_output import OwnFile, is_record, own_files, own_names, stands
 from streamer.storage.output_checks import allocated_bytes, check_place, check_space, is_placeholder, is_taken
 from streamer.units import format_sizes
 
@@ -65,6 +65,11 @@ class OutputPlan:
     instead: Mapping[str, str] = field(default_factory=dict)
     bits: str = ""
     version: str = ""
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What the head of its journal says of the run, as `may_resume` compares it."""
+        return {"plan": self.digest, "version": self.version, "bits": self.bits, "stamps": self.stamps}
 
     @property
     def total_bytes(self) -> int:
@@ -144,18 +149,9 @@ def _told(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "re
     path = plan.path
     if is_taken(path / RECORD_NAME) and not is_record(path / RECORD_NAME):
         raise _foreign(path / RECORD_NAME)
-    head = journal_head(path / JOURNAL_NAME)
+    head = next(Journal.peek(path / JOURNAL_NAME), None)
     if head is not None:
-        if head.get("plan") == plan.digest:
-            resume = resume and head.get("bits", "") == plan.bits
-            return "new" if not resume or (overwrite and not _is_of_version(plan, head)) else _may_resume(plan, head)
-        if not overwrite:
-            raise OutputExistsError(
-                f"{path}: holds an interrupted run with other inputs or options; finish that one, "
-                "choose another output, or pass --overwrite",
-                path,
-            )
-        return "new"
+        return "resume" if may_resume(path, head, plan.head, resume=resume, overwrite=overwrite) else "new"
     if overwrite or not is_taken(path / RECORD_NAME):
         return "new"
     record = read_json_object(path / RECORD_NAME)
@@ -226,23 +222,6 @@ def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "
             )
         missing = True
     return "new" if missing else "done"
-
-
-def _is_of_version(plan: OutputPlan, head: dict[str, Any]) -> bool:
-    return bool(head.get("version", "") == plan.version)
-
-
-def _may_resume(plan: OutputPlan, head: dict[str, Any]) -> Literal["resume"]:
-    if not _is_of_version(plan, head):
-        raise OutputError(
-            f"{plan.path}: holds a run that version {head.get('version') or 'before 0.2'} began, and this is {plan.version}; finish it "
-            "with that version, or pass --no-resume to start it over"
-        )
-    if head.get("stamps") != json.loads(json.dumps(plan.stamps)):
-        raise InputChangedError(
-            f"{plan.path}: an input was modified since this run was interrupted; --no-resume starts it over"
-        )
-    return "resume"
 
 
 def finished_record(plan: OutputPlan) -> dict[str, Any]:

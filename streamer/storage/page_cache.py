@@ -5,11 +5,12 @@ Both ways are the kernel's own, asked for by ``posix_fadvise``; where it does no
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+
+from streamer.storage.system import advise
 
 QUEUE = 3
 """Pieces in hand at most. A maker that uses its buffers again takes them by turns from one more than these."""
@@ -87,7 +88,7 @@ class Appender:
     def forget(self) -> None:
         """After the fsync of a large file: its last pages need not stay in the cache either."""
         if self._at > LAG_BYTES:
-            _drop(self._fd, 0, self._at)
+            advise(self._fd, 0, self._at, "DONTNEED")
 
     def _write(self, view: memoryview) -> None:
         done = 0
@@ -95,9 +96,11 @@ class Appender:
             done += os.write(self._fd, view[done:])
         begun, self._at = self._at, self._at + len(view)
         if len(view) >= BESIDE_BYTES:
-            _drop(self._fd, begun, len(view))  # still dirty, these pages stay, but Linux begins to write them
+            advise(
+                self._fd, begun, len(view), "DONTNEED"
+            )  # still dirty, these pages stay, but Linux begins to write them
             if begun >= LAG_BYTES:
-                _drop(self._fd, begun - LAG_BYTES, len(view))
+                advise(self._fd, begun - LAG_BYTES, len(view), "DONTNEED")
 
 
 class Readahead:
@@ -113,17 +116,11 @@ class Readahead:
         if not start <= self._next <= stop + AHEAD_BYTES:  # somewhere else in the file
             self._next = self._dropped = start
         while self._next < stop + AHEAD_BYTES:
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._fd, self._next, STEP_BYTES, os.POSIX_FADV_WILLNEED)
+            advise(self._fd, self._next, STEP_BYTES, "WILLNEED")
             self._next += STEP_BYTES
 
     def after(self, stop: int) -> None:
         """The caller has read up to `stop`."""
         if stop - self._dropped >= STEP_BYTES:
-            _drop(self._fd, self._dropped, stop - self._dropped)
+            advise(self._fd, self._dropped, stop - self._dropped, "DONTNEED")
             self._dropped = stop
-
-
-def _drop(fd: int, at: int, length: int) -> None:
-    with contextlib.suppress(OSError):
-        os.posix_fadvise(fd, at, length, os.POSIX_FADV_DONTNEED)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streamer.errors import NumericError
-from streamer.storage.atomic import AtomicFile, Buffer
+from streamer.storage.atomic_file import AtomicFile, Buffer
 from streamer.storage.header import Header, TensorInfo, layout, read_header
 
 Source = Callable[[TensorInfo], Iterable[Buffer]]

@@ -7,55 +7,23 @@ is read through a window that maps just its own bytes, or by ``pread`` into a bu
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import mmap
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from streamer.errors import FormatError, InputChangedError, MissingInputError, StorageError
-from streamer.storage.atomic import storage_error
+from streamer.errors import InputChangedError, StorageError
+from streamer.storage.files import file_stamp, open_regular
 from streamer.storage.header import Header, TensorInfo, read_header
 from streamer.storage.page_cache import QUEUE, Readahead
+from streamer.storage.system import read_at
 from streamer.units import format_size
 
 IOMode = Literal["mmap", "pread"]
 SAMPLE_BYTES = 4096
 """Bytes of each tensor that tell a model from another."""
-
-Stamp = tuple[int, int, int, int]
-"""Device, inode, size, mtime in ns: what must not change while a plan is carried out."""
-
-
-def file_stamp(st: os.stat_result) -> Stamp:
-    """The stamp of a stat result."""
-    return st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns
-
-
-def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
-    """Open a file for reading and see that it is one: a FIFO would keep us waiting, a device never end.
-
-    Raises
-    ------
-    MissingInputError, FormatError, StorageError
-        If it is not there, is something else than a regular file, or cannot be opened; `what` was expected.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise MissingInputError(f"{path}: no such file; check the path, or finish the download", path) from None
-    except OSError as e:
-        if e.errno == errno.ELOOP:
-            raise FormatError(f"{path}: expected {what}, found a link that leads to itself") from None
-        raise storage_error(path, "open", e) from e
-    st = os.fstat(fd)
-    if not stat.S_ISREG(st.st_mode):
-        os.close(fd)
-        raise FormatError(f"{path}: expected {what}, found something that is not a regular file")
-    return fd, st
 
 
 class TensorFile:
@@ -68,15 +36,10 @@ class TensorFile:
     io
         ``mmap`` maps each tensor while it is used; ``pread`` copies it, for network file systems, where a map is slow
         and a vanished page is fatal.
-
-    Attributes
-    ----------
-    shared
-        Several readers take turns with each tensor: what one has had stays in the system's cache until `release_pages`.
     """
 
-    shared = False
     _fd = -1
+    _keeps_pages = False
 
     def __init__(self, path: Path, io: IOMode = "mmap") -> None:
         self.path = path
@@ -159,12 +122,21 @@ class TensorFile:
             at = self.header.data_start + info.start + start
             self._readahead.before(at, at + len(piece))
             self._read_into(piece, at)
-            if not self.shared:
+            if not self._keeps_pages:
                 self._readahead.after(at + len(piece))
             yield piece
 
+    @contextlib.contextmanager
+    def keeping_pages(self) -> Iterator[None]:
+        """Keep what `chunks` reads in the page cache until `release_pages`, for several readers that take turns with each tensor."""
+        self._keeps_pages = True
+        try:
+            yield
+        finally:
+            self._keeps_pages = False
+
     def release_pages(self, stop: int) -> None:
-        """Of a shared file: all readers have had what stands before `stop`, counted from the first tensor."""
+        """Drop from the page cache what stands before `stop`, counted from the first tensor: all readers have had it."""
         self._readahead.after(self.header.data_start + stop)
 
     def _check_size(self, wanted: int) -> None:
@@ -176,7 +148,7 @@ class TensorFile:
         done = 0
         while done < len(out):
             try:
-                n = os.preadv(self._fd, [out[done:]], at + done)
+                n = read_at(self._fd, out[done:], at + done)
             except OSError as e:
                 raise StorageError(f"{self.path}: cannot read: {e.strerror}; run the same command again") from e
             if n == 0:

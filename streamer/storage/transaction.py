@@ -16,15 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from streamer.errors import InputChangedError, OutputError
-from streamer.storage.atomic import (
-    AtomicFile,
-    Journal,
-    locked,
-    make_directory,
-    remove_partials,
-    storage_error,
-    write_atomic,
-)
+from streamer.storage.atomic_file import AtomicFile, remove_partials, write_atomic
+from streamer.storage.files import make_directory, storage_error
+from streamer.storage.journal import Journal
+from streamer.storage.lock import locked
 from streamer.storage.old_output import NAMES, OLD, as_entries, journal_entry, own_files, remove_own_files
 from streamer.storage.output_checks import check_place, is_placeholder, touch
 from streamer.storage.output_plan import (
@@ -170,8 +165,7 @@ def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
     try:
         if state == "new":
             # Before anything else goes: a kill on the way leaves a run to take up, which knows what is still to be removed.
-            head = {"plan": plan.digest, "version": plan.version, "bits": plan.bits, "stamps": plan.stamps,
-                    NAMES: [name for name, _ in plan.files], OLD: as_entries(old)}  # fmt: skip
+            head = {**plan.head, NAMES: [name for name, _ in plan.files], OLD: as_entries(old)}
             journal.clear()
             journal.append(json.dumps(head).encode())
         for path in (plan.path / name for name in plan.conflicting_names):

@@ -84,7 +84,7 @@ def test_bf16(name: str, tmp_path: Path) -> None:
 
 # What other versions of PEFT wrote -------------------------------------------------------------------------------------
 
-DATA = Path(__file__).parent.parent / "data" / "experts"
+DATA = Path(__file__).parents[1] / "data" / "experts"
 REFUSED = {f"gpt_oss-square-peft{v}" for v in ("0.19.0-transformers5", "0.19.1-transformers4", "0.19.1-transformers5")}
 
 

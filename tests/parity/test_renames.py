@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, apply_converters, a
 
 from streamer.plan.transformers_renames import renames_for, table
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 THEIRS = _build_checkpoint_conversion_mapping()
 SAME_VERSION = f"transformers {transformers.__version__} " in table()["source"]
 

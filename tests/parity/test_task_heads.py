@@ -279,5 +279,5 @@ def test_every_task_of_peft_is_known() -> None:
 def test_the_classes_are_the_installed_version_s() -> None:
     if f"transformers {transformers.__version__} " not in table()["source"]:
         pytest.skip(f"the table is of {table()['source']}; tools/make_auto_classes.py renews it")
-    tool = Path(__file__).parent.parent.parent / "tools" / "make_auto_classes.py"
+    tool = Path(__file__).parents[2] / "tools" / "make_auto_classes.py"
     assert subprocess.run([sys.executable, tool, "--check"], check=False).returncode == 0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from streamer.errors import FormatError, UnsupportedError
-from streamer.storage.header import strict_json
+from streamer.storage.strict_json import strict_json
 from streamer.weights.base import QuantizedWeight, StoredTensor
 
 

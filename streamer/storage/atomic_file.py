@@ -1,0 +1,158 @@
+"""Files that appear whole or not at all: partial file, fsync, rename.
+
+Several names that appear together are `transaction`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from streamer.errors import StorageError
+from streamer.storage.files import fsync_directory, storage_error
+from streamer.storage.page_cache import Appender
+from streamer.storage.system import reserve, sync
+
+PARTIAL = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{16}\.partial$")
+
+Buffer = bytes | bytearray | memoryview
+
+
+class AtomicFile:
+    """A file under its final name only when it is complete, durable and checked.
+
+    ``with AtomicFile(path, size) as f: f.write(...)`` writes ``.<name>.<unique>.partial`` beside the target. Leaving the
+    block without an exception checks the byte count, fsyncs, calls `check`, renames and fsyncs the directory; leaving it
+    with one removes the partial. It never follows a symlink and it replaces what stands at `path` in one step.
+
+    Parameters
+    ----------
+    path
+        The final name. Its directory must exist.
+    size
+        Exact bytes to come; reserved up front, so that a full disk is found before the work is done.
+    check
+        Called with the partial's descriptor after the fsync and before the rename; raises to prevent the rename.
+
+    Raises
+    ------
+    StorageError
+        If the system refuses to write. A failed fsync is never retried on the same file.
+    """
+
+    def __init__(self, path: Path, size: int, check: Callable[[int], None] | None = None) -> None:
+        self.path = path
+        self.size = size
+        self.written = 0
+        self._check = check
+        self._partial = path.with_name(partial_name(path.name))
+        self._fd = -1
+        self._appender = Appender(self._fd)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what has been written so far."""
+        self.flush()
+        return self._appender.sha256
+
+    def __enter__(self) -> AtomicFile:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._fd = os.open(self._partial, flags, 0o666)  # the umask makes the mode
+        except OSError as e:  # what stands there, if anything does, is not ours to discard
+            raise storage_error(self.path, "create", e) from e
+        try:
+            reserve(self._fd, self.size)
+        except OSError as e:
+            self._discard()
+            raise storage_error(self.path, "create", e) from e
+        self._appender = Appender(self._fd)
+        return self
+
+    def write(self, data: Buffer) -> None:
+        """Append bytes. A large piece is hashed and written beside the caller: see `Appender.append`."""
+        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
+        try:
+            self._appender.append(view)
+        except OSError as e:
+            raise storage_error(self.path, "write", e) from e
+        self.written += len(view)
+
+    def flush(self) -> None:
+        """Wait until all that was appended is written: its memory is free."""
+        try:
+            self._appender.flush()
+        except OSError as e:
+            raise storage_error(self.path, "write", e) from e
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        done = False
+        try:
+            self.flush()
+            if self.written != self.size:
+                raise StorageError(
+                    f"{self.path}: expected to write {self.size} bytes, wrote {self.written}; please report this"
+                )
+            sync(self._fd)
+            self._appender.forget()
+            if self._check is not None:
+                self._check(self._fd)
+            self._close()
+            os.rename(self._partial, self.path)
+            fsync_directory(self.path.parent)
+            done = True
+        except OSError as e:
+            raise storage_error(self.path, "finish", e) from e
+        finally:
+            if not done:
+                self._discard()
+
+    def _close(self) -> None:
+        self._appender.close()  # waits: nothing may write to a descriptor that is closed, or another file's by then
+        fd, self._fd = self._fd, -1  # a close that fails has closed the descriptor all the same
+        if fd >= 0:
+            os.close(fd)
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._partial)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a small file atomically."""
+    with AtomicFile(path, len(data)) as f:
+        f.write(data)
+
+
+def partial_name(name: str) -> str:
+    """A name that `PARTIAL` matches, and that is nobody else's."""
+    return f".{name}.{secrets.token_hex(8)}.partial"
+
+
+def partials_of(directory: Path, names: set[str]) -> list[Path]:
+    """What a killed run of ours left half-written for these final names."""
+    with os.scandir(directory) as entries:
+        return [
+            Path(entry.path)
+            for entry in entries
+            if (match := PARTIAL.match(entry.name)) and match["name"] in names and entry.is_file(follow_symlinks=False)
+        ]
+
+
+def remove_partials(directory: Path, names: set[str]) -> None:
+    """Remove what `partials_of` finds. Call it under the lock."""
+    for path in partials_of(directory, names):
+        try:
+            os.unlink(path)
+        except OSError as e:
+            raise storage_error(path, "remove", e) from e

@@ -1,0 +1,170 @@
+"""Append-only journals of a run: what it has finished, so that the next one takes it up, and whether it may."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamer.errors import InputChangedError, OutputError, OutputExistsError
+from streamer.storage.atomic_file import remove_partials, write_atomic
+from streamer.storage.files import fsync_directory, read_bytes, storage_error
+from streamer.storage.strict_json import strict_json
+from streamer.storage.system import sync
+
+FRAME_BYTES = 40
+"""What precedes a record's payload: its length (8 bytes, little-endian) and SHA-256 (32 bytes)."""
+
+
+class Journal:
+    """An append-only file of records that survives a kill: a torn last record is dropped on opening.
+
+    A record is its length (8 bytes, little-endian), the SHA-256 of its payload (32 bytes), and the payload. Each append
+    is durable before it returns. The first record is the head: it says what run this journal belongs to. Open it under a lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            self._spans = [(start, len(payload)) for start, payload in _records(self._fd)]
+            self._end = sum(self._spans[-1]) if self._spans else 0
+            os.ftruncate(self._fd, self._end)
+        except OSError as e:
+            raise storage_error(path, "open the journal", e) from e
+        self._stale = False
+        remove_partials(path.parent, {path.name})
+
+    @staticmethod
+    def peek(path: Path) -> Iterator[dict[str, Any]]:
+        """Read a journal's records without changing it: JSON objects, up to one that is torn or something else.
+
+        Where there is no journal, or none of ours, there are none.
+        """
+        try:
+            with path.open("rb") as f:
+                for _, payload in _records(f.fileno()):
+                    tree = strict_json(payload, surrogates=True)
+                    if not isinstance(tree, dict):
+                        return
+                    yield tree
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return
+        except OSError as e:
+            raise storage_error(path, "read", e) from e
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, i: int) -> bytes:
+        start, length = self._spans[i]
+        return read_bytes(self._fd, length, start)
+
+    def append(self, payload: bytes) -> None:
+        """Add a record, durably."""
+        frame = len(payload).to_bytes(8, "little") + hashlib.sha256(payload).digest() + payload
+        try:
+            if self._stale:
+                self._replace(frame)
+            else:
+                done = 0
+                while done < len(frame):
+                    done += os.pwrite(self._fd, frame[done:], self._end + done)
+                sync(self._fd)
+                if not self._spans:
+                    fsync_directory(self.path.parent)  # the name of a new journal must last as well
+        except OSError as e:
+            raise storage_error(self.path, "append to the journal", e) from e
+        self._spans.append((self._end + FRAME_BYTES, len(payload)))
+        self._end += len(frame)
+
+    def _replace(self, frame: bytes) -> None:
+        write_atomic(self.path, frame)
+        self.close()
+        self._fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._stale = False
+
+    def clear(self) -> None:
+        """Forget every record. On disk they stay until the next append replaces them, in one step.
+
+        A kill at any point leaves the old records or the new head: never a journal that belongs to no run.
+        """
+        self._stale = self._stale or bool(self._spans)
+        self._spans.clear()
+        self._end = 0
+
+    def close(self) -> None:
+        """Close the file; the journal stays on disk."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def remove(self) -> None:
+        """Close and delete the journal: the run is finished."""
+        self.close()
+        os.unlink(self.path)
+
+
+def _records(fd: int) -> Iterator[tuple[int, bytes]]:
+    """Read the whole records of a journal: each payload with its offset, up to one that is torn."""
+    size, at = os.fstat(fd).st_size, 0
+    while at + FRAME_BYTES <= size:
+        frame = read_bytes(fd, FRAME_BYTES, at)
+        length, at = int.from_bytes(frame[:8], "little"), at + FRAME_BYTES
+        payload = read_bytes(fd, length, at) if length <= size - at else b""
+        if len(payload) < length or hashlib.sha256(payload).digest() != frame[8:]:
+            return
+        yield at, payload
+        at += length
+
+
+def may_resume(path: Path, found: Mapping[str, Any], head: Mapping[str, Any], *, resume: bool = True,
+               overwrite: bool = False, journal: Path | None = None) -> bool:  # fmt: skip
+    """Decide what becomes of an interrupted run: True where it is to be taken up, False where it is started over.
+
+    Parameters
+    ----------
+    path
+        The output, for messages.
+    found, head
+        The heads of the journal that stands there and of the run to come. Their ``plan`` is the digest of everything that decides the
+        output, ``version`` the tool's, ``stamps`` those of the inputs; ``bits``, where there are any, tell inputs apart that differ in
+        rounding alone, so that no output mixes two.
+    resume, overwrite
+        Whether the user lets a run be taken up, and another one's be replaced.
+    journal
+        That of an output which is a single file, for messages.
+
+    Raises
+    ------
+    OutputExistsError
+        If the run is of another plan and not to be overwritten.
+    OutputError
+        If another version began it: no output is made by two.
+    InputChangedError
+        If its inputs have changed since.
+    """
+    if found.get("plan") != head["plan"]:
+        if overwrite:
+            return False
+        run = "an interrupted run with other inputs or options"
+        said = f"{run} has its journal there" if journal else f"holds {run}"
+        raise OutputExistsError(
+            f"{path}: {said}; finish that one, choose another output, or pass --overwrite", journal or path
+        )
+    began, version = found.get("version", ""), head["version"]
+    if not resume or found.get("bits", "") != head.get("bits", "") or (overwrite and began != version):
+        return False
+    if began != version:
+        raise OutputError(
+            f"{f'{journal}: is of' if journal else f'{path}: holds'} a run that version {began or 'before 0.2'} began, and this is "
+            f"{version}; finish it with that version, or pass --no-resume to start it over"
+        )
+    if found.get("stamps") != json.loads(json.dumps(head["stamps"])):
+        raise InputChangedError(
+            f"{path}: an input was modified since this run was interrupted; --no-resume starts it over"
+        )
+    return True

@@ -1,0 +1,86 @@
+"""System calls that are missing on some systems, each with what is done without it.
+
+Linux has all of them. macOS lacks `posix_fallocate`, `posix_fadvise`, `memfd_create` and `sched_getaffinity`, before version 11 also
+`preadv`; its `fsync` leaves bytes in the disk's own cache, from which ``F_FULLFSYNC`` takes them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from typing import IO, Literal
+
+UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY}
+"""Errors by which a file system says that it has no such call."""
+
+MAX_READ_BYTES = 1 << 30
+"""Bytes asked for in one call at most: macOS refuses to read 2 GiB or more."""
+
+
+def reserve(fd: int, size: int) -> None:
+    """Reserve a file's bytes on the disk; without `posix_fallocate` a full disk is met by the write that no longer fits.
+
+    Raises
+    ------
+    OSError
+        If the disk has no room for them.
+    """
+    if size == 0 or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as e:
+        if e.errno not in UNSUPPORTED:
+            raise
+
+
+def sync(fd: int) -> None:
+    """Make a file's bytes, or a directory's entries, durable: by ``F_FULLFSYNC`` where the system has it, else by `fsync`.
+
+    Raises
+    ------
+    OSError
+        If the system refuses; never to be tried again on the same file.
+    """
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+        except OSError as e:
+            if e.errno not in UNSUPPORTED:
+                raise
+    os.fsync(fd)
+
+
+def advise(fd: int, at: int, length: int, advice: Literal["WILLNEED", "DONTNEED"]) -> None:
+    """Tell the page cache that bytes will be needed, or no longer are; where it takes no advice, all is only slower."""
+    if hasattr(os, "posix_fadvise"):
+        try:
+            os.posix_fadvise(fd, at, length, getattr(os, f"POSIX_FADV_{advice}"))
+        except OSError:
+            return
+
+
+def read_at(fd: int, out: memoryview, at: int) -> int:
+    """Read bytes of a file from offset `at` into `out`, by one call; return how many it brought, 0 at the file's end."""
+    out = out[:MAX_READ_BYTES]
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [out], at)
+    piece = os.pread(fd, len(out), at)
+    out[: len(piece)] = piece
+    return len(piece)
+
+
+def memory_file() -> IO[bytes]:
+    """Open an unnamed, unbuffered file in memory; without `memfd_create` a temporary one, whose bytes go to the page cache first."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("streamer"), "wb", buffering=0)
+    import tempfile
+
+    return tempfile.TemporaryFile(buffering=0)
+
+
+def affinity_cores() -> int:
+    """Count the cores of this process' affinity mask; all of the machine's where the system has no masks."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,252 @@
+"""Every object printed with --json, and every line of --json-events, is as its JSON Schema says; docs/formats.md lists every key."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+from forks import KILL, Outcome, server
+from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
+
+import streamer
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    tree["properties"]["schema"]["const"]: tree
+    for tree in (json.loads(path.read_text()) for path in (files("streamer") / "schemas").iterdir())
+}
+FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+
+
+def objects(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every schema of an object with properties in a schema, itself among them."""
+    if isinstance(schema, dict):
+        if "object" in (schema.get("type") or ()) and "properties" in schema:
+            yield schema
+        for value in schema.values():
+            yield from objects(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from objects(value)
+
+
+def strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema, which permits keys to come, as one that refuses any that it does not describe."""
+    copy: dict[str, Any] = json.loads(json.dumps(schema))
+    for inner in objects(copy):
+        inner["additionalProperties"] = False
+    return copy
+
+
+REGISTRY: Any = Registry().with_resources([(s["$id"], Resource.from_contents(strict(s))) for s in SCHEMAS.values()])
+
+
+def faults(tree: dict[str, Any]) -> list[str]:
+    """Where an object breaks the schema that it names, or has what the schema does not describe."""
+    validator = Draft202012Validator(strict(SCHEMAS[tree["schema"]]), registry=REGISTRY)
+    return [f"{e.json_path}: {e.message}" for e in validator.iter_errors(tree)]
+
+
+def check(done: Outcome, schema: str, code: int = 0) -> dict[str, Any]:
+    assert done.code == code, done
+    tree: dict[str, Any] = json.loads(done.out)
+    assert tree["schema"] == schema
+    assert faults(tree) == []
+    return tree
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return helpers.three_shards(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_is_one_and_describes_every_key(name: str) -> None:
+    Draft202012Validator.check_schema(SCHEMAS[name])
+    kind, version = name.removeprefix("streamer.").split("/")
+    assert (files("streamer") / "schemas" / f"{kind}-{version}.json").is_file()
+    for inner in objects(SCHEMAS[name]):
+        assert inner["description"].endswith((".", ")", "…")), inner
+        for key, value in inner["properties"].items():
+            assert value["description"].strip(), key
+            if key.endswith("bytes"):
+                assert "ytes" in value["description"] or "same" in value["description"], key
+    ranks = [
+        v
+        for inner in objects(SCHEMAS[name])
+        for k, v in inner["properties"].items()
+        if k in ("intruders", "degenerate")
+    ]
+    assert all("0-based" in v["description"] for v in ranks if v["type"] == "array")
+
+
+def test_the_check_can_fail() -> None:
+    assert faults({"schema": "streamer.error/1", "errors": []}) == ["$.errors: [] should be non-empty"]
+    assert faults({"schema": "streamer.error/1", "errors": [{}], "more": 1})
+
+
+def test_what_every_command_prints(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = server().run
+    f = tmp_path / "f.safetensors"
+    check(run("inspect", inputs[0], "--json"), "streamer.plan/1")
+    check(run("inspect", *inputs, "--json"), "streamer.plan/1")
+    check(run("detect", *inputs, "-o", f, "--dry-run", "--json"), "streamer.dry-run/1")
+    for state in ("written", "present"):
+        assert check(run("detect", *inputs, "-o", f, "--json"), "streamer.findings/1")["state"] == state
+    check(run("report", f, "--json"), "streamer.findings/1")
+    for command in ("mitigate", "merge"):
+        for name, options in {
+            "found": ["--findings", f], "alone": [], "shrunk": ["--method", "shrink"],
+            **({"lora": ["--to-lora", "3"]} if command == "mitigate" else {}),
+        }.items():  # fmt: skip
+            line = (command, *inputs, "-o", tmp_path / f"{command}-{name}", *options, "--json")
+            check(run(*line, "--dry-run"), "streamer.dry-run/1")
+            assert check(run(*line), "streamer.output/2")["state"] == "written"
+            assert check(run(*line, "--dry-run"), "streamer.dry-run/1")["state"] == "done"
+            record = json.loads((tmp_path / f"{command}-{name}" / "streamer.json").read_text())
+            assert faults(record) == []
+            assert {**check(run(*line), "streamer.output/2"), "state": "present"} == {
+                **record, "output": str(tmp_path / f"{command}-{name}"), "state": "present",
+            }  # fmt: skip
+    assert check(run("demo", "--json"), "streamer.demo/1")["directory"] is None
+    kept = tmp_path / "kept"
+    assert check(run("demo", "--json", "--keep", kept), "streamer.demo/1")["directory"] == str(kept)
+    assert (kept / "merged").is_dir()
+
+
+def test_what_is_printed_of_several_adapters(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    import shutil
+
+    adapters = [shutil.copytree(inputs[1], tmp_path / name) for name in ("one", "two")]
+    for command in ("detect", "merge"):
+        line = (command, inputs[0], *adapters, "-o", tmp_path / command, "--json")
+        dry = check(server().run(*line, "--dry-run"), "streamer.several/1")
+        assert dry["adapters"].keys() == {"one", "two"}
+        done = check(server().run(*line), "streamer.several/1")
+        assert {part["state"] for part in done["adapters"].values()} == {"written"}
+        check(server().run(*line, "--dry-run"), "streamer.several/1")
+
+
+def test_other_kinds_of_inputs(tmp_path: Path) -> None:
+    """A fine-tuned model in the adapter's place, a residual base, and a quantized one."""
+    import jobs
+    from safetensors.torch import load_file, save_file
+
+    base, adapter = helpers.three_shards(tmp_path)
+    import shutil
+
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    shard = tuned / "model-00001-of-00003.safetensors"
+    save_file(
+        {k: v * 1.5 if v.dim() == 2 else v for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"}
+    )
+    config = adapter / "adapter_config.json"
+    residual = shutil.copytree(adapter, tmp_path / "residual")
+    (residual / config.name).write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": "pissa"}))
+    cases = [(base, tuned, []), (base, residual, ["--base-is-residual"]), (*jobs.fp8(tmp_path / "8"), [])]
+    for i, (one, other, options) in enumerate(cases):
+        check(server().run("inspect", one, other, *options, "--json"), "streamer.plan/1")
+        check(server().run("merge", one, other, "-o", tmp_path / f"m{i}", *options, "--json"), "streamer.output/2")
+
+
+def failures(inputs: tuple[Path, Path], home: Path) -> Iterator[tuple[tuple[object, ...], int]]:
+    """Command lines that fail, and how."""
+    base, adapter = inputs
+    for command in ("inspect", "detect", "mitigate", "merge"):
+        out = () if command == "inspect" else ("-o", home / "o.safetensors")
+        yield (command, home / "no", adapter, *out), 3
+        yield (command, adapter, base, *out), 3
+        yield (command,), 2
+    for command in ("detect", "mitigate", "merge"):
+        yield (command, base, adapter, "-o", base), 4
+        yield (command, base, adapter, "-o", home / "o.safetensors", "--max-memory", "201M"), 2
+        yield (command, base, adapter, "-o", "s3://b/o.safetensors"), 2
+    yield ("merge", base, adapter, "-o", home / "o", "--lambda", "3"), 2
+    yield ("report", home / "no.safetensors"), 3
+    yield ("demo", "--lambda", "3"), 2
+    yield ("fly",), 2
+
+
+def test_every_failure(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    for line, code in failures(inputs, tmp_path):
+        tree = check(server().run(*line, "--json"), "streamer.error/1", code)
+        assert tree["errors"][0]["exit_code"] == code
+
+
+def test_every_event(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "m"
+    stop = "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2)"
+    runs = [
+        server().run("inspect", *inputs, "--json-events"),
+        server().run("merge", *inputs, "-o", out, "--json-events", at=20, code=stop),
+        server().run("merge", *inputs, "-o", out, "--json-events"),
+        server().run("merge", *inputs, "-o", out, "--json-events"),
+        server().run("mitigate", *inputs, "-o", tmp_path / "a", "--json-events"),
+        server().run("merge", *inputs, "-o", inputs[0], "--json-events"),
+        server().run("merge", "--json-events"),
+    ]
+    seen = set()
+    for done in runs:
+        events = [json.loads(line) for line in done.err.splitlines()]
+        for event in events:
+            assert (event["schema"], faults(event)) == ("streamer.event/1", []), event
+            seen |= {event["event"], event.get("stage")}
+        assert events[-1]["event"] == ("done" if done.code == 0 else "error")
+    assert seen >= {"progress", "note", "error", "done", "detect", "write"}
+
+
+def test_a_resumed_run(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    for command in ("detect", "merge", "mitigate"):
+        out = tmp_path / f"{command}.safetensors"
+        assert server().run(command, *inputs, "-o", out, at=14, code=KILL).code == -signal.SIGKILL
+        schema = "streamer.findings/1" if command == "detect" else "streamer.output/2"
+        assert check(server().run(command, *inputs, "-o", out, "--json"), schema)["state"] == "resumed"
+
+
+# docs/formats.md --------------------------------------------------------------------------------------------------------
+
+
+def keys_in_docs(name: str) -> set[str]:
+    """The keys that the section on a schema lists in its table."""
+    section = re.search(rf"^### `{re.escape(name)}`$(.*?)(?=^##|\Z)", FORMATS, re.MULTILINE | re.DOTALL)
+    assert section, f"docs/formats.md has no section on {name}"
+    return set(re.findall(r"^\| `([\w.\[\]*]+)` \|", section[1], re.MULTILINE))
+
+
+def keys_of(schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Keys of a schema with those within objects and lists, as ``totals.bytes`` and ``matrices[].tensor``; of inputs' identities none."""
+    for key, value in schema["properties"].items():
+        yield f"{prefix}{key}"
+        inner = value.get("items", value)
+        if "properties" in inner and key not in ("base", "adapter", "forecast"):
+            yield from keys_of(inner, f"{prefix}{key}{'[]' if 'items' in value else ''}.")
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_docs_list_every_key(name: str) -> None:
+    assert keys_in_docs(name) == set(keys_of(SCHEMAS[name])) - {"schema"}
+
+
+def test_the_docs_have_the_exit_codes() -> None:
+    from streamer import errors
+
+    def classes(of: type) -> Iterator[type]:
+        yield of
+        for sub in of.__subclasses__():
+            yield from classes(sub)
+
+    for error in classes(errors.StreamerError):
+        if error is not errors.Interrupted and "exit_code" in vars(error):
+            assert re.search(rf"^\| {vars(error)['exit_code']} \|.*`{error.__name__}`", FORMATS, re.MULTILINE), error
+
+
+def test_the_schemas_are_in_the_package() -> None:
+    assert streamer.__file__ is not None
+    assert len(SCHEMAS) == len(list((Path(streamer.__file__).parent / "schemas").glob("*.json"))) == 8

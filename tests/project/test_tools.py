@@ -1,0 +1,260 @@
+"""The tools do what they say: checkpoints that transformers loads and whose intruders are found, a benchmark with all its figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ENV, tree_digest
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import streamer
+from streamer.storage.shard_writer import plan_shard
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+from make_checkpoint import HUB_SHARD_BYTES, split  # noqa: E402
+from shapes import KNOWN  # noqa: E402
+
+SMALL = ("--hidden", "192", "--layers", "2")
+
+
+def run_tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, TOOLS / name, *map(str, args)], capture_output=True, text=True, env=ENV, check=False
+    )
+
+
+def make(directory: Path, *args: object) -> dict:
+    done = run_tool("make_checkpoint.py", directory, "--json", *args)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "split", "files"),
+    [("bf16", ("--shards", 1), 1), ("fp16", ("--shards", 3), 3), ("fp32", ("--shard-bytes", "1e6"), None)],
+)
+def test_a_generated_checkpoint_loads_and_holds_its_intruders(
+    tmp_path: Path, dtype: str, split: tuple, files: int | None
+) -> None:
+    tree = make(tmp_path, *SMALL, "--dtype", dtype, *split)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    names = sorted(p.name for p in base.glob("*.safetensors"))
+    assert tree["files"] == names
+    if files is None:
+        sizes = []
+        for name in names:
+            with safe_open(base / name, "pt") as f:
+                sizes.append([f.get_tensor(key).nbytes for key in f.keys()])  # noqa: SIM118  # not a dict
+        assert len(names) > 2
+        assert all(sum(shard) <= 1e6 or len(shard) == 1 for shard in sizes)
+    else:
+        assert len(names) == files
+    assert (base / "model.safetensors.index.json").exists() == (len(names) > 1)
+
+    model, info = AutoModelForCausalLM.from_pretrained(base, dtype="auto", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert {p.dtype for p in model.parameters()} == {torch_dtype}
+    assert sum(p.nbytes for p in model.parameters()) == tree["bytes"]
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+    found = streamer.detect_intruder_dimensions(base, adapter)
+    assert len(found.matrices) == tree["matrices"] == 14
+    counts = {m.tensor: len(m.detection.intruders) for m in found if m.detection.intruders}
+    assert counts == tree["planted"]
+    assert sum(counts.values()) == 8
+
+
+@pytest.mark.parametrize(
+    ("like", "experts", "matrices", "planted"),
+    [("llama-3-70b", (), 14, 8), ("mixtral", ("--experts", 4), 24, 10), ("qwen3-moe", ("--experts", 4), 24, 10)],
+)
+def test_a_tiny_one_like_a_model_of_the_hub_loads_in_transformers_and_peft(
+    tmp_path: Path, like: str, experts: tuple, matrices: int, planted: int
+) -> None:
+    tree = make(tmp_path, *SMALL, "--kv-heads", 4, "--like", like, *experts, "--shard-bytes", "1e6")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert model.config.architectures == [type(model).__name__]
+    assert sum(p.nbytes for p in model.parameters()) == tree["bytes"]
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    base = {name: p.clone() for name, p in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")  # PEFT only warns
+        peft = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    merged = peft.merge_and_unload().state_dict()
+
+    found = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
+    assert len(found.matrices) == tree["matrices"] == matrices
+    counts = {m.tensor: len(m.detection.intruders) for m in found if m.detection.intruders}
+    assert counts == tree["planted"]
+    assert sum(counts.values()) == planted
+    for m in found:  # what PEFT adds, where it adds it
+        name, _, expert = m.tensor.rstrip("]").partition("[")
+        change = merged[name].float() - base[name].float()
+        change = change[int(expert)] if expert else change
+        if m.tensor in counts:
+            assert torch.linalg.matrix_norm(change, 2) > 1.2
+
+
+@pytest.mark.parametrize(
+    ("like", "total", "files"),
+    [
+        ("llama-3-8b", 16060522496, [4976698672, 4999802720, 4915916176, 1168138808]),
+        ("llama-3-70b", 141107412992, 30),
+        ("mixtral", 93405585408, 19),
+        ("qwen3-moe", 61064245248, 13),  # its authors cut it at 4 GB
+    ],
+)
+def test_sizes_are_those_of_the_hub(like: str, total: int, files: list[int] | int) -> None:
+    """What the index and the files of Meta-Llama-3-8B and the others say."""
+    model = KNOWN[like]
+    assert model.nbytes("BF16") == total
+    names = split(model, "BF16", None, HUB_SHARD_BYTES)
+    if isinstance(files, int):
+        assert len(names) == files
+        return
+    plans = [
+        plan_shard("x", [(name, "BF16", model.tensors[name]) for name in sorted(group)], {"format": "pt"})
+        for group in names
+    ]
+    assert [plan.nbytes for plan in plans] == files
+
+
+def test_a_large_generated_matrix_has_a_bulk_below_its_top(tmp_path: Path) -> None:
+    tree = make(tmp_path, "--hidden", 256, "--layers", 1, "--dtype", "fp32")
+    with safe_open(Path(tree["base"]) / "model.safetensors", "pt") as f:
+        S = torch.linalg.svdvals(f.get_tensor("model.layers.0.mlp.up_proj.weight"))
+    expected = torch.arange(1, 11).pow(-0.7)
+    assert torch.allclose(S[:10], expected, rtol=0.05)
+    assert 0.25 * 64**-0.7 < S[64] < 64**-0.7  # the bulk begins where the top part ends
+    assert S[-1] > 0.001  # and the matrix has full rank
+
+
+def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    tiny = ("--hidden", 64, "--layers", 1)
+    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
+    make(one, *tiny)
+    make(two, *tiny)
+    make(other, *tiny, "--seed", 1)
+    assert tree_digest(one) == tree_digest(two)
+    assert tree_digest(one)["base/model.safetensors"] != tree_digest(other)["base/model.safetensors"]
+    assert (
+        tree_digest(one)["adapter/adapter_model.safetensors"] != tree_digest(other)["adapter/adapter_model.safetensors"]
+    )
+
+
+def test_size_gb_chooses_the_layers(tmp_path: Path) -> None:
+    tree = make(tmp_path, "--hidden", 256, "--size-gb", 0.01)
+    assert tree["layers"] > 2
+    assert abs(tree["bytes"] - 0.01e9) < 0.5 * tree["bytes"] / tree["layers"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--hidden", 64, "--size-gb", 1, "--layers", 3), "give one of --size-gb and --layers"),
+        (("--hidden", 64, "--rank", 1), "--rank: expected at least 2"),
+        (("--hidden", 66), "must divide"),
+        (("--like", "llama-3-8b", "--experts", 4), "--experts: only a mixture has them"),
+        (("--hidden", 64, "--shards", 999), "--shards: expected 1 to"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, args: tuple, message: str) -> None:
+    done = run_tool("make_checkpoint.py", tmp_path / "new", *args)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    done = run_tool("make_checkpoint.py", tmp_path, "--hidden", 64)
+    assert done.returncode == 1
+    assert "exists" in done.stderr
+    assert list(tmp_path.rglob("*")) == [tmp_path / "base"]
+
+
+@pytest.mark.parametrize("tool", ["make_checkpoint.py", "bench_merge.py"])
+def test_help_teaches(tool: str) -> None:
+    done = run_tool(tool, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python tools/{tool} " in done.stdout  # an example
+    assert "--size-gb" in done.stdout
+
+
+def test_a_tiny_benchmark_gives_every_figure(tmp_path: Path) -> None:
+    done = run_tool(
+        "bench_merge.py", *SMALL, "--rounds", 2, "--double", "--max-memory", "1G", "--json", "--work", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    tree = json.loads(done.stdout)
+    assert len(tree["rounds"]) == 2
+    for row in tree["rounds"]:
+        assert {"merge", "cp", "cp_sync", "loop", "shards"} < set(row)
+        for other in ("cp", "cp_sync", "loop", "shards"):
+            assert row[f"merge/{other}"] == pytest.approx(row["merge"] / row[other])
+        assert row["cp_sync"] > row["cp"] > 0
+    for key, values in tree["spread"].items():
+        seen = sorted(r[key] for r in tree["rounds"])
+        assert values == {"median": pytest.approx(sum(seen) / 2), "min": seen[0], "max": seen[1]}
+    memory = tree["memory"]
+    assert set(memory) == {"merge", "loop", "shards", "--max-memory 1G", "double"}
+    assert all(50e6 < m["anonymous"] < m["hwm"] < 2e9 for m in memory.values())  # torch alone is over 50 MB
+    assert memory["double"]["bytes"] > 1.5 * memory["merge"]["bytes"]
+    ratio = memory["double"]["anonymous"] / memory["merge"]["anonymous"]
+    assert tree["difference_percent"] == pytest.approx(100 * (ratio - 1))
+    stages = tree["profile"]["stages"]
+    assert {
+        "import",
+        "plan and identity",
+        "read and upcast",
+        "addmm",
+        "round",
+        "finite check",
+        "write",
+        "fsync",
+    } <= set(stages)
+    assert all(t["wall"] > 0 and t["cpu"] >= 0 for t in stages.values())
+    # Nothing counted twice or missed.
+    assert sum(t["wall"] for t in stages.values()) == pytest.approx(tree["profile"]["seconds"], rel=0.02)
+    assert "sha256" in stages  # here on the main thread: no piece of a model this small is worth a thread
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+
+
+def test_the_peers_of_merge_do_what_they_are_named_for(tmp_path: Path) -> None:
+    """Or their times would mean nothing: a copy of every tensor, and PEFT's own sum."""
+    make(tmp_path, *SMALL, "--shards", 2, "--dtype", "fp32")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for name, *more in (("loop", base), ("shards", base, adapter)):
+        done = run_tool("merge_peers.py", name, *more, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "own", mitigation_lambda=1)
+    for shard in base.glob("*.safetensors"):
+        old, copied, merged, own = (load_file(tmp_path / d / shard.name) for d in ("base", "loop", "shards", "own"))
+        assert set(old) == set(copied) == set(merged)
+        assert all(torch.equal(t, copied[name]) for name, t in old.items())
+        assert any(not torch.equal(t, merged[name]) for name, t in old.items())
+        for name, t in merged.items():
+            torch.testing.assert_close(t, own[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_given_checkpoint_is_measured_and_left_alone(tmp_path: Path) -> None:
+    make(tmp_path, "--hidden", 64, "--layers", 1)
+    before = tree_digest(tmp_path)
+    done = run_tool("bench_merge.py", "--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    for word in ("merge/cp", "merge/shards", "median", "anonymous", "addmm", "fsync", "sha256"):
+        assert word in done.stdout
+    assert tree_digest(tmp_path) == before

@@ -1,0 +1,129 @@
+"""Small checkpoints and adapters for the tests, written with the safetensors library, and digests of what stands on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from streamer.storage.checkpoint import Checkpoint
+
+ENV = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
+
+
+def run_cli(*args: object, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run `streamer` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "streamer", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=ENV,
+        check=False,
+        **kwargs,
+    )
+
+
+def view(checkpoint: Checkpoint, name: str) -> memoryview:
+    """The bytes of a checkpoint's tensor."""
+    file, info = checkpoint.locate(name)
+    return file.view(info)
+
+
+def tree_digest(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file below a directory, by relative name; hidden files too."""
+    return {
+        str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }
+
+
+def spectrum_matrix(m: int, n: int, sigma: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A random (m, n) float64 matrix with these singular values."""
+    g = torch.Generator().manual_seed(seed)
+    p = min(m, n)
+    U = torch.linalg.qr(torch.randn(m, p, generator=g, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(n, p, generator=g, dtype=torch.float64)).Q
+    return (U * sigma.double()) @ V.T
+
+
+def power_law(m: int, n: int, seed: int = 0, decay: float = 0.7) -> torch.Tensor:
+    """A random (m, n) float64 matrix with singular values ``j^-decay``."""
+    return spectrum_matrix(m, n, torch.arange(1, min(m, n) + 1, dtype=torch.float64).pow(-decay), seed)
+
+
+def intruding_factors(m: int, n: int, r: int, seed: int = 0, sigma: float = 0.8) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, n), B (m, r) float32 with one direction of singular value `sigma` and r − 1 small ones; scale 1."""
+    g = torch.Generator().manual_seed(seed + 1000)
+    A = torch.randn(r, n, generator=g) / n**0.5
+    B = 0.02 * torch.randn(m, r, generator=g) / m**0.5
+    u = torch.randn(m, generator=g)
+    B[:, 0] = sigma * u / u.norm() / A[0].norm()
+    return A, B
+
+
+def write_adapter(
+    directory: Path,
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    r: int,
+    alpha: float | None = None,
+    more: dict[str, torch.Tensor] | None = None,
+    **config,
+) -> Path:
+    """A PEFT folder from module path → (A, B), and more tensors by their names."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = dict(more or {})
+    for module, (A, B) in factors.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    tree = {"peft_type": "LORA", "r": r, "lora_alpha": r if alpha is None else alpha, "bias": "none", **config}
+    (directory / "adapter_config.json").write_text(json.dumps(tree))
+    return directory
+
+
+def write_sharded(directory: Path, shards: list[dict[str, torch.Tensor]], config: dict | None = None) -> Path:
+    """A sharded checkpoint with its index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weight_map, total = {}, 0
+    for i, tensors in enumerate(shards, 1):
+        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        save_file({k: t.contiguous() for k, t in tensors.items()}, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps(config or {"model_type": "test"}))
+    return directory
+
+
+MODULES = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def three_shards(directory: Path, dtype: torch.dtype = torch.bfloat16, hidden: int = 48) -> tuple[Path, Path]:
+    """A base of three layers in three shards, and an adapter with one intruder in each of its nine modules."""
+    shards, factors = [], {}
+    for layer in range(3):
+        tensors = {}
+        for i, name in enumerate(MODULES):
+            m, n = {"mlp.up_proj": (2 * hidden, hidden), "mlp.down_proj": (hidden, 2 * hidden)}.get(
+                name, (hidden, hidden)
+            )
+            module = f"model.layers.{layer}.{name}"
+            tensors[f"{module}.weight"] = power_law(m, n, seed=10 * layer + i).to(dtype)
+            factors[module] = intruding_factors(m, n, 4, seed=10 * layer + i)
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] = torch.ones(hidden, dtype=dtype)
+        tensors[f"model.layers.{layer}.counter"] = torch.arange(5)
+        shards.append(tensors)
+    base = write_sharded(directory / "base", shards)
+    (base / "tokenizer.json").write_text('{"version": "1.0"}')
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text("{}")
+    return base, write_adapter(directory / "adapter", factors, r=4)

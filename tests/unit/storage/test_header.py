@@ -1,0 +1,363 @@
+"""The header validator: what passes, what fails and with which words, and that nothing makes it crash or hang."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamer.errors import FormatError, StorageError
+from streamer.storage.header import (
+    DTYPE_BITS,
+    MAX_HEADER_BYTES,
+    Header,
+    layout,
+    parse_header,
+    read_header,
+    tensor_nbytes,
+)
+from streamer.storage.strict_json import strict_json
+
+F32 = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+def file_of(body: str | bytes, data: int = 4) -> bytes:
+    """A whole file: length field, header, zeros."""
+    raw = body.encode() if isinstance(body, str) else body
+    return struct.pack("<Q", len(raw)) + raw + bytes(data)
+
+
+def entry(dtype: str = '"F32"', shape: str = "[1]", offsets: str = "[0,4]", more: str = "") -> str:
+    return f'{{"a":{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}{more}}}}}'
+
+
+def parsed(whole: bytes) -> Header:
+    (n,) = struct.unpack("<Q", whole[:8])
+    return parse_header(whole[: 8 + n], len(whole), "x.safetensors")
+
+
+def read(path: Path, whole: bytes) -> Header:
+    path.write_bytes(whole)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return read_header(fd, str(path))
+    finally:
+        os.close(fd)
+
+
+def two_tensors() -> bytes:
+    _, raw = layout([("one", "BF16", [2, 2]), ("two", "U8", [3])], {"format": "pt"})
+    return raw + bytes(11)
+
+
+ACCEPTED = {
+    "one tensor": file_of(f'{{"a":{F32}}}'),
+    "nothing": file_of("{}", 0),
+    "metadata": file_of(f'{{"__metadata__":{{"k":"v"}},"a":{F32}}}'),
+    "metadata last": file_of(f'{{"a":{F32},"__metadata__":{{"k":"v"}}}}'),
+    "metadata null": file_of(f'{{"__metadata__":null,"a":{F32}}}'),
+    "padded": file_of(f' \n\t\r{{"a" : {F32}}} \n\t\r'),
+    "scalar": file_of(entry(shape="[]")),
+    "zero-size": file_of(entry(shape="[3,0]", offsets="[0,0]"), 0),
+    "zero-size between": file_of(f'{{"a":{F32},"z":{{"dtype":"F32","shape":[0],"data_offsets":[4,4]}}}}'),
+    "zero-size at the same offset": file_of(f'{{"a":{F32},"z":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}}}'),
+    "out of order": file_of(f'{{"b":{F32.replace("[0,4]", "[4,8]")},"a":{F32}}}', 8),
+    "unknown field": file_of(entry(more=',"note":[{"x":1e-999}]')),
+    "fields in a row": file_of('{"a":["F32",[1],[0,4]]}'),
+    "dtype as a map": file_of(entry('{"F32":null}')),
+    "escapes": file_of('{"\\u0000\\ud83d\\ude00":{"d\\u0074ype":"F\\u00332","shape":[1],"data_offsets":[0,4]}}'),
+    "no name": file_of(f'{{"":{F32}}}'),
+    "whole bytes of 4 bits": file_of(entry('"F4"', "[2,4]")),
+    "whole bytes of 6 bits": file_of(entry('"F6_E2M3"', "[4]", "[0,3]"), 3),
+    "the largest size": file_of(entry(shape="[18446744073709551615,0]", offsets="[0,0]"), 0),
+    "nested 127 levels": file_of(entry(more=f',"x":{"[" * 125}{"]" * 125}')),
+}
+
+REFUSED = {
+    "no JSON": (file_of(b"", 0), "Expecting value"),
+    "not UTF-8": (file_of(b'{"\xff":1}'), "can't decode byte 0xff"),
+    "a byte order mark": (file_of(b"\xef\xbb\xbf{}", 0), "BOM"),
+    "a list": (file_of("[]", 0), "the header is not a JSON object"),
+    "junk after": (file_of("{}x", 0), "Extra data"),
+    "NUL padding": (file_of("{}\0", 0), "Extra data"),
+    "a trailing comma": (file_of(f'{{"a":{F32},}}'), "Expecting property name"),
+    "a raw control character": (file_of(f'{{"\x01":{F32}}}'), "Invalid control character"),
+    "a lone surrogate": (file_of(f'{{"\\ud800":{F32}}}'), "surrogates not allowed"),
+    "NaN": (file_of(entry(more=',"x":NaN')), "NaN is not JSON"),
+    "a number beyond a double": (file_of(entry(more=',"x":1e999')), "number 1e999 is out of range"),
+    "an integer beyond a double": (file_of(entry(more=f',"x":{"9" * 400}')), "is out of range"),
+    "nested 128 levels": (file_of(entry(more=f',"x":{"[" * 126}{"]" * 126}')), "tensor 'a': nested too deeply"),
+    "nested without end": (file_of("[" * 200_000 + "]" * 200_000), "nested too deeply"),
+    "a tensor twice": (file_of(f'{{"a":{F32},"a":{F32}}}'), "key 'a' appears twice"),
+    "a field twice": (file_of(entry(more=',"shape":[1]')), "key 'shape' appears twice"),
+    "metadata twice": (file_of('{"__metadata__":{},"__metadata__":{}}', 0), "key '__metadata__' appears twice"),
+    "metadata of numbers": (file_of('{"__metadata__":{"k":1}}', 0), "not a map from string to string"),
+    "metadata of nulls": (file_of('{"__metadata__":{"k":null}}', 0), "not a map from string to string"),
+    "metadata a list": (file_of('{"__metadata__":[]}', 0), "not a map from string to string"),
+    "metadata a string": (file_of('{"__metadata__":""}', 0), "not a map from string to string"),
+    "metadata false": (file_of('{"__metadata__":false}', 0), "not a map from string to string"),
+    "metadata 0": (file_of('{"__metadata__":0}', 0), "not a map from string to string"),
+    "a tensor of null": (file_of('{"a":null}'), "tensor 'a': expected an object, found NoneType"),
+    "four fields in a row": (file_of('{"a":["F32",[1],[0,4],1]}'), "tensor 'a': expected an object, found list"),
+    "no dtype": (file_of('{"a":{"shape":[1],"data_offsets":[0,4]}}'), "tensor 'a': 'dtype' is missing"),
+    "no shape": (file_of('{"a":{"dtype":"F32","data_offsets":[0,4]}}'), "tensor 'a': 'shape' is missing"),
+    "no offsets": (file_of('{"a":{"dtype":"F32","shape":[1]}}'), "tensor 'a': 'data_offsets' is missing"),
+    "an unknown dtype": (file_of(entry('"F128"')), "tensor 'a': unknown dtype 'F128'"),
+    "a dtype in lower case": (file_of(entry('"f32"')), "tensor 'a': unknown dtype 'f32'"),
+    "a dtype of a number": (file_of(entry("4")), "tensor 'a': dtype is not a string"),
+    "two dtypes": (file_of(entry('{"F32":null,"F16":null}')), "tensor 'a': dtype is not a string"),
+    "a negative size": (file_of(entry(shape="[-1]")), "tensor 'a': shape is not a list of sizes"),
+    "a size of −0": (file_of(entry(shape="[-0]", offsets="[0,0]"), 0), "shape is not a list of sizes"),
+    "a size of 1.0": (file_of(entry(shape="[1.0]")), "tensor 'a': shape is not a list of sizes"),
+    "a size of true": (file_of(entry(shape="[true]")), "tensor 'a': shape is not a list of sizes"),
+    "a size beyond 64 bits": (file_of(entry(shape="[18446744073709551616,0]")), "shape is not a list of sizes"),
+    "no list of sizes": (file_of(entry(shape="1")), "tensor 'a': shape is not a list of sizes"),
+    "too many elements": (file_of(entry(shape=f"[{2**63},2]")), "more elements than 64 bits count"),
+    "too many elements, then none": (file_of(entry(shape=f"[{2**63},2,0]")), "more elements than 64 bits count"),
+    "too many bits": (file_of(entry(shape=f"[{2**60}]")), "do not fill whole bytes"),
+    "three offsets": (file_of(entry(offsets="[0,4,4]")), "data_offsets is not a pair of offsets"),
+    "backward offsets": (file_of(entry(offsets="[4,0]")), "expected 4 bytes for F32 [1], data_offsets give -4"),
+    "offsets too far apart": (file_of(entry(offsets="[0,8]"), 8), "expected 4 bytes for F32 [1], data_offsets give 8"),
+    "half a byte": (file_of(entry('"F4"', "[1]", "[0,1]"), 1), "1 values of F4 do not fill whole bytes"),
+    "two bits over": (file_of(entry('"F6_E3M2"', "[3]", "[0,3]"), 3), "3 values of F6_E3M2 do not fill whole bytes"),
+    "a hole": (file_of(entry(offsets="[4,8]"), 8), "tensor 'a': expected to begin at offset 0, begins at 4"),
+    "an overlap": (file_of(f'{{"a":{F32},"b":{F32}}}'), "tensor 'b': expected to begin at offset 4, begins at 0"),
+    "zero-size inside another": (
+        file_of(f'{{"a":{F32},"z":{{"dtype":"F32","shape":[0],"data_offsets":[2,2]}}}}'),
+        "tensor 'z': expected to begin at offset 4, begins at 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted(case: str) -> None:
+    header = parsed(ACCEPTED[case])
+    assert header.file_bytes == len(ACCEPTED[case])
+    at = 0
+    for t in header.tensors:
+        assert (t.start, t.nbytes) == (at, tensor_nbytes(t.dtype, t.shape))
+        at = t.end
+    assert at == header.data_bytes
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    whole, words = REFUSED[case]
+    with pytest.raises(FormatError) as caught:
+        parsed(whole)
+    message = str(caught.value)
+    assert message.startswith("x.safetensors: bad safetensors header: ")
+    assert words in message
+    assert message.endswith("; get the file again")
+    assert "\n" not in message
+    assert caught.value.exit_code == 3
+
+
+def test_a_message_is_short_whatever_the_header() -> None:
+    name = "x" * 1_000_000
+    with pytest.raises(FormatError) as caught:
+        parsed(file_of(f'{{"{name}":null}}'))
+    assert len(str(caught.value)) < 600
+
+
+def test_header_fields() -> None:
+    header = parsed(ACCEPTED["out of order"])
+    assert [t.name for t in header.tensors] == ["a", "b"]
+    assert header.by_name["b"].start == 4
+    assert header.metadata == {}
+    assert len(header.digest) == 64
+    assert parsed(ACCEPTED["metadata"]).metadata == {"k": "v"}
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BITS)
+def test_every_dtype_by_its_bits(dtype: str) -> None:
+    assert tensor_nbytes(dtype, [2, 4]) == DTYPE_BITS[dtype]
+    header, raw = layout([("t", dtype, [2, 4])])
+    assert header.file_bytes == len(raw) + DTYPE_BITS[dtype]
+    if DTYPE_BITS[dtype] < 8:
+        with pytest.raises(ValueError, match=f"1 values of {dtype} do not fill whole bytes"):
+            tensor_nbytes(dtype, [])
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def test_truncated_or_padded_at_every_boundary(tmp_path: Path) -> None:
+    """At each end of a part, one byte before and one after: the words say which part is short."""
+    whole = two_tensors()
+    start = len(whole) - 11
+    words = {
+        0: "expected a safetensors file, found 0 B",
+        7: "expected a safetensors file, found 7 B",
+        8: "not a safetensors file, or truncated",
+        9: "not a safetensors file, or truncated",
+        start - 1: "not a safetensors file, or truncated",
+        start: f"expected {len(whole)} B by its header, found {start} B: the file is truncated",
+        start + 1: "the file is truncated",
+        start + 7: "the file is truncated",
+        start + 8: "the file is truncated",
+        start + 9: "the file is truncated",
+        len(whole) - 1: "the file is truncated",
+        len(whole) + 1: "the file is too long",
+        len(whole) + 4096: "the file is too long",
+    }
+    assert read(tmp_path / "whole", whole).file_bytes == len(whole)
+    for size, expected in words.items():
+        with pytest.raises(FormatError) as caught:
+            read(tmp_path / "cut", (whole + bytes(4096))[:size])
+        assert expected in str(caught.value), size
+        assert "get it again" in str(caught.value)
+
+
+def test_every_bit_of_the_length_field(tmp_path: Path) -> None:
+    whole = two_tensors()
+    began = time.process_time()
+    for bit in range(64):
+        broken = bytearray(whole)
+        broken[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(FormatError, match=r"get (it|the file) again"):
+            read(tmp_path / "broken", bytes(broken))
+    assert time.process_time() - began < 5
+
+
+def test_a_length_over_the_limit_is_not_read(tmp_path: Path) -> None:
+    """A sparse file as large as its length field claims: refused by the limit, without reading a gigabyte."""
+    path = tmp_path / "sparse"
+    with path.open("wb") as f:
+        f.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
+        f.truncate(8 + MAX_HEADER_BYTES + 1 + 10)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with pytest.raises(FormatError, match=f"its length field says {MAX_HEADER_BYTES + 1} B of header"):
+            read_header(fd, str(path))
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+            "a Git LFS pointer: run `git lfs pull`",
+        ),
+        (b"<!DOCTYPE html><html><body>401</body></html>", "a web page"),
+        (b"\n  <?xml version='1.0'?><Error/>", "a web page"),
+        (b"PK\x03\x04" + bytes(60), "a pickle: convert it to safetensors"),
+        (b"\x80\x02}q\x00(X\x01\x00\x00\x00a" + bytes(60), "a pickle: convert it to safetensors"),
+    ],
+)
+def test_what_stands_where_a_shard_should_be(tmp_path: Path, content: bytes, hint: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        read(tmp_path / "model.safetensors", content)
+    assert f"({hint})" in str(caught.value)
+
+
+def test_short_reads_are_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: real(fd, min(n, 5) if at >= 8 else n, at))
+    assert len(read(tmp_path / "f", two_tensors()).tensors) == 2
+
+
+def test_a_file_that_ends_inside_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shrank after its size was taken: an error, not an endless loop."""
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: real(fd, n, at) if at < 8 else b"")
+    with pytest.raises(FormatError, match="the file ended inside its header; get it again"):
+        read(tmp_path / "f", two_tensors())
+
+
+def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(StorageError, match="f: cannot read: Input/output error"):
+        read(tmp_path / "f", two_tensors())
+
+
+# Layout -------------------------------------------------------------------------------------------------------------
+
+NAMES = st.text(st.characters(codec="utf-8"), max_size=20).filter(lambda s: s != "__metadata__")
+SHAPES = st.lists(st.integers(0, 5), max_size=4)
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> list[tuple[str, str, list[int]]]:
+    """Tensors of any name, dtype and shape that ends on a byte."""
+    out = []
+    for name in draw(st.lists(NAMES, max_size=6, unique=True)):
+        dtype, shape = draw(st.sampled_from(sorted(DTYPE_BITS))), draw(SHAPES)
+        out.append((name, dtype, [*shape, 8] if DTYPE_BITS[dtype] < 8 else shape))
+    return out
+
+
+@given(entries(), st.dictionaries(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8"))))
+def test_layout_is_read_back(tensors: list[tuple[str, str, list[int]]], metadata: dict[str, str]) -> None:
+    header, raw = layout(tensors, metadata)
+    again = parse_header(raw, header.file_bytes, "x")
+    assert again == header
+    assert [(t.name, t.dtype, list(t.shape)) for t in again.tensors] == tensors
+    assert dict(again.metadata) == metadata
+    assert len(raw) % 8 == 0
+
+
+def test_layout_bytes() -> None:
+    """Golden: compact JSON in the given order, metadata first, padded with spaces."""
+    _, raw = layout([("ü", "BF16", [2, 2]), ("b", "U8", [])], {"format": "pt"})
+    body = (
+        '{"__metadata__":{"format":"pt"},"ü":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]},'
+        '"b":{"dtype":"U8","shape":[],"data_offsets":[8,9]}}'
+    ).encode()
+    body += b" " * (-len(body) % 8)
+    assert raw == struct.pack("<Q", len(body)) + body
+
+
+def test_layout_refuses_what_could_not_be_read() -> None:
+    with pytest.raises(FormatError, match="tensor 'a' is laid out twice"):
+        layout([("a", "F32", [1]), ("a", "F32", [1])])
+    with pytest.raises(FormatError, match="__metadata__ is not a map"):
+        layout([("__metadata__", "F32", [1])])
+    with pytest.raises(ValueError, match="unknown dtype 'F31'"):
+        layout([("a", "F31", [1])])
+
+
+def test_layout_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamer.storage.header.MAX_HEADER_BYTES", 64)
+    layout([("a", "U8", [1])])
+    with pytest.raises(FormatError, match="over the format's limit of 64"):
+        layout([("a" * 30, "U8", [1])])
+
+
+def test_many_tensors_are_quick() -> None:
+    began = time.process_time()
+    header, raw = layout((f"model.layers.{i}.weight", "BF16", [4, 4]) for i in range(20_000))
+    assert len(parse_header(raw, header.file_bytes, "x").by_name) == 20_000
+    assert time.process_time() - began < 5
+
+
+# JSON ---------------------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(JSON)
+def test_strict_json_is_json(value: object) -> None:
+    assert strict_json(json.dumps(value).encode()) == value
+
+
+@given(st.binary(max_size=60))
+def test_strict_json_fails_by_value_error_only(raw: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        strict_json(raw)
