@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,58 +20,26 @@ from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 
 
-class FindingsSource(Protocol):
-    """The findings on each matrix of a plan, and what is known of them before they are there."""
-
-    @property
-    def given(self) -> bool:
-        """Whether the job starts with them, so that it detects nothing itself."""
-
-    @property
-    def options(self) -> DetectionOptions:
-        """How they are made."""
-
-    @property
-    def bits(self) -> str:
-        """A digest of their last bits, which depend on the threads that given ones were made on; else empty."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of given factors, which a run reads."""
-
-    def detection(self, target: Target) -> Detection:
-        """Return the findings on one matrix."""
-
-    def most_intruders(self, target: Target) -> int:
-        """Return how many intruders a matrix has, at most."""
-
-    def certified(self, targets: Sequence[Target]) -> int:
-        """Return how many of the matrices have certified decisions, at most."""
-
-    def decisions(self) -> Any:
-        """Return as JSON what decides the intruders, besides base and adapter."""
-
-
 @dataclass(frozen=True)
 class GivenFindings:
-    """Findings that are at hand."""
+    """Findings that are at hand; `given` tells them from those that the job detects itself."""
 
     findings: Findings
     given: ClassVar[bool] = True
 
     @property
     def options(self) -> DetectionOptions:
-        """Their own."""
+        """The options that they were made with."""
         return self.findings.options
 
     @property
     def bits(self) -> str:
-        """Their digest."""
+        """A digest of their last bits, which depend on the threads that they were made on."""
         return self.findings.digest()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of their factors."""
+        """Bytes of their factors, which a run reads."""
         return sum(f.nbytes for m in self.findings for f in (m.detection.U, m.detection.S, m.detection.Vh))
 
     @cached_property
@@ -83,15 +51,15 @@ class GivenFindings:
         return self._by_tensor[target.tensor].detection
 
     def most_intruders(self, target: Target) -> int:
-        """Count its intruders."""
+        """Count its intruders; of findings yet to be made, as many as there may be."""
         return len(self.detection(target).intruders)
 
     def certified(self, targets: Sequence[Target]) -> int:
-        """Count the certified ones."""
+        """Count the matrices with certified decisions; of findings yet to be made, as many as there may be."""
         return sum(self.detection(target).certified for target in targets)
 
     def decisions(self) -> Any:
-        """Digest what they decide."""
+        """Say as JSON what decides the intruders, besides base and adapter."""
         return self.findings.decisions_digest()
 
 
@@ -154,6 +122,5 @@ class DetectedOnTheWay(OwnFile):
         return self.last[target.tensor]
 
 
-def findings_source(findings: Findings | None, options: DetectionOptions) -> FindingsSource:
-    """Return the source of a job that is given findings, or makes them with these options."""
-    return OwnFile(options) if findings is None else GivenFindings(findings)
+FindingsSource = GivenFindings | OwnFile
+"""Where the findings of a job come from; `DetectedOnTheWay` is an `OwnFile` that writes none."""

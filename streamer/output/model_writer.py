@@ -41,19 +41,15 @@ class ModelWriter:
     def timed(self) -> list[tuple[str, Recipe, int]] | None:
         """Give the recipe of the largest tensor of each kind, and the bytes of the kind."""
         sizes = {info.name: info.nbytes for shard in self.spec.shards.values() for info in shard.header.tensors}
-        alike = defaultdict[type[Recipe] | None, list[Output]](list)
+        kinds = defaultdict[type[Recipe] | None, list[Output]](list)
         for output in self._outputs.values():
-            alike[output.recipe.cost_kind].append(output)
-        if None in alike:
+            kinds[output.recipe.cost_kind].append(output)
+        if None in kinds:
             return None
         return [
-            (
-                f"tensors like {outputs[0].name}",
-                max(outputs, key=lambda output: sizes[output.name]).recipe,
-                sum(sizes[output.name] for output in outputs),
-            )
-            for outputs in alike.values()
-        ]
+            (f"tensors like {alike[0].name}", max(alike, key=lambda o: sizes[o.name]).recipe, sum(sizes[o.name] for o in alike))
+            for alike in kinds.values()
+        ]  # fmt: skip
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
         """Give the bytes of a tensor by its recipe; metrics are of the first tensor that takes a matrix' delta."""
@@ -93,21 +89,9 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     skipped = [] if source is None else [name for name in skipped_files(source, adapter) if name not in written]
     # A loader would apply an adapter that lies beside the model once more.
     conflicting_names = (SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
+    conflicting = tuple(name for name in conflicting_names if name not in finals and name not in shards)
     return OutputSpec(
-        job,
-        path,
-        "merge",
-        shards,
-        finals,
-        copies,
-        stale + skipped,
-        tuple(name for name in conflicting_names if name not in finals and name not in shards),
-        model.texts,
-        tokenizer,
-        warnings=[*job.warnings, *lost],
-        notes=[*plan.changes.notes, *model.head.notes, *says],
-        advice=list(model.head.advice),
-        base_bytes=base.data_bytes,
-        norms=2,
-        model_tensors=model.tensor_count,
-    ).with_card(model.head.pipeline)
+        job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base.data_bytes, model.texts, tokenizer,
+        warnings=[*job.warnings, *lost], notes=[*plan.changes.notes, *model.head.notes, *says], advice=list(model.head.advice),
+        norms=2, model_tensors=model.tensor_count,
+    ).with_card(model.head.pipeline)  # fmt: skip

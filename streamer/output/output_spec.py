@@ -47,6 +47,8 @@ class OutputSpec:
         Names and paths of the files that are copied; those of `skipped_files` stay behind.
     conflicting_names
         See `OutputPlan`.
+    base_bytes
+        Bytes of the base's tensors that are read.
     texts
         Small files with contents of their own that come before the shards, by name.
     tokenizer
@@ -57,8 +59,6 @@ class OutputSpec:
         The rank of a LoRA adapter that is made from deltas of any kind.
     card
         The card that is written with the last facts; None where none is, or where an input's is copied.
-    base_bytes
-        Bytes of the base that are read.
     norms
         Norms of a delta in factors that each matrix takes, its projection counted as one.
     model_tensors
@@ -73,6 +73,7 @@ class OutputSpec:
     copies: list[tuple[str, Path]]
     skipped_files: list[str]
     conflicting_names: tuple[str, ...]
+    base_bytes: int
     texts: Mapping[str, bytes] = field(default_factory=dict)
     tokenizer: Literal["adapter", "base"] | None = None
     warnings: list[str] = field(default_factory=list)
@@ -80,7 +81,6 @@ class OutputSpec:
     advice: list[str] = field(default_factory=list)
     to_lora: int | None = None
     card: Card | None = None
-    base_bytes: int = 0
     norms: int = 3
     model_tensors: int = 0
 
@@ -181,20 +181,13 @@ def adapter_spec(
     """Describe an adapter of one file of tensors and a config, with the other files of the adapter in `source`, if it is one's."""
     copies = [] if source is None else [(name, p) for name, p in other_files(source) if name != CONFIG_NAME]
     own = (WEIGHTS_NAME, RECORD_NAME)
+    skipped = [] if source is None else [name for name in skipped_files(source) if name not in own]
+    base_bytes = sum(job.plan.weights[t.tensor].nbytes for t in job.plan.targets if not t.module.low_rank)
     return OutputSpec(
-        job,
-        path,
-        "mitigate",
-        {WEIGHTS_NAME: shard},
-        {CONFIG_NAME: config},
-        copies,
-        [] if source is None else [name for name in skipped_files(source) if name not in own],
-        ("adapter_model.bin", SINGLE_NAME, INDEX_NAME),
-        tokenizer=own_tokenizer(copies),
-        warnings=job.warnings,
+        job, path, "mitigate", {WEIGHTS_NAME: shard}, {CONFIG_NAME: config}, copies, skipped,
+        ("adapter_model.bin", SINGLE_NAME, INDEX_NAME), base_bytes, tokenizer=own_tokenizer(copies), warnings=job.warnings,
         to_lora=to_lora,
-        base_bytes=sum(job.plan.weights[t.tensor].nbytes for t in job.plan.targets if not t.module.low_rank),
-    ).with_card()
+    ).with_card()  # fmt: skip
 
 
 def copied(spec: OutputSpec) -> list[tuple[str, Recipe, int]]:

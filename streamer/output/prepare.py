@@ -11,7 +11,7 @@ from streamer.detection.findings import Findings, load_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import MismatchError, UsageError
 from streamer.output.adapter_writer import AdapterWriter
-from streamer.output.findings_source import findings_source
+from streamer.output.findings_source import GivenFindings, OwnFile
 from streamer.output.job import Job
 from streamer.output.lora_writer import LoraWriter
 from streamer.output.mitigation import MitigationOptions
@@ -88,11 +88,10 @@ def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence
     for plan, found, given in zip(batch.plans, loaded, findings, strict=True):
         if found is not None:
             _check_findings(plan, found, given if isinstance(given, Path) else "findings", detection)
+    sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in loaded]
     return [
-        Job(
-            plan, mitigation, detection, run.device, findings_source(found, detection), form.dequantize, form.model_card
-        )
-        for plan, found in zip(batch.plans, loaded, strict=True)
+        Job(plan, mitigation, detection, run.device, source, form.dequantize, form.model_card)
+        for plan, source in zip(batch.plans, sources, strict=True)
     ]
 
 

@@ -71,8 +71,8 @@ class CopyBytes(Recipe):
 
 
 @dataclass(frozen=True)
-class Cast(Recipe):
-    """The values of a weight, rounded once to the dtype that is written: the adapter's own, or what codes mean. They must be finite."""
+class Rows(Recipe):
+    """Makes a weight anew by rows, with no delta."""
 
     weight: Weight
 
@@ -80,6 +80,10 @@ class Cast(Recipe):
     def peak_bytes(self) -> int:
         """A few rows."""
         return rows_bytes(self.weight)
+
+
+class Cast(Rows):
+    """Rounds the values of a weight once to the dtype that is written: the adapter's own, or what codes mean. They must be finite."""
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Rows in the written dtype."""
@@ -205,10 +209,9 @@ class Stack(Recipe):
 
 
 @dataclass(frozen=True)
-class AddBias(Recipe):
+class AddBias(Rows):
     """A weight plus `scale` times a tensor of its shape: a bias with LoRA's own."""
 
-    weight: Weight
     shift: Weight
     scale: float
 
@@ -216,11 +219,6 @@ class AddBias(Recipe):
     def cost_kind(self) -> type[Recipe]:
         """That of copies: a bias is small."""
         return CopyBytes
-
-    @property
-    def peak_bytes(self) -> int:
-        """A few rows."""
-        return rows_bytes(self.weight)
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Rows of the sum."""
@@ -230,10 +228,9 @@ class AddBias(Recipe):
 
 
 @dataclass(frozen=True)
-class ReplaceRows(Recipe):
+class ReplaceRows(Rows):
     """A weight with some of its rows exchanged: an embedding with trained tokens. All other rows keep their bytes."""
 
-    weight: Weight
     tokens: Weight
     indices: tuple[int, ...]
 
@@ -241,11 +238,6 @@ class ReplaceRows(Recipe):
     def cost_kind(self) -> type[Recipe]:
         """That of copies: few rows are computed."""
         return CopyBytes
-
-    @property
-    def peak_bytes(self) -> int:
-        """A few rows."""
-        return rows_bytes(self.weight)
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Rows, the trained ones rounded once."""
