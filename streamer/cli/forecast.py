@@ -19,8 +19,7 @@ from streamer.events import Event, Monitor
 from streamer.linalg.deltas import Delta
 from streamer.linalg.svd import OVERSAMPLING
 from streamer.output.adapter_writer import AdapterWriter
-from streamer.output.findings_source import OwnFile
-from streamer.output.job import Job
+from streamer.output.job import Job, OwnFile
 from streamer.output.mitigation import MitigationOptions
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer

@@ -12,8 +12,7 @@ from torch import Tensor
 from streamer.detection.memory import detection_estimates
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import threads
-from streamer.output.findings_source import DetectedOnTheWay
-from streamer.output.job import Job
+from streamer.output.job import DetectedOnTheWay, Job
 from streamer.output.merged_model import MergedModel, plan_merged
 from streamer.output.model_writer import merge_estimates
 from streamer.plan.batch import Batch

@@ -11,8 +11,7 @@ from streamer.detection.findings import Findings, load_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import MismatchError, UsageError
 from streamer.output.adapter_writer import AdapterWriter
-from streamer.output.findings_source import GivenFindings, OwnFile
-from streamer.output.job import Job
+from streamer.output.job import GivenFindings, Job, OwnFile
 from streamer.output.lora_writer import LoraWriter
 from streamer.output.mitigation import MitigationOptions
 from streamer.output.model_writer import ModelWriter

@@ -20,7 +20,7 @@ from streamer.detection.run import detect_to_files, naming_inputs
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
 from streamer.output.advice import advise
-from streamer.output.findings_source import GivenFindings
+from streamer.output.job import GivenFindings
 from streamer.output.metrics import journalled, totals
 from streamer.output.model_card import CARD_NAME
 from streamer.output.output_spec import OWN_FINDINGS, Writer
