@@ -19,7 +19,7 @@ class Event:
     Attributes
     ----------
     stage
-        ``probe`` measures this machine, in steps; ``detect`` counts in units of cost (see `solvers.cost`), ``write`` in bytes;
+        ``probe`` measures this machine, in steps; ``detect`` counts in units of cost (see `detection.cost.cost`), ``write`` in bytes;
         ``warning`` and ``note`` do not count.
     name
         The matrix or file that the run has just begun, or the text of a warning or note.

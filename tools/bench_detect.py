@@ -41,10 +41,11 @@ from measure import kilobytes, machine
 from torch import Tensor
 
 from streamer.cli.synthetic import power_law
+from streamer.detection.cost import triplets_columns
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
-from streamer.detection.solvers import triplets_columns
-from streamer.linalg.operators import Dense, LowRank, RowBlocks, Sum
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Dense, RowBlocks, Sum
 from streamer.linalg.svd import krylov_triplets, residuals
 from streamer.output.mitigation import MitigationOptions, back_project, mitigate
 
@@ -211,7 +212,7 @@ def topk_jobs(W: Tensor, base: Dense, delta: LowRank, k: int) -> dict[str, Calla
     """The leading triplets of W by every solver that is installed, asked for the accuracy of float32 decisions: 1e-5."""
 
     def krylov() -> tuple[Tensor, Tensor, Tensor]:
-        found = krylov_triplets(Sum([base, delta]), k, torch.Generator().manual_seed(0), W, triplets_columns(k), 400)
+        found = krylov_triplets(Sum(base, delta), k, torch.Generator().manual_seed(0), W, triplets_columns(k), 400)
         if not found.converged:
             raise RuntimeError("the Krylov process did not converge")
         return found.triplets.U, found.triplets.S, found.triplets.Vh
@@ -247,7 +248,7 @@ def measure_topk(shape: tuple[int, int], args: argparse.Namespace) -> list[dict[
     """One row for each solver of the top-k stage; a solver that fails says so."""
     case = make_case(shape, args.spectrum, args.rank, args.torch_dtype, args.seed, args.device)
     base, delta = Dense(case.weight.float()), case.delta
-    W = Sum([base, delta]).dense()
+    W = Sum(base, delta).dense()
     jobs, failed = topk_jobs(W, base, delta, args.top_k), []
     for name, job in list(jobs.items()):
         try:

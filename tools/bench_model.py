@@ -10,7 +10,7 @@ events of progress that belong to it; the projection to the full model is their 
 besides once. The run is linear in layers if the second half of them takes as long as the first.
 
 Forecast. The command line draws what is left from the events of progress: at each tenth of the work, in units of
-`streamer.detection.solvers.cost`, the total that the pace so far promises is compared with what it came to. Each shape's seconds by unit
+`streamer.detection.cost.cost`, the total that the pace so far promises is compared with what it came to. Each shape's seconds by unit
 say where the units are off: by the same number for all shapes they would be exact.
 
 Reading. A thread reads the next weight while the current one is computed: reported is how long it read, and how much of that
@@ -50,7 +50,7 @@ def instrumented(base: str, adapter: str, work: str, device: str, threads: str, 
 
     from streamer import api
     from streamer.detection import run as pipeline
-    from streamer.detection import solvers
+    from streamer.detection.cost import cost
 
     torch.set_num_threads(int(threads))
     events: list[tuple[float, str, int, int]] = []
@@ -86,7 +86,7 @@ def instrumented(base: str, adapter: str, work: str, device: str, threads: str, 
     rows = [
         {"tensor": m.tensor, "shape": list(m.shape), "compute": m.seconds, "intruders": len(m.detection.intruders),
          "certified": m.detection.certified, "escalated": m.detection.escalated, "steps": m.detection.steps,
-         "units": solvers.cost(m.shape, found.options.directions(m.shape), found.options.solver)}
+         "units": cost(m.shape, found.options.directions(m.shape), found.options.solver)}
         for m in found
     ]  # fmt: skip
     tree = {"events": events, "reading": reading, "waited": waited, "matrices": rows, "seconds": since()}

@@ -1,4 +1,4 @@
-"""The table of what is supported, made from the registries: adapter kinds of `kinds` and `methods`. The README holds a copy."""
+"""The tables of what is supported, made from the registries: kinds of adapters, and encodings of bases. docs/support.md holds copies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from streamer.adapters.config_rules import CONFIG_RULES
 from streamer.adapters.peft_methods import METHODS
+from streamer.weights.quantization.registry import FORMATS
 
 
 class Support(NamedTuple):
@@ -41,5 +42,17 @@ def support_table() -> str:
         Support("residual-base initialisations: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ", flag, flag, flag),
         Support(methods, "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
         Support(f"refused, with the reason: {refused}; other methods; adapters saved as pickles", "no", "no", "no"),
+    ]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def encodings_table() -> str:
+    """The rows of the bases' table in Markdown: encoding, what stands on disk, what `detect` and `mitigate` do, what `merge` does."""
+    rows = [
+        ("BF16, F16, F32, F64", "`weight`", "read", "written, rounded once"),
+        *(
+            (form.title, form.stored, "read", "coded anew, or `--dequantize`" if form.requantizes else "`--dequantize`")
+            for form in FORMATS
+        ),
     ]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)

@@ -23,8 +23,8 @@ from streamer.adapters.peft_methods import METHODS, MethodInputs, PeftMethod
 from streamer.adapters.scaling import config_number, finite_scale, scale_of
 from streamer.adapters.target_parameters import Wrapped, find_wrapped, targeted_parameters
 from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
-from streamer.linalg.deltas import Delta
-from streamer.linalg.operators import Dense, LowRank
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta, Dense
 from streamer.storage.absent import absent
 from streamer.storage.checkpoint import checkpoint_identity, read_json_object
 from streamer.storage.header import TensorInfo

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamer.linalg.operators import BLOCK_BYTES, LowRank
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import BLOCK_BYTES
 
 
 def dora_delta(base: Tensor, delta: LowRank, magnitude: Tensor) -> Tensor:

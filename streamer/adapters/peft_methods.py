@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from streamer.linalg.deltas import Delta
-from streamer.linalg.operators import Dense, LowRank
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta, Dense
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -13,18 +13,18 @@ from collections.abc import Callable
 import torch
 
 from streamer.cli.cores import available_cores
+from streamer.detection.cost import cost
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
-from streamer.detection.solvers import cost
-from streamer.linalg.deltas import Delta
-from streamer.linalg.operators import Dense, LowRank, Matrix, RowBlocks
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta, Dense, Matrix, RowBlocks
 from streamer.linalg.torch_state import threads
 from streamer.output.recipes import Mitigated, Recipe
 from streamer.storage.system import memory_file
 from streamer.weights.base import DECODED_BYTES, Weight
 
 DENSE_COST = 100_000_000
-"""Units of `solvers.cost` of a matrix that the dense solver is timed on, at most."""
+"""Units of `detection.cost.cost` of a matrix that the dense solver is timed on, at most."""
 
 CERTIFIED_VALUES = 1 << 21
 """Values of a matrix that the certified solver is timed on, at most: 0.1 s on two cores."""
@@ -49,7 +49,7 @@ SECONDS = 0.4
 
 
 def detection_pace(shape: tuple[int, int], k: int, rank: int | None, solver: str, blocks: bool = False) -> float:
-    """Measure the seconds for a unit of `solvers.cost`, from a generated matrix of this form, smaller where that is large.
+    """Measure the seconds for a unit of `detection.cost.cost`, from a generated matrix of this form, smaller where that is large.
 
     Parameters
     ----------

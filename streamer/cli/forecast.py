@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from streamer.cli.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
+from streamer.detection.cost import cheaper, cost
 from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.memory import best_way, detection_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.detection.solvers import cheaper, cost
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
-from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Delta
 from streamer.linalg.svd import OVERSAMPLING
 from streamer.output.adapter_writer import AdapterWriter
 from streamer.output.job import Job, OwnFile
@@ -29,10 +29,10 @@ from streamer.plan.memory import factor_rank, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.tensor_file import SAMPLE_BYTES
-from streamer.weights.base import QuantizedWeight, Weight
+from streamer.weights.base import Weight
 
 TIMED = {"dense": 3, "certified": 1}
-"""Shapes that a solver is timed on: `solvers.cost` is within a tenth of what the certified one takes from one shape to another, and
+"""Shapes that a solver is timed on: `detection.cost.cost` is within a tenth of what the certified one takes from one shape to another, and
 only within a factor of two for the dense one."""
 
 NORMS = 2
@@ -220,7 +220,7 @@ def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device,
         weight = plan.weights[work.target.tensor]
         if not work.blocks:
             decoded[weight.label].append(weight)
-        elif isinstance(weight, QuantizedWeight):  # decoded again for each product
+        elif weight.quantized:  # decoded again for each product
             return None
         alike[work.solver, work.rank is None, work.blocks].append(work)
     for (solver, _, blocks), group in alike.items():

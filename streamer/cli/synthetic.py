@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streamer.adapters.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapters.adapter import WEIGHTS_NAME
-from streamer.linalg.operators import LowRank
+from streamer.linalg.low_rank import LowRank
 from streamer.storage.atomic_file import Buffer, write_atomic
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo, tensor_nbytes

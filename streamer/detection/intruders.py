@@ -7,18 +7,18 @@ singular triplets. Direction j is an intruder if ``max_i |⟨u_j, u⁰_i⟩| < �
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from streamer.detection.cost import cheaper
 from streamer.detection.options import DetectionOptions
-from streamer.detection.solvers import SOLVERS, cheaper
+from streamer.detection.solvers import SOLVERS
 from streamer.errors import NumericError
-from streamer.linalg import deltas
-from streamer.linalg.deltas import Delta
-from streamer.linalg.operators import LowRank, Matrix, all_finite
+from streamer.linalg.operators import Delta, Matrix, all_finite
 from streamer.linalg.svd import DEGENERATE
 from streamer.linalg.torch_state import full_float32
 
@@ -117,11 +117,12 @@ def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
     NumericError
         If an input holds NaN or Inf, or the solver does not converge. Nothing non-finite reaches a solver.
     """
-    for what, pieces in (("the base matrix", base.pieces()), *deltas.named_parts(delta)):
-        if not all(map(all_finite, pieces)):
+    inputs = itertools.chain((("the base matrix", piece) for piece in base.pieces()), delta.named_tensors())
+    for what, tensor in inputs:
+        if not all_finite(tensor):
             raise NumericError(f"{what} holds NaN or Inf; check the file it came from")
-    delta = deltas.cast(delta, base.like.dtype, base.like.device)
-    norm = deltas.norm(delta)
+    delta = delta.to(base.like.dtype, base.like.device)
+    norm = delta.norm()
     if not norm < torch.finfo(base.like.dtype).max:
         raise NumericError(f"the delta's norm, {norm:.3g}, overflows; check the adapter's scale")
     k = options.directions(base.shape)
@@ -143,12 +144,9 @@ def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
     degenerate = torch.nonzero(error > DEGENERATE).flatten()
     index = chosen.to(triplets.U.device)
     U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
-    delta = deltas.cast(delta, base.like.dtype, torch.device("cpu"))
-    share = deltas.side_norm(delta, U) / norm if norm > 0 and len(chosen) else 0.0
-    dropped = 0.0
-    if isinstance(delta, LowRank) and len(chosen):
-        removed = delta.to(torch.float64) + LowRank(-U.double() * S.double(), Vh.double().T)
-        dropped = removed.truncated(rank or delta.rank)[1]
+    delta = delta.to(base.like.dtype, torch.device("cpu"))
+    share = delta.projected_norm(U) / norm if norm > 0 and len(chosen) else 0.0
+    dropped = delta.removal_error(U, S, Vh, rank) if len(chosen) else 0.0
     return Detection(
         singular_values=tuple(triplets.S.double().tolist()), similarity=tuple(result.similarity.tolist()),
         similarity_low=tuple(low.tolist()), similarity_high=tuple(high.tolist()), intruders=tuple(chosen.tolist()),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from streamer.detection.cost import working_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.detection.solvers import working_bytes
 from streamer.plan.memory import MemoryEstimate, factor_bytes, factor_rank, making_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.weights.base import QuantizedWeight
 
 
 def detection_bytes(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> dict[str, int]:
@@ -26,7 +25,7 @@ def detection_bytes(plan: Plan, target: Target, options: DetectionOptions, resid
     if options.solver == "dense":
         ways = {"dense": ways["dense"]}
     read = 2 * weight.held_bytes  # the tensor's own bytes, and those of the next one
-    always = read if isinstance(weight, QuantizedWeight) else 0
+    always = read if weight.quantized else 0
     fixed, making = resident + factor_bytes(plan, target), making_bytes(plan, target)
     return {way: fixed + max(size, making) + (always if way == "blocks" else read) for way, size in ways.items()}
 

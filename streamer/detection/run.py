@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from streamer.adapters.batch import findings_of
-from streamer.detection import solvers
+from streamer.detection.cost import cost as solver_cost
 from streamer.detection.findings import Findings, detection_digest, load_findings
 from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.findings_size import FindingsSize, check_findings_space, findings_bytes, findings_head
@@ -34,9 +34,9 @@ from streamer.storage.output_checks import touch
 
 
 def cost(target: Target, options: DetectionOptions) -> int:
-    """Estimate the units of work that detection spends on a matrix; see `solvers.cost`."""
+    """Estimate the units of work that detection spends on a matrix; see `detection.cost.cost`."""
     shape = target.module.shape
-    return solvers.cost(shape, options.directions(shape), options.solver)
+    return solver_cost(shape, options.directions(shape), options.solver)
 
 
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, resident: int,

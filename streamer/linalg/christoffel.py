@@ -1,4 +1,4 @@
-"""How much a singular vector can overlap with given vectors, bounded from above by a block Krylov space: its Christoffel function.
+"""Bound the overlap of any singular vector with given vectors from above: the Christoffel function of a block Krylov space.
 
 Let M be the base or its transpose, whichever has the smaller side as its right one, carried by the block Golub–Kahan process from a
 start block that holds the given vectors, with ``B = X S Yᵀ``, T = BᵀB. Let v be *any* unit right singular vector of M, with value σ,
@@ -47,13 +47,13 @@ LEAST_WINDOW = 1e-5
 
 
 def window(ritz: RitzBasis, phi: float) -> float:
-    """τ: Ritz values this near to σ are taken together."""
+    """Compute τ: Ritz values within τ of σ are taken together."""
     tail = float(torch.linalg.matrix_norm(ritz.tail)) if ritz.tail.numel() else 0.0
     return max(WINDOW * phi, LEAST_WINDOW * tail / math.sqrt(len(ritz.S)), 1e-300)
 
 
 def samples(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) -> Tensor:
-    """Where the bound is evaluated: 8 points in each Ritz interval, and around each Ritz value on its own scales."""
+    """Choose the σ at which the bound is evaluated: 8 in each Ritz interval, and some around each Ritz value on its own scales."""
     inside = S[bottom < S].sort().values
     edges = torch.cat([S.new_tensor([bottom]), inside, S.new_tensor([top])])
     within = edges[:-1, None] + edges.diff()[:, None] * S.new_tensor([0.0, 0.03, 0.12, 0.3, 0.5, 0.7, 0.88, 0.97])
@@ -64,7 +64,7 @@ def samples(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) 
 
 
 def christoffel_bound(sigma: Tensor, ritz: RitzBasis, w: Tensor, phi: float) -> Tensor:
-    """The upper bound of the module's docstring at each σ, for vectors of Ritz coordinates w.
+    """Evaluate the upper bound of the module's docstring at each σ, for vectors of Ritz coordinates w.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ singular values (3.7 roundings of the norm against 0.3 in 50-digit arithmetic), 
 
 
 def block_width(k: int, extra: int) -> int:
-    """Columns of a block with k wanted ones and at least `extra` more: a multiple of 16, for which products are fast."""
+    """Round k wanted and at least `extra` further columns up to a multiple of 16, for which products are fast."""
     return -(-(k + extra) // 16) * 16
 
 
@@ -87,7 +87,7 @@ class GolubKahan:
 
     @property
     def exhausted(self) -> bool:
-        """Whether no direction is left to go."""
+        """Whether the space is invariant, so that a step would add nothing."""
         return self.following.shape[1] == 0
 
     def step(self) -> None:
@@ -108,7 +108,7 @@ class GolubKahan:
         self.steps += 1
 
     def restart(self, keep: int) -> None:
-        """Go on from the `keep` leading Ritz triplets alone, so that memory stays bounded.
+        """Shrink the bases to the `keep` leading Ritz triplets, so that memory stays bounded.
 
         ``M (P y) = (Q x) S`` and ``Mᵀ (Q x) = (P y) S + P₊ tail`` is the invariant again, with B = S and L = the tail, over all rows
         now: nothing is lost but the directions dropped (thick restart; Baglama & Reichel, SIAM J. Sci. Comput. 27, 2005).
@@ -150,7 +150,7 @@ class GolubKahan:
         return new, R, C
 
     def ritz(self) -> RitzBasis:
-        """The decomposition of B, and what each Ritz triplet lacks."""
+        """Decompose B, and compute the residual of each Ritz triplet."""
         q, p = self.B.shape
         X, S, Yt = torch.linalg.svd(self.B)
         tail = torch.zeros((self.following.shape[1], p), dtype=torch.float64)

@@ -1,22 +1,24 @@
-"""Matrices that are multiplied, not formed: `Dense`, `RowBlocks`, `LowRank`, `Sum`.
+"""Matrices known by their products: `Dense`, `RowBlocks`, `low_rank.LowRank` and the `Sum` of a base and a delta.
 
-An operator of shape (m, n) offers ``matmat(X)`` for ``M @ X`` and ``rmatmat(Y)`` for ``M.T @ Y``.
+An operator of shape (m, n) offers ``matmat(X)`` for ``M @ X`` and ``rmatmat(Y)`` for ``M.T @ Y``. A `Delta`, what an adapter adds to a
+weight, is `LowRank` where it has factors and `Dense` where it has none: whoever has one calls its methods, and both have the same.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from streamer.linalg.low_rank import LowRank
+
 
 class Operator(Protocol):
-    """A real matrix known by its products."""
+    """A real matrix that is known by its products."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -29,7 +31,7 @@ class Operator(Protocol):
         """``M.T @ Y``, (m, c) to (n, c)."""
 
     def dense(self) -> Tensor:
-        """The matrix itself, (m, n)."""
+        """Form the matrix, (m, n)."""
 
     @property
     def T(self) -> Operator:
@@ -38,7 +40,7 @@ class Operator(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """``scale · matrix``, a matrix in memory, (m, n).
+    """``scale · matrix``: a matrix in memory, (m, n).
 
     The scale, a power of two, is applied to the factor of each product and costs no copy of the matrix.
     """
@@ -53,7 +55,7 @@ class Dense:
 
     @property
     def like(self) -> Tensor:
-        """A tensor, empty, of the dtype and device of the products."""
+        """An empty tensor of the dtype and device of the products."""
         return self.matrix.new_empty(0)
 
     def matmat(self, X: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class Dense:
         return replace(self, matrix=self.matrix.T)
 
     def dense(self) -> Tensor:
-        """The matrix itself, a copy only where it is scaled."""
+        """Form the matrix, a copy only where it is scaled."""
         return self.matrix if self.scale == 1 else self.matrix * self.scale
 
     def scaled(self, factor: float) -> Dense:
@@ -78,26 +80,92 @@ class Dense:
         return replace(self, scale=self.scale * factor)
 
     def pieces(self) -> Iterator[Tensor]:
-        """All values, unscaled, in pieces of any shape."""
+        """Iterate over all values, unscaled, in pieces of any shape."""
         yield self.matrix
 
     def rows(self) -> Iterator[Tensor] | None:
-        """Rows in order, unscaled, a few at a time."""
+        """Iterate over the rows in order, unscaled, a few at a time."""
         return iter(torch.split(self.matrix, 1024))
+
+    # As a delta: the methods of `LowRank` by these names.
+
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Dense:
+        """Form the matrix in another dtype, on another device."""
+        return Dense(self.dense().to(device, dtype))
+
+    def precise(self) -> Dense:
+        """The delta as it is: a copy in float64 would be the largest thing in memory."""
+        return self
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """The matrix and its name in messages."""
+        return [("the delta", self.matrix)]
+
+    def is_zero(self) -> bool:
+        """Whether all entries are zero."""
+        return not self.matrix.any()
+
+    def largest_estimate(self) -> float:
+        """``max |Δ_ij|``, exactly; a copy of the matrix, as ``abs`` would make, is avoided."""
+        low, high = torch.aminmax(self.matrix)
+        return max(-float(low), float(high)) * abs(self.scale)
+
+    def norm(self) -> float:
+        """Frobenius norm ``‖Δ‖_F``, its squares summed in float64."""
+        squares = sum(float(torch.linalg.vector_norm(rows.double())) ** 2 for rows in torch.split(self.matrix, 256))
+        return float(squares**0.5) * abs(self.scale)
+
+    def projected_norm(self, U: Tensor) -> float:
+        """``‖Uᵀ Δ‖_F`` for U (m, q) with orthonormal columns, q ≥ 1."""
+        return float(torch.linalg.matrix_norm((U.T.to(self.matrix) @ self.dense()).double()))
+
+    def row_slice(self, i: int, j: int) -> Dense:
+        """Rows i to j, a view."""
+        return replace(self, matrix=self.matrix[i:j])
+
+    def add_rows(self, values: Tensor, i: int, j: int) -> None:
+        """Add rows i to j of Δ to `values` (j − i, n), in place and in its dtype."""
+        values.add_(self.matrix[i:j], alpha=self.scale)
+
+    def plus_projection(self, U: Tensor, factor: float) -> Dense:
+        """``Δ + factor · U Uᵀ Δ`` for U (m, q); one matrix more than Δ, the product being added as it is formed."""
+        matrix = self.dense()
+        U = U.to(matrix)
+        return Dense(torch.addmm(matrix, U, U.T @ matrix, alpha=factor))
+
+    def plus_triplets(self, U: Tensor, S: Tensor, Vh: Tensor, factor: float) -> Dense:
+        """``Δ + factor · U diag(S) Vh`` for U (m, q), S (q,), Vh (q, n); one matrix more than Δ."""
+        matrix = self.dense()
+        U, S, Vh = (t.to(matrix) for t in (U, S, Vh))
+        return Dense(torch.addmm(matrix, U * S, Vh, alpha=factor))
+
+    def removal_error(self, U: Tensor, S: Tensor, Vh: Tensor, rank: int | None) -> float:
+        """Return 0: a dense delta is not projected back onto a rank, so that nothing is dropped."""
+        return 0.0
+
+    def nearest(self, rank: int, leading: Leading) -> LowRank:
+        """The nearest matrix of that rank, in float64, from the leading triplets as `leading` finds them."""
+        return LowRank.from_triplets(*leading(self, rank), rank)
+
+    def distance(self, other: LowRank) -> float:
+        """``‖Δ − L Rᵀ‖_F`` in float64."""
+        rows = zip(torch.split(self.dense(), 256), torch.split(other.L, 256), strict=True)
+        parts = (torch.addmm(D.double(), L, other.R.T, alpha=-1) for D, L in rows)
+        return math.sqrt(sum(float(torch.linalg.vector_norm(part)) ** 2 for part in parts))
 
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """``scale · M`` where M (m, n) is read a few rows at a time for each product, and is never in memory whole.
+    """``scale · M`` where M (m, n) is read a few rows at a time for each product, so that memory does not hold it.
 
     Attributes
     ----------
     stored
-        Shape of what is read.
+        Shape of the matrix that is read.
     read
         ``read(i, j)`` gives rows i to j in any floating-point dtype.
     like
-        A tensor, empty, of the dtype and device of the products.
+        An empty tensor of the dtype and device of the products.
     transposed
         Whether M is the transpose of what is read.
     """
@@ -128,7 +196,7 @@ class RowBlocks:
         return self._across(Y * self.scale) if self.transposed else self._down(Y * self.scale)
 
     def dense(self) -> Tensor:
-        """The matrix itself, formed, (m, n)."""
+        """Form the matrix, (m, n)."""
         out = self.like.new_empty(self.stored)
         for i, block in self._blocks():
             torch.mul(block, self.scale, out=out[i : i + len(block)])
@@ -139,11 +207,11 @@ class RowBlocks:
         return replace(self, scale=self.scale * factor)
 
     def pieces(self) -> Iterator[Tensor]:
-        """All values, unscaled, in pieces of any shape."""
+        """Iterate over all values, unscaled, in pieces of any shape."""
         return (block for _, block in self._blocks())
 
     def rows(self) -> Iterator[Tensor] | None:
-        """Rows in order, unscaled, a few at a time; None for a transpose, whose rows cannot be had without all of it."""
+        """Iterate over the rows in order, unscaled, a few at a time; None for a transpose, whose rows would need all of it."""
         return None if self.transposed else self.pieces()
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
@@ -170,28 +238,24 @@ class RowBlocks:
 Matrix = Dense | RowBlocks
 """A weight matrix, in memory or on disk."""
 
-BLOCK_BYTES = 16 << 20
-"""What `RowBlocks` reads at a time, so that the block is still in the cache for the product after its upcast.
+Delta = LowRank | Dense
+"""Δ (m, n), what an adapter adds to a weight."""
 
-Milliseconds of `M @ X` and `M.T @ Y` with 16 columns from bf16, 2 threads, by blocks of 4, 8, 16, 32 and 64 MB: 14336x4096 24+61, 20+36,
-19+29, 28+32, 35+42; 4096x14336 41+66, 30+60, 26+61, 28+42, 36+44; 8192x28672 239+289, 195+291, 126+241, 131+255, 141+177. From a float32
-copy they are 20+24, 27+28 and 81+119.
-"""
+Leading = Callable[[Dense, int], tuple[Tensor, Tensor, Tensor]]
+"""Finds the leading singular triplets of a matrix, so many at least if it has them: U (m, p), S (p,), Vh (p, n), float64."""
+
+BLOCK_BYTES = 16 << 20
+"""Bytes of rows that `RowBlocks` reads at a time: still in the cache for the product after the upcast; measured in docs/benchmarks.md."""
 
 PIECES = 8
-"""Pieces that a product is cut into.
-
-One product of a 14336x4096 or 4096x14336 float32 matrix with 16 columns took 26 and 22 to 25 ms whole, and 20 in 8 pieces (2 threads,
-AMD EPYC, MKL); on an Intel Xeon 15 to 17 either way.
-"""
+"""Row blocks that a product of a long matrix is cut into; measured in docs/benchmarks.md."""
 
 
 def skinny_product(M: Tensor, X: Tensor) -> Tensor:
     """``M @ X`` for M (m, n), row-major or a transpose, and X (n, c) of few columns.
 
-    X gets zero columns up to a multiple of 16: a product with 4 to 14 columns took 3 to 6 times as long as one with 16 (4096x4096
-    float32, `W.T @ Y`, 2 cores). On the CPU a transpose is multiplied from the left (8192x28672 with 16 columns, 2 threads, Xeon:
-    80 ms, and 185 ms from the right), and long matrices in `PIECES`.
+    X gets zero columns up to a multiple of 16, for which products are several times as fast. On the CPU a transpose is multiplied from
+    the left, and long matrices in `PIECES`; all are measured in docs/benchmarks.md.
     """
     c = X.shape[1]
     X = torch.nn.functional.pad(X, (0, -c % 16))
@@ -208,132 +272,35 @@ def skinny_product(M: Tensor, X: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """``L @ R.T`` with L (m, r) and R (n, r).
-
-    Memory is (m + n)·r values; the product is formed only by `dense` and, a few rows at a time, by `rows`.
-    """
-
-    L: Tensor
-    R: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n)."""
-        return self.L.shape[0], self.R.shape[0]
-
-    @property
-    def rank(self) -> int:
-        """Columns of L and R: the rank, at most."""
-        return self.L.shape[1]
-
-    @property
-    def T(self) -> LowRank:
-        """The transpose, sharing the factors."""
-        return LowRank(self.R, self.L)
-
-    def matmat(self, X: Tensor) -> Tensor:
-        """``L @ (R.T @ X)``."""
-        return self.L @ (self.R.T @ X)
-
-    def rmatmat(self, Y: Tensor) -> Tensor:
-        """``R @ (L.T @ Y)``."""
-        return self.R @ (self.L.T @ Y)
-
-    def dense(self) -> Tensor:
-        """``L @ R.T``, (m, n)."""
-        return self.L @ self.R.T
-
-    def __add__(self, other: LowRank) -> LowRank:
-        """The sum, of rank ``r1 + r2``, by setting the factors side by side."""
-        return LowRank(torch.cat([self.L, other.L], 1), torch.cat([self.R, other.R], 1))
-
-    def scaled(self, factor: float) -> LowRank:
-        """``factor · L @ R.T``."""
-        return LowRank(self.L * factor, self.R)
-
-    def to(self, dtype: torch.dtype) -> LowRank:
-        """Both factors in another dtype."""
-        return LowRank(self.L.to(dtype), self.R.to(dtype))
-
-    def norm(self) -> float:
-        """Frobenius norm ``‖L Rᵀ‖_F``, from the triangles of two thin QRs in float64.
-
-        The trace formula ``tr(LᵀL RᵀR)`` would square the condition: where terms cancel it loses half the digits.
-        """
-        return float(torch.linalg.matrix_norm(self._core()[1]))
-
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``U diag(S) Vh = L Rᵀ`` in float64: U (m, p), S (p,), Vh (p, n), p = min(r, m, n).
-
-        Thin QR of both factors, then the SVD of the small core ``R_L R_Rᵀ``; cost O((m + n)·r²).
-        """
-        (QL, QR), core = self._core()
-        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-        return QL @ U, S, Vh @ QR.T
-
-    def truncated(self, rank: int) -> tuple[LowRank, float]:
-        """The nearest matrix of rank `rank`, and the relative Frobenius norm of what is dropped.
-
-        Returns
-        -------
-        LowRank, float
-            Factors ``U √S`` and ``V √S`` with exactly `rank` columns, zero-padded if the matrix has fewer; and
-            ``‖M − M_rank‖_F / ‖M‖_F`` (0 for a zero matrix). Eckart–Young: no matrix of that rank is nearer.
-        """
-        U, S, Vh = self.svd()
-        keep = min(rank, len(S))
-        total = float(torch.linalg.vector_norm(S))
-        dropped = float(torch.linalg.vector_norm(S[keep:])) / total if total > 0 else 0.0
-        root = S[:keep].sqrt()
-        pad = (0, rank - keep)
-        L = torch.nn.functional.pad(U[:, :keep] * root, pad)
-        R = torch.nn.functional.pad(Vh[:keep].T * root, pad)
-        return LowRank(L, R), dropped
-
-    def _core(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        QL, RL = torch.linalg.qr(self.L.double())
-        QR, RR = torch.linalg.qr(self.R.double())
-        return (QL, QR), RL @ RR.T
-
-
-@dataclass(frozen=True)
 class Sum:
-    """``M_1 + M_2 + …``, all of one shape."""
+    """``W0 + Δ``, both (m, n)."""
 
-    terms: Sequence[Operator]
+    base: Operator
+    delta: Delta
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n)."""
-        return self.terms[0].shape
+        return self.base.shape
 
     @property
     def T(self) -> Sum:
         """The transpose."""
-        return Sum([term.T for term in self.terms])
+        return Sum(self.base.T, self.delta.T)
 
     def matmat(self, X: Tensor) -> Tensor:
-        """``Σ M_i @ X``."""
-        return _add(t.matmat(X) for t in self.terms)
+        """``W0 @ X + Δ @ X``."""
+        return self.base.matmat(X) + self.delta.matmat(X)
 
     def rmatmat(self, Y: Tensor) -> Tensor:
-        """``Σ M_i.T @ Y``."""
-        return _add(t.rmatmat(Y) for t in self.terms)
+        """``W0.T @ Y + Δ.T @ Y``."""
+        return self.base.rmatmat(Y) + self.delta.rmatmat(Y)
 
     def dense(self) -> Tensor:
-        """The sum, formed; one matrix more than the terms."""
-        out = self.terms[0].dense().clone()
-        for term in self.terms[1:]:
-            if isinstance(term, LowRank):
-                out.addmm_(term.L, term.R.T)
-            else:
-                out += term.dense()
+        """Form the sum, in memory of its own."""
+        out = self.base.dense().clone()
+        self.delta.add_rows(out, 0, len(out))
         return out
-
-
-def _add(terms: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, terms)
 
 
 def all_finite(t: Tensor) -> bool:

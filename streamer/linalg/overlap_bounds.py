@@ -1,4 +1,4 @@
-"""How far given unit vectors u_j overlap with the left singular vectors u⁰_i of a matrix W0: exactly, or by bounds.
+"""Overlaps of given unit vectors u_j with the left singular vectors u⁰_i of a matrix W0: exactly, or by bounds.
 
 **The upper bound** on the overlap with any singular vector comes from the Krylov space itself: see `christoffel`. Its process starts
 from a block that holds the u_j (or ``W0ᵀu_j``, see below).
@@ -41,7 +41,7 @@ DENSE_WINDOW = 300.0
 
 @dataclass(frozen=True)
 class OverlapBounds:
-    """``low_j ≤ sim_j ≤ high_j``, (k,) float64 each, and what they cost.
+    """``low_j ≤ sim_j ≤ high_j``, (k,) float64 each, and their cost.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class OverlapBounds:
 
 
 def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple[OverlapBounds, Tensor]:
-    """Bounds on, and the value of, ``sim_j = max_i |⟨u_j, u⁰_i⟩|`` by LAPACK's full SVD of the base.
+    """Compute ``sim_j = max_i |⟨u_j, u⁰_i⟩|`` and bounds on it by LAPACK's full SVD of the base.
 
     LAPACK's u⁰_i are those of a matrix φ away, so vectors whose values lie within τ of each other may be mixtures: the upper bound
     takes each such window together, the lower bound only vectors that stand alone (the module's formulas, with z = 0). For m > n
@@ -110,7 +110,7 @@ def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple
 
 
 class OverlapProcess:
-    """Bounds on the overlaps of fixed directions, tighter with each step.
+    """Process that bounds the overlaps of fixed directions, more tightly with each step.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ class OverlapProcess:
         self._lost = torch.linalg.vector_norm(start.double().cpu() - kept, dim=0)
 
     def step(self) -> None:
-        """One block step."""
+        """Grow the Krylov space by one block."""
         self.process.step()
 
     @property
@@ -160,7 +160,7 @@ class OverlapProcess:
         return self.process.exhausted
 
     def bounds(self, epsilon: float, final: bool = False) -> OverlapBounds:
-        """The intervals as they stand.
+        """Compute the intervals from the space so far.
 
         Upper bounds are what costs, so they are taken only where they can settle something: not for a direction with
         ``low ≥ epsilon``, and for none at all while a Ritz vector overlaps with an open direction by more than ε, or the bound
@@ -206,7 +206,7 @@ class OverlapProcess:
 
     @property
     def _phi(self) -> float:
-        """φ, by how much the process is off: its rounding, before that is measured one rounding of the norm, and what it has deflated."""
+        """φ: what the process has deflated, and its rounding: as measured, before that one rounding of the norm."""
         gk = self.process
         return (self._rounding or torch.finfo(gk.P.dtype).eps * gk.norm) + gk.deflated
 
@@ -214,7 +214,7 @@ class OverlapProcess:
         return (low < epsilon) & (self._distance < 2)
 
     def _prove(self, floor: float) -> None:
-        """Lift the cut-off, or find that it cannot be; where the proof costs too much, in time or memory, it stays and is reported."""
+        """Prove that no singular value is below the cut-off and lift it, or find one; where the proof costs too much the cut-off stays."""
         rows = self._base.rows()
         if self._base.shape[1] > PROVABLE or rows is None:
             return
@@ -248,7 +248,7 @@ class OverlapProcess:
         return (certain.amax(0) - lost).clamp(0, 1)
 
     def _quick_upper_bound(self, ritz: RitzBasis, w: Tensor, open_: Tensor) -> float:
-        """The upper bounds' supremum, guessed from one value in ten: where it is over ε the whole would settle nothing.
+        """Estimate the supremum of the upper bounds from one sample in ten: where it is over ε the whole would settle nothing.
 
         It missed 0 to 2.2 % where it came near ε (power and flat spectra, 1024x4096 to 14336x4096), so 4 % is added.
         """
@@ -270,7 +270,7 @@ class OverlapProcess:
         return (MARGIN * self._bounded(samples(S, residual, tau, bottom, top), ritz, w, open_)).clamp_max(1.0)
 
     def _bounded(self, sigma: Tensor, ritz: RitzBasis, w: Tensor, open_: Tensor) -> Tensor:
-        """The largest of the bounds at these σ, for each open direction."""
+        """Take the largest of the bounds at these σ, for each open direction."""
         phi = self._phi
         bound = christoffel_bound(sigma, ritz, w[:, open_], phi) + self._lost[open_]
         if self.tall:
@@ -280,7 +280,7 @@ class OverlapProcess:
 
 
 def singular_values_exceed(rows: Iterable[Tensor], shape: tuple[int, int], floor: float) -> bool:
-    """Whether all n singular values of a tall (m, n) matrix exceed `floor`: whether ``MᵀM − floor²`` has a Cholesky factor.
+    """Test whether all n singular values of a tall (m, n) matrix exceed `floor`: whether ``MᵀM − floor²`` has a Cholesky factor.
 
     The product is summed in float64 by blocks of rows, so a floor down to 1e-6·σ_1 is resolved, and only its lower triangle, which
     Cholesky reads. Rows only add to it: if the first 5n/4 give a factor, all do. So the cost is 5n³/8 multiplications as a rule and

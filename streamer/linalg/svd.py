@@ -60,7 +60,7 @@ DEGENERATE = 0.1
 
 
 def dense_triplets(W: Operator, k: int) -> Triplets:
-    """The k leading triplets by LAPACK's full SVD, in the operator's own precision.
+    """Compute the k leading triplets by LAPACK's full SVD, in the operator's own precision.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ OVERSAMPLING = 6
 
 
 class KrylovTriplets(NamedTuple):
-    """The triplets, whether they are as good as `ANGLES` asks for, and what they cost.
+    """Triplets from `krylov_triplets`, whether they are as good as `ANGLES` asks for, and their cost.
 
     Without convergence they are the best so far, and their residuals and gaps say how good.
     """
@@ -105,7 +105,7 @@ class KrylovTriplets(NamedTuple):
 def krylov_triplets(
     W: Operator, k: int, generator: torch.Generator, like: Tensor, max_basis: int, max_steps: int
 ) -> KrylovTriplets:
-    """The k leading triplets by the block Golub–Kahan process from a random block, with thick restarts.
+    """Compute the k leading triplets by the block Golub–Kahan process from a random block, with thick restarts.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def krylov_triplets(
 
 
 def _gaps(ritz: RitzBasis, k: int, shape: tuple[int, int]) -> Tensor:
-    """(k,) distances from each Ritz value to where the next singular value may be."""
+    """Bound the distance from each of k Ritz values to the nearest other singular value from below, (k,)."""
     m, n = shape
     S = ritz.S
     padded = torch.nn.functional.pad(S, (1, 1), value=float("inf"))
@@ -157,13 +157,13 @@ def _gaps(ritz: RitzBasis, k: int, shape: tuple[int, int]) -> Tensor:
 
 
 def _converged(ritz: RitzBasis, k: int, shape: tuple[int, int], angle: float, eps: float) -> bool:
-    """Whether the first k Ritz triplets are within `angle` of singular ones, or down to rounding."""
+    """Whether the first k Ritz triplets are within `angle` of singular ones, or as near as rounding allows."""
     residual = torch.linalg.vector_norm(ritz.tail, dim=0)[:k]
     return bool((residual <= (angle * _gaps(ritz, k, shape)).clamp_min(8 * eps * float(ritz.S[0]))).all())
 
 
 def _leading(process: GolubKahan, ritz: RitzBasis, k: int, W: Operator, generator: torch.Generator) -> Triplets:
-    """The k leading Ritz triplets; where there are fewer, the rest have σ = 0 and any vectors, with no gap."""
+    """Form the k leading Ritz triplets; where there are fewer, complete them with σ = 0, any orthonormal vectors and no gap."""
     missing = max(0, k - min(process.B.shape))
     found = k - missing
     left, right = process.Q @ ritz.X[:, :found].to(process.Q), process.P @ ritz.Y[:, :found].to(process.P)
@@ -176,7 +176,7 @@ def _leading(process: GolubKahan, ritz: RitzBasis, k: int, W: Operator, generato
 
 
 def _completed(basis: Tensor, missing: int, generator: torch.Generator) -> Tensor:
-    """Orthonormal columns, and so many more."""
+    """Complete orthonormal columns by `missing` more."""
     if not missing:
         return basis
     more = torch.randn(len(basis), missing, generator=generator, dtype=torch.float32).to(basis)

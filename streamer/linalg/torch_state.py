@@ -1,4 +1,4 @@
-"""Torch's state while streamer computes, which is the process's: its number of threads, and products in full float32."""
+"""Set torch's process-wide state while streamer computes, and restore it: the number of threads, and products in full float32."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import torch
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Multiply float32 matrices in float32 inside; what was set before comes back after.
+    """Multiply float32 matrices in full float32 inside the context; restore the setting after it.
 
     With TF32 a product has an error of 5e-4 of its size in place of 6e-8: every bound would be that much wider, and most matrices
     would go to the dense solver.
     """
-    if hasattr(
-        torch.backends, "fp32_precision"
-    ):  # torch 2.9; there, reading the older setting fails where both were used
+    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9, where reading the older setting fails if both were used
         backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # torch's stubs lack it
         before = [backend.fp32_precision for backend in backends]
         try:
@@ -38,11 +36,10 @@ def full_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads(count: int = 1) -> Iterator[None]:
-    """Compute on this many of torch's threads inside: on the calling one alone while rows are merged and written.
+    """Compute on `count` of torch's threads inside the context: on one while rows are merged and written.
 
-    With more threads each small step ends at a barrier, and where other processes want the cores the wait there is many times
-    the work: on two busy cores 4 GB took 33 to 91 s with two threads, and 13 to 21 s with one, in runs that were not interleaved.
-    And a sum's last bit may depend on the number of threads (seen for one shape and block size); so it does not depend on it.
+    With more threads each small step ends at a barrier, and where other processes want the cores the wait there is many times the work
+    (docs/benchmarks.md). On one thread a sum's last bit does not depend on the number of cores; on several it may.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -11,7 +11,7 @@ from torch import Tensor
 from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from streamer.adapters.modules import LoraModule
 from streamer.errors import UnsupportedError
-from streamer.linalg.operators import LowRank
+from streamer.linalg.low_rank import LowRank
 from streamer.output.job import Job
 from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_metrics

@@ -17,9 +17,7 @@ from streamer.detection.run import detect_matrix
 from streamer.detection.stamps import STAMP, DetectionRecord, detection_record, stamp
 from streamer.errors import NumericError
 from streamer.events import Monitor
-from streamer.linalg import deltas
-from streamer.linalg.deltas import Delta
-from streamer.linalg.operators import all_finite
+from streamer.linalg.operators import Delta, all_finite
 from streamer.linalg.torch_state import threads
 from streamer.output.mitigation import MitigationOptions, mitigate
 from streamer.output.records import SCHEMA
@@ -178,8 +176,8 @@ class Job:
     def mitigated(self, target: Target) -> tuple[Delta, Delta, Detection | None]:
         """Return Δ, Δ' and the findings of one matrix: Δ itself twice where nothing changes, no findings where none are needed."""
         delta = self.plan.delta(target)
-        for what, pieces in deltas.named_parts(delta):
-            if not all(map(all_finite, pieces)):
+        for what, tensor in delta.named_tensors():
+            if not all_finite(tensor):
                 raise NumericError(
                     f"{self.plan.adapter.file.path}: {what} of module {target.module.name!r} holds NaN or Inf; check the adapter"
                 )

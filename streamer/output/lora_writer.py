@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from streamer.adapters.adapter import WEIGHTS_NAME
 from streamer.adapters.config_rules import is_residual, normalize
 from streamer.errors import UnsupportedError, UsageError
-from streamer.linalg.deltas import Delta, norm
-from streamer.linalg.operators import Dense, LowRank
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta, Dense
 from streamer.linalg.svd import krylov_triplets
 from streamer.output.job import Job
 from streamer.output.lora_layout import PREFIX, LoraLayout, lora_layout
@@ -151,23 +152,23 @@ def _layout(plan: Plan) -> LoraLayout:
 
 def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:
     """Compute the nearest matrix of that rank, its singular values shared evenly between the factors; `name` seeds the Krylov solver."""
-    if isinstance(delta, LowRank):
-        return delta.to(torch.float64).truncated(rank)[0]
+    return delta.nearest(rank, partial(_leading_triplets, seed=zlib.crc32(name.encode())))
+
+
+def _leading_triplets(delta: Dense, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the leading singular triplets of a dense delta, in float64: by LAPACK where it is small, and else by the Krylov solver."""
     matrix = delta.dense()
+    m, n = matrix.shape
     if not matrix.any():
-        return LowRank(*(matrix.new_zeros((length, rank), dtype=torch.float64) for length in matrix.shape))
-    if _is_small(matrix.shape, rank):
+        return matrix.new_zeros(m, 0).double(), matrix.new_zeros(0).double(), matrix.new_zeros(0, n).double()
+    if _is_small((m, n), rank):
         U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    else:
-        size = float(torch.linalg.vector_norm(matrix))
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        found = krylov_triplets(
-            Dense(matrix, 1 / size), rank, generator, matrix.new_empty(0), 4 * (rank + 16), 64
-        ).triplets
-        U, S, Vh = found.U.double(), found.S.double() * size, found.Vh.double()
-    root = S[:rank].sqrt()
-    pad = (0, rank - len(root))
-    return LowRank(torch.nn.functional.pad(U[:, :rank] * root, pad), torch.nn.functional.pad(Vh[:rank].T * root, pad))
+        return U, S, Vh
+    size = float(torch.linalg.vector_norm(matrix))
+    generator = torch.Generator().manual_seed(seed)
+    like, columns = matrix.new_empty(0), 4 * (rank + 16)
+    found = krylov_triplets(Dense(matrix, 1 / size), rank, generator, like, columns, 64).triplets
+    return found.U.double(), found.S.double() * size, found.Vh.double()
 
 
 def truncation_bytes(shape: tuple[int, int], rank: int, itemsize: int) -> int:
@@ -186,14 +187,8 @@ def _is_small(shape: Sequence[int], rank: int) -> bool:
 
 def _truncation_error(delta: Delta, written: LowRank) -> float:
     """Compute ``‖Δ' − B·A‖_F / ‖Δ'‖_F`` of what is written, rounding and all."""
-    total = norm(delta)
-    if total == 0:
-        return 0.0
-    if isinstance(delta, LowRank):
-        return (delta.to(torch.float64) + written.scaled(-1)).norm() / total
-    rows = zip(torch.split(delta.dense(), 256), torch.split(written.L, 256), strict=True)
-    squares = (float(torch.linalg.vector_norm(torch.addmm(D.double(), L, written.R.T, alpha=-1))) ** 2 for D, L in rows)
-    return math.sqrt(sum(squares)) / total
+    total = delta.norm()
+    return delta.distance(written) / total if total else 0.0
 
 
 def refusal(job: Job) -> str:

@@ -20,9 +20,9 @@ from streamer.plan.task_heads import Head, implied_head
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shard_writer import ShardPlan, index_bytes, plan_shard
 from streamer.weights.base import StoredTensor, Weight
-from streamer.weights.dequantize import belongs_to_codes, plain_config, plain_weights
+from streamer.weights.dequantize import is_activation_scale, plain_config, plain_weights
 from streamer.weights.dtypes import SPELLINGS
-from streamer.weights.logical import Weights
+from streamer.weights.logical import WeightView
 from streamer.weights.plain import Plain
 from streamer.weights.quantization.fp8 import FP8
 
@@ -122,9 +122,9 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     )
 
 
-def _of_file(plan: Plan, weights: Weights, name: str, part: StoredTensor, dequantize: bool) -> Output | None:
+def _of_file(plan: Plan, weights: WeightView, name: str, part: StoredTensor, dequantize: bool) -> Output | None:
     """What a tensor of the base becomes; None if it is left out."""
-    if name in plan.changes.dropped or (dequantize and belongs_to_codes(name, weights)):
+    if name in plan.changes.dropped or (dequantize and is_activation_scale(name, weights)):
         return None
     if name not in weights.owners:
         return _output(plan, weights, name, part)
@@ -160,14 +160,14 @@ def _piece(weight: Weight, target: Target, place: TensorSlice, role: str | None,
 
 def _refuse_codes(plan: Plan, dequantize: bool) -> None:
     """Refuse what does not fit the codes of the weights that it changes; one line for all."""
-    coded = plan.weights.coded
+    coded = plan.weights.quantized_names
     replaced = [name for name in plan.changes.sources if name in coded]
     if replaced:
         raise UnsupportedError(
             f"{plan.adapter.file.path}: saves {replaced[0]!r} (modules_to_save), which stands quantized in {plan.base.path}; merge into "
             "the 16-bit base"
         )
-    refused = [name for name in plan.by_weight if name in coded and not plan.weights.recodes(name)]
+    refused = [name for name in plan.by_weight if name in coded and not plan.weights.requantizes(name)]
     if dequantize and coded and stores_conv1d(plan.config):
         raise UnsupportedError(
             f"{plan.base.path}: a quantized {plan.config['model_type']} stores its layers as (out, in) and a plain one as (in, out), which "
@@ -181,7 +181,7 @@ def _refuse_codes(plan: Plan, dequantize: bool) -> None:
         )
 
 
-def _output(plan: Plan, weights: Weights, name: str, part: StoredTensor | None) -> Output:
+def _output(plan: Plan, weights: WeightView, name: str, part: StoredTensor | None) -> Output:
     """A tensor of the merged model; `part` is the base's own, if it has one."""
     changes = plan.changes
     source = changes.sources.get(name, part)

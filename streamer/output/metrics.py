@@ -8,8 +8,7 @@ from typing import Any
 
 from streamer.detection.intruders import Detection
 from streamer.errors import OutputError
-from streamer.linalg import deltas
-from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Delta
 from streamer.output.records import MitigatedMatrix, Totals
 from streamer.plan.targets import Target
 
@@ -28,7 +27,7 @@ def matrix_metrics(
     truncation_error
         ``‖Δ' − written‖_F / ‖Δ'‖_F``.
     """
-    before = deltas.norm(delta)
+    before = delta.norm()
     scaled = () if found is None else found.intruders if select == "all" else found.intruders[:1]
     return {
         "tensor": target.tensor,
@@ -36,7 +35,7 @@ def matrix_metrics(
         "intruders": list(scaled),
         "certified": None if found is None else found.certified,
         "delta_norm": before,
-        "delta_norm_after": before if after is delta else deltas.norm(after),
+        "delta_norm_after": before if after is delta else after.norm(),
         "dropped": truncation_error,
     }
 

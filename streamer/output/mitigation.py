@@ -9,14 +9,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from streamer.detection.intruders import Detection
 from streamer.errors import UsageError
-from streamer.linalg import deltas
-from streamer.linalg.deltas import Delta
-from streamer.linalg.operators import Dense, LowRank
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta
 
 MitigationMethod = Literal["paper", "project", "shrink"]
 Selection = Literal["all", "first"]
@@ -88,26 +86,17 @@ def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptio
     lam = options.mitigation_lambda
     if lam == 1:
         return delta
-    exact = deltas.cast(delta, torch.float64) if isinstance(delta, LowRank) else delta
+    precise = delta.precise()
     if options.method == "shrink":
-        return exact.scaled(lam)
+        return precise.scaled(lam)
     if detection is None:
         raise UsageError(f"method {options.method!r} at lambda {lam} needs findings")
     U, S, Vh = selected_factors(detection, options.scale)
     if len(S) == 0:
         return delta
-    if isinstance(exact, Dense):
-        matrix = exact.dense()
-        U, S, Vh = (t.to(matrix) for t in (U, S, Vh))
-        # One matrix more than Δ, the product being added as it is formed.
-        if options.method == "project":
-            return Dense(torch.addmm(matrix, U, U.T @ matrix, alpha=lam - 1))
-        return Dense(torch.addmm(matrix, U * S, Vh, alpha=lam - 1))
-    U, S, Vh = (t.double() for t in (U, S, Vh))
     if options.method == "project":
-        # U_I is orthonormal to working precision only; the component it removes is (1 − λ) of what it measures.
-        return LowRank(exact.L - (1 - lam) * (U @ (U.T @ exact.L)), exact.R)
-    return exact + LowRank((lam - 1) * U * S, Vh.T)
+        return precise.plus_projection(U, lam - 1)
+    return precise.plus_triplets(U, S, Vh, lam - 1)
 
 
 def back_project(delta: LowRank, rank: int, scale: float) -> tuple[Tensor, Tensor, float]:
@@ -128,7 +117,7 @@ def back_project(delta: LowRank, rank: int, scale: float) -> tuple[Tensor, Tenso
     B, A, dropped
         (m, r), (r, n), and ``‖Δ' − s·B·A‖_F / ‖Δ'‖_F``.
     """
-    delta = delta.to(torch.float64)
+    delta = delta.precise()
     if delta.rank <= rank:
         return delta.L / scale, delta.R.T, 0.0
     root, dropped = delta.scaled(1 / scale).truncated(rank)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Delta
 from streamer.output.job import Job
 from streamer.output.memory import mitigation_bytes
 from streamer.output.merged_model import MergedModel, Output, plan_merged

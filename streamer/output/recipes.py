@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from streamer.errors import NumericError
-from streamer.linalg import deltas
-from streamer.linalg.deltas import Delta
-from streamer.linalg.operators import LowRank, all_finite
+from streamer.linalg.operators import Delta, all_finite
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Buffer
 from streamer.storage.page_cache import QUEUE
-from streamer.weights.base import DECODED_BYTES, QuantizedWeight, StoredTensor, Weight
+from streamer.weights.base import DECODED_BYTES, StoredTensor, Weight
 from streamer.weights.dtypes import Encoding, as_bytes, encode
 from streamer.weights.quantization.fp8 import FP8
 
@@ -112,14 +110,14 @@ class AddDelta(Recipe):
         if after is delta and self.tuned is not None:
             yield from self.tuned.file.chunks(self.tuned.info)
             return
-        change = deltas.cast(after.T if self.target.transposed else after, self.weight.compute)
-        nothing = deltas.empty(change)
+        change = (after.T if self.target.transposed else after).to(self.weight.compute)
+        nothing = change.is_zero()
         encoding = _encoding(self.weight)
         for i, j, raw, values, out in _rows(self.weight):
             if nothing and raw.dtype == encoding.dtype:
                 yield as_bytes(raw)
             else:
-                deltas.add_rows(values, change, i, j)
+                change.add_rows(values, i, j)
                 yield as_bytes(encode(values, encoding, raw, self.weight.name, out))
 
 
@@ -143,18 +141,18 @@ class Requantize(Recipe):
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Codes, or their scales. The sum is made again for each pass: it is never in memory whole."""
         (_, delta), weight = mitigated(self.target), self.weight.at_hand()
-        change = deltas.cast(delta.T if self.target.transposed else delta, weight.compute)
+        change = (delta.T if self.target.transposed else delta).to(weight.compute)
         part = weight.tensors[self.role]
-        if deltas.empty(change):
+        if change.is_zero():
             yield from part.file.chunks(part.info)
             return
 
         def merged(i: int, j: int) -> Tensor:
             values = weight.decode(i, j)
-            deltas.add_rows(values, change, i, j)
+            change.add_rows(values, i, j)
             return values
 
-        for piece in weight.recoded(self.role, merged, weight.rescaled(merged)):
+        for piece in weight.requantized(self.role, merged, weight.new_scales(merged)):
             yield as_bytes(piece)
 
 
@@ -179,10 +177,8 @@ class RowSlice(Recipe):
         """The recipe's."""
 
         def share(target: Target) -> tuple[Delta, Delta]:
-            whole = mitigated(target)
-            rows = [LowRank(d.L[slice(*self.rows)], d.R) for d in whole if isinstance(d, LowRank)]
-            assert len(rows) == 2, "no matrix with a dense delta is shared between tensors"
-            return rows[0], rows[1]
+            delta, after = mitigated(target)
+            return delta.row_slice(*self.rows), after.row_slice(*self.rows)
 
         return self.recipe.pieces(share)
 
@@ -256,7 +252,7 @@ def rows_bytes(weight: Weight) -> int:
     m, n = weight.matrix
     row = max(1, n * weight.compute.itemsize)
     block = max(row, min(m * row, max(BLOCK_BYTES, DECODED_BYTES)))
-    return (3 + (DECODED if isinstance(weight, QuantizedWeight) else 1)) * block + weight.held_bytes
+    return (3 + (DECODED if weight.quantized else 1)) * block + weight.held_bytes
 
 
 def _encoding(weight: Weight) -> Encoding:

@@ -24,8 +24,8 @@ from streamer.plan.targets import Target, TensorSlice, misfits
 from streamer.plan.transformers_renames import CONCATENATE, MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, Renames
 from streamer.units import listed
 from streamer.weights.base import Weight
-from streamer.weights.logical import Weights
-from streamer.weights.row_concat import Below
+from streamer.weights.logical import WeightView
+from streamer.weights.row_concat import RowConcat
 
 # Model types whose loaded experts are stored (E, in, out).
 STORED_IN_OUT = {"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"}
@@ -64,14 +64,14 @@ def parameters_of(adapter: Adapter) -> list[str]:
     return [w.matched_as(p) for w in adapter.wrapped for p in w.parameters]
 
 
-def expert_weight(target: Target, weights: Weights) -> Weight:
+def expert_weight(target: Target, weights: WeightView) -> Weight:
     """The matrix of an expert, from where its rows stand."""
     pieces = [weights[p.weight] if p.index is None else weights[p.weight].slice(p.index) for p in target.pieces]
-    return replace(pieces[0], name=target.tensor) if len(pieces) == 1 else Below.of(target.tensor, pieces)
+    return replace(pieces[0], name=target.tensor) if len(pieces) == 1 else RowConcat.of(target.tensor, pieces)
 
 
 def match_experts(
-    weights: Weights, adapter: Adapter, config: Mapping[str, Any], names: Mapping[str, Match], renames: Renames
+    weights: WeightView, adapter: Adapter, config: Mapping[str, Any], names: Mapping[str, Match], renames: Renames
 ) -> list[Target]:
     """Every expert of every wrapped parameter, with where it stands in the base.
 
@@ -140,7 +140,7 @@ class _Model:
         return cls(hidden if isinstance(hidden, int) else 0, bool(types & STORED_IN_OUT))
 
 
-def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: Weights, model: _Model) -> Stack | str:
+def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: WeightView, model: _Model) -> Stack | str:
     """The stack of this name, or what is wrong with it."""
     if tensor in built:
         return _built(tensor, built[tensor], weights, model)
@@ -154,7 +154,7 @@ def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: Weights, mod
     return Stack(tensor, places, (m, n), False, "out,in")
 
 
-def _built(name: str, loaded: Sequence[Loaded], weights: Weights, model: _Model) -> Stack | str:
+def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, model: _Model) -> Stack | str:
     """The same of one that is built on loading: of the tensors of each expert, or of stacks, one below the other."""
     by = loaded[0].by
     assert by is not None

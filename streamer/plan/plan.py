@@ -19,7 +19,7 @@ from streamer.adapters.adapter import Adapter, open_adapter
 from streamer.adapters.finetuned import is_model, open_tuned
 from streamer.adapters.modules import LoraModule
 from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
-from streamer.linalg.deltas import Delta
+from streamer.linalg.operators import Delta
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_changes
@@ -34,7 +34,7 @@ from streamer.storage.files import Stamp, file_stamp, open_regular
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.tensor_file import IOMode
 from streamer.weights.base import StoredTensor
-from streamer.weights.logical import Weights
+from streamer.weights.logical import WeightView, open_weights
 
 MODEL_CONFIG = "config.json"
 
@@ -70,7 +70,7 @@ class Plan:
     """
 
     base: Checkpoint
-    weights: Weights
+    weights: WeightView
     adapter: Adapter
     targets: tuple[Target, ...]
     changes: TensorEdits
@@ -185,7 +185,7 @@ def make_batch(
     opened = [None if is_model(path) else open_adapter(path, io, base_is_residual) for path in given]
     checkpoint = open_checkpoint(base, io)
     config = _model_config(checkpoint.directory)
-    weights, inputs, conv1d = Weights(checkpoint, config), (checkpoint.path, *given), stores_conv1d(config)
+    weights, inputs, conv1d = open_weights(checkpoint, config), (checkpoint.path, *given), stores_conv1d(config)
     plans = (
         _plan(
             checkpoint,
@@ -200,7 +200,7 @@ def make_batch(
 
 
 def _plan(
-    checkpoint: Checkpoint, weights: Weights, config: dict[str, Any], opened: Adapter, inputs: tuple[Path, ...]
+    checkpoint: Checkpoint, weights: WeightView, config: dict[str, Any], opened: Adapter, inputs: tuple[Path, ...]
 ) -> Plan:
     """Match an adapter with a base."""
     extra = [path for _, path in other_files(opened.path)]
@@ -215,7 +215,7 @@ def _plan(
     names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(tie, opened, matched)
-    changes = match_changes(checkpoint, opened, matched, renames, aliases, weights.coded)
+    changes = match_changes(checkpoint, opened, matched, renames, aliases, weights.quantized_names)
     if not opened.is_model:
         tied.refuse_other_ties(
             tie, checkpoint.path, checkpoint.weight_map, config, opened, matched, [*changes.sources, *changes.rows]
@@ -234,13 +234,13 @@ def _plan(
     return Plan(checkpoint, weights, opened, tuple(targets), changes, mirrors, config, stamps, inputs)
 
 
-def _places(weights: Weights) -> Callable[[Target], tuple[int, int]]:
-    return lambda target: (weights.place(target.places[0].weight), target.places[0].index or 0)
+def _places(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
+    return lambda target: (weights.file_index(target.places[0].weight), target.places[0].index or 0)
 
 
-def _check_whole(base: Checkpoint, weights: Weights, tuned: Adapter, found: set[str]) -> None:
+def _check_whole(base: Checkpoint, weights: WeightView, tuned: Adapter, found: set[str]) -> None:
     """Refuse a fine-tuned model that is not one of the base's tensors."""
-    if weights.coded:
+    if weights.quantized_names:
         raise UnsupportedError(
             f"{base.path}: is quantized; a fine-tuned model is compared with the 16-bit base that it was trained from"
         )

@@ -11,8 +11,7 @@ from streamer.adapters.modules import MethodModule, Module
 from streamer.errors import MismatchError
 from streamer.plan.name_matching import Match
 from streamer.units import listed
-from streamer.weights.base import QuantizedWeight
-from streamer.weights.logical import Weights
+from streamer.weights.logical import WeightView
 
 # Models whose linear layers are Conv1D modules, stored (in, out).
 _CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
@@ -84,7 +83,7 @@ def stores_conv1d(config: Mapping[str, Any]) -> bool:
 
 
 def match_targets(
-    weights: Weights, adapter: Adapter, config: dict[str, Any], names: Mapping[str, Match]
+    weights: WeightView, adapter: Adapter, config: dict[str, Any], names: Mapping[str, Match]
 ) -> list[Target]:
     """Every module of the adapter with the one tensor of the base that it changes, in the base's file order.
 
@@ -108,12 +107,9 @@ def match_targets(
             problems.append(f"{name!r} {match.why}")
             continue
         weight = weights[found]
-        shape, coded = (
-            weight.shape,
-            isinstance(weight, QuantizedWeight),
-        )  # quantizers store every kind of layer as (out, in)
-        conv1d = stores_conv1d(config) and not coded
-        placed, transposed = _place(module, shape, adapter.fan_in_fan_out and not coded, conv1d)
+        shape, quantized = weight.shape, weight.quantized  # quantizers store every kind of layer as (out, in)
+        conv1d = stores_conv1d(config) and not quantized
+        placed, transposed = _place(module, shape, adapter.fan_in_fan_out and not quantized, conv1d)
         if placed and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
             problems.append(
                 f"{name!r}: is square, {config['model_type']} stores such layers as (in, out), but the adapter's config says "
@@ -147,7 +143,7 @@ def _contradicted(targets: Sequence[Target]) -> list[str]:
     ]
 
 
-def misfits(problems: Sequence[str], of: int, adapter: Adapter, weights: Weights) -> str:
+def misfits(problems: Sequence[str], of: int, adapter: Adapter, weights: WeightView) -> str:
     """Say in one line which modules do not fit the base: two of them, or one where names are long."""
     return (
         f"{adapter.path}: {len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ', 200)}; "

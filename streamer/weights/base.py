@@ -1,7 +1,7 @@
-"""One logical weight of a base, as it stands on disk: decoded a few rows at a time, or whole.
+"""One logical weight of a base, read from disk a few rows at a time, or whole.
 
-A logical weight is what the model computes with: for a plain checkpoint a tensor as it is, for a quantized one several (codes, scales,
-tables) under names of their own. Everything above this floor asks for logical names and logical shapes, and never sees codes.
+A logical weight is what the model computes with: in a plain checkpoint one tensor, in a quantized one several (quantized values, scales,
+tables) under names of their own. The rest of the package asks for logical names and shapes, and gets floating-point values.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -39,22 +39,22 @@ class StoredTensor:
     held: memoryview | None = None
 
     def rows(self, i: int, j: int) -> Tensor:
-        """Indices i to j of the first dimension, as they are stored, without a copy where their address allows it."""
+        """Read indices i to j of the first dimension in the stored dtype, without a copy where their address allows it."""
         dtype, rest = TORCH_DTYPES[self.info.dtype], self.info.shape[1:]
         row = math.prod(rest) * dtype.itemsize
         return as_tensor(self._data(i * row, j * row), dtype, (j - i, *rest))
 
     def flat(self, i: int, j: int) -> Tensor:
-        """Values i to j in order, whatever the shape."""
+        """Read values i to j in storage order, (j − i,)."""
         dtype = TORCH_DTYPES[self.info.dtype]
         return as_tensor(self._data(i * dtype.itemsize, j * dtype.itemsize), dtype, (j - i,))
 
     def whole(self) -> Tensor:
-        """All of it, as it is stored."""
+        """Read the tensor in the stored dtype and shape."""
         return as_tensor(self._data(), TORCH_DTYPES[self.info.dtype], self.info.shape)
 
     def bytes(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Its bytes, a flat uint8 tensor: for codes, whose dtype says nothing."""
+        """Read bytes `start` to `stop` as uint8, flat: for quantized values, whose dtype says nothing."""
         stop = self.info.nbytes if stop is None else stop
         return as_tensor(self._data(start, stop), torch.uint8, (stop - start,))
 
@@ -62,7 +62,7 @@ class StoredTensor:
         return self.file.view(self.info, start, stop) if self.held is None else self.held[start:stop]
 
     def slice(self, index: int) -> StoredTensor:
-        """What stands under one index of the first dimension."""
+        """Select one index of the first dimension: for (experts, out, in) one (out, in) tensor."""
         info = self.info
         size = info.nbytes // info.shape[0]
         at = index * size
@@ -71,7 +71,7 @@ class StoredTensor:
         return replace(self, info=one, held=held)
 
     def load(self) -> StoredTensor:
-        """The same with its bytes at hand, every page touched: read here and not where they are used."""
+        """Read the bytes ahead, touching every page, so that the disk is waited for here."""
         view = self.file.view(self.info)
         np.frombuffer(view, np.uint8)[::4096].sum()
         return replace(self, held=view)
@@ -79,7 +79,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Weight(ABC):
-    """One logical weight.
+    """A named array of floating-point values, whatever tensors store it.
 
     Attributes
     ----------
@@ -88,14 +88,17 @@ class Weight(ABC):
     shape
         Its shape there.
     tensors
-        The tensors on disk that it is made of, by their role; the first one is the one that stands for it in file order.
+        The tensors on disk that it is made of, by their role; the first one gives its position in file order.
     label
         The encoding, as findings and tables name it.
     compute
         The dtype that computations with it run in.
     encoding
-        How merged values are written back; None where they are not (see `registry`).
+        The plain encoding in which merged values are written back; None for a weight that has none.
     """
+
+    quantized: ClassVar[bool] = False
+    """Whether `rows` decodes quantized values from the weight's own tensors."""
 
     name: str
     shape: tuple[int, ...]
@@ -106,7 +109,7 @@ class Weight(ABC):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The shape of the rows: the first dimension, and all others as one."""
+        """(m, n) of the matrix of rows: the first dimension, and all others as one."""
         return self.shape[0], math.prod(self.shape[1:])
 
     @property
@@ -121,39 +124,39 @@ class Weight(ABC):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of anonymous memory that `load` takes: nothing where files are mapped."""
+        """Bytes of anonymous memory that `load` takes: 0 where files are mapped."""
         return sum(stored.info.nbytes for stored in self.tensors.values() if stored.file.io == "pread")
 
     def load(self) -> Self:
-        """The same weight with its bytes read ahead."""
+        """Read the bytes ahead."""
         return replace(self, tensors={role: stored.load() for role, stored in self.tensors.items()})
 
     def at_hand(self) -> Self:
-        """The same, for a loop over its rows: nothing is read twice."""
+        """Prepare for a loop over the rows, in which no byte is to be read twice."""
         return self
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
-        """All `rows` in order, so many at a time: from, to, values; these stay as they are until `QUEUE` more were given."""
+        """Iterate over all rows in order, `rows` at a time, as (from, to, values); values are valid until `QUEUE` more were given."""
         source, m = self.at_hand(), self.matrix[0]
         for i in range(0, m, rows):
             j = min(m, i + rows)
             yield i, j, source.rows(i, j)
 
     def slice(self, index: int) -> Self:
-        """One matrix of a stack, such as an expert's."""
+        """Select one matrix of a stack: ``experts.up`` (8, 64, 32) → ``experts.up[3]`` (64, 32)."""
         tensors = {role: stored.slice(index) for role, stored in self.tensors.items()}
         return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], tensors=tensors)
 
     @abstractmethod
     def rows(self, i: int, j: int) -> Tensor:
-        """Rows i to j of the `matrix`, (j − i, n), in a floating-point dtype that `compute` holds exactly; not to be written to."""
+        """Read rows i to j of the `matrix`, (j − i, n), in a floating-point dtype that `compute` holds exactly; not to be written to."""
 
     def stored(self) -> Tensor | None:
-        """All values in one tensor as they are stored, of the logical shape, not to be written to; None where they are in none."""
+        """Read all values in the stored dtype and logical shape, not to be written to; None for values that no one tensor holds."""
         return None
 
     def whole(self, device: torch.device) -> Tensor:
-        """All values in the computing dtype: a copy, of the logical shape."""
+        """Decode all values into a new tensor of the computing dtype and the logical shape."""
         source, (m, n) = self.at_hand(), self.matrix
         out = torch.empty((m, n), dtype=self.compute, device=device)
         step = max(1, DECODED_BYTES // max(1, n * self.compute.itemsize))
@@ -165,19 +168,21 @@ class Weight(ABC):
 
 @dataclass(frozen=True)
 class QuantizedWeight(Weight):
-    """A weight that stands as codes, and is computed in float32; a stack of matrices is decoded one by one."""
+    """A weight that is stored quantized, and computed in float32; a stack of matrices is decoded one by one."""
+
+    quantized: ClassVar[bool] = True
 
     def at_hand(self) -> Self:
-        """With its bytes read, where files are not mapped: a few rows may need some of every row of codes."""
+        """Read the bytes ahead where files are not mapped: a few rows may need some of every stored row."""
         held = all(stored.held is not None or stored.file.io == "mmap" for stored in self.tensors.values())
         return self if held else self.load()
 
     @abstractmethod
     def decode(self, i: int, j: int) -> Tensor:
-        """Rows i to j of a matrix, (j − i, n) float32, in memory of their own."""
+        """Decode rows i to j of a matrix, (j − i, n) float32, into new memory."""
 
     def rows(self, i: int, j: int) -> Tensor:
-        """Rows i to j of the `matrix`."""
+        """Decode rows i to j of the `matrix`."""
         if len(self.shape) == 2:
             return self.decode(i, j)
         return torch.stack([self.slice(k).whole(torch.device("cpu")).flatten() for k in range(i, j)])

@@ -1,4 +1,4 @@
-"""A plain model in the place of a quantized one: what is written, what is left out, and what its config no longer says."""
+"""Write a quantized model plain: its weights in one dtype, its config and files without what says that it is quantized."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from typing import Any
 
 from streamer.errors import UnsupportedError
 from streamer.weights.dtypes import ENCODINGS
-from streamer.weights.logical import QUANTIZATION_KEYS, Weights
+from streamer.weights.logical import WeightView
+from streamer.weights.quantization.registry import QUANTIZATION_KEYS
 
 STALE = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 """Files by which some loaders take a model for a quantized one."""
 
 # Scales of activations and caches.
-_BESIDE = re.compile(r"(^|[._])(input|output|activation|[qkv]|kv)_(scale|zero_point)(_ub)?$")
+_ACTIVATION_SCALE = re.compile(r"(^|[._])(input|output|activation|[qkv]|kv)_(scale|zero_point)(_ub)?$")
 
-# Dtypes in which values do not stand as they are; integers may be indices, but not as matrices.
-_CODES = re.compile(r"^(F8_|F6_|F4)")
+# Dtypes of quantized values; integers as well, in two and more dimensions: with one they are indices.
+_QUANTIZED = re.compile(r"^(F8_|F6_|F4)")
 _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32"}
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-def plain_weights(weights: Weights, config: Mapping[str, Any]) -> Weights:
-    """The weights, all to be written plain: what stands as codes in the dtype of the model's config, or in bfloat16.
+def plain_weights(weights: WeightView, config: Mapping[str, Any]) -> WeightView:
+    """Have quantized weights written plain, in the dtype of the model's config, or in bfloat16.
 
     Raises
     ------
     UnsupportedError
-        If a tensor of codes has no entry, or the codes stand in another orientation than the plain model's.
+        If quantized values have no format that decodes them.
     """
     for name, info in ((t.name, t) for f in weights.checkpoint.files.values() for t in f.header.tensors):
-        codes = _CODES.match(info.dtype) or (info.dtype in _INTEGERS and len(info.shape) > 1)
-        if codes and name not in weights.owners and not belongs_to_codes(name, weights):
+        quantized = _QUANTIZED.match(info.dtype) or (info.dtype in _INTEGERS and len(info.shape) > 1)
+        if quantized and name not in weights.owners and not is_activation_scale(name, weights):
             raise UnsupportedError(
                 f"{weights.checkpoint.path}: tensor {name!r}: dtype {info.dtype} with no scale or table that could decode it; "
                 "use the 16-bit model"
@@ -42,20 +43,20 @@ def plain_weights(weights: Weights, config: Mapping[str, Any]) -> Weights:
 
 
 def plain_dtype(config: Mapping[str, Any]) -> str:
-    """What a config calls the model's dtype, in the format's spelling."""
+    """Read the model's dtype from its config, in safetensors' spelling: ``torch.float16`` → ``F16``; BF16 by default."""
     text = config.get("text_config")
     places = (config, text if isinstance(text, dict) else {})
     stated = (str(place.get(key)).removeprefix("torch.") for place in places for key in ("dtype", "torch_dtype"))
     return next((_DTYPES[name] for name in stated if name in _DTYPES), "BF16")
 
 
-def belongs_to_codes(name: str, weights: Weights) -> bool:
-    """Whether a tensor is of no use once nothing is quantized: a scale of activations or caches."""
-    return bool(weights.coded) and bool(_BESIDE.search(name))
+def is_activation_scale(name: str, weights: WeightView) -> bool:
+    """Whether a tensor scales the activations or caches of a quantized model, and so has no use in a plain one."""
+    return bool(weights.owners) and bool(_ACTIVATION_SCALE.search(name))
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's config without what says that it is quantized."""
+    """Take the quantization out of a model's config."""
     out = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     text = out.get("text_config")
     if isinstance(text, dict):

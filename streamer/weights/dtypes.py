@@ -1,6 +1,6 @@
-"""How a matrix stands on disk, and how it becomes a torch tensor and bytes again: one entry an encoding.
+"""Plain dtypes: bytes ↔ torch tensors, and the rounding of computed values.
 
-Raw codes never reach a computation: a dtype without an entry here is copied as bytes, or refused by name.
+A dtype without an entry in `ENCODINGS` is copied as bytes, or refused by name: raw quantized values never reach a computation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from streamer.storage.header import TensorInfo
 
 @dataclass(frozen=True)
 class Encoding:
-    """A plain floating-point encoding.
+    """A floating-point dtype of a plain tensor, and the dtype to compute in.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def encoding_of(info: TensorInfo, where: str) -> Encoding:
-    """The encoding of a tensor that is to be computed with.
+    """Look up the encoding of a tensor that is to be computed with.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def encoding_of(info: TensorInfo, where: str) -> Encoding:
 
 
 def as_tensor(view: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The bytes as a tensor, without a copy where their address allows it. The caller must not write to it."""
+    """View bytes as a tensor, without a copy where their address allows it. The caller must not write to it."""
     if len(view) == 0:
         return torch.empty(shape, dtype=dtype)
     raw = np.frombuffer(view, dtype=np.uint8)
@@ -79,7 +79,7 @@ def as_tensor(view: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> T
 
 
 def as_bytes(t: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy; they keep the tensor alive."""
+    """View a CPU tensor as bytes, without a copy where it is contiguous; they keep the tensor alive."""
     raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = t.contiguous().reshape(-1).view(torch.uint8).numpy()
     return raw.data
 

@@ -1,279 +1,166 @@
-"""Which logical weights a base has, and how each is encoded: one entry an encoding.
+"""The logical weights of a base: by the names of a plain checkpoint, whatever tensors store them.
 
-An entry says by names and dtypes which tensors on disk make one weight. The model's ``quantization_config`` must name a method that has
-an entry; a tensor of codes that no entry claims is refused by name, so that codes never reach a computation.
+Before → after, for GPTQ: the tensors ``q_proj.qweight``, ``q_proj.qzeros`` and ``q_proj.scales`` → the weight ``q_proj.weight``. A tensor
+that no format of `quantization.registry` claims is a weight of its own name.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from streamer.errors import FormatError, UnsupportedError
+from streamer.errors import FormatError
 from streamer.storage.checkpoint import Checkpoint
-from streamer.weights.base import QuantizedWeight, StoredTensor, Weight
+from streamer.weights.base import StoredTensor, Weight
 from streamer.weights.dtypes import Encoding
 from streamer.weights.plain import Plain
-from streamer.weights.quantization.bitsandbytes import EightBit, FourBit
-from streamer.weights.quantization.fp8 import FP8
-from streamer.weights.quantization.grouped import AWQ, GPTQ, Packed
-from streamer.weights.quantization.mxfp4 import MXFP4
-from streamer.weights.quantization.scaled_codes import Scaled
+from streamer.weights.quantization.registry import FORMATS, QuantizationFormat, quantization_of, supported_method
 
 
-@dataclass(frozen=True)
-class QuantizationFormat:
-    """One encoding.
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """How a base stores one logical weight.
 
     Attributes
     ----------
-    title, stored
-        For people: what it is, and what stands on disk.
-    quant_methods
-        Values of ``quant_method`` under which it is used; None among them where it needs no config.
-    values
-        How the name of the tensor of quantized values ends, its dtypes (none: any), and what the name of the weight ends with instead.
-    companion_suffixes
-        Other tensors, by role: how their names go on after the stem; the first that is there.
-    optional
-        The same for those that may be missing.
-    make
-        The weight that these tensors hold.
-    recodes
-        Whether `merge` writes merged weights back in this encoding.
+    index
+        Its number in file order.
+    tensors
+        The tensors on disk, by role.
+    form
+        The format of quantized values; None for a plain tensor.
     """
 
-    title: str
-    stored: str
-    quant_methods: frozenset[str | None]
-    values: tuple[str, tuple[str, ...], str]
-    companion_suffixes: Mapping[str, tuple[str, ...]]
-    make: Callable[[str, Mapping[str, StoredTensor], Mapping[str, Any]], QuantizedWeight]
-    optional: Mapping[str, tuple[str, ...]] | None = None
-    recodes: bool = False
-
-    def claim(self, tensor: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[str, str]] | None:
-        """The weight's name and its tensors by role, if this tensor holds the codes of one."""
-        ending, dtypes, instead = self.values
-        if not tensor.endswith(ending) or (dtypes and tensors[tensor].info.dtype not in dtypes):
-            return None
-        stem = tensor.removesuffix(ending)
-        roles = {"weight": tensor}
-        for role, endings in {**self.companion_suffixes, **(self.optional or {})}.items():
-            found = next((stem + e for e in endings if stem + e in tensors), None)
-            if found is not None:
-                roles[role] = found
-            elif role in self.companion_suffixes:
-                return None
-        return stem + instead, roles
+    index: int
+    tensors: Mapping[str, StoredTensor]
+    form: QuantizationFormat | None
 
 
-FORMATS: tuple[QuantizationFormat, ...] = (
-    QuantizationFormat("FP8 e4m3: scale of a block, a row or the tensor", "`weight`, `weight_scale_inv` or `weight_scale`",
-          frozenset({None, "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}), ("", ("F8_E4M3",), ""),
-          {"scale": ("_scale_inv", "_scale")}, FP8.of, {"zeros": ("_zero_point",)}, recodes=True),
-    QuantizationFormat("bitsandbytes NF4 and FP4, double quantization too", "`weight`, `.absmax`, `.quant_map`, `.quant_state.*`",
-          frozenset({None, "bitsandbytes"}), ("", (), ""),
-          {"absmax": (".absmax",), "map": (".quant_map",),
-           "state": (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")}, FourBit.of,
-          {"nested_absmax": (".nested_absmax",), "nested_map": (".nested_quant_map",)}),
-    QuantizationFormat("bitsandbytes int8", "`weight`, `SCB`",
-          frozenset({None, "bitsandbytes"}), (".weight", ("I8",), ".weight"),
-          {"SCB": (".SCB",)}, EightBit.of, {"format": (".weight_format",)}),
-    QuantizationFormat("GPTQ, 2, 3, 4 and 8 bits, both formats", "`qweight`, `qzeros`, `scales`, `g_idx`",
-          frozenset({"gptq"}), (".qweight", (), ".weight"),
-          {"zeros": (".qzeros",), "scales": (".scales",)}, GPTQ.of, {"groups": (".g_idx",)}),
-    QuantizationFormat("AWQ, 4 bits (gemm)", "`qweight`, `qzeros`, `scales`",
-          frozenset({"awq"}), (".qweight", (), ".weight"),
-          {"zeros": (".qzeros",), "scales": (".scales",)}, AWQ.of),
-    QuantizationFormat("compressed-tensors int8", "`weight`, `weight_scale`",
-          frozenset({"compressed-tensors"}), (".weight", ("I8",), ".weight"),
-          {"scale": (".weight_scale",)}, Scaled.of, {"zeros": (".weight_zero_point",)}),
-    QuantizationFormat("compressed-tensors packed integers", "`weight_packed`, `weight_scale`, `weight_shape`",
-          frozenset({"compressed-tensors"}), (".weight_packed", (), ".weight"),
-          {"scales": (".weight_scale",), "shape": (".weight_shape",)}, Packed.of,
-          {"zeros": (".weight_zero_point",), "groups": (".weight_g_idx",)}),
-    QuantizationFormat("MXFP4 expert stacks", "`*_blocks`, `*_scales`",
-          frozenset({None, "mxfp4"}), ("_blocks", ("U8",), ""),
-          {"scales": ("_scales",)}, MXFP4.of),
-)  # fmt: skip
-"""Encodings of codes, besides the plain one."""
+@dataclass(frozen=True, eq=False)
+class WeightView(Mapping[str, Weight]):
+    """Logical weights by name: the base's in file order, then what was added to them.
+
+    A view that is made from another by `replaced`, `extended` or `dequantized` shares the base's table: several adapters on one base have
+    one. Looking a weight up raises `UnsupportedError` where its tensors have a dtype that cannot be computed with.
+
+    Attributes
+    ----------
+    checkpoint
+        The base's files.
+    quantization
+        The model's quantization config, {} for a plain base.
+    stored
+        The base's weights by name, in file order.
+    owners
+        For each tensor that is part of a quantized weight: the weight's name, and the tensor's role in it.
+    replacements
+        Tensors in the place of the base's weights of these names, or added to them; written in the dtype of those that they replace.
+    derived
+        Weights under names of their own that are made of others: an expert's matrix, from the tensors that hold its rows.
+    encoding
+        The encoding in which quantized weights are written back plain; None where they stay quantized.
+    """
+
+    checkpoint: Checkpoint
+    quantization: Mapping[str, Any]
+    stored: Mapping[str, StoredWeight]
+    owners: Mapping[str, tuple[str, str]]
+    replacements: Mapping[str, StoredTensor] = field(default_factory=dict)
+    derived: Mapping[str, Callable[[WeightView], Weight]] = field(default_factory=dict)
+    encoding: Encoding | None = None
+
+    def replaced(self, sources: Mapping[str, StoredTensor]) -> WeightView:
+        """Put tensors in the place of some weights, or add them."""
+        return replace(self, replacements={**self.replacements, **sources})
+
+    def extended(self, derived: Mapping[str, Callable[[WeightView], Weight]]) -> WeightView:
+        """Add weights that are made of others."""
+        return replace(self, derived={**self.derived, **derived})
+
+    def dequantized(self, encoding: Encoding) -> WeightView:
+        """Have quantized weights written in a plain encoding."""
+        return replace(self, encoding=encoding)
+
+    def __getitem__(self, name: str) -> Weight:
+        if name in self.derived:
+            return self.derived[name](self)
+        if name not in self.replacements:
+            return self._of_base(name)
+        weight = Plain.of(self.replacements[name])
+        encoding = self._of_base(name).encoding if name in self.stored else weight.encoding
+        return replace(weight, name=name, encoding=encoding)
+
+    def _of_base(self, name: str) -> Weight:
+        stored = self.stored[name]
+        if stored.form is None:
+            return Plain.of(stored.tensors["weight"])
+        return replace(stored.form.make(name, stored.tensors, self.quantization), encoding=self.encoding)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored or name in self.replacements or name in self.derived
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.stored, **self.replacements, **self.derived})
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @property
+    def quantized_names(self) -> frozenset[str]:
+        """Names of the base's weights that are stored quantized."""
+        return frozenset(name for name, _ in self.owners.values())
+
+    def file_index(self, name: str) -> int:
+        """The number of a weight in file order; one that the base does not hold comes after all that it holds."""
+        if name in self.stored:
+            return self.stored[name].index
+        return len(self.stored) + list(self.replacements).index(name)
+
+    def requantizes(self, name: str) -> bool:
+        """Whether merged values of a quantized weight are written back quantized."""
+        form, tensors = self.stored[name].form, self.stored[name].tensors
+        matrix = len(tensors["weight"].info.shape) == 2
+        return form is not None and form.requantizes and matrix and name not in self.replacements
 
 
-class Weights(Mapping[str, Weight]):
-    """The logical weights of a base by name, in its file order.
-
-    What is made from it by `replaced`, `extended` and `dequantized` shares its table: several adapters on one base have one.
+def open_weights(checkpoint: Checkpoint, config: Mapping[str, Any]) -> WeightView:
+    """Group the tensors of a base into logical weights, by names and dtypes alone.
 
     Parameters
     ----------
-    checkpoint
-        The files.
     config
         The model's ``config.json``, or {}.
-
-    Attributes
-    ----------
-    owners
-        The weight's name and the role of each tensor on disk that is a part of codes.
-    coded
-        Names of the weights that stand as codes.
-
-    Looking one up raises `UnsupportedError` if it is encoded in a way that has no entry.
 
     Raises
     ------
     UnsupportedError
-        If the config names a way of quantization that has no entry.
+        If the config names a method of quantization that no format has.
+    FormatError
+        If two sets of tensors are one weight.
     """
-
-    def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-        self.checkpoint = checkpoint
-        self.quantization = quantization_of(config)
-        method = _method(self.quantization, f"{checkpoint.path}")
-        tensors = {t.name: StoredTensor(f, t) for f in checkpoint.files.values() for t in f.header.tensors}
-        self._made: dict[str, tuple[QuantizationFormat | None, dict[str, StoredTensor]]] = {}
-        self.owners: dict[str, tuple[str, str]] = {}
-        entries = [e for e in FORMATS if method in e.quant_methods]
-        claimed = {}
-        for name in tensors:
-            for entry in entries:
-                found = entry.claim(name, tensors)
-                if found is not None:
-                    claimed[name] = entry, *found
-                    self.owners |= {tensor: (found[0], role) for role, tensor in found[1].items()}
-                    break
-        for name, stored in tensors.items():
-            if name in claimed:
-                entry, logical, roles = claimed[name]
-                if logical in tensors and logical != name:
-                    raise FormatError(
-                        f"{stored.file.path}: tensors {name!r} and {logical!r} are the same weight; get the file again"
-                    )
-                self._made[logical] = entry, {role: tensors[tensor] for role, tensor in roles.items()}
-            elif name not in self.owners:
-                self._made[name] = None, {"weight": stored}
-
-        self.coded = frozenset(name for name, (entry, _) in self._made.items() if entry is not None)
-        self._order = {name: at for at, name in enumerate(self._made)}
-        self._instead: dict[str, StoredTensor] = {}
-        self._further: dict[str, Callable[[Weights], Weight]] = {}
-        self._plain: Encoding | None = None
-
-    def replaced(self, sources: Mapping[str, StoredTensor]) -> Weights:
-        """The same with other tensors in the place of some, or beside them; they are written as those that they replace."""
-        out = copy.copy(self)
-        out._instead = {**self._instead, **sources}
-        return out
-
-    def extended(self, further: Mapping[str, Callable[[Weights], Weight]]) -> Weights:
-        """The same with further names for parts of weights, or for several together; these are not among those iterated over."""
-        out = copy.copy(self)
-        out._further = {**self._further, **further}
-        return out
-
-    def dequantized(self, encoding: Encoding) -> Weights:
-        """The same with what stands as codes written in a plain encoding."""
-        out = copy.copy(self)
-        out._plain = encoding
-        return out
-
-    def __getitem__(self, name: str) -> Weight:
-        if name in self._further:
-            return self._further[name](self)
-        if name not in self._instead:
-            return self._of_base(name)
-        weight = Plain.of(self._instead[name])
-        return replace(
-            weight, name=name, encoding=self._of_base(name).encoding if name in self._made else weight.encoding
-        )
-
-    def _of_base(self, name: str) -> Weight:
-        entry, tensors = self._made[name]
-        if entry is None:
-            return Plain.of(tensors["weight"])
-        return replace(entry.make(name, tensors, self.quantization), encoding=self._plain)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._made or name in self._instead
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self._made, **self._instead})
-
-    def __len__(self) -> int:
-        return len({**self._made, **self._instead})
-
-    def place(self, name: str) -> int:
-        """Where a weight comes in the file order; what does not stand in the base comes after all that does."""
-        if name in self._order:
-            return self._order[name]
-        return len(self._order) + list(self._instead).index(name)
-
-    def recodes(self, name: str) -> bool:
-        """Whether merged values of a weight that stands as codes are written back as such."""
-        entry, tensors = self._made[name]
-        return (
-            entry is not None and entry.recodes and len(tensors["weight"].info.shape) == 2 and name not in self._instead
-        )
-
-
-def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantization config in a model's config, {} where there is none; multimodal models may keep it with the text model's."""
-    text = config.get("text_config")
-    for place in (config, text if isinstance(text, dict) else {}):
-        for key in QUANTIZATION_KEYS:
-            if isinstance(place.get(key), dict):
-                return dict(place[key])
-    return {}
-
-
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-
-
-def _method(quantization: Mapping[str, Any], where: str) -> str | None:
-    """The method, of one that has an entry."""
-    if not quantization:
-        return None
-    method = quantization.get("quant_method")
-    if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
-        method = "bitsandbytes"  # as older versions of transformers wrote it
-    kind = repr(method)
-    known = sorted({m for entry in FORMATS for m in entry.quant_methods if m is not None})
-    if method in known:
-        for key, good in _VARIANTS.get(str(method), {}).items():
-            value = quantization.get(key)
-            value = value.get("format", value) if isinstance(value, dict) else value
-            if value and value not in good:
-                kind += f" with {key}={value!r}" if isinstance(value, str | int) else f" with {key}"
+    quantization = quantization_of(config)
+    method = supported_method(quantization, f"{checkpoint.path}")
+    forms = [form for form in FORMATS if method in form.quant_methods]
+    tensors = {t.name: StoredTensor(f, t) for f in checkpoint.files.values() for t in f.header.tensors}
+    claimed: dict[str, tuple[QuantizationFormat, str, dict[str, str]]] = {}
+    owners: dict[str, tuple[str, str]] = {}
+    for name in tensors:
+        for form in forms:
+            found = form.claim(name, tensors)
+            if found is not None:
+                claimed[name] = form, *found
+                owners |= {tensor: (found[0], role) for role, tensor in found[1].items()}
                 break
-        else:
-            return str(method)
-    raise UnsupportedError(
-        f"{where}: config.json: bases quantized by {kind} are not supported (supported: {', '.join(known)}); use the 16-bit model"
-    )
-
-
-_VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
-    # What else changes the meaning of the codes: a key, and the values of it that do not.
-    "compressed-tensors": {
-        "format": ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense"),
-        "sparsity_config": ("dense",),
-        "transform_config": (),
-    },
-    "modelopt": {"quant_algo": ("FP8", "FP8_PB_WO")},
-    "gptq": {"is_marlin_format": (), "rotation": ()},
-}
-
-
-def table() -> list[tuple[str, str, str, str]]:
-    """For the README: encoding, what stands on disk, what `detect` and `mitigate` do, what `merge` does."""
-    plain = ("BF16, F16, F32, F64", "`weight`", "read", "written, rounded once")
-    return [
-        plain,
-        *(
-            (e.title, e.stored, "read", "coded anew, or `--dequantize`" if e.recodes else "`--dequantize`")
-            for e in FORMATS
-        ),
-    ]
+    stored: dict[str, StoredWeight] = {}
+    for name, tensor in tensors.items():
+        if name in claimed:
+            form, logical, roles = claimed[name]
+            if logical in tensors and logical != name:
+                raise FormatError(
+                    f"{tensor.file.path}: tensors {name!r} and {logical!r} are the same weight; get the file again"
+                )
+            stored[logical] = StoredWeight(len(stored), {role: tensors[t] for role, t in roles.items()}, form)
+        elif name not in owners:
+            stored[name] = StoredWeight(len(stored), {"weight": tensor}, None)
+    return WeightView(checkpoint, quantization, stored, owners)

@@ -15,11 +15,11 @@ from streamer.weights.dtypes import TORCH_DTYPES, as_tensor, encoding_of
 
 @dataclass(frozen=True)
 class Plain(Weight):
-    """A tensor of floating-point values."""
+    """A weight that one tensor of floating-point values stores."""
 
     @classmethod
     def of(cls, stored: StoredTensor) -> Self:
-        """The weight that a tensor is.
+        """Make the weight that a tensor stores.
 
         Raises
         ------
@@ -31,11 +31,11 @@ class Plain(Weight):
         return cls(info.name, info.shape, {"weight": stored}, info.dtype, encoding.compute, encoding)
 
     def rows(self, i: int, j: int) -> Tensor:
-        """Rows as they are stored."""
+        """Read rows i to j in the stored dtype."""
         return self.tensors["weight"].rows(i, j).reshape(j - i, -1)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Rows as they are stored, the disk reading ahead."""
+        """Iterate over the rows in the stored dtype, reading the disk ahead."""
         stored, (m, n) = self.tensors["weight"], self.matrix
         if stored.held is not None or stored.info.nbytes == 0:
             yield from super().blocks(rows)
@@ -46,10 +46,10 @@ class Plain(Weight):
             yield i, j, as_tensor(piece, dtype, (j - i, n))
 
     def stored(self) -> Tensor:
-        """All values as they are stored."""
+        """Read all values in the stored dtype."""
         return self.tensors["weight"].whole()
 
     def whole(self, device: torch.device) -> Tensor:
-        """All values in the computing dtype."""
+        """Copy all values to the computing dtype."""
         # A copy even where the dtype stays: LAPACK's bits depend on the alignment of its input, and a map has any.
         return self.stored().to(device, self.compute, copy=True)

@@ -22,8 +22,8 @@ from streamer.errors import FormatError, InputError, UnsupportedError
 from streamer.linalg.operators import RowBlocks
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.weights.dequantize import plain_weights
-from streamer.weights.logical import Weights
-from streamer.weights.quantization.grouped import unpacked
+from streamer.weights.logical import WeightView, open_weights
+from streamer.weights.quantization.packing import unpack
 from streamer.weights.quantization.scaled_codes import exponents
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ FP8_CONFIG = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 def base_of(
     directory: Path, tensors: dict[str, torch.Tensor], quantization: dict | None = None, io: str = "mmap"
-) -> Weights:
+) -> WeightView:
     """A model of these tensors on disk."""
     directory.mkdir(exist_ok=True, parents=True)
     save_file(
@@ -40,10 +40,10 @@ def base_of(
     )
     config = {"model_type": "test", **({"quantization_config": quantization} if quantization else {})}
     (directory / "config.json").write_text(json.dumps(config))
-    return Weights(open_checkpoint(directory, io), config)
+    return open_weights(open_checkpoint(directory, io), config)
 
 
-def assert_decodes(weights: Weights, name: str, expected: torch.Tensor) -> None:
+def assert_decodes(weights: WeightView, name: str, expected: torch.Tensor) -> None:
     """All of it, pieces of it at awkward places, and read ahead: the same bits."""
     weight = weights[name]
     assert name in weights
@@ -65,6 +65,32 @@ def fp8(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 def scales(shape: tuple[int, ...], seed: int = 1) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) / 1000 + 1e-4
+
+
+def test_a_view_holds_the_names_that_it_looks_up(tmp_path: Path) -> None:
+    """What is in the view, what it iterates over and what can be looked up are one set, whatever was replaced or added."""
+    plain = torch.randn(128, 128)
+    scale = torch.rand(1, 1) + 0.1
+    tensors = {"w.weight": fp8((128, 128)), "w.weight_scale_inv": scale, "v.weight": plain}
+    base = base_of(tmp_path, tensors, FP8_CONFIG)
+    v = base.stored["v.weight"].tensors["weight"]
+    view = base.replaced({"w.weight": v, "new.weight": v}).extended(
+        {"v.weight[:2]": lambda weights: weights["v.weight"]}
+    )
+    assert set(base) == {"w.weight", "v.weight"}
+    assert list(view) == [*base, "new.weight", "v.weight[:2]"]
+    assert len(view) == 4
+    assert all(name in view and torch.equal(view[name].whole(CPU), plain) for name in view)
+    assert not view["w.weight"].quantized
+    assert base["w.weight"].quantized
+    assert view.quantized_names == {"w.weight"}
+    assert [view.file_index(name) for name in ("v.weight", "w.weight", "new.weight")] == [
+        base.file_index("v.weight"), base.file_index("w.weight"), 3,
+    ]  # fmt: skip
+    for name in ("w.weight_scale_inv", "x"):
+        assert name not in view
+        with pytest.raises(KeyError):
+            view[name]
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
@@ -202,8 +228,8 @@ def test_mxfp4_is_what_transformers_decodes(tmp_path: Path, out: int) -> None:
 def test_streams_of_bits(bits: int) -> None:
     values = np.random.default_rng(0).integers(0, 1 << bits, (96, 5))
     words = torch.from_numpy(stream(values, bits))
-    assert torch.equal(unpacked(words, bits, 0, 96), torch.from_numpy(values).int())
-    assert torch.equal(unpacked(words, bits, 7, 43), torch.from_numpy(values[7:43]).int())
+    assert torch.equal(unpack(words, bits, 0, 96), torch.from_numpy(values).int())
+    assert torch.equal(unpack(words, bits, 7, 43), torch.from_numpy(values[7:43]).int())
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])

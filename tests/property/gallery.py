@@ -22,7 +22,8 @@ from helpers import spectrum_matrix
 
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
-from streamer.linalg.operators import Dense, LowRank
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Dense
 
 EPSILONS = (0.1, 0.3, 0.5, 0.8)
 TOLERANCE = 1e-5

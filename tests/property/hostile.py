@@ -1,7 +1,7 @@
 """Broken and hostile adapters and bases: what each is, how it comes about, and how it must end.
 
-``python tests/property/hostile.py`` runs every command on every one of them and prints the table. A case is made from a sound base and adapter
-by one change. It ends well if each command says one line, exits with the documented code, and leaves every file as it was.
+``python tests/property/hostile.py`` runs every command on every one of them and prints the table. A case is made from a sound base
+and adapter by one change. It ends well if each command says one line, exits with the documented code, and leaves every file as it was.
 """
 
 from __future__ import annotations

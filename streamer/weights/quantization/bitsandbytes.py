@@ -1,8 +1,8 @@
-"""What bitsandbytes saves: 4-bit codes with a scale a block (NF4, FP4), and 8-bit codes with a scale a row.
+"""bitsandbytes: 4-bit values with a scale a block (NF4, FP4), and 8-bit values with a scale a row.
 
-Four bits: ``W = quant_map[code] · absmax[block]`` over the flattened matrix, two codes a byte, the first in the high bits. With double
-quantization the scales are codes themselves: ``absmax = nested_quant_map[code] · nested_absmax[block] + offset``. Eight bits:
-``W = code · SCB[row] / 127``. Decoded in float32; the library then rounds to the dtype that the model had.
+Four bits: ``W = quant_map[q] · absmax[block]`` over the flattened matrix, two values a byte, the first in the high bits. With double
+quantization the scales are quantized as well: ``absmax = nested_quant_map[q] · nested_absmax[block] + offset``. Eight bits:
+``W = q · SCB[row] / 127``. Decoded in float32; the library then rounds to the dtype that the model had.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streamer.weights.base import QuantizedWeight, StoredTensor
 
 @dataclass(frozen=True)
 class FourBit(QuantizedWeight):
-    """NF4 or FP4 codes.
+    """NF4 or FP4 values.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class FourBit(QuantizedWeight):
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """The weight of these tensors."""
+        """Check that the tensors fit one another, and make the weight that they hold."""
         where = f"{tensors['weight'].file.path}: tensor {name!r}"
         state = _state(tensors["state"], where)
         shape = state.get("shape")
@@ -55,10 +55,8 @@ class FourBit(QuantizedWeight):
         for role, size in wanted.items():
             if role not in tensors:
                 raise FormatError(f"{where}: its nested_quant_map is missing; get the file again")
-            info = tensors[role].info
-            if info.nbytes != size or (
-                role != "weight" and info.dtype != ("U8" if nested and role == "absmax" else "F32")
-            ):
+            info, dtype = tensors[role].info, "U8" if nested and role == "absmax" else "F32"
+            if info.nbytes != size or (role != "weight" and info.dtype != dtype):
                 raise FormatError(
                     f"{where}: expected {size} bytes in {info.name!r}, found {info.nbytes} of {info.dtype}; get the file again"
                 )
@@ -66,12 +64,12 @@ class FourBit(QuantizedWeight):
         return cls(name, tuple(shape), dict(tensors), kind, torch.float32, None, blocksize, inner, float(offset))
 
     def decode(self, i: int, j: int) -> Tensor:
-        """``quant_map[code] · absmax``."""
+        """``quant_map[q] · absmax``."""
         n = self.shape[1]
         a, b = i * n, j * n
         packed = self.tensors["weight"].bytes(a // 2, -(-b // 2))
-        codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[a % 2 :][: b - a]
-        values = self.tensors["map"].flat(0, 16)[codes.int()]
+        quantized = torch.stack([packed >> 4, packed & 15], 1).flatten()[a % 2 :][: b - a]
+        values = self.tensors["map"].flat(0, 16)[quantized.int()]
         size, first = self.blocksize, a // self.blocksize
         scales = self._absmax(first, -(-b // size))
         head = min(-a % size, b - a)  # values before the first whole block, and after the last
@@ -84,7 +82,7 @@ class FourBit(QuantizedWeight):
         return values.view(j - i, n)
 
     def _absmax(self, i: int, j: int) -> Tensor:
-        """The scales of blocks i to j, float32."""
+        """Decode the scales of blocks i to j, (j − i,) float32."""
         stored = self.tensors["absmax"]
         if "nested_absmax" not in self.tensors:
             return stored.flat(i, j)
@@ -96,11 +94,11 @@ class FourBit(QuantizedWeight):
 
 @dataclass(frozen=True)
 class EightBit(QuantizedWeight):
-    """Int8 codes and the largest magnitude of each row."""
+    """Int8 values and the largest magnitude of each row."""
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """The weight of these tensors."""
+        """Check that the tensors fit one another, and make the weight that they hold."""
         weight, scale = tensors["weight"].info, tensors["SCB"].info
         where = f"{tensors['weight'].file.path}: tensor {name!r}"
         if len(weight.shape) != 2 or scale.dtype != "F32" or math.prod(scale.shape) != weight.shape[0]:
@@ -115,7 +113,7 @@ class EightBit(QuantizedWeight):
         return cls(name, weight.shape, dict(tensors), "INT8 (bitsandbytes)", torch.float32, None)
 
     def decode(self, i: int, j: int) -> Tensor:
-        """``code · SCB / 127``, as the library multiplies."""
+        """``q · SCB / 127``, as the library multiplies."""
         scale = self.tensors["SCB"].flat(i, j)
         return self.tensors["weight"].rows(i, j).to(torch.float32).mul_(scale[:, None]).mul_(7.874015718698502e-3)
 
@@ -132,7 +130,7 @@ def _count(state: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def _state(stored: StoredTensor, where: str) -> dict[str, Any]:
-    """The JSON that bitsandbytes keeps in a tensor; a few hundred bytes."""
+    """Parse the JSON that bitsandbytes keeps in a tensor; a few hundred bytes."""
     if stored.info.nbytes > 1 << 16:
         raise FormatError(f"{where}: its quant_state has {stored.info.nbytes} bytes; get the file again")
     try:

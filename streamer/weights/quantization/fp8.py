@@ -1,4 +1,4 @@
-"""FP8 e4m3: decoded as `scaled` has it, and coded anew for other values."""
+"""FP8 e4m3: decoded as `scaled_codes` has it; merged values are quantized again, with scales of their own."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Rows = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class FP8(Scaled):
-    """E4m3 codes and their scales."""
+    """E4m3 values and their scales."""
 
-    def rescaled(self, merged: Rows) -> Tensor:
-        """Scales for other values: the largest of each block over `LARGEST`, rounded as the scale is stored; (block rows, block columns).
+    def new_scales(self, merged: Rows) -> Tensor:
+        """Choose scales for merged values, (block rows, block columns): each block's largest over `LARGEST`, rounded as scales are stored.
 
         Raises
         ------
@@ -52,8 +52,8 @@ class FP8(Scaled):
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         return scale.clamp_min(smallest).to(dtype).to(torch.float32)
 
-    def recoded(self, role: str, merged: Rows, grid: Tensor) -> Iterator[Tensor]:
-        """What stands in one of the parts for other values with the scales of `rescaled`: codes to the nearest, or the scales."""
+    def requantized(self, role: str, merged: Rows, grid: Tensor) -> Iterator[Tensor]:
+        """Make one of the tensors for merged values with the scales of `new_scales`: e4m3 values, rounded to nearest, or the scales."""
         if role == "scale":
             dtype = self.tensors["scale"].info.dtype
             yield _exponent_bytes(grid) if dtype in EXPONENTS else grid.to(TORCH_DTYPES[dtype])
@@ -69,6 +69,6 @@ class FP8(Scaled):
 
 
 def _exponent_bytes(values: Tensor) -> Tensor:
-    """The least powers of two that are not smaller, as e8m0 bytes."""
+    """Round up to powers of two, as e8m0 bytes."""
     mantissa, exponent = torch.frexp(values)  # mantissa in [0.5, 1)
     return (exponent - (mantissa == 0.5).int() + 127).clamp(0, 254).to(torch.uint8)

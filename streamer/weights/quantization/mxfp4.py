@@ -1,6 +1,6 @@
-"""MXFP4 as gpt-oss has it: stacks of matrices in FP4 (e2m1) codes, 32 of them under one power of two.
+"""MXFP4 as gpt-oss has it: stacks of matrices in FP4 (e2m1), 32 values under one power of two.
 
-On disk ``<name>_blocks`` (experts, out, in / 32, 16) holds two codes a byte, the first in the low bits, and ``<name>_scales``
+On disk ``<name>_blocks`` (experts, out, in / 32, 16) holds two values a byte, the first in the low bits, and ``<name>_scales``
 (experts, out, in / 32) the exponents. The model's own tensor is (experts, in, out).
 """
 
@@ -24,18 +24,13 @@ _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, 
 
 @dataclass(frozen=True)
 class MXFP4(QuantizedWeight):
-    """E2m1 codes and their exponents."""
+    """E2m1 values and their exponents."""
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """The weight of these tensors."""
+        """Check that the tensors fit one another, and make the weight that they hold."""
         blocks, scales = tensors["weight"].info, tensors["scales"].info
-        if (
-            len(blocks.shape) != 4
-            or blocks.shape[3] != GROUP // 2
-            or blocks.shape[:3] != scales.shape
-            or scales.dtype != "U8"
-        ):
+        if len(scales.shape) != 3 or blocks.shape != (*scales.shape, GROUP // 2) or scales.dtype != "U8":
             raise FormatError(
                 f"{tensors['weight'].file.path}: tensor {blocks.name!r}: shape {list(blocks.shape)} and scales {list(scales.shape)} of "
                 f"{scales.dtype} do not fit; get index and shards of one version"
@@ -47,6 +42,6 @@ class MXFP4(QuantizedWeight):
         """``e2m1 · 2^(scale − 127)``, transposed."""
         first, last = i // GROUP, -(-j // GROUP)
         packed = self.tensors["weight"].whole()[:, first:last]
-        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(2)  # (out, groups, 32)
-        values = _E2M1[codes.int()].mul_(exponents(self.tensors["scales"].whole()[:, first:last])[..., None])
+        quantized = torch.stack([packed & 15, packed >> 4], -1).flatten(2)  # (out, groups, 32)
+        values = _E2M1[quantized.int()].mul_(exponents(self.tensors["scales"].whole()[:, first:last])[..., None])
         return values.flatten(1).T[i - first * GROUP : j - first * GROUP].contiguous()

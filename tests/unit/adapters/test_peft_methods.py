@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamer
-from streamer.adapters.peft_methods import METHODS, Parts
+from streamer.adapters.peft_methods import METHODS, MethodInputs
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
-from streamer.linalg.operators import LowRank
+from streamer.linalg.low_rank import LowRank
 from streamer.plan.plan import make_plan
 
 Q = "layers.0.q"
@@ -114,8 +114,8 @@ def test_what_does_not(tmp_path: Path, case: str) -> None:
     assert words in str(e.value)
 
 
-def parts(tensors: dict[str, torch.Tensor], shape: tuple[int, int], **config: object) -> Parts:
-    return Parts(tensors, 1.0, config, shape)
+def parts(tensors: dict[str, torch.Tensor], shape: tuple[int, int], **config: object) -> MethodInputs:
+    return MethodInputs(tensors, 1.0, config, shape)
 
 
 @pytest.mark.parametrize("role", ["oft_R", "oft_embedding_R"])

@@ -10,7 +10,8 @@ from helpers import intruding_factors, power_law, spectrum_matrix
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
 from streamer.errors import NumericError, UsageError
-from streamer.linalg.operators import Dense, LowRank
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Dense
 from streamer.output.mitigation import MitigationOptions, back_project, mitigate
 
 SHAPES = [(96, 64), (64, 96), (80, 80), (61, 67)]

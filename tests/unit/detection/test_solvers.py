@@ -8,11 +8,13 @@ import torch
 from helpers import intruding_factors, power_law, spectrum_matrix
 
 from streamer.detection import intruders
+from streamer.detection.cost import cheaper, cost, working_bytes
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
-from streamer.detection.solvers import SOLVERS, SolverResult, cheaper, cost, working_bytes
+from streamer.detection.solvers import SOLVERS, SolverResult
 from streamer.errors import NumericError, UsageError
-from streamer.linalg.operators import Dense, LowRank, RowBlocks
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Dense, RowBlocks
 
 SHAPES = [(150, 200), (200, 150), (160, 160)]
 

@@ -8,7 +8,8 @@ import torch
 from helpers import power_law, spectrum_matrix
 
 from streamer.linalg import operators
-from streamer.linalg.operators import Dense, LowRank, RowBlocks, Sum, all_finite, skinny_product
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta, Dense, RowBlocks, Sum, all_finite, skinny_product
 from streamer.linalg.overlap_bounds import dense_overlaps
 from streamer.linalg.svd import dense_triplets, residuals
 
@@ -26,7 +27,7 @@ def test_every_operator_multiplies_as_its_dense_form(shape: tuple[int, int]) -> 
     matrix = random(m, n, seed=2)
     dense, blocks = Dense(matrix), RowBlocks((m, n), lambda i, j: matrix[i:j], matrix.new_empty(0))
     flipped = RowBlocks((n, m), lambda i, j: matrix.T[i:j], matrix.new_empty(0)).T
-    for op in (low, dense, Sum([dense, low]), low.T.T, low + low.scaled(-0.5), dense.scaled(0.25), dense.T.scaled(4.0).T,
+    for op in (low, dense, Sum(dense, low), low.T.T, low + low.scaled(-0.5), dense.scaled(0.25), dense.T.scaled(4.0).T,
                blocks, flipped, blocks.scaled(0.25), flipped.T.T.scaled(8.0)):  # fmt: skip
         assert op.shape == shape
         X, Y = random(n, 4, seed=3), random(m, 4, seed=4)
@@ -45,6 +46,38 @@ def test_low_rank_norm_and_svd_equal_numpys(shape: tuple[int, int], rank: int) -
     np.testing.assert_allclose((U * S) @ Vh, M, atol=1e-12 * np.linalg.norm(M))
     expected = np.linalg.svd(M, compute_uv=False)[: len(S)]
     np.testing.assert_allclose(S, np.pad(expected, (0, len(S) - len(expected))), atol=1e-12 * expected[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", ["factors", "dense", "dense, scaled", "transposes"])
+def test_both_forms_of_a_delta_do_the_same(shape: tuple[int, int], form: str) -> None:
+    """Each method of a delta against its formula on the dense matrix."""
+    (m, n), low = shape, LowRank(random(shape[0], 3), random(shape[1], 3, seed=1))
+    matrix = low.dense()
+    delta: Delta = {
+        "factors": low, "dense": Dense(matrix), "dense, scaled": Dense(matrix * 4, 0.25), "transposes": Dense(matrix.T).T,
+    }[form]  # fmt: skip
+    U, S, V = torch.linalg.qr(random(m, 2, seed=2)).Q, torch.tensor([3.0, 2.0]).double(), random(n, 2, seed=3)
+    i, j = m // 3, max(m // 3 + 1, m // 2)
+    torch.testing.assert_close(delta.dense(), matrix)
+    assert delta.norm() == pytest.approx(float(matrix.norm()))
+    assert float(matrix.abs().max()) <= 3 * delta.largest_estimate() * (1 + 1e-12)
+    assert delta.projected_norm(U) == pytest.approx(float((U.T @ matrix).norm()))
+    torch.testing.assert_close(delta.row_slice(i, j).dense(), matrix[i:j])
+    rows = random(j - i, n, seed=4)
+    expected = rows + matrix[i:j]
+    delta.add_rows(rows, i, j)
+    torch.testing.assert_close(rows, expected)
+    torch.testing.assert_close(delta.plus_projection(U, -0.5).dense(), matrix - 0.5 * U @ (U.T @ matrix))
+    torch.testing.assert_close(delta.plus_triplets(U, S, V.T, -0.5).dense(), matrix - 0.5 * (U * S) @ V.T)
+    other = LowRank(random(m, 2, seed=5), random(n, 2, seed=6))
+    assert delta.distance(other) == pytest.approx(float((matrix - other.dense()).norm()))
+    nearest = delta.nearest(1, lambda dense, _: torch.linalg.svd(dense.dense(), full_matrices=False))
+    best = float(torch.linalg.svdvals(matrix)[1:].norm())
+    assert delta.distance(nearest) == pytest.approx(best, abs=1e-12)
+    assert not delta.is_zero()
+    assert delta.row_slice(0, 0).is_zero()
+    assert [t.dtype for _, t in delta.to(torch.float32).named_tensors()] == [torch.float32] * len(delta.named_tensors())
 
 
 def test_norm_survives_cancellation() -> None:

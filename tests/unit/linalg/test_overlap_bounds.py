@@ -185,8 +185,9 @@ def test_an_outlier_does_not_hide_the_bulk(bulk: tuple[torch.Tensor, ...], times
                 assert float(bounds.high[0]) >= 0.61 - 1e-5
                 assert float(bounds.low[0]) <= 0.61 + 1e-5
         tightest.append(min(seen))
-    # And tight, as long as rounding leaves the bulk to be seen. How much of the width is rounding depends on the kernels and on the random
-    # columns of the start: at 300 times 0.69 to 0.76, over three starts and four sets of MKL's and torch's kernels; at 10 times 0.66 to 0.67.
+    # And tight, as long as rounding leaves the bulk to be seen. How much of the width is rounding depends on the kernels and
+    # on the random columns of the start: at 300 times 0.69 to 0.76, over three starts and four sets of MKL's and torch's
+    # kernels; at 10 times 0.66 to 0.67.
     if times == 10:
         assert max(tightest) < 0.69
     if times == 300:

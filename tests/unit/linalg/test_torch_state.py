@@ -10,7 +10,8 @@ from helpers import intruding_factors, power_law
 
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
-from streamer.linalg.operators import Dense, LowRank
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Dense
 from streamer.linalg.torch_state import full_float32
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import streamer
 from streamer.errors import OutputError, StreamerError, UnsupportedError, UsageError
-from streamer.linalg.operators import Dense, LowRank
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Dense
 from streamer.output.lora_writer import truncated
 
 Q = "model.layers.0.q_proj"

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamer
+from streamer.detection.cost import cost
 from streamer.detection.device import choose_device
-from streamer.detection.solvers import cost
 from streamer.errors import InputChangedError, OutputError, UsageError
 from streamer.events import Event
 from streamer.plan.plan import make_plan, other_files, skipped_files

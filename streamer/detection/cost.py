@@ -1,0 +1,78 @@
+"""The cost of the solvers: which one is cheaper, the time of a matrix, and the memory that each way through it takes."""
+
+from __future__ import annotations
+
+from streamer.linalg.christoffel import CHRISTOFFEL_BYTES
+from streamer.linalg.golub_kahan import block_width
+from streamer.linalg.operators import BLOCK_BYTES
+from streamer.linalg.overlap_bounds import PROVABLE
+from streamer.linalg.svd import OVERSAMPLING
+
+BASIS = 256
+"""Columns of the basis for the triplets before it restarts, unless four blocks are more; measured in docs/benchmarks.md."""
+
+OPEN_COLUMNS = 512
+"""Columns of the basis for the bounds where memory does not allow the matrix to be formed."""
+
+
+def triplets_columns(k: int) -> int:
+    """Columns at which the basis for the triplets restarts."""
+    return max(BASIS, 4 * block_width(k, OVERSAMPLING))
+
+
+def bounds_columns(shape: tuple[int, int], k: int, allow_dense: bool) -> int:
+    """Columns of the basis for the bounds at which the certified solver gives up.
+
+    With 0.45 of the short side the dense solver costs no more. Large matrices are given up earlier, so that the basis needs a sixth
+    of the matrix' own memory at most; but not before 1024 columns, or 16 blocks.
+    """
+    m, n = shape
+    width = block_width(k, OVERSAMPLING)
+    most = max(1024, 16 * width, m * n // (6 * (m + n))) if allow_dense else max(OPEN_COLUMNS, 8 * width)
+    return max(min(round(0.45 * min(m, n)), most), min(256, m, n))
+
+
+def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: int) -> dict[str, int]:
+    """Estimate from above the peak memory for one matrix in bytes, beyond the process itself, by each way that there is.
+
+    ``dense`` allows for the full SVD of the sum, in the computing dtype of `itemsize` bytes; ``whole`` for a copy of the matrix;
+    ``blocks`` for products with the matrix as it is stored. The last two are the certified solver's, which has a share of the matrix
+    for its bases only, and so is not for all k. A `rank` of None stands for a dense delta: there are two matrices then, a third while
+    the second is formed, and no way by blocks.
+    """
+    m, n = shape
+    p, width = min(m, n), block_width(k, OVERSAMPLING)
+    matrix = itemsize * m * n
+    factors = 8 * 6 * (m + n) * (rank + k) if rank is not None else 2 * matrix  # thin QRs in float64
+    # The sum, LAPACK's copy, both factors, and its workspace, beside the matrix.
+    dense = 3 * matrix + itemsize * ((m + n) * p + 4 * p * p) + factors
+    if k + OVERSAMPLING >= p:
+        return {"dense": dense}
+    proof = 20 * n * n if n < m and n <= PROVABLE else 0
+
+    def certified(allow_dense: bool) -> int:
+        columns = min(p, max(bounds_columns(shape, k, allow_dense), triplets_columns(k))) + width
+        bases = (m + n + max(m, n)) * columns * itemsize  # and the successor of one, while it grows
+        return bases + 2 * CHRISTOFFEL_BYTES + 8 * columns**2 * 8 + proof + factors
+
+    whole = matrix + certified(True)
+    ways = {"dense": max(dense, whole), "whole": whole}
+    return ways if rank is None else ways | {"blocks": 3 * min(matrix, BLOCK_BYTES) + certified(False)}
+
+
+def cheaper(shape: tuple[int, int], k: int) -> str:
+    """Choose the solver that costs less, by the measurements in docs/benchmarks.md."""
+    return "certified" if min(shape) >= 640 and k <= min(shape) // 40 else "dense"
+
+
+def cost(shape: tuple[int, int], k: int, solver: str = "auto") -> int:
+    """Estimate the cost of a matrix, about nanoseconds on two cores, so that the rest of a run can be told from what is done.
+
+    Fitted to the measurements in docs/benchmarks.md: upcast from bf16 and decisions, for a power spectrum. The number of steps depends on
+    the spectrum, and is taken to be the same.
+    """
+    m, n = shape
+    if (cheaper(shape, k) if solver == "auto" else solver) == "dense":
+        return 1_000_000 + m * n * min(m, n) // 2
+    proof = 80 * n * n if n < m and n <= PROVABLE else 0
+    return 67_000_000 + block_width(k, OVERSAMPLING) * m * n + proof

@@ -1,0 +1,158 @@
+"""Matrices of low rank in factors: ``L @ R.T``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``L @ R.T`` with L (m, r) and R (n, r).
+
+    Memory is (m + n)·r values; the product is formed by `dense`, and a few rows at a time by `add_rows`.
+    """
+
+    L: Tensor
+    R: Tensor
+
+    @classmethod
+    def from_triplets(cls, U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> LowRank:
+        """``U diag(S) Vh`` cut at `rank`: factors ``U √S`` and ``V √S`` of exactly `rank` columns, padded with zeros.
+
+        Parameters
+        ----------
+        U, S, Vh
+            (m, p), (p,), (p, n); S in falling order.
+        """
+        root = S[:rank].sqrt()
+        pad = (0, rank - len(root))
+        return cls(torch.nn.functional.pad(U[:, :rank] * root, pad), torch.nn.functional.pad(Vh[:rank].T * root, pad))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.L.shape[0], self.R.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Columns of L and R: the rank, at most."""
+        return self.L.shape[1]
+
+    @property
+    def T(self) -> LowRank:
+        """The transpose, sharing the factors."""
+        return LowRank(self.R, self.L)
+
+    def matmat(self, X: Tensor) -> Tensor:
+        """``L @ (R.T @ X)``."""
+        return self.L @ (self.R.T @ X)
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        """``R @ (L.T @ Y)``."""
+        return self.R @ (self.L.T @ Y)
+
+    def dense(self) -> Tensor:
+        """``L @ R.T``, (m, n)."""
+        return self.L @ self.R.T
+
+    def __add__(self, other: LowRank) -> LowRank:
+        """The sum, of rank ``r1 + r2``, by setting the factors side by side."""
+        return LowRank(torch.cat([self.L, other.L], 1), torch.cat([self.R, other.R], 1))
+
+    def scaled(self, factor: float) -> LowRank:
+        """``factor · L @ R.T``."""
+        return LowRank(self.L * factor, self.R)
+
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> LowRank:
+        """Cast both factors to another dtype, on another device."""
+        return LowRank(self.L.to(device, dtype), self.R.to(device, dtype))
+
+    def precise(self) -> LowRank:
+        """Cast both factors to float64."""
+        return self.to(torch.float64)
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """The factors and the names that an adapter has for them."""
+        return [("lora_B", self.L), ("lora_A", self.R)]
+
+    def is_zero(self) -> bool:
+        """Whether either factor is zero."""
+        return not (self.L.any() and self.R.any())
+
+    def largest_estimate(self) -> float:
+        """``max |L| · max |R|``: the largest entry is at most r times as large."""
+        return float(self.L.abs().max()) * float(self.R.abs().max()) if self.rank else 0.0
+
+    def norm(self) -> float:
+        """Frobenius norm ``‖L Rᵀ‖_F``, from the triangles of two thin QRs in float64.
+
+        The trace formula ``tr(LᵀL RᵀR)`` would square the condition: where terms cancel it loses half the digits.
+        """
+        return float(torch.linalg.matrix_norm(self._core()[1]))
+
+    def projected_norm(self, U: Tensor) -> float:
+        """``‖Uᵀ L Rᵀ‖_F`` for U (m, q) with orthonormal columns."""
+        return LowRank(U.T.to(self.L) @ self.L, self.R).norm()
+
+    def row_slice(self, i: int, j: int) -> LowRank:
+        """Rows i to j, sharing the factors."""
+        return LowRank(self.L[i:j], self.R)
+
+    def add_rows(self, values: Tensor, i: int, j: int) -> None:
+        """Add rows i to j to `values` (j − i, n), in place and in its dtype."""
+        values.addmm_(self.L[i:j], self.R.T)
+
+    def plus_projection(self, U: Tensor, factor: float) -> LowRank:
+        """``(I + factor · U Uᵀ) L Rᵀ`` for U (m, q), of the same rank and dtype.
+
+        U is orthonormal to working precision only: the component of L along it is taken `factor` times as it is measured.
+        """
+        U = U.to(self.L)
+        return LowRank(self.L + factor * (U @ (U.T @ self.L)), self.R)
+
+    def plus_triplets(self, U: Tensor, S: Tensor, Vh: Tensor, factor: float) -> LowRank:
+        """``L Rᵀ + factor · U diag(S) Vh`` for U (m, q), S (q,), Vh (q, n): of rank r + q, in the dtype of L."""
+        U, S, Vh = (t.to(self.L) for t in (U, S, Vh))
+        return self + LowRank(factor * U * S, Vh.T)
+
+    def removal_error(self, U: Tensor, S: Tensor, Vh: Tensor, rank: int | None) -> float:
+        """Relative norm that is dropped when ``L Rᵀ − U diag(S) Vh`` is truncated to `rank`, by default to r."""
+        return self.precise().plus_triplets(U, S, Vh, -1).truncated(rank or self.rank)[1]
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``U diag(S) Vh = L Rᵀ`` in float64: U (m, p), S (p,), Vh (p, n), p = min(r, m, n).
+
+        Thin QR of both factors, then the SVD of the small core ``R_L R_Rᵀ``; cost O((m + n)·r²).
+        """
+        (QL, QR), core = self._core()
+        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+        return QL @ U, S, Vh @ QR.T
+
+    def truncated(self, rank: int) -> tuple[LowRank, float]:
+        """Truncate to the nearest matrix of rank `rank`, and measure what is dropped.
+
+        Returns
+        -------
+        LowRank, float
+            As `from_triplets`; and ``‖M − M_rank‖_F / ‖M‖_F`` (0 for a zero matrix). Eckart–Young: no matrix of that rank is nearer.
+        """
+        U, S, Vh = self.svd()
+        total = float(torch.linalg.vector_norm(S))
+        dropped = float(torch.linalg.vector_norm(S[rank:])) / total if total > 0 else 0.0
+        return LowRank.from_triplets(U, S, Vh, rank), dropped
+
+    def nearest(self, rank: int, leading: object) -> LowRank:
+        """The nearest matrix of that rank, in float64; its triplets come from the factors, and `leading` is not called."""
+        return self.precise().truncated(rank)[0]
+
+    def distance(self, other: LowRank) -> float:
+        """``‖L Rᵀ − L' R'ᵀ‖_F`` in float64."""
+        return (self.precise() + other.scaled(-1)).norm()
+
+    def _core(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        QL, RL = torch.linalg.qr(self.L.double())
+        QR, RR = torch.linalg.qr(self.R.double())
+        return (QL, QR), RL @ RR.T

@@ -1,0 +1,66 @@
+"""compressed-tensors' packed integers: 1 to 8 bits in 32-bit words, with a scale for each output and each group of inputs.
+
+``W[out, in] = (q[out, in] − zero[out, g]) · scale[out, g]`` with g the group of the input. Values are packed along the inputs, and zero
+points along the outputs, as `packing` has it; where no zero points are stored they are half of the range. Its int8 and FP8 are in
+`scaled_codes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from streamer.errors import UnsupportedError
+from streamer.weights.base import QuantizedWeight, StoredTensor
+from streamer.weights.quantization import packing
+
+
+@dataclass(frozen=True)
+class PackedIntegers(QuantizedWeight):
+    """Integers in 32-bit words, in the format that compressed-tensors calls pack-quantized.
+
+    Attributes
+    ----------
+    bits
+        1 to 8.
+    """
+
+    bits: int
+
+    @classmethod
+    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
+        """Check that the tensors fit one another, and make the weight that they hold."""
+        where = f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
+        words, scales, stated = (tensors[role].info for role in ("weight", "scales", "shape"))
+        readable = stated.dtype in ("I64", "I32") and stated.shape == (2,)
+        shape = tuple(tensors["shape"].whole().tolist()) if readable else ()
+        if len(words.shape) != 2 or len(shape) != 2 or shape[0] != words.shape[0] or shape[1] < 1:
+            raise UnsupportedError(f"{where}: packed weights of shape {list(words.shape)} are not supported")
+        m, n = shape
+        fitting = [bits for bits in range(1, 9) if -(-n * bits // 32) == words.shape[1]]
+        fits = words.dtype == "I32" and len(fitting) == 1 and len(scales.shape) == 2 and scales.shape[0] == m
+        packing.check_fit(fits, tensors, where)
+        bits, groups = fitting[0], scales.shape[1]
+        fits = scales.dtype in packing.SCALE_DTYPES and 0 < groups <= n
+        if "zeros" in tensors:
+            fits &= tensors["zeros"].info.dtype == "I32" and tensors["zeros"].info.shape == (-(-m * bits // 32), groups)
+        if "groups" in tensors:
+            fits &= tensors["groups"].info.dtype == "I32" and tensors["groups"].info.shape == (n,)
+        packing.check_fit(fits, tensors, where)
+        return cls(name, (m, n), dict(tensors), f"INT{bits} (compressed-tensors)", torch.float32, None, bits)
+
+    def decode(self, i: int, j: int) -> Tensor:
+        """``(q − zero) · scale``."""
+        n, scales = self.shape[1], self.tensors["scales"].rows(i, j).to(torch.float32)
+        values = packing.unpack(self.tensors["weight"].rows(i, j).T, self.bits, 0, n).T
+        count = scales.shape[1]
+        group = torch.arange(n) // -(-n // count)
+        if "groups" in self.tensors and not bool((self.tensors["groups"].whole() < 0).any()):  # −1 where it is not used
+            group = packing.group_indices(self.tensors["groups"], count)
+        stored = self.tensors.get("zeros")
+        zeros = packing.unpack(stored.whole(), self.bits, i, j)[:, group] if stored else 1 << (self.bits - 1)
+        return values.sub(zeros).to(torch.float32).mul_(scales[:, group])

@@ -1,0 +1,74 @@
+"""GPTQ: integers of 2, 3, 4 or 8 bits in 32-bit words, with a scale and a zero point for each group of inputs and each output.
+
+``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]`` with g the group of the input; stored transposed, inputs first. Values are
+packed along the inputs and zero points along the outputs, as `packing` has it; the first format stores zero points less one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from streamer.errors import FormatError, UnsupportedError
+from streamer.weights.base import QuantizedWeight, StoredTensor
+from streamer.weights.quantization import packing
+
+
+@dataclass(frozen=True)
+class GPTQ(QuantizedWeight):
+    """Quantized values packed along the inputs.
+
+    Attributes
+    ----------
+    bits
+        2, 3, 4 or 8.
+    group_size
+        Inputs to a group, where no ``g_idx`` says it for each.
+    offset
+        What is added to a stored zero point.
+    """
+
+    bits: int
+    group_size: int
+    offset: int
+
+    @classmethod
+    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
+        """Check that the tensors fit one another, and make the weight that they hold."""
+        where = f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
+        stated = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if stated not in ("gptq", "gptq_v2"):
+            raise UnsupportedError(f"{where}: GPTQ format {stated!r} is not supported; use the 16-bit model")
+        weight, scales, zeros = (tensors[role].info.shape for role in ("weight", "scales", "zeros"))
+        bits = config.get("bits")
+        if len(weight) != 2 or len(scales) != 2 or len(zeros) != 2:
+            raise FormatError(f"{where}: expected matrices of codes, scales and zero points; get the file again")
+        if "groups" in tensors and weight[0]:  # tells the inputs, and so the bits, which may differ by layer
+            bits = weight[0] * 32 // max(1, math.prod(tensors["groups"].info.shape))
+        if bits not in (2, 3, 4, 8):
+            raise UnsupportedError(f"{where}: GPTQ with {bits!r} bits is not supported")
+        inputs, outputs = weight[0] * 32 // bits, weight[1]
+        size = packing.group_size(config, inputs)
+        groups = scales[0] if "groups" in tensors else -(-inputs // size)
+        fits = scales == (groups, outputs) and zeros == (groups, -(-outputs * bits // 32))
+        fits &= weight[0] == -(-inputs * bits // 32) and packing.has_packed_dtypes(tensors)
+        if "groups" in tensors:
+            fits &= tensors["groups"].info.shape == (inputs,) and tensors["groups"].info.dtype == "I32"
+        packing.check_fit(fits, tensors, where)
+        label, offset = f"GPTQ {bits} bits", int(stated == "gptq")
+        return cls(name, (outputs, inputs), dict(tensors), label, torch.float32, None, bits, size, offset)
+
+    def decode(self, i: int, j: int) -> Tensor:
+        """``(q − zero) · scale``, transposed."""
+        values = packing.unpack(self.tensors["weight"].whole()[:, i:j], self.bits, 0, self.shape[1])
+        zeros = packing.unpack(self.tensors["zeros"].whole().T, self.bits, i, j).T + self.offset
+        if "groups" in self.tensors:
+            group = packing.group_indices(self.tensors["groups"], self.tensors["scales"].info.shape[0])
+        else:
+            group = torch.arange(self.shape[1]) // self.group_size
+        return packing.dequantize_groups(values, zeros, self.tensors["scales"].whole()[:, i:j], group)

@@ -1,0 +1,163 @@
+"""Formats of quantized weights: by names and dtypes, the tensors on disk that make one weight, and the class that decodes them.
+
+The model's ``quantization_config`` must name a method that a format has; a tensor of quantized values that no format claims is refused by
+name when it is looked up, so that raw quantized values never reach a computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamer.errors import UnsupportedError
+from streamer.weights.base import QuantizedWeight, StoredTensor
+from streamer.weights.quantization.awq import AWQ
+from streamer.weights.quantization.bitsandbytes import EightBit, FourBit
+from streamer.weights.quantization.compressed_tensors import PackedIntegers
+from streamer.weights.quantization.fp8 import FP8
+from streamer.weights.quantization.gptq import GPTQ
+from streamer.weights.quantization.mxfp4 import MXFP4
+from streamer.weights.quantization.scaled_codes import Scaled
+
+
+@dataclass(frozen=True)
+class QuantizationFormat:
+    """One way in which libraries store quantized weights.
+
+    Attributes
+    ----------
+    title, stored
+        For people: what it is, and what stands on disk.
+    quant_methods
+        Values of ``quant_method`` under which it is used; None among them where it needs no config.
+    values
+        How the name of the tensor of quantized values ends, its dtypes (none: any), and what the name of the weight ends with instead.
+    companion_suffixes
+        Other tensors, by role: how their names go on after the stem; the first that is there.
+    optional
+        As `companion_suffixes`, for tensors that may be missing.
+    make
+        The weight that these tensors hold.
+    requantizes
+        Whether `merge` writes merged weights back in this encoding.
+    """
+
+    title: str
+    stored: str
+    quant_methods: frozenset[str | None]
+    values: tuple[str, tuple[str, ...], str]
+    companion_suffixes: Mapping[str, tuple[str, ...]]
+    make: Callable[[str, Mapping[str, StoredTensor], Mapping[str, Any]], QuantizedWeight]
+    optional: Mapping[str, tuple[str, ...]] | None = None
+    requantizes: bool = False
+
+    def claim(self, tensor: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[str, str]] | None:
+        """Recognise the tensor of a weight's quantized values by its name and dtype, and collect the tensors that belong to it.
+
+        Before → after, for GPTQ: ``layers.0.q_proj.qweight`` → ``layers.0.q_proj.weight`` and ``{"weight": "layers.0.q_proj.qweight",
+        "zeros": "layers.0.q_proj.qzeros", "scales": "layers.0.q_proj.scales"}``.
+
+        Returns
+        -------
+        tuple or None
+            The weight's name and the names of its tensors by role; None for any other tensor.
+        """
+        ending, dtypes, instead = self.values
+        if not tensor.endswith(ending) or (dtypes and tensors[tensor].info.dtype not in dtypes):
+            return None
+        stem = tensor.removesuffix(ending)
+        roles = {"weight": tensor}
+        for role, endings in {**self.companion_suffixes, **(self.optional or {})}.items():
+            found = next((stem + e for e in endings if stem + e in tensors), None)
+            if found is not None:
+                roles[role] = found
+            elif role in self.companion_suffixes:
+                return None
+        return stem + instead, roles
+
+
+FORMATS: tuple[QuantizationFormat, ...] = (
+    QuantizationFormat("FP8 e4m3: scale of a block, a row or the tensor", "`weight`, `weight_scale_inv` or `weight_scale`",
+          frozenset({None, "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}), ("", ("F8_E4M3",), ""),
+          {"scale": ("_scale_inv", "_scale")}, FP8.of, {"zeros": ("_zero_point",)}, requantizes=True),
+    QuantizationFormat("bitsandbytes NF4 and FP4, double quantization too", "`weight`, `.absmax`, `.quant_map`, `.quant_state.*`",
+          frozenset({None, "bitsandbytes"}), ("", (), ""),
+          {"absmax": (".absmax",), "map": (".quant_map",),
+           "state": (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")}, FourBit.of,
+          {"nested_absmax": (".nested_absmax",), "nested_map": (".nested_quant_map",)}),
+    QuantizationFormat("bitsandbytes int8", "`weight`, `SCB`",
+          frozenset({None, "bitsandbytes"}), (".weight", ("I8",), ".weight"),
+          {"SCB": (".SCB",)}, EightBit.of, {"format": (".weight_format",)}),
+    QuantizationFormat("GPTQ, 2, 3, 4 and 8 bits, both formats", "`qweight`, `qzeros`, `scales`, `g_idx`",
+          frozenset({"gptq"}), (".qweight", (), ".weight"),
+          {"zeros": (".qzeros",), "scales": (".scales",)}, GPTQ.of, {"groups": (".g_idx",)}),
+    QuantizationFormat("AWQ, 4 bits (gemm)", "`qweight`, `qzeros`, `scales`",
+          frozenset({"awq"}), (".qweight", (), ".weight"),
+          {"zeros": (".qzeros",), "scales": (".scales",)}, AWQ.of),
+    QuantizationFormat("compressed-tensors int8", "`weight`, `weight_scale`",
+          frozenset({"compressed-tensors"}), (".weight", ("I8",), ".weight"),
+          {"scale": (".weight_scale",)}, Scaled.of, {"zeros": (".weight_zero_point",)}),
+    QuantizationFormat("compressed-tensors packed integers", "`weight_packed`, `weight_scale`, `weight_shape`",
+          frozenset({"compressed-tensors"}), (".weight_packed", (), ".weight"),
+          {"scales": (".weight_scale",), "shape": (".weight_shape",)}, PackedIntegers.of,
+          {"zeros": (".weight_zero_point",), "groups": (".weight_g_idx",)}),
+    QuantizationFormat("MXFP4 expert stacks", "`*_blocks`, `*_scales`",
+          frozenset({None, "mxfp4"}), ("_blocks", ("U8",), ""),
+          {"scales": ("_scales",)}, MXFP4.of),
+)  # fmt: skip
+"""Formats of quantized weights; a new one is a new entry here, with its class in a module of this folder."""
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Find the quantization config in a model's config, {} where there is none; multimodal models may keep it with the text model's."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        for key in QUANTIZATION_KEYS:
+            if isinstance(place.get(key), dict):
+                return dict(place[key])
+    return {}
+
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
+def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
+    """Read the ``quant_method`` of a quantization config, None for {}.
+
+    Raises
+    ------
+    UnsupportedError
+        If no format has it, or the config says something more that changes what the quantized values mean.
+    """
+    if not quantization:
+        return None
+    method = quantization.get("quant_method")
+    if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+        method = "bitsandbytes"  # as older versions of transformers wrote it
+    kind = repr(method)
+    known = sorted({m for form in FORMATS for m in form.quant_methods if m is not None})
+    if method in known:
+        for key, good in _VARIANTS.get(str(method), {}).items():
+            value = quantization.get(key)
+            value = value.get("format", value) if isinstance(value, dict) else value
+            if value and value not in good:
+                kind += f" with {key}={value!r}" if isinstance(value, str | int) else f" with {key}"
+                break
+        else:
+            return str(method)
+    raise UnsupportedError(
+        f"{where}: config.json: bases quantized by {kind} are not supported (supported: {', '.join(known)}); use the 16-bit model"
+    )
+
+
+_VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+    # Keys that change what the quantized values mean, with the settings that leave it as it is.
+    "compressed-tensors": {
+        "format": ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense"),
+        "sparsity_config": ("dense",),
+        "transform_config": (),
+    },
+    "modelopt": {"quant_algo": ("FP8", "FP8_PB_WO")},
+    "gptq": {"is_marlin_format": (), "rotation": ()},
+}
