@@ -125,7 +125,7 @@ class DetectedOnTheWay(OwnFile):
 
 
 FindingsSource = GivenFindings | OwnFile
-"""Where the findings of a job come from; `DetectedOnTheWay` is an `OwnFile` that writes none."""
+"""Source of the findings of a job; `DetectedOnTheWay` is an `OwnFile` that writes none."""
 
 
 @dataclass(frozen=True)

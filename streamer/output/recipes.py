@@ -165,7 +165,7 @@ class RowSlice(Recipe):
 
     @property
     def cost_kind(self) -> type[Recipe] | None:
-        """That of the recipe."""
+        """The recipe's."""
         return self.recipe.cost_kind
 
     @property
@@ -191,7 +191,7 @@ class Stack(Recipe):
 
     @property
     def cost_kind(self) -> type[Recipe] | None:
-        """That of each."""
+        """Each one's."""
         return self.recipes[0].cost_kind
 
     @property
@@ -200,7 +200,7 @@ class Stack(Recipe):
         return self.recipes[0].repeats
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """Those of each."""
+        """Give those of each, one after the other."""
         return itertools.chain.from_iterable(recipe.pieces(mitigated) for recipe in self.recipes)
 
 
@@ -213,7 +213,7 @@ class AddBias(Rows):
 
     @property
     def cost_kind(self) -> type[Recipe]:
-        """That of copies: a bias is small."""
+        """Copies: a bias is small."""
         return CopyBytes
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
@@ -232,7 +232,7 @@ class ReplaceRows(Rows):
 
     @property
     def cost_kind(self) -> type[Recipe]:
-        """That of copies: few rows are computed."""
+        """Copies: few rows are computed."""
         return CopyBytes
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
