@@ -80,8 +80,9 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
         from streamer.detection.device import choose_device
         from streamer.detection.findings import load_findings
         from streamer.detection.options import RunOptions
-        from streamer.output import job as apply
+        from streamer.output import model_writer
         from streamer.output import run as outputs
+        from streamer.output.job import Job
         from streamer.output.mitigation import MitigationOptions
         from streamer.output.prepare import OutputOptions, prepare_outputs
         from streamer.storage import atomic_file, page_cache, system, tensor_file
@@ -128,17 +129,17 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     atomic_file.AtomicFile.write = clocks.wrap(
         atomic_file.AtomicFile.write, "wait for the write"
     )  # of the piece before
-    apply.matrix_figures = clocks.wrap(unwatched(apply.matrix_figures), "factors and figures")
-    apply.Job.mitigated = clocks.wrap(unwatched(apply.Job.mitigated), "factors and figures")
+    model_writer.matrix_metrics = clocks.wrap(unwatched(model_writer.matrix_metrics), "factors and figures")
+    Job.mitigated = clocks.wrap(unwatched(Job.mitigated), "factors and figures")
     # The map; its pages come with the upcast.
     tensor_file.TensorFile.view = clocks.wrap(tensor_file.TensorFile.view, "read and upcast")
     with clock.stage("plan and identity"):
         found = load_findings(findings)
         mitigation, run = MitigationOptions(float(mitigation_lambda)), RunOptions(choose_device("cpu"))
         form, adapters = OutputOptions(merges=True), {"": Path(adapter)}
-        sinks = prepare_outputs(base, adapters, out, [found], mitigation, found.options, form, run)
+        writers = prepare_outputs(base, adapters, out, [found], mitigation, found.options, form, run)
     with Blocks():
-        outputs.run_jobs(sinks, run)
+        outputs.run_jobs(writers, run)
     with clock.stage("other"):
         total = time.perf_counter() - began
     beside: dict[str, dict[str, float]] = {}

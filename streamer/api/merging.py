@@ -12,7 +12,7 @@ from streamer.adapters.batch import named_adapters
 from streamer.api.keywords import Merging, Several, detection_options, run_options
 from streamer.detection.findings import Findings
 from streamer.events import Monitor, OnEvent
-from streamer.output.job import merged_tensors
+from streamer.output.iterate import merged_tensors
 from streamer.output.mitigation import MitigationMethod, MitigationOptions, Selection
 from streamer.output.prepare import OutputOptions, findings_by_name, open_jobs, prepare_outputs
 from streamer.output.records import Written

@@ -17,8 +17,8 @@ from streamer.events import Monitor
 if TYPE_CHECKING:
     from streamer.detection.findings import Findings
     from streamer.detection.options import DetectionOptions, RunOptions
-    from streamer.output.job import Sink
     from streamer.output.mitigation import MitigationOptions
+    from streamer.output.output_spec import Writer
 
 
 Result = tuple[dict[str, Any], str]
@@ -109,29 +109,29 @@ def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
     merges, run = args.command == "merge", _run_options(args, monitor)
     own = {"dequantize": args.dequantize} if merges else {"to_lora": args.to_lora}
     form = OutputOptions(merges, model_card=not args.no_card, **own)
-    sinks = prepare_outputs(args.base, adapters, args.output, given, mitigation, detection, form, run)
+    writers = prepare_outputs(args.base, adapters, args.output, given, mitigation, detection, form, run)
     if args.dry_run:
-        return _dry_write(args, adapters, sinks, run)
+        return _dry_write(args, adapters, writers, run)
     parts = {
         name: (dict(record), record_table(record, record["output"], _screen(args)))
-        for name, record in zip(adapters, run_jobs(sinks, run), strict=True)
+        for name, record in zip(adapters, run_jobs(writers, run), strict=True)
     }
     return _each(parts, args.output, _screen(args))
 
 
-def _dry_write(args: argparse.Namespace, adapters: Iterable[str], sinks: Sequence[Sink], run: RunOptions) -> Result:
+def _dry_write(args: argparse.Namespace, adapters: Iterable[str], writers: Sequence[Writer], run: RunOptions) -> Result:
     from streamer.cli.forecast import forecast_output, shared_by_merges, together
     from streamer.cli.json_report import dry_run, dry_runs
     from streamer.output.run import inspect_jobs, resident_of
 
-    states, resident = inspect_jobs(sinks, run), resident_of(sinks)
+    states, resident = inspect_jobs(writers, run), resident_of(writers)
     forecasts = [
-        None if state == "done" else forecast_output(sink, resident, monitor=run.monitor)
-        for sink, state in zip(sinks, states, strict=True)
+        None if state == "done" else forecast_output(writer, resident, monitor=run.monitor)
+        for writer, state in zip(writers, states, strict=True)
     ]
-    todo, parts = [sink for sink, forecast in zip(sinks, forecasts, strict=True) if forecast], {}
-    for name, sink, state, forecast in zip(adapters, sinks, states, forecasts, strict=True):
-        out, matrices = sink.output, len(sink.job.plan.targets)
+    todo, parts = [writer for writer, forecast in zip(writers, forecasts, strict=True) if forecast], {}
+    for name, writer, state, forecast in zip(adapters, writers, states, forecasts, strict=True):
+        out, matrices = writer.spec.output, len(writer.spec.job.plan.targets)
         parts[name] = dry_run(args.command, out.path, state, matrices, len(out.files), out.total_bytes, forecast)
     return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo)), _screen(args))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.linalg.operators import Delta
 from streamer.linalg.svd import OVERSAMPLING
-from streamer.output.adapter_writer import AdapterSink
-from streamer.output.job import Job, ModelSink, Sink
-from streamer.output.merged_model import Output
+from streamer.output.adapter_writer import AdapterWriter
+from streamer.output.job import Job, OwnFile
 from streamer.output.mitigation import MitigationOptions
-from streamer.output.recipes import AddBias, CopyBytes, Recipe, ReplaceRows, Requantize, RowSlice, Stack
+from streamer.output.model_writer import ModelWriter
+from streamer.output.output_spec import Writer
 from streamer.output.run import resident_of
 from streamer.plan.batch import Batch
 from streamer.plan.memory import factor_rank, resident_bytes
@@ -99,7 +99,9 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
     )
 
 
-def forecast_output(sink: Sink, resident: int, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:
+def forecast_output(
+    writer: Writer, resident: int, detects: bool | None = None, monitor: Monitor | None = None
+) -> Forecast:
     """Forecast what `mitigate` or `merge` takes.
 
     Parameters
@@ -112,19 +114,13 @@ def forecast_output(sink: Sink, resident: int, detects: bool | None = None, moni
         Is told of the probe.
     """
     monitor = monitor or Monitor()
-    job, output = sink.job, sink.output
-    plan, merges = job.plan, isinstance(sink, ModelSink)
+    job, output = writer.spec.job, writer.spec.output
+    plan = job.plan
     detects = job.detects if detects is None else detects
-    memory = escalated = max(need.nbytes for need in sink.needs(resident))
-    read = _identified_bytes(plan) + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in sink.copies)
-    if merges:
-        read += plan.base.data_bytes
-    else:
-        read += sum(plan.weights[t.tensor].nbytes for t in plan.targets if not t.module.low_rank)
-    if job.findings is not None:
-        factors = (f for m in job.findings for f in (m.detection.U, m.detection.S, m.detection.Vh))
-        read += sum(factor.nbytes for factor in factors)
-    seconds = _writing_seconds(sink, monitor)
+    memory = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
+    read = _identified_bytes(plan) + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.spec.copies)
+    read += writer.spec.base_bytes + job.findings.nbytes
+    seconds = _writing_seconds(writer, monitor)
     if detects:
         first = forecast_detection(plan, job.detection, job.device, resident, job.findings_size, monitor)
         memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
@@ -138,16 +134,17 @@ def forecast_commands(
 ) -> dict[str, Forecast | UnsupportedError]:
     """Say what each command takes with its defaults, `mitigate` and `merge` from findings; or with which error it is refused."""
     detection = DetectionOptions()
-    job = Job(plan, MitigationOptions(), detection, device)
+    job = Job(plan, MitigationOptions(), detection, device, OwnFile(detection))
     resident = resident_bytes(Batch(plan.base, (plan,)))
     first = forecast_detection(plan, detection, device, resident, findings_bytes(plan, detection), monitor)
     commands: dict[str, Forecast | UnsupportedError] = {"detect": first}
-    for writer in (AdapterSink, ModelSink):
+    writers: dict[str, Callable[[Job, Path], Writer]] = {"mitigate": AdapterWriter, "merge": ModelWriter}
+    for command, make in writers.items():
         try:
-            sink = writer(job, Path("output"))
-            commands[writer.command] = forecast_output(sink, resident_of([sink]), detects=False, monitor=monitor)
+            writer = make(job, Path("output"))
+            commands[command] = forecast_output(writer, resident_of([writer]), detects=False, monitor=monitor)
         except UnsupportedError as e:
-            commands[writer.command] = e
+            commands[command] = e
     return commands
 
 
@@ -251,48 +248,30 @@ def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device,
     return seconds
 
 
-def _writing_seconds(sink: Sink, monitor: Monitor) -> float | None:
-    """Estimate the time of all output tensors, and of the figures of each matrix; None for what is not summed a few rows at a time."""
-    plan = sink.job.plan
+def _writing_seconds(writer: Writer, monitor: Monitor) -> float | None:
+    """Estimate the time of all output tensors, and of the metrics of each matrix; None for what is not summed a few rows at a time."""
+    plan = writer.spec.job.plan
     if any(not target.module.low_rank for target in plan.targets):
         return None
     _tell(monitor, "norms of mitigated deltas")
-    seconds = _figures_seconds(sink.job, 2 if isinstance(sink, ModelSink) else 3)
+    seconds = _metrics_seconds(writer.spec.job, writer.spec.norms)
 
     def unchanged(target: Target) -> tuple[Delta, Delta]:
         delta = plan.delta(target)
         return delta, delta
 
-    if not isinstance(sink, ModelSink):
-        _tell(monitor, "writing an adapter's tensors")
-        part = max(plan.adapter.tensors.values(), key=lambda part: part.info.nbytes)
-        return seconds + writing_pace(CopyBytes(part), unchanged) * sink.output.total_bytes
-    sizes = {info.name: info.nbytes for shard in sink.shards.values() for info in shard.header.tensors}
-    alike = defaultdict[type, list[Output]](list)
-    for output in (o for outputs in sink.model.files.values() for o in outputs):
-        few = isinstance(output.recipe, AddBias | ReplaceRows)
-        alike[CopyBytes if few else _kind(output.recipe)].append(output)
-    if Requantize in alike:  # in several passes over the whole
+    if (timed := writer.timed()) is None:
         return None
-    for group in alike.values():
-        _tell(monitor, f"writing tensors like {group[0].name}")
-        largest = max(group, key=lambda o: sizes[o.name])
+    for name, recipe, nbytes in timed:
+        _tell(monitor, f"writing {name}")
         try:
-            pace = writing_pace(largest.recipe, unchanged)
+            seconds += writing_pace(recipe, unchanged) * nbytes
         except NumericError:  # the run itself will say where
             return None
-        seconds += pace * sum(sizes[o.name] for o in group)
     return seconds
 
 
-def _kind(recipe: Recipe) -> type:
-    """Return the kind of the recipe, or of those of the matrices that it holds."""
-    if isinstance(recipe, Stack):
-        return _kind(recipe.recipes[0])
-    return type(recipe.recipe if isinstance(recipe, RowSlice) else recipe)
-
-
-def _figures_seconds(job: Job, times: int) -> float:
+def _metrics_seconds(job: Job, times: int) -> float:
     """Estimate the time of the norms of Δ and Δ' of each matrix, and of its projection."""
     works = [(t.module.shape, factor_rank(t.module), job.intruders(t)) for t in job.plan.targets]
     units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
@@ -329,9 +308,10 @@ def shared_by_detections(batch: Batch) -> int:
     return sum(batch.plans[i].weights[target.tensor].nbytes for same in batch.matrices() for i, target in same[1:])
 
 
-def shared_by_merges(sinks: Sequence[Sink]) -> int:
+def shared_by_merges(writers: Sequence[Writer]) -> int:
     """Count the bytes of the base's files, for each output but the first, and what detection shares."""
-    if not sinks:
+    jobs = [writer.spec.job for writer in writers]
+    if not jobs:
         return 0
-    base = sum(file.header.file_bytes for sink in sinks[1:] for file in sink.job.plan.base.files.values())
-    return base + shared_by_detections(Batch(sinks[0].job.plan.base, tuple(s.job.plan for s in sinks if s.job.detects)))
+    base = sum(file.header.file_bytes for job in jobs[1:] for file in job.plan.base.files.values())
+    return base + shared_by_detections(Batch(jobs[0].plan.base, tuple(job.plan for job in jobs if job.detects)))

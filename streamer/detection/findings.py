@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -63,7 +64,7 @@ class Findings:
     _file: TensorFile | None = field(default=None, repr=False, compare=False)
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def by_tensor(self) -> dict[str, MatrixFinding]:
         """Return the entries by the base tensor's name."""
         return {m.tensor: m for m in self.matrices}

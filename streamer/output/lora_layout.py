@@ -1,4 +1,4 @@
-"""Lay out a LoRA adapter made from a fine-tuned model: the names of its modules, and its tensors beside the factors."""
+"""Lay out a LoRA adapter made from a fine-tuned model: the names of its modules, and its tensors other than factors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from streamer.storage.checkpoint import Checkpoint
 from streamer.weights.base import StoredTensor
 
 PREFIX = "base_model.model."
-"""What PEFT's names begin with."""
+"""Prefix of the names in a PEFT adapter: ``model.layers.0.mlp.up_proj`` → ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
 
 
 @dataclass(frozen=True)
 class LoraLayout:
-    """What stands in a LoRA adapter beside its factors, and how its modules are called.
+    """Tensors of a LoRA adapter other than factors, and the names of its modules.
 
     Attributes
     ----------
@@ -43,10 +43,15 @@ class LoraLayout:
 def lora_layout(
     tuned: Adapter, base: Checkpoint, matched: Mapping[str, str], changes: TensorEdits, renames: Renames
 ) -> LoraLayout:
-    """How a LoRA adapter says what of a fine-tuned model is no delta of a matrix.
+    """Give what changed in a fine-tuned model outside of matrices its form in a LoRA adapter.
 
     PEFT knows the modules by their names in a loaded model; a bias is its module's own where that has factors; what else has changed
-    is a saved module, with all of its tensors; an embedding and its lm_head stay tied. What has not changed is left out.
+    is a saved module, with all of its tensors; an embedding and its lm_head stay tied. Tensors that have not changed stay
+    out. Examples:
+
+    ``language_model.model.norm.weight``    → saved as ``base_model.model.model.language_model.norm.weight``
+    ``….q_proj.bias``, its weight changed   → ``….q_proj.base_layer.bias``
+    ``model.embed_tokens.weight``, tied     → factors of ``embed_tokens`` and, transposed, of ``lm_head``
 
     Parameters
     ----------

@@ -39,7 +39,7 @@ class Output:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """What a merge writes.
+    """Tensors and files that a merge writes.
 
     Attributes
     ----------
@@ -88,7 +88,7 @@ class MergedModel:
 
 
 def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
-    """What each tensor of the merged model is made of; from headers alone.
+    """Plan each tensor of the merged model, from headers alone.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
 
 
 def _of_file(plan: Plan, weights: WeightView, name: str, part: StoredTensor, dequantize: bool) -> Output | None:
-    """What a tensor of the base becomes; None if it is left out."""
+    """Plan the output of a tensor of the base; None if it is left out."""
     if name in plan.changes.dropped or (dequantize and is_activation_scale(name, weights)):
         return None
     if name not in weights.owners:
@@ -142,7 +142,7 @@ def _of_file(plan: Plan, weights: WeightView, name: str, part: StoredTensor, deq
 
 
 def _merged(plan: Plan, weight: Weight, role: str | None = None, tuned: StoredTensor | None = None) -> Recipe:
-    """What a weight becomes that the adapter changes; with a `role`, that one of the tensors that its codes stand in."""
+    """Make the recipe of a weight that the adapter changes; with a `role`, of that one of the tensors of its quantized values."""
     recipes = [_piece(weight, target, place, role, tuned) for target, place in plan.by_weight[weight.name]]
     return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
 
@@ -216,7 +216,7 @@ def _tuned(plan: Plan, name: str, stands: StoredTensor) -> StoredTensor | None:
 
 
 def _head(plan: Plan, names: list[str]) -> Head:
-    """What follows from the adapter's task and the head that it saves; of a fine-tuned model its own config says it."""
+    """Derive the head from the adapter's task and the head that it saves; a fine-tuned model's own config has it."""
     if plan.adapter.is_model:
         return Head(plan.config)
     trained = {name: part.info.shape for name, part in plan.changes.sources.items() if name in plan.changes.trained}

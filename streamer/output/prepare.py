@@ -10,14 +10,16 @@ from streamer.adapters.batch import given_findings, model_of
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import MismatchError, UsageError
-from streamer.output.adapter_writer import AdapterSink
-from streamer.output.job import Job, ModelSink, Sink
-from streamer.output.lora_writer import LoraSink
+from streamer.output.adapter_writer import AdapterWriter
+from streamer.output.job import GivenFindings, Job, OwnFile
+from streamer.output.lora_writer import LoraWriter
 from streamer.output.mitigation import MitigationOptions
+from streamer.output.model_writer import ModelWriter
+from streamer.output.output_spec import Writer
 from streamer.output.run import batch_of
 from streamer.plan.plan import Plan, make_batch
 
-GivenFindings = Findings | Path | None
+FindingsOrPath = Findings | Path | None
 """Findings on an adapter, or where their file is; None where there are none yet."""
 
 
@@ -43,9 +45,9 @@ class OutputOptions:
     model_card: bool = True
 
 
-def prepare_outputs(base: str | Path, adapters: Mapping[str, Path], output: str | Path, findings: Sequence[GivenFindings],
+def prepare_outputs(base: str | Path, adapters: Mapping[str, Path], output: str | Path, findings: Sequence[FindingsOrPath],
                     mitigation: MitigationOptions, detection: DetectionOptions, form: OutputOptions,
-                    run: RunOptions) -> list[Sink]:  # fmt: skip
+                    run: RunOptions) -> list[Writer]:  # fmt: skip
     """Plan the output of each adapter, and hand on the warnings of the inputs.
 
     Parameters
@@ -58,18 +60,18 @@ def prepare_outputs(base: str | Path, adapters: Mapping[str, Path], output: str 
         See `open_jobs`.
     """
     jobs = open_jobs(base, adapters, findings, mitigation, detection, form, run)
-    sinks = [_sink(job, model_of(output, name), form) for job, name in zip(jobs, adapters, strict=True)]
-    run.monitor.warn(batch_of(sinks).warnings)
-    return sinks
+    writers = [_writer(job, model_of(output, name), form) for job, name in zip(jobs, adapters, strict=True)]
+    run.monitor.warn(batch_of(writers).warnings)
+    return writers
 
 
-def _sink(job: Job, path: Path, form: OutputOptions) -> Sink:
+def _writer(job: Job, path: Path, form: OutputOptions) -> Writer:
     if form.merges:
-        return ModelSink(job, path)
-    return AdapterSink(job, path) if form.to_lora is None else LoraSink(job, path, form.to_lora)
+        return ModelWriter(job, path)
+    return AdapterWriter(job, path) if form.to_lora is None else LoraWriter(job, path, form.to_lora)
 
 
-def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence[GivenFindings], mitigation: MitigationOptions,
+def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence[FindingsOrPath], mitigation: MitigationOptions,
               detection: DetectionOptions, form: OutputOptions, run: RunOptions) -> list[Job]:  # fmt: skip
     """Open and check everything that mitigations read.
 
@@ -85,15 +87,16 @@ def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence
     for plan, found, given in zip(batch.plans, loaded, findings, strict=True):
         if found is not None:
             _check_findings(plan, found, given if isinstance(given, Path) else "findings", detection)
+    sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in loaded]
     return [
-        Job(plan, mitigation, detection, run.device, found, form.dequantize, form.model_card)
-        for plan, found in zip(batch.plans, loaded, strict=True)
+        Job(plan, mitigation, detection, run.device, source, form.dequantize, form.model_card)
+        for plan, source in zip(batch.plans, sources, strict=True)
     ]
 
 
 def findings_by_name(
     findings: Findings | Mapping[str, Findings] | str | Path | None, adapters: Iterable[str]
-) -> list[GivenFindings]:
+) -> list[FindingsOrPath]:
     """Find the findings on each adapter by its name: those given, or where their file is.
 
     Raises

@@ -1,4 +1,4 @@
-"""What an output says of itself: its record, ``streamer.json``, as types of JSON values; the stamp of its files is in `stamps`."""
+"""Types of the record of an output, ``streamer.json``, as JSON values; the stamp of its files is in `stamps`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEMA = "streamer.output/2"
 
 
 class MitigatedMatrix(TypedDict):
-    """What mitigation did to one matrix.
+    """Metrics of the mitigation of one matrix.
 
     Attributes
     ----------
@@ -99,5 +99,5 @@ class Written(Record, total=False):
 
 
 def certified_count(matrices: Sequence[MitigatedMatrix]) -> int:
-    """How many matrices have certified decisions."""
+    """Count the matrices with certified decisions."""
     return sum(m["certified"] is True for m in matrices)

@@ -36,9 +36,10 @@ from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.run import detect_to_files
 from streamer.errors import FormatError, StreamerError
 from streamer.events import Event, Monitor
-from streamer.output.job import Job, ModelSink
+from streamer.output.job import Job
 from streamer.output.merged_model import plan_merged
 from streamer.output.mitigation import MitigationOptions
+from streamer.output.model_writer import ModelWriter
 from streamer.output.prepare import OutputOptions, open_jobs
 from streamer.output.run import run_jobs
 from streamer.plan.batch import Batch
@@ -424,17 +425,17 @@ def output_journal(home: Path) -> Target:
     job = open_job(base, directory, MitigationOptions(1.0), OPTIONS, None)
     out, half = home / "out", home / "half"
     try:
-        run_jobs([ModelSink(job, half)], RunOptions(CPU, monitor=_stop_after(4)))
+        run_jobs([ModelWriter(job, half)], RunOptions(CPU, monitor=_stop_after(4)))
     except _Killed:
         known = records_of((half / ".streamer.journal").read_bytes())
-    run_jobs([ModelSink(job, out)], RunOptions(CPU, monitor=Monitor()))
+    run_jobs([ModelWriter(job, out)], RunOptions(CPU, monitor=Monitor()))
     whole = tree_digest(out)
 
     def run(data: bytes) -> None:
         shutil.rmtree(out)
         shutil.copytree(half, out)
         (out / ".streamer.journal").write_bytes(data)
-        run_jobs([ModelSink(job, out)], RunOptions(CPU, monitor=Monitor()))
+        run_jobs([ModelWriter(job, out)], RunOptions(CPU, monitor=Monitor()))
         if tree_digest(out) != whole and {*records_of(data)} <= {*known}:
             raise Trouble("another output than an uninterrupted run's")
 
@@ -446,12 +447,12 @@ def record(home: Path) -> Target:
     base, directory = small_job(home)
     job = open_job(base, directory, MitigationOptions(1.0), OPTIONS, None)
     out = home / "out"
-    run_jobs([ModelSink(job, out)], RunOptions(CPU, monitor=Monitor()))
+    run_jobs([ModelWriter(job, out)], RunOptions(CPU, monitor=Monitor()))
     path = out / "streamer.json"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        run_jobs([ModelSink(job, out)], RunOptions(CPU, monitor=Monitor()))
+        run_jobs([ModelWriter(job, out)], RunOptions(CPU, monitor=Monitor()))
         if path.read_bytes() != data:
             raise Trouble("a finished output was written to")
 

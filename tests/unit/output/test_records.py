@@ -17,7 +17,7 @@ from streamer.errors import OutputError
 from streamer.plan.sources import base_source
 
 OTHER = (
-    "import streamer.output.job as j, streamer.detection.findings_writer as w; "
+    "import streamer.output.output_spec as j, streamer.detection.findings_writer as w; "
     "j.__version__ = w.__version__ = '0.10.0-rc1'"
 )
 """Run as another version, whose name has another length."""
