@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ from streamer.records import Written
 from streamer.several import findings_of, given_findings, model_of, named_adapters
 from streamer.storage.tensorfile import IOMode
 from streamer.units import parse_size
+from streamer.verification.result import Verification
+from streamer.verification.run import verify
 
 Several = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]
 """Adapters on one base; a directory of adapters among them stands for those in it."""
@@ -519,6 +521,51 @@ def _monitor(plans: Sequence[Plan], monitor: Monitor | None, on_event: OnEvent |
     monitor = monitor or Monitor(on_event or warn)
     monitor.warn(warning for plan in plans for warning in plan.warnings)
     return monitor
+
+
+def verify_output(
+    output: str | Path,
+    base: str | Path | None = None,
+    adapter: str | Path | None = None,
+    *,
+    sample: int | Literal["all"] = 3,
+    max_memory: int | str | None = None,
+    on_event: OnEvent | None = None,
+    monitor: Monitor | None = None,
+) -> Verification:
+    """Compare an output with its record and, given its inputs, with what they give, by other code than wrote it.
+
+    Files are hashed, opened with the safetensors library and compared with ``streamer.json`` and the index; findings are compared
+    with the digest that they hold. Of base and adapter a sample of matrices is recomputed in float64 by numpy and scipy.
+
+    Parameters
+    ----------
+    output
+        Directory of a merged model or a mitigated adapter, or a findings file.
+    base, adapter
+        What it was made from; both, or neither.
+    sample
+        How many matrices are recomputed, spread over their kinds, the same of the same output; or ``all``.
+    max_memory
+        Matrices that take more memory, in bytes or as a size like ``"4G"``, are not recomputed.
+    on_event
+        Called with an `Event` at each step.
+    monitor
+        In place of `on_event`, a `Monitor`, for callers that also want to stop at the next safe point.
+
+    Returns
+    -------
+    Verification
+        What was compared, and which matrices could not be recomputed, and why.
+
+    Raises
+    ------
+    VerificationError
+        If anything differs: its `verification` has the same object, with the differences.
+    StreamerError
+        If the output has no record, or the inputs are others than it was made from (see `streamer.errors`).
+    """
+    return verify(output, base, adapter, sample, _bytes(max_memory), _monitor([], monitor, on_event))
 
 
 def _bytes(max_memory: int | str | None) -> int | None:
