@@ -318,7 +318,9 @@ def build_parser() -> Parser:
     sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`")
     sub = command("verify", "compare an output with its record and its inputs, by other code than wrote it")
     sub.add_argument("output", metavar="OUTPUT", help="merged model's or mitigated adapter's directory, or findings")
-    sub.add_argument("base", metavar="BASE", nargs="?", help="what it was made from: a sample of its matrices is recomputed")
+    sub.add_argument(
+        "base", metavar="BASE", nargs="?", help="what it was made from: a sample of its matrices is recomputed"
+    )
     sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")
     sub.add_argument("--sample", type=_sample, default=3, metavar="N",
                      help="how many matrices to recompute, spread over their kinds, or all (default: 3)")  # fmt: skip

@@ -17,9 +17,9 @@ from streamer.verification.formulas import AdapterFiles, LowRankDelta
 from streamer.verification.hashing import PIECE_BYTES
 from streamer.verification.matrices import directions
 from streamer.verification.mitigation import truncate
+from streamer.verification.record import DIGEST
 from streamer.verification.result import Checked, NotRecomputed, Outcome
 from streamer.verification.spectrum import (
-    ANGLE,
     ROUNDINGS,
     base_vectors,
     leading_triplets,
@@ -29,13 +29,10 @@ from streamer.verification.spectrum import (
 from streamer.verification.tensors import Array, TensorFiles
 
 SCHEMA = "streamer.findings/1"
-DIGEST = "sha256"
-"""The key of the digest in the metadata: of the whole file, with zeros in the digest's own place."""
-
 ARRAYS = ("U", "S", "Vh", "singular_values", "similarity", "similarity_low", "similarity_high", "intruders")
 
 FIGURE_ERROR = 1e-3
-"""Relative difference of norms and shares: findings have them in float32, from vectors that are off by `ANGLE`."""
+"""Relative difference of norms and shares: findings have them in float32, from vectors that are off by an angle."""
 
 
 def read_findings(outcome: Outcome, has_inputs: bool, monitor: Monitor) -> dict[str, Any] | None:
@@ -162,8 +159,8 @@ class FindingsCheck:
         k = len(arrays["singular_values"])
         triplets = leading_triplets(W, k)
         first = float(triplets.S[0]) or 1.0
-        loose = ANGLE * np.minimum(triplets.gaps, first) + ROUNDINGS * first
-        values = np.abs(arrays["singular_values"] - triplets.S) / np.maximum(loose, 1e-5 * first)
+        loose = triplets.angle * np.minimum(triplets.gaps, first) + ROUNDINGS * first
+        values = np.abs(arrays["singular_values"] - triplets.S) / loose
         worst = self._compare(row, "singular values", values)
         intruders = arrays["intruders"].astype(int)
         U, S, V = arrays["U"], arrays["S"], arrays["Vh"].T
@@ -171,7 +168,7 @@ class FindingsCheck:
             residuals = np.maximum(np.linalg.norm(W @ V - U * S, axis=0), np.linalg.norm(W.rmatmat(U) - V * S, axis=0))
             worst = max(
                 worst,
-                self._compare(row, "residuals of its triplets", residuals / np.maximum(loose, 1e-5 * first)[intruders]),
+                self._compare(row, "residuals of its triplets", residuals / loose[intruders]),
             )
             off = np.abs(np.concatenate([U.T @ U - np.eye(len(S)), V.T @ V - np.eye(len(S))])) / 1e-4
             worst = max(worst, self._compare(row, "orthonormal vectors", off.max(axis=0)))

@@ -22,8 +22,8 @@ from streamer.verification.tensors import Array, Matrix, TensorFiles, open_matri
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 
-_FACTOR = re.compile(
-    r"(?P<module>.+)\.(?P<role>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+_TENSOR = re.compile(
+    r"(?P<module>.+)\.(?P<role>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|base_layer|token_adapter)"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
 )
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
@@ -139,7 +139,7 @@ class AdapterFiles:
         for names in self.files.names.values():
             for name in names:
                 plain = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
-                if match := _FACTOR.fullmatch(plain.removeprefix("base_model.model.")):
+                if match := _TENSOR.fullmatch(plain.removeprefix("base_model.model.")):
                     found.setdefault(match["module"], {})[match["role"]] = name
         return found
 
@@ -155,6 +155,8 @@ class AdapterFiles:
         if kind != "LORA":
             raise NotRecomputed(f"it is changed by a {kind} adapter, of which no formula is here")
         names = self.modules.get(module, {})
+        if names.keys() & {"base_layer", "token_adapter"}:
+            raise NotRecomputed("the adapter brings values for it besides its factors")
         embedding = "lora_embedding_A" in names
         a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if a not in names or b not in names:
@@ -169,6 +171,9 @@ class AdapterFiles:
         )  # fmt: skip
 
     def _scaling(self, module: str, rank: int) -> float:
+        # PEFT looks the alpha of a targeted parameter up by the parameter's name.
+        if any(f".{module}.weight".endswith(f".{name}") for name in self.config.get("target_parameters") or ()):
+            module = f"{module}.weight"
         patterns = self.config.get("alpha_pattern") or {}
         fitting = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
         alpha = float(next(fitting, self.config["lora_alpha"]))

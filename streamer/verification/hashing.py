@@ -56,7 +56,7 @@ def hash_files(paths: Mapping[Path, int], monitor: Monitor) -> dict[Path, str]:
             waiting = set(digests.values())
             while waiting:
                 monitor.checkpoint()
-                begun = next(path for path, digest in digests.items() if not digest.done())
+                begun = next((path for path, digest in digests.items() if not digest.done()), largest_first[-1])
                 count = len(digests) - len(waiting)
                 # A file that grows meanwhile must not end the stage's bar early.
                 done = min(progress.done, total - 1)

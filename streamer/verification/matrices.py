@@ -69,16 +69,16 @@ class Recomputation:
         if any(c["tensor"] == tensor for c in self.record["carried"]):
             raise NotRecomputed("the adapter brings values for it besides its factors")
         W0, delta, rank = self.adapter.delta(tensor, row["module"], self.base)
+        before = len(self.outcome.differences)
         triplets, decisions = self._decide(row, W0, delta)
+        if len(self.outcome.differences) > before:  # all else of the matrix follows from its decisions
+            return Checked(math.inf, decisions)
         mitigated = mitigate(W0, delta, triplets, row["intruders"], self.record)
         if isinstance(files, AdapterFiles):
             error = self._check_factors(row, W0, mitigated, files)
         else:
             error = self._check_merged(row, W0, mitigated, files, rank)
         return Checked(error, decisions)
-
-    def _where(self, tensor: str, files: TensorFiles) -> Path:
-        return next(path for path, names in files.names.items() if tensor in names)
 
     def _decide(self, row: dict[str, Any], W0: Matrix, delta: Delta) -> tuple[Triplets | None, bool]:
         """Compute the triplets that the intruders are among; compare the decisions where LAPACK can decompose the base."""
@@ -114,7 +114,11 @@ class Recomputation:
     ) -> float:
         """Compare ``W0 + Δ'`` with the written tensor; the largest error as a share of what rounding permits."""
         tensor = row["tensor"]
-        path = self._where(tensor, files)
+        if tensor not in files or math.prod(files.stored(tensor).shape) != math.prod(W0.shape):
+            found = f"shape {list(files.stored(tensor).shape)}" if tensor in files else "no such tensor"
+            self.outcome.differ(self.output, f"a matrix of {list(W0.shape)}", found, tensor)
+            return math.inf
+        path = next(path for path, names in files.names.items() if tensor in names)
         written = open_matrix(files, tensor, W0.shape, W0.transposed)
         precision = (rank + len(row["intruders"]) + 8) * computing_precision(W0.dtype)
         worst, at, excess, norm_before, norm = 0.0, (0, 0), 0.0, 0.0, 0.0
@@ -131,7 +135,6 @@ class Recomputation:
                 worst, at = float(share.max()), (i + int(row_at), int(column))
             excess += float(np.sum(np.maximum(error - rounding, 0) ** 2))
             norm_before, norm = norm_before + float(np.sum(delta**2)), norm + float(np.sum(after**2))
-        self._check_norms(row, math.sqrt(norm_before), math.sqrt(norm), mitigated.error)
         spread = math.sqrt(excess) / mitigated.error if mitigated.error else 0.0
         if worst > 1:
             self.outcome.differ(
@@ -141,6 +144,8 @@ class Recomputation:
             self.outcome.differ(
                 path, "W0 + Δ' within one rounding", f"{spread:.3g} times what is permitted in its norm", tensor
             )
+        else:
+            self._check_norms(row, math.sqrt(norm_before), math.sqrt(norm), mitigated.error)
         return max(worst, spread)
 
     def _rounding(self, written: Matrix, i: int, j: int, exact: Array, slack: Array) -> Array:
@@ -166,6 +171,9 @@ class Recomputation:
         """Compare ``s·B'·A'`` with Δ' at the written adapter's rank; the largest error as a share of what rounding permits."""
         path, tensor = self.output / WEIGHTS_NAME, row["tensor"]
         factors = files.factors(row["module"])
+        if factors.shape != W0.shape:
+            self.outcome.differ(path, f"factors of a matrix of {list(W0.shape)}", f"of {list(factors.shape)}", tensor)
+            return math.inf
         whole = mitigated.low_rank() or self._in_factors(W0, mitigated)
         before = mitigated.delta if isinstance(mitigated.delta, LowRankDelta) else None
         truncated = truncate(whole, len(factors.A))
@@ -189,6 +197,7 @@ class Recomputation:
                 path, "the nearest product of this rank to Δ' within one rounding of its factors",
                 f"{share:.3g} times that in its norm", tensor,
             )  # fmt: skip
+            return share
         if before is not None:
             self._check_norms(row, float(np.linalg.norm(mitigated_norms(before))), math.sqrt(norm), permitted)
         if not abs(row["dropped"] - truncated.dropped) <= 1e-3:

@@ -94,7 +94,7 @@ def mitigate(
         columns = np.abs(right.T) @ angles
     weights = abs(lam - 1) * angles * sizes
     rows = np.abs(U) @ weights + float(weights @ angles)
-    return Mitigated(delta, 1.0, left, right, rows, abs(lam - 1) * columns, 2.5 * float(weights.sum()))
+    return Mitigated(delta, 1.0, left, right, rows, abs(lam - 1) * columns, 2 * float(weights.sum()))
 
 
 def _norm(base: Matrix, delta: Delta) -> float:
@@ -128,5 +128,5 @@ def truncate(delta: LowRankDelta, rank: int) -> Truncated:
     if size and rest[0] > 1e-12 * S[0] and gap < ILL_DEFINED * 1e-3 * S[0]:
         raise NotRecomputed("its delta has no single nearest matrix of the adapter's rank")
     kept = LowRankDelta((Q @ U)[:, :rank] * S[:rank], P @ Vh[:rank].T)
-    sensitivity = 1.0 if rest[0] <= 1e-12 * S[0] else 4 * (1 + S[rank - 1] / gap)
+    sensitivity = 1.0 if rest[0] <= 1e-12 * S[0] else 1 + S[rank - 1] / gap
     return Truncated(kept, float(np.linalg.norm(rest)) / size if size else 0.0, float(sensitivity))

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamer.errors import FormatError, MissingInputError
 from streamer.verification.result import Outcome
+from streamer.verification.tensors import TensorFiles
 
 RECORD_NAME = "streamer.json"
 SCHEMA = "streamer.output/2"
@@ -19,7 +20,7 @@ JOURNAL_NAME = ".streamer.journal"
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "command": str, "version": str, "base": dict, "adapter": dict, "detection": (dict, type(None)), "method": str, "scale": str,
     "lambda": (int, float), "to_lora": (int, type(None)), "dequantize": bool, "totals": dict, "warnings": list, "notes": list,
-    "advice": list, "left_out": list, "carried": list, "matrices": list, "plan": str, "files": list,
+    "advice": list, "left_out": list, "carried": list, "matrices": list, "plan": str, "files": list, "tokenizer": (str, type(None)),
 }  # fmt: skip
 _NESTED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "files": {"file": str, "bytes": int, "sha256": str},
@@ -29,6 +30,9 @@ _NESTED: dict[str, dict[str, type | tuple[type, ...]]] = {
     },
     "carried": {"tensor": str},
 }  # fmt: skip
+
+DIGEST = "sha256"
+"""The key of a digest that a file holds of itself: of all its bytes, with zeros in the digest's own place."""
 
 IN_SHORT = ("name", "model_id", "revision", "digest")
 """Keys of an input that a file's metadata has as well."""
@@ -65,12 +69,13 @@ def read_record(output: Path) -> dict[str, Any] | str:
         raise FormatError(
             f"{path}: expected schema {SCHEMA}, found {schema}; verify it with the version of streamer that wrote it"
         )
-    wrong = _wrong_key(record, {"schema": str, **_TYPES})
+    known = {"schema": str, **_TYPES}
+    wrong = _wrong_key(record, known) or next((k for k in record if k not in known and k != DIGEST), "")
     for key, types in _NESTED.items():
         wrong = wrong or next((f"{key}[].{k}" for entry in record[key] if (k := _wrong_key(entry, types))), "")
     if not wrong and (schema != SCHEMA or record["command"] not in ("merge", "mitigate")):
         wrong = "schema" if schema != SCHEMA else "command"
-    return f"{wrong!r} missing, or of another kind" if wrong else record
+    return f"{wrong!r} missing, of another kind or unknown" if wrong else record
 
 
 def _found(output: Path) -> str:
@@ -88,11 +93,21 @@ def _wrong_key(entry: object, types: Mapping[str, type | tuple[type, ...]]) -> s
     return next((k for k, kind in types.items() if k not in entry or not isinstance(entry[k], kind)), "")
 
 
+def check_digest(record: dict[str, Any], outcome: Outcome) -> None:
+    """Compare the record with the digest that it holds of itself; where that differs, say which key does if other files tell."""
+    path, stated = outcome.output / RECORD_NAME, str(record.get(DIGEST, ""))
+    found = hashlib.sha256(path.read_bytes().replace(stated.encode(), b"0" * 64, 1)).hexdigest()
+    if DIGEST in record and stated != found:
+        check_stamps(record, outcome)
+        if not outcome.differing(path):
+            outcome.differ(path, f"SHA-256 {stated} by itself", found)
+
+
 def check_record(record: dict[str, Any], outcome: Outcome) -> None:
     """Compare the record's sums and digests with what they are made of."""
     path = outcome.output / RECORD_NAME
     rows, totals = record["matrices"], record["totals"]
-    before, after = (math.sqrt(sum(m[key] ** 2 for m in rows)) for key in ("delta_norm", "delta_norm_after"))
+    before, after = (math.sqrt(sum(m[key] * m[key] for m in rows)) for key in ("delta_norm", "delta_norm_after"))
     sums = {
         "matrices": len(rows),
         "intruders": sum(len(m["intruders"]) for m in rows),
@@ -113,14 +128,28 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
         outcome.differ(
             path, "detection.certified to count its certified matrices", repr(record["detection"].get("certified"))
         )
-    identity = {k: v for k, v in record["base"].items() if k not in IN_SHORT}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    if record["base"].get("digest") != digest:
-        outcome.differ(path, f"base.digest {digest} of its files", repr(record["base"].get("digest")))
+    for key in ("base", "adapter"):
+        identity = {k: v for k, v in record[key].items() if k not in (*IN_SHORT, "base_model_name_or_path")}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        if record[key].get("digest") != digest:
+            outcome.differ(path, f"{key}.digest {digest}, of what it says of it", repr(record[key].get("digest")))
 
 
-def check_stamp(record: dict[str, Any], file: Path, metadata: Mapping[str, str], outcome: Outcome) -> None:
-    """Compare the record with what the metadata of one of its files says of how it was made."""
+def check_stamps(record: dict[str, Any], outcome: Outcome) -> None:
+    """Compare the record with what the metadata of each of its safetensors files says of how it was made; missing files are passed over."""
+    from safetensors import SafetensorError
+
+    for path in (outcome.output / f["file"] for f in record["files"] if f["file"].endswith(".safetensors")):
+        if not path.is_file() or outcome.differing(path):
+            continue
+        try:
+            with TensorFiles([path]) as file:
+                _check_stamp(record, path, file.metadata[path], outcome)
+        except SafetensorError as e:
+            outcome.differ(path, "a safetensors file", f"{e}")
+
+
+def _check_stamp(record: dict[str, Any], file: Path, metadata: Mapping[str, str], outcome: Outcome) -> None:
     try:
         stamp = json.loads(metadata["streamer"])
         items = list(stamp.items())

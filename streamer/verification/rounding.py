@@ -16,7 +16,8 @@ LARGEST_FP8 = 448.0
 def half_spacing(values: Array, dtype: str) -> Array:
     """Half the distance between neighbours of a dtype at each value: what rounding to nearest changes at most."""
     _, exponents = np.frexp(values)  # |value| in [0.5, 1) · 2^exponent
-    out: Array = np.ldexp(0.5, np.maximum(exponents - 1, LEAST_EXPONENT[dtype]) - (SIGNIFICANT_BITS[dtype] - 1))
+    exponents = np.where(values == 0, LEAST_EXPONENT[dtype], exponents - 1)
+    out: Array = np.ldexp(0.5, np.maximum(exponents, LEAST_EXPONENT[dtype]) - (SIGNIFICANT_BITS[dtype] - 1))
     return out
 
 

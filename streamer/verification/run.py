@@ -13,7 +13,7 @@ from typing import Any, Literal
 from streamer.errors import FormatError, MissingInputError, UsageError, VerificationError
 from streamer.events import Event, Monitor
 from streamer.verification.directory import check_files, check_tensors
-from streamer.verification.record import RECORD_NAME, check_record, read_record
+from streamer.verification.record import RECORD_NAME, check_digest, check_record, check_stamps, read_record
 from streamer.verification.result import Checked, NotRecomputed, Outcome, Verification
 
 Check = Callable[[dict[str, Any]], Checked]
@@ -105,10 +105,15 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
         return outcome
     outcome = Outcome(path, "model" if record["command"] == "merge" else "adapter", matrices=len(record["matrices"]))
     check_record(record, outcome)
+    if not outcome.differences:
+        check_digest(record, outcome)
+    if outcome.differences:  # nothing is compared with a record that is not as it was written
+        return outcome
     base = adapter = None
-    if inputs is not None and not outcome.differences:
+    if inputs is not None:
         base, adapter = _open_inputs(inputs, record["base"], record["adapter"], path, opened)
     check_files(record, outcome, sample.monitor)
+    check_stamps(record, outcome)
     check_tensors(record, outcome, base)
     if base is None or adapter is None or outcome.differences:
         return outcome

@@ -17,8 +17,15 @@ from streamer.verification.tensors import Array, Matrix
 DENSE_SIDE = 2048
 """The longest short side of a matrix that LAPACK decomposes whole."""
 
-ANGLE = 1e-3
-"""Error of a vector, in radians, that findings may have beside rounding: their solver refines no further where values decay slowly."""
+ANGLES = (2e-5, 1e-3)
+"""Error of a vector, in radians, that findings may have beside rounding; the second where singular values decay slowly."""
+
+MORE = 6
+"""Singular values after the first k that say how fast they decay; the solver's block has as many columns more at least."""
+
+SLOW = 0.15
+"""Relative fall of the squared values over these below which a block Krylov process of 16 steps does not reach the first of `ANGLES`:
+its error falls like ``2 exp(−2·16·√fall)``."""
 
 ROUNDINGS = 32 * 2.0**-23
 """Error of a residual in float32 relative to σ_1: some roundings."""
@@ -29,17 +36,18 @@ ILL_DEFINED = 0.05
 
 @dataclass(frozen=True)
 class Triplets:
-    """``W v_j = σ_j u_j``: U (m, k), S (k,) falling, V (n, k), and gaps (k,), each σ_j's distance to its nearest neighbour."""
+    """``W v_j = σ_j u_j``: U (m, k), S (k,) falling, V (n, k); gaps (k,), each σ_j's distance to its nearest neighbour; one of `ANGLES`."""
 
     U: Array
     S: Array
     V: Array
     gaps: Array
+    angle: float
 
     @property
     def angle_errors(self) -> Array:
         """(k,) the angle by which the vectors in findings may differ from these."""
-        errors: Array = np.minimum(1.0, ANGLE + ROUNDINGS * self.S[0] / np.maximum(self.gaps, 1e-300))
+        errors: Array = np.minimum(1.0, self.angle + ROUNDINGS * self.S[0] / np.maximum(self.gaps, 1e-300))
         return errors
 
 
@@ -70,7 +78,7 @@ def load_operator(base: Matrix, delta: Delta) -> Any:
 
 
 def leading_triplets(W: Any, k: int) -> Triplets:
-    """Compute the k leading triplets of an operator, by ARPACK where it can give one more, else by LAPACK.
+    """Compute the k leading triplets of an operator, by ARPACK where it can give some more, else by LAPACK.
 
     Raises
     ------
@@ -81,10 +89,10 @@ def leading_triplets(W: Any, k: int) -> Triplets:
     from scipy.sparse.linalg import ArpackError, svds
 
     side = min(W.shape)
-    if k + 1 <= side // 2:
+    if k + MORE < side // 2:
         start = np.random.default_rng(0).standard_normal(side)
         try:
-            U, S, Vh = svds(W, k=k + 1, v0=start, tol=0, return_singular_vectors=True)
+            U, S, Vh = svds(W, k=k + 1 + MORE, v0=start, tol=0, return_singular_vectors=True)
         except ArpackError as e:
             raise NotRecomputed(f"ARPACK did not converge ({e})") from None
     elif side <= DENSE_SIDE:
@@ -95,7 +103,9 @@ def leading_triplets(W: Any, k: int) -> Triplets:
     U, S, V = U[:, order], S[order], Vh[order].T
     padded = np.concatenate([[np.inf], S, [0.0 if W.shape[0] > W.shape[1] or k < side else -np.inf]])
     gaps = np.minimum(padded[:-2] - padded[1:-1], padded[1:-1] - padded[2:])
-    return Triplets(U[:, :k], S[:k], V[:, :k], gaps[:k])
+    beyond = float(S[min(k + MORE, len(S) - 1)])
+    slow = k + MORE < len(S) and S[k - 1] ** 2 - beyond**2 < SLOW * beyond**2
+    return Triplets(U[:, :k], S[:k], V[:, :k], gaps[:k], ANGLES[bool(slow)])
 
 
 def base_vectors(base: Matrix) -> tuple[Array, Array] | None:
