@@ -179,19 +179,20 @@ class VerificationError(StreamerError):
 
     Parameters
     ----------
+    message
+        The first difference, and how many more there are.
     verification
-        What `verify_output` else returns; it becomes an attribute. Its `differences` have a line each, the message the first of them.
+        What `verify_output` else returns, with a line for each of its `differences`; it becomes an attribute.
     """
 
     exit_code = 7
 
-    def __init__(self, verification: Mapping[str, Any]) -> None:
-        first, *more = (str(d["message"]) for d in verification["differences"])
-        super().__init__(f"{first}, and {len(more)} more" if more else first)
+    def __init__(self, message: str, verification: Mapping[str, Any]) -> None:
+        super().__init__(message)
         self.verification = verification
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.verification,)
+        return type(self), (self.args[0], self.verification)
 
 
 class InputChangedError(StreamerError):

@@ -445,6 +445,20 @@ def test_a_records_sums_and_digests(job: Job, tmp_path: Path) -> None:
     assert second.endswith(f", found {before['base']['digest']!r}")
 
 
+def test_a_record_of_another_schema(job: Job, tmp_path: Path) -> None:
+    """One that a later version wrote, with a digest that is right, is refused; a flipped digit of the schema's name differs."""
+    output = job.copy("adapter", tmp_path)
+    record = output / "streamer.json"
+    record.write_text(record.read_text().replace("streamer.output/2", "streamer.output/3"))
+    assert lines(output) == [
+        f"{record}: expected the record of an output, found 'schema' missing, of another kind or unknown"
+    ]
+    edit_record(output, lambda tree: None)
+    with pytest.raises(streamer.StreamerError, match="verify it with the version of streamer that wrote it") as e:
+        streamer.verify_output(output)
+    assert e.value.exit_code == 3
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"schema": "streamer.output/2"}'])
 def test_a_record_that_is_none(job: Job, tmp_path: Path, text: str) -> None:
     output = job.copy("adapter", tmp_path)

@@ -43,7 +43,8 @@ def verify(
     if inputs is not None and not outcome.recomputed and not outcome.differences:
         monitor.warn([f"{path}: none of its matrices could be recomputed: {outcome.not_recomputed[0]['reason']}"])
     if outcome.differences:
-        raise VerificationError(result)
+        first, *more = (difference["message"] for difference in outcome.differences)
+        raise VerificationError(f"{first}, and {len(more)} more" if more else first, result)
     return result
 
 
