@@ -23,11 +23,13 @@ _HOMES = {
     "Monitor": "events",
     "StreamerError": "errors",
     "StreamerWarning": "errors",
+    "VerificationError": "errors",
     "detect_intruder_dimensions": "api",
     "iter_merged": "api",
     "load_findings": "detection.findings",
     "merge_with_reduced_intruder_dimensions": "api",
     "reduce_intruder_dimension": "api",
+    "verify_output": "api",
 }
 
 __all__ = [
@@ -40,11 +42,13 @@ __all__ = [
     "Monitor",
     "StreamerError",
     "StreamerWarning",
+    "VerificationError",
     "detect_intruder_dimensions",
     "iter_merged",
     "load_findings",
     "merge_with_reduced_intruder_dimensions",
     "reduce_intruder_dimension",
+    "verify_output",
 ]
 
 if TYPE_CHECKING:
@@ -53,12 +57,13 @@ if TYPE_CHECKING:
         iter_merged,
         merge_with_reduced_intruder_dimensions,
         reduce_intruder_dimension,
+        verify_output,
     )
     from streamer.detection.findings import Findings, load_findings
     from streamer.detection.intruders import Detection
     from streamer.detection.matrix_finding import MatrixFinding
     from streamer.detection.options import DetectionOptions
-    from streamer.errors import StreamerError, StreamerWarning
+    from streamer.errors import StreamerError, StreamerWarning, VerificationError
     from streamer.events import Event, Monitor
     from streamer.output.mitigation import MitigationOptions
 

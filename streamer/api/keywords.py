@@ -48,12 +48,17 @@ def detection_options(
     top_k: int | float, threshold_epsilon: float, solver: str, max_memory: int | str | None
 ) -> DetectionOptions:
     """Make the options of detection, a budget read as the command line does."""
-    if isinstance(max_memory, str):
-        try:
-            max_memory = parse_size(max_memory)
-        except ValueError as e:
-            raise UsageError(f"max_memory: {e}") from None
-    return DetectionOptions(top_k, threshold_epsilon, solver, max_memory)
+    return DetectionOptions(top_k, threshold_epsilon, solver, read_size(max_memory))
+
+
+def read_size(max_memory: int | str | None) -> int | None:
+    """Read a budget as the command line does."""
+    if not isinstance(max_memory, str):
+        return max_memory
+    try:
+        return parse_size(max_memory)
+    except ValueError as e:
+        raise UsageError(f"max_memory: {e}") from None
 
 
 def run_options(device: str, io: IOMode, base_is_residual: bool, on_event: OnEvent | None, resume: bool = True,

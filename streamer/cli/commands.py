@@ -145,6 +145,14 @@ def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
     return findings_json(findings), findings_table(findings, _screen(args))
 
 
+def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.cli.verification import verification_text
+    from streamer.verification.run import verify
+
+    found = verify(args.output, args.base, args.adapter, args.sample, args.max_memory, monitor)
+    return {**found}, verification_text(found)
+
+
 def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.demo import demo_table, run_demo
 
@@ -166,6 +174,7 @@ COMMANDS = {
     "mitigate": _write,
     "merge": _write,
     "report": _report,
+    "verify": _verify,
     "demo": _demo,
 }
 

@@ -43,6 +43,8 @@ a first run:
       a mitigated adapter, for PEFT
   streamer merge BASE ADAPTER -o DIR --findings findings.safetensors
       a plain model with the mitigated adapter merged in
+  streamer verify DIR
+      every byte as it was written, after a copy for example
 
 BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's
 directory; detect and merge take several, or a directory of adapters, and read
@@ -87,6 +89,15 @@ examples:
 examples:
   streamer report findings.safetensors
   streamer report findings.safetensors --json | jq .totals
+""",
+    "verify": """\
+examples:
+  streamer verify merged
+      sizes, digests, index and shards against the record in it
+  streamer verify findings.safetensors
+  streamer verify merged BASE ADAPTER
+      3 matrices recomputed as well, by other code than wrote them
+  streamer verify merged BASE ADAPTER --sample all --json | jq .totals
 """,
     "demo": """\
 examples:
@@ -157,6 +168,15 @@ def _top_k(text: str) -> int | float:
         return float(text) if "." in text else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a count like 10 or a share like 0.1, found {text!r}") from None
+
+
+def _sample(text: str) -> int | str:
+    if text == "all":
+        return text
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
 
 
 def _size(text: str) -> int:
@@ -277,6 +297,16 @@ def build_parser() -> Parser:
                      help="write a plain model where the base is quantized, in the dtype of its config")  # fmt: skip
     sub = command("report", "show findings as a table or as JSON")
     sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`")
+    sub = command("verify", "compare an output with its record and its inputs, by other code than wrote it")
+    sub.add_argument("output", metavar="OUTPUT", help="merged model's or mitigated adapter's directory, or findings")
+    sub.add_argument(
+        "base", metavar="BASE", nargs="?", help="what it was made from: a sample of its matrices is recomputed"
+    )
+    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")
+    sub.add_argument("--sample", type=_sample, default=3, metavar="N",
+                     help="how many matrices to recompute, spread over their kinds, or all (default: 3)")  # fmt: skip
+    sub.add_argument("--max-memory", type=_size, metavar="SIZE",
+                     help="do not recompute matrices that take more memory, like 4G (default: as much as it takes)")  # fmt: skip
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.0, metavar="L",
                      help="what is left of an intruder, from 0 to 1 (default: 0: nothing)")  # fmt: skip

@@ -31,7 +31,7 @@ SHORTEST, WIDEST = 8, 24
 ADAPTER = 20
 """Columns of an adapter's name."""
 
-UNITS = {"detect": "matrices", "write": "tensors"}
+UNITS = {"detect": "matrices", "write": "tensors", "verify": "files", "recompute": "matrices"}
 """What a stage's `Event.items` are."""
 
 
@@ -193,7 +193,7 @@ class Progress:
         assert event is not None
         if seconds < 1:
             return ""
-        if event.stage == "write":
+        if event.stage in ("write", "verify"):
             return f"{(event.done - first.done) / seconds / 1e6:.0f} MB/s"
         pace = (event.items - first.items) / seconds
         return f"{pace:.1f}/s" if pace >= 1 else f"{60 * pace:.0f}/min"

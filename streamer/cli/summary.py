@@ -34,6 +34,9 @@ def _held(tree: Mapping[str, Any]) -> str:
             f"{totals['changed']} of {totals['matrices']} matrices changed, {scaled}"
             f"{_count(len(tree['files']), 'file')}, {format_size(totals['bytes'])}"
         )
+    if schema == "streamer.verification":
+        recomputed = f", {_count(totals['recomputed'], 'matrix')} recomputed" if "inputs" in tree else ""
+        return f"{_count(totals['files'], 'file')}, {format_size(totals['bytes'])}, nothing differs{recomputed}"
     if schema == "streamer.demo":
         return f"{totals['planted']} intruders planted, {totals['found']} found, {totals['gone']} gone"
     if schema == "streamer.dry-run":

@@ -7,6 +7,7 @@ intruders' triplets; ``T/singular_values``, ``T/similarity``, ``T/similarity_low
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ from streamer.storage.shard_writer import ShardPlan, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
 
 SCHEMA = "streamer.findings/1"
+
+DIGEST = "sha256"
+"""The key in the metadata of a digest over all of the file."""
 
 ARRAYS = ("U", "S", "Vh", "singular_values", "similarity", "similarity_low", "similarity_high", "intruders")
 """The arrays of a matrix, in file order."""
@@ -111,12 +115,21 @@ class Head(Protocol):
 def plan_findings_file(name: str, head: Head, matrices: Sequence[MatrixFigures], entries: Iterable[Entry]) -> ShardPlan:
     """Lay out a findings file. Equal findings give equal bytes, whether written at once or through a journal."""
     tree = {"base": head.base, "adapter": head.adapter, "options": head.options.as_dict(), "matrices": matrices}
-    metadata = {"schema": SCHEMA, "findings": json.dumps(tree)}
+    metadata = {"schema": SCHEMA, "findings": json.dumps(tree), DIGEST: "0" * 64}
     if head.sources:
         detection = detection_record(head.options, sum(m["certified"] is True for m in matrices), len(matrices))
         base, adapter = (cast(Source, head.sources[what]) for what in ("base", "adapter"))
         metadata[STAMP] = stamp("detect", base, adapter, detection)
     return plan_shard(name, list(entries), metadata)
+
+
+def seal(shard: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]]) -> ShardPlan:
+    """Put into the metadata the SHA-256 (hex) of the whole file, taken with zeros in the digest's own place."""
+    digest = hashlib.sha256(shard.raw_header)
+    for info in shard.header.tensors:
+        for piece in source(info):
+            digest.update(piece)
+    return shard.with_metadata(DIGEST, digest.hexdigest())
 
 
 def is_findings_file(path: Path) -> bool:
@@ -172,5 +185,5 @@ def save_findings_file(
     make_directory(path.parent)
     with locked(lock_of(path), path):
         remove_partials(path.parent, {path.name, journal_of(path).name})
-        write_shard(path.parent, shard, source, lambda _size, _sha256: None)
+        write_shard(path.parent, seal(shard, source), source, lambda _size, _sha256: None)
         journal_of(path).unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from streamer.detection.findings_file import (
     matrix_entries,
     plan_findings_file,
     refuse_foreign,
+    seal,
 )
 from streamer.detection.findings_records import MatrixFigures
 from streamer.detection.matrix_finding import MatrixFinding, check_figures
@@ -140,7 +141,7 @@ class FindingsWriter:
             own = header.by_name[info.name]
             yield raw[header.data_start + own.start : header.data_start + own.end]
 
-        write_shard(self.path.parent, plan, source, lambda _size, _sha256: self._before_rename())
+        write_shard(self.path.parent, seal(plan, source), source, lambda _size, _sha256: self._before_rename())
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         try:

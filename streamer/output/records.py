@@ -81,13 +81,14 @@ Record = TypedDict(
         "matrices": list[MitigatedMatrix],
         "plan": str,
         "files": list[FileRecord],
+        "sha256": str,
     },
     total=False,
 )
 Record.__doc__ = """The record of an output, as it stands in ``streamer.json``.
 
 `warnings` say where the result may differ from what was trained, `notes` what else happened, and `advice` what would be better, a line
-each. `plan` is a digest over all that decides the output's bytes.
+each. `plan` is a digest over all that decides the output's bytes, `sha256` one of the record's own, with zeros in its place.
 """
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +102,20 @@ class OutputDirectory:
             write(f)
 
     def commit(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write the record and remove the journal, when all files stand; return the record."""
+        """Write the record, with a digest of itself, and remove the journal, when all files stand; return the record.
+
+        The digest is the SHA-256 of the record's file, taken with 64 zeros in its own place.
+        """
         files = [{k: self._entries[name][k] for k in ("file", "bytes", "sha256")} for name, _ in self._plan.files]
-        record = {**record, "plan": self._plan.digest, "files": files}
-        write_atomic(self.path / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+        record = {**record, "plan": self._plan.digest, "files": files, "sha256": "0" * 64}
+        record["sha256"] = hashlib.sha256(_record_bytes(record)).hexdigest()
+        write_atomic(self.path / RECORD_NAME, _record_bytes(record))
         self._journal.remove()
         return record
+
+
+def _record_bytes(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1) + "\n").encode()
 
 
 def _remove(path: Path) -> None:
