@@ -1,5 +1,19 @@
 """Find and scale down LoRA intruder dimensions, one weight matrix at a time, without building the model.
 
+The folders are the data's way, and imports point up this list only::
+
+    errors, events, units
+    storage/       bytes             safetensors in, crash-safe files out
+    linalg/        mathematics       operators, Krylov processes, certified bounds
+    weights/       logical weights   a base's tensors as float matrices, plain or quantized
+    adapters/      deltas            a PEFT adapter or a fine-tuned model, module by module
+    plan/          matching          the base tensor that each module changes; all refusals
+    detection/     decisions         the leading directions of each matrix, and the findings file
+    output/        results           mitigated deltas, output tensors, files
+    verification/  witnesses         an output against its record and inputs, by other code
+    api/           the library       one function for each command
+    cli/           commands          arguments, progress, tables, forecasts, demo
+
 >>> import streamer
 >>> streamer.DetectionOptions(top_k=0.1).directions((4096, 1024))
 102
