@@ -23,6 +23,7 @@ from streamer.linalg.operators import RowBlocks
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.weights.dequantize import plain_weights
 from streamer.weights.logical import Weights
+from streamer.weights.model_config import ModelConfig
 from streamer.weights.quantization.grouped import unpacked
 from streamer.weights.quantization.scaled_codes import exponents
 
@@ -40,7 +41,7 @@ def base_of(
     )
     config = {"model_type": "test", **({"quantization_config": quantization} if quantization else {})}
     (directory / "config.json").write_text(json.dumps(config))
-    return Weights(open_checkpoint(directory, io), config)
+    return Weights(open_checkpoint(directory, io), ModelConfig(config))
 
 
 def assert_decodes(weights: Weights, name: str, expected: torch.Tensor) -> None:

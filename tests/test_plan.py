@@ -17,7 +17,8 @@ from streamer.detection.run import choose_device
 from streamer.detection.solvers import cost
 from streamer.errors import InputChangedError, OutputError, UsageError
 from streamer.events import Event
-from streamer.plan.plan import left_out, make_plan, other_files
+from streamer.plan.plan import make_plan
+from streamer.plan.side_files import other_files, skipped_files
 
 Job = tuple[Path, Path]
 
@@ -44,7 +45,7 @@ def test_weights_of_modules_of_their_own_are_taken_along(job: Job, tmp_path: Pat
     assert not (out / "code").is_symlink()
     assert record["left_out"] == ["onnx", "pytorch_model.bin", "pytorch_model.bin.index.json"]
     assert not any((out / name).exists() for name in record["left_out"])
-    assert {name for name, _ in other_files(base)} | set(left_out(base)) > {
+    assert {name for name, _ in other_files(base)} | set(skipped_files(base)) > {
         "config.json",
         "tokenizer.json",
         "1_Pooling/config.json",
@@ -85,7 +86,7 @@ def test_a_config_as_transformers_writes_it_is_read(job: Job, tmp_path: Path) ->
     base, adapter = job
     text = json.dumps({"model_type": "x", "time_step_limit": [0.0, float("inf")]})
     (base / "config.json").write_text(text)
-    assert make_plan(base, adapter).config["model_type"] == "x"
+    assert make_plan(base, adapter).config.model_type == "x"
     streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
     assert (tmp_path / "out" / "config.json").read_text() == text
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from streamer.adapters.adapter_config import AdapterConfig
 from streamer.linalg.deltas import Delta
 from streamer.linalg.operators import Dense, LowRank
 
@@ -24,11 +25,11 @@ MOST_TERMS = 1000
 
 
 class MethodInputs(NamedTuple):
-    """A module's tensors by role, in the computing dtype; its scale; the adapter's config; (out, in) of its weight."""
+    """A module's tensors by role, in the computing dtype; its scaling; the adapter's config; (out, in) of its weight."""
 
     tensors: Mapping[str, Tensor]
-    scale: float
-    config: Mapping[str, Any]
+    scaling: float
+    config: AdapterConfig
     shape: tuple[int, int]
 
 
@@ -68,7 +69,7 @@ class PeftMethod:
     shared: frozenset[str] = frozenset()
     low_rank: bool = False
     options: frozenset[str] = frozenset()
-    refuses: Callable[[Mapping[str, Any]], str] = lambda config: ""
+    refuses: Callable[[AdapterConfig], str] = lambda config: ""
     matrices: int = 3
 
 
@@ -107,7 +108,7 @@ def _loha(p: MethodInputs, base: Tensor) -> Delta:
             return torch.einsum("ijkl,jr,ip->prkl", t[f"hada_t{i}"], b, a).reshape(p.shape)
         return a @ b
 
-    return Dense((product(1) * product(2)).mul_(p.scale))
+    return Dense((product(1) * product(2)).mul_(p.scaling))
 
 
 def _lokr_sides(s: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -135,7 +136,7 @@ def _lokr(p: MethodInputs, base: Tensor) -> Delta:
         w2 = t["lokr_w2_a"] @ t["lokr_w2_b"]
     if w2.dim() == 4:
         w1 = w1[:, :, None, None]
-    return Dense(torch.kron(w1, w2.contiguous()).reshape(p.shape).mul_(p.scale))
+    return Dense(torch.kron(w1, w2.contiguous()).reshape(p.shape).mul_(p.scaling))
 
 
 def _adalora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
@@ -166,7 +167,7 @@ def _vera(p: MethodInputs, base: Tensor) -> Delta:
     )
 
 
-def _vera_refuses(config: Mapping[str, Any]) -> str:
+def _vera_refuses(config: AdapterConfig) -> str:
     if config.get("save_projection", True):
         return ""
     return "its projections are not in the file (save_projection=false), and only the library that trained it can draw them again"
@@ -188,16 +189,15 @@ def _oft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     )
 
 
-def _cayley(Q: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Rotations from skew-symmetric blocks (blocks, b, b): ``(I − Q)(I + Q)⁻¹``, or the first terms of the series of its inverse.
+def _cayley(Q: Tensor, terms: int | None = None) -> Tensor:
+    """Rotations from skew-symmetric blocks (blocks, b, b): ``(I − Q)(I + Q)⁻¹``, its inverse by so many terms of its Neumann series.
 
     That the two turn in opposite senses is PEFT's convention: one adapter is trained with one of them.
     """
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
-    if not config.get("use_cayley_neumann", False):
+    if terms is None:
         solved: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
         return solved
-    terms = int(config.get("num_cayley_neumann_terms", 5))
     terms = 4 if terms == 3 else terms  # as PEFT has it
     R, power = eye.clone(), eye
     for i in range(1, terms):
@@ -218,7 +218,8 @@ def _oft(p: MethodInputs, base: Tensor) -> Delta:
         eps = float(p.config.get("eps", 6e-5)) / math.sqrt(len(Q))
         norms = torch.linalg.matrix_norm(Q)[:, None, None]
         Q = torch.where(norms <= eps, Q, eps * Q / norms)
-    R = _cayley(Q, p.config).to(base.dtype)
+    terms = int(p.config.get("num_cayley_neumann_terms", 5)) if p.config.get("use_cayley_neumann") else None
+    R = _cayley(Q, terms).to(base.dtype)
     return Dense(_rotated(base, R, embedding=role == "oft_embedding_R") - base)
 
 
@@ -239,11 +240,11 @@ def _boft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 def _boft(p: MethodInputs, base: Tensor) -> Delta:
     """``diag(s) W0 Rᵀ`` for one butterfly factor, where no permutation is in play."""
     data = p.tensors["boft_R"][0].double()
-    R = _cayley(0.5 * (data - data.mT), {}).to(base.dtype)
+    R = _cayley(0.5 * (data - data.mT)).to(base.dtype)
     return Dense(p.tensors["boft_s"].flatten()[:, None].to(base.dtype) * _rotated(base, R) - base)
 
 
-def _boft_refuses(config: Mapping[str, Any]) -> str:
+def _boft_refuses(config: AdapterConfig) -> str:
     factors = config.get("boft_n_butterfly_factor", 1)
     return (
         ""
@@ -264,10 +265,10 @@ def _full(p: MethodInputs, base: Tensor) -> Delta:
     return Dense((weight.flatten(1) if role == "weight" else weight.T) - base)
 
 
-def _no_number(config: Mapping[str, Any], *keys: str) -> str:
+def _no_number(config: AdapterConfig, *keys: str) -> str:
     """Which of these keys holds no number that can be computed with, where it is there."""
-    wrong = [k for k in keys if k in config and not _is_number(config[k])]
-    return f"{wrong[0]}={config[wrong[0]]!r}, expected a number" if wrong else ""
+    wrong = [k for k in keys if k in config.values and not _is_number(config.get(k))]
+    return f"{wrong[0]}={config.get(wrong[0])!r}, expected a number" if wrong else ""
 
 
 def _is_number(value: object) -> bool:
@@ -275,14 +276,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def _oft_refuses(config: Mapping[str, Any]) -> str:
+def _oft_refuses(config: AdapterConfig) -> str:
     terms = config.get("num_cayley_neumann_terms", 5)
     if not _is_number(terms) or not 1 <= terms <= MOST_TERMS:
         return f"num_cayley_neumann_terms={terms!r}, expected 1 to {MOST_TERMS}"
     return _no_number(config, "eps") or _fan_in_fan_out(config)
 
 
-def _fan_in_fan_out(config: Mapping[str, Any]) -> str:
+def _fan_in_fan_out(config: AdapterConfig) -> str:
     return "fan_in_fan_out=true, which PEFT does not merge for this method" if config.get("fan_in_fan_out") else ""
 
 

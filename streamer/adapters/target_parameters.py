@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from streamer.adapters.adapter_config import AdapterConfig
 from streamer.units import listed
 
 INNER = ".base_layer"
@@ -50,7 +50,7 @@ class Wrapped:
 
 
 def find_wrapped(
-    pairs: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], is_matrix: Callable[[str, str], bool]
+    pairs: Mapping[str, Mapping[str, str]], config: AdapterConfig, is_matrix: Callable[[str, str], bool]
 ) -> tuple[list[Wrapped], list[str]]:
     """The wrapped modules among those that have factors, and what is wrong with any, one phrase each.
 
@@ -86,11 +86,9 @@ def find_wrapped(
     return found, wrong
 
 
-def targeted_parameters(config: Mapping[str, Any], module: str) -> set[str]:
+def targeted_parameters(config: AdapterConfig, module: str) -> set[str]:
     """The parameters of a module that a config names, by their own names."""
-    stated = config.get("target_parameters") or []
-    targets = [t for t in stated if isinstance(t, str)] if isinstance(stated, list) else []
-    return {t.rpartition(".")[2] for t in targets if _names(t, module)}
+    return {t.rpartition(".")[2] for t in config.strings("target_parameters") if _names(t, module)}
 
 
 def _names(target: str, module: str) -> bool:

@@ -23,10 +23,9 @@ from streamer.output.job import Job, ModelSink, Sink
 from streamer.output.merged_model import Output
 from streamer.output.mitigation import MitigationOptions
 from streamer.output.recipes import AddBias, CopyBytes, Recipe, ReplaceRows, Requantize, RowSlice, Stack
-from streamer.plan.memory import factor_rank
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.storage.tensor_file import SAMPLE_BYTES
+from streamer.storage.checkpoint import sampled_bytes
 from streamer.weights.base import QuantizedWeight, Weight
 
 TIMED = {"dense": 3, "certified": 1}
@@ -145,14 +144,7 @@ def _tell(monitor: Monitor, what: str) -> None:
 
 def _identified_bytes(plan: Plan) -> int:
     """What is read to know the inputs by: headers, samples of models, and the whole of an adapter."""
-    files = list(plan.base.files.values())
-    whole = 0
-    if plan.adapter.is_model:
-        files += plan.adapter.files
-    else:
-        whole = sum(file.header.file_bytes for file in plan.adapter.files)
-    samples = sum(min(SAMPLE_BYTES, t.nbytes) for file in files for t in file.header.tensors)
-    return sum(file.header.data_start for file in files) + samples + whole
+    return sampled_bytes(plan.base.files.values()) + plan.adapter.identity_bytes
 
 
 def _adapter_bytes(plan: Plan) -> int:
@@ -190,7 +182,7 @@ class _Work:
         if k + OVERSAMPLING >= min(shape):
             solver = "dense"
         expected = ways["whole"] if way == "dense" and solver == "certified" else ways[way]
-        rank = factor_rank(module) if module.low_rank else None
+        rank = module.factor_rank if module.low_rank else None
         return cls(target, k, rank, solver, way == "blocks", expected, ways[way])
 
     @property
@@ -283,7 +275,7 @@ def _kind(recipe: Recipe) -> type:
 
 def _figures_seconds(job: Job, times: int) -> float:
     """For each matrix, the norms of Δ and Δ', and its projection."""
-    works = [(t.module.shape, factor_rank(t.module), job.intruders(t)) for t in job.plan.targets]
+    works = [(t.module.shape, t.module.factor_rank, job.intruders(t)) for t in job.plan.targets]
     units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
     shape, rank, intruders = max(works, key=lambda work: factor_cost(work[0], work[1] + work[2]))
     return factor_pace(shape, rank + intruders) * units

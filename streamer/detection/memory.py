@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import working_bytes
-from streamer.plan.memory import MemoryEstimate, factor_bytes, factor_rank, making_bytes, resident_bytes
+from streamer.plan.memory import MemoryEstimate, factor_bytes, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.weights.base import QuantizedWeight
@@ -15,13 +15,13 @@ from streamer.weights.base import QuantizedWeight
 def detection_bytes(plan: Plan, target: Target, options: DetectionOptions) -> dict[str, int]:
     """Peak memory of detection in one matrix, by each way that the options leave; see `working_bytes`."""
     weight, module = plan.weights[target.tensor], target.module
-    rank = factor_rank(module) if module.low_rank else None
+    rank = module.factor_rank if module.low_rank else None
     ways = working_bytes(module.shape, options.directions(module.shape), rank, weight.compute.itemsize)
     if options.solver == "dense":
         ways = {"dense": ways["dense"]}
     read = 2 * weight.held_bytes  # the tensor's own bytes, and those of the next one
     always = read if isinstance(weight, QuantizedWeight) else 0
-    resident, making = resident_bytes(plan) + factor_bytes(plan, target), making_bytes(plan, target)
+    resident, making = resident_bytes(plan) + factor_bytes(plan, target), module.peak_bytes(weight.compute.itemsize)
     return {way: resident + max(size, making) + (always if way == "blocks" else read) for way, size in ways.items()}
 
 

@@ -92,7 +92,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
             )
         found = _detection(plan, target, options, torch.device("cpu"), prefetched)
     module = target.module
-    return MatrixFinding(target.tensor, module.name, module.shape, prefetched.weight.label, module.rank, module.scale, found,
+    return MatrixFinding(target.tensor, module.name, module.shape, prefetched.weight.label, module.rank, module.scaling, found,
                          time.perf_counter() - began)  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def matrices_of(plans: Sequence[Plan]) -> list[list[tuple[int, Target]]]:
         for target in plan.targets:
             tensors = plan.weights[target.tensor].tensors.values()
             where = tuple((str(stored.file.path), stored.info.start, stored.info.end) for stored in tensors)
-            found.setdefault((plan.place(target), target.tensor, where), []).append((i, target))
+            found.setdefault((plan.file_order(target), target.tensor, where), []).append((i, target))
     return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
 
@@ -322,7 +322,7 @@ def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFind
                       similarity_high=(longest,) * k, intruders=every, U=U, S=S, Vh=Vh, certified=False, degenerate=every,
                       solver=max(solvers.SOLVERS, key=len), escalated=False, steps=10**9, products=10**9, cutoff=longest,
                       delta_norm=longest, intruder_energy=longest, dropped_at_zero=longest)  # fmt: skip
-    return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scale, found)
+    return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling, found)
 
 
 def _check_budgets(plans: Sequence[Plan], options: DetectionOptions) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.adapters.modules import LoraModule
 from streamer.errors import UnsupportedError
 from streamer.linalg.operators import LowRank
 from streamer.output.job import Job, output_plan, plan_card
@@ -19,9 +18,9 @@ from streamer.output.metrics import matrix_figures
 from streamer.output.mitigation import back_project
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate, resident_bytes
-from streamer.plan.plan import other_files, skipped_files
-from streamer.plan.side_files import own_tokenizer
+from streamer.plan.side_files import other_files, skipped_files
 from streamer.plan.targets import Target
+from streamer.plan.tokenizer import own_tokenizer
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
@@ -37,12 +36,12 @@ class AdapterSink:
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
-        if plan.adapter.is_model:
+        if plan.adapter.describes_model:
             raise UnsupportedError(
                 f"{plan.adapter.path}: is a model, and no adapter that could be written back; `streamer merge` writes the mitigated model, "
                 "and --to-lora RANK its difference to the base as a LoRA adapter"
             )
-        dense = [t.module.name for t in plan.targets if not (isinstance(t.module, LoraModule) and t.module.low_rank)]
+        dense = [t.module.name for t in plan.targets if t.module.factors is None]
         if dense and job.options.mitigation_lambda != 1:
             raise UnsupportedError(
                 f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
@@ -75,7 +74,7 @@ class AdapterSink:
         resident = resident_bytes(plan)
         for target in plan.targets:
             size = mitigation_bytes(plan, target, self.job.intruders(target), projected=True)
-            if isinstance(target.module, LoraModule) and target.module.expert is not None:
+            if target.module.factors is not None and target.module.factors.expert is not None:
                 size += 2 * sum(plan.adapter.tensors[name].info.nbytes for name in self._tensors(target))
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
@@ -94,54 +93,40 @@ class AdapterSink:
 
         return pour
 
-    def _mirror(self, target: Target) -> LoraModule | None:
-        """The module that holds the target's factors once more."""
-        return self.job.plan.mirrors.get(target.module.name)
-
     def _tensors(self, target: Target) -> list[str]:
         """Names of the tensors that a mitigation of the target would change."""
-        if not isinstance(target.module, LoraModule):
-            return list(target.module.tensors.values())
-        mirror = self._mirror(target)
-        return [target.module.a, target.module.b, *([mirror.a, mirror.b] if mirror else [])]
+        mirror = self.job.plan.mirrors.get(target.module.name)
+        return [*target.module.tensor_names, *(mirror.tensor_names if mirror else ())]
 
     def _all_factors(self, targets: list[Target], figures: list[MitigatedMatrix]) -> dict[str, Tensor]:
         """The tensors that hold the factors of these targets: of one module, or of all experts of a layer; empty ones stay as they are."""
-        new = [(target.module, self._factors(target, figures)) for target in targets]
+        new = [(target.module.factors, self._factors(target, figures)) for target in targets]
         module, factors = new[0]
-        if (
-            not isinstance(module, LoraModule)
-            or module.expert is None
-            or not any(t.numel() for _, f in new for t in f.values())
-        ):
+        if module is None or module.expert is None or not any(t.numel() for _, f in new for t in f.values()):
             return factors
-        whole = {name: self.job.plan.adapter.tensors[name].whole().clone() for name in (module.a, module.b)}
+        whole = {name: self.job.plan.adapter.tensors[name].whole().clone() for name in module.tensor_names}
         for expert, factors in new:
-            assert isinstance(expert, LoraModule)
-            for name, part in zip((expert.a, expert.b), expert.expert_slices, strict=True):
+            assert expert is not None
+            for name, part in zip(expert.tensor_names, expert.expert_slices, strict=True):
                 if factors[name].numel():
                     whole[name][part] = factors[name]
         return whole
 
     def _factors(self, target: Target, figures: list[MitigatedMatrix]) -> dict[str, Tensor]:
-        module = target.module
+        module = target.module.factors
         delta, after, found = self.job.mitigated(target)
         if after is delta:
             figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
             return {name: torch.empty(0) for name in self._tensors(target)}
         assert isinstance(after, LowRank)
-        assert isinstance(module, LoraModule)
-        B, A, dropped = back_project(after, module.rank, module.scale)
+        assert module is not None
+        B, A, dropped = back_project(after, module.rank, module.scaling)
         if module.delta_transposed:
             A, B = B.T, A.T
-        factors = {module.a: A, module.b: B}
-        if mirror := self._mirror(target):
-            factors |= {mirror.a: B.T, mirror.b: A.T}
         out = {}
-        for name, factor in factors.items():
+        for name, factor in zip(self._tensors(target), (A, B, B.T, A.T), strict=False):
             encoding = ENCODINGS[self.job.plan.adapter.file.header.by_name[name].dtype]
             out[name] = encode(factor, encoding, factor, name)
-        A, B = out[module.a].double(), out[module.b].double()
-        written = LowRank(A.T * module.scale, B) if module.delta_transposed else LowRank(B * module.scale, A.T)
+        written = module.product(out[module.a].double(), out[module.b].double())
         figures.append(matrix_figures(target, delta, written, found, self.job.options.scale, dropped))
         return out

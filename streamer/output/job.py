@@ -37,10 +37,11 @@ from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longes
 from streamer.output.recipes import AddBias, Cast, ReplaceRows, repeats
 from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
 from streamer.plan.memory import MemoryEstimate, check_budget, resident_bytes
-from streamer.plan.plan import Plan, other_files, skipped_files
+from streamer.plan.plan import Plan
 from streamer.plan.provenance import mitigated_before
-from streamer.plan.side_files import with_tokenizer
+from streamer.plan.side_files import other_files, skipped_files
 from streamer.plan.targets import Target
+from streamer.plan.tokenizer import with_tokenizer
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
@@ -193,7 +194,7 @@ class ModelSink:
         # An adapter that lies in the base's directory is no part of the merged model; a fine-tuned model in its place describes it.
         beside: Path | None = base.directory
         adapter: Path | None = job.plan.adapter.path
-        if job.plan.adapter.is_model:
+        if job.plan.adapter.describes_model:
             beside, adapter = adapter, None
         copies = [] if beside is None else [c for c in other_files(beside, adapter) if c[0] not in aside]
         stale = [name for name, _ in copies if job.dequantize and name in STALE]
@@ -201,7 +202,7 @@ class ModelSink:
         self.copies, self.tokenizer, lost, says = with_tokenizer(job.plan, self.copies)
         self.warnings = [*job.warnings, *lost]
         self.to_lora: int | None = None
-        self.notes = [*job.plan.changes.notes, *self.model.head.notes, *says]
+        self.notes = [*job.plan.edits.notes, *self.model.head.notes, *says]
         self.advice = list(self.model.head.advice)
         written = {*base.files, INDEX_NAME, RECORD_NAME, *aside}
         self.skipped_files = stale + (
@@ -268,7 +269,7 @@ def make_record(sink: Sink, certified: int, sums: Totals, matrices: Sequence[Mit
             "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
             "lambda": options["lambda"], "to_lora": sink.to_lora, "dequantize": job.dequantize, "totals": sums,
             "warnings": [*job.plan.notes, *sink.warnings], "notes": sink.notes, "advice": sink.advice, "left_out": sink.skipped_files,
-            "carried": job.plan.changes.listed(job.plan.base), "tokenizer": sink.tokenizer, "matrices": list(matrices)}  # fmt: skip
+            "carried": job.plan.edits.listed(job.plan.base), "tokenizer": sink.tokenizer, "matrices": list(matrices)}  # fmt: skip
 
 
 def plan_card(sink: Sink, pipeline: str = "") -> tuple[Card | None, list[tuple[str, Path]]]:
@@ -282,7 +283,7 @@ def plan_card(sink: Sink, pipeline: str = "") -> tuple[Card | None, list[tuple[s
     shapes = [t.module.shape for t in job.plan.targets]
     sums = longest_totals(len(shapes), sum(map(job.detection.directions, shapes)))
     longest = make_record(sink, len(shapes), sums, longest_matrices(len(shapes)))
-    return Card(original, *job.plan.sources, sink.command, pipeline, longest, job.plan.adapter.is_model), copies
+    return Card(original, *job.plan.sources, sink.command, pipeline, longest, job.plan.adapter.describes_model), copies
 
 
 def output_plan(sink: Sink, path: Path, conflicting_names: tuple[str, ...], **decisions: Any) -> OutputPlan:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.adapters.config_rules import is_residual, normalize
+from streamer.adapters.config_rules import is_residual
+from streamer.adapters.finetuned import FinetunedModel
+from streamer.adapters.tensor_names import normalize
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.deltas import Delta, norm
 from streamer.linalg.operators import Dense, LowRank
@@ -24,9 +26,10 @@ from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_figures
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate, resident_bytes
-from streamer.plan.plan import Plan, other_files, skipped_files
-from streamer.plan.side_files import own_tokenizer
+from streamer.plan.plan import Plan
+from streamer.plan.side_files import other_files, skipped_files
 from streamer.plan.targets import Target
+from streamer.plan.tokenizer import own_tokenizer
 from streamer.plan.transformers_renames import renames_for
 from streamer.storage.atomic import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
@@ -65,7 +68,7 @@ class LoraSink:
         }
         self.edited: Mapping[str, bytes] = {}
         # A model's other files are not an adapter's.
-        beside = None if plan.adapter.is_model else plan.adapter.path
+        beside = None if plan.adapter.describes_model else plan.adapter.path
         self.copies = [] if beside is None else [(name, p) for name, p in other_files(beside) if name != CONFIG_NAME]
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         self.finals: Mapping[str, bytes] = {CONFIG_NAME: config.encode()}
@@ -159,12 +162,12 @@ def _linear(stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...
 def _beside_factors(plan: Plan) -> LoraLayout:
     """What else stands in the adapter: of one that is read, what it carries, under the same names."""
     adapter = plan.adapter
-    if adapter.is_model:
+    if isinstance(adapter, FinetunedModel):
         matched = {t.module.name: t.tensor for t in plan.targets}
-        return lora_layout(adapter, plan.base, matched, plan.changes, renames_for(plan.config))
+        return lora_layout(adapter, plan.base, matched, plan.edits, renames_for(plan.config))
     kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
-    config = {key: adapter.config[key] for key in kept if key in adapter.config}
+    config = {key: adapter.config.values[key] for key in kept if key in adapter.config.values}
     carried = {PREFIX + normalize(c.source): adapter.tensors[c.source] for c in adapter.carried}
     return LoraLayout({}, carried, config, {})
 

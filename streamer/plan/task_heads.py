@@ -1,4 +1,4 @@
-"""What a model's config must say of the head that an adapter brings along: the class, and the number of labels.
+"""Set a model's config right for the head that an adapter brings along: the class, and the number of labels.
 
 An adapter for classification saves a head that its base does not have, or has for another number of labels. The class of the merged
 model follows from the base's type and the adapter's task, by a table of transformers' own (``auto_classes.json``, see
@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any
 
 from streamer.units import listed, quoted
+from streamer.weights.model_config import ModelConfig
 
 LABEL_HEAD = re.compile(
     r"(?:^|\.)(?:score|classifier|qa_outputs|logits_proj|sequence_summary\.summary|"
@@ -57,7 +58,7 @@ class Head:
         What was set, and what could not be known and must be passed on loading; a line each.
     """
 
-    config: Mapping[str, Any]
+    config: ModelConfig
     pipeline: str = ""
     notes: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
@@ -85,8 +86,8 @@ def auto_class(model_type: object, task: object) -> str | None:
 
 
 def implied_head(
-    config: Mapping[str, Any],
-    adapter_config: Mapping[str, Any],
+    config: ModelConfig,
+    task: object,
     saved: Mapping[str, tuple[int, ...]],
     names: Collection[str],
 ) -> Head:
@@ -95,13 +96,15 @@ def implied_head(
     Parameters
     ----------
     config
-        The base's; {} where it has none.
+        The base's.
+    task
+        PEFT's ``task_type`` by the adapter's config.
     saved
         Shapes of the tensors that the adapter trained and saved whole (``modules_to_save``), by their names in the merged model.
     names
         All tensors of the merged model.
     """
-    task, out = adapter_config.get("task_type"), dict(config)
+    out = dict(config.values)
     notes: list[str] = []
     advice: list[str] = []
     labels = _labels(saved)
@@ -129,10 +132,10 @@ def implied_head(
             f"config.json keeps the base's names of labels ({listed(kept)}), being as many as the saved head has rows: where the "
             "adapter was trained on other labels, set id2label and label2id"
         )
-    cls = auto_class(config.get("model_type"), task)
+    cls = auto_class(config.model_type, task)
     stated = config.get("architectures")
-    old = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
-    if cls is not None and cls != old and _fits_task(str(task), old, config.get("model_type"), saved):
+    old = next((c for c in config.architectures[:1] if isinstance(c, str)), "")
+    if cls is not None and cls != old and _fits_task(str(task), old, config.model_type, saved):
         if not _has_head(str(task), config, names):
             if task in LANGUAGE_TASKS:
                 advice.append(
@@ -148,7 +151,7 @@ def implied_head(
         why = (
             "the adapter's config names no task"
             if not task
-            else f"no class for {config.get('model_type')!r} and {task} is known"
+            else f"no class for {config.model_type!r} and {task} is known"
         )
         advice.append(
             f"{why}: load the model by the class that the adapter was trained with; config.json keeps {old or 'none'}"
@@ -159,7 +162,7 @@ def implied_head(
             "model.config.pad_token_id to the tokenizer's"
         )
     changed = out.get("architectures") != stated
-    return Head(out, PIPELINES[str(task)] if changed else "", tuple(notes), tuple(advice))
+    return Head(ModelConfig(out), PIPELINES[str(task)] if changed else "", tuple(notes), tuple(advice))
 
 
 def _labels(saved: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -183,20 +186,22 @@ def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, tupl
     return not old or old in others
 
 
-def _has_head(task: str, config: Mapping[str, Any], names: Collection[str]) -> bool:
+def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
     """Whether the merged model holds the head of the task's class, or a tie that makes it."""
     if task in LABEL_TASKS:
         return any(map(LABEL_HEAD.search, names))
     if task not in LANGUAGE_TASKS or any(map(LANGUAGE_HEAD.search, names)):
         return True
-    ties, model_type = table()["ties"][task], config.get("model_type")
-    holders = (config, config.get("text_config"))
-    stated = [c["tie_word_embeddings"] for c in holders if isinstance(c, Mapping) and "tie_word_embeddings" in c]
+    ties, model_type = table()["ties"][task], config.model_type
     # Where a config states nothing, its class's default holds.
-    return model_type in ties["default"] if not stated else any(stated) and any(model_type in t for t in ties.values())
+    return (
+        model_type in ties["default"]
+        if config.tied is None
+        else config.tied and any(model_type in t for t in ties.values())
+    )
 
 
-def _own_names(config: Mapping[str, Any]) -> list[str]:
+def _own_names(config: ModelConfig) -> list[str]:
     """The names that a config gives its labels; none where they are the numbered ones that transformers makes."""
     names = config.get("id2label")
     texts = [str(name) for name in names.values()] if isinstance(names, dict) else []

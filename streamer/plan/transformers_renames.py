@@ -1,4 +1,7 @@
-"""A tensor's name on disk → its name in a model that transformers has loaded.
+"""Rename tensors as transformers does on loading: name on disk → name in the loaded model.
+
+``language_model.model.layers.0.mlp.up_proj.weight`` → ``model.language_model.layers.0.mlp.up_proj.weight`` of a vision-language model;
+``model.layers.0.mlp.experts.3.w1.weight`` → a part of ``model.layers.0.mlp.experts.gate_up_proj``, which is built from all experts.
 
 transformers renames tensors between the two, by the model's class and type. The renames stand in ``renames.json`` as facts taken from
 transformers' own table by ``tools/make_renames.py``; none of its code is needed to read them. They point one way only, from disk to
@@ -9,11 +12,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
+
+from streamer.weights.model_config import ModelConfig
 
 # Where no table knows the model: what vision-language models have in common.
 COMMON = (
@@ -161,16 +166,15 @@ def _steps(key: str) -> list[dict[str, Any]] | None:
     return found
 
 
-def renames_for(config: Mapping[str, Any]) -> Renames:
-    """The renames of the model with this ``config.json``: its own, those of the models nested in it, and what all models share."""
-    model_type = config.get("model_type")
-    architectures = config.get("architectures")
-    cls = architectures[0] if isinstance(architectures, list) and architectures else None
+def renames_for(config: ModelConfig) -> Renames:
+    """Collect the renames of a model: its own, those of the models nested in it, and those that all models share."""
+    model_type = config.model_type
+    cls = next(iter(config.architectures), None)
     root = next((k for k in (cls, model_type) if isinstance(k, str) and _steps(k) is not None), None)
     parts: list[tuple[str | None, list[dict[str, Any]]]] = []
     if root is not None:
         parts.append((None, _steps(root) or []))
-    inner = _inner(model_type) if isinstance(model_type, str) else None
+    inner = None if model_type is None else _inner(model_type)
     if inner is not None and inner not in (root, cls):
         parts.append((INNER, _steps(inner) or []))
     for name, scope in SCOPES.items():

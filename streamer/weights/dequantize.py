@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from streamer.errors import UnsupportedError
 from streamer.weights.dtypes import ENCODINGS
-from streamer.weights.logical import QUANTIZATION_KEYS, Weights
+from streamer.weights.logical import Weights
+from streamer.weights.model_config import ModelConfig
 
 STALE = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 """Files by which some loaders take a model for a quantized one."""
@@ -23,7 +22,7 @@ _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32"}
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-def plain_weights(weights: Weights, config: Mapping[str, Any]) -> Weights:
+def plain_weights(weights: Weights, config: ModelConfig) -> Weights:
     """The weights, all to be written plain: what stands as codes in the dtype of the model's config, or in bfloat16.
 
     Raises
@@ -41,23 +40,12 @@ def plain_weights(weights: Weights, config: Mapping[str, Any]) -> Weights:
     return weights.dequantized(ENCODINGS[plain_dtype(config)])
 
 
-def plain_dtype(config: Mapping[str, Any]) -> str:
-    """What a config calls the model's dtype, in the format's spelling."""
-    text = config.get("text_config")
-    places = (config, text if isinstance(text, dict) else {})
-    stated = (str(place.get(key)).removeprefix("torch.") for place in places for key in ("dtype", "torch_dtype"))
+def plain_dtype(config: ModelConfig) -> str:
+    """Return the model's dtype in the format's spelling: the one that the config states, or bfloat16."""
+    stated = (str(value).removeprefix("torch.") for value in config.stated("dtype", "torch_dtype"))
     return next((_DTYPES[name] for name in stated if name in _DTYPES), "BF16")
 
 
 def belongs_to_codes(name: str, weights: Weights) -> bool:
     """Whether a tensor is of no use once nothing is quantized: a scale of activations or caches."""
     return bool(weights.coded) and bool(_BESIDE.search(name))
-
-
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's config without what says that it is quantized."""
-    out = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-    text = out.get("text_config")
-    if isinstance(text, dict):
-        out["text_config"] = {key: value for key, value in text.items() if key not in QUANTIZATION_KEYS}
-    return out

@@ -15,6 +15,7 @@ from streamer.errors import FormatError, UnsupportedError
 from streamer.storage.checkpoint import Checkpoint
 from streamer.weights.base import QuantizedWeight, StoredTensor, Weight
 from streamer.weights.dtypes import Encoding
+from streamer.weights.model_config import ModelConfig
 from streamer.weights.plain import Plain
 from streamer.weights.quantization.bitsandbytes import EightBit, FourBit
 from streamer.weights.quantization.fp8 import FP8
@@ -112,7 +113,7 @@ class Weights(Mapping[str, Weight]):
     checkpoint
         The files.
     config
-        The model's ``config.json``, or {}.
+        The model's.
 
     Attributes
     ----------
@@ -129,9 +130,9 @@ class Weights(Mapping[str, Weight]):
         If the config names a way of quantization that has no entry.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self.checkpoint = checkpoint
-        self.quantization = quantization_of(config)
+        self.quantization = config.quantization
         method = _method(self.quantization, f"{checkpoint.path}")
         tensors = {t.name: StoredTensor(f, t) for f in checkpoint.files.values() for t in f.header.tensors}
         self._made: dict[str, tuple[QuantizationFormat | None, dict[str, StoredTensor]]] = {}
@@ -217,19 +218,6 @@ class Weights(Mapping[str, Weight]):
         return (
             entry is not None and entry.recodes and len(tensors["weight"].info.shape) == 2 and name not in self._instead
         )
-
-
-def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantization config in a model's config, {} where there is none; multimodal models may keep it with the text model's."""
-    text = config.get("text_config")
-    for place in (config, text if isinstance(text, dict) else {}):
-        for key in QUANTIZATION_KEYS:
-            if isinstance(place.get(key), dict):
-                return dict(place[key])
-    return {}
-
-
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 def _method(quantization: Mapping[str, Any], where: str) -> str | None:
