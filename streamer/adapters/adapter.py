@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.config_rules import is_residual
-from streamer.adapters.modules import Carried, Module
+from streamer.adapters.modules import Module
 from streamer.adapters.target_parameters import Wrapped
+from streamer.adapters.tensor_names import Carried
 from streamer.storage.identities import AdapterIdentity
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.base import StoredTensor
@@ -64,9 +65,9 @@ class DeltaSource(ABC):
         return {info.name: StoredTensor(file, info) for file in self.files for info in file.header.tensors}
 
     @property
-    @abstractmethod
-    def config_path(self) -> Path | None:
-        """File that the config was read from, if any."""
+    def config_paths(self) -> tuple[Path, ...]:
+        """File that the config was read from; none where a model has no config."""
+        return (self.config.path,) if self.config.path.exists() else ()
 
     @property
     @abstractmethod
@@ -81,20 +82,15 @@ class DeltaSource(ABC):
     def trains(self, module: str) -> bool:
         """Say whether a carried tensor of this module was trained; others are the base's as the source knows it."""
 
-    @abstractmethod
     def stored_sum(self, module: Module) -> StoredTensor | None:
-        """Return ``W0 + Δ`` of a module, where that stands in a file."""
+        """Return ``W0 + Δ`` of a module where that stands in a file; a PEFT adapter has deltas alone."""
+        return None
 
 
 class PeftAdapter(DeltaSource):
     """A PEFT adapter on disk."""
 
     describes_model = False
-
-    @property
-    def config_path(self) -> Path:
-        """Path of ``adapter_config.json``."""
-        return self.config.path
 
     @property
     def identity_bytes(self) -> int:
@@ -109,7 +105,7 @@ class PeftAdapter(DeltaSource):
                 digest.update(piece)
         identity: AdapterIdentity = {
             "weights_sha256": digest.hexdigest(),
-            "config_sha256": hashlib.sha256(self.config_path.read_bytes()).hexdigest(),
+            "config_sha256": hashlib.sha256(self.config.path.read_bytes()).hexdigest(),
             "modules": len(self.modules),
             "base_model_name_or_path": self.config.base_model,
         }
@@ -121,7 +117,3 @@ class PeftAdapter(DeltaSource):
         parts = module.split(".")
         paths = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
         return any(path.endswith(entry) for path in paths for entry in self.config.strings("modules_to_save"))
-
-    def stored_sum(self, module: Module) -> StoredTensor | None:
-        """None: an adapter holds deltas alone."""
-        return None

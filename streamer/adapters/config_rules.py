@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamer.adapters.adapter_config import AdapterConfig
-from streamer.adapters.peft_methods import METHODS, PeftMethod
+from streamer.adapters.peft_methods import METHODS
 from streamer.units import quoted
 
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -61,13 +61,13 @@ CONFIG_RULES: tuple[ConfigRule, ...] = (
 )  # fmt: skip
 
 # Keys that PEFT writes and that do not change what the tensors mean: where the adapter was put, how it was trained.
-_HARMLESS = {
+_HARMLESS = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
     "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
     "trainable_token_indices", "use_dora", "use_rslora",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def is_residual(config: AdapterConfig) -> bool:
@@ -78,23 +78,17 @@ def is_residual(config: AdapterConfig) -> bool:
 def config_refusals(config: AdapterConfig, base_is_residual: bool = False) -> list[str]:
     """Return the reasons to refuse an adapter with this config, one phrase each; empty if it is handled."""
     peft_type = config.peft_type
-    if isinstance(peft_type, str) and peft_type in METHODS:
-        return _method_refusals(METHODS[peft_type], config)
-    if peft_type != "LORA":
+    if isinstance(peft_type, str) and (method := METHODS.get(peft_type)) is not None:
+        known = method.options
+        reasons = [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
+    elif peft_type == "LORA":
+        known = _HARMLESS | {rule.key for rule in CONFIG_RULES}
+        rules = [rule for rule in CONFIG_RULES if not (rule.residual and base_is_residual)]
+        reasons = [f"{rule.kind}: {rule.reason}" for rule in rules if rule.refuses(config.get(rule.key))]
+    else:
         return [f"{peft_type} adapter: its change of the weights is not known here"]
-    rules = [rule for rule in CONFIG_RULES if not (rule.residual and base_is_residual)]
-    reasons = [f"{rule.kind}: {rule.reason}" for rule in rules if rule.refuses(config.get(rule.key))]
-    known = _HARMLESS | {rule.key for rule in CONFIG_RULES}
     for key, value in config.values.items():
         # A later PEFT may know variants that we do not: one that is switched on is refused, anything else is ignored.
-        if key not in known and value and re.search(r"^use_|_config$|^is_", key):
-            reasons.append(f"unknown variant {key}={quoted(value)}: it may change what the tensors mean")
-    return reasons
-
-
-def _method_refusals(method: PeftMethod, config: AdapterConfig) -> list[str]:
-    reasons = [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
-    for key, value in config.values.items():
-        if value and key not in method.options and re.search(r"^use_|_config$|^is_|^layer_replication$", key):
+        if value and key not in known and re.search(r"^use_|_config$|^is_|^layer_replication$", key):
             reasons.append(f"unknown variant {key}={quoted(value)}: it may change what the tensors mean")
     return reasons

@@ -13,19 +13,13 @@ from pathlib import Path
 from streamer.adapters.adapter import CONFIG_NAME, DeltaSource
 from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.layer_names import EMBEDDING, HEADS
-from streamer.adapters.modules import Carried, MethodModule, Module
+from streamer.adapters.modules import MethodModule, Module
 from streamer.adapters.peft_methods import METHODS
+from streamer.adapters.tensor_names import Carried
 from streamer.errors import InputError
-from streamer.storage.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    checkpoint_identity,
-    open_checkpoint,
-    sampled_bytes,
-)
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, checkpoint_identity, open_checkpoint
 from streamer.storage.identities import AdapterIdentity
-from streamer.storage.tensor_file import IOMode
+from streamer.storage.tensor_file import IOMode, sampled_bytes
 from streamer.weights.base import StoredTensor
 from streamer.weights.dtypes import ENCODINGS
 from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config
@@ -48,21 +42,14 @@ class FinetunedModel(DeltaSource):
     describes_model = True
 
     @property
-    def config_path(self) -> Path | None:
-        """Path of ``config.json``, if the model has one."""
-        return self.config.path if self.config.path.exists() else None
-
-    @property
     def identity_bytes(self) -> int:
         """Bytes of headers and samples."""
         return sampled_bytes(self.files)
 
     def identity(self) -> AdapterIdentity:
         """Digest headers and samples, as a base's."""
-        return {
-            "files": checkpoint_identity({file.path.name: file for file in self.files})["files"],
-            "modules": len(self.modules),
-        }
+        files = checkpoint_identity({file.path.name: file for file in self.files})["files"]
+        return {"files": files, "modules": len(self.modules)}
 
     def trains(self, module: str) -> bool:
         """True: all of the model was trained."""
@@ -76,11 +63,8 @@ class FinetunedModel(DeltaSource):
 
 def is_model(path: Path) -> bool:
     """Say whether a path that is to be an adapter is a model's directory."""
-    return (
-        path.is_dir()
-        and not (path / CONFIG_NAME).exists()
-        and ((path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists())
-    )
+    holds = path.is_dir() and any((path / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
+    return holds and not (path / CONFIG_NAME).exists()
 
 
 def open_finetuned(path: Path, base: Checkpoint, conv1d: bool, io: IOMode) -> FinetunedModel:

@@ -6,9 +6,9 @@ Three classes answer the same questions: LoRA's factors, LoRA with DoRA's magnit
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def values_of(stored: StoredTensor, index: tuple[slice, ...] = ()) -> Tensor:
     return stored.whole()[index].to(encoding_of(stored.info, str(stored.file.path)).compute, copy=True)
 
 
-class Module(ABC):
+class Module(Protocol):
     """One adapted module of a model.
 
     Attributes
@@ -49,12 +49,10 @@ class Module(ABC):
     shape: tuple[int, int]
 
     @property
-    @abstractmethod
     def form(self) -> str:
         """``linear``, ``conv1d`` (a linear layer stored (in, out)), ``embedding``, ``convolution`` or ``expert``."""
 
     @property
-    @abstractmethod
     def low_rank(self) -> bool:
         """Whether Δ comes in factors."""
 
@@ -64,21 +62,17 @@ class Module(ABC):
         return None
 
     @property
-    @abstractmethod
     def tensor_names(self) -> tuple[str, ...]:
         """Names of its tensors in the adapter's files."""
 
     @property
-    @abstractmethod
     def factor_rank(self) -> int:
         """Columns of the factors that Δ comes in."""
 
     @property
-    @abstractmethod
     def expected(self) -> str:
         """Weight that it fits, for messages."""
 
-    @abstractmethod
     def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None) -> Delta:
         """Compute Δ (m, n), with ``W' = W0 + Δ``.
 
@@ -98,7 +92,6 @@ class Module(ABC):
         """Return the memory of the module's tensors in the computing dtype, where these are kept beside Δ."""
         return 0
 
-    @abstractmethod
     def placed(self, stored: Shape, fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
         """Fit the module to a weight of this shape as it is stored.
 
@@ -145,8 +138,8 @@ class LoraModule(Module):
 
     @property
     def factors(self) -> LoraModule | None:
-        """The module itself."""
-        return self
+        """The module itself, unless Δ is made of more than the factors."""
+        return self if self.low_rank else None
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -215,11 +208,6 @@ class DoraModule(LoraModule):
     magnitude: str = ""
 
     low_rank = False
-
-    @property
-    def factors(self) -> LoraModule | None:
-        """None: scaling its factors does not scale Δ."""
-        return None
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -321,31 +309,3 @@ class MethodModule(Module):
         except (KeyError, IndexError, ValueError):  # a tensor is missing, or has other dimensions
             fits = False
         return replace(self, shape=shape) if fits else None
-
-
-@dataclass(frozen=True)
-class Carried:
-    """A tensor of the adapter that is no factor: its effect on one tensor of the model.
-
-    Attributes
-    ----------
-    role
-        ``saved``: takes the tensor's place. ``lora_bias``: is added to it, times `scaling`. ``tokens``: takes the place of the rows
-        that `indices` name. ``original``: the base's own values, of no effect.
-    module, parameter
-        The tensor's name in the model: ``module.parameter``.
-    source
-        Its name in the adapter's file.
-    """
-
-    role: str
-    module: str
-    parameter: str
-    source: str
-    scaling: float = 1.0
-    indices: tuple[int, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Name of the model's tensor."""
-        return f"{self.module}.{self.parameter}"

@@ -161,10 +161,11 @@ def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 def _vera(p: MethodInputs, base: Tensor) -> Delta:
     """``diag(b) B · diag(d) A``, with the first rows and columns of projections that all modules share."""
     (m, n), t = p.shape, p.tensors
-    return LowRank(
+    L, R = (
         t["vera_lambda_b"].flatten()[:, None] * t["vera_B"][:m],
-        (t["vera_lambda_d"].flatten()[:, None] * t["vera_A"][:, :n]).T,
+        t["vera_lambda_d"].flatten()[:, None] * t["vera_A"][:, :n],
     )
+    return LowRank(L, R.T)
 
 
 def _vera_refuses(config: AdapterConfig) -> str:
@@ -182,11 +183,8 @@ def _oft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     """Blocks along the input, or, of an embedding, along the output; one for all where they are shared."""
     (role, (blocks, elements)), *rest = s.items()
     size, length = _block_size(elements), shape[0] if role == "oft_embedding_R" else shape[1]
-    return (
-        not rest
-        and size * (size - 1) // 2 == elements
-        and (blocks * size == length or (blocks == 1 and length % size == 0))
-    )
+    whole = size * (size - 1) // 2 == elements and not rest
+    return whole and (blocks * size == length or (blocks == 1 and length % size == 0))
 
 
 def _cayley(Q: Tensor, terms: int | None = None) -> Tensor:
@@ -246,11 +244,8 @@ def _boft(p: MethodInputs, base: Tensor) -> Delta:
 
 def _boft_refuses(config: AdapterConfig) -> str:
     factors = config.get("boft_n_butterfly_factor", 1)
-    return (
-        ""
-        if factors == 1
-        else f"boft_n_butterfly_factor={factors}, of which only 1 can be checked against PEFT on a CPU"
-    )
+    why = f"boft_n_butterfly_factor={factors}, of which only 1 can be checked against PEFT on a CPU"
+    return "" if factors == 1 else why
 
 
 def _full_fits(s: Shapes, shape: tuple[int, int]) -> bool:

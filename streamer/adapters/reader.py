@@ -64,11 +64,7 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
     modules: dict[str, Module] = {}
     for name, tensors in found.items():
         if name not in inner:
-            modules[name] = (
-                _lora_module(name, tensors, file, config)
-                if method is None
-                else _method_module(name, tensors, file, config, method)
-            )
+            modules[name] = _module(name, tensors, file, config, method)
     if not modules and not wrapped:
         what = "lora_A and lora_B" if method is None else method.title
         raise InputError(f"{file.path}: expected {what} tensors, found none; is this the adapter?")
@@ -150,31 +146,30 @@ def _sort(
     return {name: {**factors, **shared} for name, factors in found.items()}, rest
 
 
-def _method_module(
-    name: str, tensors: Mapping[str, str], file: TensorFile, config: AdapterConfig, method: PeftMethod
-) -> MethodModule:
+def _module(
+    name: str, tensors: Mapping[str, str], file: TensorFile, config: AdapterConfig, method: PeftMethod | None
+) -> Module:
     infos = {role: file.header.by_name[tensor] for role, tensor in tensors.items()}
     for info in infos.values():
         encoding_of(info, str(file.path))
+    if method is None:
+        return _lora_module(name, infos, file.path, config)
     shapes = {role: info.shape for role, info in infos.items()}
     rank, scaling = config.method_scaling(name) if method.scaled else (0, 1.0)
     return MethodModule(name, method, config, dict(tensors), shapes, rank, scaling)
 
 
-def _lora_module(name: str, factors: Mapping[str, str], file: TensorFile, config: AdapterConfig) -> LoraModule:
-    a, b = file.header.by_name[factors["A"]], file.header.by_name[factors["B"]]
-    for info in (a, b):
-        encoding_of(info, str(file.path))
-    form = _form(name, a, b, file.path)
+def _lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, config: AdapterConfig) -> LoraModule:
+    a, b, magnitude = factors["A"], factors["B"], factors.get("magnitude")
+    form = _form(name, a, b, where)
     rank = a.shape[0]
     if b.shape[1] != rank or math.prod((*a.shape, *b.shape)) == 0:
         raise FormatError(
-            f"{file.path}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply; save the adapter again"
+            f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply; save the adapter again"
         )
     # PEFT looks a parameter's rank and alpha up by the parameter's name.
     scaling = config.lora_scaling(f"{name}.weight" if targeted_parameters(config, name) else name, rank)
     shape = (b.shape[0], math.prod(a.shape[1:]))
-    magnitude = factors.get("magnitude")
     if (magnitude is not None) != bool(config.get("use_dora")):
         found = "has magnitudes" if magnitude else "has none"
         raise MismatchError(
@@ -183,13 +178,11 @@ def _lora_module(name: str, factors: Mapping[str, str], file: TensorFile, config
         )
     if magnitude is None:
         return LoraModule(name, a.name, b.name, rank, scaling, shape, form, a.shape[2:])
-    m = file.header.by_name[magnitude]
-    encoding_of(m, str(file.path))
-    if math.prod(m.shape) != b.shape[0]:
+    if math.prod(magnitude.shape) != b.shape[0]:
         raise FormatError(
-            f"{file.path}: module {name!r}: expected {b.shape[0]} magnitudes, found {list(m.shape)}; save the adapter again"
+            f"{where}: module {name!r}: expected {b.shape[0]} magnitudes, found {list(magnitude.shape)}; save the adapter again"
         )
-    return DoraModule(name, a.name, b.name, rank, scaling, shape, form, a.shape[2:], magnitude=magnitude)
+    return DoraModule(name, a.name, b.name, rank, scaling, shape, form, a.shape[2:], magnitude=magnitude.name)
 
 
 def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:

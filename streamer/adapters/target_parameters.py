@@ -39,11 +39,6 @@ class Wrapped:
         """The wrappers' names on disk."""
         return tuple(self.module + INNER * depth for depth in range(len(self.factors)))
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters' names in the model."""
-        return tuple(f"{self.module}.{p}" for p in self.parameters)
-
     def matched_as(self, parameter: str) -> str:
         """The name under which a base is searched for a parameter."""
         return f"{self.module}.{parameter}".removesuffix(".weight")

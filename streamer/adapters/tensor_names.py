@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamer.adapters.adapter_config import AdapterConfig
-from streamer.adapters.modules import Carried, Module
+from streamer.adapters.modules import Module
 from streamer.errors import FormatError
 
 
@@ -70,13 +70,36 @@ def classify(name: str) -> tuple[TensorRule, re.Match[str]]:
     raise AssertionError("the last rule matches everything")
 
 
+@dataclass(frozen=True)
+class Carried:
+    """A tensor of the adapter that is no factor: its effect on one tensor of the model.
+
+    Attributes
+    ----------
+    role
+        ``saved``: takes the tensor's place. ``lora_bias``: is added to it, times `scaling`. ``tokens``: takes the place of the rows
+        that `indices` name. ``original``: the base's own values, of no effect.
+    module, parameter
+        The tensor's name in the model: ``module.parameter``.
+    source
+        Its name in the adapter's file.
+    """
+
+    role: str
+    module: str
+    parameter: str
+    source: str
+    scaling: float = 1.0
+    indices: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the model's tensor."""
+        return f"{self.module}.{self.parameter}"
+
+
 def carried_tensor(
-    role: str,
-    match: re.Match[str],
-    source: str,
-    modules: Mapping[str, Module],
-    file: Path,
-    config: AdapterConfig,
+    role: str, match: re.Match[str], source: str, modules: Mapping[str, Module], file: Path, config: AdapterConfig
 ) -> Carried:
     """Give a tensor that is no factor the module and parameter that it changes.
 

@@ -25,7 +25,7 @@ from streamer.output.mitigation import MitigationOptions
 from streamer.output.recipes import AddBias, CopyBytes, Recipe, ReplaceRows, Requantize, RowSlice, Stack
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.storage.checkpoint import sampled_bytes
+from streamer.storage.tensor_file import sampled_bytes
 from streamer.weights.base import QuantizedWeight, Weight
 
 TIMED = {"dense": 3, "certified": 1}

@@ -13,8 +13,9 @@ from typing import TypedDict
 
 from streamer.adapters.adapter import CONFIG_NAME, DeltaSource
 from streamer.adapters.layer_names import HEADS, VOCABULARY
-from streamer.adapters.modules import Carried
+from streamer.adapters.tensor_names import Carried
 from streamer.errors import MismatchError, UnsupportedError
+from streamer.plan.name_matching import prefix_exchange
 from streamer.plan.task_heads import LABEL_HEAD
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
@@ -179,7 +180,7 @@ class CarriedMatcher:
         loaded = renames.loaded(base.weight_map)
         self.by_run_time = {now: name for name, now, by, _, _ in loaded if by is None}
         self.built = {now: name for name, now, by, _, _ in loaded if by is not None}
-        self.exchanges = sorted({_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
+        self.exchanges = sorted({prefix_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
         self.problems: list[str] = []
         self.notes: dict[str, str] = {}
 
@@ -252,16 +253,3 @@ def _vocabulary(base: Checkpoint, sources: Mapping[str, StoredTensor], adapter: 
                 "was saved without one of the embeddings; save it again with save_embedding_layers=True and both, or neither, targeted"
             )
     return after
-
-
-def _exchange(module: str, stem: str) -> tuple[str, str]:
-    """Return the prefixes of a module and its tensor that differ: (strip, add).
-
-    ``model.layers.0.q``, ``transformer.layers.0.q`` → ``("model.", "transformer.")``.
-    """
-    mine, theirs = module.split("."), stem.split(".")
-    n = 0
-    while n < min(len(mine), len(theirs)) and mine[-1 - n] == theirs[-1 - n]:
-        n += 1
-    strip, add = mine[: len(mine) - n], theirs[: len(theirs) - n]
-    return "".join(p + "." for p in strip), "".join(p + "." for p in add)

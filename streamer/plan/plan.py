@@ -161,12 +161,8 @@ class Plan:
 
     def detection_stamps(self) -> dict[str, Sequence[int]]:
         """Stamps of the input files that detection reads, by real path: however the inputs are spelled, they are the same."""
-        config = self.adapter.config_path
-        stamps = {
-            **self.base.stamps(),
-            **{str(file.path): file.stamp for file in self.adapter.files},
-            **({} if config is None else {str(config): self.extra_stamps[str(config)]}),
-        }
+        stamps = {**self.base.stamps(), **{str(file.path): file.stamp for file in self.adapter.files}}
+        stamps |= {str(path): self.extra_stamps[str(path)] for path in self.adapter.config_paths}
         return {os.path.realpath(path): stamp for path, stamp in stamps.items()}
 
     def refuse_overwriting(self, paths: Iterable[Path]) -> None:
@@ -224,9 +220,7 @@ def make_plans(
 def _plan(company: Company, config: ModelConfig, opened: DeltaSource) -> Plan:
     """Match an adapter with a base."""
     checkpoint = company.base
-    extra = [path for _, path in other_files(opened.path)]
-    if opened.config_path is not None:
-        extra.append(opened.config_path)
+    extra = [*opened.config_paths, *(path for _, path in other_files(opened.path))]
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
     weights = company.weights

@@ -111,10 +111,8 @@ def match_targets(
             problems.append(f"{name!r} {match.why}")
             continue
         weight = weights[found]
-        shape, coded = (
-            weight.shape,
-            isinstance(weight, QuantizedWeight),
-        )  # quantizers store every kind of layer as (out, in)
+        # Quantizers store every kind of layer as (out, in).
+        shape, coded = weight.shape, isinstance(weight, QuantizedWeight)
         conv1d = stores_conv1d(config) and not coded
         placed, transposed = module.placed(shape, adapter.config.fan_in_fan_out and not coded, conv1d)
         if placed and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":

@@ -25,13 +25,9 @@ LABEL_HEAD = re.compile(
 """Names of the last layer of transformers' heads for classification and question answering: a row a label."""
 
 PIPELINES = {
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "CAUSAL_LM": "text-generation",
-    "SEQ_2_SEQ_LM": "text2text-generation",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
+    "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification", "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generation", "FEATURE_EXTRACTION": "feature-extraction",
+}  # fmt: skip
 """PEFT's task types, and what the hub calls the same tasks."""
 
 LABEL_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -86,10 +82,7 @@ def auto_class(model_type: object, task: object) -> str | None:
 
 
 def implied_head(
-    config: ModelConfig,
-    task: object,
-    saved: Mapping[str, tuple[int, ...]],
-    names: Collection[str],
+    config: ModelConfig, task: object, saved: Mapping[str, tuple[int, ...]], names: Collection[str]
 ) -> Head:
     """Set a model's config right for the head that an adapter saves.
 
@@ -214,11 +207,8 @@ def _set_labels(config: dict[str, Any], labels: int) -> bool:
     # What a config means that states none depends on its class: mostly 2, of BART 3.
     if (len(names) if isinstance(names, dict) else config.get("num_labels")) == labels:
         return False
-    for key in (
-        "num_labels",
-        "_num_labels",
-        "problem_type",
-    ):  # what kind of problem it is does not follow from the number
+    # What kind of problem it is does not follow from the number.
+    for key in ("num_labels", "_num_labels", "problem_type"):
         config.pop(key, None)
     config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
     config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}

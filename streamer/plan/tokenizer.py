@@ -15,22 +15,9 @@ from streamer.plan.plan import Plan
 from streamer.plan.side_files import other_files
 
 VOCABULARIES = {
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "sentencepiece.model",
-    "spm.model",
-    "source.spm",
-    "entity_vocab.json",
-    "vocab-src.json",
-    "bpe.codes",
-    "dict.txt",
-    "prophetnet.tokenizer",
-    "tekken.json",
-}
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model",
+    "spm.model", "source.spm", "entity_vocab.json", "vocab-src.json", "bpe.codes", "dict.txt", "prophetnet.tokenizer", "tekken.json",
+}  # fmt: skip
 """Files in which transformers' tokenizers have their vocabularies: without any of them a tokenizer is not whole."""
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -38,27 +25,16 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 ADDED_TOKENS = "added_tokens.json"
 
 TOKENIZER = VOCABULARIES | {
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    ADDED_TOKENS,
-    "merges.txt",
-    "normalizer.json",
-    "target.spm",
-    "target_vocab.json",
-    "vocab-tgt.json",
-    "chat_template.jinja",
-    "chat_template.json",
-}
+    TOKENIZER_CONFIG, ADDED_TOKENS, "special_tokens_map.json", "merges.txt", "normalizer.json", "target.spm", "target_vocab.json",
+    "vocab-tgt.json", "chat_template.jinja", "chat_template.json",
+}  # fmt: skip
 """Files that make up a tokenizer and its chat template, with those of `TEMPLATES`; what one has of them the other is not to add to."""
 
 TEMPLATES = "additional_chat_templates"
 
 PROCESSOR = {
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "audio_tokenizer_config.json",
-}
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json",
+}  # fmt: skip
 """Files of a processor of images or sound. A trainer that saves only the tokenizer means the base's to stay."""
 
 MOST_BYTES = 200_000_000

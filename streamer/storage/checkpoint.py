@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from streamer.errors import FormatError, InputError, MissingInputError, StorageE
 from streamer.storage.absent import absent
 from streamer.storage.header import TensorInfo, strict_json
 from streamer.storage.identities import BaseIdentity
-from streamer.storage.tensor_file import SAMPLE_BYTES, IOMode, TensorFile, open_regular
+from streamer.storage.tensor_file import IOMode, TensorFile, open_regular
 from streamer.units import format_size, quoted
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -91,11 +91,6 @@ def checkpoint_identity(files: Mapping[str, TensorFile]) -> BaseIdentity:
             for name, f in files.items()
         ]
     }
-
-
-def sampled_bytes(files: Iterable[TensorFile]) -> int:
-    """Count the bytes that `checkpoint_identity` reads: headers, and samples of all tensors."""
-    return sum(f.header.data_start + sum(min(SAMPLE_BYTES, t.nbytes) for t in f.header.tensors) for f in files)
 
 
 def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]:

@@ -83,12 +83,10 @@ class ModelConfig:
 
     def with_vocabulary(self, rows: int) -> ModelConfig:
         """Set ``vocab_size`` where the config has it: in ``text_config`` where it stands there, at the top unless it stands there alone."""
-        out = dict(self.values)
-        if "vocab_size" in self.text:
-            out["text_config"] = {**self.text, "vocab_size": rows}
-        if "vocab_size" in out or "vocab_size" not in self.text:
-            out["vocab_size"] = rows
-        return ModelConfig(out)
+        nested = "vocab_size" in self.text
+        text = {"text_config": {**self.text, "vocab_size": rows}} if nested else {}
+        top = {} if nested and "vocab_size" not in self.values else {"vocab_size": rows}
+        return ModelConfig({**self.values, **text, **top})
 
     def untied(self) -> ModelConfig:
         """State that head and embedding are two tensors, wherever a config could say so: a class may tie by default."""
