@@ -20,7 +20,7 @@ _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "default", "true", "fal
 
 @dataclass(frozen=True)
 class ConfigRule:
-    """A refusal by `adapter_config.json`: a key, when its value is refused, and what to say.
+    """A refusal by `adapter_config.json`: a key, the values of it that are refused, the kind of adapter and the reason.
 
     One that is `residual` falls where the user states that the base is the residual that the adapter was trained on.
     """

@@ -35,7 +35,7 @@ class MethodInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """How a method changes a weight.
+    """One PEFT method: the tensors that it has, the weights that they fit, and the delta that they make.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class PeftMethod:
 
 
 def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
-    """The shape of a product; `ValueError` if there is none."""
+    """Return the shape of a product; `ValueError` if there is none."""
     (m, r), (k, n) = a, b
     if r != k:
         raise ValueError
@@ -82,7 +82,7 @@ def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _cored(core: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of ``Σ_ij core[i, j, k, l] a[i, p] b[j, r]``, (p, r, k, l); `ValueError` if there is none."""
+    """Return the shape of ``Σ_ij core[i, j, k, l] a[i, p] b[j, r]``, (p, r, k, l); `ValueError` if there is none."""
     (i, j, *kernel), (a_i, p), (b_j, r) = core, a, b
     if len(kernel) != 2 or (i, j) != (a_i, b_j):
         raise ValueError
@@ -148,8 +148,8 @@ def _adalora(p: MethodInputs, base: Tensor) -> Delta:
     """``B · diag(E) · A · alpha / (init_r + 1e-5)``: PEFT keeps the rank that it started with in the scale."""
     t, alpha = p.tensors, float(p.config.get("lora_alpha", 8))
     rank = float(t["ranknum"]) if "ranknum" in t else float(p.config.get("init_r", 12))
-    scale = (alpha if alpha > 0 else float(t["lora_A"].shape[0])) / (rank + 1e-5)
-    return LowRank(t["lora_B"] * t["lora_E"].flatten() * scale, t["lora_A"].T)
+    scaling = (alpha if alpha > 0 else float(t["lora_A"].shape[0])) / (rank + 1e-5)
+    return LowRank(t["lora_B"] * t["lora_E"].flatten() * scaling, t["lora_A"].T)
 
 
 def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
@@ -180,7 +180,7 @@ def _block_size(elements: int) -> int:
 
 
 def _oft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    """Blocks along the input, or, of an embedding, along the output; one for all where they are shared."""
+    """Accept blocks along the input, or, of an embedding, along the output; one for all where they are shared."""
     (role, (blocks, elements)), *rest = s.items()
     size, length = _block_size(elements), shape[0] if role == "oft_embedding_R" else shape[1]
     whole = size * (size - 1) // 2 == elements and not rest
@@ -188,7 +188,7 @@ def _oft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 
 
 def _cayley(Q: Tensor, terms: int | None = None) -> Tensor:
-    """Rotations from skew-symmetric blocks (blocks, b, b): ``(I − Q)(I + Q)⁻¹``, its inverse by so many terms of its Neumann series.
+    """Make rotations from skew-symmetric blocks (blocks, b, b): ``(I − Q)(I + Q)⁻¹``, its inverse by so many terms of its Neumann series.
 
     That the two turn in opposite senses is PEFT's convention: one adapter is trained with one of them.
     """
@@ -261,7 +261,7 @@ def _full(p: MethodInputs, base: Tensor) -> Delta:
 
 
 def _no_number(config: AdapterConfig, *keys: str) -> str:
-    """Which of these keys holds no number that can be computed with, where it is there."""
+    """Name the first of these keys that is stated with anything but a finite number."""
     wrong = [k for k in keys if k in config.values and not _is_number(config.get(k))]
     return f"{wrong[0]}={config.get(wrong[0])!r}, expected a number" if wrong else ""
 

@@ -233,7 +233,7 @@ def _transposed(stacks: Sequence[tuple[Stack, Sequence[int], Sequence[int]]], ad
 
 
 def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
-    """Up to 0.19.0 PEFT added ``(B·A)ᵀ`` to the parameter, whichever way round that is; from 0.19.1 on lora_A is of the input's width.
+    """Decide by PEFT's version: up to 0.19.0 it added ``(B·A)ᵀ`` to the parameter as stored; since 0.19.1 lora_A is of the input's width.
 
     With 0.19 and later that depends on what transformers says of the module, which the adapter does not tell: for a parameter
     (out, in) nothing, in any version.

@@ -1,4 +1,4 @@
-"""Memory that a run takes from headers alone: what stays in memory between two steps, and what making a delta takes.
+"""Estimate a run's memory from headers alone: the share that stays between two steps, and a module's tensors.
 
 Counted is anonymous memory of the whole process, an upper estimate: what the interpreter and torch take, the tables of all tensors, and
 the largest of the steps, of which one is under way at a time. Mapped files are not counted: the system drops their pages when it must.
@@ -57,7 +57,7 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> Non
 
 
 def resident_bytes(plan: Plan) -> int:
-    """Memory between any two steps, the tables of all adapters included."""
+    """Return the memory between any two steps, the tables of all adapters included."""
     company = plan.company
     tables = TENSOR_BYTES * (len(plan.base.weight_map) + company.tensor_count) + ADAPTER_BYTES * company.adapters
     return PROCESS_BYTES + tables + OUTPUT_BYTES * company.outputs + MATRIX_BYTES * company.matrices + company.kept

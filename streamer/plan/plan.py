@@ -152,7 +152,7 @@ class Plan:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Directories and files that an output must stay out of: those of all that are carried out together."""
+        """Directories and files that an output must stay out of: those of all plans of the run."""
         return self.company.inputs
 
     def stamps(self) -> dict[str, Sequence[int]]:

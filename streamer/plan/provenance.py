@@ -109,7 +109,7 @@ def hub_id(stated: object, path: Path) -> str | None:
 
 
 def stated_name(stated: object) -> str | None:
-    """What a config calls a model, where that is a name, or looks like an id, and no path of a machine."""
+    """Return a config's name of a model, where that is a name, or looks like an id, and no path of a machine."""
     return stated if isinstance(stated, str) and _NAME.fullmatch(stated) else None
 
 

@@ -42,7 +42,7 @@ LANGUAGE_HEAD = re.compile(
 
 @dataclass(frozen=True)
 class Head:
-    """What follows from an adapter's task and head.
+    """A model's config after an adapter's task and head, with notes.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ def table() -> dict[str, Any]:
 
 
 def auto_class(model_type: object, task: object) -> str | None:
-    """The class that transformers loads a model of this type as for one of PEFT's tasks; None where it has none."""
+    """Return the class that transformers loads a model of this type as for one of PEFT's tasks; None where it has none."""
     if not isinstance(model_type, str) or not isinstance(task, str):
         return None
     for form, types in table()["tasks"].get(task, {}).items():
@@ -159,18 +159,18 @@ def implied_head(
 
 
 def _labels(saved: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Rows of the label head among saved tensors."""
+    """Count the rows of the label head among saved tensors."""
     rows = {s[0] for name, s in saved.items() if s and (m := LABEL_HEAD.search(name)) and m["parameter"] == "weight"}
     return rows.pop() if len(rows) == 1 else None
 
 
 def _pads(heads: Collection[str]) -> bool:
-    """Whether a model classifies the last token, and so must know which ones are padding."""
+    """Say whether a model classifies the last token, and so must know which ones are padding."""
     return any(re.search(r"(?:^|\.)score\.weight$", name) for name in heads)
 
 
 def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the class for the task may take the place of the one that was stated: nothing but the bare model, or a classifier."""
+    """Say whether the class for the task may take the place of the one that was stated: nothing but the bare model, or a classifier."""
     if task in LABEL_TASKS:
         return True
     if task == "FEATURE_EXTRACTION":
@@ -180,7 +180,7 @@ def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, tupl
 
 
 def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
-    """Whether the merged model holds the head of the task's class, or a tie that makes it."""
+    """Say whether the merged model holds the head of the task's class, or a tie that makes it."""
     if task in LABEL_TASKS:
         return any(map(LABEL_HEAD.search, names))
     if task not in LANGUAGE_TASKS or any(map(LANGUAGE_HEAD.search, names)):
@@ -195,7 +195,7 @@ def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
 
 
 def _own_names(config: ModelConfig) -> list[str]:
-    """The names that a config gives its labels; none where they are the numbered ones that transformers makes."""
+    """List the names that a config gives its labels; none where they are the numbered ones that transformers makes."""
     names = config.get("id2label")
     texts = [str(name) for name in names.values()] if isinstance(names, dict) else []
     return [] if all(re.fullmatch(r"LABEL_\d+", text) for text in texts) else [quoted(text, 30) for text in texts]

@@ -90,7 +90,7 @@ def with_tokenizer(
 
 
 def own_tokenizer(copies: Copies) -> Literal["adapter"] | None:
-    """Whether a tokenizer is among an adapter's files."""
+    """Say whether a tokenizer is among an adapter's files."""
     return "adapter" if TOKENIZER_CONFIG in _names(copies) else None
 
 
@@ -103,7 +103,7 @@ def _is_tokenizer(name: str) -> bool:
 
 
 def token_count(directory: Path) -> int | None:
-    """One more than the largest number of a token in ``tokenizer.json``; None where that is not there, or not as expected."""
+    """Count a tokenizer's tokens: one more than the largest number in ``tokenizer.json``; None where that is not there, or not as expected."""
     path = directory / "tokenizer.json"
     if not path.is_file() or not 0 < path.stat().st_size <= MOST_BYTES:
         return None

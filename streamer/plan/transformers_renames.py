@@ -51,7 +51,7 @@ class Conversion:
         return self.by in STACKS and len(self.to) == 1
 
     def load(self, tensor: str, name: str) -> Loaded | None:
-        """What becomes of a tensor, or None if it is no source of this."""
+        """Return the loaded name of a tensor, or None if it is no source of this."""
         for at, source in enumerate(self.sources):
             found = _replace(name, source, self.to[0] if self.to else "", self.scope)
             if found is not None:
@@ -67,7 +67,7 @@ STACKS = {(MERGE,), (MERGE, CONCATENATE), (CONCATENATE,), (TRANSPOSE,), (TRANSPO
 
 
 class Loaded(NamedTuple):
-    """What becomes of a tensor on loading.
+    """A tensor on disk, and its name in the loaded model.
 
     Attributes
     ----------
@@ -108,7 +108,7 @@ class Rename:
 
 
 def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str] | None) -> tuple[str, str] | None:
-    """The renamed name, and the part of it that matched; None if none does."""
+    """Rename by one pattern: the new name, and the part of it that matched; None if none does."""
     head = ""
     if scope is not None:
         at = scope.match(name)
@@ -137,11 +137,11 @@ class Renames:
     conversions: tuple[Conversion, ...]
 
     def at_run_time(self, names: Iterable[str]) -> dict[str, str]:
-        """Each tensor on disk → its run-time name, for those that are loaded as they are."""
+        """Map each tensor on disk → its run-time name, for those that are loaded as they are."""
         return {tensor: name for tensor, name, by, _, _ in self.loaded(names) if by is None}
 
     def loaded(self, names: Iterable[str]) -> list[Loaded]:
-        """What becomes of every tensor."""
+        """Return the loaded name of every tensor."""
         now = {name: name for name in names}
         for rename in self.renames:
             changed = rename.apply(set(now.values()))
@@ -155,7 +155,7 @@ class Renames:
 
 @cache
 def table() -> dict[str, Any]:
-    """The facts: ``rules`` and ``same`` by class or model type, and ``classes`` by model type."""
+    """Read the facts: ``rules`` and ``same`` by class or model type, and ``classes`` by model type."""
     data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("renames.json").read_text())
     return data
 
@@ -200,6 +200,6 @@ def renames_for(config: ModelConfig) -> Renames:
 
 
 def _inner(model_type: str) -> str | None:
-    """The key of the model within the head, where it has renames: those of its class, or of the type."""
+    """Return the key of the model within the head, where it has renames: those of its class, or of the type."""
     key: str = table()["classes"].get(model_type, model_type)
     return key if _steps(key) is not None else None
