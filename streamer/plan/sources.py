@@ -54,7 +54,7 @@ def base_source(path: Path, config: ModelConfig, stated: object, identity: Mappi
     in another encoding is another.
     """
     model_id = None if bool(named_encoding(str(stated))) != bool(stored_encoding(config)) else hub_id(stated, path)
-    return _source(path, identity, model_id or hub_id(config.get("_name_or_path"), path))
+    return _source(path, identity, model_id or hub_id(config.values.get("_name_or_path"), path))
 
 
 def adapter_source(path: Path, identity: Mapping[str, Any]) -> Source:

@@ -113,7 +113,7 @@ def implied_head(
         advice.append(
             f"the adapter is for {task}, and neither it nor the base has a head that is known: loading will make one of random values"
         )
-    if not config:
+    if not config.values:
         if labels is not None:
             advice.append(f"the base has no config.json: load the model with a config of num_labels={labels}")
         return Head(config, advice=tuple(advice))
@@ -126,7 +126,7 @@ def implied_head(
             "adapter was trained on other labels, set id2label and label2id"
         )
     cls = auto_class(config.model_type, task)
-    stated = config.get("architectures")
+    stated = config.values.get("architectures")
     old = next((c for c in config.architectures[:1] if isinstance(c, str)), "")
     if cls is not None and cls != old and _fits_task(str(task), old, config.model_type, saved):
         if not _has_head(str(task), config, names):
@@ -196,7 +196,7 @@ def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
 
 def _own_names(config: ModelConfig) -> list[str]:
     """List the names that a config gives its labels; none where they are the numbered ones that transformers makes."""
-    names = config.get("id2label")
+    names = config.values.get("id2label")
     texts = [str(name) for name in names.values()] if isinstance(names, dict) else []
     return [] if all(re.fullmatch(r"LABEL_\d+", text) for text in texts) else [quoted(text, 30) for text in texts]
 

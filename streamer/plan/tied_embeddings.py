@@ -118,7 +118,7 @@ def is_without_head(names: Collection[str], config: ModelConfig) -> bool:
     return (
         bool(config.architectures)
         and all(_NO_LANGUAGE_MODEL.search(str(a)) for a in config.architectures)
-        and not config.get("is_encoder_decoder")
+        and not config.values.get("is_encoder_decoder")
         and not any(name.endswith("shared.weight") for name in names)
     )
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +58,7 @@ def with_tokenizer(
         The files, whose tokenizer is among them, and why it is not the adapter's where parts of one stand there: a warning where that
         may have tokens that the other does not have.
     """
-    stays: Literal["adapter", "base"] | None = "base" if any(map(_is_tokenizer, _names(copies))) else None
+    stays: Literal["adapter", "base"] | None = "base" if any(_is_tokenizer(name) for name, _ in copies) else None
     beside, base = plan.adapter.path, plan.base.directory
     if plan.adapter.describes_model:
         return copies, "adapter" if stays else None, [], []
@@ -91,11 +90,7 @@ def with_tokenizer(
 
 def own_tokenizer(copies: Copies) -> Literal["adapter"] | None:
     """Say whether a tokenizer is among an adapter's files."""
-    return "adapter" if TOKENIZER_CONFIG in _names(copies) else None
-
-
-def _names(copies: Copies) -> Iterable[str]:
-    return [name for name, _ in copies]
+    return "adapter" if TOKENIZER_CONFIG in dict(copies) else None
 
 
 def _is_tokenizer(name: str) -> bool:
@@ -103,7 +98,7 @@ def _is_tokenizer(name: str) -> bool:
 
 
 def token_count(directory: Path) -> int | None:
-    """Count a tokenizer's tokens: one more than the largest number in ``tokenizer.json``; None where that is not there, or not as expected."""
+    """Count tokens: one more than the largest number in ``tokenizer.json``; None where that is not there, or not as expected."""
     path = directory / "tokenizer.json"
     if not path.is_file() or not 0 < path.stat().st_size <= MOST_BYTES:
         return None

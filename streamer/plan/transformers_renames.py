@@ -178,7 +178,7 @@ def renames_for(config: ModelConfig) -> Renames:
     if inner is not None and inner not in (root, cls):
         parts.append((INNER, _steps(inner) or []))
     for name, scope in SCOPES.items():
-        nested = config.get(name)
+        nested = config.values.get(name)
         nested_type = nested.get("model_type") if isinstance(nested, dict) else None
         if isinstance(nested_type, str) and nested_type != model_type:
             key = table()["classes"].get(nested_type, nested_type)

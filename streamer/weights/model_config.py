@@ -21,16 +21,9 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The values of a ``config.json``; empty, and then false, where a checkpoint has none."""
+    """The values of a ``config.json``; empty where a checkpoint has none."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.values)
-
-    def get(self, key: str) -> Any:
-        """Return a key's value at the top; None where it is not stated there."""
-        return self.values.get(key)
 
     @property
     def text(self) -> Mapping[str, Any]:
