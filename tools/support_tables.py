@@ -1,4 +1,4 @@
-"""The table of what is supported, made from the registries: adapter kinds of `kinds` and `methods`. The README holds a copy."""
+"""The table of support, made from the registries `adapters.config_rules` and `adapters.peft_methods`. The README holds a copy."""
 
 from __future__ import annotations
 

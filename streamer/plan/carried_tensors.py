@@ -92,7 +92,7 @@ def match_carried(
     matched: Mapping[str, str],
     renames: Renames,
     aliases: Mapping[str, StoredTensor] | None = None,
-    coded: Collection[str] = (),
+    quantized: Collection[str] = (),
 ) -> TensorEdits:
     """Match every carried tensor of an adapter to its tensor in the merged model.
 
@@ -104,7 +104,7 @@ def match_carried(
         Those of the base's model.
     aliases
         Further names that the model has for tensors of the base.
-    coded
+    quantized
         Quantized weights, whose tensors on disk are not to be compared with: a merge refuses to replace them.
 
     Raises
@@ -127,7 +127,7 @@ def match_carried(
         if name is None:
             continue
         mine = adapter.tensors[c.source]
-        if name in known and name not in coded:
+        if name in known and name not in quantized:
             theirs = sources.get(name) or known[name]
             problem = _misfit(c, mine.info, theirs.info)
             if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
@@ -152,7 +152,7 @@ def match_carried(
         shifts,
         rows,
         frozenset(trained),
-        _vocabulary(base, {n: p for n, p in sources.items() if n not in coded}, adapter),
+        _vocabulary(base, {n: p for n, p in sources.items() if n not in quantized}, adapter),
         notes=tuple(matcher.notes.values()),
     )
 
