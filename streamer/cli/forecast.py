@@ -25,10 +25,10 @@ from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
 from streamer.output.run import resident_of
 from streamer.plan.batch import Batch
-from streamer.plan.memory import factor_rank, resident_bytes
+from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.storage.tensor_file import SAMPLE_BYTES
+from streamer.storage.tensor_file import sampled_bytes
 from streamer.weights.base import Weight
 
 TIMED = {"dense": 3, "certified": 1}
@@ -156,14 +156,7 @@ def _tell(monitor: Monitor, what: str) -> None:
 
 def _identified_bytes(plan: Plan) -> int:
     """Count the bytes that are read to identify the inputs: headers, samples of models, and the whole of an adapter."""
-    files = list(plan.base.files.values())
-    whole = 0
-    if plan.adapter.is_model:
-        files += plan.adapter.files
-    else:
-        whole = sum(file.header.file_bytes for file in plan.adapter.files)
-    samples = sum(min(SAMPLE_BYTES, t.nbytes) for file in files for t in file.header.tensors)
-    return sum(file.header.data_start for file in files) + samples + whole
+    return sampled_bytes(plan.base.files.values()) + plan.adapter.identity_bytes
 
 
 def _adapter_bytes(plan: Plan) -> int:
@@ -198,7 +191,7 @@ class _Work:
         if k + OVERSAMPLING >= min(shape):
             solver = "dense"
         expected = ways["whole"] if way == "dense" and solver == "certified" else ways[way]
-        rank = factor_rank(module) if module.low_rank else None
+        rank = module.factor_rank if module.low_rank else None
         return cls(target, k, rank, solver, way == "blocks", expected, ways[way])
 
     @property
@@ -273,7 +266,7 @@ def _writing_seconds(writer: Writer, monitor: Monitor) -> float | None:
 
 def _metrics_seconds(job: Job, times: int) -> float:
     """Estimate the time of the norms of Δ and Δ' of each matrix, and of its projection."""
-    works = [(t.module.shape, factor_rank(t.module), job.intruders(t)) for t in job.plan.targets]
+    works = [(t.module.shape, t.module.factor_rank, job.intruders(t)) for t in job.plan.targets]
     units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
     shape, rank, intruders = max(works, key=lambda work: factor_cost(work[0], work[1] + work[2]))
     return factor_pace(shape, rank + intruders) * units

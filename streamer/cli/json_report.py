@@ -28,7 +28,7 @@ def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError
     """Say what is there, and what a run would read, compute and take; null for a command that is refused, and why it is."""
     matrices = [
         {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.weights[t.tensor].label,
-         "rank": t.module.rank, "scale": t.module.scale, "transposed": t.transposed, "matched": t.match.rule}
+         "rank": t.module.rank, "scale": t.module.scaling, "transposed": t.transposed, "matched": t.match.rule}
         for t in plan.targets
     ]  # fmt: skip
     largest = max(plan.targets, key=lambda t: plan.weights[t.tensor].nbytes)
@@ -48,7 +48,7 @@ def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError
         "warnings": list(plan.warnings),
         "names": _names_json(plan),
         "matrices": matrices,
-        "carried": plan.changes.listed(plan.base),
+        "carried": plan.edits.listed(plan.base),
         "forecast": {c: asdict(f) if isinstance(f, Forecast) else None for c, f in forecasts.items()},
         "refused": {c: str(f) for c, f in forecasts.items() if isinstance(f, UnsupportedError)},
     }

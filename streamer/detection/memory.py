@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from streamer.detection.cost import working_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.plan.memory import MemoryEstimate, factor_bytes, factor_rank, making_bytes
+from streamer.plan.memory import MemoryEstimate, factor_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 
@@ -20,13 +20,13 @@ def detection_bytes(plan: Plan, target: Target, options: DetectionOptions, resid
         Bytes that stay in memory between two steps; see `resident_bytes`.
     """
     weight, module = plan.weights[target.tensor], target.module
-    rank = factor_rank(module) if module.low_rank else None
+    rank = module.factor_rank if module.low_rank else None
     ways = working_bytes(module.shape, options.directions(module.shape), rank, weight.compute.itemsize)
     if options.solver == "dense":
         ways = {"dense": ways["dense"]}
     read = 2 * weight.held_bytes  # the tensor's own bytes, and those of the next one
     always = read if weight.quantized else 0
-    fixed, making = resident + factor_bytes(plan, target), making_bytes(plan, target)
+    fixed, making = resident + factor_bytes(plan, target), module.peak_bytes(weight.compute.itemsize)
     return {way: fixed + max(size, making) + (always if way == "blocks" else read) for way, size in ways.items()}
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.adapters.modules import LoraModule
 from streamer.errors import UnsupportedError
 from streamer.linalg.low_rank import LowRank
 from streamer.output.job import Job
@@ -32,12 +31,12 @@ class AdapterWriter:
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
-        if plan.adapter.is_model:
+        if plan.adapter.describes_model:
             raise UnsupportedError(
                 f"{plan.adapter.path}: is a model, and no adapter that could be written back; `streamer merge` writes the mitigated model, "
                 "and --to-lora RANK its difference to the base as a LoRA adapter"
             )
-        dense = [t.module.name for t in plan.targets if not (isinstance(t.module, LoraModule) and t.module.low_rank)]
+        dense = [t.module.name for t in plan.targets if t.module.factors is None]
         if dense and job.options.mitigation_lambda != 1:
             raise UnsupportedError(
                 f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
@@ -57,7 +56,7 @@ class AdapterWriter:
         plan = self.spec.job.plan
         for target in plan.targets:
             size = mitigation_bytes(plan, target, self.spec.job.intruders(target), projected=True)
-            if isinstance(target.module, LoraModule) and target.module.expert is not None:
+            if target.module.factors is not None and target.module.factors.expert is not None:
                 size += 2 * sum(plan.adapter.tensors[name].info.nbytes for name in self._tensors(target))
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
@@ -76,54 +75,40 @@ class AdapterWriter:
         new = self._ready.pop(info.name)
         return file.chunks(info) if new.numel() == 0 else [as_bytes(new)]
 
-    def _mirror(self, target: Target) -> LoraModule | None:
-        """Return the module that holds the target's factors once more."""
-        return self.spec.job.plan.mirrors.get(target.module.name)
-
     def _tensors(self, target: Target) -> list[str]:
         """Name the tensors that a mitigation of the target would change."""
-        if not isinstance(target.module, LoraModule):
-            return list(target.module.tensors.values())
-        mirror = self._mirror(target)
-        return [target.module.a, target.module.b, *([mirror.a, mirror.b] if mirror else [])]
+        mirror = self.spec.job.plan.mirrors.get(target.module.name)
+        return [*target.module.tensor_names, *(mirror.tensor_names if mirror else ())]
 
     def _all_factors(self, job: Job, targets: list[Target], metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
         """Make the tensors that hold the factors of these targets: of one module, or of all experts of a layer; empty ones stay."""
-        new = [(target.module, self._factors(job, target, metrics)) for target in targets]
+        new = [(target.module.factors, self._factors(job, target, metrics)) for target in targets]
         module, factors = new[0]
-        if (
-            not isinstance(module, LoraModule)
-            or module.expert is None
-            or not any(t.numel() for _, f in new for t in f.values())
-        ):
+        if module is None or module.expert is None or not any(t.numel() for _, f in new for t in f.values()):
             return factors
-        whole = {name: job.plan.adapter.tensors[name].whole().clone() for name in (module.a, module.b)}
+        whole = {name: job.plan.adapter.tensors[name].whole().clone() for name in module.tensor_names}
         for expert, factors in new:
-            assert isinstance(expert, LoraModule)
-            for name, part in zip((expert.a, expert.b), expert.expert_slices, strict=True):
+            assert expert is not None
+            for name, part in zip(expert.tensor_names, expert.expert_slices, strict=True):
                 if factors[name].numel():
                     whole[name][part] = factors[name]
         return whole
 
     def _factors(self, job: Job, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
-        module = target.module
+        module = target.module.factors
         delta, after, found = job.mitigated(target)
         if after is delta:
             metrics.append(matrix_metrics(target, delta, after, found, job.options.scale))
             return {name: torch.empty(0) for name in self._tensors(target)}
         assert isinstance(after, LowRank)
-        assert isinstance(module, LoraModule)
-        B, A, error = back_project(after, module.rank, module.scale)
+        assert module is not None
+        B, A, error = back_project(after, module.rank, module.scaling)
         if module.delta_transposed:
             A, B = B.T, A.T
-        factors = {module.a: A, module.b: B}
-        if mirror := self._mirror(target):
-            factors |= {mirror.a: B.T, mirror.b: A.T}
         out = {}
-        for name, factor in factors.items():
+        for name, factor in zip(self._tensors(target), (A, B, B.T, A.T), strict=False):
             encoding = ENCODINGS[job.plan.adapter.file.header.by_name[name].dtype]
             out[name] = encode(factor, encoding, factor, name)
-        A, B = out[module.a].double(), out[module.b].double()
-        written = LowRank(A.T * module.scale, B) if module.delta_transposed else LowRank(B * module.scale, A.T)
+        written = module.product(out[module.a].double(), out[module.b].double())
         metrics.append(matrix_metrics(target, delta, written, found, job.options.scale, error))
         return out

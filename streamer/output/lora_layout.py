@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamer.adapters.adapter import Adapter
+from streamer.adapters.finetuned import FinetunedModel
 from streamer.errors import UnsupportedError
 from streamer.plan.carried_tensors import TensorEdits
-from streamer.plan.tied_embeddings import OF_A_TIE, equal, find_tie, refuse_other_ties
+from streamer.plan.tied_embeddings import OF_A_TIE, equal, find_tie, is_without_head, refuse_other_ties
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.weights.base import StoredTensor
@@ -41,7 +41,7 @@ class LoraLayout:
 
 
 def lora_layout(
-    tuned: Adapter, base: Checkpoint, matched: Mapping[str, str], changes: TensorEdits, renames: Renames
+    tuned: FinetunedModel, base: Checkpoint, matched: Mapping[str, str], changes: TensorEdits, renames: Renames
 ) -> LoraLayout:
     """Give what changed in a fine-tuned model outside of matrices its form in a LoRA adapter.
 
@@ -94,13 +94,14 @@ def lora_layout(
             carried[PREFIX + name] = tuned.tensors[c.source]
         elif c.source in changed:
             carried[f"{PREFIX}{module}.base_layer.{parameter}"] = tuned.tensors[c.source]
-    tie = find_tie(tuned.tensors, tuned.config, tuned)
+    headless = is_without_head(tuned.tensors, tuned.model_config)
+    tie = None if headless else find_tie(tuned.tensors, tuned.model_config, tuned)
     trained = {
         m: f"{m}.weight"
         for m, n in matched.items()
         if OF_A_TIE.search(f"{m}.weight") and not equal(tuned.tensors[f"{m}.weight"], StoredTensor(*base.locate(n)))
     }
-    refuse_other_ties(tie, tuned.path, tuned.tensors, tuned.config, tuned, trained, changed)
+    refuse_other_ties(tie, tuned.path, tuned.tensors, tuned.model_config, tuned, trained, changed)
     heads, one = {}, tie is not None and tie.head not in tuned.tensors
     if tie is not None and one:
         head = renames.at_run_time([tie.head]).get(tie.head, tie.head).removesuffix(".weight")

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import WEIGHTS_NAME
-from streamer.adapters.config_rules import is_residual, normalize
+from streamer.adapters.config_rules import is_residual
+from streamer.adapters.finetuned import FinetunedModel
+from streamer.adapters.tensor_names import normalize
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense
@@ -60,7 +62,7 @@ class LoraWriter:
         shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate"))
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files are not an adapter's.
-        source = None if plan.adapter.is_model else plan.adapter.path
+        source = None if plan.adapter.describes_model else plan.adapter.path
         self.spec = adapter_spec(job, path, shard, config.encode(), source, rank)
         self._ready: dict[str, Tensor] = {}
 
@@ -140,12 +142,12 @@ def _linear(stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...
 def _layout(plan: Plan) -> LoraLayout:
     """Lay the adapter out; one that is read carries along what it did, under the same names."""
     adapter = plan.adapter
-    if adapter.is_model:
+    if isinstance(adapter, FinetunedModel):
         matched = {t.module.name: t.tensor for t in plan.targets}
-        return lora_layout(adapter, plan.base, matched, plan.changes, renames_for(plan.config))
+        return lora_layout(adapter, plan.base, matched, plan.edits, renames_for(plan.config))
     kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
-    config = {key: adapter.config[key] for key in kept if key in adapter.config}
+    config = {key: adapter.config.values[key] for key in kept if key in adapter.config.values}
     carried = {PREFIX + normalize(c.source): adapter.tensors[c.source] for c in adapter.carried}
     return LoraLayout({}, carried, config, {})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamer.plan.memory import factor_bytes, factor_rank, making_bytes
+from streamer.plan.memory import factor_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 
@@ -26,8 +26,9 @@ def mitigation_bytes(plan: Plan, target: Target, intruders: int, projected: bool
     module = target.module
     m, n = module.shape
     if module.low_rank:
-        size = (PROJECTED if projected else THIN) * (m + n) * (factor_rank(module) + intruders)
+        size = (PROJECTED if projected else THIN) * (m + n) * (module.factor_rank + intruders)
     else:
         # Δ, Δ', and one more where Δ is scaled.
-        size = max(making_bytes(plan, target), 3 * plan.weights[target.tensor].compute.itemsize * m * n)
+        itemsize = plan.weights[target.tensor].compute.itemsize
+        size = max(module.peak_bytes(itemsize), 3 * itemsize * m * n)
     return size + factor_bytes(plan, target)

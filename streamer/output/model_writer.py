@@ -16,9 +16,9 @@ from streamer.output.output_spec import OutputSpec
 from streamer.output.recipes import Recipe, rows_bytes
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate
-from streamer.plan.plan import other_files, skipped_files
-from streamer.plan.side_files import with_tokenizer
+from streamer.plan.side_files import other_files, skipped_files
 from streamer.plan.targets import Target
+from streamer.plan.tokenizer import with_tokenizer
 from streamer.storage.atomic_file import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
@@ -80,7 +80,7 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     finals = model.finals(shards)
     apart = {CONFIG_NAME, WEIGHTS_NAME, *model.texts}
     # An adapter that lies in the base's directory is no part of the merged model; a fine-tuned model in its place describes it.
-    source, adapter = (plan.adapter.path, None) if plan.adapter.is_model else (base.directory, plan.adapter.path)
+    source, adapter = (plan.adapter.path, None) if plan.adapter.describes_model else (base.directory, plan.adapter.path)
     copies = [] if source is None else [c for c in other_files(source, adapter) if c[0] not in apart]
     stale = [name for name, _ in copies if job.dequantize and name in STALE]
     copies = [c for c in copies if c[0] not in stale]
@@ -92,6 +92,6 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     conflicting = tuple(name for name in conflicting_names if name not in finals and name not in shards)
     return OutputSpec(
         job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base.data_bytes, model.texts, tokenizer,
-        warnings=[*job.warnings, *lost], notes=[*plan.changes.notes, *model.head.notes, *says], advice=list(model.head.advice),
+        warnings=[*job.warnings, *lost], notes=[*plan.edits.notes, *model.head.notes, *says], advice=list(model.head.advice),
         norms=2, model_tensors=model.tensor_count,
     ).with_card(model.head.pipeline)  # fmt: skip

@@ -17,8 +17,8 @@ from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longes
 from streamer.output.recipes import CopyBytes, Recipe
 from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
 from streamer.plan.memory import MemoryEstimate
-from streamer.plan.plan import other_files, skipped_files
-from streamer.plan.side_files import own_tokenizer
+from streamer.plan.side_files import other_files, skipped_files
+from streamer.plan.tokenizer import own_tokenizer
 from streamer.storage.atomic_file import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
@@ -93,7 +93,7 @@ class OutputSpec:
                 "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
                 "lambda": options["lambda"], "to_lora": self.to_lora, "dequantize": job.dequantize, "totals": sums,
                 "warnings": [*job.plan.notes, *self.warnings], "notes": self.notes, "advice": self.advice, "left_out": self.skipped_files,
-                "carried": job.plan.changes.listed(job.plan.base), "tokenizer": self.tokenizer, "matrices": list(matrices)}  # fmt: skip
+                "carried": job.plan.edits.listed(job.plan.base), "tokenizer": self.tokenizer, "matrices": list(matrices)}  # fmt: skip
 
     def with_card(self, pipeline: str = "") -> OutputSpec:
         """Return the same with its card in place of the input's, if it gets one; `pipeline` as in `Card`."""
@@ -106,7 +106,7 @@ class OutputSpec:
         shapes = [t.module.shape for t in job.plan.targets]
         sums = longest_totals(len(shapes), sum(map(job.detection.directions, shapes)))
         longest = self.record(len(shapes), sums, longest_matrices(len(shapes)))
-        card = Card(original, *job.plan.sources, self.command, pipeline, longest, job.plan.adapter.is_model)
+        card = Card(original, *job.plan.sources, self.command, pipeline, longest, job.plan.adapter.describes_model)
         return replace(self, card=card, copies=copies)
 
     @cached_property

@@ -53,5 +53,5 @@ class Batch:
             for target in plan.targets:
                 tensors = plan.weights[target.tensor].tensors.values()
                 where = tuple((str(stored.file.path), stored.info.start, stored.info.end) for stored in tensors)
-                found.setdefault((plan.place(target), target.tensor, where), []).append((i, target))
+                found.setdefault((plan.file_order(target), target.tensor, where), []).append((i, target))
         return [found[key] for key in sorted(found, key=lambda key: key[0])]

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -169,3 +169,8 @@ class TensorFile:
             self._read_into(out, self.header.data_start + t.start + middle)
             digest.update(out)
         return digest.hexdigest()
+
+
+def sampled_bytes(files: Iterable[TensorFile]) -> int:
+    """Count the bytes that an identity by headers and samples reads."""
+    return sum(f.header.data_start + sum(min(SAMPLE_BYTES, t.nbytes) for t in f.header.tensors) for f in files)

@@ -23,6 +23,7 @@ from streamer.linalg.operators import RowBlocks
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.weights.dequantize import plain_weights
 from streamer.weights.logical import WeightView, open_weights
+from streamer.weights.model_config import ModelConfig
 from streamer.weights.quantization.packing import unpack
 from streamer.weights.quantization.scaled_codes import exponents
 
@@ -40,7 +41,7 @@ def base_of(
     )
     config = {"model_type": "test", **({"quantization_config": quantization} if quantization else {})}
     (directory / "config.json").write_text(json.dumps(config))
-    return open_weights(open_checkpoint(directory, io), config)
+    return open_weights(open_checkpoint(directory, io), ModelConfig(config))
 
 
 def assert_decodes(weights: WeightView, name: str, expected: torch.Tensor) -> None:
@@ -383,7 +384,7 @@ def test_codes_that_nothing_explains_are_refused(tmp_path: Path, config: dict | 
     with pytest.raises(UnsupportedError, match=r"tensor 'w\.weight': dtype I8 is not one of .* use the 16-bit model"):
         weights["w.weight"]
     with pytest.raises(UnsupportedError, match=r"tensor 'w\.weight': dtype I8 with no scale or table"):
-        plain_weights(weights, {})
+        plain_weights(weights, ModelConfig())
     assert torch.equal(weights["w.bias"].whole(CPU), torch.zeros(64))
 
 

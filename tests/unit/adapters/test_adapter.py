@@ -13,8 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from streamer.adapters.adapter import LoraModule, open_adapter
-from streamer.adapters.config_rules import classify, config_refusals, normalize
+from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.config_rules import config_refusals
+from streamer.adapters.modules import LoraModule
+from streamer.adapters.reader import open_adapter
+from streamer.adapters.tensor_names import classify, normalize
 from streamer.errors import FormatError, InputError, MismatchError, StreamerError, UnsupportedError
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -68,7 +71,7 @@ def write_raw(home: Path, tensors: dict[str, torch.Tensor], **config: object) ->
 def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
     module = one_module(tmp_path, rank=rank, **config)
     assert (module.rank, module.shape) == (rank, (6, 5))
-    assert module.scale == pytest.approx(scale, rel=1e-15)
+    assert module.scaling == pytest.approx(scale, rel=1e-15)
 
 
 def test_what_peft_reads_is_what_we_read(tmp_path: Path) -> None:
@@ -96,9 +99,10 @@ def test_what_peft_reads_is_what_we_read(tmp_path: Path) -> None:
     assert adapter.modules.keys() == layers.keys()
     for name, layer in layers.items():
         ours = adapter.modules[name]
-        assert (ours.rank, ours.scale) == (layer.r["default"], layer.scaling["default"])
-        torch.testing.assert_close(adapter.delta(ours).L @ adapter.delta(ours).R.T, layer.get_delta_weight("default"))
-    assert len({(m.rank, m.scale) for m in adapter.modules.values()}) >= 4
+        assert (ours.rank, ours.scaling) == (layer.r["default"], layer.scaling["default"])
+        delta = ours.delta(adapter.tensors, None)
+        torch.testing.assert_close(delta.L @ delta.R.T, layer.get_delta_weight("default"))
+    assert len({(m.rank, m.scaling) for m in adapter.modules.values()}) >= 4
 
 
 @pytest.mark.parametrize(
@@ -153,7 +157,7 @@ def test_any_config_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory
     write_raw(home, {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B}, **config)
     said = ""
     try:
-        scale = open_adapter(home).modules[MODULE].scale
+        scale = open_adapter(home).modules[MODULE].scaling
     except InputError as e:
         said = str(e)
     assert str(home) in said if said else math.isfinite(scale)
@@ -184,7 +188,7 @@ def test_name_variants(tmp_path: Path, template: str) -> None:
     assert list(adapter.modules) == [MODULE]
     module = adapter.modules[MODULE]
     assert (module.a, module.b) == (template.format(MODULE, "A"), template.format(MODULE, "B"))
-    delta = adapter.delta(module)
+    delta = module.delta(adapter.tensors, None)
     torch.testing.assert_close(delta.L @ delta.R.T, 2.0 * B @ A)
 
 
@@ -248,7 +252,7 @@ def test_what_is_carried_along(tmp_path: Path, name: str, role: str, of: str | N
     assert (carried.role, carried.source) == (role, name)
     if of is not None:
         assert carried.name == of
-    assert carried.scale == (2.0 if role == "lora_bias" else 1.0)
+    assert carried.scaling == (2.0 if role == "lora_bias" else 1.0)
     assert carried.indices == ((4, 1) if role == "tokens" else ())
 
 
@@ -280,7 +284,7 @@ def test_forms(
     adapter = open_adapter(write_raw(tmp_path, {f"x.{names[0]}": A, f"x.{names[1]}": B}))
     module = adapter.modules["x"]
     assert (module.shape, module.form, module.weight, module.rank) == (shape, form, weight, 4)
-    torch.testing.assert_close(adapter.delta(module).dense(), 2 * B.flatten(1) @ A.flatten(1))
+    torch.testing.assert_close(module.delta(adapter.tensors, None).dense(), 2 * B.flatten(1) @ A.flatten(1))
 
 
 @pytest.mark.parametrize(
@@ -371,7 +375,7 @@ def test_factors_that_are_no_numbers(tmp_path: Path) -> None:
     ],
 )
 def test_refused_by_config(config: dict, kind: str) -> None:
-    reasons = config_refusals(config)
+    reasons = config_refusals(AdapterConfig(config, Path("adapter_config.json")))
     assert len(reasons) == 1
     assert kind in reasons[0]
 
@@ -384,7 +388,7 @@ def test_refused_by_config(config: dict, kind: str) -> None:
          {"target_modules": ["q"], "layers_to_transform": [1], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}],
 )  # fmt: skip
 def test_taken_by_config(config: dict) -> None:
-    assert config_refusals(config) == []
+    assert config_refusals(AdapterConfig(config, Path("adapter_config.json"))) == []
 
 
 # Identity -------------------------------------------------------------------------------------------------------------
@@ -421,7 +425,7 @@ def test_identity_is_of_contents_not_of_places(tmp_path: Path) -> None:
 def test_factors_of_every_dtype(tmp_path: Path, dtype: torch.dtype, io: str) -> None:
     A, B = (t.to(dtype) for t in factors())
     adapter = open_adapter(write_raw(tmp_path, {"x.lora_A.weight": A, "x.lora_B.weight": B}), io)  # type: ignore[arg-type]
-    delta = adapter.delta(adapter.modules["x"])
+    delta = adapter.modules["x"].delta(adapter.tensors, None)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert delta.L.dtype == delta.R.dtype == wide
     torch.testing.assert_close(delta.R, A.to(wide).T, rtol=0, atol=0)

@@ -17,7 +17,8 @@ from streamer.detection.cost import cost
 from streamer.detection.device import choose_device
 from streamer.errors import InputChangedError, OutputError, UsageError
 from streamer.events import Event
-from streamer.plan.plan import make_plan, other_files, skipped_files
+from streamer.plan.plan import make_plan
+from streamer.plan.side_files import other_files, skipped_files
 
 Job = tuple[Path, Path]
 
@@ -85,7 +86,7 @@ def test_a_config_as_transformers_writes_it_is_read(job: Job, tmp_path: Path) ->
     base, adapter = job
     text = json.dumps({"model_type": "x", "time_step_limit": [0.0, float("inf")]})
     (base / "config.json").write_text(text)
-    assert make_plan(base, adapter).config["model_type"] == "x"
+    assert make_plan(base, adapter).config.model_type == "x"
     streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
     assert (tmp_path / "out" / "config.json").read_text() == text
 
