@@ -1,5 +1,19 @@
 """Find and scale down LoRA intruder dimensions, one weight matrix at a time, without building the model.
 
+The folders are the data's way, and imports point up this list only::
+
+    errors, events, units
+    storage/       bytes             safetensors in, crash-safe files out
+    linalg/        mathematics       operators, Krylov processes, certified bounds
+    weights/       logical weights   a base's tensors as float matrices, plain or quantized
+    adapters/      deltas            a PEFT adapter or a fine-tuned model, module by module
+    plan/          matching          the base tensor that each module changes; all refusals
+    detection/     decisions         the leading directions of each matrix, and the findings file
+    output/        results           mitigated deltas, output tensors, files
+    verification/  witnesses         an output against its record and inputs, by other code
+    api/           the library       one function for each command
+    cli/           commands          arguments, progress, tables, forecasts, demo
+
 >>> import streamer
 >>> streamer.DetectionOptions(top_k=0.1).directions((4096, 1024))
 102
@@ -23,11 +37,13 @@ _HOMES = {
     "Monitor": "events",
     "StreamerError": "errors",
     "StreamerWarning": "errors",
+    "VerificationError": "errors",
     "detect_intruder_dimensions": "api",
     "iter_merged": "api",
     "load_findings": "detection.findings",
     "merge_with_reduced_intruder_dimensions": "api",
     "reduce_intruder_dimension": "api",
+    "verify_output": "api",
 }
 
 __all__ = [
@@ -40,11 +56,13 @@ __all__ = [
     "Monitor",
     "StreamerError",
     "StreamerWarning",
+    "VerificationError",
     "detect_intruder_dimensions",
     "iter_merged",
     "load_findings",
     "merge_with_reduced_intruder_dimensions",
     "reduce_intruder_dimension",
+    "verify_output",
 ]
 
 if TYPE_CHECKING:
@@ -53,12 +71,13 @@ if TYPE_CHECKING:
         iter_merged,
         merge_with_reduced_intruder_dimensions,
         reduce_intruder_dimension,
+        verify_output,
     )
     from streamer.detection.findings import Findings, load_findings
     from streamer.detection.intruders import Detection
     from streamer.detection.matrix_finding import MatrixFinding
     from streamer.detection.options import DetectionOptions
-    from streamer.errors import StreamerError, StreamerWarning
+    from streamer.errors import StreamerError, StreamerWarning, VerificationError
     from streamer.events import Event, Monitor
     from streamer.output.mitigation import MitigationOptions
 

@@ -16,6 +16,7 @@
     ├── LockedError              5   another run is writing this output
     ├── StorageError             6   I/O or space; the same command resumes
     ├── NumericError             7   a non-finite value, or a verification that failed; an ArithmeticError
+    ├── VerificationError        7   an output that differs from its record, or from what its inputs give
     ├── InputChangedError        8   an input changed since the plan was made
     └── Interrupted          128+N   stopped by signal N at a safe point; the same command resumes
 
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,27 @@ class NumericError(StreamerError, ArithmeticError):
     """A non-finite value where there must be none, or a verification that failed."""
 
     exit_code = 7
+
+
+class VerificationError(StreamerError):
+    """An output differs from its record, or from what its inputs give.
+
+    Parameters
+    ----------
+    message
+        The first difference, and how many more there are.
+    verification
+        What `verify_output` else returns, with a line for each of its `differences`; it becomes an attribute.
+    """
+
+    exit_code = 7
+
+    def __init__(self, message: str, verification: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.verification = verification
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.verification)
 
 
 class InputChangedError(StreamerError):

@@ -77,12 +77,14 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     with clock.stage("import"):
         from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-        from streamer.api import prepare
+        from streamer.detection.device import choose_device
         from streamer.detection.findings import load_findings
-        from streamer.events import Monitor
-        from streamer.output import job as apply
+        from streamer.detection.options import RunOptions
+        from streamer.output import model_writer
         from streamer.output import run as outputs
+        from streamer.output.job import Job
         from streamer.output.mitigation import MitigationOptions
+        from streamer.output.prepare import OutputOptions, prepare_outputs
         from streamer.storage import atomic_file, page_cache, system, tensor_file
 
     stages = {"addmm_": "addmm", "aminmax": "finite check", "isfinite": "finite check"}
@@ -127,16 +129,17 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     atomic_file.AtomicFile.write = clocks.wrap(
         atomic_file.AtomicFile.write, "wait for the write"
     )  # of the piece before
-    apply.matrix_figures = clocks.wrap(unwatched(apply.matrix_figures), "factors and figures")
-    apply.Job.mitigated = clocks.wrap(unwatched(apply.Job.mitigated), "factors and figures")
+    model_writer.matrix_metrics = clocks.wrap(unwatched(model_writer.matrix_metrics), "factors and figures")
+    Job.mitigated = clocks.wrap(unwatched(Job.mitigated), "factors and figures")
     # The map; its pages come with the upcast.
     tensor_file.TensorFile.view = clocks.wrap(tensor_file.TensorFile.view, "read and upcast")
     with clock.stage("plan and identity"):
         found = load_findings(findings)
-        (job,) = prepare(base, [adapter], MitigationOptions(float(mitigation_lambda)), found.options, [found], "cpu")
-        sink = apply.ModelSink(job, Path(out))
+        mitigation, run = MitigationOptions(float(mitigation_lambda)), RunOptions(choose_device("cpu"))
+        form, adapters = OutputOptions(merges=True), {"": Path(adapter)}
+        writers = prepare_outputs(base, adapters, out, [found], mitigation, found.options, form, run)
     with Blocks():
-        outputs.run_jobs([sink], Monitor())
+        outputs.run_jobs(writers, run)
     with clock.stage("other"):
         total = time.perf_counter() - began
     beside: dict[str, dict[str, float]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamer.cli.demo import Llama
+from streamer.cli.synthetic import Llama
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Several adapters on one base: what they are called, and so where the output of each goes.
+"""Name several adapters on one base, and the output of each.
 
 An adapter that is given alone has the name "", and its output is what the user names; with several, or with a directory of adapters, that
 is a directory, and each output in it has the name of its adapter's directory.
@@ -20,13 +20,13 @@ FILES = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
 
 
 def holds_adapters(path: str | Path) -> bool:
-    """Whether a path is a directory of adapters: no adapter itself, nor a model, but there are adapters in it."""
+    """Say whether a path is a directory of adapters: no adapter itself, nor a model, but there are adapters in it."""
     path = Path(path)
     return not _is_adapter(path) and not is_model(path) and bool(_inside(path))
 
 
 def named_adapters(adapters: str | Path | Sequence[str | Path]) -> dict[str, Path]:
-    """Adapters by name, in the order given; in a list, a directory of adapters stands for those in it, sorted.
+    """List adapters by name, in the order given; in a list, a directory of adapters stands for those in it, sorted.
 
     One that is not whole is among them, so that opening it says what it lacks. Other directories beside them are passed over.
 
@@ -57,39 +57,36 @@ def named_adapters(adapters: str | Path | Sequence[str | Path]) -> dict[str, Pat
 
 
 def model_of(output: str | Path, name: str) -> Path:
-    """Where `merge` writes the model of an adapter.
+    """Return the directory that `merge` writes an adapter's model to.
 
     Raises
     ------
     OutputError
         If what is to be the directory for the models of several is a file, or a symlink.
     """
-    if name:
-        refuse_symlink(Path(output))
     return _directory(output) / name if name else Path(output)
 
 
 def findings_of(output: str | Path, name: str) -> Path:
-    """Where `detect` writes the findings on an adapter.
+    """Return the file that `detect` writes the findings on an adapter to.
 
     Raises
     ------
     OutputError
         If what is to be the directory for those on several is a file, or a symlink.
     """
-    if name:
-        refuse_symlink(Path(output))
     return given_findings(_directory(output), name) if name else Path(output)
 
 
 def given_findings(directory: str | Path, name: str) -> Path:
-    """Where `detect` has written the findings on one of several adapters."""
+    """Return the file that `detect` has written the findings on one of several adapters to."""
     return Path(directory) / f"{name}.safetensors"
 
 
 def _directory(output: str | Path) -> Path:
-    """The output of several adapters."""
+    """Return the output of several adapters, a directory."""
     path = Path(output)
+    refuse_symlink(path)
     if path.exists() and not path.is_dir():
         raise OutputExistsError(f"{path}: of several adapters -o is a directory, found a file; name a directory", path)
     return path
@@ -104,12 +101,12 @@ def _directories(path: Path) -> list[Path]:
 
 
 def _is_adapter(path: Path) -> bool:
-    """Whether any of an adapter's files is there, if only as a link that leads nowhere."""
+    """Say whether any of an adapter's files is there, if only as a link that leads nowhere."""
     return any(os.path.lexists(path / name) for name in FILES)
 
 
 def _refuse_models(path: Path) -> None:
-    """It might be a fine-tuned one that is to go along, or the base."""
+    """Refuse models in a directory of adapters: one might be a fine-tuned one that is to go along, or the base."""
     models = sorted(p.name for p in _directories(path) if is_model(p) and not _is_adapter(p))
     if models:
         raise UsageError(

@@ -1,17 +1,17 @@
-"""Kinds of PEFT adapters: which are handled, which are refused, by name and reason. A new kind is a new entry here.
+"""Refusals of adapters by their config: each says the kind and the reason. A new kind is a new entry of `CONFIG_RULES`.
 
-Two tables: by the config (`CONFIG_RULES`) and by the tensors' names (`TENSOR_RULES`, first match wins). Every refusal
-says what the adapter is and why it is refused; `adapter` collects them all before anything else happens.
+`reader` collects all of them, and those by tensors' names (`tensor_names`), before anything else happens.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from streamer.adapters.peft_methods import METHODS, PeftMethod
+from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.peft_methods import METHODS
 from streamer.units import quoted
 
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -20,7 +20,7 @@ _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "default", "true", "fal
 
 @dataclass(frozen=True)
 class ConfigRule:
-    """A refusal by `adapter_config.json`: a key, when its value is refused, and what to say.
+    """A refusal by `adapter_config.json`: a key, the values of it that are refused, the kind of adapter and the reason.
 
     One that is `residual` falls where the user states that the base is the residual that the adapter was trained on.
     """
@@ -61,90 +61,34 @@ CONFIG_RULES: tuple[ConfigRule, ...] = (
 )  # fmt: skip
 
 # Keys that PEFT writes and that do not change what the tensors mean: where the adapter was put, how it was trained.
-_HARMLESS = {
+_HARMLESS = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
     "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
     "trainable_token_indices", "use_dora", "use_rslora",
-}  # fmt: skip
+})  # fmt: skip
 
 
-def is_residual(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter with this config is relative to a residual of its base."""
+def is_residual(config: AdapterConfig) -> bool:
+    """Say whether an adapter with this config is relative to a residual of its base."""
     return any(rule.residual and rule.refuses(config.get(rule.key)) for rule in CONFIG_RULES)
 
 
-def config_refusals(config: Mapping[str, Any], base_is_residual: bool = False) -> list[str]:
-    """Why an adapter with this config is refused: one phrase a reason, empty if it is handled."""
-    peft_type = config.get("peft_type", "LORA")
-    if isinstance(peft_type, str) and peft_type in METHODS:
-        return _method_refusals(METHODS[peft_type], config)
-    if peft_type != "LORA":
+def config_refusals(config: AdapterConfig, base_is_residual: bool = False) -> list[str]:
+    """Return the reasons to refuse an adapter with this config, one phrase each; empty if it is handled."""
+    peft_type = config.peft_type
+    if isinstance(peft_type, str) and (method := METHODS.get(peft_type)) is not None:
+        known = method.options
+        reasons = [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
+    elif peft_type == "LORA":
+        known = _HARMLESS | {rule.key for rule in CONFIG_RULES}
+        rules = [rule for rule in CONFIG_RULES if not (rule.residual and base_is_residual)]
+        reasons = [f"{rule.kind}: {rule.reason}" for rule in rules if rule.refuses(config.get(rule.key))]
+    else:
         return [f"{peft_type} adapter: its change of the weights is not known here"]
-    rules = [rule for rule in CONFIG_RULES if not (rule.residual and base_is_residual)]
-    reasons = [f"{rule.kind}: {rule.reason}" for rule in rules if rule.refuses(config.get(rule.key))]
-    known = _HARMLESS | {rule.key for rule in CONFIG_RULES}
-    for key, value in config.items():
+    for key, value in config.values.items():
         # A later PEFT may know variants that we do not: one that is switched on is refused, anything else is ignored.
-        if key not in known and value and re.search(r"^use_|_config$|^is_", key):
+        if value and key not in known and re.search(r"^use_|_config$|^is_|^layer_replication$", key):
             reasons.append(f"unknown variant {key}={quoted(value)}: it may change what the tensors mean")
     return reasons
-
-
-def _method_refusals(method: PeftMethod, config: Mapping[str, Any]) -> list[str]:
-    reasons = [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
-    for key, value in config.items():
-        if value and key not in method.options and re.search(r"^use_|_config$|^is_|^layer_replication$", key):
-            reasons.append(f"unknown variant {key}={quoted(value)}: it may change what the tensors mean")
-    return reasons
-
-
-@dataclass(frozen=True)
-class TensorRule:
-    """What a tensor of an adapter is, by its normalised name; refused where `refusal` gives a reason.
-
-    The groups of the pattern name the ``module``, the ``factor`` (A or B), and the ``parameter`` of the module.
-    """
-
-    pattern: re.Pattern[str]
-    role: str
-    refusal: str = ""
-
-
-FACTORS = ("factor", "embedding", "magnitude")
-"""Roles of the tensors that make a LoRA module."""
-
-_ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
-
-TENSOR_RULES: tuple[TensorRule, ...] = (
-    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_(?P<factor>[AB]){_ADAPTER}\.weight$"), "factor"),
-    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_embedding_(?P<factor>[AB]){_ADAPTER}$"), "embedding"),
-    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?$"), "magnitude"),
-    TensorRule(re.compile(rf"^(?P<module>.+)\.lora_B{_ADAPTER}\.bias$"), "lora_bias"),
-    TensorRule(re.compile(rf"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_ADAPTER}$"), "tokens"),
-    # What the base has there: kept by trainers that save a module's whole state.
-    TensorRule(re.compile(r"\.trainable_tokens_original(\.|$)|\.original_module\."), "original"),
-    TensorRule(re.compile(r"\.(hada_|lokr_|lora_|ranknum|vera_|oft_|boft_|ia3_)"), "other", "another method's tensors"),
-    TensorRule(re.compile(r"^(?P<module>.+?)\.modules_to_save\.[^.]+\.(?P<parameter>.+)$"), "saved"),
-    TensorRule(re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<parameter>[^.]+)$"), "saved"),
-    TensorRule(re.compile(r"^(?P<module>.+)\.(?P<parameter>[^.]+)$"), "saved"),
-    TensorRule(re.compile(r""), "unknown", "a tensor of unknown meaning"),
-)
-
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
-
-
-def normalize(name: str) -> str:
-    """A tensor name of an adapter without the wrappers: PEFT's prefix, DDP's, torch.compile's, FSDP's."""
-    name = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
-    return name.removeprefix("base_model.model.")
-
-
-def classify(name: str) -> tuple[TensorRule, re.Match[str]]:
-    """The rule for a normalised tensor name, and its match."""
-    for rule in TENSOR_RULES:
-        match = rule.pattern.search(name)
-        if match:
-            return rule, match
-    raise AssertionError("the last rule matches everything")

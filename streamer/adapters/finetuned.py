@@ -1,41 +1,77 @@
-"""A fully fine-tuned model in an adapter's place: what it changes is the difference of the two models, matrix by matrix.
+"""A fully fine-tuned model in an adapter's place: its deltas are the differences of the two models, matrix by matrix.
 
 Its weights of two and more dimensions are modules of the method ``FULL``, whose delta is ``W1 − W0``; its other tensors (norms, biases,
-embeddings of another size) take the place of the base's, as an adapter's saved modules do.
+embeddings of another size) take the place of the base's, as an adapter's saved modules do:
+``model.layers.0.mlp.up_proj.weight`` (m, n) → module ``model.layers.0.mlp.up_proj``; ``model.norm.weight`` (n,) → carried, ``saved``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from streamer.adapters.adapter import CONFIG_NAME, Adapter
+from streamer.adapters.adapter import CONFIG_NAME, DeltaSource
+from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.layer_names import EMBEDDING, HEADS
-from streamer.adapters.modules import Carried, MethodModule, Module
+from streamer.adapters.modules import MethodModule, Module
+from streamer.adapters.peft_methods import METHODS
+from streamer.adapters.tensor_names import Carried
 from streamer.errors import InputError
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
-from streamer.storage.tensor_file import IOMode
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, checkpoint_identity, open_checkpoint
+from streamer.storage.identities import AdapterIdentity
+from streamer.storage.tensor_file import IOMode, sampled_bytes
+from streamer.weights.base import StoredTensor
 from streamer.weights.dtypes import ENCODINGS
+from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config
 
 METHOD = "FULL"
 
 
+@dataclass(frozen=True)
+class FinetunedModel(DeltaSource):
+    """A fine-tuned model on disk.
+
+    Attributes
+    ----------
+    model_config
+        Its ``config.json``.
+    """
+
+    model_config: ModelConfig = field(default_factory=ModelConfig)
+
+    describes_model = True
+
+    @property
+    def identity_bytes(self) -> int:
+        """Bytes of headers and samples."""
+        return sampled_bytes(self.files)
+
+    def identity(self) -> AdapterIdentity:
+        """Digest headers and samples, as a base's."""
+        files = checkpoint_identity({file.path.name: file for file in self.files})["files"]
+        return {"files": files, "modules": len(self.modules)}
+
+    def trains(self, module: str) -> bool:
+        """True: all of the model was trained."""
+        return True
+
+    def stored_sum(self, module: Module) -> StoredTensor | None:
+        """Return the model's own weight."""
+        (tensor,) = module.tensor_names
+        return self.tensors[tensor]
+
+
 def is_model(path: Path) -> bool:
-    """Whether a path that is to be an adapter is a model's directory."""
-    return (
-        path.is_dir()
-        and not (path / CONFIG_NAME).exists()
-        and ((path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists())
-    )
+    """Say whether a path that is to be an adapter is a model's directory."""
+    holds = path.is_dir() and any((path / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
+    return holds and not (path / CONFIG_NAME).exists()
 
 
-def open_tuned(path: Path, base: Checkpoint, config: dict[str, Any], conv1d: bool, io: IOMode) -> Adapter:
-    """Open a fine-tuned model as what it adds to a base.
+def open_finetuned(path: Path, base: Checkpoint, conv1d: bool, io: IOMode) -> FinetunedModel:
+    """Open a fine-tuned model as deltas of a base.
 
     Parameters
     ----------
-    config
-        The tuned model's ``config.json``.
     conv1d
         Whether the model's linear layers are stored (in, out).
 
@@ -44,9 +80,11 @@ def open_tuned(path: Path, base: Checkpoint, config: dict[str, Any], conv1d: boo
     InputError
         If it is the base itself.
     """
+    model_config = read_model_config(path)
     tuned = open_checkpoint(path, io)
     if {f.stamp for f in tuned.files.values()} == {f.stamp for f in base.files.values()}:
         raise InputError(f"{path}: is the base itself; name the adapter, or the model that was trained from the base")
+    config = AdapterConfig({**model_config.values, "peft_type": METHOD}, path / MODEL_CONFIG)
     modules: dict[str, Module] = {}
     carried: list[Carried] = []
     for file in tuned.files.values():
@@ -54,17 +92,11 @@ def open_tuned(path: Path, base: Checkpoint, config: dict[str, Any], conv1d: boo
             module, _, parameter = info.name.rpartition(".")
             resized = info.name in base.weight_map and base.info(info.name).shape != info.shape
             if parameter == "weight" and len(info.shape) >= 2 and info.dtype in ENCODINGS and not resized:
-                last = module.rpartition(".")[2]
-                role = (
-                    "embedding"
-                    if len(info.shape) == 2 and EMBEDDING.search(module)
-                    else "conv1d"
-                    if conv1d and last not in HEADS
-                    else "weight"
-                )
-                modules[module] = MethodModule(module, METHOD, {role: info.name}, {role: info.shape}, 0, 1.0)
+                if len(info.shape) == 2 and EMBEDDING.search(module):
+                    role = "embedding"
+                else:
+                    role = "conv1d" if conv1d and module.rpartition(".")[2] not in HEADS else "weight"
+                modules[module] = MethodModule(module, METHODS[METHOD], config, {role: info.name}, {role: info.shape})
             else:
                 carried.append(Carried("saved", module, parameter, info.name))
-    config_path = path / "config.json"
-    return Adapter(path, {**config, "peft_type": METHOD}, tuple(tuned.files.values()), modules, tuple(carried),
-                   config_path if config_path.exists() else None)  # fmt: skip
+    return FinetunedModel(path, config, tuple(tuned.files.values()), modules, tuple(carried), (), model_config)

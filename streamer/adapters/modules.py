@@ -1,70 +1,167 @@
-"""What an adapter holds, module by module: LoRA's factors, another method's tensors, and what is carried along."""
+"""An adapter's modules: the tensors that each one has in the adapter's files, and the delta that they make.
+
+Three classes answer the same questions: LoRA's factors, LoRA with DoRA's magnitudes, and the tensors of another PEFT method.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from streamer.adapters.peft_methods import METHODS
+import torch
+from torch import Tensor
+
+from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.dora import dora_bytes, dora_delta
+from streamer.adapters.peft_methods import MethodInputs, PeftMethod
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta, Dense
 from streamer.units import listed
+from streamer.weights.base import StoredTensor
+from streamer.weights.dtypes import encoding_of
+
+Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class LoraModule:
-    """One adapted module: ``Δ = scale · B @ A``.
+def values_of(stored: StoredTensor, index: tuple[slice, ...] = ()) -> Tensor:
+    """Copy an adapter's tensor, or some of its rows and columns, in its computing dtype."""
+    return stored.whole()[index].to(encoding_of(stored.info, str(stored.file.path)).compute, copy=True)
+
+
+class Module(Protocol):
+    """One adapted module of a model.
 
     Attributes
     ----------
     name
         Its path in the model, wrappers removed.
-    a, b
-        Names of lora_A (rank, in) and lora_B (out, rank) in the adapter's file. A convolution's have the dimensions of its kernel
-        besides, those of lora_B of size 1.
-    rank, scale
-        Rows of lora_A; ``alpha/r``, or ``alpha/√r`` with rsLoRA.
+    rank, scaling
+        By the config and the factors; a method that has no rank has 0, one without a scaling 1.
     shape
         (out, in) of Δ as a matrix: (dim, vocabulary) for an embedding, (out, in·k) for a convolution with k elements in its kernel.
-    form
-        ``linear``, ``embedding``, ``convolution`` or ``expert``.
+    """
+
+    name: str
+    rank: int
+    scaling: float
+    shape: tuple[int, int]
+
+    @property
+    def form(self) -> str:
+        """``linear``, ``conv1d`` (a linear layer stored (in, out)), ``embedding``, ``convolution`` or ``expert``."""
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether Δ comes in factors."""
+
+    @property
+    def factors(self) -> LoraModule | None:
+        """The module itself, where Δ is the product of LoRA's factors and nothing else: a mitigated delta is written back in them."""
+        return None
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of its tensors in the adapter's files."""
+
+    @property
+    def factor_rank(self) -> int:
+        """Columns of the factors that Δ comes in."""
+
+    @property
+    def expected(self) -> str:
+        """Weight that it fits, for messages."""
+
+    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None) -> Delta:
+        """Compute Δ (m, n), with ``W' = W0 + Δ``.
+
+        Parameters
+        ----------
+        tensors
+            Those of the adapter, by name.
+        W0
+            The weight as (out, in); may be None where Δ is of low rank.
+        """
+
+    def peak_bytes(self, itemsize: int) -> int:
+        """Return the peak memory of computing a delta that is not of low rank: W0, Δ, and what is between them; else 0."""
+        return 0
+
+    def copied_bytes(self, itemsize: int) -> int:
+        """Return the memory of the module's tensors in the computing dtype, where these are kept beside Δ."""
+        return 0
+
+    def placed(self, stored: Shape, fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
+        """Fit the module to a weight of this shape as it is stored.
+
+        Where the weight is square, the adapter's config must tell. PEFT sets the config's flag to what suits the layer that it wrapped
+        last, so in a model of Conv1D and Linear layers it is true of some of them only: a shape that fits one way alone goes that way
+        where the flag or the kind of model allows it.
+
+        Returns
+        -------
+        module, transposed
+            The module, its shape that of the weight as (out, in), or None if it does not fit; and whether the weight is stored (in, out).
+        """
+
+
+@dataclass(frozen=True)
+class LoraModule(Module):
+    """LoRA: ``Δ = scaling · B @ A``; with rsLoRA the scaling is ``alpha/√r``, else ``alpha/r``.
+
+    Attributes
+    ----------
+    a, b
+        Names of lora_A (rank, in) and lora_B (out, rank). A convolution's have the dimensions of its kernel besides, those of lora_B of
+        size 1.
     kernel
         The kernel's dimensions.
-    magnitude
-        DoRA's magnitudes in the adapter's file; without them the delta is of low rank.
     expert
-        Which of how many experts, where a and b hold the factors of all of them (see `wrapped`).
-    turned
-        Δ is the transpose, ``scale · (B @ A)ᵀ``.
+        Index and number of experts, where a and b hold the factors of all of them (see `target_parameters`).
+    delta_transposed
+        Δ is the transpose, ``scaling · (B @ A)ᵀ``.
     """
 
     name: str
     a: str
     b: str
     rank: int
-    scale: float
+    scaling: float
     shape: tuple[int, int]
     form: str = "linear"
-    kernel: tuple[int, ...] = ()
-    magnitude: str | None = None
+    kernel: Shape = ()
     expert: tuple[int, int] | None = None
     delta_transposed: bool = False
 
+    low_rank = True
+
     @property
-    def low_rank(self) -> bool:
-        """Whether Δ is the product of the factors and nothing else."""
-        return self.magnitude is None
+    def factors(self) -> LoraModule | None:
+        """The module itself, unless Δ is made of more than the factors."""
+        return self if self.low_rank else None
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of lora_A and lora_B."""
+        return self.a, self.b
+
+    @property
+    def factor_rank(self) -> int:
+        """Rows of lora_A."""
+        return self.rank
 
     @property
     def expert_slices(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Which part of lora_A and of lora_B are the module's: all, or an expert's rows and columns."""
+        """Indices of the module's share of lora_A and of lora_B: all, or an expert's rows and columns."""
         if self.expert is None:
             return (), ()
         e, experts = self.expert
         return (slice(e * self.rank, (e + 1) * self.rank),), (slice(None), slice(e, None, experts))
 
     @property
-    def weight(self) -> tuple[int, ...]:
-        """The shape of the weight in the model, unless it is a linear layer's that is stored (in, out)."""
+    def weight(self) -> Shape:
+        """Shape of the weight in the model, unless it is a linear layer's that is stored (in, out)."""
         m, n = self.shape
         if self.form == "embedding":
             return n, m
@@ -72,93 +169,143 @@ class LoraModule:
 
     @property
     def expected(self) -> str:
-        """What it expects of a weight, for messages."""
+        """Shape of the weight that it fits."""
         return f"shape {list(self.weight)}"
 
+    def product(self, A: Tensor, B: Tensor) -> LowRank:
+        """Return ``scaling · B @ A``, or its transpose where Δ is that, as (out, in) factors; A (r, n), B (m, r)."""
+        return LowRank(A.T * self.scaling, B) if self.delta_transposed else LowRank(B * self.scaling, A.T)
+
+    def low_rank_delta(self, tensors: Mapping[str, StoredTensor]) -> LowRank:
+        """Return LoRA's own delta as (out, in) factors."""
+        a, b = self.expert_slices
+        return self.product(values_of(tensors[self.a], a).flatten(1), values_of(tensors[self.b], b).flatten(1))
+
+    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None) -> Delta:
+        """Return ``scaling · B @ A`` in factors."""
+        return self.low_rank_delta(tensors)
+
+    def placed(self, stored: Shape, fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
+        """Fit the module to a weight of this shape as it is stored."""
+        if self.form != "linear":
+            return self if stored == self.weight else None, self.form == "embedding"
+        if self.shape[0] == self.shape[1]:
+            return self if stored == self.shape else None, fan_in_fan_out
+        transposed = stored == self.shape[::-1]
+        return self if stored == self.shape or (transposed and (fan_in_fan_out or conv1d)) else None, transposed
+
 
 @dataclass(frozen=True)
-class Carried:
-    """A tensor of the adapter that is no factor: what it does to one tensor of the model.
+class DoraModule(LoraModule):
+    """DoRA: ``W' = magnitude · (W0 + scaling · B @ A)``, rows brought to length 1 first (see `dora`); Δ is not of low rank.
 
     Attributes
     ----------
-    role
-        ``saved``: takes the tensor's place. ``lora_bias``: is added to it, times `scale`. ``tokens``: takes the place of the rows
-        that `indices` name. ``original``: the base's own values, of no effect.
-    module, parameter
-        The tensor's name in the model: ``module.parameter``.
-    source
-        Its name in the adapter's file.
+    magnitude
+        Name of the magnitudes (m,).
     """
 
-    role: str
-    module: str
-    parameter: str
-    source: str
-    scale: float = 1.0
-    indices: tuple[int, ...] = ()
+    magnitude: str = ""
+
+    low_rank = False
 
     @property
-    def name(self) -> str:
-        """The name of the model's tensor."""
-        return f"{self.module}.{self.parameter}"
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of lora_A, lora_B and the magnitudes."""
+        return self.a, self.b, self.magnitude
+
+    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None) -> Delta:
+        """Compute ``W' − W0`` in the dtype of W0."""
+        assert W0 is not None
+        return Dense(dora_delta(W0, self.low_rank_delta(tensors), values_of(tensors[self.magnitude]).flatten()))
+
+    def peak_bytes(self, itemsize: int) -> int:
+        """Return the peak memory of `dora_delta`."""
+        return dora_bytes(self.shape, itemsize)
 
 
 @dataclass(frozen=True)
-class MethodModule:
-    """A module of a method other than LoRA (see `methods`).
+class MethodModule(Module):
+    """A module of a method other than LoRA (see `peft_methods`).
 
     Attributes
     ----------
-    name
-        Its path in the model, wrappers removed.
-    method
-        The method's key in `METHODS`.
+    method, config
+        The method, and the adapter's config, which has its options.
     tensors
-        Names in the adapter's file, by role.
+        Names in the adapter's files, by role.
     shapes
         Their shapes.
-    rank, scale
-        What the config says, where the method has a rank (else 0) and a scale (else 1).
     shape
-        (out, in) of the weight that it was matched with, a convolution's kernel set out along its input.
+        (out, in) of the weight that it was placed on, a convolution's kernel set out along its input.
     """
 
     name: str
-    method: str
+    method: PeftMethod
+    config: AdapterConfig
     tensors: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-    rank: int
-    scale: float
+    shapes: Mapping[str, Shape]
+    rank: int = 0
+    scaling: float = 1.0
     shape: tuple[int, int] = (0, 0)
 
     @property
     def low_rank(self) -> bool:
-        """Whether its delta comes in factors."""
-        return METHODS[self.method].low_rank
+        """Whether the method's delta comes in factors."""
+        return self.method.low_rank
 
     @property
     def form(self) -> str:
-        """``embedding`` or ``conv1d``, whose weights are stored (in, out), or ``linear``, which stands for convolutions as well."""
+        """Layer, by the roles of the tensors; ``linear`` stands for convolutions as well."""
         forms = {"oft_embedding_R": "embedding", "embedding": "embedding", "conv1d": "conv1d"}
         return next((forms[role] for role in self.tensors if role in forms), "linear")
 
-    def on(self, weight: tuple[int, ...], transposed: bool) -> MethodModule | None:
-        """The module on a weight of this shape as it is stored; None if it does not fit."""
-        if len(weight) < 2:
-            return None
-        m, n = weight[0], math.prod(weight[1:])
-        shape = (n, m) if transposed else (m, n)
-        try:
-            fits = METHODS[self.method].fits(self.shapes, shape)
-        except (KeyError, IndexError, ValueError):  # a tensor is missing, or has other dimensions
-            fits = False
-        return replace(self, shape=shape) if fits else None
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of its tensors."""
+        return tuple(self.tensors.values())
+
+    @property
+    def factor_rank(self) -> int:
+        """Shorter side of the largest factor."""
+        return max(min(shape) for shape in self.shapes.values() if len(shape) == 2)
 
     @property
     def expected(self) -> str:
-        """What it expects of a weight, for messages."""
+        """Shapes that must fit the weight."""
         return "what fits " + listed(f"{role} {list(shape)}" for role, shape in self.shapes.items())
 
+    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None) -> Delta:
+        """Compute ``W' − W0`` by the method's formula."""
+        values = {role: values_of(tensors[name]) for role, name in self.tensors.items()}
+        if W0 is not None:
+            values = {role: t.to(W0.device, torch.promote_types(t.dtype, W0.dtype)) for role, t in values.items()}
+        inputs = MethodInputs(values, self.scaling, self.config, self.shape)
+        return self.method.delta(inputs, torch.empty(0) if W0 is None else W0)
 
-Module = LoraModule | MethodModule
+    def peak_bytes(self, itemsize: int) -> int:
+        """Return the memory of the matrices that the formula holds at once, those of the size of W0."""
+        return 0 if self.low_rank else self.method.matrices * itemsize * math.prod(self.shape)
+
+    def copied_bytes(self, itemsize: int) -> int:
+        """Return the memory of all its tensors in the computing dtype."""
+        return sum(math.prod(shape) * max(4, itemsize) for shape in self.shapes.values())
+
+    def placed(self, stored: Shape, fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
+        """Fit the module to a weight of this shape as it is stored."""
+        if self.form != "linear":
+            return self._on(stored, True), True
+        straight, turned = self._on(stored, False), self._on(stored, True) if fan_in_fan_out or conv1d else None
+        transposed = turned is not None and (fan_in_fan_out or straight is None)
+        return (turned if transposed else straight), transposed
+
+    def _on(self, stored: Shape, transposed: bool) -> MethodModule | None:
+        if len(stored) < 2:
+            return None
+        m, n = stored[0], math.prod(stored[1:])
+        shape = (n, m) if transposed else (m, n)
+        try:
+            fits = self.method.fits(self.shapes, shape)
+        except (KeyError, IndexError, ValueError):  # a tensor is missing, or has other dimensions
+            fits = False
+        return replace(self, shape=shape) if fits else None

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from streamer.adapters.adapter_config import AdapterConfig
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense
 
@@ -24,17 +25,17 @@ MOST_TERMS = 1000
 
 
 class MethodInputs(NamedTuple):
-    """A module's tensors by role, in the computing dtype; its scale; the adapter's config; (out, in) of its weight."""
+    """A module's tensors by role, in the computing dtype; its scaling; the adapter's config; (out, in) of its weight."""
 
     tensors: Mapping[str, Tensor]
-    scale: float
-    config: Mapping[str, Any]
+    scaling: float
+    config: AdapterConfig
     shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """How a method changes a weight.
+    """One PEFT method: the tensors that it has, the weights that they fit, and the delta that they make.
 
     Attributes
     ----------
@@ -68,12 +69,12 @@ class PeftMethod:
     shared: frozenset[str] = frozenset()
     low_rank: bool = False
     options: frozenset[str] = frozenset()
-    refuses: Callable[[Mapping[str, Any]], str] = lambda config: ""
+    refuses: Callable[[AdapterConfig], str] = lambda config: ""
     matrices: int = 3
 
 
 def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
-    """The shape of a product; `ValueError` if there is none."""
+    """Return the shape of a product; `ValueError` if there is none."""
     (m, r), (k, n) = a, b
     if r != k:
         raise ValueError
@@ -81,7 +82,7 @@ def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _cored(core: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of ``Σ_ij core[i, j, k, l] a[i, p] b[j, r]``, (p, r, k, l); `ValueError` if there is none."""
+    """Return the shape of ``Σ_ij core[i, j, k, l] a[i, p] b[j, r]``, (p, r, k, l); `ValueError` if there is none."""
     (i, j, *kernel), (a_i, p), (b_j, r) = core, a, b
     if len(kernel) != 2 or (i, j) != (a_i, b_j):
         raise ValueError
@@ -107,7 +108,7 @@ def _loha(p: MethodInputs, base: Tensor) -> Delta:
             return torch.einsum("ijkl,jr,ip->prkl", t[f"hada_t{i}"], b, a).reshape(p.shape)
         return a @ b
 
-    return Dense((product(1) * product(2)).mul_(p.scale))
+    return Dense((product(1) * product(2)).mul_(p.scaling))
 
 
 def _lokr_sides(s: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -135,7 +136,7 @@ def _lokr(p: MethodInputs, base: Tensor) -> Delta:
         w2 = t["lokr_w2_a"] @ t["lokr_w2_b"]
     if w2.dim() == 4:
         w1 = w1[:, :, None, None]
-    return Dense(torch.kron(w1, w2.contiguous()).reshape(p.shape).mul_(p.scale))
+    return Dense(torch.kron(w1, w2.contiguous()).reshape(p.shape).mul_(p.scaling))
 
 
 def _adalora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
@@ -147,8 +148,8 @@ def _adalora(p: MethodInputs, base: Tensor) -> Delta:
     """``B · diag(E) · A · alpha / (init_r + 1e-5)``: PEFT keeps the rank that it started with in the scale."""
     t, alpha = p.tensors, float(p.config.get("lora_alpha", 8))
     rank = float(t["ranknum"]) if "ranknum" in t else float(p.config.get("init_r", 12))
-    scale = (alpha if alpha > 0 else float(t["lora_A"].shape[0])) / (rank + 1e-5)
-    return LowRank(t["lora_B"] * t["lora_E"].flatten() * scale, t["lora_A"].T)
+    scaling = (alpha if alpha > 0 else float(t["lora_A"].shape[0])) / (rank + 1e-5)
+    return LowRank(t["lora_B"] * t["lora_E"].flatten() * scaling, t["lora_A"].T)
 
 
 def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
@@ -160,13 +161,14 @@ def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 def _vera(p: MethodInputs, base: Tensor) -> Delta:
     """``diag(b) B · diag(d) A``, with the first rows and columns of projections that all modules share."""
     (m, n), t = p.shape, p.tensors
-    return LowRank(
+    L, R = (
         t["vera_lambda_b"].flatten()[:, None] * t["vera_B"][:m],
-        (t["vera_lambda_d"].flatten()[:, None] * t["vera_A"][:, :n]).T,
+        t["vera_lambda_d"].flatten()[:, None] * t["vera_A"][:, :n],
     )
+    return LowRank(L, R.T)
 
 
-def _vera_refuses(config: Mapping[str, Any]) -> str:
+def _vera_refuses(config: AdapterConfig) -> str:
     if config.get("save_projection", True):
         return ""
     return "its projections are not in the file (save_projection=false), and only the library that trained it can draw them again"
@@ -178,26 +180,22 @@ def _block_size(elements: int) -> int:
 
 
 def _oft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    """Blocks along the input, or, of an embedding, along the output; one for all where they are shared."""
+    """Accept blocks along the input, or, of an embedding, along the output; one for all where they are shared."""
     (role, (blocks, elements)), *rest = s.items()
     size, length = _block_size(elements), shape[0] if role == "oft_embedding_R" else shape[1]
-    return (
-        not rest
-        and size * (size - 1) // 2 == elements
-        and (blocks * size == length or (blocks == 1 and length % size == 0))
-    )
+    whole = size * (size - 1) // 2 == elements and not rest
+    return whole and (blocks * size == length or (blocks == 1 and length % size == 0))
 
 
-def _cayley(Q: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Rotations from skew-symmetric blocks (blocks, b, b): ``(I − Q)(I + Q)⁻¹``, or the first terms of the series of its inverse.
+def _cayley(Q: Tensor, terms: int | None = None) -> Tensor:
+    """Make rotations from skew-symmetric blocks (blocks, b, b): ``(I − Q)(I + Q)⁻¹``, its inverse by so many terms of its Neumann series.
 
     That the two turn in opposite senses is PEFT's convention: one adapter is trained with one of them.
     """
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
-    if not config.get("use_cayley_neumann", False):
+    if terms is None:
         solved: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
         return solved
-    terms = int(config.get("num_cayley_neumann_terms", 5))
     terms = 4 if terms == 3 else terms  # as PEFT has it
     R, power = eye.clone(), eye
     for i in range(1, terms):
@@ -218,7 +216,8 @@ def _oft(p: MethodInputs, base: Tensor) -> Delta:
         eps = float(p.config.get("eps", 6e-5)) / math.sqrt(len(Q))
         norms = torch.linalg.matrix_norm(Q)[:, None, None]
         Q = torch.where(norms <= eps, Q, eps * Q / norms)
-    R = _cayley(Q, p.config).to(base.dtype)
+    terms = int(p.config.get("num_cayley_neumann_terms", 5)) if p.config.get("use_cayley_neumann") else None
+    R = _cayley(Q, terms).to(base.dtype)
     return Dense(_rotated(base, R, embedding=role == "oft_embedding_R") - base)
 
 
@@ -239,17 +238,14 @@ def _boft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 def _boft(p: MethodInputs, base: Tensor) -> Delta:
     """``diag(s) W0 Rᵀ`` for one butterfly factor, where no permutation is in play."""
     data = p.tensors["boft_R"][0].double()
-    R = _cayley(0.5 * (data - data.mT), {}).to(base.dtype)
+    R = _cayley(0.5 * (data - data.mT)).to(base.dtype)
     return Dense(p.tensors["boft_s"].flatten()[:, None].to(base.dtype) * _rotated(base, R) - base)
 
 
-def _boft_refuses(config: Mapping[str, Any]) -> str:
+def _boft_refuses(config: AdapterConfig) -> str:
     factors = config.get("boft_n_butterfly_factor", 1)
-    return (
-        ""
-        if factors == 1
-        else f"boft_n_butterfly_factor={factors}, of which only 1 can be checked against PEFT on a CPU"
-    )
+    why = f"boft_n_butterfly_factor={factors}, of which only 1 can be checked against PEFT on a CPU"
+    return "" if factors == 1 else why
 
 
 def _full_fits(s: Shapes, shape: tuple[int, int]) -> bool:
@@ -264,10 +260,10 @@ def _full(p: MethodInputs, base: Tensor) -> Delta:
     return Dense((weight.flatten(1) if role == "weight" else weight.T) - base)
 
 
-def _no_number(config: Mapping[str, Any], *keys: str) -> str:
-    """Which of these keys holds no number that can be computed with, where it is there."""
-    wrong = [k for k in keys if k in config and not _is_number(config[k])]
-    return f"{wrong[0]}={config[wrong[0]]!r}, expected a number" if wrong else ""
+def _no_number(config: AdapterConfig, *keys: str) -> str:
+    """Name the first of these keys that is stated with anything but a finite number."""
+    wrong = [k for k in keys if k in config.values and not _is_number(config.get(k))]
+    return f"{wrong[0]}={config.get(wrong[0])!r}, expected a number" if wrong else ""
 
 
 def _is_number(value: object) -> bool:
@@ -275,14 +271,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def _oft_refuses(config: Mapping[str, Any]) -> str:
+def _oft_refuses(config: AdapterConfig) -> str:
     terms = config.get("num_cayley_neumann_terms", 5)
     if not _is_number(terms) or not 1 <= terms <= MOST_TERMS:
         return f"num_cayley_neumann_terms={terms!r}, expected 1 to {MOST_TERMS}"
     return _no_number(config, "eps") or _fan_in_fan_out(config)
 
 
-def _fan_in_fan_out(config: Mapping[str, Any]) -> str:
+def _fan_in_fan_out(config: AdapterConfig) -> str:
     return "fan_in_fan_out=true, which PEFT does not merge for this method" if config.get("fan_in_fan_out") else ""
 
 

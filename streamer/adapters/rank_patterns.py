@@ -1,4 +1,4 @@
-"""Regular expressions from an adapter's config, as PEFT matches them, but for those that would take for ever."""
+"""Match regular expressions of an adapter's config as PEFT does; those that could take for ever are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.", re.DOTALL)
 
 
 def first_match(patterns: Iterable[str], module: str) -> str | None:
-    """The first pattern, in the config's order, that matches a tail of the module's path, as PEFT takes it.
+    """Find the first pattern, in the config's order, that matches a tail of the module's path, as PEFT takes it.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
 
 
 def _may_explode(pattern: str) -> bool:
-    """Whether backtracking may cost more than a modest power of the name's length.
+    """Say whether backtracking may cost more than a modest power of the name's length.
 
     It does where a group that can match one text in many ways is repeated, as in ``(a+)+``, and it may where many repeats stand in a row.
     """

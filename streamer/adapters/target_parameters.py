@@ -1,4 +1,4 @@
-"""LoRA on parameters of a module, the experts of a mixture above all: what PEFT's ``target_parameters`` leaves in an adapter.
+"""Find LoRA on parameters of a module, as PEFT's ``target_parameters`` writes it: the experts of a mixture above all.
 
 PEFT wraps the module once for each parameter, the one registered first innermost. The wrappers' factors stand under the module's
 name, the inner ones under ``base_layer`` once or more; which parameter each is of is not stored. lora_A is (E·r, in), its row
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from streamer.adapters.adapter_config import AdapterConfig
 from streamer.units import listed
 
 INNER = ".base_layer"
@@ -36,23 +36,18 @@ class Wrapped:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The wrappers' names on disk."""
+        """Names of the wrappers on disk."""
         return tuple(self.module + INNER * depth for depth in range(len(self.factors)))
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters' names in the model."""
-        return tuple(f"{self.module}.{p}" for p in self.parameters)
-
     def matched_as(self, parameter: str) -> str:
-        """The name under which a base is searched for a parameter."""
+        """Return the name under which a base is searched for a parameter."""
         return f"{self.module}.{parameter}".removesuffix(".weight")
 
 
 def find_wrapped(
-    pairs: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], is_matrix: Callable[[str, str], bool]
+    pairs: Mapping[str, Mapping[str, str]], config: AdapterConfig, is_matrix: Callable[[str, str], bool]
 ) -> tuple[list[Wrapped], list[str]]:
-    """The wrapped modules among those that have factors, and what is wrong with any, one phrase each.
+    """Find the wrapped modules among those that have factors, and what is wrong with any, one phrase each.
 
     Parameters
     ----------
@@ -86,14 +81,12 @@ def find_wrapped(
     return found, wrong
 
 
-def targeted_parameters(config: Mapping[str, Any], module: str) -> set[str]:
-    """The parameters of a module that a config names, by their own names."""
-    stated = config.get("target_parameters") or []
-    targets = [t for t in stated if isinstance(t, str)] if isinstance(stated, list) else []
-    return {t.rpartition(".")[2] for t in targets if _names(t, module)}
+def targeted_parameters(config: AdapterConfig, module: str) -> set[str]:
+    """List the parameters of a module that a config names, by their own names."""
+    return {t.rpartition(".")[2] for t in config.strings("target_parameters") if _names(t, module)}
 
 
 def _names(target: str, module: str) -> bool:
-    """Whether an entry of target_parameters is a parameter of this module, by PEFT's rule."""
+    """Say whether an entry of target_parameters is a parameter of this module, by PEFT's rule."""
     name = f"{module}.{target.rpartition('.')[2]}"
     return name == target or name.endswith("." + target)

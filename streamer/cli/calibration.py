@@ -1,4 +1,4 @@
-"""How long the steps of a run take on this machine: each is done once, on a small share of the work, and nothing is written.
+"""Time the steps of a run on this machine: each is done once, on a small share of the work, and nothing is written.
 
 A pace is seconds for a unit of work. Disks are not measured: of what is read the second reading counts.
 """
@@ -49,7 +49,7 @@ SECONDS = 0.4
 
 
 def detection_pace(shape: tuple[int, int], k: int, rank: int | None, solver: str, blocks: bool = False) -> float:
-    """Seconds for a unit of `detection.cost.cost`, from a generated matrix of this form, smaller where that is large.
+    """Measure the seconds for a unit of `detection.cost.cost`, from a generated matrix of this form, smaller where that is large.
 
     Parameters
     ----------
@@ -90,14 +90,14 @@ def detection_pace(shape: tuple[int, int], k: int, rank: int | None, solver: str
 
 
 def _smaller(shape: tuple[int, int], solver: str) -> tuple[int, int]:
-    """The same form, scaled down to what takes a fraction of a second."""
+    """Scale a shape down to one that takes a fraction of a second."""
     (m, n), whole = shape, max(1, cost(shape, 1, solver))
     factor = (DENSE_COST / whole) ** (1 / 3) if solver == "dense" else (CERTIFIED_VALUES / max(1, m * n)) ** 0.5
     return (m, n) if factor >= 1 else (max(1, round(m * factor)), max(1, round(n * factor)))
 
 
 def decoding_pace(weight: Weight) -> float:
-    """Seconds for a value that is brought from where it is stored to the computing dtype."""
+    """Measure the seconds for a value that is brought from where it is stored to the computing dtype."""
     m, n = weight.matrix
     rows = max(1, min(m, DECODED_BYTES // max(1, n * weight.compute.itemsize)))
     source = weight.at_hand()
@@ -107,7 +107,7 @@ def decoding_pace(weight: Weight) -> float:
 
 
 def factor_pace(shape: tuple[int, int], rank: int) -> float:
-    """Seconds for a unit of `factor_cost`, from the norm of a generated delta in factors; on one thread, as mitigation has."""
+    """Measure the seconds for a unit of `factor_cost`, from the norm of a generated delta in factors; on one thread, as mitigation has."""
     (m, n), r = shape, max(1, rank)
     g = torch.Generator().manual_seed(0)
     delta = LowRank(
@@ -118,12 +118,12 @@ def factor_pace(shape: tuple[int, int], rank: int) -> float:
 
 
 def factor_cost(shape: tuple[int, int], rank: int) -> int:
-    """Units of work of the thin QRs of both factors of a delta."""
+    """Estimate the units of work of the thin QRs of both factors of a delta."""
     return (sum(shape) + 1000) * rank * (rank + 8)
 
 
 def writing_pace(recipe: Recipe, mitigated: Mitigated) -> float:
-    """Seconds for a byte of a tensor that is made by this recipe, hashed and written, as far as the processors go.
+    """Measure the seconds for a byte of a tensor that is made by this recipe, hashed and written, as far as the processors go.
 
     A writer and a hasher work beside the maker, so that the slowest sets the pace, or all three where there are fewer processors.
     """
@@ -145,7 +145,7 @@ def writing_pace(recipe: Recipe, mitigated: Mitigated) -> float:
 
 
 def _write(data: bytes) -> None:
-    """Into memory of the system's, as into its cache of a file."""
+    """Write into memory of the system's, as into its cache of a file."""
     with memory_file() as f:
         f.write(data)
 
@@ -168,7 +168,7 @@ def threads_pace(count: int) -> float:
 
 
 def fastest(job: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs."""
+    """Measure the seconds of the fastest of a few runs."""
     began, best = time.perf_counter(), math.inf
     for _ in range(RUNS):
         start = time.perf_counter()

@@ -1,12 +1,11 @@
-"""The commands: each takes the parsed arguments, calls the library, and returns one result, which `main` prints."""
+"""Run the commands: each takes the parsed arguments, calls the library, and returns one result, which `main` prints."""
 
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,9 @@ from streamer.events import Monitor
 
 if TYPE_CHECKING:
     from streamer.detection.findings import Findings
-    from streamer.detection.options import DetectionOptions
+    from streamer.detection.options import DetectionOptions, RunOptions
     from streamer.output.mitigation import MitigationOptions
+    from streamer.output.output_spec import Writer
 
 
 Result = tuple[dict[str, Any], str]
@@ -29,7 +29,7 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.forecast import forecast_commands
     from streamer.cli.json_report import inspect_json
     from streamer.cli.tables import dtype_table, inspect_table
-    from streamer.detection.run import choose_device
+    from streamer.detection.device import choose_device
     from streamer.plan.plan import make_plan
     from streamer.storage.checkpoint import open_checkpoint
 
@@ -48,112 +48,92 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.adapters.batch import findings_of, named_adapters
-    from streamer.api import detect_intruder_dimensions
-    from streamer.cli.forecast import forecast_detection, shared_by_detections, together
-    from streamer.cli.json_report import dry_run, dry_runs, findings_json
+    from streamer.cli.json_report import findings_json
     from streamer.cli.tables import findings_table
-    from streamer.detection.run import choose_device, inspect_detections
-    from streamer.plan.plan import make_plans
+    from streamer.detection.run import detect_many
 
     options = _detection_options(args, None)
-    adapters = _adapters(args)
-    named = named_adapters(adapters)
+    adapters = named_adapters(_adapters(args))
     choose_threads(args.threads, monitor)
+    run = _run_options(args, monitor)
     if args.dry_run:
-        device = choose_device(args.device)
-        plans = make_plans(args.base, [*named.values()], args.io, args.base_is_residual)
-        monitor.warn(warning for plan in plans for warning in plan.warnings)
-        paths = [findings_of(args.output, name) for name in named]
-        states = inspect_detections(plans, paths, options, args.overwrite, not args.no_resume)
-        parts, todo, forecasts = {}, [], []
-        for name, plan, path, state in zip(named, plans, paths, states, strict=True):
-            forecast = None
-            if state != "done":
-                todo.append(plan)
-                forecasts.append(forecast := forecast_detection(plan, options, device, monitor))
-            parts[name] = dry_run(args.command, path, state, len(plan.targets), 1, None, forecast)
-        return dry_runs(
-            args.command, args.output, parts, together(forecasts, shared_by_detections(todo)), _screen(args)
-        )
-    found = detect_intruder_dimensions(
-        args.base, adapters, args.output, top_k=options.top_k, threshold_epsilon=options.threshold_epsilon,
-        solver=options.solver, max_memory=options.max_memory, device=args.device, io=args.io,
-        base_is_residual=args.base_is_residual, resume=not args.no_resume,
-        overwrite=args.overwrite,
-        monitor=monitor,
-    )  # fmt: skip
-    each = found if isinstance(found, dict) else {"": found}
-    shown = _screen(args)
-    parts = {}
-    for name, one in each.items():
+        return _dry_detect(args, adapters, options, run)
+    shown, parts = _screen(args), {}
+    for name, found in detect_many(args.base, adapters, args.output, options, run).items():
         path = findings_of(args.output, name)
-        tree = findings_json(one) | {"output": str(path), "state": monitor.outputs[path]}
-        parts[name] = tree, findings_table(one, shown, path, monitor.outputs[path])
+        tree = findings_json(found) | {"output": str(path), "state": monitor.outputs[path]}
+        parts[name] = tree, findings_table(found, shown, path, monitor.outputs[path])
     return _each(parts, args.output, shown)
 
 
-def _mitigate(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api import reduce_intruder_dimension
-    from streamer.output.adapter_writer import AdapterSink
-    from streamer.output.lora_writer import LoraSink
-
-    if args.to_lora is None:
-        return _apply(args, monitor, AdapterSink, reduce_intruder_dimension)
-    sink = functools.partial(LoraSink, rank=args.to_lora)
-    return _apply(args, monitor, sink, functools.partial(reduce_intruder_dimension, to_lora=args.to_lora))
-
-
-def _merge(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.api import merge_with_reduced_intruder_dimensions
-    from streamer.output.job import ModelSink
-
-    return _apply(args, monitor, ModelSink, merge_with_reduced_intruder_dimensions, dequantize=args.dequantize)
-
-
-def _apply(args: argparse.Namespace, monitor: Monitor, sink: Any, write: Any, **special: Any) -> Result:
-    from streamer.adapters.batch import model_of, named_adapters
-    from streamer.api import findings_by_name, prepare
-    from streamer.cli.forecast import forecast_output, shared_by_merges, together
+def _dry_detect(
+    args: argparse.Namespace, adapters: Mapping[str, Path], options: DetectionOptions, run: RunOptions
+) -> Result:
+    from streamer.adapters.batch import findings_of
+    from streamer.cli.forecast import forecast_detection, shared_by_detections, together
     from streamer.cli.json_report import dry_run, dry_runs
+    from streamer.detection.run import inspect_detections
+    from streamer.plan.batch import Batch
+    from streamer.plan.memory import resident_bytes
+    from streamer.plan.plan import make_batch
+
+    batch = make_batch(args.base, list(adapters.values()), run.io, run.base_is_residual)
+    run.monitor.warn(batch.warnings)
+    paths = [findings_of(args.output, name) for name in adapters]
+    states, resident = inspect_detections(batch, paths, options, run), resident_bytes(batch)
+    forecasts = [
+        None if state == "done" else forecast_detection(plan, options, run.device, resident, size, run.monitor)
+        for plan, (state, size) in zip(batch.plans, states, strict=True)
+    ]
+    todo = Batch(batch.base, tuple(plan for plan, forecast in zip(batch.plans, forecasts, strict=True) if forecast))
+    parts = {
+        name: dry_run(args.command, path, state, len(plan.targets), 1, None, forecast)
+        for name, plan, path, (state, _), forecast in zip(adapters, batch.plans, paths, states, forecasts, strict=True)
+    }
+    return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_detections(todo)), _screen(args))
+
+
+def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.adapters.batch import named_adapters
     from streamer.cli.tables import record_table
     from streamer.detection.findings import load_findings
-    from streamer.output.run import inspect_jobs
+    from streamer.output.prepare import OutputOptions, findings_by_name, prepare_outputs
+    from streamer.output.run import run_jobs
 
-    adapters = _adapters(args)
-    named = named_adapters(adapters)
-    given = findings_by_name(args.findings or None, named)
-    special["model_card"] = not args.no_card
+    adapters = named_adapters(_adapters(args))
+    given = findings_by_name(args.findings or None, adapters)
     detection = _detection_options(args, load_findings(given[0]) if isinstance(given[0], Path) else None)
     mitigation = _mitigation_options(args)
     if mitigation.needs_detection and given[0] is None:
         choose_threads(args.threads, monitor)
+    merges, run = args.command == "merge", _run_options(args, monitor)
+    own = {"dequantize": args.dequantize} if merges else {"to_lora": args.to_lora}
+    form = OutputOptions(merges, model_card=not args.no_card, **own)
+    writers = prepare_outputs(args.base, adapters, args.output, given, mitigation, detection, form, run)
     if args.dry_run:
-        jobs = prepare(args.base, [*named.values()], mitigation, detection, given, args.device, args.io,
-                       base_is_residual=args.base_is_residual, **special)  # fmt: skip
-        monitor.warn(warning for job in jobs for warning in job.plan.warnings)
-        sinks = [sink(job, model_of(args.output, name)) for job, name in zip(jobs, named, strict=True)]
-        states = inspect_jobs(sinks, args.overwrite, not args.no_resume)
-        parts, todo, forecasts = {}, [], []
-        for name, planned, state in zip(named, sinks, states, strict=True):
-            forecast = None
-            if state != "done":
-                todo.append(planned)
-                forecasts.append(forecast := forecast_output(planned, monitor=monitor))
-            output, matrices = planned.output, len(planned.job.plan.targets)
-            parts[name] = dry_run(
-                args.command, output.path, state, matrices, len(output.files), output.total_bytes, forecast
-            )
-        return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo)), _screen(args))
-    found = write(
-        args.base, adapters, args.output, findings=args.findings or None, top_k=detection.top_k,
-        threshold_epsilon=detection.threshold_epsilon, mitigation_lambda=mitigation.mitigation_lambda, method=mitigation.method,
-        scale=mitigation.scale, solver=detection.solver, max_memory=detection.max_memory, device=args.device, io=args.io,
-        base_is_residual=args.base_is_residual, resume=not args.no_resume, overwrite=args.overwrite, monitor=monitor, **special,
-    )  # fmt: skip
-    parts = {}
-    for name, record in ({"": found} if "" in named else found).items():
-        parts[name] = dict(record), record_table(record, record["output"], _screen(args))
+        return _dry_write(args, adapters, writers, run)
+    parts = {
+        name: (dict(record), record_table(record, record["output"], _screen(args)))
+        for name, record in zip(adapters, run_jobs(writers, run), strict=True)
+    }
     return _each(parts, args.output, _screen(args))
+
+
+def _dry_write(args: argparse.Namespace, adapters: Iterable[str], writers: Sequence[Writer], run: RunOptions) -> Result:
+    from streamer.cli.forecast import forecast_output, shared_by_merges, together
+    from streamer.cli.json_report import dry_run, dry_runs
+    from streamer.output.run import inspect_jobs, resident_of
+
+    states, resident = inspect_jobs(writers, run), resident_of(writers)
+    forecasts = [
+        None if state == "done" else forecast_output(writer, resident, monitor=run.monitor)
+        for writer, state in zip(writers, states, strict=True)
+    ]
+    todo, parts = [writer for writer, forecast in zip(writers, forecasts, strict=True) if forecast], {}
+    for name, writer, state, forecast in zip(adapters, writers, states, forecasts, strict=True):
+        out, matrices = writer.spec.output, len(writer.spec.job.plan.targets)
+        parts[name] = dry_run(args.command, out.path, state, matrices, len(out.files), out.total_bytes, forecast)
+    return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo)), _screen(args))
 
 
 def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -163,6 +143,14 @@ def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
 
     findings = load_findings(args.findings)
     return findings_json(findings), findings_table(findings, _screen(args))
+
+
+def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.cli.verification import verification_text
+    from streamer.verification.run import verify
+
+    found = verify(args.output, args.base, args.adapter, args.sample, args.max_memory, monitor)
+    return {**found}, verification_text(found)
 
 
 def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -183,15 +171,16 @@ def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
 COMMANDS = {
     "inspect": _inspect,
     "detect": _detect,
-    "mitigate": _mitigate,
-    "merge": _merge,
+    "mitigate": _write,
+    "merge": _write,
     "report": _report,
+    "verify": _verify,
     "demo": _demo,
 }
 
 
 def _detection_options(args: argparse.Namespace, findings: Findings | None) -> DetectionOptions:
-    """The options as given; what was not given is the findings', or the default."""
+    """Make the options as given; what was not given is the findings', or the default."""
     from streamer.detection.options import DetectionOptions
 
     default = findings.options if findings is not None else DetectionOptions()
@@ -201,6 +190,14 @@ def _detection_options(args: argparse.Namespace, findings: Findings | None) -> D
         solver=default.solver if args.solver is None else args.solver,
         max_memory=args.max_memory,  # of this run: that of the findings was their own
     )
+
+
+def _run_options(args: argparse.Namespace, monitor: Monitor) -> RunOptions:
+    from streamer.detection.device import choose_device
+    from streamer.detection.options import RunOptions
+
+    resume, residual = not args.no_resume, args.base_is_residual
+    return RunOptions(choose_device(args.device), args.io, residual, resume, args.overwrite, monitor)
 
 
 def _mitigation_options(args: argparse.Namespace) -> MitigationOptions:
@@ -219,7 +216,7 @@ def _check_lambda(value: float, hint: str = "") -> None:
 
 
 def _adapters(args: argparse.Namespace) -> str | list[str]:
-    """The adapter, or several: a list, or a directory of adapters."""
+    """Return the adapter; or a list, of several or of one directory of adapters."""
     from streamer.adapters.batch import holds_adapters
 
     if args.command not in ("detect", "merge"):
@@ -229,7 +226,7 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
 
 
 def _each(parts: Mapping[str, Result], output: str, shown: Screen) -> Result:
-    """The result of the one adapter; or of several by their names, in full if all is asked for."""
+    """Combine the results of several adapters by their names, in full if all is asked for; that of one alone stays as it is."""
     from streamer.cli.json_report import of_several
     from streamer.cli.tables import adapters_table, stood
 

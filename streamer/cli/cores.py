@@ -1,4 +1,4 @@
-"""Cores that this process may use."""
+"""Count the cores that this process may use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = P
 
 
 def _quota(cgroups: Path, membership: Path) -> float:
-    """Cores that the control groups of this process allow, the innermost to the outermost; infinite where none says."""
+    """Read the cores that the control groups of this process allow, the innermost to the outermost; infinite where none says."""
     quota = math.inf
     try:
         lines = membership.read_text().splitlines()

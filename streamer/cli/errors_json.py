@@ -1,4 +1,4 @@
-"""What ended a run, as the JSON that `--json` and `--json-events` print."""
+"""Describe the error that ended a run as the JSON that `--json` and `--json-events` print."""
 
 from __future__ import annotations
 
@@ -25,12 +25,8 @@ def error_entry(
     given
         Paths that the command was given: whether they exist or not, a message may begin with one.
     """
-    return {
-        "kind": kind,
-        "exit_code": exit_code,
-        "message": message,
-        "path": _leading_path(message, given) if path is None else path,
-    }
+    where = _leading_path(message, given) if path is None else path
+    return {"kind": kind, "exit_code": exit_code, "message": message, "path": where}
 
 
 def errors_object(errors: list[dict[str, Any]]) -> dict[str, Any]:
@@ -39,6 +35,6 @@ def errors_object(errors: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _leading_path(message: str, given: Collection[str]) -> str | None:
-    """The path before the first colon; messages begin with where the fault is, which may be an option, too."""
+    """Return the path before the first colon; messages begin with where the fault is, which may be an option, too."""
     head, colon, _ = message.partition(": ")
     return head if colon and (head in given or os.sep in head or os.path.lexists(head)) else None

@@ -1,9 +1,9 @@
-"""What a command will take, before it is run: memory, bytes and disk from headers alone, and time from a short probe of this machine."""
+"""Forecast what a command takes: memory, bytes and disk from headers alone, and time from a short probe of this machine."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,22 +11,24 @@ import torch
 
 from streamer.cli.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
 from streamer.detection.cost import cheaper, cost
+from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.memory import best_way, detection_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.detection.run import findings_bytes, matrices_of
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.linalg.operators import Delta
 from streamer.linalg.svd import OVERSAMPLING
-from streamer.output.adapter_writer import AdapterSink
-from streamer.output.job import Job, ModelSink, Sink
-from streamer.output.merged_model import Output
+from streamer.output.adapter_writer import AdapterWriter
+from streamer.output.job import Job, OwnFile
 from streamer.output.mitigation import MitigationOptions
-from streamer.output.recipes import AddBias, CopyBytes, Recipe, ReplaceRows, Requantize, RowSlice, Stack
-from streamer.plan.memory import factor_rank
+from streamer.output.model_writer import ModelWriter
+from streamer.output.output_spec import Writer
+from streamer.output.run import resident_of
+from streamer.plan.batch import Batch
+from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.storage.tensor_file import SAMPLE_BYTES
+from streamer.storage.tensor_file import sampled_bytes
 from streamer.weights.base import Weight
 
 TIMED = {"dense": 3, "certified": 1}
@@ -39,7 +41,7 @@ NORMS = 2
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one command takes, from the beginning.
+    """Forecast of one command, from its beginning.
 
     Attributes
     ----------
@@ -72,50 +74,55 @@ class Forecast:
     threads: int = field(default_factory=torch.get_num_threads)
 
 
-def forecast_detection(
-    plan: Plan, options: DetectionOptions, device: torch.device, monitor: Monitor | None = None
-) -> Forecast:
-    """What `detect` takes; the monitor is told of the probe."""
+def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int, size: FindingsSize,
+                       monitor: Monitor | None = None) -> Forecast:  # fmt: skip
+    """Forecast what `detect` takes.
+
+    Parameters
+    ----------
+    resident
+        Bytes that stay in memory between two steps; see `resident_bytes`.
+    size
+        See `findings_bytes`.
+    monitor
+        Is told of the probe.
+    """
     monitor = monitor or Monitor()
     _tell(monitor, "memory of each matrix")
-    works = [_Work.of(plan, target, options) for target in plan.targets]
-    written, journal = findings_bytes(plan, options)
+    works = [_Work.of(plan, target, options, resident) for target in plan.targets]
     return Forecast(
         max(work.memory for work in works),
         max(work.escalated for work in works),
         _identified_bytes(plan) + _detected_bytes(plan),
-        written,
-        journal,
+        *size,
         _detection_seconds(plan, works, device, monitor),
     )
 
 
-def forecast_output(sink: Sink, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:
-    """What `mitigate` or `merge` takes.
+def forecast_output(
+    writer: Writer, resident: int, detects: bool | None = None, monitor: Monitor | None = None
+) -> Forecast:
+    """Forecast what `mitigate` or `merge` takes.
 
     Parameters
     ----------
+    resident
+        Bytes that stay in memory between two steps; see `resident_of`.
     detects
         Whether it detects first; by default what the job says. False asks for a forecast as if findings were there.
     monitor
         Is told of the probe.
     """
     monitor = monitor or Monitor()
-    job, output = sink.job, sink.output
-    plan, merges = job.plan, isinstance(sink, ModelSink)
+    job, output = writer.spec.job, writer.spec.output
+    plan = job.plan
     detects = job.detects if detects is None else detects
-    memory = escalated = max(need.nbytes for need in sink.needs())
-    read = _identified_bytes(plan) + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in sink.copies)
-    if merges:
-        read += plan.base.data_bytes
-    else:
-        read += sum(plan.weights[t.tensor].nbytes for t in plan.targets if not t.module.low_rank)
-    if job.findings is not None:
-        factors = (f for m in job.findings for f in (m.detection.U, m.detection.S, m.detection.Vh))
-        read += sum(factor.nbytes for factor in factors)
-    seconds = _writing_seconds(sink, monitor)
+    memory = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
+    read = _identified_bytes(plan) + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.spec.copies)
+    read += writer.spec.base_bytes + job.findings.nbytes
+    seconds = _writing_seconds(writer, monitor)
     if detects:
-        first = forecast_detection(plan, job.detection, job.device, monitor)
+        first = forecast_detection(plan, job.detection, job.device, resident, job.findings_size, monitor)
         memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
         read += _detected_bytes(plan)
         seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
@@ -127,13 +134,17 @@ def forecast_commands(
 ) -> dict[str, Forecast | UnsupportedError]:
     """Say what each command takes with its defaults, `mitigate` and `merge` from findings; or with which error it is refused."""
     detection = DetectionOptions()
-    job = Job(plan, MitigationOptions(), detection, device)
-    commands: dict[str, Forecast | UnsupportedError] = {"detect": forecast_detection(plan, detection, device, monitor)}
-    for sink in (AdapterSink, ModelSink):
+    job = Job(plan, MitigationOptions(), detection, device, OwnFile(detection))
+    resident = resident_bytes(Batch(plan.base, (plan,)))
+    first = forecast_detection(plan, detection, device, resident, findings_bytes(plan, detection), monitor)
+    commands: dict[str, Forecast | UnsupportedError] = {"detect": first}
+    writers: dict[str, Callable[[Job, Path], Writer]] = {"mitigate": AdapterWriter, "merge": ModelWriter}
+    for command, make in writers.items():
         try:
-            commands[sink.command] = forecast_output(sink(job, Path("output")), detects=False, monitor=monitor)
+            writer = make(job, Path("output"))
+            commands[command] = forecast_output(writer, resident_of([writer]), detects=False, monitor=monitor)
         except UnsupportedError as e:
-            commands[sink.command] = e
+            commands[command] = e
     return commands
 
 
@@ -144,15 +155,8 @@ def _tell(monitor: Monitor, what: str) -> None:
 
 
 def _identified_bytes(plan: Plan) -> int:
-    """What is read to know the inputs by: headers, samples of models, and the whole of an adapter."""
-    files = list(plan.base.files.values())
-    whole = 0
-    if plan.adapter.is_model:
-        files += plan.adapter.files
-    else:
-        whole = sum(file.header.file_bytes for file in plan.adapter.files)
-    samples = sum(min(SAMPLE_BYTES, t.nbytes) for file in files for t in file.header.tensors)
-    return sum(file.header.data_start for file in files) + samples + whole
+    """Count the bytes that are read to identify the inputs: headers, samples of models, and the whole of an adapter."""
+    return sampled_bytes(plan.base.files.values()) + plan.adapter.identity_bytes
 
 
 def _adapter_bytes(plan: Plan) -> int:
@@ -160,13 +164,13 @@ def _adapter_bytes(plan: Plan) -> int:
 
 
 def _detected_bytes(plan: Plan) -> int:
-    """What detection reads of the tensors."""
+    """Count the bytes that detection reads of the tensors."""
     return _adapter_bytes(plan) + sum(plan.weights[target.tensor].nbytes for target in plan.targets)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Detection in one matrix: how, and what memory that takes."""
+    """Detection in one matrix: its solver, and what memory that takes."""
 
     target: Target
     k: int
@@ -177,20 +181,17 @@ class _Work:
     escalated: int
 
     @classmethod
-    def of(cls, plan: Plan, target: Target, options: DetectionOptions) -> _Work:
+    def of(cls, plan: Plan, target: Target, options: DetectionOptions, resident: int) -> _Work:
         shape, module = target.module.shape, target.module
-        k, ways, way = (
-            options.directions(shape),
-            detection_bytes(plan, target, options),
-            best_way(plan, target, options),
-        )
+        k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
+        way = best_way(plan, target, options, resident)
         solver = options.solver
         if solver == "auto":
             solver = cheaper(shape, k) if way == "dense" else "certified"
         if k + OVERSAMPLING >= min(shape):
             solver = "dense"
         expected = ways["whole"] if way == "dense" and solver == "certified" else ways[way]
-        rank = factor_rank(module) if module.low_rank else None
+        rank = module.factor_rank if module.low_rank else None
         return cls(target, k, rank, solver, way == "blocks", expected, ways[way])
 
     @property
@@ -203,7 +204,7 @@ class _Work:
 
 
 def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device, monitor: Monitor) -> float | None:
-    """The solvers' time, and that of bringing each matrix to the computing dtype. The next one is read meanwhile."""
+    """Estimate the solvers' time, and that of bringing each matrix to the computing dtype. The next one is read meanwhile."""
     if device.type != "cpu":
         return None
     seconds, decoded = 0.0, defaultdict[str, list[Weight]](list)
@@ -240,57 +241,39 @@ def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device,
     return seconds
 
 
-def _writing_seconds(sink: Sink, monitor: Monitor) -> float | None:
-    """The time of all output tensors, and of the figures of each matrix; None for what is not summed a few rows at a time."""
-    plan = sink.job.plan
+def _writing_seconds(writer: Writer, monitor: Monitor) -> float | None:
+    """Estimate the time of all output tensors, and of the metrics of each matrix; None for what is not summed a few rows at a time."""
+    plan = writer.spec.job.plan
     if any(not target.module.low_rank for target in plan.targets):
         return None
     _tell(monitor, "norms of mitigated deltas")
-    seconds = _figures_seconds(sink.job, 2 if isinstance(sink, ModelSink) else 3)
+    seconds = _metrics_seconds(writer.spec.job, writer.spec.norms)
 
     def unchanged(target: Target) -> tuple[Delta, Delta]:
         delta = plan.delta(target)
         return delta, delta
 
-    if not isinstance(sink, ModelSink):
-        _tell(monitor, "writing an adapter's tensors")
-        part = max(plan.adapter.tensors.values(), key=lambda part: part.info.nbytes)
-        return seconds + writing_pace(CopyBytes(part), unchanged) * sink.output.total_bytes
-    sizes = {info.name: info.nbytes for shard in sink.shards.values() for info in shard.header.tensors}
-    alike = defaultdict[type, list[Output]](list)
-    for output in (o for outputs in sink.model.files.values() for o in outputs):
-        few = isinstance(output.recipe, AddBias | ReplaceRows)
-        alike[CopyBytes if few else _kind(output.recipe)].append(output)
-    if Requantize in alike:  # in several passes over the whole
+    if (timed := writer.timed()) is None:
         return None
-    for group in alike.values():
-        _tell(monitor, f"writing tensors like {group[0].name}")
-        largest = max(group, key=lambda o: sizes[o.name])
+    for name, recipe, nbytes in timed:
+        _tell(monitor, f"writing {name}")
         try:
-            pace = writing_pace(largest.recipe, unchanged)
+            seconds += writing_pace(recipe, unchanged) * nbytes
         except NumericError:  # the run itself will say where
             return None
-        seconds += pace * sum(sizes[o.name] for o in group)
     return seconds
 
 
-def _kind(recipe: Recipe) -> type:
-    """The recipe, or that of the matrices that it holds."""
-    if isinstance(recipe, Stack):
-        return _kind(recipe.recipes[0])
-    return type(recipe.recipe if isinstance(recipe, RowSlice) else recipe)
-
-
-def _figures_seconds(job: Job, times: int) -> float:
-    """For each matrix, the norms of Δ and Δ', and its projection."""
-    works = [(t.module.shape, factor_rank(t.module), job.intruders(t)) for t in job.plan.targets]
+def _metrics_seconds(job: Job, times: int) -> float:
+    """Estimate the time of the norms of Δ and Δ' of each matrix, and of its projection."""
+    works = [(t.module.shape, t.module.factor_rank, job.intruders(t)) for t in job.plan.targets]
     units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
     shape, rank, intruders = max(works, key=lambda work: factor_cost(work[0], work[1] + work[2]))
     return factor_pace(shape, rank + intruders) * units
 
 
-def together(forecasts: Sequence[Forecast], shared: int = 0) -> Forecast | None:
-    """The forecast of all; None if there is nothing to do.
+def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | None:
+    """Add up forecasts, of which None has nothing to do; None if all have.
 
     The steps of different outputs take turns, and each forecast counts the tables of all adapters: so the memory is the largest.
 
@@ -299,6 +282,7 @@ def together(forecasts: Sequence[Forecast], shared: int = 0) -> Forecast | None:
     shared
         Bytes that several of them count, beyond the first.
     """
+    forecasts = [forecast for forecast in planned if forecast]
     if not forecasts:
         return None
     seconds = [f.seconds for f in forecasts if f.seconds is not None]
@@ -312,13 +296,15 @@ def together(forecasts: Sequence[Forecast], shared: int = 0) -> Forecast | None:
     )
 
 
-def shared_by_detections(plans: Sequence[Plan]) -> int:
-    """Bytes of the matrices that several plans change, for each plan but the first."""
-    uses = matrices_of(plans)
-    return sum(plans[i].weights[target.tensor].nbytes for same in uses for i, target in same[1:])
+def shared_by_detections(batch: Batch) -> int:
+    """Count the bytes of the matrices that several plans change, for each plan but the first."""
+    return sum(batch.plans[i].weights[target.tensor].nbytes for same in batch.matrices() for i, target in same[1:])
 
 
-def shared_by_merges(sinks: Sequence[Sink]) -> int:
-    """Bytes of the base's files, for each output but the first, and what detection shares."""
-    base = sum(file.header.file_bytes for sink in sinks[1:] for file in sink.job.plan.base.files.values())
-    return base + shared_by_detections([sink.job.plan for sink in sinks if sink.job.detects])
+def shared_by_merges(writers: Sequence[Writer]) -> int:
+    """Count the bytes of the base's files, for each output but the first, and what detection shares."""
+    jobs = [writer.spec.job for writer in writers]
+    if not jobs:
+        return 0
+    base = sum(file.header.file_bytes for job in jobs[1:] for file in job.plan.base.files.values())
+    return base + shared_by_detections(Batch(jobs[0].plan.base, tuple(job.plan for job in jobs if job.detects)))

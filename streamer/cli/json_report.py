@@ -1,4 +1,4 @@
-"""Findings, plans and records as the JSON that scripts rely on."""
+"""Make the JSON of findings, plans and dry runs that scripts rely on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from streamer.units import format_size
 
 
 def findings_json(findings: Findings) -> dict[str, Any]:
-    """The object of `streamer report --json`; names are added, never changed. Seconds are null where a file was read."""
+    """Make the object of `streamer report --json`; names are added, never changed. Seconds are null where a file was read."""
     return {**findings.record()}
 
 
@@ -28,7 +28,7 @@ def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError
     """Say what is there, and what a run would read, compute and take; null for a command that is refused, and why it is."""
     matrices = [
         {"tensor": t.tensor, "module": t.module.name, "shape": list(t.module.shape), "dtype": plan.weights[t.tensor].label,
-         "rank": t.module.rank, "scale": t.module.scale, "transposed": t.transposed, "matched": t.match.rule}
+         "rank": t.module.rank, "scale": t.module.scaling, "transposed": t.transposed, "matched": t.match.rule}
         for t in plan.targets
     ]  # fmt: skip
     largest = max(plan.targets, key=lambda t: plan.weights[t.tensor].nbytes)
@@ -48,14 +48,14 @@ def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError
         "warnings": list(plan.warnings),
         "names": _names_json(plan),
         "matrices": matrices,
-        "carried": plan.changes.listed(plan.base),
+        "carried": plan.edits.listed(plan.base),
         "forecast": {c: asdict(f) if isinstance(f, Forecast) else None for c, f in forecasts.items()},
         "refused": {c: str(f) for c, f in forecasts.items() if isinstance(f, UnsupportedError)},
     }
 
 
 def _names_json(plan: Plan) -> list[dict[str, Any]]:
-    """Each rule by which modules were found in the base: how many, and the first of them."""
+    """List the rules by which modules were found in the base: how many each, and the first of them."""
     groups: dict[str, dict[str, Any]] = {}
     for t in plan.targets:
         group = groups.setdefault(
@@ -68,7 +68,7 @@ def _names_json(plan: Plan) -> list[dict[str, Any]]:
 
 def dry_run(command: str, output: Path, state: str, matrices: int, files: int, nbytes: int | None,
             forecast: Forecast | None) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """What a dry run found: the object, and the line without its forecast.
+    """Describe what a dry run found: the object, and the line without its forecast.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def dry_run(command: str, output: Path, state: str, matrices: int, files: int, n
 
 def dry_runs(command: str, output: str, parts: Mapping[str, tuple[dict[str, Any], str]],
              forecast: Forecast | None, screen: Screen = NO_LIMIT) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """What dry runs found, by adapter, and what all of it would take."""
+    """Describe what dry runs found, by adapter, and what all of it would take."""
     free, tree = free_bytes(Path(output)), None if forecast is None else asdict(forecast)
     text = "" if tree is None else forecast_text(command, tree, free)
     if "" in parts:
@@ -100,11 +100,8 @@ def dry_runs(command: str, output: str, parts: Mapping[str, tuple[dict[str, Any]
 def of_several(
     parts: Mapping[str, tuple[dict[str, Any], str]], more: Mapping[str, Any] | None = None, last: str = ""
 ) -> tuple[dict[str, Any], str]:
-    """The objects and texts on several adapters, by their names, in one; with `more` of all, and a `last` text."""
-    tree = {
-        "schema": "streamer.several/1",
-        "adapters": {name: tree for name, (tree, _) in parts.items()},
-        **(more or {}),
-    }
+    """Combine the objects and texts on several adapters, by their names; with `more` on all of them, and a `last` text."""
+    trees = {name: tree for name, (tree, _) in parts.items()}
+    tree = {"schema": "streamer.several/1", "adapters": trees, **(more or {})}
     texts = [f"{name}\n{text}" for name, (_, text) in parts.items()]
     return tree, "\n\n".join([*texts, last] if last else texts)

@@ -1,4 +1,4 @@
-"""Tables that fit a width: names shortened alike, columns left out before a line wraps, rows in the order in which people count.
+"""Lay out tables that fit a width: names shortened alike, columns left out before a line wraps, rows in the order in which people count.
 
 Where the width is not limited, as in a pipe or a file, nothing is shortened or left out, so that scripts find what they look for.
 """
@@ -20,17 +20,7 @@ NAME_COLUMNS = 24
 
 ORDER = [
     ("embed_tokens", "wte", "wpe", "embeddings", "word_embeddings", "position_embeddings", "token_type_embeddings"),
-    (
-        "self_attn",
-        "self_attention",
-        "attention",
-        "attn",
-        "linear_attn",
-        "cross_attn",
-        "encoder_attn",
-        "self",
-        "intermediate",
-    ),
+    ("self_attn", "self_attention", "attention", "attn", "linear_attn", "cross_attn", "encoder_attn", "self", "intermediate"),
     ("q_proj", "query", "wq", "q", "q_a_proj", "q_b_proj", "c_attn", "qkv_proj", "query_key_value", "in_proj"),
     ("k_proj", "key", "wk", "k", "kv_a_proj_with_mqa", "kv_b_proj"),
     ("v_proj", "value", "wv", "v"),
@@ -43,7 +33,7 @@ ORDER = [
     ("down_proj", "w2", "fc2", "c_proj"),
     ("norm", "ln_f", "final_layernorm"),
     ("lm_head", "score", "classifier", "qa_outputs"),
-]
+]  # fmt: skip
 """Parts of names in the order in which data passes them; what is not listed comes between the feed-forward and the head, by name."""
 
 _RANKS = {name: (i, j) for i, names in enumerate(ORDER) for j, name in enumerate(names)}
@@ -52,7 +42,7 @@ _OTHER = (len(ORDER) - 3, 99)
 
 @dataclass(frozen=True)
 class Screen:
-    """What a result is shown on.
+    """Screen, pipe or file that a result is shown on.
 
     Attributes
     ----------
@@ -67,7 +57,7 @@ class Screen:
 
 
 def screen(every: bool = False) -> Screen:
-    """What stdout is: as wide as `COLUMNS` says, or the terminal is; a pipe or file takes lines of any length."""
+    """Describe stdout: as wide as `COLUMNS` says, or the terminal is; a pipe or file takes lines of any length."""
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns) > 0:
         return Screen(max(20, int(columns)), every)
@@ -113,12 +103,12 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Columns that it takes."""
+        """Count the columns that it takes."""
         return max(map(len, (self.head, *self.cells, self.foot)))
 
     @property
     def least(self) -> int:
-        """Columns that it takes at least, before others are left out."""
+        """Count the columns that it takes at least, before others are left out."""
         return min(self.width, max(NAME_COLUMNS, len(self.head), len(self.foot))) if self.names else self.width
 
 
@@ -186,7 +176,7 @@ def shorten(names: Sequence[str], width: int, among: Sequence[str] = ()) -> list
 
 
 def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
-    """Ways of shortening, the mildest first."""
+    """List the ways of shortening, the mildest first."""
     tail = ".weight" if all(name.endswith(".weight") for name in names) else ""
 
     def bare(name: str) -> str:
@@ -219,7 +209,7 @@ def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
 
 
 def _middle(name: str, width: int) -> str:
-    """The start and the end of a name, more of the end."""
+    """Keep the start and the end of a name, more of the end."""
     if len(name) <= width:
         return name
     start = (width - 1) // 3
@@ -227,7 +217,7 @@ def _middle(name: str, width: int) -> str:
 
 
 def natural(name: str) -> tuple[Any, ...]:
-    """Sort key of a tensor's name: numbers by size, and inside a layer q, k, v, o, gate, up, down."""
+    """Make the sort key of a tensor's name: numbers by size, and inside a layer q, k, v, o, gate, up, down."""
     key: list[tuple[Any, ...]] = []
     for part in re.split(r"[.\[\]]+", name):
         if part.isdigit():

@@ -1,4 +1,4 @@
-"""Entry point of the command: runs what was asked for, turns errors into one line and an exit code. Nothing heavy is imported before."""
+"""Run the command that was asked for, and turn errors into one line and an exit code; nothing heavy is imported before."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streamer.cli.progress import Progress, say
 from streamer.cli.signals import stop_on_signals
 from streamer.cli.summary import summary
 from streamer.cli.threads import set_threads, wait_passively
-from streamer.errors import StorageError, StreamerError, UsageError, one_line
+from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, one_line
 from streamer.events import Monitor
 
 
@@ -35,6 +35,9 @@ def run(argv: list[str] | None = None) -> int:
     progress = JsonEvents() if args.json_events else _progress(args)
     try:
         _run(args, progress)
+    except VerificationError as e:
+        _tell_differences(e, args, progress)
+        return e.exit_code
     except Exception as e:
         error = _described(e, _paths(args))
         _tell(error or error_entry(type(e).__name__, 1, str(e)), args.json, progress, error is not None)
@@ -61,7 +64,8 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
         )
     with stop_on_signals(monitor, progress.tell):
         try:
-            set_threads(getattr(args, "threads", None))
+            if args.command != "verify":  # which needs no torch to hash files, and computes by numpy
+                set_threads(getattr(args, "threads", None))
             tree, text = COMMANDS[args.command](args, monitor)
         finally:
             progress.close()
@@ -109,6 +113,19 @@ def _tell(error: dict[str, Any], as_json: bool, progress: Progress | JsonEvents,
         say(f"streamer: {error['message']}")
 
 
+def _tell_differences(e: VerificationError, args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
+    """Say on stderr what differs, a line each, and to programs on stdout in the object that a success has as well."""
+    if args.json and sys.stdout is not None:
+        with contextlib.suppress(StorageError):
+            _print(json.dumps(e.verification, indent=1))
+    for difference in e.verification["differences"]:
+        message = one_line(difference["message"])
+        if isinstance(progress, JsonEvents):
+            progress.error(error_entry("VerificationError", e.exit_code, message, difference["file"]))
+        else:
+            say(f"streamer: {message}")
+
+
 def _refuse(e: BadUsage, argv: Sequence[str]) -> None:
     """Say what is wrong with the arguments, in the form that those which could be read ask for."""
     error = error_entry("UsageError", UsageError.exit_code, e.message.partition(": error: ")[2])
@@ -154,7 +171,7 @@ def _print(text: str = "") -> None:
 
 
 def main() -> NoReturn:
-    """Entry point of the `streamer` command."""
+    """Run the `streamer` command and exit with its code."""
     try:
         code = run()
     except SystemExit:  # the parser's, after help or a wrong option

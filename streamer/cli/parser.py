@@ -1,4 +1,4 @@
-"""The grammar of the command line: every command and option, declared once."""
+"""Parse the command line: every command and option, declared once."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ a first run:
       a mitigated adapter, for PEFT
   streamer merge BASE ADAPTER -o DIR --findings findings.safetensors
       a plain model with the mitigated adapter merged in
+  streamer verify DIR
+      every byte as it was written, after a copy for example
 
 BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's
 directory; detect and merge take several, or a directory of adapters, and read
@@ -87,6 +89,15 @@ examples:
 examples:
   streamer report findings.safetensors
   streamer report findings.safetensors --json | jq .totals
+""",
+    "verify": """\
+examples:
+  streamer verify merged
+      sizes, digests, index and shards against the record in it
+  streamer verify findings.safetensors
+  streamer verify merged BASE ADAPTER
+      3 matrices recomputed as well, by other code than wrote them
+  streamer verify merged BASE ADAPTER --sample all --json | jq .totals
 """,
     "demo": """\
 examples:
@@ -159,6 +170,15 @@ def _top_k(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"expected a count like 10 or a share like 0.1, found {text!r}") from None
 
 
+def _sample(text: str) -> int | str:
+    if text == "all":
+        return text
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
+
+
 def _size(text: str) -> int:
     try:
         return parse_size(text)
@@ -173,12 +193,8 @@ def named_as_option(message: str) -> str:
 
 
 def build_parser() -> Parser:
-    """The parser; options are declared here, once."""
-    parser = Parser(
-        prog="streamer",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-    )
+    """Build the parser; options are declared here, once."""
+    parser = Parser(prog="streamer", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"streamer {__version__}")
     parser.add_argument("--print-completion", action=_PrintCompletion, choices=["bash", "zsh", "tcsh"], metavar="SHELL",
                         help="print a completion script for bash, zsh or tcsh and exit; needs the extra [completion]")  # fmt: skip
@@ -201,11 +217,8 @@ def build_parser() -> Parser:
     g = reading.add_argument_group("input")
     g.add_argument("--io", choices=["mmap", "pread"], default="mmap",
                          help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
-    g.add_argument(
-        "--base-is-residual",
-        action="store_true",
-        help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained",
-    )
+    g.add_argument("--base-is-residual", action="store_true",
+                   help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained")  # fmt: skip
 
     computing = Parser(add_help=False)
     g = computing.add_argument_group("detection")
@@ -213,11 +226,8 @@ def build_parser() -> Parser:
                    help="judge the K largest singular directions: a count, or a share like 0.1 (default: 10)")  # fmt: skip
     g.add_argument("--epsilon", type=float, metavar="E",
                    help="a direction whose similarity to the base is below E is an intruder (default: 0.5)")  # fmt: skip
-    g.add_argument(
-        "--solver",
-        choices=["auto", "certified", "dense"],
-        help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)",
-    )
+    g.add_argument("--solver", choices=["auto", "certified", "dense"],
+                   help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)")  # fmt: skip
     g.add_argument("--max-memory", type=_size, metavar="SIZE",
                    help="the most memory to take, like 600M or 4G, mapped files and a GPU's driver not counted: large matrices take "
                         "longer, what only a full SVD could settle stays open, and what does not fit is refused "
@@ -232,9 +242,7 @@ def build_parser() -> Parser:
         parent = Parser(add_help=False)
         g = parent.add_argument_group("output")
         g.add_argument("-o", "--output", required=True, metavar=metavar, help=text)
-        g.add_argument(
-            "--dry-run", action="store_true", help="check all, forecast memory, disk and time, and write nothing"
-        )
+        g.add_argument("--dry-run", action="store_true", help="check all, forecast memory, disk and time, and write nothing")  # fmt: skip
         g.add_argument("--no-resume", action="store_true", help="start over instead of taking up an interrupted run")
         g.add_argument("--overwrite", action="store_true",
                        help="write anew where another output stands, or this one: its own files are replaced or removed, by its record; "
@@ -254,11 +262,8 @@ def build_parser() -> Parser:
                    help="which intruders: all among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
     g.add_argument("--no-card", action="store_true",
                    help="do not say in the output's model card, README.md, how it was made")  # fmt: skip
-    g.add_argument(
-        "--findings",
-        metavar="FILE",
-        help="from `streamer detect` (of several adapters, its directory); without it detection runs first",
-    )
+    g.add_argument("--findings", metavar="FILE",
+                   help="from `streamer detect` (of several adapters, its directory); without it detection runs first")  # fmt: skip
 
     def command(name: str, text: str, *parents: Parser) -> Parser:
         return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
@@ -283,12 +288,8 @@ def build_parser() -> Parser:
     out = writing("DIR", "adapter directory to write")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
     inputs(sub)
-    sub.add_argument(
-        "--to-lora",
-        type=int,
-        metavar="RANK",
-        help="write a LoRA adapter of this rank, whatever kind ADAPTER is of; what the rank leaves out is reported",
-    )
+    sub.add_argument("--to-lora", type=int, metavar="RANK", help="write a LoRA adapter of this rank, whatever kind ADAPTER is of; "
+                     "what the rank leaves out is reported")  # fmt: skip
     out = writing("DIR", "model directory to write; of several adapters a directory, for a model NAME each")
     sub = command("merge", "write the base with the mitigated adapter merged in", out, mitigating, computing, reading)
     inputs(sub, several=True)
@@ -296,6 +297,16 @@ def build_parser() -> Parser:
                      help="write a plain model where the base is quantized, in the dtype of its config")  # fmt: skip
     sub = command("report", "show findings as a table or as JSON")
     sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`")
+    sub = command("verify", "compare an output with its record and its inputs, by other code than wrote it")
+    sub.add_argument("output", metavar="OUTPUT", help="merged model's or mitigated adapter's directory, or findings")
+    sub.add_argument(
+        "base", metavar="BASE", nargs="?", help="what it was made from: a sample of its matrices is recomputed"
+    )
+    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")
+    sub.add_argument("--sample", type=_sample, default=3, metavar="N",
+                     help="how many matrices to recompute, spread over their kinds, or all (default: 3)")  # fmt: skip
+    sub.add_argument("--max-memory", type=_size, metavar="SIZE",
+                     help="do not recompute matrices that take more memory, like 4G (default: as much as it takes)")  # fmt: skip
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.0, metavar="L",
                      help="what is left of an intruder, from 0 to 1 (default: 0: nothing)")  # fmt: skip

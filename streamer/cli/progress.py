@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line now and then in a log, warnings and notes between them, and one line at the end."""
+"""Show progress on stderr: a bar on a terminal, a line now and then in a log, warnings and notes between them, and one line at the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHORTEST, WIDEST = 8, 24
 ADAPTER = 20
 """Columns of an adapter's name."""
 
-UNITS = {"detect": "matrices", "write": "tensors"}
+UNITS = {"detect": "matrices", "write": "tensors", "verify": "files", "recompute": "matrices"}
 """What a stage's `Event.items` are."""
 
 
@@ -61,7 +61,7 @@ def _write(text: str) -> None:
 
 
 class Progress:
-    """Tells what events say on stderr.
+    """Writer of events to stderr, for people.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ class Progress:
             self._drawn = False
 
     def _left(self, now: float) -> float | None:
-        """Seconds to the stage's end, if the rest goes as fast as what was done; None where nothing was, or it goes slower than that."""
+        """Estimate the seconds to the stage's end, at the pace of what was done; None where nothing was, or it goes slower than that."""
         event = self._event
         assert event is not None
         if event.done <= self._first.done or self._event_at <= self._stage_began:
@@ -167,7 +167,7 @@ class Progress:
         return left if left > 0 else None
 
     def _bar(self, now: float, columns: int) -> str:
-        """The line on a terminal: what there is no room for is left out, the matrix's name first, then rate and share, the bar last."""
+        """Make the line on a terminal: without room the matrix's name goes first, then rate and share, the bar last."""
         event, left = self._event, self._left(now)
         assert event is not None
         count = f" {event.items:>{len(str(event.of))}}/{event.of}" if event.of else ""
@@ -188,18 +188,18 @@ class Progress:
         return printable(line)[:columns].rstrip()
 
     def _rate(self) -> str:
-        """Matrices or megabytes a second, from the stage's beginning to its last event."""
+        """Measure matrices or megabytes a second, from the stage's beginning to its last event."""
         event, first, seconds = self._event, self._first, self._event_at - self._stage_began
         assert event is not None
         if seconds < 1:
             return ""
-        if event.stage == "write":
+        if event.stage in ("write", "verify"):
             return f"{(event.done - first.done) / seconds / 1e6:.0f} MB/s"
         pace = (event.items - first.items) / seconds
         return f"{pace:.1f}/s" if pace >= 1 else f"{60 * pace:.0f}/min"
 
     def _plain(self, now: float) -> str:
-        """The line in a log."""
+        """Make the line in a log."""
         event = self._event
         assert event is not None
         left = self._left(now)
@@ -218,7 +218,7 @@ def _is_terminal() -> bool:
 
 
 def _columns() -> int:
-    """Columns of the terminal that stderr is; 80 where it is none."""
+    """Count the columns of the terminal that stderr is; 80 where it is none."""
     try:
         return max(8, os.get_terminal_size(sys.stderr.fileno()).columns or 80)
     except (OSError, ValueError, AttributeError):
@@ -232,13 +232,13 @@ def _filled(share: float, width: int) -> str:
 
 
 def _name(event: Event, columns: int) -> str:
-    """The adapter's name and the matrix's, in as many columns: of this its end."""
+    """Shorten the adapter's name and the matrix's to as many columns: of this its end stays."""
     start = f"{event.adapter[:ADAPTER]}: " if event.adapter else ""
     name, room = event.name.removesuffix(".weight"), columns - len(start)
     return start + (name if len(name) <= room else "…" + name[len(name) - room + 1 :].lstrip("."))
 
 
 def clock(seconds: float) -> str:
-    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    """Format seconds as ``m:ss`` or ``h:mm:ss``."""
     s = round(seconds)
     return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as requests to stop."""
+"""Take SIGINT and SIGTERM as requests to stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last line of a command: what it did, in numbers."""
+"""Make the last line of a command: what it did, in numbers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def summary(tree: Mapping[str, Any]) -> str:
 
 def _held(tree: Mapping[str, Any]) -> str:
     schema = str(tree["schema"]).partition("/")[0]
-    if schema == "streamer.adapters.batch":
+    if schema == "streamer.several":
         parts = list(tree["adapters"].values())
         totals = {key: _total(parts, key) for key in ("matrices", "intruders", "certified", "changed", "bytes")}
         one = {**parts[0], "totals": totals, "files": [f for part in parts for f in _files(part)]}
         return f"{_count(len(parts), 'adapter')}, {_held(one)}"
     totals = tree.get("totals", {})
-    if schema == "streamer.detection.findings":
+    if schema == "streamer.findings":
         return f"{_count(totals['matrices'], 'matrix')}, {_count(totals['intruders'], 'intruder')}, {totals['certified']} certified"
     if schema == "streamer.output":
         shrinks = tree["method"] == "shrink"  # whole matrices, no intruders
@@ -34,11 +34,14 @@ def _held(tree: Mapping[str, Any]) -> str:
             f"{totals['changed']} of {totals['matrices']} matrices changed, {scaled}"
             f"{_count(len(tree['files']), 'file')}, {format_size(totals['bytes'])}"
         )
+    if schema == "streamer.verification":
+        recomputed = f", {_count(totals['recomputed'], 'matrix')} recomputed" if "inputs" in tree else ""
+        return f"{_count(totals['files'], 'file')}, {format_size(totals['bytes'])}, nothing differs{recomputed}"
     if schema == "streamer.demo":
         return f"{totals['planted']} intruders planted, {totals['found']} found, {totals['gone']} gone"
     if schema == "streamer.dry-run":
         return "nothing written"
-    if schema == "streamer.plan.plan":
+    if schema == "streamer.plan":
         return _count(totals["matrices"], "matrix") if "matrices" in totals else _count(totals["tensors"], "tensor")
     return ""
 

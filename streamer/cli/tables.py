@@ -1,4 +1,4 @@
-"""Findings, plans and records as tables for people."""
+"""Format findings, plans and records as tables for people."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_LIMIT = Screen()
 def findings_table(
     findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None, state: str = "written"
 ) -> str:
-    """What was found: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written."""
+    """Format findings: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written."""
     every = sorted(findings, key=lambda m: natural(m.tensor))
     chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
     found = [m.detection for m in chosen]
@@ -73,7 +73,7 @@ def _decided(m: MatrixFinding) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """0-based ranks as people count them; runs of more than two in short."""
+    """Format 0-based ranks as people count them; runs of more than two in short."""
     runs: list[list[int]] = []
     for j in ranks:
         if runs and j == runs[-1][1] + 1:
@@ -85,21 +85,10 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMIT) -> str:
-    """What was written: totals, and of more than a few matrices the ten that changed most."""
+    """Format a record: totals, and of more than a few matrices the ten that changed most."""
     t, matrices = record["totals"], sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
     chosen, cut = _most(matrices, _removed, screen)
-    columns = [
-        Column("matrix", [m["tensor"] for m in chosen], left=True, names=True),
-        Column(
-            "|delta|", [f"{m['delta_norm']:#.4g}" for m in chosen], "Frobenius norm of what the adapter adds", keep=1
-        ),
-        Column(
-            "after",
-            [f"{m['delta_norm_after']:#.4g}" for m in chosen],
-            "Frobenius norm of the delta that was written",
-            keep=3,
-        ),
-    ]
+    columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, keep=1)]
     shrinks = record["method"] == "shrink"  # whole matrices, no intruders
     if not shrinks:
         scaled = [str(len(m["intruders"])) for m in chosen]
@@ -139,7 +128,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
 
 
 def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_LIMIT) -> str:
-    """What was found or written for several adapters, a line an adapter, from the objects that `--json` prints."""
+    """Format what was found or written for several adapters, a line an adapter, from the objects that `--json` prints."""
     t = [tree["totals"] for tree in trees.values()]
     columns = [Column("adapter", list(trees), left=True, names=True, foot="all together"),
                _summed("matrices", [x["matrices"] for x in t], "", 1)]  # fmt: skip
@@ -148,15 +137,7 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
         if any(tree["method"] != "shrink" for tree in trees.values()):
             columns.append(_summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5))
         columns += [
-            Column(
-                "|delta|", [f"{x['delta_norm']:#.4g}" for x in t], "Frobenius norm of what the adapter adds", keep=2
-            ),
-            Column(
-                "after",
-                [f"{x['delta_norm_after']:#.4g}" for x in t],
-                "Frobenius norm of the delta that was written",
-                keep=4,
-            ),
+            *_norms(t, keep=2),
             Column("size", [format_size(x["bytes"]) for x in t], keep=6, foot=format_size(sum(x["bytes"] for x in t))),
         ]
     else:
@@ -175,12 +156,19 @@ def _summed(head: str, numbers: Sequence[int], about: str, keep: int) -> Column:
     return Column(head, [str(n) for n in numbers], about, keep, foot=str(sum(numbers)))
 
 
+def _norms(rows: Sequence[Mapping[str, Any]], keep: int) -> list[Column]:
+    """Make the columns of a delta's norm before and after."""
+    before, after = ([f"{row[key]:#.4g}" for row in rows] for key in ("delta_norm", "delta_norm_after"))
+    return [Column("|delta|", before, "Frobenius norm of what the adapter adds", keep),
+            Column("after", after, "Frobenius norm of the delta that was written", keep + 2)]  # fmt: skip
+
+
 def _removed(matrix: Mapping[str, Any]) -> tuple[float, float]:
     return abs(matrix["delta_norm"] ** 2 - matrix["delta_norm_after"] ** 2), matrix["delta_norm"]
 
 
 def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
-    """The plan: a line a matrix, or where they are many, one for all that differ in nothing but a number in their names."""
+    """Format a plan: a line a matrix, or where they are many, one for all that differ in nothing but a number in their names."""
     t = tree["totals"]
     matrices = sorted(tree["matrices"], key=lambda m: natural(m["tensor"]))
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -194,34 +182,20 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     first = [same[0] for _, same in shown]
     turned = any(m["transposed"] for m in first)
     columns = [
-        Column(
-            "base tensor",
-            [key[0] for key, _ in shown],
-            "* stands for any number" if grouped else "",
-            left=True,
-            names=True,
-        )
-    ]
+        Column("base tensor", [key[0] for key, _ in shown], "* stands for any number" if grouped else "", left=True, names=True),
+    ]  # fmt: skip
     if grouped:
         columns.append(Column("matrices", [str(len(same)) for _, same in shown], keep=9))
     else:
-        columns.append(
-            Column("module", [m["module"] for m in first], "its name in the adapter", keep=1, left=True, names=True)
-        )
+        modules = [m["module"] for m in first]
+        columns.append(Column("module", modules, "its name in the adapter", keep=1, left=True, names=True))
     columns += [
         Column("out x in", ["x".join(map(str, m["shape"])) for m in first], keep=6),
         Column("dtype", [m["dtype"] for m in first], keep=5),
         Column("r", [str(m["rank"] or "-") for m in first], "rank of the adapter's factors", keep=7),
-        Column(
-            "scale", [f"{m['scale']:.4g}" for m in first], "factor on B A, from the adapter's alpha and rank", keep=3
-        ),
-        Column(
-            "matched",
-            [m["matched"] for m in first],
-            "by which rule its module was found in the base; see below",
-            keep=4,
-        ),
-    ]
+        Column("scale", [f"{m['scale']:.4g}" for m in first], "factor on B A, from the adapter's alpha and rank", keep=3),
+        Column("matched", [m["matched"] for m in first], "by which rule its module was found in the base; see below", keep=4),
+    ]  # fmt: skip
     if turned:
         columns.append(Column("stored", ["in x out" if m["transposed"] else "out x in" for m in first],
                               "the order of its sides in the base's file", keep=2))  # fmt: skip
@@ -249,7 +223,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
 
 
 def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:
-    """What each command would take, a line a command."""
+    """Format the forecasts of the commands, a line each."""
     rows = []
     for command, f in forecasts.items():
         if f is None:
@@ -259,9 +233,8 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: S
         memory = format_size(f["peak_memory_bytes"])
         if f["escalated_memory_bytes"] > f["peak_memory_bytes"]:
             memory += f" to {format_size(f['escalated_memory_bytes'])}"
-        rows.append(
-            [command, memory, format_size(f["read_bytes"]), most + format_size(f["write_bytes"]), _time(f["seconds"])]
-        )
+        read, written = format_size(f["read_bytes"]), most + format_size(f["write_bytes"])
+        rows.append([command, memory, read, written, _time(f["seconds"])])
     cells = list(zip(*rows, strict=True)) if rows else [()] * 5
     threads = next((f" on {_threads(f)}" for f in forecasts.values() if f), "")
     columns = [
@@ -269,18 +242,13 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: S
         Column("memory", cells[1], "at its peak; the larger number where the dense solver must decide", keep=3),
         Column("read", cells[2], keep=1),
         Column("written", cells[3], "--dry-run shows the free disk", keep=2),
-        Column(
-            "time",
-            cells[4],
-            f"by a short probe of this machine{threads}, as busy as it is now, if the disk keeps up",
-            keep=4,
-        ),
-    ]
+        Column("time", cells[4], f"by a short probe of this machine{threads}, as busy as it is now, if the disk keeps up", keep=4),
+    ]  # fmt: skip
     return table(columns, screen.width)
 
 
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
-    """What one command would take, in a line."""
+    """Format the forecast of one command, in a line."""
     beside = (
         f" and at most {format_size(forecast['temporary_bytes'])} for a while" if forecast["temporary_bytes"] else ""
     )
@@ -308,7 +276,7 @@ def _time(seconds: float | None) -> str:
 
 
 def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], screen: Screen = NO_LIMIT) -> str:
-    """Files of a base: tensors, bytes and dtypes of each; of many files the first ones."""
+    """Format the files of a base: tensors, bytes and dtypes of each; of many files the first ones."""
     rows = []
     for name, tensors in base_files:
         by_dtype: dict[str, int] = {}
@@ -327,14 +295,14 @@ def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], scr
 
 
 def _most(items: Sequence[Any], weight: Any, screen: Screen) -> tuple[list[Any], int]:
-    """The items to show, and how many are not: all in their order, or those with the largest weight, the largest first."""
+    """Choose the items to show, and count the others: all in their order, or those with the largest weight, the largest first."""
     if screen.every or len(items) <= MANY:
         return list(items), 0
     return sorted(items, key=weight, reverse=True)[:SHOWN], len(items) - SHOWN
 
 
 def _cut(count: int, of: int, by: str, screen: Screen, what: str = "matrices") -> str:
-    """What a table does not show."""
+    """Say how much a table leaves out."""
     if not count:
         return ""
     which = f"with the {by}, of {of} {what}" if by else f"first ones of {of}"

@@ -1,4 +1,4 @@
-"""Threads of a command: how they wait, and how many there are: one for each core of this process, where they help."""
+"""Choose the threads of a command: how they wait, and how many there are: one for each core of this process, where they help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The findings: what was detected, for each matrix, and from which base, adapter and options.
+"""Hold the findings: what was detected in each matrix, and from which base, adapter and options.
 
 On disk they are one safetensors file, whose layout `findings_file` has. While detection runs, each matrix is a record in a journal
 beside the file; a record is itself a safetensors file of the matrix' tensors, and the end puts them together.
@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -63,18 +64,18 @@ class Findings:
     _file: TensorFile | None = field(default=None, repr=False, compare=False)
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def by_tensor(self) -> dict[str, MatrixFinding]:
-        """Entries by the base tensor's name."""
+        """Return the entries by the base tensor's name."""
         return {m.tensor: m for m in self.matrices}
 
     @property
     def intruders(self) -> int:
-        """Intruders in all matrices."""
+        """Count the intruders in all matrices."""
         return sum(len(m.detection.intruders) for m in self.matrices)
 
     def digest(self) -> str:
-        """SHA-256 (hex) over the decisions and factors of all matrices: what they would do to a delta, to the last bit.
+        """Hash (SHA-256, hex) the decisions and factors of all matrices: what they would do to a delta, to the last bit.
 
         Last bits depend on the number of threads; `decisions_digest` does not.
         """
@@ -86,7 +87,7 @@ class Findings:
         return digest.hexdigest()
 
     def decisions_digest(self) -> str:
-        """SHA-256 (hex) over what they were made from, and which directions of each matrix are intruders."""
+        """Hash (SHA-256, hex) what they were made from, and which directions of each matrix are intruders."""
         tensors = [m.tensor for m in self.matrices]
         made = detection_digest(self.base, self.adapter, self.options, tensors)
         decisions = [list(m.detection.intruders) for m in self.matrices]
@@ -124,7 +125,7 @@ class Findings:
                 )
 
     def find(self, name: str) -> MatrixFinding:
-        """The one matrix of a name.
+        """Find the one matrix of a name.
 
         Parameters
         ----------
@@ -140,7 +141,7 @@ class Findings:
         return self.matrices[index_of(self._names, name)]
 
     def select(self, pattern: str) -> Findings:
-        """Findings on the matrices whose tensor or module a pattern fits. They are a part: to mitigate or merge takes all.
+        """Select the findings on the matrices whose tensor or module a pattern fits; to mitigate or merge takes those on all.
 
         Parameters
         ----------
@@ -187,17 +188,14 @@ class Findings:
         return [(m.tensor, m.module) for m in self.matrices]
 
     def record(self) -> FindingsRecord:
-        """Everything but the vectors, as JSON values: what `streamer report --json` prints. Seconds are None where a file was read."""
+        """Return all but the vectors, as JSON values: what `streamer report --json` prints. Seconds are None where a file was read."""
         matrices = [m.record() for m in self.matrices]
         timed = [m["seconds"] for m in matrices if m["seconds"] is not None]
         totals: TotalsRecord = {
-            "matrices": len(matrices),
-            "intruders": self.intruders,
-            "certified": sum(m["certified"] for m in matrices),
-            "escalated": sum(m["escalated"] for m in matrices),
-            "degenerate": sum(bool(m["degenerate"]) for m in matrices),
+            "matrices": len(matrices), "intruders": self.intruders, "certified": sum(m["certified"] for m in matrices),
+            "escalated": sum(m["escalated"] for m in matrices), "degenerate": sum(bool(m["degenerate"]) for m in matrices),
             "seconds": sum(timed) if timed else None,
-        }
+        }  # fmt: skip
         base, adapter = ({**self.sources.get(what, {})} for what in ("base", "adapter"))
         return {"schema": SCHEMA, "base": cast(BaseIdentity, base | self.base), "adapter": cast(AdapterIdentity, adapter | self.adapter),
                 "options": self.options.as_dict(), "totals": totals, "matrices": matrices}  # fmt: skip
@@ -209,7 +207,7 @@ class Findings:
         return findings_html(self.record())
 
     def to_pandas(self, by: Literal["matrix", "direction"] = "matrix") -> pandas.DataFrame:
-        """The figures as a data frame; pandas comes with ``pip install 'intruder-streamer[pandas]'``.
+        """Return the figures as a data frame; pandas comes with ``pip install 'intruder-streamer[pandas]'``.
 
         Parameters
         ----------
@@ -267,7 +265,7 @@ def _difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
 def detection_digest(
     base: BaseIdentity, adapter: AdapterIdentity, options: DetectionOptions, tensors: Sequence[str]
 ) -> str:
-    """SHA-256 over everything that decides the findings' bytes."""
+    """Hash (SHA-256) everything that decides the findings' bytes."""
     plan = {"schema": SCHEMA, "base": base, "adapter": adapter, "options": options.as_dict(), "tensors": list(tensors)}
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
@@ -307,7 +305,7 @@ def load_findings(path: str | Path) -> Findings:
 
 
 def _sources(file: TensorFile) -> dict[str, dict[str, str]]:
-    """What the stamp of a findings file calls the inputs; nothing where it has none."""
+    """Read the names of the inputs from the stamp of a findings file; {} where it has none."""
     try:
         tree = json.loads(file.header.metadata[STAMP])
         return {what: {k: v for k, v in tree[what].items() if isinstance(v, str)} for what in ("base", "adapter")}

@@ -1,4 +1,4 @@
-"""Write a findings file: its layout, what stands beside it meanwhile, and one that is written at once.
+"""Layout of a findings file, the paths of its journal and its lock, and writing one at once.
 
 On disk findings are one safetensors file. For the base tensor ``T`` it holds ``T/U`` (m, q), ``T/S`` (q,), ``T/Vh`` (q, n), the
 intruders' triplets; ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high`` (k,) float64;
@@ -7,6 +7,7 @@ intruders' triplets; ``T/singular_values``, ``T/similarity``, ``T/similarity_low
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +26,14 @@ from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.lock import locked
-from streamer.storage.output_checks import check_name, check_place, check_space, refuse_address, refuse_symlink
+from streamer.storage.output_checks import check_name, check_output_path, check_space, refuse_address, refuse_symlink
 from streamer.storage.shard_writer import ShardPlan, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
 
 SCHEMA = "streamer.findings/1"
+
+DIGEST = "sha256"
+"""The key in the metadata of a digest over all of the file."""
 
 ARRAYS = ("U", "S", "Vh", "singular_values", "similarity", "similarity_low", "similarity_high", "intruders")
 """The arrays of a matrix, in file order."""
@@ -41,17 +45,17 @@ Entry = tuple[str, str, tuple[int, ...]]
 
 
 def journal_of(path: Path) -> Path:
-    """Where the journal of a findings file stands while it is being made."""
+    """Give the path of the journal of a findings file that is being made: ``dir/f.safetensors`` → ``dir/.f.safetensors.journal``."""
     return path.with_name(f".{path.name}.journal")
 
 
 def lock_of(path: Path) -> Path:
-    """Where the lock of a findings file stands while it is being made."""
+    """Give the path of the lock of a findings file that is being made: ``dir/f.safetensors`` → ``dir/.f.safetensors.lock``."""
     return path.with_name(f".{path.name}.lock")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what stands beside a findings file after a run that was killed: journal, lock, partials.
+    """Remove the journal, lock and partials that a killed run left for a findings file.
 
     Raises
     ------
@@ -65,14 +69,14 @@ def remove_leftovers(path: Path) -> None:
             journal_of(path).unlink(missing_ok=True)
 
 
-def check_findings_place(path: Path) -> None:
+def check_findings_path(path: Path) -> None:
     """Refuse a path where no findings file can be written: an address, a directory, a symlink, a hub cache. Its parent may be missing."""
     refuse_address(path)
     if path.is_dir():
         raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
     check_name(path, partial_name(journal_of(path).name))
     refuse_symlink(path)
-    check_place(path.parent.resolve(), (), path)
+    check_output_path(path.parent.resolve(), (), path)
 
 
 def check_findings_name(path: Path) -> None:
@@ -84,34 +88,34 @@ def check_findings_name(path: Path) -> None:
 
 
 def matrix_entries(tensor: str, arrays: Mapping[str, Tensor]) -> list[Entry]:
-    """The entries of one matrix."""
+    """List the entries of one matrix: ``q.weight`` → ``q.weight/U``, ``q.weight/S`` and so on."""
     return [(f"{tensor}/{key}", DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in arrays.items()]
 
 
 class Head(Protocol):
-    """What findings say besides their matrices."""
+    """Identity and options of findings, without their matrices."""
 
     @property
     def base(self) -> BaseIdentity:
-        """What tells the base from another."""
+        """Identity of the base."""
 
     @property
     def adapter(self) -> AdapterIdentity:
-        """What tells the adapter from another."""
+        """Identity of the adapter."""
 
     @property
     def options(self) -> DetectionOptions:
-        """What decided the findings."""
+        """Options that decided the findings."""
 
     @property
     def sources(self) -> Mapping[str, Mapping[str, str]]:
-        """The names of base and adapter; empty where they are not known."""
+        """Names of base and adapter; empty where they are not known."""
 
 
 def plan_findings_file(name: str, head: Head, matrices: Sequence[MatrixFigures], entries: Iterable[Entry]) -> ShardPlan:
-    """Lay out a findings file: the same findings give the same bytes, however they are written."""
+    """Lay out a findings file. Equal findings give equal bytes, whether written at once or through a journal."""
     tree = {"base": head.base, "adapter": head.adapter, "options": head.options.as_dict(), "matrices": matrices}
-    metadata = {"schema": SCHEMA, "findings": json.dumps(tree)}
+    metadata = {"schema": SCHEMA, "findings": json.dumps(tree), DIGEST: "0" * 64}
     if head.sources:
         detection = detection_record(head.options, sum(m["certified"] is True for m in matrices), len(matrices))
         base, adapter = (cast(Source, head.sources[what]) for what in ("base", "adapter"))
@@ -119,15 +123,24 @@ def plan_findings_file(name: str, head: Head, matrices: Sequence[MatrixFigures],
     return plan_shard(name, list(entries), metadata)
 
 
+def seal(shard: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]]) -> ShardPlan:
+    """Put into the metadata the SHA-256 (hex) of the whole file, taken with zeros in the digest's own place."""
+    digest = hashlib.sha256(shard.raw_header)
+    for info in shard.header.tensors:
+        for piece in source(info):
+            digest.update(piece)
+    return shard.with_metadata(DIGEST, digest.hexdigest())
+
+
 def is_findings_file(path: Path) -> bool:
-    """Whether a file's header says that it holds findings of this schema."""
+    """Say whether a file's header states findings of this schema."""
     try:
         return TensorFile(path).header.metadata.get("schema") == SCHEMA
     except InputError:
         return False
 
 
-def refuse_others(path: Path) -> None:
+def refuse_foreign(path: Path) -> None:
     """Refuse to replace a file that is not findings: it may be weights."""
     if not is_findings_file(path):
         raise OutputExistsError(
@@ -158,11 +171,11 @@ def save_findings_file(
     OutputError, StorageError, LockedError
         If it cannot be written there.
     """
-    check_findings_place(path)
+    check_findings_path(path)
     if path.exists() and path.stat().st_size > 0:
         if not overwrite:
             raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
-        refuse_others(path)
+        refuse_foreign(path)
     if journal_of(path).exists() and not overwrite:
         raise OutputExistsError(
             f"{path}: an interrupted run has its journal there; finish that one, choose another output, or pass overwrite=True",
@@ -172,5 +185,5 @@ def save_findings_file(
     make_directory(path.parent)
     with locked(lock_of(path), path):
         remove_partials(path.parent, {path.name, journal_of(path).name})
-        write_shard(path.parent, shard, source, lambda _size, _sha256: None)
+        write_shard(path.parent, seal(shard, source), source, lambda _size, _sha256: None)
         journal_of(path).unlink(missing_ok=True)

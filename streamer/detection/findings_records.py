@@ -1,4 +1,4 @@
-"""The JSON of findings, as types: options, and the figures of each matrix (schema ``streamer.findings/1``)."""
+"""Types of the JSON of findings: options, and the figures of each matrix (schema ``streamer.findings/1``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from streamer.storage.identities import AdapterIdentity, BaseIdentity
 
 
 class OptionsRecord(TypedDict):
-    """What decided the findings; see `DetectionOptions`."""
+    """Options that decided the findings; see `DetectionOptions`."""
 
     top_k: int | float
     threshold_epsilon: float
@@ -17,7 +17,7 @@ class OptionsRecord(TypedDict):
 
 
 class MatrixFigures(TypedDict):
-    """Everything that is known of a matrix but its arrays; see `MatrixFinding` and `Detection`. Ranks count from 0."""
+    """Figures of a matrix, its arrays apart; see `MatrixFinding` and `Detection`. Ranks count from 0."""
 
     tensor: str
     module: str

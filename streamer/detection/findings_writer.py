@@ -1,4 +1,4 @@
-"""A findings file being made: each matrix a record in a journal beside it, so that a killed run resumes; put together at the end."""
+"""Write a findings file by way of a journal with a record for each matrix, so that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from streamer.detection.findings import Findings, detection_digest, load_finding
 from streamer.detection.findings_file import (
     ARRAYS,
     check_findings_name,
-    check_findings_place,
+    check_findings_path,
     journal_of,
     lock_of,
     matrix_entries,
     plan_findings_file,
-    refuse_others,
+    refuse_foreign,
+    seal,
 )
 from streamer.detection.findings_records import MatrixFigures
 from streamer.detection.matrix_finding import MatrixFinding, check_figures
@@ -36,11 +37,11 @@ from streamer.storage.shard_writer import write_shard
 from streamer.weights.dtypes import as_bytes
 
 OFFSETS_BYTES = 16 * 14
-"""By how much the offsets of a matrix' tensors are longer in a large file than in a record."""
+"""Bytes by which the offsets of a matrix' tensors are longer in a large file than in a record, at most."""
 
 
 class FindingsWriter:
-    """A findings file being made: locked, resumable after each matrix, under its name only when it is whole.
+    """Write a findings file that is locked, resumable after each matrix, and under its name only when it is whole.
 
     ``with FindingsWriter(path, findings, tensors, stamps) as w: w.add(…)``; leaving the block without an exception writes the
     file and removes the journal, leaving it with one keeps the journal.
@@ -140,7 +141,7 @@ class FindingsWriter:
             own = header.by_name[info.name]
             yield raw[header.data_start + own.start : header.data_start + own.end]
 
-        write_shard(self.path.parent, plan, source, lambda _size, _sha256: self._before_rename())
+        write_shard(self.path.parent, seal(plan, source), source, lambda _size, _sha256: self._before_rename())
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         try:
@@ -154,12 +155,12 @@ class FindingsWriter:
 
 
 def _layout(finding: MatrixFinding, arrays: Mapping[str, Tensor]) -> tuple[Header, bytes]:
-    """The header of a matrix' record, and its bytes."""
+    """Make the header of a matrix' record, and its bytes."""
     return layout(matrix_entries(finding.tensor, arrays), {"matrix": json.dumps(finding.figures())})
 
 
 def most_bytes(head: Findings, widest: Iterable[MatrixFinding]) -> tuple[int, int]:
-    """Bytes of a findings file and of the journal beside it, at most.
+    """Compute the bytes of a findings file and of its journal, at most.
 
     Parameters
     ----------
@@ -184,7 +185,7 @@ def journal_head(head: Findings, tensors: Sequence[str], stamps: Mapping[str, Se
 
 
 def interrupted_run(path: Path, start: dict[str, Any], overwrite: bool) -> bool:
-    """Preflight, read-only: whether a run with this `journal_head` was interrupted here and can be taken up.
+    """Say, read-only, whether a run with this `journal_head` was interrupted here and can be taken up.
 
     Raises
     ------
@@ -203,7 +204,7 @@ def _record_header(raw: bytes) -> Header:
 
 
 def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Sequence[Path] = ()) -> Findings | None:
-    """Preflight, read-only: the finished findings of this very plan, or None if they are still to be made.
+    """Find, read-only, the finished findings of this very plan; None if they are still to be made.
 
     Parameters
     ----------
@@ -221,14 +222,14 @@ def inspect_findings_output(path: Path, digest: str, overwrite: bool, inputs: Se
     OutputError
         If something else stands at the path, or it cannot be written.
     """
-    check_findings_place(path)
+    check_findings_path(path)
     check_findings_name(path)
     for source in inputs:
         if source.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
     if not path.exists() or is_placeholder(path):
         return None
-    refuse_others(path)
+    refuse_foreign(path)
     if overwrite:
         return None
     try:

@@ -25,7 +25,7 @@ from streamer.linalg.torch_state import full_float32
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Detection:
-    """The decision on each of the k leading directions of ``W = W0 + Δ``, and the factors of the intruders.
+    """Decisions on each of the k leading directions of ``W = W0 + Δ``, and the factors of the intruders.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class Detection:
     dropped_at_zero: float
 
     def summary(self) -> str:
-        """The decision in a line. Ranks count from 0."""
+        """Say the decision in a line. Ranks count from 0."""
         ranks = ", ".join(map(str, self.intruders[:10])) + (", …" if len(self.intruders) > 10 else "")
         found = f"intruders [{ranks}] (ranks from 0) of" if self.intruders else "no intruder in"
         least = f", least similarity {min(self.similarity):.3f}" if self.similarity else ""
@@ -95,14 +95,8 @@ class Detection:
     __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
 
 
-def detect(
-    base: Matrix,
-    delta: Delta,
-    options: DetectionOptions,
-    rank: int | None = None,
-    name: str = "",
-    allow_dense: bool = True,
-) -> Detection:
+def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | None = None, name: str = "",
+           allow_dense: bool = True) -> Detection:  # fmt: skip
     """Find the intruder dimensions of ``W0 + Δ``.
 
     Parameters
@@ -154,22 +148,9 @@ def detect(
     share = delta.projected_norm(U) / norm if norm > 0 and len(chosen) else 0.0
     dropped = delta.removal_error(U, S, Vh, rank) if len(chosen) else 0.0
     return Detection(
-        singular_values=tuple(triplets.S.double().tolist()),
-        similarity=tuple(result.similarity.tolist()),
-        similarity_low=tuple(low.tolist()),
-        similarity_high=tuple(high.tolist()),
-        intruders=tuple(chosen.tolist()),
-        U=U.contiguous(),
-        S=S.contiguous(),
-        Vh=Vh.contiguous(),
-        certified=bool(on_one_side.all()) and len(degenerate) == 0,
-        degenerate=tuple(degenerate.tolist()),
-        solver=result.solver,
-        escalated=result.escalated,
-        steps=result.steps,
-        products=result.products,
-        cutoff=result.cutoff,
-        delta_norm=norm,
-        intruder_energy=min(1.0, share**2),
-        dropped_at_zero=dropped,
-    )
+        singular_values=tuple(triplets.S.double().tolist()), similarity=tuple(result.similarity.tolist()),
+        similarity_low=tuple(low.tolist()), similarity_high=tuple(high.tolist()), intruders=tuple(chosen.tolist()),
+        U=U.contiguous(), S=S.contiguous(), Vh=Vh.contiguous(), certified=bool(on_one_side.all()) and len(degenerate) == 0,
+        degenerate=tuple(degenerate.tolist()), solver=result.solver, escalated=result.escalated, steps=result.steps,
+        products=result.products, cutoff=result.cutoff, delta_norm=norm, intruder_energy=min(1.0, share**2), dropped_at_zero=dropped,
+    )  # fmt: skip

@@ -32,7 +32,7 @@ _OWN: dict[str, type] = {"tensor": str, "module": str, "shape": list, "dtype": s
 
 @dataclass(frozen=True, repr=False)
 class MatrixFinding:
-    """What was found in one matrix.
+    """Findings on one matrix.
 
     Attributes
     ----------
@@ -63,19 +63,19 @@ class MatrixFinding:
         return f"<MatrixFinding {self.tensor} {'x'.join(map(str, self.shape))}: {self.detection.summary()}>"
 
     def figures(self) -> MatrixFigures:
-        """Everything but the arrays, as JSON values."""
+        """Return all but the arrays, as JSON values."""
         own = {"tensor": self.tensor, "module": self.module, "shape": list(self.shape), "dtype": self.dtype,
                "rank": self.rank, "scale": self.scale}  # fmt: skip
         return cast("MatrixFigures", own | {name: getattr(self.detection, name) for name in _FIGURES})
 
     def record(self) -> MatrixRecord:
-        """Everything but the vectors, as JSON values: what `streamer report --json` has of a matrix."""
+        """Return all but the vectors, as JSON values: what `streamer report --json` has of a matrix."""
         d = self.detection
         numbers = {name: list(getattr(d, name)) for name in (*ARRAYS[3:], "degenerate")}
         return cast("MatrixRecord", {**self.figures(), **numbers, "seconds": self.seconds})
 
     def arrays(self) -> dict[str, Tensor]:
-        """The arrays by key, in file order."""
+        """Return the arrays by key, in file order."""
         d = self.detection
         numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in ARRAYS[3:7]}
         return {"U": d.U, "S": d.S, "Vh": d.Vh, **numbers, "intruders": torch.tensor(d.intruders, dtype=torch.int64)}

@@ -1,18 +1,22 @@
-"""Options of detection: which directions are judged, by which threshold, solver and memory."""
+"""Options of detection, which decide the findings, and of a run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from streamer.detection.findings_records import OptionsRecord
 from streamer.detection.solvers import SOLVERS
 from streamer.errors import UsageError
+from streamer.events import Monitor
 from streamer.plan.memory import PROCESS_BYTES
+from streamer.storage.tensor_file import IOMode
 
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """What decides the findings.
+    """Options that decide the findings.
 
     Attributes
     ----------
@@ -51,12 +55,40 @@ class DetectionOptions:
             )
 
     def directions(self, shape: tuple[int, int]) -> int:
-        """How many directions are judged in a matrix of this shape: at least one, at most min(m, n)."""
+        """Count the directions that are judged in a matrix of this shape: at least one, at most min(m, n)."""
         p = min(shape)
         k = self.top_k if isinstance(self.top_k, int) else max(1, round(self.top_k * p))
         return min(k, p)
 
     def as_dict(self) -> OptionsRecord:
-        """The options as JSON values."""
+        """Return the options as JSON values."""
         return {"top_k": self.top_k, "threshold_epsilon": self.threshold_epsilon, "solver": self.solver,
                 "max_memory": self.max_memory}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of a run that leave its result as it is, up to last bits; the memory allowed decides it, and is in `DetectionOptions`.
+
+    Attributes
+    ----------
+    device
+        That detection computes on.
+    io
+        How tensors are read.
+    base_is_residual
+        Whether the base is what an initialisation such as PiSSA's left of the model.
+    resume
+        Whether an interrupted run with the same inputs and options is taken up.
+    overwrite
+        Whether what stands at the output is replaced.
+    monitor
+        Takes events, and asks for a stop.
+    """
+
+    device: torch.device
+    io: IOMode = "mmap"
+    base_is_residual: bool = False
+    resume: bool = True
+    overwrite: bool = False
+    monitor: Monitor = field(default_factory=Monitor)

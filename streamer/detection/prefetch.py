@@ -1,7 +1,7 @@
-"""Weights on their way from the disk to where they are computed: a thread brings the next ones while the current one is in use.
+"""Read weights ahead: a thread brings the next ones from the disk while the current one is in use.
 
-For a GPU bytes are copied as they are stored into pinned memory, and from there on a stream of its own, beside what is computed; they
-become float32 on the device, exactly. What stands as codes, or in several tensors, is decoded on the CPU when its turn comes.
+For a GPU bytes are copied as they are stored into pinned memory, and copied to the device on a stream of their own while it computes; they
+become float32 on the device, exactly. Quantized values, and weights in several tensors, are decoded on the CPU when its turn comes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PrefetchedWeight:
     arrived: torch.cuda.Event | None = None
 
     def whole(self, device: torch.device) -> Tensor:
-        """All values in the computing dtype, as `Weight.whole` has them; not to be written to.
+        """Return all values in the computing dtype, as `Weight.whole` has them; not to be written to.
 
         Raises
         ------
@@ -56,7 +56,7 @@ class PrefetchedWeight:
 
 
 class Prefetcher:
-    """Reads weights, and has a GPU copy them beside its computing; on the CPU it reads alone."""
+    """Reader of weights; a GPU copies them while it computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -78,7 +78,7 @@ class Prefetcher:
 
 
 def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Generator[tuple[T, V], None, None]:
-    """Each item with what `load` gives for it; so many of the next ones are loaded by a thread while the current one is in use."""
+    """Yield each item with what `load` gives for it; a thread loads `depth` of the next ones while the current one is in use."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
         coming = deque(pool.submit(load, item) for item in items[:depth])

@@ -1,4 +1,4 @@
-"""The stamp in the metadata of every file that is written: what it was made from, and how."""
+"""Make the stamp in the metadata of every file that is written: its inputs, and how it was made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STAMP = "streamer"
 
 
 class DetectionRecord(TypedDict):
-    """How the intruders were found; `certified` of the `matrices` have decisions that are certified."""
+    """Options and certificates of a detection; `certified` of the `matrices` have decisions that are certified."""
 
     top_k: int | float
     threshold_epsilon: float
@@ -25,31 +25,14 @@ class DetectionRecord(TypedDict):
 
 
 def detection_record(options: DetectionOptions, certified: int, matrices: int) -> DetectionRecord:
-    """How the intruders of an output were found."""
-    return {
-        "top_k": options.top_k,
-        "threshold_epsilon": options.threshold_epsilon,
-        "solver": options.solver,
-        "certified": certified,
-        "matrices": matrices,
-    }
+    """Record how the intruders of an output were found."""
+    return {"top_k": options.top_k, "threshold_epsilon": options.threshold_epsilon, "solver": options.solver,
+            "certified": certified, "matrices": matrices}  # fmt: skip
 
 
-def stamp(
-    command: str,
-    base: Source,
-    adapter: Source,
-    detection: DetectionRecord | None = None,
-    mitigation: Mapping[str, Any] | None = None,
-) -> str:
-    """What a file's metadata says of how it was made, as JSON."""
-    tree: dict[str, Any] = {
-        "version": __version__,
-        "command": command,
-        "base": in_short(base),
-        "adapter": in_short(adapter),
-    }
-    if mitigation is not None:
-        tree |= mitigation
-    tree["detection"] = detection
+def stamp(command: str, base: Source, adapter: Source, detection: DetectionRecord | None = None,
+          mitigation: Mapping[str, Any] | None = None) -> str:  # fmt: skip
+    """Make the stamp of a file, as JSON."""
+    inputs = {"base": in_short(base), "adapter": in_short(adapter)}
+    tree = {"version": __version__, "command": command, **inputs, **(mitigation or {}), "detection": detection}
     return json.dumps(tree, ensure_ascii=False)

@@ -7,7 +7,7 @@ and ŷ = YᵀPᵀv, z = P₊ᵀv its coordinates. Multiplying the process' invar
 
     ŷ_l (s_l² − σ²) = −g_lᵀ z − (σ f_l + s_l f'_l),      ‖ŷ‖² + ‖z‖² ≤ 1,
 
-where f, f' are what rounding added to the invariant, ‖f‖² + ‖f'‖² ≤ φ². So ŷ is a linear image of z, but for rounding, and the
+where f, f' are what rounding added to the invariant, ‖f‖² + ‖f'‖² ≤ φ². So ŷ is a linear image of z plus rounding, and the
 overlap ``c = ŵᵀŷ`` of v with a vector of coordinates ŵ in the Ritz basis is bounded by Cauchy–Schwarz in the metric of the
 constraint, z ↦ zᵀ(I + H)z. Split off the Ritz values N within τ of σ, on whose ŷ_l nothing is known but its norm:
 
@@ -32,8 +32,7 @@ WINDOW = 100.0
 """τ/φ. Wider windows lump more Ritz values together, narrower ones pay more for rounding; at 100 rounding costs 1 %."""
 
 MARGIN = 1.02
-"""What the bound may come to between two samples of `samples`, over the larger of them. On 150 matrices of the gallery 100 samples an
-interval and 120 around each Ritz value found 1.3 % more at most, and 0.01 % in the median."""
+"""Factor on the largest sample that covers the bound between two of them; measured in docs/benchmarks.md."""
 
 CHRISTOFFEL_BYTES = 32 << 20
 """Memory for evaluating the bound."""

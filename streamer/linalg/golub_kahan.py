@@ -13,9 +13,8 @@ from streamer.linalg.operators import Operator
 NOISE = 4
 """Directions of a block are dropped below this many roundings of the norm, times the square root of the basis' columns.
 
-One step's products and projections put 0.04 to 0.3 roundings of the norm into a block (float32, n from 40 to 4096, b from 1 to 32, MKL's
-AVX-512 and SSE4.2 kernels alike). Those of the steps before are carried along and amplified, by 12 in three steps on three clusters of
-singular values (3.7 roundings of the norm against 0.3 in 50-digit arithmetic), which is what the square root allows for.
+One step puts at most 0.3 of them into a block; those of the steps before are amplified, which the square root allows for (measured in
+docs/benchmarks.md).
 """
 
 

@@ -214,7 +214,7 @@ class OverlapProcess:
         return (low < epsilon) & (self._distance < 2)
 
     def _prove(self, floor: float) -> None:
-        """Prove that no singular value is below the cut-off and lift it, or find one; where the proof costs too much the cut-off stays."""
+        """Prove that no singular value is below the cut-off and lift it, or set `hopeless`; where the proof costs too much it stays."""
         rows = self._base.rows()
         if self._base.shape[1] > PROVABLE or rows is None:
             return

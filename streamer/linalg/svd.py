@@ -144,7 +144,7 @@ def krylov_triplets(
 
 
 def _gaps(ritz: RitzBasis, k: int, shape: tuple[int, int]) -> Tensor:
-    """Bound the distance from each of k Ritz values to the nearest other singular value from below, (k,)."""
+    """Estimate from below the distance from each of k Ritz values to the nearest other singular value, (k,)."""
     m, n = shape
     S = ritz.S
     padded = torch.nn.functional.pad(S, (1, 1), value=float("inf"))

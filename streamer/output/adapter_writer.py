@@ -1,147 +1,114 @@
-"""A mitigated adapter in the form of the one that was read: its factors anew, everything else as it stands."""
+"""Write a mitigated adapter in the form of the one that was read: its factors anew, everything else as it stands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.adapters.modules import LoraModule
 from streamer.errors import UnsupportedError
 from streamer.linalg.low_rank import LowRank
-from streamer.output.job import Job, output_plan, plan_card
+from streamer.output.job import Job
 from streamer.output.memory import mitigation_bytes
-from streamer.output.metrics import matrix_figures
+from streamer.output.metrics import matrix_metrics
 from streamer.output.mitigation import back_project
+from streamer.output.output_spec import adapter_spec, copied
+from streamer.output.recipes import Recipe
 from streamer.output.records import MitigatedMatrix
-from streamer.plan.memory import MemoryEstimate, resident_bytes
-from streamer.plan.plan import other_files, skipped_files
-from streamer.plan.side_files import own_tokenizer
+from streamer.plan.memory import MemoryEstimate
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Buffer
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
-from streamer.storage.output_plan import RECORD_NAME
-from streamer.storage.shard_writer import ShardPlan, Source, like
+from streamer.storage.shard_writer import like
 from streamer.weights.dtypes import ENCODINGS, as_bytes, encode
 
 
-class AdapterSink:
-    """Writes a mitigated adapter: the same tensors, names, order, dtypes and config; factors of mitigated modules replaced."""
-
-    command = "mitigate"
+class AdapterWriter:
+    """Writes the tensors, names, order, dtypes and config of the adapter that was read, and new factors of mitigated modules."""
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
-        if plan.adapter.is_model:
+        if plan.adapter.describes_model:
             raise UnsupportedError(
                 f"{plan.adapter.path}: is a model, and no adapter that could be written back; `streamer merge` writes the mitigated model, "
                 "and --to-lora RANK its difference to the base as a LoRA adapter"
             )
-        dense = [t.module.name for t in plan.targets if not (isinstance(t.module, LoraModule) and t.module.low_rank)]
+        dense = [t.module.name for t in plan.targets if t.module.factors is None]
         if dense and job.options.mitigation_lambda != 1:
             raise UnsupportedError(
                 f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
                 "adapter; `streamer merge` writes it into the base, and --to-lora RANK as a LoRA adapter"
             )
-        self.job = job
-        self.shards: Mapping[str, ShardPlan] = {
-            WEIGHTS_NAME: like(WEIGHTS_NAME, plan.adapter.file.header, job.stamp(self.command))
-        }
-        self.edited: Mapping[str, bytes] = {}
-        self.copies = [(name, p) for name, p in other_files(plan.adapter.path) if name != CONFIG_NAME]
-        self.finals: Mapping[str, bytes] = {CONFIG_NAME: (plan.adapter.path / CONFIG_NAME).read_bytes()}
-        self.skipped_files = [n for n in skipped_files(plan.adapter.path) if n not in (WEIGHTS_NAME, RECORD_NAME)]
-        self.to_lora: int | None = None
-        self.warnings = job.warnings
-        self.notes: list[str] = []
-        self.advice: list[str] = []
-        self.tokenizer: Literal["adapter", "base"] | None = own_tokenizer(self.copies)
-        self.card, self.copies = plan_card(self)
-        self.output = output_plan(self, path, conflicting_names=("adapter_model.bin", SINGLE_NAME, INDEX_NAME))
-        self._of: dict[str, list[Target]] = {}
+        shard = like(WEIGHTS_NAME, plan.adapter.file.header, job.stamp("mitigate"))
+        config = (plan.adapter.path / CONFIG_NAME).read_bytes()
+        self.spec = adapter_spec(job, path, shard, config, plan.adapter.path)
+        self._targets: dict[str, list[Target]] = {}
         for target in plan.targets:
             for name in self._tensors(target):
-                self._of.setdefault(name, []).append(target)
+                self._targets.setdefault(name, []).append(target)
         self._ready: dict[str, Tensor] = {}
 
-    def needs(self) -> Iterator[MemoryEstimate]:
-        """Memory for each matrix; of experts, whose factors stand in one tensor, for all of them and the new ones."""
-        plan = self.job.plan
-        resident = resident_bytes(plan)
+    def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
+        """Estimate the peak memory for each matrix; of experts, whose factors stand in one tensor, for all of them and the new ones."""
+        plan = self.spec.job.plan
         for target in plan.targets:
-            size = mitigation_bytes(plan, target, self.job.intruders(target), projected=True)
-            if isinstance(target.module, LoraModule) and target.module.expert is not None:
+            size = mitigation_bytes(plan, target, self.spec.job.intruders(target), projected=True)
+            if target.module.factors is not None and target.module.factors.expert is not None:
                 size += 2 * sum(plan.adapter.tensors[name].info.nbytes for name in self._tensors(target))
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
-    def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
-        """Bytes of each tensor of the adapter's file; appends each matrix's figures. What is no factor keeps its bytes."""
-        file = self.job.plan.adapter.file
+    def timed(self) -> list[tuple[str, Recipe, int]]:
+        """Give all bytes as copied."""
+        return copied(self.spec)
 
-        def pour(info: TensorInfo) -> Iterable[Buffer]:
-            targets = self._of.get(info.name)
-            if targets is None:
-                return file.chunks(info)
-            if info.name not in self._ready:
-                self._ready |= self._all_factors(targets, figures)
-            new = self._ready.pop(info.name)
-            return file.chunks(info) if new.numel() == 0 else [as_bytes(new)]
-
-        return pour
-
-    def _mirror(self, target: Target) -> LoraModule | None:
-        """The module that holds the target's factors once more."""
-        return self.job.plan.mirrors.get(target.module.name)
+    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
+        """Give the bytes of a tensor; those of what is no factor, or does not change, are the file's own."""
+        file = job.plan.adapter.file
+        targets = self._targets.get(info.name)
+        if targets is None:
+            return file.chunks(info)
+        if info.name not in self._ready:
+            self._ready |= self._all_factors(job, targets, metrics)
+        new = self._ready.pop(info.name)
+        return file.chunks(info) if new.numel() == 0 else [as_bytes(new)]
 
     def _tensors(self, target: Target) -> list[str]:
-        """Names of the tensors that a mitigation of the target would change."""
-        if not isinstance(target.module, LoraModule):
-            return list(target.module.tensors.values())
-        mirror = self._mirror(target)
-        return [target.module.a, target.module.b, *([mirror.a, mirror.b] if mirror else [])]
+        """Name the tensors that a mitigation of the target would change."""
+        mirror = self.spec.job.plan.mirrors.get(target.module.name)
+        return [*target.module.tensor_names, *(mirror.tensor_names if mirror else ())]
 
-    def _all_factors(self, targets: list[Target], figures: list[MitigatedMatrix]) -> dict[str, Tensor]:
-        """The tensors that hold the factors of these targets: of one module, or of all experts of a layer; empty ones stay as they are."""
-        new = [(target.module, self._factors(target, figures)) for target in targets]
+    def _all_factors(self, job: Job, targets: list[Target], metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
+        """Make the tensors that hold the factors of these targets: of one module, or of all experts of a layer; empty ones stay."""
+        new = [(target.module.factors, self._factors(job, target, metrics)) for target in targets]
         module, factors = new[0]
-        if (
-            not isinstance(module, LoraModule)
-            or module.expert is None
-            or not any(t.numel() for _, f in new for t in f.values())
-        ):
+        if module is None or module.expert is None or not any(t.numel() for _, f in new for t in f.values()):
             return factors
-        whole = {name: self.job.plan.adapter.tensors[name].whole().clone() for name in (module.a, module.b)}
+        whole = {name: job.plan.adapter.tensors[name].whole().clone() for name in module.tensor_names}
         for expert, factors in new:
-            assert isinstance(expert, LoraModule)
-            for name, part in zip((expert.a, expert.b), expert.expert_slices, strict=True):
+            assert expert is not None
+            for name, part in zip(expert.tensor_names, expert.expert_slices, strict=True):
                 if factors[name].numel():
                     whole[name][part] = factors[name]
         return whole
 
-    def _factors(self, target: Target, figures: list[MitigatedMatrix]) -> dict[str, Tensor]:
-        module = target.module
-        delta, after, found = self.job.mitigated(target)
+    def _factors(self, job: Job, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
+        module = target.module.factors
+        delta, after, found = job.mitigated(target)
         if after is delta:
-            figures.append(matrix_figures(target, delta, after, found, self.job.options.scale, 0.0))
+            metrics.append(matrix_metrics(target, delta, after, found, job.options.scale))
             return {name: torch.empty(0) for name in self._tensors(target)}
         assert isinstance(after, LowRank)
-        assert isinstance(module, LoraModule)
-        B, A, dropped = back_project(after, module.rank, module.scale)
+        assert module is not None
+        B, A, error = back_project(after, module.rank, module.scaling)
         if module.delta_transposed:
             A, B = B.T, A.T
-        factors = {module.a: A, module.b: B}
-        if mirror := self._mirror(target):
-            factors |= {mirror.a: B.T, mirror.b: A.T}
         out = {}
-        for name, factor in factors.items():
-            encoding = ENCODINGS[self.job.plan.adapter.file.header.by_name[name].dtype]
+        for name, factor in zip(self._tensors(target), (A, B, B.T, A.T), strict=False):
+            encoding = ENCODINGS[job.plan.adapter.file.header.by_name[name].dtype]
             out[name] = encode(factor, encoding, factor, name)
-        A, B = out[module.a].double(), out[module.b].double()
-        written = LowRank(A.T * module.scale, B) if module.delta_transposed else LowRank(B * module.scale, A.T)
-        figures.append(matrix_figures(target, delta, written, found, self.job.options.scale, dropped))
+        written = module.product(out[module.a].double(), out[module.b].double())
+        metrics.append(matrix_metrics(target, delta, written, found, job.options.scale, error))
         return out

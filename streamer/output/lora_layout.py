@@ -1,4 +1,4 @@
-"""Lay out a LoRA adapter made from a fine-tuned model: the names of its modules, and its tensors beside the factors."""
+"""Lay out a LoRA adapter made from a fine-tuned model: the names of its modules, and its tensors other than factors."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamer.adapters.adapter import Adapter
+from streamer.adapters.finetuned import FinetunedModel
 from streamer.errors import UnsupportedError
 from streamer.plan.carried_tensors import TensorEdits
-from streamer.plan.tied_embeddings import OF_A_TIE, equal, find_tie, refuse_other_ties
+from streamer.plan.tied_embeddings import OF_A_TIE, equal, find_tie, is_without_head, refuse_other_ties
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.weights.base import StoredTensor
 
 PREFIX = "base_model.model."
-"""What PEFT's names begin with."""
+"""Prefix of the names in a PEFT adapter: ``model.layers.0.mlp.up_proj`` → ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
 
 
 @dataclass(frozen=True)
 class LoraLayout:
-    """What stands in a LoRA adapter beside its factors, and how its modules are called.
+    """Tensors of a LoRA adapter other than factors, and the names of its modules.
 
     Attributes
     ----------
@@ -41,12 +41,17 @@ class LoraLayout:
 
 
 def lora_layout(
-    tuned: Adapter, base: Checkpoint, matched: Mapping[str, str], changes: TensorEdits, renames: Renames
+    tuned: FinetunedModel, base: Checkpoint, matched: Mapping[str, str], changes: TensorEdits, renames: Renames
 ) -> LoraLayout:
-    """How a LoRA adapter says what of a fine-tuned model is no delta of a matrix.
+    """Give what changed in a fine-tuned model outside of matrices its form in a LoRA adapter.
 
     PEFT knows the modules by their names in a loaded model; a bias is its module's own where that has factors; what else has changed
-    is a saved module, with all of its tensors; an embedding and its lm_head stay tied. What has not changed is left out.
+    is a saved module, with all of its tensors; an embedding and its lm_head stay tied. Tensors that have not changed stay
+    out. Examples:
+
+    ``language_model.model.norm.weight``    → saved as ``base_model.model.model.language_model.norm.weight``
+    ``….q_proj.bias``, its weight changed   → ``….q_proj.base_layer.bias``
+    ``model.embed_tokens.weight``, tied     → factors of ``embed_tokens`` and, transposed, of ``lm_head``
 
     Parameters
     ----------
@@ -89,13 +94,14 @@ def lora_layout(
             carried[PREFIX + name] = tuned.tensors[c.source]
         elif c.source in changed:
             carried[f"{PREFIX}{module}.base_layer.{parameter}"] = tuned.tensors[c.source]
-    tie = find_tie(tuned.tensors, tuned.config, tuned)
+    headless = is_without_head(tuned.tensors, tuned.model_config)
+    tie = None if headless else find_tie(tuned.tensors, tuned.model_config, tuned)
     trained = {
         m: f"{m}.weight"
         for m, n in matched.items()
         if OF_A_TIE.search(f"{m}.weight") and not equal(tuned.tensors[f"{m}.weight"], StoredTensor(*base.locate(n)))
     }
-    refuse_other_ties(tie, tuned.path, tuned.tensors, tuned.config, tuned, trained, changed)
+    refuse_other_ties(tie, tuned.path, tuned.tensors, tuned.model_config, tuned, trained, changed)
     heads, one = {}, tie is not None and tie.head not in tuned.tensors
     if tie is not None and one:
         head = renames.at_run_time([tie.head]).get(tie.head, tie.head).removesuffix(".weight")

@@ -1,49 +1,48 @@
-"""A mitigated delta of any kind as a LoRA adapter of a chosen rank: the nearest of that rank, and how far it is off."""
+"""Write mitigated deltas of any kind as a LoRA adapter of a chosen rank: the nearest of that rank, and how far it is off."""
 
 from __future__ import annotations
 
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
-from streamer.adapters.config_rules import is_residual, normalize
+from streamer.adapters.adapter import WEIGHTS_NAME
+from streamer.adapters.config_rules import is_residual
+from streamer.adapters.finetuned import FinetunedModel
+from streamer.adapters.tensor_names import normalize
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense
 from streamer.linalg.svd import krylov_triplets
-from streamer.output.job import Job, output_plan, plan_card
+from streamer.output.job import Job
 from streamer.output.lora_layout import PREFIX, LoraLayout, lora_layout
 from streamer.output.memory import mitigation_bytes
-from streamer.output.metrics import matrix_figures
+from streamer.output.metrics import matrix_metrics
+from streamer.output.output_spec import adapter_spec, copied
+from streamer.output.recipes import Recipe
 from streamer.output.records import MitigatedMatrix
-from streamer.plan.memory import MemoryEstimate, resident_bytes
-from streamer.plan.plan import Plan, other_files, skipped_files
-from streamer.plan.side_files import own_tokenizer
+from streamer.plan.memory import MemoryEstimate
+from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.plan.transformers_renames import renames_for
 from streamer.storage.atomic_file import Buffer
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
-from streamer.storage.output_plan import RECORD_NAME
-from streamer.storage.shard_writer import ShardPlan, Source, plan_shard
+from streamer.storage.shard_writer import plan_shard
 from streamer.weights.dtypes import as_bytes
 
 SMALL = 1024
 """Up to this many rows or columns a dense delta is truncated by LAPACK's SVD, and above by the Krylov solver."""
 
 
-class LoraSink:
+class LoraWriter:
     """Writes the mitigated deltas as a LoRA adapter of rank `rank` and scale 1, in float32; what is carried along keeps its bytes."""
-
-    command = "mitigate"
 
     def __init__(self, job: Job, path: Path, rank: int) -> None:
         plan = job.plan
@@ -51,67 +50,50 @@ class LoraSink:
             raise UsageError(f"to_lora: expected a rank from 1, found {rank!r}")
         if reason := refusal(job):
             raise UnsupportedError(f"{plan.adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`")
-        self.job, self.rank = job, rank
-        self._beside = _beside_factors(plan)
-        self._of: dict[str, Target] = {}
+        self._plan, self._rank = plan, rank
+        self._layout = _layout(plan)
+        self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, Iterable[int]]] = []
         for target in plan.targets:
             for name, shape in self._tensors(target).items():
-                self._of[name] = target
+                self._targets[name] = target
                 entries.append((name, "F32", shape))
-        self._carried = self._beside.carried
-        entries += [(name, part.info.dtype, part.info.shape) for name, part in self._carried.items()]
-        self.shards: Mapping[str, ShardPlan] = {
-            WEIGHTS_NAME: plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp(self.command))
-        }
-        self.edited: Mapping[str, bytes] = {}
-        # A model's other files are not an adapter's.
-        beside = None if plan.adapter.is_model else plan.adapter.path
-        self.copies = [] if beside is None else [(name, p) for name, p in other_files(beside) if name != CONFIG_NAME]
+        entries += [(name, part.info.dtype, part.info.shape) for name, part in self._layout.carried.items()]
+        shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate"))
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        self.finals: Mapping[str, bytes] = {CONFIG_NAME: config.encode()}
-        own = (WEIGHTS_NAME, RECORD_NAME)
-        self.skipped_files = [] if beside is None else [name for name in skipped_files(beside) if name not in own]
-        self.to_lora: int | None = rank
-        self.warnings = job.warnings
-        self.notes: list[str] = []
-        self.advice: list[str] = []
-        self.tokenizer: Literal["adapter", "base"] | None = own_tokenizer(self.copies)
-        self.card, self.copies = plan_card(self)
-        self.output = output_plan(
-            self, path, conflicting_names=("adapter_model.bin", SINGLE_NAME, INDEX_NAME), to_lora=rank
-        )
+        # A model's other files are not an adapter's.
+        source = None if plan.adapter.describes_model else plan.adapter.path
+        self.spec = adapter_spec(job, path, shard, config.encode(), source, rank)
         self._ready: dict[str, Tensor] = {}
 
-    def needs(self) -> Iterator[MemoryEstimate]:
-        """Memory for each matrix."""
-        plan = self.job.plan
-        resident = resident_bytes(plan)
+    def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
+        """Estimate the peak memory for each matrix."""
+        plan = self._plan
         for target in plan.targets:
-            size = mitigation_bytes(plan, target, self.job.intruders(target), projected=True)
+            size = mitigation_bytes(plan, target, self.spec.job.intruders(target), projected=True)
             if not target.module.low_rank:
-                size += truncation_bytes(target.module.shape, self.rank, plan.weights[target.tensor].compute.itemsize)
+                size += truncation_bytes(target.module.shape, self._rank, plan.weights[target.tensor].compute.itemsize)
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
-    def source(self, name: str, figures: list[MitigatedMatrix]) -> Source:
-        """Bytes of each tensor; appends each matrix's figures, `dropped` being the relative norm of what the rank leaves out."""
+    def timed(self) -> list[tuple[str, Recipe, int]]:
+        """Give all bytes as copied."""
+        return copied(self.spec)
 
-        def pour(info: TensorInfo) -> Iterable[Buffer]:
-            if info.name in self._carried:
-                part = self._carried[info.name]
-                return part.file.chunks(part.info)
-            if info.name not in self._ready:
-                self._ready |= self._factors(self._of[info.name], figures)
-            return [as_bytes(self._ready.pop(info.name))]
+    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
+        """Give the bytes of a tensor; the truncation error among the metrics is the relative norm of what the rank leaves out."""
+        if stored := self._layout.carried.get(info.name):
+            return stored.file.chunks(stored.info)
+        if info.name not in self._ready:
+            self._ready |= self._factors(job, self._targets[info.name], metrics)
+        return [as_bytes(self._ready.pop(info.name))]
 
-        return pour
-
-    def _factors(self, target: Target, figures: list[MitigatedMatrix]) -> dict[str, Tensor]:
-        delta, after, found = self.job.mitigated(target)
-        nearest = truncated(after, self.rank, target.tensor)
+    def _factors(self, job: Job, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
+        delta, after, found = job.mitigated(target)
+        nearest = truncated(after, self._rank, target.tensor)
         B, A = nearest.L.float(), nearest.R.T.float()
         written = LowRank(B.double(), A.double().T)
-        figures.append(matrix_figures(target, delta, written, found, self.job.options.scale, _left_out(after, written)))
+        error = _truncation_error(after, written)
+        metrics.append(matrix_metrics(target, delta, written, found, job.options.scale, error))
         shapes = self._tensors(target)
         return {
             name: factor.reshape(shapes[name]).contiguous()
@@ -119,33 +101,33 @@ class LoraSink:
         }
 
     def _tensors(self, target: Target) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of A and B as PEFT stores them; and of an lm_head's that is tied to the target."""
-        (m, n), kernel, rank = target.module.shape, target.kernel, self.rank
-        module = self._beside.names.get(target.module.name, target.module.name)
+        """Name A and B as PEFT stores them, with their shapes; and those of an lm_head that is tied to the target."""
+        (m, n), kernel, rank = target.module.shape, target.kernel, self._rank
+        module = self._layout.names.get(target.module.name, target.module.name)
         stem = f"{PREFIX}{module}"
         if target.is_embedding:
             tensors: dict[str, tuple[int, ...]] = {
                 f"{stem}.lora_embedding_A": (rank, n),
                 f"{stem}.lora_embedding_B": (m, rank),
             }
-            head = self._beside.heads.get(target.module.name)
+            head = self._layout.heads.get(target.module.name)
             return tensors | _linear(f"{PREFIX}{head}", (n, m), rank, ()) if head else tensors
         return _linear(stem, (m, n), rank, kernel)
 
     def _config(self) -> dict[str, Any]:
-        """A plain LoRA config: where it goes, what is carried along, and nothing of how the old adapter was trained."""
-        plan, names = self.job.plan, self._beside.names
+        """Make a plain LoRA config: where it goes, what is carried along, and nothing of how the old adapter was trained."""
+        plan, names = self._plan, self._layout.names
         return {
-            **self._beside.config,
+            **self._layout.config,
             "peft_type": "LORA",
             "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in plan.targets),
-            "r": self.rank,
-            "lora_alpha": self.rank,
+            "r": self._rank,
+            "lora_alpha": self._rank,
             "target_modules": [
                 *(names.get(t.module.name, t.module.name) for t in plan.targets),
-                *self._beside.heads.values(),
+                *self._layout.heads.values(),
             ],
-            "bias": "all" if any(name.endswith(".bias") for name in self._carried) else "none",
+            "bias": "all" if any(name.endswith(".bias") for name in self._layout.carried) else "none",
             "init_lora_weights": True,
             "inference_mode": True,
         }
@@ -157,26 +139,26 @@ def _linear(stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...
     return {f"{stem}.lora_A.weight": (rank, *inner), f"{stem}.lora_B.weight": (m, rank, *(1 for _ in kernel))}
 
 
-def _beside_factors(plan: Plan) -> LoraLayout:
-    """What else stands in the adapter: of one that is read, what it carries, under the same names."""
+def _layout(plan: Plan) -> LoraLayout:
+    """Lay the adapter out; one that is read carries along what it did, under the same names."""
     adapter = plan.adapter
-    if adapter.is_model:
+    if isinstance(adapter, FinetunedModel):
         matched = {t.module.name: t.tensor for t in plan.targets}
-        return lora_layout(adapter, plan.base, matched, plan.changes, renames_for(plan.config))
+        return lora_layout(adapter, plan.base, matched, plan.edits, renames_for(plan.config))
     kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
-    config = {key: adapter.config[key] for key in kept if key in adapter.config}
+    config = {key: adapter.config.values[key] for key in kept if key in adapter.config.values}
     carried = {PREFIX + normalize(c.source): adapter.tensors[c.source] for c in adapter.carried}
     return LoraLayout({}, carried, config, {})
 
 
 def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:
-    """The nearest matrix of that rank, its singular values shared evenly between the factors; `name` seeds the Krylov solver."""
+    """Compute the nearest matrix of that rank, its singular values shared evenly between the factors; `name` seeds the Krylov solver."""
     return delta.nearest(rank, partial(_leading_triplets, seed=zlib.crc32(name.encode())))
 
 
 def _leading_triplets(delta: Dense, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets of a dense delta, in float64: by LAPACK where it is small, and else by the Krylov solver."""
+    """Compute the leading singular triplets of a dense delta, in float64: by LAPACK where it is small, and else by the Krylov solver."""
     matrix = delta.dense()
     m, n = matrix.shape
     if not matrix.any():
@@ -192,7 +174,7 @@ def _leading_triplets(delta: Dense, rank: int, seed: int) -> tuple[Tensor, Tenso
 
 
 def truncation_bytes(shape: tuple[int, int], rank: int, itemsize: int) -> int:
-    """Memory for `truncated` with a dense delta, beside the delta."""
+    """Estimate the memory for `truncated` with a dense delta, on top of the delta."""
     m, n = shape
     p = min(m, n)
     if _is_small(shape, rank):  # in float64: a copy, LAPACK's own, both factors and the workspace
@@ -205,14 +187,14 @@ def _is_small(shape: Sequence[int], rank: int) -> bool:
     return min(shape) <= max(SMALL, 4 * rank)
 
 
-def _left_out(delta: Delta, written: LowRank) -> float:
-    """``‖Δ' − B·A‖_F / ‖Δ'‖_F`` of what is written, rounding and all."""
+def _truncation_error(delta: Delta, written: LowRank) -> float:
+    """Compute ``‖Δ' − B·A‖_F / ‖Δ'‖_F`` of what is written, rounding and all."""
     total = delta.norm()
     return delta.distance(written) / total if total else 0.0
 
 
 def refusal(job: Job) -> str:
-    """Why a plain LoRA adapter cannot say what an adapter does; empty where it can."""
+    """Say why a plain LoRA adapter cannot do what an adapter does; empty where it can."""
     adapter = job.plan.adapter
     if is_residual(adapter.config):
         return "is relative to a residual base, which a plain config does not say"

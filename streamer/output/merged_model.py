@@ -10,19 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamer.adapters.modules import MethodModule
 from streamer.errors import UnsupportedError
 from streamer.output.recipes import AddBias, AddDelta, Cast, CopyBytes, Recipe, ReplaceRows, Requantize, RowSlice, Stack
-from streamer.plan.carried_tensors import edited_config
-from streamer.plan.plan import MODEL_CONFIG, Plan
+from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice, stores_conv1d
 from streamer.plan.task_heads import Head, implied_head
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shard_writer import ShardPlan, index_bytes, plan_shard
 from streamer.weights.base import StoredTensor, Weight
-from streamer.weights.dequantize import is_activation_scale, plain_config, plain_weights
+from streamer.weights.dequantize import is_activation_scale, plain_weights
 from streamer.weights.dtypes import SPELLINGS
 from streamer.weights.logical import WeightView
+from streamer.weights.model_config import MODEL_CONFIG
 from streamer.weights.plain import Plain
 from streamer.weights.quantization.fp8 import FP8
 
@@ -39,7 +38,7 @@ class Output:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """What a merge writes.
+    """Tensors and files that a merge writes.
 
     Attributes
     ----------
@@ -60,6 +59,11 @@ class MergedModel:
     texts: Mapping[str, bytes]
     index: Mapping[str, Any] | None
     head: Head
+
+    @property
+    def tensor_count(self) -> int:
+        """Count the output tensors of all files."""
+        return sum(map(len, self.files.values()))
 
     def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
         """The planned files, their headers exact; their metadata is the base's, and what is given."""
@@ -83,7 +87,7 @@ class MergedModel:
 
 
 def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
-    """What each tensor of the merged model is made of; from headers alone.
+    """Plan each tensor of the merged model, from headers alone.
 
     Parameters
     ----------
@@ -105,9 +109,8 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     }
     last = next(reversed(files))
     files[last] += [
-        _output(plan, weights, name, None) for name in plan.changes.sources if name not in plan.base.weight_map
+        _output(plan, weights, name, None) for name in plan.edits.sources if name not in plan.base.weight_map
     ]
-    plan.company.outputs += sum(map(len, files.values()))
     head = _head(plan, [o.name for outputs in files.values() for o in outputs])
     return MergedModel(
         {name: tuple(outputs) for name, outputs in files.items() if outputs},
@@ -119,8 +122,8 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
 
 
 def _of_file(plan: Plan, weights: WeightView, name: str, part: StoredTensor, dequantize: bool) -> Output | None:
-    """What a tensor of the base becomes; None if it is left out."""
-    if name in plan.changes.dropped or (dequantize and is_activation_scale(name, weights)):
+    """Plan the output of a tensor of the base; None if it is left out."""
+    if name in plan.edits.dropped or (dequantize and is_activation_scale(name, weights)):
         return None
     if name not in weights.owners:
         return _output(plan, weights, name, part)
@@ -138,7 +141,7 @@ def _of_file(plan: Plan, weights: WeightView, name: str, part: StoredTensor, deq
 
 
 def _merged(plan: Plan, weight: Weight, role: str | None = None, tuned: StoredTensor | None = None) -> Recipe:
-    """What a weight becomes that the adapter changes; with a `role`, that one of the tensors that its codes stand in."""
+    """Make the recipe of a weight that the adapter changes; with a `role`, of that one of the tensors of its quantized values."""
     recipes = [_piece(weight, target, place, role, tuned) for target, place in plan.by_weight[weight.name]]
     return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
 
@@ -157,7 +160,7 @@ def _piece(weight: Weight, target: Target, place: TensorSlice, role: str | None,
 def _refuse_codes(plan: Plan, dequantize: bool) -> None:
     """Refuse what does not fit the codes of the weights that it changes; one line for all."""
     coded = plan.weights.quantized_names
-    replaced = [name for name in plan.changes.sources if name in coded]
+    replaced = [name for name in plan.edits.sources if name in coded]
     if replaced:
         raise UnsupportedError(
             f"{plan.adapter.file.path}: saves {replaced[0]!r} (modules_to_save), which stands quantized in {plan.base.path}; merge into "
@@ -166,7 +169,7 @@ def _refuse_codes(plan: Plan, dequantize: bool) -> None:
     refused = [name for name in plan.by_weight if name in coded and not plan.weights.requantizes(name)]
     if dequantize and coded and stores_conv1d(plan.config):
         raise UnsupportedError(
-            f"{plan.base.path}: a quantized {plan.config['model_type']} stores its layers as (out, in) and a plain one as (in, out), which "
+            f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out), which "
             "is not supported; merge into the 16-bit base"
         )
     if refused and not dequantize:
@@ -179,7 +182,7 @@ def _refuse_codes(plan: Plan, dequantize: bool) -> None:
 
 def _output(plan: Plan, weights: WeightView, name: str, part: StoredTensor | None) -> Output:
     """A tensor of the merged model; `part` is the base's own, if it has one."""
-    changes = plan.changes
+    changes = plan.edits
     source = changes.sources.get(name, part)
     assert source is not None
     stands = part or source
@@ -203,29 +206,25 @@ def _output(plan: Plan, weights: WeightView, name: str, part: StoredTensor | Non
 
 def _tuned(plan: Plan, name: str, stands: StoredTensor) -> StoredTensor | None:
     """The fine-tuned model's own tensor, where it stands in an adapter's place and in the dtype that is written."""
-    module = plan.by_weight[name][0][0].module
-    if not plan.adapter.is_model or not isinstance(module, MethodModule):
-        return None
-    (tensor,) = module.tensors.values()
-    part = plan.adapter.tensors[tensor]
-    return part if part.info.dtype == stands.info.dtype else None
+    part = plan.adapter.stored_sum(plan.by_weight[name][0][0].module)
+    return part if part is not None and part.info.dtype == stands.info.dtype else None
 
 
 def _head(plan: Plan, names: list[str]) -> Head:
-    """What follows from the adapter's task and the head that it saves; of a fine-tuned model its own config says it."""
-    if plan.adapter.is_model:
+    """Derive the head from the adapter's task and the head that it saves; a fine-tuned model's own config has it."""
+    if plan.adapter.describes_model:
         return Head(plan.config)
-    trained = {name: part.info.shape for name, part in plan.changes.sources.items() if name in plan.changes.trained}
-    return implied_head(plan.config, plan.adapter.config, trained, names)
+    trained = {name: part.info.shape for name, part in plan.edits.sources.items() if name in plan.edits.trained}
+    return implied_head(plan.config, plan.adapter.config.get("task_type"), trained, names)
 
 
 def _texts(plan: Plan, head: Head, dequantize: bool) -> dict[str, bytes]:
     """The model's config, where the merge changes what it must say."""
-    if plan.adapter.is_model:  # its own config describes it
+    if plan.adapter.describes_model:  # its own config describes it
         return {}
-    config = edited_config(head.config, plan.changes)
+    config = plan.edits.config(head.config)
     if dequantize:
-        config = plain_config(config)
+        config = config.unquantized()
     if config == plan.config:
         return {}
-    return {MODEL_CONFIG: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+    return {MODEL_CONFIG: (json.dumps(config.values, indent=2, ensure_ascii=False) + "\n").encode()}

@@ -1,4 +1,4 @@
-"""What a mitigation did: the figures of a matrix, as the journal and the record of an output hold them, and their sums."""
+"""Measure what a mitigation did: the metrics of a matrix, as the journal and the record of an output hold them, and their sums."""
 
 from __future__ import annotations
 
@@ -13,12 +13,22 @@ from streamer.output.records import MitigatedMatrix, Totals
 from streamer.plan.targets import Target
 
 
-def matrix_figures(
-    target: Target, delta: Delta, after: Delta, found: Detection | None, scale: str, dropped: float
+def matrix_metrics(
+    target: Target, delta: Delta, after: Delta, found: Detection | None, select: str, truncation_error: float = 0.0
 ) -> MitigatedMatrix:
-    """What mitigation did to one matrix, as JSON values."""
+    """Measure the mitigation of one matrix, as JSON values.
+
+    Parameters
+    ----------
+    after
+        Δ' as it is written.
+    select
+        Which intruders are scaled, ``all`` or the ``first``.
+    truncation_error
+        ``‖Δ' − written‖_F / ‖Δ'‖_F``.
+    """
     before = delta.norm()
-    scaled = () if found is None else found.intruders if scale == "all" else found.intruders[:1]
+    scaled = () if found is None else found.intruders if select == "all" else found.intruders[:1]
     return {
         "tensor": target.tensor,
         "module": target.module.name,
@@ -26,20 +36,20 @@ def matrix_figures(
         "certified": None if found is None else found.certified,
         "delta_norm": before,
         "delta_norm_after": before if after is delta else after.norm(),
-        "dropped": dropped,
+        "dropped": truncation_error,
     }
 
 
 def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
-    """The figures of a finished file's matrices."""
-    figures: list[MitigatedMatrix] = entry.get("matrices", [])
+    """Return the metrics of a finished file's matrices, checked."""
+    metrics: list[MitigatedMatrix] = entry.get("matrices", [])
     numbers = ("delta_norm", "delta_norm_after", "dropped")
     try:
         good = all(
             isinstance(m["intruders"], list)
             and m["certified"] in (True, False, None)
             and all(type(m[key]) is float and 0 <= m[key] < 1e100 for key in numbers)  # type: ignore[literal-required]
-            for m in figures
+            for m in metrics
         )
     except (KeyError, TypeError):
         good = False
@@ -47,11 +57,11 @@ def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
         raise OutputError(
             f"{path}: the journal's figures of {entry['file']} are not of this version; --no-resume starts over"
         )
-    return figures
+    return metrics
 
 
 def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:
-    """Sum the figures of all matrices of an output of so many bytes."""
+    """Sum the metrics of all matrices of an output of so many bytes."""
     before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
     after = math.sqrt(sum(m["delta_norm_after"] ** 2 for m in matrices))
     return {

@@ -22,7 +22,7 @@ Selection = Literal["all", "first"]
 
 @dataclass(frozen=True)
 class MitigationOptions:
-    """What decides the mitigated delta, given the findings.
+    """Options that decide the mitigated delta, given the findings.
 
     Attributes
     ----------

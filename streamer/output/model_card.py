@@ -23,7 +23,7 @@ MOST_BYTES = 4 << 20
 TAG = "intruder-dimensions"
 
 KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
-"""What of a base's head is true of a model merged from it. Results, data sets and widgets are of the base."""
+"""Keys of a base's head that are true of a model merged from it. Results, data sets and widgets are of the base."""
 
 ADVICE_BYTES = 400
 """Room for advice that is known only when an adapter is made."""
@@ -191,7 +191,7 @@ def _name(source: Source) -> str:
 
 
 def _facts(record: Record) -> str:
-    """What is known of how an output was made, as a table, a command, and advice."""
+    """Write down how an output was made, as a table, a command, and advice."""
     base, adapter, totals = record["base"], record["adapter"], record["totals"]
     detection, named = record["detection"], adapter.get("base_model_name_or_path")
     rows = [
@@ -258,13 +258,13 @@ def command_line(record: Record) -> str:
 
 
 def longest_matrices(matrices: int) -> list[MitigatedMatrix]:
-    """Make figures of which as many have intruders as may."""
+    """Make metrics of matrices that all have intruders."""
     return [{"tensor": "", "module": "", "intruders": [0], "certified": True, "delta_norm": 1.0, "delta_norm_after": 1.0,
              "dropped": 1.0}] * matrices  # fmt: skip
 
 
 def longest_totals(matrices: int, directions: int) -> Totals:
-    """Totals whose figures are as long as any may get."""
+    """Make totals whose numbers are as long as any may get."""
     long = -1.2345678e-100
     return {"matrices": matrices, "intruders": directions, "changed": matrices, "delta_norm": long, "delta_norm_after": long,
             "equal_norm_shrink": long, "dropped_max": 1.0, "bytes": 0}  # fmt: skip

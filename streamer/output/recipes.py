@@ -1,4 +1,4 @@
-"""What a tensor of a merged model is made of: one recipe a way, each giving the bytes a few rows at a time.
+"""Make the tensors of a merged model: one recipe for each way, giving the bytes a few rows at a time.
 
 A recipe gives bytes of the dtype that the output has; what is computed is computed in the computing dtype and rounded once.
 """
@@ -6,9 +6,9 @@ A recipe gives bytes of the dtype that the output has; what is computed is compu
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,31 +18,47 @@ from streamer.linalg.operators import Delta, all_finite
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Buffer
 from streamer.storage.page_cache import QUEUE
-from streamer.weights.base import StoredTensor, Weight
+from streamer.weights.base import DECODED_BYTES, StoredTensor, Weight
 from streamer.weights.dtypes import Encoding, as_bytes, encode
 from streamer.weights.quantization.fp8 import FP8
 
 BLOCK_BYTES = 4 << 20
-"""Rows of this many float32 bytes are merged at a time, so that memory does not depend on the matrix.
+"""Rows of this many float32 bytes are merged at a time, so that memory does not depend on the matrix; measured in docs/benchmarks.md."""
 
-CPU seconds for 4 GB of a width of 4096, one thread, three rounds on a busy machine: 2 MB 2.3 to 2.4; 4 MB 2.1 to 3.2; 8 MB 2.2 to
-3.7; 0.5 MB 3.2 to 3.7. From 2 MB on the noise is larger than any difference; below, the calls' own cost shows.
-"""
-
+DECODED = 8
+"""Rows in float32 that decoding a few rows takes at most, of which the rows themselves are one: codes and scales spread out to int32."""
 
 Mitigated = Callable[[Target], tuple[Delta, Delta]]
 """Gives Δ and Δ' of one matrix; Δ' is Δ itself where nothing changes."""
 
 
-class Recipe(Protocol):
-    """How one tensor of a merged model is made."""
+class Recipe(ABC):
+    """Makes one tensor of a merged model."""
 
+    __slots__ = ()
+
+    @property
+    def cost_kind(self) -> type[Recipe] | None:
+        """The kind of recipes that take as long for each byte; None where the whole matrix is computed more than once."""
+        return type(self)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that it takes; 0 where that is counted with the mitigation of its matrix."""
+        return 0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether another tensor's recipe asks for the same delta, which is counted there."""
+        return False
+
+    @abstractmethod
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """Its bytes, in order; each stays as it is until `QUEUE` more were given."""
+        """Give its bytes, in order; each piece stays as it is until `QUEUE` more were given."""
 
 
 @dataclass(frozen=True, slots=True)
-class CopyBytes:
+class CopyBytes(Recipe):
     """The bytes of a tensor as they stand, of any dtype."""
 
     part: StoredTensor
@@ -53,10 +69,19 @@ class CopyBytes:
 
 
 @dataclass(frozen=True)
-class Cast:
-    """The values of a weight, rounded once to the dtype that is written: the adapter's own, or what codes mean. They must be finite."""
+class Rows(Recipe):
+    """Makes a weight anew by rows, with no delta."""
 
     weight: Weight
+
+    @property
+    def peak_bytes(self) -> int:
+        """A few rows."""
+        return rows_bytes(self.weight)
+
+
+class Cast(Rows):
+    """Rounds the values of a weight once to the dtype that is written: the adapter's own, or what codes mean. They must be finite."""
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Rows in the written dtype."""
@@ -69,7 +94,7 @@ class Cast:
 
 
 @dataclass(frozen=True)
-class AddDelta:
+class AddDelta(Recipe):
     """``W0 + Δ'``; a delta of zero leaves W0's own bytes: adding it would turn −0 into +0.
 
     `tuned` is ``W0 + Δ`` as it stands in a file, whose bytes are the result where Δ' is Δ.
@@ -97,12 +122,21 @@ class AddDelta:
 
 
 @dataclass(frozen=True)
-class Requantize:
+class Requantize(Recipe):
     """One of the tensors that the codes of ``W0 + Δ'`` stand in, scales chosen anew; a delta of zero leaves W0's own bytes."""
 
     weight: FP8
     target: Target
     role: str
+
+    @property
+    def cost_kind(self) -> None:
+        """None: the scales take a pass of their own."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether these are the scales, the delta being counted with the quantized values."""
+        return self.role != "weight"
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Codes, or their scales. The sum is made again for each pass: it is never in memory whole."""
@@ -123,11 +157,21 @@ class Requantize:
 
 
 @dataclass(frozen=True)
-class RowSlice:
+class RowSlice(Recipe):
     """A tensor that holds some rows of a matrix: what the recipe makes of these rows of the delta."""
 
     recipe: AddDelta | Requantize
     rows: tuple[int, int]
+
+    @property
+    def cost_kind(self) -> type[Recipe] | None:
+        """The recipe's."""
+        return self.recipe.cost_kind
+
+    @property
+    def repeats(self) -> bool:
+        """Whether these are not the first rows, with which the delta is counted."""
+        return self.rows[0] > 0 or self.recipe.repeats
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """The recipe's."""
@@ -140,32 +184,37 @@ class RowSlice:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """A tensor that holds one matrix after the other."""
+class Stack(Recipe):
+    """A tensor that holds one matrix after the other, all made alike."""
 
     recipes: tuple[Recipe, ...]
 
+    @property
+    def cost_kind(self) -> type[Recipe] | None:
+        """Each one's."""
+        return self.recipes[0].cost_kind
+
+    @property
+    def repeats(self) -> bool:
+        """Whether each does."""
+        return self.recipes[0].repeats
+
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """Those of each."""
+        """Give those of each, one after the other."""
         return itertools.chain.from_iterable(recipe.pieces(mitigated) for recipe in self.recipes)
 
 
-def repeats(recipe: Recipe) -> bool:
-    """Whether another tensor's recipe asks for the same delta, so that it counts there: codes' scales, and all shares but the first."""
-    if isinstance(recipe, Stack):
-        return repeats(recipe.recipes[0])
-    if isinstance(recipe, RowSlice):
-        return recipe.rows[0] > 0 or repeats(recipe.recipe)
-    return isinstance(recipe, Requantize) and recipe.role != "weight"
-
-
 @dataclass(frozen=True)
-class AddBias:
+class AddBias(Rows):
     """A weight plus `scale` times a tensor of its shape: a bias with LoRA's own."""
 
-    weight: Weight
     shift: Weight
     scale: float
+
+    @property
+    def cost_kind(self) -> type[Recipe]:
+        """Copies: a bias is small."""
+        return CopyBytes
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Rows of the sum."""
@@ -175,12 +224,16 @@ class AddBias:
 
 
 @dataclass(frozen=True)
-class ReplaceRows:
+class ReplaceRows(Rows):
     """A weight with some of its rows exchanged: an embedding with trained tokens. All other rows keep their bytes."""
 
-    weight: Weight
     tokens: Weight
     indices: tuple[int, ...]
+
+    @property
+    def cost_kind(self) -> type[Recipe]:
+        """Copies: few rows are computed."""
+        return CopyBytes
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
         """Rows, the trained ones rounded once."""
@@ -192,6 +245,14 @@ class ReplaceRows:
                 new = self.tokens.rows(at, at + 1).to(values.dtype)
                 out[row - i] = encode(new, _encoding(self.weight), torch.zeros_like(new), self.tokens.name)[0]
             yield as_bytes(out)
+
+
+def rows_bytes(weight: Weight) -> int:
+    """Memory for making a weight anew a few rows at a time: what is read or decoded, summed, and rounded twice by turns."""
+    m, n = weight.matrix
+    row = max(1, n * weight.compute.itemsize)
+    block = max(row, min(m * row, max(BLOCK_BYTES, DECODED_BYTES)))
+    return (3 + (DECODED if weight.quantized else 1)) * block + weight.held_bytes
 
 
 def _encoding(weight: Weight) -> Encoding:

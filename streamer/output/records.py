@@ -1,4 +1,4 @@
-"""What an output says of itself: its record, ``streamer.json``, as types of JSON values; the stamp of its files is in `stamps`."""
+"""Types of the record of an output, ``streamer.json``, as JSON values; the stamp of its files is in `stamps`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEMA = "streamer.output/2"
 
 
 class MitigatedMatrix(TypedDict):
-    """What mitigation did to one matrix.
+    """Metrics of the mitigation of one matrix.
 
     Attributes
     ----------
@@ -81,13 +81,14 @@ Record = TypedDict(
         "matrices": list[MitigatedMatrix],
         "plan": str,
         "files": list[FileRecord],
+        "sha256": str,
     },
     total=False,
 )
 Record.__doc__ = """The record of an output, as it stands in ``streamer.json``.
 
 `warnings` say where the result may differ from what was trained, `notes` what else happened, and `advice` what would be better, a line
-each. `plan` is a digest over all that decides the output's bytes.
+each. `plan` is a digest over all that decides the output's bytes, `sha256` one of the record's own, with zeros in its place.
 """
 
 
@@ -99,5 +100,5 @@ class Written(Record, total=False):
 
 
 def certified_count(matrices: Sequence[MitigatedMatrix]) -> int:
-    """How many matrices have certified decisions."""
+    """Count the matrices with certified decisions."""
     return sum(m["certified"] is True for m in matrices)

@@ -1,4 +1,4 @@
-"""Outputs being written, one or several in step: each a resumable transaction of its own, and of the base each tensor is read once.
+"""Write outputs, one or several in step: each is a resumable transaction of its own, and of the base each tensor is read once.
 
 An output's tensors are in the base's file order. Of several outputs the one that is furthest behind goes on, so that all of them ask for
 a tensor before any asks for the next, and the system's cache has it for all but the first.
@@ -9,20 +9,24 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.memory import detection_estimates
+from streamer.detection.options import RunOptions
 from streamer.detection.run import detect_to_files, naming_inputs
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
 from streamer.output.advice import advise
-from streamer.output.job import OWN_FINDINGS, Sink, make_record
+from streamer.output.job import GivenFindings
 from streamer.output.metrics import journalled, totals
 from streamer.output.model_card import CARD_NAME
+from streamer.output.output_spec import OWN_FINDINGS, Writer
 from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
-from streamer.plan.memory import check_budget
+from streamer.plan.batch import Batch
+from streamer.plan.memory import check_budget, resident_bytes
 from streamer.storage.atomic_file import AtomicFile, Buffer
 from streamer.storage.checkpoint import FilePosition
 from streamer.storage.header import TensorInfo
@@ -33,63 +37,79 @@ from streamer.storage.shard_writer import shard_steps
 from streamer.storage.transaction import OutputDirectory, open_outputs, touch_output
 
 
-def inspect_jobs(sinks: Sequence[Sink], overwrite: bool = False, resume: bool = True) -> Sequence[str]:
-    """Preflight, read-only: ``new``, ``resume`` or ``done`` for each (see `inspect_output`), and whether all of them fit on the disk."""
-    states = []
-    for sink in sinks:
-        job, paths = sink.job, [sink.output.path / name for name, _ in sink.output.files]
-        with naming_inputs(job.plan, paths, overwrite):
-            state = inspect_output(sink.output, overwrite, resume)
+def batch_of(writers: Sequence[Writer]) -> Batch:
+    """Return the plans of outputs that are made from one base."""
+    plans = [writer.spec.job.plan for writer in writers]
+    return Batch(plans[0].base, tuple(plans))
+
+
+def resident_of(writers: Sequence[Writer]) -> int:
+    """Estimate the memory between any two steps of outputs that are written together."""
+    return resident_bytes(batch_of(writers), sum(writer.spec.model_tensors for writer in writers))
+
+
+def inspect_jobs(writers: Sequence[Writer], options: RunOptions) -> Sequence[str]:
+    """Check before writing: ``new``, ``resume`` or ``done`` for each (see `inspect_output`), and whether all of them fit on the disk."""
+    states, resident = [], resident_of(writers)
+    for writer in writers:
+        spec, job = writer.spec, writer.spec.job
+        paths = [spec.path / name for name, _ in spec.output.files]
+        with naming_inputs(job.plan, paths, options.overwrite):
+            state = inspect_output(spec.output, options.overwrite, options.resume)
         if state != "done":
             job.plan.refuse_overwriting(paths)
-            detecting = detection_estimates(job.plan, job.detection) if job.detects else ()
-            check_budget(itertools.chain(detecting, sink.needs()), job.detection.max_memory)
+            detecting = detection_estimates(job.plan, job.detection, resident) if job.detects else ()
+            check_budget(itertools.chain(detecting, writer.estimates(resident)), job.detection.max_memory)
         states.append(state)
-    if len(sinks) > 1:
-        missing = sum(missing_bytes(s.output, state) for s, state in zip(sinks, states, strict=True) if state != "done")
-        check_space(sinks[0].output.path.parent, missing, at_most=any(sink.output.temporary for sink in sinks))
+    if len(writers) > 1:
+        outputs = [writer.spec.output for writer in writers]
+        missing = sum(missing_bytes(out, state) for out, state in zip(outputs, states, strict=True) if state != "done")
+        check_space(outputs[0].path.parent, missing, at_most=any(output.temporary for output in outputs))
     return states
 
 
-def run_jobs(sinks: Sequence[Sink], monitor: Monitor, *, overwrite: bool = False, resume: bool = True) -> list[Written]:
+def run_jobs(writers: Sequence[Writer], options: RunOptions) -> list[Written]:
     """Write outputs that are made from one base, each as one resumable transaction, and return their records.
 
-    A record is that of `streamer mitigate --json` and `streamer merge --json`; but for `output` and `state` it stands in the output, as
+    A record is that of `streamer mitigate --json` and `streamer merge --json`; without `output` and `state` it stands in the output, as
     ``streamer.json``. A finished output of the same plan is left as it is; its files' times become those of this run.
     """
-    states = inspect_jobs(sinks, overwrite, resume)
-    for line in dict.fromkeys(line for sink in sinks for line in sink.warnings):
+    monitor, states = options.monitor, inspect_jobs(writers, options)
+    specs = [writer.spec for writer in writers]
+    for line in dict.fromkeys(line for spec in specs for line in spec.warnings):
         monitor.emit(Event("warning", line))
-    todo = [sink for sink, state in zip(sinks, states, strict=True) if state != "done"]
-    for sink in (sink for sink, state in zip(sinks, states, strict=True) if state == "done"):
-        monitor.emit(Event("note", f"{sink.output.path} holds this very output already; nothing to do"))
-        lock = sink.output.path / LOCK_NAME
+    for spec in (spec for spec, state in zip(specs, states, strict=True) if state == "done"):
+        monitor.emit(Event("note", f"{spec.path} holds this very output already; nothing to do"))
+        lock = spec.path / LOCK_NAME
         if lock.exists():  # of a run that was killed as it ended
             with locked(lock):
                 pass
-        if fault := touch_output(sink.output):
+        if fault := touch_output(spec.output):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
-    with open_outputs([sink.output for sink in todo], overwrite, resume) as outs:
-        runs = [_Run(sink, out, monitor) for sink, out in zip(todo, outs, strict=True)]
-        for line in dict.fromkeys(line for sink in todo for line in (*sink.notes, *sink.advice)):
+    todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
+    with open_outputs([writer.spec.output for writer in todo], options.overwrite, options.resume) as outs:
+        runs = [_Run(writer, out, monitor) for writer, out in zip(todo, outs, strict=True)]
+        for line in dict.fromkeys(line for run in runs for line in (*run.spec.notes, *run.spec.advice)):
             monitor.emit(Event("note", line))
         for run in runs:
             run.look()
-        _detect([run for run in runs if run.lacks_findings], monitor)
+        _detect([run for run in runs if run.lacks_findings], options, resident_of(writers))
         with threads():
             _in_step(runs)
     said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
     return [
-        cast(Written, {**finished_record(sink.output), "output": str(sink.output.path), "state": said[state]})
-        for sink, state in zip(sinks, states, strict=True)
+        cast(Written, {**finished_record(spec.output), "output": str(spec.path), "state": said[state]})
+        for spec, state in zip(specs, states, strict=True)
     ]
 
 
 class _Run:
-    """One output while it is written."""
+    """Writes one output."""
 
-    def __init__(self, sink: Sink, out: OutputDirectory, monitor: Monitor) -> None:
-        self.sink, self.out, self.monitor = sink, out, monitor
+    def __init__(self, writer: Writer, out: OutputDirectory, monitor: Monitor) -> None:
+        self.writer, self.spec, self.out, self.monitor = writer, writer.spec, out, monitor
+        self.job = writer.spec.job
+        """The spec's; with the findings in hand, once they are made."""
         self.done = 0
         """Bytes that stand, those of the file in hand included."""
         self.items = 0
@@ -98,7 +118,7 @@ class _Run:
 
     def look(self) -> None:
         """See which files an interrupted run has finished."""
-        for name, _ in self.sink.output.files:
+        for name, _ in self.spec.output.files:
             self.monitor.checkpoint()
             if self.out.finished(name) is not None:
                 self._finished.add(name)
@@ -106,16 +126,15 @@ class _Run:
     @property
     def lacks_findings(self) -> bool:
         """Whether there are deltas left to mitigate, and nothing is known about them."""
-        job = self.sink.job
-        return job.detects and not self.sink.shards.keys() <= self._finished
+        return self.job.detects and not self.spec.shards.keys() <= self._finished
 
     @property
     def counted(self) -> int:
         """Tensors of the shards, and other files, in all."""
-        return sum(self._items(name) for name, _ in self.sink.output.files)
+        return sum(self._items(name) for name, _ in self.spec.output.files)
 
     def _items(self, name: str) -> int:
-        shards = self.sink.shards
+        shards = self.spec.shards
         return len(shards[name].header.tensors) if name in shards else 1
 
     def steps(self, runs: Sequence[_Run]) -> Generator[FilePosition, None, None]:
@@ -126,22 +145,22 @@ class _Run:
         runs
             All that are in step, this one among them: while one goes on, the others hold no pieces.
         """
-        sink, out = self.sink, self.out
-        check = sink.job.plan.check_unchanged
-        total, of = sum(run.sink.output.total_bytes for run in runs), sum(run.counted for run in runs)
-        adapter = sink.job.plan.adapter.path.absolute().name if len(runs) > 1 else ""
-        copies, texts = dict(sink.copies), {**sink.edited, **sink.finals}
+        spec, out = self.spec, self.out
+        check = self.job.plan.check_unchanged
+        total, of = sum(run.spec.output.total_bytes for run in runs), sum(run.counted for run in runs)
+        adapter = self.job.plan.adapter.path.absolute().name if len(runs) > 1 else ""
+        copies, texts = dict(spec.copies), {**spec.texts, **spec.finals}
 
         def emit(name: str) -> None:
             done, items = sum(run.done for run in runs), sum(run.items for run in runs)
             self.monitor.emit(Event("write", name, done, total, items, of, adapter))
 
         begun = 0
-        for name, size in sink.output.files:
+        for name, size in spec.output.files:
             self.monitor.checkpoint()
-            if name in self._finished or (name == CARD_NAME and sink.card is not None):
+            if name in self._finished or (name == CARD_NAME and spec.card is not None):
                 self.items += self._items(name)  # the card comes with the commit point, when all is known that it says
-            elif name in sink.shards:
+            elif name in spec.shards:
                 with contextlib.closing(self._shard(name)) as tensors:
                     for place, info, file in tensors:
                         if len(runs) > 1:
@@ -152,7 +171,7 @@ class _Run:
                         self.items += 1
             else:
                 emit(name)
-                if name == sink.output.files[-1][0]:
+                if name == spec.output.files[-1][0]:
                     self._write_card(self._matrices())
                 out.write(name, texts[name], check) if name in texts else out.copy(name, copies[name], check)
                 self.items += 1
@@ -162,46 +181,45 @@ class _Run:
         self._write_card(matrices)
         emit("")
         discard_own_findings(out.path)
-        record = self._record(matrices, sum(out.entry(name)["bytes"] for name, _ in sink.output.files))
+        record = self._record(matrices, sum(out.entry(name)["bytes"] for name, _ in spec.output.files))
         out.commit(cast(dict[str, Any], record))
-        for line in record["advice"][len(sink.advice) :]:
+        for line in record["advice"][len(spec.advice) :]:
             self.monitor.emit(Event("note", line))
 
     def _matrices(self, last: list[MitigatedMatrix] | None = None) -> list[MitigatedMatrix]:
-        """The figures of all matrices of finished files, and of the one in hand."""
-        done = [name for name in self.sink.shards if last is None or name != self.sink.output.files[-1][0]]
+        """Collect the metrics of all matrices of finished files, and of the one in hand."""
+        done = [name for name in self.spec.shards if last is None or name != self.spec.output.files[-1][0]]
         return [m for name in done for m in journalled(self.out.entry(name), self.out.path)] + (last or [])
 
     def _record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
-        record = make_record(self.sink, certified_count(matrices), totals(matrices, nbytes), matrices)
-        record["advice"] = [*record["advice"], *advise(self.sink, matrices)]
+        record = self.spec.record(certified_count(matrices), totals(matrices, nbytes), matrices)
+        record["advice"] = [*record["advice"], *advise(self.spec, matrices)]
         return record
 
     def _write_card(self, matrices: list[MitigatedMatrix]) -> None:
         """Write the card, just before the commit point; one that an interrupted run has written stays, being the same."""
-        card = self.sink.card
+        card = self.spec.card
         if card is not None and CARD_NAME not in self._finished:
-            self.out.write(CARD_NAME, card.text(self._record(matrices)), self.sink.job.plan.check_unchanged)
+            self.out.write(CARD_NAME, card.text(self._record(matrices)), self.job.plan.check_unchanged)
             self._finished.add(CARD_NAME)
 
     def _shard(self, name: str) -> Generator[tuple[FilePosition, TensorInfo, AtomicFile], None, None]:
-        """Write a shard; each of its tensors, before it is written, with its place and the file."""
-        job, base = self.sink.job, self.sink.job.plan.base
-        ((key, value),) = job.stamp(self.sink.command).items()
-        shard = self.sink.shards[name].with_metadata(key, value)
-        figures: list[MitigatedMatrix] = []
-        pour = self.sink.source(name, figures)
+        """Write a shard; give each of its tensors, before it is written, with its place and the file."""
+        job, base = self.job, self.job.plan.base
+        ((key, value),) = job.stamp(self.spec.command).items()
+        shard = self.spec.shards[name].with_metadata(key, value)
+        metrics: list[MitigatedMatrix] = []
 
         def source(info: TensorInfo) -> Generator[Buffer, None, None]:
-            for piece in pour(info):
+            for piece in self.writer.tensor_bytes(info, job, metrics):
                 self.monitor.checkpoint()
                 yield piece
 
         def announce(nbytes: int, sha256: str) -> None:
             job.plan.check_unchanged()
-            if name == self.sink.output.files[-1][0]:
-                self._write_card(self._matrices(figures))
-            self.out.announce(name, nbytes, sha256, matrices=figures)
+            if name == self.spec.output.files[-1][0]:
+                self._write_card(self._matrices(metrics))
+            self.out.announce(name, nbytes, sha256, matrices=metrics)
 
         number = list(base.files).index(name) if name in base.files else 0
         stands = base.files[name].header.by_name if name in base.files else {}
@@ -217,7 +235,7 @@ def _in_step(runs: Sequence[_Run]) -> None:
     """Let the run that is furthest behind go on, until all are done; the cache keeps what not all have had."""
     if not runs:
         return
-    files = list(runs[0].sink.job.plan.base.files.values())
+    files = list(runs[0].job.plan.base.files.values())
     with contextlib.ExitStack() as stack:
         for file in files if len(runs) > 1 else ():
             stack.enter_context(file.keeping_pages())
@@ -237,18 +255,19 @@ def _in_step(runs: Sequence[_Run]) -> None:
                 file.release_pages(following.start if following and inside else file.header.data_bytes)
 
 
-def _detect(runs: Sequence[_Run], monitor: Monitor) -> None:
+def _detect(runs: Sequence[_Run], options: RunOptions, resident: int) -> None:
     """Detect into the output directories where findings are needed and none were given; resumable like everything."""
     if not runs:
         return
     for run in runs:
         if not run.out.resumed:
             discard_own_findings(run.out.path)
-    jobs = [run.sink.job for run in runs]
+    jobs, batch = [run.job for run in runs], batch_of([run.writer for run in runs])
     paths = [run.out.path / OWN_FINDINGS for run in runs]
-    found = detect_to_files([job.plan for job in jobs], paths, jobs[0].detection, jobs[0].device, monitor)
-    for job, findings in zip(jobs, found, strict=True):
-        job.findings = findings
+    options, sizes = replace(options, overwrite=False, resume=True), [job.findings_size for job in jobs]
+    found = detect_to_files(batch, paths, jobs[0].detection, options, resident, sizes)
+    for run, findings in zip(runs, found, strict=True):
+        run.job = replace(run.job, findings=GivenFindings(findings))
 
 
 def discard_own_findings(directory: Path) -> None:

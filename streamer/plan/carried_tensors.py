@@ -1,19 +1,21 @@
-"""What an adapter's other tensors do to the base: weights and biases that replace, biases and rows that are added or exchanged.
+"""Match an adapter's carried tensors, those that are no factors, to the model's tensors that they edit.
 
-LoRA factors are matched in `targets`. Everything else that an adapter carries is given its tensor here, by the names that the
-factors were matched by, so that `plan` knows every tensor of the merged model before anything is written.
+Weights and biases replace the base's, or are new; LoRA's biases are added; trained tokens replace rows. Names are matched as those of
+the factors were (`targets`): where the module ``model.layers.0.mlp.up_proj`` was found as ``layers.0.mlp.up_proj.weight``, the saved
+``model.norm.weight`` is ``norm.weight``. So `plan` knows every tensor of the merged model before anything is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
-from streamer.adapters.adapter import CONFIG_NAME, Adapter
+from streamer.adapters.adapter import CONFIG_NAME, DeltaSource
 from streamer.adapters.layer_names import HEADS, VOCABULARY
-from streamer.adapters.modules import Carried
+from streamer.adapters.tensor_names import Carried
 from streamer.errors import MismatchError, UnsupportedError
+from streamer.plan.name_matching import prefix_exchange
 from streamer.plan.task_heads import LABEL_HEAD
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
@@ -21,10 +23,11 @@ from streamer.storage.header import TensorInfo
 from streamer.units import listed
 from streamer.weights.base import StoredTensor
 from streamer.weights.dtypes import encoding_of
+from streamer.weights.model_config import ModelConfig
 
 
 class CarriedRecord(TypedDict):
-    """What an adapter's tensor that is no factor does to a tensor of the base."""
+    """A carried tensor, by name, and its effect on a tensor of the base."""
 
     tensor: str
     change: str
@@ -33,16 +36,16 @@ class CarriedRecord(TypedDict):
 
 @dataclass(frozen=True)
 class TensorEdits:
-    """By name of the merged model's tensor.
+    """Edits of the base besides deltas, by the name of the merged model's tensor.
 
     Attributes
     ----------
     sources
-        What takes the place of the base's tensor, before any delta; a name that the base does not have is a new tensor.
+        Tensors that take the place of the base's, before any delta; a name that the base does not have is a new tensor.
     shifts
-        What is added to it, and times what.
+        Tensors that are added, and the factor of each.
     rows
-        What takes the place of some of its rows, and of which.
+        Tensors that take the place of some rows, and the rows' indices.
     trained
         Those of the sources that the adapter trained. The others are the base as the adapter knows it.
     vocabulary
@@ -50,9 +53,9 @@ class TensorEdits:
     dropped
         Tensors of the base that the merged model does without.
     untied
-        Whether the lm_head parts from the embedding that it was tied to (see `tied`); for the config.
+        Whether the lm_head parts from the embedding that it was tied to (see `tied_embeddings`); for the config.
     notes
-        What is to be said of a merged model, one line each.
+        Notes on the merged model, one line each.
     """
 
     sources: Mapping[str, StoredTensor] = field(default_factory=dict)
@@ -65,9 +68,9 @@ class TensorEdits:
     notes: tuple[str, ...] = ()
 
     def listed(self, base: Checkpoint) -> list[CarriedRecord]:
-        """What happens to which tensor, as JSON values."""
+        """List the edits as JSON values."""
         lines = [(name, "replaced" if name in base.weight_map else "new", part) for name, part in self.sources.items()]
-        lines += [(name, f"plus {scale:g} times", part) for name, (part, scale) in self.shifts.items()]
+        lines += [(name, f"plus {scaling:g} times", part) for name, (part, scaling) in self.shifts.items()]
         lines += [(name, f"{len(indices)} rows replaced", part) for name, (part, indices) in self.rows.items()]
         listed: list[CarriedRecord] = [
             {"tensor": name, "change": change, "by": part.info.name} for name, change, part in lines
@@ -76,16 +79,22 @@ class TensorEdits:
             {"tensor": name, "change": "dropped", "by": "the tie to the embedding"} for name in sorted(self.dropped)
         ]
 
+    def config(self, config: ModelConfig) -> ModelConfig:
+        """Set a model's config right where the edits make it untrue; the one given where they do not."""
+        if self.vocabulary is not None:
+            config = config.with_vocabulary(self.vocabulary)
+        return config.untied() if self.untied else config
 
-def match_changes(
+
+def match_carried(
     base: Checkpoint,
-    adapter: Adapter,
+    adapter: DeltaSource,
     matched: Mapping[str, str],
     renames: Renames,
     aliases: Mapping[str, StoredTensor] | None = None,
-    coded: Collection[str] = (),
+    quantized: Collection[str] = (),
 ) -> TensorEdits:
-    """Give every carried tensor of an adapter its tensor in the merged model.
+    """Match every carried tensor of an adapter to its tensor in the merged model.
 
     Parameters
     ----------
@@ -95,30 +104,30 @@ def match_changes(
         Those of the base's model.
     aliases
         Further names that the model has for tensors of the base.
-    coded
-        Weights that stand as codes, whose tensors on disk are not to be compared with: a merge refuses to replace them.
+    quantized
+        Quantized weights, whose tensors on disk are not to be compared with: a merge refuses to replace them.
 
     Raises
     ------
     MismatchError
-        If a tensor finds no place, or does not fit it.
+        If a tensor has no match, or does not fit it.
     UnsupportedError
         If the merged model could not be loaded, or a dtype is not one of values.
     """
     known = {**{name: StoredTensor(*base.locate(name)) for name in base.weight_map}, **(aliases or {})}
-    places = _Places(base, adapter, known, matched, renames)
-    problems = places.problems
+    matcher = CarriedMatcher(base, adapter, known, matched, renames)
+    problems = matcher.problems
     trained: set[str] = set()
     sources: dict[str, StoredTensor] = {}
     shifts: dict[str, tuple[StoredTensor, float]] = {}
     rows: dict[str, tuple[StoredTensor, tuple[int, ...]]] = {}
     # What replaces comes first: the rest must fit it.
     for c in sorted(adapter.carried, key=lambda c: c.role != "saved"):
-        name = None if c.role == "original" else places.find(c)
+        name = None if c.role == "original" else matcher.find(c)
         if name is None:
             continue
         mine = adapter.tensors[c.source]
-        if name in known and name not in coded:
+        if name in known and name not in quantized:
             theirs = sources.get(name) or known[name]
             problem = _misfit(c, mine.info, theirs.info)
             if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
@@ -128,10 +137,10 @@ def match_changes(
                 problems.append(problem)
         if c.role == "saved":
             sources[name] = mine
-            if c.parameter == "bias" or _is_saved_module(c.module, adapter):
+            if c.parameter == "bias" or adapter.trains(c.module):
                 trained.add(name)
         elif c.role == "lora_bias":
-            shifts[name] = (mine, c.scale)
+            shifts[name] = (mine, c.scaling)
         else:
             rows[name] = (mine, c.indices)
     if problems:
@@ -143,13 +152,13 @@ def match_changes(
         shifts,
         rows,
         frozenset(trained),
-        _vocabulary(base, {n: p for n, p in sources.items() if n not in coded}, adapter),
-        notes=tuple(places.notes.values()),
+        _vocabulary(base, {n: p for n, p in sources.items() if n not in quantized}, adapter),
+        notes=tuple(matcher.notes.values()),
     )
 
 
-class _Places:
-    """Where the tensors of an adapter stand in the merged model.
+class CarriedMatcher:
+    """Finds the tensors of the merged model that an adapter's carried tensors edit.
 
     Parameters
     ----------
@@ -160,18 +169,23 @@ class _Places:
     """
 
     def __init__(
-        self, base: Checkpoint, adapter: Adapter, known: Collection[str], matched: Mapping[str, str], renames: Renames
+        self,
+        base: Checkpoint,
+        adapter: DeltaSource,
+        known: Collection[str],
+        matched: Mapping[str, str],
+        renames: Renames,
     ) -> None:
         self.base, self.adapter, self.known = base, adapter, known
         loaded = renames.loaded(base.weight_map)
         self.by_run_time = {now: name for name, now, by, _, _ in loaded if by is None}
         self.built = {now: name for name, now, by, _, _ in loaded if by is not None}
-        self.exchanges = sorted({_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
+        self.exchanges = sorted({prefix_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
         self.problems: list[str] = []
         self.notes: dict[str, str] = {}
 
     def find(self, c: Carried) -> str | None:
-        """The tensor's name; None where it has none, which is a problem."""
+        """Return the tensor's name; None where it has none, which is noted as a problem."""
         exchanged = [add + c.name[len(strip) :] for strip, add in self.exchanges if c.name.startswith(strip)]
         found = dict.fromkeys(n for n in (c.name, self.by_run_time.get(c.name), *exchanged) if n in self.known)
         if len(found) > 1:
@@ -179,8 +193,8 @@ class _Places:
             return None
         if found:
             return next(iter(found))
-        if c.role != "saved" or not _is_saved_module(c.module, self.adapter):
-            self.problems.append(_no_place(c))
+        if c.role != "saved" or not self.adapter.trains(c.module):
+            self.problems.append(_unmatched(c))
             return None
         for name in (c.name, *exchanged):
             if name in self.built:
@@ -197,22 +211,12 @@ class _Places:
         return exchanged[0] if len(set(exchanged)) == 1 else c.name
 
 
-def _no_place(c: Carried) -> str:
+def _unmatched(c: Carried) -> str:
     if c.role == "lora_bias":
         return f"{c.source!r} would be added to a bias that the base does not have ({c.name!r}), as PEFT cannot merge it either"
     if c.module.rpartition(".")[2] in HEADS:
         return f"{c.source!r} has no tensor in the base (looked for {c.name!r}); if it is tied to the embedding there, untie it first"
     return f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and no modules_to_save in {CONFIG_NAME} names it"
-
-
-def _is_saved_module(module: str, adapter: Adapter) -> bool:
-    """PEFT's rule: a module whose path ends in an entry of modules_to_save, and what is below it. Of a fine-tuned model, all."""
-    if adapter.is_model:
-        return True
-    entries = adapter.config.get("modules_to_save") or ()
-    parts = module.split(".")
-    paths = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-    return isinstance(entries, list) and any(p.endswith(e) for p in paths for e in entries if isinstance(e, str) and e)
 
 
 def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo) -> str:
@@ -230,8 +234,8 @@ def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo) -> str:
     return ""
 
 
-def _vocabulary(base: Checkpoint, sources: Mapping[str, StoredTensor], adapter: Adapter) -> int | None:
-    """The new number of rows of the embeddings, if some have another than the base's; then all must."""
+def _vocabulary(base: Checkpoint, sources: Mapping[str, StoredTensor], adapter: DeltaSource) -> int | None:
+    """Return the new number of rows of the embeddings, if some have another than the base's; then all must."""
     resized = {
         name: (base.info(name).shape[0], part.info.shape[0])
         for name, part in sources.items()
@@ -249,36 +253,3 @@ def _vocabulary(base: Checkpoint, sources: Mapping[str, StoredTensor], adapter: 
                 "was saved without one of the embeddings; save it again with save_embedding_layers=True and both, or neither, targeted"
             )
     return after
-
-
-def _exchange(module: str, stem: str) -> tuple[str, str]:
-    """The prefixes of a module and its tensor that differ: (strip, add)."""
-    mine, theirs = module.split("."), stem.split(".")
-    n = 0
-    while n < min(len(mine), len(theirs)) and mine[-1 - n] == theirs[-1 - n]:
-        n += 1
-    strip, add = mine[: len(mine) - n], theirs[: len(theirs) - n]
-    return "".join(p + "." for p in strip), "".join(p + "." for p in add)
-
-
-def edited_config(config: Mapping[str, Any], changes: TensorEdits) -> dict[str, Any]:
-    """The model's config with what the changes make untrue set right; equal to the one given where nothing is."""
-    out = dict(config)
-    if changes.vocabulary is not None:
-        _set(out, "vocab_size", changes.vocabulary)
-    if changes.untied:
-        # Stated wherever it could be, since a class may tie by default.
-        out["tie_word_embeddings"] = False
-        if isinstance(out.get("text_config"), dict):
-            out["text_config"] = {**out["text_config"], "tie_word_embeddings": False}
-    return out
-
-
-def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key where the config has it: at the top, and in the language model's part of a vision-language config."""
-    text = config.get("text_config")
-    if isinstance(text, dict) and key in text:
-        config["text_config"] = {**text, key: value}
-        if key not in config:
-            return
-    config[key] = value

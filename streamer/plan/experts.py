@@ -1,8 +1,12 @@
-"""Experts: LoRA on a stacked parameter, taken apart into one matrix an expert, each found in the base as it stands there.
+"""Match LoRA on a stacked parameter of experts, taken apart into one matrix an expert, to the base's tensors.
 
 A loaded model has the experts of a layer in one parameter (E, out, in), or (E, in, out) in some; a base has that tensor, or one tensor
 an expert, or even two (gate and up), which transformers puts together on loading. Here each expert is a matrix (out, in) of its own,
 whatever stands on disk: detected, mitigated and merged as any other.
+
+LoRA on ``model.layers.0.mlp.experts.gate_up_proj`` (8, 2·I, H) of a base with ``model.layers.0.mlp.experts.0.gate_proj.weight`` (I, H),
+``….0.up_proj.weight`` (I, H) and so on → targets ``model.layers.0.mlp.experts.gate_up_proj[0]`` … ``[7]``, each (2·I, H): the first I rows
+in its expert's ``gate_proj``, the others in its ``up_proj``.
 """
 
 from __future__ import annotations
@@ -12,11 +16,9 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from streamer.adapters.adapter import CONFIG_NAME, Adapter
+from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.modules import LoraModule
-from streamer.adapters.scaling import scale_of
 from streamer.adapters.target_parameters import Wrapped
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.name_matching import Match
@@ -25,6 +27,7 @@ from streamer.plan.transformers_renames import CONCATENATE, MERGE, TRANSPOSE, TR
 from streamer.units import listed
 from streamer.weights.base import Weight
 from streamer.weights.logical import WeightView
+from streamer.weights.model_config import ModelConfig
 from streamer.weights.row_concat import RowConcat
 
 # Model types whose loaded experts are stored (E, in, out).
@@ -59,21 +62,21 @@ class Stack:
     run_time: str
 
 
-def parameters_of(adapter: Adapter) -> list[str]:
-    """The names under which a base is searched for the wrapped parameters."""
+def parameters_of(adapter: DeltaSource) -> list[str]:
+    """List the names under which a base is searched for the wrapped parameters."""
     return [w.matched_as(p) for w in adapter.wrapped for p in w.parameters]
 
 
 def expert_weight(target: Target, weights: WeightView) -> Weight:
-    """The matrix of an expert, from where its rows stand."""
+    """Make the matrix of an expert from the slices that hold its rows."""
     pieces = [weights[p.weight] if p.index is None else weights[p.weight].slice(p.index) for p in target.pieces]
     return replace(pieces[0], name=target.tensor) if len(pieces) == 1 else RowConcat.of(target.tensor, pieces)
 
 
 def match_experts(
-    weights: WeightView, adapter: Adapter, config: Mapping[str, Any], names: Mapping[str, Match], renames: Renames
+    weights: WeightView, adapter: DeltaSource, config: ModelConfig, names: Mapping[str, Match], renames: Renames
 ) -> list[Target]:
-    """Every expert of every wrapped parameter, with where it stands in the base.
+    """Match every expert of every wrapped parameter to the slices of the base that hold it.
 
     Parameters
     ----------
@@ -93,14 +96,13 @@ def match_experts(
     for loaded in renames.loaded(weights):
         if loaded.by is not None and loaded.by.stacks:
             built[loaded.name].append(loaded)
-    model = _Model.of(config)
     problems: list[str] = []
     pairs: list[tuple[str, Match, Stack, tuple[str, str]]] = []
     for wrapped in adapter.wrapped:
         stacks: dict[str, Stack] = {}
         for parameter in wrapped.parameters:
             match = names[wrapped.matched_as(parameter)]
-            found = _stack(match.tensor, built, weights, model) if match.tensor else match.why
+            found = _stack(match.tensor, built, weights, config) if match.tensor else match.why
             if isinstance(found, Stack):
                 stacks[parameter] = found
             else:
@@ -117,45 +119,35 @@ def match_experts(
         ]
     if problems:
         raise MismatchError(misfits(problems, sum(len(w.parameters) for w in adapter.wrapped), adapter, weights))
-    turned = _turned([(stack, *_sides(factors, adapter)) for _, _, stack, factors in pairs], adapter)
+    transposed = _transposed([(stack, *_sides(factors, adapter)) for _, _, stack, factors in pairs], adapter)
     return [
         target
-        for (name, match, stack, factors), turn in zip(pairs, turned, strict=True)
-        for target in _targets(name, match, stack, factors, turn, adapter)
+        for (name, match, stack, factors), delta_transposed in zip(pairs, transposed, strict=True)
+        for target in _targets(name, match, stack, factors, delta_transposed, adapter)
     ]
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What a config says of a model's experts: their width, 0 if it does not say, and whether a loaded model stores them (in, out)."""
-
-    hidden: int
-    in_out: bool
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> _Model:
-        text = config.get("text_config")
-        hidden = (text if isinstance(text, dict) else config).get("hidden_size")
-        types = {str(c.get("model_type")) for c in (config, *config.values()) if isinstance(c, dict)}
-        return cls(hidden if isinstance(hidden, int) else 0, bool(types & STORED_IN_OUT))
+def _in_out(config: ModelConfig) -> bool:
+    """Say whether the loaded model stores its experts (in, out)."""
+    return bool(config.model_types & STORED_IN_OUT)
 
 
-def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: WeightView, model: _Model) -> Stack | str:
-    """The stack of this name, or what is wrong with it."""
+def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: WeightView, config: ModelConfig) -> Stack | str:
+    """Find the stack of this name, or say what is wrong with it."""
     if tensor in built:
-        return _built(tensor, built[tensor], weights, model)
+        return _built(tensor, built[tensor], weights, config)
     shape = weights[tensor].shape
     if len(shape) != 3:
         return f"is expected to be a stack of matrices, {tensor!r} has {list(shape)}"
     experts, m, n = shape
-    places = tuple((TensorSlice(tensor, e),) for e in range(experts))
-    if model.in_out:
-        return Stack(tensor, places, (n, m), True, "in,out")
-    return Stack(tensor, places, (m, n), False, "out,in")
+    slices = tuple((TensorSlice(tensor, e),) for e in range(experts))
+    if _in_out(config):
+        return Stack(tensor, slices, (n, m), True, "in,out")
+    return Stack(tensor, slices, (m, n), False, "out,in")
 
 
-def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, model: _Model) -> Stack | str:
-    """The same of one that is built on loading: of the tensors of each expert, or of stacks, one below the other."""
+def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: ModelConfig) -> Stack | str:
+    """Make the stack that is built on loading: of the tensors of each expert, or of stacks, one below the other."""
     by = loaded[0].by
     assert by is not None
     numbered = MERGE in by.by
@@ -174,36 +166,36 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, model: _Mod
         )
     (one,) = shapes
     kinds = {(*s[:-2], s[-1]) for s in one}  # all but their heights
-    if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (CONCATENATE in by.by and model.in_out):
+    if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (CONCATENATE in by.by and _in_out(config)):
         return f"is built on loading from {loaded[0].tensor!r} and its like, whose shapes do not fit together"
     heights, width = [s[-2] for s in one], one[0][-1]
     ends = list(itertools.accumulate(heights))
     rows = [(end - h, end) for h, end in zip(heights, ends, strict=True)] if len(heights) > 1 else [None]
 
-    def places(e: int) -> tuple[TensorSlice, ...]:
+    def slices(e: int) -> tuple[TensorSlice, ...]:
         tensor, index = (e, None) if numbered else (0, e)
         return tuple(TensorSlice(s[tensor], index, r) for s, r in zip(sources, rows, strict=True))
 
     m, n = ends[-1], width
-    transposed = model.in_out != (TRANSPOSE in by.by)
+    transposed = _in_out(config) != (TRANSPOSE in by.by)
     if TRANSPOSE_IF in by.by:  # where the shape is not the model's, whose input and output are of its width
         known = n if not name.endswith("down_proj") else m
-        transposed = known != model.hidden
-        if model.hidden not in (m, n):
-            return f"is stored as {[m, n]}, of which none is the model's hidden_size {model.hidden}"
+        transposed = known != config.hidden_size
+        if config.hidden_size not in (m, n):
+            return f"is stored as {[m, n]}, of which none is the model's hidden_size {config.hidden_size}"
     if transposed:
         m, n = n, m
     run_time = "out,in" if by.by in ((MERGE,), (MERGE, CONCATENATE), (CONCATENATE,)) else ""
-    return Stack(name, tuple(map(places, range(experts if numbered else one[0][0]))), (m, n), transposed, run_time)
+    return Stack(name, tuple(map(slices, range(experts if numbered else one[0][0]))), (m, n), transposed, run_time)
 
 
-def _sides(factors: tuple[str, str], adapter: Adapter) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _sides(factors: tuple[str, str], adapter: DeltaSource) -> tuple[tuple[int, ...], tuple[int, ...]]:
     a, b = (adapter.file.header.by_name[name].shape for name in factors)
     return a, b
 
 
-def _assign(wrapped: Wrapped, stacks: Mapping[str, Stack], adapter: Adapter) -> tuple[str, ...] | str:
-    """Which parameter each wrapper is of, the innermost first; or what is wrong."""
+def _assign(wrapped: Wrapped, stacks: Mapping[str, Stack], adapter: DeltaSource) -> tuple[str, ...] | str:
+    """Assign each wrapper its parameter, the innermost first; or say what is wrong."""
     fits = [
         order
         for order in itertools.permutations(stacks)
@@ -227,21 +219,21 @@ def _fit(stack: Stack, a: Sequence[int], b: Sequence[int]) -> bool:
     return {(b[0], a[1]), (a[1], b[0])} >= {stack.shape}
 
 
-def _turned(stacks: Sequence[tuple[Stack, Sequence[int], Sequence[int]]], adapter: Adapter) -> list[bool]:
-    """For each stack whether ``(B·A)ᵀ`` is (out, in): by its shape; for square ones as the others; else by PEFT's version."""
+def _transposed(stacks: Sequence[tuple[Stack, Sequence[int], Sequence[int]]], adapter: DeltaSource) -> list[bool]:
+    """Say of each stack whether ``(B·A)ᵀ`` is (out, in): by its shape; for square ones as the others; else by PEFT's version."""
     by_shape = [None if s.shape[0] == s.shape[1] else (a[1] == s.shape[0]) for s, a, _ in stacks]
     seen = {t for t in by_shape if t is not None}
     out = []
-    for (stack, *_), turned in zip(stacks, by_shape, strict=True):
-        if turned is not None:
-            out.append(turned)
+    for (stack, *_), transposed in zip(stacks, by_shape, strict=True):
+        if transposed is not None:
+            out.append(transposed)
         else:
             out.append(next(iter(seen)) if len(seen) == 1 else _by_version(stack, adapter))
     return out
 
 
-def _by_version(stack: Stack, adapter: Adapter) -> bool:
-    """Up to 0.19.0 PEFT added ``(B·A)ᵀ`` to the parameter, whichever way round that is; from 0.19.1 on lora_A is of the input's width.
+def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
+    """Decide by PEFT's version: up to 0.19.0 it added ``(B·A)ᵀ`` to the parameter as stored; since 0.19.1 lora_A is of the input's width.
 
     With 0.19 and later that depends on what transformers says of the module, which the adapter does not tell: for a parameter
     (out, in) nothing, in any version.
@@ -254,27 +246,35 @@ def _by_version(stack: Stack, adapter: Adapter) -> bool:
     if version and version < (0, 19) and stack.run_time == "in,out":
         return False
     raise UnsupportedError(
-        f"{adapter.path / CONFIG_NAME}: refused: the experts of {stack.name!r} are square ({stack.shape[0]}x{stack.shape[1]}), and by "
+        f"{adapter.config.path}: refused: the experts of {stack.name!r} are square ({stack.shape[0]}x{stack.shape[1]}), and by "
         f"peft_version {stated!r} it cannot be told which way round their factors are; save the adapter again with a current PEFT"
     )
 
 
 def _targets(
-    name: str, match: Match, stack: Stack, factors: tuple[str, str], turned: bool, adapter: Adapter
+    name: str, match: Match, stack: Stack, factors: tuple[str, str], delta_transposed: bool, adapter: DeltaSource
 ) -> list[Target]:
     a, b = factors
     experts = len(stack.experts)
     rank = adapter.file.header.by_name[a].shape[0] // experts
-    scale = scale_of(name, rank, adapter.config, adapter.path / CONFIG_NAME)
+    scaling = adapter.config.lora_scaling(name, rank)
     return [
         Target(
             f"{stack.name}[{e}]",
             LoraModule(
-                f"{name}[{e}]", a, b, rank, scale, stack.shape, "expert", expert=(e, experts), delta_transposed=turned
+                f"{name}[{e}]",
+                a,
+                b,
+                rank,
+                scaling,
+                stack.shape,
+                "expert",
+                expert=(e, experts),
+                delta_transposed=delta_transposed,
             ),
             stack.transposed,
             match,
-            pieces=places,
+            pieces=slices,
         )
-        for e, places in enumerate(stack.experts)
+        for e, slices in enumerate(stack.experts)
     ]

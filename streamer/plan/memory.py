@@ -1,4 +1,4 @@
-"""Memory that a run takes from headers alone: what stays in memory between two steps, and what making a delta takes.
+"""Estimate a run's memory from headers alone: the share that stays between two steps, and a module's tensors.
 
 Counted is anonymous memory of the whole process, an upper estimate: what the interpreter and torch take, the tables of all tensors, and
 the largest of the steps, of which one is under way at a time. Mapped files are not counted: the system drops their pages when it must.
@@ -6,14 +6,11 @@ the largest of the steps, of which one is under way at a time. Mapped files are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from streamer.adapters.dora import dora_bytes
-from streamer.adapters.modules import LoraModule, MethodModule, Module
-from streamer.adapters.peft_methods import METHODS
 from streamer.errors import UsageError
+from streamer.plan.batch import Batch
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 
@@ -60,37 +57,20 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> Non
         )
 
 
-def resident_bytes(plan: Plan) -> int:
-    """Memory between any two steps, the tables of all adapters included."""
-    company = plan.company
-    tables = TENSOR_BYTES * (len(plan.base.weight_map) + company.tensor_count) + ADAPTER_BYTES * company.adapters
-    return PROCESS_BYTES + tables + OUTPUT_BYTES * company.outputs + MATRIX_BYTES * company.matrices + company.kept
+def resident_bytes(batch: Batch, output_tensors: int = 0) -> int:
+    """Estimate the memory between any two steps, the tables of all adapters included.
 
-
-def making_bytes(plan: Plan, target: Target) -> int:
-    """Memory at its peak while a delta that is not of low rank is computed: W0, Δ, and what is between them."""
-    module = target.module
-    if module.low_rank:
-        return 0
-    itemsize = plan.weights[target.tensor].compute.itemsize
-    if isinstance(module, LoraModule):
-        return dora_bytes(module.shape, itemsize)
-    return METHODS[module.method].matrices * itemsize * math.prod(module.shape)
-
-
-def factor_rank(module: Module) -> int:
-    """Columns of a module's factors, where its delta is of low rank."""
-    if isinstance(module, MethodModule):
-        return max(min(shape) for shape in module.shapes.values() if len(shape) == 2)
-    return module.rank
+    Parameters
+    ----------
+    output_tensors
+        Tensors of the merged models that are written, all together.
+    """
+    tables = TENSOR_BYTES * (len(batch.base.weight_map) + batch.adapter_tensor_count) + ADAPTER_BYTES * len(batch.plans)
+    return PROCESS_BYTES + tables + OUTPUT_BYTES * output_tensors + MATRIX_BYTES * batch.matrix_count
 
 
 def factor_bytes(plan: Plan, target: Target) -> int:
-    """Memory for a module's tensors: as they stand where they are not mapped, and in the computing dtype where the step has them not."""
-    module, itemsize = target.module, plan.weights[target.tensor].compute.itemsize
-    names = module.tensors.values() if isinstance(module, MethodModule) else (module.a, module.b)
-    tensors = [plan.adapter.tensors[name] for name in names]
+    """Return the memory of a module's tensors: as stored where they are not mapped, and in the computing dtype where a step keeps them."""
+    tensors = [plan.adapter.tensors[name] for name in target.module.tensor_names]
     held = sum(stored.info.nbytes for stored in tensors if stored.file.io == "pread")
-    if isinstance(module, LoraModule):
-        return held
-    return held + sum(math.prod(stored.info.shape) * max(4, itemsize) for stored in tensors)
+    return held + target.module.copied_bytes(plan.weights[target.tensor].compute.itemsize)

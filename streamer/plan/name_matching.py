@@ -1,8 +1,12 @@
-"""Which tensor of a base an adapter's module is: exact names, known renames, one exchange of prefixes; nothing else.
+"""Match an adapter's modules to the tensors of a base by exact names, known renames, or one exchange of prefixes.
 
 Adapters use run-time module names, checkpoints their own. A module is looked for under its own name, then under the name that
-transformers gives to a tensor on loading (`renames`), then, for the adapter as a whole, under one exchange of prefixes that fits every
-module. A module that finds no tensor, or more than one, has no match: a partial match is never a warning.
+transformers gives to a tensor on loading (`transformers_renames`), then, for the adapter as a whole, under one exchange of prefixes
+that fits every module. A module that finds no tensor, or more than one, has no match: a partial match is never a warning.
+
+``model.layers.0.q_proj`` → ``model.layers.0.q_proj.weight`` (exact); ``model.language_model.layers.0.q_proj`` →
+``language_model.model.layers.0.q_proj.weight`` (rename); ``model.layers.0.q_proj`` → ``layers.0.q_proj.weight``, if every module of the
+adapter is found with ``model.`` taken away (prefix).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from streamer.units import listed
 
 
 class Match(NamedTuple):
-    """Where a module was found.
+    """A tensor of the base, found for a module, and the rule that found it.
 
     Attributes
     ----------
@@ -25,7 +29,7 @@ class Match(NamedTuple):
     rule
         ``exact``, ``rename`` or ``prefix '…' → '…'``; empty if there is no match.
     why
-        What speaks for it, or what is wrong.
+        Reason for the match, or against it.
     """
 
     tensor: str
@@ -92,7 +96,7 @@ class _Names:
                 del self.disk[stem]
 
     def by_name(self, name: str, modules: Sequence[str]) -> Match:
-        """The match under the module's own name or a known rename; no `why` if there simply is none."""
+        """Match under the module's own name or a known rename; no `why` if there simply is no match."""
         if name in self.stacks and name in self.parameters:
             return self._renamed(name, name)
         exact, loaded = self.disk.get(name), self.run_time.get(name, [])
@@ -122,7 +126,7 @@ class _Names:
         return Match(tensor, "rename", f"transformers has {tensor!r} as {name + '.weight'!r}, or had, {whose}")
 
     def by_prefix(self, modules: Sequence[str]) -> list[dict[str, Match]]:
-        """Every way in which one exchange of prefixes fits all modules, on disk names or on run-time names."""
+        """List every way in which one exchange of prefixes fits all modules, on disk names or on run-time names."""
         run_time = {name: tensors[0] for name, tensors in self.run_time.items() if len(tensors) == 1}
         run_time |= {name: name for name in self.stacks}
         ways: dict[tuple[str, ...], dict[str, Match]] = {}
@@ -136,7 +140,7 @@ class _Names:
         return list(ways.values())
 
     def what_is_wrong(self, name: str, ways: Sequence[Mapping[str, Match]]) -> str:
-        """Why a module has no match."""
+        """Explain why a module has no match."""
         if ways:
             places = listed(sorted(repr(way[name].tensor) for way in ways))
             return f"is ambiguous: it could be {places}"
@@ -155,27 +159,33 @@ class _Names:
         return f"has no tensor in the base (looked for {weight!r} and for one exchange of prefixes)"
 
 
+def prefix_exchange(module: str, stem: str) -> tuple[str, str]:
+    """Return the prefixes of a module and of its tensor that differ: (strip, add).
+
+    ``model.layers.0.q``, ``transformer.layers.0.q`` → ``("model.", "transformer.")``.
+    """
+    mine, theirs = module.split("."), stem.split(".")
+    n = 0
+    while n < min(len(mine), len(theirs)) and mine[-1 - n] == theirs[-1 - n]:
+        n += 1
+    strip, add = ("".join(p + "." for p in parts[: len(parts) - n]) for parts in (mine, theirs))
+    return strip, add
+
+
 def _exchange(name: str, strip: str, add: str) -> str:
     return add + name[len(strip) :]
 
 
 def _prefix_rules(modules: Sequence[str], stems: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Exchanges of a prefix that fit every module, those with the longest common suffix only.
+    """List exchanges of a prefix that fit every module, those with the longest common suffix only.
 
     A prefix may not hold a number: ``layers.0`` is not ``layers.1``. It may be added or taken away, as wrappers do, but exchanged for
     another only where the suffix holds a number, a layer's: ``classifier.dense`` is not ``pooler.dense``.
     """
     first, *others = modules
-    mine = first.split(".")
-    rules = set()
-    for stem in stems:
-        theirs = stem.split(".")
-        n = 0
-        while n < min(len(mine), len(theirs)) and mine[-1 - n] == theirs[-1 - n]:
-            n += 1
-        strip, add = ("".join(p + "." for p in parts[: len(parts) - n]) for parts in (mine, theirs))
-        if n and not any(part.isdigit() for part in (strip + add).split(".")):
-            rules.add((strip, add))
+    last = first.rpartition(".")[2]
+    rules = {prefix_exchange(first, stem) for stem in stems if stem.rpartition(".")[2] == last}
+    rules = {rule for rule in rules if not any(part.isdigit() for part in "".join(rule).split("."))}
     found = [rule for rule in rules if all(_fits(name, *rule, stems) for name in (first, *others))]
     shortest = min((strip.count(".") for strip, _ in found), default=0)
     return sorted(rule for rule in found if rule[0].count(".") == shortest)

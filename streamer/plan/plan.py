@@ -1,12 +1,11 @@
-"""The plan: inputs opened, matched and checked, from headers alone, before anything is written."""
+"""Plan a run: open, match and check its inputs, from headers alone, before anything is written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,68 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamer.adapters.adapter import Adapter, open_adapter
-from streamer.adapters.finetuned import is_model, open_tuned
-from streamer.adapters.modules import LoraModule
-from streamer.errors import FormatError, InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
+from streamer.adapters.adapter import DeltaSource
+from streamer.adapters.finetuned import is_model, open_finetuned
+from streamer.adapters.modules import Module
+from streamer.adapters.reader import open_adapter
+from streamer.errors import InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.operators import Delta
 from streamer.plan import tied_embeddings as tied
-from streamer.plan.carried_tensors import TensorEdits, match_changes
+from streamer.plan.batch import Batch
+from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
 from streamer.plan.name_matching import match_names
 from streamer.plan.provenance import provenance_notes
+from streamer.plan.side_files import other_files
 from streamer.plan.sources import Source, adapter_source, base_source
 from streamer.plan.targets import Target, TensorSlice, match_targets, stores_conv1d
 from streamer.plan.transformers_renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
-from streamer.storage.files import Stamp, file_stamp, open_regular
+from streamer.storage.files import Stamp, file_stamp
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.tensor_file import IOMode
 from streamer.weights.base import StoredTensor
 from streamer.weights.logical import WeightView, open_weights
-
-MODEL_CONFIG = "config.json"
-
-# Weights in other formats would be the old ones beside the new; training state belongs to the old adapter.
-_STALE = re.compile(
-    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|mlmodel|pb|tflite)(\.index\.json)?$|^streamer\.json$"
-)
-_SKIPPED_DIRECTORIES = re.compile(
-    r"^(\.git|\.cache|__pycache__|checkpoint-\d+|global_step\d+|runs|onnx|openvino|original|coreml|metal)$"
-)
-
-
-@dataclass
-class Company:
-    """What plans of several adapters on one base have in common.
-
-    Attributes
-    ----------
-    inputs
-        Directories and files that every output must stay out of.
-    weights
-        Those of the base, whose table all plans share.
-    adapters, tensor_count, matrices
-        How many adapters there are, how many tensors they hold, and how many matrices they change, all together.
-    outputs
-        How many tensors of merged models are planned, all together.
-    kept
-        Bytes of findings that stay in memory, at most.
-    """
-
-    base: Checkpoint
-    inputs: tuple[Path, ...]
-    weights: WeightView
-    adapters: int = 0
-    tensor_count: int = 0
-    matrices: int = 0
-    outputs: int = 0
-    kept: int = 0
-
-    @cached_property
-    def base_identity(self) -> BaseIdentity:
-        """See `Checkpoint.identity`."""
-        return self.base.identity()
+from streamer.weights.model_config import ModelConfig, read_model_config
 
 
 @dataclass(frozen=True)
@@ -89,63 +49,63 @@ class Plan:
         The logical weights that deltas are added to, by name: the base's, or what the adapter puts in their place.
     targets
         In the base's file order.
-    changes
-        What the adapter's other tensors do to the base.
+    edits
+        Edits of the base by the adapter's other tensors.
     mirrors
-        Modules that hold another's factors once more, by the other's name (see `tied.mirrored`).
+        Modules that hold another's factors once more, by the other's name (see `tied_embeddings.mirrored`).
     config
-        The base's ``config.json``, or {} where there is none.
+        The base's ``config.json``.
     extra_stamps
         Stamps of the small files that are copied or read whole, by path.
-    company
-        What it has in common with the plans that are carried out together with it.
+    inputs
+        Directories and files that an output must stay out of: those of all plans of its batch.
     """
 
     base: Checkpoint
     weights: WeightView
-    adapter: Adapter
+    adapter: DeltaSource
     targets: tuple[Target, ...]
-    changes: TensorEdits
-    mirrors: Mapping[str, LoraModule]
-    config: dict[str, Any]
+    edits: TensorEdits
+    mirrors: Mapping[str, Module]
+    config: ModelConfig
     extra_stamps: dict[str, Stamp]
-    company: Company
+    inputs: tuple[Path, ...]
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Say what the inputs are to each other, as warnings and in the record: free of paths, so that outputs are reproducible."""
-        return tuple(provenance_notes(self.adapter.config, self.config, self.base.path.resolve().name))
+        """Notes on the inputs, printed as warnings and stored in the record; free of paths, so that outputs are reproducible."""
+        return tuple(provenance_notes(self.adapter.config.base_model, self.config, self.base.path.resolve().name))
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a user should know, and that stops nothing."""
+        """Warnings, which stop nothing."""
         return *self.base.warnings, *self.notes
 
     @cached_property
     def by_weight(self) -> dict[str, list[tuple[Target, TensorSlice]]]:
-        """What changes each weight: the targets, and which part of it each of them is."""
+        """Targets of each weight, and the slice of it that each of them is."""
         out: dict[str, list[tuple[Target, TensorSlice]]] = {}
         for target in self.targets:
-            for place in target.places:
-                out.setdefault(place.weight, []).append((target, place))
+            for part in target.slices:
+                out.setdefault(part.weight, []).append((target, part))
         return out
 
     @cached_property
-    def place(self) -> Callable[[Target], tuple[int, int]]:
-        """Gives where a target comes in the base's file order: its weight's place, and which matrix of the weight it is."""
-        return _places(self.weights)
+    def file_order(self) -> Callable[[Target], tuple[int, int]]:
+        """Key that sorts targets by the base's file order: the position of the weight, and the index of the matrix in it."""
+        return _file_order(self.weights)
 
     def delta(self, target: Target, base: Tensor | None = None) -> Delta:
-        """What the adapter adds to a matrix, (out, in); dense where it is not of low rank, from W0 as it is stored."""
+        """Compute the delta of a matrix, (out, in); dense where it is not of low rank, from W0 as it is stored."""
         if base is None and not target.module.low_rank:
             weight = self.weights[target.tensor]
             base = weight.whole(torch.device("cpu")).reshape(weight.matrix)
-        return self.adapter.change(target.module, base.T if base is not None and target.transposed else base)
+        return target.module.delta(self.adapter.tensors, base.T if base is not None and target.transposed else base)
 
     @cached_property
     def base_identity(self) -> BaseIdentity:
-        """See `Checkpoint.identity`; made once for all plans."""
-        return self.company.base_identity
+        """See `Checkpoint.identity`."""
+        return self.base.identity()
 
     @cached_property
     def adapter_identity(self) -> AdapterIdentity:
@@ -154,15 +114,10 @@ class Plan:
 
     @cached_property
     def sources(self) -> tuple[Source, Source]:
-        """What an output calls its base and its adapter; no paths."""
+        """Names and identities of base and adapter as an output states them; no paths."""
         base, adapter = self.base, self.adapter
-        of_base = base_source(base.path, self.config, adapter.config, self.base_identity)
+        of_base = base_source(base.path, self.config, adapter.config.base_model, self.base_identity)
         return of_base, adapter_source(adapter.path, self.adapter_identity)
-
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """Directories and files that an output must stay out of: those of all that are carried out together."""
-        return self.company.inputs
 
     def stamps(self) -> dict[str, Sequence[int]]:
         """Stamps of every input file, by path."""
@@ -170,12 +125,8 @@ class Plan:
 
     def detection_stamps(self) -> dict[str, Sequence[int]]:
         """Stamps of the input files that detection reads, by real path: however the inputs are spelled, they are the same."""
-        config = self.adapter.config_path
-        stamps = {
-            **self.base.stamps(),
-            **{str(file.path): file.stamp for file in self.adapter.files},
-            **({} if config is None else {str(config): self.extra_stamps[str(config)]}),
-        }
+        stamps = {**self.base.stamps(), **{str(file.path): file.stamp for file in self.adapter.files}}
+        stamps |= {str(path): self.extra_stamps[str(path)] for path in self.adapter.config_paths}
         return {os.path.realpath(path): stamp for path, stamp in stamps.items()}
 
     def refuse_overwriting(self, paths: Iterable[Path]) -> None:
@@ -203,13 +154,13 @@ class Plan:
 
 
 def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> Plan:
-    """Open and match a base and an adapter; see `make_plans`."""
-    return make_plans(base, [adapter], io, base_is_residual)[0]
+    """Open and match a base and an adapter; see `make_batch`."""
+    return make_batch(base, [adapter], io, base_is_residual).plans[0]
 
 
-def make_plans(
+def make_batch(
     base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", base_is_residual: bool = False
-) -> list[Plan]:
+) -> Batch:
     """Open a base, once, and match each adapter with it.
 
     Raises
@@ -221,58 +172,53 @@ def make_plans(
     # What is wrong with an adapter is said before what is wrong with the base.
     opened = [None if is_model(path) else open_adapter(path, io, base_is_residual) for path in given]
     checkpoint = open_checkpoint(base, io)
-    config = _model_config(checkpoint.directory)
-    company = Company(checkpoint, (checkpoint.path, *given), open_weights(checkpoint, config))
-    conv1d = stores_conv1d(config)
-    return [
-        _plan(company, config, adapter or open_tuned(path, checkpoint, _model_config(path), conv1d, io))
+    config = read_model_config(checkpoint.directory)
+    weights, inputs, conv1d = open_weights(checkpoint, config), (checkpoint.path, *given), stores_conv1d(config)
+    plans = (
+        _plan(checkpoint, weights, config, adapter or open_finetuned(path, checkpoint, conv1d, io), inputs)
         for path, adapter in zip(given, opened, strict=True)
-    ]
+    )
+    return Batch(checkpoint, tuple(plans))
 
 
-def _plan(company: Company, config: dict[str, Any], opened: Adapter) -> Plan:
+def _plan(
+    checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, opened: DeltaSource, inputs: tuple[Path, ...]
+) -> Plan:
     """Match an adapter with a base."""
-    checkpoint = company.base
-    extra = [path for _, path in other_files(opened.path)]
-    if opened.config_path is not None:
-        extra.append(opened.config_path)
+    extra = [*opened.config_paths, *(path for _, path in other_files(opened.path))]
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
-    weights = company.weights
     # Of a fine-tuned model the config says whether it is tied, and goes along.
-    tie = None if opened.is_model else tied.find_tie(checkpoint.weight_map, config, opened)
+    tie = None if opened.describes_model else tied.find_tie(checkpoint.weight_map, config, opened)
     aliases = {} if tie is None else {tie.head: StoredTensor(*checkpoint.locate(tie.embedding))}
     renames = renames_for(config)
     names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(tie, opened, matched)
-    changes = match_changes(checkpoint, opened, matched, renames, aliases, weights.quantized_names)
-    if not opened.is_model:
+    edits = match_carried(checkpoint, opened, matched, renames, aliases, weights.quantized_names)
+    if opened.describes_model:
+        _check_whole(checkpoint, weights, opened, {*matched.values(), *edits.sources})
+    else:
         tied.refuse_other_ties(
-            tie, checkpoint.path, checkpoint.weight_map, config, opened, matched, [*changes.sources, *changes.rows]
+            tie, checkpoint.path, checkpoint.weight_map, config, opened, matched, [*edits.sources, *edits.rows]
         )
     if tie is not None:
-        changes = tied.settle(tie, checkpoint, changes, matched.values(), opened)
-    if opened.is_model:
-        _check_whole(checkpoint, weights, opened, {*matched.values(), *changes.sources})
-    weights = weights.replaced({**aliases, **changes.sources})
+        edits = tied.edits_with_tie(tie, checkpoint, edits, matched.values(), opened)
+    weights = weights.replaced({**aliases, **edits.sources})
     other = {m.name for m in mirrors.values()}
     own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
     targets = [*match_targets(weights, opened, config, own), *match_experts(weights, opened, config, names, renames)]
-    targets.sort(key=_places(weights))
+    targets.sort(key=_file_order(weights))
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
     stamps = {str(p): _stamp(p) for p in extra}
-    company.adapters += 1
-    company.tensor_count += len(opened.tensors)
-    company.matrices += len(targets)
-    return Plan(checkpoint, weights, opened, tuple(targets), changes, mirrors, config, stamps, company)
+    return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, stamps, inputs)
 
 
-def _places(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
-    return lambda target: (weights.file_index(target.places[0].weight), target.places[0].index or 0)
+def _file_order(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
+    return lambda target: (weights.file_index(target.slices[0].weight), target.slices[0].index or 0)
 
 
-def _check_whole(base: Checkpoint, weights: WeightView, tuned: Adapter, found: set[str]) -> None:
+def _check_whole(base: Checkpoint, weights: WeightView, tuned: DeltaSource, found: set[str]) -> None:
     """Refuse a fine-tuned model that is not one of the base's tensors."""
     if weights.quantized_names:
         raise UnsupportedError(
@@ -284,57 +230,6 @@ def _check_whole(base: Checkpoint, weights: WeightView, tuned: Adapter, found: s
             f"{tuned.path}: lacks {len(missing)} of the base's {len(base.weight_map)} tensors, {missing[0]!r} first; is it trained from "
             f"{base.path}, and of the same class?"
         )
-
-
-def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:
-    """Files that an output takes along: (relative name, path), sorted; symlinks are followed.
-
-    All but weights in other formats beside the safetensors, which would be stale, and their copies for other runtimes; trainers'
-    state; `.git` and caches; the files of an unfinished run of ours; and everything below `apart`.
-    """
-    return [(str(p.relative_to(directory)), p) for p, stays in _walk(directory, apart) if not stays]
-
-
-def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:
-    """Relative names of what `other_files` leaves out: files, and directories as a whole."""
-    return [str(p.relative_to(directory)) for p, stays in _walk(directory, apart) if stays]
-
-
-def _walk(directory: Path, apart: Path | None) -> Iterator[tuple[Path, bool]]:
-    """Files below a directory, and whether each stays behind; directories that stay behind as a whole."""
-    hidden = None if apart is None else apart.resolve()
-
-    def walk(at: Path, above: frozenset[Path]) -> Iterator[tuple[Path, bool]]:
-        for path in sorted(at.iterdir()):
-            if path.is_dir():
-                real = path.resolve()
-                if real == hidden or real in above:  # a link to a directory around it would never end
-                    continue
-                if _SKIPPED_DIRECTORIES.match(path.name):
-                    yield path, True
-                else:
-                    yield from walk(path, above | {real})
-            elif path.is_file() and not path.name.startswith(".streamer."):
-                # Below the top, weights are those of modules of their own (sentence-transformers' 2_Dense, say).
-                yield path, at == directory and bool(_STALE.search(path.name))
-
-    yield from walk(directory, frozenset({directory.resolve()}))
-
-
-def _model_config(directory: Path | None) -> dict[str, Any]:
-    """A model's ``config.json``: read as transformers writes it, with Infinity and NaN; it is copied as bytes in any case."""
-    if directory is None or not (directory / MODEL_CONFIG).exists():
-        return {}
-    path = directory / MODEL_CONFIG
-    fd, _ = open_regular(path, "a model's config")
-    try:
-        with open(fd, "rb") as f:
-            tree = json.loads(f.read())
-    except OSError as e:
-        raise StorageError(f"{path}: cannot read: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"{path}: bad JSON: {e}; get the file again") from None
-    return tree if isinstance(tree, dict) else {}
 
 
 def _stamp(path: Path) -> Stamp:

@@ -1,4 +1,4 @@
-"""What an adapter was trained on, and what it is used with: said, where the one is quantized and the other is not, or otherwise."""
+"""Compare the base that an adapter was trained on with the one that it is used with, by their names and encodings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+
+from streamer.weights.model_config import ModelConfig
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -31,7 +32,7 @@ NAMED = (
 
 
 def named_encoding(name: str) -> str:
-    """The quantization that a model's name speaks of; empty if it speaks of none."""
+    """Return the quantization that a model's name speaks of; empty if it speaks of none."""
     last = PurePosixPath(name.replace("\\", "/")).name
     for pattern, method in NAMED:
         if re.search(rf"(?:^|[-_.])(?:{pattern})(?:$|[-_.])", last, re.IGNORECASE):
@@ -39,28 +40,22 @@ def named_encoding(name: str) -> str:
     return ""
 
 
-def stored_encoding(config: Mapping[str, Any]) -> str:
-    """The quantization that a model's ``config.json`` states; empty if it states none."""
-    for holder in (config, config.get("text_config")):
-        entry = (
-            (holder.get("quantization_config") or holder.get("compression_config"))
-            if isinstance(holder, dict)
-            else None
-        )
-        if isinstance(entry, dict):
-            return str(entry.get("quant_method") or "quantization of an unnamed kind")
-    return ""
+def stored_encoding(config: ModelConfig) -> str:
+    """Return the quantization that a model's ``config.json`` states; empty if it states none."""
+    entry = config.quantization
+    return str(entry.get("quant_method") or "quantization of an unnamed kind") if entry else ""
 
 
-def provenance_notes(adapter_config: Mapping[str, Any], base_config: Mapping[str, Any], base_name: str) -> list[str]:
-    """What is to be said, one line each, where the adapter was trained on another encoding of the base than is used.
+def provenance_notes(trained_on: object, base_config: ModelConfig, base_name: str) -> list[str]:
+    """Note, one line each, that the adapter was trained on another encoding of the base than is used.
 
     Parameters
     ----------
+    trained_on
+        The base by the adapter's config.
     base_name
         The name of the base as it is used: if the adapter's config names the same, there is nothing to say.
     """
-    trained_on = adapter_config.get("base_model_name_or_path")
     if not isinstance(trained_on, str) or not trained_on:
         return []
     last = PurePosixPath(trained_on.replace("\\", "/")).name
@@ -114,12 +109,12 @@ def hub_id(stated: object, path: Path) -> str | None:
 
 
 def stated_name(stated: object) -> str | None:
-    """What a config calls a model, where that is a name, or looks like an id, and no path of a machine."""
+    """Return a config's name of a model, where that is a name, or looks like an id, and no path of a machine."""
     return stated if isinstance(stated, str) and _NAME.fullmatch(stated) else None
 
 
 def cached_model(path: Path) -> tuple[str, str] | None:
-    """The id and the revision of a model that lies in the hub's cache, ``models--OWNER--NAME/snapshots/REVISION``."""
+    """Return the id and the revision of a model that lies in the hub's cache, ``models--OWNER--NAME/snapshots/REVISION``."""
     parts = path.resolve().parts
     for at in range(len(parts) - 2):
         if parts[at].startswith("models--") and parts[at + 1] == "snapshots":

@@ -1,157 +1,50 @@
-"""Which tokenizer a merged model gets: the adapter's, where a whole one stands beside its weights, or the base's; never a mixture.
-
-Trainers save the tokenizer that they used beside the adapter: it may have more tokens, another padding token or another chat template.
-"""
+"""Side files: everything of a model's or an adapter's directory that an output takes along, and what stays behind."""
 
 from __future__ import annotations
 
-import mmap
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
-from streamer.plan.plan import Plan, other_files
-
-VOCABULARIES = {
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "sentencepiece.model",
-    "spm.model",
-    "source.spm",
-    "entity_vocab.json",
-    "vocab-src.json",
-    "bpe.codes",
-    "dict.txt",
-    "prophetnet.tokenizer",
-    "tekken.json",
-}
-"""Files in which transformers' tokenizers have their vocabularies: without any of them a tokenizer is not whole."""
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
-
-ADDED_TOKENS = "added_tokens.json"
-
-TOKENIZER = VOCABULARIES | {
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    ADDED_TOKENS,
-    "merges.txt",
-    "normalizer.json",
-    "target.spm",
-    "target_vocab.json",
-    "vocab-tgt.json",
-    "chat_template.jinja",
-    "chat_template.json",
-}
-"""Files that make up a tokenizer and its chat template, with those of `TEMPLATES`; what one has of them the other is not to add to."""
-
-TEMPLATES = "additional_chat_templates"
-
-PROCESSOR = {
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "audio_tokenizer_config.json",
-}
-"""Files of a processor of images or sound. A trainer that saves only the tokenizer means the base's to stay."""
-
-MOST_BYTES = 200_000_000
-"""Of a vocabulary that is looked through; larger ones are taken as they are."""
-
-Copies = list[tuple[str, Path]]
-
-_ADDED = re.compile(rb'"id"\s*:\s*(\d+)')
-_VOCAB = re.compile(rb'"vocab"\s*:\s*([{\[])')
-_TOKEN = re.compile(rb'\s*"(?:[^"\\]|\\.)*+"\s*:\s*(\d+)\s*([,}])')
-_PIECE = re.compile(rb'\s*\[\s*"(?:[^"\\]|\\.)*+"\s*,\s*[-+\d.eE]+\s*\]\s*([,\]])')
+# Weights in other formats would be the old ones beside the new; training state belongs to the old adapter.
+_STALE = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|mlmodel|pb|tflite)(\.index\.json)?$|^streamer\.json$"
+)
+_SKIPPED_DIRECTORIES = re.compile(
+    r"^(\.git|\.cache|__pycache__|checkpoint-\d+|global_step\d+|runs|onnx|openvino|original|coreml|metal)$"
+)
 
 
-def with_tokenizer(
-    plan: Plan, copies: Copies
-) -> tuple[Copies, Literal["adapter", "base"] | None, list[str], list[str]]:
-    """Put the adapter's tokenizer in the place of the base's, among the files that a merged model takes along.
+def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:
+    """List the files that an output takes along: (relative name, path), sorted; symlinks are followed.
 
-    Returns
-    -------
-    copies, tokenizer, warnings, notes
-        The files, whose tokenizer is among them, and why it is not the adapter's where parts of one stand there: a warning where that
-        may have tokens that the other does not have.
+    All but weights in other formats beside the safetensors, which would be stale, and their copies for other runtimes; trainers'
+    state; `.git` and caches; the files of an unfinished run of ours; and everything below `apart`.
     """
-    stays: Literal["adapter", "base"] | None = "base" if any(map(_is_tokenizer, _names(copies))) else None
-    beside, base = plan.adapter.path, plan.base.directory
-    if plan.adapter.is_model:
-        return copies, "adapter" if stays else None, [], []
-    if base is not None and base.resolve() == beside.resolve():
-        return copies, stays, [], []
-    own = [c for c in other_files(beside) if _is_tokenizer(c[0])]
-    if not own:
-        return copies, stays, [], []
-    has = {name for name, _ in own}
-    lacks = "a vocabulary" if not has & VOCABULARIES else "" if TOKENIZER_CONFIG in has else TOKENIZER_CONFIG
-    kept = "the tokenizer is the base's" if stays else "none is taken along"
-    if lacks:
-        says = f"the adapter has {own[0][0]} beside it but no whole tokenizer ({lacks} is missing): {kept}"
-        if has.isdisjoint(VOCABULARIES | {ADDED_TOKENS}):
-            return copies, stays, [], [says]
-        return copies, stays, [f"{says}, and tokens that were added for training are not known to the merged model"], []
-    tokens, rows = token_count(beside), _rows(plan)
-    if tokens is not None and rows is not None and tokens > rows:
-        says = (
-            f"the adapter's tokenizer has {tokens} tokens and the merged embedding {rows} rows: {kept}, and the tokens that were "
-            "added for training are not known to the merged model"
-        )
-        return copies, stays, [says], []
-    processor = [c for c in other_files(beside) if c[0] in PROCESSOR]
-    drop = PROCESSOR if processor else set[str]()
-    rest = [c for c in copies if not _is_tokenizer(c[0]) and c[0] not in drop]
-    return sorted([*rest, *own, *processor]), "adapter", [], []
+    return [(str(p.relative_to(directory)), p) for p, stays in _walk(directory, apart) if not stays]
 
 
-def own_tokenizer(copies: Copies) -> Literal["adapter"] | None:
-    """Whether a tokenizer is among an adapter's files."""
-    return "adapter" if TOKENIZER_CONFIG in _names(copies) else None
+def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:
+    """List what `other_files` leaves out, by relative name: files, and directories as a whole."""
+    return [str(p.relative_to(directory)) for p, stays in _walk(directory, apart) if stays]
 
 
-def _names(copies: Copies) -> Iterable[str]:
-    return [name for name, _ in copies]
+def _walk(directory: Path, apart: Path | None) -> Iterator[tuple[Path, bool]]:
+    """Walk the files below a directory, and say of each whether it stays behind; directories may stay behind as a whole."""
+    hidden = None if apart is None else apart.resolve()
 
+    def walk(at: Path, above: frozenset[Path]) -> Iterator[tuple[Path, bool]]:
+        for path in sorted(at.iterdir()):
+            if path.is_dir():
+                real = path.resolve()
+                if real == hidden or real in above:  # a link to a directory around it would never end
+                    continue
+                if _SKIPPED_DIRECTORIES.match(path.name):
+                    yield path, True
+                else:
+                    yield from walk(path, above | {real})
+            elif path.is_file() and not path.name.startswith(".streamer."):
+                # Below the top, weights are those of modules of their own (sentence-transformers' 2_Dense, say).
+                yield path, at == directory and bool(_STALE.search(path.name))
 
-def _is_tokenizer(name: str) -> bool:
-    return name in TOKENIZER or Path(name).parts[0] == TEMPLATES
-
-
-def _rows(plan: Plan) -> int | None:
-    """Rows of the merged model's embedding."""
-    if plan.changes.vocabulary is not None:
-        return plan.changes.vocabulary
-    text = plan.config.get("text_config")
-    stated: Sequence[object] = [c.get("vocab_size") for c in (plan.config, text) if isinstance(c, dict)]
-    return next((n for n in stated if type(n) is int), None)
-
-
-def token_count(directory: Path) -> int | None:
-    """One more than the largest number of a token in ``tokenizer.json``; None where that is not there, or not as expected."""
-    path = directory / "tokenizer.json"
-    if not path.is_file() or not 0 < path.stat().st_size <= MOST_BYTES:
-        return None
-    # Through a map and token by token: as a tree of objects a vocabulary takes hundreds of megabytes.
-    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = _VOCAB.search(data)
-        if start is None:
-            return None
-        by_number = start[1] == b"{"
-        entry, at, count = _TOKEN if by_number else _PIECE, start.end(), 0
-        while found := entry.match(data, at):
-            at = found.end()
-            count = max(count, int(found[1]) + 1) if by_number else count + 1
-            if found[found.re.groups] != b",":
-                break
-        else:
-            return None
-        added = (int(m[1]) + 1 for m in _ADDED.finditer(data, 0, start.start()))
-        return max([count, *added])
+    yield from walk(directory, frozenset({directory.resolve()}))

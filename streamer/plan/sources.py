@@ -1,4 +1,4 @@
-"""What an output calls its inputs.
+"""Name the inputs of an output.
 
 By the names of their directories, by their ids on the hub where these are known, and by digests; never by paths, so that the same inputs
 give the same bytes on any machine.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from streamer.plan.provenance import cached_model, hub_id, named_encoding, stated_name, stored_encoding
+from streamer.weights.model_config import ModelConfig
 
 DIGEST_CHARACTERS = 16
 """Hexadecimal characters of an input's digest: enough to tell any two apart, and short enough to be read out."""
@@ -45,18 +46,15 @@ class Source(TypedDict, total=False):
     base_is_residual: bool
 
 
-def base_source(
-    path: Path, config: Mapping[str, Any], adapter_config: Mapping[str, Any], identity: Mapping[str, Any]
-) -> Source:
-    """Name a base.
+def base_source(path: Path, config: ModelConfig, stated: object, identity: Mapping[str, Any]) -> Source:
+    """Name a base; `stated` is the adapter's config's name for its base.
 
     Its id is that of the cache that it lies in, or what the adapter's config or its own calls it, where that is by its last part the
     name of the directory: it may have been trained from what its own config names, or the adapter on another model. By its name a model
     in another encoding is another.
     """
-    stated = adapter_config.get("base_model_name_or_path")
     model_id = None if bool(named_encoding(str(stated))) != bool(stored_encoding(config)) else hub_id(stated, path)
-    return _source(path, identity, model_id or hub_id(config.get("_name_or_path"), path))
+    return _source(path, identity, model_id or hub_id(config.values.get("_name_or_path"), path))
 
 
 def adapter_source(path: Path, identity: Mapping[str, Any]) -> Source:

@@ -1,17 +1,17 @@
-"""Which base tensor each adapter module changes; what is refused, and why."""
+"""Match each adapter module to the base tensor that it changes, and refuse modules that do not fit theirs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from streamer.adapters.adapter import Adapter
-from streamer.adapters.modules import MethodModule, Module
+from streamer.adapters.adapter import DeltaSource
+from streamer.adapters.modules import Module
 from streamer.errors import MismatchError
 from streamer.plan.name_matching import Match
 from streamer.units import listed
 from streamer.weights.logical import WeightView
+from streamer.weights.model_config import ModelConfig
 
 # Models whose linear layers are Conv1D modules, stored (in, out).
 _CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
@@ -19,7 +19,10 @@ _CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gp
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Where a matrix stands in the base.
+    """A share of a weight of the base that holds a matrix, or some of its rows.
+
+    Expert 3 of a stack is ``("model.layers.0.mlp.experts.down_proj", 3)``; the upper half of expert 3 of a ``gate_up_proj`` that the base
+    stores apart is ``("model.layers.0.mlp.experts.3.gate_proj.weight", None, (0, 4096))``.
 
     Attributes
     ----------
@@ -51,7 +54,7 @@ class Target:
     match
         How the name was found.
     pieces
-        Where its rows stand, one below the other, where it is not a whole tensor.
+        Slices that hold its rows, one below the other, where it is not a whole tensor.
     """
 
     tensor: str
@@ -62,8 +65,8 @@ class Target:
     pieces: tuple[TensorSlice, ...] = ()
 
     @property
-    def places(self) -> tuple[TensorSlice, ...]:
-        """Where its rows stand."""
+    def slices(self) -> tuple[TensorSlice, ...]:
+        """Slices that hold its rows, one below the other."""
         return self.pieces or (TensorSlice(self.tensor),)
 
     @property
@@ -77,15 +80,15 @@ class Target:
         return self.module.form == "embedding"
 
 
-def stores_conv1d(config: Mapping[str, Any]) -> bool:
-    """Whether a model with this config stores its linear layers as (in, out)."""
-    return str(config.get("model_type")) in _CONV1D_MODELS
+def stores_conv1d(config: ModelConfig) -> bool:
+    """Say whether a model with this config stores its linear layers as (in, out)."""
+    return config.model_type in _CONV1D_MODELS
 
 
 def match_targets(
-    weights: WeightView, adapter: Adapter, config: dict[str, Any], names: Mapping[str, Match]
+    weights: WeightView, adapter: DeltaSource, config: ModelConfig, names: Mapping[str, Match]
 ) -> list[Target]:
-    """Every module of the adapter with the one tensor of the base that it changes, in the base's file order.
+    """Match every module of the adapter to the one tensor of the base that it changes, in the base's file order.
 
     Parameters
     ----------
@@ -107,12 +110,13 @@ def match_targets(
             problems.append(f"{name!r} {match.why}")
             continue
         weight = weights[found]
-        shape, quantized = weight.shape, weight.quantized  # quantizers store every kind of layer as (out, in)
+        # Quantizers store every kind of layer as (out, in).
+        shape, quantized = weight.shape, weight.quantized
         conv1d = stores_conv1d(config) and not quantized
-        placed, transposed = _place(module, shape, adapter.fan_in_fan_out and not quantized, conv1d)
+        placed, transposed = module.placed(shape, adapter.config.fan_in_fan_out and not quantized, conv1d)
         if placed and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
             problems.append(
-                f"{name!r}: is square, {config['model_type']} stores such layers as (in, out), but the adapter's config says "
+                f"{name!r}: is square, {config.model_type} stores such layers as (in, out), but the adapter's config says "
                 "fan_in_fan_out=false, as PEFT also writes where it wrapped a Linear last: set it to true in "
                 "adapter_config.json if this layer is a Conv1D"
             )
@@ -132,42 +136,20 @@ def match_targets(
 
 
 def _contradicted(targets: Sequence[Target]) -> list[str]:
-    """Square layers that the config's flag turns, and every other layer says that the flag is wrong: PEFT ignores it on a Linear."""
-    turned = [t for t in targets if t.transposed]
-    if len(turned) == len(targets) or any(t.stored[0] != t.stored[1] for t in turned):
+    """Report square layers that the config's flag transposes where every other layer contradicts it: PEFT ignores it on a Linear."""
+    transposed = [t for t in targets if t.transposed]
+    if len(transposed) == len(targets) or any(t.stored[0] != t.stored[1] for t in transposed):
         return []
     return [
         f"{t.module.name!r}: is square and fan_in_fan_out=true says that it is stored as (in, out), but other layers are stored as "
         "(out, in): set it to false in adapter_config.json if they are all Linear"
-        for t in turned
+        for t in transposed
     ]
 
 
-def misfits(problems: Sequence[str], of: int, adapter: Adapter, weights: WeightView) -> str:
+def misfits(problems: Sequence[str], of: int, adapter: DeltaSource, weights: WeightView) -> str:
     """Say in one line which modules do not fit the base: two of them, or one where names are long."""
     return (
         f"{adapter.path}: {len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ', 200)}; "
         "is this the base that the adapter was trained on?"
     )
-
-
-def _place(module: Module, shape: tuple[int, ...], fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
-    """The module on a weight of this shape, None if it does not fit, and whether the weight is stored transposed.
-
-    Where it is square, the adapter's config must tell. PEFT sets the config's flag to what suits the layer that it wrapped last, so in
-    a model of Conv1D and Linear layers it is true of some of them only: a shape that fits one way alone goes that way where the flag or
-    the kind of model allows it.
-    """
-    if isinstance(module, MethodModule):
-        if module.form != "linear":
-            return module.on(shape, True), True
-        straight, turned = module.on(shape, False), module.on(shape, True) if fan_in_fan_out or conv1d else None
-        transposed = turned is not None and (fan_in_fan_out or straight is None)
-        return (turned if transposed else straight), transposed
-    if module.form != "linear":
-        return module if shape == module.weight else None, module.form == "embedding"
-    wanted = module.shape
-    if wanted[0] == wanted[1]:
-        return module if shape == wanted else None, fan_in_fan_out
-    transposed = shape == wanted[::-1]
-    return module if shape == wanted or (transposed and (fan_in_fan_out or conv1d)) else None, transposed

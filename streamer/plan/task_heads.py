@@ -1,4 +1,4 @@
-"""What a model's config must say of the head that an adapter brings along: the class, and the number of labels.
+"""Set a model's config right for the head that an adapter brings along: the class, and the number of labels.
 
 An adapter for classification saves a head that its base does not have, or has for another number of labels. The class of the merged
 model follows from the base's type and the adapter's task, by a table of transformers' own (``auto_classes.json``, see
@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any
 
 from streamer.units import listed, quoted
+from streamer.weights.model_config import ModelConfig
 
 LABEL_HEAD = re.compile(
     r"(?:^|\.)(?:score|classifier|qa_outputs|logits_proj|sequence_summary\.summary|"
@@ -24,13 +25,9 @@ LABEL_HEAD = re.compile(
 """Names of the last layer of transformers' heads for classification and question answering: a row a label."""
 
 PIPELINES = {
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "CAUSAL_LM": "text-generation",
-    "SEQ_2_SEQ_LM": "text2text-generation",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
+    "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification", "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generation", "FEATURE_EXTRACTION": "feature-extraction",
+}  # fmt: skip
 """PEFT's task types, and what the hub calls the same tasks."""
 
 LABEL_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -45,7 +42,7 @@ LANGUAGE_HEAD = re.compile(
 
 @dataclass(frozen=True)
 class Head:
-    """What follows from an adapter's task and head.
+    """A model's config after an adapter's task and head, with notes.
 
     Attributes
     ----------
@@ -57,7 +54,7 @@ class Head:
         What was set, and what could not be known and must be passed on loading; a line each.
     """
 
-    config: Mapping[str, Any]
+    config: ModelConfig
     pipeline: str = ""
     notes: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
@@ -75,7 +72,7 @@ def table() -> dict[str, Any]:
 
 
 def auto_class(model_type: object, task: object) -> str | None:
-    """The class that transformers loads a model of this type as for one of PEFT's tasks; None where it has none."""
+    """Return the class that transformers loads a model of this type as for one of PEFT's tasks; None where it has none."""
     if not isinstance(model_type, str) or not isinstance(task, str):
         return None
     for form, types in table()["tasks"].get(task, {}).items():
@@ -85,23 +82,22 @@ def auto_class(model_type: object, task: object) -> str | None:
 
 
 def implied_head(
-    config: Mapping[str, Any],
-    adapter_config: Mapping[str, Any],
-    saved: Mapping[str, tuple[int, ...]],
-    names: Collection[str],
+    config: ModelConfig, task: object, saved: Mapping[str, tuple[int, ...]], names: Collection[str]
 ) -> Head:
     """Set a model's config right for the head that an adapter saves.
 
     Parameters
     ----------
     config
-        The base's; {} where it has none.
+        The base's.
+    task
+        PEFT's ``task_type`` by the adapter's config.
     saved
         Shapes of the tensors that the adapter trained and saved whole (``modules_to_save``), by their names in the merged model.
     names
         All tensors of the merged model.
     """
-    task, out = adapter_config.get("task_type"), dict(config)
+    out = dict(config.values)
     notes: list[str] = []
     advice: list[str] = []
     labels = _labels(saved)
@@ -117,7 +113,7 @@ def implied_head(
         advice.append(
             f"the adapter is for {task}, and neither it nor the base has a head that is known: loading will make one of random values"
         )
-    if not config:
+    if not config.values:
         if labels is not None:
             advice.append(f"the base has no config.json: load the model with a config of num_labels={labels}")
         return Head(config, advice=tuple(advice))
@@ -129,10 +125,10 @@ def implied_head(
             f"config.json keeps the base's names of labels ({listed(kept)}), being as many as the saved head has rows: where the "
             "adapter was trained on other labels, set id2label and label2id"
         )
-    cls = auto_class(config.get("model_type"), task)
-    stated = config.get("architectures")
-    old = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
-    if cls is not None and cls != old and _fits_task(str(task), old, config.get("model_type"), saved):
+    cls = auto_class(config.model_type, task)
+    stated = config.values.get("architectures")
+    old = next((c for c in config.architectures[:1] if isinstance(c, str)), "")
+    if cls is not None and cls != old and _fits_task(str(task), old, config.model_type, saved):
         if not _has_head(str(task), config, names):
             if task in LANGUAGE_TASKS:
                 advice.append(
@@ -148,7 +144,7 @@ def implied_head(
         why = (
             "the adapter's config names no task"
             if not task
-            else f"no class for {config.get('model_type')!r} and {task} is known"
+            else f"no class for {config.model_type!r} and {task} is known"
         )
         advice.append(
             f"{why}: load the model by the class that the adapter was trained with; config.json keeps {old or 'none'}"
@@ -159,22 +155,22 @@ def implied_head(
             "model.config.pad_token_id to the tokenizer's"
         )
     changed = out.get("architectures") != stated
-    return Head(out, PIPELINES[str(task)] if changed else "", tuple(notes), tuple(advice))
+    return Head(ModelConfig(out), PIPELINES[str(task)] if changed else "", tuple(notes), tuple(advice))
 
 
 def _labels(saved: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Rows of the label head among saved tensors."""
+    """Count the rows of the label head among saved tensors."""
     rows = {s[0] for name, s in saved.items() if s and (m := LABEL_HEAD.search(name)) and m["parameter"] == "weight"}
     return rows.pop() if len(rows) == 1 else None
 
 
 def _pads(heads: Collection[str]) -> bool:
-    """Whether a model classifies the last token, and so must know which ones are padding."""
+    """Say whether a model classifies the last token, and so must know which ones are padding."""
     return any(re.search(r"(?:^|\.)score\.weight$", name) for name in heads)
 
 
 def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the class for the task may take the place of the one that was stated: nothing but the bare model, or a classifier."""
+    """Say whether the class for the task may take the place of the one that was stated: nothing but the bare model, or a classifier."""
     if task in LABEL_TASKS:
         return True
     if task == "FEATURE_EXTRACTION":
@@ -183,22 +179,24 @@ def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, tupl
     return not old or old in others
 
 
-def _has_head(task: str, config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """Whether the merged model holds the head of the task's class, or a tie that makes it."""
+def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
+    """Say whether the merged model holds the head of the task's class, or a tie that makes it."""
     if task in LABEL_TASKS:
         return any(map(LABEL_HEAD.search, names))
     if task not in LANGUAGE_TASKS or any(map(LANGUAGE_HEAD.search, names)):
         return True
-    ties, model_type = table()["ties"][task], config.get("model_type")
-    holders = (config, config.get("text_config"))
-    stated = [c["tie_word_embeddings"] for c in holders if isinstance(c, Mapping) and "tie_word_embeddings" in c]
+    ties, model_type = table()["ties"][task], config.model_type
     # Where a config states nothing, its class's default holds.
-    return model_type in ties["default"] if not stated else any(stated) and any(model_type in t for t in ties.values())
+    return (
+        model_type in ties["default"]
+        if config.tied is None
+        else config.tied and any(model_type in t for t in ties.values())
+    )
 
 
-def _own_names(config: Mapping[str, Any]) -> list[str]:
-    """The names that a config gives its labels; none where they are the numbered ones that transformers makes."""
-    names = config.get("id2label")
+def _own_names(config: ModelConfig) -> list[str]:
+    """List the names that a config gives its labels; none where they are the numbered ones that transformers makes."""
+    names = config.values.get("id2label")
     texts = [str(name) for name in names.values()] if isinstance(names, dict) else []
     return [] if all(re.fullmatch(r"LABEL_\d+", text) for text in texts) else [quoted(text, 30) for text in texts]
 
@@ -209,11 +207,8 @@ def _set_labels(config: dict[str, Any], labels: int) -> bool:
     # What a config means that states none depends on its class: mostly 2, of BART 3.
     if (len(names) if isinstance(names, dict) else config.get("num_labels")) == labels:
         return False
-    for key in (
-        "num_labels",
-        "_num_labels",
-        "problem_type",
-    ):  # what kind of problem it is does not follow from the number
+    # What kind of problem it is does not follow from the number.
+    for key in ("num_labels", "_num_labels", "problem_type"):
         config.pop(key, None)
     config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
     config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}

@@ -1,4 +1,4 @@
-"""An embedding and an lm_head that are one tensor: what a change of either one means for the other.
+"""Tied embeddings: keep or undo the tie of an embedding and an lm_head that are one tensor, where an adapter changes either one.
 
 With ``tie_word_embeddings`` a checkpoint stores the embedding alone, and a loader gives it to the lm_head as well: whatever a merge
 writes for the lm_head would vanish, and whatever it adds to the embedding would change both. In PEFT's model the two part as soon as an
@@ -12,14 +12,14 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from streamer.adapters.adapter import Adapter
-from streamer.adapters.modules import LoraModule
+from streamer.adapters.adapter import DeltaSource
+from streamer.adapters.modules import Module
 from streamer.errors import UnsupportedError
 from streamer.plan.carried_tensors import TensorEdits
 from streamer.storage.checkpoint import Checkpoint
 from streamer.weights.base import StoredTensor
+from streamer.weights.model_config import ModelConfig
 
 KEY = "tie_word_embeddings"
 
@@ -47,8 +47,8 @@ class Tie:
     head: str
 
 
-def find_tie(names: Collection[str], config: Mapping[str, Any], adapter: Adapter) -> Tie | None:
-    """The tie that the config states; where it states none, that of a language model that is stored without its lm_head.
+def find_tie(names: Collection[str], config: ModelConfig, adapter: DeltaSource) -> Tie | None:
+    """Find the tie that the config states; where it states none, that of a language model that is stored without its lm_head.
 
     Parameters
     ----------
@@ -68,18 +68,13 @@ def find_tie(names: Collection[str], config: Mapping[str, Any], adapter: Adapter
     return Tie(found[0].string, f"{found[0]['outer']}lm_head.weight")
 
 
-def _tied(names: Collection[str], config: Mapping[str, Any], adapter: Adapter) -> bool:
-    if adapter.is_model and _is_without_head(names, config):
-        return False
-    text = config.get("text_config")  # vision-language models keep the language model's config there
-    stated = [c[KEY] for c in (config, text) if isinstance(c, Mapping) and KEY in c]
-    if stated:
-        return any(stated)
+def _tied(names: Collection[str], config: ModelConfig, adapter: DeltaSource) -> bool:
+    if config.tied is not None:
+        return config.tied
     # A config leaves out what is its class's default.
     if any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", name) for name in names):
         return False
-    architectures = config.get("architectures")
-    classes = " ".join(map(str, architectures)) if isinstance(architectures, list) else ""
+    classes = " ".join(map(str, config.architectures))
     touched = [*adapter.modules, *(c.module for c in adapter.carried)]
     return bool(_LANGUAGE_MODEL.search(classes)) or any(m.rpartition(".")[2] == "lm_head" for m in touched)
 
@@ -88,8 +83,8 @@ def refuse_other_ties(
     tie: Tie | None,
     model: Path,
     names: Collection[str],
-    config: Mapping[str, Any],
-    adapter: Adapter,
+    config: ModelConfig,
+    adapter: DeltaSource,
     matched: Mapping[str, str],
     others: Iterable[str],
 ) -> None:
@@ -108,7 +103,7 @@ def refuse_other_ties(
         return
     # Trained on what stands there, a BertModel say, and not on a model with a head around it.
     own_names = all(tensor == f"{module}.weight" for module, tensor in matched.items())
-    if own_names and _is_without_head(names, config):
+    if own_names and is_without_head(names, config):
         return
     for name in (*matched.values(), *others):
         if OF_A_TIE.search(name):
@@ -118,20 +113,23 @@ def refuse_other_ties(
             )
 
 
-def _is_without_head(names: Collection[str], config: Mapping[str, Any]) -> bool:
-    """Whether a model has no lm_head, and nothing else that is tied: a config says that it is tied all the same."""
-    architectures = config.get("architectures")
+def is_without_head(names: Collection[str], config: ModelConfig) -> bool:
+    """Say whether a model has no lm_head, and nothing else that is tied: a config says that it is tied all the same."""
     return (
-        isinstance(architectures, list)
-        and bool(architectures)
-        and all(_NO_LANGUAGE_MODEL.search(str(a)) for a in architectures)
-        and not config.get("is_encoder_decoder")
+        bool(config.architectures)
+        and all(_NO_LANGUAGE_MODEL.search(str(a)) for a in config.architectures)
+        and not config.values.get("is_encoder_decoder")
         and not any(name.endswith("shared.weight") for name in names)
     )
 
 
-def settle(tie: Tie, base: Checkpoint, changes: TensorEdits, deltas: Iterable[str], adapter: Adapter) -> TensorEdits:
-    """The changes, with the tie kept or undone.
+def edits_with_tie(
+    tie: Tie, base: Checkpoint, edits: TensorEdits, deltas: Iterable[str], adapter: DeltaSource
+) -> TensorEdits:
+    """Add to the edits that keep the tie, or undo it.
+
+    LoRA on ``lm_head`` of a tied model: ``lm_head.weight``, which the base does not have, becomes a source with the embedding's values,
+    its delta is added to that, and the model is untied. Embedding and ``lm_head`` saved with the same values: the copy is dropped.
 
     Parameters
     ----------
@@ -140,21 +138,21 @@ def settle(tie: Tie, base: Checkpoint, changes: TensorEdits, deltas: Iterable[st
     """
     E, H = tie.embedding, tie.head
     delta = {E, H} & set(deltas)
-    sources, rows = dict(changes.sources), dict(changes.rows)
+    sources, rows = dict(edits.sources), dict(edits.rows)
     base_embedding = StoredTensor(*base.locate(E))
-    start = base_embedding if E in changes.trained else sources.get(E, base_embedding)
+    start = base_embedding if E in edits.trained else sources.get(E, base_embedding)
     if not delta and not {E, H} & (sources.keys() | rows.keys()):
-        return changes
+        return edits
     gone = frozenset({H} & base.weight_map.keys())
     if gone and not equal(base_embedding, StoredTensor(*base.locate(H))):
         raise UnsupportedError(
             f"{base.path}: {H!r} differs from {E!r}, to which the config ties it, and loaders disagree which of them counts; set {KEY} "
             "to what it is, or remove the copy"
         )
-    if _as_one(E, H, delta, changes, adapter):
+    if _as_one(E, H, delta, edits, adapter):
         sources.pop(H, None)
         rows.pop(H, None)
-        return replace(changes, sources=sources, rows=rows, dropped=gone)
+        return replace(edits, sources=sources, rows=rows, dropped=gone)
     if E in rows and H not in rows and (delta or H in sources):
         raise UnsupportedError(
             f"{adapter.path}: trains tokens of {E!r}, which is tied to the lm_head, and changes one of the two besides; untie them "
@@ -166,29 +164,29 @@ def settle(tie: Tie, base: Checkpoint, changes: TensorEdits, deltas: Iterable[st
             f"{adapter.path}: gives {E!r} {sources.get(E, base_embedding).info.shape[0]} rows, but the lm_head that is tied to it "
             f"{sources[H].info.shape[0]}; save the adapter again with save_embedding_layers=True"
         )
-    return replace(changes, sources=sources, untied=True)
+    return replace(edits, sources=sources, untied=True)
 
 
-def _as_one(E: str, H: str, delta: set[str], changes: TensorEdits, adapter: Adapter) -> bool:
-    """Whether both stay one tensor: neither is changed, or both in the same way."""
-    if adapter.config.get("ensure_weight_tying") and H not in changes.rows:
+def _as_one(E: str, H: str, delta: set[str], edits: TensorEdits, adapter: DeltaSource) -> bool:
+    """Say whether both stay one tensor: neither is changed, or both in the same way."""
+    if adapter.config.ensure_weight_tying and H not in edits.rows:
         return True
-    if delta or H in changes.rows:
+    if delta or H in edits.rows:
         return False
-    if H in changes.sources:
-        return E in changes.sources and equal(changes.sources[E], changes.sources[H])
-    return E not in changes.trained
+    if H in edits.sources:
+        return E in edits.sources and equal(edits.sources[E], edits.sources[H])
+    return E not in edits.trained
 
 
 def equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two tensors are the same bytes of the same dtype and shape."""
+    """Say whether two tensors are the same bytes of the same dtype and shape."""
     if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
         return False
     return all(x == y for x, y in zip(a.file.chunks(a.info), b.file.chunks(b.info), strict=True))
 
 
-def mirrored(tie: Tie | None, adapter: Adapter, matched: Mapping[str, str]) -> dict[str, LoraModule]:
-    """Modules that hold another's factors once more, transposed: PEFT's LoRA on a tied lm_head with ``ensure_weight_tying``.
+def mirrored(tie: Tie | None, adapter: DeltaSource, matched: Mapping[str, str]) -> dict[str, Module]:
+    """Find modules that hold another's factors once more, transposed: PEFT's LoRA on a tied lm_head with ``ensure_weight_tying``.
 
     Parameters
     ----------
@@ -200,15 +198,13 @@ def mirrored(tie: Tie | None, adapter: Adapter, matched: Mapping[str, str]) -> d
     dict
         The embedding's module → the lm_head's, whose ``lora_A`` is its ``lora_embedding_B`` transposed, and the reverse.
     """
-    if tie is None or not adapter.config.get("ensure_weight_tying"):
+    if tie is None or not adapter.config.ensure_weight_tying or adapter.config.peft_type != "LORA":
         return {}
     by_tensor = {tensor: module for module, tensor in matched.items()}
     if tie.embedding not in by_tensor or tie.head not in by_tensor:
         return {}
     embedding, head = adapter.modules[by_tensor[tie.embedding]], adapter.modules[by_tensor[tie.head]]
-    if not isinstance(embedding, LoraModule) or not isinstance(head, LoraModule):
-        return {}
-    if head.shape != embedding.shape[::-1] or head.rank != embedding.rank or head.scale != embedding.scale:
+    if head.shape != embedding.shape[::-1] or head.rank != embedding.rank or head.scaling != embedding.scaling:
         raise UnsupportedError(
             f"{adapter.path}: says ensure_weight_tying, but the factors of {embedding.name!r} and {head.name!r} are not of one delta"
         )

@@ -1,4 +1,7 @@
-"""A tensor's name on disk → its name in a model that transformers has loaded.
+"""Rename tensors as transformers does on loading: name on disk → name in the loaded model.
+
+``language_model.model.layers.0.mlp.up_proj.weight`` → ``model.language_model.layers.0.mlp.up_proj.weight`` of a vision-language model;
+``model.layers.0.mlp.experts.3.w1.weight`` → a part of ``model.layers.0.mlp.experts.gate_up_proj``, which is built from all experts.
 
 transformers renames tensors between the two, by the model's class and type. The renames stand in ``renames.json`` as facts taken from
 transformers' own table by ``tools/make_renames.py``; none of its code is needed to read them. They point one way only, from disk to
@@ -9,11 +12,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
+
+from streamer.weights.model_config import ModelConfig
 
 # Where no table knows the model: what vision-language models have in common.
 COMMON = (
@@ -46,7 +51,7 @@ class Conversion:
         return self.by in STACKS and len(self.to) == 1
 
     def load(self, tensor: str, name: str) -> Loaded | None:
-        """What becomes of a tensor, or None if it is no source of this."""
+        """Return the loaded name of a tensor, or None if it is no source of this."""
         for at, source in enumerate(self.sources):
             found = _replace(name, source, self.to[0] if self.to else "", self.scope)
             if found is not None:
@@ -62,7 +67,7 @@ STACKS = {(MERGE,), (MERGE, CONCATENATE), (CONCATENATE,), (TRANSPOSE,), (TRANSPO
 
 
 class Loaded(NamedTuple):
-    """What becomes of a tensor on loading.
+    """A tensor on disk, and its name in the loaded model.
 
     Attributes
     ----------
@@ -103,7 +108,7 @@ class Rename:
 
 
 def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str] | None) -> tuple[str, str] | None:
-    """The renamed name, and the part of it that matched; None if none does."""
+    """Rename by one pattern: the new name, and the part of it that matched; None if none does."""
     head = ""
     if scope is not None:
         at = scope.match(name)
@@ -132,11 +137,11 @@ class Renames:
     conversions: tuple[Conversion, ...]
 
     def at_run_time(self, names: Iterable[str]) -> dict[str, str]:
-        """Each tensor on disk → its run-time name, for those that are loaded as they are."""
+        """Map each tensor on disk → its run-time name, for those that are loaded as they are."""
         return {tensor: name for tensor, name, by, _, _ in self.loaded(names) if by is None}
 
     def loaded(self, names: Iterable[str]) -> list[Loaded]:
-        """What becomes of every tensor."""
+        """Return the loaded name of every tensor."""
         now = {name: name for name in names}
         for rename in self.renames:
             changed = rename.apply(set(now.values()))
@@ -150,7 +155,7 @@ class Renames:
 
 @cache
 def table() -> dict[str, Any]:
-    """The facts: ``rules`` and ``same`` by class or model type, and ``classes`` by model type."""
+    """Read the facts: ``rules`` and ``same`` by class or model type, and ``classes`` by model type."""
     data: dict[str, Any] = json.loads(resources.files(__package__).joinpath("renames.json").read_text())
     return data
 
@@ -161,20 +166,19 @@ def _steps(key: str) -> list[dict[str, Any]] | None:
     return found
 
 
-def renames_for(config: Mapping[str, Any]) -> Renames:
-    """The renames of the model with this ``config.json``: its own, those of the models nested in it, and what all models share."""
-    model_type = config.get("model_type")
-    architectures = config.get("architectures")
-    cls = architectures[0] if isinstance(architectures, list) and architectures else None
+def renames_for(config: ModelConfig) -> Renames:
+    """Collect the renames of a model: its own, those of the models nested in it, and those that all models share."""
+    model_type = config.model_type
+    cls = next(iter(config.architectures), None)
     root = next((k for k in (cls, model_type) if isinstance(k, str) and _steps(k) is not None), None)
     parts: list[tuple[str | None, list[dict[str, Any]]]] = []
     if root is not None:
         parts.append((None, _steps(root) or []))
-    inner = _inner(model_type) if isinstance(model_type, str) else None
+    inner = None if model_type is None else _inner(model_type)
     if inner is not None and inner not in (root, cls):
         parts.append((INNER, _steps(inner) or []))
     for name, scope in SCOPES.items():
-        nested = config.get(name)
+        nested = config.values.get(name)
         nested_type = nested.get("model_type") if isinstance(nested, dict) else None
         if isinstance(nested_type, str) and nested_type != model_type:
             key = table()["classes"].get(nested_type, nested_type)
@@ -196,6 +200,6 @@ def renames_for(config: Mapping[str, Any]) -> Renames:
 
 
 def _inner(model_type: str) -> str | None:
-    """The key of the model within the head, where it has renames: those of its class, or of the type."""
+    """Return the key of the model within the head, where it has renames: those of its class, or of the type."""
     key: str = table()["classes"].get(model_type, model_type)
     return key if _steps(key) is not None else None

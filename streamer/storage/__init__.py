@@ -1,1 +1,1 @@
-"""Bytes on disk: safetensors headers, checkpoints, atomic output. Knows no mathematics and no torch."""
+"""Safetensors files in, crash-safe files out, as bytes: no mathematics, no torch."""

@@ -1,4 +1,4 @@
-"""What to say of an input that is not there: a mistyped path, an address, or a name on the hub that is still to be downloaded."""
+"""Errors for an input that is missing: a mistyped path, an address, or a name on the hub that is still to be downloaded."""
 
 from __future__ import annotations
 

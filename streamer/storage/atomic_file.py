@@ -24,7 +24,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 class AtomicFile:
-    """A file under its final name only when it is complete, durable and checked.
+    """Write a file that gets its final name only when it is complete, durable and checked.
 
     ``with AtomicFile(path, size) as f: f.write(...)`` writes ``.<name>.<unique>.partial`` beside the target. Leaving the
     block without an exception checks the byte count, fsyncs, calls `check`, renames and fsyncs the directory; leaving it
@@ -56,7 +56,7 @@ class AtomicFile:
 
     @property
     def sha256(self) -> str:
-        """Hex digest of what has been written so far."""
+        """SHA-256 (hex) of what has been written so far."""
         self.flush()
         return self._appender.sha256
 
@@ -75,7 +75,7 @@ class AtomicFile:
         return self
 
     def write(self, data: Buffer) -> None:
-        """Append bytes. A large piece is hashed and written beside the caller: see `Appender.append`."""
+        """Append bytes. A large piece is hashed and written by threads while the caller goes on: see `Appender.append`."""
         view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
         try:
             self._appender.append(view)
@@ -102,7 +102,7 @@ class AtomicFile:
                     f"{self.path}: expected to write {self.size} bytes, wrote {self.written}; please report this"
                 )
             sync(self._fd)
-            self._appender.forget()
+            self._appender.drop_pages()
             if self._check is not None:
                 self._check(self._fd)
             self._close()
@@ -135,12 +135,12 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def partial_name(name: str) -> str:
-    """A name that `PARTIAL` matches, and that is nobody else's."""
+    """Make a unique name that `PARTIAL` matches, such as ``.model.safetensors.0123456789abcdef.partial``."""
     return f".{name}.{secrets.token_hex(8)}.partial"
 
 
 def partials_of(directory: Path, names: set[str]) -> list[Path]:
-    """What a killed run of ours left half-written for these final names."""
+    """List the partial files that a killed run left for these final names."""
     with os.scandir(directory) as entries:
         return [
             Path(entry.path)

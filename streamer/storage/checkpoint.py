@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class FilePosition(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's weights: its files, which tensor stands in which, and everything the index says besides.
+    """Open files of a model, the map from tensors to files, and the rest of its index.
 
     Attributes
     ----------
@@ -56,7 +57,7 @@ class Checkpoint:
 
     @property
     def directory(self) -> Path | None:
-        """The directory whose other files belong to the model; None where a single file was named."""
+        """Directory whose other files belong to the model; None where a single file was named."""
         return self.path if self.path.is_dir() else None
 
     @property
@@ -65,12 +66,12 @@ class Checkpoint:
         return sum(f.header.data_bytes for f in self.files.values())
 
     def locate(self, name: str) -> tuple[TensorFile, TensorInfo]:
-        """The file and the entry of a tensor."""
+        """Find the file and the entry of a tensor."""
         file = self.files[self.weight_map[name]]
         return file, file.header.by_name[name]
 
     def info(self, name: str) -> TensorInfo:
-        """The entry of a tensor."""
+        """Find the entry of a tensor."""
         return self.locate(name)[1]
 
     def check_unchanged(self) -> None:
@@ -79,16 +80,20 @@ class Checkpoint:
             file.check_unchanged()
 
     def identity(self) -> BaseIdentity:
-        """What tells this model from another, wherever it lies: file names, sizes, header digests, samples."""
+        """Return the identity of the model, independent of its path and read once; see `checkpoint_identity`."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> BaseIdentity:
         return checkpoint_identity(self.files)
 
     def stamps(self) -> dict[str, Sequence[int]]:
-        """Stamps of all files by path."""
+        """Map the path of each file to its stamp."""
         return {str(f.path): list(f.stamp) for f in self.files.values()}
 
 
 def checkpoint_identity(files: Mapping[str, TensorFile]) -> BaseIdentity:
-    """Names, sizes, header digests and samples of files."""
+    """Compute the names, sizes, header digests and sample digests of files, which together identify a model."""
     return {
         "files": [
             {"file": name, "bytes": f.header.file_bytes, "header_sha256": f.header.digest, "sample_sha256": f.sample()}
@@ -98,7 +103,7 @@ def checkpoint_identity(files: Mapping[str, TensorFile]) -> BaseIdentity:
 
 
 def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]:
-    """A JSON object from a file, strictly parsed.
+    """Read a JSON object from a file, strictly parsed.
 
     Raises
     ------
@@ -123,12 +128,12 @@ def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]
 
 
 def check_shard_name(name: object, where: Path) -> str:
-    """A weight_map entry that may be opened: one plain relative ``.safetensors`` name.
+    """Check that a weight_map entry is one plain relative ``.safetensors`` name, and return it.
 
     Raises
     ------
     FormatError
-        For anything else: these names come from a download, and a path out of the directory is an attack.
+        For anything else, such as ``../x.safetensors``: these names come from a download, and a path out of the directory is an attack.
     """
     plain = (
         isinstance(name, str)

@@ -43,7 +43,7 @@ DTYPE_BITS: dict[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor's entry: dtype name, shape, and the bytes ``[start, end)`` relative to the file's data."""
+    """Dtype name, shape and bytes ``[start, end)`` of one tensor, relative to the file's data."""
 
     name: str
     dtype: str
@@ -59,7 +59,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A valid header: tensors in offset order, metadata, and where the data begins.
+    """Tensors in offset order, metadata and start of the data, as a valid header gives them.
 
     Attributes
     ----------
@@ -95,7 +95,7 @@ class Header:
 
 
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor of this dtype and shape.
+    """Compute the bytes of a tensor of this dtype and shape.
 
     Raises
     ------
@@ -120,7 +120,7 @@ def _is_index(value: object) -> bool:
 
 
 def _depth(value: object) -> int:
-    """Levels of lists and objects."""
+    """Count the levels of lists and objects in a JSON value."""
     depth, level = 0, [value]
     while level := [v for v in level if isinstance(v, dict | list)]:
         depth += 1
@@ -213,7 +213,7 @@ def read_header(fd: int, where: str) -> Header:
             raise FormatError(f"{where}: expected a safetensors file, found {format_size(file_bytes)}; get it again")
         n = int.from_bytes(raw, "little")
         if n > MAX_HEADER_BYTES or 8 + n > file_bytes:
-            hint = _what_is_it(os.pread(fd, 256, 0))
+            hint = _guess_content(os.pread(fd, 256, 0))
             stated, found = format_sizes(n, file_bytes)
             raise FormatError(
                 f"{where}: not a safetensors file, or truncated: its length field says {stated} of header, "
@@ -227,8 +227,8 @@ def read_header(fd: int, where: str) -> Header:
     return parse_header(raw, file_bytes, where)
 
 
-def _what_is_it(head: bytes) -> str:
-    """What stands where a shard should be: the usual suspects."""
+def _guess_content(head: bytes) -> str:
+    """Guess from a file's first bytes what was downloaded in a shard's place."""
     if head.startswith(b"version https://git-lfs"):
         return " (a Git LFS pointer: run `git lfs pull`)"
     if head.lstrip()[:1] == b"<":
@@ -241,7 +241,7 @@ def _what_is_it(head: bytes) -> str:
 def layout(
     entries: Iterable[tuple[str, str, Iterable[int]]], metadata: Mapping[str, str] | None = None, length: int = 0
 ) -> tuple[Header, bytes]:
-    """Lay tensors out in the given order, without gaps: the header and its bytes.
+    """Lay tensors out in the given order, without gaps, and make the header and its bytes.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What tells inputs from each other, wherever they lie: digests and sizes, as types of JSON values."""
+"""Identities of inputs, by digests and sizes and independent of paths, as types of JSON values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NotRequired, TypedDict
 
 
 class FileIdentity(TypedDict):
-    """What tells a safetensors file from another: its name, size, and SHA-256 (hex) of its header and of a sample of each tensor."""
+    """Identity of a safetensors file: its name, size, and SHA-256 (hex) of its header and of a sample of each tensor."""
 
     file: str
     bytes: int
@@ -15,13 +15,13 @@ class FileIdentity(TypedDict):
 
 
 class BaseIdentity(TypedDict):
-    """What tells a base model from another, wherever it lies."""
+    """Identity of a base model: those of its files."""
 
     files: list[FileIdentity]
 
 
 class AdapterIdentity(TypedDict):
-    """What tells an adapter from another, wherever it lies: digests of its weights and config; of a fine-tuned model its files."""
+    """Identity of an adapter: SHA-256 (hex) of its weights and config; of a fine-tuned model those of its files."""
 
     base_is_residual: NotRequired[bool]
 

@@ -16,11 +16,11 @@ from streamer.storage.strict_json import strict_json
 from streamer.storage.system import sync
 
 FRAME_BYTES = 40
-"""What precedes a record's payload: its length (8 bytes, little-endian) and SHA-256 (32 bytes)."""
+"""Bytes before a record's payload: its length (8, little-endian) and SHA-256 (32)."""
 
 
 class Journal:
-    """An append-only file of records that survives a kill: a torn last record is dropped on opening.
+    """Append records to a file that survives a kill: a torn last record is dropped on opening.
 
     A record is its length (8 bytes, little-endian), the SHA-256 of its payload (32 bytes), and the payload. Each append
     is durable before it returns. The first record is the head: it says what run this journal belongs to. Open it under a lock.

@@ -25,7 +25,7 @@ OLD, NAMES = "old", "names"
 
 @dataclass(frozen=True)
 class OwnFile:
-    """One file as an earlier run wrote it: its relative name, bytes, and SHA-256 (hex)."""
+    """Relative name, bytes and SHA-256 (hex) of a file as an earlier run wrote it."""
 
     name: str
     nbytes: int
@@ -51,7 +51,7 @@ def journal_entry(journal: Journal, i: int) -> dict[str, Any]:
 
 
 def own_files(record: Path, journal: Path) -> list[OwnFile]:
-    """List the files of earlier outputs, finished or not, in the order of writing; what is no record or journal of ours names none.
+    """List the files of earlier outputs, finished or not, in the order of writing, by their record and their journal.
 
     A journal's head names those that stood before its run: until that has finished, they may be there still.
     """
@@ -59,7 +59,7 @@ def own_files(record: Path, journal: Path) -> list[OwnFile]:
 
 
 def own_names(directory: Path, record: Path, journal: Path) -> list[str]:
-    """List the names, in this directory, for which earlier runs wrote files, or were to: partials may stand beside them."""
+    """List the names in this directory for which earlier runs wrote files, or were to, and so may have left partials."""
     planned = next(Journal.peek(journal), {}).get(NAMES)
     names = [file.name for file in own_files(record, journal)]
     names += [name for name in planned if isinstance(name, str)] if isinstance(planned, list) else []
@@ -98,7 +98,7 @@ def remove_own_files(directory: Path, files: Sequence[OwnFile], keep: Collection
 
 
 def stands(directory: Path, file: OwnFile) -> bool:
-    """Whether a file is there as it was written, under a plain name in the directory, and no symlink leads to it."""
+    """Say whether a file is there as it was written, under a plain name in the directory, with no symlink on the way to it."""
     path = directory / file.name
     if not _is_within(directory, file.name):
         return False
@@ -113,20 +113,20 @@ def stands(directory: Path, file: OwnFile) -> bool:
 
 @lru_cache(maxsize=1024)
 def _digest(path: Path, stamp: tuple[int, ...]) -> str:
-    """SHA-256 (hex) of a file's bytes; it is asked for when a plan is looked at, again under the lock, and before the removal."""
+    """Compute the SHA-256 (hex) of a file's bytes. Cached: preflight, lock and removal each ask for it."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _is_within(directory: Path, name: str) -> bool:
-    """Whether a name is that of a place in the directory, to which no symlink leads."""
+    """Say whether a name stays in the directory, with no symlink on the way: ``a/b`` does, ``../b`` and ``/b`` do not."""
     plain = PurePosixPath(name)
-    places = [directory / plain, *(directory / parent for parent in plain.parents[:-1])]
-    return not (plain.is_absolute() or ".." in plain.parts or "\0" in name or any(map(os.path.islink, places)))
+    paths = [directory / plain, *(directory / parent for parent in plain.parents[:-1])]
+    return not (plain.is_absolute() or ".." in plain.parts or "\0" in name or any(map(os.path.islink, paths)))
 
 
 def is_record(path: Path) -> bool:
-    """Whether a file is the record of an output."""
+    """Say whether a file is the record of an output."""
     return _record(path) is not None
 
 

@@ -1,4 +1,4 @@
-"""Where an output may stand, and whether there is room for it: looked at, and nothing touched."""
+"""Checks of an output's path, its name and the room on its disk; all read-only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def refuse_symlink(path: Path) -> None:
 
 
 def refuse_address(path: Path) -> None:
-    """Refuse an output that is no path: ``-``, or an address like ``s3://bucket/name``, of which directories would be made here."""
+    """Refuse an output given as ``-``, or as an address like ``s3://bucket/name``, which would become directories here."""
     if path == Path("-"):
         raise UsageError(
             f"{path}: expected a path, found the sign for stdout: outputs are resumable files; name one (--json prints to stdout)"
@@ -33,7 +33,7 @@ def refuse_address(path: Path) -> None:
 
 
 def is_placeholder(path: Path) -> bool:
-    """Whether an empty regular file stands here, as ``mktemp`` and workflow systems make one for an output that is to come."""
+    """Say whether an empty regular file stands here, as ``mktemp`` and workflow systems make one for an output that is to come."""
     try:
         found = path.stat(follow_symlinks=False)
     except OSError:
@@ -42,7 +42,7 @@ def is_placeholder(path: Path) -> bool:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether something stands at the name of a file to come; an empty file is one that was made beforehand."""
+    """Say whether something stands at the name of a file to come; an empty file is one that was made beforehand."""
     return path.exists() and not is_placeholder(path)
 
 
@@ -62,7 +62,7 @@ def touch(paths: Sequence[Path]) -> str:
     return ""
 
 
-def check_place(path: Path, inputs: Sequence[Path], output: Path | None = None) -> None:
+def check_output_path(path: Path, inputs: Sequence[Path], output: Path | None = None) -> None:
     """Refuse an output that is a symlink, an input, or inside an input or a hub cache, or cannot be written.
 
     Parameters
@@ -113,7 +113,7 @@ def check_name(path: Path, longest: str) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that are free on the disk where a path stands, or would stand."""
+    """Read the bytes that are free on the disk where a path stands, or would stand."""
     return shutil.disk_usage(_existing(path)).free
 
 
@@ -129,7 +129,7 @@ def check_space(path: Path, needed: int, at_most: bool = False) -> None:
 
 
 def allocated_bytes(path: Path) -> int:
-    """Bytes on the disk that removing a file gives back; 0 if there is none."""
+    """Read the bytes on the disk that removing a file gives back; 0 if there is none."""
     try:
         return path.stat(follow_symlinks=False).st_blocks * 512
     except OSError:
@@ -137,7 +137,7 @@ def allocated_bytes(path: Path) -> int:
 
 
 def _same(a: Path, b: Path) -> bool:
-    """Whether two paths are one, by device and inode too: a mount shows a directory under a second name."""
+    """Say whether two paths are one, by device and inode too: a mount shows a directory under a second name."""
     return a == b or (a.exists() and b.exists() and a.samefile(b))
 
 

@@ -1,4 +1,4 @@
-"""What an output directory is to hold, and what of it stands there already: looked at, and nothing touched."""
+"""Plan of an output directory, and the state of what stands there already; all read-only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streamer.storage.atomic_file import partials_of
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.journal import Journal, may_resume
 from streamer.storage.old_output import OwnFile, is_record, own_files, own_names, stands
-from streamer.storage.output_checks import allocated_bytes, check_place, check_space, is_placeholder, is_taken
+from streamer.storage.output_checks import allocated_bytes, check_output_path, check_space, is_placeholder, is_taken
 from streamer.units import format_sizes
 
 RECORD_NAME = "streamer.json"
@@ -22,7 +22,7 @@ LOCK_NAME = ".streamer.lock"
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """What will stand in the output directory.
+    """Files of an output directory to come, with all that decides their bytes.
 
     Attributes
     ----------
@@ -36,8 +36,9 @@ class OutputPlan:
         Stamps of the inputs; a resumed run must find the same.
     inputs
         Input directories that the output must stay out of.
-    rivals
-        Names that a loader might prefer to ours; they must not be there, unless they are an old output's, and go with it.
+    conflicting_names
+        Names that a loader might prefer to ours, such as ``model.safetensors`` beside an index; they must not be there, unless they
+        are an old output's, and go with it.
     temporary
         (relative name, bytes at most) of what stands there only while the run is under way.
     late
@@ -68,7 +69,7 @@ class OutputPlan:
 
     @property
     def head(self) -> dict[str, Any]:
-        """What the head of its journal says of the run, as `may_resume` compares it."""
+        """Head of the run's journal, as far as `may_resume` compares it."""
         return {"plan": self.digest, "version": self.version, "bits": self.bits, "stamps": self.stamps}
 
     @property
@@ -78,7 +79,7 @@ class OutputPlan:
 
     @property
     def temporary_bytes(self) -> int:
-        """Bytes at most of what does not stay."""
+        """Bytes at most of the temporary files."""
         return sum(size for _, size in self.temporary)
 
 
@@ -93,7 +94,7 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
         If the plan does not fit on the disk.
     """
     path = plan.path
-    check_place(path, plan.inputs)
+    check_output_path(path, plan.inputs)
     state: Literal["new", "resume", "done"] = "new"
     if path.exists() and not is_placeholder(path):
         if not path.is_dir():
@@ -105,8 +106,10 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
 
 
 def missing_bytes(plan: OutputPlan, state: str) -> int:
-    """Bytes that a plan in this state, ``new`` or ``resume``, still takes on the disk."""
-    have = sum(allocated_bytes(p) for home, names in homes(plan) for p in partials_of(home, names))
+    """Compute the bytes that a plan in this state, ``new`` or ``resume``, still takes on the disk."""
+    have = sum(
+        allocated_bytes(p) for directory, names in output_directories(plan) for p in partials_of(directory, names)
+    )
     if state == "resume":
         have += sum(size for name, size in plan.files if size_of(plan.path / name) == size)
     have += sum(allocated_bytes(plan.path / name) for name, _ in plan.temporary)
@@ -121,13 +124,13 @@ def size_of(path: Path) -> int:
         return -1
 
 
-def homes(plan: OutputPlan) -> Iterator[tuple[Path, set[str]]]:
-    """Each directory that stands and gets files, or got some, and the names of all files: where a killed run left partials."""
+def output_directories(plan: OutputPlan) -> Iterator[tuple[Path, set[str]]]:
+    """Yield each directory that stands and gets files, or got some, with the names of all files: a killed run left its partials there."""
     old = own_names(plan.path, plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
     paths = [plan.path / name for name in (RECORD_NAME, *(name for name, _ in plan.files), *old)]
-    for home in dict.fromkeys(path.parent for path in paths):
-        if home.is_dir():
-            yield home, {path.name for path in paths}
+    for directory in dict.fromkeys(path.parent for path in paths):
+        if directory.is_dir():
+            yield directory, {path.name for path in paths}
 
 
 def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
@@ -135,7 +138,7 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
     for name in (*(n for n, _ in plan.files), RECORD_NAME, JOURNAL_NAME, LOCK_NAME):
         if any(p.is_symlink() for p in ((path / name), *(path / name).parents) if path in p.parents):
             raise OutputError(f"{path / name}: is a symlink, and writing never follows one; remove it")
-    state = _told(plan, overwrite, resume)
+    state = _recorded_state(plan, overwrite, resume)
     if state != "done":
         own = own_files(path / RECORD_NAME, path / JOURNAL_NAME)
         if state == "new":
@@ -144,8 +147,8 @@ def _state_of(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new",
     return state
 
 
-def _told(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
-    """Say what journal and record tell of the directory."""
+def _recorded_state(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
+    """Decide by journal and record."""
     path = plan.path
     if is_taken(path / RECORD_NAME) and not is_record(path / RECORD_NAME):
         raise _foreign(path / RECORD_NAME)
@@ -163,7 +166,7 @@ def _told(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "re
 def _refuse_foreign(plan: OutputPlan, own: Sequence[OwnFile], overwrite: bool) -> None:
     """Refuse to write over, or beside, files that no record or journal of ours names: they may be someone's weights.
 
-    A rival that is ours goes, if it is as it was written; so does an empty one where what stands here is to be overwritten.
+    A file of ours under a conflicting name goes, if it is as it was written; so does an empty one under `overwrite`.
     """
     path, names = plan.path, {file.name for file in own}
     for name, _ in plan.files:
@@ -187,7 +190,7 @@ def _another(path: Path) -> OutputExistsError:
 
 
 def _refuse_edited(plan: OutputPlan, own: Sequence[OwnFile]) -> None:
-    """Refuse to replace what a user has written into a file that stands for that."""
+    """Refuse to replace or remove a file that users edit, such as a model card, where one did."""
     for path, name in ((plan.path / name, name) for name, _ in plan.files if name in plan.editable):
         if is_taken(path) and not any(stands(plan.path, file) for file in own if file.name == name):
             raise _foreign(path, plan.instead.get(name, ""), "was edited since it was written")
@@ -225,5 +228,5 @@ def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "
 
 
 def finished_record(plan: OutputPlan) -> dict[str, Any]:
-    """The record of an output that `inspect_output` calls done."""
+    """Read the record of an output that `inspect_output` calls done."""
     return read_json_object(plan.path / RECORD_NAME)

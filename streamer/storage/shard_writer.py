@@ -21,7 +21,7 @@ Source = Callable[[TensorInfo], Iterable[Buffer]]
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output file: its name, its header, and the header's bytes. The size is exact before a byte is written."""
+    """Name, header and header's bytes of an output file, whose size is exact before a byte is written."""
 
     name: str
     header: Header
@@ -33,7 +33,7 @@ class ShardPlan:
         return self.header.file_bytes
 
     def with_metadata(self, key: str, value: str) -> ShardPlan:
-        """The same file with another value in its metadata, no longer than the planned one: the size stays, spaces make up for it."""
+        """Replace a value in the metadata by one that is no longer; spaces in the header keep the planned size."""
         if self.header.metadata.get(key) == value:
             return self
         entries = [(t.name, t.dtype, t.shape) for t in self.header.tensors]
@@ -50,7 +50,7 @@ def plan_shard(name: str, entries: Iterable[tuple[str, str, Iterable[int]]], met
 
 
 def like(name: str, header: Header, metadata: Mapping[str, str] | None = None) -> ShardPlan:
-    """Plan a file with the same tensors and order as an existing one; its metadata, and more."""
+    """Plan a file with the tensors, order and metadata of an existing one, and more metadata."""
     entries = [(t.name, t.dtype, t.shape) for t in header.tensors]
     return plan_shard(name, entries, {**header.metadata, **(metadata or {})})
 
@@ -93,7 +93,7 @@ def shard_steps(
 
 
 def index_bytes(index: dict[str, Any], total_size: int) -> bytes:
-    """The JSON of an output's index: the base's own, with the exact ``total_size``."""
+    """Make the JSON of an output's index from the base's, with the exact ``total_size``."""
     metadata = index.get("metadata")
     tree = {**index, "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total_size}}
     return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

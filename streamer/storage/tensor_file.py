@@ -1,4 +1,4 @@
-"""One open safetensors file: views of its tensors, released after use.
+"""Open safetensors files, and views of their tensors that are released after use.
 
 A file is opened read-only, once, and stays open: what is read is what was planned, even if the name is replaced. A tensor
 is read through a window that maps just its own bytes, or by ``pread`` into a buffer; dropping the view releases it.
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ SAMPLE_BYTES = 4096
 
 
 class TensorFile:
-    """One open safetensors file: its header, and views of its tensors.
+    """Open a safetensors file, validate its header, and give views of its tensors.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class TensorFile:
             )
 
     def view(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> memoryview:
-        """Bytes ``[start, stop)`` of a tensor, counted from its first; the whole of it by default.
+        """Map or read the bytes ``[start, stop)`` of a tensor, counted from its first; the whole of it by default.
 
         Raises
         ------
@@ -111,19 +111,19 @@ class TensorFile:
         return memoryview(window)[page:]
 
     def data(self) -> memoryview:
-        """The bytes of all tensors in one map; each tensor is a slice of it. For many small tensors that stay in use."""
+        """Map the bytes of all tensors at once, each of which is a slice of them: for many small tensors that stay in use."""
         return self._window(self.header.data_start, self.header.data_bytes)
 
     def chunks(self, info: TensorInfo, size: int = 4 << 20) -> Iterator[memoryview]:
-        """A tensor's bytes in pieces, the disk reading ahead, in buffers by turns: a piece stays as it is until `QUEUE` more were given."""
+        """Yield a tensor's bytes in pieces, the disk reading ahead. A piece stays as it is until `QUEUE` more were given."""
         buffers = [memoryview(bytearray(min(size, max(0, info.nbytes - i * size)))) for i in range(QUEUE + 1)]
         for i, start in enumerate(range(0, info.nbytes, size)):
             piece = buffers[i % len(buffers)][: min(size, info.nbytes - start)]
             at = self.header.data_start + info.start + start
-            self._readahead.before(at, at + len(piece))
+            self._readahead.prefetch(at, at + len(piece))
             self._read_into(piece, at)
             if not self._keeps_pages:
-                self._readahead.after(at + len(piece))
+                self._readahead.release(at + len(piece))
             yield piece
 
     @contextlib.contextmanager
@@ -137,7 +137,7 @@ class TensorFile:
 
     def release_pages(self, stop: int) -> None:
         """Drop from the page cache what stands before `stop`, counted from the first tensor: all readers have had it."""
-        self._readahead.after(self.header.data_start + stop)
+        self._readahead.release(self.header.data_start + stop)
 
     def _check_size(self, wanted: int) -> None:
         have = os.fstat(self._fd).st_size
@@ -157,7 +157,7 @@ class TensorFile:
             done += n
 
     def sample(self, size: int = SAMPLE_BYTES) -> str:
-        """SHA-256 over the header and the middle `size` bytes of every tensor.
+        """Compute the SHA-256 (hex) of the header and the middle `size` bytes of every tensor.
 
         Two models of one architecture have equal headers; this tells them apart without reading them. It is no
         checksum: a change outside the samples is not seen.
@@ -169,3 +169,8 @@ class TensorFile:
             self._read_into(out, self.header.data_start + t.start + middle)
             digest.update(out)
         return digest.hexdigest()
+
+
+def sampled_bytes(files: Iterable[TensorFile]) -> int:
+    """Count the bytes that an identity by headers and samples reads."""
+    return sum(f.header.data_start + sum(min(SAMPLE_BYTES, t.nbytes) for t in f.header.tensors) for f in files)

@@ -1,4 +1,4 @@
-"""An output directory as one resumable transaction.
+"""Output directories, each written as one resumable transaction.
 
 While a run is under way the directory holds ``.streamer.lock`` and ``.streamer.journal``; the file that makes the output
 loadable (the last of the plan's names) comes last. Then the journal gives way to ``streamer.json``, the record of what was
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,21 @@ from streamer.storage.files import make_directory, storage_error
 from streamer.storage.journal import Journal
 from streamer.storage.lock import locked
 from streamer.storage.old_output import NAMES, OLD, as_entries, journal_entry, own_files, remove_own_files
-from streamer.storage.output_checks import check_place, is_placeholder, touch
+from streamer.storage.output_checks import check_output_path, is_placeholder, touch
 from streamer.storage.output_plan import (
     JOURNAL_NAME,
     LOCK_NAME,
     RECORD_NAME,
     OutputPlan,
-    homes,
     inspect_output,
+    output_directories,
     size_of,
 )
 from streamer.units import format_sizes
 
 
 class OutputDirectory:
-    """The directory while it is being written; made by `open_outputs`."""
+    """Write the files of an output directory; made by `open_outputs`."""
 
     def __init__(self, plan: OutputPlan, journal: Journal, resumed: bool) -> None:
         self.path = plan.path
@@ -48,7 +48,7 @@ class OutputDirectory:
             self._entries[entry["file"]] = entry
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """The journal's entry of a file that stands complete, its digest checked; None if it is still to be written."""
+        """Find the journal's entry of a file that stands complete, its digest checked; None if it is still to be written."""
         entry = self._entries.get(name)
         if entry is None or size_of(self.path / name) != entry["bytes"]:
             return None
@@ -56,7 +56,7 @@ class OutputDirectory:
             return entry if hashlib.file_digest(f, "sha256").hexdigest() == entry["sha256"] else None
 
     def entry(self, name: str) -> dict[str, Any]:
-        """The journal's entry of a file that this run has written or found finished."""
+        """Find the journal's entry of a file that this run has written or found finished."""
         return self._entries[name]
 
     def announce(self, name: str, nbytes: int, sha256: str, **detail: Any) -> None:
@@ -73,7 +73,7 @@ class OutputDirectory:
         """Copy a file as it is; the mode follows the umask."""
         size = dict(self._plan.files)[name]
 
-        def pour(f: AtomicFile) -> None:
+        def copy_bytes(f: AtomicFile) -> None:
             with source.open("rb") as src:
                 while piece := src.read(8 << 20):
                     f.write(piece)
@@ -84,11 +84,13 @@ class OutputDirectory:
                 )
 
         try:
-            self._put(name, size, pour, before_rename)
+            self._put(name, size, copy_bytes, before_rename)
         except OSError as e:
             raise storage_error(source, "copy", e) from e
 
-    def _put(self, name: str, size: int, pour: Callable[[AtomicFile], None], before_rename: Callable[[], None]) -> None:
+    def _put(
+        self, name: str, size: int, write: Callable[[AtomicFile], object], before_rename: Callable[[], None]
+    ) -> None:
         target = self.path / name
         make_directory(target.parent)
 
@@ -97,15 +99,23 @@ class OutputDirectory:
             self.announce(name, f.written, f.sha256)
 
         with AtomicFile(target, size, check) as f:
-            pour(f)
+            write(f)
 
     def commit(self, record: dict[str, Any]) -> dict[str, Any]:
-        """All files stand: write the record, drop the journal. Returns the record."""
+        """Write the record, with a digest of itself, and remove the journal, when all files stand; return the record.
+
+        The digest is the SHA-256 of the record's file, taken with 64 zeros in its own place.
+        """
         files = [{k: self._entries[name][k] for k in ("file", "bytes", "sha256")} for name, _ in self._plan.files]
-        record = {**record, "plan": self._plan.digest, "files": files}
-        write_atomic(self.path / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+        record = {**record, "plan": self._plan.digest, "files": files, "sha256": "0" * 64}
+        record["sha256"] = hashlib.sha256(_record_bytes(record)).hexdigest()
+        write_atomic(self.path / RECORD_NAME, _record_bytes(record))
         self._journal.remove()
         return record
+
+
+def _record_bytes(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1) + "\n").encode()
 
 
 def _remove(path: Path) -> None:
@@ -138,7 +148,7 @@ def open_outputs(
     with contextlib.ExitStack() as stack:
         states = []
         for plan in plans:
-            check_place(plan.path, plan.inputs)
+            check_output_path(plan.path, plan.inputs)
             if is_placeholder(plan.path):
                 _remove(plan.path)
             make_directory(plan.path)
@@ -153,9 +163,9 @@ def open_outputs(
 
 @contextlib.contextmanager
 def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
-    """One of them, locked, in the state ``new`` or ``resume``."""
-    for home, names in homes(plan):
-        remove_partials(home, names)
+    """Begin or take up one output, locked, in the state ``new`` or ``resume``."""
+    for directory, names in output_directories(plan):
+        remove_partials(directory, names)
     old = own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
     if state == "new":
         # The old commit point goes first, be it another's or that of a run of ours killed at its very end: from here

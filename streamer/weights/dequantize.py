@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from streamer.errors import UnsupportedError
 from streamer.weights.dtypes import ENCODINGS
 from streamer.weights.logical import WeightView
-from streamer.weights.quantization.registry import QUANTIZATION_KEYS
+from streamer.weights.model_config import ModelConfig
 
 STALE = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 """Files by which some loaders take a model for a quantized one."""
@@ -24,7 +22,7 @@ _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32"}
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-def plain_weights(weights: WeightView, config: Mapping[str, Any]) -> WeightView:
+def plain_weights(weights: WeightView, config: ModelConfig) -> WeightView:
     """Have quantized weights written plain, in the dtype of the model's config, or in bfloat16.
 
     Raises
@@ -42,23 +40,12 @@ def plain_weights(weights: WeightView, config: Mapping[str, Any]) -> WeightView:
     return weights.dequantized(ENCODINGS[plain_dtype(config)])
 
 
-def plain_dtype(config: Mapping[str, Any]) -> str:
+def plain_dtype(config: ModelConfig) -> str:
     """Read the model's dtype from its config, in safetensors' spelling: ``torch.float16`` → ``F16``; BF16 by default."""
-    text = config.get("text_config")
-    places = (config, text if isinstance(text, dict) else {})
-    stated = (str(place.get(key)).removeprefix("torch.") for place in places for key in ("dtype", "torch_dtype"))
+    stated = (str(value).removeprefix("torch.") for value in config.stated("dtype", "torch_dtype"))
     return next((_DTYPES[name] for name in stated if name in _DTYPES), "BF16")
 
 
 def is_activation_scale(name: str, weights: WeightView) -> bool:
     """Whether a tensor scales the activations or caches of a quantized model, and so has no use in a plain one."""
     return bool(weights.owners) and bool(_ACTIVATION_SCALE.search(name))
-
-
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the quantization out of a model's config."""
-    out = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-    text = out.get("text_config")
-    if isinstance(text, dict):
-        out["text_config"] = {key: value for key, value in text.items() if key not in QUANTIZATION_KEYS}
-    return out

@@ -14,13 +14,14 @@ from streamer.errors import FormatError
 from streamer.storage.checkpoint import Checkpoint
 from streamer.weights.base import StoredTensor, Weight
 from streamer.weights.dtypes import Encoding
+from streamer.weights.model_config import ModelConfig
 from streamer.weights.plain import Plain
-from streamer.weights.quantization.registry import FORMATS, QuantizationFormat, quantization_of, supported_method
+from streamer.weights.quantization.registry import FORMATS, QuantizationFormat, supported_method
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """How a base stores one logical weight.
+    """Tensors and format in which a base stores one logical weight.
 
     Attributes
     ----------
@@ -124,13 +125,13 @@ class WeightView(Mapping[str, Weight]):
         return form is not None and form.requantizes and matrix and name not in self.replacements
 
 
-def open_weights(checkpoint: Checkpoint, config: Mapping[str, Any]) -> WeightView:
+def open_weights(checkpoint: Checkpoint, config: ModelConfig) -> WeightView:
     """Group the tensors of a base into logical weights, by names and dtypes alone.
 
     Parameters
     ----------
     config
-        The model's ``config.json``, or {}.
+        The model's.
 
     Raises
     ------
@@ -139,7 +140,7 @@ def open_weights(checkpoint: Checkpoint, config: Mapping[str, Any]) -> WeightVie
     FormatError
         If two sets of tensors are one weight.
     """
-    quantization = quantization_of(config)
+    quantization = config.quantization
     method = supported_method(quantization, f"{checkpoint.path}")
     forms = [form for form in FORMATS if method in form.quant_methods]
     tensors = {t.name: StoredTensor(f, t) for f in checkpoint.files.values() for t in f.header.tensors}

@@ -17,7 +17,7 @@ import streamer
 from streamer.adapters.batch import named_adapters
 from streamer.errors import StorageError, UsageError
 from streamer.linalg.torch_state import threads
-from streamer.plan.plan import make_plans
+from streamer.plan.plan import make_batch
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_what_to_do_where_descriptors_run_out(several: Several) -> None:
         with pytest.raises(
             StorageError, match="Too many open files; take fewer adapters at once, or raise `ulimit -n`"
         ):
-            make_plans(several.base, [several.adapters / name for name in NAMES])
+            make_batch(several.base, [several.adapters / name for name in NAMES])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

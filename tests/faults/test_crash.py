@@ -141,7 +141,7 @@ def test_unneeded_findings_of_a_killed_run_go(bench: Bench, tmp_path: Path) -> N
     case = bench.case("merge")
     out = tmp_path / "out"
     assert case.run(out, at=60, code=KILL).code == -signal.SIGKILL
-    hidden = [name for name in tree_digest(out) if name.startswith("..streamer.detection.findings")]
+    hidden = [name for name in tree_digest(out) if name.startswith("..streamer.findings")]
     assert hidden
     done = case.run(out, "--method", "shrink", "--overwrite")
     assert (done.code, done.told) == (0, "")

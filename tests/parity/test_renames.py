@@ -14,6 +14,7 @@ from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
 
 from streamer.plan.transformers_renames import renames_for, table
+from streamer.weights.model_config import ModelConfig
 
 THEIRS = _build_checkpoint_conversion_mapping()
 SAME_VERSION = f"transformers {transformers.__version__} " in table()["source"]
@@ -57,9 +58,9 @@ def test_renames_agree_with_transformers(key: str) -> None:
                 .strip("^$"),
             }
     is_class = key[0].isupper()
-    ours = renames_for({"architectures": [key]} if is_class else {"model_type": key})
+    ours = renames_for(ModelConfig({"architectures": [key]} if is_class else {"model_type": key}))
     if ours.model != key:  # a class of the type takes precedence, as in transformers
-        ours = renames_for({"architectures": [key]})
+        ours = renames_for(ModelConfig({"architectures": [key]}))
     legacy = [] if key == "legacy" else THEIRS["legacy"]
     got = {name: (renamed, by is not None) for name, renamed, by, _, _ in ours.loaded(sorted(names))}
     for name in sorted(names):

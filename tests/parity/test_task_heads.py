@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoConfig
 
 from streamer.plan.task_heads import auto_class, implied_head, table
+from streamer.weights.model_config import ModelConfig
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60,
          "max_position_embeddings": 64}  # fmt: skip
@@ -203,8 +204,8 @@ def test_a_head_that_nobody_has_is_not_promised(tmp_path: Path) -> None:
 )
 def test_a_tie_makes_a_head(model_type: str, task: str, more: dict, names: tuple, is_there: bool) -> None:
     bare = auto_class(model_type, "FEATURE_EXTRACTION")
-    head = implied_head({"model_type": model_type, "architectures": [bare], **more}, {"task_type": task}, {}, names)
-    assert head.config["architectures"] == [auto_class(model_type, task) if is_there else bare]
+    head = implied_head(ModelConfig({"model_type": model_type, "architectures": [bare], **more}), task, {}, names)
+    assert head.config.values["architectures"] == [auto_class(model_type, task) if is_there else bare]
     assert len(head.advice) == (not is_there)
 
 
@@ -225,7 +226,7 @@ CLASSIFIER = ("bert.pooler.dense.weight", "classifier.weight")
     ],
 )  # fmt: skip
 def test_what_cannot_be_known_is_said(config: dict, task: str | None, saved: dict, words: str) -> None:
-    head = implied_head(config, {"task_type": task}, saved, [*saved])
+    head = implied_head(ModelConfig(config), task, saved, [*saved])
     (line,) = head.advice
     assert words in line
 
@@ -245,31 +246,31 @@ def test_what_cannot_be_known_is_said(config: dict, task: str | None, saved: dic
     ],
 )  # fmt: skip
 def test_what_a_config_says(config: dict, task: str, saved: dict, names: tuple, changed: dict) -> None:
-    head = implied_head(config, {"task_type": task}, saved, names)
+    head = implied_head(ModelConfig(config), task, saved, names)
     gone = {"num_labels", "problem_type"} if "id2label" in changed else set()
-    assert head.config == {k: v for k, v in config.items() if k not in gone} | changed
+    assert head.config.values == {k: v for k, v in config.items() if k not in gone} | changed
     assert head.advice == ()
 
 
 def test_names_of_labels_that_stay_are_said() -> None:
     """As many labels are not the same labels: the adapter may have been trained for another task."""
     config = {**BERT, "id2label": {"0": "NEGATIVE", "1": "POSITIVE"}}
-    head = implied_head(config, {"task_type": "SEQ_CLS"}, {"classifier.weight": (2, 8)}, CLASSIFIER)
-    assert head.config["id2label"] == config["id2label"]
+    head = implied_head(ModelConfig(config), "SEQ_CLS", {"classifier.weight": (2, 8)}, CLASSIFIER)
+    assert head.config.values["id2label"] == config["id2label"]
     (line,) = head.advice
     assert line.startswith("config.json keeps the base's names of labels ('NEGATIVE', 'POSITIVE')")
     longest = {str(i): 99 * "x" for i in range(999)}
     (line,) = implied_head(
-        {**BERT, "id2label": longest}, {"task_type": "SEQ_CLS"}, {"classifier.weight": (999, 8)}, CLASSIFIER
+        ModelConfig({**BERT, "id2label": longest}), "SEQ_CLS", {"classifier.weight": (999, 8)}, CLASSIFIER
     ).advice
     assert len(line) <= 300
     # Not retrained, the base's head has the base's names.
-    assert implied_head(config, {"task_type": "SEQ_CLS"}, {}, CLASSIFIER).advice == ()
+    assert implied_head(ModelConfig(config), "SEQ_CLS", {}, CLASSIFIER).advice == ()
 
 
 @pytest.mark.parametrize(("rows", "words"), [(1, "says 1 label: the saved head has 1 row"), (3, "says 3 labels")])
 def test_labels_are_counted_in_words(rows: int, words: str) -> None:
-    head = implied_head(BERT, {"task_type": "SEQ_CLS"}, {"classifier.weight": (rows, 8)}, CLASSIFIER)
+    head = implied_head(ModelConfig(BERT), "SEQ_CLS", {"classifier.weight": (rows, 8)}, CLASSIFIER)
     assert words in head.notes[0]
 
 

@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import streamer
-from streamer.plan.side_files import token_count
+from streamer.plan.tokenizer import token_count
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"]
 

@@ -15,17 +15,20 @@ from fuzz_inputs import CPU, NAMES, Target, Trouble, adapter, config, header, in
 from helpers import tree_digest
 from mutate import journal_bytes, mutate_journal, mutate_json, mutate_safetensors, records_of
 
-from streamer.api import prepare
 from streamer.cli.json_report import findings_json
 from streamer.cli.tables import findings_table
 from streamer.detection.findings import load_findings
-from streamer.detection.options import DetectionOptions
+from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.run import detect_to_files
 from streamer.events import Event, Monitor
-from streamer.output.job import ModelSink
+from streamer.output.job import Job
 from streamer.output.mitigation import MitigationOptions
+from streamer.output.model_writer import ModelWriter
+from streamer.output.prepare import OutputOptions, open_jobs
 from streamer.output.run import run_jobs
-from streamer.plan.plan import make_plan
+from streamer.plan.batch import Batch
+from streamer.plan.memory import resident_bytes
+from streamer.plan.plan import Plan, make_plan
 
 OPTIONS = DetectionOptions(3, 0.5)
 
@@ -33,22 +36,37 @@ OPTIONS = DetectionOptions(3, 0.5)
 HALF = MitigationOptions(0.5)
 
 
+def detect_file(plan: Plan, path: Path, options: DetectionOptions, monitor: Monitor) -> None:
+    """Detect into a findings file."""
+    batch = Batch(plan.base, (plan,))
+    detect_to_files(batch, [path], options, RunOptions(CPU, monitor=monitor), resident_bytes(batch))
+
+
+def open_job(
+    base: Path, adapter: Path, mitigation: MitigationOptions, options: DetectionOptions, findings: Path | None
+) -> Job:
+    """Open a merge."""
+    form = OutputOptions(merges=True)
+    (job,) = open_jobs(base, {"": adapter}, [findings], mitigation, options, form, RunOptions(CPU))
+    return job
+
+
 def findings(home: Path) -> Target:
     """A findings file: reported, and applied."""
     base, directory = small_job(home)
     path = home / "f.safetensors"
     plan = make_plan(base, directory)
-    detect_to_files([plan], [path], OPTIONS, CPU, Monitor())
+    detect_file(plan, path, OPTIONS, Monitor())
     seeds = [path.read_bytes()]
     path.unlink()
-    detect_to_files([plan], [path], DetectionOptions(0.1, 0.9, "dense"), CPU, Monitor())
+    detect_file(plan, path, DetectionOptions(0.1, 0.9, "dense"), Monitor())
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
         found = load_findings(path)
         findings_table(found)
         json.dumps(findings_json(found))
-        (job,) = prepare(base, [directory], HALF, found.options, [path])
+        job = open_job(base, directory, HALF, found.options, path)
         for target in job.plan.targets:
             job.mitigated(target)
 
@@ -83,17 +101,17 @@ def detection_journal(home: Path) -> Target:
     out.mkdir()
     path, journal = out / "f.safetensors", out / ".f.safetensors.journal"
     try:
-        detect_to_files([plan], [path], OPTIONS, CPU, _stop_after(len(NAMES)))
+        detect_file(plan, path, OPTIONS, _stop_after(len(NAMES)))
     except _Killed:
         known = records_of(journal.read_bytes())
-    detect_to_files([plan], [path], OPTIONS, CPU, Monitor())
+    detect_file(plan, path, OPTIONS, Monitor())
     whole = path.read_bytes()
 
     def run(data: bytes) -> None:
         shutil.rmtree(out)
         out.mkdir()
         journal.write_bytes(data)
-        detect_to_files([plan], [path], OPTIONS, CPU, Monitor())
+        detect_file(plan, path, OPTIONS, Monitor())
         load_findings(path)
         if path.read_bytes() != whole and {*records_of(data)} <= {*known}:
             raise Trouble("other findings than an uninterrupted run's")
@@ -104,20 +122,20 @@ def detection_journal(home: Path) -> Target:
 def output_journal(home: Path) -> Target:
     """The journal of an interrupted merge: taken up to the very same files, or refused."""
     base, directory = small_job(home)
-    (job,) = prepare(base, [directory], MitigationOptions(1.0), OPTIONS, [None])
+    job = open_job(base, directory, MitigationOptions(1.0), OPTIONS, None)
     out, half = home / "out", home / "half"
     try:
-        run_jobs([ModelSink(job, half)], _stop_after(4))
+        run_jobs([ModelWriter(job, half)], RunOptions(CPU, monitor=_stop_after(4)))
     except _Killed:
         known = records_of((half / ".streamer.journal").read_bytes())
-    run_jobs([ModelSink(job, out)], Monitor())
+    run_jobs([ModelWriter(job, out)], RunOptions(CPU, monitor=Monitor()))
     whole = tree_digest(out)
 
     def run(data: bytes) -> None:
         shutil.rmtree(out)
         shutil.copytree(half, out)
         (out / ".streamer.journal").write_bytes(data)
-        run_jobs([ModelSink(job, out)], Monitor())
+        run_jobs([ModelWriter(job, out)], RunOptions(CPU, monitor=Monitor()))
         if tree_digest(out) != whole and {*records_of(data)} <= {*known}:
             raise Trouble("another output than an uninterrupted run's")
 
@@ -127,14 +145,14 @@ def output_journal(home: Path) -> Target:
 def record(home: Path) -> Target:
     """The record of a finished output: known, or refused."""
     base, directory = small_job(home)
-    (job,) = prepare(base, [directory], MitigationOptions(1.0), OPTIONS, [None])
+    job = open_job(base, directory, MitigationOptions(1.0), OPTIONS, None)
     out = home / "out"
-    run_jobs([ModelSink(job, out)], Monitor())
+    run_jobs([ModelWriter(job, out)], RunOptions(CPU, monitor=Monitor()))
     path = out / "streamer.json"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        run_jobs([ModelSink(job, out)], Monitor())
+        run_jobs([ModelWriter(job, out)], RunOptions(CPU, monitor=Monitor()))
         if path.read_bytes() != data:
             raise Trouble("a finished output was written to")
 

@@ -16,10 +16,13 @@ from forks import Outcome, server
 from helpers import write_adapter, write_sharded
 
 from streamer.cli.forecast import Forecast, forecast_commands, forecast_detection
+from streamer.detection.findings_size import findings_bytes
 from streamer.detection.memory import detection_estimates
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
-from streamer.plan.plan import make_plan
+from streamer.plan.batch import Batch
+from streamer.plan.memory import resident_bytes
+from streamer.plan.plan import Plan, make_plan
 
 NAMES = {
     "peak_memory_bytes",
@@ -32,6 +35,14 @@ NAMES = {
 }
 CPU = torch.device("cpu")
 Job = tuple[Path, Path]
+
+
+def resident(plan: Plan) -> int:
+    return resident_bytes(Batch(plan.base, (plan,)))
+
+
+def forecast_of(plan: Plan, options: DetectionOptions, device: torch.device = CPU) -> Forecast:
+    return forecast_detection(plan, options, device, resident(plan), findings_bytes(plan, options))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +127,7 @@ def test_the_journal_is_no_larger(job: Job, tmp_path: Path) -> None:
 
         streamer.detect_intruder_dimensions(*job, tmp_path / "f.safetensors", threshold_epsilon=1.0)
     options = DetectionOptions(threshold_epsilon=1.0)
-    assert 0 < seen[0] <= forecast_detection(make_plan(*job), options, CPU).temporary_bytes
+    assert 0 < seen[0] <= forecast_of(make_plan(*job), options).temporary_bytes
 
 
 @pytest.mark.parametrize(
@@ -142,8 +153,8 @@ def test_no_more_memory_than_forecast(command: str, options: tuple[str, ...], tm
 
 def test_a_budget_is_the_most_that_is_forecast(tmp_path: Path) -> None:
     plan = make_plan(*model(tmp_path, 1, 4096, 2048))
-    budget = max(need.nbytes for need in detection_estimates(plan, DetectionOptions()))
-    free, tight = (forecast_detection(plan, DetectionOptions(max_memory=b), CPU) for b in (None, budget))
+    budget = max(need.nbytes for need in detection_estimates(plan, DetectionOptions(), resident(plan)))
+    free, tight = (forecast_of(plan, DetectionOptions(max_memory=b)) for b in (None, budget))
     assert tight.peak_memory_bytes == tight.escalated_memory_bytes == budget
     assert budget < free.peak_memory_bytes <= free.escalated_memory_bytes
     assert tight.seconds is not None
@@ -199,7 +210,7 @@ def test_a_command_that_is_refused_has_none(job: Job, tmp_path: Path) -> None:
 
 
 def test_a_gpu_is_not_estimated(job: Job) -> None:
-    assert forecast_detection(make_plan(*job), DetectionOptions(), torch.device("cuda")).seconds is None
+    assert forecast_of(make_plan(*job), DetectionOptions(), torch.device("cuda")).seconds is None
 
 
 def test_twice_the_layers_take_longer_and_no_less_of_anything(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from helpers import write_adapter
 from safetensors.torch import save_file
 from shapes import Known
 
-from streamer.cli.demo import DemoModel
+from streamer.cli.synthetic import DemoModel
 from streamer.detection.findings import load_findings
 
 BOUND = 700e6

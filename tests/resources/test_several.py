@@ -19,10 +19,10 @@ from several import NAMES, WAYS, Several, run
 
 import streamer
 from streamer.cli.main import run as streamer_command
+from streamer.detection.findings_size import findings_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.detection.run import findings_bytes
 from streamer.errors import StorageError
-from streamer.plan.plan import make_plans
+from streamer.plan.plan import make_batch
 from streamer.units import format_size
 
 
@@ -95,7 +95,7 @@ def test_all_outputs_must_fit_on_the_disk(several: Several, tmp_path: Path, monk
 def test_all_findings_must_fit_on_the_disk(
     several: Several, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plans = make_plans(several.base, [several.adapters / name for name in NAMES])
+    plans = make_batch(several.base, [several.adapters / name for name in NAMES]).plans
     needed = [sum(findings_bytes(plan, DetectionOptions())) for plan in plans]
     free = sum(needed) - 1
     assert free > max(needed)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.weights.logical import WeightView, open_weights
+from streamer.weights.model_config import ModelConfig
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ def base_of(
     )
     config = {"model_type": "test", **({"quantization_config": quantization} if quantization else {})}
     (directory / "config.json").write_text(json.dumps(config))
-    return open_weights(open_checkpoint(directory, io), config)
+    return open_weights(open_checkpoint(directory, io), ModelConfig(config))
 
 
 def assert_decodes(weights: WeightView, name: str, expected: torch.Tensor) -> None:

@@ -9,7 +9,8 @@ import helpers
 import torch
 from safetensors.torch import save_file
 
-from streamer.adapters.adapter import LoraModule, open_adapter
+from streamer.adapters.modules import LoraModule
+from streamer.adapters.reader import open_adapter
 
 MODULE = "model.layers.0.self_attn.q_proj"
 

@@ -28,6 +28,7 @@ from streamer.errors import (
     UnknownNameError,
     UnsupportedError,
     UsageError,
+    VerificationError,
 )
 from streamer.units import format_size, format_sizes, listed, parse_size, quoted
 
@@ -39,6 +40,8 @@ def made(kind: type[StreamerError]) -> StreamerError:
         return Interrupted(15)
     if kind in (MissingInputError, MissingPackageError, OutputExistsError):
         return kind("some/where: no such file; check the path", "some/where")
+    if kind is VerificationError:
+        return VerificationError("some/where: expected one thing, found another", {"differences": []})
     return kind("some/where: wanted one thing, found another; do this")
 
 
@@ -48,7 +51,7 @@ def test_an_error_is_the_same_after_a_process_boundary(kind: type[StreamerError]
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is kind
         assert (str(again), again.args, again.exit_code) == (str(error), error.args, error.exit_code)
-        for name in ("errno", "strerror", "filename", "name"):
+        for name in ("errno", "strerror", "filename", "name", "verification"):
             assert getattr(again, name, None) == getattr(error, name, None)
 
 

@@ -109,19 +109,6 @@ FORMATS: tuple[QuantizationFormat, ...] = (
 """Formats of quantized weights; a new one is a new entry here, with its class in a module of this folder."""
 
 
-def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Find the quantization config in a model's config, {} where there is none; multimodal models may keep it with the text model's."""
-    text = config.get("text_config")
-    for place in (config, text if isinstance(text, dict) else {}):
-        for key in QUANTIZATION_KEYS:
-            if isinstance(place.get(key), dict):
-                return dict(place[key])
-    return {}
-
-
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-
-
 def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
     """Read the ``quant_method`` of a quantization config, None for {}.
 

@@ -11,7 +11,7 @@ import torch
 from raw_adapter import MODULE, factors, write_raw
 from safetensors.torch import load_file, save_file
 
-from streamer.adapters.adapter import open_adapter
+from streamer.adapters.reader import open_adapter
 from streamer.errors import InputError
 
 # Identity -------------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_identity_is_of_contents_not_of_places(tmp_path: Path) -> None:
 def test_factors_of_every_dtype(tmp_path: Path, dtype: torch.dtype, io: str) -> None:
     A, B = (t.to(dtype) for t in factors())
     adapter = open_adapter(write_raw(tmp_path, {"x.lora_A.weight": A, "x.lora_B.weight": B}), io)  # type: ignore[arg-type]
-    delta = adapter.delta(adapter.modules["x"])
+    delta = adapter.modules["x"].delta(adapter.tensors, None)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert delta.L.dtype == delta.R.dtype == wide
     torch.testing.assert_close(delta.R, A.to(wide).T, rtol=0, atol=0)

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_adapter import MODULE, factors, one_module, write_raw
 
-from streamer.adapters.adapter import open_adapter
+from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.config_rules import config_refusals
+from streamer.adapters.reader import open_adapter
 from streamer.errors import FormatError, InputError, MismatchError, StreamerError
 
 # Scales ---------------------------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ from streamer.errors import FormatError, InputError, MismatchError, StreamerErro
 def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
     module = one_module(tmp_path, rank=rank, **config)
     assert (module.rank, module.shape) == (rank, (6, 5))
-    assert module.scale == pytest.approx(scale, rel=1e-15)
+    assert module.scaling == pytest.approx(scale, rel=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_any_config_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory
     write_raw(home, {f"{MODULE}.lora_A.weight": A, f"{MODULE}.lora_B.weight": B}, **config)
     said = ""
     try:
-        scale = open_adapter(home).modules[MODULE].scale
+        scale = open_adapter(home).modules[MODULE].scaling
     except InputError as e:
         said = str(e)
     assert str(home) in said if said else math.isfinite(scale)
@@ -133,7 +134,7 @@ def test_any_config_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory
     ],
 )
 def test_refused_by_config(config: dict, kind: str) -> None:
-    reasons = config_refusals(config)
+    reasons = config_refusals(AdapterConfig(config, Path("adapter_config.json")))
     assert len(reasons) == 1
     assert kind in reasons[0]
 
@@ -146,4 +147,4 @@ def test_refused_by_config(config: dict, kind: str) -> None:
          {"target_modules": ["q"], "layers_to_transform": [1], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}],
 )  # fmt: skip
 def test_taken_by_config(config: dict) -> None:
-    assert config_refusals(config) == []
+    assert config_refusals(AdapterConfig(config, Path("adapter_config.json"))) == []

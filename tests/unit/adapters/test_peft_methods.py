@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamer
+from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.peft_methods import METHODS, MethodInputs
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.linalg.low_rank import LowRank
@@ -65,7 +66,7 @@ def test_what_fits(tmp_path: Path, case: str) -> None:
     assert target.module.shape == delta.shape == (12, 8)
     assert isinstance(delta, LowRank) == METHODS[peft_type].low_rank
     assert delta.dense().abs().max() > 1e-3
-    assert target.module.scale == (2.0 if METHODS[peft_type].scaled else 1.0)
+    assert target.module.scaling == (2.0 if METHODS[peft_type].scaled else 1.0)
 
 
 @pytest.mark.parametrize("solver", ["dense", "certified"])
@@ -115,7 +116,7 @@ def test_what_does_not(tmp_path: Path, case: str) -> None:
 
 
 def parts(tensors: dict[str, torch.Tensor], shape: tuple[int, int], **config: object) -> MethodInputs:
-    return MethodInputs(tensors, 1.0, config, shape)
+    return MethodInputs(tensors, 1.0, AdapterConfig(config, Path("adapter_config.json")), shape)
 
 
 @pytest.mark.parametrize("role", ["oft_R", "oft_embedding_R"])

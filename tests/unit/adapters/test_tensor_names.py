@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from raw_adapter import MODULE, factors, write_raw
 
-from streamer.adapters.adapter import open_adapter
-from streamer.adapters.config_rules import classify, normalize
+from streamer.adapters.reader import open_adapter
+from streamer.adapters.tensor_names import classify, normalize
 from streamer.errors import FormatError, InputError, UnsupportedError
 
 # Names ----------------------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def test_name_variants(tmp_path: Path, template: str) -> None:
     assert list(adapter.modules) == [MODULE]
     module = adapter.modules[MODULE]
     assert (module.a, module.b) == (template.format(MODULE, "A"), template.format(MODULE, "B"))
-    delta = adapter.delta(module)
+    delta = module.delta(adapter.tensors, None)
     torch.testing.assert_close(delta.L @ delta.R.T, 2.0 * B @ A)
 
 
@@ -102,7 +102,7 @@ def test_what_is_carried_along(tmp_path: Path, name: str, role: str, of: str | N
     assert (carried.role, carried.source) == (role, name)
     if of is not None:
         assert carried.name == of
-    assert carried.scale == (2.0 if role == "lora_bias" else 1.0)
+    assert carried.scaling == (2.0 if role == "lora_bias" else 1.0)
     assert carried.indices == ((4, 1) if role == "tokens" else ())
 
 
@@ -134,7 +134,7 @@ def test_forms(
     adapter = open_adapter(write_raw(tmp_path, {f"x.{names[0]}": A, f"x.{names[1]}": B}))
     module = adapter.modules["x"]
     assert (module.shape, module.form, module.weight, module.rank) == (shape, form, weight, 4)
-    torch.testing.assert_close(adapter.delta(module).dense(), 2 * B.flatten(1) @ A.flatten(1))
+    torch.testing.assert_close(module.delta(adapter.tensors, None).dense(), 2 * B.flatten(1) @ A.flatten(1))
 
 
 @pytest.mark.parametrize(

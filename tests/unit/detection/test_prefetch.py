@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.options import DetectionOptions
+from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.prefetch import Prefetcher, read_ahead
 from streamer.detection.run import detect_all, detect_matrix
 from streamer.events import Event, Monitor
+from streamer.plan.batch import Batch
 from streamer.plan.plan import Plan, make_plan
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.weights.base import StoredTensor
@@ -95,8 +96,10 @@ def test_what_cannot_be_read_is_raised_at_its_turn() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_device_decides_the_same(plan: Plan, device: str) -> None:
     options = DetectionOptions()
-    expected = [decisions(detect_matrix(plan, t, options, torch.device("cpu"))) for t in plan.targets]
-    found = [decisions(f) for _, f in detect_all([plan], options, torch.device(device), Monitor())]
+    expected = [decisions(detect_matrix(plan, t, options, torch.device("cpu"), 0)) for t in plan.targets]
+    found = [
+        decisions(f) for _, f in detect_all(Batch(plan.base, (plan,)), options, RunOptions(torch.device(device)), 0)
+    ]
     assert found == expected
 
 
@@ -117,12 +120,12 @@ def test_a_matrix_without_room_on_the_device_is_computed_on_the_cpu_and_that_is_
     target, options, events = plan.targets[0], DetectionOptions(), list[Event]()
     if "misaligned" in str(error):  # another error is not hidden
         with pytest.raises(RuntimeError, match="misaligned"):
-            detect_matrix(plan, target, options, torch.device("cuda"))
+            detect_matrix(plan, target, options, torch.device("cuda"), 0)
         return
-    found = detect_matrix(plan, target, options, torch.device("cuda"), monitor=Monitor(events.append))
+    found = detect_matrix(plan, target, options, torch.device("cuda"), 0, monitor=Monitor(events.append))
     text = f"{target.tensor}: cuda has not enough memory for it; it is computed on the CPU"
     assert events == [Event("warning", text)]
-    assert decisions(found) == decisions(detect_matrix(plan, target, options, torch.device("cpu")))
+    assert decisions(found) == decisions(detect_matrix(plan, target, options, torch.device("cpu"), 0))
 
 
 def test_without_room_on_the_cpu_there_is_nowhere_to_go(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,4 +134,4 @@ def test_without_room_on_the_cpu_there_is_nowhere_to_go(plan: Plan, monkeypatch:
 
     monkeypatch.setattr(Plain, "whole", without_room)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        detect_matrix(plan, plan.targets[0], DetectionOptions(), torch.device("cpu"))
+        detect_matrix(plan, plan.targets[0], DetectionOptions(), torch.device("cpu"), 0)

@@ -8,7 +8,7 @@ import pytest
 
 import streamer
 from streamer.detection.cost import cost
-from streamer.detection.run import choose_device
+from streamer.detection.device import choose_device
 from streamer.errors import UsageError
 
 Job = tuple[Path, Path]

@@ -9,6 +9,7 @@ from helpers import metadata, stamp
 
 import streamer
 from streamer.plan.sources import base_source
+from streamer.weights.model_config import ModelConfig
 
 
 def test_every_file_is_stamped(single: tuple[Path, Path], tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_a_record_names_inputs_and_holds_no_path(job: tuple[Path, Path], tmp_pat
 def test_what_a_base_is_called(tmp_path: Path) -> None:
     cached = tmp_path / "models--some--thing" / "snapshots" / "0123abc"
     cached.mkdir(parents=True)
-    found = base_source(cached, {}, {"base_model_name_or_path": "an/other"}, {})
+    found = base_source(cached, ModelConfig(), "an/other", {})
     assert (found["name"], found["model_id"], found["revision"]) == ("thing", "some/thing", "0123abc")
     bnb = {"quantization_config": {"quant_method": "bitsandbytes"}}
     calls = [
@@ -74,7 +75,7 @@ def test_what_a_base_is_called(tmp_path: Path) -> None:
     for directory, config, stated, expected in calls:
         path = tmp_path / directory
         path.mkdir(parents=True, exist_ok=True)
-        found = base_source(path, config, {"base_model_name_or_path": stated}, {}).get("model_id")
+        found = base_source(path, ModelConfig(config), stated, {}).get("model_id")
         assert found == expected, (directory, stated)
 
 

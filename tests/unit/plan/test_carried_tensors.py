@@ -195,12 +195,12 @@ def test_a_new_module_beside_names_without_their_prefix(tmp_path: Path) -> None:
     file = a / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.classifier.weight": torch.zeros(3, 8)}, file)
     plan = make_plan(b, a)
-    assert list(plan.changes.sources) == ["classifier.weight"]
+    assert list(plan.edits.sources) == ["classifier.weight"]
     said = (
         "'classifier.weight' is new, beside names that lack the prefix 'bert.': transformers 5 loads them together, and earlier versions "
         "refuse to"
     )
-    assert (plan.warnings, plan.changes.notes) == ((), (said,))
+    assert (plan.warnings, plan.edits.notes) == ((), (said,))
     record = streamer.merge_with_reduced_intruder_dimensions(b, a, tmp_path / "out", mitigation_lambda=1.0)
     assert record["warnings"] == []
     assert said in record["notes"]
@@ -212,7 +212,7 @@ def test_a_saved_module_under_a_prefix_of_its_own(tmp_path: Path) -> None:
     a = helpers.write_adapter(tmp_path / "adapter", {f"wrapper.{Q}": helpers.intruding_factors(8, 8, 2)}, r=2)
     file = a / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.wrapper.model.norm.weight": torch.zeros(8)}, file)
-    assert set(make_plan(b, a).changes.sources) == {"model.norm.weight"}
+    assert set(make_plan(b, a).edits.sources) == {"model.norm.weight"}
 
 
 def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:

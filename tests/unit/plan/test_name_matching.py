@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from streamer.plan.name_matching import Match
 from streamer.plan.name_matching import match_names as match
 from streamer.plan.transformers_renames import Rename, Renames, renames_for
+from streamer.weights.model_config import ModelConfig
 
 
 def match_names(
     modules: list[str], tensors: list[str], model: dict[str, object] | Renames | None = None
 ) -> dict[str, Match]:
-    return match(modules, tensors, model if isinstance(model, Renames) else renames_for(model or {}))
+    return match(modules, tensors, model if isinstance(model, Renames) else renames_for(ModelConfig(model or {})))
 
 
 def weights(*stems: str) -> list[str]:

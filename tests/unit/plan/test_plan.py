@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import streamer
 from streamer.errors import OutputError
-from streamer.plan.plan import make_plan, other_files, skipped_files
+from streamer.plan.plan import make_plan
+from streamer.plan.side_files import other_files, skipped_files
 
 Job = tuple[Path, Path]
 
@@ -81,7 +82,7 @@ def test_a_config_as_transformers_writes_it_is_read(job: Job, tmp_path: Path) ->
     base, adapter = job
     text = json.dumps({"model_type": "x", "time_step_limit": [0.0, float("inf")]})
     (base / "config.json").write_text(text)
-    assert make_plan(base, adapter).config["model_type"] == "x"
+    assert make_plan(base, adapter).config.model_type == "x"
     streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
     assert (tmp_path / "out" / "config.json").read_text() == text
 

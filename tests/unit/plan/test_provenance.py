@@ -10,6 +10,7 @@ import pytest
 import streamer
 from streamer.cli.main import run
 from streamer.plan.provenance import mitigated_before, named_encoding, provenance_notes, stored_encoding
+from streamer.weights.model_config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -37,11 +38,11 @@ def test_what_a_name_says(name: str, encoding: str) -> None:
 
 
 def test_what_a_config_says() -> None:
-    assert stored_encoding({"quantization_config": {"quant_method": "fp8"}}) == "fp8"
-    assert stored_encoding({"text_config": {"quantization_config": {"quant_method": "awq"}}}) == "awq"
-    assert stored_encoding({"quantization_config": {}}) == ""
-    assert stored_encoding({"quantization_config": {"bits": 4}}) == "quantization of an unnamed kind"
-    assert stored_encoding({}) == ""
+    assert stored_encoding(ModelConfig({"quantization_config": {"quant_method": "fp8"}})) == "fp8"
+    assert stored_encoding(ModelConfig({"text_config": {"quantization_config": {"quant_method": "awq"}}})) == "awq"
+    assert stored_encoding(ModelConfig({"quantization_config": {}})) == ""
+    assert stored_encoding(ModelConfig({"quantization_config": {"bits": 4}})) == "quantization of an unnamed kind"
+    assert stored_encoding(ModelConfig({})) == ""
 
 
 FP8 = {"quantization_config": {"quant_method": "fp8"}}
@@ -60,7 +61,7 @@ FP8 = {"quantization_config": {"quant_method": "fp8"}}
     ],
 )  # fmt: skip
 def test_what_is_said(trained_on: object, config: dict[str, object], base: str, says: str | None) -> None:
-    notes = provenance_notes({"base_model_name_or_path": trained_on}, config, base)
+    notes = provenance_notes(trained_on, ModelConfig(config), base)
     assert len(notes) == (says is not None)
     assert says is None or says in notes[0]
 

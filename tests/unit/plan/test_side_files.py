@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from streamer.plan.side_files import token_count
+from streamer.plan.tokenizer import token_count
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[", '{"model": {"vocab": {"a": 0', '{"model": {"vocab": {"a": "b"}}}'])

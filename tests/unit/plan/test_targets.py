@@ -9,17 +9,20 @@ import pytest
 import torch
 
 import streamer
-from streamer.adapters.adapter import Adapter, open_adapter
+from streamer.adapters.adapter import DeltaSource
+from streamer.adapters.reader import open_adapter
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.name_matching import match_names
 from streamer.plan.targets import Target, match_targets
 from streamer.plan.transformers_renames import renames_for
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.weights.logical import WeightView, open_weights
+from streamer.weights.model_config import ModelConfig
 
 
-def targets_of(weights: WeightView, adapter: Adapter, config: dict) -> list[Target]:
-    return match_targets(weights, adapter, config, match_names(adapter.modules, weights, renames_for(config)))
+def targets_of(weights: WeightView, adapter: DeltaSource, config: dict) -> list[Target]:
+    model = ModelConfig(config)
+    return match_targets(weights, adapter, model, match_names(adapter.modules, weights, renames_for(model)))
 
 
 # Shapes and orientation -----------------------------------------------------------------------------------------------
@@ -29,7 +32,7 @@ def match_one(home: Path, tensor: torch.Tensor, shape: tuple[int, int], **config
     """Match one module of an adapter with this (out, in) to one tensor."""
     base = helpers.write_sharded(home / "base", [{"h.0.fc.weight": tensor}])
     adapter = helpers.write_adapter(home / "adapter", {"h.0.fc": helpers.intruding_factors(*shape, 2)}, r=2, **config)  # type: ignore[arg-type]
-    (target,) = targets_of(open_weights(open_checkpoint(base), {}), open_adapter(adapter), {})
+    (target,) = targets_of(open_weights(open_checkpoint(base), ModelConfig()), open_adapter(adapter), {})
     return target
 
 
@@ -66,7 +69,7 @@ def test_a_flag_that_other_layers_contradict(tmp_path: Path) -> None:
     base = helpers.write_sharded(tmp_path / "base", [{"q.weight": torch.randn(12, 12), "k.weight": torch.randn(8, 12)}])
     factors = {"q": helpers.intruding_factors(12, 12, 2), "k": helpers.intruding_factors(8, 12, 2)}
     adapter = helpers.write_adapter(tmp_path / "adapter", factors, r=2, fan_in_fan_out=True)
-    weights = open_weights(open_checkpoint(base), {})
+    weights = open_weights(open_checkpoint(base), ModelConfig())
     with pytest.raises(MismatchError, match=r"'q': is square and fan_in_fan_out=true .* other layers are stored as"):
         targets_of(weights, open_adapter(adapter), {"model_type": "llama"})
     by_name = {t.tensor: t for t in targets_of(weights, open_adapter(adapter), {"model_type": "gpt2"})}
@@ -116,12 +119,12 @@ def test_two_modules_for_one_tensor(tmp_path: Path) -> None:
     }
     adapter = helpers.write_adapter(tmp_path / "adapter", factors, r=2)
     with pytest.raises(MismatchError, match=r"both change 'language_model.model.q.weight'"):
-        targets_of(open_weights(open_checkpoint(base), {}), open_adapter(adapter), {})
+        targets_of(open_weights(open_checkpoint(base), ModelConfig()), open_adapter(adapter), {})
 
 
 def test_targets_come_in_the_base_s_file_order(job: tuple[Path, Path]) -> None:
     base, adapter = (open_checkpoint(job[0]), open_adapter(job[1]))
-    targets = targets_of(open_weights(base, {}), adapter, {})
+    targets = targets_of(open_weights(base, ModelConfig()), adapter, {})
     order = [t.name for f in base.files.values() for t in f.header.tensors]
     assert [order.index(t.tensor) for t in targets] == sorted(order.index(t.tensor) for t in targets)
     assert {t.module.name for t in targets} == adapter.modules.keys()
@@ -136,7 +139,7 @@ def test_every_problem_stands_in_one_message(tmp_path: Path) -> None:
         tmp_path / "adapter", {m: helpers.intruding_factors(12, 8, 2) for m in modules}, r=2
     )
     with pytest.raises(MismatchError) as e:
-        targets_of(open_weights(open_checkpoint(base), {}), open_adapter(adapter), {})
+        targets_of(open_weights(open_checkpoint(base), ModelConfig()), open_adapter(adapter), {})
     said = str(e.value)
     assert said.startswith(f"{tmp_path / 'adapter'}: 11 of 12 modules do not fit {tmp_path / 'base'}: ")
     assert "'a.k': expected shape [12, 8] in the base, found [12, 9]" in said

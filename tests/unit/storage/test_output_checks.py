@@ -13,7 +13,7 @@ from transactions import DATA, INDEX, Case, carry_out, interrupt, refusal, run
 
 from streamer.errors import LockedError, OutputError, StorageError
 from streamer.storage.lock import locked
-from streamer.storage.output_checks import check_place, check_space
+from streamer.storage.output_checks import check_output_path, check_space
 from streamer.storage.output_plan import LOCK_NAME, inspect_output
 from streamer.storage.transaction import open_outputs
 
@@ -59,9 +59,9 @@ def test_an_input_that_is_one_file(case: Case, tmp_path: Path) -> None:
     (tmp_path / "one" / "model.safetensors").touch()
     inputs = (tmp_path / "one" / "model.safetensors",)
     with pytest.raises(OutputError, match="contains the input"):
-        check_place(tmp_path / "one", inputs)
-    check_place(tmp_path / "one" / "two", inputs)
-    check_place(tmp_path / "three", inputs)
+        check_output_path(tmp_path / "one", inputs)
+    check_output_path(tmp_path / "one" / "two", inputs)
+    check_output_path(tmp_path / "three", inputs)
 
 
 def test_one_directory_under_two_names(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -71,11 +71,11 @@ def test_one_directory_under_two_names(case: Case, monkeypatch: pytest.MonkeyPat
     pairs = {(tmp_path / "mount" / "base", case.base), (case.base, tmp_path / "mount" / "base")}
     monkeypatch.setattr(Path, "samefile", lambda a, b: (a, Path(b)) in pairs or real(a, b))
     with pytest.raises(OutputError, match="is the input"):
-        check_place(tmp_path / "mount" / "base", case.plan.inputs)
+        check_output_path(tmp_path / "mount" / "base", case.plan.inputs)
     with pytest.raises(OutputError, match="lies inside the input"):
-        check_place(tmp_path / "mount" / "base" / "out", case.plan.inputs)
+        check_output_path(tmp_path / "mount" / "base" / "out", case.plan.inputs)
     with pytest.raises(OutputError, match="contains the input"):
-        check_place(case.base, (tmp_path / "mount" / "base" / "model.safetensors",))
+        check_output_path(case.base, (tmp_path / "mount" / "base" / "model.safetensors",))
 
 
 def test_a_place_that_is_not_writable(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

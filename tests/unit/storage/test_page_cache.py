@@ -16,10 +16,10 @@ import pytest
 
 from streamer.errors import StorageError
 from streamer.storage.atomic_file import AtomicFile
-from streamer.storage.page_cache import BESIDE_BYTES, LAG_BYTES, QUEUE, STEP_BYTES, Readahead
+from streamer.storage.page_cache import LAG_BYTES, QUEUE, STEP_BYTES, THREADED_BYTES, Readahead
 from streamer.storage.tensor_file import TensorFile
 
-LARGE = 2 * BESIDE_BYTES
+LARGE = 2 * THREADED_BYTES
 
 
 def writers() -> list[str]:
@@ -31,7 +31,7 @@ def slow_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     real, seen = os.write, []
 
     def write(fd: int, data: memoryview) -> int:
-        if len(data) >= BESIDE_BYTES:
+        if len(data) >= THREADED_BYTES:
             time.sleep(0.05)
             seen.append(fd)
         return real(fd, data)
@@ -42,7 +42,7 @@ def slow_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_pieces_of_every_size_arrive_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_write(monkeypatch)
-    sizes = [5, LARGE, LARGE, 3, LARGE, BESIDE_BYTES, BESIDE_BYTES - 1, 0, LARGE]
+    sizes = [5, LARGE, LARGE, 3, LARGE, THREADED_BYTES, THREADED_BYTES - 1, 0, LARGE]
     pieces = [bytes([65 + i]) * size for i, size in enumerate(sizes)]
     with AtomicFile(tmp_path / "f", sum(sizes)) as f:
         for i, piece in enumerate(pieces):
@@ -161,9 +161,9 @@ def test_what_is_read_is_dropped_behind(cold: Path) -> None:
     fd = os.open(cold, os.O_RDONLY)
     ahead, piece = Readahead(fd), STEP_BYTES // 2
     for at in range(0, 16 * STEP_BYTES, piece):
-        ahead.before(at, at + piece)
+        ahead.prefetch(at, at + piece)
         os.pread(fd, piece, at)
-        ahead.after(at + piece)
+        ahead.release(at + piece)
     os.close(fd)
     assert not any(cached(cold))
 
@@ -173,8 +173,8 @@ def test_advice_that_is_refused_is_no_error(cold: Path) -> None:
     ahead = Readahead(fd)
     os.close(fd)
     for at in (9 * STEP_BYTES, 0, 3 * STEP_BYTES + 1):
-        ahead.before(at, at + 10)
-        ahead.after(at + 2 * STEP_BYTES)
+        ahead.prefetch(at, at + 10)
+        ahead.release(at + 2 * STEP_BYTES)
 
 
 def test_a_large_file_is_not_left_in_the_cache(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from quantized_values import AWQ_WORDS, BNB, CODES, CPU, FP8_CONFIG, base_of, fp
 
 from streamer.errors import FormatError, InputError, UnsupportedError
 from streamer.weights.dequantize import plain_weights
+from streamer.weights.model_config import ModelConfig
 
 
 def test_a_view_holds_the_names_that_it_looks_up(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_codes_that_nothing_explains_are_refused(tmp_path: Path, config: dict | 
     with pytest.raises(UnsupportedError, match=r"tensor 'w\.weight': dtype I8 is not one of .* use the 16-bit model"):
         weights["w.weight"]
     with pytest.raises(UnsupportedError, match=r"tensor 'w\.weight': dtype I8 with no scale or table"):
-        plain_weights(weights, {})
+        plain_weights(weights, ModelConfig())
     assert torch.equal(weights["w.bias"].whole(CPU), torch.zeros(64))
 
 

@@ -1,0 +1,98 @@
+"""A PEFT adapter's ``adapter_config.json``: each question that is asked of it, and PEFT's rules for a module's rank and scaling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamer.adapters.rank_patterns import first_match
+from streamer.errors import FormatError, MismatchError
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The values of an ``adapter_config.json``, and its path, for messages."""
+
+    values: Mapping[str, Any]
+    path: Path
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a key's value, or the default where it is not stated."""
+        return self.values.get(key, default)
+
+    def strings(self, key: str) -> list[str]:
+        """Return the strings, none of them empty, of a key that holds a list."""
+        stated = self.values.get(key) or []
+        return [s for s in stated if isinstance(s, str) and s] if isinstance(stated, list) else []
+
+    @property
+    def peft_type(self) -> Any:
+        """PEFT's name of the method."""
+        return self.values.get("peft_type", "LORA")
+
+    @property
+    def base_model(self) -> Any:
+        """Model that the adapter was trained on: an id on the hub, or a path."""
+        return self.values.get("base_model_name_or_path")
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base is stated to store (in, out)."""
+        return bool(self.values.get("fan_in_fan_out", False))
+
+    @property
+    def ensure_weight_tying(self) -> bool:
+        """Whether a tied ``lm_head`` gets the embedding's delta."""
+        return bool(self.values.get("ensure_weight_tying"))
+
+    def number(self, pattern_key: str, key: str, module: str, default: float | None = None) -> float:
+        """Return a module's number: that of the first pattern that fits it, else the config's own, else the default.
+
+        Raises
+        ------
+        FormatError
+            If it is no number, or the patterns cannot be matched.
+        """
+        patterns = self.values.get(pattern_key) or {}
+        if not isinstance(patterns, dict):
+            raise FormatError(f"{self.path}: {pattern_key}: expected an object, found {type(patterns).__name__}")
+        try:
+            found = first_match(patterns, module)
+        except ValueError as e:
+            raise FormatError(f"{self.path}: {pattern_key}: {e}") from None
+        value = self.values.get(key, default) if found is None else patterns[found]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise FormatError(f"{self.path}: {key} of module {module!r}: expected a number, found {value!r}")
+        return float(value)
+
+    def lora_scaling(self, module: str, rank: int) -> float:
+        """Return the scaling of a LoRA module with so many rows in ``lora_A``: ``alpha/r``, with rsLoRA ``alpha/√r``.
+
+        Raises
+        ------
+        MismatchError, FormatError
+            If the config has another rank, or no usable number.
+        """
+        stated = self.number("rank_pattern", "r", module, default=rank)
+        if stated != rank:
+            raise MismatchError(
+                f"{self.path}: module {module!r}: expected rank {stated:g} by the config, found {rank} rows in lora_A; "
+                "config and weights are not of one adapter"
+            )
+        alpha = self.number("alpha_pattern", "lora_alpha", module)
+        return self._finite(alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank, module)
+
+    def method_scaling(self, module: str) -> tuple[int, float]:
+        """Return the rank and the scaling ``alpha/r`` of a module of another method than LoRA."""
+        rank = int(self.number("rank_pattern", "r", module))
+        return rank, self._finite(self.number("alpha_pattern", "alpha", module) / rank if rank else 0.0, module)
+
+    def _finite(self, scaling: float, module: str) -> float:
+        if not math.isfinite(scaling) or scaling == 0:
+            raise FormatError(
+                f"{self.path}: module {module!r}: its alpha gives a scale of {scaling!r}; expected a finite number, not 0"
+            )
+        return scaling

@@ -1,0 +1,207 @@
+"""Read a PEFT adapter's directory: every tensor in it gets its module and role, or is refused by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter
+from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.config_rules import config_refusals
+from streamer.adapters.modules import DoraModule, LoraModule, MethodModule, Module
+from streamer.adapters.peft_methods import METHODS, PeftMethod
+from streamer.adapters.target_parameters import find_wrapped, targeted_parameters
+from streamer.adapters.tensor_names import FACTORS, carried_tensor, classify, normalize
+from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
+from streamer.storage.absent import absent
+from streamer.storage.checkpoint import read_json_object
+from streamer.storage.header import TensorInfo
+from streamer.storage.tensor_file import IOMode, TensorFile
+from streamer.units import listed
+from streamer.weights.dtypes import encoding_of
+
+INSTEAD = "merge such an adapter with PEFT instead"
+
+
+def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> PeftAdapter:
+    """Open a PEFT adapter's folder and account for every tensor in it.
+
+    Parameters
+    ----------
+    base_is_residual
+        The base that it is used with is the residual that it was trained on.
+
+    Raises
+    ------
+    UnsupportedError
+        If the adapter, or any tensor in it, is of a kind that is not handled; all reasons are named.
+    FormatError, InputError
+        If files are missing or broken, or tensors and config disagree.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise InputError(f"{path}: expected the adapter's directory, found a file; name the one with {CONFIG_NAME}")
+    if not path.is_dir():
+        raise absent(path, "adapter")
+    config = _read_config(path)
+    refusals = config_refusals(config, base_is_residual)
+    if refusals:
+        raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {listed(refusals, separator='; ')}; {INSTEAD}")
+    file = TensorFile(path / WEIGHTS_NAME, io)
+    method = METHODS.get(str(config.peft_type))
+    found, rest = _sort(file, method)
+
+    def is_matrix(parameter: str, a: str) -> bool:
+        return file.header.by_name[a].shape[:1] == (config.number("rank_pattern", "r", parameter),)
+
+    wrapped, wrong = ([], []) if method else find_wrapped(found, config, is_matrix)
+    if wrong:
+        raise FormatError(f"{file.path}: {listed(wrong, separator='; ')}; config and weights are not of one adapter")
+    inner = {name for w in wrapped for name in w.layers}
+    modules: dict[str, Module] = {}
+    for name, tensors in found.items():
+        if name not in inner:
+            modules[name] = _module(name, tensors, file, config, method)
+    if not modules and not wrapped:
+        what = "lora_A and lora_B" if method is None else method.title
+        raise InputError(f"{file.path}: expected {what} tensors, found none; is this the adapter?")
+    carried = tuple(carried_tensor(role, match, source, modules, file.path, config) for role, match, source in rest)
+    seen: dict[tuple[str, str], str] = {}
+    for c in carried:
+        other = seen.setdefault((c.role, c.name), c.source)
+        if other != c.source:
+            raise FormatError(
+                f"{file.path}: tensors {other!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
+            )
+    return PeftAdapter(path, config, (file,), modules, carried, tuple(wrapped))
+
+
+def _read_config(path: Path) -> AdapterConfig:
+    if not (path / CONFIG_NAME).exists():
+        if (path / "config.json").exists():
+            raise InputError(
+                f"{path}: has no {CONFIG_NAME} but a config.json: it looks like a model; the order is BASE ADAPTER"
+            )
+        inside = listed(sorted(repr(p.parent.name) for p in path.glob(f"*/{CONFIG_NAME}")))
+        what = f"name one of the adapters in it: {inside}" if inside else "is this a PEFT adapter?"
+        raise MissingInputError(f"{path}: expected {CONFIG_NAME}, found none; {what}", path / CONFIG_NAME)
+    if not (path / WEIGHTS_NAME).exists():
+        if (path / "adapter_model.bin").exists():
+            raise UnsupportedError(
+                f"{path}: has adapter_model.bin, a pickle, which can run code when read; load it with PEFT where you trust it "
+                f"and save it again with save_pretrained, which writes {WEIGHTS_NAME}"
+            )
+        raise MissingInputError(
+            f"{path}: expected {WEIGHTS_NAME}, found none; finish the download", path / WEIGHTS_NAME
+        )
+    return AdapterConfig(read_json_object(path / CONFIG_NAME), path / CONFIG_NAME)
+
+
+def _sort(
+    file: TensorFile, method: PeftMethod | None
+) -> tuple[dict[str, dict[str, str]], list[tuple[str, re.Match[str], str]]]:
+    """Sort every tensor by its role: module → role → tensor, and (role, match, tensor) of those that are carried along."""
+    found: dict[str, dict[str, str]] = {}
+    shared: dict[str, str] = {}
+    rest: list[tuple[str, re.Match[str], str]] = []
+    refused: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    own = method and re.compile(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$")
+    for info in file.header.tensors:
+        name = normalize(info.name)
+        match = own and own.match(name)
+        if method is not None and (role := name.rpartition(".")[2]) in method.shared:
+            shared[role] = info.name
+            continue
+        if match:
+            factor = match["factor"]
+        else:
+            rule, match = classify(name)
+            if rule.refusal or (method is not None and rule.role in FACTORS):
+                reason = rule.refusal or "another method's tensors"
+                refused[reason] += 1
+                example.setdefault(reason, info.name)
+                continue
+            if rule.role not in FACTORS:
+                rest.append((rule.role, match, info.name))
+                continue
+            factor = "magnitude" if rule.role == "magnitude" else match["factor"]
+        factors = found.setdefault(match["module"], {})
+        if factor in factors:
+            raise FormatError(
+                f"{file.path}: tensors {factors[factor]!r} and {info.name!r} are the same factor of one module; save one adapter at a time"
+            )
+        factors[factor] = info.name
+    if refused:
+        kinds = [f"{n} × {reason}, {example[reason]!r} first" for reason, n in refused.items()]
+        raise UnsupportedError(f"{file.path}: refused: not supported: {listed(kinds, separator='; ')}; {INSTEAD}")
+    for name, factors in found.items():
+        missing = {"A", "B"} - factors.keys()
+        if method is None and missing:
+            have = ", ".join(f"lora_{f}" if f in "AB" else "a magnitude" for f in factors)
+            raise FormatError(f"{file.path}: module {name!r} has {have} but not its partner; save the adapter again")
+    return {name: {**factors, **shared} for name, factors in found.items()}, rest
+
+
+def _module(
+    name: str, tensors: Mapping[str, str], file: TensorFile, config: AdapterConfig, method: PeftMethod | None
+) -> Module:
+    infos = {role: file.header.by_name[tensor] for role, tensor in tensors.items()}
+    for info in infos.values():
+        encoding_of(info, str(file.path))
+    if method is None:
+        return _lora_module(name, infos, file.path, config)
+    shapes = {role: info.shape for role, info in infos.items()}
+    rank, scaling = config.method_scaling(name) if method.scaled else (0, 1.0)
+    return MethodModule(name, method, config, dict(tensors), shapes, rank, scaling)
+
+
+def _lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, config: AdapterConfig) -> LoraModule:
+    a, b, magnitude = factors["A"], factors["B"], factors.get("magnitude")
+    form = _form(name, a, b, where)
+    rank = a.shape[0]
+    if b.shape[1] != rank or math.prod((*a.shape, *b.shape)) == 0:
+        raise FormatError(
+            f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply; save the adapter again"
+        )
+    # PEFT looks a parameter's rank and alpha up by the parameter's name.
+    scaling = config.lora_scaling(f"{name}.weight" if targeted_parameters(config, name) else name, rank)
+    shape = (b.shape[0], math.prod(a.shape[1:]))
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        found = "has magnitudes" if magnitude else "has none"
+        raise MismatchError(
+            f"{config.path}: module {name!r}: use_dora is {config.get('use_dora')!r}, but the module {found}; "
+            "config and weights are not of one adapter"
+        )
+    if magnitude is None:
+        return LoraModule(name, a.name, b.name, rank, scaling, shape, form, a.shape[2:])
+    if math.prod(magnitude.shape) != b.shape[0]:
+        raise FormatError(
+            f"{where}: module {name!r}: expected {b.shape[0]} magnitudes, found {list(magnitude.shape)}; save the adapter again"
+        )
+    return DoraModule(name, a.name, b.name, rank, scaling, shape, form, a.shape[2:], magnitude=magnitude.name)
+
+
+def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
+    """Tell the kind of layer that the factors are of, by their names and dimensions."""
+    by_name = {classify(normalize(info.name))[0].role for info in (a, b)}
+    dimensions = len(a.shape)
+    if len(b.shape) != dimensions or not 2 <= dimensions <= 5 or len(by_name) != 1:
+        raise FormatError(
+            f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} are not of one layer; save the adapter again"
+        )
+    if dimensions == 2:
+        return "embedding" if by_name == {"embedding"} else "linear"
+    if math.prod(b.shape[2:]) != 1 or by_name == {"embedding"}:
+        raise UnsupportedError(
+            f"{where}: refused: module {name!r}: lora_B {list(b.shape)} is not a convolution of kernel size 1; {INSTEAD}"
+        )
+    if b.shape[1] != a.shape[0] and b.shape[1] and a.shape[0] % b.shape[1] == 0:
+        raise UnsupportedError(
+            f"{where}: refused: module {name!r}: LoRA on a convolution with {a.shape[0] // b.shape[1]} groups, "
+            f"whose delta is not the product of its factors; {INSTEAD}"
+        )
+    return "convolution"

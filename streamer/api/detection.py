@@ -1,0 +1,100 @@
+"""Offer detection as a function of the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Unpack, overload
+
+from streamer.adapters.batch import named_adapters
+from streamer.api.keywords import Detecting, Several, detection_options, run_options
+from streamer.detection.findings import Findings
+from streamer.detection.run import detect_many
+from streamer.events import Monitor, OnEvent
+from streamer.storage.tensor_file import IOMode
+
+
+@overload
+def detect_intruder_dimensions(
+    base: str | Path, adapter: str | Path, output: str | Path | None = None, **options: Unpack[Detecting]
+) -> Findings: ...
+@overload
+def detect_intruder_dimensions(
+    base: str | Path, adapter: Several, output: str | Path | None = None, **options: Unpack[Detecting]
+) -> dict[str, Findings]: ...
+def detect_intruder_dimensions(
+    base: str | Path,
+    adapter: str | Path | Several,
+    output: str | Path | None = None,
+    *,
+    top_k: int | float = 10,
+    threshold_epsilon: float = 0.5,
+    solver: str = "auto",
+    max_memory: int | str | None = None,
+    device: str = "auto",
+    io: IOMode = "mmap",
+    base_is_residual: bool = False,
+    resume: bool = True,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
+    monitor: Monitor | None = None,
+) -> Findings | dict[str, Findings]:
+    """Find the intruder dimensions of ``W0 + s·B·A`` in every matrix that the adapter changes.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model; or several, in a list or tuple, where a directory of adapters
+        stands for those in it: each matrix of the base is then read once for all.
+    output
+        Findings file to write as detection goes; a killed run resumes from the journal beside it. None keeps the findings in
+        memory. Of several adapters a directory, where ``NAME.safetensors`` is written for the adapter in ``…/NAME``.
+    top_k
+        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
+        in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
+        in (0, 1].
+    solver
+        ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
+        SVD; ``auto``: the cheaper one for each matrix.
+    max_memory
+        Anonymous memory of the whole process, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
+        is needed. Under a budget large matrices are multiplied as they are stored, and what only a full SVD could settle stays
+        open. One that is too small is refused, with the smallest that would do.
+    device
+        ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
+    io
+        How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
+    base_is_residual
+        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
+        these kinds are refused without it.
+    resume
+        Whether to take up an interrupted run with the same inputs and options; False starts it over.
+    overwrite
+        Whether to replace what stands at `output`: findings or an interrupted run of other inputs or options, and nothing else.
+    on_event
+        Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
+        `warnings` module, as `StreamerWarning`.
+    monitor
+        In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+
+    Returns
+    -------
+    Findings
+        One entry a matrix; `reduce_intruder_dimension` and `merge_with_reduced_intruder_dimensions` take it.
+        Of several adapters a dict of them by the adapters' names.
+
+    Raises
+    ------
+    StreamerError
+        Of the class that says what kind of fault it is, with a message of one line (see `streamer.errors`). Some are Python's own
+        kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
+        inputs, `FileExistsError` for an output that may not be replaced.
+    """
+    options = detection_options(top_k, threshold_epsilon, solver, max_memory)
+    run = run_options(device, io, base_is_residual, on_event, resume, overwrite, monitor)
+    adapters = named_adapters(adapter)
+    found = detect_many(base, adapters, output, options, run)
+    return found[""] if "" in adapters else found

@@ -1,0 +1,68 @@
+"""Make options of the keywords that the library's functions have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from streamer.detection.device import choose_device
+from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.errors import UsageError
+from streamer.events import Monitor, OnEvent, warn
+from streamer.output.mitigation import MitigationMethod, Selection
+from streamer.storage.tensor_file import IOMode
+from streamer.units import parse_size
+
+Several = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]
+"""Adapters on one base; a directory of adapters among them stands for those in it."""
+
+
+class Detecting(TypedDict, total=False):
+    """Keywords of `detect_intruder_dimensions`."""
+
+    top_k: int | float
+    threshold_epsilon: float
+    solver: str
+    max_memory: int | str | None
+    device: str
+    io: IOMode
+    base_is_residual: bool
+    resume: bool
+    overwrite: bool
+    on_event: OnEvent | None
+    monitor: Monitor | None
+
+
+class Merging(Detecting, total=False):
+    """Keywords of `merge_with_reduced_intruder_dimensions`."""
+
+    mitigation_lambda: float
+    method: MitigationMethod
+    scale: Selection
+    dequantize: bool
+    model_card: bool
+
+
+def detection_options(
+    top_k: int | float, threshold_epsilon: float, solver: str, max_memory: int | str | None
+) -> DetectionOptions:
+    """Make the options of detection, a budget read as the command line does."""
+    return DetectionOptions(top_k, threshold_epsilon, solver, read_size(max_memory))
+
+
+def read_size(max_memory: int | str | None) -> int | None:
+    """Read a budget as the command line does."""
+    if not isinstance(max_memory, str):
+        return max_memory
+    try:
+        return parse_size(max_memory)
+    except ValueError as e:
+        raise UsageError(f"max_memory: {e}") from None
+
+
+def run_options(device: str, io: IOMode, base_is_residual: bool, on_event: OnEvent | None, resume: bool = True,
+                overwrite: bool = False, monitor: Monitor | None = None) -> RunOptions:  # fmt: skip
+    """Make the options of a run; its warnings go through the `warnings` module where nothing takes events."""
+    monitor = monitor or Monitor(on_event or warn)
+    return RunOptions(choose_device(device), io, base_is_residual, resume, overwrite, monitor)

@@ -1,0 +1,223 @@
+"""Offer merging as functions of the library: into files, or tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Unpack, overload
+
+from torch import Tensor
+
+from streamer.adapters.batch import named_adapters
+from streamer.api.keywords import Merging, Several, detection_options, run_options
+from streamer.detection.findings import Findings
+from streamer.events import Monitor, OnEvent
+from streamer.output.iterate import merged_tensors
+from streamer.output.mitigation import MitigationMethod, MitigationOptions, Selection
+from streamer.output.prepare import OutputOptions, findings_by_name, open_jobs, prepare_outputs
+from streamer.output.records import Written
+from streamer.output.run import run_jobs
+from streamer.storage.tensor_file import IOMode
+
+
+@overload
+def merge_with_reduced_intruder_dimensions(
+    base: str | Path, adapter: str | Path, output: str | Path, *, findings: Findings | str | Path | None = None,
+    **options: Unpack[Merging],
+) -> Written: ...  # fmt: skip
+@overload
+def merge_with_reduced_intruder_dimensions(
+    base: str | Path, adapter: Several, output: str | Path, *, findings: Mapping[str, Findings] | str | Path | None = None,
+    **options: Unpack[Merging],
+) -> dict[str, Written]: ...  # fmt: skip
+def merge_with_reduced_intruder_dimensions(
+    base: str | Path,
+    adapter: str | Path | Several,
+    output: str | Path,
+    *,
+    findings: Findings | Mapping[str, Findings] | str | Path | None = None,
+    top_k: int | float = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    method: MitigationMethod = "paper",
+    scale: Selection = "all",
+    dequantize: bool = False,
+    model_card: bool = True,
+    solver: str = "auto",
+    max_memory: int | str | None = None,
+    device: str = "auto",
+    io: IOMode = "mmap",
+    base_is_residual: bool = False,
+    resume: bool = True,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
+    monitor: Monitor | None = None,
+) -> Written | dict[str, Written]:
+    """Write the base with the mitigated delta merged in: ``W0 + Δ'``, summed in float32 and rounded once to the base's dtype.
+
+    Shard names, tensor order, dtypes, metadata and all other files are the base's; untouched tensors keep their bytes. Nothing is
+    truncated. Weights that stand in FP8 are quantized anew, with new scales: each value is rounded to the nearest of 4 significant
+    bits. Other quantized weights are refused without `dequantize`.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model; or several, in a list or tuple, where a directory of adapters
+        stands for those in it: the base is then read once for all.
+    output
+        Directory to write: a model. Of several adapters one where a model is written for each, under the adapter's name.
+    findings
+        From `detect_intruder_dimensions`, or the path of their file; of several adapters a dict of them by name, or the directory
+        that was written for them. No SVD of a weight is done then. They must be of the same base, adapter, `top_k` and
+        `threshold_epsilon`. None detects first, into a findings file in the output.
+    top_k
+        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
+        in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
+        in (0, 1].
+    mitigation_lambda
+        What is left of an intruder: 1 changes nothing, 0 removes it.
+    method
+        ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
+        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection.
+    scale
+        ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+    dequantize
+        Write all that is quantized as plain tensors of the config's dtype, and take the quantization out of ``config.json``.
+    model_card
+        Put how it was made in front of the ``README.md``, and base and tags into its head. False leaves that file as it is.
+    solver
+        ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
+        SVD; ``auto``: the cheaper one for each matrix.
+    max_memory
+        Anonymous memory of the whole process, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
+        is needed. Under a budget large matrices are multiplied as they are stored, and what only a full SVD could settle stays
+        open. One that is too small is refused, with the smallest that would do.
+    device
+        ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
+    io
+        How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
+    base_is_residual
+        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
+        these kinds are refused without it.
+    resume
+        Whether to take up an interrupted run with the same inputs and options; False starts it over.
+    overwrite
+        Whether to replace what stands at `output`: an output or an interrupted run of other inputs or options. Files that are not
+        its own are never replaced.
+    on_event
+        Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
+        `warnings` module, as `StreamerWarning`.
+    monitor
+        In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+
+    Returns
+    -------
+    dict
+        The record that stands in the output as ``streamer.json``; of several adapters a dict of records by name.
+
+    Raises
+    ------
+    StreamerError
+        Of the class that says what kind of fault it is, with a message of one line (see `streamer.errors`). Some are Python's own
+        kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
+        inputs, `FileExistsError` for an output that may not be replaced.
+    """
+    mitigation = MitigationOptions(mitigation_lambda, method, scale)
+    detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
+    form = OutputOptions(merges=True, dequantize=dequantize, model_card=model_card)
+    adapters = named_adapters(adapter)
+    given = findings_by_name(findings, adapters)
+    run = run_options(device, io, base_is_residual, on_event, resume, overwrite, monitor)
+    records = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)
+    return records[0] if "" in adapters else dict(zip(adapters, records, strict=True))
+
+
+def iter_merged(
+    base: str | Path,
+    adapter: str | Path,
+    *,
+    findings: Findings | str | Path | None = None,
+    top_k: int | float = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    method: MitigationMethod = "paper",
+    scale: Selection = "all",
+    dequantize: bool = False,
+    solver: str = "auto",
+    max_memory: int | str | None = None,
+    device: str = "auto",
+    io: IOMode = "mmap",
+    base_is_residual: bool = False,
+    on_event: OnEvent | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time; nothing is written.
+
+    Inputs are opened and checked by the call itself, not by the first step.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model.
+    findings
+        From `detect_intruder_dimensions`, or the path of their file: no SVD of a weight is done then. They must be of the same base,
+        adapter, `top_k` and `threshold_epsilon`. None detects first, each matrix when its turn comes.
+    top_k
+        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
+        in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
+        in (0, 1].
+    mitigation_lambda
+        What is left of an intruder: 1 changes nothing, 0 removes it.
+    method
+        ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
+        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection.
+    scale
+        ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+    dequantize
+        Yield all that is quantized as plain tensors of the config's dtype.
+    solver
+        ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
+        SVD; ``auto``: the cheaper one for each matrix.
+    max_memory
+        Anonymous memory of the whole process, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
+        is needed. Under a budget large matrices are multiplied as they are stored, and what only a full SVD could settle stays
+        open. One that is too small is refused, with the smallest that would do.
+    device
+        ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
+    io
+        How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
+    base_is_residual
+        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
+        these kinds are refused without it.
+    on_event
+        Called with an `Event` as each tensor is begun, which counts bytes, and for each warning. Without it warnings go
+        through the `warnings` module, as `StreamerWarning`.
+
+    Yields
+    ------
+    name, tensor
+        In the dtype that `merge_with_reduced_intruder_dimensions` would write. A tensor of a dtype that torch does not have comes as
+        its bytes, a flat uint8 tensor.
+
+    Raises
+    ------
+    StreamerError
+        Of the class that says what kind of fault it is, with a message of one line (see `streamer.errors`). Some are Python's own
+        kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
+        inputs.
+    """
+    mitigation = MitigationOptions(mitigation_lambda, method, scale)
+    detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
+    form = OutputOptions(merges=True, dequantize=dequantize)
+    run = run_options(device, io, base_is_residual, on_event)
+    adapters = {"": Path(adapter)}
+    (job,) = open_jobs(base, adapters, findings_by_name(findings, adapters), mitigation, detection, form, run)
+    run.monitor.warn(job.plan.warnings)
+    return merged_tensors(job, run.monitor)

@@ -1,0 +1,118 @@
+"""Offer mitigation of an adapter as a function of the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from streamer.api.keywords import detection_options, run_options
+from streamer.detection.findings import Findings
+from streamer.events import Monitor, OnEvent
+from streamer.output.mitigation import MitigationMethod, MitigationOptions, Selection
+from streamer.output.prepare import OutputOptions, findings_by_name, prepare_outputs
+from streamer.output.records import Written
+from streamer.output.run import run_jobs
+from streamer.storage.tensor_file import IOMode
+
+
+def reduce_intruder_dimension(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    findings: Findings | str | Path | None = None,
+    top_k: int | float = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    method: MitigationMethod = "paper",
+    scale: Selection = "all",
+    to_lora: int | None = None,
+    model_card: bool = True,
+    solver: str = "auto",
+    max_memory: int | str | None = None,
+    device: str = "auto",
+    io: IOMode = "mmap",
+    base_is_residual: bool = False,
+    resume: bool = True,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
+    monitor: Monitor | None = None,
+) -> Written:
+    """Write a new LoRA adapter whose delta has its intruders scaled by `mitigation_lambda`.
+
+    The mitigated delta is projected back onto ``lora_A``, ``lora_B`` at the adapter's own rank; the record says for each
+    matrix what relative norm that dropped. Tensors of matrices without intruders are copied bit for bit.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model.
+    output
+        Directory to write: a PEFT adapter.
+    findings
+        From `detect_intruder_dimensions`, or the path of their file: no SVD of a weight is done then. They must be of the same base,
+        adapter, `top_k` and `threshold_epsilon`. None detects first, into a findings file in the output.
+    top_k
+        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
+        in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
+        in (0, 1].
+    mitigation_lambda
+        What is left of an intruder: 1 changes nothing, 0 removes it.
+    method
+        ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
+        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection.
+    scale
+        ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+    to_lora
+        Write a LoRA adapter of this rank, whatever the kind of the given one; the record says what relative norm the rank left out.
+        None writes the given adapter's own kind, which must be LoRA, and not DoRA.
+    model_card
+        Put how it was made in front of the ``README.md``, and base and tags into its head. False leaves that file as it is.
+    solver
+        ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
+        SVD; ``auto``: the cheaper one for each matrix.
+    max_memory
+        Anonymous memory of the whole process, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
+        is needed. Under a budget large matrices are multiplied as they are stored, and what only a full SVD could settle stays
+        open. One that is too small is refused, with the smallest that would do.
+    device
+        ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
+    io
+        How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
+    base_is_residual
+        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
+        these kinds are refused without it.
+    resume
+        Whether to take up an interrupted run with the same inputs and options; False starts it over.
+    overwrite
+        Whether to replace what stands at `output`: an output or an interrupted run of other inputs or options. Files that are not
+        its own are never replaced.
+    on_event
+        Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
+        `warnings` module, as `StreamerWarning`.
+    monitor
+        In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+
+    Returns
+    -------
+    Written
+        The record, as ``streamer.json`` has it, with `output` (where) and `state` (``written``, ``resumed`` or ``present``).
+
+    Raises
+    ------
+    StreamerError
+        Of the class that says what kind of fault it is, with a message of one line (see `streamer.errors`). Some are Python's own
+        kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
+        inputs, `FileExistsError` for an output that may not be replaced.
+    """
+    mitigation = MitigationOptions(mitigation_lambda, method, scale)
+    detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
+    form = OutputOptions(merges=False, to_lora=to_lora, model_card=model_card)
+    run = run_options(device, io, base_is_residual, on_event, resume, overwrite, monitor)
+    adapters = {"": Path(adapter)}
+    given = findings_by_name(findings, adapters)
+    (record,) = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)
+    return record

@@ -1,0 +1,56 @@
+"""Offer verification of an output as a function of the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from streamer.api.keywords import read_size
+from streamer.events import Monitor, OnEvent, warn
+from streamer.verification.result import Verification
+from streamer.verification.run import verify
+
+
+def verify_output(
+    output: str | Path,
+    base: str | Path | None = None,
+    adapter: str | Path | None = None,
+    *,
+    sample: int | Literal["all"] = 3,
+    max_memory: int | str | None = None,
+    on_event: OnEvent | None = None,
+    monitor: Monitor | None = None,
+) -> Verification:
+    """Compare an output with its record and, given its inputs, with what they give, by other code than wrote it.
+
+    Files are hashed, opened with the safetensors library and compared with ``streamer.json`` and the index; findings are compared
+    with the digest that they hold. Of base and adapter a sample of matrices is recomputed in float64 by numpy and scipy.
+
+    Parameters
+    ----------
+    output
+        Directory of a merged model or a mitigated adapter, or a findings file.
+    base, adapter
+        What it was made from; both, or neither.
+    sample
+        How many matrices are recomputed, spread over their kinds, the same of the same output; or ``all``.
+    max_memory
+        Matrices that take more memory, in bytes or as a size like ``"4G"``, are not recomputed.
+    on_event
+        Called with an `Event` at each step.
+    monitor
+        In place of `on_event`, a `Monitor`, for callers that also want to stop at the next safe point.
+
+    Returns
+    -------
+    Verification
+        What was compared, and which matrices could not be recomputed, and why.
+
+    Raises
+    ------
+    VerificationError
+        If anything differs: its `verification` has the same object, with the differences.
+    StreamerError
+        If the output has no record, or the inputs are others than it was made from (see `streamer.errors`).
+    """
+    return verify(output, base, adapter, sample, read_size(max_memory), monitor or Monitor(on_event or warn))

@@ -1,0 +1,228 @@
+"""Generate Llama-shaped models and LoRA adapters with planted intruders, piece by piece, of any size.
+
+The base has a power-law spectrum, as trained weights have; the adapter holds, in some modules, a direction that is orthogonal
+to nothing and near to nothing in the base, and large enough to come among the first singular directions: an intruder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamer.adapters.adapter import CONFIG_NAME as ADAPTER_CONFIG
+from streamer.adapters.adapter import WEIGHTS_NAME
+from streamer.linalg.low_rank import LowRank
+from streamer.storage.atomic_file import Buffer, write_atomic
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from streamer.storage.header import TensorInfo, tensor_nbytes
+from streamer.storage.shard_writer import index_bytes, plan_shard, write_shard
+from streamer.weights.dtypes import ENCODINGS, as_bytes
+
+HIDDEN, LAYERS, VOCAB, RANK, ALPHA = 192, 4, 512, 4, 8
+PLANTED = {"self_attn.q_proj": 1, "self_attn.o_proj": 2, "mlp.down_proj": 1}
+"""Intruders planted in each layer's modules; the adapter's other modules get none."""
+
+SIGMA = (1.4, 0.8)
+"""Their singular values: well apart from the base's own 1, 0.616, 0.463, …; near one of these they would mix with it."""
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """Generated base and adapter, and how many intruders were planted by base tensor."""
+
+    base: Path
+    adapter: Path
+    planted: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Sizes of a Llama-shaped model, and what follows from them: its tensors, its config.
+
+    Attributes
+    ----------
+    hidden, intermediate, layers, vocab, heads, kv_heads
+        As in the config; heads divide hidden, kv_heads divide heads.
+    tied
+        Whether the embedding is the output layer as well; if not there is an ``lm_head``.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    tied: bool = False
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """List the linear layers of one block: name to (out, in)."""
+        h, inner, kv = self.hidden, self.intermediate, self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, h),
+            "mlp.gate_proj": (inner, h), "mlp.up_proj": (inner, h), "mlp.down_proj": (h, inner),
+        }  # fmt: skip
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """List the linear layers of all blocks: path in the model to (out, in)."""
+        return {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in self.linears.items()}
+
+    @property
+    def targets(self) -> dict[str, list[str]]:
+        """Make the entries of an adapter's config that say what it wraps: every linear layer."""
+        return {"target_modules": sorted({name.rpartition(".")[2] for name in self.linears})}
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """List the tensors in file order: name to shape."""
+        out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        for i in range(self.layers):
+            out |= {f"model.layers.{i}.{name}.weight": shape for name, shape in self.linears.items()}
+            out |= {f"model.layers.{i}.{at}_layernorm.weight": (self.hidden,) for at in ("input", "post_attention")}
+        out["model.norm.weight"] = (self.hidden,)
+        return out if self.tied else out | {"lm_head.weight": (self.vocab, self.hidden)}
+
+    def nbytes(self, dtype: str) -> int:
+        """Count the bytes of all tensors in this dtype."""
+        return sum(tensor_nbytes(dtype, shape) for shape in self.tensors.values())
+
+    def config(self, dtype: str) -> dict[str, Any]:
+        """Make the model's ``config.json``."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
+                "intermediate_size": self.intermediate, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab, "tie_word_embeddings": self.tied,
+                "torch_dtype": str(ENCODINGS[dtype].dtype).removeprefix("torch.")}  # fmt: skip
+
+
+def lora_shapes(model: Llama, rank: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+    """List the shapes of A and B of a LoRA adapter on every linear layer."""
+    return {module: ((rank, n), (m, rank)) for module, (m, n) in model.modules.items()}
+
+
+def power_law(
+    shape: tuple[int, int], generator: torch.Generator, decay: float = 0.7, top: int | None = None
+) -> LowRank:
+    """Make a random matrix with singular values ``j^-decay``, all of them or the first `top`, in factors, float32."""
+    p = min(*shape, *(() if top is None else (top,)))
+    U = torch.linalg.qr(torch.randn(shape[0], p, generator=generator)).Q
+    V = torch.linalg.qr(torch.randn(shape[1], p, generator=generator)).Q
+    return LowRank(U * torch.arange(1, p + 1).pow(-decay), V)
+
+
+def planted_factors(
+    shape: tuple[int, int], rank: int, scale: float, planted: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Make ``A`` (rank, n) and ``B`` (m, rank): `planted` intruders of singular values `SIGMA`, and a small random rest.
+
+    A trained adapter leans on what the base does already; here that part is small and random.
+    """
+    m, n = shape
+    A, B = torch.randn(rank, n, generator=generator) / n**0.5, 0.05 * torch.randn(m, rank, generator=generator) / m**0.5
+    for j in range(planted):
+        u = torch.randn(m, generator=generator)
+        B[:, j] = u / u.norm() * SIGMA[j] / scale / A[j].norm()
+    return A, B
+
+
+def write_base(
+    directory: Path, model: Llama, dtype: str, shards: Sequence[Sequence[str]], rows: Callable[[str], Iterable[Tensor]]
+) -> None:
+    """Write a base model: one file, or shards with their index, and the config. Memory is that of one piece.
+
+    Parameters
+    ----------
+    shards
+        The names of the tensors of each file.
+    rows
+        Gives a tensor's values in consecutive pieces of whole rows; they are rounded to `dtype`.
+    """
+    directory.mkdir(parents=True)
+
+    def source(info: TensorInfo) -> Iterator[Buffer]:
+        for piece in rows(info.name):
+            yield as_bytes(piece.to(ENCODINGS[dtype].dtype))
+
+    shapes = model.tensors
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        file = SINGLE_NAME if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write(directory / file, [(name, dtype, shapes[name]) for name in names], source)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_atomic(directory / INDEX_NAME, index_bytes({"weight_map": weight_map}, model.nbytes(dtype)))
+    write_atomic(directory / "config.json", json.dumps(model.config(dtype), indent=2).encode())
+
+
+def write_adapter(
+    directory: Path,
+    targets: Mapping[str, list[str]],
+    shapes: Mapping[str, tuple[tuple[int, int], tuple[int, int]]],
+    rank: int,
+    alpha: float,
+    factors: Callable[[str], tuple[Tensor, Tensor]],
+) -> None:
+    """Write a LoRA adapter as PEFT does.
+
+    Parameters
+    ----------
+    targets
+        What its config says that it wraps.
+    shapes
+        The shapes of ``lora_A`` and ``lora_B`` by module.
+    factors
+        Gives a module's A and B.
+    """
+    directory.mkdir(parents=True)
+    entries = [
+        (f"base_model.model.{module}.lora_{which}.weight", "F32", shape)
+        for module, pair in shapes.items()
+        for which, shape in zip("AB", pair, strict=True)
+    ]
+    held: dict[str, Tensor] = {}
+
+    def source(info: TensorInfo) -> Iterator[Buffer]:
+        if info.name not in held:
+            module = info.name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            A, B = factors(module)
+            held[info.name], held[info.name.replace("lora_A", "lora_B")] = A, B
+        yield as_bytes(held.pop(info.name))
+
+    _write(directory / WEIGHTS_NAME, entries, source)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "fan_in_fan_out": False, **targets,
+              "task_type": "CAUSAL_LM", "base_model_name_or_path": "generated", "peft_version": "0.21.2"}  # fmt: skip
+    write_atomic(directory / ADAPTER_CONFIG, json.dumps(config, indent=2).encode())
+
+
+def _write(path: Path, entries: Sequence[tuple[str, str, tuple[int, ...]]],
+           source: Callable[[TensorInfo], Iterable[Buffer]]) -> None:  # fmt: skip
+    write_shard(path.parent, plan_shard(path.name, entries, {"format": "pt"}), source, lambda _size, _sha256: None)
+
+
+def make_demo(directory: Path, seed: int = 0) -> DemoModel:
+    """Write a Llama-shaped base in two shards and a LoRA adapter for all its linear layers."""
+    g = torch.Generator().manual_seed(seed)
+    model = Llama(HIDDEN, 2 * HIDDEN, LAYERS, VOCAB, heads=4, kv_heads=4, tied=True)
+    weights = {"model.embed_tokens.weight": 0.02 * torch.randn(VOCAB, HIDDEN, generator=g)}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    planted: dict[str, int] = {}
+    for module, shape in model.modules.items():
+        count = PLANTED.get(".".join(module.split(".")[3:]), 0)
+        weights[f"{module}.weight"] = power_law(shape, g).dense()
+        factors[module] = planted_factors(shape, RANK, ALPHA / RANK, count, g)
+        if count:
+            planted[f"{module}.weight"] = count
+    names = list(model.tensors)
+    half = next(i for i, name in enumerate(names) if name.startswith(f"model.layers.{LAYERS // 2}."))
+    base, adapter = directory / "base", directory / "adapter"
+    write_base(base, model, "BF16", [names[:half], names[half:]],
+               lambda name: [weights[name] if name in weights else torch.ones(model.tensors[name])])  # fmt: skip
+    write_adapter(adapter, model.targets, lora_shapes(model, RANK), RANK, ALPHA, factors.__getitem__)
+    return DemoModel(base, adapter, planted)

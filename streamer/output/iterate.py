@@ -1,0 +1,54 @@
+"""Iterate over the tensors of a merged model, in memory and one at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from streamer.detection.memory import detection_estimates
+from streamer.events import Event, Monitor
+from streamer.linalg.torch_state import threads
+from streamer.output.job import DetectedOnTheWay, Job
+from streamer.output.merged_model import MergedModel, plan_merged
+from streamer.output.model_writer import merge_estimates
+from streamer.plan.batch import Batch
+from streamer.plan.memory import check_budget, resident_bytes
+from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
+
+
+def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
+    """Give every tensor of the merged model, in file order; one at a time in memory. What is refused is refused by the call itself."""
+    model = plan_merged(job.plan, job.dequantize)
+    most = max(info.nbytes for shard in model.shards().values() for info in shard.header.tensors)
+    resident = resident_bytes(Batch(job.plan.base, (job.plan,)), model.tensor_count)
+    detecting = detection_estimates(job.plan, job.detection, resident + most) if job.detects else ()
+    check_budget(itertools.chain(detecting, merge_estimates(job, model, resident + most)), job.detection.max_memory)
+    if job.detects:
+        job = replace(job, findings=DetectedOnTheWay(job.detection, job.plan, job.device, resident, monitor))
+    return _tensors(job, model, monitor)
+
+
+def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
+    shards = model.shards()
+    done, total = 0, sum(shard.header.data_bytes for shard in shards.values())
+    items, of = 0, model.tensor_count
+    for shard in shards.values():
+        for info, output in zip(shard.header.tensors, model.files[shard.name], strict=True):
+            monitor.checkpoint()
+            monitor.emit(Event("write", info.name, done, total, items, of))
+            job.plan.check_unchanged()
+            data, at = bytearray(info.nbytes), 0
+            with threads():
+                for piece in output.recipe.pieces(lambda target: job.mitigated(target)[:2]):
+                    data[at : at + len(piece)] = piece
+                    at += len(piece)
+            dtype = TORCH_DTYPES.get(info.dtype)
+            # Of a dtype that torch does not have, the bytes.
+            shape = info.shape if dtype else (info.nbytes,)
+            yield info.name, as_tensor(memoryview(data), dtype or torch.uint8, shape)
+            done, items = done + info.nbytes, items + 1
+    monitor.emit(Event("write", "", total, total, of, of))

@@ -1,0 +1,97 @@
+"""Write a merged model: the base's shard names, tensor order, dtypes and metadata, its index and other files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
+from streamer.linalg.operators import Delta
+from streamer.output.job import Job
+from streamer.output.memory import mitigation_bytes
+from streamer.output.merged_model import MergedModel, Output, plan_merged
+from streamer.output.metrics import matrix_metrics
+from streamer.output.output_spec import OutputSpec
+from streamer.output.recipes import Recipe, rows_bytes
+from streamer.output.records import MitigatedMatrix
+from streamer.plan.memory import MemoryEstimate
+from streamer.plan.side_files import other_files, skipped_files
+from streamer.plan.targets import Target
+from streamer.plan.tokenizer import with_tokenizer
+from streamer.storage.atomic_file import Buffer
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from streamer.storage.header import TensorInfo
+from streamer.storage.output_plan import RECORD_NAME
+from streamer.weights.dequantize import STALE
+
+
+class ModelWriter:
+    """Writes the base with the mitigated deltas merged in."""
+
+    def __init__(self, job: Job, path: Path) -> None:
+        self._model = model = plan_merged(job.plan, job.dequantize)
+        self.spec = _spec(job, path, model)
+        self._outputs = {output.name: output for outputs in model.files.values() for output in outputs}
+
+    def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
+        """Estimate the peak memory for each matrix, and for each other tensor that is computed."""
+        return merge_estimates(self.spec.job, self._model, resident)
+
+    def timed(self) -> list[tuple[str, Recipe, int]] | None:
+        """Give the recipe of the largest tensor of each kind, and the bytes of the kind."""
+        sizes = {info.name: info.nbytes for shard in self.spec.shards.values() for info in shard.header.tensors}
+        kinds = defaultdict[type[Recipe] | None, list[Output]](list)
+        for output in self._outputs.values():
+            kinds[output.recipe.cost_kind].append(output)
+        if None in kinds:
+            return None
+        return [
+            (f"tensors like {alike[0].name}", max(alike, key=lambda o: sizes[o.name]).recipe, sum(sizes[o.name] for o in alike))
+            for alike in kinds.values()
+        ]  # fmt: skip
+
+    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
+        """Give the bytes of a tensor by its recipe; metrics are of the first tensor that takes a matrix' delta."""
+        recipe = self._outputs[info.name].recipe
+
+        def mitigated(target: Target) -> tuple[Delta, Delta]:
+            delta, after, found = job.mitigated(target)
+            if not recipe.repeats:
+                metrics.append(matrix_metrics(target, delta, after, found, job.options.scale))
+            return delta, after
+
+        return recipe.pieces(mitigated)
+
+
+def merge_estimates(job: Job, model: MergedModel, resident: int) -> Iterator[MemoryEstimate]:
+    """Estimate the peak memory for each tensor of a merged model, `resident` bytes being in use already."""
+    for target in job.plan.targets:
+        delta = mitigation_bytes(job.plan, target, job.intruders(target))
+        rows = rows_bytes(job.plan.weights[target.tensor])
+        yield MemoryEstimate(target.tensor, target.module.shape, resident + delta + rows)
+    for output in (o for outputs in model.files.values() for o in outputs):
+        yield MemoryEstimate(output.name, output.shape, resident + output.recipe.peak_bytes)
+
+
+def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
+    plan, base = job.plan, job.plan.base
+    shards = model.shards(job.stamp("merge"))
+    finals = model.finals(shards)
+    apart = {CONFIG_NAME, WEIGHTS_NAME, *model.texts}
+    # An adapter that lies in the base's directory is no part of the merged model; a fine-tuned model in its place describes it.
+    source, adapter = (plan.adapter.path, None) if plan.adapter.describes_model else (base.directory, plan.adapter.path)
+    copies = [] if source is None else [c for c in other_files(source, adapter) if c[0] not in apart]
+    stale = [name for name, _ in copies if job.dequantize and name in STALE]
+    copies = [c for c in copies if c[0] not in stale]
+    copies, tokenizer, lost, says = with_tokenizer(plan, copies)
+    written = {*base.files, INDEX_NAME, RECORD_NAME, *apart}
+    skipped = [] if source is None else [name for name in skipped_files(source, adapter) if name not in written]
+    # A loader would apply an adapter that lies beside the model once more.
+    conflicting_names = (SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
+    conflicting = tuple(name for name in conflicting_names if name not in finals and name not in shards)
+    return OutputSpec(
+        job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base.data_bytes, model.texts, tokenizer,
+        warnings=[*job.warnings, *lost], notes=[*plan.edits.notes, *model.head.notes, *says], advice=list(model.head.advice),
+        norms=2, model_tensors=model.tensor_count,
+    ).with_card(model.head.pipeline)  # fmt: skip

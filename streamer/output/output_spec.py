@@ -1,0 +1,196 @@
+"""Describe an output from headers alone, before anything is written: its files, its record, its card, and its plan on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+from streamer import __version__
+from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
+from streamer.detection.findings_file import journal_of
+from streamer.output.job import Job
+from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
+from streamer.output.recipes import CopyBytes, Recipe
+from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
+from streamer.plan.memory import MemoryEstimate
+from streamer.plan.side_files import other_files, skipped_files
+from streamer.plan.tokenizer import own_tokenizer
+from streamer.storage.atomic_file import Buffer
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from streamer.storage.header import TensorInfo
+from streamer.storage.output_plan import RECORD_NAME, OutputPlan
+from streamer.storage.shard_writer import ShardPlan
+
+OWN_FINDINGS = ".streamer.findings.safetensors"
+"""Findings that a job makes for itself, in its output directory."""
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """An output as it will be.
+
+    Attributes
+    ----------
+    path
+        Its directory.
+    command
+        ``merge`` or ``mitigate``.
+    shards
+        Its safetensors files, by name, in the order of writing.
+    finals
+        Small files that come last, by name; without any the last shard makes the output loadable.
+    copies
+        Names and paths of the files that are copied; those of `skipped_files` stay behind.
+    conflicting_names
+        See `OutputPlan`.
+    base_bytes
+        Bytes of the base's tensors that are read.
+    texts
+        Small files with contents of their own that come before the shards, by name.
+    tokenizer
+        Whose tokenizer stands in it, if there is one.
+    warnings, notes, advice
+        A line each, printed and recorded; free of paths, so that outputs are reproducible.
+    to_lora
+        The rank of a LoRA adapter that is made from deltas of any kind.
+    card
+        The card that is written with the last facts; None where none is, or where an input's is copied.
+    norms
+        Norms of a delta in factors that each matrix takes, its projection counted as one.
+    model_tensors
+        Tensors of a merged model, which take memory in its plan.
+    """
+
+    job: Job
+    path: Path
+    command: str
+    shards: Mapping[str, ShardPlan]
+    finals: Mapping[str, bytes]
+    copies: list[tuple[str, Path]]
+    skipped_files: list[str]
+    conflicting_names: tuple[str, ...]
+    base_bytes: int
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+    tokenizer: Literal["adapter", "base"] | None = None
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    to_lora: int | None = None
+    card: Card | None = None
+    norms: int = 3
+    model_tensors: int = 0
+
+    def record(self, certified: int, sums: Totals, matrices: Sequence[MitigatedMatrix] = ()) -> Record:
+        """Return the record of the output, without its files."""
+        job = self.job
+        base, adapter = job.plan.sources
+        options = job.options.as_json()
+        return {"schema": SCHEMA, "command": self.command, "version": __version__, "base": base, "adapter": adapter,
+                "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
+                "lambda": options["lambda"], "to_lora": self.to_lora, "dequantize": job.dequantize, "totals": sums,
+                "warnings": [*job.plan.notes, *self.warnings], "notes": self.notes, "advice": self.advice, "left_out": self.skipped_files,
+                "carried": job.plan.edits.listed(job.plan.base), "tokenizer": self.tokenizer, "matrices": list(matrices)}  # fmt: skip
+
+    def with_card(self, pipeline: str = "") -> OutputSpec:
+        """Return the same with its card in place of the input's, if it gets one; `pipeline` as in `Card`."""
+        job = self.job
+        if not job.card:
+            return self
+        original, copies = take_original(self.copies)
+        if original is None:
+            return self
+        shapes = [t.module.shape for t in job.plan.targets]
+        sums = longest_totals(len(shapes), sum(map(job.detection.directions, shapes)))
+        longest = self.record(len(shapes), sums, longest_matrices(len(shapes)))
+        card = Card(original, *job.plan.sources, self.command, pipeline, longest, job.plan.adapter.describes_model)
+        return replace(self, card=card, copies=copies)
+
+    @cached_property
+    def output(self) -> OutputPlan:
+        """The files in the order of writing, the commit point last, and the digest that tells this output from others."""
+        copies = [(name, p.stat().st_size) for name, p in self.copies]
+        texts = [(name, len(data)) for name, data in self.texts.items()]
+        shards = [(name, shard.nbytes) for name, shard in self.shards.items()]
+        finals = [(name, len(data)) for name, data in self.finals.items()]
+        *files, commit = *copies, *texts, *shards, *finals
+        card = [] if self.card is None else [(CARD_NAME, self.card.most_bytes)]
+        files = [*files, *card, commit]
+        plan = self.job.plan
+        # Without what the tool's version and the names of the inputs decide: the output of another version is the same output.
+        data = [(name, shard.header.data_bytes) for name, shard in self.shards.items()]
+        converted = {} if self.to_lora is None else {"to_lora": self.to_lora}
+        digest = plan.digest(
+            command=self.command, files=[*copies, *texts, *finals], data=data,
+            original_card=hashlib.sha256(self._original_card()).hexdigest(), **self.job.decisions(), **converted,
+        )  # fmt: skip
+        # A run that is taken up under other names of its inputs, by way of links, would write both names.
+        stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
+        instead = {CARD_NAME: "pass --no-card"} if self.card is not None and not self.card.original else {}
+        return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, self.conflicting_names, self._temporary(files),
+                          frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, self.job.bits, __version__)  # fmt: skip
+
+    def _original_card(self) -> bytes:
+        """The card of an input that the output's is made from, or that is copied; empty where there is none."""
+        if self.card is not None:
+            return self.card.original
+        return b"".join(path.read_bytes() for name, path in self.copies if name == CARD_NAME)
+
+    def _temporary(self, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+        """The job's own findings, which stay to the end; their journal goes before any large file comes."""
+        if not self.job.detects:
+            return ()
+        findings, journal = self.job.findings_size
+        more = max(0, journal - sum(size for _, size in files))
+        return (OWN_FINDINGS, findings), (journal_of(Path(OWN_FINDINGS)).name, more)
+
+
+class Writer(Protocol):
+    """Writes one kind of output.
+
+    Attributes
+    ----------
+    spec
+        The output as it will be.
+    """
+
+    spec: OutputSpec
+
+    def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
+        """Estimate the peak memory for each matrix, `resident` bytes being in use already."""
+
+    def timed(self) -> list[tuple[str, Recipe, int]] | None:
+        """Give names, recipes and the bytes that are made like each, for all bytes; None where their number does not tell the time."""
+
+    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
+        """Give the bytes of a tensor in pieces, and append the metrics of each matrix that is mitigated for it.
+
+        Parameters
+        ----------
+        job
+            The spec's, its findings at hand.
+        """
+
+
+def adapter_spec(
+    job: Job, path: Path, shard: ShardPlan, config: bytes, source: Path | None, to_lora: int | None = None
+) -> OutputSpec:
+    """Describe an adapter of one file of tensors and a config, with the other files of the adapter in `source`, if it is one's."""
+    copies = [] if source is None else [(name, p) for name, p in other_files(source) if name != CONFIG_NAME]
+    own = (WEIGHTS_NAME, RECORD_NAME)
+    skipped = [] if source is None else [name for name in skipped_files(source) if name not in own]
+    base_bytes = sum(job.plan.weights[t.tensor].nbytes for t in job.plan.targets if not t.module.low_rank)
+    return OutputSpec(
+        job, path, "mitigate", {WEIGHTS_NAME: shard}, {CONFIG_NAME: config}, copies, skipped,
+        ("adapter_model.bin", SINGLE_NAME, INDEX_NAME), base_bytes, tokenizer=own_tokenizer(copies), warnings=job.warnings,
+        to_lora=to_lora,
+    ).with_card()  # fmt: skip
+
+
+def copied(spec: OutputSpec) -> list[tuple[str, Recipe, int]]:
+    """Give all bytes of an adapter as copied like its largest tensor; see `Writer.timed`."""
+    largest = max(spec.job.plan.adapter.tensors.values(), key=lambda stored: stored.info.nbytes)
+    return [("an adapter's tensors", CopyBytes(largest), spec.output.total_bytes)]

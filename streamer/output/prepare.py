@@ -1,0 +1,131 @@
+"""Open and check everything that outputs are made from, and plan them; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamer.adapters.batch import given_findings, model_of
+from streamer.detection.findings import Findings, load_findings
+from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.errors import MismatchError, UsageError
+from streamer.output.adapter_writer import AdapterWriter
+from streamer.output.job import GivenFindings, Job, OwnFile
+from streamer.output.lora_writer import LoraWriter
+from streamer.output.mitigation import MitigationOptions
+from streamer.output.model_writer import ModelWriter
+from streamer.output.output_spec import Writer
+from streamer.output.run import batch_of
+from streamer.plan.plan import Plan, make_batch
+
+FindingsOrPath = Findings | Path | None
+"""Findings on an adapter, or where their file is; None where there are none yet."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Options that decide the form of what is written.
+
+    Attributes
+    ----------
+    merges
+        Whether models are written; adapters otherwise.
+    to_lora
+        The rank of an adapter that is written as LoRA, whatever its kind; None keeps the kind.
+    dequantize
+        Whether a model of a quantized base is written plain.
+    model_card
+        Whether the output's ``README.md`` says how it was made.
+    """
+
+    merges: bool
+    to_lora: int | None = None
+    dequantize: bool = False
+    model_card: bool = True
+
+
+def prepare_outputs(base: str | Path, adapters: Mapping[str, Path], output: str | Path, findings: Sequence[FindingsOrPath],
+                    mitigation: MitigationOptions, detection: DetectionOptions, form: OutputOptions,
+                    run: RunOptions) -> list[Writer]:  # fmt: skip
+    """Plan the output of each adapter, and hand on the warnings of the inputs.
+
+    Parameters
+    ----------
+    adapters
+        By name; see `named_adapters`.
+    output
+        The output of one adapter, or the directory of those of several; see `model_of`.
+    findings
+        See `open_jobs`.
+    """
+    jobs = open_jobs(base, adapters, findings, mitigation, detection, form, run)
+    writers = [_writer(job, model_of(output, name), form) for job, name in zip(jobs, adapters, strict=True)]
+    run.monitor.warn(batch_of(writers).warnings)
+    return writers
+
+
+def _writer(job: Job, path: Path, form: OutputOptions) -> Writer:
+    if form.merges:
+        return ModelWriter(job, path)
+    return AdapterWriter(job, path) if form.to_lora is None else LoraWriter(job, path, form.to_lora)
+
+
+def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence[FindingsOrPath], mitigation: MitigationOptions,
+              detection: DetectionOptions, form: OutputOptions, run: RunOptions) -> list[Job]:  # fmt: skip
+    """Open and check everything that mitigations read.
+
+    Parameters
+    ----------
+    adapters
+        By name; see `named_adapters`.
+    findings
+        Those on each adapter; without them its job detects. See `findings_by_name`.
+    """
+    loaded = [load_findings(one) if isinstance(one, Path) else one for one in findings]
+    batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual)
+    for plan, found, given in zip(batch.plans, loaded, findings, strict=True):
+        if found is not None:
+            _check_findings(plan, found, given if isinstance(given, Path) else "findings", detection)
+    sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in loaded]
+    return [
+        Job(plan, mitigation, detection, run.device, source, form.dequantize, form.model_card)
+        for plan, source in zip(batch.plans, sources, strict=True)
+    ]
+
+
+def findings_by_name(
+    findings: Findings | Mapping[str, Findings] | str | Path | None, adapters: Iterable[str]
+) -> list[FindingsOrPath]:
+    """Find the findings on each adapter by its name: those given, or where their file is.
+
+    Raises
+    ------
+    UsageError
+        If some are lacking, or are not of that form.
+    """
+    names = list(adapters)
+    if findings is None:
+        return [None for _ in names]
+    if names == [""] and not isinstance(findings, Mapping):
+        return [findings if isinstance(findings, Findings) else Path(findings)]
+    if isinstance(findings, Mapping):
+        lacking = [name for name in names if name not in findings]
+        if lacking:
+            raise UsageError(f"findings: has none for adapter {lacking[0]!r}; run detect on it")
+        return [findings[name] for name in names]
+    if isinstance(findings, Findings) or not Path(findings).is_dir():
+        where = "findings" if isinstance(findings, Findings) else findings
+        raise UsageError(f"{where}: expected findings on several adapters: the directory that detect wrote for them")
+    return [given_findings(findings, name) for name in names]
+
+
+def _check_findings(plan: Plan, findings: Findings, name: str | Path, options: DetectionOptions) -> None:
+    findings.check_matches(plan.base_identity, plan.adapter_identity, options)
+    shapes = {m.tensor: m.shape for m in findings}
+    missing = [t.tensor for t in plan.targets if shapes.get(t.tensor) != t.module.shape]
+    if missing:
+        raise MismatchError(
+            f"{name}: has no findings on {len(missing)} of {len(plan.targets)} matrices, {missing[0]!r} first; "
+            "pass those on all matrices, or run detect again"
+        )

@@ -1,0 +1,107 @@
+"""Compare an output's files with its record, its index with its shards, and names, dtypes and shapes of its tensors with the base's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from streamer.events import Monitor
+from streamer.verification.hashing import hash_files
+from streamer.verification.record import RECORD_NAME
+from streamer.verification.result import Outcome
+from streamer.verification.tensors import TensorFiles
+
+INDEX_NAME = "model.safetensors.index.json"
+
+LOADED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_config.json")
+"""Names of files that a loader takes for weights: none may stand beside those of the record."""
+
+BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "BF16": 16}
+"""Of an element, of dtypes whose names do not end in their bits."""
+
+
+def check_files(record: dict[str, Any], outcome: Outcome, monitor: Monitor) -> None:
+    """Compare presence, size and SHA-256 of every file with the record; a file differs in one of these at most."""
+    listed: dict[Path, dict[str, Any]] = {}
+    for entry in record["files"]:
+        name = Path(entry["file"])
+        if name.is_absolute() or ".." in name.parts or not name.parts:
+            outcome.differ(outcome.output / RECORD_NAME, "names of files below it", repr(entry["file"]))
+        else:
+            listed[outcome.output / name] = entry
+    present = {}
+    for path, entry in listed.items():
+        if not path.is_file():
+            outcome.differ(path, f"a file of {entry['bytes']} bytes by {RECORD_NAME}", "none")
+        elif (size := path.stat().st_size) != entry["bytes"]:
+            outcome.differ(path, f"{entry['bytes']} bytes by {RECORD_NAME}", f"{size}")
+        else:
+            present[path] = size
+    beside = {path for pattern in LOADED for path in outcome.output.glob(pattern)} - listed.keys()
+    for path in sorted(path for path in beside if not path.name.startswith(".")):
+        outcome.differ(path, f"no such file by {RECORD_NAME}", "one")
+    for path, digest in hash_files(present, monitor).items():
+        if digest != listed[path]["sha256"]:
+            outcome.differ(path, f"SHA-256 {listed[path]['sha256']} by {RECORD_NAME}", digest)
+    outcome.files, outcome.nbytes = len(listed), sum(present.values())
+
+
+def check_tensors(record: dict[str, Any], outcome: Outcome, base: TensorFiles | None) -> None:
+    """Compare the headers of an output's files with the record, with its index, and with the base's where that is given."""
+    names = [f["file"] for f in record["files"] if f["file"].endswith(".safetensors")]
+    paths = [outcome.output / name for name in names]
+    if any(map(outcome.differing, paths)):
+        return
+    with TensorFiles(paths) as files:
+        index = outcome.output / INDEX_NAME
+        if any(f["file"] == INDEX_NAME for f in record["files"]) and not outcome.differing(index):
+            _check_index(index, files, outcome)
+        twice = [
+            n
+            for n in {n: 0 for held in files.names.values() for n in held}
+            if sum(n in h for h in files.names.values()) > 1
+        ]
+        for name in twice:
+            outcome.differ(outcome.output, "a tensor in one shard", "it in several", name)
+        if base is not None and record["command"] == "merge" and not record["dequantize"]:
+            _check_shapes(record, files, base, outcome)
+
+
+def _check_index(index: Path, files: TensorFiles, outcome: Outcome) -> None:
+    """Compare an index with the shards: each tensor where it says, none missing, none more, and the sum of their bytes."""
+    try:
+        tree = json.loads(index.read_bytes())
+        weight_map, total = dict(tree["weight_map"]), tree["metadata"]["total_size"]
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        outcome.differ(index, "an index with weight_map and metadata.total_size", f"{type(e).__name__} ({e})")
+        return
+    held = {name: path.name for path, names in files.names.items() for name in names}
+    for name in sorted(weight_map.keys() | held.keys()):
+        if weight_map.get(name) != held.get(name):
+            outcome.differ(
+                index, f"the shard that holds it, {held.get(name, 'none')}", f"{weight_map.get(name, 'none')}", name
+            )
+    size = sum(_nbytes(files, name) for name in held)
+    if total != size:
+        outcome.differ(index, f"total_size {size}, the bytes of all tensors", repr(total))
+
+
+def _nbytes(files: TensorFiles, name: str) -> int:
+    dtype, shape = files.stored(name)
+    bits = BITS.get(dtype) or int("".join(c for c in dtype.partition("_")[0] if c.isdigit()))
+    for n in shape:
+        bits *= n
+    return bits // 8
+
+
+def _check_shapes(record: dict[str, Any], files: TensorFiles, base: TensorFiles, outcome: Outcome) -> None:
+    """Compare names, dtypes and shapes with the base's; tensors that the adapter brings may have others."""
+    carried = {c["tensor"] for c in record["carried"]}
+    mine, theirs = ({n for names in f.names.values() for n in names} for f in (files, base))
+    for name in sorted((mine | theirs) - carried):
+        found, wanted = (
+            f"{f.stored(name)[0]} {list(f.stored(name)[1])}" if name in f else "no such tensor" for f in (files, base)
+        )
+        if found != wanted and (name in theirs or name not in {m["tensor"] for m in record["matrices"]}):
+            outcome.differ(outcome.output, f"{wanted} as in the base", found, name)

@@ -1,0 +1,209 @@
+"""Compute what an adapter adds to a weight by a plain reading of PEFT's formulas, in float64: LoRA, DoRA, a fine-tuned model.
+
+LoRA: ``Δ = s·B·A`` with ``s = alpha/r``, or ``alpha/√r`` with rsLoRA, r and alpha those of the first pattern that fits the module.
+DoRA: ``Δ = m·(W0 + s·B·A)/‖W0 + s·B·A‖ − W0``, norms by row of (out, in). A fine-tuned model: ``Δ = W1 − W0``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from streamer.verification.result import NotRecomputed
+from streamer.verification.tensors import Array, Matrix, TensorFiles, open_matrix
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+_TENSOR = re.compile(
+    r"(?P<module>.+)\.(?P<role>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|base_layer|token_adapter)"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
+)
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+
+
+class Delta(Protocol):
+    """What is added to W0, read a few rows at a time."""
+
+    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
+        """Rows i to j of Δ, and a bound on the size of the terms that each value is the sum of; W0 are the base's rows."""
+
+    def left_product(self, U: Array, base: Matrix) -> Array:
+        """``Uᵀ Δ``, (q, n)."""
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """``Δ = L Rᵀ``, L (m, r), R (n, r)."""
+
+    L: Array
+    R: Array
+
+    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
+        """See `Delta`."""
+        L = self.L[i:j]
+        return L @ self.R.T, np.linalg.norm(L, axis=1)[:, None] * self._lengths
+
+    @cached_property
+    def _lengths(self) -> Array:
+        lengths: Array = np.linalg.norm(self.R, axis=1)
+        return lengths
+
+    def left_product(self, U: Array, base: Matrix) -> Array:
+        """See `Delta`."""
+        return (U.T @ self.L) @ self.R.T
+
+
+class _DenseDelta:
+    """A delta that depends on W0."""
+
+    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
+        raise NotImplementedError
+
+    def left_product(self, U: Array, base: Matrix) -> Array:
+        out = np.zeros((U.shape[1], base.shape[1]))
+        for i, j in base.blocks():
+            out += U[i:j].T @ self.rows(i, j, base.rows(i, j))[0]
+        return out
+
+
+@dataclass(frozen=True)
+class DoraDelta(_DenseDelta):
+    """``Δ = m·(W0 + L Rᵀ)/‖W0 + L Rᵀ‖ − W0``; m (out,)."""
+
+    low_rank: LowRankDelta
+    magnitude: Array
+
+    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
+        """See `Delta`."""
+        change, bound = self.low_rank.rows(i, j, W0)
+        total = W0 + change
+        factor = (self.magnitude[i:j] / np.linalg.norm(total, axis=1))[:, None]
+        return factor * total - W0, np.abs(W0) + np.abs(factor) * (np.abs(W0) + bound)
+
+
+@dataclass(frozen=True)
+class TunedDelta(_DenseDelta):
+    """``Δ = W1 − W0`` of a fine-tuned model."""
+
+    tuned: Matrix
+
+    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
+        """See `Delta`."""
+        values = self.tuned.rows(i, j)
+        return values - W0, np.abs(values) + np.abs(W0)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's LoRA tensors: B (out, r), A (r, in) as matrices, scaling s, DoRA's magnitude (out,) or None."""
+
+    B: Array
+    A: Array
+    scaling: float
+    magnitude: Array | None
+    names: dict[str, str]
+    embedding: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return len(self.B), self.A.shape[1]
+
+
+class AdapterFiles:
+    """An adapter's directory, or that of a fine-tuned model in its place; or the one `streamer mitigate` wrote."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.is_model = not (directory / CONFIG_NAME).exists()
+        if self.is_model:
+            self.config: dict[str, Any] = {}
+            paths = sorted(directory.glob("*.safetensors"))
+        else:
+            self.config = json.loads((directory / CONFIG_NAME).read_text())
+            paths = [directory / WEIGHTS_NAME]
+        self.files = TensorFiles(paths, "pt")
+
+    @cached_property
+    def modules(self) -> dict[str, dict[str, str]]:
+        """Module's path → role → tensor's name."""
+        found: dict[str, dict[str, str]] = {}
+        for names in self.files.names.values():
+            for name in names:
+                plain = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
+                if match := _TENSOR.fullmatch(plain.removeprefix("base_model.model.")):
+                    found.setdefault(match["module"], {})[match["role"]] = name
+        return found
+
+    def factors(self, module: str) -> Factors:
+        """Read a module's LoRA tensors.
+
+        Raises
+        ------
+        NotRecomputed
+            If the adapter is of another kind, or has no such module.
+        """
+        kind = self.config.get("peft_type", "LORA")
+        if kind != "LORA":
+            raise NotRecomputed(f"it is changed by a {kind} adapter, of which no formula is here")
+        names = self.modules.get(module, {})
+        if names.keys() & {"base_layer", "token_adapter"}:
+            raise NotRecomputed("the adapter brings values for it besides its factors")
+        embedding = "lora_embedding_A" in names
+        a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        if a not in names or b not in names:
+            raise NotRecomputed("its factors do not stand in the adapter under its module's name")
+        A, B = self.files.whole(names[a]), self.files.whole(names[b])
+        if B.ndim != A.ndim or B.shape[1] != len(A):
+            raise NotRecomputed("its factors stand for several matrices")
+        magnitude = names.get("lora_magnitude_vector")
+        return Factors(
+            B.reshape(len(B), -1), A.reshape(len(A), -1), self._scaling(module, len(A)),
+            None if magnitude is None else self.files.whole(magnitude).ravel(), names, embedding,
+        )  # fmt: skip
+
+    def _scaling(self, module: str, rank: int) -> float:
+        # PEFT looks the alpha of a targeted parameter up by the parameter's name.
+        if any(f".{module}.weight".endswith(f".{name}") for name in self.config.get("target_parameters") or ()):
+            module = f"{module}.weight"
+        patterns = self.config.get("alpha_pattern") or {}
+        fitting = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        alpha = float(next(fitting, self.config["lora_alpha"]))
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def delta(self, tensor: str, module: str, base: TensorFiles) -> tuple[Matrix, Delta, int]:
+        """Return W0 as (out, in), Δ, and the rank of its factors, 0 where it has none."""
+        if tensor not in base:
+            raise NotRecomputed("it is no tensor of the base by itself, but a part of one or built of several")
+        stored = base.stored(tensor)[1]
+        if self.is_model:
+            if tensor not in self.files or self.files.stored(tensor).shape != stored or len(stored) != 2:
+                raise NotRecomputed("it is no matrix of this name and shape in the fine-tuned model")
+            W0 = open_matrix(base, tensor, (stored[0], stored[1]), False)
+            return W0, TunedDelta(open_matrix(self.files, tensor, W0.shape, False)), 0
+        factors = self.factors(module)
+        W0 = open_matrix(base, tensor, factors.shape, self._transposed(factors, stored))
+        low_rank = LowRankDelta(factors.scaling * factors.B, factors.A.T)
+        rank = len(factors.A)
+        if factors.magnitude is None:
+            return W0, low_rank, rank
+        return W0, DoraDelta(low_rank, factors.magnitude), rank
+
+    def _transposed(self, factors: Factors, stored: tuple[int, ...]) -> bool:
+        """Whether the base stores (in, out): by shape, and where that is square by the config."""
+        m, n = factors.shape
+        flat = (stored[0], math.prod(stored[1:]))
+        inward = factors.embedding or (m == n and bool(self.config.get("fan_in_fan_out")))
+        if flat == (m, n) and not inward:
+            return False
+        if stored == (n, m):
+            return True
+        raise NotRecomputed(f"its factors are of {m} by {n}, its weight of shape {list(stored)}")

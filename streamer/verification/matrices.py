@@ -1,0 +1,229 @@
+"""Recompute matrices of a merged model or of a mitigated adapter, and compare them with what was written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamer.verification.formulas import WEIGHTS_NAME, AdapterFiles, Delta, LowRankDelta
+from streamer.verification.mitigation import Mitigated, mitigate, truncate
+from streamer.verification.result import Checked, NotRecomputed, Outcome
+from streamer.verification.rounding import LARGEST_FP8, computing_precision, half_spacing
+from streamer.verification.spectrum import (
+    DENSE_SIDE,
+    Triplets,
+    base_vectors,
+    leading_triplets,
+    load_operator,
+    similarities,
+)
+from streamer.verification.tensors import FP8, Array, Matrix, TensorFiles, open_matrix
+
+NORM_ERROR = 1e-4
+"""Relative difference of norms in a record to those recomputed: they are sums in float32."""
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """Recompute matrices of one output.
+
+    Attributes
+    ----------
+    outcome
+        Takes the differences.
+    base, adapter
+        The inputs, opened.
+    output
+        The output's directory.
+    record
+        Its ``streamer.json``.
+    """
+
+    outcome: Outcome
+    base: TensorFiles
+    adapter: AdapterFiles
+    output: Path
+    record: dict[str, Any]
+
+    def check(self, row: dict[str, Any], files: TensorFiles | AdapterFiles) -> Checked:
+        """Recompute the matrix of one row of the record.
+
+        Parameters
+        ----------
+        row
+            Of the record's `matrices`.
+        files
+            The output's: a merged model's, or a mitigated adapter's.
+
+        Raises
+        ------
+        NotRecomputed
+            If no plain formula covers it.
+        """
+        tensor = row["tensor"]
+        if any(c["tensor"] == tensor for c in self.record["carried"]):
+            raise NotRecomputed("the adapter brings values for it besides its factors")
+        W0, delta, rank = self.adapter.delta(tensor, row["module"], self.base)
+        before = len(self.outcome.differences)
+        triplets, decisions = self._decide(row, W0, delta)
+        if len(self.outcome.differences) > before:  # all else of the matrix follows from its decisions
+            return Checked(math.inf, decisions)
+        mitigated = mitigate(W0, delta, triplets, row["intruders"], self.record)
+        if isinstance(files, AdapterFiles):
+            error = self._check_factors(row, W0, mitigated, files)
+        else:
+            error = self._check_merged(row, W0, mitigated, files, rank)
+        return Checked(error, decisions)
+
+    def _decide(self, row: dict[str, Any], W0: Matrix, delta: Delta) -> tuple[Triplets | None, bool]:
+        """Compute the triplets that the intruders are among; compare the decisions where LAPACK can decompose the base."""
+        options = self.record["detection"]
+        if options is None:
+            return None, False
+        small = min(W0.shape) <= DENSE_SIDE
+        if not small and not row["intruders"]:
+            return None, False
+        k = directions(options["top_k"], W0.shape)
+        triplets = leading_triplets(load_operator(W0, delta), k)
+        if not small:
+            return triplets, False
+        vectors = base_vectors(W0)
+        assert vectors is not None
+        similar = similarities(triplets.U, vectors[0])
+        epsilon, intruders = options["threshold_epsilon"], row["intruders"]
+        judged = range(k) if self.record["scale"] == "all" or not intruders else range(intruders[0] + 1)
+        for j in judged:
+            unsure = abs(similar[j] - epsilon) <= 2 * triplets.angle_errors[j] or (
+                not row["certified"] and j not in intruders
+            )
+            if not unsure and (similar[j] < epsilon) != (j in intruders):
+                verdict = "an intruder" if similar[j] < epsilon else "no intruder"
+                self.outcome.differ(
+                    self.output / "streamer.json", f"direction {j} to be {verdict}, with a similarity of {similar[j]:.4f} to the base",
+                    f"intruders {intruders}", row["tensor"],
+                )  # fmt: skip
+        return triplets, True
+
+    def _check_merged(
+        self, row: dict[str, Any], W0: Matrix, mitigated: Mitigated, files: TensorFiles, rank: int
+    ) -> float:
+        """Compare ``W0 + Δ'`` with the written tensor; the largest error as a share of what rounding permits."""
+        tensor = row["tensor"]
+        if tensor not in files or math.prod(files.stored(tensor).shape) != math.prod(W0.shape):
+            found = f"shape {list(files.stored(tensor).shape)}" if tensor in files else "no such tensor"
+            self.outcome.differ(self.output, f"a matrix of {list(W0.shape)}", found, tensor)
+            return math.inf
+        path = next(path for path, names in files.names.items() if tensor in names)
+        written = open_matrix(files, tensor, W0.shape, W0.transposed)
+        precision = (rank + len(row["intruders"]) + 8) * computing_precision(W0.dtype)
+        worst, at, excess, norm_before, norm = 0.0, (0, 0), 0.0, 0.0, 0.0
+        for i, j in W0.blocks():
+            base = W0.rows(i, j)
+            delta, after, bound = mitigated.rows(i, j, base)
+            exact = base + after
+            error = np.abs(written.rows(i, j) - exact)
+            rounding = self._rounding(written, i, j, exact, precision * (np.abs(base) + bound))
+            permitted = rounding + mitigated.row_error[i:j, None] + mitigated.column_error
+            share = np.where(np.isnan(error), np.inf, error / permitted)
+            if share.max() > worst:
+                row_at, column = np.unravel_index(int(share.argmax()), share.shape)
+                worst, at = float(share.max()), (i + int(row_at), int(column))
+            excess += float(np.sum(np.maximum(error - rounding, 0) ** 2))
+            norm_before, norm = norm_before + float(np.sum(delta**2)), norm + float(np.sum(after**2))
+        spread = math.sqrt(excess) / mitigated.error if mitigated.error else 0.0
+        if worst > 1:
+            self.outcome.differ(
+                path, "W0 + Δ' within one rounding", f"{worst:.3g} times that in element {list(at)}", tensor
+            )
+        elif not spread <= 1:
+            self.outcome.differ(
+                path, "W0 + Δ' within one rounding", f"{spread:.3g} times what is permitted in its norm", tensor
+            )
+        else:
+            self._check_norms(row, math.sqrt(norm_before), math.sqrt(norm), mitigated.error)
+        return max(worst, spread)
+
+    def _rounding(self, written: Matrix, i: int, j: int, exact: Array, slack: Array) -> Array:
+        """Bound what one rounding to the written dtype changes, of a sum that is off by `slack`."""
+        if written.dtype != FP8:
+            return half_spacing(np.abs(exact) + slack, written.dtype) + slack
+        scales = np.broadcast_to(written.scales(i, j), exact.shape)
+        codes = (np.abs(exact) + slack) / scales
+        # The scale is rounded as well: the block's largest value may lie a little beyond the largest code.
+        beyond = np.where(codes < LARGEST_FP8 * (1 + 2.0**-8), np.maximum(codes - LARGEST_FP8, 0), 0)
+        rounding: Array = np.maximum(half_spacing(codes, FP8) * (1 + 2.0**-20), beyond) * scales + slack
+        return rounding
+
+    def _check_norms(self, row: dict[str, Any], before: float, after: float, error: float) -> None:
+        """Compare the record's norms of Δ and Δ'."""
+        for key, norm, more in (("delta_norm", before, 0.0), ("delta_norm_after", after, error)):
+            if not abs(row[key] - norm) <= NORM_ERROR * max(norm, before) + more:
+                self.outcome.differ(
+                    self.output / "streamer.json", f"{key} {norm:.6g}", f"{row[key]:.6g}", row["tensor"]
+                )
+
+    def _check_factors(self, row: dict[str, Any], W0: Matrix, mitigated: Mitigated, files: AdapterFiles) -> float:
+        """Compare ``s·B'·A'`` with Δ' at the written adapter's rank; the largest error as a share of what rounding permits."""
+        path, tensor = self.output / WEIGHTS_NAME, row["tensor"]
+        factors = files.factors(row["module"])
+        if factors.shape != W0.shape:
+            self.outcome.differ(path, f"factors of a matrix of {list(W0.shape)}", f"of {list(factors.shape)}", tensor)
+            return math.inf
+        whole = mitigated.low_rank() or self._in_factors(W0, mitigated)
+        before = mitigated.delta if isinstance(mitigated.delta, LowRankDelta) else None
+        truncated = truncate(whole, len(factors.A))
+        role = ("lora_embedding_A", "lora_embedding_B") if factors.embedding else ("lora_A", "lora_B")
+        half_A, half_B = (
+            half_spacing(f, files.files.stored(factors.names[r]).dtype)
+            for f, r in zip((factors.A, factors.B), role, strict=True)
+        )
+        permitted = truncated.sensitivity * mitigated.error + 1e-6 * float(np.linalg.norm(mitigated_norms(whole)))
+        A, B, s = np.abs(factors.A), np.abs(factors.B), abs(factors.scaling)
+        excess = norm = 0.0
+        for i, j in W0.blocks():
+            product = factors.scaling * factors.B[i:j] @ factors.A
+            exact = truncated.low_rank.L[i:j] @ truncated.low_rank.R.T
+            rounding = 1.01 * s * (half_B[i:j] @ (A + half_A) + B[i:j] @ half_A)
+            excess += float(np.sum(np.maximum(np.abs(product - exact) - rounding, 0) ** 2))
+            norm += float(np.sum(product**2))
+        share = math.sqrt(excess) / permitted if permitted else float(excess > 0) * 2
+        if not share <= 1:
+            self.outcome.differ(
+                path, "the nearest product of this rank to Δ' within one rounding of its factors",
+                f"{share:.3g} times that in its norm", tensor,
+            )  # fmt: skip
+            return share
+        if before is not None:
+            self._check_norms(row, float(np.linalg.norm(mitigated_norms(before))), math.sqrt(norm), permitted)
+        if not abs(row["dropped"] - truncated.dropped) <= 1e-3:
+            self.outcome.differ(
+                self.output / "streamer.json", f"dropped {truncated.dropped:.4g}", f"{row['dropped']:.4g}", tensor
+            )
+        return share
+
+    def _in_factors(self, W0: Matrix, mitigated: Mitigated) -> LowRankDelta:
+        """Δ' by its full SVD, where Δ is no product of factors."""
+        from scipy.linalg import svd
+
+        if min(W0.shape) > DENSE_SIDE:
+            raise NotRecomputed(f"its delta is no product of factors, and its short side is over {DENSE_SIDE}")
+        matrix = np.concatenate([mitigated.rows(i, j, W0.rows(i, j))[1] for i, j in W0.blocks()])
+        U, S, Vh = svd(matrix, full_matrices=False)
+        return LowRankDelta(U * S, Vh.T)
+
+
+def mitigated_norms(delta: LowRankDelta) -> Array:
+    """Singular values of ``L Rᵀ``, whose length is its Frobenius norm."""
+    values: Array = np.linalg.svd(np.linalg.qr(delta.L)[1] @ np.linalg.qr(delta.R)[1].T, compute_uv=False)
+    return values
+
+
+def directions(top_k: float, shape: Sequence[int]) -> int:
+    """How many directions are judged: a count, or a share of min(m, n); at least one, at most min(m, n)."""
+    side = min(shape)
+    return min(side, top_k if isinstance(top_k, int) else max(1, round(top_k * side)))

@@ -1,0 +1,172 @@
+"""Read the record of an output, ``streamer.json``, and compare it with itself and with what each of its safetensors files says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamer.errors import FormatError, MissingInputError
+from streamer.verification.result import Outcome
+from streamer.verification.tensors import TensorFiles
+
+RECORD_NAME = "streamer.json"
+SCHEMA = "streamer.output/2"
+JOURNAL_NAME = ".streamer.journal"
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "command": str, "version": str, "base": dict, "adapter": dict, "detection": (dict, type(None)), "method": str, "scale": str,
+    "lambda": (int, float), "to_lora": (int, type(None)), "dequantize": bool, "totals": dict, "warnings": list, "notes": list,
+    "advice": list, "left_out": list, "carried": list, "matrices": list, "plan": str, "files": list, "tokenizer": (str, type(None)),
+}  # fmt: skip
+_NESTED: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "files": {"file": str, "bytes": int, "sha256": str},
+    "matrices": {
+        "tensor": str, "module": str, "intruders": list, "certified": (bool, type(None)), "delta_norm": (int, float),
+        "delta_norm_after": (int, float), "dropped": (int, float),
+    },
+    "carried": {"tensor": str},
+}  # fmt: skip
+
+DIGEST = "sha256"
+"""The key of a digest that a file holds of itself: of all its bytes, with zeros in the digest's own place."""
+
+IN_SHORT = ("name", "model_id", "revision", "digest")
+"""Keys of an input that a file's metadata has as well."""
+
+
+def read_record(output: Path) -> dict[str, Any] | str:
+    """Read an output's record, or say what is wrong with it.
+
+    Raises
+    ------
+    MissingInputError
+        If there is none: no finished output stands there.
+    FormatError
+        If it is of another version's schema.
+    """
+    path = output / RECORD_NAME
+    if not path.is_file():
+        found = (
+            "the journal of an interrupted run; run its command again"
+            if (output / JOURNAL_NAME).exists()
+            else _found(output)
+        )
+        raise MissingInputError(
+            f"{output}: expected {RECORD_NAME}, the record of a finished output, found {found}", path
+        )
+    try:
+        record = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as e:
+        return f"no JSON ({e})"
+    if not isinstance(record, dict):
+        return "JSON of another kind"
+    schema = record.get("schema")
+    named = isinstance(schema, str) and schema.rpartition("/")[0] == SCHEMA.rpartition("/")[0]
+    if named and schema != SCHEMA and record.get(DIGEST, "") in ("", _digest(path, record)):
+        raise FormatError(
+            f"{path}: expected schema {SCHEMA}, found {schema}; verify it with the version of streamer that wrote it"
+        )
+    known = {"schema": str, **_TYPES}
+    wrong = _wrong_key(record, known) or next((k for k in record if k not in known and k != DIGEST), "")
+    for key, types in _NESTED.items():
+        wrong = wrong or next((f"{key}[].{k}" for entry in record[key] if (k := _wrong_key(entry, types))), "")
+    if not wrong and (schema != SCHEMA or record["command"] not in ("merge", "mitigate")):
+        wrong = "schema" if schema != SCHEMA else "command"
+    return f"{wrong!r} missing, of another kind or unknown" if wrong else record
+
+
+def _found(output: Path) -> str:
+    inside = sorted(p.parent.name for p in output.glob(f"*/{RECORD_NAME}"))
+    return (
+        f"none; name one of the outputs in it: {', '.join(inside[:3])}"
+        if inside
+        else "none; is this an output of streamer?"
+    )
+
+
+def _wrong_key(entry: object, types: Mapping[str, type | tuple[type, ...]]) -> str:
+    if not isinstance(entry, dict):
+        return "an entry"
+    return next((k for k, kind in types.items() if k not in entry or not isinstance(entry[k], kind)), "")
+
+
+def check_digest(record: dict[str, Any], outcome: Outcome) -> None:
+    """Compare the record with the digest that it holds of itself; where that differs, say which key does if other files tell."""
+    path = outcome.output / RECORD_NAME
+    if DIGEST in record and record[DIGEST] != (found := _digest(path, record)):
+        check_stamps(record, outcome)
+        if not outcome.differing(path):
+            outcome.differ(path, f"SHA-256 {record[DIGEST]} by itself", found)
+
+
+def _digest(path: Path, record: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of the record's file, in which the stated one is replaced by zeros."""
+    return hashlib.sha256(path.read_bytes().replace(str(record.get(DIGEST)).encode(), b"0" * 64, 1)).hexdigest()
+
+
+def check_record(record: dict[str, Any], outcome: Outcome) -> None:
+    """Compare the record's sums and digests with what they are made of."""
+    path = outcome.output / RECORD_NAME
+    rows, totals = record["matrices"], record["totals"]
+    before, after = (math.sqrt(sum(m[key] * m[key] for m in rows)) for key in ("delta_norm", "delta_norm_after"))
+    sums = {
+        "matrices": len(rows),
+        "intruders": sum(len(m["intruders"]) for m in rows),
+        "changed": sum(m["delta_norm_after"] != m["delta_norm"] for m in rows),
+        "delta_norm": before,
+        "delta_norm_after": after,
+        "equal_norm_shrink": after / before if before > 0 else 1.0,
+        "dropped_max": max((m["dropped"] for m in rows), default=0.0),
+        "bytes": sum(f["bytes"] for f in record["files"]),
+    }
+    for key, value in sums.items():
+        found = totals.get(key)
+        if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=1e-12):
+            outcome.differ(path, f"totals.{key} {value!r}, the sum over its entries", repr(found))
+            break  # others may be made from it
+    if record["detection"] is not None and record["detection"].get("certified") != sum(
+        m["certified"] is True for m in rows
+    ):
+        outcome.differ(
+            path, "detection.certified to count its certified matrices", repr(record["detection"].get("certified"))
+        )
+    for key in ("base", "adapter"):
+        identity = {k: v for k, v in record[key].items() if k not in (*IN_SHORT, "base_model_name_or_path")}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        if record[key].get("digest") != digest:
+            outcome.differ(path, f"{key}.digest {digest}, of what it says of it", repr(record[key].get("digest")))
+
+
+def check_stamps(record: dict[str, Any], outcome: Outcome) -> None:
+    """Compare the record with what the metadata of each of its safetensors files says of how it was made; missing files are passed over."""
+    from safetensors import SafetensorError
+
+    for path in (outcome.output / f["file"] for f in record["files"] if f["file"].endswith(".safetensors")):
+        if not path.is_file() or outcome.differing(path):
+            continue
+        try:
+            with TensorFiles([path]) as file:
+                _check_stamp(record, path, file.metadata[path], outcome)
+        except SafetensorError as e:
+            outcome.differ(path, "a safetensors file", f"{e}")
+
+
+def _check_stamp(record: dict[str, Any], file: Path, metadata: Mapping[str, str], outcome: Outcome) -> None:
+    try:
+        stamp = json.loads(metadata["streamer"])
+        items = list(stamp.items())
+    except (KeyError, AttributeError, ValueError, RecursionError):
+        outcome.differ(file, "metadata that say how it was made", "none that can be read")
+        return
+    for key, value in items:
+        mine = record.get(key)
+        if key in ("base", "adapter"):
+            mine = {k: str(mine[k]) for k in IN_SHORT if k in mine} if isinstance(mine, dict) else mine
+        if mine != value:
+            outcome.differ(
+                outcome.output / RECORD_NAME, f"{key} {value!r}, as the metadata of {file.name} have it", repr(mine)
+            )

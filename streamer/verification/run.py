@@ -1,0 +1,181 @@
+"""Verify an output: its files, and, given its inputs, a sample of its matrices."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from streamer.errors import FormatError, MissingInputError, UsageError, VerificationError
+from streamer.events import Event, Monitor
+from streamer.verification.directory import check_files, check_tensors
+from streamer.verification.record import RECORD_NAME, check_digest, check_record, check_stamps, read_record
+from streamer.verification.result import Checked, NotRecomputed, Outcome, Verification
+
+Check = Callable[[dict[str, Any]], Checked]
+
+
+def verify(
+    output: str | Path,
+    base: str | Path | None,
+    adapter: str | Path | None,
+    sample: int | Literal["all"],
+    max_memory: int | None,
+    monitor: Monitor,
+) -> Verification:
+    """Verify an output; see `streamer.verify_output`, whose parameters these are."""
+    if (base is None) != (adapter is None):
+        raise UsageError("verify: expected BASE and ADAPTER, found one of them; give both, or neither")
+    if sample != "all" and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 1):
+        raise UsageError(f"sample: expected a count from 1 or 'all', found {sample!r}")
+    path = Path(output)
+    inputs = None if base is None or adapter is None else (Path(base), Path(adapter))
+    if not path.exists():
+        raise MissingInputError(f"{path}: expected an output of streamer, found nothing; check the path", path)
+    with ExitStack() as opened:
+        verifying = _verify_directory if path.is_dir() else _verify_findings
+        outcome = verifying(path, inputs, _Sample(sample, max_memory, monitor), opened)
+    result = outcome.result(None if inputs is None else {"base": str(base), "adapter": str(adapter)})
+    if inputs is not None and not outcome.recomputed and not outcome.differences:
+        monitor.warn([f"{path}: none of its matrices could be recomputed: {outcome.not_recomputed[0]['reason']}"])
+    if outcome.differences:
+        first, *more = (difference["message"] for difference in outcome.differences)
+        raise VerificationError(f"{first}, and {len(more)} more" if more else first, result)
+    return result
+
+
+class _Sample:
+    """Recompute matrices until as many are checked as were asked for."""
+
+    def __init__(self, size: int | Literal["all"], max_memory: int | None, monitor: Monitor) -> None:
+        self._size, self._max_memory, self.monitor = size, max_memory, monitor
+
+    def recompute(
+        self, outcome: Outcome, rows: Sequence[dict[str, Any]], seed: str, needs: Callable[[str], int], check: Check
+    ) -> None:
+        """Recompute a sample of rows, spread over kinds of matrices and drawn by the digests of their names.
+
+        Parameters
+        ----------
+        seed
+            Draws the same sample of the same output.
+        needs
+            Bytes that a tensor of the base takes while it is recomputed.
+        check
+            Recomputes one row; notes what differs.
+        """
+        count = len(rows) if self._size == "all" else min(self._size, len(rows))
+        outcome.matrices = len(rows)
+        for row in _spread(rows, seed):
+            done = len(outcome.recomputed)
+            if done >= count:
+                break
+            self.monitor.checkpoint()
+            self.monitor.emit(Event("recompute", row["tensor"], done, count, done, count))
+            try:
+                if self._max_memory is not None and (need := needs(row["tensor"])) > self._max_memory:
+                    raise NotRecomputed(
+                        f"it takes {need >> 20}M of memory, over the {self._max_memory >> 20}M of max_memory"
+                    )
+                error, decisions = check(row)
+                outcome.recomputed.append({"tensor": row["tensor"], "error": min(error, 1e300), "decisions": decisions})
+            except NotRecomputed as e:
+                outcome.not_recomputed.append({"tensor": row["tensor"], "reason": str(e)})
+        self.monitor.emit(Event("recompute", "", count, count, len(outcome.recomputed), count))
+
+
+def _spread(rows: Sequence[dict[str, Any]], seed: str) -> Iterator[dict[str, Any]]:
+    """One matrix of each kind, then another of each: a kind is a name but for its numbers, as that of all ``q_proj`` is."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {row['tensor']}".encode()).digest()):
+        kinds.setdefault(re.sub(r"\d+", "N", row["tensor"]), []).append(row)
+    while kinds:
+        yield from [left.pop(0) for left in kinds.values()]
+        kinds = {kind: left for kind, left in kinds.items() if left}
+
+
+def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sample, opened: ExitStack) -> Outcome:
+    record = read_record(path)
+    if isinstance(record, str):
+        outcome = Outcome(path, "model")
+        outcome.differ(path / RECORD_NAME, "the record of an output", record)
+        return outcome
+    outcome = Outcome(path, "model" if record["command"] == "merge" else "adapter", matrices=len(record["matrices"]))
+    check_record(record, outcome)
+    if not outcome.differences:
+        check_digest(record, outcome)
+    if outcome.differences:  # nothing is compared with a record that is not as it was written
+        return outcome
+    base = adapter = None
+    if inputs is not None:
+        base, adapter = _open_inputs(inputs, record["base"], record["adapter"], path, opened)
+    check_files(record, outcome, sample.monitor)
+    check_stamps(record, outcome)
+    check_tensors(record, outcome, base)
+    if base is None or adapter is None or outcome.differences:
+        return outcome
+    from streamer.verification.formulas import AdapterFiles
+    from streamer.verification.matrices import Recomputation
+    from streamer.verification.tensors import TensorFiles
+
+    names = [path / f["file"] for f in record["files"] if f["file"].endswith(".safetensors")]
+    files = AdapterFiles(path) if outcome.kind == "adapter" else opened.enter_context(TensorFiles(names, "pt"))
+    recomputation = Recomputation(outcome, base, adapter, path, record)
+    sample.recompute(
+        outcome, record["matrices"], record["plan"], _needs(base), lambda row: recomputation.check(row, files)
+    )
+    return outcome
+
+
+def _verify_findings(path: Path, inputs: tuple[Path, Path] | None, sample: _Sample, opened: ExitStack) -> Outcome:
+    from streamer.verification.findings import FindingsCheck, read_findings
+
+    outcome = Outcome(path, "findings")
+    if path.suffix != ".safetensors":
+        raise FormatError(
+            f"{path}: expected an output's directory or findings, a .safetensors file, found another; name what streamer wrote"
+        )
+    tree = read_findings(outcome, inputs is not None, sample.monitor)
+    if tree is None:
+        return outcome
+    outcome.matrices = len(tree["matrices"])
+    if inputs is not None:
+        base, adapter = _open_inputs(inputs, tree["base"], tree["adapter"], path, opened)
+        findings = FindingsCheck(outcome, tree, base, adapter)
+        sample.recompute(outcome, tree["matrices"], "findings", _needs(base), findings.check)
+    return outcome
+
+
+def _open_inputs(inputs: tuple[Path, Path], base: Any, adapter: Any, output: Path, opened: ExitStack) -> Any:
+    """Open base and adapter, which must be those that the output was made from."""
+    from safetensors import SafetensorError
+
+    from streamer.verification.formulas import AdapterFiles
+    from streamer.verification.inputs import base_files, check_adapter
+    from streamer.verification.tensors import TensorFiles
+
+    check_adapter(inputs[1], adapter, output)
+    paths = base_files(inputs[0], base, output)
+    try:
+        return opened.enter_context(TensorFiles(paths, "pt")), AdapterFiles(inputs[1])
+    except SafetensorError as e:
+        raise FormatError(
+            f"{inputs[0]}: expected safetensors files, found one that the library refuses ({e}); get it again"
+        ) from e
+
+
+def _needs(base: Any) -> Callable[[str], int]:
+    """Memory for one matrix: three copies in float64 at most while LAPACK decomposes it, one where ARPACK does; and the process's."""
+
+    def needs(tensor: str) -> int:
+        if tensor not in base:
+            return 0
+        shape: tuple[int, ...] = base.stored(tensor).shape
+        side = min(shape[0], prod(shape[1:]))
+        return (8 * prod(shape) * (4 if side <= 2048 else 1)) + (400 << 20)
+
+    return needs

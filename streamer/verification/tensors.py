@@ -1,0 +1,182 @@
+"""Read tensors of safetensors files with the safetensors library, as float64 rows of (out, in) matrices."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamer.verification.result import NotRecomputed
+
+Array = NDArray[np.float64]
+
+BLOCK_BYTES = 32 << 20
+"""Of float64 rows that are compared at a time."""
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+FP8 = "F8_E4M3"
+
+
+class Stored(NamedTuple):
+    """How a tensor stands in its file: dtype in the format's spelling, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class TensorFiles:
+    """Open safetensors files with the library and find tensors by name.
+
+    Parameters
+    ----------
+    paths
+        The files; a name in two of them is found in the last.
+    framework
+        ``numpy`` reads headers without loading torch; ``pt`` reads values of every floating dtype.
+
+    Raises
+    ------
+    safetensors.SafetensorError
+        If the library cannot read a header.
+    """
+
+    def __init__(self, paths: Iterable[Path], framework: str = "numpy") -> None:
+        from safetensors import safe_open
+
+        self._open = contextlib.ExitStack()
+        self.metadata: dict[Path, dict[str, str]] = {}
+        self.names: dict[Path, list[str]] = {}
+        self._of: dict[str, Any] = {}
+        with contextlib.ExitStack() as opening:
+            for path in paths:
+                file = opening.enter_context(safe_open(path, framework=framework))
+                self.metadata[path] = dict(file.metadata() or {})
+                self.names[path] = list(file.keys())
+                self._of |= dict.fromkeys(self.names[path], file)
+            self._open = opening.pop_all()
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._open.close()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._of
+
+    def stored(self, name: str) -> Stored:
+        """Return dtype and shape of a tensor."""
+        view = self._of[name].get_slice(name)
+        return Stored(str(view.get_dtype()), tuple(view.get_shape()))
+
+    def whole(self, name: str) -> Array:
+        """Read a small tensor, float64 in its own shape."""
+        return _float64(self._of[name].get_tensor(name))
+
+    def raw(self, name: str) -> Any:
+        """Read a tensor as the framework has it."""
+        return self._of[name].get_tensor(name)
+
+    def rows(self, name: str, i: int, j: int) -> Array:
+        """Read rows i to j of a tensor as a float64 matrix, a convolution's kernel set out along its input."""
+        return _float64(self._of[name].get_slice(name)[i:j]).reshape(j - i, -1)
+
+    def columns(self, name: str, i: int, j: int) -> Array:
+        """Read columns i to j of a tensor of two dimensions, float64."""
+        return _float64(self._of[name].get_slice(name)[:, i:j])
+
+
+def _float64(tensor: Any) -> Array:
+    import torch
+
+    values: Array = tensor.to(torch.float64).numpy()
+    return values
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight as a float64 (out, in) matrix, read a few rows at a time.
+
+    Attributes
+    ----------
+    files, name
+        Where it stands.
+    shape
+        (out, in).
+    transposed
+        Whether it is stored as (in, out).
+    dtype
+        As it is stored, in the format's spelling.
+    scale
+        Of FP8 codes: their scale, (1, 1), (out, 1) or one for each value of (out, in) blocks; else None.
+    block
+        Rows and columns that share a scale.
+    """
+
+    files: TensorFiles
+    name: str
+    shape: tuple[int, int]
+    transposed: bool
+    dtype: str
+    scale: Array | None = None
+    block: tuple[int, int] = (1, 1)
+
+    def rows(self, i: int, j: int) -> Array:
+        """Rows i to j of the (out, in) matrix, float64."""
+        if self.transposed:
+            return np.ascontiguousarray(self.files.columns(self.name, i, j).T)
+        values = self.files.rows(self.name, i, j)
+        return values if self.scale is None else values * self.scales(i, j)
+
+    def scales(self, i: int, j: int) -> Array:
+        """Scales of rows i to j, one for each value."""
+        assert self.scale is not None
+        (bm, bn), n = self.block, self.shape[1]
+        return self.scale[np.arange(i, j) // bm][:, np.arange(n) // bn]
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of rows that are read at a time."""
+        m, n = self.shape
+        step = max(1, BLOCK_BYTES // (8 * n))
+        return ((i, min(m, i + step)) for i in range(0, m, step))
+
+    def whole(self) -> Array:
+        """The (out, in) matrix, float64, all of it."""
+        out = np.empty(self.shape)
+        for i, j in self.blocks():
+            out[i:j] = self.rows(i, j)
+        return out
+
+
+def open_matrix(files: TensorFiles, name: str, shape: tuple[int, int], transposed: bool) -> Matrix:
+    """Find a weight that stands as floating-point values, or as FP8 codes with a scale beside them.
+
+    Raises
+    ------
+    NotRecomputed
+        If it stands in another encoding.
+    """
+    dtype, stored = files.stored(name)
+    if dtype in FLOATS:
+        return Matrix(files, name, shape, transposed, dtype)
+    beside = next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in files), None)
+    if dtype != FP8 or beside is None or len(stored) != 2 or files.stored(beside).dtype not in FLOATS:
+        raise NotRecomputed(f"it is stored as {dtype}, which is not decoded here")
+    scale = files.whole(beside)
+    (m, n), size = stored, scale.size
+    if size in {1, m}:
+        grid, block = scale.reshape(size, 1), (m if size == 1 else 1, n)
+    else:
+        grid = scale
+        gm, gn = grid.shape if grid.ndim == 2 else (0, 0)
+        even = (m // gm, n // gn) if gm and gn and m % gm == 0 and n % gn == 0 else (0, 0)
+        block = even if (-(-m // 128), -(-n // 128)) != (gm, gn) else (128, 128)
+        if 0 in block:
+            raise NotRecomputed(f"its scale has shape {list(scale.shape)}, whose blocks are not known here")
+    return Matrix(files, name, shape, transposed, dtype, grid, block)

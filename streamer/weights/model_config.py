@@ -1,0 +1,118 @@
+"""A model's ``config.json``: each question that is asked of it, and each edit of it, in one place.
+
+A vision-language model keeps its language model's config under ``text_config``; a key may stand at the top, there, or in both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamer.errors import FormatError, StorageError
+from streamer.storage.files import open_regular
+
+MODEL_CONFIG = "config.json"
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The values of a ``config.json``; empty where a checkpoint has none."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> Mapping[str, Any]:
+        """Language model's part of a vision-language config, else {}."""
+        text = self.values.get("text_config")
+        return text if isinstance(text, dict) else {}
+
+    def stated(self, *keys: str) -> list[Any]:
+        """Return the values of these keys: those at the top, then those of the language model."""
+        return [part[key] for part in (self.values, self.text) for key in keys if key in part]
+
+    @property
+    def model_type(self) -> str | None:
+        """Transformers' name of the architecture."""
+        model_type = self.values.get("model_type")
+        return model_type if isinstance(model_type, str) else None
+
+    @property
+    def model_types(self) -> set[str]:
+        """Types of the model and of all models nested in it."""
+        return {str(c.get("model_type")) for c in (self.values, *self.values.values()) if isinstance(c, Mapping)}
+
+    @property
+    def architectures(self) -> list[Any]:
+        """Classes that the model may be loaded as."""
+        classes = self.values.get("architectures")
+        return classes if isinstance(classes, list) else []
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model; 0 where it is not stated."""
+        hidden = (self.text or self.values).get("hidden_size")
+        return hidden if isinstance(hidden, int) else 0
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding."""
+        return next((n for n in self.stated("vocab_size") if type(n) is int), None)
+
+    @property
+    def tied(self) -> bool | None:
+        """Whether ``lm_head`` is stated to be the embedding; None where the class's default holds."""
+        stated = self.stated("tie_word_embeddings")
+        return any(stated) if stated else None
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """Quantization config, {} where there is none."""
+        return next((dict(v) for v in self.stated(*QUANTIZATION_KEYS) if isinstance(v, dict) and v), {})
+
+    def with_vocabulary(self, rows: int) -> ModelConfig:
+        """Set ``vocab_size`` where the config has it: in ``text_config`` where it stands there, at the top unless it stands there alone."""
+        nested = "vocab_size" in self.text
+        text = {"text_config": {**self.text, "vocab_size": rows}} if nested else {}
+        top = {} if nested and "vocab_size" not in self.values else {"vocab_size": rows}
+        return ModelConfig({**self.values, **text, **top})
+
+    def untied(self) -> ModelConfig:
+        """State that head and embedding are two tensors, wherever a config could say so: a class may tie by default."""
+        out = {**self.values, "tie_word_embeddings": False}
+        if isinstance(out.get("text_config"), dict):
+            out["text_config"] = {**self.text, "tie_word_embeddings": False}
+        return ModelConfig(out)
+
+    def unquantized(self) -> ModelConfig:
+        """Leave out what says that the model is quantized."""
+        out = {key: value for key, value in self.values.items() if key not in QUANTIZATION_KEYS}
+        if isinstance(out.get("text_config"), dict):
+            out["text_config"] = {key: value for key, value in self.text.items() if key not in QUANTIZATION_KEYS}
+        return ModelConfig(out)
+
+
+def read_model_config(directory: Path | None) -> ModelConfig:
+    """Read a model's ``config.json`` as transformers writes it, with Infinity and NaN; empty where there is none.
+
+    Raises
+    ------
+    StorageError, FormatError
+        If it cannot be read, or is no JSON.
+    """
+    if directory is None or not (directory / MODEL_CONFIG).exists():
+        return ModelConfig()
+    path = directory / MODEL_CONFIG
+    fd, _ = open_regular(path, "a model's config")
+    try:
+        with open(fd, "rb") as f:
+            tree = json.loads(f.read())
+    except OSError as e:
+        raise StorageError(f"{path}: cannot read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"{path}: bad JSON: {e}; get the file again") from None
+    return ModelConfig(tree if isinstance(tree, dict) else {})
