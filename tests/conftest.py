@@ -7,6 +7,7 @@ from pathlib import Path
 
 # Before torch is imported: threads that spin while they wait hold the cores that other jobs, and other tests, want.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the oracles of numpy: as for torch below
 os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
 
 import helpers

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import intruding_factors, power_law, write_adapter, write_sharded
 
-import streamer
 from streamer.cli import calibration
 from streamer.cli.cores import available_cores
 from streamer.cli.threads import COUNTS, choose_threads
@@ -94,38 +92,3 @@ def test_who_says_how_many_is_not_asked(three_threads: list[Event], monkeypatch:
 def test_a_probe_of_threads_is_quick_and_leaves_them_as_they_were(three_threads: list[Event]) -> None:
     assert 0.01 < calibration.threads_pace(2) < 100
     assert torch.get_num_threads() == 3
-
-
-@pytest.mark.parametrize("second", [1, 3])
-def test_an_interrupted_detection_goes_on_with_its_threads(
-    three_threads: list[Event], tmp_path: Path, second: int
-) -> None:
-    """The last bits of findings depend on them, and what is resumed is to be what an uninterrupted run writes."""
-    base, adapter = wide(tmp_path)
-    torch.set_num_threads(2)
-    whole = tmp_path / "whole.safetensors"
-    streamer.detect_intruder_dimensions(base, adapter, whole, solver="certified")
-
-    def stop(event: Event) -> None:
-        if event.stage == "detect" and event.done:
-            monitor.request_stop(2)
-
-    path, monitor = tmp_path / "f.safetensors", Monitor(stop)
-    with pytest.raises(streamer.StreamerError, match="stopped"):
-        streamer.detect_intruder_dimensions(base, adapter, path, solver="certified", monitor=monitor)
-    torch.set_num_threads(second)
-    streamer.detect_intruder_dimensions(base, adapter, path, solver="certified", on_event=three_threads.append)
-    assert path.read_bytes() == whole.read_bytes()
-    assert torch.get_num_threads() == second
-    assert [e.name for e in three_threads if e.stage == "note"] == [
-        f"goes on with 2 threads, as it began; --no-resume starts over with {second}"
-    ]
-
-
-def wide(directory: Path) -> tuple[Path, Path]:
-    """Matrices that are large enough for more than one thread."""
-    shape, tensors, factors = (600, 700), {}, {}
-    for i in range(3):
-        tensors[f"a.{i}.weight"] = power_law(*shape, seed=i).float()
-        factors[f"a.{i}"] = intruding_factors(*shape, 4, seed=i)
-    return write_sharded(directory / "base", [tensors]), write_adapter(directory / "adapter", factors, 4)

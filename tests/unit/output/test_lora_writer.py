@@ -37,12 +37,9 @@ def test_truncation_is_the_nearest(shape: tuple[int, int], factored: bool) -> No
     matrix = helpers.spectrum_matrix(
         *shape, torch.cat([torch.tensor([9.0, 5.0, 4.0, 1.0, 0.5]), torch.full((p - 5,), 1e-3)])
     )
-    delta: LowRank | Dense = Dense(matrix.float())
-    if factored:
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        delta = LowRank(U * S, Vh.T)
-    found = truncated(delta, 4, "x").dense()
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    delta: LowRank | Dense = LowRank(U * S, Vh.T) if factored else Dense(matrix.float())
+    found = truncated(delta, 4, "x").dense()
     expected = (U[:, :4] * S[:4]) @ Vh[:4]
     assert (found - expected).norm() < 2e-5 * matrix.norm()
 
