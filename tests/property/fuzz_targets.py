@@ -37,7 +37,7 @@ from streamer.detection.run import detect_to_files
 from streamer.errors import FormatError, StreamerError
 from streamer.events import Event, Monitor
 from streamer.output.job import Job
-from streamer.output.merged_model import plan_merged
+from streamer.output.merge_plan import plan_merged
 from streamer.output.mitigation import MitigationOptions
 from streamer.output.model_writer import ModelWriter
 from streamer.output.prepare import OutputOptions, open_jobs
