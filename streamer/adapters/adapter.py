@@ -19,9 +19,6 @@ from streamer.storage.identities import AdapterIdentity
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.base import StoredTensor
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-
 
 @dataclass(frozen=True)
 class DeltaSource(ABC):

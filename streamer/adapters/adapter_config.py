@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from streamer.adapters.rank_patterns import first_match
-from streamer.errors import FormatError, MismatchError
+from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
+from streamer.storage.checkpoint import read_json_object
+from streamer.units import listed
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -96,3 +101,31 @@ class AdapterConfig:
                 f"{self.path}: module {module!r}: its alpha gives a scale of {scaling!r}; expected a finite number, not 0"
             )
         return scaling
+
+
+def read_adapter_config(path: Path) -> AdapterConfig:
+    """Read the config of an adapter's directory.
+
+    Raises
+    ------
+    InputError
+        If the directory holds no adapter, or one whose weights are not safetensors.
+    """
+    if not (path / CONFIG_NAME).exists():
+        if (path / "config.json").exists():
+            raise InputError(
+                f"{path}: has no {CONFIG_NAME} but a config.json: it looks like a model; the order is BASE ADAPTER"
+            )
+        inside = listed(sorted(repr(p.parent.name) for p in path.glob(f"*/{CONFIG_NAME}")))
+        what = f"name one of the adapters in it: {inside}" if inside else "is this a PEFT adapter?"
+        raise MissingInputError(f"{path}: expected {CONFIG_NAME}, found none; {what}", path / CONFIG_NAME)
+    if not (path / WEIGHTS_NAME).exists():
+        if (path / "adapter_model.bin").exists():
+            raise UnsupportedError(
+                f"{path}: has adapter_model.bin, a pickle, which can run code when read; load it with PEFT where you trust it "
+                f"and save it again with save_pretrained, which writes {WEIGHTS_NAME}"
+            )
+        raise MissingInputError(
+            f"{path}: expected {WEIGHTS_NAME}, found none; finish the download", path / WEIGHTS_NAME
+        )
+    return AdapterConfig(read_json_object(path / CONFIG_NAME), path / CONFIG_NAME)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
+from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.adapters.finetuned import is_model
 from streamer.errors import OutputExistsError, UsageError
 from streamer.storage.output_checks import refuse_symlink

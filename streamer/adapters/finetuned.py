@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamer.adapters.adapter import CONFIG_NAME, DeltaSource
-from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.adapter import DeltaSource
+from streamer.adapters.adapter_config import CONFIG_NAME, AdapterConfig
 from streamer.adapters.layer_names import EMBEDDING, HEADS
 from streamer.adapters.modules import MethodModule, Module
 from streamer.adapters.peft_methods import METHODS

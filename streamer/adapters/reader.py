@@ -8,16 +8,15 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, PeftAdapter
-from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.adapter import PeftAdapter
+from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, read_adapter_config
 from streamer.adapters.config_rules import config_refusals
 from streamer.adapters.modules import DoraModule, LoraModule, MethodModule, Module
 from streamer.adapters.peft_methods import METHODS, PeftMethod
 from streamer.adapters.target_parameters import find_wrapped, targeted_parameters
 from streamer.adapters.tensor_names import FACTORS, carried_tensor, classify, normalize
-from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
+from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.absent import absent
-from streamer.storage.checkpoint import read_json_object
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import listed
@@ -46,7 +45,7 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
         raise InputError(f"{path}: expected the adapter's directory, found a file; name the one with {CONFIG_NAME}")
     if not path.is_dir():
         raise absent(path, "adapter")
-    config = _read_config(path)
+    config = read_adapter_config(path)
     refusals = config_refusals(config, base_is_residual)
     if refusals:
         raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {listed(refusals, separator='; ')}; {INSTEAD}")
@@ -77,27 +76,6 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
                 f"{file.path}: tensors {other!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
             )
     return PeftAdapter(path, config, (file,), modules, carried, tuple(wrapped))
-
-
-def _read_config(path: Path) -> AdapterConfig:
-    if not (path / CONFIG_NAME).exists():
-        if (path / "config.json").exists():
-            raise InputError(
-                f"{path}: has no {CONFIG_NAME} but a config.json: it looks like a model; the order is BASE ADAPTER"
-            )
-        inside = listed(sorted(repr(p.parent.name) for p in path.glob(f"*/{CONFIG_NAME}")))
-        what = f"name one of the adapters in it: {inside}" if inside else "is this a PEFT adapter?"
-        raise MissingInputError(f"{path}: expected {CONFIG_NAME}, found none; {what}", path / CONFIG_NAME)
-    if not (path / WEIGHTS_NAME).exists():
-        if (path / "adapter_model.bin").exists():
-            raise UnsupportedError(
-                f"{path}: has adapter_model.bin, a pickle, which can run code when read; load it with PEFT where you trust it "
-                f"and save it again with save_pretrained, which writes {WEIGHTS_NAME}"
-            )
-        raise MissingInputError(
-            f"{path}: expected {WEIGHTS_NAME}, found none; finish the download", path / WEIGHTS_NAME
-        )
-    return AdapterConfig(read_json_object(path / CONFIG_NAME), path / CONFIG_NAME)
 
 
 def _sort(

@@ -19,7 +19,7 @@ from streamer.detection.options import DetectionOptions
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense, Matrix, RowBlocks
 from streamer.linalg.torch_state import threads
-from streamer.output.recipes import Mitigated, Recipe
+from streamer.output.merged_tensors import Mitigated, Recipe
 from streamer.storage.system import memory_file
 from streamer.weights.base import DECODED_BYTES, Weight
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamer.adapters.adapter import CONFIG_NAME as ADAPTER_CONFIG
-from streamer.adapters.adapter import WEIGHTS_NAME
+from streamer.adapters.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
+from streamer.adapters.adapter_config import WEIGHTS_NAME
 from streamer.linalg.low_rank import LowRank
 from streamer.storage.atomic_file import Buffer, write_atomic
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME

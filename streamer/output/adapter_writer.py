@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
+from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.errors import UnsupportedError
 from streamer.linalg.low_rank import LowRank
 from streamer.output.job import Job
 from streamer.output.memory import mitigation_bytes
+from streamer.output.merged_tensors import Recipe
 from streamer.output.metrics import matrix_metrics
 from streamer.output.mitigation import back_project
 from streamer.output.output_spec import adapter_spec, copied
-from streamer.output.recipes import Recipe
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.targets import Target

@@ -13,7 +13,7 @@ from streamer.detection.memory import detection_estimates
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import threads
 from streamer.output.job import DetectedOnTheWay, Job
-from streamer.output.merged_model import MergedModel, plan_merged
+from streamer.output.merge_plan import MergedModel, plan_merged
 from streamer.output.model_writer import merge_estimates
 from streamer.plan.batch import Batch
 from streamer.plan.memory import check_budget, resident_bytes

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamer.adapters.adapter import WEIGHTS_NAME
+from streamer.adapters.adapter_config import WEIGHTS_NAME
 from streamer.adapters.config_rules import is_residual
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.tensor_names import normalize
@@ -24,9 +24,9 @@ from streamer.linalg.svd import krylov_triplets
 from streamer.output.job import Job
 from streamer.output.lora_layout import PREFIX, LoraLayout, lora_layout
 from streamer.output.memory import mitigation_bytes
+from streamer.output.merged_tensors import Recipe
 from streamer.output.metrics import matrix_metrics
 from streamer.output.output_spec import adapter_spec, copied
-from streamer.output.recipes import Recipe
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.plan import Plan

@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
+from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.linalg.operators import Delta
 from streamer.output.job import Job
 from streamer.output.memory import mitigation_bytes
-from streamer.output.merged_model import MergedModel, Output, plan_merged
+from streamer.output.merge_plan import MergedModel, Output, plan_merged
+from streamer.output.merged_tensors import Recipe, rows_bytes
 from streamer.output.metrics import matrix_metrics
 from streamer.output.output_spec import OutputSpec
-from streamer.output.recipes import Recipe, rows_bytes
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.side_files import other_files, skipped_files

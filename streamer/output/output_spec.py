@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from streamer import __version__
-from streamer.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
+from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.detection.findings_file import journal_of
 from streamer.output.job import Job
+from streamer.output.merged_tensors import CopyBytes, Recipe
 from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
-from streamer.output.recipes import CopyBytes, Recipe
 from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.side_files import other_files, skipped_files

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from streamer.adapters.adapter import CONFIG_NAME, DeltaSource
+from streamer.adapters.adapter import DeltaSource
+from streamer.adapters.adapter_config import CONFIG_NAME
 from streamer.adapters.layer_names import HEADS, VOCABULARY
 from streamer.adapters.tensor_names import Carried
 from streamer.errors import MismatchError, UnsupportedError

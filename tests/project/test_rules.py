@@ -64,3 +64,28 @@ def test_the_parser_needs_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_file_stays_readable_in_one_sitting() -> None:
+    files = [p for folder in ("streamer", "tests") for p in (ROOT / folder).rglob("*.py")]
+    long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > 350}
+    assert long == {}
+
+
+FACADE = {
+    "detect_intruder_dimensions", "reduce_intruder_dimension", "merge_with_reduced_intruder_dimensions", "iter_merged",
+}  # fmt: skip
+"""Public functions whose options are flat keywords."""
+
+
+def test_functions_take_eight_parameters_at_most() -> None:
+    wide = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef) or (path.parent.name == "api" and node.name in FACADE):
+                continue
+            a = node.args
+            names = [p.arg for p in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg) if p is not None]
+            if len(names) - (names[:1] in (["self"], ["cls"])) > 8:
+                wide.add(f"{path.name}:{node.lineno}: {node.name}")
+    assert wide == set()

@@ -18,7 +18,7 @@ from streamer.api import iter_merged
 from streamer.cli.json_report import inspect_json
 from streamer.cli.tables import inspect_table
 from streamer.errors import FormatError, StreamerError
-from streamer.output.merged_model import plan_merged
+from streamer.output.merge_plan import plan_merged
 from streamer.plan.plan import make_plan
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.header import DTYPE_BITS, tensor_nbytes

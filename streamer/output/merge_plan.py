@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamer.errors import UnsupportedError
-from streamer.output.recipes import AddBias, AddDelta, Cast, CopyBytes, Recipe, ReplaceRows, Requantize, RowSlice, Stack
+from streamer.output.merged_tensors import (
+    AddBias,
+    AddDelta,
+    Cast,
+    CopyBytes,
+    Recipe,
+    ReplaceRows,
+    Requantize,
+    RowSlice,
+    Stack,
+)
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice, stores_conv1d
 from streamer.plan.task_heads import Head, implied_head
