@@ -11,7 +11,7 @@ import streamer
 
 def test_a_killed_save_leaves_the_old_file(job: tuple[Path, Path], tmp_path: Path) -> None:
     """Killed at each call that changes something on disk; the next save clears up."""
-    path, out = tmp_path / "all", tmp_path / "some" / "f"
+    path, out = tmp_path / "all.safetensors", tmp_path / "some" / "f"
     findings = streamer.detect_intruder_dimensions(*job, path, top_k=6)
     out.parent.mkdir()
     findings[:3].save(out)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import safetensors
+from command_line import ENV
 from several import NAMES, WAYS, Several, run
 
 import streamer
@@ -121,7 +122,7 @@ print(rchar() - before)
 def read_by(*argv: object) -> int:
     """Bytes that a command reads by system calls, as the kernel counts them."""
     done = subprocess.run(
-        [sys.executable, "-c", READ, *map(str, argv)], env=helpers.ENV, text=True, capture_output=True, check=True
+        [sys.executable, "-c", READ, *map(str, argv)], env=ENV, text=True, capture_output=True, check=True
     )
     return int(done.stdout.split()[-1])
 
