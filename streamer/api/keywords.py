@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TypedDict
 
 from streamer.detection.device import choose_device
+from streamer.detection.intruders import Selection
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import UsageError
 from streamer.events import Monitor, OnEvent, warn
-from streamer.output.mitigation import MitigationMethod, Selection
+from streamer.output.mitigation import MitigationMethod
 from streamer.storage.tensor_file import IOMode
 from streamer.units import parse_size
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from streamer.adapters.batch import named_adapters
 from streamer.api.keywords import Merging, Several, detection_options, run_options
 from streamer.detection.findings import Findings
+from streamer.detection.intruders import Selection
 from streamer.events import Monitor, OnEvent
 from streamer.output.iterate import merged_tensors
-from streamer.output.mitigation import MitigationMethod, MitigationOptions, Selection
+from streamer.output.mitigation import MitigationMethod, MitigationOptions
 from streamer.output.prepare import OutputOptions, findings_by_name, open_jobs, prepare_outputs
 from streamer.output.records import Written
 from streamer.output.run import run_jobs

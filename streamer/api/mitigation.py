@@ -6,8 +6,9 @@ from pathlib import Path
 
 from streamer.api.keywords import detection_options, run_options
 from streamer.detection.findings import Findings
+from streamer.detection.intruders import Selection
 from streamer.events import Monitor, OnEvent
-from streamer.output.mitigation import MitigationMethod, MitigationOptions, Selection
+from streamer.output.mitigation import MitigationMethod, MitigationOptions
 from streamer.output.prepare import OutputOptions, findings_by_name, prepare_outputs
 from streamer.output.records import Written
 from streamer.output.run import run_jobs

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from streamer.errors import NumericError
 from streamer.linalg.operators import Delta, Matrix, all_finite
 from streamer.linalg.svd import DEGENERATE
 from streamer.linalg.torch_state import full_float32
+
+Selection = Literal["all", "first"]
+"""The intruders of a matrix that are scaled: all, or the highest-ranked one."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -93,6 +97,11 @@ class Detection:
         return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
     __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
+
+    def factors(self, scale: Selection) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U (m, q), S (q,), Vh (q, n) of the intruders to scale: all of them, or the highest-ranked one."""
+        q = len(self.intruders) if scale == "all" else min(1, len(self.intruders))
+        return self.U[:, :q], self.S[:q], self.Vh[:q]
 
 
 def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | None = None, name: str = "",

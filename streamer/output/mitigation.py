@@ -11,13 +11,12 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from streamer.detection.intruders import Detection
+from streamer.detection.intruders import Detection, Selection
 from streamer.errors import UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta
 
 MitigationMethod = Literal["paper", "project", "shrink"]
-Selection = Literal["all", "first"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,6 @@ class MitigationOptions:
         return {"method": self.method, "scale": self.scale, "lambda": self.mitigation_lambda}
 
 
-def selected_factors(detection: Detection, scale: Selection) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (m, q), S (q,), Vh (q, n) of the intruders to scale: all of them, or the highest-ranked one."""
-    q = len(detection.intruders) if scale == "all" else min(1, len(detection.intruders))
-    return detection.U[:, :q], detection.S[:q], detection.Vh[:q]
-
-
 def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptions) -> Delta:
     """The mitigated delta Δ'; the delta itself, as it is, where nothing changes.
 
@@ -91,7 +84,7 @@ def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptio
         return precise.scaled(lam)
     if detection is None:
         raise UsageError(f"method {options.method!r} at lambda {lam} needs findings")
-    U, S, Vh = selected_factors(detection, options.scale)
+    U, S, Vh = detection.factors(options.scale)
     if len(S) == 0:
         return delta
     if options.method == "project":
