@@ -173,10 +173,9 @@ def _top_k(text: str) -> int | float:
 def _sample(text: str) -> int | str:
     if text == "all":
         return text
-    count = int(text)
-    if count < 1:
-        raise ValueError
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a count from 1 or 'all', found {text!r}")
+    return int(text)
 
 
 def _size(text: str) -> int:
