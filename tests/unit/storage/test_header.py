@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
 from pathlib import Path
 
 import pytest
+from faults import failing
 from header_cases import ACCEPTED, REFUSED, entries, file_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -182,10 +184,7 @@ def test_a_file_that_ends_inside_its_header(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> bytes:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "pread", broken)
+    monkeypatch.setattr(os, "pread", failing(errno.EIO))
     with pytest.raises(StorageError, match="f: cannot read: Input/output error"):
         read(tmp_path / "f", two_tensors())
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faults import failing
 from helpers import view
 from two_shards import MODES, SHARDS, refusal
 
@@ -167,10 +168,7 @@ def test_short_reads_are_read_on(base: Path, monkeypatch: pytest.MonkeyPatch, io
 
 
 def test_a_read_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "preadv", broken)
+    monkeypatch.setattr(os, "preadv", failing(errno.EIO))
     with pytest.raises(StorageError) as caught:
         view(open_checkpoint(base, "pread"), "c")
     words = "cannot read: Input/output error; run the same command again"
@@ -185,9 +183,6 @@ def test_a_read_that_brings_nothing(base: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_map_that_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
-
-    monkeypatch.setattr("streamer.storage.tensor_file.mmap.mmap", refuse)
+    monkeypatch.setattr("streamer.storage.tensor_file.mmap.mmap", failing(errno.ENODEV))
     with pytest.raises(StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"):
         view(open_checkpoint(base), "c")

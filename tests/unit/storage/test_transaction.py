@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from faults import failing
 from helpers import tree_digest
 from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, nothing, put, refusal
 
@@ -98,12 +99,8 @@ def test_an_existing_empty_directory_is_taken(case: Case) -> None:
 def test_a_system_that_refuses(case: Case, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
     """Stops cleanly, keeps what is finished, and the same run finishes later."""
     interrupt(case)
-
-    def refuse(*_: object, **__: object) -> int:
-        raise OSError(number, os.strerror(number))
-
     with monkeypatch.context() as m:
-        m.setattr(os, call, refuse)
+        m.setattr(os, call, failing(number))
         with pytest.raises(StorageError, match=os.strerror(number)):
             carry_out(case)
     assert sorted(p.name for p in case.out.iterdir()) == [JOURNAL_NAME, "model-1", "sub"]
