@@ -1,4 +1,4 @@
-"""Files and directories: opened, stamped, made durable, and the system's errors turned into those that say what to do."""
+"""Open, stamp and make durable files and directories, and turn the system's errors into those that say what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from streamer.errors import FormatError, MissingInputError, OutputError, StorageError
-from streamer.storage.system import sync
+from streamer.storage.system import MAX_CALL_BYTES, sync
 
 Stamp = tuple[int, int, int, int]
 """Device, inode, size, mtime in ns: what must not change while a plan is carried out."""
@@ -45,7 +45,7 @@ def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
 def read_bytes(fd: int, length: int, at: int) -> bytes:
     """Read bytes from offset `at`, whatever the system brings in one call; fewer where the file ends."""
     out = bytearray()
-    while len(out) < length and (piece := os.pread(fd, length - len(out), at + len(out))):
+    while len(out) < length and (piece := os.pread(fd, min(length - len(out), MAX_CALL_BYTES), at + len(out))):
         out += piece
     return bytes(out)
 

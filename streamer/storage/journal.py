@@ -13,7 +13,7 @@ from streamer.errors import InputChangedError, OutputError, OutputExistsError
 from streamer.storage.atomic_file import remove_partials, write_atomic
 from streamer.storage.files import fsync_directory, read_bytes, storage_error
 from streamer.storage.strict_json import strict_json
-from streamer.storage.system import sync
+from streamer.storage.system import MAX_CALL_BYTES, sync
 
 FRAME_BYTES = 40
 """Bytes before a record's payload: its length (8, little-endian) and SHA-256 (32)."""
@@ -72,7 +72,7 @@ class Journal:
             else:
                 done = 0
                 while done < len(frame):
-                    done += os.pwrite(self._fd, frame[done:], self._end + done)
+                    done += os.pwrite(self._fd, frame[done : done + MAX_CALL_BYTES], self._end + done)
                 sync(self._fd)
                 if not self._spans:
                     fsync_directory(self.path.parent)  # the name of a new journal must last as well

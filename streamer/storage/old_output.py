@@ -1,4 +1,4 @@
-"""The files of an earlier output, by its record or its journal, and their removal before another is written."""
+"""Find the files of an earlier output, by its record or its journal, and remove them before another is written."""
 
 from __future__ import annotations
 
