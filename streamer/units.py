@@ -1,4 +1,4 @@
-"""Sizes, durations and lists of names as text for messages and tables, and sizes as options give them."""
+"""Write sizes, durations and lists of names as text for messages and tables, and read sizes as options give them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def quoted(value: object, most: int = 100) -> str:
 
 
 def listed(names: Iterable[object], most: int = MOST_LISTED, separator: str = ", ", room: float = math.inf) -> str:
-    """List names in a message: the first few, but for one no more than have room, then how many more there are.
+    """List names in a message: the first, further ones while they have room, then how many more there are.
 
     >>> listed(["a", "b"]), listed("abcdefghij")
     ('a, b', 'a, b, c and 7 more')

@@ -180,7 +180,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     rows = list(groups.items())
     shown, rest = (rows[: 4 * SHOWN], rows[4 * SHOWN :]) if grouped else (rows, [])
     first = [same[0] for _, same in shown]
-    turned = any(m["transposed"] for m in first)
+    transposed = any(m["transposed"] for m in first)
     columns = [
         Column("base tensor", [key[0] for key, _ in shown], "* stands for any number" if grouped else "", left=True, names=True),
     ]  # fmt: skip
@@ -196,7 +196,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
         Column("scale", [f"{m['scale']:.4g}" for m in first], "factor on B A, from the adapter's alpha and rank", keep=3),
         Column("matched", [m["matched"] for m in first], "by which rule its module was found in the base; see below", keep=4),
     ]  # fmt: skip
-    if turned:
+    if transposed:
         columns.append(Column("stored", ["in x out" if m["transposed"] else "out x in" for m in first],
                               "the order of its sides in the base's file", keep=2))  # fmt: skip
     carried = ""

@@ -89,9 +89,9 @@ class AdapterWriter:
         whole = {name: job.plan.adapter.tensors[name].whole().clone() for name in module.tensor_names}
         for expert, factors in new:
             assert expert is not None
-            for name, part in zip(expert.tensor_names, expert.expert_slices, strict=True):
+            for name, rows in zip(expert.tensor_names, expert.expert_slices, strict=True):
                 if factors[name].numel():
-                    whole[name][part] = factors[name]
+                    whole[name][rows] = factors[name]
         return whole
 
     def _factors(self, job: Job, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:

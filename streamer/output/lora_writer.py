@@ -58,7 +58,7 @@ class LoraWriter:
             for name, shape in self._tensors(target).items():
                 self._targets[name] = target
                 entries.append((name, "F32", shape))
-        entries += [(name, part.info.dtype, part.info.shape) for name, part in self._layout.carried.items()]
+        entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
         shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate"))
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files are not an adapter's.

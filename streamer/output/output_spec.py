@@ -111,7 +111,7 @@ class OutputSpec:
 
     @cached_property
     def output(self) -> OutputPlan:
-        """The files in the order of writing, the commit point last, and the digest that tells this output from others."""
+        """Plan the files in the order of writing, the commit point last, and the digest that tells this output from others."""
         copies = [(name, p.stat().st_size) for name, p in self.copies]
         texts = [(name, len(data)) for name, data in self.texts.items()]
         shards = [(name, shard.nbytes) for name, shard in self.shards.items()]
@@ -134,13 +134,13 @@ class OutputSpec:
                           frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, self.job.bits, __version__)  # fmt: skip
 
     def _original_card(self) -> bytes:
-        """The card of an input that the output's is made from, or that is copied; empty where there is none."""
+        """Find the card of an input that the output's is made from, or that is copied; empty where there is none."""
         if self.card is not None:
             return self.card.original
         return b"".join(path.read_bytes() for name, path in self.copies if name == CARD_NAME)
 
     def _temporary(self, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-        """The job's own findings, which stay to the end; their journal goes before any large file comes."""
+        """List the job's own findings, which stay to the end; their journal goes before any large file comes."""
         if not self.job.detects:
             return ()
         findings, journal = self.job.findings_size
