@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from streamer.errors import FormatError, MissingInputError, OutputError, StorageError
@@ -53,12 +55,16 @@ def read_bytes(fd: int, length: int, at: int) -> bytes:
 def make_directory(path: Path) -> None:
     """Make a directory and its missing parents, durably; one that stands already is left as it is."""
     missing = [p for p in (path, *path.parents) if not p.exists()]
-    try:
+    with storage_errors(path, "create"):
         path.mkdir(parents=True, exist_ok=True)
         for new in reversed(missing):
             fsync_directory(new.parent)
-    except OSError as e:
-        raise storage_error(path, "create", e) from e
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there."""
+    with storage_errors(path, "remove"):
+        path.unlink(missing_ok=True)
 
 
 def fsync_directory(path: Path) -> None:
@@ -74,6 +80,15 @@ def storage_error(path: Path, action: str, e: OSError) -> StorageError | OutputE
     """Turn an `OSError` into the error that says where, what, and what to do."""
     kind = OutputError if e.errno == errno.ENAMETOOLONG else StorageError
     return kind(f"{path}: cannot {action}: {e.strerror or e}; {advice(e)}")
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path, action: str) -> Iterator[None]:
+    """Raise the `storage_error` of an `OSError` in the block."""
+    try:
+        yield
+    except OSError as e:
+        raise storage_error(path, action, e) from e
 
 
 def advice(e: OSError) -> str:
