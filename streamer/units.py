@@ -9,6 +9,8 @@ from collections.abc import Iterable
 MOST_LISTED = 3
 """Names that a message lists before it only counts the others."""
 
+_PLURALS = {"matrix": "matrices"}
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -68,6 +70,15 @@ def format_duration(seconds: float) -> str:
     if s < 600:
         return f"{s // 60} min {s % 60} s"
     return f"{s // 60} min" if s < 3600 else f"{s // 3600} h {s // 60 % 60} min"
+
+
+def counted(n: int, noun: str) -> str:
+    """Write a number with its noun.
+
+    >>> counted(1, "thread"), counted(2, "thread"), counted(2, "matrix")
+    ('1 thread', '2 threads', '2 matrices')
+    """
+    return f"{n} {noun if n == 1 else _PLURALS.get(noun, f'{noun}s')}"
 
 
 def quoted(value: object, most: int = 100) -> str:

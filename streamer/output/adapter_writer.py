@@ -13,10 +13,9 @@ from streamer.errors import UnsupportedError
 from streamer.linalg.low_rank import LowRank
 from streamer.output.job import Job
 from streamer.output.memory import mitigation_bytes
-from streamer.output.merged_tensors import Recipe
 from streamer.output.metrics import matrix_metrics
 from streamer.output.mitigation import back_project
-from streamer.output.output_spec import adapter_spec, copied
+from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.targets import Target
@@ -26,7 +25,7 @@ from streamer.storage.shard_writer import like
 from streamer.weights.dtypes import ENCODINGS, as_bytes, encode
 
 
-class AdapterWriter:
+class AdapterWriter(Writer):
     """Writes the tensors, names, order, dtypes and config of the adapter that was read, and new factors of mitigated modules."""
 
     def __init__(self, job: Job, path: Path) -> None:
@@ -59,10 +58,6 @@ class AdapterWriter:
             if target.module.factors is not None and target.module.factors.expert is not None:
                 size += 2 * sum(plan.adapter.tensors[name].info.nbytes for name in self._tensors(target))
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
-
-    def timed(self) -> list[tuple[str, Recipe, int]]:
-        """Give all bytes as copied."""
-        return copied(self.spec)
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
         """Give the bytes of a tensor; those of what is no factor, or does not change, are the file's own."""

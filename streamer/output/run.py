@@ -129,7 +129,7 @@ class _Run:
         return self.job.detects and not self.spec.shards.keys() <= self._finished
 
     @property
-    def counted(self) -> int:
+    def item_count(self) -> int:
         """Count the tensors of the shards, and other files, in all."""
         return sum(self._items(name) for name, _ in self.spec.output.files)
 
@@ -147,7 +147,7 @@ class _Run:
         """
         spec, out = self.spec, self.out
         check = self.job.plan.check_unchanged
-        total, of = sum(run.spec.output.total_bytes for run in runs), sum(run.counted for run in runs)
+        total, of = sum(run.spec.output.total_bytes for run in runs), sum(run.item_count for run in runs)
         adapter = self.job.plan.adapter.path.absolute().name if len(runs) > 1 else ""
         copies, texts = dict(spec.copies), {**spec.texts, **spec.finals}
 
