@@ -1,4 +1,4 @@
-"""What a run says while it works, and how it is asked to stop."""
+"""Report what a run does while it works, and take requests to stop."""
 
 from __future__ import annotations
 
@@ -97,6 +97,6 @@ class Monitor:
         self._signum = signum
 
     def checkpoint(self) -> None:
-        """A safe point: raises `Interrupted` if a stop was asked for."""
+        """Raise `Interrupted` if a stop was asked for; called at safe points."""
         if self._signum is not None:
             raise Interrupted(self._signum)

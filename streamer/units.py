@@ -1,4 +1,4 @@
-"""Sizes, durations and lists of names as text for messages and tables, and sizes as options give them."""
+"""Write sizes, durations and lists of names as text for messages and tables, and read sizes as options give them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 MOST_LISTED = 3
 """Names that a message lists before it only counts the others."""
+
+_PLURALS = {"matrix": "matrices"}
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -70,6 +72,15 @@ def format_duration(seconds: float) -> str:
     return f"{s // 60} min" if s < 3600 else f"{s // 3600} h {s // 60 % 60} min"
 
 
+def counted(n: int, noun: str) -> str:
+    """Write a number with its noun.
+
+    >>> counted(1, "thread"), counted(2, "thread"), counted(2, "matrix")
+    ('1 thread', '2 threads', '2 matrices')
+    """
+    return f"{n} {noun if n == 1 else _PLURALS.get(noun, f'{noun}s')}"
+
+
 def quoted(value: object, most: int = 100) -> str:
     """Quote a value in a message, cut where it is long: it may come from a download.
 
@@ -81,7 +92,7 @@ def quoted(value: object, most: int = 100) -> str:
 
 
 def listed(names: Iterable[object], most: int = MOST_LISTED, separator: str = ", ", room: float = math.inf) -> str:
-    """List names in a message: the first few, but for one no more than have room, then how many more there are.
+    """List names in a message: the first, further ones while they have room, then how many more there are.
 
     >>> listed(["a", "b"]), listed("abcdefghij")
     ('a, b', 'a, b, c and 7 more')

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from streamer.storage.system import advise
+
 POLL_SECONDS = 0.01
 
 
@@ -82,7 +84,7 @@ def cold(*paths: Path) -> float:
     os.sync()
     for path in files_of(paths):
         with path.open("rb") as f:
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            advise(f.fileno(), 0, 0, "DONTNEED")
     return resident(files_of(paths))
 
 

@@ -61,9 +61,9 @@ class DeltaSource(ABC):
         """Every tensor, by name."""
         return {info.name: StoredTensor(file, info) for file in self.files for info in file.header.tensors}
 
-    @property
+    @cached_property
     def config_paths(self) -> tuple[Path, ...]:
-        """File that the config was read from; none where a model has no config."""
+        """List the file that the config was read from; none where a model had no config when it was opened."""
         return (self.config.path,) if self.config.path.exists() else ()
 
     @property

@@ -6,6 +6,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,18 +38,17 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
         plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
         monitor.warn(plan.warnings)
         tree = inspect_json(plan, forecast_commands(plan, choose_device("auto"), monitor))
-        return tree, inspect_table(tree, _screen(args))
+        return tree, inspect_table(tree, screen(args.all))
     base = open_checkpoint(args.base, args.io)
     monitor.warn(base.warnings)
     files = [(name, [(t.dtype, t.nbytes) for t in f.header.tensors]) for name, f in base.files.items()]
     tree = {"schema": "streamer.plan/1", "base": base.identity(), "warnings": list(base.warnings),
             "totals": {"tensors": len(base.weight_map), "base_bytes": base.data_bytes}}  # fmt: skip
-    return tree, dtype_table(files, _screen(args))
+    return tree, dtype_table(files, screen(args.all))
 
 
 def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.adapters.batch import findings_of, named_adapters
-    from streamer.cli.json_report import findings_json
     from streamer.cli.tables import findings_table
     from streamer.detection.run import detect_many
 
@@ -58,10 +58,10 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     run = _run_options(args, monitor)
     if args.dry_run:
         return _dry_detect(args, adapters, options, run)
-    shown, parts = _screen(args), {}
+    shown, parts = screen(args.all), {}
     for name, found in detect_many(args.base, adapters, args.output, options, run).items():
         path = findings_of(args.output, name)
-        tree = findings_json(found) | {"output": str(path), "state": monitor.outputs[path]}
+        tree = {**found.record(), "output": str(path), "state": monitor.outputs[path]}
         parts[name] = tree, findings_table(found, shown, path, monitor.outputs[path])
     return _each(parts, args.output, shown)
 
@@ -90,7 +90,7 @@ def _dry_detect(
         name: dry_run(args.command, path, state, len(plan.targets), 1, None, forecast)
         for name, plan, path, (state, _), forecast in zip(adapters, batch.plans, paths, states, forecasts, strict=True)
     }
-    return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_detections(todo)), _screen(args))
+    return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_detections(todo)), screen(args.all))
 
 
 def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -113,10 +113,10 @@ def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
     if args.dry_run:
         return _dry_write(args, adapters, writers, run)
     parts = {
-        name: (dict(record), record_table(record, record["output"], _screen(args)))
+        name: (dict(record), record_table(record, record["output"], screen(args.all)))
         for name, record in zip(adapters, run_jobs(writers, run), strict=True)
     }
-    return _each(parts, args.output, _screen(args))
+    return _each(parts, args.output, screen(args.all))
 
 
 def _dry_write(args: argparse.Namespace, adapters: Iterable[str], writers: Sequence[Writer], run: RunOptions) -> Result:
@@ -133,16 +133,15 @@ def _dry_write(args: argparse.Namespace, adapters: Iterable[str], writers: Seque
     for name, writer, state, forecast in zip(adapters, writers, states, forecasts, strict=True):
         out, matrices = writer.spec.output, len(writer.spec.job.plan.targets)
         parts[name] = dry_run(args.command, out.path, state, matrices, len(out.files), out.total_bytes, forecast)
-    return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo)), _screen(args))
+    return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo)), screen(args.all))
 
 
 def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.cli.json_report import findings_json
     from streamer.cli.tables import findings_table
     from streamer.detection.findings import load_findings
 
     findings = load_findings(args.findings)
-    return findings_json(findings), findings_table(findings, _screen(args))
+    return {**findings.record()}, findings_table(findings, screen(args.all))
 
 
 def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -165,7 +164,7 @@ def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
         with tempfile.TemporaryDirectory(prefix="streamer-demo-") as directory:
             result = run_demo(Path(directory), args.mitigation_lambda, monitor)
         result["directory"] = None  # is gone
-    return result, demo_table(result, _screen(args))
+    return result, demo_table(result, screen(args.all))
 
 
 COMMANDS = {
@@ -183,13 +182,10 @@ def _detection_options(args: argparse.Namespace, findings: Findings | None) -> D
     """Make the options as given; what was not given is the findings', or the default."""
     from streamer.detection.options import DetectionOptions
 
+    given = {"top_k": args.top_k, "threshold_epsilon": args.epsilon, "solver": args.solver}
     default = findings.options if findings is not None else DetectionOptions()
-    return DetectionOptions(
-        top_k=default.top_k if args.top_k is None else args.top_k,
-        threshold_epsilon=default.threshold_epsilon if args.epsilon is None else args.epsilon,
-        solver=default.solver if args.solver is None else args.solver,
-        max_memory=args.max_memory,  # of this run: that of the findings was their own
-    )
+    # The memory is of this run: that of the findings was their own.
+    return replace(default, max_memory=args.max_memory, **{k: v for k, v in given.items() if v is not None})
 
 
 def _run_options(args: argparse.Namespace, monitor: Monitor) -> RunOptions:
@@ -236,7 +232,3 @@ def _each(parts: Mapping[str, Result], output: str, shown: Screen) -> Result:
     present = all(part["state"] == "present" for part, _ in parts.values())
     last = stood(output, "present" if present else "written")
     return tree, full if shown.every else f"{adapters_table(tree['adapters'], shown)}\n\n{last}"
-
-
-def _screen(args: argparse.Namespace) -> Screen:
-    return screen(args.all)

@@ -26,9 +26,7 @@ def run_demo(directory: Path, mitigation_lambda: float, monitor: Monitor) -> dic
     """
     model = make_demo(directory)
     findings_path, adapter_path, merged_path = (
-        directory / "findings.safetensors",
-        directory / "mitigated",
-        directory / "merged",
+        directory / name for name in ("findings.safetensors", "mitigated", "merged")
     )
     found = detect_intruder_dimensions(model.base, model.adapter, findings_path, monitor=monitor)
     findings = load_findings(findings_path)

@@ -1,4 +1,4 @@
-"""Make the JSON of findings, plans and dry runs that scripts rely on."""
+"""Make the JSON of plans and dry runs that scripts rely on; that of findings is `Findings.record`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,12 @@ from typing import Any
 from streamer.cli.forecast import Forecast
 from streamer.cli.layout import Screen, fit
 from streamer.cli.tables import NO_LIMIT, forecast_text
-from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions
 from streamer.detection.run import cost
 from streamer.errors import UnsupportedError
 from streamer.plan.plan import Plan
 from streamer.storage.output_checks import free_bytes
 from streamer.units import format_size
-
-
-def findings_json(findings: Findings) -> dict[str, Any]:
-    """Make the object of `streamer report --json`; names are added, never changed. Seconds are null where a file was read."""
-    return {**findings.record()}
 
 
 def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from streamer.errors import printable
@@ -201,11 +202,8 @@ def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
         parts = bare(name).split(".")[alike:]
         return ("…" if alike else "") + ".".join([*(p if p.isdigit() else p[:count] for p in parts[:-1]), parts[-1]])
 
-    def bound(way: Callable[[str, int], str], count: int) -> Callable[[str], str]:
-        return lambda name: way(name, count)
-
-    starts = [bound(without_start, n) for n in range(1, alike + 1)]
-    return [bare, *starts, bound(numbers_and_end, alike), *(bound(letters, n) for n in (8, 4, 3, 1))]
+    starts = [partial(without_start, count=n) for n in range(1, alike + 1)]
+    return [bare, *starts, partial(numbers_and_end, count=alike), *(partial(letters, count=n) for n in (8, 4, 3, 1))]
 
 
 def _middle(name: str, width: int) -> str:

@@ -173,10 +173,9 @@ def _top_k(text: str) -> int | float:
 def _sample(text: str) -> int | str:
     if text == "all":
         return text
-    count = int(text)
-    if count < 1:
-        raise ValueError
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a count from 1 or 'all', found {text!r}")
+    return int(text)
 
 
 def _size(text: str) -> int:
@@ -269,22 +268,18 @@ def build_parser() -> Parser:
         return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
                                    epilog=f"{EXAMPLES[name]}\n{EXIT_CODES}", parents=[*parents, saying])  # fmt: skip
 
-    def inputs(sub: Parser, several: bool = False) -> None:
+    def inputs(sub: Parser, nargs: str | None = None) -> None:
+        several = "; several, or a directory of them, in one pass over the base" if nargs == "+" else ""
         sub.add_argument("base", metavar="BASE", help="model directory, or one .safetensors file")
-        if several:
-            sub.add_argument("adapter", metavar="ADAPTER", nargs="+",
-                             help="PEFT adapter's directory; several, or a directory of them, in one pass over the base")  # fmt: skip
-        else:
-            sub.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter's directory")
+        sub.add_argument("adapter", metavar="ADAPTER", nargs=nargs, help=f"PEFT adapter's directory{several}")
 
     sub = command("inspect", "show what is there, and which tensor each module changes", reading)
-    sub.add_argument("base", metavar="BASE", help="model directory, or one .safetensors file")
-    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="PEFT adapter's directory")
+    inputs(sub, "?")
     out = writing(
         "FILE", "findings to write, a .safetensors file; of several adapters a directory, for NAME.safetensors each"
     )
     sub = command("detect", "find the intruder dimensions and write the findings", out, computing, reading)
-    inputs(sub, several=True)
+    inputs(sub, "+")
     out = writing("DIR", "adapter directory to write")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
     inputs(sub)
@@ -292,7 +287,7 @@ def build_parser() -> Parser:
                      "what the rank leaves out is reported")  # fmt: skip
     out = writing("DIR", "model directory to write; of several adapters a directory, for a model NAME each")
     sub = command("merge", "write the base with the mitigated adapter merged in", out, mitigating, computing, reading)
-    inputs(sub, several=True)
+    inputs(sub, "+")
     sub.add_argument("--dequantize", action="store_true",
                      help="write a plain model where the base is quantized, in the dtype of its config")  # fmt: skip
     sub = command("report", "show findings as a table or as JSON")

@@ -110,7 +110,7 @@ class Progress:
                 self._event = None
                 return
             if self._mode == "bar" and (now - self._drawn_at >= REDRAWN or not self._drawn):
-                self._draw(now)
+                self._draw(event, now)
             if self._ticker is None:  # a matrix may take minutes, and no event comes then
                 self._ticker = threading.Thread(target=self._tick, daemon=True, name="progress")
                 self._ticker.start()
@@ -143,12 +143,12 @@ class Progress:
                 if self._event is None or self._closed.is_set():
                     continue
                 if self._mode == "plain":
-                    say(f"streamer: {self._plain(time.monotonic())}")
+                    say(f"streamer: {self._plain(self._event, time.monotonic())}")
                 else:
-                    self._draw(time.monotonic())
+                    self._draw(self._event, time.monotonic())
 
-    def _draw(self, now: float) -> None:
-        _write(f"\r\x1b[K{self._bar(now, _columns() - 1)}")
+    def _draw(self, event: Event, now: float) -> None:
+        _write(f"\r\x1b[K{self._bar(event, now, _columns() - 1)}")
         self._drawn, self._drawn_at = True, now
 
     def _erase(self) -> None:
@@ -156,20 +156,17 @@ class Progress:
             _write("\r\x1b[K")
             self._drawn = False
 
-    def _left(self, now: float) -> float | None:
+    def _left(self, event: Event, now: float) -> float | None:
         """Estimate the seconds to the stage's end, at the pace of what was done; None where nothing was, or it goes slower than that."""
-        event = self._event
-        assert event is not None
         if event.done <= self._first.done or self._event_at <= self._stage_began:
             return None
         pace = (self._event_at - self._stage_began) / (event.done - self._first.done)
         left = pace * (event.total - event.done) - (now - self._event_at)
         return left if left > 0 else None
 
-    def _bar(self, now: float, columns: int) -> str:
+    def _bar(self, event: Event, now: float, columns: int) -> str:
         """Make the line on a terminal: without room the matrix's name goes first, then rate and share, the bar last."""
-        event, left = self._event, self._left(now)
-        assert event is not None
+        left = self._left(event, now)
         count = f" {event.items:>{len(str(event.of))}}/{event.of}" if event.of else ""
         times = clock(now - self._stage_began) if left is None else f"{clock(left)} left"
         if not event.total:
@@ -177,7 +174,7 @@ class Progress:
         else:
             share = event.done / event.total
             shown = f"{100 * share:4.0f}%" if columns >= NARROW else ""
-            rate = f"{self._rate()}, " if columns >= NARROW and self._rate() else ""
+            rate = f"{self._rate(event)}, " if columns >= NARROW and self._rate(event) else ""
             room = columns - len(f"{event.stage}{count}{shown} || {rate}{times}")
             width = WIDEST if columns > WIDE else min(WIDEST, room if columns < NARROW else max(SHORTEST, room // 4))
             bar = f"|{_filled(share, width)}| " if room >= SHORTEST else ""
@@ -187,10 +184,9 @@ class Progress:
             line += f"  {_name(event, rest)}"
         return printable(line)[:columns].rstrip()
 
-    def _rate(self) -> str:
+    def _rate(self, event: Event) -> str:
         """Measure matrices or megabytes a second, from the stage's beginning to its last event."""
-        event, first, seconds = self._event, self._first, self._event_at - self._stage_began
-        assert event is not None
+        first, seconds = self._first, self._event_at - self._stage_began
         if seconds < 1:
             return ""
         if event.stage in ("write", "verify"):
@@ -198,11 +194,9 @@ class Progress:
         pace = (event.items - first.items) / seconds
         return f"{pace:.1f}/s" if pace >= 1 else f"{60 * pace:.0f}/min"
 
-    def _plain(self, now: float) -> str:
+    def _plain(self, event: Event, now: float) -> str:
         """Make the line in a log."""
-        event = self._event
-        assert event is not None
-        left = self._left(now)
+        left = self._left(event, now)
         count = f"{event.items} of {event.of} {UNITS.get(event.stage, '')}".rstrip() if event.of else event.name
         if event.total:
             count += f", {100 * event.done / event.total:.0f}%"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamer.units import format_size
+from streamer.units import counted, format_size
 
 
 def summary(tree: Mapping[str, Any]) -> str:
@@ -21,40 +21,32 @@ def _held(tree: Mapping[str, Any]) -> str:
     schema = str(tree["schema"]).partition("/")[0]
     if schema == "streamer.several":
         parts = list(tree["adapters"].values())
-        totals = {key: _total(parts, key) for key in ("matrices", "intruders", "certified", "changed", "bytes")}
+        keys = ("matrices", "intruders", "certified", "changed", "bytes")
+        totals = {key: sum(part.get("totals", {}).get(key, 0) for part in parts) for key in keys}
         one = {**parts[0], "totals": totals, "files": [f for part in parts for f in _files(part)]}
-        return f"{_count(len(parts), 'adapter')}, {_held(one)}"
+        return f"{counted(len(parts), 'adapter')}, {_held(one)}"
     totals = tree.get("totals", {})
     if schema == "streamer.findings":
-        return f"{_count(totals['matrices'], 'matrix')}, {_count(totals['intruders'], 'intruder')}, {totals['certified']} certified"
+        return f"{counted(totals['matrices'], 'matrix')}, {counted(totals['intruders'], 'intruder')}, {totals['certified']} certified"
     if schema == "streamer.output":
         shrinks = tree["method"] == "shrink"  # whole matrices, no intruders
-        scaled = "" if shrinks else f"{_count(totals['intruders'], 'intruder')} scaled, "
+        scaled = "" if shrinks else f"{counted(totals['intruders'], 'intruder')} scaled, "
         return (
             f"{totals['changed']} of {totals['matrices']} matrices changed, {scaled}"
-            f"{_count(len(tree['files']), 'file')}, {format_size(totals['bytes'])}"
+            f"{counted(len(tree['files']), 'file')}, {format_size(totals['bytes'])}"
         )
     if schema == "streamer.verification":
-        recomputed = f", {_count(totals['recomputed'], 'matrix')} recomputed" if "inputs" in tree else ""
-        return f"{_count(totals['files'], 'file')}, {format_size(totals['bytes'])}, nothing differs{recomputed}"
+        recomputed = f", {counted(totals['recomputed'], 'matrix')} recomputed" if "inputs" in tree else ""
+        return f"{counted(totals['files'], 'file')}, {format_size(totals['bytes'])}, nothing differs{recomputed}"
     if schema == "streamer.demo":
         return f"{totals['planted']} intruders planted, {totals['found']} found, {totals['gone']} gone"
     if schema == "streamer.dry-run":
         return "nothing written"
     if schema == "streamer.plan":
-        return _count(totals["matrices"], "matrix") if "matrices" in totals else _count(totals["tensors"], "tensor")
+        return counted(totals["matrices"], "matrix") if "matrices" in totals else counted(totals["tensors"], "tensor")
     return ""
-
-
-def _total(parts: list[Mapping[str, Any]], key: str) -> int:
-    return sum(part.get("totals", {}).get(key, 0) for part in parts)
 
 
 def _files(part: Mapping[str, Any]) -> list[Any]:
     files = part.get("files", [])
     return files if isinstance(files, list) else []  # a dry run has their number
-
-
-def _count(n: int, what: str) -> str:
-    plural = "matrices" if what == "matrix" else f"{what}s"
-    return f"{n} {what if n == 1 else plural}"

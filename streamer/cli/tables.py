@@ -10,7 +10,7 @@ from typing import Any
 from streamer.cli.layout import Column, Screen, fit, natural, shorten, table
 from streamer.detection.findings import Findings
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.units import format_duration, format_size
+from streamer.units import counted, format_duration, format_size, listed
 
 MANY, SHOWN = 20, 10
 """A table of more rows than `MANY` shows the `SHOWN` that matter most, unless all are asked for."""
@@ -50,10 +50,8 @@ def findings_table(
         f"(top_k={o.top_k}, epsilon={o.threshold_epsilon}); {certified} of {len(findings)} certified"
     )
     if open_ones := [m.tensor for m in every if not m.detection.certified]:
-        some = shorten(open_ones[:3], (screen.width or 10**6) - 4)
-        summary += f"\nnot certified: {', '.join(some)}" + (
-            f" and {len(open_ones) - 3} more" if len(open_ones) > 3 else ""
-        )
+        open_ones[:3] = shorten(open_ones[:3], (screen.width or 10**6) - 4)
+        summary += f"\nnot certified: {listed(open_ones)}"
         summary += "; a direction that is left open there counts as no intruder, and another --epsilon may settle it"
     if written is not None:
         summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
@@ -180,7 +178,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     rows = list(groups.items())
     shown, rest = (rows[: 4 * SHOWN], rows[4 * SHOWN :]) if grouped else (rows, [])
     first = [same[0] for _, same in shown]
-    turned = any(m["transposed"] for m in first)
+    transposed = any(m["transposed"] for m in first)
     columns = [
         Column("base tensor", [key[0] for key, _ in shown], "* stands for any number" if grouped else "", left=True, names=True),
     ]  # fmt: skip
@@ -196,7 +194,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
         Column("scale", [f"{m['scale']:.4g}" for m in first], "factor on B A, from the adapter's alpha and rank", keep=3),
         Column("matched", [m["matched"] for m in first], "by which rule its module was found in the base; see below", keep=4),
     ]  # fmt: skip
-    if turned:
+    if transposed:
         columns.append(Column("stored", ["in x out" if m["transposed"] else "out x in" for m in first],
                               "the order of its sides in the base's file", keep=2))  # fmt: skip
     carried = ""
@@ -236,7 +234,7 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: S
         read, written = format_size(f["read_bytes"]), most + format_size(f["write_bytes"])
         rows.append([command, memory, read, written, _time(f["seconds"])])
     cells = list(zip(*rows, strict=True)) if rows else [()] * 5
-    threads = next((f" on {_threads(f)}" for f in forecasts.values() if f), "")
+    threads = next((f" on {counted(f['threads'], 'thread')}" for f in forecasts.values() if f), "")
     columns = [
         Column("forecast", cells[0], "what each command takes; mitigate and merge with findings", left=True),
         Column("memory", cells[1], "at its peak; the larger number where the dense solver must decide", keep=3),
@@ -257,13 +255,8 @@ def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
         f"forecast: memory {_memory(forecast)}; "
         f"reads {format_size(forecast['read_bytes'])}, writes {most}{format_size(forecast['write_bytes'])}{beside}; "
         f"{format_size(free)} free; time {_time(forecast['seconds'])}, "
-        f"on {_threads(forecast)}, with the processors as busy as now and if the disk keeps up"
+        f"on {counted(forecast['threads'], 'thread')}, with the processors as busy as now and if the disk keeps up"
     )
-
-
-def _threads(forecast: Mapping[str, Any]) -> str:
-    count = forecast["threads"]
-    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _memory(forecast: Mapping[str, Any]) -> str:

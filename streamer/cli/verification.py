@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from streamer.units import format_size
+from streamer.units import counted, format_size
 
 if TYPE_CHECKING:
     from streamer.verification.result import Verification
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 def verification_text(found: Verification) -> str:
     """Say what was compared, what was recomputed, and what was not and why."""
     totals = found["totals"]
-    what = "file" if totals["files"] == 1 else "files"
-    lines = [f"{found['output']}: {totals['files']} {what}, {format_size(totals['bytes'])}, as recorded"]
+    lines = [f"{found['output']}: {counted(totals['files'], 'file')}, {format_size(totals['bytes'])}, as recorded"]
     if "inputs" in found:
         lines.append(f"{totals['recomputed']} of {totals['matrices']} matrices recomputed, each within its rounding")
         undecided = sum(not r["decisions"] for r in found["recomputed"])

@@ -1,4 +1,4 @@
-"""The cost of the solvers: which one is cheaper, the time of a matrix, and the memory that each way through it takes."""
+"""Estimate the cost of the solvers: which one is cheaper, the time of a matrix, and the memory that each way through it takes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ OPEN_COLUMNS = 512
 
 
 def triplets_columns(k: int) -> int:
-    """Columns at which the basis for the triplets restarts."""
+    """Count the columns at which the basis for the triplets restarts."""
     return max(BASIS, 4 * block_width(k, OVERSAMPLING))
 
 
 def bounds_columns(shape: tuple[int, int], k: int, allow_dense: bool) -> int:
-    """Columns of the basis for the bounds at which the certified solver gives up.
+    """Count the columns of the basis for the bounds at which the certified solver gives up.
 
     With 0.45 of the short side the dense solver costs no more. Large matrices are given up earlier, so that the basis needs a sixth
     of the matrix' own memory at most; but not before 1024 columns, or 16 blocks.

@@ -188,7 +188,10 @@ class Findings:
         return [(m.tensor, m.module) for m in self.matrices]
 
     def record(self) -> FindingsRecord:
-        """Return all but the vectors, as JSON values: what `streamer report --json` prints. Seconds are None where a file was read."""
+        """Return all but the vectors, as JSON values: what `streamer report --json` prints.
+
+        Names are added, never changed. Seconds are None where a file was read.
+        """
         matrices = [m.record() for m in self.matrices]
         timed = [m["seconds"] for m in matrices if m["seconds"] is not None]
         totals: TotalsRecord = {

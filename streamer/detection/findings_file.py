@@ -11,24 +11,25 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from streamer.detection.findings_records import MatrixFigures
-from streamer.detection.options import DetectionOptions
 from streamer.detection.stamps import STAMP, detection_record, stamp
 from streamer.errors import InputError, OutputError, OutputExistsError, UsageError
 from streamer.plan.sources import Source
 from streamer.storage.atomic_file import Buffer, partial_name, remove_partials
 from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
-from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_name, check_output_path, check_space, refuse_address, refuse_symlink
 from streamer.storage.shard_writer import ShardPlan, plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
+
+if TYPE_CHECKING:
+    from streamer.detection.findings import Findings
 
 SCHEMA = "streamer.findings/1"
 
@@ -92,28 +93,16 @@ def matrix_entries(tensor: str, arrays: Mapping[str, Tensor]) -> list[Entry]:
     return [(f"{tensor}/{key}", DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in arrays.items()]
 
 
-class Head(Protocol):
-    """Identity and options of findings, without their matrices."""
+def plan_findings_file(
+    name: str, head: Findings, matrices: Sequence[MatrixFigures], entries: Iterable[Entry]
+) -> ShardPlan:
+    """Lay out a findings file. Equal findings give equal bytes, whether written at once or through a journal.
 
-    @property
-    def base(self) -> BaseIdentity:
-        """Identity of the base."""
-
-    @property
-    def adapter(self) -> AdapterIdentity:
-        """Identity of the adapter."""
-
-    @property
-    def options(self) -> DetectionOptions:
-        """Options that decided the findings."""
-
-    @property
-    def sources(self) -> Mapping[str, Mapping[str, str]]:
-        """Names of base and adapter; empty where they are not known."""
-
-
-def plan_findings_file(name: str, head: Head, matrices: Sequence[MatrixFigures], entries: Iterable[Entry]) -> ShardPlan:
-    """Lay out a findings file. Equal findings give equal bytes, whether written at once or through a journal."""
+    Parameters
+    ----------
+    head
+        Identity and options; its matrices are not used.
+    """
     tree = {"base": head.base, "adapter": head.adapter, "options": head.options.as_dict(), "matrices": matrices}
     metadata = {"schema": SCHEMA, "findings": json.dumps(tree), DIGEST: "0" * 64}
     if head.sources:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from streamer.detection.findings_records import FindingsRecord, MatrixRecord
 from streamer.errors import MissingPackageError, UnknownNameError, UsageError
-from streamer.units import format_size, listed
+from streamer.units import counted, format_size, listed
 
 if TYPE_CHECKING:
     import pandas
@@ -83,16 +83,11 @@ def summary_lines(tree: FindingsRecord) -> list[str]:
     trained_on = tree["adapter"].get("base_model_name_or_path")
     names = " … ".join(dict.fromkeys(m["tensor"] for m in (*matrices[:1], *matrices[-1:])))
     return [
-        f"{count(t['intruders'], 'intruder')} in {with_any} of {count(len(matrices), 'matrix', 'matrices')}, {t['certified']} certified; "
+        f"{counted(t['intruders'], 'intruder')} in {with_any} of {counted(len(matrices), 'matrix')}, {t['certified']} certified; "
         f"top_k={o['top_k']}, threshold_epsilon={o['threshold_epsilon']}, solver={o['solver']}",
         f"base {base}" + (f", adapter trained on {trained_on!r}" if trained_on else ""),
         names or "no matrices",
     ]
-
-
-def count(n: int, one: str, many: str = "") -> str:
-    """Write a number with its noun."""
-    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def findings_html(tree: FindingsRecord) -> str:
@@ -116,7 +111,7 @@ def findings_html(tree: FindingsRecord) -> str:
         for m in most
     ]  # fmt: skip
     left = len(tree["matrices"]) - len(most)
-    more = f"<p>and {count(left, 'matrix', 'matrices')} more, with no more intruders than these</p>" if left else ""
+    more = f"<p>and {counted(left, 'matrix')} more, with no more intruders than these</p>" if left else ""
     caption = "<br>".join(map(html.escape, summary_lines(tree)[:2]))
     cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)

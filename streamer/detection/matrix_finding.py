@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, cast, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,19 +15,10 @@ from streamer.linalg.operators import all_finite
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
-_FIGURES: dict[str, type] = {
-    "certified": bool,
-    "degenerate": list,
-    "solver": str,
-    "escalated": bool,
-    "steps": int,
-    "products": int,
-    "cutoff": float,
-    "delta_norm": float,
-    "intruder_energy": float,
-    "dropped_at_zero": float,
-}
-_OWN: dict[str, type] = {"tensor": str, "module": str, "shape": list, "dtype": str, "rank": int, "scale": float}
+_KINDS: dict[str, type] = {key: get_origin(kind) or kind for key, kind in get_type_hints(MatrixFigures).items()}
+
+_DECISIONS = tuple(key for key in _KINDS if key in Detection.__dataclass_fields__)
+"""The figures that are the detection's; the others are the finding's own."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,7 +57,7 @@ class MatrixFinding:
         """Return all but the arrays, as JSON values."""
         own = {"tensor": self.tensor, "module": self.module, "shape": list(self.shape), "dtype": self.dtype,
                "rank": self.rank, "scale": self.scale}  # fmt: skip
-        return cast("MatrixFigures", own | {name: getattr(self.detection, name) for name in _FIGURES})
+        return cast("MatrixFigures", own | {name: getattr(self.detection, name) for name in _DECISIONS})
 
     def record(self) -> MatrixRecord:
         """Return all but the vectors, as JSON values: what `streamer report --json` has of a matrix."""
@@ -83,7 +74,7 @@ class MatrixFinding:
 
 def check_figures(figures: Any) -> None:
     """Check that the figures of a matrix are all there, each of its kind; `KeyError` or `TypeError` where not."""
-    for key, kind in {**_OWN, **_FIGURES}.items():
+    for key, kind in _KINDS.items():
         value = figures[key]
         fits = type(value) in ({int, float} if kind is float else {kind})
         if kind is list:
@@ -109,14 +100,7 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
         arrays[key] = as_tensor(data[info.start : info.end], TORCH_DTYPES[info.dtype], info.shape)
     m, n = figures["shape"]
     q, k = len(arrays["intruders"]), len(arrays["singular_values"])
-    expected = {
-        "U": (m, q),
-        "S": (q,),
-        "Vh": (q, n),
-        "similarity": (k,),
-        "similarity_low": (k,),
-        "similarity_high": (k,),
-    }
+    expected = {"U": (m, q), "S": (q,), "Vh": (q, n)} | dict.fromkeys(ARRAYS[4:7], (k,))
     for key, shape in expected.items():
         if tuple(arrays[key].shape) != shape:
             raise ValueError(f"{figures['tensor']}/{key}: expected shape {shape}, found {tuple(arrays[key].shape)}")
@@ -125,7 +109,7 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
     numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ARRAYS[3:]}
     if k == 0 or not all(type(j) is int and 0 <= j < k for j in (*numbers["intruders"], *figures["degenerate"])):
         raise ValueError(f"{figures['tensor']}: its intruders are not among its {k} directions")
-    chosen: dict[str, Any] = {key: figures[key] for key in _FIGURES} | {"degenerate": tuple(figures["degenerate"])}
+    chosen: dict[str, Any] = {key: figures[key] for key in _DECISIONS} | {"degenerate": tuple(figures["degenerate"])}
     detection = Detection(U=arrays["U"], S=arrays["S"], Vh=arrays["Vh"], **numbers, **chosen)
     return MatrixFinding(figures["tensor"], figures["module"], (m, n), figures["dtype"],
                          figures["rank"], figures["scale"], detection)  # fmt: skip

@@ -31,6 +31,7 @@ from streamer.plan.plan import Plan, make_batch
 from streamer.plan.targets import Target
 from streamer.storage.files import make_directory
 from streamer.storage.output_checks import touch
+from streamer.units import counted
 
 
 def cost(target: Target, options: DetectionOptions) -> int:
@@ -209,8 +210,12 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
             pending = Batch(batch.base, tuple(plan for plan, _ in todo))
             now = torch.get_num_threads()
             for count in sorted({writer.threads for writer in writers} - {now}):
-                many = f"{count} thread{'s' * (count > 1)}"
-                monitor.emit(Event("note", f"goes on with {many}, as it began; --no-resume starts over with {now}"))
+                monitor.emit(
+                    Event(
+                        "note",
+                        f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over with {now}",
+                    )
+                )
             for i, finding in detect_all(pending, options, run, resident, writers):
                 writers[i].add(finding)
                 seconds[writers[i].path, finding.tensor] = finding.seconds

@@ -1,4 +1,4 @@
-"""The block Golub–Kahan process: one growing Krylov space of a matrix, known by its products."""
+"""Run the block Golub–Kahan process: one growing Krylov space of a matrix, known by its products."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class GolubKahan:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the space is invariant, so that a step would add nothing."""
+        """Test whether the space is invariant, so that a step would add nothing."""
         return self.following.shape[1] == 0
 
     def step(self) -> None:
@@ -180,5 +180,5 @@ def _times(basis: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _norm(t: Tensor) -> float:
-    """An upper bound of the spectral norm that is cheap: Frobenius over a skinny block, at most √b too large."""
+    """Bound the spectral norm from above, cheaply: by Frobenius over a skinny block, at most √b too large."""
     return float(torch.linalg.matrix_norm(t)) if t.numel() else 0.0

@@ -38,12 +38,12 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Columns of L and R: the rank, at most."""
+        """Count the columns of L and R: the rank, at most."""
         return self.L.shape[1]
 
     @property
     def T(self) -> LowRank:
-        """The transpose, sharing the factors."""
+        """Transpose, sharing the factors."""
         return LowRank(self.R, self.L)
 
     def matmat(self, X: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class LowRank:
         return self.L @ self.R.T
 
     def __add__(self, other: LowRank) -> LowRank:
-        """The sum, of rank ``r1 + r2``, by setting the factors side by side."""
+        """Add to a sum of rank ``r1 + r2``, by setting the factors side by side."""
         return LowRank(torch.cat([self.L, other.L], 1), torch.cat([self.R, other.R], 1))
 
     def scaled(self, factor: float) -> LowRank:
@@ -75,11 +75,11 @@ class LowRank:
         return self.to(torch.float64)
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
-        """The factors and the names that an adapter has for them."""
+        """List the factors by the names that an adapter has for them."""
         return [("lora_B", self.L), ("lora_A", self.R)]
 
     def is_zero(self) -> bool:
-        """Whether either factor is zero."""
+        """Test whether either factor is zero."""
         return not (self.L.any() and self.R.any())
 
     def largest_estimate(self) -> float:
@@ -87,7 +87,7 @@ class LowRank:
         return float(self.L.abs().max()) * float(self.R.abs().max()) if self.rank else 0.0
 
     def norm(self) -> float:
-        """Frobenius norm ``‖L Rᵀ‖_F``, from the triangles of two thin QRs in float64.
+        """Compute the Frobenius norm ``‖L Rᵀ‖_F``, from the triangles of two thin QRs in float64.
 
         The trace formula ``tr(LᵀL RᵀR)`` would square the condition: where terms cancel it loses half the digits.
         """
@@ -98,7 +98,7 @@ class LowRank:
         return LowRank(U.T.to(self.L) @ self.L, self.R).norm()
 
     def row_slice(self, i: int, j: int) -> LowRank:
-        """Rows i to j, sharing the factors."""
+        """Select rows i to j, sharing the factors."""
         return LowRank(self.L[i:j], self.R)
 
     def add_rows(self, values: Tensor, i: int, j: int) -> None:
@@ -119,7 +119,7 @@ class LowRank:
         return self + LowRank(factor * U * S, Vh.T)
 
     def removal_error(self, U: Tensor, S: Tensor, Vh: Tensor, rank: int | None) -> float:
-        """Relative norm that is dropped when ``L Rᵀ − U diag(S) Vh`` is truncated to `rank`, by default to r."""
+        """Compute the relative norm that is dropped when ``L Rᵀ − U diag(S) Vh`` is truncated to `rank`, by default to r."""
         return self.precise().plus_triplets(U, S, Vh, -1).truncated(rank or self.rank)[1]
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,7 +145,7 @@ class LowRank:
         return LowRank.from_triplets(U, S, Vh, rank), dropped
 
     def nearest(self, rank: int, leading: object) -> LowRank:
-        """The nearest matrix of that rank, in float64; its triplets come from the factors, and `leading` is not called."""
+        """Find the nearest matrix of that rank, in float64; its triplets come from the factors, and `leading` is not called."""
         return self.precise().truncated(rank)[0]
 
     def distance(self, other: LowRank) -> float:

@@ -35,7 +35,7 @@ class Operator(Protocol):
 
     @property
     def T(self) -> Operator:
-        """The transpose, sharing memory."""
+        """Transpose, sharing memory."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Dense:
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor of the dtype and device of the products."""
+        """Make an empty tensor of the dtype and device of the products."""
         return self.matrix.new_empty(0)
 
     def matmat(self, X: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Dense:
 
     @property
     def T(self) -> Dense:
-        """The transpose, a view."""
+        """Transpose, as a view."""
         return replace(self, matrix=self.matrix.T)
 
     def dense(self) -> Tensor:
@@ -94,15 +94,15 @@ class Dense:
         return Dense(self.dense().to(device, dtype))
 
     def precise(self) -> Dense:
-        """The delta as it is: a copy in float64 would be the largest thing in memory."""
+        """Return the delta as it is: a copy in float64 would be the largest thing in memory."""
         return self
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
-        """The matrix and its name in messages."""
+        """List the matrix by its name in messages."""
         return [("the delta", self.matrix)]
 
     def is_zero(self) -> bool:
-        """Whether all entries are zero."""
+        """Test whether all entries are zero."""
         return not self.matrix.any()
 
     def largest_estimate(self) -> float:
@@ -111,7 +111,7 @@ class Dense:
         return max(-float(low), float(high)) * abs(self.scale)
 
     def norm(self) -> float:
-        """Frobenius norm ``‖Δ‖_F``, its squares summed in float64."""
+        """Compute the Frobenius norm ``‖Δ‖_F``, its squares summed in float64."""
         squares = sum(float(torch.linalg.vector_norm(rows.double())) ** 2 for rows in torch.split(self.matrix, 256))
         return float(squares**0.5) * abs(self.scale)
 
@@ -120,7 +120,7 @@ class Dense:
         return float(torch.linalg.matrix_norm((U.T.to(self.matrix) @ self.dense()).double()))
 
     def row_slice(self, i: int, j: int) -> Dense:
-        """Rows i to j, a view."""
+        """Select rows i to j, as a view."""
         return replace(self, matrix=self.matrix[i:j])
 
     def add_rows(self, values: Tensor, i: int, j: int) -> None:
@@ -144,7 +144,7 @@ class Dense:
         return 0.0
 
     def nearest(self, rank: int, leading: Leading) -> LowRank:
-        """The nearest matrix of that rank, in float64, from the leading triplets as `leading` finds them."""
+        """Find the nearest matrix of that rank, in float64, from the leading triplets as `leading` finds them."""
         return LowRank.from_triplets(*leading(self, rank), rank)
 
     def distance(self, other: LowRank) -> float:
@@ -184,7 +184,7 @@ class RowBlocks:
 
     @property
     def T(self) -> RowBlocks:
-        """The transpose."""
+        """Transpose, reading the same rows."""
         return replace(self, transposed=not self.transposed)
 
     def matmat(self, X: Tensor) -> Tensor:
@@ -285,7 +285,7 @@ class Sum:
 
     @property
     def T(self) -> Sum:
-        """The transpose."""
+        """Transpose both terms."""
         return Sum(self.base.T, self.delta.T)
 
     def matmat(self, X: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ class Sum:
 
 
 def all_finite(t: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf, in one pass and without a mask of its size."""
+    """Test whether a tensor holds finite values only, in one pass and without a mask of its size."""
     if t.numel() == 0:
         return True
     low, high = torch.aminmax(t)  # both are NaN if any value is

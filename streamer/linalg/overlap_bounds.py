@@ -156,7 +156,7 @@ class OverlapProcess:
 
     @property
     def exhausted(self) -> bool:
-        """Whether further steps can add nothing."""
+        """Test whether the space is invariant, so that further steps add nothing."""
         return self.process.exhausted
 
     def bounds(self, epsilon: float, final: bool = False) -> OverlapBounds:

@@ -157,7 +157,7 @@ def _gaps(ritz: RitzBasis, k: int, shape: tuple[int, int]) -> Tensor:
 
 
 def _converged(ritz: RitzBasis, k: int, shape: tuple[int, int], angle: float, eps: float) -> bool:
-    """Whether the first k Ritz triplets are within `angle` of singular ones, or as near as rounding allows."""
+    """Test whether the first k Ritz triplets are within `angle` of singular ones, or as near as rounding allows."""
     residual = torch.linalg.vector_norm(ritz.tail, dim=0)[:k]
     return bool((residual <= (angle * _gaps(ritz, k, shape)).clamp_min(8 * eps * float(ritz.S[0]))).all())
 

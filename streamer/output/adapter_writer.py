@@ -13,10 +13,9 @@ from streamer.errors import UnsupportedError
 from streamer.linalg.low_rank import LowRank
 from streamer.output.job import Job
 from streamer.output.memory import mitigation_bytes
-from streamer.output.merged_tensors import Recipe
 from streamer.output.metrics import matrix_metrics
 from streamer.output.mitigation import back_project
-from streamer.output.output_spec import adapter_spec, copied
+from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.targets import Target
@@ -26,7 +25,7 @@ from streamer.storage.shard_writer import like
 from streamer.weights.dtypes import ENCODINGS, as_bytes, encode
 
 
-class AdapterWriter:
+class AdapterWriter(Writer):
     """Writes the tensors, names, order, dtypes and config of the adapter that was read, and new factors of mitigated modules."""
 
     def __init__(self, job: Job, path: Path) -> None:
@@ -60,10 +59,6 @@ class AdapterWriter:
                 size += 2 * sum(plan.adapter.tensors[name].info.nbytes for name in self._tensors(target))
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
-    def timed(self) -> list[tuple[str, Recipe, int]]:
-        """Give all bytes as copied."""
-        return copied(self.spec)
-
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
         """Give the bytes of a tensor; those of what is no factor, or does not change, are the file's own."""
         file = job.plan.adapter.file
@@ -89,9 +84,9 @@ class AdapterWriter:
         whole = {name: job.plan.adapter.tensors[name].whole().clone() for name in module.tensor_names}
         for expert, factors in new:
             assert expert is not None
-            for name, part in zip(expert.tensor_names, expert.expert_slices, strict=True):
+            for name, rows in zip(expert.tensor_names, expert.expert_slices, strict=True):
                 if factors[name].numel():
-                    whole[name][part] = factors[name]
+                    whole[name][rows] = factors[name]
         return whole
 
     def _factors(self, job: Job, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:

@@ -35,17 +35,17 @@ class GivenFindings:
 
     @property
     def options(self) -> DetectionOptions:
-        """The options that they were made with."""
+        """Return the options that they were made with."""
         return self.findings.options
 
     @property
     def bits(self) -> str:
-        """A digest of their last bits, which depend on the threads that they were made on."""
+        """Hash their last bits, which depend on the threads that they were made on."""
         return self.findings.digest()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of their factors, which a run reads."""
+        """Count the bytes of their factors, which a run reads."""
         return sum(f.nbytes for m in self.findings for f in (m.detection.U, m.detection.S, m.detection.Vh))
 
     def detection(self, target: Target) -> Detection:
@@ -154,17 +154,17 @@ class Job:
 
     @cached_property
     def findings_size(self) -> FindingsSize:
-        """See `findings_bytes`; of the findings that the job makes."""
+        """Compute the bytes of the findings that the job makes; see `findings_bytes`."""
         return findings_bytes(self.plan, self.detection)
 
     @property
     def detects(self) -> bool:
-        """Whether the job makes findings of its own."""
+        """Test whether the job makes findings of its own."""
         return self.options.needs_detection and not self.findings.given
 
     @property
     def warnings(self) -> list[str]:
-        """Warnings about the mitigation: of an adapter whose intruders were scaled before."""
+        """Warn of an adapter whose intruders were scaled before."""
         if self.options.mitigation_lambda == 1:
             return []
         return mitigated_before(self.plan.adapter.files[0].header.metadata)
@@ -187,7 +187,7 @@ class Job:
         return delta, mitigate(delta, found, self.options), found
 
     def decisions(self) -> dict[str, Any]:
-        """Return everything besides the inputs that decides the output's bytes, but for the last bits of given findings."""
+        """Return everything besides the inputs that decides the output's bytes, last bits of given findings apart."""
         return {
             "schema": SCHEMA,
             "mitigation": self.options.as_dict(),
@@ -198,7 +198,7 @@ class Job:
 
     @property
     def bits(self) -> str:
-        """The last bits that the output's are made of; see `FindingsSource.bits`."""
+        """Return the digest of the last bits that the output's are made of; see `GivenFindings.bits`."""
         return self.findings.bits if self.options.needs_detection else ""
 
     def detection_record(self, certified: int) -> DetectionRecord | None:

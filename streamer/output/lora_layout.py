@@ -41,7 +41,7 @@ class LoraLayout:
 
 
 def lora_layout(
-    tuned: FinetunedModel, base: Checkpoint, matched: Mapping[str, str], changes: TensorEdits, renames: Renames
+    tuned: FinetunedModel, base: Checkpoint, matched: Mapping[str, str], edits: TensorEdits, renames: Renames
 ) -> LoraLayout:
     """Give what changed in a fine-tuned model outside of matrices its form in a LoRA adapter.
 
@@ -66,7 +66,7 @@ def lora_layout(
     now = renames.at_run_time(tuned.tensors)
     names = {m: now.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in matched}
     bases = {
-        part.info.name: StoredTensor(*base.locate(n)) for n, part in changes.sources.items() if n in base.weight_map
+        source.info.name: StoredTensor(*base.locate(n)) for n, source in edits.sources.items() if n in base.weight_map
     }
     changed = {
         c.source: c

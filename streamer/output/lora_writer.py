@@ -24,9 +24,8 @@ from streamer.linalg.svd import krylov_triplets
 from streamer.output.job import Job
 from streamer.output.lora_layout import PREFIX, LoraLayout, lora_layout
 from streamer.output.memory import mitigation_bytes
-from streamer.output.merged_tensors import Recipe
 from streamer.output.metrics import matrix_metrics
-from streamer.output.output_spec import adapter_spec, copied
+from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.plan import Plan
@@ -41,7 +40,7 @@ SMALL = 1024
 """Up to this many rows or columns a dense delta is truncated by LAPACK's SVD, and above by the Krylov solver."""
 
 
-class LoraWriter:
+class LoraWriter(Writer):
     """Writes the mitigated deltas as a LoRA adapter of rank `rank` and scale 1, in float32; what is carried along keeps its bytes."""
 
     def __init__(self, job: Job, path: Path, rank: int) -> None:
@@ -58,7 +57,7 @@ class LoraWriter:
             for name, shape in self._tensors(target).items():
                 self._targets[name] = target
                 entries.append((name, "F32", shape))
-        entries += [(name, part.info.dtype, part.info.shape) for name, part in self._layout.carried.items()]
+        entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
         shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate"))
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files are not an adapter's.
@@ -74,10 +73,6 @@ class LoraWriter:
             if not target.module.low_rank:
                 size += truncation_bytes(target.module.shape, self._rank, plan.weights[target.tensor].compute.itemsize)
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
-
-    def timed(self) -> list[tuple[str, Recipe, int]]:
-        """Give all bytes as copied."""
-        return copied(self.spec)
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
         """Give the bytes of a tensor; the truncation error among the metrics is the relative norm of what the rank leaves out."""

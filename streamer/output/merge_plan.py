@@ -1,4 +1,4 @@
-"""The plan of a merged model: for each tensor of each file, its dtype and shape, and what it is made of.
+"""Plan a merged model: for each tensor of each file, its dtype and shape, and what it is made of.
 
 One plan serves the files that `merge` writes, the index, the sizes of a dry run, and the tensors of `iter_merged`.
 """
@@ -76,7 +76,7 @@ class MergedModel:
         return sum(map(len, self.files.values()))
 
     def shards(self, metadata: Mapping[str, str] | None = None) -> dict[str, ShardPlan]:
-        """The planned files, their headers exact; their metadata is the base's, and what is given."""
+        """Lay out the files, their headers exact; their metadata is the base's, and what is given."""
         return {
             name: plan_shard(
                 name, [(o.name, o.dtype, o.shape) for o in outputs], {**self.metadata[name], **(metadata or {})}
@@ -85,7 +85,7 @@ class MergedModel:
         }
 
     def finals(self, shards: Mapping[str, ShardPlan]) -> dict[str, bytes]:
-        """The index, with the tensors as they are."""
+        """Make the index, with the tensors as they are."""
         if self.index is None:
             return {}
         stated: Mapping[str, str] = self.index["weight_map"]
@@ -102,14 +102,14 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     Parameters
     ----------
     dequantize
-        Write everything that stands as codes in the dtype of the model's config, and leave out what belongs to codes.
+        Write quantized weights plain, in the dtype of the model's config, and leave out what only quantized values need.
 
     Raises
     ------
     UnsupportedError
         If merged values would have to be written in an encoding that is not written.
     """
-    _refuse_codes(plan, dequantize)
+    _refuse_quantized(plan, dequantize)
     weights = plain_weights(plan.weights, plan.config) if dequantize else plan.weights
     files = {
         name: [
@@ -131,12 +131,12 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     )
 
 
-def _of_file(plan: Plan, weights: WeightView, name: str, part: StoredTensor, dequantize: bool) -> Output | None:
+def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool) -> Output | None:
     """Plan the output of a tensor of the base; None if it is left out."""
     if name in plan.edits.dropped or (dequantize and is_activation_scale(name, weights)):
         return None
     if name not in weights.owners:
-        return _output(plan, weights, name, part)
+        return _output(plan, weights, name, stored)
     logical, role = weights.owners[name]
     if dequantize:
         if role != "weight":
@@ -146,38 +146,38 @@ def _of_file(plan: Plan, weights: WeightView, name: str, part: StoredTensor, deq
         recipe = _merged(plan, weight) if logical in plan.by_weight else Cast(weight)
         return Output(logical, SPELLINGS[weight.encoding.dtype], weight.shape, recipe)
     if logical not in plan.by_weight or role not in ("weight", "scale"):
-        return Output(name, part.info.dtype, part.info.shape, CopyBytes(part))
-    return Output(name, part.info.dtype, part.info.shape, _merged(plan, weights[logical], role))
+        return Output(name, stored.info.dtype, stored.info.shape, CopyBytes(stored))
+    return Output(name, stored.info.dtype, stored.info.shape, _merged(plan, weights[logical], role))
 
 
 def _merged(plan: Plan, weight: Weight, role: str | None = None, tuned: StoredTensor | None = None) -> Recipe:
     """Make the recipe of a weight that the adapter changes; with a `role`, of that one of the tensors of its quantized values."""
-    recipes = [_piece(weight, target, place, role, tuned) for target, place in plan.by_weight[weight.name]]
+    recipes = [_piece(weight, target, held, role, tuned) for target, held in plan.by_weight[weight.name]]
     return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
 
 
-def _piece(weight: Weight, target: Target, place: TensorSlice, role: str | None, tuned: StoredTensor | None) -> Recipe:
-    if place.index is not None:
-        weight = weight.slice(place.index)
+def _piece(weight: Weight, target: Target, held: TensorSlice, role: str | None, tuned: StoredTensor | None) -> Recipe:
+    if held.index is not None:
+        weight = weight.slice(held.index)
     if role is None:
         recipe: AddDelta | Requantize = AddDelta(weight, target, tuned)
     else:
         assert isinstance(weight, FP8)
         recipe = Requantize(weight, target, role)
-    return recipe if place.rows is None else RowSlice(recipe, place.rows)
+    return recipe if held.rows is None else RowSlice(recipe, held.rows)
 
 
-def _refuse_codes(plan: Plan, dequantize: bool) -> None:
-    """Refuse what does not fit the codes of the weights that it changes; one line for all."""
-    coded = plan.weights.quantized_names
-    replaced = [name for name in plan.edits.sources if name in coded]
+def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
+    """Refuse what does not fit the quantized weights that it changes; one line for all."""
+    quantized = plan.weights.quantized_names
+    replaced = [name for name in plan.edits.sources if name in quantized]
     if replaced:
         raise UnsupportedError(
             f"{plan.adapter.file.path}: saves {replaced[0]!r} (modules_to_save), which stands quantized in {plan.base.path}; merge into "
             "the 16-bit base"
         )
-    refused = [name for name in plan.by_weight if name in coded and not plan.weights.requantizes(name)]
-    if dequantize and coded and stores_conv1d(plan.config):
+    refused = [name for name in plan.by_weight if name in quantized and not plan.weights.requantizes(name)]
+    if dequantize and quantized and stores_conv1d(plan.config):
         raise UnsupportedError(
             f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out), which "
             "is not supported; merge into the 16-bit base"
@@ -190,20 +190,20 @@ def _refuse_codes(plan: Plan, dequantize: bool) -> None:
         )
 
 
-def _output(plan: Plan, weights: WeightView, name: str, part: StoredTensor | None) -> Output:
-    """A tensor of the merged model; `part` is the base's own, if it has one."""
-    changes = plan.edits
-    source = changes.sources.get(name, part)
+def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | None) -> Output:
+    """Plan a tensor of the merged model; `stored` is the base's own, if it has one."""
+    edits = plan.edits
+    source = edits.sources.get(name, stored)
     assert source is not None
-    stands = part or source
+    stands = stored or source
     recipe: Recipe
     if name in plan.by_weight:
         recipe = _merged(plan, weights[name], tuned=_tuned(plan, name, stands))
-    elif name in changes.shifts:
-        shift, scale = changes.shifts[name]
-        recipe = AddBias(weights[name], Plain.of(shift), scale)
-    elif name in changes.rows:
-        tokens, indices = changes.rows[name]
+    elif name in edits.shifts:
+        shift, scaling = edits.shifts[name]
+        recipe = AddBias(weights[name], Plain.of(shift), scaling)
+    elif name in edits.rows:
+        tokens, indices = edits.rows[name]
         recipe = ReplaceRows(weights[name], Plain.of(tokens), indices)
     elif source.info.dtype != stands.info.dtype:
         recipe = Cast(weights[name])
@@ -215,21 +215,21 @@ def _output(plan: Plan, weights: WeightView, name: str, part: StoredTensor | Non
 
 
 def _tuned(plan: Plan, name: str, stands: StoredTensor) -> StoredTensor | None:
-    """The fine-tuned model's own tensor, where it stands in an adapter's place and in the dtype that is written."""
-    part = plan.adapter.stored_sum(plan.by_weight[name][0][0].module)
-    return part if part is not None and part.info.dtype == stands.info.dtype else None
+    """Find the fine-tuned model's own tensor, where it stands in an adapter's place and in the dtype that is written."""
+    tuned = plan.adapter.stored_sum(plan.by_weight[name][0][0].module)
+    return tuned if tuned is not None and tuned.info.dtype == stands.info.dtype else None
 
 
 def _head(plan: Plan, names: list[str]) -> Head:
     """Derive the head from the adapter's task and the head that it saves; a fine-tuned model's own config has it."""
     if plan.adapter.describes_model:
         return Head(plan.config)
-    trained = {name: part.info.shape for name, part in plan.edits.sources.items() if name in plan.edits.trained}
+    trained = {name: stored.info.shape for name, stored in plan.edits.sources.items() if name in plan.edits.trained}
     return implied_head(plan.config, plan.adapter.config.get("task_type"), trained, names)
 
 
 def _texts(plan: Plan, head: Head, dequantize: bool) -> dict[str, bytes]:
-    """The model's config, where the merge changes what it must say."""
+    """Write the model's config, where the merge changes what it must say."""
     if plan.adapter.describes_model:  # its own config describes it
         return {}
     config = plan.edits.config(head.config)

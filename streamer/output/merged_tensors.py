@@ -26,7 +26,7 @@ BLOCK_BYTES = 4 << 20
 """Rows of this many float32 bytes are merged at a time, so that memory does not depend on the matrix; measured in docs/benchmarks.md."""
 
 DECODED = 8
-"""Rows in float32 that decoding a few rows takes at most, of which the rows themselves are one: codes and scales spread out to int32."""
+"""Rows in float32 that decoding a few rows takes at most, themselves among them: quantized values and scales spread out to int32."""
 
 Mitigated = Callable[[Target], tuple[Delta, Delta]]
 """Gives Δ and Δ' of one matrix; Δ' is Δ itself where nothing changes."""
@@ -39,17 +39,17 @@ class Recipe(ABC):
 
     @property
     def cost_kind(self) -> type[Recipe] | None:
-        """The kind of recipes that take as long for each byte; None where the whole matrix is computed more than once."""
+        """Name the kind of recipes that take as long for each byte; None where the whole matrix is computed more than once."""
         return type(self)
 
     @property
     def peak_bytes(self) -> int:
-        """Memory that it takes; 0 where that is counted with the mitigation of its matrix."""
+        """Estimate the memory that it takes; 0 where that is counted with the mitigation of its matrix."""
         return 0
 
     @property
     def repeats(self) -> bool:
-        """Whether another tensor's recipe asks for the same delta, which is counted there."""
+        """Test whether another tensor's recipe asks for the same delta, which is counted there."""
         return False
 
     @abstractmethod
@@ -59,13 +59,13 @@ class Recipe(ABC):
 
 @dataclass(frozen=True, slots=True)
 class CopyBytes(Recipe):
-    """The bytes of a tensor as they stand, of any dtype."""
+    """Copies the bytes of a tensor as they stand, of any dtype."""
 
-    part: StoredTensor
+    stored: StoredTensor
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """The file's own bytes."""
-        return self.part.file.chunks(self.part.info)
+        """Give the file's own bytes."""
+        return self.stored.file.chunks(self.stored.info)
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ class Rows(Recipe):
 
     @property
     def peak_bytes(self) -> int:
-        """A few rows."""
+        """Estimate the memory of a few rows."""
         return rows_bytes(self.weight)
 
 
 class Cast(Rows):
-    """Rounds the values of a weight once to the dtype that is written: the adapter's own, or what codes mean. They must be finite."""
+    """Rounds the values of a weight once to the dtype that is written: the adapter's own, or decoded ones. They must be finite."""
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """Rows in the written dtype."""
+        """Give the rows in the written dtype."""
         for _, _, raw, values, out in _rows(self.weight):
             if not all_finite(raw):
                 raise NumericError(
@@ -95,7 +95,7 @@ class Cast(Rows):
 
 @dataclass(frozen=True)
 class AddDelta(Recipe):
-    """``W0 + Δ'``; a delta of zero leaves W0's own bytes: adding it would turn −0 into +0.
+    """Makes ``W0 + Δ'``; a delta of zero leaves W0's own bytes: adding it would turn −0 into +0.
 
     `tuned` is ``W0 + Δ`` as it stands in a file, whose bytes are the result where Δ' is Δ.
     """
@@ -105,7 +105,7 @@ class AddDelta(Recipe):
     tuned: StoredTensor | None = None
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """Rows of the sum."""
+        """Give the rows of the sum."""
         delta, after = mitigated(self.target)
         if after is delta and self.tuned is not None:
             yield from self.tuned.file.chunks(self.tuned.info)
@@ -123,7 +123,7 @@ class AddDelta(Recipe):
 
 @dataclass(frozen=True)
 class Requantize(Recipe):
-    """One of the tensors that the codes of ``W0 + Δ'`` stand in, scales chosen anew; a delta of zero leaves W0's own bytes."""
+    """Makes one of the tensors that store ``W0 + Δ'`` quantized, scales chosen anew; a delta of zero leaves W0's own bytes."""
 
     weight: FP8
     target: Target
@@ -131,20 +131,20 @@ class Requantize(Recipe):
 
     @property
     def cost_kind(self) -> None:
-        """None: the scales take a pass of their own."""
+        """Return None: the scales take a pass of their own."""
 
     @property
     def repeats(self) -> bool:
-        """Whether these are the scales, the delta being counted with the quantized values."""
+        """Test whether these are the scales: the delta is counted with the quantized values."""
         return self.role != "weight"
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """Codes, or their scales. The sum is made again for each pass: it is never in memory whole."""
+        """Give the quantized values, or their scales. The sum is made again for each pass: it is never in memory whole."""
         (_, delta), weight = mitigated(self.target), self.weight.at_hand()
         change = (delta.T if self.target.transposed else delta).to(weight.compute)
-        part = weight.tensors[self.role]
+        stored = weight.tensors[self.role]
         if change.is_zero():
-            yield from part.file.chunks(part.info)
+            yield from stored.file.chunks(stored.info)
             return
 
         def merged(i: int, j: int) -> Tensor:
@@ -158,23 +158,23 @@ class Requantize(Recipe):
 
 @dataclass(frozen=True)
 class RowSlice(Recipe):
-    """A tensor that holds some rows of a matrix: what the recipe makes of these rows of the delta."""
+    """Makes a tensor that holds some rows of a matrix, by the recipe with these rows of the delta."""
 
     recipe: AddDelta | Requantize
     rows: tuple[int, int]
 
     @property
     def cost_kind(self) -> type[Recipe] | None:
-        """The recipe's."""
+        """Return the recipe's."""
         return self.recipe.cost_kind
 
     @property
     def repeats(self) -> bool:
-        """Whether these are not the first rows, with which the delta is counted."""
+        """Test whether these are later rows: the delta is counted with the first."""
         return self.rows[0] > 0 or self.recipe.repeats
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """The recipe's."""
+        """Give the recipe's pieces."""
 
         def share(target: Target) -> tuple[Delta, Delta]:
             delta, after = mitigated(target)
@@ -185,18 +185,18 @@ class RowSlice(Recipe):
 
 @dataclass(frozen=True)
 class Stack(Recipe):
-    """A tensor that holds one matrix after the other, all made alike."""
+    """Makes a tensor that holds one matrix after the other, all made alike."""
 
     recipes: tuple[Recipe, ...]
 
     @property
     def cost_kind(self) -> type[Recipe] | None:
-        """Each one's."""
+        """Return each one's."""
         return self.recipes[0].cost_kind
 
     @property
     def repeats(self) -> bool:
-        """Whether each does."""
+        """Test whether each does."""
         return self.recipes[0].repeats
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
@@ -206,49 +206,49 @@ class Stack(Recipe):
 
 @dataclass(frozen=True)
 class AddBias(Rows):
-    """A weight plus `scale` times a tensor of its shape: a bias with LoRA's own."""
+    """Adds `scaling` times a tensor of its shape to a weight: LoRA's own bias to a layer's."""
 
     shift: Weight
-    scale: float
+    scaling: float
 
     @property
     def cost_kind(self) -> type[Recipe]:
-        """Copies: a bias is small."""
+        """Count as copied: a bias is small."""
         return CopyBytes
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """Rows of the sum."""
+        """Give the rows of the sum."""
         for i, j, raw, values, out in _rows(self.weight):
-            values.add_(self.shift.rows(i, j).to(values.dtype), alpha=self.scale)
+            values.add_(self.shift.rows(i, j).to(values.dtype), alpha=self.scaling)
             yield as_bytes(encode(values, _encoding(self.weight), raw, self.weight.name, out))
 
 
 @dataclass(frozen=True)
 class ReplaceRows(Rows):
-    """A weight with some of its rows exchanged: an embedding with trained tokens. All other rows keep their bytes."""
+    """Exchanges some rows of a weight: an embedding gets trained tokens. All other rows keep their bytes."""
 
     tokens: Weight
     indices: tuple[int, ...]
 
     @property
     def cost_kind(self) -> type[Recipe]:
-        """Copies: few rows are computed."""
+        """Count as copied: few rows are computed."""
         return CopyBytes
 
     def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """Rows, the trained ones rounded once."""
-        place = {row: at for at, row in enumerate(self.indices)}
+        """Give the rows, the trained ones rounded once."""
+        trained = {row: at for at, row in enumerate(self.indices)}
         for i, j, raw, values, out in _rows(self.weight):
             out.copy_(raw)
             for row in (r for r in self.indices if i <= r < j):
-                at = place[row]
+                at = trained[row]
                 new = self.tokens.rows(at, at + 1).to(values.dtype)
                 out[row - i] = encode(new, _encoding(self.weight), torch.zeros_like(new), self.tokens.name)[0]
             yield as_bytes(out)
 
 
 def rows_bytes(weight: Weight) -> int:
-    """Memory for making a weight anew a few rows at a time: what is read or decoded, summed, and rounded twice by turns."""
+    """Estimate the memory for making a weight anew a few rows at a time: what is read or decoded, summed, and rounded twice by turns."""
     m, n = weight.matrix
     row = max(1, n * weight.compute.itemsize)
     block = max(row, min(m * row, max(BLOCK_BYTES, DECODED_BYTES)))
@@ -261,7 +261,7 @@ def _encoding(weight: Weight) -> Encoding:
 
 
 def _rows(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
-    """A few rows at a time: from, to, as stored, in the computing dtype to compute in, and a buffer of the written dtype.
+    """Iterate over a few rows at a time: from, to, as stored, in the computing dtype to compute in, and a buffer of the written dtype.
 
     The buffers are the same for all, the last one by turns: fresh ones are zeroed by the system first, which costs as much as a sum.
     """

@@ -48,11 +48,11 @@ class MitigationOptions:
 
     @property
     def needs_detection(self) -> bool:
-        """Whether the result depends on the findings at all."""
+        """Test whether the result depends on the findings at all."""
         return self.method != "shrink" and self.mitigation_lambda != 1
 
     def as_dict(self) -> dict[str, Any]:
-        """The options as JSON values."""
+        """Return the options as JSON values."""
         return asdict(self)
 
     def as_json(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class MitigationOptions:
 
 
 def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptions) -> Delta:
-    """The mitigated delta Δ'; the delta itself, as it is, where nothing changes.
+    """Compute the mitigated delta Δ'; the delta itself, as it is, where nothing changes.
 
     Parameters
     ----------
@@ -92,8 +92,8 @@ def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptio
     return precise.plus_triplets(U, S, Vh, lam - 1)
 
 
-def back_project(delta: LowRank, rank: int, scale: float) -> tuple[Tensor, Tensor, float]:
-    """Adapter factors with ``scale · B @ A ≈ Δ'``, and the relative Frobenius norm that was dropped.
+def back_project(delta: LowRank, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
+    """Project Δ' onto adapter factors with ``scaling · B @ A ≈ Δ'``, and measure the relative Frobenius norm that is dropped.
 
     Parameters
     ----------
@@ -102,8 +102,8 @@ def back_project(delta: LowRank, rank: int, scale: float) -> tuple[Tensor, Tenso
     rank
         The adapter's rank r. Where Δ' has no more columns its factors are kept and nothing is dropped; else it is
         truncated to the nearest matrix of rank r, and ``√Σ`` is shared evenly between B and A.
-    scale
-        The LoRA scale s, not zero.
+    scaling
+        LoRA's s, not zero.
 
     Returns
     -------
@@ -112,6 +112,6 @@ def back_project(delta: LowRank, rank: int, scale: float) -> tuple[Tensor, Tenso
     """
     delta = delta.precise()
     if delta.rank <= rank:
-        return delta.L / scale, delta.R.T, 0.0
-    root, dropped = delta.scaled(1 / scale).truncated(rank)
+        return delta.L / scaling, delta.R.T, 0.0
+    root, dropped = delta.scaled(1 / scaling).truncated(rank)
     return root.L, root.R.T, dropped

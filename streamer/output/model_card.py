@@ -1,4 +1,4 @@
-"""The ``README.md`` of an output: the facts of how it was made in front of the card of what it was made from.
+"""Write the ``README.md`` of an output: the facts of how it was made in front of the card of what it was made from.
 
 The YAML at the card's head is what the hub reads. It is edited as text, key by key; one that does not look as expected stays as it is.
 """
@@ -37,7 +37,7 @@ _PLAIN = re.compile(r"[A-Za-z][\w./-]*")
 
 @dataclass(frozen=True)
 class Card:
-    """A card to be written: everything but what the record says at the end.
+    """Everything of a card to be written that is known before the record.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Card:
     pipeline
         The hub's name of the merged model's task, where it is another than the base's.
     longest
-        A record that is as long as it can get, but for the advice.
+        A record that is as long as it can get, the advice apart.
     tuned
         Whether the original is of a fine-tuned model in the adapter's place.
     """
@@ -65,11 +65,11 @@ class Card:
 
     @property
     def most_bytes(self) -> int:
-        """Bytes that the card takes at most."""
+        """Count the bytes that the card takes at most."""
         return len(self.text(self.longest)) + (ADVICE_BYTES if self.command == "mitigate" else 0)
 
     def text(self, record: Record) -> bytes:
-        """The card of an output with this record."""
+        """Write the card of an output with this record."""
         original = self.original.decode("utf-8", "surrogateescape")
         head, body = _split(original)
         blocks = None if head is None else _blocks(head)
@@ -98,13 +98,13 @@ def take_original(copies: list[tuple[str, Path]]) -> tuple[bytes | None, list[tu
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    """The YAML head of a card, if it has one, and the rest."""
+    """Split a card into its YAML head, if it has one, and the rest."""
     match = _HEAD.match(text)
     return (match[1].replace("\r\n", "\n"), text[match.end() :]) if match else (None, text)
 
 
 def _blocks(head: str) -> dict[str, str] | None:
-    """The head's keys, each with its lines; comments go with the key above. None where it is not a plain mapping."""
+    """Split a head into its keys, each with its lines; comments go with the key above. None where it is not a plain mapping."""
     blocks: dict[str, str] = {}
     key = ""
     for line in head.splitlines():
@@ -121,7 +121,7 @@ def _blocks(head: str) -> dict[str, str] | None:
 
 
 def _merged_head(card: Card, blocks: dict[str, str]) -> str:
-    """The head of a merged model's card: ours, and what of the base's is true of it."""
+    """Make the head of a merged model's card: ours, and what of the base's is true of it."""
     ids = [s["model_id"] for s in (card.base, card.adapter) if "model_id" in s]
     kept = {key: blocks[key] for key in KEPT if key in blocks}
     # Of another class than the base, the model is not its library's (sentence-transformers, say).
@@ -137,7 +137,7 @@ def _merged_head(card: Card, blocks: dict[str, str]) -> str:
 
 
 def _adapter_head(card: Card, blocks: dict[str, str]) -> str:
-    """The head of an adapter's card: its own, with its base and our tag."""
+    """Make the head of an adapter's card: its own, with its base and our tag."""
     base = card.base.get("model_id")
     # PEFT writes the path of a base on disk here, which the hub refuses.
     blocks = {key: text for key, text in blocks.items() if key != "base_model" or not _PATH.search(text)}
@@ -152,7 +152,7 @@ def _adapter_head(card: Card, blocks: dict[str, str]) -> str:
 
 
 def _with_tag(block: str) -> str:
-    """A block of tags with ours among them; as it is, where its form is not known."""
+    """Add our tag to a block of tags; one of unknown form stays as it is."""
     if re.search(rf"(?m)[\s\[,\"']{TAG}[\"']?\s*(?:$|[,\]])", block):
         return block
     if re.fullmatch(r"tags[ ]*:[ ]*(?:\[[ ]*\])?[ ]*\n\s*", block):
@@ -178,12 +178,12 @@ def _title(card: Card) -> str:
 
 
 def _safe(text: str) -> str:
-    """A name within a line of Markdown."""
+    """Escape a name within a line of Markdown."""
     return re.sub(r"[^\w .+@/-]", "_", text)
 
 
 def _name(source: Source) -> str:
-    """A source as a card names it."""
+    """Name a source as a card does."""
     name = _safe(source["name"])
     if "model_id" in source:
         name = f"[{source['model_id']}](https://huggingface.co/{source['model_id']})"
@@ -240,7 +240,7 @@ def _top(k: int | float) -> str:
 
 
 def command_line(record: Record) -> str:
-    """The command that makes an output, with the names of its inputs in place of paths."""
+    """Write the command that makes an output, with the names of its inputs in place of paths."""
     words = ["streamer", record["command"], record["base"]["name"], record["adapter"]["name"], "-o", "OUTPUT"]
     words += ["--lambda", _number(record["lambda"]), "--method", record["method"], "--scale", record["scale"]]
     if (detection := record["detection"]) is not None:

@@ -13,7 +13,7 @@ from streamer.output.memory import mitigation_bytes
 from streamer.output.merge_plan import MergedModel, Output, plan_merged
 from streamer.output.merged_tensors import Recipe, rows_bytes
 from streamer.output.metrics import matrix_metrics
-from streamer.output.output_spec import OutputSpec
+from streamer.output.output_spec import OutputSpec, Writer
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.side_files import other_files, skipped_files
@@ -26,7 +26,7 @@ from streamer.storage.output_plan import RECORD_NAME
 from streamer.weights.dequantize import STALE
 
 
-class ModelWriter:
+class ModelWriter(Writer):
     """Writes the base with the mitigated deltas merged in."""
 
     def __init__(self, job: Job, path: Path) -> None:

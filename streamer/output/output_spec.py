@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from streamer import __version__
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
@@ -111,7 +112,7 @@ class OutputSpec:
 
     @cached_property
     def output(self) -> OutputPlan:
-        """The files in the order of writing, the commit point last, and the digest that tells this output from others."""
+        """Plan the files in the order of writing, the commit point last, and the digest that tells this output from others."""
         copies = [(name, p.stat().st_size) for name, p in self.copies]
         texts = [(name, len(data)) for name, data in self.texts.items()]
         shards = [(name, shard.nbytes) for name, shard in self.shards.items()]
@@ -134,13 +135,13 @@ class OutputSpec:
                           frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, self.job.bits, __version__)  # fmt: skip
 
     def _original_card(self) -> bytes:
-        """The card of an input that the output's is made from, or that is copied; empty where there is none."""
+        """Find the card of an input that the output's is made from, or that is copied; empty where there is none."""
         if self.card is not None:
             return self.card.original
         return b"".join(path.read_bytes() for name, path in self.copies if name == CARD_NAME)
 
     def _temporary(self, files: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-        """The job's own findings, which stay to the end; their journal goes before any large file comes."""
+        """List the job's own findings, which stay to the end; their journal goes before any large file comes."""
         if not self.job.detects:
             return ()
         findings, journal = self.job.findings_size
@@ -148,7 +149,7 @@ class OutputSpec:
         return (OWN_FINDINGS, findings), (journal_of(Path(OWN_FINDINGS)).name, more)
 
 
-class Writer(Protocol):
+class Writer(ABC):
     """Writes one kind of output.
 
     Attributes
@@ -159,12 +160,19 @@ class Writer(Protocol):
 
     spec: OutputSpec
 
+    @abstractmethod
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix, `resident` bytes being in use already."""
 
     def timed(self) -> list[tuple[str, Recipe, int]] | None:
-        """Give names, recipes and the bytes that are made like each, for all bytes; None where their number does not tell the time."""
+        """Give names, recipes and the bytes that are made like each, for all bytes; None where their number does not tell the time.
 
+        By default all bytes are those of an adapter, copied like its largest tensor.
+        """
+        largest = max(self.spec.job.plan.adapter.tensors.values(), key=lambda stored: stored.info.nbytes)
+        return [("an adapter's tensors", CopyBytes(largest), self.spec.output.total_bytes)]
+
+    @abstractmethod
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
         """Give the bytes of a tensor in pieces, and append the metrics of each matrix that is mitigated for it.
 
@@ -188,9 +196,3 @@ def adapter_spec(
         ("adapter_model.bin", SINGLE_NAME, INDEX_NAME), base_bytes, tokenizer=own_tokenizer(copies), warnings=job.warnings,
         to_lora=to_lora,
     ).with_card()  # fmt: skip
-
-
-def copied(spec: OutputSpec) -> list[tuple[str, Recipe, int]]:
-    """Give all bytes of an adapter as copied like its largest tensor; see `Writer.timed`."""
-    largest = max(spec.job.plan.adapter.tensors.values(), key=lambda stored: stored.info.nbytes)
-    return [("an adapter's tensors", CopyBytes(largest), spec.output.total_bytes)]

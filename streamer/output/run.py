@@ -117,7 +117,7 @@ class _Run:
         self._finished: set[str] = set()
 
     def look(self) -> None:
-        """See which files an interrupted run has finished."""
+        """Find the files that an interrupted run has finished."""
         for name, _ in self.spec.output.files:
             self.monitor.checkpoint()
             if self.out.finished(name) is not None:
@@ -125,12 +125,12 @@ class _Run:
 
     @property
     def lacks_findings(self) -> bool:
-        """Whether there are deltas left to mitigate, and nothing is known about them."""
+        """Test whether deltas are left to mitigate, and nothing is known about them."""
         return self.job.detects and not self.spec.shards.keys() <= self._finished
 
     @property
-    def counted(self) -> int:
-        """Tensors of the shards, and other files, in all."""
+    def item_count(self) -> int:
+        """Count the tensors of the shards, and other files, in all."""
         return sum(self._items(name) for name, _ in self.spec.output.files)
 
     def _items(self, name: str) -> int:
@@ -138,7 +138,7 @@ class _Run:
         return len(shards[name].header.tensors) if name in shards else 1
 
     def steps(self, runs: Sequence[_Run]) -> Generator[FilePosition, None, None]:
-        """Write everything, in order, the commit point last; pause before each tensor, at its place in the base.
+        """Write everything, in order, the commit point last; pause before each tensor, at its position in the base.
 
         Parameters
         ----------
@@ -147,7 +147,7 @@ class _Run:
         """
         spec, out = self.spec, self.out
         check = self.job.plan.check_unchanged
-        total, of = sum(run.spec.output.total_bytes for run in runs), sum(run.counted for run in runs)
+        total, of = sum(run.spec.output.total_bytes for run in runs), sum(run.item_count for run in runs)
         adapter = self.job.plan.adapter.path.absolute().name if len(runs) > 1 else ""
         copies, texts = dict(spec.copies), {**spec.texts, **spec.finals}
 
@@ -162,10 +162,10 @@ class _Run:
                 self.items += self._items(name)  # the card comes with the commit point, when all is known that it says
             elif name in spec.shards:
                 with contextlib.closing(self._shard(name)) as tensors:
-                    for place, info, file in tensors:
+                    for position, info, file in tensors:
                         if len(runs) > 1:
                             file.flush()
-                        yield place
+                        yield position
                         self.done = begun + info.start
                         emit(info.name)
                         self.items += 1
@@ -204,7 +204,7 @@ class _Run:
             self._finished.add(CARD_NAME)
 
     def _shard(self, name: str) -> Generator[tuple[FilePosition, TensorInfo, AtomicFile], None, None]:
-        """Write a shard; give each of its tensors, before it is written, with its place and the file."""
+        """Write a shard; give each of its tensors, before it is written, with its position and the file."""
         job, base = self.job, self.job.plan.base
         ((key, value),) = job.stamp(self.spec.command).items()
         shard = self.spec.shards[name].with_metadata(key, value)
@@ -244,7 +244,7 @@ def _in_step(runs: Sequence[_Run]) -> None:
             waiting[stack.enter_context(contextlib.closing(run.steps(runs)))] = FilePosition(-1, 0)
         while waiting:
             behind = min(waiting.values())
-            for steps in [steps for steps, place in waiting.items() if place == behind]:
+            for steps in [steps for steps, at in waiting.items() if at == behind]:
                 if (position := next(steps, None)) is None:
                     del waiting[steps]
                 else:

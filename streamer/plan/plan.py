@@ -109,7 +109,7 @@ class Plan:
 
     @cached_property
     def adapter_identity(self) -> AdapterIdentity:
-        """See `Adapter.identity`."""
+        """See `DeltaSource.identity`."""
         return self.adapter.identity()
 
     @cached_property

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from streamer.errors import StorageError
-from streamer.storage.files import fsync_directory, storage_error
+from streamer.storage.files import fsync_directory, remove_file, storage_error, storage_errors
 from streamer.storage.page_cache import Appender
 from streamer.storage.system import reserve, sync
 
@@ -62,10 +62,8 @@ class AtomicFile:
 
     def __enter__(self) -> AtomicFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
+        with storage_errors(self.path, "create"):  # what stands there, if anything does, is not ours to discard
             self._fd = os.open(self._partial, flags, 0o666)  # the umask makes the mode
-        except OSError as e:  # what stands there, if anything does, is not ours to discard
-            raise storage_error(self.path, "create", e) from e
         try:
             reserve(self._fd, self.size)
         except OSError as e:
@@ -77,18 +75,14 @@ class AtomicFile:
     def write(self, data: Buffer) -> None:
         """Append bytes. A large piece is hashed and written by threads while the caller goes on: see `Appender.append`."""
         view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-        try:
+        with storage_errors(self.path, "write"):
             self._appender.append(view)
-        except OSError as e:
-            raise storage_error(self.path, "write", e) from e
         self.written += len(view)
 
     def flush(self) -> None:
         """Wait until all that was appended is written: its memory is free."""
-        try:
+        with storage_errors(self.path, "write"):
             self._appender.flush()
-        except OSError as e:
-            raise storage_error(self.path, "write", e) from e
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
@@ -152,7 +146,4 @@ def partials_of(directory: Path, names: set[str]) -> list[Path]:
 def remove_partials(directory: Path, names: set[str]) -> None:
     """Remove what `partials_of` finds. Call it under the lock."""
     for path in partials_of(directory, names):
-        try:
-            os.unlink(path)
-        except OSError as e:
-            raise storage_error(path, "remove", e) from e
+        remove_file(path)

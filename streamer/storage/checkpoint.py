@@ -57,12 +57,12 @@ class Checkpoint:
 
     @property
     def directory(self) -> Path | None:
-        """Directory whose other files belong to the model; None where a single file was named."""
+        """Find the directory whose other files belong to the model; None where a single file was named."""
         return self.path if self.path.is_dir() else None
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of all tensors, headers excluded: the index's ``total_size``."""
+        """Count the bytes of all tensors, headers excluded: the index's ``total_size``."""
         return sum(f.header.data_bytes for f in self.files.values())
 
     def locate(self, name: str) -> tuple[TensorFile, TensorInfo]:

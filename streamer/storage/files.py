@@ -1,14 +1,16 @@
-"""Files and directories: opened, stamped, made durable, and the system's errors turned into those that say what to do."""
+"""Open, stamp and make durable files and directories, and turn the system's errors into those that say what to do."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from streamer.errors import FormatError, MissingInputError, OutputError, StorageError
-from streamer.storage.system import sync
+from streamer.storage.system import MAX_CALL_BYTES, sync
 
 Stamp = tuple[int, int, int, int]
 """Device, inode, size, mtime in ns: what must not change while a plan is carried out."""
@@ -45,7 +47,7 @@ def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
 def read_bytes(fd: int, length: int, at: int) -> bytes:
     """Read bytes from offset `at`, whatever the system brings in one call; fewer where the file ends."""
     out = bytearray()
-    while len(out) < length and (piece := os.pread(fd, length - len(out), at + len(out))):
+    while len(out) < length and (piece := os.pread(fd, min(length - len(out), MAX_CALL_BYTES), at + len(out))):
         out += piece
     return bytes(out)
 
@@ -53,12 +55,16 @@ def read_bytes(fd: int, length: int, at: int) -> bytes:
 def make_directory(path: Path) -> None:
     """Make a directory and its missing parents, durably; one that stands already is left as it is."""
     missing = [p for p in (path, *path.parents) if not p.exists()]
-    try:
+    with storage_errors(path, "create"):
         path.mkdir(parents=True, exist_ok=True)
         for new in reversed(missing):
             fsync_directory(new.parent)
-    except OSError as e:
-        raise storage_error(path, "create", e) from e
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there."""
+    with storage_errors(path, "remove"):
+        path.unlink(missing_ok=True)
 
 
 def fsync_directory(path: Path) -> None:
@@ -74,6 +80,15 @@ def storage_error(path: Path, action: str, e: OSError) -> StorageError | OutputE
     """Turn an `OSError` into the error that says where, what, and what to do."""
     kind = OutputError if e.errno == errno.ENAMETOOLONG else StorageError
     return kind(f"{path}: cannot {action}: {e.strerror or e}; {advice(e)}")
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path, action: str) -> Iterator[None]:
+    """Raise the `storage_error` of an `OSError` in the block."""
+    try:
+        yield
+    except OSError as e:
+        raise storage_error(path, action, e) from e
 
 
 def advice(e: OSError) -> str:

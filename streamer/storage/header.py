@@ -1,9 +1,9 @@
-"""The safetensors header: one validator for reader and writer.
+"""Validate safetensors headers: one validator for reader and writer.
 
 A file is an 8-byte little-endian length N, N bytes of JSON, then the data. The JSON maps each tensor's name to
 ``{"dtype", "shape", "data_offsets"}``, offsets relative to the data, and ``__metadata__`` to a map of strings.
 Sorted by offset, tensors tile the data exactly. A header is validated whole before any part of it is used. We accept
-what the safetensors library accepts, but for duplicate keys: of two equal names the library silently takes the last.
+what the safetensors library accepts, save duplicate keys: of two equal names the library silently takes the last.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of data."""
+        """Count the bytes of data."""
         return self.end - self.start
 
 
@@ -80,17 +80,17 @@ class Header:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Count the bytes of all tensors."""
         return self.tensors[-1].end if self.tensors else 0
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the whole file."""
+        """Count the bytes of the whole file."""
         return self.data_start + self.data_bytes
 
     @cached_property
     def by_name(self) -> dict[str, TensorInfo]:
-        """Tensors by name."""
+        """Map names to tensors."""
         return {t.name: t for t in self.tensors}
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from streamer.errors import InputChangedError, OutputError, OutputExistsError
 from streamer.storage.atomic_file import remove_partials, write_atomic
-from streamer.storage.files import fsync_directory, read_bytes, storage_error
+from streamer.storage.files import fsync_directory, read_bytes, storage_error, storage_errors
 from streamer.storage.strict_json import strict_json
-from streamer.storage.system import sync
+from streamer.storage.system import MAX_CALL_BYTES, sync
 
 FRAME_BYTES = 40
 """Bytes before a record's payload: its length (8, little-endian) and SHA-256 (32)."""
@@ -28,13 +28,11 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with storage_errors(path, "open the journal"):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             self._spans = [(start, len(payload)) for start, payload in _records(self._fd)]
             self._end = sum(self._spans[-1]) if self._spans else 0
             os.ftruncate(self._fd, self._end)
-        except OSError as e:
-            raise storage_error(path, "open the journal", e) from e
         self._stale = False
         remove_partials(path.parent, {path.name})
 
@@ -66,18 +64,16 @@ class Journal:
     def append(self, payload: bytes) -> None:
         """Add a record, durably."""
         frame = len(payload).to_bytes(8, "little") + hashlib.sha256(payload).digest() + payload
-        try:
+        with storage_errors(self.path, "append to the journal"):
             if self._stale:
                 self._replace(frame)
             else:
                 done = 0
                 while done < len(frame):
-                    done += os.pwrite(self._fd, frame[done:], self._end + done)
+                    done += os.pwrite(self._fd, frame[done : done + MAX_CALL_BYTES], self._end + done)
                 sync(self._fd)
                 if not self._spans:
                     fsync_directory(self.path.parent)  # the name of a new journal must last as well
-        except OSError as e:
-            raise storage_error(self.path, "append to the journal", e) from e
         self._spans.append((self._end + FRAME_BYTES, len(payload)))
         self._end += len(frame)
 

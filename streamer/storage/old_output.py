@@ -1,11 +1,11 @@
-"""The files of an earlier output, by its record or its journal, and their removal before another is written."""
+"""Find the files of an earlier output, by its record or its journal, and remove them before another is written."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,7 @@ from stat import S_ISREG
 from typing import Any
 
 from streamer.errors import OutputError
-from streamer.storage.files import storage_error
+from streamer.storage.files import remove_file
 from streamer.storage.journal import Journal
 from streamer.storage.strict_json import strict_json
 
@@ -55,7 +55,10 @@ def own_files(record: Path, journal: Path) -> list[OwnFile]:
 
     A journal's head names those that stood before its run: until that has finished, they may be there still.
     """
-    return list(dict.fromkeys([*_recorded(record), *_journalled(journal)]))
+    head, *finished = _journalled(journal)
+    listed = ((_record(record) or {}).get("files"), head.get(OLD), finished)
+    entries = (entry for files in listed if isinstance(files, list) for entry in files)
+    return list(dict.fromkeys(file for entry in entries if (file := _own_file(entry))))
 
 
 def own_names(directory: Path, record: Path, journal: Path) -> list[str]:
@@ -88,10 +91,7 @@ def remove_own_files(directory: Path, files: Sequence[OwnFile], keep: Collection
         path = directory / file.name
         if file.name in keep or not stands(directory, file):
             continue
-        try:
-            path.unlink()
-        except OSError as e:
-            raise storage_error(path, "remove", e) from e
+        remove_file(path)
         for parent in path.relative_to(directory).parents[:-1]:
             with contextlib.suppress(OSError):  # other files are in it
                 (directory / parent).rmdir()
@@ -140,23 +140,13 @@ def _record(path: Path) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) and str(tree.get("schema")).startswith("streamer.output/") else None
 
 
-def _recorded(path: Path) -> Iterator[OwnFile]:
-    files = (_record(path) or {}).get("files")
-    if isinstance(files, list):
-        yield from _entries(files)
+def _journalled(path: Path) -> list[dict[str, Any]]:
+    """Read the head of a journal and its entries; an empty head where there is none."""
+    return [*Journal.peek(path)] or [{}] if path.is_file() and not path.is_symlink() else [{}]
 
 
-def _journalled(path: Path) -> Iterator[OwnFile]:
-    if path.is_symlink() or not path.is_file():
-        return
-    head, *entries = [*Journal.peek(path)] or [{}]
-    old = head.get(OLD)
-    yield from _entries([*(old if isinstance(old, list) else ()), *entries])
-
-
-def _entries(trees: Iterable[Any]) -> Iterator[OwnFile]:
-    for tree in trees:
-        if isinstance(tree, dict):
-            name, nbytes, digest = tree.get("file"), tree.get("bytes"), tree.get("sha256")
-            if isinstance(name, str) and type(nbytes) is int and isinstance(digest, str):
-                yield OwnFile(name, nbytes, digest)
+def _own_file(entry: Any) -> OwnFile | None:
+    match entry:
+        case {"file": str(name), "bytes": int(nbytes), "sha256": str(digest)} if type(nbytes) is int:
+            return OwnFile(name, nbytes, digest)
+    return None

@@ -69,17 +69,17 @@ class OutputPlan:
 
     @property
     def head(self) -> dict[str, Any]:
-        """Head of the run's journal, as far as `may_resume` compares it."""
+        """Make the head of the run's journal, as far as `may_resume` compares it."""
         return {"plan": self.digest, "version": self.version, "bits": self.bits, "stamps": self.stamps}
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files."""
+        """Count the bytes of all files."""
         return sum(size for _, size in self.files)
 
     @property
     def temporary_bytes(self) -> int:
-        """Bytes at most of the temporary files."""
+        """Count the bytes of the temporary files, at most."""
         return sum(size for _, size in self.temporary)
 
 

@@ -1,4 +1,4 @@
-"""Reading ahead, writing behind, and dropping the pages of large files from the system's cache.
+"""Read ahead, write behind, and drop the pages of large files from the system's cache.
 
 The kernel does it, as advised through `system.advise`; where it takes no advice, everything is only slower.
 """
@@ -10,7 +10,7 @@ import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from streamer.storage.system import advise
+from streamer.storage.system import MAX_CALL_BYTES, advise
 
 QUEUE = 3
 """Pieces being written and hashed at most. A maker that uses its buffers again takes them by turns from one more than these."""
@@ -90,12 +90,11 @@ class Appender:
     def _write(self, view: memoryview) -> None:
         done = 0
         while done < len(view):
-            done += os.write(self._fd, view[done:])
+            done += os.write(self._fd, view[done : done + MAX_CALL_BYTES])
         begun, self._at = self._at, self._at + len(view)
         if len(view) >= THREADED_BYTES:
-            advise(
-                self._fd, begun, len(view), "DONTNEED"
-            )  # still dirty, these pages stay, but Linux begins to write them
+            # Still dirty, these pages stay, but Linux begins to write them.
+            advise(self._fd, begun, len(view), "DONTNEED")
             if begun >= LAG_BYTES:
                 advise(self._fd, begun - LAG_BYTES, len(view), "DONTNEED")
 

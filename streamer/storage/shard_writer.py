@@ -29,7 +29,7 @@ class ShardPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole file."""
+        """Count the bytes of the whole file."""
         return self.header.file_bytes
 
     def with_metadata(self, key: str, value: str) -> ShardPlan:

@@ -14,8 +14,8 @@ from typing import IO, Literal
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY}
 """Errors by which a file system says that it has no such call."""
 
-MAX_READ_BYTES = 1 << 30
-"""Bytes asked for in one call at most: macOS refuses to read 2 GiB or more."""
+MAX_CALL_BYTES = 1 << 30
+"""Bytes read or written by one call at most: macOS refuses 2 GiB or more."""
 
 
 def reserve(fd: int, size: int) -> None:
@@ -64,7 +64,7 @@ def advise(fd: int, at: int, length: int, advice: Literal["WILLNEED", "DONTNEED"
 
 def read_at(fd: int, out: memoryview, at: int) -> int:
     """Read bytes of a file from offset `at` into `out`, by one call; return how many it brought, 0 at the file's end."""
-    out = out[:MAX_READ_BYTES]
+    out = out[:MAX_CALL_BYTES]
     if hasattr(os, "preadv"):
         return os.preadv(fd, [out], at)
     piece = os.pread(fd, len(out), at)

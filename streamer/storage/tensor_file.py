@@ -85,8 +85,6 @@ class TensorFile:
         """
         stop = info.nbytes if stop is None else stop
         length = stop - start
-        if length == 0:
-            return memoryview(b"")
         at = self.header.data_start + info.start + start
         if self.io == "pread":
             out = bytearray(length)

@@ -17,7 +17,7 @@ from typing import Any
 
 from streamer.errors import InputChangedError, OutputError
 from streamer.storage.atomic_file import AtomicFile, remove_partials, write_atomic
-from streamer.storage.files import make_directory, storage_error
+from streamer.storage.files import make_directory, remove_file, storage_errors
 from streamer.storage.journal import Journal
 from streamer.storage.lock import locked
 from streamer.storage.old_output import NAMES, OLD, as_entries, journal_entry, own_files, remove_own_files
@@ -83,10 +83,8 @@ class OutputDirectory:
                     f"{source}: expected {wanted}, found {found}: it changed during the run; start again"
                 )
 
-        try:
+        with storage_errors(source, "copy"):
             self._put(name, size, copy_bytes, before_rename)
-        except OSError as e:
-            raise storage_error(source, "copy", e) from e
 
     def _put(
         self, name: str, size: int, write: Callable[[AtomicFile], object], before_rename: Callable[[], None]
@@ -118,13 +116,6 @@ def _record_bytes(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, indent=1) + "\n").encode()
 
 
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as e:
-        raise storage_error(path, "remove", e) from e
-
-
 def touch_output(plan: OutputPlan) -> str:
     """Set the times of a finished output to now: of its files, the commit point and the record last, then of the directory; see `touch`."""
     return touch([*(plan.path / name for name, _ in plan.files), plan.path / RECORD_NAME, plan.path])
@@ -150,7 +141,7 @@ def open_outputs(
         for plan in plans:
             check_output_path(plan.path, plan.inputs)
             if is_placeholder(plan.path):
-                _remove(plan.path)
+                remove_file(plan.path)
             make_directory(plan.path)
             stack.enter_context(locked(plan.path / LOCK_NAME))
             states.append(inspect_output(plan, overwrite, resume))
@@ -170,7 +161,7 @@ def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
     if state == "new":
         # The old commit point goes first, be it another's or that of a run of ours killed at its very end: from here
         # on nobody takes the directory for a finished output.
-        _remove(plan.path / plan.files[-1][0])
+        remove_file(plan.path / plan.files[-1][0])
     journal = Journal(plan.path / JOURNAL_NAME)
     try:
         if state == "new":
@@ -180,9 +171,9 @@ def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
             journal.append(json.dumps(head).encode())
         for path in (plan.path / name for name in plan.conflicting_names):
             if is_placeholder(path):
-                _remove(path)
+                remove_file(path)
         remove_own_files(plan.path, old, {name for name, _ in plan.files})
-        _remove(plan.path / RECORD_NAME)
+        remove_file(plan.path / RECORD_NAME)
         yield OutputDirectory(plan, journal, state == "resume")
     finally:
         journal.close()

@@ -14,11 +14,11 @@ from streamer.verification.tensors import TensorFiles
 
 INDEX_NAME = "model.safetensors.index.json"
 
-LOADED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_config.json")
-"""Names of files that a loader takes for weights: none may stand beside those of the record."""
+LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
+"""Names of files that a loader takes for weights, or for a sign of them; none may stand beside those of the record."""
 
 BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "BF16": 16}
-"""Of an element, of dtypes whose names do not end in their bits."""
+"""Bits of an element, of dtypes whose names do not end in them."""
 
 
 def check_files(record: dict[str, Any], outcome: Outcome, monitor: Monitor) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,19 @@ import numpy as np
 
 from streamer.errors import FormatError, UnsupportedError
 from streamer.events import Event, Monitor
-from streamer.verification.formulas import AdapterFiles, LowRankDelta
+from streamer.verification.deltas import Delta
+from streamer.verification.formulas import AdapterFiles
 from streamer.verification.hashing import PIECE_BYTES
 from streamer.verification.matrices import directions
-from streamer.verification.mitigation import truncate
 from streamer.verification.record import DIGEST
 from streamer.verification.result import Checked, NotRecomputed, Outcome
 from streamer.verification.spectrum import (
     ROUNDINGS,
     base_vectors,
     leading_triplets,
-    load_operator,
     similarities,
 )
-from streamer.verification.tensors import Array, TensorFiles
+from streamer.verification.tensors import Array, Matrix, TensorFiles
 
 SCHEMA = "streamer.findings/1"
 ARRAYS = ("U", "S", "Vh", "singular_values", "similarity", "similarity_low", "similarity_high", "intruders")
@@ -36,7 +37,7 @@ FIGURE_ERROR = 1e-3
 
 
 def read_findings(outcome: Outcome, has_inputs: bool, monitor: Monitor) -> dict[str, Any] | None:
-    """Compare a findings file with the digest that it holds; its JSON, or None where it differs.
+    """Compare a findings file with the digest that it holds, and return its JSON, or None where it differs.
 
     Raises
     ------
@@ -60,7 +61,9 @@ def read_findings(outcome: Outcome, has_inputs: bool, monitor: Monitor) -> dict[
         raise FormatError(
             f"{path}: expected findings or an output's directory, found another safetensors file; name what streamer wrote"
         )
-    if metadata.get("schema") != SCHEMA or "findings" not in metadata or not metadata.keys() <= own:
+    # Keys that a later version adds stand under a digest; without one any other key is damage.
+    unknown = metadata.keys() - own if DIGEST not in metadata else ()
+    if metadata.get("schema") != SCHEMA or "findings" not in metadata or unknown:
         outcome.differ(path, f"metadata of {SCHEMA}", f"schema {metadata.get('schema')!r} and keys {sorted(metadata)}")
         return None
     stated = metadata.get(DIGEST)
@@ -76,13 +79,12 @@ def read_findings(outcome: Outcome, has_inputs: bool, monitor: Monitor) -> dict[
 
 
 def _digest(path: Path, stated: str, monitor: Monitor) -> str:
-    """SHA-256 of a file in whose header the stated digest is replaced by zeros."""
+    """Compute the SHA-256 of a file in whose header the stated digest is replaced by zeros."""
     total = path.stat().st_size
     with path.open("rb") as f:
         length = f.read(8)
-        header = length + f.read(
-            int.from_bytes(length, "little")
-        )  # the library has read it, so that it is within the format's limit
+        # The library has read the header, so that its length is within the format's limit.
+        header = length + f.read(int.from_bytes(length, "little"))
         digest, done = hashlib.sha256(header.replace(stated.encode(), b"0" * 64, 1)), len(header)
         while piece := f.read(PIECE_BYTES):
             monitor.checkpoint()
@@ -94,7 +96,7 @@ def _digest(path: Path, stated: str, monitor: Monitor) -> str:
 
 
 def _parsed(outcome: Outcome, text: str) -> dict[str, Any] | None:
-    """The JSON of findings, whose matrices have all their arrays, and no others."""
+    """Return the JSON of findings, whose matrices have all their arrays, and no others."""
     path = outcome.output
     try:
         tree: dict[str, Any] = json.loads(text)
@@ -123,10 +125,11 @@ def _check_arrays(row: dict[str, Any], k: int, file: TensorFiles, outcome: Outco
             outcome.differ(outcome.output, f"shape {list(shape)}", "none" if found is None else f"{list(found)}", name)
 
 
+@dataclass(frozen=True)
 class FindingsCheck:
     """Recompute matrices of a findings file.
 
-    Parameters
+    Attributes
     ----------
     outcome
         Takes the differences.
@@ -134,57 +137,67 @@ class FindingsCheck:
         The findings' JSON.
     base, adapter
         The inputs, opened.
+    file
+        The findings, opened.
     """
 
-    def __init__(self, outcome: Outcome, tree: dict[str, Any], base: TensorFiles, adapter: AdapterFiles) -> None:
-        self.outcome, self.tree, self.base, self.adapter = outcome, tree, base, adapter
-        self.file = TensorFiles([outcome.output], "pt")
+    outcome: Outcome
+    tree: dict[str, Any]
+    base: TensorFiles
+    adapter: AdapterFiles
+    file: TensorFiles
 
     def check(self, row: dict[str, Any]) -> Checked:
         """Recompute the triplets and residuals of one matrix, and its similarities where LAPACK can decompose the base.
+
+        The first check that fails ends those of the matrix, since the later ones follow from the same values.
 
         Raises
         ------
         NotRecomputed
             If no plain formula covers it.
         """
-        tensor = row["tensor"]
-        W0, delta, rank = self.adapter.delta(tensor, row["module"], self.base)
-        arrays = {key: self.file.whole(f"{tensor}/{key}") for key in ARRAYS}
-        stated = (tuple(row["shape"]), row["rank"]) if rank else (tuple(row["shape"]), rank)
-        if stated != (W0.shape, rank):
+        W0, delta, rank = self.adapter.delta(row["tensor"], row["module"], self.base)
+        if (tuple(row["shape"]), row["rank"] if rank else 0) != (W0.shape, rank):
             self._differ(row, f"shape {list(W0.shape)} and rank {rank}", f"{row['shape']} and {row['rank']}")
             return Checked(math.inf, False)
-        W = load_operator(W0, delta)
-        k = len(arrays["singular_values"])
-        triplets = leading_triplets(W, k)
+        found = Checked(0.0, False)
+        for step in self._steps(row, W0, delta):
+            found = Checked(max(found.error, step.error), step.decisions)
+            if found.error > 1:
+                break
+        return found
+
+    def _steps(self, row: dict[str, Any], W0: Matrix, delta: Delta) -> Iterator[Checked]:
+        """Yield the result of each check of a matrix; an error above 1 has been noted as a difference."""
+        arrays = {key: self.file.whole(f"{row['tensor']}/{key}") for key in ARRAYS}
+        W = delta.operator(W0)
+        triplets = leading_triplets(W, len(arrays["singular_values"]))
         first = float(triplets.S[0]) or 1.0
         loose = triplets.angle * np.minimum(triplets.gaps, first) + ROUNDINGS * first
-        values = np.abs(arrays["singular_values"] - triplets.S) / loose
-        worst = self._compare(row, "singular values", values)
+        yield Checked(
+            self._compare(row, "singular values", np.abs(arrays["singular_values"] - triplets.S) / loose), False
+        )
         intruders = arrays["intruders"].astype(int)
         U, S, V = arrays["U"], arrays["S"], arrays["Vh"].T
         if len(intruders):
             residuals = np.maximum(np.linalg.norm(W @ V - U * S, axis=0), np.linalg.norm(W.rmatmat(U) - V * S, axis=0))
-            worst = max(
-                worst,
-                self._compare(row, "residuals of its triplets", residuals / loose[intruders]),
-            )
+            yield Checked(self._compare(row, "residuals of its triplets", residuals / loose[intruders]), False)
             off = np.abs(np.concatenate([U.T @ U - np.eye(len(S)), V.T @ V - np.eye(len(S))])) / 1e-4
-            worst = max(worst, self._compare(row, "orthonormal vectors", off.max(axis=0)))
+            yield Checked(self._compare(row, "orthonormal vectors", off.max(axis=0)), False)
             same = np.abs(S - arrays["singular_values"][intruders]) / (1e-6 * first)
-            worst = max(worst, self._compare(row, "S among its singular values", same))
-        worst = max(worst, self._check_figures(row, arrays, W0, delta))
+            yield Checked(self._compare(row, "S among its singular values", same), False)
+        yield Checked(self._check_figures(row, arrays, W0, delta), False)
         vectors = base_vectors(W0)
         if vectors is not None:
-            worst = max(worst, self._check_similarities(row, arrays, triplets.U, triplets.angle_errors, vectors))
-        return Checked(worst, vectors is not None)
+            error = self._check_similarities(row, arrays, triplets.U, triplets.angle_errors, vectors)
+            yield Checked(error, True)
 
     def _differ(self, row: dict[str, Any], expected: str, found: str) -> None:
         self.outcome.differ(self.outcome.output, expected, found, row["tensor"])
 
     def _compare(self, row: dict[str, Any], what: str, shares: Array) -> float:
-        """Note a difference if a share of what is permitted is above 1; the largest one."""
+        """Note a difference if a share of what is permitted is above 1, and return the largest one."""
         worst = float(np.where(np.isnan(shares), np.inf, shares).max(initial=0.0))
         if worst > 1:
             self._differ(
@@ -194,23 +207,21 @@ class FindingsCheck:
             )
         return worst
 
-    def _check_figures(self, row: dict[str, Any], arrays: dict[str, Array], W0: Any, delta: Any) -> float:
+    def _check_figures(self, row: dict[str, Any], arrays: dict[str, Array], W0: Matrix, delta: Delta) -> float:
         """Compare the norm of the delta, the intruders' share of it, and what back-projection would drop."""
-        squares = sum(float(np.sum(delta.rows(i, j, W0.rows(i, j))[0] ** 2)) for i, j in W0.blocks())
-        share = float(np.sum(delta.left_product(arrays["U"], W0) ** 2)) / squares if squares else 0.0
-        figures = {"delta_norm": math.sqrt(squares), "intruder_energy": min(1.0, share)}
-        if isinstance(delta, LowRankDelta) and len(arrays["S"]):
-            removed = LowRankDelta(
-                np.concatenate([delta.L, -arrays["U"] * arrays["S"]], axis=1),
-                np.concatenate([delta.R, arrays["Vh"].T], axis=1),
-            )
+        U, S, Vh = (arrays[key] for key in ARRAYS[:3])
+        norm = delta.norm(W0)
+        share = float(np.linalg.norm(delta.left_product(U, W0))) / norm if norm else 0.0
+        figures = {"delta_norm": norm, "intruder_energy": min(1.0, share**2)}
+        if len(S):
             with contextlib.suppress(NotRecomputed):  # a tie leaves this figure alone undefined
-                figures["dropped_at_zero"] = truncate(removed, row["rank"]).dropped
+                figures["dropped_at_zero"] = delta.dropped_without(U, S, Vh, row["rank"])
         worst = 0.0
         for key, value in figures.items():
             error = abs(row[key] - value) / (FIGURE_ERROR * max(1.0 if key != "delta_norm" else value, 1e-300))
             if not error <= 1:
                 self._differ(row, f"{key} {value:.6g}", f"{row[key]:.6g}")
+                return math.inf if math.isnan(error) else error
             worst = max(worst, error)
         return worst
 
@@ -233,7 +244,7 @@ class FindingsCheck:
             verdict = "no intruder" if listed[j] else "an intruder"
             self._differ(
                 row,
-                f"direction {j} to be {'no intruder' if verdict != 'an intruder' else verdict}",
+                f"direction {j} to be {verdict}",
                 f"a decision against its similarity, {similar[j]:.4f}",
             )
         return worst

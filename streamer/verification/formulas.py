@@ -12,10 +12,10 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any
 
-import numpy as np
-
+from streamer.verification.deltas import Delta, DoraDelta, LowRankDelta, TunedDelta
 from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix, TensorFiles, open_matrix
 
@@ -29,81 +29,9 @@ _TENSOR = re.compile(
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
-class Delta(Protocol):
-    """What is added to W0, read a few rows at a time."""
-
-    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """Rows i to j of Δ, and a bound on the size of the terms that each value is the sum of; W0 are the base's rows."""
-
-    def left_product(self, U: Array, base: Matrix) -> Array:
-        """``Uᵀ Δ``, (q, n)."""
-
-
-@dataclass(frozen=True)
-class LowRankDelta:
-    """``Δ = L Rᵀ``, L (m, r), R (n, r)."""
-
-    L: Array
-    R: Array
-
-    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """See `Delta`."""
-        L = self.L[i:j]
-        return L @ self.R.T, np.linalg.norm(L, axis=1)[:, None] * self._lengths
-
-    @cached_property
-    def _lengths(self) -> Array:
-        lengths: Array = np.linalg.norm(self.R, axis=1)
-        return lengths
-
-    def left_product(self, U: Array, base: Matrix) -> Array:
-        """See `Delta`."""
-        return (U.T @ self.L) @ self.R.T
-
-
-class _DenseDelta:
-    """A delta that depends on W0."""
-
-    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        raise NotImplementedError
-
-    def left_product(self, U: Array, base: Matrix) -> Array:
-        out = np.zeros((U.shape[1], base.shape[1]))
-        for i, j in base.blocks():
-            out += U[i:j].T @ self.rows(i, j, base.rows(i, j))[0]
-        return out
-
-
-@dataclass(frozen=True)
-class DoraDelta(_DenseDelta):
-    """``Δ = m·(W0 + L Rᵀ)/‖W0 + L Rᵀ‖ − W0``; m (out,)."""
-
-    low_rank: LowRankDelta
-    magnitude: Array
-
-    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """See `Delta`."""
-        change, bound = self.low_rank.rows(i, j, W0)
-        total = W0 + change
-        factor = (self.magnitude[i:j] / np.linalg.norm(total, axis=1))[:, None]
-        return factor * total - W0, np.abs(W0) + np.abs(factor) * (np.abs(W0) + bound)
-
-
-@dataclass(frozen=True)
-class TunedDelta(_DenseDelta):
-    """``Δ = W1 − W0`` of a fine-tuned model."""
-
-    tuned: Matrix
-
-    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        """See `Delta`."""
-        values = self.tuned.rows(i, j)
-        return values - W0, np.abs(values) + np.abs(W0)
-
-
 @dataclass(frozen=True)
 class Factors:
-    """One module's LoRA tensors: B (out, r), A (r, in) as matrices, scaling s, DoRA's magnitude (out,) or None."""
+    """Hold one module's LoRA tensors: B (out, r), A (r, in) as matrices, scaling s, DoRA's magnitude (out,) or None."""
 
     B: Array
     A: Array
@@ -119,7 +47,7 @@ class Factors:
 
 
 class AdapterFiles:
-    """An adapter's directory, or that of a fine-tuned model in its place; or the one `streamer mitigate` wrote."""
+    """Open an adapter's directory, or that of a fine-tuned model in its place; or the one `streamer mitigate` wrote."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -132,9 +60,15 @@ class AdapterFiles:
             paths = [directory / WEIGHTS_NAME]
         self.files = TensorFiles(paths, "pt")
 
+    def __enter__(self) -> AdapterFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.files.__exit__(kind, exc, tb)
+
     @cached_property
     def modules(self) -> dict[str, dict[str, str]]:
-        """Module's path → role → tensor's name."""
+        """Map module's path → role → tensor's name."""
         found: dict[str, dict[str, str]] = {}
         for names in self.files.names.values():
             for name in names:
@@ -198,7 +132,7 @@ class AdapterFiles:
         return W0, DoraDelta(low_rank, factors.magnitude), rank
 
     def _transposed(self, factors: Factors, stored: tuple[int, ...]) -> bool:
-        """Whether the base stores (in, out): by shape, and where that is square by the config."""
+        """Tell whether the base stores (in, out): by shape, and where that is square by the config."""
         m, n = factors.shape
         flat = (stored[0], math.prod(stored[1:]))
         inward = factors.embedding or (m == n and bool(self.config.get("fan_in_fan_out")))

@@ -21,7 +21,7 @@ POLL_SECONDS = 0.1
 
 
 class _Progress:
-    """Bytes hashed by all threads, and whether they are to stop."""
+    """Count the bytes hashed by all threads, and hold whether they are to stop."""
 
     def __init__(self) -> None:
         self.done = 0

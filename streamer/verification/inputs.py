@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,34 +14,44 @@ from streamer.verification.formulas import CONFIG_NAME, WEIGHTS_NAME
 LONGEST_HEADER = 100_000_000
 """Bytes that the format permits: what stands at the place of a length may be anything."""
 
+SAMPLE_BYTES = 4096
+"""Bytes in the middle of each tensor that a file's identity holds a digest of."""
 
-def base_files(path: Path, identity: Mapping[str, Any], output: Path) -> list[Path]:
-    """Find the files of a base by the record of an output: those of its names, sizes and headers.
+
+def model_files(path: Path, identity: Mapping[str, Any], output: Path, role: str = "base") -> list[Path]:
+    """Find the files of a model by the record of an output: those of its names, sizes, headers and samples.
 
     Parameters
     ----------
     path
         The model's directory, or its one file.
     identity
-        What the output says of its base.
+        What the output says of it.
+    role
+        Names it in messages: the base, or the fine-tuned model in the adapter's place.
 
     Raises
     ------
     MissingInputError, MismatchError
-        If it is another base.
+        If it is another model.
     """
     paths = []
     for entry in identity.get("files", []):
         file = path if path.is_file() else path / entry["file"]
         if not file.is_file():
             raise MissingInputError(
-                f"{path}: expected {entry['file']}, of the base of {output}, found none; give that base", file
+                f"{path}: expected {entry['file']}, of the {role} of {output}, found none; give that {role}", file
             )
         found = file.stat().st_size, _header_digest(file)
         if found != (entry["bytes"], entry["header_sha256"]):
             raise MismatchError(
-                f"{file}: expected {entry['bytes']} bytes with header {entry['header_sha256'][:16]}…, as in the base of {output}, found "
-                f"{found[0]} with {found[1][:16]}…; give the base that it was made from"
+                f"{file}: expected {entry['bytes']} bytes with header {entry['header_sha256'][:16]}…, as in the {role} of {output}, found "
+                f"{found[0]} with {found[1][:16]}…; give the {role} that it was made from"
+            )
+        if (sample := _sample_digest(file, found[1])) != entry["sample_sha256"]:
+            raise MismatchError(
+                f"{file}: expected values with digest {entry['sample_sha256'][:16]}…, as in the {role} of {output}, found "
+                f"{sample[:16]}…, of another model of this architecture; give the {role} that it was made from"
             )
         paths.append(file)
     return paths
@@ -55,7 +66,7 @@ def check_adapter(path: Path, identity: Mapping[str, Any], output: Path) -> None
         If it is another one.
     """
     if "files" in identity:
-        base_files(path, identity, output)
+        model_files(path, identity, output, "fine-tuned model")
         return
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (path / name).is_file():
@@ -77,6 +88,18 @@ def check_adapter(path: Path, identity: Mapping[str, Any], output: Path) -> None
                 f"{path / name}: expected digest {str(wanted)[:16]}…, as in the adapter of {output}, found {found[:16]}…; "
                 "give the adapter that it was made from"
             )
+
+
+def _sample_digest(path: Path, header_digest: str) -> str:
+    """Compute the SHA-256 of a header's digest, in hexadecimal, and the middle `SAMPLE_BYTES` of every tensor in file order."""
+    digest = hashlib.sha256(header_digest.encode())
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        tensors = json.loads(f.read(length))
+        for start, stop in sorted(t["data_offsets"] for name, t in tensors.items() if name != "__metadata__"):
+            f.seek(8 + length + start + max(0, (stop - start - SAMPLE_BYTES) // 2))
+            digest.update(f.read(min(SAMPLE_BYTES, stop - start)))
+    return digest.hexdigest()
 
 
 def _header_digest(path: Path) -> str:

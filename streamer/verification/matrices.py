@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from streamer.verification.formulas import WEIGHTS_NAME, AdapterFiles, Delta, LowRankDelta
-from streamer.verification.mitigation import Mitigated, mitigate, truncate
+from streamer.verification.deltas import Delta
+from streamer.verification.formulas import WEIGHTS_NAME, AdapterFiles
+from streamer.verification.mitigation import Mitigated, mitigate
 from streamer.verification.result import Checked, NotRecomputed, Outcome
 from streamer.verification.rounding import LARGEST_FP8, computing_precision, half_spacing
 from streamer.verification.spectrum import (
@@ -19,13 +20,15 @@ from streamer.verification.spectrum import (
     Triplets,
     base_vectors,
     leading_triplets,
-    load_operator,
     similarities,
 )
 from streamer.verification.tensors import FP8, Array, Matrix, TensorFiles, open_matrix
 
 NORM_ERROR = 1e-4
 """Relative difference of norms in a record to those recomputed: they are sums in float32."""
+
+CUTOFF = 1e-4
+"""Base singular values below this share of the largest: whether a decision counts their vectors stands in findings, and in no record."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +88,22 @@ class Recomputation:
         options = self.record["detection"]
         if options is None:
             return None, False
-        small = min(W0.shape) <= DENSE_SIDE
-        if not small and not row["intruders"]:
+        if min(W0.shape) > DENSE_SIDE and not row["intruders"]:
             return None, False
         k = directions(options["top_k"], W0.shape)
-        triplets = leading_triplets(load_operator(W0, delta), k)
-        if not small:
-            return triplets, False
+        triplets = leading_triplets(delta.operator(W0), k)
         vectors = base_vectors(W0)
-        assert vectors is not None
+        if vectors is None:
+            return triplets, False
         similar = similarities(triplets.U, vectors[0])
+        covered = similarities(triplets.U, vectors[0][:, CUTOFF * vectors[1][0] <= vectors[1]])
         epsilon, intruders = options["threshold_epsilon"], row["intruders"]
         judged = range(k) if self.record["scale"] == "all" or not intruders else range(intruders[0] + 1)
         for j in judged:
-            unsure = abs(similar[j] - epsilon) <= 2 * triplets.angle_errors[j] or (
-                not row["certified"] and j not in intruders
+            unsure = (
+                abs(similar[j] - epsilon) <= 2 * triplets.angle_errors[j]
+                or covered[j] < epsilon <= similar[j]
+                or (not row["certified"] and j not in intruders)
             )
             if not unsure and (similar[j] < epsilon) != (j in intruders):
                 verdict = "an intruder" if similar[j] < epsilon else "no intruder"
@@ -112,7 +116,7 @@ class Recomputation:
     def _check_merged(
         self, row: dict[str, Any], W0: Matrix, mitigated: Mitigated, files: TensorFiles, rank: int
     ) -> float:
-        """Compare ``W0 + Δ'`` with the written tensor; the largest error as a share of what rounding permits."""
+        """Compare ``W0 + Δ'`` with the written tensor, and return the largest error as a share of what rounding permits."""
         tensor = row["tensor"]
         if tensor not in files or math.prod(files.stored(tensor).shape) != math.prod(W0.shape):
             found = f"shape {list(files.stored(tensor).shape)}" if tensor in files else "no such tensor"
@@ -168,21 +172,20 @@ class Recomputation:
                 )
 
     def _check_factors(self, row: dict[str, Any], W0: Matrix, mitigated: Mitigated, files: AdapterFiles) -> float:
-        """Compare ``s·B'·A'`` with Δ' at the written adapter's rank; the largest error as a share of what rounding permits."""
+        """Compare ``s·B'·A'`` with Δ' at the written adapter's rank, and return the largest error as a share of the permitted."""
         path, tensor = self.output / WEIGHTS_NAME, row["tensor"]
         factors = files.factors(row["module"])
         if factors.shape != W0.shape:
             self.outcome.differ(path, f"factors of a matrix of {list(W0.shape)}", f"of {list(factors.shape)}", tensor)
             return math.inf
-        whole = mitigated.low_rank() or self._in_factors(W0, mitigated)
-        before = mitigated.delta if isinstance(mitigated.delta, LowRankDelta) else None
-        truncated = truncate(whole, len(factors.A))
+        whole = mitigated.in_factors(W0)
+        truncated = whole.truncated(len(factors.A))
         role = ("lora_embedding_A", "lora_embedding_B") if factors.embedding else ("lora_A", "lora_B")
         half_A, half_B = (
             half_spacing(f, files.files.stored(factors.names[r]).dtype)
             for f, r in zip((factors.A, factors.B), role, strict=True)
         )
-        permitted = truncated.sensitivity * mitigated.error + 1e-6 * float(np.linalg.norm(mitigated_norms(whole)))
+        permitted = truncated.sensitivity * mitigated.error + 1e-6 * whole.norm()
         A, B, s = np.abs(factors.A), np.abs(factors.B), abs(factors.scaling)
         excess = norm = 0.0
         for i, j in W0.blocks():
@@ -198,32 +201,15 @@ class Recomputation:
                 f"{share:.3g} times that in its norm", tensor,
             )  # fmt: skip
             return share
-        if before is not None:
-            self._check_norms(row, float(np.linalg.norm(mitigated_norms(before))), math.sqrt(norm), permitted)
+        self._check_norms(row, mitigated.delta.norm(W0), math.sqrt(norm), permitted)
         if not abs(row["dropped"] - truncated.dropped) <= 1e-3:
             self.outcome.differ(
                 self.output / "streamer.json", f"dropped {truncated.dropped:.4g}", f"{row['dropped']:.4g}", tensor
             )
         return share
 
-    def _in_factors(self, W0: Matrix, mitigated: Mitigated) -> LowRankDelta:
-        """Δ' by its full SVD, where Δ is no product of factors."""
-        from scipy.linalg import svd
-
-        if min(W0.shape) > DENSE_SIDE:
-            raise NotRecomputed(f"its delta is no product of factors, and its short side is over {DENSE_SIDE}")
-        matrix = np.concatenate([mitigated.rows(i, j, W0.rows(i, j))[1] for i, j in W0.blocks()])
-        U, S, Vh = svd(matrix, full_matrices=False)
-        return LowRankDelta(U * S, Vh.T)
-
-
-def mitigated_norms(delta: LowRankDelta) -> Array:
-    """Singular values of ``L Rᵀ``, whose length is its Frobenius norm."""
-    values: Array = np.linalg.svd(np.linalg.qr(delta.L)[1] @ np.linalg.qr(delta.R)[1].T, compute_uv=False)
-    return values
-
 
 def directions(top_k: float, shape: Sequence[int]) -> int:
-    """How many directions are judged: a count, or a share of min(m, n); at least one, at most min(m, n)."""
+    """Count the directions that are judged: `top_k` itself, or as a share of min(m, n); at least one, at most min(m, n)."""
     side = min(shape)
     return min(side, top_k if isinstance(top_k, int) else max(1, round(top_k * side)))

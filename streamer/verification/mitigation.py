@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from streamer.verification.formulas import Delta, LowRankDelta
+from streamer.verification.deltas import Delta, LowRankDelta
 from streamer.verification.result import NotRecomputed
 from streamer.verification.spectrum import ILL_DEFINED, Triplets
 from streamer.verification.tensors import Array, Matrix
@@ -39,17 +39,14 @@ class Mitigated:
     error: float
 
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array, Array]:
-        """Rows i to j of Δ, of Δ', and of a bound on the size of the terms that Δ' is the sum of; W0 are the base's rows."""
+        """Compute rows i to j of Δ, of Δ', and of a bound on the size of the terms that Δ' is the sum of; W0 are the base's rows."""
         delta, bound = self.delta.rows(i, j, W0)
         change = self.left[i:j] @ self.right
         return delta, self.factor * delta + change, bound + np.abs(self.left[i:j]) @ np.abs(self.right)
 
-    def low_rank(self) -> LowRankDelta | None:
-        """Δ' in factors, where Δ is."""
-        if not isinstance(self.delta, LowRankDelta):
-            return None
-        L = np.concatenate([self.factor * self.delta.L, self.left], axis=1)
-        return LowRankDelta(L, np.concatenate([self.delta.R, self.right.T], axis=1))
+    def in_factors(self, base: Matrix) -> LowRankDelta:
+        """Return Δ' as a product of factors (see `Delta.combined`)."""
+        return self.delta.combined(self.factor, self.left, self.right, base)
 
 
 def mitigate(
@@ -90,43 +87,8 @@ def mitigate(
         columns = np.abs(V) @ (angles * S)
     else:
         right = delta.left_product(U, base)
-        left, sizes = (lam - 1) * U, np.full(len(S), _norm(base, delta))
+        left, sizes = (lam - 1) * U, np.full(len(S), delta.norm(base))
         columns = np.abs(right.T) @ angles
     weights = abs(lam - 1) * angles * sizes
     rows = np.abs(U) @ weights + float(weights @ angles)
     return Mitigated(delta, 1.0, left, right, rows, abs(lam - 1) * columns, 2 * float(weights.sum()))
-
-
-def _norm(base: Matrix, delta: Delta) -> float:
-    return float(np.sqrt(sum(float(np.sum(delta.rows(i, j, base.rows(i, j))[0] ** 2)) for i, j in base.blocks())))
-
-
-@dataclass(frozen=True)
-class Truncated:
-    """The nearest matrix of rank r, ``L Rᵀ``; what is left out relative to the whole; how far it moves if the whole does by 1."""
-
-    low_rank: LowRankDelta
-    dropped: float
-    sensitivity: float
-
-
-def truncate(delta: LowRankDelta, rank: int) -> Truncated:
-    """Truncate ``L Rᵀ`` to a rank by QR of both and the SVD of the small core.
-
-    Raises
-    ------
-    NotRecomputed
-        If the last value that is kept is as large as the first that is not.
-    """
-    if delta.L.shape[1] <= rank:
-        return Truncated(delta, 0.0, 1.0)
-    Q, left = np.linalg.qr(delta.L)
-    P, right = np.linalg.qr(delta.R)
-    U, S, Vh = np.linalg.svd(left @ right.T)
-    rest = S[rank:] if len(S) > rank else np.zeros(1)
-    gap, size = S[rank - 1] - rest[0] if len(S) > rank else S[-1], float(np.linalg.norm(S))
-    if size and rest[0] > 1e-12 * S[0] and gap < ILL_DEFINED * 1e-3 * S[0]:
-        raise NotRecomputed("its delta has no single nearest matrix of the adapter's rank")
-    kept = LowRankDelta((Q @ U)[:, :rank] * S[:rank], P @ Vh[:rank].T)
-    sensitivity = 1.0 if rest[0] <= 1e-12 * S[0] else 1 + S[rank - 1] / gap
-    return Truncated(kept, float(np.linalg.norm(rest)) / size if size else 0.0, float(sensitivity))

@@ -39,7 +39,7 @@ IN_SHORT = ("name", "model_id", "revision", "digest")
 
 
 def read_record(output: Path) -> dict[str, Any] | str:
-    """Read an output's record, or say what is wrong with it.
+    """Read an output's record, or say what is wrong with it. Keys that a later version added are passed over.
 
     Raises
     ------
@@ -71,7 +71,9 @@ def read_record(output: Path) -> dict[str, Any] | str:
             f"{path}: expected schema {SCHEMA}, found {schema}; verify it with the version of streamer that wrote it"
         )
     known = {"schema": str, **_TYPES}
-    wrong = _wrong_key(record, known) or next((k for k in record if k not in known and k != DIGEST), "")
+    wrong = _wrong_key(record, known)
+    if DIGEST not in record:  # keys that a later version adds stand under a digest; without one any other key is damage
+        wrong = wrong or next((k for k in record if k not in known), "")
     for key, types in _NESTED.items():
         wrong = wrong or next((f"{key}[].{k}" for entry in record[key] if (k := _wrong_key(entry, types))), "")
     if not wrong and (schema != SCHEMA or record["command"] not in ("merge", "mitigate")):
@@ -104,7 +106,7 @@ def check_digest(record: dict[str, Any], outcome: Outcome) -> None:
 
 
 def _digest(path: Path, record: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of the record's file, in which the stated one is replaced by zeros."""
+    """Compute the SHA-256 (hex) of the record's file, in which the stated one is replaced by zeros."""
     return hashlib.sha256(path.read_bytes().replace(str(record.get(DIGEST)).encode(), b"0" * 64, 1)).hexdigest()
 
 

@@ -10,11 +10,11 @@ SCHEMA = "streamer.verification/1"
 
 
 class NotRecomputed(Exception):  # a reason, and no fault of anyone
-    """Why a matrix is not recomputed: a kind, a size or an encoding that no plain formula here covers."""
+    """Say why a matrix is not recomputed: a kind, a size or an encoding that no plain formula here covers."""
 
 
 class DifferenceRecord(TypedDict):
-    """One difference; `message` is ``FILE: expected EXPECTED, found FOUND``, `tensor` the tensor's name or null."""
+    """State one difference; `message` is ``FILE: expected EXPECTED, found FOUND``, `tensor` the tensor's name or null."""
 
     file: str
     tensor: str | None
@@ -24,7 +24,7 @@ class DifferenceRecord(TypedDict):
 
 
 class RecomputedRecord(TypedDict):
-    """One recomputed matrix; `error` as a share of what rounding permits, `decisions` whether similarities were recomputed too."""
+    """State how one matrix was recomputed; `error` as a share of what rounding permits, `decisions` whether similarities were as well."""
 
     tensor: str
     error: float
@@ -32,14 +32,14 @@ class RecomputedRecord(TypedDict):
 
 
 class SkippedRecord(TypedDict):
-    """One matrix of the sample that was not recomputed, and why."""
+    """Name one matrix of the sample that was not recomputed, and say why."""
 
     tensor: str
     reason: str
 
 
 class TotalsRecord(TypedDict):
-    """Counts; `bytes` is of the files that were read whole."""
+    """Count what was compared; `bytes` is of the files that were read whole."""
 
     files: int
     bytes: int
@@ -50,7 +50,7 @@ class TotalsRecord(TypedDict):
 
 
 class Verification(TypedDict):
-    """What `streamer verify --json` prints."""
+    """Hold what `streamer verify --json` prints."""
 
     schema: str
     output: str
@@ -64,7 +64,7 @@ class Verification(TypedDict):
 
 
 class Checked(NamedTuple):
-    """A recomputed matrix: the largest error as a share of what rounding permits; whether its decisions were recomputed as well."""
+    """State the result of a recomputation: the largest error as a share of what rounding permits; whether decisions were recomputed too."""
 
     error: float
     decisions: bool
@@ -92,7 +92,7 @@ class Outcome:
         )
 
     def differing(self, file: Path) -> bool:
-        """Whether a difference of this file was noted."""
+        """Tell whether a difference of this file was noted."""
         return any(d["file"] == str(file) for d in self.differences)
 
     def result(self, inputs: dict[str, str] | None) -> Verification:

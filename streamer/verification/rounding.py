@@ -14,7 +14,7 @@ LARGEST_FP8 = 448.0
 
 
 def half_spacing(values: Array, dtype: str) -> Array:
-    """Half the distance between neighbours of a dtype at each value: what rounding to nearest changes at most."""
+    """Compute half the distance between neighbours of a dtype at each value: what rounding to nearest changes at most."""
     _, exponents = np.frexp(values)  # |value| in [0.5, 1) · 2^exponent
     exponents = np.where(values == 0, LEAST_EXPONENT[dtype], exponents - 1)
     out: Array = np.ldexp(0.5, np.maximum(exponents, LEAST_EXPONENT[dtype]) - (SIGNIFICANT_BITS[dtype] - 1))
@@ -22,5 +22,5 @@ def half_spacing(values: Array, dtype: str) -> Array:
 
 
 def computing_precision(dtype: str) -> float:
-    """One rounding of the dtype in which sums of a weight are taken, relative: float64 of a float64 weight, else float32."""
+    """Return one rounding of the dtype in which sums of a weight are taken, relative: float64 of a float64 weight, else float32."""
     return float(2.0**-53 if dtype == "F64" else 2.0**-24)

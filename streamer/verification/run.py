@@ -41,7 +41,8 @@ def verify(
         outcome = verifying(path, inputs, _Sample(sample, max_memory, monitor), opened)
     result = outcome.result(None if inputs is None else {"base": str(base), "adapter": str(adapter)})
     if inputs is not None and not outcome.recomputed and not outcome.differences:
-        monitor.warn([f"{path}: none of its matrices could be recomputed: {outcome.not_recomputed[0]['reason']}"])
+        why = outcome.not_recomputed[0]["reason"] if outcome.not_recomputed else "it lists none"
+        monitor.warn([f"{path}: none of its matrices could be recomputed: {why}"])
     if outcome.differences:
         first, *more = (difference["message"] for difference in outcome.differences)
         raise VerificationError(f"{first}, and {len(more)} more" if more else first, result)
@@ -89,7 +90,7 @@ class _Sample:
 
 
 def _spread(rows: Sequence[dict[str, Any]], seed: str) -> Iterator[dict[str, Any]]:
-    """One matrix of each kind, then another of each: a kind is a name but for its numbers, as that of all ``q_proj`` is."""
+    """Yield one matrix of each kind, then another of each. A kind is a name without its numbers: ``layers.N.mlp.up_proj.weight``."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {row['tensor']}".encode()).digest()):
         kinds.setdefault(re.sub(r"\d+", "N", row["tensor"]), []).append(row)
@@ -123,7 +124,11 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
     from streamer.verification.tensors import TensorFiles
 
     names = [path / f["file"] for f in record["files"] if f["file"].endswith(".safetensors")]
-    files = AdapterFiles(path) if outcome.kind == "adapter" else opened.enter_context(TensorFiles(names, "pt"))
+    files = (
+        opened.enter_context(AdapterFiles(path))
+        if outcome.kind == "adapter"
+        else opened.enter_context(TensorFiles(names, "pt"))
+    )
     recomputation = Recomputation(outcome, base, adapter, path, record)
     sample.recompute(
         outcome, record["matrices"], record["plan"], _needs(base), lambda row: recomputation.check(row, files)
@@ -133,6 +138,7 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
 
 def _verify_findings(path: Path, inputs: tuple[Path, Path] | None, sample: _Sample, opened: ExitStack) -> Outcome:
     from streamer.verification.findings import FindingsCheck, read_findings
+    from streamer.verification.tensors import TensorFiles
 
     outcome = Outcome(path, "findings")
     if path.suffix != ".safetensors":
@@ -145,7 +151,8 @@ def _verify_findings(path: Path, inputs: tuple[Path, Path] | None, sample: _Samp
     outcome.matrices = len(tree["matrices"])
     if inputs is not None:
         base, adapter = _open_inputs(inputs, tree["base"], tree["adapter"], path, opened)
-        findings = FindingsCheck(outcome, tree, base, adapter)
+        file = opened.enter_context(TensorFiles([path], "pt"))
+        findings = FindingsCheck(outcome, tree, base, adapter, file)
         sample.recompute(outcome, tree["matrices"], "findings", _needs(base), findings.check)
     return outcome
 
@@ -155,13 +162,13 @@ def _open_inputs(inputs: tuple[Path, Path], base: Any, adapter: Any, output: Pat
     from safetensors import SafetensorError
 
     from streamer.verification.formulas import AdapterFiles
-    from streamer.verification.inputs import base_files, check_adapter
+    from streamer.verification.inputs import check_adapter, model_files
     from streamer.verification.tensors import TensorFiles
 
     check_adapter(inputs[1], adapter, output)
-    paths = base_files(inputs[0], base, output)
+    paths = model_files(inputs[0], base, output)
     try:
-        return opened.enter_context(TensorFiles(paths, "pt")), AdapterFiles(inputs[1])
+        return opened.enter_context(TensorFiles(paths, "pt")), opened.enter_context(AdapterFiles(inputs[1]))
     except SafetensorError as e:
         raise FormatError(
             f"{inputs[0]}: expected safetensors files, found one that the library refuses ({e}); get it again"
@@ -169,7 +176,7 @@ def _open_inputs(inputs: tuple[Path, Path], base: Any, adapter: Any, output: Pat
 
 
 def _needs(base: Any) -> Callable[[str], int]:
-    """Memory for one matrix: three copies in float64 at most while LAPACK decomposes it, one where ARPACK does; and the process's."""
+    """Estimate the memory to recompute a matrix: four copies in float64 if LAPACK decomposes it, else one; and the process's own."""
 
     def needs(tensor: str) -> int:
         if tensor not in base:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from streamer.verification.formulas import Delta, LowRankDelta
 from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix
 
@@ -46,35 +45,9 @@ class Triplets:
 
     @property
     def angle_errors(self) -> Array:
-        """(k,) the angle by which the vectors in findings may differ from these."""
+        """Bound the angle by which each vector in findings may differ from these, (k,)."""
         errors: Array = np.minimum(1.0, self.angle + ROUNDINGS * self.S[0] / np.maximum(self.gaps, 1e-300))
         return errors
-
-
-def operator(base: Array, delta: Delta) -> Any:
-    """Return ``W0 + Δ`` as scipy's `LinearOperator`; a delta that is no product of factors has been added to `base`."""
-    from scipy.sparse.linalg import LinearOperator
-
-    if not isinstance(delta, LowRankDelta):
-        return LinearOperator(
-            base.shape, matvec=lambda x: base @ x, rmatvec=lambda x: base.T @ x, matmat=lambda X: base @ X,
-            rmatmat=lambda X: base.T @ X, dtype=np.float64,
-        )  # fmt: skip
-    L, R = delta.L, delta.R
-    return LinearOperator(
-        base.shape, matvec=lambda x: base @ x + L @ (R.T @ x), rmatvec=lambda x: base.T @ x + R @ (L.T @ x),
-        matmat=lambda X: base @ X + L @ (R.T @ X), rmatmat=lambda X: base.T @ X + R @ (L.T @ X), dtype=np.float64,
-    )  # fmt: skip
-
-
-def load_operator(base: Matrix, delta: Delta) -> Any:
-    """Read W0, and add a delta that is no product of factors; memory is that of W0 in float64."""
-    W = np.empty(base.shape)
-    for i, j in base.blocks():
-        W[i:j] = base.rows(i, j)
-        if not isinstance(delta, LowRankDelta):
-            W[i:j] += delta.rows(i, j, W[i:j])[0]
-    return operator(W, delta)
 
 
 def leading_triplets(W: Any, k: int) -> Triplets:
@@ -119,7 +92,7 @@ def base_vectors(base: Matrix) -> tuple[Array, Array] | None:
 
 
 def similarities(U: Array, vectors: Array) -> Array:
-    """``max_i |⟨u_j, u⁰_i⟩|`` of each column of U, (k,)."""
+    """Compute ``max_i |⟨u_j, u⁰_i⟩|`` of each column of U, (k,)."""
     if not vectors.shape[1]:
         return np.zeros(U.shape[1])
     largest: Array = np.abs(vectors.T @ U).max(axis=0)

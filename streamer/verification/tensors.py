@@ -24,7 +24,7 @@ FP8 = "F8_E4M3"
 
 
 class Stored(NamedTuple):
-    """How a tensor stands in its file: dtype in the format's spelling, and shape."""
+    """Describe a tensor as stored: dtype in the format's spelling, and shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -101,7 +101,7 @@ def _float64(tensor: Any) -> Array:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight as a float64 (out, in) matrix, read a few rows at a time.
+    """Read a weight as a float64 (out, in) matrix, a few rows at a time.
 
     Attributes
     ----------
@@ -128,26 +128,26 @@ class Matrix:
     block: tuple[int, int] = (1, 1)
 
     def rows(self, i: int, j: int) -> Array:
-        """Rows i to j of the (out, in) matrix, float64."""
+        """Read rows i to j of the (out, in) matrix, float64."""
         if self.transposed:
             return np.ascontiguousarray(self.files.columns(self.name, i, j).T)
         values = self.files.rows(self.name, i, j)
         return values if self.scale is None else values * self.scales(i, j)
 
     def scales(self, i: int, j: int) -> Array:
-        """Scales of rows i to j, one for each value."""
+        """Return the scales of rows i to j, one for each value."""
         assert self.scale is not None
         (bm, bn), n = self.block, self.shape[1]
         return self.scale[np.arange(i, j) // bm][:, np.arange(n) // bn]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows that are read at a time."""
+        """Return the ranges of rows that are read at a time."""
         m, n = self.shape
         step = max(1, BLOCK_BYTES // (8 * n))
         return ((i, min(m, i + step)) for i in range(0, m, step))
 
     def whole(self) -> Array:
-        """The (out, in) matrix, float64, all of it."""
+        """Read all of the (out, in) matrix, float64."""
         out = np.empty(self.shape)
         for i, j in self.blocks():
             out[i:j] = self.rows(i, j)

@@ -114,17 +114,17 @@ class Weight(ABC):
 
     @property
     def where(self) -> str:
-        """The file, for messages."""
+        """Name the file, for messages."""
         return str(next(iter(self.tensors.values())).file.path)
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
+        """Count the bytes on disk."""
         return sum(stored.info.nbytes for stored in self.tensors.values())
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of anonymous memory that `load` takes: 0 where files are mapped."""
+        """Count the bytes of anonymous memory that `load` takes: 0 where files are mapped."""
         return sum(stored.info.nbytes for stored in self.tensors.values() if stored.file.io == "pread")
 
     def load(self) -> Self:

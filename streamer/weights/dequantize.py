@@ -47,5 +47,5 @@ def plain_dtype(config: ModelConfig) -> str:
 
 
 def is_activation_scale(name: str, weights: WeightView) -> bool:
-    """Whether a tensor scales the activations or caches of a quantized model, and so has no use in a plain one."""
+    """Test whether a tensor scales the activations or caches of a quantized model, and so has no use in a plain one."""
     return bool(weights.owners) and bool(_ACTIVATION_SCALE.search(name))

@@ -1,4 +1,4 @@
-"""The logical weights of a base: by the names of a plain checkpoint, whatever tensors store them.
+"""Find the logical weights of a base: by the names of a plain checkpoint, whatever tensors store them.
 
 Before → after, for GPTQ: the tensors ``q_proj.qweight``, ``q_proj.qzeros`` and ``q_proj.scales`` → the weight ``q_proj.weight``. A tensor
 that no format of `quantization.registry` claims is a weight of its own name.
@@ -109,17 +109,17 @@ class WeightView(Mapping[str, Weight]):
 
     @property
     def quantized_names(self) -> frozenset[str]:
-        """Names of the base's weights that are stored quantized."""
+        """List the names of the base's weights that are stored quantized."""
         return frozenset(name for name, _ in self.owners.values())
 
     def file_index(self, name: str) -> int:
-        """The number of a weight in file order; one that the base does not hold comes after all that it holds."""
+        """Number a weight by file order; one that the base does not hold comes after all that it holds."""
         if name in self.stored:
             return self.stored[name].index
         return len(self.stored) + list(self.replacements).index(name)
 
     def requantizes(self, name: str) -> bool:
-        """Whether merged values of a quantized weight are written back quantized."""
+        """Test whether merged values of a quantized weight are written back quantized."""
         form, tensors = self.stored[name].form, self.stored[name].tensors
         matrix = len(tensors["weight"].info.shape) == 2
         return form is not None and form.requantizes and matrix and name not in self.replacements

@@ -1,4 +1,4 @@
-"""A model's ``config.json``: each question that is asked of it, and each edit of it, in one place.
+"""Read and edit a model's ``config.json``: each question that is asked of it, and each edit, in one place.
 
 A vision-language model keeps its language model's config under ``text_config``; a key may stand at the top, there, or in both.
 """
@@ -27,7 +27,7 @@ class ModelConfig:
 
     @property
     def text(self) -> Mapping[str, Any]:
-        """Language model's part of a vision-language config, else {}."""
+        """Find the language model's part of a vision-language config, else {}."""
         text = self.values.get("text_config")
         return text if isinstance(text, dict) else {}
 
@@ -37,41 +37,41 @@ class ModelConfig:
 
     @property
     def model_type(self) -> str | None:
-        """Transformers' name of the architecture."""
+        """Read transformers' name of the architecture."""
         model_type = self.values.get("model_type")
         return model_type if isinstance(model_type, str) else None
 
     @property
     def model_types(self) -> set[str]:
-        """Types of the model and of all models nested in it."""
+        """Collect the types of the model and of all models nested in it."""
         return {str(c.get("model_type")) for c in (self.values, *self.values.values()) if isinstance(c, Mapping)}
 
     @property
     def architectures(self) -> list[Any]:
-        """Classes that the model may be loaded as."""
+        """List the classes that the model may be loaded as."""
         classes = self.values.get("architectures")
         return classes if isinstance(classes, list) else []
 
     @property
     def hidden_size(self) -> int:
-        """Width of the language model; 0 where it is not stated."""
+        """Read the width of the language model; 0 where it is not stated."""
         hidden = (self.text or self.values).get("hidden_size")
         return hidden if isinstance(hidden, int) else 0
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the embedding."""
+        """Read the number of rows of the embedding."""
         return next((n for n in self.stated("vocab_size") if type(n) is int), None)
 
     @property
     def tied(self) -> bool | None:
-        """Whether ``lm_head`` is stated to be the embedding; None where the class's default holds."""
+        """Test whether ``lm_head`` is stated to be the embedding; None where the class's default holds."""
         stated = self.stated("tie_word_embeddings")
         return any(stated) if stated else None
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """Quantization config, {} where there is none."""
+        """Find the quantization config, {} where there is none."""
         return next((dict(v) for v in self.stated(*QUANTIZATION_KEYS) if isinstance(v, dict) and v), {})
 
     def with_vocabulary(self, rows: int) -> ModelConfig:

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ def test_a_fine_tuned_model_in_the_adapters_place(tmp_path: Path) -> None:
     for output in ("model", "findings.safetensors"):
         found = streamer.verify_output(made.home / output, base, tuned, sample="all")
         assert found["totals"]["recomputed"] == 9
+    streamer.reduce_intruder_dimension(base, tuned, tmp_path / "lora", mitigation_lambda=0.5, to_lora=3)
+    assert lines(tmp_path / "lora", base, tuned, sample="all") == []
+    with pytest.raises(streamer.StreamerError, match="give the fine-tuned model that it was made from") as e:
+        streamer.verify_output(tmp_path / "lora", base, base)
+    assert e.value.exit_code == 3
 
 
 def test_what_no_formula_covers_is_said_and_not_counted(tmp_path: Path) -> None:
@@ -169,7 +175,14 @@ def test_refusals(job: Job, tmp_path: Path) -> None:
         ((weights,), 3, f"{weights}: expected findings or an output's directory, found another safetensors file"),
         ((job.base / "config.json",), 3, f"{job.base / 'config.json'}: expected an output's directory or findings"),
         ((job.home / "model", job.base), 2, "verify: expected BASE and ADAPTER, found one of them"),
-        ((job.home / "model", job.base, job.adapter, "--sample", "0"), 2, "--sample"),
+        *(
+            (
+                (job.home / "model", job.base, job.adapter, "--sample", count),
+                2,
+                f"argument --sample: expected a count from 1 or 'all', found '{count}'",
+            )
+            for count in ("0", "-1", "1.5", "some")
+        ),
         ((job.home / "model", other, job.adapter), 3, f"{other / 'model-00001-of-00003.safetensors'}: expected "),
         (
             (job.home / "model", job.base, job.home / "adapter"),
@@ -187,6 +200,57 @@ def test_refusals(job: Job, tmp_path: Path) -> None:
         assert done.code == code, done
         assert message in done.err
         assert "Traceback" not in done.err
+
+
+def test_a_base_of_other_values_is_refused(job: Job, tmp_path: Path) -> None:
+    """Its names, shapes and dtypes are those of the base: only a sample of the values tells."""
+    other = Path(shutil.copytree(job.base, tmp_path / "other"))
+    shard, name = other / "model-00002-of-00003.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(shard)
+    tensors[name][len(tensors[name]) // 2] *= 2
+    save_file(tensors, shard, metadata={"format": "pt"})
+    assert shard.stat().st_size == (job.base / shard.name).stat().st_size
+    for kind in KINDS:
+        done = server().run("verify", job.home / kind, other, job.adapter)
+        assert done.code == 3, done
+        assert f"{shard}: expected values with digest " in done.err
+        assert ", of another model of this architecture; give the base that it was made from" in done.err
+
+
+def test_findings_of_no_matrices(job: Job, tmp_path: Path) -> None:
+    path = tmp_path / "none.safetensors"
+    replace(streamer.load_findings(job.home / "findings.safetensors"), matrices=()).save(path)
+    with pytest.warns(streamer.StreamerWarning, match="none of its matrices could be recomputed: it lists none"):
+        assert lines(path, job.base, job.adapter) == []
+
+
+def test_decisions_with_a_cutoff(tmp_path: Path) -> None:
+    """A direction along the left vector of a base value of 2e-5·σ_1: no intruder by all vectors, one by those above the cut-off of 1e-4."""
+    sigma = torch.linspace(1, 0.5, 32)
+    sigma[-1] = 2e-5
+    W0 = helpers.spectrum_matrix(64, 32, sigma).float().double()
+    B, A = 2 * torch.linalg.svd(W0).U[:, 31:32].float(), torch.linspace(-1, 1, 32)[None]
+    base = helpers.write_sharded(tmp_path / "base", [{"model.q_proj.weight": W0.float()}])
+    adapter = helpers.write_adapter(tmp_path / "inputs", {"model.q_proj": (A, B)}, r=1)
+    findings = streamer.detect_intruder_dimensions(base, adapter, top_k=1)
+    (whole,) = (row.detection for row in findings)
+    assert (whole.intruders, whole.cutoff, whole.similarity[0] > 0.99) == ((), 0.0, True)
+
+    U, S, Vh = (t.float().contiguous() for t in torch.linalg.svd(W0 + B.double() @ A.double(), full_matrices=False))
+    rest = torch.linalg.svdvals(B @ A - U[:, :1] * S[:1] @ Vh[:1])
+    found = replace(
+        whole, intruders=(0,), U=U[:, :1].contiguous(), S=S[:1], Vh=Vh[:1], cutoff=1e-4, similarity=(0.1,), similarity_low=(0.0,),
+        similarity_high=(0.2,), intruder_energy=float((U[:, 0] @ B[:, 0]) ** 2 / B.square().sum()),
+        dropped_at_zero=float(rest[1:].norm() / rest.norm()), certified=True,
+    )  # fmt: skip
+    for name, detection in (("whole", whole), ("cut", found)):
+        path, out = tmp_path / f"{name}.safetensors", tmp_path / name
+        replace(findings, matrices=tuple(replace(row, detection=detection) for row in findings)).save(path)
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, findings=path, top_k=1)
+        assert len(json.loads((out / "streamer.json").read_text())["matrices"][0]["intruders"]) == len(
+            detection.intruders
+        )
+        assert lines(path, base, adapter) == lines(out, base, adapter) == []
 
 
 def test_max_memory_leaves_matrices_out(job: Job) -> None:

@@ -147,7 +147,7 @@ def test_reading(monkeypatch: pytest.MonkeyPatch, fd: int, there: bool) -> None:
     assert system.read_at(fd, out, 90) == 10
     assert bytes(out) == bytes(range(90, 100)) + bytes(10)
     assert system.read_at(fd, out, 100) == 0
-    monkeypatch.setattr(system, "MAX_READ_BYTES", 7)  # a call is asked for no more than every system takes
+    monkeypatch.setattr(system, "MAX_CALL_BYTES", 7)  # a call is asked for no more than every system takes
     assert system.read_at(fd, out, 0) == 7
 
 

@@ -15,7 +15,6 @@ from fuzz_inputs import CPU, NAMES, Target, Trouble, adapter, config, header, in
 from helpers import tree_digest
 from mutate import journal_bytes, mutate_journal, mutate_json, mutate_safetensors, records_of
 
-from streamer.cli.json_report import findings_json
 from streamer.cli.tables import findings_table
 from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions, RunOptions
@@ -65,7 +64,7 @@ def findings(home: Path) -> Target:
         path.write_bytes(data)
         found = load_findings(path)
         findings_table(found)
-        json.dumps(findings_json(found))
+        json.dumps(found.record())
         job = open_job(base, directory, HALF, found.options, path)
         for target in job.plan.targets:
             job.mitigated(target)

@@ -47,13 +47,13 @@ def dequantize_groups(values: Tensor, zeros: Tensor, scales: Tensor, group: Tens
 
 
 def group_size(config: Mapping[str, Any], inputs: int) -> int:
-    """Inputs to a group as a quantization config states it: 128 by default, all of them for −1."""
+    """Read the inputs to a group from a quantization config: 128 by default, all of them for −1."""
     size = config.get("group_size", config.get("q_group_size", 128))
     return size if type(size) is int and size > 0 else max(1, inputs)
 
 
 def has_packed_dtypes(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether values and zero points are int32 words, and scales floating-point."""
+    """Test whether values and zero points are int32 words, and scales floating-point."""
     words = {tensors[role].info.dtype for role in ("weight", "zeros")}
     return words == {"I32"} and tensors["scales"].info.dtype in SCALE_DTYPES
 

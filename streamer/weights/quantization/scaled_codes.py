@@ -66,7 +66,7 @@ class Scaled(QuantizedWeight):
         return self.by_block(values, self.grid(), i, torch.Tensor.mul_)
 
     def grid(self) -> Tensor:
-        """The scales in float32, (block rows, block columns)."""
+        """Decode the scales to float32, (block rows, block columns)."""
         stored = self.tensors["scale"]
         (m, n), (bm, bn) = self.shape[-2:], self.block
         values = exponents(stored.bytes()) if stored.info.dtype in EXPONENTS else stored.whole().to(torch.float32)

@@ -62,7 +62,7 @@ def test_back_projection_is_the_nearest_of_its_rank_and_says_what_it_dropped(ran
     base, delta = problem(96, 64)
     found = detect(base, delta, DetectionOptions(), rank=rank)
     after = mitigate(delta, found, MitigationOptions(0.0))
-    B, A, dropped = back_project(after, rank, scale=2.5)
+    B, A, dropped = back_project(after, rank, scaling=2.5)
     D = after.dense().numpy()
     U, S, Vh = np.linalg.svd(D, full_matrices=False)
     np.testing.assert_allclose(2.5 * B @ A, (U[:, :rank] * S[:rank]) @ Vh[:rank], atol=1e-9)

@@ -95,5 +95,16 @@ def test_stamps_do_not_depend_on_the_spelling(job: Job, tmp_path: Path, monkeypa
     assert not any(path.endswith("tokenizer.json") for path in make_plan(base, adapter).detection_stamps())
 
 
+def test_a_config_that_appears_during_a_run_was_not_read(job: Job, tmp_path: Path) -> None:
+    base, adapter = job
+    tuned = tmp_path / "tuned"
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tuned, mitigation_lambda=1.0)
+    (tuned / "config.json").unlink()
+    plan = make_plan(base, tuned)
+    stamps = plan.detection_stamps()
+    touch(tuned / "config.json", "{}")
+    assert plan.detection_stamps() == stamps
+
+
 def test_helpers_make_what_they_say(job: Job) -> None:
     assert helpers.tree_digest(job[0]).keys() >= {"config.json", "model.safetensors.index.json"}

@@ -11,6 +11,7 @@ from faults import failing
 from helpers import names
 
 from streamer.errors import StorageError
+from streamer.storage import files
 from streamer.storage import journal as journal_module
 from streamer.storage.journal import Journal
 
@@ -81,6 +82,17 @@ def test_garbage_after_the_records(tmp_path: Path, tail: bytes) -> None:
     path.write_bytes(raw + tail)
     assert contents(path) == RECORDS
     assert path.read_bytes() == raw
+
+
+def test_no_call_is_asked_for_more_than_every_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread, pwrite, asked = os.pread, os.pwrite, []
+    monkeypatch.setattr(files, "MAX_CALL_BYTES", 7)
+    monkeypatch.setattr(journal_module, "MAX_CALL_BYTES", 7)
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: asked.append(n) or pread(fd, n, at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: asked.append(len(data)) or pwrite(fd, data, at))
+    journal_of(tmp_path / "j", RECORDS)
+    assert contents(tmp_path / "j") == RECORDS
+    assert max(asked) == 7
 
 
 def test_short_reads_and_writes_of_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

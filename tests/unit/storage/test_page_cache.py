@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from streamer.errors import StorageError
+from streamer.storage import page_cache
 from streamer.storage.atomic_file import AtomicFile
 from streamer.storage.page_cache import LAG_BYTES, QUEUE, STEP_BYTES, THREADED_BYTES, Readahead
 from streamer.storage.tensor_file import TensorFile
@@ -51,6 +52,17 @@ def test_pieces_of_every_size_arrive_in_order(tmp_path: Path, monkeypatch: pytes
         assert f.sha256 == hashlib.sha256(b"".join(pieces)).hexdigest()  # of all of it, the piece in hand too
     assert (tmp_path / "f").read_bytes() == b"".join(pieces)
     assert writers() == []
+
+
+def test_no_write_is_asked_for_more_than_every_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = os.write, []
+    monkeypatch.setattr(page_cache, "MAX_CALL_BYTES", THREADED_BYTES)
+    monkeypatch.setattr(os, "write", lambda fd, data: asked.append(len(data)) or real(fd, data))
+    piece = os.urandom(2 * THREADED_BYTES + 5)
+    with AtomicFile(tmp_path / "f", len(piece)) as f:
+        f.write(piece)
+    assert (tmp_path / "f").read_bytes() == piece
+    assert asked == [THREADED_BYTES, THREADED_BYTES, 5]
 
 
 def test_buffers_by_turns_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,179 @@
+"""Compute with the matrix that is added to a weight, in float64: a product of factors, DoRA's, or a fine-tuned weight's difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from streamer.verification.result import NotRecomputed
+from streamer.verification.spectrum import DENSE_SIDE, ILL_DEFINED
+from streamer.verification.tensors import Array, Matrix
+
+
+class Delta(Protocol):
+    """Give a matrix Δ (m, n) that is added to W0, a few rows at a time or as a whole."""
+
+    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
+        """Compute rows i to j of Δ, and a bound on the size of the terms that each value is the sum of; W0 are the base's rows."""
+
+    def left_product(self, U: Array, base: Matrix) -> Array:
+        """Compute ``Uᵀ Δ``, (q, n)."""
+
+    def norm(self, base: Matrix) -> float:
+        """Compute ‖Δ‖_F."""
+
+    def operator(self, base: Matrix) -> Any:
+        """Return ``W0 + Δ`` as scipy's `LinearOperator`; memory is that of W0 in float64."""
+
+    def combined(self, factor: float, left: Array, right: Array, base: Matrix) -> LowRankDelta:
+        """Return ``factor · Δ + left · right`` in factors; left (m, q), right (q, n).
+
+        Raises
+        ------
+        NotRecomputed
+            If that takes the full SVD of a matrix whose short side is over `DENSE_SIDE`.
+        """
+
+    def dropped_without(self, U: Array, S: Array, Vh: Array, rank: int) -> float:
+        """Compute the relative norm that truncating ``Δ − U diag(S) Vh`` to a rank drops; 0 of a Δ that has no factors.
+
+        Raises
+        ------
+        NotRecomputed
+            If a tie leaves the truncated matrix undefined.
+        """
+
+
+class Truncated(NamedTuple):
+    """Hold the nearest matrix of rank r; the norm that is dropped, relative to the whole; how far it moves if the whole does by 1."""
+
+    low_rank: LowRankDelta
+    dropped: float
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """``Δ = L Rᵀ``, L (m, r), R (n, r)."""
+
+    L: Array
+    R: Array
+
+    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
+        """See `Delta`."""
+        L = self.L[i:j]
+        return L @ self.R.T, np.linalg.norm(L, axis=1)[:, None] * self._lengths
+
+    @cached_property
+    def _lengths(self) -> Array:
+        lengths: Array = np.linalg.norm(self.R, axis=1)
+        return lengths
+
+    def left_product(self, U: Array, base: Matrix) -> Array:
+        """See `Delta`."""
+        return (U.T @ self.L) @ self.R.T
+
+    def norm(self, base: Matrix | None = None) -> float:
+        """See `Delta`."""
+        return float(np.linalg.norm(np.linalg.qr(self.L)[1] @ np.linalg.qr(self.R)[1].T))
+
+    def operator(self, base: Matrix) -> Any:
+        """See `Delta`."""
+        from scipy.sparse.linalg import aslinearoperator
+
+        W0, L, R = map(aslinearoperator, (base.whole(), self.L, self.R.T))
+        return W0 + L @ R
+
+    def combined(self, factor: float, left: Array, right: Array, base: Matrix | None = None) -> LowRankDelta:
+        """See `Delta`."""
+        return LowRankDelta(np.hstack([factor * self.L, left]), np.hstack([self.R, right.T]))
+
+    def dropped_without(self, U: Array, S: Array, Vh: Array, rank: int) -> float:
+        """See `Delta`."""
+        return self.combined(1.0, -U * S, Vh).truncated(rank).dropped
+
+    def truncated(self, rank: int) -> Truncated:
+        """Truncate to a rank by QR of both factors and the SVD of the small core.
+
+        Raises
+        ------
+        NotRecomputed
+            If the last value that is kept is as large as the first that is not.
+        """
+        if self.L.shape[1] <= rank:
+            return Truncated(self, 0.0, 1.0)
+        Q, left = np.linalg.qr(self.L)
+        P, right = np.linalg.qr(self.R)
+        U, S, Vh = np.linalg.svd(left @ right.T)
+        rest = S[rank:] if len(S) > rank else np.zeros(1)
+        gap, size = S[rank - 1] - rest[0] if len(S) > rank else S[-1], float(np.linalg.norm(S))
+        if size and rest[0] > 1e-12 * S[0] and gap < ILL_DEFINED * 1e-3 * S[0]:
+            raise NotRecomputed("its delta has no single nearest matrix of the adapter's rank")
+        kept = LowRankDelta((Q @ U)[:, :rank] * S[:rank], P @ Vh[:rank].T)
+        sensitivity = 1.0 if rest[0] <= 1e-12 * S[0] else 1 + S[rank - 1] / gap
+        return Truncated(kept, float(np.linalg.norm(rest)) / size if size else 0.0, float(sensitivity))
+
+
+class _DenseDelta:
+    """Compute with a delta that depends on W0, from its rows."""
+
+    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
+        raise NotImplementedError
+
+    def left_product(self, U: Array, base: Matrix) -> Array:
+        return sum((U[i:j].T @ self.rows(i, j, base.rows(i, j))[0] for i, j in base.blocks()), np.zeros(()))
+
+    def norm(self, base: Matrix) -> float:
+        squares = (float(np.sum(self.rows(i, j, base.rows(i, j))[0] ** 2)) for i, j in base.blocks())
+        return float(np.sqrt(sum(squares)))
+
+    def operator(self, base: Matrix) -> Any:
+        from scipy.sparse.linalg import aslinearoperator
+
+        W = np.empty(base.shape)
+        for i, j in base.blocks():
+            W0 = base.rows(i, j)
+            W[i:j] = W0 + self.rows(i, j, W0)[0]
+        return aslinearoperator(W)
+
+    def combined(self, factor: float, left: Array, right: Array, base: Matrix) -> LowRankDelta:
+        from scipy.linalg import svd
+
+        if min(base.shape) > DENSE_SIDE:
+            raise NotRecomputed(f"its delta is no product of factors, and its short side is over {DENSE_SIDE}")
+        blocks = [factor * self.rows(i, j, base.rows(i, j))[0] + left[i:j] @ right for i, j in base.blocks()]
+        U, S, Vh = svd(np.concatenate(blocks), full_matrices=False)
+        return LowRankDelta(U * S, Vh.T)
+
+    def dropped_without(self, U: Array, S: Array, Vh: Array, rank: int) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class DoraDelta(_DenseDelta):
+    """``Δ = m·(W0 + L Rᵀ)/‖W0 + L Rᵀ‖ − W0``; m (out,)."""
+
+    low_rank: LowRankDelta
+    magnitude: Array
+
+    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
+        """See `Delta`."""
+        change, bound = self.low_rank.rows(i, j, W0)
+        total = W0 + change
+        factor = (self.magnitude[i:j] / np.linalg.norm(total, axis=1))[:, None]
+        return factor * total - W0, np.abs(W0) + np.abs(factor) * (np.abs(W0) + bound)
+
+
+@dataclass(frozen=True)
+class TunedDelta(_DenseDelta):
+    """``Δ = W1 − W0`` of a fine-tuned model."""
+
+    tuned: Matrix
+
+    def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
+        """See `Delta`."""
+        values = self.tuned.rows(i, j)
+        return values - W0, np.abs(values) + np.abs(W0)
