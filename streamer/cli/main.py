@@ -64,8 +64,10 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
         )
     with stop_on_signals(monitor, progress.tell):
         try:
-            if args.command != "verify":  # which needs no torch to hash files, and computes by numpy
+            if args.command != "verify":
                 set_threads(getattr(args, "threads", None))
+            else:  # needs no torch to hash files, and computes by numpy, whose idle threads spin: beside other work one is faster
+                os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             tree, text = COMMANDS[args.command](args, monitor)
         finally:
             progress.close()
