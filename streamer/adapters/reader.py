@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from streamer.adapters.adapter import PeftAdapter
@@ -14,13 +14,14 @@ from streamer.adapters.config_rules import config_refusals
 from streamer.adapters.modules import DoraModule, LoraModule, MethodModule, Module
 from streamer.adapters.peft_methods import METHODS, PeftMethod
 from streamer.adapters.target_parameters import find_wrapped, targeted_parameters
-from streamer.adapters.tensor_names import FACTORS, carried_tensor, classify, normalize
+from streamer.adapters.tensor_names import FACTORS, Carried, carried_tensor, classify, normalize
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.absent import absent
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import listed
 from streamer.weights.dtypes import encoding_of
+from streamer.weights.base import StoredTensor, equal
 
 INSTEAD = "merge such an adapter with PEFT instead"
 
@@ -67,15 +68,26 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
     if not modules and not wrapped:
         what = "lora_A and lora_B" if method is None else method.title
         raise InputError(f"{file.path}: expected {what} tensors, found none; is this the adapter?")
-    carried = tuple(carried_tensor(role, match, source, modules, file.path, config) for role, match, source in rest)
-    seen: dict[tuple[str, str], str] = {}
-    for c in carried:
-        other = seen.setdefault((c.role, c.name), c.source)
-        if other != c.source:
-            raise FormatError(
-                f"{file.path}: tensors {other!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
-            )
+    carried = _without_copies(
+        file, [carried_tensor(role, match, source, modules, file.path, config) for role, match, source in rest]
+    )
     return PeftAdapter(path, config, (file,), modules, carried, tuple(wrapped))
+
+
+def _without_copies(file: TensorFile, carried: Iterable[Carried]) -> tuple[Carried, ...]:
+    """Leave out the copies that PEFT writes beside a saved module, as all that ends in ``bias``, or is below a grown embedding.
+
+    ``score.modules_to_save.bias`` and ``embed_tokens.modules_to_save.weight`` are left out beside ``score.bias`` and
+    ``embed_tokens.weight`` of the same bytes.
+    """
+    kept: dict[tuple[str, str], Carried] = {}
+    for c in carried:
+        other = kept.setdefault((c.role, c.name), c)
+        if other is not c and not equal(*(StoredTensor(file, file.header.by_name[one.source]) for one in (other, c))):
+            raise FormatError(
+                f"{file.path}: tensors {other.source!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
+            )
+    return tuple(kept.values())
 
 
 def _sort(

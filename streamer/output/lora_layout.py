@@ -9,10 +9,10 @@ from typing import Any
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.errors import UnsupportedError
 from streamer.plan.carried_tensors import TensorEdits
-from streamer.plan.tied_embeddings import OF_A_TIE, equal, find_tie, is_without_head, refuse_other_ties
+from streamer.plan.tied_embeddings import OF_A_TIE, find_tie, is_without_head, refuse_other_ties
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
-from streamer.weights.base import StoredTensor
+from streamer.weights.base import StoredTensor, equal
 
 PREFIX = "base_model.model."
 """Prefix of the names in a PEFT adapter: ``model.layers.0.mlp.up_proj`` → ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""

@@ -168,7 +168,10 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_has_no_place_is_refused(tmp_path: Path, case: str) -> None:
     tensors, config, error, words = REFUSED[case]
-    b, a = base(tmp_path), adapter(tmp_path, {n: torch.zeros(s) for n, s in tensors.items()}, **config)
+    b, a = (
+        base(tmp_path),
+        adapter(tmp_path, {n: torch.full(s, float(i)) for i, (n, s) in enumerate(tensors.items())}, **config),
+    )
     with pytest.raises(error) as e:
         make_plan(b, a)
     assert words in str(e.value)
