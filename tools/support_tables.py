@@ -30,6 +30,9 @@ LORA = (
 )  # fmt: skip
 
 
+EXPERTS = Support("a fully fine-tuned mixture with stacks of experts, of a class that transformers has", "expert by expert",
+                  "with `--to-lora RANK` where no expert changed; else refused", "yes")  # fmt: skip
+
 def support_table() -> str:
     """The table in Markdown."""
     refused = ", ".join(dict.fromkeys(rule.kind for rule in CONFIG_RULES if not rule.residual))
@@ -41,7 +44,13 @@ def support_table() -> str:
         *LORA,
         Support("residual-base initialisations: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ", flag, flag, flag),
         Support(methods, "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
-        Support(f"refused, with the reason: {refused}; other methods; adapters saved as pickles", "no", "no", "no"),
+        EXPERTS,
+        Support(
+            f"refused, with the reason: {refused}; other methods; LoRA files of {others}; adapters saved as pickles",
+            "no",
+            "no",
+            "no",
+        ),
     ]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 

@@ -150,9 +150,20 @@ def _of_file(plan: Plan, weights: WeightView, name: str, part: StoredTensor, deq
     return Output(name, part.info.dtype, part.info.shape, _merged(plan, weights[logical], role))
 
 
-def _merged(plan: Plan, weight: Weight, role: str | None = None, tuned: StoredTensor | None = None) -> Recipe:
-    """Make the recipe of a weight that the adapter changes; with a `role`, of that one of the tensors of its quantized values."""
-    recipes = [_piece(weight, target, place, role, tuned) for target, place in plan.by_weight[weight.name]]
+def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredTensor | None = None) -> Recipe:
+    """Make the recipe of a weight that the adapter changes.
+
+    Parameters
+    ----------
+    role
+        Of its tensors the one to make, where it is quantized.
+    stands
+        The tensor whose dtype is written, where it is not.
+    """
+    recipes = [
+        _piece(weight, target, place, role, None if stands is None else _tuned(plan, target, stands))
+        for target, place in plan.by_weight[weight.name]
+    ]
     return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
 
 
@@ -198,7 +209,7 @@ def _output(plan: Plan, weights: WeightView, name: str, part: StoredTensor | Non
     stands = part or source
     recipe: Recipe
     if name in plan.by_weight:
-        recipe = _merged(plan, weights[name], tuned=_tuned(plan, name, stands))
+        recipe = _merged(plan, weights[name], stands=stands)
     elif name in changes.shifts:
         shift, scale = changes.shifts[name]
         recipe = AddBias(weights[name], Plain.of(shift), scale)
@@ -214,9 +225,9 @@ def _output(plan: Plan, weights: WeightView, name: str, part: StoredTensor | Non
     return Output(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
 
 
-def _tuned(plan: Plan, name: str, stands: StoredTensor) -> StoredTensor | None:
-    """The fine-tuned model's own tensor, where it stands in an adapter's place and in the dtype that is written."""
-    part = plan.adapter.stored_sum(plan.by_weight[name][0][0].module)
+def _tuned(plan: Plan, target: Target, stands: StoredTensor) -> StoredTensor | None:
+    """The fine-tuned model's own matrix, where it stands in an adapter's place and in the dtype that is written."""
+    part = plan.adapter.stored_sum(target.module)
     return part if part is not None and part.info.dtype == stands.info.dtype else None
 
 

@@ -24,6 +24,7 @@ from streamer.plan import tied_embeddings as tied
 from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
+from streamer.plan.finetuned_experts import match_stacks, stack_layout, stacks_of
 from streamer.plan.name_matching import match_names
 from streamer.plan.provenance import provenance_notes
 from streamer.plan.side_files import other_files
@@ -175,7 +176,13 @@ def make_batch(
     config = read_model_config(checkpoint.directory)
     weights, inputs, conv1d = open_weights(checkpoint, config), (checkpoint.path, *given), stores_conv1d(config)
     plans = (
-        _plan(checkpoint, weights, config, adapter or open_finetuned(path, checkpoint, conv1d, io), inputs)
+        _plan(
+            checkpoint,
+            weights,
+            config,
+            adapter or open_finetuned(path, checkpoint, conv1d, io, stack_layout(path, config)),
+            inputs,
+        )
         for path, adapter in zip(given, opened, strict=True)
     )
     return Batch(checkpoint, tuple(plans))
@@ -192,12 +199,13 @@ def _plan(
     tie = None if opened.describes_model else tied.find_tie(checkpoint.weight_map, config, opened)
     aliases = {} if tie is None else {tie.head: StoredTensor(*checkpoint.locate(tie.embedding))}
     renames = renames_for(config)
-    names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
+    parameters = [*parameters_of(opened), *stacks_of(opened)]
+    names = match_names(opened.modules, weights.replaced(aliases), renames, parameters)
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(tie, opened, matched)
     edits = match_carried(checkpoint, opened, matched, renames, aliases, weights.quantized_names)
     if opened.describes_model:
-        _check_whole(checkpoint, weights, opened, {*matched.values(), *edits.sources})
+        _check_whole(checkpoint, weights, opened, {*(match.tensor for match in names.values()), *edits.sources})
     else:
         tied.refuse_other_ties(
             tie, checkpoint.path, checkpoint.weight_map, config, opened, matched, [*edits.sources, *edits.rows]
@@ -207,7 +215,11 @@ def _plan(
     weights = weights.replaced({**aliases, **edits.sources})
     other = {m.name for m in mirrors.values()}
     own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
-    targets = [*match_targets(weights, opened, config, own), *match_experts(weights, opened, config, names, renames)]
+    targets = [
+        *match_targets(weights, opened, config, own),
+        *match_experts(weights, opened, config, names, renames),
+        *match_stacks(weights, opened, names),
+    ]
     targets.sort(key=_file_order(weights))
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
     stamps = {str(p): _stamp(p) for p in extra}
