@@ -81,7 +81,7 @@ class Carried:
         ``saved``: takes the tensor's place. ``lora_bias``: is added to it, times `scaling`. ``tokens``: takes the place of the rows
         that `indices` name. ``original``: the base's own values, of no effect.
     module, parameter
-        The tensor's name in the model: ``module.parameter``.
+        The tensor's name in the model: ``module.parameter``; the module is empty where the model itself holds the parameter.
     source
         Its name in the adapter's file.
     """
@@ -96,7 +96,7 @@ class Carried:
     @property
     def name(self) -> str:
         """Name of the model's tensor."""
-        return f"{self.module}.{self.parameter}"
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
 
 
 def carried_tensor(

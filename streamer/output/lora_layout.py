@@ -78,7 +78,12 @@ def lora_layout(
     for c in changed.values():
         if c.module in matched and c.parameter == "bias":
             continue
-        if c.module in matched or c.source not in now or any(f"{i}.".startswith(f"{c.module}.") for i in inner):
+        if (
+            not c.module
+            or c.module in matched
+            or c.source not in now
+            or any(f"{i}.".startswith(f"{c.module}.") for i in inner)
+        ):
             raise UnsupportedError(
                 f"{tuned.path}: {c.source!r} has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter; "
                 "use `streamer merge`"

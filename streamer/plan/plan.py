@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ from streamer.adapters.reader import open_adapter
 from streamer.errors import InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.operators import Delta
 from streamer.plan import tied_embeddings as tied
+from streamer.plan.architectures import architecture_of
 from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
@@ -205,7 +207,8 @@ def _plan(
     mirrors = tied.mirrored(tie, opened, matched)
     edits = match_carried(checkpoint, opened, matched, renames, aliases, weights.quantized_names)
     if opened.describes_model:
-        _check_whole(checkpoint, weights, opened, {*(match.tensor for match in names.values()), *edits.sources})
+        found = {*(match.tensor for match in names.values()), *edits.sources}
+        _check_whole(checkpoint, weights, config, opened, found)
     else:
         tied.refuse_other_ties(
             tie, checkpoint.path, checkpoint.weight_map, config, opened, matched, [*edits.sources, *edits.rows]
@@ -230,13 +233,17 @@ def _file_order(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
     return lambda target: (weights.file_index(target.slices[0].weight), target.slices[0].index or 0)
 
 
-def _check_whole(base: Checkpoint, weights: WeightView, tuned: DeltaSource, found: set[str]) -> None:
-    """Refuse a fine-tuned model that is not one of the base's tensors."""
+def _check_whole(
+    base: Checkpoint, weights: WeightView, config: ModelConfig, tuned: DeltaSource, found: set[str]
+) -> None:
+    """Refuse a fine-tuned model that lacks tensors of the base, but for those that loading does without."""
     if weights.quantized_names:
         raise UnsupportedError(
             f"{base.path}: is quantized; a fine-tuned model is compared with the 16-bit base that it was trained from"
         )
-    missing = [name for name in base.weight_map if name not in found]
+    architecture = architecture_of(config.values)
+    spare = () if architecture is None else architecture.may_be_missing
+    missing = [name for name in base.weight_map if name not in found and not any(re.search(s, name) for s in spare)]
     if missing:
         raise MismatchError(
             f"{tuned.path}: lacks {len(missing)} of the base's {len(base.weight_map)} tensors, {missing[0]!r} first; is it trained from "
