@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamer.errors import UnsupportedError
@@ -236,12 +236,19 @@ def _head(plan: Plan, names: list[str]) -> Head:
     if plan.adapter.describes_model:
         return Head(plan.config)
     trained = {name: part.info.shape for name, part in plan.edits.sources.items() if name in plan.edits.trained}
-    return implied_head(plan.config, plan.adapter.config.get("task_type"), trained, names)
+    head = implied_head(plan.config, plan.adapter.config.get("task_type"), trained, names)
+    implied = {} if plan.config.values else plan.edits.config(plan.config).values
+    if implied:
+        says = ", ".join(f"{key}={value}" for key, value in implied.items())
+        advice = f"the base has no config.json: load the merged model with a config that says {says}"
+        head = replace(head, advice=(*head.advice, advice))
+    return head
 
 
 def _texts(plan: Plan, head: Head, dequantize: bool) -> dict[str, bytes]:
     """The model's config, where the merge changes what it must say."""
-    if plan.adapter.describes_model:  # its own config describes it
+    # A fine-tuned model's own config describes it; where there is none, one of a few keys would load as nothing.
+    if plan.adapter.describes_model or not plan.config.values:
         return {}
     config = plan.edits.config(head.config)
     if dequantize:
