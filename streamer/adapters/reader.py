@@ -10,7 +10,7 @@ from pathlib import Path
 
 from streamer.adapters.adapter import PeftAdapter
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, read_adapter_config
-from streamer.adapters.config_rules import config_refusals
+from streamer.adapters.config_rules import config_refusals, peft_merges
 from streamer.adapters.modules import DoraModule, LoraModule, MethodModule, Module
 from streamer.adapters.peft_methods import METHODS, PeftMethod
 from streamer.adapters.target_parameters import find_wrapped, targeted_parameters
@@ -25,6 +25,9 @@ from streamer.weights.base import StoredTensor, equal
 
 INSTEAD = "merge such an adapter with PEFT instead"
 
+
+UNMERGED = "PEFT does not merge it either: use it as it is"
+"""Next step for kinds that no merge takes."""
 
 def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> PeftAdapter:
     """Open a PEFT adapter's folder and account for every tensor in it.
@@ -49,7 +52,8 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
     config = read_adapter_config(path)
     refusals = config_refusals(config, base_is_residual)
     if refusals:
-        raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {listed(refusals, separator='; ')}; {INSTEAD}")
+        instead = INSTEAD if peft_merges(config) else UNMERGED
+        raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {listed(refusals, separator='; ')}; {instead}")
     file = TensorFile(path / WEIGHTS_NAME, io)
     method = METHODS.get(str(config.peft_type))
     found, rest = _sort(file, method)
@@ -187,11 +191,11 @@ def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
         return "embedding" if by_name == {"embedding"} else "linear"
     if math.prod(b.shape[2:]) != 1 or by_name == {"embedding"}:
         raise UnsupportedError(
-            f"{where}: refused: module {name!r}: lora_B {list(b.shape)} is not a convolution of kernel size 1; {INSTEAD}"
+            f"{where}: refused: module {name!r}: lora_B {list(b.shape)} is not a convolution of kernel size 1; save the adapter again"
         )
     if b.shape[1] != a.shape[0] and b.shape[1] and a.shape[0] % b.shape[1] == 0:
         raise UnsupportedError(
             f"{where}: refused: module {name!r}: LoRA on a convolution with {a.shape[0] // b.shape[1]} groups, "
-            f"whose delta is not the product of its factors; {INSTEAD}"
+            f"whose delta is not the product of its factors; {UNMERGED}"
         )
     return "convolution"
