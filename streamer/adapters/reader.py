@@ -12,6 +12,7 @@ from streamer.adapters.adapter import PeftAdapter
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, read_adapter_config
 from streamer.adapters.config_rules import config_refusals, peft_merges
 from streamer.adapters.modules import DoraModule, LoraModule, MethodModule, Module
+from streamer.adapters.other_formats import refuse_other_formats
 from streamer.adapters.peft_methods import METHODS, PeftMethod
 from streamer.adapters.target_parameters import find_wrapped, targeted_parameters
 from streamer.adapters.tensor_names import FACTORS, Carried, carried_tensor, classify, normalize
@@ -20,14 +21,14 @@ from streamer.storage.absent import absent
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import listed
-from streamer.weights.dtypes import encoding_of
 from streamer.weights.base import StoredTensor, equal
+from streamer.weights.dtypes import encoding_of
 
 INSTEAD = "merge such an adapter with PEFT instead"
 
-
 UNMERGED = "PEFT does not merge it either: use it as it is"
 """Next step for kinds that no merge takes."""
+
 
 def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> PeftAdapter:
     """Open a PEFT adapter's folder and account for every tensor in it.
@@ -45,6 +46,8 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
         If files are missing or broken, or tensors and config disagree.
     """
     path = Path(path)
+    if path.exists() and not ((path / CONFIG_NAME).exists() and (path / WEIGHTS_NAME).exists()):
+        refuse_other_formats(path)
     if path.is_file():
         raise InputError(f"{path}: expected the adapter's directory, found a file; name the one with {CONFIG_NAME}")
     if not path.is_dir():
@@ -70,6 +73,7 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
         if name not in inner:
             modules[name] = _module(name, tensors, file, config, method)
     if not modules and not wrapped:
+        refuse_other_formats(file.path)
         what = "lora_A and lora_B" if method is None else method.title
         raise InputError(f"{file.path}: expected {what} tensors, found none; is this the adapter?")
     carried = _without_copies(
@@ -130,6 +134,7 @@ def _sort(
             )
         factors[factor] = info.name
     if refused:
+        refuse_other_formats(file.path)
         kinds = [f"{n} × {reason}, {example[reason]!r} first" for reason, n in refused.items()]
         raise UnsupportedError(f"{file.path}: refused: not supported: {listed(kinds, separator='; ')}; {INSTEAD}")
     for name, factors in found.items():
