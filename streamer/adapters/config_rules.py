@@ -74,11 +74,11 @@ _HARMLESS = frozenset({
     "trainable_token_indices", "use_dora", "use_rslora",
 })  # fmt: skip
 
-# Methods that no merged weight can express: prompts, layers beside the model's, and mixtures of adapters.
-_NEVER_MERGED = frozenset({
-    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "PEANUT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING",
-    "P_TUNING", "XLORA",
+NEVER_MERGED = frozenset({
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING",
+    "SHADOW", "XLORA",
 })  # fmt: skip
+"""Methods that PEFT merges into no weight: prompts, layers beside the model's, and mixtures of adapters."""
 
 
 def is_residual(config: AdapterConfig) -> bool:
@@ -92,7 +92,7 @@ def peft_merges(config: AdapterConfig) -> bool:
     turned = kind in METHODS and config.fan_in_fan_out  # the reason says so
     return not (
         turned
-        or kind in _NEVER_MERGED
+        or kind in NEVER_MERGED
         or any(not rule.mergeable and rule.refuses(config.get(rule.key)) for rule in CONFIG_RULES)
     )
 
