@@ -93,6 +93,7 @@ def test_detection_and_methods_equal_the_dense_formulas(tmp_path: Path, make) ->
         turned = "embed" in m.tensor or "wte" in m.tensor or "wpe" in m.tensor or ".c_" in m.tensor
         if turned:
             W0, W1 = W0.T, W1.T
+        assert m.transposed == turned
         assert m.shape == tuple(W0.shape)
         U0 = torch.linalg.svd(W0, full_matrices=False).U
         U, S, Vh = torch.linalg.svd(W1, full_matrices=False)
