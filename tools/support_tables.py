@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from streamer.adapters.config_rules import CONFIG_RULES
+from streamer.adapters.other_formats import FORMATS as OTHER_FORMATS
 from streamer.adapters.peft_methods import METHODS
 from streamer.weights.quantization.registry import FORMATS
 
@@ -29,19 +30,29 @@ LORA = (
     Support("LoRA on a tied `lm_head` or embedding", "yes", "yes", "unties them in the config where they part"),
 )  # fmt: skip
 
+EXPERTS = Support("a fully fine-tuned mixture with stacks of experts, of a class that transformers has", "expert by expert",
+                  "with `--to-lora RANK` where no expert changed; else refused", "yes")  # fmt: skip
+
 
 def support_table() -> str:
     """The table in Markdown."""
     refused = ", ".join(dict.fromkeys(rule.kind for rule in CONFIG_RULES if not rule.residual))
     methods = ", ".join(method.title for method in METHODS.values())
     flag = "with `--base-is-residual`"
+    others = ", ".join(form.title for form in OTHER_FORMATS)
     rows = [
         Support("kind of adapter", "`detect`", "`mitigate`", "`merge`"),
         Support(*["---"] * 4),
         *LORA,
         Support("residual-base initialisations: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ", flag, flag, flag),
         Support(methods, "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
-        Support(f"refused, with the reason: {refused}; other methods; adapters saved as pickles", "no", "no", "no"),
+        EXPERTS,
+        Support(
+            f"refused, with the reason: {refused}; other methods; LoRA files of {others}; adapters saved as pickles",
+            "no",
+            "no",
+            "no",
+        ),
     ]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 

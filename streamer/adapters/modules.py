@@ -238,6 +238,8 @@ class MethodModule(Module):
         Their shapes.
     shape
         (out, in) of the weight that it was placed on, a convolution's kernel set out along its input.
+    expert
+        Its index along the first dimension of its tensors, where these hold a matrix an expert.
     """
 
     name: str
@@ -248,6 +250,7 @@ class MethodModule(Module):
     rank: int = 0
     scaling: float = 1.0
     shape: tuple[int, int] = (0, 0)
+    expert: int | None = None
 
     @property
     def low_rank(self) -> bool:
@@ -277,11 +280,15 @@ class MethodModule(Module):
 
     def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None) -> Delta:
         """Compute ``W' − W0`` by the method's formula."""
-        values = {role: values_of(tensors[name]) for role, name in self.tensors.items()}
+        values = {role: values_of(self.stored(tensors[name])) for role, name in self.tensors.items()}
         if W0 is not None:
             values = {role: t.to(W0.device, torch.promote_types(t.dtype, W0.dtype)) for role, t in values.items()}
         inputs = MethodInputs(values, self.scaling, self.config, self.shape)
         return self.method.delta(inputs, torch.empty(0) if W0 is None else W0)
+
+    def stored(self, tensor: StoredTensor) -> StoredTensor:
+        """Return the module's share of one of its tensors: all, or an expert's matrix."""
+        return tensor if self.expert is None else tensor.slice(self.expert)
 
     def peak_bytes(self, itemsize: int) -> int:
         """Return the memory of the matrices that the formula holds at once, those of the size of W0."""

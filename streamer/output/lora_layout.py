@@ -9,10 +9,10 @@ from typing import Any
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.errors import UnsupportedError
 from streamer.plan.carried_tensors import TensorEdits
-from streamer.plan.tied_embeddings import OF_A_TIE, equal, find_tie, is_without_head, refuse_other_ties
+from streamer.plan.tied_embeddings import OF_A_TIE, find_tie, is_without_head, refuse_other_ties
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
-from streamer.weights.base import StoredTensor
+from streamer.weights.base import StoredTensor, equal
 
 PREFIX = "base_model.model."
 """Prefix of the names in a PEFT adapter: ``model.layers.0.mlp.up_proj`` → ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
@@ -78,7 +78,12 @@ def lora_layout(
     for c in changed.values():
         if c.module in matched and c.parameter == "bias":
             continue
-        if c.module in matched or c.source not in now or any(f"{i}.".startswith(f"{c.module}.") for i in inner):
+        if (
+            not c.module
+            or c.module in matched
+            or c.source not in now
+            or any(f"{i}.".startswith(f"{c.module}.") for i in inner)
+        ):
             raise UnsupportedError(
                 f"{tuned.path}: {c.source!r} has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter; "
                 "use `streamer merge`"

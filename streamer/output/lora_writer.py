@@ -34,6 +34,7 @@ from streamer.plan.transformers_renames import renames_for
 from streamer.storage.atomic_file import Buffer
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import plan_shard
+from streamer.weights.base import StoredTensor, equal
 from streamer.weights.dtypes import as_bytes
 
 SMALL = 1024
@@ -53,7 +54,9 @@ class LoraWriter(Writer):
         self._layout = _layout(plan)
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, Iterable[int]]] = []
-        for target in plan.targets:
+        # Experts that have changed are refused; the others stay out.
+        self._written = [target for target in plan.targets if not target.pieces]
+        for target in self._written:
             for name, shape in self._tensors(target).items():
                 self._targets[name] = target
                 entries.append((name, "F32", shape))
@@ -68,7 +71,7 @@ class LoraWriter(Writer):
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix."""
         plan = self._plan
-        for target in plan.targets:
+        for target in self._written:
             size = mitigation_bytes(plan, target, self.spec.job.intruders(target), projected=True)
             if not target.module.low_rank:
                 size += truncation_bytes(target.module.shape, self._rank, plan.weights[target.tensor].compute.itemsize)
@@ -111,15 +114,15 @@ class LoraWriter(Writer):
 
     def _config(self) -> dict[str, Any]:
         """Make a plain LoRA config: where it goes, what is carried along, and nothing of how the old adapter was trained."""
-        plan, names = self._plan, self._layout.names
+        names = self._layout.names
         return {
             **self._layout.config,
             "peft_type": "LORA",
-            "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in plan.targets),
+            "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in self._written),
             "r": self._rank,
             "lora_alpha": self._rank,
             "target_modules": [
-                *(names.get(t.module.name, t.module.name) for t in plan.targets),
+                *(names.get(t.module.name, t.module.name) for t in self._written),
                 *self._layout.heads.values(),
             ],
             "bias": "all" if any(name.endswith(".bias") for name in self._layout.carried) else "none",
@@ -132,6 +135,13 @@ def _linear(stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...
     m, n = shape
     inner = (n // math.prod(kernel), *kernel)
     return {f"{stem}.lora_A.weight": (rank, *inner), f"{stem}.lora_B.weight": (m, rank, *(1 for _ in kernel))}
+
+
+def _is_unchanged(plan: Plan, target: Target) -> bool:
+    """Say whether a fine-tuned model has an expert's very bytes of the base."""
+    (piece,), tuned = target.pieces, plan.adapter.stored_sum(target.module)
+    base = StoredTensor(*plan.base.locate(piece.weight))
+    return tuned is not None and piece.index is not None and equal(tuned, base.slice(piece.index))
 
 
 def _layout(plan: Plan) -> LoraLayout:
@@ -193,7 +203,7 @@ def refusal(job: Job) -> str:
     adapter = job.plan.adapter
     if is_residual(adapter.config):
         return "is relative to a residual base, which a plain config does not say"
-    if adapter.wrapped:
+    if adapter.wrapped or any(t.pieces and not _is_unchanged(job.plan, t) for t in job.plan.targets):
         return "is on experts' parameters, which a plain config does not name"
     if job.plan.mirrors:
         return "holds the delta of a tied embedding twice (ensure_weight_tying)"

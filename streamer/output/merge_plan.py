@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamer.errors import UnsupportedError
@@ -150,9 +150,20 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
     return Output(name, stored.info.dtype, stored.info.shape, _merged(plan, weights[logical], role))
 
 
-def _merged(plan: Plan, weight: Weight, role: str | None = None, tuned: StoredTensor | None = None) -> Recipe:
-    """Make the recipe of a weight that the adapter changes; with a `role`, of that one of the tensors of its quantized values."""
-    recipes = [_piece(weight, target, held, role, tuned) for target, held in plan.by_weight[weight.name]]
+def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredTensor | None = None) -> Recipe:
+    """Make the recipe of a weight that the adapter changes.
+
+    Parameters
+    ----------
+    role
+        Of its tensors the one to make, where it is quantized.
+    stands
+        The tensor whose dtype is written, where it is not.
+    """
+    recipes = [
+        _piece(weight, target, held, role, None if stands is None else _tuned(plan, target, stands))
+        for target, held in plan.by_weight[weight.name]
+    ]
     return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
 
 
@@ -198,7 +209,7 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     stands = stored or source
     recipe: Recipe
     if name in plan.by_weight:
-        recipe = _merged(plan, weights[name], tuned=_tuned(plan, name, stands))
+        recipe = _merged(plan, weights[name], stands=stands)
     elif name in edits.shifts:
         shift, scaling = edits.shifts[name]
         recipe = AddBias(weights[name], Plain.of(shift), scaling)
@@ -214,9 +225,9 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     return Output(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
 
 
-def _tuned(plan: Plan, name: str, stands: StoredTensor) -> StoredTensor | None:
-    """Find the fine-tuned model's own tensor, where it stands in an adapter's place and in the dtype that is written."""
-    tuned = plan.adapter.stored_sum(plan.by_weight[name][0][0].module)
+def _tuned(plan: Plan, target: Target, stands: StoredTensor) -> StoredTensor | None:
+    """Find the fine-tuned model's own matrix, where it stands in an adapter's place and in the dtype that is written."""
+    tuned = plan.adapter.stored_sum(target.module)
     return tuned if tuned is not None and tuned.info.dtype == stands.info.dtype else None
 
 
@@ -225,12 +236,19 @@ def _head(plan: Plan, names: list[str]) -> Head:
     if plan.adapter.describes_model:
         return Head(plan.config)
     trained = {name: stored.info.shape for name, stored in plan.edits.sources.items() if name in plan.edits.trained}
-    return implied_head(plan.config, plan.adapter.config.get("task_type"), trained, names)
+    head = implied_head(plan.config, plan.adapter.config.get("task_type"), trained, names)
+    implied = {} if plan.config.values else plan.edits.config(plan.config).values
+    if implied:
+        says = ", ".join(f"{key}={value}" for key, value in implied.items())
+        advice = f"the base has no config.json: load the merged model with a config that says {says}"
+        head = replace(head, advice=(*head.advice, advice))
+    return head
 
 
 def _texts(plan: Plan, head: Head, dequantize: bool) -> dict[str, bytes]:
     """Write the model's config, where the merge changes what it must say."""
-    if plan.adapter.describes_model:  # its own config describes it
+    # A fine-tuned model's own config describes it; where there is none, one of a few keys would load as nothing.
+    if plan.adapter.describes_model or not plan.config.values:
         return {}
     config = plan.edits.config(head.config)
     if dequantize:

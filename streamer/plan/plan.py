@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,9 +22,11 @@ from streamer.adapters.reader import open_adapter
 from streamer.errors import InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.operators import Delta
 from streamer.plan import tied_embeddings as tied
+from streamer.plan.architectures import architecture_of
 from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
+from streamer.plan.finetuned_experts import match_stacks, stack_layout, stacks_of
 from streamer.plan.name_matching import match_names
 from streamer.plan.provenance import provenance_notes
 from streamer.plan.side_files import other_files
@@ -175,7 +178,13 @@ def make_batch(
     config = read_model_config(checkpoint.directory)
     weights, inputs, conv1d = open_weights(checkpoint, config), (checkpoint.path, *given), stores_conv1d(config)
     plans = (
-        _plan(checkpoint, weights, config, adapter or open_finetuned(path, checkpoint, conv1d, io), inputs)
+        _plan(
+            checkpoint,
+            weights,
+            config,
+            adapter or open_finetuned(path, checkpoint, conv1d, io, stack_layout(path, config)),
+            inputs,
+        )
         for path, adapter in zip(given, opened, strict=True)
     )
     return Batch(checkpoint, tuple(plans))
@@ -192,12 +201,14 @@ def _plan(
     tie = None if opened.describes_model else tied.find_tie(checkpoint.weight_map, config, opened)
     aliases = {} if tie is None else {tie.head: StoredTensor(*checkpoint.locate(tie.embedding))}
     renames = renames_for(config)
-    names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
+    parameters = [*parameters_of(opened), *stacks_of(opened)]
+    names = match_names(opened.modules, weights.replaced(aliases), renames, parameters)
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(tie, opened, matched)
     edits = match_carried(checkpoint, opened, matched, renames, aliases, weights.quantized_names)
     if opened.describes_model:
-        _check_whole(checkpoint, weights, opened, {*matched.values(), *edits.sources})
+        found = {*(match.tensor for match in names.values()), *edits.sources}
+        _check_whole(checkpoint, weights, config, opened, found)
     else:
         tied.refuse_other_ties(
             tie, checkpoint.path, checkpoint.weight_map, config, opened, matched, [*edits.sources, *edits.rows]
@@ -207,7 +218,11 @@ def _plan(
     weights = weights.replaced({**aliases, **edits.sources})
     other = {m.name for m in mirrors.values()}
     own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
-    targets = [*match_targets(weights, opened, config, own), *match_experts(weights, opened, config, names, renames)]
+    targets = [
+        *match_targets(weights, opened, config, own),
+        *match_experts(weights, opened, config, names, renames),
+        *match_stacks(weights, opened, names),
+    ]
     targets.sort(key=_file_order(weights))
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
     stamps = {str(p): _stamp(p) for p in extra}
@@ -218,13 +233,17 @@ def _file_order(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
     return lambda target: (weights.file_index(target.slices[0].weight), target.slices[0].index or 0)
 
 
-def _check_whole(base: Checkpoint, weights: WeightView, tuned: DeltaSource, found: set[str]) -> None:
-    """Refuse a fine-tuned model that is not one of the base's tensors."""
+def _check_whole(
+    base: Checkpoint, weights: WeightView, config: ModelConfig, tuned: DeltaSource, found: set[str]
+) -> None:
+    """Refuse a fine-tuned model that lacks tensors of the base, but for those that loading does without."""
     if weights.quantized_names:
         raise UnsupportedError(
             f"{base.path}: is quantized; a fine-tuned model is compared with the 16-bit base that it was trained from"
         )
-    missing = [name for name in base.weight_map if name not in found]
+    architecture = architecture_of(config.values)
+    spare = () if architecture is None else architecture.may_be_missing
+    missing = [name for name in base.weight_map if name not in found and not any(re.search(s, name) for s in spare)]
     if missing:
         raise MismatchError(
             f"{tuned.path}: lacks {len(missing)} of the base's {len(base.weight_map)} tensors, {missing[0]!r} first; is it trained from "

@@ -18,7 +18,7 @@ from streamer.adapters.modules import Module
 from streamer.errors import UnsupportedError
 from streamer.plan.carried_tensors import TensorEdits
 from streamer.storage.checkpoint import Checkpoint
-from streamer.weights.base import StoredTensor
+from streamer.weights.base import StoredTensor, equal
 from streamer.weights.model_config import ModelConfig
 
 KEY = "tie_word_embeddings"
@@ -176,13 +176,6 @@ def _as_one(E: str, H: str, delta: set[str], edits: TensorEdits, adapter: DeltaS
     if H in edits.sources:
         return E in edits.sources and equal(edits.sources[E], edits.sources[H])
     return E not in edits.trained
-
-
-def equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Say whether two tensors are the same bytes of the same dtype and shape."""
-    if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
-        return False
-    return all(x == y for x, y in zip(a.file.chunks(a.info), b.file.chunks(b.info), strict=True))
 
 
 def mirrored(tie: Tie | None, adapter: DeltaSource, matched: Mapping[str, str]) -> dict[str, Module]:
