@@ -15,7 +15,9 @@ from streamer.linalg.operators import all_finite
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
-_KINDS: dict[str, type] = {key: get_origin(kind) or kind for key, kind in get_type_hints(MatrixFigures).items()}
+_KINDS: dict[str, type] = {
+    key: get_origin(kind) or kind for key, kind in get_type_hints(MatrixFigures).items() if key != "transposed"
+}
 
 _DECISIONS = tuple(key for key in _KINDS if key in Detection.__dataclass_fields__)
 """The figures that are the detection's; the others are the finding's own."""
