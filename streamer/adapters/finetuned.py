@@ -7,12 +7,13 @@ embeddings of another size) take the place of the base's, as an adapter's saved 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME, AdapterConfig
-from streamer.adapters.layer_names import EMBEDDING, HEADS
+from streamer.adapters.layer_names import EMBEDDING
 from streamer.adapters.modules import MethodModule, Module
 from streamer.adapters.peft_methods import METHODS
 from streamer.adapters.tensor_names import Carried
@@ -67,13 +68,13 @@ def is_model(path: Path) -> bool:
     return holds and not (path / CONFIG_NAME).exists()
 
 
-def open_finetuned(path: Path, base: Checkpoint, conv1d: bool, io: IOMode) -> FinetunedModel:
+def open_finetuned(path: Path, base: Checkpoint, is_conv1d: Callable[[str], bool], io: IOMode) -> FinetunedModel:
     """Open a fine-tuned model as deltas of a base.
 
     Parameters
     ----------
-    conv1d
-        Whether the model's linear layers are stored (in, out).
+    is_conv1d
+        Whether a module of this name is stored (in, out).
 
     Raises
     ------
@@ -95,7 +96,7 @@ def open_finetuned(path: Path, base: Checkpoint, conv1d: bool, io: IOMode) -> Fi
                 if len(info.shape) == 2 and EMBEDDING.search(module):
                     role = "embedding"
                 else:
-                    role = "conv1d" if conv1d and module.rpartition(".")[2] not in HEADS else "weight"
+                    role = "conv1d" if len(info.shape) == 2 and is_conv1d(module) else "weight"
                 modules[module] = MethodModule(module, METHODS[METHOD], config, {role: info.name}, {role: info.shape})
             else:
                 carried.append(Carried("saved", module, parameter, info.name))
