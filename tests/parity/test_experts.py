@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_architectures import MODELS, MOE, TEXT, weights
+from test_architectures import LINEAR, MODELS, MOE, TEXT, weights
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import streamer
@@ -74,6 +74,63 @@ def assert_merged(home: Path, model: Any, rtol: float = 1e-5) -> None:
 def test_merged_as_peft_merges(name: str, targets: list[str], tmp_path: Path) -> None:
     *_, model = make(name, tmp_path, targets)
     assert_merged(tmp_path, model)
+
+
+# Name → class and config of models whose seven usual projections are layers and experts.
+DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 8,
+            "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4}  # fmt: skip
+TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": ("MixtralForCausalLM", "Mixtral", MOE),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3Moe", MOE),
+    "olmoe": ("OlmoeForCausalLM", "Olmoe", MOE),
+    "deepseek-v3": ("DeepseekV3ForCausalLM", "DeepseekV3", {**MOE, **DEEPSEEK}),
+    "glm4-moe": ("Glm4MoeForCausalLM", "Glm4Moe",
+                 {**MOE, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
+    "gpt-oss": ("GptOssForCausalLM", "GptOss", MOE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "seven"])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_attention_and_experts_together(name: str, targets: str, tmp_path: Path) -> None:
+    """PEFT turns them into parameters without a path: ``gate_up_proj`` is one of any module that has one, and of no other."""
+    cls, kind, values = TOGETHER[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(getattr(transformers, f"{kind}Config")(**{**TEXT, **values}))
+    model.save_pretrained(tmp_path / "base")
+    before = {k: v.double() for k, v in model.state_dict().items()}
+    torch.manual_seed(1)
+    modules: Any = "all-linear" if targets == "all-linear" else [*LINEAR[:4], *(["gate_proj", "up_proj", "down_proj"])]
+    parameters = ["gate_up_proj", "down_proj"] if name == "gpt-oss" else None  # which PEFT does not add of itself
+    if name == "mixtral" and targets == "seven":
+        modules = [*LINEAR[:4], "w1", "w2", "w3"]
+    lora = LoraConfig(r=3, lora_alpha=24, target_modules=modules, target_parameters=parameters, init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(model, lora)
+        for key, p in model.named_parameters():
+            if "lora_" in key:
+                p.data.normal_(std=0.3)
+        model.save_pretrained(tmp_path / "adapter")
+    bare = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
+    assert {"gate_up_proj", "down_proj"} <= set(bare)
+    assert_merged(tmp_path, model)
+    findings = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
+    after = getattr(transformers, cls).from_pretrained(tmp_path / "theirs").state_dict()
+    assert any(m.module.endswith("gate_up_proj[3]") for m in findings)
+    assert (
+        any(m.module.endswith("q_a_proj" if name == "deepseek-v3" else "q_proj") for m in findings)
+        or targets == "seven"
+    )
+    for m in findings:
+        key, _, number = m.module.removesuffix("]").partition("[")
+        W0, W = (t[key][int(number)] if number else t[f"{key}.weight"] for t in (before, after))
+        if number and name == "gpt-oss":
+            W0, W = W0.T, W.T
+        U0, U = (torch.linalg.svd(matrix.double(), full_matrices=False).U for matrix in (W0, W))
+        similarity = (U0.T @ U[:, :10]).abs().amax(0)
+        clear = [j for j in range(len(similarity)) if abs(float(similarity[j]) - 0.5) > 1e-3]
+        assert [j for j in m.detection.intruders if j in clear] == [j for j in clear if similarity[j] < 0.5], m.module
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
