@@ -139,6 +139,18 @@ def test_bf16(name: str, tmp_path: Path) -> None:
     assert_merged(tmp_path, model, rtol=2 * torch.finfo(torch.bfloat16).eps)
 
 
+def test_stacks_of_an_unknown_class(tmp_path: Path) -> None:
+    """gpt-oss stores its experts (in, out), most others (out, in): nothing in one file tells."""
+    base, adapter, _ = make("gpt-oss", tmp_path, EXPERTS)
+    expected = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
+    alone = base / "model.safetensors"
+    (base / "config.json").unlink()
+    with pytest.raises(MismatchError, match=r"does not tell whether they are stored as .* with --architecture NAME"):
+        streamer.iter_merged(alone, adapter, mitigation_lambda=1.0)
+    named = dict(streamer.iter_merged(alone, adapter, mitigation_lambda=1.0, architecture="GptOssForCausalLM"))
+    assert all(torch.equal(named[key], tensor) for key, tensor in expected.items())
+
+
 # What other versions of PEFT wrote -------------------------------------------------------------------------------------
 
 DATA = Path(__file__).parents[1] / "data" / "experts"

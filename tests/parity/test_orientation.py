@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import run_cli
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_architectures import TEXT, assert_merged, config, weights
 
@@ -187,3 +188,7 @@ def test_a_class_that_is_not_known(given: str, said: str, tmp_path: Path) -> Non
     make("conv1d", tmp_path)
     with pytest.raises(UsageError, match=said):
         streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter", architecture=given)
+    for inputs in ([tmp_path / "base", tmp_path / "adapter"], [tmp_path / "base"]):
+        done = run_cli("inspect", *inputs, "--architecture", given)
+        assert done.returncode == 2
+        assert "--architecture: expected a class of model_type 'gpt2'" in done.stderr
