@@ -20,7 +20,7 @@ class Support(NamedTuple):
 
 
 LORA = (
-    Support("LoRA on linear layers; rsLoRA, `rank_pattern`, `alpha_pattern`, `fan_in_fan_out` (Conv1D)", "yes", "yes", "yes"),
+    Support("LoRA on linear layers; rsLoRA, `rank_pattern`, `alpha_pattern`, Conv1D, whatever `fan_in_fan_out` says", "yes", "yes", "yes"),
     Support("LoRA on embeddings, and on 1-d to 3-d convolutions without groups", "yes", "yes", "yes"),
     Support("LoRA on experts and other stacked parameters (`target_parameters`), in stacks or one tensor an expert on disk",
             "yes, expert by expert", "yes", "yes"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME, AdapterConfig
-from streamer.adapters.layer_names import EMBEDDING, HEADS
+from streamer.adapters.layer_names import EMBEDDING
 from streamer.adapters.modules import MethodModule, Module
 from streamer.adapters.peft_methods import METHODS
 from streamer.adapters.tensor_names import Carried
@@ -94,15 +94,14 @@ def is_model(path: Path) -> bool:
     return holds and not (path / CONFIG_NAME).exists()
 
 
-def open_finetuned(
-    path: Path, base: Checkpoint, conv1d: bool, io: IOMode, stack_layout: Callable[[TensorInfo], str | None]
-) -> FinetunedModel:
+def open_finetuned(path: Path, base: Checkpoint, is_conv1d: Callable[[str], bool], io: IOMode,
+                   stack_layout: Callable[[TensorInfo], str | None]) -> FinetunedModel:  # fmt: skip
     """Open a fine-tuned model as deltas of a base.
 
     Parameters
     ----------
-    conv1d
-        Whether the model's linear layers are stored (in, out).
+    is_conv1d
+        Whether a module of this name is stored (in, out).
     stack_layout
         Tells of a tensor how it stores a matrix an expert, ``out,in`` or ``in,out``; None where it is no stack of experts.
 
@@ -130,7 +129,7 @@ def open_finetuned(
                 if len(info.shape) == 2 and EMBEDDING.search(module):
                     role = "embedding"
                 else:
-                    role = "conv1d" if conv1d and module.rpartition(".")[2] not in HEADS else "weight"
+                    role = "conv1d" if len(info.shape) == 2 and is_conv1d(module) else "weight"
                 modules[module] = MethodModule(module, METHODS[METHOD], config, {role: info.name}, {role: info.shape})
             else:
                 carried.append(Carried("saved", module, parameter, info.name))

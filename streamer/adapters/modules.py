@@ -92,17 +92,13 @@ class Module(Protocol):
         """Return the memory of the module's tensors in the computing dtype, where these are kept beside Δ."""
         return 0
 
-    def placed(self, stored: Shape, fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
-        """Fit the module to a weight of this shape as it is stored.
-
-        Where the weight is square, the adapter's config must tell. PEFT sets the config's flag to what suits the layer that it wrapped
-        last, so in a model of Conv1D and Linear layers it is true of some of them only: a shape that fits one way alone goes that way
-        where the flag or the kind of model allows it.
+    def placed(self, stored: Shape, transposed: bool) -> Module | None:
+        """Fit the module to a weight of this shape that is stored (in, out) if `transposed`, else (out, in).
 
         Returns
         -------
-        module, transposed
-            The module, its shape that of the weight as (out, in), or None if it does not fit; and whether the weight is stored (in, out).
+        Module or None
+            The module, its shape that of the weight as (out, in); None if it does not fit.
         """
 
 
@@ -185,14 +181,10 @@ class LoraModule(Module):
         """Return ``scaling · B @ A`` in factors."""
         return self.low_rank_delta(tensors)
 
-    def placed(self, stored: Shape, fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
+    def placed(self, stored: Shape, transposed: bool) -> Module | None:
         """Fit the module to a weight of this shape as it is stored."""
-        if self.form != "linear":
-            return self if stored == self.weight else None, self.form == "embedding"
-        if self.shape[0] == self.shape[1]:
-            return self if stored == self.shape else None, fan_in_fan_out
-        transposed = stored == self.shape[::-1]
-        return self if stored == self.shape or (transposed and (fan_in_fan_out or conv1d)) else None, transposed
+        wanted = self.shape[::-1] if self.form == "linear" and transposed else self.weight
+        return self if stored == wanted else None
 
 
 @dataclass(frozen=True)
@@ -298,15 +290,8 @@ class MethodModule(Module):
         """Return the memory of all its tensors in the computing dtype."""
         return sum(math.prod(shape) * max(4, itemsize) for shape in self.shapes.values())
 
-    def placed(self, stored: Shape, fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
+    def placed(self, stored: Shape, transposed: bool) -> MethodModule | None:
         """Fit the module to a weight of this shape as it is stored."""
-        if self.form != "linear":
-            return self._on(stored, True), True
-        straight, turned = self._on(stored, False), self._on(stored, True) if fan_in_fan_out or conv1d else None
-        transposed = turned is not None and (fan_in_fan_out or straight is None)
-        return (turned if transposed else straight), transposed
-
-    def _on(self, stored: Shape, transposed: bool) -> MethodModule | None:
         if len(stored) < 2:
             return None
         m, n = stored[0], math.prod(stored[1:])

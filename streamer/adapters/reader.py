@@ -167,7 +167,7 @@ def _lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, conf
             f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply; save the adapter again"
         )
     # PEFT looks a parameter's rank and alpha up by the parameter's name.
-    scaling = config.lora_scaling(f"{name}.weight" if targeted_parameters(config, name) else name, rank)
+    scaling = config.lora_scaling(f"{name}.weight" if "weight" in targeted_parameters(config, name) else name, rank)
     shape = (b.shape[0], math.prod(a.shape[1:]))
     if (magnitude is not None) != bool(config.get("use_dora")):
         found = "has magnitudes" if magnitude else "has none"

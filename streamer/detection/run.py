@@ -149,7 +149,7 @@ def detect_many(base: str | Path, adapters: Mapping[str, Path], output: str | Pa
     dict
         Findings by the adapters' names.
     """
-    batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual)
+    batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
     run.monitor.warn(batch.warnings)
     if output is None:
         found = detect_in_memory(batch, options, run)

@@ -22,8 +22,9 @@ from streamer.output.merged_tensors import (
     RowSlice,
     Stack,
 )
+from streamer.plan.architectures import architectures_for
 from streamer.plan.plan import Plan
-from streamer.plan.targets import Target, TensorSlice, stores_conv1d
+from streamer.plan.targets import Target, TensorSlice
 from streamer.plan.task_heads import Head, implied_head
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shard_writer import ShardPlan, index_bytes, plan_shard
@@ -188,7 +189,7 @@ def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
             "the 16-bit base"
         )
     refused = [name for name in plan.by_weight if name in quantized and not plan.weights.requantizes(name)]
-    if dequantize and quantized and stores_conv1d(plan.config):
+    if dequantize and quantized and any(a.conv1d for a in architectures_for(plan.config)):
         raise UnsupportedError(
             f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out), which "
             "is not supported; merge into the 16-bit base"

@@ -12,9 +12,13 @@ import gzip
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
+
+from streamer.errors import UsageError
+from streamer.weights.model_config import ModelConfig
 
 TIE_KEY = "tie_word_embeddings"
 
@@ -116,13 +120,20 @@ class Architecture:
         """Whether a module is looked up and not multiplied."""
         return self._among(module, self.embeddings)
 
+    def stack_orientation(self, parameter: str) -> str:
+        """Orientation of each matrix of a stack of experts, ``out,in`` or ``in,out``; empty where the table does not tell."""
+        return next((self.expert_stacks[p] for p in self._spellings(parameter) if p in self.expert_stacks), "")
+
     def disk_patterns(self, name: str) -> tuple[str, ...]:
         """The patterns on disk of a tensor that the table names."""
         return self.disk_names.get(pattern := pattern_of(name), (pattern,))
 
     def _among(self, name: str, patterns: frozenset[str]) -> bool:
+        return not patterns.isdisjoint(self._spellings(name))
+
+    def _spellings(self, name: str) -> tuple[str, ...]:
         pattern, base = pattern_of(name), f"{self.base_prefix}."
-        return bool({pattern, base + pattern, pattern.removeprefix(base)} & patterns)
+        return pattern, base + pattern, pattern.removeprefix(base)
 
 
 def pattern_of(name: str) -> str:
@@ -136,7 +147,7 @@ def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Archi
     Parameters
     ----------
     name
-        Its class, where it is not the first of the config's ``architectures``.
+        Its class, where it is not the first of the config's ``architectures``; the type of the config may then be unknown.
 
     Returns
     -------
@@ -146,12 +157,42 @@ def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Archi
     """
     stated, model_type = config.get("architectures"), config.get("model_type")
     of_type = _table().types.get(model_type, ()) if isinstance(model_type, str) else ()
+    named = name is not None and not of_type
     if name is None:
         names = stated if isinstance(stated, list) and stated else of_type if len(of_type) == 1 else ()
         name = next(iter(names), None)
-    if not isinstance(name, str) or (model_type is not None and name not in of_type):
+    if not isinstance(name, str) or (model_type is not None and name not in of_type and not named):
         return None
     return _architecture(name, config, ())
+
+
+def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
+    """List the facts of the model with this config; where it names no class, those of every class of its type; none: it is not known."""
+    if config.architecture is None and not config.architectures:
+        names: Iterable[str | None] = classes_of(config.model_type) if config.model_type else ()
+    else:
+        names = [config.architecture]
+    found = [architecture_of(config.values, name) for name in names]
+    return tuple(a for a in found if a is not None) if None not in found else ()
+
+
+def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
+    """Set the class that a user names.
+
+    Raises
+    ------
+    UsageError
+        If the table has no such class, or the config says that the model is of another type.
+    """
+    if name is None:
+        return config
+    if architecture_of(config.values, name) is None:
+        known, of_type = _table().classes, classes_of(config.model_type) if config.model_type else ()
+        near = get_close_matches(name, of_type or known, 3, 0.4)
+        whose = f"of model_type {config.model_type!r}" if of_type else f"of {source()}"
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise UsageError(f"architecture: expected a class {whose}, found {name!r}{hint}")
+    return replace(config, architecture=name)
 
 
 def classes_of(model_type: str) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from streamer.adapters.reader import open_adapter
 from streamer.errors import InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.operators import Delta
 from streamer.plan import tied_embeddings as tied
-from streamer.plan.architectures import architecture_of
+from streamer.plan.architectures import architecture_of, with_architecture
 from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
@@ -31,7 +31,7 @@ from streamer.plan.name_matching import match_names
 from streamer.plan.provenance import provenance_notes
 from streamer.plan.side_files import other_files
 from streamer.plan.sources import Source, adapter_source, base_source
-from streamer.plan.targets import Target, TensorSlice, match_targets, stores_conv1d
+from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets
 from streamer.plan.transformers_renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.files import Stamp, file_stamp
@@ -107,8 +107,9 @@ class Plan:
 
     @cached_property
     def base_identity(self) -> BaseIdentity:
-        """See `Checkpoint.identity`."""
-        return self.base.identity()
+        """See `Checkpoint.identity`; with the base's class, where the user named it."""
+        identity, name = self.base.identity(), self.config.architecture
+        return identity if name is None else {"architecture": name, **identity}
 
     @cached_property
     def adapter_identity(self) -> AdapterIdentity:
@@ -156,18 +157,25 @@ class Plan:
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> Plan:
+def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_is_residual: bool = False,
+              architecture: str | None = None) -> Plan:  # fmt: skip
     """Open and match a base and an adapter; see `make_batch`."""
-    return make_batch(base, [adapter], io, base_is_residual).plans[0]
+    return make_batch(base, [adapter], io, base_is_residual, architecture).plans[0]
 
 
-def make_batch(
-    base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", base_is_residual: bool = False
-) -> Batch:
+def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", base_is_residual: bool = False,
+               architecture: str | None = None) -> Batch:  # fmt: skip
     """Open a base, once, and match each adapter with it.
+
+    Parameters
+    ----------
+    architecture
+        The base's class, where its config does not tell.
 
     Raises
     ------
+    UsageError
+        If `architecture` is no class that is known, or not of the type that the base's config states.
     InputError
         If one of them is bad, refused, or they do not belong together. Nothing has been written.
     """
@@ -175,14 +183,16 @@ def make_batch(
     # What is wrong with an adapter is said before what is wrong with the base.
     opened = [None if is_model(path) else open_adapter(path, io, base_is_residual) for path in given]
     checkpoint = open_checkpoint(base, io)
-    config = read_model_config(checkpoint.directory)
-    weights, inputs, conv1d = open_weights(checkpoint, config), (checkpoint.path, *given), stores_conv1d(config)
+    config = with_architecture(read_model_config(checkpoint.directory), architecture)
+    weights, inputs = open_weights(checkpoint, config), (checkpoint.path, *given)
+    orientation = Orientation.of(checkpoint, config)
     plans = (
         _plan(
             checkpoint,
             weights,
             config,
-            adapter or open_finetuned(path, checkpoint, conv1d, io, stack_layout(path, config)),
+            orientation,
+            adapter or open_finetuned(path, checkpoint, orientation.is_conv1d, io, stack_layout(path, config)),
             inputs,
         )
         for path, adapter in zip(given, opened, strict=True)
@@ -191,8 +201,9 @@ def make_batch(
 
 
 def _plan(
-    checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, opened: DeltaSource, inputs: tuple[Path, ...]
-) -> Plan:
+    checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, orientation: Orientation, opened: DeltaSource,
+    inputs: tuple[Path, ...],
+) -> Plan:  # fmt: skip
     """Match an adapter with a base."""
     extra = [*opened.config_paths, *(path for _, path in other_files(opened.path))]
     if checkpoint.directory is not None:
@@ -219,8 +230,8 @@ def _plan(
     other = {m.name for m in mirrors.values()}
     own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
     targets = [
-        *match_targets(weights, opened, config, own),
-        *match_experts(weights, opened, config, names, renames),
+        *match_targets(weights, opened, orientation, own, renames),
+        *match_experts(weights, opened, config, orientation.architectures, names, renames),
         *match_stacks(weights, opened, names),
     ]
     targets.sort(key=_file_order(weights))

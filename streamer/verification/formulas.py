@@ -15,9 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from streamer.plan.architectures import architectures_for
 from streamer.verification.deltas import Delta, DoraDelta, LowRankDelta, TunedDelta
 from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix, TensorFiles, open_matrix
+from streamer.weights.model_config import ModelConfig
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -47,10 +49,17 @@ class Factors:
 
 
 class AdapterFiles:
-    """Open an adapter's directory, or that of a fine-tuned model in its place; or the one `streamer mitigate` wrote."""
+    """Open an adapter's directory, or that of a fine-tuned model in its place; or the one `streamer mitigate` wrote.
 
-    def __init__(self, directory: Path) -> None:
+    Parameters
+    ----------
+    base
+        The config of the base that it changes, by which square layers are stored (out, in), or as a Conv1D (in, out).
+    """
+
+    def __init__(self, directory: Path, base: ModelConfig | None = None) -> None:
         self.directory = directory
+        self._architectures = () if base is None else architectures_for(base)
         self.is_model = not (directory / CONFIG_NAME).exists()
         if self.is_model:
             self.config: dict[str, Any] = {}
@@ -124,18 +133,20 @@ class AdapterFiles:
             W0 = open_matrix(base, tensor, (stored[0], stored[1]), False)
             return W0, TunedDelta(open_matrix(self.files, tensor, W0.shape, False)), 0
         factors = self.factors(module)
-        W0 = open_matrix(base, tensor, factors.shape, self._transposed(factors, stored))
+        W0 = open_matrix(base, tensor, factors.shape, self._transposed(factors, stored, module, tensor))
         low_rank = LowRankDelta(factors.scaling * factors.B, factors.A.T)
         rank = len(factors.A)
         if factors.magnitude is None:
             return W0, low_rank, rank
         return W0, DoraDelta(low_rank, factors.magnitude), rank
 
-    def _transposed(self, factors: Factors, stored: tuple[int, ...]) -> bool:
-        """Tell whether the base stores (in, out): by shape, and where that is square by the config."""
+    def _transposed(self, factors: Factors, stored: tuple[int, ...], *names: str) -> bool:
+        """Tell whether the base stores (in, out): by shape, and where that is square by the base's class."""
         m, n = factors.shape
         flat = (stored[0], math.prod(stored[1:]))
-        inward = factors.embedding or (m == n and bool(self.config.get("fan_in_fan_out")))
+        layers = [name.removesuffix(".weight") for name in names]
+        conv1d = any(a.transposed(layer) for a in self._architectures for layer in layers)
+        inward = factors.embedding or (m == n and conv1d)
         if flat == (m, n) and not inward:
             return False
         if stored == (n, m):

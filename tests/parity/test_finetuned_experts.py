@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architectures import MODELS, MOE, TEXT, text, weights
 from safetensors.torch import save_file
-from test_architectures import MODELS, MOE, TEXT, text, weights
 
 import streamer
 from streamer.errors import UnsupportedError

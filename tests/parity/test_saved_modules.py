@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architectures import MODELS, weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_architectures import MODELS, assert_merged, weights
 
 import streamer
 from streamer.errors import FormatError

@@ -35,6 +35,27 @@ CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size
 SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
 
 
+VIT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 64,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+
+
 ROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
 
 
@@ -59,6 +80,20 @@ def qwen_vl(kind: str) -> Callable[[], Any]:
     )
 
 
+def two(
+    encoder: str, encoder_values: dict[str, Any], decoder: str, decoder_values: dict[str, Any]
+) -> Callable[[], Any]:
+    """The config of an encoder and a decoder that each have a type of their own."""
+
+    def make() -> Any:
+        kind = transformers.VisionEncoderDecoderConfig
+        made = kind.from_encoder_decoder_configs(config(encoder, **encoder_values), config(decoder, **decoder_values))
+        made.decoder_start_token_id = made.pad_token_id = 0
+        return made
+
+    return make
+
+
 def multimodal(kind: str, model_type: str, vision: dict[str, Any], **values: Any) -> Callable[[], Any]:
     return lambda: config(kind, text_config={"model_type": model_type, **TEXT}, vision_config=vision, tie_word_embeddings=False,
                           image_token_id=5, **values)  # fmt: skip
@@ -79,6 +114,9 @@ MODELS: dict[str, tuple[str, Callable[[], Any], list[str] | str]] = {
     "bert": ("BertForSequenceClassification", text("Bert", num_labels=3), ["query", "key", "value", "dense"]),
     "vit": ("ViTForImageClassification", lambda: config("ViT", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                                         num_attention_heads=4, image_size=28, patch_size=14), "all-linear"),
+    "vit-gpt2": ("VisionEncoderDecoderModel", two("ViT", VIT, "GPT2", GPT2),
+                 ["q_proj", "v_proj", "o_proj", "fc1", "c_attn", "c_proj", "q_attn"]),
+    "swin-bert": ("VisionEncoderDecoderModel", two("Swin", SWIN, "Bert", BERT), ["query", "value", "dense", "q_proj", "v_proj"]),
     "t5": ("T5ForConditionalGeneration", lambda: config("T5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64,
                                                         decoder_start_token_id=0), ["q", "k", "v", "o", "wi", "wo"]),
     "mixtral": ("MixtralForCausalLM", text("Mixtral", **MOE), ATTENTION),
