@@ -147,7 +147,7 @@ def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Archi
     Parameters
     ----------
     name
-        Its class, where it is not the first of the config's ``architectures``; the type of the config may then be unknown.
+        Its class, where it is not the first of the config's ``architectures``.
 
     Returns
     -------
@@ -157,11 +157,10 @@ def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Archi
     """
     stated, model_type = config.get("architectures"), config.get("model_type")
     of_type = _table().types.get(model_type, ()) if isinstance(model_type, str) else ()
-    named = name is not None and not of_type
     if name is None:
         names = stated if isinstance(stated, list) and stated else of_type if len(of_type) == 1 else ()
         name = next(iter(names), None)
-    if not isinstance(name, str) or (model_type is not None and name not in of_type and not named):
+    if not isinstance(name, str) or (model_type is not None and name not in of_type):
         return None
     return _architecture(name, config, ())
 
@@ -172,7 +171,7 @@ def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
         names: Iterable[str | None] = classes_of(config.model_type) if config.model_type else ()
     else:
         names = [config.architecture]
-    found = [architecture_of(config.values, name) for name in names]
+    found = [_of_class(config, name) for name in names]
     return tuple(a for a in found if a is not None) if None not in found else ()
 
 
@@ -186,13 +185,19 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
     """
     if name is None:
         return config
-    if architecture_of(config.values, name) is None:
+    if _of_class(config, name) is None:
         known, of_type = _table().classes, classes_of(config.model_type) if config.model_type else ()
         near = get_close_matches(name, of_type or known, 3, 0.4)
         whose = f"of model_type {config.model_type!r}" if of_type else f"of {source()}"
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise UsageError(f"architecture: expected a class {whose}, found {name!r}{hint}")
     return replace(config, architecture=name)
+
+
+def _of_class(config: ModelConfig, name: str | None) -> Architecture | None:
+    """The facts of a class that is named for this config; one that the user names stands for a type that is not known, too."""
+    unknown = name is not None and not classes_of(config.model_type or "")
+    return architecture_of({k: v for k, v in config.values.items() if not unknown or k != "model_type"}, name)
 
 
 def classes_of(model_type: str) -> tuple[str, ...]:
