@@ -149,7 +149,7 @@ class FindingsCheck:
             If no plain formula covers it.
         """
         tensor = row["tensor"]
-        W0, delta, rank = self.adapter.delta(tensor, row["module"], self.base)
+        W0, delta, rank = self.adapter.delta(tensor, row["module"], bool(row.get("transposed")), self.base)
         arrays = {key: self.file.whole(f"{tensor}/{key}") for key in ARRAYS}
         stated = (tuple(row["shape"]), row["rank"]) if rank else (tuple(row["shape"]), rank)
         if stated != (W0.shape, rank):
