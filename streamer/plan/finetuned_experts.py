@@ -53,8 +53,8 @@ def stack_layout(path: Path, config: ModelConfig) -> Callable[[TensorInfo], str 
         if stated or by or matrices:
             raise UnsupportedError(
                 f"{path}: {info.name!r} {list(info.shape)} may be a stack of experts, of which it is not known which way round they are "
-                f"stored in {listed(map(str, config.architectures)) or 'a model whose config.json names no class'}; save both models "
-                "with a current transformers"
+                f"stored in {listed(map(str, config.architectures)) or 'a model whose config.json names no class'}; name the base's class "
+                "with --architecture NAME"
             )
         return None
 
