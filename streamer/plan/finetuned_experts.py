@@ -12,7 +12,7 @@ from pathlib import Path
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.errors import MismatchError, UnsupportedError
-from streamer.plan.architectures import Architecture, architecture_of, classes_of, pattern_of
+from streamer.plan.architectures import architectures_for
 from streamer.plan.name_matching import Match
 from streamer.plan.targets import Target, TensorSlice, misfits
 from streamer.plan.transformers_renames import CONCATENATE, TRANSPOSE, renames_for
@@ -37,14 +37,14 @@ def stack_layout(path: Path, config: ModelConfig) -> Callable[[TensorInfo], str 
     UnsupportedError
         By that function, if a tensor may be a stack of experts, and it is not known which way round.
     """
-    classes, renames = _classes(config), renames_for(config)
+    classes, renames = architectures_for(config), renames_for(config)
 
     def layout(info: TensorInfo) -> str | None:
         if len(info.shape) != 3:
             return None
         (loaded,) = renames.loaded([info.name])
         by = () if loaded.by is None else loaded.by.by
-        stated = {found for a in classes if (found := _stated(a, loaded.name)) is not None}
+        stated = {a.stack_orientation(loaded.name) for a in classes} - {""}
         if len(stated) == 1 and by in ((), (CONCATENATE,), (TRANSPOSE,)):
             (run_time,) = stated
             return ",".join(reversed(run_time.split(","))) if by == (TRANSPOSE,) else run_time
@@ -53,25 +53,12 @@ def stack_layout(path: Path, config: ModelConfig) -> Callable[[TensorInfo], str 
         if stated or by or matrices:
             raise UnsupportedError(
                 f"{path}: {info.name!r} {list(info.shape)} may be a stack of experts, of which it is not known which way round they are "
-                f"stored in {listed(map(str, config.architectures)) or 'a model whose config.json names no class'}; save both models "
-                "with a current transformers"
+                f"stored in {listed(map(str, config.architectures)) or 'a model whose config.json names no class'}; name the base's class "
+                "with --architecture NAME"
             )
         return None
 
     return layout
-
-
-def _classes(config: ModelConfig) -> list[Architecture]:
-    """List the facts of the class that a config names, or of all of its type; none where any of them is not known."""
-    names = [None] if config.architectures else classes_of(config.model_type or "")
-    found = [architecture_of(config.values, name) for name in names]
-    return [] if None in found else [a for a in found if a is not None]
-
-
-def _stated(architecture: Architecture, name: str) -> str | None:
-    pattern, prefix = pattern_of(name), f"{architecture.base_prefix}."
-    stacks = architecture.expert_stacks
-    return next((stacks[p] for p in (pattern, prefix + pattern, pattern.removeprefix(prefix)) if p in stacks), None)
 
 
 def stacks_of(adapter: DeltaSource) -> list[str]:

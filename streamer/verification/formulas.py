@@ -122,16 +122,20 @@ class AdapterFiles:
         alpha = float(next(fitting, self.config["lora_alpha"]))
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
-    def delta(self, tensor: str, module: str, base: TensorFiles) -> tuple[Matrix, Delta, int]:
-        """Return W0 as (out, in), Δ, and the rank of its factors, 0 where it has none."""
+    def delta(self, tensor: str, module: str, transposed: bool, base: TensorFiles) -> tuple[Matrix, Delta, int]:
+        """Return W0 as (out, in), Δ, and the rank of its factors, 0 where it has none.
+
+        `transposed` is what the record says of the base's tensor; only two models of one shape leave that open.
+        """
         if tensor not in base:
             raise NotRecomputed("it is no tensor of the base by itself, but a part of one or built of several")
         stored = base.stored(tensor)[1]
         if self.is_model:
             if tensor not in self.files or self.files.stored(tensor).shape != stored or len(stored) != 2:
                 raise NotRecomputed("it is no matrix of this name and shape in the fine-tuned model")
-            W0 = open_matrix(base, tensor, (stored[0], stored[1]), False)
-            return W0, TunedDelta(open_matrix(self.files, tensor, W0.shape, False)), 0
+            m, n = stored[::-1] if transposed else stored
+            W0 = open_matrix(base, tensor, (m, n), transposed)
+            return W0, TunedDelta(open_matrix(self.files, tensor, W0.shape, transposed)), 0
         factors = self.factors(module)
         W0 = open_matrix(base, tensor, factors.shape, self._transposed(factors, stored, module, tensor))
         low_rank = LowRankDelta(factors.scaling * factors.B, factors.A.T)

@@ -9,21 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import LINEAR, MODELS, make_adapter, make_base, weights
+from architectures import LINEAR, MODELS, assert_merged, make_adapter, make_base, merge, weights
 from safetensors.torch import load_file, save_file
-
-import streamer
-
-
-def merge(base: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0)
-    return weights(out)
-
-
-def assert_merged(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("name", MODELS)

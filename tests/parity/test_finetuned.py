@@ -121,6 +121,18 @@ def test_detection_and_methods_equal_the_dense_formulas(tmp_path: Path, make) ->
                 assert torch.equal(tensor, W1s[name]), name
 
 
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_outputs_are_verified_on_the_side_that_was_judged(tmp_path: Path, make) -> None:
+    base, tuned = pair(tmp_path, make)
+    streamer.detect_intruder_dimensions(base, tuned, tmp_path / "found.safetensors")
+    streamer.merge_with_reduced_intruder_dimensions(base, tuned, tmp_path / "merged", mitigation_lambda=0.5)
+    streamer.reduce_intruder_dimension(base, tuned, tmp_path / "lora", mitigation_lambda=0.5, to_lora=8)
+    for output in ("found.safetensors", "merged", "lora"):
+        totals = streamer.verify_output(tmp_path / output, base, tuned, sample="all")["totals"]
+        assert totals["recomputed"] == totals["matrices"] > 0
+        assert totals["differences"] == 0
+
+
 def test_shards_of_one_and_another_size(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path)
     model = LlamaForCausalLM.from_pretrained(tuned)

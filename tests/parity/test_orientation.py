@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import TEXT, config, weights
+from architectures import TEXT, assert_merged, config, weights
 from helpers import run_cli
 from peft import LoraConfig, PeftModel, get_peft_model
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import MODELS, weights
+from architectures import MODELS, assert_merged, weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 

@@ -12,6 +12,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+import streamer
+
 TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -155,3 +157,14 @@ def make_adapter(cls: Any, base: Path, path: Path, targets: list[str] | str) -> 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
+
+
+def merge(base: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0)
+    return weights(out)
+
+
+def assert_merged(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
