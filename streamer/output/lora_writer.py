@@ -55,7 +55,7 @@ class LoraWriter:
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, Iterable[int]]] = []
         for target in plan.targets:
-            for name, shape in self._tensors(target).items():
+            for name, (shape, _) in self._tensors(target).items():
                 self._targets[name] = target
                 entries.append((name, "F32", shape))
         entries += [(name, part.info.dtype, part.info.shape) for name, part in self._layout.carried.items()]
@@ -94,25 +94,24 @@ class LoraWriter:
         written = LowRank(B.double(), A.double().T)
         error = _truncation_error(after, written)
         metrics.append(matrix_metrics(target, delta, written, found, job.options.scale, error))
-        shapes = self._tensors(target)
+        factors = {"A": A, "B": B, "Aᵀ": A.T, "Bᵀ": B.T}
         return {
-            name: factor.reshape(shapes[name]).contiguous()
-            for name, factor in zip(shapes, (A, B, B.T, A.T), strict=False)
+            name: factors[factor].reshape(shape).contiguous() for name, (shape, factor) in self._tensors(target).items()
         }
 
-    def _tensors(self, target: Target) -> dict[str, tuple[int, ...]]:
-        """Name A and B as PEFT stores them, with their shapes; and those of an lm_head that is tied to the target."""
-        (m, n), kernel, rank = target.module.shape, target.kernel, self._rank
-        module = self._layout.names.get(target.module.name, target.module.name)
-        stem = f"{PREFIX}{module}"
-        if target.is_embedding:
-            tensors: dict[str, tuple[int, ...]] = {
-                f"{stem}.lora_embedding_A": (rank, n),
-                f"{stem}.lora_embedding_B": (m, rank),
-            }
-            head = self._layout.heads.get(target.module.name)
-            return tensors | _linear(f"{PREFIX}{head}", (n, m), rank, ()) if head else tensors
-        return _linear(stem, (m, n), rank, kernel)
+    def _tensors(self, target: Target) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name A and B as PEFT stores them, with their shapes and the factor of each; and those of modules that are tied to the target."""
+        shape, rank, name = target.module.shape, self._rank, target.module.name
+        stem = f"{PREFIX}{self._layout.names.get(name, name)}"
+        if not target.is_embedding:
+            return _linear(stem, shape, rank, target.kernel, ("A", "B"))
+        tensors = _embedding(stem, shape, rank)
+        for tied, is_embedding in self._layout.heads.get(name, {}).items():
+            head = f"{PREFIX}{tied}"
+            tensors |= (
+                _embedding(head, shape, rank) if is_embedding else _linear(head, shape[::-1], rank, (), ("Bᵀ", "Aᵀ"))
+            )
+        return tensors
 
     def _config(self) -> dict[str, Any]:
         """Make a plain LoRA config: where it goes, what is carried along, and nothing of how the old adapter was trained."""
@@ -125,7 +124,7 @@ class LoraWriter:
             "lora_alpha": self._rank,
             "target_modules": [
                 *(names.get(t.module.name, t.module.name) for t in plan.targets),
-                *self._layout.heads.values(),
+                *(tied for heads in self._layout.heads.values() for tied in heads),
             ],
             "bias": "all" if any(name.endswith(".bias") for name in self._layout.carried) else "none",
             "init_lora_weights": True,
@@ -133,10 +132,17 @@ class LoraWriter:
         }
 
 
-def _linear(stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    m, n = shape
+def _linear(
+    stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...], factors: tuple[str, str]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    (m, n), (a, b) = shape, factors
     inner = (n // math.prod(kernel), *kernel)
-    return {f"{stem}.lora_A.weight": (rank, *inner), f"{stem}.lora_B.weight": (m, rank, *(1 for _ in kernel))}
+    return {f"{stem}.lora_A.weight": ((rank, *inner), a), f"{stem}.lora_B.weight": ((m, rank, *(1 for _ in kernel)), b)}
+
+
+def _embedding(stem: str, shape: tuple[int, int], rank: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    m, n = shape
+    return {f"{stem}.lora_embedding_A": ((rank, n), "A"), f"{stem}.lora_embedding_B": ((m, rank), "B")}
 
 
 def _layout(plan: Plan) -> LoraLayout:

@@ -28,7 +28,8 @@ class Tie:
     name, source
         Patterns of the two; loaders give `name` what stands on disk for `source`, or the reverse where only `name` stands there.
     keys
-        Where a config states it: paths of keys, any of which ties; none: the class ties them whatever its config says.
+        Where a config states it: paths of keys, any of which ties; none: no config can untie them, as the class ties them whatever its
+        config says, or computes otherwise where it says that they are apart (T5).
     tied
         Whether they are tied under the config that was asked for, by its values or by the defaults of its classes.
     """
@@ -172,6 +173,9 @@ class _Table(NamedTuple):
     types: Mapping[str, tuple[str, ...]]
     auto: Mapping[str, Mapping[str, str]]
     lines: tuple[str, ...]
+    tie_rules: Mapping[str, frozenset[str]]
+    """Model types: those ``always`` tied, those whose tie is stated for more than itself (``not_alone``), those that take it from their
+    ``text_config`` too (``of_text``), and those that are tied by ``default``."""
 
 
 @cache
@@ -180,7 +184,8 @@ def _table() -> _Table:
     head, *lines = data.decode().splitlines()
     facts = json.loads(head)
     types = {model_type: tuple(names) for model_type, names in facts["types"].items()}
-    return _Table(facts["source"], facts["classes"], types, facts["auto"], tuple(lines))
+    rules = {rule: frozenset(of) for rule, of in facts["tie_rules"].items()}
+    return _Table(facts["source"], facts["classes"], types, facts["auto"], tuple(lines), rules)
 
 
 @cache
@@ -218,6 +223,16 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
     for pattern, tied_to, *stated in record.get("ties", ()):
         keys = tuple((*place, *key, TIE_KEY) for key, _ in stated)
         tied = not stated or any(_flag(config, key, bool(d)) for key, (_, d) in zip(keys, stated, strict=True))
+        rules = _table().tie_rules
+        if record["type"] in rules["of_text"]:
+            text = _at(config, (*place, "text_config"))
+            text_type = text.get("model_type") if isinstance(text, Mapping) else None
+            keys = (*keys, (*place, "text_config", TIE_KEY))
+            tied = tied or _flag(config, keys[-1], text_type in rules["default"])
+        if record["type"] in rules["always"]:
+            keys, tied = (), True
+        elif record["type"] in rules["not_alone"]:
+            keys = ()
         ties[pattern, tied_to] = Tie(pattern, tied_to, keys, tied)
     return Architecture(
         name=name,
