@@ -34,12 +34,15 @@ class LoraLayout:
         What the config says of it.
     heads
         Embedding's module → the modules that are tied to it, and take the same delta, and whether each is an embedding.
+    embeddings
+        Modules that are embeddings by the model's class.
     """
 
     names: Mapping[str, str]
     carried: Mapping[str, StoredTensor]
     config: Mapping[str, Any]
     heads: Mapping[str, Mapping[str, bool]]
+    embeddings: frozenset[str] = frozenset()
 
 
 def lora_layout(
@@ -113,6 +116,10 @@ def lora_layout(
             saved |= {*others}
             carried |= {f"{PREFIX}{other}.weight": tuned.tensors[tie.stored] for other in others}
     config: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
-    if any(tie.stored.endswith(".weight") for tie in ties):
+    # Of more than two, PEFT takes all but the first for linear layers.
+    if any(tie.stored.endswith(".weight") and len(tie.on_disk) == 2 for tie in ties):
         config["ensure_weight_tying"] = True
-    return LoraLayout(names, carried, config, heads)
+    looked_up = frozenset(
+        m for m, name in names.items() if architecture is not None and architecture.is_embedding(name)
+    )
+    return LoraLayout(names, carried, config, heads, looked_up)

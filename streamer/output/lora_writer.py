@@ -103,13 +103,17 @@ class LoraWriter:
         """Name A and B as PEFT stores them, with their shapes and the factor of each; and those of modules that are tied to the target."""
         shape, rank, name = target.module.shape, self._rank, target.module.name
         stem = f"{PREFIX}{self._layout.names.get(name, name)}"
-        if not target.is_embedding:
+        if not target.is_embedding and name not in self._layout.embeddings:
             return _linear(stem, shape, rank, target.kernel, ("A", "B"))
-        tensors = _embedding(stem, shape, rank)
+        # An embedding's factors are those of its transpose.
+        factors, others = ("A", "B"), ("Bᵀ", "Aᵀ")
+        if not target.transposed:
+            shape, factors, others = shape[::-1], others, factors
+        tensors = _embedding(stem, shape, rank, factors)
         for tied, is_embedding in self._layout.heads.get(name, {}).items():
             head = f"{PREFIX}{tied}"
             tensors |= (
-                _embedding(head, shape, rank) if is_embedding else _linear(head, shape[::-1], rank, (), ("Bᵀ", "Aᵀ"))
+                _embedding(head, shape, rank, factors) if is_embedding else _linear(head, shape[::-1], rank, (), others)
             )
         return tensors
 
@@ -140,9 +144,11 @@ def _linear(
     return {f"{stem}.lora_A.weight": ((rank, *inner), a), f"{stem}.lora_B.weight": ((m, rank, *(1 for _ in kernel)), b)}
 
 
-def _embedding(stem: str, shape: tuple[int, int], rank: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    m, n = shape
-    return {f"{stem}.lora_embedding_A": ((rank, n), "A"), f"{stem}.lora_embedding_B": ((m, rank), "B")}
+def _embedding(
+    stem: str, shape: tuple[int, int], rank: int, factors: tuple[str, str]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    (m, n), (a, b) = shape, factors
+    return {f"{stem}.lora_embedding_A": ((rank, n), a), f"{stem}.lora_embedding_B": ((m, rank), b)}
 
 
 def _layout(plan: Plan) -> LoraLayout:

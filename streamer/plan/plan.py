@@ -21,11 +21,11 @@ from streamer.adapters.reader import open_adapter
 from streamer.errors import InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.operators import Delta
 from streamer.plan import tied_embeddings as tied
-from streamer.plan.architectures import Architecture
+from streamer.plan.architectures import Architecture, pattern_of
 from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
-from streamer.plan.name_matching import match_names
+from streamer.plan.name_matching import Match, match_names
 from streamer.plan.provenance import provenance_notes
 from streamer.plan.side_files import other_files
 from streamer.plan.sources import Source, adapter_source, base_source
@@ -205,6 +205,8 @@ def _plan(
         if name not in checkpoint.weight_map
     }
     names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
+    if architecture is None:
+        names = {name: _with_class_asked(name, match) for name, match in names.items()}
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(ties, opened, matched)
     vocabulary = vocabulary_tensors(checkpoint, config, architecture, ties, renames)
@@ -225,6 +227,13 @@ def _plan(
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
     stamps = {str(p): _stamp(p) for p in extra}
     return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, architecture, stamps, inputs)
+
+
+def _with_class_asked(name: str, match: Match) -> Match:
+    """Say of a module without a tensor, outside of layers, that a class may tie it to one."""
+    if match.tensor or "*" in pattern_of(name):
+        return match
+    return match._replace(why=f"{match.why}; if it is tied to one there, name the model's class with --architecture")
 
 
 def _file_order(weights: WeightView) -> Callable[[Target], tuple[int, int]]:

@@ -60,6 +60,11 @@ class TieEditor:
         ties = [self._without_apart(tie) for tie in ties if tie.stored]
         parted = [tie for tie in ties if self._parts(tie)]
         untied = tuple(dict.fromkeys(key for tie in parted for key in tie.keys))
+        if untied and not self.config.values:
+            raise UnsupportedError(
+                f"{self.base.path}: has no config.json, which would have to say that {listed(map(repr, parted[0].names))} are no "
+                "longer one tensor; give the directory of the model, with its config.json"
+            )
         left = architecture_of(self.config.untied(untied).values, self.architecture.name) if parted else None
         still = {name for tie in (left.ties if left else ()) if tie.tied for name in (tie.name, tie.source)}
         edits = replace(self.edits, untied=untied)
@@ -98,7 +103,8 @@ class TieEditor:
         """Say whether the names stop being one tensor: they change, and not all in the same way."""
         changed, edits = self._changed(tie), self.edits
         delta, rows = changed & self.deltas, changed & edits.rows.keys()
-        if not changed or (self.adapter.config.ensure_weight_tying and not rows - {self._input(tie)}):
+        # PEFT ties some embeddings only, and then the factors of both are in the adapter (see `mirrored`).
+        if not changed or (self.adapter.config.ensure_weight_tying and len(delta) > 1):
             return False
         saved = {name: edits.sources[name] for name in tie.names if name in edits.sources}
         first = next(iter(saved.values()), None)

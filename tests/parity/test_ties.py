@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import transformers
 from forks import server
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_architectures_table import nest, plain
+from transformers.pytorch_utils import Conv1D
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -110,7 +112,7 @@ def trained(model: Any, case: Case, directory: Path) -> PeftModel:
     g = torch.Generator().manual_seed(2)
     for p in peft.parameters():
         if p.requires_grad:
-            p.data = p.data + 0.2 * torch.randn(p.shape, generator=g)
+            p.data.add_(0.2 * torch.randn(p.shape, generator=g))  # in place: what PEFT ties stays one
     peft.save_pretrained(directory, save_embedding_layers=True if case.grown else "auto")
     return peft
 
@@ -136,4 +138,56 @@ def test_merged_model_answers_as_pefts_does(name: str, tmp_path: Path) -> None:
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+TO_LORA = {
+    **{
+        name: HEADS[name][:2]
+        for name in ("modernbert", "xlnet", "gpt", "ctrl", "bloom", "bert", "roberta", "moonshine", "trocr")
+    },
+    **{name: HEADS[name][:2] for name in ("gemma 3", "llama, tied", "gpt2")},
+    "t5": ("T5ForConditionalGeneration", plain("T5")),
+}
+
+
+@pytest.mark.parametrize("name", TO_LORA)
+def test_peft_opens_the_adapter_of_a_tuned_model(name: str, tmp_path: Path) -> None:
+    cls, config = getattr(transformers, TO_LORA[name][0]), TO_LORA[name][1]
+    torch.manual_seed(0)
+    model = cls(config())
+    model.save_pretrained(tmp_path / "base")
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        if module is embedding or isinstance(module, torch.nn.Linear | Conv1D):
+            W = module.weight
+            W.data = W.data + 0.1 * torch.randn(W.shape[0], 2) @ torch.randn(2, W.shape[1])
+    model.save_pretrained(tmp_path / "tuned")
+    expected = answer(model)
+    done = server().run(
+        "mitigate", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4
+    )
+    assert done.code == 0, done.err
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        peft = PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    assert not [w for w in told if "missing adapter keys" in str(w.message)]
+    torch.testing.assert_close(answer(peft), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "modernbert", "mamba", "whisper"])
+@pytest.mark.parametrize("what", ["factors", "saved", "tokens"])
+def test_what_peft_ties_stays_one(name: str, what: str, tmp_path: Path) -> None:
+    """With ``ensure_weight_tying`` PEFT ties some embeddings by their names, and leaves others alone; tokens it always ties."""
+    cls, config, embedding, _, layer = HEADS[name]
+    if (name, what) == ("modernbert", "tokens"):
+        pytest.skip("PEFT leaves out the bias of a head that has trained tokens")
+    options: dict[str, Any] = {"ensure_weight_tying": True}
+    if what == "tokens":
+        options = {"trainable_token_indices": {embedding: [3, 5]}}
+    targets = f"(.*{layer}|.*{embedding})" if what == "factors" else [layer]
+    case = Case(cls, config, targets, [embedding] if what == "saved" else None, options=tuple(options.items()))
+    expected, found, info = merged(case, tmp_path)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

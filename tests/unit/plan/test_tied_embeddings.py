@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamer
-from streamer.errors import UnsupportedError
+from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.plan import make_plan
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -197,6 +197,23 @@ def test_what_would_not_be_the_model_that_was_trained(tmp_path: Path, case: str)
     with pytest.raises(UnsupportedError) as e:
         make_plan(b, a)
     assert words in str(e.value)
+
+
+def test_a_head_that_an_unknown_class_may_tie(tmp_path: Path) -> None:
+    with pytest.raises(
+        MismatchError, match=r"'lm_head' has no tensor in the base .* name the model's class with --architecture"
+    ):
+        make_plan(base(tmp_path, UNKNOWN), adapter(tmp_path))
+
+
+def test_a_tie_that_no_config_can_say_is_undone(tmp_path: Path) -> None:
+    b, a = (
+        base(tmp_path, {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}),
+        adapter(tmp_path, task_type="CAUSAL_LM"),
+    )
+    (b / "config.json").unlink()
+    with pytest.raises(MismatchError, match="name the model's class with --architecture"):
+        make_plan(b, a)
 
 
 @pytest.mark.parametrize("config", [{"tie_word_embeddings": False}, {}])
