@@ -24,8 +24,10 @@ import table_file
 import transformers
 from architecture_records import record
 from model_facts import Facts, facts_of
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+
+TIE = "tie_word_embeddings"
 
 LAYERS = re.compile(r"(^|_)(n_layers?|layers|depth)$")
 
@@ -162,6 +164,33 @@ PAIRS = {
 """Configs that are made of two others and have no default: of which."""
 
 
+def tie_rules(classes: dict[str, type[PreTrainedModel]]) -> dict[str, list[str]]:
+    """What a config's ``tie_word_embeddings`` means, by model type, where it means more than itself (see ``_Table.tie_rules``)."""
+    rules: defaultdict[str, set[str]] = defaultdict(set)
+    for model_type in CONFIG_MAPPING:
+        with contextlib.suppress(Exception):  # configs that have no default are of no such type
+            cls = CONFIG_MAPPING[model_type]
+            default, tied, untied = (default_config(cls, **values) for values in ({}, {TIE: True}, {TIE: False}))
+            text = getattr(default, "text_config", None)
+            if getattr(default, TIE, False):
+                rules["default"].add(model_type)
+            if isinstance(text, PreTrainedConfig) and hasattr(text, TIE):
+                nested = [{"model_type": text.model_type, TIE: stated} for stated in (False, True)]
+                said = [getattr(cls(**{TIE: False}, text_config=values), TIE, False) for values in nested]
+            else:
+                said = [getattr(untied, TIE, False)]
+            if all(said):
+                rules["always"].add(model_type)
+            elif any(said):
+                rules["of_text"].add(model_type)
+            elif {**tied.to_dict(), TIE: None} != {**untied.to_dict(), TIE: None}:
+                rules["not_alone"].add(model_type)
+    for cls in classes.values():
+        if f"config.{TIE}" in inspect.getsource(cls.forward):
+            rules["not_alone"].add(cls.config_class.model_type)
+    return {rule: sorted(rules[rule]) for rule in ("always", "not_alone", "of_text", "default")}
+
+
 def build(classes: dict[str, type[PreTrainedModel]]) -> tuple[dict[str, Facts], dict[str, list[str]]]:
     """The facts of every class, and for each reason why one cannot be built the classes."""
     built: dict[str, Facts] = {}
@@ -200,16 +229,20 @@ def make_table() -> str:
     classes, missing = model_classes()
     _open_timm()
     built, unbuilt = build(classes)
-    return as_text(built, unbuilt | {reason: [module] for module, reason in missing.items()}, auto_classes())
+    return as_text(
+        built,
+        unbuilt | {reason: [module] for module, reason in missing.items()},
+        {"auto": auto_classes(), "tie_rules": tie_rules(classes)},
+    )
 
 
-def as_text(built: dict[str, Facts], unbuilt: dict[str, list[str]], auto: dict[str, dict[str, str]]) -> str:
-    """The table as JSON lines."""
+def as_text(built: dict[str, Facts], unbuilt: dict[str, list[str]], shared: dict[str, dict[str, Any]]) -> str:
+    """The table as JSON lines; `shared` are facts of no single class."""
     lines: dict[str, int] = {}
     at: dict[str, int] = {}
     types: defaultdict[str, list[str]] = defaultdict(list)
     for name, facts in built.items():
-        text = json.dumps(record(name, facts, built, auto), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(record(name, facts, built, shared["auto"]), sort_keys=True, separators=(",", ":"))
         at[name] = lines.setdefault(text, len(lines))
         types[facts.model_type].append(name)
     for model_type, name in _all_auto():
@@ -219,7 +252,7 @@ def as_text(built: dict[str, Facts], unbuilt: dict[str, list[str]], auto: dict[s
         "source": f"transformers {transformers.__version__} (Apache-2.0), model classes",
         "classes": at,
         "types": {model_type: sorted(names) for model_type, names in sorted(types.items()) if names},
-        "auto": auto,
+        **shared,
         "unbuilt": dict(sorted(unbuilt.items())),
     }
     return "\n".join([json.dumps(head, separators=(",", ":")), *lines, ""])

@@ -27,7 +27,8 @@ LORA = (
     Support("DoRA on layers, embeddings and convolutions", "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
     Support("`modules_to_save`, `bias`, `lora_bias`, saved or resized embeddings, `trainable_token_indices`", "carried along",
             "carried along, bit for bit", "applied; new tensors are added, `vocab_size` is set"),
-    Support("LoRA on a tied `lm_head` or embedding", "yes", "yes", "unties them in the config where they part"),
+    Support("LoRA on a tied head or embedding, of any name", "yes", "yes",
+            "unties them in the config where they part; not T5 and its like, which no config unties"),
 )  # fmt: skip
 
 EXPERTS = Support("a fully fine-tuned mixture with stacks of experts, of a class that transformers has", "expert by expert",

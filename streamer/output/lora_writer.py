@@ -27,6 +27,7 @@ from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_metrics
 from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
+from streamer.plan.architectures import architecture_for
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
@@ -57,7 +58,7 @@ class LoraWriter(Writer):
         # Experts that have changed are refused; the others stay out.
         self._written = [target for target in plan.targets if not target.pieces]
         for target in self._written:
-            for name, shape in self._tensors(target).items():
+            for name, (shape, _) in self._tensors(target).items():
                 self._targets[name] = target
                 entries.append((name, "F32", shape))
         entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
@@ -92,25 +93,28 @@ class LoraWriter(Writer):
         written = LowRank(B.double(), A.double().T)
         error = _truncation_error(after, written)
         metrics.append(matrix_metrics(target, delta, written, found, job.options.scale, error))
-        shapes = self._tensors(target)
+        factors = {"A": A, "B": B, "Aᵀ": A.T, "Bᵀ": B.T}
         return {
-            name: factor.reshape(shapes[name]).contiguous()
-            for name, factor in zip(shapes, (A, B, B.T, A.T), strict=False)
+            name: factors[factor].reshape(shape).contiguous() for name, (shape, factor) in self._tensors(target).items()
         }
 
-    def _tensors(self, target: Target) -> dict[str, tuple[int, ...]]:
-        """Name A and B as PEFT stores them, with their shapes; and those of an lm_head that is tied to the target."""
-        (m, n), kernel, rank = target.module.shape, target.kernel, self._rank
-        module = self._layout.names.get(target.module.name, target.module.name)
-        stem = f"{PREFIX}{module}"
-        if target.is_embedding:
-            tensors: dict[str, tuple[int, ...]] = {
-                f"{stem}.lora_embedding_A": (rank, n),
-                f"{stem}.lora_embedding_B": (m, rank),
-            }
-            head = self._layout.heads.get(target.module.name)
-            return tensors | _linear(f"{PREFIX}{head}", (n, m), rank, ()) if head else tensors
-        return _linear(stem, (m, n), rank, kernel)
+    def _tensors(self, target: Target) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name A and B as PEFT stores them, with their shapes and the factor of each; and those of modules that are tied to the target."""
+        shape, rank, name = target.module.shape, self._rank, target.module.name
+        stem = f"{PREFIX}{self._layout.names.get(name, name)}"
+        if not target.is_embedding and name not in self._layout.embeddings:
+            return _linear(stem, shape, rank, target.kernel, ("A", "B"))
+        # An embedding's factors are those of its transpose.
+        factors, others = ("A", "B"), ("Bᵀ", "Aᵀ")
+        if not target.transposed:
+            shape, factors, others = shape[::-1], others, factors
+        tensors = _embedding(stem, shape, rank, factors)
+        for tied, is_embedding in self._layout.heads.get(name, {}).items():
+            head = f"{PREFIX}{tied}"
+            tensors |= (
+                _embedding(head, shape, rank, factors) if is_embedding else _linear(head, shape[::-1], rank, (), others)
+            )
+        return tensors
 
     def _config(self) -> dict[str, Any]:
         """Make a plain LoRA config: where it goes, what is carried along, and nothing of how the old adapter was trained."""
@@ -123,7 +127,7 @@ class LoraWriter(Writer):
             "lora_alpha": self._rank,
             "target_modules": [
                 *(names.get(t.module.name, t.module.name) for t in self._written),
-                *self._layout.heads.values(),
+                *(tied for heads in self._layout.heads.values() for tied in heads),
             ],
             "bias": "all" if any(name.endswith(".bias") for name in self._layout.carried) else "none",
             "init_lora_weights": True,
@@ -131,10 +135,19 @@ class LoraWriter(Writer):
         }
 
 
-def _linear(stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    m, n = shape
+def _linear(
+    stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...], factors: tuple[str, str]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    (m, n), (a, b) = shape, factors
     inner = (n // math.prod(kernel), *kernel)
-    return {f"{stem}.lora_A.weight": (rank, *inner), f"{stem}.lora_B.weight": (m, rank, *(1 for _ in kernel))}
+    return {f"{stem}.lora_A.weight": ((rank, *inner), a), f"{stem}.lora_B.weight": ((m, rank, *(1 for _ in kernel)), b)}
+
+
+def _embedding(
+    stem: str, shape: tuple[int, int], rank: int, factors: tuple[str, str]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    (m, n), (a, b) = shape, factors
+    return {f"{stem}.lora_embedding_A": ((rank, n), a), f"{stem}.lora_embedding_B": ((m, rank), b)}
 
 
 def _is_unchanged(plan: Plan, target: Target) -> bool:
@@ -149,7 +162,8 @@ def _layout(plan: Plan) -> LoraLayout:
     adapter = plan.adapter
     if isinstance(adapter, FinetunedModel):
         matched = {t.module.name: t.tensor for t in plan.targets}
-        return lora_layout(adapter, plan.base, matched, plan.edits, renames_for(plan.config))
+        architecture = architecture_for(adapter.model_config, plan.config.architecture)
+        return lora_layout(adapter, architecture, plan.base, matched, plan.edits, renames_for(plan.config))
     kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
     config = {key: adapter.config.values[key] for key in kept if key in adapter.config.values}

@@ -32,7 +32,8 @@ class Tie:
     name, source
         Patterns of the two; loaders give `name` what stands on disk for `source`, or the reverse where only `name` stands there.
     keys
-        Where a config states it: paths of keys, any of which ties; none: the class ties them whatever its config says.
+        Where a config states it: paths of keys, any of which ties; none: no config can untie them, as the class ties them whatever its
+        config says, or computes otherwise where it says that they are apart (T5).
     tied
         Whether they are tied under the config that was asked for, by its values or by the defaults of its classes.
     """
@@ -165,13 +166,23 @@ def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Archi
     return _architecture(name, config, ())
 
 
+def architecture_for(config: ModelConfig, name: str | None = None) -> Architecture | None:
+    """The facts of the class of this name, else of that which the user names or the config; None where the table does not tell.
+
+    A class that is named stands for a model type that is not known, too.
+    """
+    name = name or config.architecture
+    unknown = name is not None and not classes_of(config.model_type or "")
+    return architecture_of({k: v for k, v in config.values.items() if not unknown or k != "model_type"}, name)
+
+
 def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
     """List the facts of the model with this config; where it names no class, those of every class of its type; none: it is not known."""
     if config.architecture is None and not config.architectures:
         names: Iterable[str | None] = classes_of(config.model_type) if config.model_type else ()
     else:
-        names = [config.architecture]
-    found = [_of_class(config, name) for name in names]
+        names = [None]
+    found = [architecture_for(config, name) for name in names]
     return tuple(a for a in found if a is not None) if None not in found else ()
 
 
@@ -185,19 +196,13 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
     """
     if name is None:
         return config
-    if _of_class(config, name) is None:
+    if architecture_for(config, name) is None:
         known, of_type = _table().classes, classes_of(config.model_type) if config.model_type else ()
         near = get_close_matches(name, of_type or known, 3, 0.4)
         whose = f"of model_type {config.model_type!r}" if of_type else f"of {source()}"
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise UsageError(f"architecture: expected a class {whose}, found {name!r}{hint}")
     return replace(config, architecture=name)
-
-
-def _of_class(config: ModelConfig, name: str | None) -> Architecture | None:
-    """The facts of a class that is named for this config; one that the user names stands for a type that is not known, too."""
-    unknown = name is not None and not classes_of(config.model_type or "")
-    return architecture_of({k: v for k, v in config.values.items() if not unknown or k != "model_type"}, name)
 
 
 def classes_of(model_type: str) -> tuple[str, ...]:
@@ -218,6 +223,9 @@ class _Table(NamedTuple):
     types: Mapping[str, tuple[str, ...]]
     auto: Mapping[str, Mapping[str, str]]
     lines: tuple[str, ...]
+    tie_rules: Mapping[str, frozenset[str]]
+    """Model types: those ``always`` tied, those whose tie is stated for more than itself (``not_alone``), those that take it from their
+    ``text_config`` too (``of_text``), and those that are tied by ``default``."""
 
 
 @cache
@@ -226,7 +234,8 @@ def _table() -> _Table:
     head, *lines = data.decode().splitlines()
     facts = json.loads(head)
     types = {model_type: tuple(names) for model_type, names in facts["types"].items()}
-    return _Table(facts["source"], facts["classes"], types, facts["auto"], tuple(lines))
+    rules = {rule: frozenset(of) for rule, of in facts["tie_rules"].items()}
+    return _Table(facts["source"], facts["classes"], types, facts["auto"], tuple(lines), rules)
 
 
 @cache
@@ -264,6 +273,16 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
     for pattern, tied_to, *stated in record.get("ties", ()):
         keys = tuple((*place, *key, TIE_KEY) for key, _ in stated)
         tied = not stated or any(_flag(config, key, bool(d)) for key, (_, d) in zip(keys, stated, strict=True))
+        rules = _table().tie_rules
+        if record["type"] in rules["of_text"]:
+            text = _at(config, (*place, "text_config"))
+            text_type = text.get("model_type") if isinstance(text, Mapping) else None
+            keys = (*keys, (*place, "text_config", TIE_KEY))
+            tied = tied or _flag(config, keys[-1], text_type in rules["default"])
+        if record["type"] in rules["always"]:
+            keys, tied = (), True
+        elif record["type"] in rules["not_alone"]:
+            keys = ()
         ties[pattern, tied_to] = Tie(pattern, tied_to, keys, tied)
     return Architecture(
         name=name,

@@ -6,7 +6,7 @@ A vision-language model keeps its language model's config under ``text_config``;
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,17 @@ class ModelConfig:
         top = {} if nested and "vocab_size" not in self.values else {"vocab_size": rows}
         return replace(self, values={**self.values, **text, **top})
 
-    def untied(self) -> ModelConfig:
-        """State that head and embedding are two tensors, wherever a config could say so: a class may tie by default."""
-        out = {**self.values, "tie_word_embeddings": False}
-        if isinstance(out.get("text_config"), dict):
-            out["text_config"] = {**self.text, "tie_word_embeddings": False}
+    def untied(self, keys: Iterable[tuple[str, ...]]) -> ModelConfig:
+        """State that head and embedding are two tensors, at each path of keys; for the language model too where one is at the top."""
+        out: dict[str, Any] = dict(self.values)
+        for *path, key in keys:
+            part = out
+            for name in path:
+                inner = part.get(name)
+                part[name] = part = dict(inner) if isinstance(inner, Mapping) else {}
+            part[key] = False
+            if not path and self.text:
+                out["text_config"] = {**out["text_config"], key: False}
         return replace(self, values=out)
 
     def unquantized(self) -> ModelConfig:

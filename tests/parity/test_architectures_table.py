@@ -117,6 +117,7 @@ def built(name: str, stated: bool | None, directory: Path) -> tuple[Any, Archite
     for c in configs_within(values):
         if stated is not None:
             setattr(c, TIE_KEY, stated)
+    values = type(values).from_dict(values.to_dict())  # as it is loaded: a class may not do what is stated
     torch.manual_seed(0)
     model = getattr(transformers, cls)(values)
     model.tie_weights()

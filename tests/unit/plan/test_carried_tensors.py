@@ -152,8 +152,8 @@ def test_mitigate_keeps_every_other_tensor(tmp_path: Path) -> None:
 
 REFUSED = {
     "unknown place": ({"nowhere.weight": (2, 8)}, {}, MismatchError, "'base_model.model.nowhere.weight' has no tensor in the base"),
-    "a head that is tied": (
-        {"score.base_layer.weight": (6, 8)}, {}, MismatchError, "(looked for 'score.weight'); if it is tied to the embedding there"
+    "a head that the base lacks": (
+        {"score.base_layer.weight": (6, 8)}, {}, MismatchError, "(looked for 'score.weight'), and no modules_to_save in"
     ),
     "wrong shape": ({"model.norm.weight": (9,)}, {}, MismatchError, "expected shape [8] of 'model.norm.weight', found [9]"),
     "no bias": ({"model.norm.lora_B.bias": (8,)}, {}, FormatError, "has no lora_A and lora_B beside it"),
