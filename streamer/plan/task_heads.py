@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -166,7 +166,7 @@ def implied_head(
             "model.config.pad_token_id to the tokenizer's"
         )
     changed = out.get("architectures") != stated
-    return Head(ModelConfig(out), PIPELINES[str(task)] if changed else "", tuple(notes), tuple(advice))
+    return Head(replace(config, values=out), PIPELINES[str(task)] if changed else "", tuple(notes), tuple(advice))
 
 
 def _labels(saved: Mapping[str, tuple[int, ...]]) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from streamer.plan.architectures import architectures_for
 from streamer.verification.deltas import Delta, DoraDelta, LowRankDelta, TunedDelta
 from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix, TensorFiles, open_matrix
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.model_config import read_model_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -53,13 +53,14 @@ class AdapterFiles:
 
     Parameters
     ----------
-    base
-        The config of the base that it changes, by which square layers are stored (out, in), or as a Conv1D (in, out).
+    base, architecture
+        The base that it changes, and the class that the user named: by them square layers are stored (out, in), or as a Conv1D (in, out).
     """
 
-    def __init__(self, directory: Path, base: ModelConfig | None = None) -> None:
+    def __init__(self, directory: Path, base: Path | None = None, architecture: str | None = None) -> None:
         self.directory = directory
-        self._architectures = () if base is None else architectures_for(base)
+        config = read_model_config(base if base is not None and base.is_dir() else None)
+        self._architectures = architectures_for(replace(config, architecture=architecture))
         self.is_model = not (directory / CONFIG_NAME).exists()
         if self.is_model:
             self.config: dict[str, Any] = {}

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -165,15 +164,12 @@ def _open_inputs(inputs: tuple[Path, Path], base: Any, adapter: Any, output: Pat
     from streamer.verification.formulas import AdapterFiles
     from streamer.verification.inputs import check_adapter, model_files
     from streamer.verification.tensors import TensorFiles
-    from streamer.weights.model_config import read_model_config
 
     check_adapter(inputs[1], adapter, output)
     paths = model_files(inputs[0], base, output)
-    config = replace(
-        read_model_config(inputs[0] if inputs[0].is_dir() else None), architecture=base.get("architecture")
-    )
     try:
-        return opened.enter_context(TensorFiles(paths, "pt")), opened.enter_context(AdapterFiles(inputs[1], config))
+        files = opened.enter_context(TensorFiles(paths, "pt"))
+        return files, opened.enter_context(AdapterFiles(inputs[1], inputs[0], base.get("architecture")))
     except SafetensorError as e:
         raise FormatError(
             f"{inputs[0]}: expected safetensors files, found one that the library refuses ({e}); get it again"
