@@ -178,10 +178,8 @@ def architecture_for(config: ModelConfig, name: str | None = None) -> Architectu
 
 def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
     """List the facts of the model with this config; where it names no class, those of every class of its type; none: it is not known."""
-    if config.architecture is None and not config.architectures:
-        names: Iterable[str | None] = classes_of(config.model_type) if config.model_type else ()
-    else:
-        names = [None]
+    unnamed = config.architecture is None and not config.architectures
+    names: Iterable[str | None] = classes_of(config.model_type or "") if unnamed else [None]
     found = [architecture_for(config, name) for name in names]
     return tuple(a for a in found if a is not None) if None not in found else ()
 
