@@ -172,14 +172,14 @@ def architecture_for(config: ModelConfig, name: str | None = None) -> Architectu
     A class that is named stands for a model type that is not known, too.
     """
     name = name or config.architecture
-    unknown = name is not None and not classes_of(config.model_type or "")
+    unknown = name is not None and not classes_of(config.model_type)
     return architecture_of({k: v for k, v in config.values.items() if not unknown or k != "model_type"}, name)
 
 
 def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
     """List the facts of the model with this config; where it names no class, those of every class of its type; none: it is not known."""
     unnamed = config.architecture is None and not config.architectures
-    names: Iterable[str | None] = classes_of(config.model_type or "") if unnamed else [None]
+    names: Iterable[str | None] = classes_of(config.model_type) if unnamed else [None]
     found = [architecture_for(config, name) for name in names]
     return tuple(a for a in found if a is not None) if None not in found else ()
 
@@ -195,7 +195,7 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
     if name is None:
         return config
     if architecture_for(config, name) is None:
-        known, of_type = _table().classes, classes_of(config.model_type) if config.model_type else ()
+        known, of_type = _table().classes, classes_of(config.model_type)
         near = get_close_matches(name, of_type or known, 3, 0.4)
         whose = f"of model_type {config.model_type!r}" if of_type else f"of {source()}"
         hint = f"; near it: {', '.join(near)}" if near else ""
@@ -203,9 +203,9 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
     return replace(config, architecture=name)
 
 
-def classes_of(model_type: str) -> tuple[str, ...]:
+def classes_of(model_type: str | None) -> tuple[str, ...]:
     """The classes that a config of this type may be of; none where the table has none."""
-    return _table().types.get(model_type, ())
+    return _table().types.get(model_type, ()) if model_type else ()
 
 
 def source() -> str:

@@ -133,7 +133,7 @@ def match_carried(
         mine = adapter.tensors[c.source]
         if name in known and name not in quantized:
             theirs = sources.get(name) or known[name]
-            problem = _misfit(c, mine.info, theirs.info, name in vocabulary)
+            problem = _misfit(c, mine.info, theirs.info, name in vocabulary, bool(vocabulary))
             if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
                 for part in (mine, theirs):
                     encoding_of(part.info, str(part.file.path))
@@ -222,7 +222,7 @@ def _unmatched(c: Carried) -> str:
     return f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and no modules_to_save in {CONFIG_NAME} names it"
 
 
-def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo, is_vocabulary: bool) -> str:
+def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo, is_vocabulary: bool, has_vocabulary: bool) -> str:
     if c.role == "tokens":
         expected = (len(c.indices), *base.shape[1:])
         if mine.shape != expected:
@@ -231,9 +231,14 @@ def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo, is_vocabulary: bool)
             return f"{c.source!r}: row {max(c.indices)} of trainable_token_indices is beyond the {base.shape[0]} rows of {base.name!r}"
         return ""
     may_grow = is_vocabulary or LABEL_HEAD.search(base.name)
-    resized = may_grow and c.role == "saved" and mine.shape[1:] == base.shape[1:]
-    if mine.shape != base.shape and not (resized and mine.shape and mine.shape[0]):
-        return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(mine.shape)}"
+    resized = c.role == "saved" and mine.shape[1:] == base.shape[1:] and mine.shape and mine.shape[0]
+    if mine.shape != base.shape and not (resized and may_grow):
+        ask = (
+            ""
+            if has_vocabulary or not resized
+            else " (if its rows are the vocabulary, name the base's class with --architecture NAME)"
+        )
+        return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(mine.shape)}{ask}"
     return ""
 
 

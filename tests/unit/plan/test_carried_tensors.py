@@ -105,8 +105,12 @@ def test_a_base_without_a_config_gets_none(tmp_path: Path) -> None:
     whole = {n: t for f in b.glob("*.safetensors") for n, t in load_file(f).items()}
     save_file(whole, tmp_path / "one.safetensors")
     a = adapter(tmp_path, {EMBED: torch.randn(9, 8), HEAD: torch.randn(9, 8)})
+    with pytest.raises(
+        MismatchError, match=r"if its rows are the vocabulary, name the base's class with --architecture NAME"
+    ):
+        streamer.merge_with_reduced_intruder_dimensions(tmp_path / "one.safetensors", a, tmp_path / "out")
     record = streamer.merge_with_reduced_intruder_dimensions(
-        tmp_path / "one.safetensors", a, tmp_path / "out", mitigation_lambda=1.0
+        tmp_path / "one.safetensors", a, tmp_path / "out", mitigation_lambda=1.0, architecture="LlamaForCausalLM"
     )
     assert not (tmp_path / "out" / "config.json").exists()
     assert record["advice"] == [
