@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import ENV
+from command_line import ENV
 from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from architectures import TEXT, assert_merged, config, weights
-from helpers import run_cli
+from command_line import run_cli
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import streamer

@@ -48,7 +48,9 @@ def test_tokens_are_counted_as_the_library_counts_them(kind: str, tmp_path: Path
 @pytest.fixture
 def job(tmp_path: Path) -> tuple[Path, Path]:
     base, adapter = three_shards(tmp_path)
-    (base / "config.json").write_text(json.dumps({"model_type": "test", "vocab_size": 64}))
+    (base / "config.json").write_text(
+        json.dumps({"model_type": "test", "vocab_size": 64, "tie_word_embeddings": False})
+    )
     (base / "tokenizer.json").unlink()
     save(base, "wordpiece", "base's template")
     (base / "vocab.txt").write_text("only the base's")

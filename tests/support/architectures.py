@@ -134,6 +134,32 @@ MODELS: dict[str, tuple[str, Callable[[], Any], list[str] | str]] = {
 }  # fmt: skip
 
 
+# Run-time names of transformers 5 → names that transformers 4 used, where they differ
+OLD = {
+    "llava": [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+              ("model.vision_tower.", "vision_tower.vision_model."), ("model.multi_modal_projector.", "multi_modal_projector.")],
+    "gemma3": [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+               ("model.vision_tower.", "vision_tower.vision_model."), ("model.multi_modal_projector.", "multi_modal_projector.")],
+    "qwen2.5-vl": [("model.language_model.", "model."), ("model.visual.", "visual.")],
+    "vit": [("vit.layers.", "vit.encoder.layer."), (".attention.q_proj.", ".attention.attention.query."),
+            (".attention.k_proj.", ".attention.attention.key."), (".attention.v_proj.", ".attention.attention.value."),
+            (".attention.o_proj.", ".attention.output.dense."), (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense.")],
+    "gpt-neox": [("lm_head.", "embed_out.")],
+}  # fmt: skip
+
+
+def old_name(name: str, pairs: list[tuple[str, str]]) -> str:
+    """A run-time name as transformers 4 had it: the first pair that fits the beginning, or all pairs that fit within."""
+    for new, old in pairs:
+        if new.startswith("."):
+            name = name.replace(new, old)
+        elif name.startswith(new):
+            name = old + name.removeprefix(new)
+            if not pairs[-1][0].startswith("."):
+                break
+    return name
+
+
 def make_base(name: str, path: Path) -> Any:
     """A tiny random model, saved; returns its class."""
     cls, make, _ = MODELS[name]
