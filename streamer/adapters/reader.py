@@ -86,15 +86,16 @@ def _without_copies(file: TensorFile, carried: Iterable[Carried]) -> tuple[Carri
     """Leave out the copies that PEFT writes beside a saved module, as all that ends in ``bias``, or is below a grown embedding.
 
     ``score.modules_to_save.bias`` and ``embed_tokens.modules_to_save.weight`` are left out beside ``score.bias`` and
-    ``embed_tokens.weight`` of the same bytes.
+    ``embed_tokens.weight`` of the same bytes, the names under which PEFT looks for them.
     """
     kept: dict[tuple[str, str], Carried] = {}
     for c in carried:
-        other = kept.setdefault((c.role, c.name), c)
+        other = kept.get((c.role, c.name), c)
         if other is not c and not equal(*(StoredTensor(file, file.header.by_name[one.source]) for one in (other, c))):
             raise FormatError(
                 f"{file.path}: tensors {other.source!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
             )
+        kept[c.role, c.name] = min(other, c, key=lambda one: len(one.source))
     return tuple(kept.values())
 
 
