@@ -217,7 +217,8 @@ def refuse_unknown_ties(
         return
     outer = {name: base.info(name).shape for name in base.weight_map if not pattern_of(name).count("*")}
     for name in dict.fromkeys([*matched.values(), *edits.sources, *edits.rows]):
-        new = name not in base.weight_map
+        # A quantized weight is under other names on disk, and tied to nothing.
+        new = name in edits.sources and name not in base.weight_map
         shape = edits.sources[name].info.shape if new else outer.get(name, ())
         if len(shape) != 2 or "*" in pattern_of(name) or config.vocab_size not in (None, shape[0]):
             continue
