@@ -6,15 +6,13 @@ python tools/make_auto_classes.py --check    # exit code 1 if the file is not wh
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).parent.parent / "streamer" / "plan" / "auto_classes.json"
+import table_file
 
 KEY = "tie_word_embeddings"
 
@@ -95,18 +93,5 @@ def as_text(table: dict[str, Any]) -> str:
     return "\n".join([*lines, "},", f'"ties": {{\n{ties}\n}}', "}", ""])
 
 
-def main() -> int:
-    """Write or check the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare only")
-    args = parser.parse_args()
-    text = as_text(make_table())
-    if args.check:
-        return int(TABLE.read_text() != text)
-    TABLE.write_text(text)
-    print(f"wrote {TABLE}: {len(text)} bytes", file=sys.stderr)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(table_file.main(__doc__ or "", "auto_classes.json", lambda: as_text(make_table())))

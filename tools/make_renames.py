@@ -6,13 +6,11 @@ python tools/make_renames.py --check    # exit code 1 if the file is not what th
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).parent.parent / "streamer" / "plan" / "renames.json"
+import table_file
 
 # Renames that count layers anew; what they touch is loaded under a name that no pattern gives.
 RENUMBERS = {
@@ -90,18 +88,5 @@ def as_text(table: dict[str, Any]) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def main() -> int:
-    """Write or check the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare only")
-    args = parser.parse_args()
-    text = as_text(make_table())
-    if args.check:
-        return int(TABLE.read_text() != text)
-    TABLE.write_text(text)
-    print(f"wrote {TABLE}: {len(text)} bytes", file=sys.stderr)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(table_file.main(__doc__ or "", "renames.json", lambda: as_text(make_table())))

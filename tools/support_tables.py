@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from streamer.adapters.config_rules import CONFIG_RULES
+from streamer.adapters.other_formats import FORMATS as OTHER_FORMATS
 from streamer.adapters.peft_methods import METHODS
 from streamer.weights.quantization.registry import FORMATS
 
@@ -19,15 +20,19 @@ class Support(NamedTuple):
 
 
 LORA = (
-    Support("LoRA on linear layers; rsLoRA, `rank_pattern`, `alpha_pattern`, `fan_in_fan_out` (Conv1D)", "yes", "yes", "yes"),
+    Support("LoRA on linear layers; rsLoRA, `rank_pattern`, `alpha_pattern`, Conv1D, whatever `fan_in_fan_out` says", "yes", "yes", "yes"),
     Support("LoRA on embeddings, and on 1-d to 3-d convolutions without groups", "yes", "yes", "yes"),
     Support("LoRA on experts and other stacked parameters (`target_parameters`), in stacks or one tensor an expert on disk",
             "yes, expert by expert", "yes", "yes"),
     Support("DoRA on layers, embeddings and convolutions", "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
     Support("`modules_to_save`, `bias`, `lora_bias`, saved or resized embeddings, `trainable_token_indices`", "carried along",
             "carried along, bit for bit", "applied; new tensors are added, `vocab_size` is set"),
-    Support("LoRA on a tied `lm_head` or embedding", "yes", "yes", "unties them in the config where they part"),
+    Support("LoRA on a tied head or embedding, of any name", "yes", "yes",
+            "unties them in the config where they part; not T5 and its like, which no config unties"),
 )  # fmt: skip
+
+EXPERTS = Support("a fully fine-tuned mixture with stacks of experts, of a class that transformers has", "expert by expert",
+                  "with `--to-lora RANK` where no expert changed; else refused", "yes")  # fmt: skip
 
 
 def support_table() -> str:
@@ -35,13 +40,20 @@ def support_table() -> str:
     refused = ", ".join(dict.fromkeys(rule.kind for rule in CONFIG_RULES if not rule.residual))
     methods = ", ".join(method.title for method in METHODS.values())
     flag = "with `--base-is-residual`"
+    others = ", ".join(form.title for form in OTHER_FORMATS)
     rows = [
         Support("kind of adapter", "`detect`", "`mitigate`", "`merge`"),
         Support(*["---"] * 4),
         *LORA,
         Support("residual-base initialisations: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ", flag, flag, flag),
         Support(methods, "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
-        Support(f"refused, with the reason: {refused}; other methods; adapters saved as pickles", "no", "no", "no"),
+        EXPERTS,
+        Support(
+            f"refused, with the reason: {refused}; other methods; LoRA files of {others}; adapters saved as pickles",
+            "no",
+            "no",
+            "no",
+        ),
     ]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 

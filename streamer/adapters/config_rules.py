@@ -22,7 +22,8 @@ _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "default", "true", "fal
 class ConfigRule:
     """A refusal by `adapter_config.json`: a key, the values of it that are refused, the kind of adapter and the reason.
 
-    One that is `residual` falls where the user states that the base is the residual that the adapter was trained on.
+    One that is `residual` falls where the user states that the base is the residual that the adapter was trained on. Those of kinds
+    that PEFT does not merge either are not `mergeable`.
     """
 
     key: str
@@ -30,6 +31,7 @@ class ConfigRule:
     kind: str
     reason: str
     residual: bool = False
+    mergeable: bool = True
 
 
 def _residual_init(value: object) -> bool:
@@ -49,14 +51,17 @@ CONFIG_RULES: tuple[ConfigRule, ...] = (
     ConfigRule("init_lora_weights", _unknown_init, "unknown initialisation", "it may have changed the base"),
     ConfigRule("loftq_config", bool, "LoftQ", "its delta is relative to a quantized base with its residual left out; give that one as "
                "the base and pass --base-is-residual", residual=True),
-    ConfigRule("alora_invocation_tokens", bool, "aLoRA", "acts on some tokens only, which no merged weight can express"),
-    ConfigRule("arrow_config", bool, "Arrow", "routes between adapters at run time, which no merged weight can express"),
-    ConfigRule("use_qalora", bool, "QALoRA", "pools its input, so lora_A does not have the base's width"),
+    ConfigRule("alora_invocation_tokens", bool, "aLoRA", "acts on some tokens only, which no merged weight can express",
+               mergeable=False),
+    ConfigRule("arrow_config", bool, "Arrow", "routes between adapters at run time, which no merged weight can express",
+               mergeable=False),
+    ConfigRule("use_qalora", bool, "QALoRA", "pools its input, so lora_A does not have the base's width", mergeable=False),
     ConfigRule("use_bdlora", bool, "BD-LoRA", "stores block-diagonal factors"),
     ConfigRule("kasa_config", bool, "KaSA", "changes the base and adds a diagonal between the factors"),
     ConfigRule("monteclora_config", bool, "MonteCLoRA", "samples its factors"),
     ConfigRule("velora_config", bool, "VeLoRA", f"{_NOT_YET}: it keeps buffers beside the factors"),
-    ConfigRule("layer_replication", bool, "layer replication", "the model has layers that the base on disk does not have"),
+    ConfigRule("layer_replication", bool, "layer replication", "the model has layers that the base on disk does not have",
+               mergeable=False),
     ConfigRule("megatron_config", bool, "Megatron LoRA", "its tensors are split over ranks; convert it to plain PEFT first"),
 )  # fmt: skip
 
@@ -69,10 +74,27 @@ _HARMLESS = frozenset({
     "trainable_token_indices", "use_dora", "use_rslora",
 })  # fmt: skip
 
+NEVER_MERGED = frozenset({
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING",
+    "SHADOW", "XLORA",
+})  # fmt: skip
+"""Methods that PEFT merges into no weight: prompts, layers beside the model's, and mixtures of adapters."""
+
 
 def is_residual(config: AdapterConfig) -> bool:
     """Say whether an adapter with this config is relative to a residual of its base."""
     return any(rule.residual and rule.refuses(config.get(rule.key)) for rule in CONFIG_RULES)
+
+
+def peft_merges(config: AdapterConfig) -> bool:
+    """Say whether PEFT can merge an adapter of this kind, where it is refused here."""
+    kind = str(config.peft_type)
+    turned = kind in METHODS and config.fan_in_fan_out  # the reason says so
+    return not (
+        turned
+        or kind in NEVER_MERGED
+        or any(not rule.mergeable and rule.refuses(config.get(rule.key)) for rule in CONFIG_RULES)
+    )
 
 
 def config_refusals(config: AdapterConfig, base_is_residual: bool = False) -> list[str]:

@@ -3,21 +3,24 @@
 Its weights of two and more dimensions are modules of the method ``FULL``, whose delta is ``W1 − W0``; its other tensors (norms, biases,
 embeddings of another size) take the place of the base's, as an adapter's saved modules do:
 ``model.layers.0.mlp.up_proj.weight`` (m, n) → module ``model.layers.0.mlp.up_proj``; ``model.norm.weight`` (n,) → carried, ``saved``.
+A stack of experts gives a module an expert: ``model.layers.0.mlp.experts.down_proj`` (8, m, n) → ``….down_proj[0]`` … ``….down_proj[7]``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME, AdapterConfig
-from streamer.adapters.layer_names import EMBEDDING, HEADS
+from streamer.adapters.layer_names import EMBEDDING
 from streamer.adapters.modules import MethodModule, Module
 from streamer.adapters.peft_methods import METHODS
 from streamer.adapters.tensor_names import Carried
 from streamer.errors import InputError
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, checkpoint_identity, open_checkpoint
+from streamer.storage.header import TensorInfo
 from streamer.storage.identities import AdapterIdentity
 from streamer.storage.tensor_file import IOMode, sampled_bytes
 from streamer.weights.base import StoredTensor
@@ -28,6 +31,26 @@ METHOD = "FULL"
 
 
 @dataclass(frozen=True)
+class ExpertStack:
+    """A tensor that holds a matrix an expert.
+
+    Attributes
+    ----------
+    tensor
+        Its name.
+    stored
+        Its shape: (experts, out, in), or (experts, in, out) where it is `transposed`.
+    experts
+        A module an expert.
+    """
+
+    tensor: str
+    stored: tuple[int, ...]
+    transposed: bool
+    experts: tuple[MethodModule, ...]
+
+
+@dataclass(frozen=True)
 class FinetunedModel(DeltaSource):
     """A fine-tuned model on disk.
 
@@ -35,9 +58,12 @@ class FinetunedModel(DeltaSource):
     ----------
     model_config
         Its ``config.json``.
+    stacks
+        Its stacks of experts.
     """
 
     model_config: ModelConfig = field(default_factory=ModelConfig)
+    stacks: tuple[ExpertStack, ...] = ()
 
     describes_model = True
 
@@ -57,8 +83,9 @@ class FinetunedModel(DeltaSource):
 
     def stored_sum(self, module: Module) -> StoredTensor | None:
         """Return the model's own weight."""
+        assert isinstance(module, MethodModule)
         (tensor,) = module.tensor_names
-        return self.tensors[tensor]
+        return module.stored(self.tensors[tensor])
 
 
 def is_model(path: Path) -> bool:
@@ -67,13 +94,16 @@ def is_model(path: Path) -> bool:
     return holds and not (path / CONFIG_NAME).exists()
 
 
-def open_finetuned(path: Path, base: Checkpoint, conv1d: bool, io: IOMode) -> FinetunedModel:
+def open_finetuned(path: Path, base: Checkpoint, is_conv1d: Callable[[str], bool], io: IOMode,
+                   stack_layout: Callable[[TensorInfo], str | None]) -> FinetunedModel:  # fmt: skip
     """Open a fine-tuned model as deltas of a base.
 
     Parameters
     ----------
-    conv1d
-        Whether the model's linear layers are stored (in, out).
+    is_conv1d
+        Whether a module of this name is stored (in, out).
+    stack_layout
+        Tells of a tensor how it stores a matrix an expert, ``out,in`` or ``in,out``; None where it is no stack of experts.
 
     Raises
     ------
@@ -87,16 +117,40 @@ def open_finetuned(path: Path, base: Checkpoint, conv1d: bool, io: IOMode) -> Fi
     config = AdapterConfig({**model_config.values, "peft_type": METHOD}, path / MODEL_CONFIG)
     modules: dict[str, Module] = {}
     carried: list[Carried] = []
+    stacks: list[ExpertStack] = []
     for file in tuned.files.values():
         for info in file.header.tensors:
             module, _, parameter = info.name.rpartition(".")
             resized = info.name in base.weight_map and base.info(info.name).shape != info.shape
-            if parameter == "weight" and len(info.shape) >= 2 and info.dtype in ENCODINGS and not resized:
+            layout = stack_layout(info) if info.dtype in ENCODINGS and not resized else None
+            if layout is not None:
+                stacks.append(_stack(info, layout == "in,out", config))
+            elif parameter == "weight" and len(info.shape) >= 2 and info.dtype in ENCODINGS and not resized:
                 if len(info.shape) == 2 and EMBEDDING.search(module):
                     role = "embedding"
                 else:
-                    role = "conv1d" if conv1d and module.rpartition(".")[2] not in HEADS else "weight"
+                    role = "conv1d" if len(info.shape) == 2 and is_conv1d(module) else "weight"
                 modules[module] = MethodModule(module, METHODS[METHOD], config, {role: info.name}, {role: info.shape})
             else:
                 carried.append(Carried("saved", module, parameter, info.name))
-    return FinetunedModel(path, config, tuple(tuned.files.values()), modules, tuple(carried), (), model_config)
+    files = tuple(tuned.files.values())
+    return FinetunedModel(path, config, files, modules, tuple(carried), (), model_config, tuple(stacks))
+
+
+def _stack(info: TensorInfo, transposed: bool, config: AdapterConfig) -> ExpertStack:
+    experts, *stored = info.shape
+    m, n = reversed(stored) if transposed else stored
+    role = "conv1d" if transposed else "weight"
+    modules = (
+        MethodModule(
+            f"{info.name}[{e}]",
+            METHODS[METHOD],
+            config,
+            {role: info.name},
+            {role: tuple(stored)},
+            shape=(m, n),
+            expert=e,
+        )
+        for e in range(experts)
+    )
+    return ExpertStack(info.name, info.shape, transposed, tuple(modules))

@@ -11,16 +11,3 @@ EMBEDDING = re.compile(
 
 HEADS = ("lm_head", "embed_out", "output", "score", "classifier")
 """Last names of linear layers on top of a model: of those that are not Conv1D in a model of Conv1D."""
-
-VOCABULARY = {
-    "embed_tokens",
-    "wte",
-    "word_embeddings",
-    "shared",
-    "embed_in",
-    "embeddings",
-    "lm_head",
-    "embed_out",
-    "output",
-}
-"""Last names of the modules whose rows are the vocabulary: these may grow or shrink."""

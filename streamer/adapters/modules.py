@@ -92,17 +92,13 @@ class Module(Protocol):
         """Return the memory of the module's tensors in the computing dtype, where these are kept beside Δ."""
         return 0
 
-    def placed(self, stored: Shape, fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
-        """Fit the module to a weight of this shape as it is stored.
-
-        Where the weight is square, the adapter's config must tell. PEFT sets the config's flag to what suits the layer that it wrapped
-        last, so in a model of Conv1D and Linear layers it is true of some of them only: a shape that fits one way alone goes that way
-        where the flag or the kind of model allows it.
+    def placed(self, stored: Shape, transposed: bool) -> Module | None:
+        """Fit the module to a weight of this shape that is stored (in, out) if `transposed`, else (out, in).
 
         Returns
         -------
-        module, transposed
-            The module, its shape that of the weight as (out, in), or None if it does not fit; and whether the weight is stored (in, out).
+        Module or None
+            The module, its shape that of the weight as (out, in); None if it does not fit.
         """
 
 
@@ -185,14 +181,10 @@ class LoraModule(Module):
         """Return ``scaling · B @ A`` in factors."""
         return self.low_rank_delta(tensors)
 
-    def placed(self, stored: Shape, fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
+    def placed(self, stored: Shape, transposed: bool) -> Module | None:
         """Fit the module to a weight of this shape as it is stored."""
-        if self.form != "linear":
-            return self if stored == self.weight else None, self.form == "embedding"
-        if self.shape[0] == self.shape[1]:
-            return self if stored == self.shape else None, fan_in_fan_out
-        transposed = stored == self.shape[::-1]
-        return self if stored == self.shape or (transposed and (fan_in_fan_out or conv1d)) else None, transposed
+        wanted = self.shape[::-1] if self.form == "linear" and transposed else self.weight
+        return self if stored == wanted else None
 
 
 @dataclass(frozen=True)
@@ -238,6 +230,8 @@ class MethodModule(Module):
         Their shapes.
     shape
         (out, in) of the weight that it was placed on, a convolution's kernel set out along its input.
+    expert
+        Its index along the first dimension of its tensors, where these hold a matrix an expert.
     """
 
     name: str
@@ -248,6 +242,7 @@ class MethodModule(Module):
     rank: int = 0
     scaling: float = 1.0
     shape: tuple[int, int] = (0, 0)
+    expert: int | None = None
 
     @property
     def low_rank(self) -> bool:
@@ -277,11 +272,15 @@ class MethodModule(Module):
 
     def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None) -> Delta:
         """Compute ``W' − W0`` by the method's formula."""
-        values = {role: values_of(tensors[name]) for role, name in self.tensors.items()}
+        values = {role: values_of(self.stored(tensors[name])) for role, name in self.tensors.items()}
         if W0 is not None:
             values = {role: t.to(W0.device, torch.promote_types(t.dtype, W0.dtype)) for role, t in values.items()}
         inputs = MethodInputs(values, self.scaling, self.config, self.shape)
         return self.method.delta(inputs, torch.empty(0) if W0 is None else W0)
+
+    def stored(self, tensor: StoredTensor) -> StoredTensor:
+        """Return the module's share of one of its tensors: all, or an expert's matrix."""
+        return tensor if self.expert is None else tensor.slice(self.expert)
 
     def peak_bytes(self, itemsize: int) -> int:
         """Return the memory of the matrices that the formula holds at once, those of the size of W0."""
@@ -291,15 +290,8 @@ class MethodModule(Module):
         """Return the memory of all its tensors in the computing dtype."""
         return sum(math.prod(shape) * max(4, itemsize) for shape in self.shapes.values())
 
-    def placed(self, stored: Shape, fan_in_fan_out: bool, conv1d: bool) -> tuple[Module | None, bool]:
+    def placed(self, stored: Shape, transposed: bool) -> MethodModule | None:
         """Fit the module to a weight of this shape as it is stored."""
-        if self.form != "linear":
-            return self._on(stored, True), True
-        straight, turned = self._on(stored, False), self._on(stored, True) if fan_in_fan_out or conv1d else None
-        transposed = turned is not None and (fan_in_fan_out or straight is None)
-        return (turned if transposed else straight), transposed
-
-    def _on(self, stored: Shape, transposed: bool) -> MethodModule | None:
         if len(stored) < 2:
             return None
         m, n = stored[0], math.prod(stored[1:])

@@ -5,24 +5,29 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from streamer.adapters.adapter import PeftAdapter
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, read_adapter_config
-from streamer.adapters.config_rules import config_refusals
+from streamer.adapters.config_rules import config_refusals, peft_merges
 from streamer.adapters.modules import DoraModule, LoraModule, MethodModule, Module
+from streamer.adapters.other_formats import refuse_other_formats
 from streamer.adapters.peft_methods import METHODS, PeftMethod
 from streamer.adapters.target_parameters import find_wrapped, targeted_parameters
-from streamer.adapters.tensor_names import FACTORS, carried_tensor, classify, normalize
+from streamer.adapters.tensor_names import FACTORS, Carried, carried_tensor, classify, normalize
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.absent import absent
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import listed
+from streamer.weights.base import StoredTensor, equal
 from streamer.weights.dtypes import encoding_of
 
 INSTEAD = "merge such an adapter with PEFT instead"
+
+UNMERGED = "PEFT does not merge it either: use it as it is"
+"""Next step for kinds that no merge takes."""
 
 
 def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> PeftAdapter:
@@ -41,6 +46,8 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
         If files are missing or broken, or tensors and config disagree.
     """
     path = Path(path)
+    if path.exists() and not ((path / CONFIG_NAME).exists() and (path / WEIGHTS_NAME).exists()):
+        refuse_other_formats(path)
     if path.is_file():
         raise InputError(f"{path}: expected the adapter's directory, found a file; name the one with {CONFIG_NAME}")
     if not path.is_dir():
@@ -48,7 +55,8 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
     config = read_adapter_config(path)
     refusals = config_refusals(config, base_is_residual)
     if refusals:
-        raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {listed(refusals, separator='; ')}; {INSTEAD}")
+        instead = INSTEAD if peft_merges(config) else UNMERGED
+        raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {listed(refusals, separator='; ')}; {instead}")
     file = TensorFile(path / WEIGHTS_NAME, io)
     method = METHODS.get(str(config.peft_type))
     found, rest = _sort(file, method)
@@ -65,17 +73,30 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
         if name not in inner:
             modules[name] = _module(name, tensors, file, config, method)
     if not modules and not wrapped:
+        refuse_other_formats(file.path)
         what = "lora_A and lora_B" if method is None else method.title
         raise InputError(f"{file.path}: expected {what} tensors, found none; is this the adapter?")
-    carried = tuple(carried_tensor(role, match, source, modules, file.path, config) for role, match, source in rest)
-    seen: dict[tuple[str, str], str] = {}
-    for c in carried:
-        other = seen.setdefault((c.role, c.name), c.source)
-        if other != c.source:
-            raise FormatError(
-                f"{file.path}: tensors {other!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
-            )
+    carried = _without_copies(
+        file, [carried_tensor(role, match, source, modules, file.path, config) for role, match, source in rest]
+    )
     return PeftAdapter(path, config, (file,), modules, carried, tuple(wrapped))
+
+
+def _without_copies(file: TensorFile, carried: Iterable[Carried]) -> tuple[Carried, ...]:
+    """Leave out the copies that PEFT writes beside a saved module, as all that ends in ``bias``, or is below a grown embedding.
+
+    ``score.modules_to_save.bias`` and ``embed_tokens.modules_to_save.weight`` are left out beside ``score.bias`` and
+    ``embed_tokens.weight`` of the same bytes, the names under which PEFT looks for them.
+    """
+    kept: dict[tuple[str, str], Carried] = {}
+    for c in carried:
+        other = kept.get((c.role, c.name), c)
+        if other is not c and not equal(*(StoredTensor(file, file.header.by_name[one.source]) for one in (other, c))):
+            raise FormatError(
+                f"{file.path}: tensors {other.source!r} and {c.source!r} both change {c.name!r}; save one adapter at a time"
+            )
+        kept[c.role, c.name] = min(other, c, key=lambda one: len(one.source))
+    return tuple(kept.values())
 
 
 def _sort(
@@ -114,6 +135,7 @@ def _sort(
             )
         factors[factor] = info.name
     if refused:
+        refuse_other_formats(file.path)
         kinds = [f"{n} × {reason}, {example[reason]!r} first" for reason, n in refused.items()]
         raise UnsupportedError(f"{file.path}: refused: not supported: {listed(kinds, separator='; ')}; {INSTEAD}")
     for name, factors in found.items():
@@ -146,7 +168,7 @@ def _lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, conf
             f"{where}: module {name!r}: lora_B {list(b.shape)} and lora_A {list(a.shape)} do not multiply; save the adapter again"
         )
     # PEFT looks a parameter's rank and alpha up by the parameter's name.
-    scaling = config.lora_scaling(f"{name}.weight" if targeted_parameters(config, name) else name, rank)
+    scaling = config.lora_scaling(f"{name}.weight" if "weight" in targeted_parameters(config, name) else name, rank)
     shape = (b.shape[0], math.prod(a.shape[1:]))
     if (magnitude is not None) != bool(config.get("use_dora")):
         found = "has magnitudes" if magnitude else "has none"
@@ -175,11 +197,11 @@ def _form(name: str, a: TensorInfo, b: TensorInfo, where: Path) -> str:
         return "embedding" if by_name == {"embedding"} else "linear"
     if math.prod(b.shape[2:]) != 1 or by_name == {"embedding"}:
         raise UnsupportedError(
-            f"{where}: refused: module {name!r}: lora_B {list(b.shape)} is not a convolution of kernel size 1; {INSTEAD}"
+            f"{where}: refused: module {name!r}: lora_B {list(b.shape)} is not a convolution of kernel size 1; save the adapter again"
         )
     if b.shape[1] != a.shape[0] and b.shape[1] and a.shape[0] % b.shape[1] == 0:
         raise UnsupportedError(
             f"{where}: refused: module {name!r}: LoRA on a convolution with {a.shape[0] // b.shape[1]} groups, "
-            f"whose delta is not the product of its factors; {INSTEAD}"
+            f"whose delta is not the product of its factors; {UNMERGED}"
         )
     return "convolution"

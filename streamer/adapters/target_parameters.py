@@ -64,6 +64,10 @@ def find_wrapped(
         while (inner := pairs.get(name + INNER * len(layers))) is not None:
             layers.append(inner)
         parameters = targeted_parameters(config, name)
+        # ``gate_up_proj`` names a parameter of any module that has one; where lora_A is of one matrix, it is of the module's weight.
+        bare = parameters & set(config.strings("target_parameters")) - {"weight"}
+        if bare and len(layers) == 1 and is_matrix(name, factors["A"]):
+            parameters -= bare
         if not parameters or (parameters == {"weight"} and is_matrix(f"{name}.weight", factors["A"])):
             continue
         if len(parameters) != len(layers):

@@ -1,7 +1,7 @@
 """Meanings of an adapter's tensors by their names; a new kind of tensor is a new entry of `TENSOR_RULES`, the first match wins.
 
 ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`` → factor A of ``model.layers.0.self_attn.q_proj``;
-``base_model.model.score.modules_to_save.default.weight`` → ``weight`` of ``score``, saved whole;
+``base_model.model.score.modules_to_save.default.weight``, also without ``default`` → ``weight`` of ``score``, saved whole;
 ``base_model.model.lm_head.base_layer.weight`` → ``weight`` of ``lm_head``, saved whole, to which a delta is added.
 """
 
@@ -43,7 +43,8 @@ TENSOR_RULES: tuple[TensorRule, ...] = (
     # What the base has there: kept by trainers that save a module's whole state.
     TensorRule(re.compile(r"\.trainable_tokens_original(\.|$)|\.original_module\."), "original"),
     TensorRule(re.compile(r"\.(hada_|lokr_|lora_|ranknum|vera_|oft_|boft_|ia3_)"), "other", "another method's tensors"),
-    TensorRule(re.compile(r"^(?P<module>.+?)\.modules_to_save\.[^.]+\.(?P<parameter>.+)$"), "saved"),
+    # PEFT strips the adapter's name where it is the last but one: a parameter that is the module's own stands without it.
+    TensorRule(re.compile(r"^(?P<module>.+?)\.modules_to_save\.(?:[^.]+\.)?(?P<parameter>.+)$"), "saved"),
     TensorRule(re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<parameter>[^.]+)$"), "saved"),
     TensorRule(re.compile(r"^(?P<module>.+)\.(?P<parameter>[^.]+)$"), "saved"),
     TensorRule(re.compile(r""), "unknown", "a tensor of unknown meaning"),
@@ -80,7 +81,7 @@ class Carried:
         ``saved``: takes the tensor's place. ``lora_bias``: is added to it, times `scaling`. ``tokens``: takes the place of the rows
         that `indices` name. ``original``: the base's own values, of no effect.
     module, parameter
-        The tensor's name in the model: ``module.parameter``.
+        The tensor's name in the model: ``module.parameter``; the module is empty where the model itself holds the parameter.
     source
         Its name in the adapter's file.
     """
@@ -95,7 +96,7 @@ class Carried:
     @property
     def name(self) -> str:
         """Name of the model's tensor."""
-        return f"{self.module}.{self.parameter}"
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
 
 
 def carried_tensor(

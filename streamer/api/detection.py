@@ -33,6 +33,7 @@ def detect_intruder_dimensions(
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    architecture: str | None = None,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -70,6 +71,9 @@ def detect_intruder_dimensions(
     base_is_residual
         True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
         these kinds are refused without it.
+    architecture
+        Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
+        known; the output's record names it.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
@@ -94,7 +98,7 @@ def detect_intruder_dimensions(
         inputs, `FileExistsError` for an output that may not be replaced.
     """
     options = detection_options(top_k, threshold_epsilon, solver, max_memory)
-    run = run_options(device, io, base_is_residual, on_event, resume, overwrite, monitor)
+    run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
     adapters = named_adapters(adapter)
     found = detect_many(base, adapters, output, options, run)
     return found[""] if "" in adapters else found

@@ -29,6 +29,7 @@ class Detecting(TypedDict, total=False):
     device: str
     io: IOMode
     base_is_residual: bool
+    architecture: str | None
     resume: bool
     overwrite: bool
     on_event: OnEvent | None
@@ -62,8 +63,8 @@ def read_size(max_memory: int | str | None) -> int | None:
         raise UsageError(f"max_memory: {e}") from None
 
 
-def run_options(device: str, io: IOMode, base_is_residual: bool, on_event: OnEvent | None, resume: bool = True,
-                overwrite: bool = False, monitor: Monitor | None = None) -> RunOptions:  # fmt: skip
+def run_options(device: str, io: IOMode, base_is_residual: bool, architecture: str | None, on_event: OnEvent | None,
+                resume: bool = True, overwrite: bool = False, monitor: Monitor | None = None) -> RunOptions:  # fmt: skip
     """Make the options of a run; its warnings go through the `warnings` module where nothing takes events."""
     monitor = monitor or Monitor(on_event or warn)
-    return RunOptions(choose_device(device), io, base_is_residual, resume, overwrite, monitor)
+    return RunOptions(choose_device(device), io, base_is_residual, architecture, resume, overwrite, monitor)

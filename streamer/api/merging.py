@@ -49,6 +49,7 @@ def merge_with_reduced_intruder_dimensions(
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    architecture: str | None = None,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -104,6 +105,9 @@ def merge_with_reduced_intruder_dimensions(
     base_is_residual
         True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
         these kinds are refused without it.
+    architecture
+        Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
+        known; the output's record names it.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
@@ -132,7 +136,7 @@ def merge_with_reduced_intruder_dimensions(
     form = OutputOptions(merges=True, dequantize=dequantize, model_card=model_card)
     adapters = named_adapters(adapter)
     given = findings_by_name(findings, adapters)
-    run = run_options(device, io, base_is_residual, on_event, resume, overwrite, monitor)
+    run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
     records = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)
     return records[0] if "" in adapters else dict(zip(adapters, records, strict=True))
 
@@ -153,6 +157,7 @@ def iter_merged(
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    architecture: str | None = None,
     on_event: OnEvent | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time; nothing is written.
@@ -197,6 +202,9 @@ def iter_merged(
     base_is_residual
         True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
         these kinds are refused without it.
+    architecture
+        Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
+        known; the output's record names it.
     on_event
         Called with an `Event` as each tensor is begun, which counts bytes, and for each warning. Without it warnings go
         through the `warnings` module, as `StreamerWarning`.
@@ -217,7 +225,7 @@ def iter_merged(
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize)
-    run = run_options(device, io, base_is_residual, on_event)
+    run = run_options(device, io, base_is_residual, architecture, on_event)
     adapters = {"": Path(adapter)}
     (job,) = open_jobs(base, adapters, findings_by_name(findings, adapters), mitigation, detection, form, run)
     run.monitor.warn(job.plan.warnings)

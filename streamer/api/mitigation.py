@@ -33,6 +33,7 @@ def reduce_intruder_dimension(
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    architecture: str | None = None,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -86,6 +87,9 @@ def reduce_intruder_dimension(
     base_is_residual
         True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
         these kinds are refused without it.
+    architecture
+        Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
+        known; the output's record names it.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
@@ -112,7 +116,7 @@ def reduce_intruder_dimension(
     mitigation = MitigationOptions(mitigation_lambda, method, scale)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=False, to_lora=to_lora, model_card=model_card)
-    run = run_options(device, io, base_is_residual, on_event, resume, overwrite, monitor)
+    run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
     adapters = {"": Path(adapter)}
     given = findings_by_name(findings, adapters)
     (record,) = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)

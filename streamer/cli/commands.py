@@ -31,15 +31,18 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.json_report import inspect_json
     from streamer.cli.tables import dtype_table, inspect_table
     from streamer.detection.device import choose_device
+    from streamer.plan.architectures import with_architecture
     from streamer.plan.plan import make_plan
     from streamer.storage.checkpoint import open_checkpoint
+    from streamer.weights.model_config import read_model_config
 
     if args.adapter is not None:
-        plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual)
+        plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual, args.architecture)
         monitor.warn(plan.warnings)
         tree = inspect_json(plan, forecast_commands(plan, choose_device("auto"), monitor))
         return tree, inspect_table(tree, screen(args.all))
     base = open_checkpoint(args.base, args.io)
+    with_architecture(read_model_config(base.directory), args.architecture)
     monitor.warn(base.warnings)
     files = [(name, [(t.dtype, t.nbytes) for t in f.header.tensors]) for name, f in base.files.items()]
     tree = {"schema": "streamer.plan/1", "base": base.identity(), "warnings": list(base.warnings),
@@ -77,7 +80,7 @@ def _dry_detect(
     from streamer.plan.memory import resident_bytes
     from streamer.plan.plan import make_batch
 
-    batch = make_batch(args.base, list(adapters.values()), run.io, run.base_is_residual)
+    batch = make_batch(args.base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
     run.monitor.warn(batch.warnings)
     paths = [findings_of(args.output, name) for name in adapters]
     states, resident = inspect_detections(batch, paths, options, run), resident_bytes(batch)
@@ -192,8 +195,8 @@ def _run_options(args: argparse.Namespace, monitor: Monitor) -> RunOptions:
     from streamer.detection.device import choose_device
     from streamer.detection.options import RunOptions
 
-    resume, residual = not args.no_resume, args.base_is_residual
-    return RunOptions(choose_device(args.device), args.io, residual, resume, args.overwrite, monitor)
+    device, resume = choose_device(args.device), not args.no_resume
+    return RunOptions(device, args.io, args.base_is_residual, args.architecture, resume, args.overwrite, monitor)
 
 
 def _mitigation_options(args: argparse.Namespace) -> MitigationOptions:

@@ -111,7 +111,7 @@ examples:
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
     **{name: f"--{name.replace('_', '-')}" for name in
-       ("device", "lambda", "max_memory", "method", "scale", "solver", "to_lora", "top_k")},
+       ("architecture", "device", "lambda", "max_memory", "method", "scale", "solver", "to_lora", "top_k")},
 }  # fmt: skip
 """The options of the library's keywords, by which its messages call them."""
 
@@ -218,6 +218,9 @@ def build_parser() -> Parser:
                          help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
     g.add_argument("--base-is-residual", action="store_true",
                    help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained")  # fmt: skip
+    g.add_argument("--architecture", metavar="NAME",
+                   help="class of BASE in transformers, like GPT2LMHeadModel, where its config.json does not tell: it is asked for by "
+                        "a message that names this option")  # fmt: skip
 
     computing = Parser(add_help=False)
     g = computing.add_argument_group("detection")

@@ -49,6 +49,8 @@ def findings_table(
         f"{findings.intruders} intruders in {sum(bool(m.detection.intruders) for m in findings)} of {len(findings)} matrices "
         f"(top_k={o.top_k}, epsilon={o.threshold_epsilon}); {certified} of {len(findings)} certified"
     )
+    if turned := sum(bool(m.transposed) for m in findings):
+        summary += f"\n{turned} stored as columns x rows (embeddings, Conv1D): judged is the output side, whichever way a matrix is stored"
     if open_ones := [m.tensor for m in every if not m.detection.certified]:
         open_ones[:3] = shorten(open_ones[:3], (screen.width or 10**6) - 4)
         summary += f"\nnot certified: {listed(open_ones)}"

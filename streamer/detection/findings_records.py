@@ -25,6 +25,7 @@ class MatrixFigures(TypedDict):
     dtype: str
     rank: int
     scale: float
+    transposed: bool | None
     certified: bool
     degenerate: list[int]
     solver: str

@@ -15,7 +15,9 @@ from streamer.linalg.operators import all_finite
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
-_KINDS: dict[str, type] = {key: get_origin(kind) or kind for key, kind in get_type_hints(MatrixFigures).items()}
+_KINDS: dict[str, type] = {
+    key: get_origin(kind) or kind for key, kind in get_type_hints(MatrixFigures).items() if key != "transposed"
+}
 
 _DECISIONS = tuple(key for key in _KINDS if key in Detection.__dataclass_fields__)
 """The figures that are the detection's; the others are the finding's own."""
@@ -39,6 +41,9 @@ class MatrixFinding:
         Decisions and factors. From a file, the factors are read through a map, when they are used.
     seconds
         How long detection took; None where it was read from a file, which holds no times.
+    transposed
+        Whether the base stores (in, out), as embeddings and Conv1D layers do; the output side is judged all the same. None where the
+        file that it was read from does not say.
     """
 
     tensor: str
@@ -49,6 +54,7 @@ class MatrixFinding:
     scale: float
     detection: Detection
     seconds: float | None = field(default=None, compare=False)
+    transposed: bool | None = None
 
     def __repr__(self) -> str:
         return f"<MatrixFinding {self.tensor} {'x'.join(map(str, self.shape))}: {self.detection.summary()}>"
@@ -56,7 +62,7 @@ class MatrixFinding:
     def figures(self) -> MatrixFigures:
         """Return all but the arrays, as JSON values."""
         own = {"tensor": self.tensor, "module": self.module, "shape": list(self.shape), "dtype": self.dtype,
-               "rank": self.rank, "scale": self.scale}  # fmt: skip
+               "rank": self.rank, "scale": self.scale, "transposed": self.transposed}  # fmt: skip
         return cast("MatrixFigures", own | {name: getattr(self.detection, name) for name in _DECISIONS})
 
     def record(self) -> MatrixRecord:
@@ -81,6 +87,8 @@ def check_figures(figures: Any) -> None:
             fits = fits and all(type(i) is int and i >= 0 for i in value)
         if not fits:
             raise TypeError(f"{key} is {type(value).__name__}")
+    if type(value := figures.get("transposed")) not in {bool, type(None)}:  # earlier versions did not write it
+        raise TypeError(f"transposed is {type(value).__name__}")
 
 
 def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> MatrixFinding:
@@ -112,4 +120,4 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
     chosen: dict[str, Any] = {key: figures[key] for key in _DECISIONS} | {"degenerate": tuple(figures["degenerate"])}
     detection = Detection(U=arrays["U"], S=arrays["S"], Vh=arrays["Vh"], **numbers, **chosen)
     return MatrixFinding(figures["tensor"], figures["module"], (m, n), figures["dtype"],
-                         figures["rank"], figures["scale"], detection)  # fmt: skip
+                         figures["rank"], figures["scale"], detection, transposed=figures.get("transposed"))  # fmt: skip

@@ -78,6 +78,8 @@ class RunOptions:
         How tensors are read.
     base_is_residual
         Whether the base is what an initialisation such as PiSSA's left of the model.
+    architecture
+        The base's class, where its config does not tell.
     resume
         Whether an interrupted run with the same inputs and options is taken up.
     overwrite
@@ -89,6 +91,7 @@ class RunOptions:
     device: torch.device
     io: IOMode = "mmap"
     base_is_residual: bool = False
+    architecture: str | None = None
     resume: bool = True
     overwrite: bool = False
     monitor: Monitor = field(default_factory=Monitor)

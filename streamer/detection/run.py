@@ -73,7 +73,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         found = _detection(plan, target, options, torch.device("cpu"), prefetched, way)
     module = target.module
     return MatrixFinding(target.tensor, module.name, module.shape, prefetched.weight.label, module.rank, module.scaling, found,
-                         time.perf_counter() - began)  # fmt: skip
+                         time.perf_counter() - began, target.transposed)  # fmt: skip
 
 
 def _detection(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, prefetched: PrefetchedWeight,
@@ -149,7 +149,7 @@ def detect_many(base: str | Path, adapters: Mapping[str, Path], output: str | Pa
     dict
         Findings by the adapters' names.
     """
-    batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual)
+    batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
     run.monitor.warn(batch.warnings)
     if output is None:
         found = detect_in_memory(batch, options, run)

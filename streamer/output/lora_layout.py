@@ -8,11 +8,12 @@ from typing import Any
 
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.errors import UnsupportedError
+from streamer.plan.architectures import Architecture
 from streamer.plan.carried_tensors import TensorEdits
-from streamer.plan.tied_embeddings import OF_A_TIE, equal, find_tie, is_without_head, refuse_other_ties
+from streamer.plan.tied_names import find_ties
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
-from streamer.weights.base import StoredTensor
+from streamer.weights.base import StoredTensor, equal
 
 PREFIX = "base_model.model."
 """Prefix of the names in a PEFT adapter: ``model.layers.0.mlp.up_proj`` → ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
@@ -31,18 +32,22 @@ class LoraLayout:
     config
         What the config says of it.
     heads
-        Embedding's module → the lm_head that is tied to it, and takes the same delta.
+        Embedding's module → the modules that are tied to it, and take the same delta, and whether each is an embedding.
+    embeddings
+        Modules that are embeddings by the model's class.
     """
 
     names: Mapping[str, str]
     carried: Mapping[str, StoredTensor]
     config: Mapping[str, Any]
-    heads: Mapping[str, str]
+    heads: Mapping[str, Mapping[str, bool]]
+    embeddings: frozenset[str] = frozenset()
 
 
 def lora_layout(
-    tuned: FinetunedModel, base: Checkpoint, matched: Mapping[str, str], edits: TensorEdits, renames: Renames
-) -> LoraLayout:
+    tuned: FinetunedModel, architecture: Architecture | None, base: Checkpoint, matched: Mapping[str, str], edits: TensorEdits,
+    renames: Renames,
+) -> LoraLayout:  # fmt: skip
     """Give what changed in a fine-tuned model outside of matrices its form in a LoRA adapter.
 
     PEFT knows the modules by their names in a loaded model; a bias is its module's own where that has factors; what else has changed
@@ -55,6 +60,8 @@ def lora_layout(
 
     Parameters
     ----------
+    architecture
+        The facts of the fine-tuned model.
     matched
         Module → base tensor of those that have factors.
 
@@ -78,7 +85,12 @@ def lora_layout(
     for c in changed.values():
         if c.module in matched and c.parameter == "bias":
             continue
-        if c.module in matched or c.source not in now or any(f"{i}.".startswith(f"{c.module}.") for i in inner):
+        if (
+            not c.module
+            or c.module in matched
+            or c.source not in now
+            or any(f"{i}.".startswith(f"{c.module}.") for i in inner)
+        ):
             raise UnsupportedError(
                 f"{tuned.path}: {c.source!r} has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter; "
                 "use `streamer merge`"
@@ -94,22 +106,26 @@ def lora_layout(
             carried[PREFIX + name] = tuned.tensors[c.source]
         elif c.source in changed:
             carried[f"{PREFIX}{module}.base_layer.{parameter}"] = tuned.tensors[c.source]
-    headless = is_without_head(tuned.tensors, tuned.model_config)
-    tie = None if headless else find_tie(tuned.tensors, tuned.model_config, tuned)
-    trained = {
-        m: f"{m}.weight"
-        for m, n in matched.items()
-        if OF_A_TIE.search(f"{m}.weight") and not equal(tuned.tensors[f"{m}.weight"], StoredTensor(*base.locate(n)))
-    }
-    refuse_other_ties(tie, tuned.path, tuned.tensors, tuned.model_config, tuned, trained, changed)
-    heads, one = {}, tie is not None and tie.head not in tuned.tensors
-    if tie is not None and one:
-        head = renames.at_run_time([tie.head]).get(tie.head, tie.head).removesuffix(".weight")
-        heads = {m: head for m in matched if f"{m}.weight" == tie.embedding}
-        if not heads and now.get(tie.embedding, "").removesuffix(".weight") in saved:  # of another size than the base's
-            saved.add(head)
-            carried[f"{PREFIX}{head}.weight"] = tuned.tensors[tie.embedding]
+    ties = [
+        tie
+        for tie in find_ties(tuned.tensors, architecture, renames)
+        if tie.stored and not {*tie.others} & tuned.tensors.keys()
+    ]
+    heads: dict[str, dict[str, bool]] = {}
+    for tie in ties:
+        module = tie.stored.removesuffix(".weight")
+        mine = next(name.removesuffix(".weight") for name in tie.on_disk if tie.on_disk[name] == tie.stored)
+        others = [m for name in tie.on_disk if (m := name.removesuffix(".weight")) not in (mine, name)]
+        if module in matched and architecture is not None:
+            heads[module] = {other: architecture.is_embedding(other) for other in others}
+        elif mine in saved:  # of another size than the base's
+            saved |= {*others}
+            carried |= {f"{PREFIX}{other}.weight": tuned.tensors[tie.stored] for other in others}
     config: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
-    if one:
+    # Of more than two, PEFT takes all but the first for linear layers.
+    if any(tie.stored.endswith(".weight") and len(tie.on_disk) == 2 for tie in ties):
         config["ensure_weight_tying"] = True
-    return LoraLayout(names, carried, config, heads)
+    looked_up = frozenset(
+        m for m, name in names.items() if architecture is not None and architecture.is_embedding(name)
+    )
+    return LoraLayout(names, carried, config, heads, looked_up)

@@ -27,6 +27,7 @@ from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_metrics
 from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
+from streamer.plan.architectures import architecture_for
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
@@ -34,6 +35,7 @@ from streamer.plan.transformers_renames import renames_for
 from streamer.storage.atomic_file import Buffer
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import plan_shard
+from streamer.weights.base import StoredTensor, equal
 from streamer.weights.dtypes import as_bytes
 
 SMALL = 1024
@@ -53,8 +55,10 @@ class LoraWriter(Writer):
         self._layout = _layout(plan)
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, Iterable[int]]] = []
-        for target in plan.targets:
-            for name, shape in self._tensors(target).items():
+        # Experts that have changed are refused; the others stay out.
+        self._written = [target for target in plan.targets if not target.pieces]
+        for target in self._written:
+            for name, (shape, _) in self._tensors(target).items():
                 self._targets[name] = target
                 entries.append((name, "F32", shape))
         entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
@@ -68,7 +72,7 @@ class LoraWriter(Writer):
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix."""
         plan = self._plan
-        for target in plan.targets:
+        for target in self._written:
             size = mitigation_bytes(plan, target, self.spec.job.intruders(target), projected=True)
             if not target.module.low_rank:
                 size += truncation_bytes(target.module.shape, self._rank, plan.weights[target.tensor].compute.itemsize)
@@ -89,38 +93,41 @@ class LoraWriter(Writer):
         written = LowRank(B.double(), A.double().T)
         error = _truncation_error(after, written)
         metrics.append(matrix_metrics(target, delta, written, found, job.options.scale, error))
-        shapes = self._tensors(target)
+        factors = {"A": A, "B": B, "Aᵀ": A.T, "Bᵀ": B.T}
         return {
-            name: factor.reshape(shapes[name]).contiguous()
-            for name, factor in zip(shapes, (A, B, B.T, A.T), strict=False)
+            name: factors[factor].reshape(shape).contiguous() for name, (shape, factor) in self._tensors(target).items()
         }
 
-    def _tensors(self, target: Target) -> dict[str, tuple[int, ...]]:
-        """Name A and B as PEFT stores them, with their shapes; and those of an lm_head that is tied to the target."""
-        (m, n), kernel, rank = target.module.shape, target.kernel, self._rank
-        module = self._layout.names.get(target.module.name, target.module.name)
-        stem = f"{PREFIX}{module}"
-        if target.is_embedding:
-            tensors: dict[str, tuple[int, ...]] = {
-                f"{stem}.lora_embedding_A": (rank, n),
-                f"{stem}.lora_embedding_B": (m, rank),
-            }
-            head = self._layout.heads.get(target.module.name)
-            return tensors | _linear(f"{PREFIX}{head}", (n, m), rank, ()) if head else tensors
-        return _linear(stem, (m, n), rank, kernel)
+    def _tensors(self, target: Target) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name A and B as PEFT stores them, with their shapes and the factor of each; and those of modules that are tied to the target."""
+        shape, rank, name = target.module.shape, self._rank, target.module.name
+        stem = f"{PREFIX}{self._layout.names.get(name, name)}"
+        if not target.is_embedding and name not in self._layout.embeddings:
+            return _linear(stem, shape, rank, target.kernel, ("A", "B"))
+        # An embedding's factors are those of its transpose.
+        factors, others = ("A", "B"), ("Bᵀ", "Aᵀ")
+        if not target.transposed:
+            shape, factors, others = shape[::-1], others, factors
+        tensors = _embedding(stem, shape, rank, factors)
+        for tied, is_embedding in self._layout.heads.get(name, {}).items():
+            head = f"{PREFIX}{tied}"
+            tensors |= (
+                _embedding(head, shape, rank, factors) if is_embedding else _linear(head, shape[::-1], rank, (), others)
+            )
+        return tensors
 
     def _config(self) -> dict[str, Any]:
         """Make a plain LoRA config: where it goes, what is carried along, and nothing of how the old adapter was trained."""
-        plan, names = self._plan, self._layout.names
+        names = self._layout.names
         return {
             **self._layout.config,
             "peft_type": "LORA",
-            "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in plan.targets),
+            "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in self._written),
             "r": self._rank,
             "lora_alpha": self._rank,
             "target_modules": [
-                *(names.get(t.module.name, t.module.name) for t in plan.targets),
-                *self._layout.heads.values(),
+                *(names.get(t.module.name, t.module.name) for t in self._written),
+                *(tied for heads in self._layout.heads.values() for tied in heads),
             ],
             "bias": "all" if any(name.endswith(".bias") for name in self._layout.carried) else "none",
             "init_lora_weights": True,
@@ -128,10 +135,26 @@ class LoraWriter(Writer):
         }
 
 
-def _linear(stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    m, n = shape
+def _linear(
+    stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...], factors: tuple[str, str]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    (m, n), (a, b) = shape, factors
     inner = (n // math.prod(kernel), *kernel)
-    return {f"{stem}.lora_A.weight": (rank, *inner), f"{stem}.lora_B.weight": (m, rank, *(1 for _ in kernel))}
+    return {f"{stem}.lora_A.weight": ((rank, *inner), a), f"{stem}.lora_B.weight": ((m, rank, *(1 for _ in kernel)), b)}
+
+
+def _embedding(
+    stem: str, shape: tuple[int, int], rank: int, factors: tuple[str, str]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    (m, n), (a, b) = shape, factors
+    return {f"{stem}.lora_embedding_A": ((rank, n), a), f"{stem}.lora_embedding_B": ((m, rank), b)}
+
+
+def _is_unchanged(plan: Plan, target: Target) -> bool:
+    """Say whether a fine-tuned model has an expert's very bytes of the base."""
+    (piece,), tuned = target.pieces, plan.adapter.stored_sum(target.module)
+    base = StoredTensor(*plan.base.locate(piece.weight))
+    return tuned is not None and piece.index is not None and equal(tuned, base.slice(piece.index))
 
 
 def _layout(plan: Plan) -> LoraLayout:
@@ -139,7 +162,8 @@ def _layout(plan: Plan) -> LoraLayout:
     adapter = plan.adapter
     if isinstance(adapter, FinetunedModel):
         matched = {t.module.name: t.tensor for t in plan.targets}
-        return lora_layout(adapter, plan.base, matched, plan.edits, renames_for(plan.config))
+        architecture = architecture_for(adapter.model_config, plan.config.architecture)
+        return lora_layout(adapter, architecture, plan.base, matched, plan.edits, renames_for(plan.config))
     kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
     config = {key: adapter.config.values[key] for key in kept if key in adapter.config.values}
@@ -193,7 +217,7 @@ def refusal(job: Job) -> str:
     adapter = job.plan.adapter
     if is_residual(adapter.config):
         return "is relative to a residual base, which a plain config does not say"
-    if adapter.wrapped:
+    if adapter.wrapped or any(t.pieces and not _is_unchanged(job.plan, t) for t in job.plan.targets):
         return "is on experts' parameters, which a plain config does not name"
     if job.plan.mirrors:
         return "holds the delta of a tied embedding twice (ensure_weight_tying)"

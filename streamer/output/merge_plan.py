@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamer.errors import UnsupportedError
@@ -22,8 +22,9 @@ from streamer.output.merged_tensors import (
     RowSlice,
     Stack,
 )
+from streamer.plan.architectures import architectures_for
 from streamer.plan.plan import Plan
-from streamer.plan.targets import Target, TensorSlice, stores_conv1d
+from streamer.plan.targets import Target, TensorSlice
 from streamer.plan.task_heads import Head, implied_head
 from streamer.storage.checkpoint import INDEX_NAME
 from streamer.storage.shard_writer import ShardPlan, index_bytes, plan_shard
@@ -150,9 +151,20 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
     return Output(name, stored.info.dtype, stored.info.shape, _merged(plan, weights[logical], role))
 
 
-def _merged(plan: Plan, weight: Weight, role: str | None = None, tuned: StoredTensor | None = None) -> Recipe:
-    """Make the recipe of a weight that the adapter changes; with a `role`, of that one of the tensors of its quantized values."""
-    recipes = [_piece(weight, target, held, role, tuned) for target, held in plan.by_weight[weight.name]]
+def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredTensor | None = None) -> Recipe:
+    """Make the recipe of a weight that the adapter changes.
+
+    Parameters
+    ----------
+    role
+        Of its tensors the one to make, where it is quantized.
+    stands
+        The tensor whose dtype is written, where it is not.
+    """
+    recipes = [
+        _piece(weight, target, held, role, None if stands is None else _tuned(plan, target, stands))
+        for target, held in plan.by_weight[weight.name]
+    ]
     return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
 
 
@@ -177,7 +189,7 @@ def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
             "the 16-bit base"
         )
     refused = [name for name in plan.by_weight if name in quantized and not plan.weights.requantizes(name)]
-    if dequantize and quantized and stores_conv1d(plan.config):
+    if dequantize and quantized and any(a.conv1d for a in architectures_for(plan.config)):
         raise UnsupportedError(
             f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out), which "
             "is not supported; merge into the 16-bit base"
@@ -198,7 +210,7 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     stands = stored or source
     recipe: Recipe
     if name in plan.by_weight:
-        recipe = _merged(plan, weights[name], tuned=_tuned(plan, name, stands))
+        recipe = _merged(plan, weights[name], stands=stands)
     elif name in edits.shifts:
         shift, scaling = edits.shifts[name]
         recipe = AddBias(weights[name], Plain.of(shift), scaling)
@@ -214,9 +226,9 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     return Output(name, SPELLINGS[encoding.dtype], source.info.shape, recipe)
 
 
-def _tuned(plan: Plan, name: str, stands: StoredTensor) -> StoredTensor | None:
-    """Find the fine-tuned model's own tensor, where it stands in an adapter's place and in the dtype that is written."""
-    tuned = plan.adapter.stored_sum(plan.by_weight[name][0][0].module)
+def _tuned(plan: Plan, target: Target, stands: StoredTensor) -> StoredTensor | None:
+    """Find the fine-tuned model's own matrix, where it stands in an adapter's place and in the dtype that is written."""
+    tuned = plan.adapter.stored_sum(target.module)
     return tuned if tuned is not None and tuned.info.dtype == stands.info.dtype else None
 
 
@@ -225,12 +237,19 @@ def _head(plan: Plan, names: list[str]) -> Head:
     if plan.adapter.describes_model:
         return Head(plan.config)
     trained = {name: stored.info.shape for name, stored in plan.edits.sources.items() if name in plan.edits.trained}
-    return implied_head(plan.config, plan.adapter.config.get("task_type"), trained, names)
+    head = implied_head(plan.config, plan.adapter.config.get("task_type"), trained, names)
+    implied = {} if plan.config.values else plan.edits.config(plan.config).values
+    if implied:
+        says = ", ".join(f"{key}={value}" for key, value in implied.items())
+        advice = f"the base has no config.json: load the merged model with a config that says {says}"
+        head = replace(head, advice=(*head.advice, advice))
+    return head
 
 
 def _texts(plan: Plan, head: Head, dequantize: bool) -> dict[str, bytes]:
     """Write the model's config, where the merge changes what it must say."""
-    if plan.adapter.describes_model:  # its own config describes it
+    # A fine-tuned model's own config describes it; where there is none, one of a few keys would load as nothing.
+    if plan.adapter.describes_model or not plan.config.values:
         return {}
     config = plan.edits.config(head.config)
     if dequantize:

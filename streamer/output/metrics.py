@@ -32,6 +32,7 @@ def matrix_metrics(
     return {
         "tensor": target.tensor,
         "module": target.module.name,
+        "transposed": target.transposed,
         "intruders": list(scaled),
         "certified": None if found is None else found.certified,
         "delta_norm": before,
@@ -47,6 +48,7 @@ def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
     try:
         good = all(
             isinstance(m["intruders"], list)
+            and type(m["transposed"]) is bool
             and m["certified"] in (True, False, None)
             and all(type(m[key]) is float and 0 <= m[key] < 1e100 for key in numbers)  # type: ignore[literal-required]
             for m in metrics

@@ -259,8 +259,8 @@ def command_line(record: Record) -> str:
 
 def longest_matrices(matrices: int) -> list[MitigatedMatrix]:
     """Make metrics of matrices that all have intruders."""
-    return [{"tensor": "", "module": "", "intruders": [0], "certified": True, "delta_norm": 1.0, "delta_norm_after": 1.0,
-             "dropped": 1.0}] * matrices  # fmt: skip
+    return [{"tensor": "", "module": "", "transposed": False, "intruders": [0], "certified": True, "delta_norm": 1.0,
+             "delta_norm_after": 1.0, "dropped": 1.0}] * matrices  # fmt: skip
 
 
 def longest_totals(matrices: int, directions: int) -> Totals:

@@ -83,7 +83,7 @@ def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence
         Those on each adapter; without them its job detects. See `findings_by_name`.
     """
     loaded = [load_findings(one) if isinstance(one, Path) else one for one in findings]
-    batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual)
+    batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
     for plan, found, given in zip(batch.plans, loaded, findings, strict=True):
         if found is not None:
             _check_findings(plan, found, given if isinstance(given, Path) else "findings", detection)

@@ -18,6 +18,8 @@ class MitigatedMatrix(TypedDict):
 
     Attributes
     ----------
+    transposed
+        Whether the base stores (in, out); the output side was judged all the same.
     intruders
         0-based ranks of those that were scaled.
     certified
@@ -28,6 +30,7 @@ class MitigatedMatrix(TypedDict):
 
     tensor: str
     module: str
+    transposed: bool
     intruders: list[int]
     certified: bool | None
     delta_norm: float

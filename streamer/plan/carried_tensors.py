@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TypedDict
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME
-from streamer.adapters.layer_names import HEADS, VOCABULARY
 from streamer.adapters.tensor_names import Carried
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.name_matching import prefix_exchange
@@ -52,9 +52,9 @@ class TensorEdits:
     vocabulary
         The vocabulary's new size, where a replaced embedding has another; for the config.
     dropped
-        Tensors of the base that the merged model does without.
+        Tensors of the base that the merged model does without, each with the reason.
     untied
-        Whether the lm_head parts from the embedding that it was tied to (see `tied_embeddings`); for the config.
+        Paths of keys that state ties that are undone (see `tied_embeddings`); for the config.
     notes
         Notes on the merged model, one line each.
     """
@@ -64,8 +64,8 @@ class TensorEdits:
     rows: Mapping[str, tuple[StoredTensor, tuple[int, ...]]] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
     vocabulary: int | None = None
-    dropped: frozenset[str] = frozenset()
-    untied: bool = False
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    untied: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
 
     def listed(self, base: Checkpoint) -> list[CarriedRecord]:
@@ -77,14 +77,14 @@ class TensorEdits:
             {"tensor": name, "change": change, "by": part.info.name} for name, change, part in lines
         ]
         return listed + [
-            {"tensor": name, "change": "dropped", "by": "the tie to the embedding"} for name in sorted(self.dropped)
+            {"tensor": name, "change": "dropped", "by": reason} for name, reason in sorted(self.dropped.items())
         ]
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """Set a model's config right where the edits make it untrue; the one given where they do not."""
         if self.vocabulary is not None:
             config = config.with_vocabulary(self.vocabulary)
-        return config.untied() if self.untied else config
+        return config.untied(self.untied)
 
 
 def match_carried(
@@ -94,6 +94,7 @@ def match_carried(
     renames: Renames,
     aliases: Mapping[str, StoredTensor] | None = None,
     quantized: Collection[str] = (),
+    vocabulary: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> TensorEdits:
     """Match every carried tensor of an adapter to its tensor in the merged model.
 
@@ -107,6 +108,8 @@ def match_carried(
         Further names that the model has for tensors of the base.
     quantized
         Quantized weights, whose tensors on disk are not to be compared with: a merge refuses to replace them.
+    vocabulary
+        Tensors whose rows are the vocabulary, which may grow or shrink → all names that are one with each.
 
     Raises
     ------
@@ -130,7 +133,7 @@ def match_carried(
         mine = adapter.tensors[c.source]
         if name in known and name not in quantized:
             theirs = sources.get(name) or known[name]
-            problem = _misfit(c, mine.info, theirs.info)
+            problem = _misfit(c, mine.info, theirs.info, name in vocabulary, bool(vocabulary))
             if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
                 for part in (mine, theirs):
                     encoding_of(part.info, str(part.file.path))
@@ -138,7 +141,8 @@ def match_carried(
                 problems.append(problem)
         if c.role == "saved":
             sources[name] = mine
-            if c.parameter == "bias" or adapter.trains(c.module):
+            # A head's bias is saved with a vocabulary that has grown, trained or not.
+            if (c.parameter == "bias" and adapter.config.get("bias", "all") != "none") or adapter.trains(c.module):
                 trained.add(name)
         elif c.role == "lora_bias":
             shifts[name] = (mine, c.scaling)
@@ -153,7 +157,7 @@ def match_carried(
         shifts,
         rows,
         frozenset(trained),
-        _vocabulary(base, {n: p for n, p in sources.items() if n not in quantized}, adapter),
+        _vocabulary(known, {n: p for n, p in sources.items() if n not in quantized}, adapter, vocabulary),
         notes=tuple(matcher.notes.values()),
     )
 
@@ -178,7 +182,7 @@ class CarriedMatcher:
         renames: Renames,
     ) -> None:
         self.base, self.adapter, self.known = base, adapter, known
-        loaded = renames.loaded(base.weight_map)
+        loaded = renames.loaded(known)
         self.by_run_time = {now: name for name, now, by, _, _ in loaded if by is None}
         self.built = {now: name for name, now, by, _, _ in loaded if by is not None}
         self.exchanges = sorted({prefix_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
@@ -215,12 +219,10 @@ class CarriedMatcher:
 def _unmatched(c: Carried) -> str:
     if c.role == "lora_bias":
         return f"{c.source!r} would be added to a bias that the base does not have ({c.name!r}), as PEFT cannot merge it either"
-    if c.module.rpartition(".")[2] in HEADS:
-        return f"{c.source!r} has no tensor in the base (looked for {c.name!r}); if it is tied to the embedding there, untie it first"
     return f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and no modules_to_save in {CONFIG_NAME} names it"
 
 
-def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo) -> str:
+def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo, is_vocabulary: bool, has_vocabulary: bool) -> str:
     if c.role == "tokens":
         expected = (len(c.indices), *base.shape[1:])
         if mine.shape != expected:
@@ -228,29 +230,39 @@ def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo) -> str:
         if c.indices and max(c.indices) >= base.shape[0]:
             return f"{c.source!r}: row {max(c.indices)} of trainable_token_indices is beyond the {base.shape[0]} rows of {base.name!r}"
         return ""
-    may_grow = c.module.rpartition(".")[2] in VOCABULARY or LABEL_HEAD.search(base.name)
-    resized = may_grow and c.role == "saved" and mine.shape[1:] == base.shape[1:]
-    if mine.shape != base.shape and not (resized and mine.shape and mine.shape[0]):
-        return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(mine.shape)}"
+    may_grow = is_vocabulary or LABEL_HEAD.search(base.name)
+    resized = c.role == "saved" and mine.shape[1:] == base.shape[1:] and mine.shape and mine.shape[0]
+    if mine.shape != base.shape and not (resized and may_grow):
+        ask = (
+            ""
+            if has_vocabulary or not resized
+            else " (if its rows are the vocabulary, name the base's class with --architecture NAME)"
+        )
+        return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(mine.shape)}{ask}"
     return ""
 
 
-def _vocabulary(base: Checkpoint, sources: Mapping[str, StoredTensor], adapter: DeltaSource) -> int | None:
+def _vocabulary(
+    known: Mapping[str, StoredTensor],
+    sources: Mapping[str, StoredTensor],
+    adapter: DeltaSource,
+    vocabulary: Mapping[str, Collection[str]],
+) -> int | None:
     """Return the new number of rows of the embeddings, if some have another than the base's; then all must."""
     resized = {
-        name: (base.info(name).shape[0], part.info.shape[0])
+        name: (known[name].info.shape[0], part.info.shape[0])
         for name, part in sources.items()
-        if name in base.weight_map and part.info.shape != base.info(name).shape and not LABEL_HEAD.search(name)
+        if name in known and part.info.shape != known[name].info.shape and not LABEL_HEAD.search(name)
     }
     if not resized:
         return None
     name, (before, after) = next(iter(resized.items()))
-    for other in base.weight_map:
-        module = other.removesuffix(".weight").rpartition(".")[2]
-        shape = (sources[other].info if other in sources else base.info(other)).shape
-        if module in VOCABULARY and len(shape) == 2 and shape[0] != after and base.info(other).shape[0] == before:
+    follow = {other for changed in resized for other in vocabulary.get(changed, ())}
+    for other in vocabulary.keys() & known.keys() - follow:
+        rows = sources.get(other, known[other]).info.shape[0]
+        if rows != after and known[other].info.shape[0] == before:
             raise MismatchError(
-                f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {shape[0]}: the vocabulary grew, and the adapter "
+                f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {rows}: the vocabulary grew, and the adapter "
                 "was saved without one of the embeddings; save it again with save_embedding_layers=True and both, or neither, targeted"
             )
     return after

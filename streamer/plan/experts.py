@@ -21,6 +21,7 @@ from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.modules import LoraModule
 from streamer.adapters.target_parameters import Wrapped
 from streamer.errors import MismatchError, UnsupportedError
+from streamer.plan.architectures import Architecture
 from streamer.plan.name_matching import Match
 from streamer.plan.targets import Target, TensorSlice, misfits
 from streamer.plan.transformers_renames import CONCATENATE, MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, Renames
@@ -29,9 +30,6 @@ from streamer.weights.base import Weight
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig
 from streamer.weights.row_concat import RowConcat
-
-# Model types whose loaded experts are stored (E, in, out).
-STORED_IN_OUT = {"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"}
 
 # The order in which transformers' modules register their parameters; PEFT wraps them in that order.
 REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "down_proj", "w2")
@@ -73,13 +71,14 @@ def expert_weight(target: Target, weights: WeightView) -> Weight:
     return replace(pieces[0], name=target.tensor) if len(pieces) == 1 else RowConcat.of(target.tensor, pieces)
 
 
-def match_experts(
-    weights: WeightView, adapter: DeltaSource, config: ModelConfig, names: Mapping[str, Match], renames: Renames
-) -> list[Target]:
+def match_experts(weights: WeightView, adapter: DeltaSource, config: ModelConfig, architectures: Sequence[Architecture],
+                  names: Mapping[str, Match], renames: Renames) -> list[Target]:  # fmt: skip
     """Match every expert of every wrapped parameter to the slices of the base that hold it.
 
     Parameters
     ----------
+    architectures
+        Facts of the base's class, or of all that it can be of.
     names
         From `match_names`, the wrapped parameters among them.
 
@@ -93,7 +92,9 @@ def match_experts(
     if not adapter.wrapped:
         return []
     built: defaultdict[str, list[Loaded]] = defaultdict(list)
+    run_time: dict[str, str] = {}
     for loaded in renames.loaded(weights):
+        run_time[loaded.tensor] = loaded.name
         if loaded.by is not None and loaded.by.stacks:
             built[loaded.name].append(loaded)
     problems: list[str] = []
@@ -102,7 +103,9 @@ def match_experts(
         stacks: dict[str, Stack] = {}
         for parameter in wrapped.parameters:
             match = names[wrapped.matched_as(parameter)]
-            found = _stack(match.tensor, built, weights, config) if match.tensor else match.why
+            stack_names = run_time.get(match.tensor, match.tensor), f"{wrapped.module}.{parameter}"
+            stored = {a.stack_orientation(n) for a in architectures for n in stack_names} - {""}
+            found = _stack(match.tensor, built, weights, config, stored) if match.tensor else match.why
             if isinstance(found, Stack):
                 stacks[parameter] = found
             else:
@@ -127,26 +130,29 @@ def match_experts(
     ]
 
 
-def _in_out(config: ModelConfig) -> bool:
-    """Say whether the loaded model stores its experts (in, out)."""
-    return bool(config.model_types & STORED_IN_OUT)
-
-
-def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: WeightView, config: ModelConfig) -> Stack | str:
-    """Find the stack of this name, or say what is wrong with it."""
+def _stack(
+    tensor: str, built: Mapping[str, list[Loaded]], weights: WeightView, config: ModelConfig, stored: set[str]
+) -> Stack | str:
+    """Find the stack of this name, or say what is wrong with it; `stored` are the orientations that the base's class may give it."""
+    if tensor not in built and len(weights[tensor].shape) != 3:
+        return f"is expected to be a stack of matrices, {tensor!r} has {list(weights[tensor].shape)}"
+    if len(stored) != 1:
+        return (
+            "is a stack of matrices, and the base's config.json does not tell whether they are stored as (out, in) or (in, out); name "
+            "the base's class with --architecture NAME"
+        )
+    in_out = stored == {"in,out"}
     if tensor in built:
-        return _built(tensor, built[tensor], weights, config)
+        return _built(tensor, built[tensor], weights, config, in_out)
     shape = weights[tensor].shape
-    if len(shape) != 3:
-        return f"is expected to be a stack of matrices, {tensor!r} has {list(shape)}"
     experts, m, n = shape
     slices = tuple((TensorSlice(tensor, e),) for e in range(experts))
-    if _in_out(config):
+    if in_out:
         return Stack(tensor, slices, (n, m), True, "in,out")
     return Stack(tensor, slices, (m, n), False, "out,in")
 
 
-def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: ModelConfig) -> Stack | str:
+def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: ModelConfig, in_out: bool) -> Stack | str:
     """Make the stack that is built on loading: of the tensors of each expert, or of stacks, one below the other."""
     by = loaded[0].by
     assert by is not None
@@ -166,7 +172,7 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
         )
     (one,) = shapes
     kinds = {(*s[:-2], s[-1]) for s in one}  # all but their heights
-    if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (CONCATENATE in by.by and _in_out(config)):
+    if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (CONCATENATE in by.by and in_out):
         return f"is built on loading from {loaded[0].tensor!r} and its like, whose shapes do not fit together"
     heights, width = [s[-2] for s in one], one[0][-1]
     ends = list(itertools.accumulate(heights))
@@ -177,7 +183,7 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
         return tuple(TensorSlice(s[tensor], index, r) for s, r in zip(sources, rows, strict=True))
 
     m, n = ends[-1], width
-    transposed = _in_out(config) != (TRANSPOSE in by.by)
+    transposed = in_out != (TRANSPOSE in by.by)
     if TRANSPOSE_IF in by.by:  # where the shape is not the model's, whose input and output are of its width
         known = n if not name.endswith("down_proj") else m
         transposed = known != config.hidden_size

@@ -150,8 +150,6 @@ class _Names:
         attention = name.removesuffix(".base_layer.out_proj")
         if f"{attention}.in_proj_weight" in self.disk:
             return f"is or is in a MultiheadAttention, {attention!r}: LoRA on its fused in_proj_weight is not supported"
-        if name.rpartition(".")[2] == "lm_head":
-            return "has no tensor in the base; if lm_head is tied to the embedding there, untie it first"
         parts = [t for t, c in self.built.items() if any(to.removesuffix(".weight") in name for to in c.to)]
         if parts:
             how = listed(self.built[parts[0]].by)

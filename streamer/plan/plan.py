@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,14 +22,18 @@ from streamer.adapters.reader import open_adapter
 from streamer.errors import InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.operators import Delta
 from streamer.plan import tied_embeddings as tied
+from streamer.plan.architectures import Architecture, pattern_of, with_architecture
 from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
-from streamer.plan.name_matching import match_names
+from streamer.plan.finetuned_experts import match_stacks, stack_layout, stacks_of
+from streamer.plan.name_matching import Match, match_names
 from streamer.plan.provenance import provenance_notes
 from streamer.plan.side_files import other_files
 from streamer.plan.sources import Source, adapter_source, base_source
-from streamer.plan.targets import Target, TensorSlice, match_targets, stores_conv1d
+from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets
+from streamer.plan.task_heads import merged_architecture
+from streamer.plan.tied_names import find_ties, vocabulary_tensors, without_stale_buffers
 from streamer.plan.transformers_renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.files import Stamp, file_stamp
@@ -55,6 +60,8 @@ class Plan:
         Modules that hold another's factors once more, by the other's name (see `tied_embeddings.mirrored`).
     config
         The base's ``config.json``.
+    architecture
+        Facts of the merged model's class; None where they are not known.
     extra_stamps
         Stamps of the small files that are copied or read whole, by path.
     inputs
@@ -68,6 +75,7 @@ class Plan:
     edits: TensorEdits
     mirrors: Mapping[str, Module]
     config: ModelConfig
+    architecture: Architecture | None
     extra_stamps: dict[str, Stamp]
     inputs: tuple[Path, ...]
 
@@ -104,8 +112,9 @@ class Plan:
 
     @cached_property
     def base_identity(self) -> BaseIdentity:
-        """See `Checkpoint.identity`."""
-        return self.base.identity()
+        """See `Checkpoint.identity`; with the base's class, where the user named it."""
+        identity, name = self.base.identity(), self.config.architecture
+        return identity if name is None else {"architecture": name, **identity}
 
     @cached_property
     def adapter_identity(self) -> AdapterIdentity:
@@ -153,18 +162,25 @@ class Plan:
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> Plan:
+def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_is_residual: bool = False,
+              architecture: str | None = None) -> Plan:  # fmt: skip
     """Open and match a base and an adapter; see `make_batch`."""
-    return make_batch(base, [adapter], io, base_is_residual).plans[0]
+    return make_batch(base, [adapter], io, base_is_residual, architecture).plans[0]
 
 
-def make_batch(
-    base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", base_is_residual: bool = False
-) -> Batch:
+def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", base_is_residual: bool = False,
+               architecture: str | None = None) -> Batch:  # fmt: skip
     """Open a base, once, and match each adapter with it.
+
+    Parameters
+    ----------
+    architecture
+        The base's class, where its config does not tell.
 
     Raises
     ------
+    UsageError
+        If `architecture` is no class that is known, or not of the type that the base's config states.
     InputError
         If one of them is bad, refused, or they do not belong together. Nothing has been written.
     """
@@ -172,59 +188,93 @@ def make_batch(
     # What is wrong with an adapter is said before what is wrong with the base.
     opened = [None if is_model(path) else open_adapter(path, io, base_is_residual) for path in given]
     checkpoint = open_checkpoint(base, io)
-    config = read_model_config(checkpoint.directory)
-    weights, inputs, conv1d = open_weights(checkpoint, config), (checkpoint.path, *given), stores_conv1d(config)
+    config = with_architecture(read_model_config(checkpoint.directory), architecture)
+    weights, inputs = open_weights(checkpoint, config), (checkpoint.path, *given)
+    orientation = Orientation.of(checkpoint, config)
     plans = (
-        _plan(checkpoint, weights, config, adapter or open_finetuned(path, checkpoint, conv1d, io), inputs)
+        _plan(
+            checkpoint,
+            weights,
+            config,
+            orientation,
+            adapter or open_finetuned(path, checkpoint, orientation.is_conv1d, io, stack_layout(path, config)),
+            inputs,
+        )
         for path, adapter in zip(given, opened, strict=True)
     )
     return Batch(checkpoint, tuple(plans))
 
 
 def _plan(
-    checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, opened: DeltaSource, inputs: tuple[Path, ...]
-) -> Plan:
+    checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, orientation: Orientation, opened: DeltaSource,
+    inputs: tuple[Path, ...],
+) -> Plan:  # fmt: skip
     """Match an adapter with a base."""
     extra = [*opened.config_paths, *(path for _, path in other_files(opened.path))]
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
-    # Of a fine-tuned model the config says whether it is tied, and goes along.
-    tie = None if opened.describes_model else tied.find_tie(checkpoint.weight_map, config, opened)
-    aliases = {} if tie is None else {tie.head: StoredTensor(*checkpoint.locate(tie.embedding))}
     renames = renames_for(config)
-    names = match_names(opened.modules, weights.replaced(aliases), renames, parameters_of(opened))
+    architecture = merged_architecture(config, opened)
+    # Of a fine-tuned model the config says what is tied, and goes along.
+    ties = () if opened.describes_model else find_ties(checkpoint.weight_map, architecture, renames)
+    aliases = {
+        name: StoredTensor(*checkpoint.locate(tie.stored))
+        for tie in ties
+        for name in tie.others
+        if name not in checkpoint.weight_map
+    }
+    parameters = [*parameters_of(opened), *stacks_of(opened)]
+    names = match_names(opened.modules, weights.replaced(aliases), renames, parameters)
+    if architecture is None:
+        names = {name: _with_class_asked(name, match) for name, match in names.items()}
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
-    mirrors = tied.mirrored(tie, opened, matched)
-    edits = match_carried(checkpoint, opened, matched, renames, aliases, weights.quantized_names)
+    mirrors = tied.mirrored(ties, opened, matched)
+    vocabulary = vocabulary_tensors(checkpoint, config, architecture, ties, renames)
+    edits = match_carried(checkpoint, opened, matched, renames, aliases, weights.quantized_names, vocabulary)
     if opened.describes_model:
-        _check_whole(checkpoint, weights, opened, {*matched.values(), *edits.sources})
+        found = {*(match.tensor for match in names.values()), *edits.sources}
+        _check_whole(checkpoint, weights, architecture, opened, found)
+    elif architecture is None:
+        tied.refuse_unknown_ties(checkpoint, config, opened, edits, matched)
     else:
-        tied.refuse_other_ties(
-            tie, checkpoint.path, checkpoint.weight_map, config, opened, matched, [*edits.sources, *edits.rows]
-        )
-    if tie is not None:
-        edits = tied.edits_with_tie(tie, checkpoint, edits, matched.values(), opened)
+        tied.refuse_numbered_ties(ties, checkpoint.path, opened, matched)
+        editor = tied.TieEditor(checkpoint, opened, config, architecture, edits, frozenset(matched.values()))
+        edits = without_stale_buffers(checkpoint, architecture, config, editor.edited(ties))
     weights = weights.replaced({**aliases, **edits.sources})
     other = {m.name for m in mirrors.values()}
     own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
-    targets = [*match_targets(weights, opened, config, own), *match_experts(weights, opened, config, names, renames)]
+    targets = [
+        *match_targets(weights, opened, orientation, own, renames),
+        *match_experts(weights, opened, config, orientation.architectures, names, renames),
+        *match_stacks(weights, opened, names),
+    ]
     targets.sort(key=_file_order(weights))
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
     stamps = {str(p): _stamp(p) for p in extra}
-    return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, stamps, inputs)
+    return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, architecture, stamps, inputs)
+
+
+def _with_class_asked(name: str, match: Match) -> Match:
+    """Say of a module without a tensor, outside of layers, that a class may tie it to one."""
+    if match.tensor or "*" in pattern_of(name):
+        return match
+    return match._replace(why=f"{match.why}; if it is tied to one there, name the model's class with --architecture")
 
 
 def _file_order(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
     return lambda target: (weights.file_index(target.slices[0].weight), target.slices[0].index or 0)
 
 
-def _check_whole(base: Checkpoint, weights: WeightView, tuned: DeltaSource, found: set[str]) -> None:
-    """Refuse a fine-tuned model that is not one of the base's tensors."""
+def _check_whole(
+    base: Checkpoint, weights: WeightView, architecture: Architecture | None, tuned: DeltaSource, found: set[str]
+) -> None:
+    """Refuse a fine-tuned model that lacks tensors of the base, but for those that loading does without."""
     if weights.quantized_names:
         raise UnsupportedError(
             f"{base.path}: is quantized; a fine-tuned model is compared with the 16-bit base that it was trained from"
         )
-    missing = [name for name in base.weight_map if name not in found]
+    spare = () if architecture is None else architecture.may_be_missing
+    missing = [name for name in base.weight_map if name not in found and not any(re.search(s, name) for s in spare)]
     if missing:
         raise MismatchError(
             f"{tuned.path}: lacks {len(missing)} of the base's {len(base.weight_map)} tensors, {missing[0]!r} first; is it trained from "

@@ -44,6 +44,7 @@ class Source(TypedDict, total=False):
     modules: int
     base_model_name_or_path: str
     base_is_residual: bool
+    architecture: str
 
 
 def base_source(path: Path, config: ModelConfig, stated: object, identity: Mapping[str, Any]) -> Source:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.modules import Module
 from streamer.errors import MismatchError
+from streamer.plan.architectures import Architecture, architectures_for
 from streamer.plan.name_matching import Match
+from streamer.plan.transformers_renames import Renames
+from streamer.storage.checkpoint import Checkpoint
 from streamer.units import listed
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig
-
-# Models whose linear layers are Conv1D modules, stored (in, out).
-_CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,52 @@ class Target:
         return self.module.form == "embedding"
 
 
-def stores_conv1d(config: ModelConfig) -> bool:
-    """Say whether a model with this config stores its linear layers as (in, out)."""
-    return config.model_type in _CONV1D_MODELS
+@dataclass(frozen=True)
+class Orientation:
+    """Tells which layers of a base store (in, out), as Conv1D does, where every other linear layer stores (out, in).
+
+    Attributes
+    ----------
+    architectures
+        Facts of the base's class, or of all that it can be of; none where its config does not tell.
+    has_conv1d
+        Whether a base that is not known has a layer whose bias shows that it is stored (in, out): others may be, too.
+    """
+
+    architectures: tuple[Architecture, ...]
+    has_conv1d: bool
+
+    @classmethod
+    def of(cls, base: Checkpoint, config: ModelConfig) -> Orientation:
+        """Ask the table of architectures, and the shapes of a base that it does not know."""
+        known = architectures_for(config)
+        return cls(known, not known and _has_conv1d(base))
+
+    def ways(self, *names: str, fan_in_fan_out: bool = False) -> set[bool]:
+        """List the ways in which the layer with any of these names may be stored: False is (out, in), True (in, out).
+
+        PEFT sets ``fan_in_fan_out`` where it wrapped a Conv1D last, and ignores it on a Linear; users set it by habit: it decides nothing.
+        """
+        if self.architectures:
+            return {any(map(a.transposed, names)) for a in self.architectures}
+        return {False, True} if self.has_conv1d or fan_in_fan_out else {False}
+
+    def is_conv1d(self, module: str) -> bool:
+        """Say whether a layer is known to be stored (in, out)."""
+        return self.ways(module) == {True}
+
+
+def _has_conv1d(base: Checkpoint) -> bool:
+    for name in base.weight_map:
+        if name.endswith(".weight") and (bias := name.removesuffix("weight") + "bias") in base.weight_map:
+            shape, outputs = base.info(name).shape, base.info(bias).shape
+            if len(shape) == 2 and outputs == shape[1:] != shape[:1]:
+                return True
+    return False
 
 
 def match_targets(
-    weights: WeightView, adapter: DeltaSource, config: ModelConfig, names: Mapping[str, Match]
+    weights: WeightView, adapter: DeltaSource, orientation: Orientation, names: Mapping[str, Match], renames: Renames
 ) -> list[Target]:
     """Match every module of the adapter to the one tensor of the base that it changes, in the base's file order.
 
@@ -104,47 +143,42 @@ def match_targets(
     """
     problems: list[str] = []
     targets: dict[str, Target] = {}
+    run_time = renames.at_run_time([match.tensor for match in names.values() if match.tensor])
     for name, match in names.items():
         module, found = adapter.modules[name], match.tensor
         if not found:
             problems.append(f"{name!r} {match.why}")
             continue
         weight = weights[found]
-        # Quantizers store every kind of layer as (out, in).
-        shape, quantized = weight.shape, weight.quantized
-        conv1d = stores_conv1d(config) and not quantized
-        placed, transposed = module.placed(shape, adapter.config.fan_in_fan_out and not quantized, conv1d)
-        if placed and conv1d and not transposed and shape[0] == shape[1] and module.form == "linear":
-            problems.append(
-                f"{name!r}: is square, {config.model_type} stores such layers as (in, out), but the adapter's config says "
-                "fan_in_fan_out=false, as PEFT also writes where it wrapped a Linear last: set it to true in "
-                "adapter_config.json if this layer is a Conv1D"
-            )
-        elif placed is None:
+        shape = weight.shape
+        if module.form != "linear":
+            ways = {module.form != "convolution"}
+        elif weight.quantized or len(shape) != 2:  # quantizers store every kind of layer as (out, in)
+            ways = {False}
+        else:
+            loaded = run_time.get(found, found).removesuffix(".weight")
+            ways = orientation.ways(name, loaded, fan_in_fan_out=adapter.config.fan_in_fan_out)
+        fitting = [(placed, way) for way in sorted(ways) if (placed := module.placed(shape, way)) is not None]
+        if not fitting:
             has = "found" if found == f"{name}.weight" else f"{found!r} has"
-            problems.append(f"{name!r}: expected {module.expected} in the base, {has} {list(shape)}")
+            problems.append(f"{name!r}: expected {_expected(module, ways)} in the base, {has} {list(shape)}")
+        elif len(fitting) > 1 or (adapter.describes_model and len(ways) > 1):
+            problems.append(
+                f"{name!r}: {list(shape)} does not tell whether it is stored as (out, in) or, as a Conv1D, (in, out), and "
+                "neither does the base's config.json; name its class with --architecture NAME"
+            )
         elif found in targets:
             problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
         else:
-            assert placed is not None
+            ((placed, transposed),) = fitting
             targets[found] = Target(found, placed, transposed, match, shape)
-    if not stores_conv1d(config):
-        problems += _contradicted([t for t in targets.values() if t.module.form == "linear" and not t.kernel])
     if problems:
         raise MismatchError(misfits(problems, len(names), adapter, weights))
     return [targets[name] for name in weights if name in targets]
 
 
-def _contradicted(targets: Sequence[Target]) -> list[str]:
-    """Report square layers that the config's flag transposes where every other layer contradicts it: PEFT ignores it on a Linear."""
-    transposed = [t for t in targets if t.transposed]
-    if len(transposed) == len(targets) or any(t.stored[0] != t.stored[1] for t in transposed):
-        return []
-    return [
-        f"{t.module.name!r}: is square and fan_in_fan_out=true says that it is stored as (in, out), but other layers are stored as "
-        "(out, in): set it to false in adapter_config.json if they are all Linear"
-        for t in transposed
-    ]
+def _expected(module: Module, ways: set[bool]) -> str:
+    return f"{module.expected}, transposed," if ways == {True} and module.form == "linear" else module.expected
 
 
 def misfits(problems: Sequence[str], of: int, adapter: DeltaSource, weights: WeightView) -> str:

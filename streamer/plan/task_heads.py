@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
 
+from streamer.adapters.adapter import DeltaSource
+from streamer.plan.architectures import Architecture, architecture_for
 from streamer.units import listed, quoted
 from streamer.weights.model_config import ModelConfig
 
@@ -33,11 +35,6 @@ PIPELINES = {
 LABEL_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-
-LANGUAGE_HEAD = re.compile(
-    r"(?:^|\.)(?:lm_head|\w*_lm_head|embed_out|output_projection|predictions|pred_layer|output_layer)\."
-)
-"""Names of transformers' heads for language: a row a token."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,20 @@ def auto_class(model_type: object, task: object) -> str | None:
         if model_type in types:
             return str(form).replace("*", table()["names"].get(model_type, ""))
     return None
+
+
+def merged_architecture(config: ModelConfig, adapter: DeltaSource) -> Architecture | None:
+    """Return the facts of the class that the merged model is of: that of the adapter's task where the base is of none with its head."""
+    stated = architecture_for(config)
+    if adapter.describes_model:
+        return stated
+    task = adapter.config.get("task_type")
+    cls = auto_class(config.model_type, task)
+    of_task = None if cls is None else architecture_for(config, cls)
+    labelled = task in LABEL_TASKS and any(LABEL_HEAD.search(c.name) for c in adapter.carried)
+    headless = task in LANGUAGE_TASKS and (stated is None or stated.output_embedding is None)
+    bare = stated is None and not config.architectures
+    return of_task or stated if labelled or headless or bare else stated
 
 
 def implied_head(
@@ -155,7 +166,7 @@ def implied_head(
             "model.config.pad_token_id to the tokenizer's"
         )
     changed = out.get("architectures") != stated
-    return Head(ModelConfig(out), PIPELINES[str(task)] if changed else "", tuple(notes), tuple(advice))
+    return Head(replace(config, values=out), PIPELINES[str(task)] if changed else "", tuple(notes), tuple(advice))
 
 
 def _labels(saved: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -183,15 +194,20 @@ def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
     """Say whether the merged model holds the head of the task's class, or a tie that makes it."""
     if task in LABEL_TASKS:
         return any(map(LABEL_HEAD.search, names))
-    if task not in LANGUAGE_TASKS or any(map(LANGUAGE_HEAD.search, names)):
+    cls = auto_class(config.model_type, task)
+    architecture = None if cls is None else architecture_for(config, cls)
+    if task not in LANGUAGE_TASKS or architecture is None or (head := architecture.output_embedding) is None:
         return True
+    # The head's outermost module holds what stands between model and vocabulary: ``lm_head.decoder`` → ``lm_head.``.
+    modules = tuple(f"{name.partition('.')[0]}." for name in (head, *architecture.disk_patterns(f"{head}.weight")))
     ties, model_type = table()["ties"][task], config.model_type
     # Where a config states nothing, its class's default holds.
-    return (
+    tied = (
         model_type in ties["default"]
         if config.tied is None
         else config.tied and any(model_type in t for t in ties.values())
     )
+    return tied or any(name.startswith(modules) for name in names)
 
 
 def _own_names(config: ModelConfig) -> list[str]:

@@ -1,192 +1,169 @@
-"""Tied embeddings: keep or undo the tie of an embedding and an lm_head that are one tensor, where an adapter changes either one.
+"""Ties: keep or undo them where an adapter changes an embedding and a head that are one tensor, or other names of one parameter.
 
-With ``tie_word_embeddings`` a checkpoint stores the embedding alone, and a loader gives it to the lm_head as well: whatever a merge
-writes for the lm_head would vanish, and whatever it adds to the embedding would change both. In PEFT's model the two part as soon as an
-adapter changes one of them (only its own merge, in place on the shared tensor, mixes them up). So the merged model is untied where they
-part: the lm_head is written, and the config says so. Where they change as one, they stay tied.
+A checkpoint stores one of the names, and a loader gives its tensor to the others as well: whatever a merge writes for the head would
+vanish, and whatever it adds to the embedding would change both. In PEFT's model the names part as soon as an adapter changes one of them
+(only its own merge, in place on the shared tensor, mixes them up). So the merged model is untied where they part: all names are written,
+and the config says so. Where they change as one, they stay tied. Which names are one, and where the config says it, stands in the
+table of `architectures`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.modules import Module
 from streamer.errors import UnsupportedError
+from streamer.plan.architectures import TIE_KEY as KEY
+from streamer.plan.architectures import Architecture, architecture_for, pattern_of
 from streamer.plan.carried_tensors import TensorEdits
+from streamer.plan.tied_names import TiedNames
 from streamer.storage.checkpoint import Checkpoint
-from streamer.weights.base import StoredTensor
+from streamer.units import listed
+from streamer.weights.base import StoredTensor, equal
 from streamer.weights.model_config import ModelConfig
 
-KEY = "tie_word_embeddings"
-
-_EMBEDDING = re.compile(
-    r"^(?P<outer>(?:[^.]+\.)*?)(?:model|transformer)\.(?:language_model\.|decoder\.)?(?:embed_tokens|wte)\.weight$"
-)
-OF_A_TIE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in|embed_out|lm_head|decoder)\.weight$")
-_LANGUAGE_MODEL = re.compile(r"LMHead|ForCausalLM|ConditionalGeneration|MaskedLM|PreTraining")
-_NO_LANGUAGE_MODEL = re.compile(rf"^(?!.*(?:{_LANGUAGE_MODEL.pattern}|MTModel$))")
+BY_TIE = "the tie to the embedding"
+"""Reason of a tensor that is dropped, in records."""
 
 
 @dataclass(frozen=True)
-class Tie:
-    """Two names of one tensor.
-
-    Attributes
-    ----------
-    embedding
-        The one that is stored.
-    head
-        The other one; on disk there may be a copy.
-    """
-
-    embedding: str
-    head: str
-
-
-def find_tie(names: Collection[str], config: ModelConfig, adapter: DeltaSource) -> Tie | None:
-    """Find the tie that the config states; where it states none, that of a language model that is stored without its lm_head.
-
-    Parameters
-    ----------
-    names
-        The tensors of the model that the config is of.
-
-    Returns
-    -------
-    Tie or None
-        None where the model has no tie, or one that is not of this pattern (see `refuse_other_ties`).
-    """
-    if not _tied(names, config, adapter):
-        return None
-    found = [m for m in map(_EMBEDDING.match, names) if m]
-    if len(found) != 1 or any(name.endswith("shared.weight") for name in names):
-        return None
-    return Tie(found[0].string, f"{found[0]['outer']}lm_head.weight")
-
-
-def _tied(names: Collection[str], config: ModelConfig, adapter: DeltaSource) -> bool:
-    if config.tied is not None:
-        return config.tied
-    # A config leaves out what is its class's default.
-    if any(re.search(r"(^|\.)(lm_head|embed_out)\.weight$", name) for name in names):
-        return False
-    classes = " ".join(map(str, config.architectures))
-    touched = [*adapter.modules, *(c.module for c in adapter.carried)]
-    return bool(_LANGUAGE_MODEL.search(classes)) or any(m.rpartition(".")[2] == "lm_head" for m in touched)
-
-
-def refuse_other_ties(
-    tie: Tie | None,
-    model: Path,
-    names: Collection[str],
-    config: ModelConfig,
-    adapter: DeltaSource,
-    matched: Mapping[str, str],
-    others: Iterable[str],
-) -> None:
-    """Refuse a change of a tied tensor where what it is tied to is not known.
-
-    Parameters
-    ----------
-    model, names, config
-        The model, its tensors, and its config.
-    matched
-        Module → the model's tensor that has a delta.
-    others
-        Names of further tensors that change.
-    """
-    if tie is not None or not _tied(names, config, adapter):
-        return
-    # Trained on what stands there, a BertModel say, and not on a model with a head around it.
-    own_names = all(tensor == f"{module}.weight" for module, tensor in matched.items())
-    if own_names and is_without_head(names, config):
-        return
-    for name in (*matched.values(), *others):
-        if OF_A_TIE.search(name):
-            raise UnsupportedError(
-                f"{model}: the model ties its embeddings in a way that is not known here, and the adapter changes {name!r}; train "
-                "one that leaves embeddings and lm_head as they are (exclude_modules)"
-            )
-
-
-def is_without_head(names: Collection[str], config: ModelConfig) -> bool:
-    """Say whether a model has no lm_head, and nothing else that is tied: a config says that it is tied all the same."""
-    return (
-        bool(config.architectures)
-        and all(_NO_LANGUAGE_MODEL.search(str(a)) for a in config.architectures)
-        and not config.values.get("is_encoder_decoder")
-        and not any(name.endswith("shared.weight") for name in names)
-    )
-
-
-def edits_with_tie(
-    tie: Tie, base: Checkpoint, edits: TensorEdits, deltas: Iterable[str], adapter: DeltaSource
-) -> TensorEdits:
-    """Add to the edits that keep the tie, or undo it.
+class TieEditor:
+    """Adds to an adapter's edits those that keep the ties of its base, or undo them.
 
     LoRA on ``lm_head`` of a tied model: ``lm_head.weight``, which the base does not have, becomes a source with the embedding's values,
     its delta is added to that, and the model is untied. Embedding and ``lm_head`` saved with the same values: the copy is dropped.
 
-    Parameters
+    Attributes
     ----------
     deltas
         Names of the tensors that have a delta.
     """
-    E, H = tie.embedding, tie.head
-    delta = {E, H} & set(deltas)
-    sources, rows = dict(edits.sources), dict(edits.rows)
-    base_embedding = StoredTensor(*base.locate(E))
-    start = base_embedding if E in edits.trained else sources.get(E, base_embedding)
-    if not delta and not {E, H} & (sources.keys() | rows.keys()):
+
+    base: Checkpoint
+    adapter: DeltaSource
+    config: ModelConfig
+    architecture: Architecture
+    edits: TensorEdits
+    deltas: frozenset[str]
+
+    def edited(self, ties: Iterable[TiedNames]) -> TensorEdits:
+        """Return all edits.
+
+        Raises
+        ------
+        UnsupportedError
+            If names part that no config can untie.
+        """
+        ties = [self._without_apart(tie) for tie in ties if tie.stored]
+        parted = [tie for tie in ties if self._parts(tie)]
+        untied = tuple(dict.fromkeys(key for tie in parted for key in tie.keys))
+        if untied and not self.config.values:
+            raise UnsupportedError(
+                f"{self.base.path}: has no config.json, which would have to say that {listed(map(repr, parted[0].names))} are no "
+                "longer one tensor; give the directory of the model, with its config.json"
+            )
+        left = architecture_for(self.config.untied(untied), self.architecture.name) if parted else None
+        still = {name for tie in (left.ties if left else ()) if tie.tied for name in (tie.name, tie.source)}
+        edits = replace(self.edits, untied=untied)
+        for tie in ties:
+            if parted and not still & tie.on_disk.keys():
+                edits = self._apart(tie, edits)
+            elif tie in parted:
+                raise UnsupportedError(
+                    f"{self.base.path}: {self.architecture.name} ties {listed(map(repr, tie.names))} whatever its config says, and "
+                    f"{self.adapter.path} changes them apart; train one that leaves them as they are (exclude_modules)"
+                )
+            elif self._changed(tie):
+                edits = _together(tie, edits, self.base, self.deltas)
         return edits
-    gone = frozenset({H} & base.weight_map.keys())
-    if gone and not equal(base_embedding, StoredTensor(*base.locate(H))):
-        raise UnsupportedError(
-            f"{base.path}: {H!r} differs from {E!r}, to which the config ties it, and loaders disagree which of them counts; set {KEY} "
-            "to what it is, or remove the copy"
-        )
-    if _as_one(E, H, delta, edits, adapter):
-        sources.pop(H, None)
-        rows.pop(H, None)
-        return replace(edits, sources=sources, rows=rows, dropped=gone)
-    if E in rows and H not in rows and (delta or H in sources):
-        raise UnsupportedError(
-            f"{adapter.path}: trains tokens of {E!r}, which is tied to the lm_head, and changes one of the two besides; untie them "
-            f"first (save the model with {KEY}=false) and train again"
-        )
-    sources.setdefault(H, start)
-    if sources[H].info.shape != sources.get(E, base_embedding).info.shape:
-        raise UnsupportedError(
-            f"{adapter.path}: gives {E!r} {sources.get(E, base_embedding).info.shape[0]} rows, but the lm_head that is tied to it "
-            f"{sources[H].info.shape[0]}; save the adapter again with save_embedding_layers=True"
-        )
-    return replace(edits, sources=sources, untied=True)
 
+    def _changed(self, tie: TiedNames) -> set[str]:
+        edits = self.edits
+        return {*tie.names} & {*edits.sources, *edits.rows, *edits.shifts, *self.deltas}
 
-def _as_one(E: str, H: str, delta: set[str], edits: TensorEdits, adapter: DeltaSource) -> bool:
-    """Say whether both stay one tensor: neither is changed, or both in the same way."""
-    if adapter.config.ensure_weight_tying and H not in edits.rows:
+    def _without_apart(self, tie: TiedNames) -> TiedNames:
+        """Compare the copies on disk of a tensor that changes, and leave out one that is not the same where the config says so."""
+        if not self._changed(tie):
+            return tie
+        stored = StoredTensor(*self.base.locate(tie.stored))
+        copies = [name for name in tie.others if name in self.base.weight_map]
+        apart = {name for name in copies if not equal(stored, StoredTensor(*self.base.locate(name)))}
+        # A head of T5's own stands beside the embedding, where the config says that they are apart.
+        if apart and (tie.keys or self.config.tied is not False):
+            raise UnsupportedError(
+                f"{self.base.path}: {apart.pop()!r} differs from {tie.stored!r}, to which the config ties it, and loaders disagree which "
+                f"of them counts; set {KEY} to what it is, or remove the copy"
+            )
+        return replace(tie, on_disk={now: name for now, name in tie.on_disk.items() if name not in apart})
+
+    def _parts(self, tie: TiedNames) -> bool:
+        """Say whether the names stop being one tensor: they change, and not all in the same way."""
+        changed, edits = self._changed(tie), self.edits
+        delta, rows = changed & self.deltas, changed & edits.rows.keys()
+        # PEFT ties some embeddings only, and then the factors of both are in the adapter (see `mirrored`).
+        if not changed or (self.adapter.config.ensure_weight_tying and len(delta) > 1):
+            return False
+        saved = {name: edits.sources[name] for name in tie.names if name in edits.sources}
+        first = next(iter(saved.values()), None)
+        same = all(first is part or equal(part, first) for part in saved.values() if first is not None)
+        whole = len(saved) == len(tie.names) or not edits.trained & saved.keys()
+        tokens = not rows or (rows == {self._input(tie)} and self._shares_tokens(tie))
+        if not ((rows and not tokens) or delta or changed & edits.shifts.keys() or not (same and whole)):
+            return False
+        if self._input(tie) in rows and self._shares_tokens(tie) and (changed - rows or len(rows) > 1):
+            others = listed(map(repr, sorted({*tie.names} - rows)))
+            raise UnsupportedError(
+                f"{self.adapter.path}: trains tokens of {self._input(tie)!r}, which is tied to {others}, and changes one of them besides; "
+                f"untie them first (save the model with {KEY}=false) and train again"
+            )
+        if missing := [now for now, name in tie.on_disk.items() if name is None]:
+            raise UnsupportedError(
+                f"{self.base.path}: {self.adapter.path} changes {tie.stored!r} and {missing[0]!r}, which is tied to it, apart, and the "
+                "name under which loaders would find that one is not known; train one that leaves them as they are (exclude_modules)"
+            )
         return True
-    if delta or H in edits.rows:
-        return False
-    if H in edits.sources:
-        return E in edits.sources and equal(edits.sources[E], edits.sources[H])
-    return E not in edits.trained
+
+    def _input(self, tie: TiedNames) -> str | None:
+        return tie.on_disk.get(f"{self.architecture.input_embedding}.weight")
+
+    def _shares_tokens(self, tie: TiedNames) -> bool:
+        """Whether PEFT gives all names the tokens that it trains: where the model's own config, and no nested one, ties them."""
+        return not tie.keys or any(len(key) == 1 for key in tie.keys)
+
+    def _apart(self, tie: TiedNames, edits: TensorEdits) -> TensorEdits:
+        """Write all names, those that do not change with the values that the adapter knows the base by."""
+        sources, base = dict(edits.sources), StoredTensor(*self.base.locate(tie.stored))
+        start = next((sources[name] for name in tie.names if name in sources and name not in edits.trained), base)
+        for name in tie.names:
+            if start is not base or name not in self.base.weight_map:
+                sources.setdefault(name, start)
+        shapes = {name: (sources[name].info if name in sources else base.info).shape for name in tie.names}
+        if other := next((name for name in tie.others if shapes[name] != shapes[tie.stored]), None):
+            raise UnsupportedError(
+                f"{self.adapter.path}: gives {tie.stored!r} {shapes[tie.stored][0]} rows, but {other!r}, which is tied to it, "
+                f"{shapes[other][0]}; save the adapter again with save_embedding_layers=True"
+            )
+        return replace(edits, sources=sources)
 
 
-def equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Say whether two tensors are the same bytes of the same dtype and shape."""
-    if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
-        return False
-    return all(x == y for x, y in zip(a.file.chunks(a.info), b.file.chunks(b.info), strict=True))
+def _together(tie: TiedNames, edits: TensorEdits, base: Checkpoint, deltas: frozenset[str]) -> TensorEdits:
+    """Write the stored name alone, with what changes all of them."""
+    sources, rows, shifts = dict(edits.sources), dict(edits.rows), dict(edits.shifts)
+    for name in tie.others:
+        if name in sources:
+            sources.setdefault(tie.stored, sources.pop(name))
+        if name in rows:
+            rows.setdefault(tie.stored, rows.pop(name))
+        shifts.pop(name, None)
+    gone = {name: BY_TIE for name in tie.others if name in base.weight_map}
+    return replace(edits, sources=sources, rows=rows, shifts=shifts, dropped={**edits.dropped, **gone})
 
 
-def mirrored(tie: Tie | None, adapter: DeltaSource, matched: Mapping[str, str]) -> dict[str, Module]:
-    """Find modules that hold another's factors once more, transposed: PEFT's LoRA on a tied lm_head with ``ensure_weight_tying``.
+def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[str, str]) -> dict[str, Module]:
+    """Find modules that hold another's factors once more, transposed: PEFT's LoRA on a tied head with ``ensure_weight_tying``.
 
     Parameters
     ----------
@@ -196,16 +173,66 @@ def mirrored(tie: Tie | None, adapter: DeltaSource, matched: Mapping[str, str]) 
     Returns
     -------
     dict
-        The embedding's module → the lm_head's, whose ``lora_A`` is its ``lora_embedding_B`` transposed, and the reverse.
+        The embedding's module → the head's, whose ``lora_A`` is its ``lora_embedding_B`` transposed, and the reverse.
     """
-    if tie is None or not adapter.config.ensure_weight_tying or adapter.config.peft_type != "LORA":
+    if not adapter.config.ensure_weight_tying or adapter.config.peft_type != "LORA":
         return {}
-    by_tensor = {tensor: module for module, tensor in matched.items()}
-    if tie.embedding not in by_tensor or tie.head not in by_tensor:
-        return {}
-    embedding, head = adapter.modules[by_tensor[tie.embedding]], adapter.modules[by_tensor[tie.head]]
-    if head.shape != embedding.shape[::-1] or head.rank != embedding.rank or head.scaling != embedding.scaling:
+    by_tensor = {tensor: adapter.modules[module] for module, tensor in matched.items()}
+    found = {}
+    for tie in ties:
+        modules = [by_tensor[name] for name in tie.names if name in by_tensor]
+        if len(modules) < 2:
+            continue
+        embedding, head, *more = sorted(modules, key=lambda m: m.form != "embedding")
+        same = (head.shape, head.rank, head.scaling) == (embedding.shape[::-1], embedding.rank, embedding.scaling)
+        if more or not same:
+            raise UnsupportedError(
+                f"{adapter.path}: says ensure_weight_tying, but the factors of {embedding.name!r} and {head.name!r} are not of one "
+                "delta"
+            )
+        found[embedding.name] = head
+    return found
+
+
+def refuse_numbered_ties(ties: Iterable[TiedNames], base: Path, adapter: DeltaSource, matched: Iterable[str]) -> None:
+    """Refuse a change of one of many parameters that are tied layer by layer."""
+    for name in (*(f"{module}.weight" for module in matched), *(c.name for c in adapter.carried)):
+        pattern = pattern_of(name)
+        tied = [now for tie in ties if not tie.stored for now in tie.on_disk]
+        if any(pattern == now or now.endswith(f".{pattern}") or pattern.endswith(f".{now}") for now in tied):
+            raise UnsupportedError(
+                f"{base}: ties {name!r}, which {adapter.path} changes, to others layer by layer, which is not supported; train one that "
+                "leaves it as it is (exclude_modules)"
+            )
+
+
+def refuse_unknown_ties(
+    base: Checkpoint, config: ModelConfig, adapter: DeltaSource, edits: TensorEdits, matched: Mapping[str, str]
+) -> None:
+    """Refuse a change of what may be tied in a model of an unknown class: what has no other of its shape, and does not stand in a layer.
+
+    Where the config states a vocabulary, that many rows; where it states that nothing is tied, nothing.
+    """
+    if config.tied is False:
+        return
+    outer = {name: base.info(name).shape for name in base.weight_map if not pattern_of(name).count("*")}
+    for name in dict.fromkeys([*matched.values(), *edits.sources, *edits.rows]):
+        # A quantized weight is under other names on disk, and tied to nothing.
+        new = name in edits.sources and name not in base.weight_map
+        shape = edits.sources[name].info.shape if new else outer.get(name, ())
+        if len(shape) != 2 or "*" in pattern_of(name) or config.vocab_size not in (None, shape[0]):
+            continue
+        alike = [other for other in outer if other != name and outer[other] == shape]
+        apart = alike and not new and not config.tied
+        if not (alike or not new) or (apart and not _any_equal(base, name, alike)):
+            continue
+        whose = listed(map(repr, config.architectures)) if config.architectures else "no class"
         raise UnsupportedError(
-            f"{adapter.path}: says ensure_weight_tying, but the factors of {embedding.name!r} and {head.name!r} are not of one delta"
+            f"{base.path}: whether {name!r}, which {adapter.path} changes, is tied to another tensor depends on the model's class: the "
+            f"config names {whose}, of which nothing is known here; name the class, or one that is like it, with --architecture"
         )
-    return {embedding.name: head}
+
+
+def _any_equal(base: Checkpoint, name: str, others: Iterable[str]) -> bool:
+    mine = StoredTensor(*base.locate(name))
+    return any(equal(mine, StoredTensor(*base.locate(other))) for other in others)

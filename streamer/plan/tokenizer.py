@@ -15,7 +15,9 @@ from streamer.plan.side_files import other_files
 
 VOCABULARIES = {
     "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model",
-    "spm.model", "source.spm", "entity_vocab.json", "vocab-src.json", "bpe.codes", "dict.txt", "prophetnet.tokenizer", "tekken.json",
+    "spm.model", "spm_char.model", "source.spm", "entity_vocab.json", "vocab-src.json", "bpe.codes", "dict.txt", "prophetnet.tokenizer",
+    "byte_maps.json", "tekken.json",
+    "tiktoken.model", "tokenizer.tiktoken", "qwen.tiktoken",
 }  # fmt: skip
 """Files in which transformers' tokenizers have their vocabularies: without any of them a tokenizer is not whole."""
 
@@ -25,7 +27,7 @@ ADDED_TOKENS = "added_tokens.json"
 
 TOKENIZER = VOCABULARIES | {
     TOKENIZER_CONFIG, ADDED_TOKENS, "special_tokens_map.json", "merges.txt", "normalizer.json", "target.spm", "target_vocab.json",
-    "vocab-tgt.json", "chat_template.jinja", "chat_template.json",
+    "vocab-tgt.json", "emoji.json", "word_shape.json", "word_pronunciation.json", "chat_template.jinja", "chat_template.json",
 }  # fmt: skip
 """Files that make up a tokenizer and its chat template, with those of `TEMPLATES`; what one has of them the other is not to add to."""
 
@@ -66,7 +68,9 @@ def with_tokenizer(
         return copies, stays, [], []
     own = [c for c in other_files(beside) if _is_tokenizer(c[0])]
     if not own:
-        return copies, stays, [], []
+        rows = plan.edits.vocabulary
+        grown = f"the vocabulary has grown to {rows} rows, and the adapter brings no tokenizer: it is the base's"
+        return copies, stays, [], [grown] if rows is not None and stays else []
     has = {name for name, _ in own}
     lacks = "a vocabulary" if not has & VOCABULARIES else "" if TOKENIZER_CONFIG in has else TOKENIZER_CONFIG
     kept = "the tokenizer is the base's" if stays else "none is taken along"

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
+from streamer.plan.architectures import Architecture, architectures_for
 from streamer.weights.model_config import ModelConfig
 
 # Where no table knows the model: what vision-language models have in common.
@@ -26,14 +28,6 @@ COMMON = (
     {"rename": r"^language_model\.model\.", "to": "model.language_model."},
     {"rename": r"^(visual|vision_tower|multi_modal_projector)\.", "to": r"model.\1."},
 )
-
-# Where the module of a nested config sits. Renames of a nested model act below it only.
-SCOPES = {
-    "text_config": r"^(?:model\.)?(?:language_model|text_model|decoder|llm)\.",
-    "vision_config": r"^(?:model\.)?(?:vision_tower|visual|vision_model|vision_encoder)\.",
-    "audio_config": r"^(?:model\.)?(?:audio_tower|audio_model|audio_encoder)\.",
-}
-INNER = r"^(?:model\.)?"  # the model without its head, within a model with one
 
 
 @dataclass(frozen=True)
@@ -167,27 +161,39 @@ def _steps(key: str) -> list[dict[str, Any]] | None:
 
 
 def renames_for(config: ModelConfig) -> Renames:
-    """Collect the renames of a model: its own, those of the models nested in it, and those that all models share."""
-    model_type = config.model_type
-    cls = next(iter(config.architectures), None)
-    root = next((k for k in (cls, model_type) if isinstance(k, str) and _steps(k) is not None), None)
-    parts: list[tuple[str | None, list[dict[str, Any]]]] = []
-    if root is not None:
-        parts.append((None, _steps(root) or []))
-    inner = None if model_type is None else _inner(model_type)
-    if inner is not None and inner not in (root, cls):
-        parts.append((INNER, _steps(inner) or []))
-    for name, scope in SCOPES.items():
-        nested = config.values.get(name)
-        nested_type = nested.get("model_type") if isinstance(nested, dict) else None
-        if isinstance(nested_type, str) and nested_type != model_type:
-            key = table()["classes"].get(nested_type, nested_type)
-            parts.append((scope, _steps(key) or []))
-    if not any(steps for _, steps in parts):
-        parts.append((None, list(COMMON)))
-    parts.append((None, _steps("legacy") or []))
+    """Collect the renames of a model: its own, those of the models within it, and those that all models share.
+
+    As transformers collects them: by each model's class, else by its type where no model around it has had those; renames of a model
+    within act below its path, with the base's prefix or without. ``language_model.embed_tokens`` of
+    ``LlavaForConditionalGeneration`` is below ``model.language_model``.
+    """
+    architecture = _architecture(config)
+    if architecture is None:
+        named = next(iter(config.architectures), None)
+        models = [("", named if isinstance(named, str) else "", config.model_type or "")]
+        prefix = ""
+    else:
+        models = [("", architecture.name, architecture.model_type), *(p[:3] for p in architecture.parts)]
+        prefix = architecture.base_prefix
+    seen: defaultdict[str, list[str]] = defaultdict(list)
+    found: list[tuple[str | None, list[dict[str, Any]]]] = []
+    whose = ""
+    for path, *keys in models:
+        for key in keys:
+            if any(around == "" or path.startswith(f"{around}.") for around in seen[key]):
+                break
+            steps = _steps(key)
+            if steps is not None:
+                found.append((_scope(path, prefix), steps))
+                seen[keys[0]].append(path)
+                seen[key].append(path)
+                whose = whose or key
+                break
+    if architecture is None and not found:
+        found.append((None, list(COMMON)))
+    found.append((None, _steps("legacy") or []))
     renames, conversions = [], []
-    for within, steps in parts:
+    for within, steps in found:
         where = None if within is None else re.compile(within)
         for step in steps:
             if "convert" in step:
@@ -196,10 +202,19 @@ def renames_for(config: ModelConfig) -> Renames:
             else:
                 pairs = step["group"] if "group" in step else [(step["rename"], step["to"])]
                 renames.append(Rename(tuple((re.compile(p), to) for p, to in pairs), where))
-    return Renames(root or inner or "", tuple(renames), tuple(conversions))
+    return Renames(whose, tuple(renames), tuple(conversions))
 
 
-def _inner(model_type: str) -> str | None:
-    """Return the key of the model within the head, where it has renames: those of its class, or of the type."""
-    key: str = table()["classes"].get(model_type, model_type)
-    return key if _steps(key) is not None else None
+def _architecture(config: ModelConfig) -> Architecture | None:
+    """The facts of the base's class; where that is not known, those of the class of its type that has the most models within it."""
+    unnamed = replace(config, values={**config.values, "architectures": None})
+    return max(architectures_for(config) or architectures_for(unnamed), key=lambda a: len(a.parts), default=None)
+
+
+def _scope(path: str, prefix: str) -> str | None:
+    """Pattern of the beginning of names below a model within, loaded with the model's base prefix or without; None for the model."""
+    if not path:
+        return None
+    below = path.removeprefix(prefix).removeprefix(".")
+    head = rf"(?:{re.escape(prefix)}\.)?" if prefix else ""
+    return f"^{head}{re.escape(below)}\\." if below else f"^{head}"

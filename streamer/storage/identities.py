@@ -15,8 +15,9 @@ class FileIdentity(TypedDict):
 
 
 class BaseIdentity(TypedDict):
-    """Identity of a base model: those of its files."""
+    """Identity of a base model: those of its files, and its class where the user named it."""
 
+    architecture: NotRequired[str]
     files: list[FileIdentity]
 
 

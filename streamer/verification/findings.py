@@ -157,7 +157,8 @@ class FindingsCheck:
         NotRecomputed
             If no plain formula covers it.
         """
-        W0, delta, rank = self.adapter.delta(row["tensor"], row["module"], self.base)
+        transposed = bool(row.get("transposed"))
+        W0, delta, rank = self.adapter.delta(row["tensor"], row["module"], transposed, self.base)
         if (tuple(row["shape"]), row["rank"] if rank else 0) != (W0.shape, rank):
             self._differ(row, f"shape {list(W0.shape)} and rank {rank}", f"{row['shape']} and {row['rank']}")
             return Checked(math.inf, False)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from streamer.plan.architectures import architectures_for
 from streamer.verification.deltas import Delta, DoraDelta, LowRankDelta, TunedDelta
 from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix, TensorFiles, open_matrix
+from streamer.weights.model_config import read_model_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -47,10 +49,18 @@ class Factors:
 
 
 class AdapterFiles:
-    """Open an adapter's directory, or that of a fine-tuned model in its place; or the one `streamer mitigate` wrote."""
+    """Open an adapter's directory, or that of a fine-tuned model in its place; or the one `streamer mitigate` wrote.
 
-    def __init__(self, directory: Path) -> None:
+    Parameters
+    ----------
+    base, architecture
+        The base that it changes, and the class that the user named: by them square layers are stored (out, in), or as a Conv1D (in, out).
+    """
+
+    def __init__(self, directory: Path, base: Path | None = None, architecture: str | None = None) -> None:
         self.directory = directory
+        config = read_model_config(base if base is not None and base.is_dir() else None)
+        self._architectures = architectures_for(replace(config, architecture=architecture))
         self.is_model = not (directory / CONFIG_NAME).exists()
         if self.is_model:
             self.config: dict[str, Any] = {}
@@ -113,29 +123,35 @@ class AdapterFiles:
         alpha = float(next(fitting, self.config["lora_alpha"]))
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
-    def delta(self, tensor: str, module: str, base: TensorFiles) -> tuple[Matrix, Delta, int]:
-        """Return W0 as (out, in), Δ, and the rank of its factors, 0 where it has none."""
+    def delta(self, tensor: str, module: str, transposed: bool, base: TensorFiles) -> tuple[Matrix, Delta, int]:
+        """Return W0 as (out, in), Δ, and the rank of its factors, 0 where it has none.
+
+        `transposed` is what the record says of the base's tensor; only two models of one shape leave that open.
+        """
         if tensor not in base:
             raise NotRecomputed("it is no tensor of the base by itself, but a part of one or built of several")
         stored = base.stored(tensor)[1]
         if self.is_model:
             if tensor not in self.files or self.files.stored(tensor).shape != stored or len(stored) != 2:
                 raise NotRecomputed("it is no matrix of this name and shape in the fine-tuned model")
-            W0 = open_matrix(base, tensor, (stored[0], stored[1]), False)
-            return W0, TunedDelta(open_matrix(self.files, tensor, W0.shape, False)), 0
+            m, n = stored[::-1] if transposed else stored
+            W0 = open_matrix(base, tensor, (m, n), transposed)
+            return W0, TunedDelta(open_matrix(self.files, tensor, W0.shape, transposed)), 0
         factors = self.factors(module)
-        W0 = open_matrix(base, tensor, factors.shape, self._transposed(factors, stored))
+        W0 = open_matrix(base, tensor, factors.shape, self._transposed(factors, stored, module, tensor))
         low_rank = LowRankDelta(factors.scaling * factors.B, factors.A.T)
         rank = len(factors.A)
         if factors.magnitude is None:
             return W0, low_rank, rank
         return W0, DoraDelta(low_rank, factors.magnitude), rank
 
-    def _transposed(self, factors: Factors, stored: tuple[int, ...]) -> bool:
-        """Tell whether the base stores (in, out): by shape, and where that is square by the config."""
+    def _transposed(self, factors: Factors, stored: tuple[int, ...], *names: str) -> bool:
+        """Tell whether the base stores (in, out): by shape, and where that is square by the base's class."""
         m, n = factors.shape
         flat = (stored[0], math.prod(stored[1:]))
-        inward = factors.embedding or (m == n and bool(self.config.get("fan_in_fan_out")))
+        layers = [name.removesuffix(".weight") for name in names]
+        conv1d = any(a.transposed(layer) for a in self._architectures for layer in layers)
+        inward = factors.embedding or (m == n and conv1d)
         if flat == (m, n) and not inward:
             return False
         if stored == (n, m):

@@ -71,7 +71,7 @@ class Recomputation:
         tensor = row["tensor"]
         if any(c["tensor"] == tensor for c in self.record["carried"]):
             raise NotRecomputed("the adapter brings values for it besides its factors")
-        W0, delta, rank = self.adapter.delta(tensor, row["module"], self.base)
+        W0, delta, rank = self.adapter.delta(tensor, row["module"], bool(row.get("transposed")), self.base)
         before = len(self.outcome.differences)
         triplets, decisions = self._decide(row, W0, delta)
         if len(self.outcome.differences) > before:  # all else of the matrix follows from its decisions

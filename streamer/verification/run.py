@@ -168,7 +168,8 @@ def _open_inputs(inputs: tuple[Path, Path], base: Any, adapter: Any, output: Pat
     check_adapter(inputs[1], adapter, output)
     paths = model_files(inputs[0], base, output)
     try:
-        return opened.enter_context(TensorFiles(paths, "pt")), opened.enter_context(AdapterFiles(inputs[1]))
+        files = opened.enter_context(TensorFiles(paths, "pt"))
+        return files, opened.enter_context(AdapterFiles(inputs[1], inputs[0], base.get("architecture")))
     except SafetensorError as e:
         raise FormatError(
             f"{inputs[0]}: expected safetensors files, found one that the library refuses ({e}); get it again"

@@ -77,6 +77,13 @@ class StoredTensor:
         return replace(self, held=view)
 
 
+def equal(a: StoredTensor, b: StoredTensor) -> bool:
+    """Say whether two tensors are the same bytes of the same dtype and shape."""
+    if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
+        return False
+    return all(x == y for x, y in zip(a.file.chunks(a.info), b.file.chunks(b.info), strict=True))
+
+
 @dataclass(frozen=True)
 class Weight(ABC):
     """A named array of floating-point values, whatever tensors store it.

@@ -6,8 +6,8 @@ A vision-language model keeps its language model's config under ``text_config``;
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,16 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The values of a ``config.json``; empty where a checkpoint has none."""
+    """The values of a ``config.json``; empty where a checkpoint has none.
+
+    Attributes
+    ----------
+    architecture
+        The class that the user names, where the config does not, or names one that is not known.
+    """
 
     values: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str | None = None
 
     @property
     def text(self) -> Mapping[str, Any]:
@@ -40,11 +47,6 @@ class ModelConfig:
         """Read transformers' name of the architecture."""
         model_type = self.values.get("model_type")
         return model_type if isinstance(model_type, str) else None
-
-    @property
-    def model_types(self) -> set[str]:
-        """Collect the types of the model and of all models nested in it."""
-        return {str(c.get("model_type")) for c in (self.values, *self.values.values()) if isinstance(c, Mapping)}
 
     @property
     def architectures(self) -> list[Any]:
@@ -79,21 +81,27 @@ class ModelConfig:
         nested = "vocab_size" in self.text
         text = {"text_config": {**self.text, "vocab_size": rows}} if nested else {}
         top = {} if nested and "vocab_size" not in self.values else {"vocab_size": rows}
-        return ModelConfig({**self.values, **text, **top})
+        return replace(self, values={**self.values, **text, **top})
 
-    def untied(self) -> ModelConfig:
-        """State that head and embedding are two tensors, wherever a config could say so: a class may tie by default."""
-        out = {**self.values, "tie_word_embeddings": False}
-        if isinstance(out.get("text_config"), dict):
-            out["text_config"] = {**self.text, "tie_word_embeddings": False}
-        return ModelConfig(out)
+    def untied(self, keys: Iterable[tuple[str, ...]]) -> ModelConfig:
+        """State that head and embedding are two tensors, at each path of keys; for the language model too where one is at the top."""
+        out: dict[str, Any] = dict(self.values)
+        for *path, key in keys:
+            part = out
+            for name in path:
+                inner = part.get(name)
+                part[name] = part = dict(inner) if isinstance(inner, Mapping) else {}
+            part[key] = False
+            if not path and self.text:
+                out["text_config"] = {**out["text_config"], key: False}
+        return replace(self, values=out)
 
     def unquantized(self) -> ModelConfig:
         """Leave out what says that the model is quantized."""
         out = {key: value for key, value in self.values.items() if key not in QUANTIZATION_KEYS}
         if isinstance(out.get("text_config"), dict):
             out["text_config"] = {key: value for key, value in self.text.items() if key not in QUANTIZATION_KEYS}
-        return ModelConfig(out)
+        return replace(self, values=out)
 
 
 def read_model_config(directory: Path | None) -> ModelConfig:

@@ -230,7 +230,8 @@ def test_decisions_with_a_cutoff(tmp_path: Path) -> None:
     sigma[-1] = 2e-5
     W0 = helpers.spectrum_matrix(64, 32, sigma).float().double()
     B, A = 2 * torch.linalg.svd(W0).U[:, 31:32].float(), torch.linspace(-1, 1, 32)[None]
-    base = helpers.write_sharded(tmp_path / "base", [{"model.q_proj.weight": W0.float()}])
+    untied = {"model_type": "test", "tie_word_embeddings": False}
+    base = helpers.write_sharded(tmp_path / "base", [{"model.q_proj.weight": W0.float()}], untied)
     adapter = helpers.write_adapter(tmp_path / "inputs", {"model.q_proj": (A, B)}, r=1)
     findings = streamer.detect_intruder_dimensions(base, adapter, top_k=1)
     (whole,) = (row.detection for row in findings)

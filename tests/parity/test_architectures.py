@@ -9,21 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import LINEAR, MODELS, make_adapter, make_base, weights
+from architectures import LINEAR, MODELS, OLD, assert_merged, make_adapter, make_base, merge, old_name, weights
 from safetensors.torch import load_file, save_file
-
-import streamer
-
-
-def merge(base: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0)
-    return weights(out)
-
-
-def assert_merged(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -42,32 +29,6 @@ def test_merged_as_peft_merges(name: str, tmp_path: Path) -> None:
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
-
-
-# Run-time names of transformers 5 → names that transformers 4 used, where they differ
-OLD = {
-    "llava": [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
-              ("model.vision_tower.", "vision_tower.vision_model."), ("model.multi_modal_projector.", "multi_modal_projector.")],
-    "gemma3": [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
-               ("model.vision_tower.", "vision_tower.vision_model."), ("model.multi_modal_projector.", "multi_modal_projector.")],
-    "qwen2.5-vl": [("model.language_model.", "model."), ("model.visual.", "visual.")],
-    "vit": [("vit.layers.", "vit.encoder.layer."), (".attention.q_proj.", ".attention.attention.query."),
-            (".attention.k_proj.", ".attention.attention.key."), (".attention.v_proj.", ".attention.attention.value."),
-            (".attention.o_proj.", ".attention.output.dense."), (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense.")],
-    "gpt-neox": [("lm_head.", "embed_out.")],
-}  # fmt: skip
-
-
-def old_name(name: str, pairs: list[tuple[str, str]]) -> str:
-    """A run-time name as transformers 4 had it: the first pair that fits the beginning, or all pairs that fit within."""
-    for new, old in pairs:
-        if new.startswith("."):
-            name = name.replace(new, old)
-        elif name.startswith(new):
-            name = old + name.removeprefix(new)
-            if not pairs[-1][0].startswith("."):
-                break
-    return name
 
 
 def with_names(source: Path, out: Path, rename: Callable[[str], str]) -> Path:

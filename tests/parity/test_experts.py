@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import weights
+import transformers
+from architectures import LINEAR, MOE, TEXT, weights
 from expert_models import EXPERTS, assert_merged, make
 from paths import DATA
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import streamer
-from streamer.errors import UnsupportedError
+from streamer.errors import MismatchError, UnsupportedError
 
 
 @pytest.mark.parametrize(
@@ -28,10 +31,79 @@ def test_merged_as_peft_merges(name: str, targets: list[str], tmp_path: Path) ->
     assert_merged(tmp_path, model)
 
 
+# Name → class and config of models whose seven usual projections are layers and experts.
+DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 8,
+            "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4}  # fmt: skip
+TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": ("MixtralForCausalLM", "Mixtral", MOE),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3Moe", MOE),
+    "olmoe": ("OlmoeForCausalLM", "Olmoe", MOE),
+    "deepseek-v3": ("DeepseekV3ForCausalLM", "DeepseekV3", {**MOE, **DEEPSEEK}),
+    "glm4-moe": ("Glm4MoeForCausalLM", "Glm4Moe",
+                 {**MOE, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
+    "gpt-oss": ("GptOssForCausalLM", "GptOss", MOE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "seven"])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_attention_and_experts_together(name: str, targets: str, tmp_path: Path) -> None:
+    """PEFT turns them into parameters without a path: ``gate_up_proj`` is one of any module that has one, and of no other."""
+    cls, kind, values = TOGETHER[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(getattr(transformers, f"{kind}Config")(**{**TEXT, **values}))
+    model.save_pretrained(tmp_path / "base")
+    before = {k: v.double() for k, v in model.state_dict().items()}
+    torch.manual_seed(1)
+    modules: Any = "all-linear" if targets == "all-linear" else [*LINEAR[:4], *(["gate_proj", "up_proj", "down_proj"])]
+    parameters = ["gate_up_proj", "down_proj"] if name == "gpt-oss" else None  # which PEFT does not add of itself
+    if name == "mixtral" and targets == "seven":
+        modules = [*LINEAR[:4], "w1", "w2", "w3"]
+    lora = LoraConfig(r=3, lora_alpha=24, target_modules=modules, target_parameters=parameters, init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(model, lora)
+        for key, p in model.named_parameters():
+            if "lora_" in key:
+                p.data.normal_(std=0.3)
+        model.save_pretrained(tmp_path / "adapter")
+    bare = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
+    assert {"gate_up_proj", "down_proj"} <= set(bare)
+    assert_merged(tmp_path, model)
+    findings = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
+    after = getattr(transformers, cls).from_pretrained(tmp_path / "theirs").state_dict()
+    assert any(m.module.endswith("gate_up_proj[3]") for m in findings)
+    assert (
+        any(m.module.endswith("q_a_proj" if name == "deepseek-v3" else "q_proj") for m in findings)
+        or targets == "seven"
+    )
+    for m in findings:
+        key, _, number = m.module.removesuffix("]").partition("[")
+        W0, W = (t[key][int(number)] if number else t[f"{key}.weight"] for t in (before, after))
+        if number and name == "gpt-oss":
+            W0, W = W0.T, W.T
+        U0, U = (torch.linalg.svd(matrix.double(), full_matrices=False).U for matrix in (W0, W))
+        similarity = (U0.T @ U[:, :10]).abs().amax(0)
+        clear = [j for j in range(len(similarity)) if abs(float(similarity[j]) - 0.5) > 1e-3]
+        assert [j for j in m.detection.intruders if j in clear] == [j for j in clear if similarity[j] < 0.5], m.module
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
 def test_bf16(name: str, tmp_path: Path) -> None:
     *_, model = make(name, tmp_path, EXPERTS, torch.bfloat16)
     assert_merged(tmp_path, model, rtol=2 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_stacks_of_an_unknown_class(tmp_path: Path) -> None:
+    """gpt-oss stores its experts (in, out), most others (out, in): nothing in one file tells."""
+    base, adapter, _ = make("gpt-oss", tmp_path, EXPERTS)
+    expected = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
+    alone = base / "model.safetensors"
+    (base / "config.json").unlink()
+    with pytest.raises(MismatchError, match=r"does not tell whether they are stored as .* with --architecture NAME"):
+        streamer.iter_merged(alone, adapter, mitigation_lambda=1.0)
+    named = dict(streamer.iter_merged(alone, adapter, mitigation_lambda=1.0, architecture="GptOssForCausalLM"))
+    assert all(torch.equal(named[key], tensor) for key, tensor in expected.items())
 
 
 # What other versions of PEFT wrote -------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ import helpers
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     CLIPVisionConfig,
@@ -24,8 +26,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
+    SiglipConfig,
+    SiglipModel,
 )
 
 import streamer
@@ -89,6 +91,7 @@ def test_detection_and_methods_equal_the_dense_formulas(tmp_path: Path, make) ->
         turned = "embed" in m.tensor or "wte" in m.tensor or "wpe" in m.tensor or ".c_" in m.tensor
         if turned:
             W0, W1 = W0.T, W1.T
+        assert m.transposed == turned
         assert m.shape == tuple(W0.shape)
         U0 = torch.linalg.svd(W0, full_matrices=False).U
         U, S, Vh = torch.linalg.svd(W1, full_matrices=False)
@@ -114,6 +117,18 @@ def test_detection_and_methods_equal_the_dense_formulas(tmp_path: Path, make) ->
                 )
             else:  # norms and biases are the tuned model's
                 assert torch.equal(tensor, W1s[name]), name
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_outputs_are_verified_on_the_side_that_was_judged(tmp_path: Path, make) -> None:
+    base, tuned = pair(tmp_path, make)
+    streamer.detect_intruder_dimensions(base, tuned, tmp_path / "found.safetensors")
+    streamer.merge_with_reduced_intruder_dimensions(base, tuned, tmp_path / "merged", mitigation_lambda=0.5)
+    streamer.reduce_intruder_dimension(base, tuned, tmp_path / "lora", mitigation_lambda=0.5, to_lora=8)
+    for output in ("found.safetensors", "merged", "lora"):
+        totals = streamer.verify_output(tmp_path / output, base, tuned, sample="all")["totals"]
+        assert totals["recomputed"] == totals["matrices"] > 0
+        assert totals["differences"] == 0
 
 
 def test_shards_of_one_and_another_size(tmp_path: Path) -> None:
@@ -226,16 +241,52 @@ def test_what_was_not_trained_is_not_in_the_adapter(tmp_path: Path) -> None:
     assert "modules_to_save" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
 
 
+def siglip() -> PreTrainedModel:
+    layers = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text, vision = (
+        {**layers, "vocab_size": 64, "max_position_embeddings": 16},
+        {**layers, "image_size": 28, "patch_size": 14},
+    )
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+
+
+def bart() -> PreTrainedModel:
+    return BartForConditionalGeneration(BartConfig(d_model=48, encoder_ffn_dim=80, decoder_ffn_dim=80, encoder_layers=1, decoder_layers=1,
+                                                   encoder_attention_heads=4, decoder_attention_heads=4, vocab_size=64,
+                                                   max_position_embeddings=32))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "own"), [(siglip, "logit_scale"), (siglip, "logit_bias"), (bart, "final_logits_bias")]
+)
+def test_parameters_of_the_model_itself(make, own: str, tmp_path: Path) -> None:
+    base, tuned, _ = shaken(tmp_path, make)
+    streamer.merge_with_reduced_intruder_dimensions(base, tuned, tmp_path / "out", mitigation_lambda=1.0)
+    ours, theirs = tensors(tmp_path / "out"), tensors(tuned)
+    assert own in ours
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], t) for n, t in theirs.items())
+
+
+def test_a_buffer_that_loading_does_without(tmp_path: Path) -> None:
+    """Saved by another version of transformers, a model may lack what its class can do without; the base's own stays."""
+    base, tuned, _ = shaken(tmp_path, bart)
+    kept = {n: t for n, t in tensors(tuned).items() if n != "final_logits_bias"}
+    save_file(kept, tuned / "model.safetensors", metadata={"format": "pt"})
+    merged = dict(streamer.iter_merged(base, tuned, mitigation_lambda=1.0))
+    assert torch.equal(merged.pop("final_logits_bias"), tensors(base)["final_logits_bias"])
+    assert merged.keys() == kept.keys()
+
+
 NO_ADAPTER = {
+    "a parameter of the model itself": (
+        siglip,
+        "'logit_bias' has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter",
+    ),
     "a parameter of its own": (
         lambda: CLIPVisionModel(CLIPVisionConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4,
                                                  image_size=28, patch_size=14)),
         "'embeddings.class_embedding' has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter",
-    ),
-    "another tie": (
-        lambda: T5ForConditionalGeneration(T5Config(d_model=48, d_kv=8, d_ff=80, num_layers=1, num_heads=4, vocab_size=64,
-                                                    decoder_start_token_id=0)),
-        "the model ties its embeddings in a way that is not known here, and the adapter changes 'shared.weight'",
     ),
 }  # fmt: skip
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import streamer
-from streamer.errors import MismatchError
 
 LAMBDAS = [0.0, 0.25, 0.5, 0.75]
 
@@ -279,42 +278,3 @@ def test_conv1d_bases_are_transposed_as_peft_does(tmp_path: Path) -> None:
         similarity = (U0.T @ U[:, :10]).abs().amax(0)
         clear = [j for j in range(10) if abs(float(similarity[j]) - 0.5) > 1e-3]
         assert [j for j in m.detection.intruders if j in clear] == [j for j in clear if similarity[j] < 0.5], m.tensor
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module is `torch.nn.Linear`")
-def test_a_square_conv1d_with_the_flag_off_is_refused(tmp_path: Path) -> None:
-    """PEFT saves the flag of the layer that it wrapped last: with a Linear there, it is off for every Conv1D."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import GPT2Config, GPT2ForSequenceClassification
-
-    config = GPT2Config(
-        n_embd=32,
-        n_layer=1,
-        n_head=2,
-        vocab_size=50,
-        n_positions=16,
-        num_labels=3,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
-
-    def adapter(name: str, *targets: str) -> Path:
-        model = GPT2ForSequenceClassification.from_pretrained(tmp_path / "base")
-        lora = LoraConfig(r=2, target_modules=list(targets), fan_in_fan_out=True, init_lora_weights=False)
-        peft_model = get_peft_model(model, lora)
-        peft_model.save_pretrained(tmp_path / name)
-        by_peft[name] = peft_model.merge_and_unload().state_dict()
-        return tmp_path / name
-
-    by_peft: dict[str, dict[str, torch.Tensor]] = {}
-    square = adapter("square", "attn.c_proj", "score")
-    with pytest.raises(
-        MismatchError, match=r"c_proj': is square, gpt2 stores such layers as \(in, out\).*set it to true"
-    ):
-        streamer.iter_merged(tmp_path / "base", square, mitigation_lambda=1.0)
-    oblong = adapter("oblong", "c_attn", "score")  # the shapes tell, whatever the flag says
-    merged = dict(streamer.iter_merged(tmp_path / "base", oblong, mitigation_lambda=1.0))
-    for name, tensor in merged.items():
-        torch.testing.assert_close(tensor, by_peft["oblong"][name], rtol=1e-5, atol=1e-6)

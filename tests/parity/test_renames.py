@@ -8,9 +8,11 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from architectures import MODELS, OLD, old_name
 from paths import ROOT
-from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
+from transformers.conversion_mapping import _build_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
 
 from streamer.plan.transformers_renames import renames_for, table
@@ -57,11 +59,31 @@ def test_renames_agree_with_transformers(key: str) -> None:
                 .replace("*", "0")
                 .strip("^$"),
             }
-    is_class = key[0].isupper()
-    ours = renames_for(ModelConfig({"architectures": [key]} if is_class else {"model_type": key}))
-    if ours.model != key:  # a class of the type takes precedence, as in transformers
-        ours = renames_for(ModelConfig({"architectures": [key]}))
+    # Of a type that is not known, so that no models within it bring their own.
+    ours = renames_for(ModelConfig({"architectures": [key], "model_type": "unknown"}))
     legacy = [] if key == "legacy" else THEIRS["legacy"]
     got = {name: (renamed, by is not None) for name, renamed, by, _, _ in ours.loaded(sorted(names))}
     for name in sorted(names):
         assert got[name] == theirs(name, [*THEIRS[key], *legacy]), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_renames_of_models_within_agree_with_transformers(name: str) -> None:
+    """Each of a model's parts brings its own, below its path."""
+    cls, make, _ = MODELS[name]
+    with torch.device("meta"):
+        model = getattr(transformers, cls)(make())
+    transforms = get_model_conversion_mapping(model)
+    config = {**model.config.to_dict(), "architectures": [cls]}
+    names = set(model.state_dict())
+    names |= {old_name(key, OLD[name]) for key in names if name in OLD}
+    vit = [
+        (".layers.", ".encoder.layer."),
+        (".attention.q_proj.", ".attention.attention.query."),
+        (".mlp.fc1.", ".intermediate.dense."),
+    ]
+    names |= {old_name(key, vit) for key in names}
+    ours = renames_for(ModelConfig(config))
+    got = {key: (renamed, by is not None) for key, renamed, by, _, _ in ours.loaded(sorted(names))}
+    for key in sorted(names):
+        assert got[key] == theirs(key, transforms), key

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
+import transformers
 from forks import server
 from helpers import three_shards
+from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import streamer
-from streamer.plan.tokenizer import token_count
+from streamer.plan.tokenizer import TOKENIZER, token_count
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"]
 
@@ -44,7 +48,9 @@ def test_tokens_are_counted_as_the_library_counts_them(kind: str, tmp_path: Path
 @pytest.fixture
 def job(tmp_path: Path) -> tuple[Path, Path]:
     base, adapter = three_shards(tmp_path)
-    (base / "config.json").write_text(json.dumps({"model_type": "test", "vocab_size": 64}))
+    (base / "config.json").write_text(
+        json.dumps({"model_type": "test", "vocab_size": 64, "tie_word_embeddings": False})
+    )
     (base / "tokenizer.json").unlink()
     save(base, "wordpiece", "base's template")
     (base / "vocab.txt").write_text("only the base's")
@@ -123,3 +129,32 @@ def test_a_mitigated_adapter_keeps_its_own(job: tuple[Path, Path], tmp_path: Pat
     assert streamer.reduce_intruder_dimension(base, adapter, tmp_path / "none")["tokenizer"] is None
     save(adapter, "bpe", "adapter's")
     assert streamer.reduce_intruder_dimension(base, adapter, tmp_path / "own")["tokenizer"] == "adapter"
+
+
+def test_a_grown_vocabulary_and_its_tokenizer(job: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = job
+    name, rows = "model.embed_tokens.weight", 64
+    shard, index = base / "model-00001-of-00003.safetensors", base / "model.safetensors.index.json"
+    save_file({**load_file(shard), name: torch.zeros(rows, 48)}, shard)
+    tree = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": {**tree["weight_map"], name: shard.name}}))
+    file = adapter / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.{name}": torch.ones(rows + 8, 48)}, file)
+    with pytest.warns(streamer.StreamerWarning, match="total_size"):
+        record = merge(base, adapter, tmp_path / "none")
+    assert record["tokenizer"] == "base"
+    assert record["notes"] == [
+        f"the vocabulary has grown to {rows + 8} rows, and the adapter brings no tokenizer: it is the base's"
+    ]
+    save(adapter, "bpe", "adapter's", *(f"<{i}>" for i in range(6)))
+    with pytest.warns(streamer.StreamerWarning, match="total_size"):
+        record = merge(base, adapter, tmp_path / "own")
+    assert (record["tokenizer"], record["notes"]) == ("adapter", [])
+
+
+def test_every_vocabulary_of_transformers_is_known() -> None:
+    folder = Path(transformers.__file__).parent / "models"
+    stated = re.compile(r'"(?:\w*vocab|spm|merges|emoji|word_\w+|normalizer|tokenizer)_file": ?"([^"]+)"')
+    names = {name for path in folder.rglob("tokenization*.py") for name in stated.findall(path.read_text())}
+    assert len(names) > 15
+    assert names <= TOKENIZER

@@ -12,6 +12,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+import streamer
+
 TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -33,6 +35,27 @@ CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size
 
 
 SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
+
+
+VIT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 64,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
@@ -59,6 +82,20 @@ def qwen_vl(kind: str) -> Callable[[], Any]:
     )
 
 
+def two(
+    encoder: str, encoder_values: dict[str, Any], decoder: str, decoder_values: dict[str, Any]
+) -> Callable[[], Any]:
+    """The config of an encoder and a decoder that each have a type of their own."""
+
+    def make() -> Any:
+        kind = transformers.VisionEncoderDecoderConfig
+        made = kind.from_encoder_decoder_configs(config(encoder, **encoder_values), config(decoder, **decoder_values))
+        made.decoder_start_token_id = made.pad_token_id = 0
+        return made
+
+    return make
+
+
 def multimodal(kind: str, model_type: str, vision: dict[str, Any], **values: Any) -> Callable[[], Any]:
     return lambda: config(kind, text_config={"model_type": model_type, **TEXT}, vision_config=vision, tie_word_embeddings=False,
                           image_token_id=5, **values)  # fmt: skip
@@ -79,6 +116,9 @@ MODELS: dict[str, tuple[str, Callable[[], Any], list[str] | str]] = {
     "bert": ("BertForSequenceClassification", text("Bert", num_labels=3), ["query", "key", "value", "dense"]),
     "vit": ("ViTForImageClassification", lambda: config("ViT", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                                         num_attention_heads=4, image_size=28, patch_size=14), "all-linear"),
+    "vit-gpt2": ("VisionEncoderDecoderModel", two("ViT", VIT, "GPT2", GPT2),
+                 ["q_proj", "v_proj", "o_proj", "fc1", "c_attn", "c_proj", "q_attn"]),
+    "swin-bert": ("VisionEncoderDecoderModel", two("Swin", SWIN, "Bert", BERT), ["query", "value", "dense", "q_proj", "v_proj"]),
     "t5": ("T5ForConditionalGeneration", lambda: config("T5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64,
                                                         decoder_start_token_id=0), ["q", "k", "v", "o", "wi", "wo"]),
     "mixtral": ("MixtralForCausalLM", text("Mixtral", **MOE), ATTENTION),
@@ -92,6 +132,32 @@ MODELS: dict[str, tuple[str, Callable[[], Any], list[str] | str]] = {
     "qwen2-vl": ("Qwen2VLForConditionalGeneration", qwen_vl("Qwen2VL"), [*LINEAR, "qkv", "attn.proj", "fc1", "lm_head"]),
     "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", qwen_vl("Qwen2_5_VL"), [*LINEAR, "qkv", "attn.proj", "lm_head"]),
 }  # fmt: skip
+
+
+# Run-time names of transformers 5 → names that transformers 4 used, where they differ
+OLD = {
+    "llava": [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+              ("model.vision_tower.", "vision_tower.vision_model."), ("model.multi_modal_projector.", "multi_modal_projector.")],
+    "gemma3": [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+               ("model.vision_tower.", "vision_tower.vision_model."), ("model.multi_modal_projector.", "multi_modal_projector.")],
+    "qwen2.5-vl": [("model.language_model.", "model."), ("model.visual.", "visual.")],
+    "vit": [("vit.layers.", "vit.encoder.layer."), (".attention.q_proj.", ".attention.attention.query."),
+            (".attention.k_proj.", ".attention.attention.key."), (".attention.v_proj.", ".attention.attention.value."),
+            (".attention.o_proj.", ".attention.output.dense."), (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense.")],
+    "gpt-neox": [("lm_head.", "embed_out.")],
+}  # fmt: skip
+
+
+def old_name(name: str, pairs: list[tuple[str, str]]) -> str:
+    """A run-time name as transformers 4 had it: the first pair that fits the beginning, or all pairs that fit within."""
+    for new, old in pairs:
+        if new.startswith("."):
+            name = name.replace(new, old)
+        elif name.startswith(new):
+            name = old + name.removeprefix(new)
+            if not pairs[-1][0].startswith("."):
+                break
+    return name
 
 
 def make_base(name: str, path: Path) -> Any:
@@ -117,3 +183,14 @@ def make_adapter(cls: Any, base: Path, path: Path, targets: list[str] | str) -> 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
+
+
+def merge(base: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0)
+    return weights(out)
+
+
+def assert_merged(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6, msg=name)

@@ -84,6 +84,7 @@ def test_a_tensor_that_would_be_lost_is_refused(tmp_path: Path, name: str, shape
         ("base_model.model.{}.base_layer.bias", "saved", f"{MODULE}.bias"),
         ("base_model.model.lm_head.weight", "saved", "lm_head.weight"),
         ("base_model.model.lm_head.modules_to_save.default.weight", "saved", "lm_head.weight"),
+        ("base_model.model.lm_head.modules_to_save.weight", "saved", "lm_head.weight"),
         ("base_model.model.head.modules_to_save.default.0.dense.weight", "saved", "head.0.dense.weight"),
         ("base_model.model.lm_head.original_module.weight", "original", None),
         ("base_model.model.{}.base_layer.weight", "saved", f"{MODULE}.weight"),

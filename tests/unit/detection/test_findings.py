@@ -67,7 +67,9 @@ def test_no_paths_and_no_times(made: tuple[Path, Path, Path, Findings], tmp_path
 def test_no_intruders_at_all(tmp_path: Path) -> None:
     """An adapter without intruders has findings with empty factors, and applying them changes nothing."""
     W = helpers.power_law(16, 12).float()
-    base = helpers.write_sharded(tmp_path / "base", [{"a.q.weight": W}])
+    base = helpers.write_sharded(
+        tmp_path / "base", [{"a.q.weight": W}], {"model_type": "test", "tie_word_embeddings": False}
+    )
     A, B = helpers.intruding_factors(16, 12, 2, sigma=1e-6)
     adapter = helpers.write_adapter(tmp_path / "adapter", {"a.q": (A, B * 1e-6)}, r=2)
     path = tmp_path / "f.safetensors"

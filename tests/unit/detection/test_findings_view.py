@@ -84,7 +84,11 @@ def test_the_html_table(findings: Findings) -> None:
 
 def test_names_are_escaped_in_html(tmp_path: Path) -> None:
     name = "a.<script>alert('x')</script>"
-    base = helpers.write_sharded(tmp_path / "base", [{f"{name}.weight": helpers.power_law(16, 12).float()}])
+    base = helpers.write_sharded(
+        tmp_path / "base",
+        [{f"{name}.weight": helpers.power_law(16, 12).float()}],
+        {"model_type": "test", "tie_word_embeddings": False},
+    )
     factors = {name: helpers.intruding_factors(16, 12, 2)}
     adapter = helpers.write_adapter(tmp_path / "adapter", factors, r=2, base_model_name_or_path="<b>org/model")
     shown = streamer.detect_intruder_dimensions(base, adapter, top_k=3)._repr_html_()

@@ -22,7 +22,9 @@ Q = "model.layers.0.q_proj"
 def job(home: Path, **config: object) -> tuple[Path, Path]:
     torch.manual_seed(0)
     base = helpers.write_sharded(
-        home / "base", [{f"{Q}.weight": torch.randn(32, 24), "lm_head.weight": torch.randn(8, 24)}]
+        home / "base",
+        [{f"{Q}.weight": torch.randn(32, 24), "lm_head.weight": torch.randn(8, 24)}],
+        {"model_type": "test", "tie_word_embeddings": False},
     )
     return base, helpers.write_adapter(
         home / "adapter", {Q: helpers.intruding_factors(32, 24, 6)}, r=6, alpha=12, **config

@@ -99,6 +99,25 @@ def test_tokens_replace_their_rows_and_no_others(tmp_path: Path) -> None:
     assert torch.equal(merged[EMBED], expected)
 
 
+def test_a_base_without_a_config_gets_none(tmp_path: Path) -> None:
+    """One of a single key would load as nothing: what loading must be told is said instead."""
+    b = base(tmp_path)
+    whole = {n: t for f in b.glob("*.safetensors") for n, t in load_file(f).items()}
+    save_file(whole, tmp_path / "one.safetensors")
+    a = adapter(tmp_path, {EMBED: torch.randn(9, 8), HEAD: torch.randn(9, 8)})
+    with pytest.raises(
+        MismatchError, match=r"if its rows are the vocabulary, name the base's class with --architecture NAME"
+    ):
+        streamer.merge_with_reduced_intruder_dimensions(tmp_path / "one.safetensors", a, tmp_path / "out")
+    record = streamer.merge_with_reduced_intruder_dimensions(
+        tmp_path / "one.safetensors", a, tmp_path / "out", mitigation_lambda=1.0, architecture="LlamaForCausalLM"
+    )
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert record["advice"] == [
+        "the base has no config.json: load the merged model with a config that says vocab_size=9"
+    ]
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_grown_vocabulary_sets_the_config(tmp_path: Path, nested: bool) -> None:
     text = {"text_config": {"vocab_size": 6}} if nested else {}
@@ -137,8 +156,8 @@ def test_mitigate_keeps_every_other_tensor(tmp_path: Path) -> None:
 
 REFUSED = {
     "unknown place": ({"nowhere.weight": (2, 8)}, {}, MismatchError, "'base_model.model.nowhere.weight' has no tensor in the base"),
-    "a head that is tied": (
-        {"score.base_layer.weight": (6, 8)}, {}, MismatchError, "(looked for 'score.weight'); if it is tied to the embedding there"
+    "a head that the base lacks": (
+        {"score.base_layer.weight": (6, 8)}, {}, MismatchError, "(looked for 'score.weight'), and no modules_to_save in"
     ),
     "wrong shape": ({"model.norm.weight": (9,)}, {}, MismatchError, "expected shape [8] of 'model.norm.weight', found [9]"),
     "no bias": ({"model.norm.lora_B.bias": (8,)}, {}, FormatError, "has no lora_A and lora_B beside it"),
@@ -168,7 +187,10 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_has_no_place_is_refused(tmp_path: Path, case: str) -> None:
     tensors, config, error, words = REFUSED[case]
-    b, a = base(tmp_path), adapter(tmp_path, {n: torch.zeros(s) for n, s in tensors.items()}, **config)
+    b, a = (
+        base(tmp_path),
+        adapter(tmp_path, {n: torch.full(s, float(i)) for i, (n, s) in enumerate(tensors.items())}, **config),
+    )
     with pytest.raises(error) as e:
         make_plan(b, a)
     assert words in str(e.value)

@@ -13,7 +13,7 @@ from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.reader import open_adapter
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.name_matching import match_names
-from streamer.plan.targets import Target, match_targets
+from streamer.plan.targets import Orientation, Target, match_targets
 from streamer.plan.transformers_renames import renames_for
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.weights.logical import WeightView, open_weights
@@ -22,7 +22,8 @@ from streamer.weights.model_config import ModelConfig
 
 def targets_of(weights: WeightView, adapter: DeltaSource, config: dict) -> list[Target]:
     model = ModelConfig(config)
-    return match_targets(weights, adapter, model, match_names(adapter.modules, weights, renames_for(model)))
+    renames, orientation = renames_for(model), Orientation.of(weights.checkpoint, model)
+    return match_targets(weights, adapter, orientation, match_names(adapter.modules, weights, renames), renames)
 
 
 # Shapes and orientation -----------------------------------------------------------------------------------------------
@@ -53,28 +54,43 @@ def test_a_transposed_tensor_needs_the_flag(tmp_path: Path) -> None:
         match_one(tmp_path, torch.randn(8, 12), (12, 8))
 
 
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "GPT2Model", "LlamaForCausalLM"])
 @pytest.mark.parametrize("flag", [True, False])
-def test_a_square_matrix_trusts_the_config(tmp_path: Path, flag: bool) -> None:
-    """The merged square matrix is W + BA, or its transpose where the base stores (in, out)."""
-    W = helpers.power_law(12, 12).float()
-    assert match_one(tmp_path, W, (12, 12), fan_in_fan_out=flag).transposed == flag
-    A, B = helpers.intruding_factors(12, 12, 2)
-    merged = dict(streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1.0))["h.0.fc.weight"]
-    delta = B @ A
-    torch.testing.assert_close(merged, W + (delta.T if flag else delta))
+def test_of_a_square_matrix_the_class_decides(tmp_path: Path, flag: bool, architecture: str) -> None:
+    """The merged square matrix is W + BA, or W + (BA)ᵀ where the class stores (in, out)."""
+    W, (A, B) = helpers.power_law(12, 12).float(), helpers.intruding_factors(12, 12, 2)
+    base = helpers.write_sharded(tmp_path / "base", [{"h.0.mlp.c_fc.weight": W}], {"architectures": [architecture]})
+    adapter = helpers.write_adapter(tmp_path / "adapter", {"h.0.mlp.c_fc": (A, B)}, r=2, fan_in_fan_out=flag)
+    ((_, merged),) = streamer.iter_merged(base, adapter, mitigation_lambda=1.0)
+    torch.testing.assert_close(merged, W + (A.T @ B.T if architecture.startswith("GPT2") else B @ A))
 
 
-def test_a_flag_that_other_layers_contradict(tmp_path: Path) -> None:
-    """PEFT ignores the flag on a Linear: a square one would be merged the wrong way round."""
-    base = helpers.write_sharded(tmp_path / "base", [{"q.weight": torch.randn(12, 12), "k.weight": torch.randn(8, 12)}])
-    factors = {"q": helpers.intruding_factors(12, 12, 2), "k": helpers.intruding_factors(8, 12, 2)}
-    adapter = helpers.write_adapter(tmp_path / "adapter", factors, r=2, fan_in_fan_out=True)
+def test_a_type_of_several_classes_that_agree(tmp_path: Path) -> None:
+    W = torch.randn(12, 12)
+    base = helpers.write_sharded(tmp_path / "base", [{"h.0.mlp.c_fc.weight": W}])
+    adapter = helpers.write_adapter(tmp_path / "adapter", {"h.0.mlp.c_fc": helpers.intruding_factors(12, 12, 2)}, r=2)
     weights = open_weights(open_checkpoint(base), ModelConfig())
-    with pytest.raises(MismatchError, match=r"'q': is square and fan_in_fan_out=true .* other layers are stored as"):
-        targets_of(weights, open_adapter(adapter), {"model_type": "llama"})
-    by_name = {t.tensor: t for t in targets_of(weights, open_adapter(adapter), {"model_type": "gpt2"})}
-    assert by_name["q.weight"].transposed
-    assert not by_name["k.weight"].transposed
+    for model_type, transposed in {"gpt2": True, "llama": False}.items():
+        (target,) = targets_of(weights, open_adapter(adapter), {"model_type": model_type})
+        assert target.transposed == transposed
+
+
+def test_a_square_matrix_of_an_unknown_class(tmp_path: Path) -> None:
+    """Without the flag it is a Linear's, unless a layer of the base has a bias that only a Conv1D has."""
+    W = torch.randn(12, 12)
+    assert not match_one(tmp_path / "plain", W, (12, 12)).transposed
+    refusal = r"'h.0.fc': \[12, 12\] does not tell whether it is stored as .* --architecture NAME"
+    with pytest.raises(MismatchError, match=refusal):
+        match_one(tmp_path / "flag", W, (12, 12), fan_in_fan_out=True)
+    for name, outputs in {"linear": 8, "conv1d": 12}.items():
+        tensors = {"h.0.fc.weight": W, "h.0.up.weight": torch.randn(8, 12), "h.0.up.bias": torch.randn(outputs)}
+        base = helpers.write_sharded(tmp_path / name, [tensors])
+        weights, adapter = open_weights(open_checkpoint(base), ModelConfig()), open_adapter(tmp_path / "plain/adapter")
+        if name == "linear":
+            assert not targets_of(weights, adapter, {})[0].transposed
+        else:
+            with pytest.raises(MismatchError, match=refusal):
+                targets_of(weights, adapter, {})
 
 
 def test_a_transposed_base_gives_transposed_findings_and_merges(tmp_path: Path) -> None:

@@ -11,22 +11,30 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamer
-from streamer.errors import UnsupportedError
+from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.plan import make_plan
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+UNKNOWN = {"model_type": "test", "architectures": ["TestForCausalLM"]}
+LLAVA = {
+    "model_type": "llava",
+    "architectures": ["LlavaForConditionalGeneration"],
+    "text_config": {"model_type": "llama", "tie_word_embeddings": True},
+    "vision_config": {"model_type": "clip_vision_model"},
+}
 
 
 def base(home: Path, config: dict, extra: dict[str, torch.Tensor] | None = None, embed: str = EMBED) -> Path:
     torch.manual_seed(0)
     tensors = {embed: torch.randn(64, 32), "model.layers.0.q_proj.weight": torch.randn(32, 32), **(extra or {})}
-    return helpers.write_sharded(home / "base", [tensors], {"model_type": "test", **config})
+    return helpers.write_sharded(home / "base", [tensors], {**LLAMA, **config})
 
 
 def adapter(
     home: Path, module: str = "lm_head", tensors: dict[str, torch.Tensor] | None = None, **config: object
 ) -> Path:
-    shape = (64, 32) if module == "lm_head" else (32, 32)
+    shape = (64, 32) if module in ("lm_head", "proj_out") else (32, 32)
     path = helpers.write_adapter(home / "adapter", {module: helpers.intruding_factors(*shape, 4)}, r=4, **config)
     file = path / "adapter_model.safetensors"
     save_file(
@@ -45,22 +53,34 @@ def merge(home: Path, base: Path, adapter: Path) -> tuple[dict[str, torch.Tensor
 
 
 TIES = {
-    "stated": {"tie_word_embeddings": True},
-    "stated for the text": {"text_config": {"tie_word_embeddings": True}},
-    "by default": {"architectures": ["TestForCausalLM"]},
-    "not stated": {},
+    "stated": ({"tie_word_embeddings": True}, EMBED, HEAD),
+    "stated for the text": (LLAVA, "model.language_model.embed_tokens.weight", HEAD),
+    "stated for the text, old names": (
+        LLAVA,
+        "language_model.model.embed_tokens.weight",
+        "language_model.lm_head.weight",
+    ),
+    "by default": ({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}, EMBED, HEAD),
+    "under another name": (
+        {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]},
+        "model.decoder.embed_tokens.weight",
+        "proj_out.weight",
+    ),
+    "without the prefix": ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "wte.weight", HEAD),
 }
 
 
 @pytest.mark.parametrize("tie", TIES)
-def test_a_delta_of_the_lm_head_unties(tmp_path: Path, tie: str) -> None:
-    b, a = base(tmp_path, TIES[tie]), adapter(tmp_path)
+def test_a_delta_of_the_head_unties(tmp_path: Path, tie: str) -> None:
+    stated, embed, head = TIES[tie]
+    module = "proj_out" if head == "proj_out.weight" else "lm_head"
+    b, a = base(tmp_path, stated, embed=embed), adapter(tmp_path, module)
     merged, config = merge(tmp_path, b, a)
-    embedding = load_file(b / "model-00001-of-00001.safetensors")[EMBED]
+    embedding = load_file(b / "model-00001-of-00001.safetensors")[embed]
     factors = load_file(a / "adapter_model.safetensors")
-    delta = factors["base_model.model.lm_head.lora_B.weight"] @ factors["base_model.model.lm_head.lora_A.weight"]
-    assert torch.equal(merged[EMBED], embedding)
-    torch.testing.assert_close(merged[HEAD], embedding + delta)
+    B, A = (factors[f"base_model.model.{module}.lora_{x}.weight"] for x in "BA")
+    assert torch.equal(merged[embed], embedding)
+    torch.testing.assert_close(merged[head], embedding + B @ A)
     assert config["tie_word_embeddings"] is False
     assert config.get("text_config", {"tie_word_embeddings": False})["tie_word_embeddings"] is False
     before = json.loads((b / "config.json").read_text())
@@ -68,10 +88,32 @@ def test_a_delta_of_the_lm_head_unties(tmp_path: Path, tie: str) -> None:
         k: v for k, v in before.items() if k not in ("tie_word_embeddings", "text_config")
     }
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"][HEAD] == "model-00001-of-00001.safetensors"
+    assert index["weight_map"][head] == "model-00001-of-00001.safetensors"
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in merged.values())
-    # What is written is a plain untied model: detected on once more, it finds the lm_head by its name.
-    assert make_plan(tmp_path / "out", a).by_weight[HEAD][0][0].module.name == "lm_head"
+    # What is written is a plain untied model: detected on once more, it finds the head by its name.
+    assert make_plan(tmp_path / "out", a).by_weight[head][0][0].module.name == module
+
+
+T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+
+
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": False}, {"tie_word_embeddings": True}])
+def test_a_tie_that_no_config_undoes(tmp_path: Path, config: dict) -> None:
+    b = base(tmp_path, T5 | config, embed="shared.weight")
+    with pytest.raises(
+        UnsupportedError, match=r"T5ForConditionalGeneration ties 'shared.weight', .* whatever its config says"
+    ):
+        make_plan(b, adapter(tmp_path))
+
+
+def test_a_head_of_t5s_own_is_apart_where_the_config_says_so(tmp_path: Path) -> None:
+    b = base(tmp_path, T5 | {"tie_word_embeddings": False}, {HEAD: torch.randn(64, 32)}, "shared.weight")
+    merged, config = merge(tmp_path, b, adapter(tmp_path))
+    assert set(merged) == {"shared.weight", HEAD, "model.layers.0.q_proj.weight"}
+    assert config["tie_word_embeddings"] is False
+    b = base(tmp_path, T5 | {"tie_word_embeddings": True}, {HEAD: torch.randn(64, 32)}, "shared.weight")
+    with pytest.raises(UnsupportedError, match="loaders disagree"):
+        make_plan(b, adapter(tmp_path))
 
 
 def test_a_copy_on_disk_becomes_the_tensor_that_is_written(tmp_path: Path) -> None:
@@ -126,21 +168,24 @@ REFUSED = {
     "tokens beside a delta": (
         {"tie_word_embeddings": True}, EMBED, "lm_head",
         {"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}, {"trainable_token_indices": [5]},
-        "trains tokens of 'model.embed_tokens.weight', which is tied to the lm_head, and changes one of the two besides",
+        "trains tokens of 'model.embed_tokens.weight', which is tied to 'lm_head.weight', and changes one of them besides",
     ),
-    "another pattern": (
-        {"tie_word_embeddings": True}, "encoder.word_embeddings.weight", "model.layers.0.q_proj",
+    "an unknown class": (
+        UNKNOWN, "encoder.word_embeddings.weight", "model.layers.0.q_proj",
         {"encoder.word_embeddings.weight": torch.ones(64, 32)}, {},
-        "the model ties its embeddings in a way that is not known here, and the adapter changes 'encoder.word_embeddings.weight'",
+        "whether 'encoder.word_embeddings.weight', which",
     ),
-    "a headless base, trained under a head": (
-        {"tie_word_embeddings": True, "architectures": ["TestModel"]}, "encoder.word_embeddings.weight", "test.model.layers.0.q_proj",
-        {"test.encoder.word_embeddings.weight": torch.ones(64, 32)}, {},
-        "the model ties its embeddings in a way that is not known here, and the adapter changes 'encoder.word_embeddings.weight'",
+    "an unknown class, tied": (
+        {**UNKNOWN, "tie_word_embeddings": True, "vocab_size": 64}, EMBED, "model.layers.0.q_proj", {EMBED: torch.ones(64, 32)}, {},
+        "the config names 'TestForCausalLM', of which nothing is known here; name the class, or one that is like it, with --architecture",
+    ),
+    "a new head in an unknown class": (
+        {**UNKNOWN, "vocab_size": 64}, EMBED, "model.layers.0.q_proj", {"out.weight": torch.ones(64, 32)}, {"modules_to_save": ["out"]},
+        "is tied to another tensor depends on the model's class",
     ),
     "grown apart": (
         {"tie_word_embeddings": True}, EMBED, "model.layers.0.q_proj", {EMBED: torch.ones(70, 32)}, {"modules_to_save": ["embed_tokens"]},
-        "gives 'model.embed_tokens.weight' 70 rows, but the lm_head that is tied to it 64",
+        "gives 'model.embed_tokens.weight' 70 rows, but 'lm_head.weight', which is tied to it, 64",
     ),
 }  # fmt: skip
 
@@ -152,6 +197,31 @@ def test_what_would_not_be_the_model_that_was_trained(tmp_path: Path, case: str)
     with pytest.raises(UnsupportedError) as e:
         make_plan(b, a)
     assert words in str(e.value)
+
+
+def test_a_head_that_an_unknown_class_may_tie(tmp_path: Path) -> None:
+    with pytest.raises(
+        MismatchError, match=r"'lm_head' has no tensor in the base .* name the model's class with --architecture"
+    ):
+        make_plan(base(tmp_path, UNKNOWN), adapter(tmp_path))
+
+
+def test_a_tie_that_no_config_can_say_is_undone(tmp_path: Path) -> None:
+    b, a = (
+        base(tmp_path, {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}),
+        adapter(tmp_path, task_type="CAUSAL_LM"),
+    )
+    (b / "config.json").unlink()
+    with pytest.raises(MismatchError, match="name the model's class with --architecture"):
+        make_plan(b, a)
+
+
+@pytest.mark.parametrize("config", [{"tie_word_embeddings": False}, {}])
+def test_a_head_that_stands_apart_in_an_unknown_class(tmp_path: Path, config: dict) -> None:
+    b = base(tmp_path, {**UNKNOWN, **config}, {HEAD: torch.randn(64, 32)})
+    merged, written = merge(tmp_path, b, adapter(tmp_path))
+    assert set(merged) == {EMBED, HEAD, "model.layers.0.q_proj.weight"}
+    assert written == json.loads((b / "config.json").read_text())
 
 
 def test_factors_that_are_said_to_be_one(tmp_path: Path) -> None:

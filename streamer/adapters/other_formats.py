@@ -1,0 +1,58 @@
+"""Recognise LoRA files that other libraries write, so that a refusal names them; `TensorRule`s are for PEFT's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamer.errors import StreamerError, UnsupportedError
+from streamer.storage.tensor_file import TensorFile
+
+
+@dataclass(frozen=True)
+class OtherFormat:
+    """A library's LoRA files, by the names of their tensors, and how they become a PEFT adapter."""
+
+    title: str
+    tensor: re.Pattern[str]
+    instead: str
+
+
+# A GPT-2's layers are ``transformer.h``.
+_DIFFUSERS = re.compile(
+    r"^(?:unet|transformer(?!\.h\.)|diffusion_model|text_encoder\w*)\..*(?:lora_[AB]|lora\.(?:down|up))\.weight$"
+)
+
+FORMATS = (
+    OtherFormat("kohya-ss", re.compile(r"^lora_\w+\.(?:lora_(?:down|up)\.weight|alpha|hada_w1_a|lokr_w1)$"),
+                "convert it with PEFT's examples/stable_diffusion/convert_sd_adapter_to_peft.py"),
+    OtherFormat("MLX", re.compile(r"\.lora_[ab]$"),
+                "transpose lora_a and lora_b, name them lora_A.weight and lora_B.weight, and write PEFT's adapter_config.json"),
+    OtherFormat("diffusers", _DIFFUSERS,
+                "load it in diffusers, and save the model's adapter with PEFT's save_pretrained"),
+)  # fmt: skip
+
+
+def refuse_other_formats(path: Path) -> None:
+    """Refuse a LoRA of another library by the library's name: a safetensors file, or a directory with one.
+
+    Raises
+    ------
+    UnsupportedError
+        If there is one; files that cannot be read are passed over.
+    """
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        try:
+            names = [info.name for info in TensorFile(file).header.tensors]
+        except StreamerError:
+            continue
+        if (found := _format(names)) is not None:
+            raise UnsupportedError(
+                f"{file}: refused: a LoRA in the format of {found.title}, and only PEFT's is read; {found.instead}"
+            )
+
+
+def _format(names: Iterable[str]) -> OtherFormat | None:
+    return next((form for name in names for form in FORMATS if form.tensor.search(name)), None)

@@ -1,0 +1,349 @@
+"""Facts of model classes: which weights are tied, stored transposed, embeddings or stacks of experts, and their names on disk.
+
+They stand in ``architectures.json.gz``, taken from transformers' own classes by ``tools/make_architectures.py``; none of its code is
+needed to read them. Names are run-time names. In a pattern the number of a layer is ``*``: ``model.layers.0.mlp`` and
+``model.layers.79.mlp`` are one, ``model.layers.*.mlp``. A model is described by its class, and each model within it (a vision tower, a
+decoder) by the class that the config names there.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+from streamer.errors import UsageError
+from streamer.weights.model_config import ModelConfig
+
+TIE_KEY = "tie_word_embeddings"
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Two names of one parameter.
+
+    Attributes
+    ----------
+    name, source
+        Patterns of the two; loaders give `name` what stands on disk for `source`, or the reverse where only `name` stands there.
+    keys
+        Where a config states it: paths of keys, any of which ties; none: no config can untie them, as the class ties them whatever its
+        config says, or computes otherwise where it says that they are apart (T5).
+    tied
+        Whether they are tied under the config that was asked for, by its values or by the defaults of its classes.
+    """
+
+    name: str
+    source: str
+    keys: tuple[tuple[str, ...], ...]
+    tied: bool
+
+
+class Part(NamedTuple):
+    """A model within a model.
+
+    Attributes
+    ----------
+    path
+        Its module's.
+    name, model_type
+        Its class, and the type of that class.
+    config
+        The keys under which its config stands in the model's; none: it has the whole one.
+    disk
+        What its own names on disk begin with there.
+    """
+
+    path: str
+    name: str
+    model_type: str
+    config: tuple[str, ...]
+    disk: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Facts of a model.
+
+    Attributes
+    ----------
+    name, model_type
+        Its class, and the type of that class.
+    base_prefix
+        The path of the model without its head (``base_model_prefix``): modules are found with it and without.
+    ties
+        Those that hold, and those that the config could state.
+    input_embedding, output_embedding
+        Their modules; None where the class has none.
+    embeddings, conv1d
+        Patterns of modules that are embeddings, and of those that store (in, out).
+    expert_stacks
+        Pattern of a parameter with a matrix an expert, (experts, …) → ``out,in`` or ``in,out``; empty where transformers does not say.
+    matrices
+        Patterns of two-dimensional parameters of modules that are no Linear, Conv1D or embedding, as an expert router's.
+    saved_buffers
+        Patterns of tensors on disk that are no parameters.
+    disk_names
+        Run-time pattern of a tensor named here → patterns on disk, where they differ: several where loading builds one of many, none
+        where it builds several at once of many.
+    may_be_missing, unsaved
+        Regular expressions of names that loading does without, and patterns of names that are not written.
+    parts
+        The models within it, the outer ones first.
+    """
+
+    name: str
+    model_type: str
+    base_prefix: str
+    ties: tuple[Tie, ...]
+    input_embedding: str | None
+    output_embedding: str | None
+    embeddings: frozenset[str]
+    conv1d: frozenset[str]
+    expert_stacks: Mapping[str, str]
+    matrices: frozenset[str]
+    saved_buffers: frozenset[str]
+    disk_names: Mapping[str, tuple[str, ...]]
+    may_be_missing: tuple[str, ...]
+    unsaved: frozenset[str]
+    parts: tuple[Part, ...]
+
+    def transposed(self, module: str) -> bool:
+        """Whether a module stores its weight (in, out), as Conv1D does; every other linear layer stores (out, in)."""
+        return self._among(module, self.conv1d)
+
+    def is_embedding(self, module: str) -> bool:
+        """Whether a module is looked up and not multiplied."""
+        return self._among(module, self.embeddings)
+
+    def stack_orientation(self, parameter: str) -> str:
+        """Orientation of each matrix of a stack of experts, ``out,in`` or ``in,out``; empty where the table does not tell."""
+        return next((self.expert_stacks[p] for p in self._spellings(parameter) if p in self.expert_stacks), "")
+
+    def disk_patterns(self, name: str) -> tuple[str, ...]:
+        """The patterns on disk of a tensor that the table names."""
+        return self.disk_names.get(pattern := pattern_of(name), (pattern,))
+
+    def _among(self, name: str, patterns: frozenset[str]) -> bool:
+        return not patterns.isdisjoint(self._spellings(name))
+
+    def _spellings(self, name: str) -> tuple[str, ...]:
+        pattern, base = pattern_of(name), f"{self.base_prefix}."
+        return pattern, base + pattern, pattern.removeprefix(base)
+
+
+def pattern_of(name: str) -> str:
+    """The pattern of a name: ``h.0.attn`` → ``h.*.attn``."""
+    return ".".join("*" if step.isdigit() else step for step in name.split("."))
+
+
+def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Architecture | None:
+    """The facts of the model with this ``config.json``.
+
+    Parameters
+    ----------
+    name
+        Its class, where it is not the first of the config's ``architectures``.
+
+    Returns
+    -------
+    Architecture or None
+        None where the table does not tell: it has no such class, or one of another ``model_type``, or not the class of a model within it;
+        or the config names no class and its type has more than one.
+    """
+    stated, model_type = config.get("architectures"), config.get("model_type")
+    of_type = _table().types.get(model_type, ()) if isinstance(model_type, str) else ()
+    if name is None:
+        names = stated if isinstance(stated, list) and stated else of_type if len(of_type) == 1 else ()
+        name = next(iter(names), None)
+    if not isinstance(name, str) or (model_type is not None and name not in of_type):
+        return None
+    return _architecture(name, config, ())
+
+
+def architecture_for(config: ModelConfig, name: str | None = None) -> Architecture | None:
+    """The facts of the class of this name, else of that which the user names or the config; None where the table does not tell.
+
+    A class that is named stands for a model type that is not known, too.
+    """
+    name = name or config.architecture
+    unknown = name is not None and not classes_of(config.model_type)
+    return architecture_of({k: v for k, v in config.values.items() if not unknown or k != "model_type"}, name)
+
+
+def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
+    """List the facts of the model with this config; where it names no class, those of every class of its type; none: it is not known."""
+    unnamed = config.architecture is None and not config.architectures
+    names: Iterable[str | None] = classes_of(config.model_type) if unnamed else [None]
+    found = [architecture_for(config, name) for name in names]
+    return tuple(a for a in found if a is not None) if None not in found else ()
+
+
+def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
+    """Set the class that a user names.
+
+    Raises
+    ------
+    UsageError
+        If the table has no such class, or the config says that the model is of another type.
+    """
+    if name is None:
+        return config
+    if architecture_for(config, name) is None:
+        known, of_type = _table().classes, classes_of(config.model_type)
+        near = get_close_matches(name, of_type or known, 3, 0.4)
+        whose = f"of model_type {config.model_type!r}" if of_type else f"of {source()}"
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise UsageError(f"architecture: expected a class {whose}, found {name!r}{hint}")
+    return replace(config, architecture=name)
+
+
+def classes_of(model_type: str | None) -> tuple[str, ...]:
+    """The classes that a config of this type may be of; none where the table has none."""
+    return _table().types.get(model_type, ()) if model_type else ()
+
+
+def source() -> str:
+    """What the table was made from."""
+    return _table().source
+
+
+class _Table(NamedTuple):
+    """The table, whose records are parsed when they are asked for."""
+
+    source: str
+    classes: Mapping[str, int]
+    types: Mapping[str, tuple[str, ...]]
+    auto: Mapping[str, Mapping[str, str]]
+    lines: tuple[str, ...]
+    tie_rules: Mapping[str, frozenset[str]]
+    """Model types: those ``always`` tied, those whose tie is stated for more than itself (``not_alone``), those that take it from their
+    ``text_config`` too (``of_text``), and those that are tied by ``default``."""
+
+
+@cache
+def _table() -> _Table:
+    data = gzip.decompress(resources.files(__package__).joinpath("architectures.json.gz").read_bytes())
+    head, *lines = data.decode().splitlines()
+    facts = json.loads(head)
+    types = {model_type: tuple(names) for model_type, names in facts["types"].items()}
+    rules = {rule: frozenset(of) for rule, of in facts["tie_rules"].items()}
+    return _Table(facts["source"], facts["classes"], types, facts["auto"], tuple(lines), rules)
+
+
+@cache
+def _record(name: str) -> Mapping[str, Any] | None:
+    line = _table().classes.get(name)
+    record: dict[str, Any] | None = None if line is None else json.loads(_table().lines[line])
+    return record
+
+
+def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) -> Architecture | None:
+    """The facts of a class whose own config stands at `place`."""
+    record = _record(name)
+    if record is None:
+        return None
+    inner: dict[str, Architecture] = {}
+    parts: list[Part] = []
+    for path, slot in record.get("parts", {}).items():
+        keys = (*place, *slot.get("config", ()))
+        part_name = _part_class(slot, _at(config, keys))
+        part = None if part_name is None else _architecture(part_name, config, keys)
+        if part is None:
+            return None
+        inner[path] = part
+        disk = slot.get("disk", f"{path}.")
+        parts.append(Part(path, part.name, part.model_type, keys, disk))
+        parts += [p._replace(path=f"{path}.{p.path}", disk=disk + p.disk) for p in part.parts]
+    disk_names = {
+        f"{path}.{run_time}": tuple(p.disk + n for n in part.disk_patterns(run_time))
+        for p in parts
+        if (path := p.path) in inner and (part := inner[path])
+        for run_time in _named(part)
+    }
+    disk_names |= {run_time: tuple(names) for run_time, names in record.get("disk", {}).items()}
+    ties = {(t.name, t.source): t for path, part in inner.items() for t in (_moved(t, path) for t in part.ties)}
+    for pattern, tied_to, *stated in record.get("ties", ()):
+        keys = tuple((*place, *key, TIE_KEY) for key, _ in stated)
+        tied = not stated or any(_flag(config, key, bool(d)) for key, (_, d) in zip(keys, stated, strict=True))
+        rules = _table().tie_rules
+        if record["type"] in rules["of_text"]:
+            text = _at(config, (*place, "text_config"))
+            text_type = text.get("model_type") if isinstance(text, Mapping) else None
+            keys = (*keys, (*place, "text_config", TIE_KEY))
+            tied = tied or _flag(config, keys[-1], text_type in rules["default"])
+        if record["type"] in rules["always"]:
+            keys, tied = (), True
+        elif record["type"] in rules["not_alone"]:
+            keys = ()
+        ties[pattern, tied_to] = Tie(pattern, tied_to, keys, tied)
+    return Architecture(
+        name=name,
+        model_type=record["type"],
+        base_prefix=record.get("prefix", ""),
+        ties=tuple(ties.values()),
+        input_embedding=_embedding(record.get("input"), "input_embedding", inner),
+        output_embedding=_embedding(record.get("output"), "output_embedding", inner),
+        embeddings=_gathered(record, "embeddings", {path: a.embeddings for path, a in inner.items()}),
+        conv1d=_gathered(record, "transposed", {path: a.conv1d for path, a in inner.items()}),
+        expert_stacks={f"{path}.{n}": o for path, a in inner.items() for n, o in a.expert_stacks.items()}
+        | record.get("stacks", {}),
+        matrices=_gathered(record, "matrices", {path: a.matrices for path, a in inner.items()}),
+        saved_buffers=_gathered(record, "buffers", {path: a.saved_buffers for path, a in inner.items()}),
+        disk_names={run_time: names for run_time, names in disk_names.items() if names != (run_time,)},
+        may_be_missing=tuple(
+            dict.fromkeys([*record.get("may_miss", ()), *(n for a in inner.values() for n in a.may_be_missing)])
+        ),
+        unsaved=_gathered(record, "unsaved", {path: a.unsaved for path, a in inner.items()}),
+        parts=tuple(parts),
+    )
+
+
+def _part_class(slot: Mapping[str, Any], config: Any) -> str | None:
+    """The class of a part: the one its class builds there, or of its auto class the one for the nested config's type."""
+    name: str = slot["class"]
+    model_type = config.get("model_type") if isinstance(config, Mapping) else None
+    record = _record(name)
+    if model_type is None or "auto" not in slot or record is None or record["type"] == model_type:
+        return name
+    return _table().auto[slot["auto"]].get(model_type)
+
+
+def _at(config: Any, keys: Iterable[str]) -> Any:
+    for key in keys:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def _flag(config: Mapping[str, Any], keys: tuple[str, ...], default: bool) -> bool:
+    value = _at(config, keys)
+    return default if value is None else bool(value)
+
+
+def _moved(tie: Tie, path: str) -> Tie:
+    return replace(tie, name=f"{path}.{tie.name}", source=f"{path}.{tie.source}")
+
+
+def _named(part: Architecture) -> set[str]:
+    """The names of a part whose names on disk the table knows."""
+    modules = {*part.embeddings, *part.conv1d, *filter(None, (part.input_embedding, part.output_embedding))}
+    tied = {name for tie in part.ties for name in (tie.name, tie.source)}
+    weights = {f"{module}.weight" for module in modules}
+    return weights | tied | part.disk_names.keys() | part.expert_stacks.keys() | part.matrices | part.saved_buffers
+
+
+def _embedding(path: str | None, kind: str, inner: Mapping[str, Architecture]) -> str | None:
+    """A module's path; ``@part`` is the part's own."""
+    if path is None or not path.startswith("@"):
+        return path
+    module = getattr(inner[path[1:]], kind)
+    return None if module is None else f"{path[1:]}.{module}"
+
+
+def _gathered(record: Mapping[str, Any], key: str, inner: Mapping[str, Iterable[str]]) -> frozenset[str]:
+    return frozenset(record.get(key, ())) | {f"{path}.{name}" for path, names in inner.items() for name in names}

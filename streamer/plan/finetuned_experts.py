@@ -1,0 +1,97 @@
+"""Match the stacks of experts of a fine-tuned model to those of its base, a matrix an expert.
+
+``model.layers.0.mlp.experts.down_proj`` (8, m, n) of both models → targets ``model.layers.0.mlp.experts.down_proj[0]`` … ``[7]``, each the
+difference of two matrices. Which tensors are stacks, and which way round they are stored, the table of `architectures` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from streamer.adapters.adapter import DeltaSource
+from streamer.adapters.finetuned import FinetunedModel
+from streamer.errors import MismatchError, UnsupportedError
+from streamer.plan.architectures import architectures_for
+from streamer.plan.name_matching import Match
+from streamer.plan.targets import Target, TensorSlice, misfits
+from streamer.plan.transformers_renames import CONCATENATE, TRANSPOSE, renames_for
+from streamer.storage.header import TensorInfo
+from streamer.units import listed
+from streamer.weights.logical import WeightView
+from streamer.weights.model_config import ModelConfig
+
+
+def stack_layout(path: Path, config: ModelConfig) -> Callable[[TensorInfo], str | None]:
+    """Return the function that tells how a tensor of a fine-tuned model stores a matrix an expert; see `open_finetuned`.
+
+    Parameters
+    ----------
+    path
+        The fine-tuned model's, for messages.
+    config
+        The base's.
+
+    Raises
+    ------
+    UnsupportedError
+        By that function, if a tensor may be a stack of experts, and it is not known which way round.
+    """
+    classes, renames = architectures_for(config), renames_for(config)
+
+    def layout(info: TensorInfo) -> str | None:
+        if len(info.shape) != 3:
+            return None
+        (loaded,) = renames.loaded([info.name])
+        by = () if loaded.by is None else loaded.by.by
+        stated = {a.stack_orientation(loaded.name) for a in classes} - {""}
+        if len(stated) == 1 and by in ((), (CONCATENATE,), (TRANSPOSE,)):
+            (run_time,) = stated
+            return ",".join(reversed(run_time.split(","))) if by == (TRANSPOSE,) else run_time
+        # A vector a position, as a token that all sequences begin with, has a dimension of 1; a convolution's weight is called so.
+        matrices = not classes and min(info.shape) > 1 and not info.name.endswith(".weight")
+        if stated or by or matrices:
+            raise UnsupportedError(
+                f"{path}: {info.name!r} {list(info.shape)} may be a stack of experts, of which it is not known which way round they are "
+                f"stored in {listed(map(str, config.architectures)) or 'a model whose config.json names no class'}; name the base's class "
+                "with --architecture NAME"
+            )
+        return None
+
+    return layout
+
+
+def stacks_of(adapter: DeltaSource) -> list[str]:
+    """List the names under which a base is searched for the stacks of a fine-tuned model."""
+    return [s.tensor.removesuffix(".weight") for s in adapter.stacks] if isinstance(adapter, FinetunedModel) else []
+
+
+def match_stacks(weights: WeightView, adapter: DeltaSource, names: Mapping[str, Match]) -> list[Target]:
+    """Match every expert of every stack of a fine-tuned model to its slice of the base's.
+
+    Parameters
+    ----------
+    names
+        From `match_names`, those of `stacks_of` among them.
+
+    Raises
+    ------
+    MismatchError
+        If a stack is unmatched, or the base's has another shape.
+    """
+    problems: list[str] = []
+    targets: list[Target] = []
+    for stack in adapter.stacks if isinstance(adapter, FinetunedModel) else ():
+        match = names[stack.tensor.removesuffix(".weight")]
+        if match.tensor not in weights:
+            problems.append(f"{stack.tensor!r} {match.why}")
+        elif (shape := weights[match.tensor].shape) != stack.stored:
+            problems.append(f"{stack.tensor!r}: expected shape {list(stack.stored)} in the base, found {list(shape)}")
+        else:
+            targets += [
+                Target(f"{match.tensor}[{e}]", module, stack.transposed, match, pieces=(TensorSlice(match.tensor, e),))
+                for e, module in enumerate(stack.experts)
+            ]
+    if problems:
+        raise MismatchError(misfits(problems, len(stacks_of(adapter)), adapter, weights))
+    return targets

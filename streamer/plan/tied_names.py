@@ -1,0 +1,169 @@
+"""Find the names that one parameter has: in a loaded model, by the table of architectures, and on disk.
+
+A checkpoint holds one of them. ``lm_head.weight`` and ``model.language_model.embed_tokens.weight`` of a LLaVA that ties them →
+``language_model.model.embed_tokens.weight`` on disk, beside which the head would be ``language_model.lm_head.weight``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from streamer.errors import UnsupportedError
+from streamer.plan.architectures import Architecture
+from streamer.plan.carried_tensors import TensorEdits
+from streamer.plan.transformers_renames import Renames
+from streamer.storage.checkpoint import Checkpoint
+from streamer.weights.base import StoredTensor
+from streamer.weights.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class TiedNames:
+    """Names of one parameter.
+
+    Attributes
+    ----------
+    on_disk
+        Run-time name → the name on disk that it has or would have there; those that others are tied to first. None where it has none,
+        and where the names hold the number of a layer.
+    stored
+        The one that is read, by its name on disk; there may be copies under others. Empty where the names hold numbers.
+    keys
+        Where a config states the tie (see `architectures.Tie`).
+    """
+
+    on_disk: Mapping[str, str | None]
+    stored: str
+    keys: tuple[tuple[str, ...], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names on disk, the stored one first."""
+        return tuple(dict.fromkeys([self.stored, *(name for name in self.on_disk.values() if name)]))
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Names on disk but for the stored one."""
+        return self.names[1:]
+
+
+class NamesOnDisk:
+    """Finds the names that a loaded model's tensors have on disk, or would have there.
+
+    Parameters
+    ----------
+    names
+        Those of a checkpoint.
+    """
+
+    def __init__(self, names: Collection[str], architecture: Architecture, renames: Renames) -> None:
+        self._names, self._architecture, self._renames = names, architecture, renames
+        self._at = {now: name for name, now in renames.at_run_time(names).items()}
+        self._base = f"{architecture.base_prefix}."
+
+    def find(self, run_time: str) -> str | None:
+        """Return the name on disk of a tensor that stands there, in whatever layout: with the prefix of the base model or without."""
+        for name in (run_time, run_time.removeprefix(self._base), self._base + run_time):
+            if (found := self._at.get(name)) is not None:
+                return found
+        return next((n for n in (run_time, *self._architecture.disk_patterns(run_time)) if n in self._names), None)
+
+    def of_new(self, run_time: str, beside: str, beside_on_disk: str) -> str | None:
+        """Return the name on disk that makes loaders find a new tensor, in the layout of another; None where there is none.
+
+        ``lm_head.weight`` beside ``model.language_model.embed_tokens.weight``, which stands as ``language_model.model.embed_tokens.weight``
+        → ``language_model.lm_head.weight``.
+        """
+        if beside != beside_on_disk and beside == self._base + beside_on_disk:
+            return run_time.removeprefix(self._base)
+        patterns = self._architecture.disk_patterns(run_time)
+        of_table = patterns if beside_on_disk in self._architecture.disk_patterns(beside) else ()
+        for name in (*of_table, run_time, *patterns):
+            if "*" not in name and self._renames.at_run_time([*self._names, name]).get(name) == run_time:
+                return name
+        return None
+
+
+def find_ties(names: Collection[str], architecture: Architecture | None, renames: Renames) -> tuple[TiedNames, ...]:
+    """Find the names of the parameters that have several, of those that a checkpoint holds.
+
+    Parameters
+    ----------
+    names
+        The tensors of the checkpoint.
+    """
+    if architecture is None:
+        return ()
+    on_disk = NamesOnDisk(names, architecture, renames)
+    return tuple(t for group in _groups(architecture) if (t := _located(*group, on_disk)) is not None)
+
+
+def _groups(architecture: Architecture) -> list[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]]:
+    """List the run-time names of each parameter that has several, and the keys of their ties: none where one of them has none."""
+    groups: list[tuple[list[str], list[tuple[tuple[str, ...], ...]]]] = []
+    for tie in architecture.ties:
+        if not tie.tied:
+            continue
+        same = [g for g in groups if tie.name in g[0] or tie.source in g[0]]
+        names = dict.fromkeys([tie.source, *(n for g in same for n in g[0]), tie.name])
+        groups = [g for g in groups if g not in same] + [(list(names), [*(k for g in same for k in g[1]), tie.keys])]
+    return [
+        (tuple(names), tuple(dict.fromkeys(k for keys in stated for k in keys)) if all(stated) else ())
+        for names, stated in groups
+    ]
+
+
+def _located(run_time: tuple[str, ...], keys: tuple[tuple[str, ...], ...], on_disk: NamesOnDisk) -> TiedNames | None:
+    if any("*" in name for name in run_time):
+        return TiedNames(dict.fromkeys(run_time), "", keys)
+    found = {name: on_disk.find(name) for name in run_time}
+    source = next((name for name in run_time if found[name]), None)
+    if source is None or not (stored := found[source]):
+        return None
+    return TiedNames({n: found[n] or on_disk.of_new(n, source, stored) for n in run_time}, stored, keys)
+
+
+def vocabulary_tensors(
+    base: Checkpoint,
+    config: ModelConfig,
+    architecture: Architecture | None,
+    ties: Iterable[TiedNames],
+    renames: Renames,
+) -> dict[str, tuple[str, ...]]:
+    """Find the tensors whose rows are the vocabulary: name on disk → all names that are one with it.
+
+    In a model of an unknown class, those that have as many rows as the config says.
+    """
+    if architecture is None:
+        shapes = {name: base.info(name).shape for name in base.weight_map}
+        return {name: (name,) for name, shape in shapes.items() if shape and shape[0] == config.vocab_size}
+    on_disk = NamesOnDisk(base.weight_map, architecture, renames)
+    modules = filter(None, (architecture.input_embedding, architecture.output_embedding))
+    run_time = {f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")}
+    groups = [tie for tie in ties if tie.stored and run_time & tie.on_disk.keys()]
+    alone = {name: (name,) for now in run_time if (name := on_disk.find(now))}
+    return alone | {name: tie.names for tie in groups for name in tie.names}
+
+
+def without_stale_buffers(
+    base: Checkpoint, architecture: Architecture | None, config: ModelConfig, edits: TensorEdits
+) -> TensorEdits:
+    """Leave out zeros of a token each, where the vocabulary has another size: loaders do without (BART's ``final_logits_bias``)."""
+    if architecture is None or edits.vocabulary is None:
+        return edits
+    stale = [
+        name
+        for name in base.weight_map
+        if name not in edits.sources
+        and (base.info(name).shape or (0,))[-1] == config.vocab_size
+        and any(re.search(pattern, name) for pattern in architecture.may_be_missing)
+    ]
+    for name in stale:
+        if StoredTensor(*base.locate(name)).whole().any():
+            raise UnsupportedError(
+                f"{base.path}: {name!r} has a value for each of {config.vocab_size} tokens, and the adapter gives the model "
+                f"{edits.vocabulary}; train from a model whose embeddings have that many rows"
+            )
+    return replace(edits, dropped={**edits.dropped, **dict.fromkeys(stale, "the vocabulary's new size")})

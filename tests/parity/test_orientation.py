@@ -1,0 +1,194 @@
+"""Square layers of Linear and Conv1D, whatever the adapter's fan_in_fan_out says: merged and detected as PEFT's model is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from architectures import TEXT, assert_merged, config, weights
+from command_line import run_cli
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import streamer
+from streamer.errors import MismatchError, UsageError
+
+BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 64,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+
+def gpt2(**values: Any) -> Any:
+    return config("GPT2", **GPT2, **values)
+
+
+def bert(**values: Any) -> Any:
+    return config("Bert", **BERT, **values)
+
+
+def two(encoder: Any, decoder: Any) -> Any:
+    made = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    made.decoder_start_token_id = made.pad_token_id = 0
+    return made
+
+
+# Name → (class, config, target modules, tokens of the decoder as well)
+MODELS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {
+    "linear": ("LlamaForCausalLM", lambda: config("Llama", **TEXT | {"num_key_value_heads": 4}), ["q_proj", "v_proj", "o_proj"]),
+    "conv1d": ("GPT2LMHeadModel", gpt2, ["attn.c_proj"]),
+    "conv1d and a head": ("GPT2ForSequenceClassification", lambda: gpt2(num_labels=3, pad_token_id=0), ["attn.c_proj", "score"]),
+    "linear, then conv1d": ("EncoderDecoderModel", lambda: two(bert(), gpt2()), ["query", "attn.c_proj", "q_attn", "c_fc"]),
+    "conv1d, then linear": ("EncoderDecoderModel", lambda: two(gpt2(), bert()), ["query", "attn.c_proj", "output.dense"]),
+}  # fmt: skip
+
+
+def make(name: str, home: Path, flag: bool | None = None) -> Any:
+    """A tiny model in ``base`` and an adapter on it in ``adapter``, whose flag is set; returns the model's class."""
+    cls, made, targets = MODELS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(made())
+    model.save_pretrained(home / "base")
+    lora = LoraConfig(r=4, lora_alpha=64, target_modules=targets, init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the flag, which PEFT corrects itself
+        get_peft_model(model, lora).save_pretrained(home / "adapter", save_embedding_layers=False)
+    if flag is not None:
+        path = home / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": flag}))
+    return type(model)
+
+
+def peft_model(cls: Any, home: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(cls.from_pretrained(home / "base"), home / "adapter").eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(1, 9)[None]
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits
+
+
+def assert_decided(base: dict[str, torch.Tensor], merged: dict[str, torch.Tensor], findings: streamer.Findings) -> None:
+    """Decisions are those of the dense formula in float64, on the side of the outputs."""
+    intruders = 0
+    for m in findings:
+        turned = m.module.endswith(CONV1D)
+        W0, W = (t[m.tensor].double().T if turned else t[m.tensor].double() for t in (base, merged))
+        U0 = torch.linalg.svd(W0, full_matrices=False).U
+        U, S, _ = torch.linalg.svd(W, full_matrices=False)
+        similarity = (U0.T @ U[:, :10]).abs().amax(0)
+        torch.testing.assert_close(torch.tensor(m.detection.singular_values).double(), S[:10], rtol=1e-4, atol=1e-5)
+        clear = [j for j in range(len(similarity)) if abs(float(similarity[j]) - 0.5) > 1e-3]
+        assert [j for j in m.detection.intruders if j in clear] == [j for j in clear if similarity[j] < 0.5], m.tensor
+        intruders += len(m.detection.intruders)
+    assert intruders > 0
+
+
+@pytest.mark.parametrize("flag", [None, True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_class_decides_and_not_the_flag(name: str, flag: bool | None, tmp_path: Path) -> None:
+    base, adapter, out, theirs = (tmp_path / d for d in ("base", "adapter", "out", "theirs"))
+    cls = make(name, tmp_path, flag)
+    model = peft_model(cls, tmp_path)
+    expected = logits(model)
+    model.merge_and_unload().save_pretrained(theirs)
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0)
+    assert_merged(weights(out), weights(theirs))
+    torch.testing.assert_close(logits(cls.from_pretrained(out).eval()), expected, rtol=1e-4, atol=1e-4)
+    findings = streamer.detect_intruder_dimensions(base, adapter)
+    assert_decided(weights(base), weights(theirs), findings)
+    verification = streamer.verify_output(out, base, adapter, sample="all")
+    assert len(verification["recomputed"]) == len(findings)
+
+
+def one_file(home: Path) -> Path:
+    return shutil.copy(home / "base" / "model.safetensors", home / "alone.safetensors")
+
+
+@pytest.mark.parametrize(("name", "flag"), [("linear", True), ("conv1d", True), ("conv1d", False)])
+def test_square_layers_of_an_unknown_class(name: str, flag: bool, tmp_path: Path) -> None:
+    """They are refused where the flag, or another layer, says that the base has Conv1D; the user can name the class."""
+    cls = make(name, tmp_path, flag)
+    adapter = tmp_path / "adapter"
+    with pytest.raises(
+        MismatchError, match=r"does not tell whether it is stored as .* name its class with --architecture NAME"
+    ):
+        streamer.detect_intruder_dimensions(one_file(tmp_path), adapter)
+    expected = dict(streamer.iter_merged(tmp_path / "base", adapter, mitigation_lambda=1.0))
+    named = dict(streamer.iter_merged(one_file(tmp_path), adapter, mitigation_lambda=1.0, architecture=cls.__name__))
+    assert_merged(named, expected)
+
+
+def test_linear_layers_of_an_unknown_class(tmp_path: Path) -> None:
+    make("linear", tmp_path, flag=False)
+    expected = dict(streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1.0))
+    assert_merged(dict(streamer.iter_merged(one_file(tmp_path), tmp_path / "adapter", mitigation_lambda=1.0)), expected)
+
+
+def test_a_fine_tuned_model_of_an_unknown_class(tmp_path: Path) -> None:
+    """Its Conv1D would be judged on the side of the inputs."""
+    make("conv1d", tmp_path)
+    torch.manual_seed(5)
+    transformers.GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path / "tuned")
+    expected = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned")
+    assert {m.tensor: m.shape for m in expected}["transformer.h.0.attn.c_attn.weight"] == (96, 32)
+    for home in ("base", "tuned"):
+        (tmp_path / home / "config.json").unlink()
+    with pytest.raises(MismatchError, match="--architecture NAME"):
+        streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned")
+    named = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned", architecture="GPT2LMHeadModel")
+    assert [(m.tensor, m.shape, m.detection.intruders) for m in named] == [
+        (m.tensor, m.shape, m.detection.intruders) for m in expected
+    ]
+
+
+def test_the_class_that_is_named_stands_in_the_records(tmp_path: Path) -> None:
+    make("conv1d", tmp_path)
+    base, adapter = one_file(tmp_path), tmp_path / "adapter"
+    findings = streamer.detect_intruder_dimensions(
+        base, adapter, tmp_path / "f.safetensors", architecture="GPT2LMHeadModel"
+    )
+    assert findings.base["architecture"] == "GPT2LMHeadModel"
+    options: dict[str, Any] = {"findings": tmp_path / "f.safetensors", "architecture": "GPT2LMHeadModel"}
+    record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", **options)
+    assert record["base"]["architecture"] == "GPT2LMHeadModel"
+    assert streamer.verify_output(tmp_path / "out", base, adapter, sample="all")["recomputed"]
+    assert streamer.verify_output(tmp_path / "f.safetensors", base, adapter, sample="all")["recomputed"]
+    assert "architecture" not in streamer.detect_intruder_dimensions(tmp_path / "base", adapter).base
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "GPT2LMHead",
+            r"architecture: expected a class of model_type 'gpt2', found 'GPT2LMHead'; near it: GPT2LMHeadModel",
+        ),
+        ("LlamaForCausalLM", r"architecture: expected a class of model_type 'gpt2', found 'LlamaForCausalLM'"),
+    ],
+)
+def test_a_class_that_is_not_known(given: str, said: str, tmp_path: Path) -> None:
+    make("conv1d", tmp_path)
+    with pytest.raises(UsageError, match=said):
+        streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter", architecture=given)
+    for inputs in ([tmp_path / "base", tmp_path / "adapter"], [tmp_path / "base"]):
+        done = run_cli("inspect", *inputs, "--architecture", given)
+        assert done.returncode == 2
+        assert "--architecture: expected a class of model_type 'gpt2'" in done.stderr

@@ -1,0 +1,72 @@
+"""Saved modules as PEFT's own files have them: with copies beside them that loading passes over."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from architectures import MODELS, assert_merged, weights
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import streamer
+from streamer.errors import FormatError
+
+
+def make(cls: Any, config: Any, home: Path, rows: int = 0, **lora: Any) -> Any:
+    """A tiny model and an adapter on it with saved modules, all of them trained: PEFT's model."""
+    torch.manual_seed(0)
+    cls(config).save_pretrained(home / "base")
+    model = cls.from_pretrained(home / "base")
+    if rows:
+        model.resize_token_embeddings(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, **lora))
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.data.add_(0.1 * torch.randn(p.shape))
+        model.save_pretrained(home / "adapter", save_embedding_layers=bool(rows))
+    return model
+
+
+def untied(name: str) -> Callable[[], tuple[Any, Any]]:
+    cls, config, _ = MODELS[name]
+    return lambda: (getattr(transformers, cls), config())
+
+
+# Model, what PEFT's config says, rows of the grown embedding, and a copy that is in the file.
+CASES: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any], int, str]] = {
+    "biases, a saved head": (untied("bert"), {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}, 0,
+                             "classifier.modules_to_save.bias"),
+    "biases, saved layers": (untied("vit"), {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["layers.1.mlp"]}, 0,
+                             "vit.layers.1.mlp.modules_to_save.default.fc1.bias"),
+    "biases, a saved projector": (
+        untied("llava"), {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["multi_modal_projector"]}, 0,
+        "model.multi_modal_projector.modules_to_save.default.linear_1.bias",
+    ),
+    "a grown vocabulary": (untied("llama"), {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, 70,
+                           "model.embed_tokens.modules_to_save.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_copies_beside_saved_modules_are_not_merged(case: str, tmp_path: Path) -> None:
+    load, lora, rows, copy = CASES[case]
+    model = make(*load(), tmp_path, rows, **lora)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert f"base_model.model.{copy}" in load_file(file)
+    streamer.merge_with_reduced_intruder_dimensions(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "ours", mitigation_lambda=1.0
+    )
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    assert_merged(weights(tmp_path / "ours"), weights(tmp_path / "theirs"))
+    tensors = load_file(file)
+    tensors[f"base_model.model.{copy}"] += 1
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match="both change"):
+        streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")

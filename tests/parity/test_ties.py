@@ -1,0 +1,193 @@
+"""Merged models whose embedding and head were one tensor: transformers loads them, and they answer as PEFT's model does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from forks import server
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_architectures_table import nest, plain
+from transformers.pytorch_utils import Conv1D
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+class Case(NamedTuple):
+    """A model, and what of it is adapted."""
+
+    cls: str
+    config: Callable[[], Any]
+    targets: list[str]
+    saved: list[str] | None = None
+    grown: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+HEADS = {
+    "mamba": ("MambaForCausalLM", plain("Mamba"), "embeddings", "lm_head", "in_proj"),
+    "falcon mamba": ("FalconMambaForCausalLM", plain("FalconMamba"), "embeddings", "lm_head", "in_proj"),
+    "modernbert": ("ModernBertForMaskedLM", plain("ModernBert", cls_token_id=1, sep_token_id=2), "tok_embeddings", "decoder", "Wqkv"),
+    "xlnet": ("XLNetLMHeadModel", plain("XLNet"), "word_embedding", "lm_loss", "layer_1"),
+    "xlm": ("XLMWithLMHeadModel", plain("XLM", attention_dropout=0.0, dropout=0.0), "transformer.embeddings", "pred_layer.proj", "q_lin"),
+    "gpt": ("OpenAIGPTLMHeadModel", plain("OpenAIGPT"), "tokens_embed", "lm_head", "c_attn"),
+    "ctrl": ("CTRLLMHeadModel", plain("CTRL"), "w", "lm_head", "Wq"),
+    "bloom": ("BloomForCausalLM", plain("Bloom"), "word_embeddings", "lm_head", "query_key_value"),
+    "bert": ("BertForMaskedLM", plain("Bert"), "word_embeddings", "cls.predictions.decoder", "query"),
+    "roberta": ("RobertaForMaskedLM", plain("Roberta"), "word_embeddings", "lm_head.decoder", "query"),
+    "gpt-neox, tied": ("GPTNeoXForCausalLM", plain("GPTNeoX", tie_word_embeddings=True), "embed_in", "lm_head", "query_key_value"),
+    "whisper": ("WhisperForConditionalGeneration", plain("Whisper"), "decoder.embed_tokens", "proj_out", "q_proj"),
+    "moonshine": ("MoonshineForConditionalGeneration", plain("Moonshine"), "decoder.embed_tokens", "proj_out", "q_proj"),
+    "trocr": ("TrOCRForCausalLM", plain("TrOCR"), "embed_tokens", "output_projection", "q_proj"),
+    "bart": ("BartForConditionalGeneration", plain("Bart"), "decoder.embed_tokens", "lm_head", "q_proj"),
+    "vit and trocr": ("VisionEncoderDecoderModel", nest("VisionEncoderDecoder", encoder="ViT", decoder="TrOCR"),
+                      "embed_tokens", "output_projection", r".*decoder\..*q_proj"),
+    "bert and bert": ("EncoderDecoderModel", nest("EncoderDecoder", encoder="Bert", decoder="Bert"),
+                      "decoder.bert.embeddings.word_embeddings", "cls.predictions.decoder", "query"),
+    "llava, tied": ("LlavaForConditionalGeneration", nest("Llava", {"tie_word_embeddings": True}, text_config="Llama",
+                    vision_config="CLIPVision"), "embed_tokens", "lm_head", ".*language_model.*q_proj"),
+    "gemma 3": ("Gemma3ForConditionalGeneration", nest("Gemma3", text_config="Gemma3Text", vision_config="SiglipVision"),
+                "embed_tokens", "lm_head", ".*language_model.*q_proj"),
+    "llama, tied": ("LlamaForCausalLM", plain("Llama", tie_word_embeddings=True), "embed_tokens", "lm_head", "q_proj"),
+    "gpt2": ("GPT2LMHeadModel", plain("GPT2"), "wte", "lm_head", "c_attn"),
+}  # fmt: skip
+
+
+def cases() -> dict[str, Case]:
+    out = {}
+    for name, (cls, config, embedding, head, layer) in HEADS.items():
+        linear = [layer] if ".*" not in layer else layer
+        both = f"({layer}|.*{head})" if isinstance(linear, str) else [layer, head]
+        out |= {
+            f"{name}: head": Case(cls, config, both),
+            f"{name}: saved head": Case(cls, config, linear, [head]),
+            f"{name}: saved embedding": Case(cls, config, linear, [embedding]),
+            f"{name}: saved both": Case(cls, config, linear, [embedding, head]),
+            f"{name}: embedding": Case(cls, config, f"(.*{layer}|.*{embedding})"),
+        }
+        if not cls.endswith("EncoderDecoderModel"):  # cannot be resized
+            out[f"{name}: grown"] = Case(cls, config, linear, grown=True)
+        if name in ("bert", "roberta", "mamba", "whisper"):
+            out[f"{name}: biases"] = Case(cls, config, linear, options=(("bias", "all"),))
+            out[f"{name}: biases and head"] = Case(cls, config, both, options=(("bias", "all"),))
+    return out
+
+
+CASES = cases()
+
+
+def answer(model: torch.nn.Module) -> torch.Tensor:
+    """Logits of a few tokens."""
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 60, (2, 9), generator=g)
+    config = model.config
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if config.model_type == "whisper":
+        frames = 2 * config.max_source_positions
+        inputs = {"input_features": torch.randn(2, config.num_mel_bins, frames, generator=g), "decoder_input_ids": ids}
+    elif config.model_type == "moonshine":
+        inputs = {"input_values": torch.randn(2, 4000, generator=g), "decoder_input_ids": ids}
+    elif config.model_type == "vision-encoder-decoder":
+        size = config.encoder.image_size
+        inputs = {"pixel_values": torch.randn(2, 3, size, size, generator=g), "decoder_input_ids": ids}
+    elif config.is_encoder_decoder or config.model_type == "encoder-decoder":
+        inputs["decoder_input_ids"] = ids[:, :5]
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def trained(model: Any, case: Case, directory: Path) -> PeftModel:
+    """An adapter with all that it trains changed, saved by PEFT."""
+    if case.grown:
+        model.resize_token_embeddings(70, mean_resizing=False)
+    peft = get_peft_model(
+        model,
+        LoraConfig(r=2, lora_alpha=4, target_modules=case.targets, modules_to_save=case.saved, **dict(case.options)),
+    )
+    g = torch.Generator().manual_seed(2)
+    for p in peft.parameters():
+        if p.requires_grad:
+            p.data.add_(0.2 * torch.randn(p.shape, generator=g))  # in place: what PEFT ties stays one
+    peft.save_pretrained(directory, save_embedding_layers=True if case.grown else "auto")
+    return peft
+
+
+def merged(case: Case, home: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """What PEFT's model answers, what the merged one does, and how that was loaded."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, case.cls)
+    model = cls(case.config())
+    for p in model.parameters():
+        p.data = p.data + 0.05 * torch.randn(p.shape)
+    model.save_pretrained(home / "base")
+    peft = trained(cls.from_pretrained(home / "base"), case, home / "adapter")
+    done = server().run("merge", home / "base", home / "adapter", "-o", home / "out", "--lambda", 1, "--json")
+    assert done.code == 0, done.err
+    loaded, info = cls.from_pretrained(home / "out", output_loading_info=True)
+    return answer(peft), answer(loaded), info
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_model_answers_as_pefts_does(name: str, tmp_path: Path) -> None:
+    expected, found, info = merged(CASES[name], tmp_path)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+TO_LORA = {
+    **{
+        name: HEADS[name][:2]
+        for name in ("modernbert", "xlnet", "gpt", "ctrl", "bloom", "bert", "roberta", "moonshine", "trocr")
+    },
+    **{name: HEADS[name][:2] for name in ("gemma 3", "llama, tied", "gpt2")},
+    "t5": ("T5ForConditionalGeneration", plain("T5")),
+}
+
+
+@pytest.mark.parametrize("name", TO_LORA)
+def test_peft_opens_the_adapter_of_a_tuned_model(name: str, tmp_path: Path) -> None:
+    cls, config = getattr(transformers, TO_LORA[name][0]), TO_LORA[name][1]
+    torch.manual_seed(0)
+    model = cls(config())
+    model.save_pretrained(tmp_path / "base")
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        if module is embedding or isinstance(module, torch.nn.Linear | Conv1D):
+            W = module.weight
+            W.data = W.data + 0.1 * torch.randn(W.shape[0], 2) @ torch.randn(2, W.shape[1])
+    model.save_pretrained(tmp_path / "tuned")
+    expected = answer(model)
+    done = server().run(
+        "mitigate", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4
+    )
+    assert done.code == 0, done.err
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        peft = PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    assert not [w for w in told if "missing adapter keys" in str(w.message)]
+    torch.testing.assert_close(answer(peft), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "modernbert", "mamba", "whisper"])
+@pytest.mark.parametrize("what", ["factors", "saved", "tokens"])
+def test_what_peft_ties_stays_one(name: str, what: str, tmp_path: Path) -> None:
+    """With ``ensure_weight_tying`` PEFT ties some embeddings by their names, and leaves others alone; tokens it always ties."""
+    cls, config, embedding, _, layer = HEADS[name]
+    if (name, what) == ("modernbert", "tokens"):
+        pytest.skip("PEFT leaves out the bias of a head that has trained tokens")
+    options: dict[str, Any] = {"ensure_weight_tying": True}
+    if what == "tokens":
+        options = {"trainable_token_indices": {embedding: [3, 5]}}
+    targets = f"(.*{layer}|.*{embedding})" if what == "factors" else [layer]
+    case = Case(cls, config, targets, [embedding] if what == "saved" else None, options=tuple(options.items()))
+    expected, found, info = merged(case, tmp_path)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
