@@ -120,7 +120,12 @@ def write_base(directory: Path, weights: dict[str, Any], model_type: str, shards
     (directory / "1_Pooling").mkdir(parents=True)
     (directory / "1_Pooling" / "config.json").write_text("{}")
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
-    tree = {"model_type": model_type, "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", **config}
+    tree = {
+        "model_type": model_type,
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+        "torch_dtype": "bfloat16",
+        **config,
+    }
     (directory / "config.json").write_text(json.dumps(tree))
     names = list(weights)
     weight_map: dict[str, str] = {}
