@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -117,11 +118,12 @@ class LowRankDelta:
         return Truncated(kept, float(np.linalg.norm(rest)) / size if size else 0.0, float(sensitivity))
 
 
-class _DenseDelta:
+class _DenseDelta(ABC):
     """Compute with a delta that depends on W0, from its rows."""
 
+    @abstractmethod
     def rows(self, i: int, j: int, W0: Array) -> tuple[Array, Array]:
-        raise NotImplementedError
+        """See `Delta`."""
 
     def left_product(self, U: Array, base: Matrix) -> Array:
         return sum((U[i:j].T @ self.rows(i, j, base.rows(i, j))[0] for i, j in base.blocks()), np.zeros(()))

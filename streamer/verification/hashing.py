@@ -64,10 +64,9 @@ def hash_files(paths: Mapping[Path, int], monitor: Monitor) -> dict[Path, str]:
                 finished, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
                 for digest in finished:
                     digest.result()
-        except BaseException:
+        finally:  # where it ends early, what is being read is given up, and what waits is not begun
             progress.stop = True
             pool.shutdown(cancel_futures=True)
-            raise
     monitor.emit(Event("verify", "", total, total, len(digests), len(digests)))
     return {path: digest.result() for path, digest in digests.items()}
 
