@@ -8,16 +8,14 @@ decoder) by the class that the config names there.
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cache
-from importlib import resources
 from typing import Any, NamedTuple
 
 from streamer.errors import UsageError
+from streamer.plan.architecture_table import record as record_of
+from streamer.plan.architecture_table import table
 from streamer.weights.model_config import ModelConfig
 
 TIE_KEY = "tie_word_embeddings"
@@ -76,6 +74,12 @@ class Architecture:
         Its class, and the type of that class.
     base_prefix
         The path of the model without its head (``base_model_prefix``): modules are found with it and without.
+    tensors
+        Patterns of its parameters, under all of their names: those that some config of the class makes.
+    vocabulary
+        Patterns of tensors with a row a token → where the config states how many: a path of keys.
+    labels
+        Patterns of parameters with a row a label.
     ties
         Those that hold, and those that the config could state.
     input_embedding, output_embedding
@@ -100,6 +104,9 @@ class Architecture:
     name: str
     model_type: str
     base_prefix: str
+    tensors: frozenset[str]
+    vocabulary: Mapping[str, tuple[str, ...]]
+    labels: frozenset[str]
     ties: tuple[Tie, ...]
     input_embedding: str | None
     output_embedding: str | None
@@ -157,7 +164,7 @@ def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Archi
         or the config names no class and its type has more than one.
     """
     stated, model_type = config.get("architectures"), config.get("model_type")
-    of_type = _table().types.get(model_type, ()) if isinstance(model_type, str) else ()
+    of_type = table().types.get(model_type, ()) if isinstance(model_type, str) else ()
     if name is None:
         names = stated if isinstance(stated, list) and stated else of_type if len(of_type) == 1 else ()
         name = next(iter(names), None)
@@ -195,7 +202,7 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
     if name is None:
         return config
     if architecture_for(config, name) is None:
-        known, of_type = _table().classes, classes_of(config.model_type)
+        known, of_type = table().classes, classes_of(config.model_type)
         near = get_close_matches(name, of_type or known, 3, 0.4)
         whose = f"of model_type {config.model_type!r}" if of_type else f"of {source()}"
         hint = f"; near it: {', '.join(near)}" if near else ""
@@ -205,47 +212,17 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
 
 def classes_of(model_type: str | None) -> tuple[str, ...]:
     """The classes that a config of this type may be of; none where the table has none."""
-    return _table().types.get(model_type, ()) if model_type else ()
+    return table().types.get(model_type, ()) if model_type else ()
 
 
 def source() -> str:
     """What the table was made from."""
-    return _table().source
-
-
-class _Table(NamedTuple):
-    """The table, whose records are parsed when they are asked for."""
-
-    source: str
-    classes: Mapping[str, int]
-    types: Mapping[str, tuple[str, ...]]
-    auto: Mapping[str, Mapping[str, str]]
-    lines: tuple[str, ...]
-    tie_rules: Mapping[str, frozenset[str]]
-    """Model types: those ``always`` tied, those whose tie is stated for more than itself (``not_alone``), those that take it from their
-    ``text_config`` too (``of_text``), and those that are tied by ``default``."""
-
-
-@cache
-def _table() -> _Table:
-    data = gzip.decompress(resources.files(__package__).joinpath("architectures.json.gz").read_bytes())
-    head, *lines = data.decode().splitlines()
-    facts = json.loads(head)
-    types = {model_type: tuple(names) for model_type, names in facts["types"].items()}
-    rules = {rule: frozenset(of) for rule, of in facts["tie_rules"].items()}
-    return _Table(facts["source"], facts["classes"], types, facts["auto"], tuple(lines), rules)
-
-
-@cache
-def _record(name: str) -> Mapping[str, Any] | None:
-    line = _table().classes.get(name)
-    record: dict[str, Any] | None = None if line is None else json.loads(_table().lines[line])
-    return record
+    return table().source
 
 
 def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) -> Architecture | None:
     """The facts of a class whose own config stands at `place`."""
-    record = _record(name)
+    record = record_of(name)
     if record is None:
         return None
     inner: dict[str, Architecture] = {}
@@ -271,7 +248,7 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
     for pattern, tied_to, *stated in record.get("ties", ()):
         keys = tuple((*place, *key, TIE_KEY) for key, _ in stated)
         tied = not stated or any(_flag(config, key, bool(d)) for key, (_, d) in zip(keys, stated, strict=True))
-        rules = _table().tie_rules
+        rules = table().tie_rules
         if record["type"] in rules["of_text"]:
             text = _at(config, (*place, "text_config"))
             text_type = text.get("model_type") if isinstance(text, Mapping) else None
@@ -286,6 +263,10 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         name=name,
         model_type=record["type"],
         base_prefix=record.get("prefix", ""),
+        tensors=_gathered(record, "tensors", {path: a.tensors for path, a in inner.items()}),
+        vocabulary={f"{path}.{n}": keys for path, a in inner.items() for n, keys in a.vocabulary.items()}
+        | {n: (*place, *keys) for n, keys in record.get("vocabulary", {}).items()},
+        labels=frozenset(record.get("labels", ())),
         ties=tuple(ties.values()),
         input_embedding=_embedding(record.get("input"), "input_embedding", inner),
         output_embedding=_embedding(record.get("output"), "output_embedding", inner),
@@ -308,10 +289,10 @@ def _part_class(slot: Mapping[str, Any], config: Any) -> str | None:
     """The class of a part: the one its class builds there, or of its auto class the one for the nested config's type."""
     name: str = slot["class"]
     model_type = config.get("model_type") if isinstance(config, Mapping) else None
-    record = _record(name)
+    record = record_of(name)
     if model_type is None or "auto" not in slot or record is None or record["type"] == model_type:
         return name
-    return _table().auto[slot["auto"]].get(model_type)
+    return table().auto[slot["auto"]].get(model_type)
 
 
 def _at(config: Any, keys: Iterable[str]) -> Any:
