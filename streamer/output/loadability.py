@@ -43,9 +43,11 @@ def check_merged(where: object, job: Job, model: MergedModel) -> None:
     plan, base = job.plan, job.plan.base
     shapes = {info.name: info.shape for shard in model.shards().values() for info in shard.header.tensors}
     tuned = plan.adapter.describes_model
-    config = read_model_config(plan.adapter.path) if tuned else plan.config
+    # A fine-tuned model is of its base's class, and its own config goes along.
+    given = read_model_config(plan.adapter.path) if tuned else plan.config
+    given = config = replace(given, architecture=plan.config.architecture)
     if MODEL_CONFIG in model.texts:
-        config = replace(config, values=json.loads(model.texts[MODEL_CONFIG]))
+        config = replace(given, values=json.loads(model.texts[MODEL_CONFIG]))
     contents = {
         o.name: (o.recipe if isinstance(o.recipe, CopyBytes) else o.name)
         for outputs in model.files.values()
@@ -55,8 +57,8 @@ def check_merged(where: object, job: Job, model: MergedModel) -> None:
     }
     check_loadable(
         where,
-        Headers.of(shapes, replace(config, architecture=plan.config.architecture), contents),
-        Headers.of({name: base.info(name).shape for name in base.weight_map}, plan.config, {}),
+        Headers.of(shapes, config, contents),
+        Headers.of({name: base.info(name).shape for name in base.weight_map}, given, {}),
         plan.weights,
         plan.adapter.tensors.__contains__ if tuned else lambda name: plan.adapter.trains(name.rpartition(".")[0]),
         {record["tensor"]: record["change"] for record in plan.edits.listed(base)},
@@ -185,7 +187,7 @@ class _Check:
 
     def _shape_before(self, tensor: str) -> Shape | None:
         """Return the shape of the base's tensor, or of the weight that it stores quantized where that is written plain."""
-        if tensor in self.weights.stored and (tensor not in self.base.shapes or self._plain):
+        if tensor in self._quantized and self._plain:
             return self.weights[tensor].shape
         return self.base.shapes.get(tensor)
 
@@ -216,15 +218,19 @@ class _Check:
         return self.base.labels == self.written.labels
 
     @cached_property
+    def _quantized(self) -> frozenset[str]:
+        return self.weights.quantized_names
+
+    @cached_property
     def _plain(self) -> bool:
         """Test whether a quantized base is written plain, by the config, or by its tensors where that does not say."""
         if self.base.config.quantization:
             return not self.written.config.quantization
-        companions = self.weights.owners.keys() - self.weights.quantized_names
+        companions = self.weights.owners.keys() - self._quantized
         return bool(companions) and not companions & self.written.shapes.keys()
 
     def _companions(self) -> Iterator[str]:
-        for weight in self.weights.quantized_names:
+        for weight in self._quantized:
             tensors = {stored.info.name for stored in self.weights.stored[weight].tensors.values()}
             wanted = {weight} if self._plain else tensors
             for tensor in sorted(wanted - self.written.shapes.keys()):
