@@ -120,6 +120,14 @@ class Architecture:
         """Whether a module is looked up and not multiplied."""
         return self._among(module, self.embeddings)
 
+    def is_matrix(self, parameter: str) -> bool:
+        """Whether a two-dimensional parameter is of a module that is no Linear, Conv1D or embedding, as an expert router."""
+        return self._among(parameter, self.matrices)
+
+    def is_same(self, module: str, other: str) -> bool:
+        """Whether two names are of one module, found with the path of the base model and without."""
+        return pattern_of(other) in self._spellings(module)
+
     def stack_orientation(self, parameter: str) -> str:
         """Orientation of each matrix of a stack of experts, ``out,in`` or ``in,out``; empty where the table does not tell."""
         return next((self.expert_stacks[p] for p in self._spellings(parameter) if p in self.expert_stacks), "")
@@ -181,8 +189,9 @@ def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
     Where it names no class, or one of another library that brings no code of its own (``auto_map``), those of every class of its type.
     """
     of_type = classes_of(config.model_type)
-    known = config.architectures and (config.architectures[0] in of_type or "auto_map" in config.values)
-    names: Iterable[str | None] = [None] if config.architecture or known else of_type
+    of_another_library = of_type and config.architectures and config.architectures[0] not in of_type
+    unnamed = not config.architectures or (of_another_library and "auto_map" not in config.values)
+    names: Iterable[str | None] = of_type if unnamed and config.architecture is None else [None]
     found = [architecture_for(config, name) for name in names]
     return tuple(a for a in found if a is not None) if None not in found else ()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from forks import server
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from test_architectures_table import nest, plain
 from transformers.pytorch_utils import Conv1D
 
@@ -146,24 +146,33 @@ TO_LORA = {
         name: HEADS[name][:2]
         for name in ("modernbert", "xlnet", "gpt", "ctrl", "bloom", "bert", "roberta", "moonshine", "trocr")
     },
-    **{name: HEADS[name][:2] for name in ("gemma 3", "llama, tied", "gpt2")},
+    **{
+        name: HEADS[name][:2] for name in ("gemma 3", "llama, tied", "gpt2", "mamba", "falcon mamba", "whisper", "bart")
+    },
     "t5": ("T5ForConditionalGeneration", plain("T5")),
+    "mixture": ("Qwen3MoeForCausalLM", plain("Qwen3Moe")),
+    "opt": ("OPTForCausalLM", plain("OPT", dropout=0.0, num_hidden_layers=2)),
 }
 
 
+@pytest.mark.parametrize("changed", ["linear", "all"])
 @pytest.mark.parametrize("name", TO_LORA)
-def test_peft_opens_the_adapter_of_a_tuned_model(name: str, tmp_path: Path) -> None:
+def test_peft_opens_the_adapter_of_a_tuned_model(name: str, changed: str, tmp_path: Path) -> None:
+    """Also where it has changed what PEFT has no LoRA for, or one that the model passes by: positions, routers, convolutions, Mamba's."""
     cls, config = getattr(transformers, TO_LORA[name][0]), TO_LORA[name][1]
     torch.manual_seed(0)
     model = cls(config())
     model.save_pretrained(tmp_path / "base")
     embedding = model.get_input_embeddings()
+    seen = set()
     for module in model.modules():
-        if module is embedding or isinstance(module, torch.nn.Linear | Conv1D):
-            W = module.weight
-            W.data = W.data + 0.1 * torch.randn(W.shape[0], 2) @ torch.randn(2, W.shape[1])
+        W = getattr(module, "weight", None)
+        plain = module is embedding or isinstance(module, torch.nn.Linear | Conv1D)
+        if isinstance(W, torch.nn.Parameter) and W.dim() > 1 and id(W) not in seen and (plain or changed == "all"):
+            seen.add(id(W))
+            W.data += (0.1 * torch.randn(W.shape[0], 2) @ torch.randn(2, W[0].numel())).reshape(W.shape)
     model.save_pretrained(tmp_path / "tuned")
-    expected = answer(model)
+    expected = answer(cls.from_pretrained(tmp_path / "tuned"))
     done = server().run(
         "mitigate", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4
     )
@@ -173,6 +182,20 @@ def test_peft_opens_the_adapter_of_a_tuned_model(name: str, tmp_path: Path) -> N
         peft = PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "out")
     assert not [w for w in told if "missing adapter keys" in str(w.message)]
     torch.testing.assert_close(answer(peft), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_method_for_which_peft_takes_what_it_refuses_lora_for(tmp_path: Path) -> None:
+    cls, config, *_ = HEADS["mamba"]
+    model = getattr(transformers, cls)(config())
+    model.save_pretrained(tmp_path / "base")
+    loha = LoHaConfig(r=2, target_modules=["out_proj"], init_weights=False)
+    get_peft_model(model, loha).save_pretrained(tmp_path / "adapter")
+    done = server().run(
+        "mitigate", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4
+    )
+    assert done.code == 3
+    assert "mixer.out_proj', which PEFT refuses LoRA for in models of type 'mamba'" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "modernbert", "mamba", "whisper"])
