@@ -21,6 +21,7 @@ from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense
 from streamer.linalg.svd import krylov_triplets
+from streamer.output.adapter_loadability import check_lora
 from streamer.output.job import Job
 from streamer.output.lora_layout import PREFIX, LoraLayout, is_refused, lora_layout
 from streamer.output.memory import mitigation_bytes
@@ -68,6 +69,7 @@ class LoraWriter(Writer):
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files are not an adapter's.
         source = None if plan.adapter.describes_model else plan.adapter.path
+        check_lora(path, job, shard, config.encode())
         self.spec = adapter_spec(job, path, shard, config.encode(), source, rank)
         self._ready: dict[str, Tensor] = {}
 

@@ -75,6 +75,12 @@ class Architecture:
         Its class, and the type of that class.
     base_prefix
         The path of the model without its head (``base_model_prefix``): modules are found with it and without.
+    tensors
+        Patterns of its parameters, under all of their names: those that some config of the class makes.
+    vocabulary
+        Patterns of tensors with a row a token → where the config states how many: a path of keys.
+    labels
+        Patterns of parameters with a row a label.
     ties
         Those that hold, and those that the config could state.
     input_embedding, output_embedding
@@ -99,6 +105,9 @@ class Architecture:
     name: str
     model_type: str
     base_prefix: str
+    tensors: frozenset[str]
+    vocabulary: Mapping[str, tuple[str, ...]]
+    labels: frozenset[str]
     ties: tuple[Tie, ...]
     input_embedding: str | None
     output_embedding: str | None
@@ -275,6 +284,10 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         name=name,
         model_type=record["type"],
         base_prefix=record.get("prefix", ""),
+        tensors=_gathered(record, "tensors", {path: a.tensors for path, a in inner.items()}),
+        vocabulary={f"{path}.{n}": keys for path, a in inner.items() for n, keys in a.vocabulary.items()}
+        | {n: (*place, *keys) for n, keys in record.get("vocabulary", {}).items()},
+        labels=frozenset(record.get("labels", ())),
         ties=tuple(ties.values()),
         input_embedding=_embedding(record.get("input"), "input_embedding", inner),
         output_embedding=_embedding(record.get("output"), "output_embedding", inner),
