@@ -175,7 +175,5 @@ def has_no_lora(name: str, stored: tuple[int, ...], architecture: Architecture |
         return len(stored) == 3 or stored[1] == 1
     if architecture is None:
         return False
-    of_tokens = {architecture.input_embedding, architecture.output_embedding}
-    of_tokens |= {n.removesuffix(".weight") for tie in architecture.ties for n in (tie.name, tie.source)}
-    positions = architecture.is_embedding(name) and not any(architecture.is_same(name, m) for m in of_tokens if m)
+    positions = architecture.is_embedding(name) and architecture.vocabulary_keys(f"{name}.weight") is None
     return positions or architecture.is_matrix(f"{name}.weight")

@@ -133,9 +133,9 @@ class Architecture:
         """Whether a two-dimensional parameter is of a module that is no Linear, Conv1D or embedding, as an expert router."""
         return self._among(parameter, self.matrices)
 
-    def is_same(self, module: str, other: str) -> bool:
-        """Whether two names are of one module, found with the path of the base model and without."""
-        return pattern_of(other) in self._spellings(module)
+    def vocabulary_keys(self, parameter: str) -> tuple[str, ...] | None:
+        """Where the config states how many rows a tensor with a row a token has; None of any other."""
+        return next((self.vocabulary[p] for p in self._spellings(parameter) if p in self.vocabulary), None)
 
     def stack_orientation(self, parameter: str) -> str:
         """Orientation of each matrix of a stack of experts, ``out,in`` or ``in,out``; empty where the table does not tell."""
@@ -265,7 +265,8 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         for run_time in _named(part)
     }
     disk_names |= {run_time: tuple(names) for run_time, names in record.get("disk", {}).items()}
-    ties = {(t.name, t.source): t for path, part in inner.items() for t in (_moved(t, path) for t in part.ties)}
+    moved = [replace(t, name=f"{p}.{t.name}", source=f"{p}.{t.source}") for p, part in inner.items() for t in part.ties]
+    ties = {(t.name, t.source): t for t in moved}
     for pattern, tied_to, *stated in record.get("ties", ()):
         keys = tuple((*place, *key, TIE_KEY) for key, _ in stated)
         tied = not stated or any(_flag(config, key, bool(d)) for key, (_, d) in zip(keys, stated, strict=True))
@@ -325,10 +326,6 @@ def _at(config: Any, keys: Iterable[str]) -> Any:
 def _flag(config: Mapping[str, Any], keys: tuple[str, ...], default: bool) -> bool:
     value = _at(config, keys)
     return default if value is None else bool(value)
-
-
-def _moved(tie: Tie, path: str) -> Tie:
-    return replace(tie, name=f"{path}.{tie.name}", source=f"{path}.{tie.source}")
 
 
 def _named(part: Architecture) -> set[str]:

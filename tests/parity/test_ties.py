@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +105,8 @@ def answer(model: torch.nn.Module) -> torch.Tensor:
 def trained(model: Any, case: Case, directory: Path) -> PeftModel:
     """An adapter with all that it trains changed, saved by PEFT."""
     if case.grown:
-        model.resize_token_embeddings(70, mean_resizing=False)
+        nested = model.config.is_encoder_decoder and hasattr(model.config, "decoder")
+        (model.decoder if nested else model).resize_token_embeddings(70, mean_resizing=False)
     peft = get_peft_model(
         model,
         LoraConfig(r=2, lora_alpha=4, target_modules=case.targets, modules_to_save=case.saved, **dict(case.options)),
@@ -139,6 +141,60 @@ def test_merged_model_answers_as_pefts_does(name: str, tmp_path: Path) -> None:
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# Name → (class, config, target modules, modules to save): PEFT saves the embeddings of the whole model itself, and no decoder's
+GROWN = {
+    "t5": ("T5ForConditionalGeneration", plain("T5"), ["q"], None),
+    "t5, untied": ("T5ForConditionalGeneration", plain("T5", tie_word_embeddings=False), ["q"], None),
+    "marian": ("MarianMTModel", plain("Marian"), ["q_proj"], None),
+    "bert and gpt2": ("EncoderDecoderModel", nest("EncoderDecoder", encoder="Bert", decoder="GPT2"), ["query"], ["wte", "lm_head"]),
+    "vit and trocr": ("VisionEncoderDecoderModel", nest("VisionEncoderDecoder", encoder="ViT", decoder="TrOCR"), r".*decoder\..*q_proj",
+                      ["embed_tokens", "output_projection"]),
+    "vit and gpt2": ("VisionEncoderDecoderModel", nest("VisionEncoderDecoder", encoder="ViT", decoder="GPT2"), ["c_attn"],
+                     ["wte", "lm_head"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_a_vocabulary_grows_where_the_config_states_it(name: str, tmp_path: Path) -> None:
+    """An encoder's stays what it is where a decoder's has grown."""
+    cls, config, targets, saved = GROWN[name]
+    case = Case(cls, config, targets, saved, grown=True)
+    expected, found, info = merged(case, tmp_path)
+    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    stated, before = (json.loads((tmp_path / home / "config.json").read_text()) for home in ("out", "base"))
+    assert (stated.get("decoder") or stated)["vocab_size"] == 70
+    if "encoder" in before:
+        assert stated["encoder"] == before["encoder"]
+        assert "vocab_size" not in stated
+
+
+def test_all_names_of_a_tied_embedding_are_saved_and_merged_back(tmp_path: Path) -> None:
+    """T5 ties four; of a vocabulary that has grown an adapter of the tuned model has them all."""
+    cls, config = transformers.T5ForConditionalGeneration, plain("T5")
+    torch.manual_seed(0)
+    model = cls(config())
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(70, mean_resizing=False)
+    for name, p in model.named_parameters():
+        p.data += 0.1 * torch.randn(p.shape) if name.endswith((".q.weight", "shared.weight")) else 0
+    model.save_pretrained(tmp_path / "tuned")
+    for command in (("mitigate", "base", "tuned", "adapter", "--to-lora", 32), ("merge", "base", "adapter", "out")):
+        verb, base, adapter, out, *more = command
+        done = server().run(verb, tmp_path / base, tmp_path / adapter, "-o", tmp_path / out, "--lambda", 1, *more)
+        assert done.code == 0, done.err
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"]
+    assert saved == ["decoder.embed_tokens", "encoder.embed_tokens", "lm_head", "shared"]
+    loaded, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(answer(loaded), answer(model), rtol=1e-3, atol=1e-4)
+    opened = cls.from_pretrained(tmp_path / "base")
+    opened.resize_token_embeddings(70, mean_resizing=False)
+    torch.testing.assert_close(
+        answer(PeftModel.from_pretrained(opened, tmp_path / "adapter")), answer(model), rtol=1e-3, atol=1e-4
+    )
 
 
 TO_LORA = {
