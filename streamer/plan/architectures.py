@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, NamedTuple
 
 from streamer.errors import UsageError
@@ -128,6 +129,14 @@ class Architecture:
         """Whether a module is looked up and not multiplied."""
         return self._among(module, self.embeddings)
 
+    def is_matrix(self, parameter: str) -> bool:
+        """Whether a two-dimensional parameter is of a module that is no Linear, Conv1D or embedding, as an expert router."""
+        return self._among(parameter, self.matrices)
+
+    def vocabulary_keys(self, parameter: str) -> tuple[str, ...] | None:
+        """Where the config states how many rows a tensor with a row a token has; None of any other."""
+        return next((self.vocabulary[p] for p in self._spellings(parameter) if p in self.vocabulary), None)
+
     def stack_orientation(self, parameter: str) -> str:
         """Orientation of each matrix of a stack of experts, ``out,in`` or ``in,out``; empty where the table does not tell."""
         return next((self.expert_stacks[p] for p in self._spellings(parameter) if p in self.expert_stacks), "")
@@ -184,9 +193,14 @@ def architecture_for(config: ModelConfig, name: str | None = None) -> Architectu
 
 
 def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
-    """List the facts of the model with this config; where it names no class, those of every class of its type; none: it is not known."""
-    unnamed = config.architecture is None and not config.architectures
-    names: Iterable[str | None] = classes_of(config.model_type) if unnamed else [None]
+    """List the facts of the model with this config; none: it is not known.
+
+    Where it names no class, or one of another library that brings no code of its own (``auto_map``), those of every class of its type.
+    """
+    of_type = classes_of(config.model_type)
+    of_another_library = of_type and config.architectures and config.architectures[0] not in of_type
+    unnamed = not config.architectures or (of_another_library and "auto_map" not in config.values)
+    names: Iterable[str | None] = of_type if unnamed and config.architecture is None else [None]
     found = [architecture_for(config, name) for name in names]
     return tuple(a for a in found if a is not None) if None not in found else ()
 
@@ -213,6 +227,13 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
 def classes_of(model_type: str | None) -> tuple[str, ...]:
     """The classes that a config of this type may be of; none where the table has none."""
     return table().types.get(model_type, ()) if model_type else ()
+
+
+@cache
+def conv1d_names() -> frozenset[str]:
+    """The last names of modules that some class stores (in, out), as ``c_proj``: in a class that is not known it may be either way."""
+    records = filter(None, map(record_of, table().classes))
+    return frozenset(pattern.rpartition(".")[2] for record in records for pattern in record.get("transposed", ()))
 
 
 def source() -> str:
@@ -244,7 +265,8 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         for run_time in _named(part)
     }
     disk_names |= {run_time: tuple(names) for run_time, names in record.get("disk", {}).items()}
-    ties = {(t.name, t.source): t for path, part in inner.items() for t in (_moved(t, path) for t in part.ties)}
+    moved = [replace(t, name=f"{p}.{t.name}", source=f"{p}.{t.source}") for p, part in inner.items() for t in part.ties]
+    ties = {(t.name, t.source): t for t in moved}
     for pattern, tied_to, *stated in record.get("ties", ()):
         keys = tuple((*place, *key, TIE_KEY) for key, _ in stated)
         tied = not stated or any(_flag(config, key, bool(d)) for key, (_, d) in zip(keys, stated, strict=True))
@@ -304,10 +326,6 @@ def _at(config: Any, keys: Iterable[str]) -> Any:
 def _flag(config: Mapping[str, Any], keys: tuple[str, ...], default: bool) -> bool:
     value = _at(config, keys)
     return default if value is None else bool(value)
-
-
-def _moved(tie: Tie, path: str) -> Tie:
-    return replace(tie, name=f"{path}.{tie.name}", source=f"{path}.{tie.source}")
 
 
 def _named(part: Architecture) -> set[str]:
