@@ -136,12 +136,12 @@ class _Check:
 
     def _unexpected(self) -> Iterator[str]:
         architecture = self.written.architecture
-        for tensor in self.written.shapes.keys() - self._known:
+        for tensor in sorted(self.written.shapes.keys() - self._known):
             name = self.written.run_time[tensor][0]
             if architecture is None:
                 if self.changes.get(tensor) != "new":
                     yield f"{tensor!r} is new, and no change adds it"
-            elif pattern_of(name) not in architecture.tensors | architecture.saved_buffers:
+            elif not architecture.has_tensor(name):
                 # A head of the user's own, trained beside the class's modules.
                 module = f"{pattern_of(name).rpartition('.')[0]}."
                 if not self.brings(tensor) or any(known.startswith(module) for known in architecture.tensors):
@@ -160,7 +160,7 @@ class _Check:
     def _missing(self) -> Iterator[str]:
         architecture = self.written.architecture
         there = {self.written.run_time[tensor] for tensor in self.written.shapes}
-        for tensor in self.base.shapes.keys() - self.written.shapes.keys() - self.weights.owners.keys():
+        for tensor in sorted(self.base.shapes.keys() - self.written.shapes.keys() - self.weights.owners.keys()):
             name, *place = self.base.run_time[tensor]
             name = in_class(name, architecture)
             if (name, *place) in there or is_activation_scale(tensor, self.weights):
@@ -233,7 +233,7 @@ class _Check:
         return bool(companions) and not companions & self.written.shapes.keys()
 
     def _companions(self) -> Iterator[str]:
-        for weight in self._quantized:
+        for weight in sorted(self._quantized):
             tensors = {stored.info.name for stored in self.weights.stored[weight].tensors.values()}
             wanted = {weight} if self._plain else tensors
             for tensor in sorted(wanted - self.written.shapes.keys()):
