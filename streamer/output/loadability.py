@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,6 +22,7 @@ from streamer.output.merged_tensors import CopyBytes
 from streamer.output.model_headers import Headers, Shape, in_class
 from streamer.plan.architectures import Architecture, Tie, pattern_of
 from streamer.units import listed
+from streamer.weights.base import StoredTensor
 from streamer.weights.dequantize import is_activation_scale
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import MODEL_CONFIG, read_model_config
@@ -48,13 +49,15 @@ def check_merged(where: object, job: Job, model: MergedModel) -> None:
     given = config = replace(given, architecture=plan.config.architecture)
     if MODEL_CONFIG in model.texts:
         config = replace(given, values=json.loads(model.texts[MODEL_CONFIG]))
-    contents = {
-        o.name: (o.recipe if isinstance(o.recipe, CopyBytes) else o.name)
-        for outputs in model.files.values()
-        for o in outputs
-        if not tuned
-        and not (isinstance(o.recipe, CopyBytes) and o.name == o.recipe.stored.info.name and o.name in base.weight_map)
-    }
+    contents: dict[str, Hashable] = {}
+    for output in (o for outputs in model.files.values() for o in outputs):
+        copied = output.recipe.stored if isinstance(output.recipe, CopyBytes) else None
+        own = (
+            copied is not None and output.name in base.weight_map and copied == StoredTensor(*base.locate(output.name))
+        )
+        # A fine-tuned model's tensors are all its own, whatever its class makes of them.
+        if not own and not tuned:
+            contents[output.name] = output.name if copied is None else (str(copied.file.path), copied.info.name)
     check_loadable(
         where,
         Headers.of(shapes, config, contents),
@@ -133,12 +136,12 @@ class _Check:
 
     def _unexpected(self) -> Iterator[str]:
         architecture = self.written.architecture
-        for tensor in self.written.shapes.keys() - self._known:
+        for tensor in sorted(self.written.shapes.keys() - self._known):
             name = self.written.run_time[tensor][0]
             if architecture is None:
                 if self.changes.get(tensor) != "new":
                     yield f"{tensor!r} is new, and no change adds it"
-            elif pattern_of(name) not in architecture.tensors | architecture.saved_buffers:
+            elif not architecture.has_tensor(name):
                 # A head of the user's own, trained beside the class's modules.
                 module = f"{pattern_of(name).rpartition('.')[0]}."
                 if not self.brings(tensor) or any(known.startswith(module) for known in architecture.tensors):
@@ -157,7 +160,7 @@ class _Check:
     def _missing(self) -> Iterator[str]:
         architecture = self.written.architecture
         there = {self.written.run_time[tensor] for tensor in self.written.shapes}
-        for tensor in self.base.shapes.keys() - self.written.shapes.keys() - self.weights.owners.keys():
+        for tensor in sorted(self.base.shapes.keys() - self.written.shapes.keys() - self.weights.owners.keys()):
             name, *place = self.base.run_time[tensor]
             name = in_class(name, architecture)
             if (name, *place) in there or is_activation_scale(tensor, self.weights):
@@ -230,7 +233,7 @@ class _Check:
         return bool(companions) and not companions & self.written.shapes.keys()
 
     def _companions(self) -> Iterator[str]:
-        for weight in self._quantized:
+        for weight in sorted(self._quantized):
             tensors = {stored.info.name for stored in self.weights.stored[weight].tensors.values()}
             wanted = {weight} if self._plain else tensors
             for tensor in sorted(wanted - self.written.shapes.keys()):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from streamer.plan.architectures import Architecture, architectures_for, pattern_of
+from streamer.plan.architectures import Architecture, architectures_for
 from streamer.plan.transformers_renames import renames_for
 from streamer.weights.model_config import ModelConfig
 
@@ -79,8 +79,8 @@ def in_class(name: str, architecture: Architecture | None) -> str:
     """Give a run-time name the base model's prefix that its class has there, or take it away, as loaders do."""
     if architecture is None or not architecture.base_prefix:
         return name
-    known, base = architecture.tensors | architecture.saved_buffers, f"{architecture.base_prefix}."
+    base = f"{architecture.base_prefix}."
     bare = name.removeprefix(base)
-    if bare != name and pattern_of(bare) in known:
+    if bare != name and architecture.has_tensor(bare):
         return bare
-    return base + name if pattern_of(base + name) in known and pattern_of(name) not in known else name
+    return base + name if architecture.has_tensor(base + name) and not architecture.has_tensor(name) else name

@@ -121,6 +121,10 @@ class Architecture:
     unsaved: frozenset[str]
     parts: tuple[Part, ...]
 
+    def has_tensor(self, name: str) -> bool:
+        """Whether a loaded model has a tensor of this name, or of this one in another layer."""
+        return (pattern := pattern_of(name)) in self.tensors or pattern in self.saved_buffers
+
     def transposed(self, module: str) -> bool:
         """Whether a module stores its weight (in, out), as Conv1D does; every other linear layer stores (out, in)."""
         return self._among(module, self.conv1d)

@@ -269,3 +269,38 @@ def test_a_broken_adapter_is_exit_code_7_and_no_byte(
     assert run(["mitigate", str(base), str(adapter), "-o", str(tmp_path / "out"), *more]) == 7
     assert "PEFT would not load the adapter" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+SCALE = f"{QUERY}_scale_inv"
+CODED = changed(
+    LLAMA, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+)
+CODES = SHAPES | {SCALE: (1, 1)}
+
+QUANTIZED: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
+    "as it is": (CODES, CODED, ""),
+    "plain": (SHAPES, LLAMA, ""),
+    "no scale": (SHAPES, CODED, f"'{SCALE}' is missing, which belongs to the weight '{QUERY}'"),
+    "plain with a scale": (CODES, LLAMA, f"'{SCALE}' is of a quantized weight, and the config says that the model is plain"),
+    "plain, a weight less": ({EMBED: (64, 32), HEAD: (64, 32)}, LLAMA, f"'{QUERY}' is missing, which is the weight"),
+    "plain, another shape": (SHAPES | {QUERY: (32, 16)}, LLAMA, "has shape [32, 16], wanted the base's [32, 32]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_companions_are_of_their_weight(tmp_path: Path, name: str) -> None:
+    tensors = {n: torch.zeros(s, dtype=torch.float8_e4m3fn if n == QUERY else torch.float32) for n, s in CODES.items()}
+    base = helpers.write_sharded(tmp_path / "base", [tensors], CODED)
+    weights, (written, config, says) = open_weights(open_checkpoint(base), read_model_config(base)), QUANTIZED[name]
+    assert weights.quantized_names == {QUERY}
+
+    def planned() -> None:
+        headers = Headers.of(written, ModelConfig(config), {}), Headers.of(CODES, ModelConfig(CODED), {})
+        check_loadable("out", *headers, weights, lambda _: False, {})
+
+    if not says:
+        planned()
+        return
+    with pytest.raises(UnloadableError) as caught:
+        planned()
+    assert says in str(caught.value)
