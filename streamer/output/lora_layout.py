@@ -175,5 +175,6 @@ def has_no_lora(name: str, stored: tuple[int, ...], architecture: Architecture |
         return len(stored) == 3 or stored[1] == 1
     if architecture is None:
         return False
-    positions = architecture.is_embedding(name) and architecture.vocabulary_keys(f"{name}.weight") is None
+    of_tokens = name == architecture.input_embedding or architecture.vocabulary_keys(f"{name}.weight") is not None
+    positions = architecture.is_embedding(name) and not of_tokens
     return positions or architecture.is_matrix(f"{name}.weight")

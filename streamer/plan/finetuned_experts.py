@@ -69,7 +69,8 @@ def tensor_roles(
             return ",".join(reversed(run_time.split(","))) if by == (TRANSPOSE,) else run_time
         # A vector a position, as a token that all sequences begin with, has a dimension of 1, and so has the kernel of a convolution
         # of one channel; another convolution shows itself by its bias.
-        if stated or by or (unknown and min(info.shape) > 1 and not _is_convolution(info, base)):
+        undecided = (unknown or by) and min(info.shape) > 1 and not _is_convolution(info, base)
+        if stated or undecided:
             raise UnsupportedError(
                 f"{path}: {info.name!r} {list(info.shape)} may be a stack of experts, of which it is not known which way round they are "
                 f"stored in {listed(map(str, config.architectures)) or 'a model whose config.json names no class'}; name the base's class "

@@ -280,7 +280,7 @@ def _check_whole(
     if missing:
         raise MismatchError(
             f"{tuned.path}: lacks {len(missing)} of the base's {len(base.weight_map)} tensors, {missing[0]!r} first; is it trained from "
-            f"{base.path}, and of the same class?"
+            f"{base.path}, and of the same class, with its head or without as that is?"
         )
 
 

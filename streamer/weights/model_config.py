@@ -86,8 +86,13 @@ class ModelConfig:
         return next((dict(v) for v in self.stated(*QUANTIZATION_KEYS) if isinstance(v, dict) and v), {})
 
     def with_vocabulary(self, rows: int, keys: tuple[str, ...]) -> ModelConfig:
-        """Set the number of tokens at a path of keys; at the top and in the language model's part, where both state it."""
+        """Set the number of tokens at a path of keys; at the top and in the language model's part, where both state it.
+
+        A ``decoder_vocab_size`` that was the same stays the same (Marian).
+        """
         places = {keys}
+        if keys == TOP_VOCABULARY and self.values.get("decoder_vocab_size", -1) == self.vocab_size:
+            places.add(("decoder_vocab_size",))
         if keys in (TOP_VOCABULARY, TEXT_VOCABULARY):
             stated = {TOP_VOCABULARY: self.values, TEXT_VOCABULARY: self.text}
             places |= {place for place, part in stated.items() if place[-1] in part}

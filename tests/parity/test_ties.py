@@ -13,6 +13,7 @@ import torch
 import transformers
 from forks import server
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from test_architectures_table import nest, plain
 from transformers.pytorch_utils import Conv1D
 
@@ -259,8 +260,6 @@ def test_a_method_for_which_peft_takes_what_it_refuses_lora_for(tmp_path: Path) 
 def test_what_peft_ties_stays_one(name: str, what: str, tmp_path: Path) -> None:
     """With ``ensure_weight_tying`` PEFT ties some embeddings by their names, and leaves others alone; tokens it always ties."""
     cls, config, embedding, _, layer = HEADS[name]
-    if (name, what) == ("modernbert", "tokens"):
-        pytest.skip("PEFT leaves out the bias of a head that has trained tokens")
     options: dict[str, Any] = {"ensure_weight_tying": True}
     if what == "tokens":
         options = {"trainable_token_indices": {embedding: [3, 5]}}
@@ -269,4 +268,9 @@ def test_what_peft_ties_stays_one(name: str, what: str, tmp_path: Path) -> None:
     expected, found, info = merged(case, tmp_path)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+    if (name, what) == (
+        "modernbert",
+        "tokens",
+    ):  # PEFT's forward pass leaves out the head's bias, its own merge does not
+        expected = expected + load_file(tmp_path / "base" / "model.safetensors")["decoder.bias"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
