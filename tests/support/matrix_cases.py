@@ -84,8 +84,11 @@ class Anatomy:
     def parts(self) -> list[str]:
         return [p for p in PARTS if p == "all-linear" or getattr(self, p.replace("-", "_"))]
 
-    def targets(self, part: str) -> dict[str, Any]:
-        """PEFT's options that adapt a part: the last names of its layers, as users give them; one module by its whole path."""
+    def targets(self, part: str, by_path: bool = False) -> dict[str, Any]:
+        """PEFT's options that adapt a part: the last names of its layers, as users give them; one module by its whole path.
+
+        Last names are those of other layers, too: ``dense`` is a pooler's.
+        """
         if part == "all-linear":
             return {"target_modules": "all-linear"}
         if part == "experts":
@@ -93,7 +96,7 @@ class Anatomy:
             return {"target_modules": [], "target_parameters": names}
         if part in ("embedding", "head"):
             return {"target_modules": [getattr(self, part)]}
-        return {"target_modules": sorted({p.rpartition(".")[2] for p in getattr(self, part)})}
+        return {"target_modules": sorted({p if by_path else p.rpartition(".")[2] for p in getattr(self, part)})}
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
