@@ -16,6 +16,7 @@
     ├── LockedError              5   another run is writing this output
     ├── StorageError             6   I/O or space; the same command resumes
     ├── NumericError             7   a non-finite value, or a verification that failed; an ArithmeticError
+    ├── UnloadableError          7   a planned output that would not be loaded as its config says; an error of streamer's own
     ├── VerificationError        7   an output that differs from its record, or from what its inputs give
     ├── InputChangedError        8   an input changed since the plan was made
     └── Interrupted          128+N   stopped by signal N at a safe point; the same command resumes
@@ -170,6 +171,12 @@ class StorageError(StreamerError):
 
 class NumericError(StreamerError, ArithmeticError):
     """A non-finite value where there must be none, or a verification that failed."""
+
+    exit_code = 7
+
+
+class UnloadableError(StreamerError):
+    """A planned output that would not be loaded as its config says: the plan is wrong, and nothing has been written."""
 
     exit_code = 7
 

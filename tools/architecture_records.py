@@ -38,8 +38,14 @@ def record(
             if not any(pair in w.ties and w.ties[pair].keys() == places.keys() for w in whole.values())
         ],
     }
-    for key in ("embeddings", "transposed", "matrices", "buffers", "may_miss", "unsaved"):
+    for key in ("tensors", "embeddings", "transposed", "matrices", "buffers", "may_miss", "unsaved"):
         out[key] = sorted(getattr(facts, key) - set().union(*(getattr(w, key) for w in whole.values())))
+    out["labels"] = sorted(facts.labels)
+    out["vocabulary"] = {
+        n: list(keys)
+        for n, keys in sorted(facts.vocabulary.items())
+        if not any(w.vocabulary.get(n) == keys for w in whole.values())
+    }
     return {k: v for k, v in out.items() if v or k == "type"}
 
 
@@ -67,9 +73,10 @@ def _within(path: str, part: Facts, key: tuple[str, ...]) -> Facts:
         for (a, b), places in part.ties.items()
     }
     return Facts(
-        part.model_type, part.prefix, names(part.embeddings), names(part.transposed),
-        {f"{path}.{n}": o for n, o in part.stacks.items()}, names(part.matrices), names(part.buffers), ties,
-        may_miss=part.may_miss, unsaved=names(part.unsaved),
+        part.model_type, part.prefix, names(part.tensors), {f"{path}.{n}": (*key, *keys) for n, keys in part.vocabulary.items()},
+        embeddings=names(part.embeddings), transposed=names(part.transposed),
+        stacks={f"{path}.{n}": o for n, o in part.stacks.items()}, matrices=names(part.matrices), buffers=names(part.buffers),
+        ties=ties, may_miss=part.may_miss, unsaved=names(part.unsaved),
     )  # fmt: skip
 
 

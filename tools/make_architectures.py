@@ -23,7 +23,7 @@ from typing import Any
 import table_file
 import transformers
 from architecture_records import record
-from model_facts import Facts, facts_of
+from model_facts import Facts, facts_of, with_marked_sizes
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -137,10 +137,13 @@ def _open_timm() -> None:
 
 def class_facts(cls: type[PreTrainedModel]) -> Facts:
     """The facts of a class, with those of its decoder with cross attention, which has modules of its own."""
-    try:
-        facts = facts_of(cls, small_config(cls.config_class))
-    except Exception:  # a config may not have fewer layers; if that is not the reason, this says it again
-        facts = facts_of(cls, default_config(cls.config_class))
+    facts = None
+    for make in (small_config, default_config):  # a config may not have fewer layers, or a vocabulary of any size
+        for change in (with_marked_sizes, lambda config: config):
+            with contextlib.suppress(Exception):
+                facts = facts or facts_of(cls, change(make(cls.config_class)))
+    if facts is None:
+        facts = facts_of(cls, default_config(cls.config_class))  # says why
     # A model of one of these types may have none, and says so in a way of its own.
     with contextlib.suppress(Exception):
         config = default_config(cls.config_class, is_decoder=True)

@@ -22,6 +22,9 @@ Defaults = dict[tuple[str, ...], bool]
 
 TIE = "tie_word_embeddings"
 
+# Sizes that no model has by itself; a tensor on the meta device takes no memory.
+VOCABULARY, LABELS = 1_000_003, 1_009
+
 # Modules whose parameters of two and more dimensions are stored as their class says.
 _KNOWN = (nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, Conv1D, nn.modules.conv._ConvNd)
 
@@ -52,6 +55,10 @@ class Facts:
     ----------
     model_type, prefix
         The config's ``model_type``, and the name of the model without its head within this one (``base_model_prefix``).
+    tensors
+        Parameters, under all of their names; buffers stand in `buffers`.
+    vocabulary, labels
+        Those of them with a row a token → where the config states how many, the key last; and those with a row a label.
     embeddings, transposed
         Modules that are embeddings, and those that store (in, out).
     stacks
@@ -74,6 +81,9 @@ class Facts:
 
     model_type: str
     prefix: str
+    tensors: set[str] = field(default_factory=set)
+    vocabulary: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    labels: set[str] = field(default_factory=set)
     embeddings: set[str] = field(default_factory=set)
     transposed: set[str] = field(default_factory=set)
     stacks: dict[str, str] = field(default_factory=dict)
@@ -109,8 +119,23 @@ def nested(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tup
             yield from nested(value, (*path, key))
 
 
+def with_marked_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Give the vocabularies of a config and the nested ones, and the labels, sizes that nothing else in the model has."""
+    for number, (_, c) in enumerate(nested(config)):
+        if isinstance(getattr(c, "vocab_size", None), int):
+            c.vocab_size = VOCABULARY + number
+    config.num_labels = LABELS
+    return config
+
+
 def facts_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Facts:
-    """Build a model of this class and read its facts. The config's flags of ties are changed."""
+    """Build a model of this class and read its facts. The config's flags of ties are changed.
+
+    Parameters
+    ----------
+    config
+        As `with_marked_sizes` makes it; else no tensor is known to have a row a token or a label.
+    """
     defaults = {path: bool(getattr(c, TIE, False)) for path, c in nested(config)}
     for _, c in nested(config):
         setattr(c, TIE, False)
@@ -130,8 +155,14 @@ def facts_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Facts:
             stacks[name] = parameter
         elif not isinstance(owner, _KNOWN) and parameter.ndim == 2:
             facts.matrices.add(collapse(name))
-    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    facts.tensors = {collapse(n) for n in parameters}
     facts.buffers = {collapse(n) for n in model.state_dict() if n not in parameters}
+    facts.labels = {collapse(n) for n, p in parameters.items() if LABELS in p.shape}
+    sizes = {c.vocab_size: (*path, c.attribute_map.get("vocab_size", "vocab_size")) for path, c in nested(config)
+             if getattr(c, "vocab_size", None) in range(VOCABULARY, VOCABULARY + 100)}  # fmt: skip
+    for name, tensor in model.state_dict().items():
+        facts.vocabulary |= {collapse(name): sizes[size] for size in tensor.shape if size in sizes}
     facts.input = _embedding(model.get_input_embeddings, modules)
     facts.output = _embedding(model.get_output_embeddings, modules)
     facts.stacks = _orientations(stacks, modules, getattr(modules.get(facts.input), "embedding_dim", 0))

@@ -67,6 +67,11 @@ class DeltaSource(ABC):
         return (self.config.path,) if self.config.path.exists() else ()
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on what of it is not judged, a line each."""
+        return ()
+
+    @property
     @abstractmethod
     def identity_bytes(self) -> int:
         """Bytes that `identity` reads."""

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME, AdapterConfig
-from streamer.adapters.layer_names import EMBEDDING
 from streamer.adapters.modules import MethodModule, Module
 from streamer.adapters.peft_methods import METHODS
 from streamer.adapters.tensor_names import Carried
@@ -23,6 +22,7 @@ from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, che
 from streamer.storage.header import TensorInfo
 from streamer.storage.identities import AdapterIdentity
 from streamer.storage.tensor_file import IOMode, sampled_bytes
+from streamer.units import listed
 from streamer.weights.base import StoredTensor
 from streamer.weights.dtypes import ENCODINGS
 from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config
@@ -60,10 +60,13 @@ class FinetunedModel(DeltaSource):
         Its ``config.json``.
     stacks
         Its stacks of experts.
+    unjudged
+        Tensors of two dimensions and more, of the base's shape, that are no weights of layers.
     """
 
     model_config: ModelConfig = field(default_factory=ModelConfig)
     stacks: tuple[ExpertStack, ...] = ()
+    unjudged: tuple[str, ...] = ()
 
     describes_model = True
 
@@ -81,6 +84,13 @@ class FinetunedModel(DeltaSource):
         """True: all of the model was trained."""
         return True
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Name the matrices that stay without findings."""
+        if not self.unjudged:
+            return ()
+        return (f"taken over whole, without findings, being no weights of layers: {listed(map(repr, self.unjudged))}",)
+
     def stored_sum(self, module: Module) -> StoredTensor | None:
         """Return the model's own weight."""
         assert isinstance(module, MethodModule)
@@ -94,16 +104,14 @@ def is_model(path: Path) -> bool:
     return holds and not (path / CONFIG_NAME).exists()
 
 
-def open_finetuned(path: Path, base: Checkpoint, is_conv1d: Callable[[str], bool], io: IOMode,
-                   stack_layout: Callable[[TensorInfo], str | None]) -> FinetunedModel:  # fmt: skip
+def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo], str], io: IOMode) -> FinetunedModel:
     """Open a fine-tuned model as deltas of a base.
 
     Parameters
     ----------
-    is_conv1d
-        Whether a module of this name is stored (in, out).
-    stack_layout
-        Tells of a tensor how it stores a matrix an expert, ``out,in`` or ``in,out``; None where it is no stack of experts.
+    role_of
+        Tells what a tensor is to a layer: its ``weight``, stored (out, in, …), or (in, out) in a ``conv1d``, or an ``embedding``; of a
+        stack of experts how it stores a matrix an expert, ``out,in`` or ``in,out``; empty for what is none of these.
 
     Raises
     ------
@@ -118,23 +126,25 @@ def open_finetuned(path: Path, base: Checkpoint, is_conv1d: Callable[[str], bool
     modules: dict[str, Module] = {}
     carried: list[Carried] = []
     stacks: list[ExpertStack] = []
+    unjudged: list[str] = []
     for file in tuned.files.values():
         for info in file.header.tensors:
             module, _, parameter = info.name.rpartition(".")
             resized = info.name in base.weight_map and base.info(info.name).shape != info.shape
-            layout = stack_layout(info) if info.dtype in ENCODINGS and not resized else None
-            if layout is not None:
-                stacks.append(_stack(info, layout == "in,out", config))
-            elif parameter == "weight" and len(info.shape) >= 2 and info.dtype in ENCODINGS and not resized:
-                if len(info.shape) == 2 and EMBEDDING.search(module):
-                    role = "embedding"
-                else:
-                    role = "conv1d" if len(info.shape) == 2 and is_conv1d(module) else "weight"
+            role = role_of(info) if info.dtype in ENCODINGS and not resized else ""
+            if role in ("out,in", "in,out"):
+                stacks.append(_stack(info, role == "in,out", config))
+            elif role:
                 modules[module] = MethodModule(module, METHODS[METHOD], config, {role: info.name}, {role: info.shape})
             else:
                 carried.append(Carried("saved", module, parameter, info.name))
+                matrix = info.dtype in ENCODINGS and sum(n > 1 for n in info.shape) > 1
+                if matrix and not resized and not parameter.endswith("bias"):
+                    unjudged.append(info.name)
     files = tuple(tuned.files.values())
-    return FinetunedModel(path, config, files, modules, tuple(carried), (), model_config, tuple(stacks))
+    return FinetunedModel(
+        path, config, files, modules, tuple(carried), (), model_config, tuple(stacks), tuple(unjudged)
+    )
 
 
 def _stack(info: TensorInfo, transposed: bool, config: AdapterConfig) -> ExpertStack:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,13 @@ PREFIX = "base_model.model."
 """Prefix of the names in a PEFT adapter: ``model.layers.0.mlp.up_proj`` → ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
 
 
+OF_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types in which PEFT 0.21 refuses LoRA for modules whose weights the kernels take, and pass the modules by."""
+
+REFUSED_IN_MAMBA = frozenset({"conv1d", "out_proj"})
+"""Last names of those modules."""
+
+
 @dataclass(frozen=True)
 class LoraLayout:
     """Tensors of a LoRA adapter other than factors, and the names of its modules.
@@ -26,7 +33,7 @@ class LoraLayout:
     Attributes
     ----------
     names
-        Module → its name in a loaded model, where that is another one.
+        Modules that have factors → their names in a loaded model.
     carried
         Tensor's name in the adapter → what it holds.
     config
@@ -35,6 +42,8 @@ class LoraLayout:
         Embedding's module → the modules that are tied to it, and take the same delta, and whether each is an embedding.
     embeddings
         Modules that are embeddings by the model's class.
+    whole
+        Modules that are saved with their mitigated weight in place of factors, PEFT having no LoRA for them.
     """
 
     names: Mapping[str, str]
@@ -42,28 +51,31 @@ class LoraLayout:
     config: Mapping[str, Any]
     heads: Mapping[str, Mapping[str, bool]]
     embeddings: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
 
 
 def lora_layout(
-    tuned: FinetunedModel, architecture: Architecture | None, base: Checkpoint, matched: Mapping[str, str], edits: TensorEdits,
-    renames: Renames,
+    tuned: FinetunedModel, architecture: Architecture | None, base: Checkpoint, matched: Mapping[str, str],
+    trained: Collection[str], edits: TensorEdits, renames: Renames,
 ) -> LoraLayout:  # fmt: skip
     """Give what changed in a fine-tuned model outside of matrices its form in a LoRA adapter.
 
     PEFT knows the modules by their names in a loaded model; a bias is its module's own where that has factors; what else has changed
-    is a saved module, with all of its tensors; an embedding and its lm_head stay tied. Tensors that have not changed stay
-    out. Examples:
+    is a saved module, with all of its tensors; an embedding and its lm_head stay tied. What has not changed stays out. Examples:
 
     ``language_model.model.norm.weight``    → saved as ``base_model.model.model.language_model.norm.weight``
     ``….q_proj.bias``, its weight changed   → ``….q_proj.base_layer.bias``
     ``model.embed_tokens.weight``, tied     → factors of ``embed_tokens`` and, transposed, of ``lm_head``
+    ``….mixer.conv1d.weight`` of Mamba      → ``….mixer.conv1d.weight``, the mitigated one whole
 
     Parameters
     ----------
     architecture
         The facts of the fine-tuned model.
     matched
-        Module → base tensor of those that have factors.
+        Module → base tensor of those that may have factors.
+    trained
+        Those of them whose matrix has changed.
 
     Raises
     ------
@@ -71,7 +83,6 @@ def lora_layout(
         If something changed that has no place in a LoRA adapter.
     """
     now = renames.at_run_time(tuned.tensors)
-    names = {m: now.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in matched}
     bases = {
         source.info.name: StoredTensor(*base.locate(n)) for n, source in edits.sources.items() if n in base.weight_map
     }
@@ -80,8 +91,19 @@ def lora_layout(
         for c in tuned.carried
         if c.source not in bases or not equal(tuned.tensors[c.source], bases[c.source])
     }
+    biased = {c.module for c in changed.values() if c.parameter == "bias"}
+    paths = {m: now.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in matched}
+    shapes = {m: base.info(tensor).shape for m, tensor in matched.items()}
+    adaptable = [
+        m for m in matched if not has_no_lora(paths[m], shapes[m], architecture, tuned.model_config.model_type)
+    ]
+    named = {m for m in matched if m in trained or m in biased}
+    if not named & {*adaptable}:  # PEFT opens no adapter without factors
+        named |= {*adaptable[:1]}
+    names = {m: paths[m] for m in matched if m in named}
+    whole = names.keys() - {*adaptable}
     inner = {name.rpartition(".")[0].rpartition(".")[0] for name in tuned.tensors}
-    saved = set()
+    saved = {names[m] for m in whole}
     for c in changed.values():
         if c.module in matched and c.parameter == "bias":
             continue
@@ -112,20 +134,47 @@ def lora_layout(
         if tie.stored and not {*tie.others} & tuned.tensors.keys()
     ]
     heads: dict[str, dict[str, bool]] = {}
+    pairs = 0
     for tie in ties:
         module = tie.stored.removesuffix(".weight")
         mine = next(name.removesuffix(".weight") for name in tie.on_disk if tie.on_disk[name] == tie.stored)
         others = [m for name in tie.on_disk if (m := name.removesuffix(".weight")) not in (mine, name)]
-        if module in matched and architecture is not None:
+        if module in names and architecture is not None:
             heads[module] = {other: architecture.is_embedding(other) for other in others}
         elif mine in saved:  # of another size than the base's
             saved |= {*others}
             carried |= {f"{PREFIX}{other}.weight": tuned.tensors[tie.stored] for other in others}
+        else:
+            continue
+        pairs += len(tie.on_disk) == 2
     config: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
     # Of more than two, PEFT takes all but the first for linear layers.
-    if any(tie.stored.endswith(".weight") and len(tie.on_disk) == 2 for tie in ties):
+    if pairs:
         config["ensure_weight_tying"] = True
     looked_up = frozenset(
         m for m, name in names.items() if architecture is not None and architecture.is_embedding(name)
     )
-    return LoraLayout(names, carried, config, heads, looked_up)
+    return LoraLayout(names, carried, config, heads, looked_up, frozenset(whole))
+
+
+def is_refused(module: str, model_type: str | None) -> bool:
+    """Say whether PEFT refuses LoRA for a module."""
+    return model_type in OF_MAMBA and module.rpartition(".")[2] in REFUSED_IN_MAMBA
+
+
+def has_no_lora(name: str, stored: tuple[int, ...], architecture: Architecture | None, model_type: str | None) -> bool:
+    """Say whether PEFT has no LoRA for a module of a loaded model, or one whose forward pass is not the merged model's.
+
+    Models look up positions by offsets or masks, where PEFT's LoRA of an embedding takes ids; they take the weight of a step size's
+    projection (``dt_proj``), and weight or stride of a convolution over a sequence, and pass the module by; a convolution of one channel
+    may be one of many groups.
+    """
+    if name.rpartition(".")[2] == "dt_proj" or is_refused(name, model_type):
+        return True
+    if len(stored) > 2:
+        return len(stored) == 3 or stored[1] == 1
+    if architecture is None:
+        return False
+    of_tokens = name == architecture.input_embedding or architecture.vocabulary_keys(f"{name}.weight") is not None
+    positions = architecture.is_embedding(name) and not of_tokens
+    return positions or architecture.is_matrix(f"{name}.weight")

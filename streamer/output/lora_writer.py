@@ -21,9 +21,11 @@ from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense
 from streamer.linalg.svd import krylov_triplets
+from streamer.output.adapter_loadability import check_lora
 from streamer.output.job import Job
-from streamer.output.lora_layout import PREFIX, LoraLayout, lora_layout
+from streamer.output.lora_layout import PREFIX, LoraLayout, is_refused, lora_layout
 from streamer.output.memory import mitigation_bytes
+from streamer.output.merged_tensors import AddDelta
 from streamer.output.metrics import matrix_metrics
 from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
@@ -53,19 +55,21 @@ class LoraWriter(Writer):
             raise UnsupportedError(f"{plan.adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`")
         self._plan, self._rank = plan, rank
         self._layout = _layout(plan)
+        self._written = [target for target in plan.targets if target.module.name in self._layout.names]
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, Iterable[int]]] = []
-        # Experts that have changed are refused; the others stay out.
-        self._written = [target for target in plan.targets if not target.pieces]
         for target in self._written:
-            for name, (shape, _) in self._tensors(target).items():
-                self._targets[name] = target
-                entries.append((name, "F32", shape))
+            info, whole = plan.base.info(target.tensor), target.module.name in self._layout.whole
+            saved = [(f"{PREFIX}{self._layout.names[target.module.name]}.weight", info.dtype, info.shape)]
+            factors = [(name, "F32", shape) for name, (shape, _) in self._tensors(target).items()]
+            entries += saved if whole else factors
+            self._targets |= dict.fromkeys((name for name, *_ in (saved if whole else factors)), target)
         entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
         shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate"))
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files are not an adapter's.
         source = None if plan.adapter.describes_model else plan.adapter.path
+        check_lora(path, job, shard, config.encode())
         self.spec = adapter_spec(job, path, shard, config.encode(), source, rank)
         self._ready: dict[str, Tensor] = {}
 
@@ -73,17 +77,23 @@ class LoraWriter(Writer):
         """Estimate the peak memory for each matrix."""
         plan = self._plan
         for target in self._written:
-            size = mitigation_bytes(plan, target, self.spec.job.intruders(target), projected=True)
-            if not target.module.low_rank:
+            whole = target.module.name in self._layout.whole
+            size = mitigation_bytes(plan, target, self.spec.job.intruders(target), projected=not whole)
+            if not (target.module.low_rank or whole):
                 size += truncation_bytes(target.module.shape, self._rank, plan.weights[target.tensor].compute.itemsize)
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
-        """Give the bytes of a tensor; the truncation error among the metrics is the relative norm of what the rank leaves out."""
+        """Give the bytes of a tensor; among the metrics is the relative norm of what the rank leaves out."""
         if stored := self._layout.carried.get(info.name):
             return stored.file.chunks(stored.info)
+        target = self._targets[info.name]
+        if target.module.name in self._layout.whole:
+            delta, after, found = job.mitigated(target)
+            metrics.append(matrix_metrics(target, delta, after, found, job.options.scale))
+            return AddDelta(self._plan.weights[target.tensor], target).pieces(lambda _: (delta, after))
         if info.name not in self._ready:
-            self._ready |= self._factors(job, self._targets[info.name], metrics)
+            self._ready |= self._factors(job, target, metrics)
         return [as_bytes(self._ready.pop(info.name))]
 
     def _factors(self, job: Job, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
@@ -101,7 +111,7 @@ class LoraWriter(Writer):
     def _tensors(self, target: Target) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name A and B as PEFT stores them, with their shapes and the factor of each; and those of modules that are tied to the target."""
         shape, rank, name = target.module.shape, self._rank, target.module.name
-        stem = f"{PREFIX}{self._layout.names.get(name, name)}"
+        stem = f"{PREFIX}{self._layout.names[name]}"
         if not target.is_embedding and name not in self._layout.embeddings:
             return _linear(stem, shape, rank, target.kernel, ("A", "B"))
         # An embedding's factors are those of its transpose.
@@ -126,7 +136,7 @@ class LoraWriter(Writer):
             "r": self._rank,
             "lora_alpha": self._rank,
             "target_modules": [
-                *(names.get(t.module.name, t.module.name) for t in self._written),
+                *(names[t.module.name] for t in self._written if t.module.name not in self._layout.whole),
                 *(tied for heads in self._layout.heads.values() for tied in heads),
             ],
             "bias": "all" if any(name.endswith(".bias") for name in self._layout.carried) else "none",
@@ -151,24 +161,27 @@ def _embedding(
 
 
 def _is_unchanged(plan: Plan, target: Target) -> bool:
-    """Say whether a fine-tuned model has an expert's very bytes of the base."""
-    (piece,), tuned = target.pieces, plan.adapter.stored_sum(target.module)
+    """Say whether a fine-tuned model has a matrix's very bytes of the base."""
+    (piece,), tuned = target.slices, plan.adapter.stored_sum(target.module)
     base = StoredTensor(*plan.base.locate(piece.weight))
-    return tuned is not None and piece.index is not None and equal(tuned, base.slice(piece.index))
+    return tuned is not None and equal(tuned, base if piece.index is None else base.slice(piece.index))
 
 
 def _layout(plan: Plan) -> LoraLayout:
     """Lay the adapter out; one that is read carries along what it did, under the same names."""
     adapter = plan.adapter
     if isinstance(adapter, FinetunedModel):
-        matched = {t.module.name: t.tensor for t in plan.targets}
+        # Experts that have changed are refused.
+        targets = [t for t in plan.targets if not t.pieces]
+        changed = frozenset(t.module.name for t in targets if not _is_unchanged(plan, t))
+        matched = {t.module.name: t.tensor for t in targets}
         architecture = architecture_for(adapter.model_config, plan.config.architecture)
-        return lora_layout(adapter, architecture, plan.base, matched, plan.edits, renames_for(plan.config))
+        return lora_layout(adapter, architecture, plan.base, matched, changed, plan.edits, renames_for(plan.config))
     kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
             "trainable_token_indices")  # fmt: skip
     config = {key: adapter.config.values[key] for key in kept if key in adapter.config.values}
     carried = {PREFIX + normalize(c.source): adapter.tensors[c.source] for c in adapter.carried}
-    return LoraLayout({}, carried, config, {})
+    return LoraLayout({t.module.name: t.module.name for t in plan.targets}, carried, config, {})
 
 
 def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:
@@ -221,6 +234,9 @@ def refusal(job: Job) -> str:
         return "is on experts' parameters, which a plain config does not name"
     if job.plan.mirrors:
         return "holds the delta of a tied embedding twice (ensure_weight_tying)"
+    written = (t.module.name for t in job.plan.targets if not adapter.describes_model)
+    if refused := [m for m in written if is_refused(m, job.plan.config.model_type)]:
+        return f"changes {refused[0]!r}, which PEFT refuses LoRA for in models of type {job.plan.config.model_type!r}"
     if any(c.role == "lora_bias" for c in adapter.carried):
         return "has biases beside its factors (lora_bias), which have no place in another scale"
     return ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.linalg.operators import Delta
 from streamer.output.job import Job
+from streamer.output.loadability import check_merged
 from streamer.output.memory import mitigation_bytes
 from streamer.output.merge_plan import MergedModel, Output, plan_merged
 from streamer.output.merged_tensors import Recipe, rows_bytes
@@ -31,6 +32,7 @@ class ModelWriter(Writer):
 
     def __init__(self, job: Job, path: Path) -> None:
         self._model = model = plan_merged(job.plan, job.dequantize)
+        check_merged(path, job, model)
         self.spec = _spec(job, path, model)
         self._outputs = {output.name: output for outputs in model.files.values() for output in outputs}
 

@@ -8,16 +8,15 @@ decoder) by the class that the config names there.
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
-from importlib import resources
 from typing import Any, NamedTuple
 
 from streamer.errors import UsageError
+from streamer.plan.architecture_table import record as record_of
+from streamer.plan.architecture_table import table
 from streamer.weights.model_config import ModelConfig
 
 TIE_KEY = "tie_word_embeddings"
@@ -76,6 +75,12 @@ class Architecture:
         Its class, and the type of that class.
     base_prefix
         The path of the model without its head (``base_model_prefix``): modules are found with it and without.
+    tensors
+        Patterns of its parameters, under all of their names: those that some config of the class makes.
+    vocabulary
+        Patterns of tensors with a row a token → where the config states how many: a path of keys.
+    labels
+        Patterns of parameters with a row a label.
     ties
         Those that hold, and those that the config could state.
     input_embedding, output_embedding
@@ -100,6 +105,9 @@ class Architecture:
     name: str
     model_type: str
     base_prefix: str
+    tensors: frozenset[str]
+    vocabulary: Mapping[str, tuple[str, ...]]
+    labels: frozenset[str]
     ties: tuple[Tie, ...]
     input_embedding: str | None
     output_embedding: str | None
@@ -113,6 +121,10 @@ class Architecture:
     unsaved: frozenset[str]
     parts: tuple[Part, ...]
 
+    def has_tensor(self, name: str) -> bool:
+        """Whether a loaded model has a tensor of this name, or of this one in another layer."""
+        return (pattern := pattern_of(name)) in self.tensors or pattern in self.saved_buffers
+
     def transposed(self, module: str) -> bool:
         """Whether a module stores its weight (in, out), as Conv1D does; every other linear layer stores (out, in)."""
         return self._among(module, self.conv1d)
@@ -120,6 +132,14 @@ class Architecture:
     def is_embedding(self, module: str) -> bool:
         """Whether a module is looked up and not multiplied."""
         return self._among(module, self.embeddings)
+
+    def is_matrix(self, parameter: str) -> bool:
+        """Whether a two-dimensional parameter is of a module that is no Linear, Conv1D or embedding, as an expert router."""
+        return self._among(parameter, self.matrices)
+
+    def vocabulary_keys(self, parameter: str) -> tuple[str, ...] | None:
+        """Where the config states how many rows a tensor with a row a token has; None of any other."""
+        return next((self.vocabulary[p] for p in self._spellings(parameter) if p in self.vocabulary), None)
 
     def stack_orientation(self, parameter: str) -> str:
         """Orientation of each matrix of a stack of experts, ``out,in`` or ``in,out``; empty where the table does not tell."""
@@ -157,7 +177,7 @@ def architecture_of(config: Mapping[str, Any], name: str | None = None) -> Archi
         or the config names no class and its type has more than one.
     """
     stated, model_type = config.get("architectures"), config.get("model_type")
-    of_type = _table().types.get(model_type, ()) if isinstance(model_type, str) else ()
+    of_type = table().types.get(model_type, ()) if isinstance(model_type, str) else ()
     if name is None:
         names = stated if isinstance(stated, list) and stated else of_type if len(of_type) == 1 else ()
         name = next(iter(names), None)
@@ -177,9 +197,14 @@ def architecture_for(config: ModelConfig, name: str | None = None) -> Architectu
 
 
 def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
-    """List the facts of the model with this config; where it names no class, those of every class of its type; none: it is not known."""
-    unnamed = config.architecture is None and not config.architectures
-    names: Iterable[str | None] = classes_of(config.model_type) if unnamed else [None]
+    """List the facts of the model with this config; none: it is not known.
+
+    Where it names no class, or one of another library that brings no code of its own (``auto_map``), those of every class of its type.
+    """
+    of_type = classes_of(config.model_type)
+    of_another_library = of_type and config.architectures and config.architectures[0] not in of_type
+    unnamed = not config.architectures or (of_another_library and "auto_map" not in config.values)
+    names: Iterable[str | None] = of_type if unnamed and config.architecture is None else [None]
     found = [architecture_for(config, name) for name in names]
     return tuple(a for a in found if a is not None) if None not in found else ()
 
@@ -195,7 +220,7 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
     if name is None:
         return config
     if architecture_for(config, name) is None:
-        known, of_type = _table().classes, classes_of(config.model_type)
+        known, of_type = table().classes, classes_of(config.model_type)
         near = get_close_matches(name, of_type or known, 3, 0.4)
         whose = f"of model_type {config.model_type!r}" if of_type else f"of {source()}"
         hint = f"; near it: {', '.join(near)}" if near else ""
@@ -205,47 +230,24 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
 
 def classes_of(model_type: str | None) -> tuple[str, ...]:
     """The classes that a config of this type may be of; none where the table has none."""
-    return _table().types.get(model_type, ()) if model_type else ()
+    return table().types.get(model_type, ()) if model_type else ()
+
+
+@cache
+def conv1d_names() -> frozenset[str]:
+    """The last names of modules that some class stores (in, out), as ``c_proj``: in a class that is not known it may be either way."""
+    records = filter(None, map(record_of, table().classes))
+    return frozenset(pattern.rpartition(".")[2] for record in records for pattern in record.get("transposed", ()))
 
 
 def source() -> str:
     """What the table was made from."""
-    return _table().source
-
-
-class _Table(NamedTuple):
-    """The table, whose records are parsed when they are asked for."""
-
-    source: str
-    classes: Mapping[str, int]
-    types: Mapping[str, tuple[str, ...]]
-    auto: Mapping[str, Mapping[str, str]]
-    lines: tuple[str, ...]
-    tie_rules: Mapping[str, frozenset[str]]
-    """Model types: those ``always`` tied, those whose tie is stated for more than itself (``not_alone``), those that take it from their
-    ``text_config`` too (``of_text``), and those that are tied by ``default``."""
-
-
-@cache
-def _table() -> _Table:
-    data = gzip.decompress(resources.files(__package__).joinpath("architectures.json.gz").read_bytes())
-    head, *lines = data.decode().splitlines()
-    facts = json.loads(head)
-    types = {model_type: tuple(names) for model_type, names in facts["types"].items()}
-    rules = {rule: frozenset(of) for rule, of in facts["tie_rules"].items()}
-    return _Table(facts["source"], facts["classes"], types, facts["auto"], tuple(lines), rules)
-
-
-@cache
-def _record(name: str) -> Mapping[str, Any] | None:
-    line = _table().classes.get(name)
-    record: dict[str, Any] | None = None if line is None else json.loads(_table().lines[line])
-    return record
+    return table().source
 
 
 def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) -> Architecture | None:
     """The facts of a class whose own config stands at `place`."""
-    record = _record(name)
+    record = record_of(name)
     if record is None:
         return None
     inner: dict[str, Architecture] = {}
@@ -267,11 +269,12 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         for run_time in _named(part)
     }
     disk_names |= {run_time: tuple(names) for run_time, names in record.get("disk", {}).items()}
-    ties = {(t.name, t.source): t for path, part in inner.items() for t in (_moved(t, path) for t in part.ties)}
+    moved = [replace(t, name=f"{p}.{t.name}", source=f"{p}.{t.source}") for p, part in inner.items() for t in part.ties]
+    ties = {(t.name, t.source): t for t in moved}
     for pattern, tied_to, *stated in record.get("ties", ()):
         keys = tuple((*place, *key, TIE_KEY) for key, _ in stated)
         tied = not stated or any(_flag(config, key, bool(d)) for key, (_, d) in zip(keys, stated, strict=True))
-        rules = _table().tie_rules
+        rules = table().tie_rules
         if record["type"] in rules["of_text"]:
             text = _at(config, (*place, "text_config"))
             text_type = text.get("model_type") if isinstance(text, Mapping) else None
@@ -286,6 +289,10 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         name=name,
         model_type=record["type"],
         base_prefix=record.get("prefix", ""),
+        tensors=_gathered(record, "tensors", {path: a.tensors for path, a in inner.items()}),
+        vocabulary={f"{path}.{n}": keys for path, a in inner.items() for n, keys in a.vocabulary.items()}
+        | {n: (*place, *keys) for n, keys in record.get("vocabulary", {}).items()},
+        labels=frozenset(record.get("labels", ())),
         ties=tuple(ties.values()),
         input_embedding=_embedding(record.get("input"), "input_embedding", inner),
         output_embedding=_embedding(record.get("output"), "output_embedding", inner),
@@ -308,10 +315,10 @@ def _part_class(slot: Mapping[str, Any], config: Any) -> str | None:
     """The class of a part: the one its class builds there, or of its auto class the one for the nested config's type."""
     name: str = slot["class"]
     model_type = config.get("model_type") if isinstance(config, Mapping) else None
-    record = _record(name)
+    record = record_of(name)
     if model_type is None or "auto" not in slot or record is None or record["type"] == model_type:
         return name
-    return _table().auto[slot["auto"]].get(model_type)
+    return table().auto[slot["auto"]].get(model_type)
 
 
 def _at(config: Any, keys: Iterable[str]) -> Any:
@@ -323,10 +330,6 @@ def _at(config: Any, keys: Iterable[str]) -> Any:
 def _flag(config: Mapping[str, Any], keys: tuple[str, ...], default: bool) -> bool:
     value = _at(config, keys)
     return default if value is None else bool(value)
-
-
-def _moved(tie: Tie, path: str) -> Tie:
-    return replace(tie, name=f"{path}.{tie.name}", source=f"{path}.{tie.source}")
 
 
 def _named(part: Architecture) -> set[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME
@@ -35,6 +35,21 @@ class CarriedRecord(TypedDict):
     by: str
 
 
+class VocabularyTensor(NamedTuple):
+    """A tensor whose rows are a vocabulary.
+
+    Attributes
+    ----------
+    names
+        All names that are one with it.
+    keys
+        Where the config states the number of rows: encoder and decoder may have vocabularies of their own.
+    """
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class TensorEdits:
     """Edits of the base besides deltas, by the name of the merged model's tensor.
@@ -49,8 +64,8 @@ class TensorEdits:
         Tensors that take the place of some rows, and the rows' indices.
     trained
         Those of the sources that the adapter trained. The others are the base as the adapter knows it.
-    vocabulary
-        The vocabulary's new size, where a replaced embedding has another; for the config.
+    vocabularies
+        Where the config states the size of a vocabulary → its new size, where a replaced embedding has another.
     dropped
         Tensors of the base that the merged model does without, each with the reason.
     untied
@@ -63,10 +78,15 @@ class TensorEdits:
     shifts: Mapping[str, tuple[StoredTensor, float]] = field(default_factory=dict)
     rows: Mapping[str, tuple[StoredTensor, tuple[int, ...]]] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
-    vocabulary: int | None = None
+    vocabularies: Mapping[tuple[str, ...], int] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     untied: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The vocabulary's new size, where it has another: of several the first."""
+        return next(iter(self.vocabularies.values()), None)
 
     def listed(self, base: Checkpoint) -> list[CarriedRecord]:
         """List the edits as JSON values."""
@@ -82,8 +102,8 @@ class TensorEdits:
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """Set a model's config right where the edits make it untrue; the one given where they do not."""
-        if self.vocabulary is not None:
-            config = config.with_vocabulary(self.vocabulary)
+        for keys, rows in self.vocabularies.items():
+            config = config.with_vocabulary(rows, keys)
         return config.untied(self.untied)
 
 
@@ -94,7 +114,7 @@ def match_carried(
     renames: Renames,
     aliases: Mapping[str, StoredTensor] | None = None,
     quantized: Collection[str] = (),
-    vocabulary: Mapping[str, Collection[str]] = MappingProxyType({}),
+    vocabulary: Mapping[str, VocabularyTensor] = MappingProxyType({}),
 ) -> TensorEdits:
     """Match every carried tensor of an adapter to its tensor in the merged model.
 
@@ -109,7 +129,7 @@ def match_carried(
     quantized
         Quantized weights, whose tensors on disk are not to be compared with: a merge refuses to replace them.
     vocabulary
-        Tensors whose rows are the vocabulary, which may grow or shrink → all names that are one with each.
+        Tensors whose rows are a vocabulary, which may grow or shrink.
 
     Raises
     ------
@@ -157,7 +177,7 @@ def match_carried(
         shifts,
         rows,
         frozenset(trained),
-        _vocabulary(known, {n: p for n, p in sources.items() if n not in quantized}, adapter, vocabulary),
+        _vocabularies(known, {n: p for n, p in sources.items() if n not in quantized}, adapter, vocabulary),
         notes=tuple(matcher.notes.values()),
     )
 
@@ -242,27 +262,28 @@ def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo, is_vocabulary: bool,
     return ""
 
 
-def _vocabulary(
+def _vocabularies(
     known: Mapping[str, StoredTensor],
     sources: Mapping[str, StoredTensor],
     adapter: DeltaSource,
-    vocabulary: Mapping[str, Collection[str]],
-) -> int | None:
-    """Return the new number of rows of the embeddings, if some have another than the base's; then all must."""
+    vocabulary: Mapping[str, VocabularyTensor],
+) -> dict[tuple[str, ...], int]:
+    """Return the new number of rows of each vocabulary, if some embedding has another than the base's; then all of it must."""
     resized = {
         name: (known[name].info.shape[0], part.info.shape[0])
         for name, part in sources.items()
         if name in known and part.info.shape != known[name].info.shape and not LABEL_HEAD.search(name)
     }
-    if not resized:
-        return None
-    name, (before, after) = next(iter(resized.items()))
-    follow = {other for changed in resized for other in vocabulary.get(changed, ())}
-    for other in vocabulary.keys() & known.keys() - follow:
-        rows = sources.get(other, known[other]).info.shape[0]
-        if rows != after and known[other].info.shape[0] == before:
-            raise MismatchError(
-                f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {rows}: the vocabulary grew, and the adapter "
-                "was saved without one of the embeddings; save it again with save_embedding_layers=True and both, or neither, targeted"
-            )
-    return after
+    follow = {other for changed in resized for other in vocabulary[changed].names}
+    found: dict[tuple[str, ...], int] = {}
+    for name, (before, after) in resized.items():
+        found.setdefault(vocabulary[name].keys, after)
+        for other in vocabulary.keys() & known.keys() - follow:
+            rows = sources.get(other, known[other]).info.shape[0]
+            of_this = vocabulary[other].keys == vocabulary[name].keys
+            if of_this and rows != after and known[other].info.shape[0] == before:
+                raise MismatchError(
+                    f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {rows}: the vocabulary grew, and the adapter "
+                    "was saved without one of the embeddings; save it again with save_embedding_layers=True and both, or neither, targeted"
+                )
+    return found

@@ -241,8 +241,8 @@ def _transposed(stacks: Sequence[tuple[Stack, Sequence[int], Sequence[int]]], ad
 def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
     """Decide by PEFT's version: up to 0.19.0 it added ``(B·A)ᵀ`` to the parameter as stored; since 0.19.1 lora_A is of the input's width.
 
-    With 0.19 and later that depends on what transformers says of the module, which the adapter does not tell: for a parameter
-    (out, in) nothing, in any version.
+    With 0.19 and later, of a parameter (in, out), that depends on whether transformers says of the module that it is one
+    (``is_transposed``): version 5 does, 4 does not, and the adapter does not tell which it was; for a parameter (out, in) both say nothing.
     """
     stated = adapter.config.get("peft_version", "0.17.0")  # later ones write it
     match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", stated) if isinstance(stated, str) else None
@@ -253,7 +253,8 @@ def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
         return False
     raise UnsupportedError(
         f"{adapter.config.path}: refused: the experts of {stack.name!r} are square ({stack.shape[0]}x{stack.shape[1]}), and by "
-        f"peft_version {stated!r} it cannot be told which way round their factors are; save the adapter again with a current PEFT"
+        f"peft_version {stated!r} it cannot be told which way round their factors are, which depends on the transformers that it was "
+        "trained with; train their gate_up_proj as well, whose shape tells, or merge it with PEFT in those versions"
     )
 
 

@@ -26,7 +26,7 @@ from streamer.plan.architectures import Architecture, pattern_of, with_architect
 from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
-from streamer.plan.finetuned_experts import match_stacks, stack_layout, stacks_of
+from streamer.plan.finetuned_experts import match_stacks, stacks_of, tensor_roles
 from streamer.plan.name_matching import Match, match_names
 from streamer.plan.provenance import provenance_notes
 from streamer.plan.side_files import other_files
@@ -82,7 +82,8 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes on the inputs, printed as warnings and stored in the record; free of paths, so that outputs are reproducible."""
-        return tuple(provenance_notes(self.adapter.config.base_model, self.config, self.base.path.resolve().name))
+        stated = provenance_notes(self.adapter.config.base_model, self.config, self.base.path.resolve().name)
+        return *stated, *self.adapter.notes
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -197,7 +198,7 @@ def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "m
             weights,
             config,
             orientation,
-            adapter or open_finetuned(path, checkpoint, orientation.is_conv1d, io, stack_layout(path, config)),
+            adapter or open_finetuned(path, checkpoint, tensor_roles(path, checkpoint, config, orientation), io),
             inputs,
         )
         for path, adapter in zip(given, opened, strict=True)
@@ -286,7 +287,7 @@ def _check_whole(
     if missing:
         raise MismatchError(
             f"{tuned.path}: lacks {len(missing)} of the base's {len(base.weight_map)} tensors, {missing[0]!r} first; is it trained from "
-            f"{base.path}, and of the same class?"
+            f"{base.path}, and of the same class, with its head or without as that is?"
         )
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.modules import Module
 from streamer.errors import MismatchError
-from streamer.plan.architectures import Architecture, architectures_for
+from streamer.plan.architectures import Architecture, architectures_for, conv1d_names, pattern_of
 from streamer.plan.name_matching import Match
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.units import listed
+from streamer.weights.base import Weight
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig
 
@@ -84,44 +85,87 @@ class Target:
 class Orientation:
     """Tells which layers of a base store (in, out), as Conv1D does, where every other linear layer stores (out, in).
 
+    Of a base that is not known, ``c_proj`` and the other names that Conv1D has in some class may be either; a layer of the same stack of
+    layers, ``transformer.h.0`` to ``transformer.h.11``, settles that they are Linear.
+
     Attributes
     ----------
     architectures
         Facts of the base's class, or of all that it can be of; none where its config does not tell.
     has_conv1d
         Whether a base that is not known has a layer whose bias shows that it is stored (in, out): others may be, too.
+    linear
+        Stacks of layers of a base that is not known in which layers that are called as Conv1D is are seen to be Linear.
     """
 
     architectures: tuple[Architecture, ...]
-    has_conv1d: bool
+    has_conv1d: bool = False
+    linear: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, base: Checkpoint, config: ModelConfig) -> Orientation:
         """Ask the table of architectures, and the shapes of a base that it does not know."""
         known = architectures_for(config)
-        return cls(known, not known and _has_conv1d(base))
+        if known:
+            return cls(known)
+        biased = _by_bias(base)
+        linear = frozenset(
+            _stack_of(name) for name, transposed in biased.items() if not transposed and _may_be_conv1d(name)
+        )
+        return cls((), any(biased.values()), linear)
 
-    def ways(self, *names: str, fan_in_fan_out: bool = False) -> set[bool]:
-        """List the ways in which the layer with any of these names may be stored: False is (out, in), True (in, out).
+    def seen(self, adapter: DeltaSource, weights: WeightView, names: Mapping[str, Match]) -> Orientation:
+        """Learn from the layers of an adapter on a base that is not known: those that fit (out, in) alone."""
+        if self.architectures or adapter.describes_model:
+            return self
+        fitting = {
+            match.tensor
+            for name, match in names.items()
+            if match.tensor
+            and _may_be_conv1d(match.tensor)
+            and _ways_that_fit(adapter.modules[name], weights[match.tensor]) == {False}
+        }
+        return replace(self, linear=self.linear | {_stack_of(tensor) for tensor in fitting})
+
+    def ways(self, tensor: str, *names: str, fan_in_fan_out: bool = False) -> set[bool]:
+        """List the ways in which a weight that is called so may be stored: False is (out, in), True (in, out).
 
         PEFT sets ``fan_in_fan_out`` where it wrapped a Conv1D last, and ignores it on a Linear; users set it by habit: it decides nothing.
+
+        Parameters
+        ----------
+        names
+            Names of its module in a loaded model.
         """
         if self.architectures:
             return {any(map(a.transposed, names)) for a in self.architectures}
-        return {False, True} if self.has_conv1d or fan_in_fan_out else {False}
-
-    def is_conv1d(self, module: str) -> bool:
-        """Say whether a layer is known to be stored (in, out)."""
-        return self.ways(module) == {True}
+        unsettled = any(map(_may_be_conv1d, (tensor, *names))) and _stack_of(tensor) not in self.linear
+        return {False, True} if self.has_conv1d or fan_in_fan_out or unsettled else {False}
 
 
-def _has_conv1d(base: Checkpoint) -> bool:
+def _may_be_conv1d(name: str) -> bool:
+    return name.removesuffix(".weight").rpartition(".")[2] in conv1d_names()
+
+
+def _stack_of(name: str) -> str:
+    """Path of the stack of layers that a name stands in: ``transformer.h.0.attn.c_proj.weight`` → ``transformer.h.``."""
+    return pattern_of(name).partition("*")[0]
+
+
+def _ways_that_fit(module: Module, weight: Weight) -> set[bool]:
+    linear = module.form == "linear" and len(weight.shape) == 2 and not weight.quantized
+    return {way for way in (False, True) if linear and module.placed(weight.shape, way) is not None}
+
+
+def _by_bias(base: Checkpoint) -> dict[str, bool]:
+    """Tell by their biases of layers that are not square whether they are stored (in, out)."""
+    found = {}
     for name in base.weight_map:
         if name.endswith(".weight") and (bias := name.removesuffix("weight") + "bias") in base.weight_map:
             shape, outputs = base.info(name).shape, base.info(bias).shape
-            if len(shape) == 2 and outputs == shape[1:] != shape[:1]:
-                return True
-    return False
+            if len(shape) == 2 and shape[0] != shape[1] and outputs in (shape[:1], shape[1:]):
+                found[name] = outputs == shape[1:]
+    return found
 
 
 def match_targets(
@@ -144,6 +188,7 @@ def match_targets(
     problems: list[str] = []
     targets: dict[str, Target] = {}
     run_time = renames.at_run_time([match.tensor for match in names.values() if match.tensor])
+    orientation = orientation.seen(adapter, weights, names)
     for name, match in names.items():
         module, found = adapter.modules[name], match.tensor
         if not found:
@@ -157,7 +202,7 @@ def match_targets(
             ways = {False}
         else:
             loaded = run_time.get(found, found).removesuffix(".weight")
-            ways = orientation.ways(name, loaded, fan_in_fan_out=adapter.config.fan_in_fan_out)
+            ways = orientation.ways(found, name, loaded, fan_in_fan_out=adapter.config.fan_in_fan_out)
         fitting = [(placed, way) for way in sorted(ways) if (placed := module.placed(shape, way)) is not None]
         if not fitting:
             has = "found" if found == f"{name}.weight" else f"{found!r} has"

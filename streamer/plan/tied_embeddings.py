@@ -211,16 +211,24 @@ def refuse_unknown_ties(
 ) -> None:
     """Refuse a change of what may be tied in a model of an unknown class: what has no other of its shape, and does not stand in a layer.
 
-    Where the config states a vocabulary, that many rows; where it states that nothing is tied, nothing.
+    Where the config states a vocabulary, that many rows; else, of linear layers, not a width that layers have: a projector, a pooler.
+    Where it states that nothing is tied, nothing.
     """
     if config.tied is False:
         return
+    in_layers = (
+        base.info(name).shape for name in base.weight_map if "*" in pattern_of(name) and name.endswith(".weight")
+    )
+    widths = {n for shape in in_layers if len(shape) == 2 for n in shape}
+    linear = {name for module, name in matched.items() if adapter.modules[module].form == "linear"}
     outer = {name: base.info(name).shape for name in base.weight_map if not pattern_of(name).count("*")}
     for name in dict.fromkeys([*matched.values(), *edits.sources, *edits.rows]):
         # A quantized weight is under other names on disk, and tied to nothing.
         new = name in edits.sources and name not in base.weight_map
         shape = edits.sources[name].info.shape if new else outer.get(name, ())
         if len(shape) != 2 or "*" in pattern_of(name) or config.vocab_size not in (None, shape[0]):
+            continue
+        if config.vocab_size is None and name in linear and shape[0] in widths:
             continue
         alike = [other for other in outer if other != name and outer[other] == shape]
         apart = alike and not new and not config.tied

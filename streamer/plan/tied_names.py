@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from streamer.errors import UnsupportedError
 from streamer.plan.architectures import Architecture
-from streamer.plan.carried_tensors import TensorEdits
+from streamer.plan.carried_tensors import TensorEdits, VocabularyTensor
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.weights.base import StoredTensor
@@ -131,20 +131,25 @@ def vocabulary_tensors(
     architecture: Architecture | None,
     ties: Iterable[TiedNames],
     renames: Renames,
-) -> dict[str, tuple[str, ...]]:
-    """Find the tensors whose rows are the vocabulary: name on disk → all names that are one with it.
+) -> dict[str, VocabularyTensor]:
+    """Find the tensors whose rows are a vocabulary, by their names on disk.
 
     In a model of an unknown class, those that have as many rows as the config says.
     """
     if architecture is None:
         shapes = {name: base.info(name).shape for name in base.weight_map}
-        return {name: (name,) for name, shape in shapes.items() if shape and shape[0] == config.vocab_size}
+        rows, keys = config.vocab_size, config.vocabulary_keys
+        return {name: VocabularyTensor((name,), keys) for name, shape in shapes.items() if shape and shape[0] == rows}
     on_disk = NamesOnDisk(base.weight_map, architecture, renames)
-    modules = filter(None, (architecture.input_embedding, architecture.output_embedding))
-    run_time = {f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")}
-    groups = [tie for tie in ties if tie.stored and run_time & tie.on_disk.keys()]
-    alone = {name: (name,) for now in run_time if (name := on_disk.find(now))}
-    return alone | {name: tie.names for tie in groups for name in tie.names}
+    found: dict[str, VocabularyTensor] = {}
+    for run_time, keys in architecture.vocabulary.items():
+        if (name := on_disk.find(run_time)) is not None:
+            found[name] = VocabularyTensor((name,), keys)
+    for tie in ties:
+        stated = next(filter(None, map(architecture.vocabulary_keys, tie.on_disk)), None)
+        if tie.stored and stated:
+            found |= dict.fromkeys(tie.names, VocabularyTensor(tie.names, stated))
+    return found
 
 
 def without_stale_buffers(

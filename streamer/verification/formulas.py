@@ -114,6 +114,11 @@ class AdapterFiles:
             None if magnitude is None else self.files.whole(magnitude).ravel(), names, embedding,
         )  # fmt: skip
 
+    def saved_weight(self, module: str) -> str | None:
+        """Return the name of a module's weight that stands whole in the adapter; None where it has factors."""
+        name = f"base_model.model.{module}.weight"
+        return name if name in self.files else None
+
     def _scaling(self, module: str, rank: int) -> float:
         # PEFT looks the alpha of a targeted parameter up by the parameter's name.
         if any(f".{module}.weight".endswith(f".{name}") for name in self.config.get("target_parameters") or ()):

@@ -77,10 +77,12 @@ class Recomputation:
         if len(self.outcome.differences) > before:  # all else of the matrix follows from its decisions
             return Checked(math.inf, decisions)
         mitigated = mitigate(W0, delta, triplets, row["intruders"], self.record)
-        if isinstance(files, AdapterFiles):
-            error = self._check_factors(row, W0, mitigated, files)
+        if isinstance(files, TensorFiles):
+            error = self._check_merged(row, W0, mitigated, files, rank, tensor)
+        elif (saved := files.saved_weight(row["module"])) is not None:
+            error = self._check_merged(row, W0, mitigated, files.files, rank, saved)
         else:
-            error = self._check_merged(row, W0, mitigated, files, rank)
+            error = self._check_factors(row, W0, mitigated, files)
         return Checked(error, decisions)
 
     def _decide(self, row: dict[str, Any], W0: Matrix, delta: Delta) -> tuple[Triplets | None, bool]:
@@ -114,10 +116,9 @@ class Recomputation:
         return triplets, True
 
     def _check_merged(
-        self, row: dict[str, Any], W0: Matrix, mitigated: Mitigated, files: TensorFiles, rank: int
+        self, row: dict[str, Any], W0: Matrix, mitigated: Mitigated, files: TensorFiles, rank: int, tensor: str
     ) -> float:
         """Compare ``W0 + Δ'`` with the written tensor, and return the largest error as a share of what rounding permits."""
-        tensor = row["tensor"]
         if tensor not in files or math.prod(files.stored(tensor).shape) != math.prod(W0.shape):
             found = f"shape {list(files.stored(tensor).shape)}" if tensor in files else "no such tensor"
             self.outcome.differ(self.output, f"a matrix of {list(W0.shape)}", found, tensor)

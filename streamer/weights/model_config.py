@@ -16,6 +16,10 @@ from streamer.storage.files import open_regular
 
 MODEL_CONFIG = "config.json"
 
+TOP_VOCABULARY = ("vocab_size",)
+TEXT_VOCABULARY = ("text_config", "vocab_size")
+"""Where most configs state the number of tokens."""
+
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
@@ -66,6 +70,11 @@ class ModelConfig:
         return next((n for n in self.stated("vocab_size") if type(n) is int), None)
 
     @property
+    def vocabulary_keys(self) -> tuple[str, ...]:
+        """Find where a model of an unknown class states the number of rows of its embedding."""
+        return TEXT_VOCABULARY if TEXT_VOCABULARY[-1] in self.text else TOP_VOCABULARY
+
+    @property
     def tied(self) -> bool | None:
         """Test whether ``lm_head`` is stated to be the embedding; None where the class's default holds."""
         stated = self.stated("tie_word_embeddings")
@@ -76,22 +85,27 @@ class ModelConfig:
         """Find the quantization config, {} where there is none."""
         return next((dict(v) for v in self.stated(*QUANTIZATION_KEYS) if isinstance(v, dict) and v), {})
 
-    def with_vocabulary(self, rows: int) -> ModelConfig:
-        """Set ``vocab_size`` where the config has it: in ``text_config`` where it stands there, at the top unless it stands there alone."""
-        nested = "vocab_size" in self.text
-        text = {"text_config": {**self.text, "vocab_size": rows}} if nested else {}
-        top = {} if nested and "vocab_size" not in self.values else {"vocab_size": rows}
-        return replace(self, values={**self.values, **text, **top})
+    def with_vocabulary(self, rows: int, keys: tuple[str, ...]) -> ModelConfig:
+        """Set the number of tokens at a path of keys; at the top and in the language model's part, where both state it.
+
+        A ``decoder_vocab_size`` that was the same stays the same (Marian).
+        """
+        places = {keys}
+        if keys == TOP_VOCABULARY and self.values.get("decoder_vocab_size", -1) == self.vocab_size:
+            places.add(("decoder_vocab_size",))
+        if keys in (TOP_VOCABULARY, TEXT_VOCABULARY):
+            stated = {TOP_VOCABULARY: self.values, TEXT_VOCABULARY: self.text}
+            places |= {place for place, part in stated.items() if place[-1] in part}
+        out = dict(self.values)
+        for *path, key in places:
+            _part(out, path)[key] = rows
+        return replace(self, values=out)
 
     def untied(self, keys: Iterable[tuple[str, ...]]) -> ModelConfig:
         """State that head and embedding are two tensors, at each path of keys; for the language model too where one is at the top."""
         out: dict[str, Any] = dict(self.values)
         for *path, key in keys:
-            part = out
-            for name in path:
-                inner = part.get(name)
-                part[name] = part = dict(inner) if isinstance(inner, Mapping) else {}
-            part[key] = False
+            _part(out, path)[key] = False
             if not path and self.text:
                 out["text_config"] = {**out["text_config"], key: False}
         return replace(self, values=out)
@@ -102,6 +116,14 @@ class ModelConfig:
         if isinstance(out.get("text_config"), dict):
             out["text_config"] = {key: value for key, value in self.text.items() if key not in QUANTIZATION_KEYS}
         return replace(self, values=out)
+
+
+def _part(config: dict[str, Any], path: Iterable[str]) -> dict[str, Any]:
+    """Copy the parts of a config along a path, in place, and return the last."""
+    for name in path:
+        inner = config.get(name)
+        config[name] = config = dict(inner) if isinstance(inner, Mapping) else {}
+    return config
 
 
 def read_model_config(directory: Path | None) -> ModelConfig:

@@ -157,6 +157,20 @@ def test_table_agrees_with_built_model(name: str, stated: bool | None, tmp_path:
         assert architecture.is_embedding(path) == isinstance(module, nn.Embedding), path
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert {pattern_of(path) for path in parameters} <= architecture.tensors
+    for path, parameter in parameters.items():
+        if (keys := architecture.vocabulary.get(pattern_of(path))) is not None:
+            stated = model.config.to_dict()
+            for key in keys:
+                stated = stated[key]
+            assert stated in parameter.shape, path
+        assert (pattern_of(path) not in architecture.labels) or model.config.num_labels in parameter.shape, path
+    embedding = modules.get(architecture.input_embedding or "-")
+    if (
+        isinstance(embedding, nn.Embedding) and embedding.weight.shape[0] == 64
+    ):  # the vocabulary's, and none of another size
+        assert f"{architecture.input_embedding}.weight" in architecture.vocabulary
+
     pointers: dict[int, set[str]] = {}
     for path, parameter in parameters.items():
         pointers.setdefault(parameter.data_ptr(), set()).add(path)

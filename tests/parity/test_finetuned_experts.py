@@ -11,6 +11,7 @@ import torch
 import transformers
 from architectures import MODELS, MOE, TEXT, text, weights
 from safetensors.torch import save_file
+from test_architectures_table import plain
 
 import streamer
 from streamer.errors import UnsupportedError
@@ -101,3 +102,36 @@ def test_a_stack_of_an_unknown_class_is_refused(tmp_path: Path) -> None:
         save_file({**tensors, "layers.0.q.weight": torch.eye(8) + shift}, tmp_path / name / "model.safetensors")
     with pytest.raises(UnsupportedError, match=r"'layers.0.experts.up' \[4, 6, 8\] may be a stack of experts"):
         make_plan(tmp_path / "base", tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_weight_of_an_unknown_class_that_may_be_a_convolution(bias: bool, tmp_path: Path) -> None:
+    """Its bias tells: experts have one each."""
+    for name, shift in (("base", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir()
+        tensors = {
+            "layers.0.proj.weight": torch.ones(6, 4, 8) + shift,
+            "layers.0.depthwise.weight": torch.ones(6, 1, 3),
+        }
+        tensors |= {"layers.0.proj.bias": torch.ones(6)} if bias else {}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    if not bias:
+        with pytest.raises(UnsupportedError, match=r"'layers.0.proj.weight' \[6, 4, 8\] may be a stack of experts"):
+            make_plan(tmp_path / "base", tmp_path / "tuned")
+        return
+    assert [t.stored for t in make_plan(tmp_path / "base", tmp_path / "tuned").targets] == [(6, 1, 3), (6, 4, 8)]
+
+
+def test_matrices_that_are_no_weights_of_layers_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(plain("Mamba")())
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    said = make_plan(tmp_path / "base", tmp_path / "tuned").warnings
+    assert said == (
+        "taken over whole, without findings, being no weights of layers: 'backbone.layers.0.mixer.A_log', "
+        "'backbone.layers.1.mixer.A_log'",
+    )

@@ -15,6 +15,7 @@ import transformers
 from architectures import TEXT, assert_merged, config, weights
 from command_line import run_cli
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 import streamer
 from streamer.errors import MismatchError, UsageError
@@ -140,6 +141,50 @@ def test_linear_layers_of_an_unknown_class(tmp_path: Path) -> None:
     make("linear", tmp_path, flag=False)
     expected = dict(streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1.0))
     assert_merged(dict(streamer.iter_merged(one_file(tmp_path), tmp_path / "adapter", mitigation_lambda=1.0)), expected)
+
+
+def without_biases(home: Path) -> Path:
+    """Rewrite the base without its biases: as of a model that has none."""
+    kept = {name: tensor for name, tensor in weights(home / "base").items() if not name.endswith(".bias")}
+    save_file(kept, home / "alone.safetensors")
+    return home / "alone.safetensors"
+
+
+def test_nothing_tells_that_a_square_layer_is_a_conv1d(tmp_path: Path) -> None:
+    """No flag, no bias, no other layer: ``c_proj`` is a Conv1D in some classes, and a Linear in others."""
+    make("conv1d", tmp_path, flag=False)
+    with pytest.raises(MismatchError, match=r"does not tell whether it is stored as .* with --architecture NAME"):
+        streamer.detect_intruder_dimensions(without_biases(tmp_path), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("by", ["biases", "layers of the adapter"])
+def test_linear_layers_that_are_called_as_conv1d_are(by: str, tmp_path: Path) -> None:
+    """Of the same stack of layers, a bias or a layer of the adapter that is not square tells."""
+    torch.manual_seed(0)
+    cls = transformers.GPTBigCodeForCausalLM
+    model = cls(config("GPTBigCode", **GPT2))
+    model.save_pretrained(tmp_path / "base")
+    targets = ["attn.c_proj"] if by == "biases" else ["attn.c_proj", "c_fc"]
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=64, target_modules=targets, init_lora_weights=False))
+    peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    peft.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    base = one_file(tmp_path) if by == "biases" else without_biases(tmp_path)
+    merged = dict(streamer.iter_merged(base, tmp_path / "adapter", mitigation_lambda=1.0))
+    theirs = weights(tmp_path / "theirs")
+    assert_merged(merged, {name: theirs[name] for name in merged})
+
+
+@pytest.mark.parametrize("name", ["conv1d", "linear"])
+def test_a_class_of_another_library_of_a_known_type(name: str, tmp_path: Path) -> None:
+    """All classes of its type agree."""
+    make(name, tmp_path, flag=name == "linear")
+    expected = dict(streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1.0))
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["OursForRanking"]}))
+    assert_merged(dict(streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1.0)), expected)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModel": "ours.OursForRanking"}}))
+    with pytest.raises(MismatchError, match="--architecture NAME"):
+        streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
 
 
 def test_a_fine_tuned_model_of_an_unknown_class(tmp_path: Path) -> None:

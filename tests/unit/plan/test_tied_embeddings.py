@@ -199,6 +199,20 @@ def test_what_would_not_be_the_model_that_was_trained(tmp_path: Path, case: str)
     assert words in str(e.value)
 
 
+@pytest.mark.parametrize(("module", "allowed"), [("pooler", True), ("projector", True), ("out", False)])
+def test_widths_of_layers_are_no_vocabulary(tmp_path: Path, module: str, allowed: bool) -> None:
+    """Of an unknown class without a stated vocabulary: what has as many rows as a layer is wide is tied to no embedding."""
+    shapes = {"pooler": (32, 32), "projector": (32, 24), "out": (80, 32)}
+    b = base(tmp_path, UNKNOWN, {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()})
+    (m, n), rank = shapes[module], 2
+    a = helpers.write_adapter(tmp_path / "a", {module: (torch.randn(rank, n), torch.randn(m, rank))}, r=rank)
+    if allowed:
+        assert [t.tensor for t in make_plan(b, a).targets] == [f"{module}.weight"]
+    else:
+        with pytest.raises(UnsupportedError, match="is tied to another tensor depends on the model's class"):
+            make_plan(b, a)
+
+
 def test_a_head_that_an_unknown_class_may_tie(tmp_path: Path) -> None:
     with pytest.raises(
         MismatchError, match=r"'lm_head' has no tensor in the base .* name the model's class with --architecture"
