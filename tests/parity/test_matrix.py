@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matrix
 import pytest
+import zoo
 from matrix_cases import KINDS, LAYOUTS, PARTS, case_of, cases_of, every_case_of, numbered_classes
 from matrix_oracle import RIGHT, judge
-
-import matrix
-import zoo
 
 SAMPLE = [
     "AriaForConditionalGeneration/mlp/grown/default/file/runtime",

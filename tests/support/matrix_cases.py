@@ -82,7 +82,7 @@ class Anatomy:
     conv1d: bool
 
     def parts(self) -> list[str]:
-        return [p for p in PARTS if p == "all-linear" or getattr(self, p.replace("-", "_"))]
+        return [p for p in PARTS if p == "all-linear" or getattr(self, p)]
 
     def targets(self, part: str, by_path: bool = False) -> dict[str, Any]:
         """PEFT's options that adapt a part: the last names of its layers, as users give them; one module by its whole path.
@@ -100,7 +100,7 @@ class Anatomy:
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
-    """Find the parts of a model in its modules: layers of numbered blocks are attention's or not, by the class of the module around them."""
+    """Find the parts of a model in its modules: a layer of a numbered block is attention's by the class of a module around it."""
     modules = dict(model.named_modules())
     head = _head(model, modules)
     attention, mlp = [], []
@@ -163,7 +163,7 @@ def cases_of(name: str, number: int, task: str, model: PreTrainedModel) -> list[
     found = anatomy(model)
     parts = found.parts()
     kinds = [k for k in KINDS if _has(k, found)]
-    layouts = [layout for layout in LAYOUTS if _laid_out(layout, task, model)]
+    layouts = [known for known in LAYOUTS if _laid_out(known, task, model)]
     if task == "classification":
         parts = [parts[(number + i) % len(parts)] for i in range(3)]
         kinds = [("saved", *kinds)[(number + i * 2) % (len(kinds) + 1)] for i in range(3)]
@@ -178,7 +178,17 @@ def cases_of(name: str, number: int, task: str, model: PreTrainedModel) -> list[
             layout = "current"
         flag = kind in ("lora", "saved") and part in ("attention", "mlp", "all-linear") and (number + i) % 3 == 0
         out.append(Case(name, part, kind, tied, turn % 3 == 1, layout, flag))
+    if found.tied and found.head and task != "classification" and _has_names_of_its_own(found):
+        out += [Case(name, *touched, tied=True) for touched in TOUCHES]
     return list(dict.fromkeys(out))
+
+
+TOUCHES = (("head", "lora"), ("head", "saved"), ("embedding", "lora"), ("embedding", "saved"), ("attention", "grown"))
+"""What changes one of two tensors that are one, each of which a class whose names are its own sees."""
+
+
+def _has_names_of_its_own(found: Anatomy) -> bool:
+    return not (found.head or "").endswith("lm_head") or not (found.embedding or "").endswith("embed_tokens")
 
 
 def every_case_of(name: str, task: str, model: PreTrainedModel) -> list[Case]:

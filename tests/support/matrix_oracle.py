@@ -69,7 +69,9 @@ def judge(case: Case, home: Path, seed: int = 0) -> Result:
             )
         except StreamerError as error:
             said = f"{type(error).__name__}: {str(error).replace(str(home), '')}"
-            return Result(REFUSED if error.exit_code in (2, 3, 4) else WRONG, said)  # others say that streamer itself is wrong
+            return Result(
+                REFUSED if error.exit_code in (2, 3, 4) else WRONG, said
+            )  # others say that streamer itself is wrong
         except Exception as error:
             return Result(WRONG, f"exception {type(error).__name__}: {_line(error)}")
         return compare(case, made, findings, out)

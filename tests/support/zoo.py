@@ -81,10 +81,10 @@ VALUES: dict[str, dict[str, Any]] = {
         "window_size": 4,
         "projection_dim": 32,
     },
-    **dict.fromkeys(
-        ("GlmOcrTextConfig", "Glm4vMoeTextConfig"), {"rope_parameters": {**ROTARY, "mrope_section": [1, 1, 0]}}
-    ),
-    **dict.fromkeys(("FunnelConfig", "YoutuConfig"), {"pad_token_id": None}),  # its row is made zero on loading
+    "GlmOcrTextConfig": {"rope_parameters": {**ROTARY, "mrope_section": [1, 1, 0]}},
+    "Glm4vMoeTextConfig": {"rope_parameters": {**ROTARY, "mrope_section": [1, 1, 0]}},
+    "FunnelConfig": {"pad_token_id": None},  # its row is made zero on loading
+    "YoutuConfig": {"pad_token_id": None},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "Granite4VisionConfig": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
     "GraniteMoeHybridConfig": {
@@ -159,7 +159,7 @@ VALUES: dict[str, dict[str, Any]] = {
         SECTIONS,
     ),
 }
-"""What makes a small model of configs whose defaults make none: sizes that they leave open, and layers that are not of the kinds they name."""
+"""What makes a small model of configs whose defaults make none: sizes that they leave open, and layers of the kinds that they name."""
 
 DECODERS = {"ReformerModelWithLMHead": {"is_decoder": True}}
 
