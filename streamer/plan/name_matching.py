@@ -146,7 +146,9 @@ class _Names:
         for rule in {rule for m in (modules[0], modules[-1]) for rule in _prefix_rules([m], self.disk)}:
             fit = [m for m in modules if _fits(m, *rule, self.disk)]
             if len(fit) > max(len(best), len(modules) // 2):
-                best = {m: Match(self.disk[_exchange(m, *rule)], "prefix", "as most of the adapter's modules") for m in fit}
+                best = {
+                    m: Match(self.disk[_exchange(m, *rule)], "prefix", "as most of the adapter's modules") for m in fit
+                }
         return best
 
     def what_is_wrong(self, name: str, ways: Sequence[Mapping[str, Match]]) -> str:

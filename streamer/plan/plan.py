@@ -234,7 +234,9 @@ def _plan(
     own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
     _refuse_unmatched(own, opened, weights)
     vocabulary = vocabulary_tensors(checkpoint, config, architecture, ties, renames)
-    edits = match_carried(checkpoint, opened, matched, renames, aliases, weights.quantized_names, vocabulary)
+    # Of an adapter on stacks of experts alone, only these tell how its names begin in the base.
+    placed = matched | {p: names[p].tensor for p in parameters if names[p].rule.startswith("prefix")}
+    edits = match_carried(checkpoint, opened, placed, renames, aliases, weights.quantized_names, vocabulary)
     if opened.describes_model:
         found = {*(match.tensor for match in names.values()), *edits.sources}
         _check_whole(checkpoint, weights, architecture, opened, found)

@@ -109,10 +109,10 @@ def test_cases_of_a_class_have_each_part_and_kind() -> None:
     model = zoo.build("Qwen3MoeForCausalLM")
     for number in range(14):
         cases = cases_of("Qwen3MoeForCausalLM", number, "causal", model)
-        assert {c.part for c in cases} == set(PARTS)
+        assert {c.part for c in cases} == set(PARTS) - {"mlp"}  # it has experts in its place
         assert {c.kind for c in cases} == set(KINDS) - {"biases"}
         assert cases == cases_of("Qwen3MoeForCausalLM", number, "causal", model)
-    assert len(every_case_of("Qwen3MoeForCausalLM", "causal", model)) == 6 * 6 * 2
+    assert len(every_case_of("Qwen3MoeForCausalLM", "causal", model)) == 5 * 6 * 2
 
 
 def test_the_oracle_finds_a_changed_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
