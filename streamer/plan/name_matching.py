@@ -65,9 +65,10 @@ def match_names(
     exchanged = [] if ambiguous else names.by_prefix(modules)
     if len(exchanged) == 1:
         return exchanged[0]
+    others = {} if ambiguous or exchanged else names.by_prefix_of_most(modules)
     for name, match in found.items():
         if not match.tensor and not match.why:
-            found[name] = Match("", "", names.what_is_wrong(name, exchanged))
+            found[name] = others.get(name) or Match("", "", names.what_is_wrong(name, exchanged))
     return found
 
 
@@ -138,6 +139,17 @@ class _Names:
                 if all(m.tensor not in self.stacks or name in self.parameters for name, m in found.items()):
                     ways.setdefault(tuple(m.tensor for m in found.values()), found)
         return list(ways.values())
+
+    def by_prefix_of_most(self, modules: Sequence[str]) -> dict[str, Match]:
+        """Match the modules that one exchange of prefixes fits, where it fits most of them: what is wrong is said of the others alone."""
+        best: dict[str, Match] = {}
+        for rule in {rule for m in (modules[0], modules[-1]) for rule in _prefix_rules([m], self.disk)}:
+            fit = [m for m in modules if _fits(m, *rule, self.disk)]
+            if len(fit) > max(len(best), len(modules) // 2):
+                best = {
+                    m: Match(self.disk[_exchange(m, *rule)], "prefix", "as most of the adapter's modules") for m in fit
+                }
+        return best
 
     def what_is_wrong(self, name: str, ways: Sequence[Mapping[str, Match]]) -> str:
         """Explain why a module has no match."""

@@ -31,7 +31,7 @@ from streamer.plan.name_matching import Match, match_names
 from streamer.plan.provenance import provenance_notes
 from streamer.plan.side_files import other_files
 from streamer.plan.sources import Source, adapter_source, base_source
-from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets
+from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets, misfits
 from streamer.plan.task_heads import merged_architecture
 from streamer.plan.tied_names import find_ties, vocabulary_tensors, without_stale_buffers
 from streamer.plan.transformers_renames import renames_for
@@ -231,8 +231,13 @@ def _plan(
         names = {name: _with_class_asked(name, match) for name, match in names.items()}
     matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
     mirrors = tied.mirrored(ties, opened, matched)
+    other = {m.name for m in mirrors.values()}
+    own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
+    _refuse_unmatched(own, opened, weights)
     vocabulary = vocabulary_tensors(checkpoint, config, architecture, ties, renames)
-    edits = match_carried(checkpoint, opened, matched, renames, aliases, weights.quantized_names, vocabulary)
+    # Of an adapter on stacks of experts alone, only these tell how its names begin in the base.
+    placed = matched | {p: names[p].tensor for p in parameters if names[p].rule.startswith("prefix")}
+    edits = match_carried(checkpoint, opened, placed, renames, aliases, weights.quantized_names, vocabulary)
     if opened.describes_model:
         found = {*(match.tensor for match in names.values()), *edits.sources}
         _check_whole(checkpoint, weights, architecture, opened, found)
@@ -243,8 +248,6 @@ def _plan(
         editor = tied.TieEditor(checkpoint, opened, config, architecture, edits, frozenset(matched.values()))
         edits = without_stale_buffers(checkpoint, architecture, config, editor.edited(ties))
     weights = weights.replaced({**aliases, **edits.sources})
-    other = {m.name for m in mirrors.values()}
-    own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
     targets = [
         *match_targets(weights, opened, orientation, own, renames),
         *match_experts(weights, opened, config, orientation.architectures, names, renames),
@@ -254,6 +257,13 @@ def _plan(
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
     stamps = {str(p): _stamp(p) for p in extra}
     return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, architecture, stamps, inputs)
+
+
+def _refuse_unmatched(names: Mapping[str, Match], adapter: DeltaSource, weights: WeightView) -> None:
+    """Refuse modules without a tensor, before carried tensors, which are found as the modules are."""
+    problems = [f"{name!r} {match.why}" for name, match in names.items() if not match.tensor]
+    if problems and adapter.carried:
+        raise MismatchError(misfits(problems, len(names), adapter, weights))
 
 
 def _with_class_asked(name: str, match: Match) -> Match:

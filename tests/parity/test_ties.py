@@ -61,21 +61,20 @@ HEADS = {
 
 
 def cases() -> dict[str, Case]:
+    """Changes of both of two tensors that are one, and each change of models that `matrix.py` does not have."""
     out = {}
     for name, (cls, config, embedding, head, layer) in HEADS.items():
         linear = [layer] if ".*" not in layer else layer
         both = f"({layer}|.*{head})" if isinstance(linear, str) else [layer, head]
-        out |= {
-            f"{name}: head": Case(cls, config, both),
-            f"{name}: saved head": Case(cls, config, linear, [head]),
-            f"{name}: saved embedding": Case(cls, config, linear, [embedding]),
-            f"{name}: saved both": Case(cls, config, linear, [embedding, head]),
-            f"{name}: embedding": Case(cls, config, f"(.*{layer}|.*{embedding})"),
-        }
-        if not cls.endswith("EncoderDecoderModel"):  # cannot be resized
-            out[f"{name}: grown"] = Case(cls, config, linear, grown=True)
-        if name in ("bert", "roberta", "mamba", "whisper"):
-            out[f"{name}: biases"] = Case(cls, config, linear, options=(("bias", "all"),))
+        out[f"{name}: saved both"] = Case(cls, config, linear, [embedding, head])
+        if name in ("vit and trocr", "llava, tied"):
+            out |= {
+                f"{name}: head": Case(cls, config, both),
+                f"{name}: saved head": Case(cls, config, linear, [head]),
+                f"{name}: saved embedding": Case(cls, config, linear, [embedding]),
+                f"{name}: embedding": Case(cls, config, f"(.*{layer}|.*{embedding})"),
+            }
+        if name in ("bert", "mamba", "whisper"):
             out[f"{name}: biases and head"] = Case(cls, config, both, options=(("bias", "all"),))
     return out
 
