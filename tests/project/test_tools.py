@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from shapes import KNOWN
+from tool_calls import call_tool
 from transformers import AutoModelForCausalLM
 
 import streamer
@@ -33,7 +34,7 @@ def run_tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
 
 
 def make(directory: Path, *args: object) -> dict:
-    done = run_tool("make_checkpoint.py", directory, "--json", *args)
+    done = call_tool("make_checkpoint", directory, "--json", *args)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -170,7 +171,7 @@ def test_size_gb_chooses_the_layers(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, args: tuple, message: str) -> None:
-    done = run_tool("make_checkpoint.py", tmp_path / "new", *args)
+    done = call_tool("make_checkpoint", tmp_path / "new", *args)
     assert done.returncode == 1
     assert message in done.stderr
     assert not (tmp_path / "new").exists()
@@ -178,7 +179,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, ar
 
 def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    done = run_tool("make_checkpoint.py", tmp_path, "--hidden", 64)
+    done = call_tool("make_checkpoint", tmp_path, "--hidden", 64)
     assert done.returncode == 1
     assert "exists" in done.stderr
     assert list(tmp_path.rglob("*")) == [tmp_path / "base"]
