@@ -59,3 +59,10 @@ def record(name: str) -> Mapping[str, Any] | None:
     line = table().classes.get(name)
     found: dict[str, Any] | None = None if line is None else json.loads(table().lines[line])
     return found
+
+
+@cache
+def conv1d_names() -> frozenset[str]:
+    """List the last names of modules that some class stores (in, out), as ``c_proj``: in an unknown class it may be either way."""
+    records = filter(None, map(record, table().classes))
+    return frozenset(pattern.rpartition(".")[2] for of in records for pattern in of.get("transposed", ()))

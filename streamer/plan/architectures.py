@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cache
 from typing import Any, NamedTuple
 
 from streamer.errors import UsageError
@@ -202,8 +201,8 @@ def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
     Where it names no class, or one of another library that brings no code of its own (``auto_map``), those of every class of its type.
     """
     of_type = classes_of(config.model_type)
-    of_another_library = of_type and config.architectures and config.architectures[0] not in of_type
-    unnamed = not config.architectures or (of_another_library and "auto_map" not in config.values)
+    elsewhere = of_type and config.architectures[:1] and config.architectures[0] not in of_type
+    unnamed = not config.architectures or (elsewhere and "auto_map" not in config.values)
     names: Iterable[str | None] = of_type if unnamed and config.architecture is None else [None]
     found = [architecture_for(config, name) for name in names]
     return tuple(a for a in found if a is not None) if None not in found else ()
@@ -231,13 +230,6 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
 def classes_of(model_type: str | None) -> tuple[str, ...]:
     """The classes that a config of this type may be of; none where the table has none."""
     return table().types.get(model_type, ()) if model_type else ()
-
-
-@cache
-def conv1d_names() -> frozenset[str]:
-    """The last names of modules that some class stores (in, out), as ``c_proj``: in a class that is not known it may be either way."""
-    records = filter(None, map(record_of, table().classes))
-    return frozenset(pattern.rpartition(".")[2] for record in records for pattern in record.get("transposed", ()))
 
 
 def source() -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.modules import Module
 from streamer.errors import MismatchError
-from streamer.plan.architectures import Architecture, architectures_for, conv1d_names, pattern_of
+from streamer.plan.architecture_table import conv1d_names
+from streamer.plan.architectures import Architecture, architectures_for, pattern_of
 from streamer.plan.name_matching import Match
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint

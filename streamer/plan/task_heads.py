@@ -79,16 +79,21 @@ def auto_class(model_type: object, task: object) -> str | None:
 
 
 def merged_architecture(config: ModelConfig, adapter: DeltaSource) -> Architecture | None:
-    """Return the facts of the class that the merged model is of: that of the adapter's task where the base is of none with its head."""
+    """Return the facts of the class that the merged model is of: that of the adapter's task where the base is of none with its head.
+
+    Where a base's config names no class and the adapter no task, PEFT has written which class it was trained on.
+    """
     stated = architecture_for(config)
     if adapter.describes_model:
         return stated
     task = adapter.config.get("task_type")
     cls = auto_class(config.model_type, task)
+    bare = stated is None and not config.architectures
+    if bare and config.model_type and cls is None and isinstance(trained := adapter.config.get("auto_mapping"), dict):
+        cls = trained.get("base_model_class")
     of_task = None if cls is None else architecture_for(config, cls)
     labelled = task in LABEL_TASKS and any(LABEL_HEAD.search(c.name) for c in adapter.carried)
     headless = task in LANGUAGE_TASKS and (stated is None or stated.output_embedding is None)
-    bare = stated is None and not config.architectures
     return of_task or stated if labelled or headless or bare else stated
 
 
