@@ -26,6 +26,9 @@ settings.load_profile("untimed")
 
 
 HEAVY = (
+    "parity/test_matrix.py",
+    "parity/test_loadability.py",
+    "parity/test_ties.py",
     "parity/test_peft.py",
     "faults/test_crash.py",
     "parity/test_kinds.py",

@@ -10,6 +10,7 @@ from typing import Any
 from streamer.cli.layout import Column, Screen, fit, natural, shorten, table
 from streamer.detection.findings import Findings
 from streamer.detection.matrix_finding import MatrixFinding
+from streamer.detection.memory import is_repeated
 from streamer.units import counted, format_duration, format_size, listed
 
 MANY, SHOWN = 20, 10
@@ -62,8 +63,8 @@ def findings_table(
         open_ones[:3] = shorten(open_ones[:3], (screen.width or 10**6) - 4)
         summary += f"\nnot certified: {listed(open_ones)}"
         summary += "; a direction that is left open there counts as no intruder, and another --epsilon may settle it"
-        if short := sum(not m.detection.certified and m.detection.precision == "float32" for m in findings):
-            summary += f"\n{short} of these for want of memory: with a larger --max-memory a full SVD or float64 would settle them"
+        if short := sum(_wants_memory(m) for m in findings):
+            summary += f"\n{short} of these for want of memory: with a larger --max-memory a full SVD or float64 may settle them"
     if written is not None:
         summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
     return _sections(
@@ -74,6 +75,12 @@ def findings_table(
 def stood(where: object, state: str) -> str:
     """Say whether a run has written an output, or found it there."""
     return f"{where} stands already" if state == "present" else f"wrote {where}"
+
+
+def _wants_memory(m: MatrixFinding) -> bool:
+    """Test whether memory kept an open matrix from the dense solver, or from being done once more in float64."""
+    d = m.detection
+    return not d.certified and (d.solver == "certified" or (d.precision == "float32" and is_repeated(m.shape)))
 
 
 def _decided(m: MatrixFinding) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -61,8 +61,6 @@ class Detection:
         ``‖U_Iᵀ Δ‖_F² / ‖Δ‖_F²``: the share of the delta's energy on the intruders' side, in [0, 1].
     dropped_at_zero
         Relative norm that back-projection to the adapter's rank would drop at λ = 0 with ``--method paper``; 0 for a dense delta.
-    limited
-        Directions are open for want of steps, and would be in higher precision. Files do not hold it.
     """
 
     singular_values: tuple[float, ...]
@@ -84,7 +82,6 @@ class Detection:
     intruder_energy: float
     dropped_at_zero: float
     precision: str | None = None
-    limited: bool = field(default=False, compare=False)
 
     def summary(self) -> str:
         """Say the decision in a line. Ranks count from 0."""
@@ -99,7 +96,7 @@ class Detection:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Detection):
             return NotImplemented
-        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare]
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
         return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
     __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
@@ -112,7 +109,13 @@ class Detection:
 
 def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | None = None, name: str = "",
            allow_dense: bool = True) -> Detection:  # fmt: skip
-    """Find the intruder dimensions of ``W0 + Δ``.
+    """Find the intruder dimensions of ``W0 + Δ``, in the base's precision; see `decide`."""
+    return decide(base, delta, options, rank, name, allow_dense)[0]
+
+
+def decide(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | None, name: str,
+           allow_dense: bool) -> tuple[Detection, bool]:  # fmt: skip
+    """Find the intruder dimensions of ``W0 + Δ``, and say whether a direction is open for rounding, so that more precision may settle it.
 
     Parameters
     ----------
@@ -162,11 +165,13 @@ def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
     delta = delta.to(base.like.dtype, torch.device("cpu"))
     share = delta.projected_norm(U) / norm if norm > 0 and len(chosen) else 0.0
     dropped = delta.removal_error(U, S, Vh, rank) if len(chosen) else 0.0
-    return Detection(
+    certified = bool(on_one_side.all()) and len(degenerate) == 0
+    found = Detection(
         singular_values=tuple(triplets.S.double().tolist()), similarity=tuple(result.similarity.tolist()),
         similarity_low=tuple(low.tolist()), similarity_high=tuple(high.tolist()), intruders=tuple(chosen.tolist()),
-        U=U.contiguous(), S=S.contiguous(), Vh=Vh.contiguous(), certified=bool(on_one_side.all()) and len(degenerate) == 0,
+        U=U.contiguous(), S=S.contiguous(), Vh=Vh.contiguous(), certified=certified,
         degenerate=tuple(degenerate.tolist()), solver=result.solver, escalated=result.escalated, steps=result.steps,
         products=result.products, cutoff=result.cutoff, delta_norm=norm, intruder_energy=min(1.0, share**2), dropped_at_zero=dropped,
-        precision=str(base.like.dtype).removeprefix("torch."), limited=result.limited,
+        precision=str(base.like.dtype).removeprefix("torch."),
     )  # fmt: skip
+    return found, not (certified or result.limited)

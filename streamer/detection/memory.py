@@ -13,6 +13,9 @@ from streamer.plan.targets import Target
 DOUBLE_BYTES = 8
 """Bytes of a value in float64."""
 
+REPEATED_CUBE = 4096**3
+"""m·n·min(m, n) up to which full SVDs are done once more in float64; its time is in docs/benchmarks.md."""
+
 
 def detection_bytes(
     plan: Plan, target: Target, options: DetectionOptions, resident: int, itemsize: int | None = None
@@ -61,14 +64,22 @@ def float64_way(
     -------
     tuple or None
         For the dense solver ``dense``, for the certified one the first of ``whole`` and ``blocks`` that fits the memory allowed. None
-        where none does, and where the weight is computed in float64 to begin with.
+        where none does, where the weight is computed in float64 to begin with, and for full SVDs beyond `is_repeated`.
     """
     if plan.weights[target.tensor].compute.itemsize == DOUBLE_BYTES:
+        return None
+    if solver == "dense" and not is_repeated(target.module.shape):
         return None
     ways = detection_bytes(plan, target, options, resident, DOUBLE_BYTES)
     allowed = options.max_memory
     fitting = (pair for pair in ways.items() if (pair[0] == "dense") == (solver == "dense"))
     return next((pair for pair in fitting if allowed is None or pair[1] <= allowed), None)
+
+
+def is_repeated(shape: tuple[int, int]) -> bool:
+    """Test whether a matrix is small enough for its full SVDs to be done once more in float64."""
+    m, n = shape
+    return m * n * min(m, n) <= REPEATED_CUBE
 
 
 def detection_estimates(plan: Plan, options: DetectionOptions, resident: int) -> Iterator[MemoryEstimate]:

@@ -16,7 +16,7 @@ from streamer.detection.findings import Findings, detection_digest, load_finding
 from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.findings_size import FindingsSize, check_findings_space, findings_bytes, findings_head
 from streamer.detection.findings_writer import FindingsWriter, inspect_findings_output, interrupted_run, journal_head
-from streamer.detection.intruders import Detection, detect
+from streamer.detection.intruders import Detection, decide
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import best_way, detection_estimates, float64_way, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
@@ -78,24 +78,22 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
 def _detection(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, resident: int,
                prefetched: PrefetchedWeight) -> Detection:  # fmt: skip
     """Detect on this very device, once more in float64 where only rounding leaves a direction open and memory allows it."""
-    found = _decisions(plan, target, options, device, prefetched, best_way(plan, target, options, resident))
-    again = None
-    if not (found.certified or found.limited):
-        again = float64_way(plan, target, options, resident, found.solver)
+    found, rounded = _decisions(plan, target, options, device, prefetched, best_way(plan, target, options, resident))
+    again = float64_way(plan, target, options, resident, found.solver) if rounded else None
     if again is None:
         return found
     weight = prefetched.weight
     prefetched = replace(prefetched, weight=replace(weight, compute=torch.float64))
     options = replace(options, solver=found.solver)
-    precise = _decisions(plan, target, options, device, prefetched, again[0])
+    precise, _ = _decisions(plan, target, options, device, prefetched, again[0])
     return replace(precise, **{key: getattr(precise, key).to(weight.compute) for key in ("U", "S", "Vh")},
                    escalated=found.escalated, steps=found.steps + precise.steps,
                    products=found.products + precise.products)  # fmt: skip
 
 
 def _decisions(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, prefetched: PrefetchedWeight,
-               way: str) -> Detection:  # fmt: skip
-    """Detect in the weight's computing dtype, in one of the ways of `working_bytes`."""
+               way: str) -> tuple[Detection, bool]:  # fmt: skip
+    """Decide in the weight's computing dtype, in one of the ways of `working_bytes`; see `decide`."""
     weight = prefetched.weight
     base: Matrix
     if way == "blocks":  # as it is stored, decoded a few rows at a time in each product
@@ -106,7 +104,7 @@ def _decisions(plan: Plan, target: Target, options: DetectionOptions, device: to
     delta = plan.delta(target, W0, double=weight.compute == torch.float64)
     try:
         oriented = base.T if target.transposed else base
-        return detect(oriented, delta, options, target.module.rank, target.tensor, allow_dense=way == "dense")
+        return decide(oriented, delta, options, target.module.rank, target.tensor, allow_dense=way == "dense")
     except NumericError as e:
         raise NumericError(f"{weight.where}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
 

@@ -13,8 +13,9 @@ from raw_adapter import MODULE
 from safetensors.torch import save_file
 from scipy.sparse.linalg import svds
 
+from streamer.detection import memory
 from streamer.detection.intruders import Detection
-from streamer.detection.memory import best_way, detection_bytes, float64_way
+from streamer.detection.memory import best_way, detection_bytes, float64_way, is_repeated
 from streamer.detection.options import DetectionOptions
 from streamer.detection.run import detect_matrix
 from streamer.plan.batch import Batch
@@ -156,6 +157,24 @@ def test_without_room_for_float64_a_matrix_stays_open(tmp_path: Path) -> None:
     settled, open_ = (detected(plan, epsilon, max_memory=o.max_memory) for o in (enough, short))
     assert (settled.certified, settled.precision) == (True, "float64")
     assert (open_.certified, open_.precision) == (False, "float32")
+
+
+@pytest.mark.parametrize(("shape", "repeated"), [((4096, 4096), True), ((4096, 4097), False), ((80, 10**6), True)])
+def test_full_svds_are_repeated_up_to_a_size(shape: tuple[int, int], repeated: bool) -> None:
+    assert is_repeated(shape) == is_repeated(shape[::-1]) == repeated
+
+
+def test_a_larger_matrix_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    W0, (A, B) = power_law(80, 96).float(), intruding_factors(80, 96, 3)
+    plan = make_plan(tmp_path, W0, A, B)
+    epsilon = float(oracle(W0, product(A, B, 1.0))[1]) + 1e-5
+    monkeypatch.setattr(memory, "REPEATED_CUBE", 80 * 80 * 96)
+    assert detected(plan, epsilon).certified
+    monkeypatch.setattr(memory, "REPEATED_CUBE", 80 * 80 * 96 - 1)
+    found = detected(plan, epsilon)
+    assert (found.certified, found.precision) == (False, "float32")
+    # Products are repeated whatever the size.
+    assert float64_way(plan, plan.targets[0], DetectionOptions(), resident(plan), "certified") is not None
 
 
 def leaning(home: Path, shape: tuple[int, int], outlier: float, lean: float) -> tuple[Plan, float]:
