@@ -135,6 +135,11 @@ def logits(case: Case, made: Made, ours: nn.Module, expected: Tensor, merge_hold
     if close(answered, expected, 1e-3):
         return []
     off = f"logits: off by {float((answered - expected).abs().max()):.2g}"
+    if made.plain is not None and made.plain.shape == expected.shape and close(expected, made.plain, 1e-6):
+        notes.append(
+            f"PEFT's model answers as the base does; {off}"
+        )  # the head's weight is used from outside (MobileBERT)
+        return []
     if any(close(answered, other, 1e-3) for other in other_answers(case, made, merge_holds)):
         notes.append(f"PEFT answers in two ways; {off}")
         return []
@@ -228,7 +233,10 @@ def outer_names(case: Case) -> set[str]:
 
 def names_on_disk(made: Made, out: Path, outer: set[str]) -> list[str]:
     """Compare the names on disk with those that transformers saves, and with the base's."""
-    made.model.save_pretrained(out.parent / "theirs")
+    try:
+        made.model.save_pretrained(out.parent / "theirs")
+    except Exception:  # of a vocabulary that has grown, transformers may refuse its own config (Canary)
+        return []
     theirs, ours, base = (names_of(d) for d in (out.parent / "theirs", out, made.base))
     extra, lost = ours - theirs - base - outer, (theirs & base) - ours
     return [f"on disk: {what} {sorted(names)[:3]}" for what, names in (("extra", extra), ("lost", lost)) if names]
