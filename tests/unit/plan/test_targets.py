@@ -68,10 +68,11 @@ def test_of_a_square_matrix_the_class_decides(tmp_path: Path, flag: bool, archit
 def test_a_type_of_several_classes_that_agree(tmp_path: Path) -> None:
     """Where these have Conv1D, a bias of the base's shows that it has, too."""
     adapter = helpers.write_adapter(tmp_path / "adapter", {"h.0.mlp.c_fc": helpers.intruding_factors(12, 12, 2)}, r=2)
-    shapes = {"none": [], "linear": [(36, 12)], "conv1d": [(12, 36)]}
-    for kind, shape in shapes.items():
-        biased = {"h.0.attn.c_attn.weight": torch.randn(s) for s in shape} | {"h.0.attn.c_attn.bias": torch.randn(36)}
-        base = helpers.write_sharded(tmp_path / kind, [{"h.0.mlp.c_fc.weight": torch.randn(12, 12), **biased}])
+    for kind, shape in {"none": None, "linear": (36, 12), "conv1d": (12, 36)}.items():
+        tensors = {"h.0.mlp.c_fc.weight": torch.randn(12, 12), "h.0.attn.c_attn.bias": torch.randn(36)}
+        if shape:
+            tensors["h.0.attn.c_attn.weight"] = torch.randn(shape)
+        base = helpers.write_sharded(tmp_path / kind, [tensors])
         weights = open_weights(open_checkpoint(base), ModelConfig())
         for model_type, of_type in {"gpt2": "conv1d", "llama": "linear"}.items():
             if kind in (of_type, "linear") or (kind, model_type) == ("none", "llama"):
