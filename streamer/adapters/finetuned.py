@@ -61,15 +61,15 @@ class FinetunedModel(DeltaSource):
         Its ``config.json``.
     stacks
         Its stacks of experts.
-    unjudged
-        Tensors of two dimensions and more, of the base's shape, that are no weights of layers.
+    carried_matrices
+        Tensors of two dimensions and more, of the base's shape, that are carried along.
     copies
         Names of tensors that stand there under another name as well, and are left out.
     """
 
     model_config: ModelConfig = field(default_factory=ModelConfig)
     stacks: tuple[ExpertStack, ...] = ()
-    unjudged: tuple[str, ...] = ()
+    carried_matrices: tuple[str, ...] = ()
     copies: frozenset[str] = frozenset()
 
     describes_model = True
@@ -83,8 +83,10 @@ class FinetunedModel(DeltaSource):
         """Leave out tensors that are copies of others."""
         modules = {name: m for name, m in self.modules.items() if f"{name}.weight" not in copies}
         carried = tuple(c for c in self.carried if c.source not in copies)
-        unjudged = tuple(name for name in self.unjudged if name not in copies)
-        return replace(self, modules=modules, carried=carried, unjudged=unjudged, copies=frozenset(copies))
+        carried_matrices = tuple(name for name in self.carried_matrices if name not in copies)
+        return replace(
+            self, modules=modules, carried=carried, carried_matrices=carried_matrices, copies=frozenset(copies)
+        )
 
     @property
     def identity_bytes(self) -> int:
@@ -102,10 +104,10 @@ class FinetunedModel(DeltaSource):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Name the matrices that stay without findings."""
-        if not self.unjudged:
+        """Name the matrices that are carried along."""
+        if not self.carried_matrices:
             return ()
-        return (f"taken over whole, without findings, being no weights of layers: {listed(map(repr, self.unjudged))}",)
+        return (f"matrices carried along without findings: {listed(map(repr, self.carried_matrices))}",)
 
     def stored_sum(self, module: Module) -> StoredTensor | None:
         """Return the model's own weight."""
@@ -142,7 +144,7 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
     modules: dict[str, Module] = {}
     carried: list[Carried] = []
     stacks: list[ExpertStack] = []
-    unjudged: list[str] = []
+    carried_matrices: list[str] = []
     for file in tuned.files.values():
         for info in file.header.tensors:
             module, _, parameter = info.name.rpartition(".")
@@ -156,10 +158,10 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
                 carried.append(Carried("saved", module, parameter, info.name))
                 matrix = info.dtype in ENCODINGS and sum(n > 1 for n in info.shape) > 1
                 if matrix and not resized and not parameter.endswith("bias"):
-                    unjudged.append(info.name)
+                    carried_matrices.append(info.name)
     files = tuple(tuned.files.values())
     return FinetunedModel(
-        path, config, files, modules, tuple(carried), (), model_config, tuple(stacks), tuple(unjudged)
+        path, config, files, modules, tuple(carried), (), model_config, tuple(stacks), tuple(carried_matrices)
     )
 
 

@@ -314,7 +314,7 @@ def bart() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("make", "own"), [(siglip, "logit_scale"), (siglip, "logit_bias"), (bart, "final_logits_bias")]
 )
-@pytest.mark.filterwarnings("ignore:taken over whole")  # an attention whose projections are one parameter
+@pytest.mark.filterwarnings("ignore:matrices carried along")  # an attention whose projections are one parameter
 def test_parameters_of_the_model_itself(make, own: str, tmp_path: Path) -> None:
     base, tuned, _ = shaken(tmp_path, make)
     streamer.merge_with_reduced_intruder_dimensions(base, tuned, tmp_path / "out", mitigation_lambda=1.0)

@@ -132,6 +132,5 @@ def test_matrices_that_are_no_weights_of_layers_are_named(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "tuned")
     said = make_plan(tmp_path / "base", tmp_path / "tuned").warnings
     assert said == (
-        "taken over whole, without findings, being no weights of layers: 'backbone.layers.0.mixer.A_log', "
-        "'backbone.layers.1.mixer.A_log'",
+        "matrices carried along without findings: 'backbone.layers.0.mixer.A_log', 'backbone.layers.1.mixer.A_log'",
     )

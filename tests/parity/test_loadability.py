@@ -1,4 +1,4 @@
-"""Each change of a saved model that transformers complains about on loading is caught by the check of a plan, from headers alone."""
+"""The check of a plan, from headers alone, catches the changes of a saved model that transformers complains about, and no others."""
 
 from __future__ import annotations
 
@@ -141,8 +141,13 @@ def changed(shapes: Shapes, config: Config, architecture: Architecture) -> Itera
             yield name, other, stated
 
 
+def is_passed_over(what: str, says: str) -> bool:
+    """Test whether transformers is silent on a tensor of a layer more, as GPT-2 ignores whatever has ``attn.bias`` in its name."""
+    return what == "a layer more" and ".attn.c_attn.bias' is in a layer that the base does not have" in says
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_what_transformers_complains_of_is_caught(
+def test_caught_is_what_transformers_complains_of(
     name: str, tmp_path: Path, record_property: Callable[..., None]
 ) -> None:
     _, architecture = built(name, None, tmp_path / "base")
@@ -161,11 +166,13 @@ def test_what_transformers_complains_of_is_caught(
 
     assert not caught(shapes, config)
     before = complaints(tmp_path / "as saved", shapes, config)
-    complained = [
-        (what, caught(other, stated), found)
+    seen = [
+        (what, caught(other, stated), complaints(tmp_path / what, other, stated) - before)
         for what, other, stated in changed(shapes, config, architecture)
-        if (found := complaints(tmp_path / what, other, stated) - before)
     ]
+    # In both directions: an output that loads is not to be called an error of streamer's own.
+    complained = [(what, says, found) for what, says, found in seen if found]
     record_property("complained", len(complained))
     assert complained
     assert not [(what, sorted(found)[:3]) for what, says, found in complained if not says]
+    assert not [(what, says) for what, says, found in seen if says and not found and not is_passed_over(what, says)]
