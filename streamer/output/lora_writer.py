@@ -59,11 +59,14 @@ class LoraWriter(Writer):
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, Iterable[int]]] = []
         for target in self._written:
-            info, whole = plan.base.info(target.tensor), target.module.name in self._layout.whole
-            saved = [(f"{PREFIX}{self._layout.names[target.module.name]}.weight", info.dtype, info.shape)]
-            factors = [(name, "F32", shape) for name, (shape, _) in self._tensors(target).items()]
-            entries += saved if whole else factors
-            self._targets |= dict.fromkeys((name for name, *_ in (saved if whole else factors)), target)
+            written: list[tuple[str, str, Iterable[int]]]
+            if target.module.name in self._layout.whole:
+                info = plan.base.info(target.tensor)
+                written = [(f"{PREFIX}{self._layout.names[target.module.name]}.weight", info.dtype, info.shape)]
+            else:
+                written = [(name, "F32", shape) for name, (shape, _) in self._tensors(target).items()]
+            entries += written
+            self._targets |= dict.fromkeys((name for name, *_ in written), target)
         entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
         shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate"))
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"

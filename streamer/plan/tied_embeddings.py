@@ -211,8 +211,8 @@ def refuse_unknown_ties(
 ) -> None:
     """Refuse a change of what may be tied in a model of an unknown class: what has no other of its shape, and does not stand in a layer.
 
-    Where the config states a vocabulary, that many rows; else, of linear layers, not a width that layers have: a projector, a pooler.
-    Where it states that nothing is tied, nothing.
+    Where the config states a vocabulary, that many rows; else, of linear layers, not a width that layers have: a projector, a pooler;
+    but all that has the bytes of another. Where it states that nothing is tied, nothing.
     """
     if config.tied is False:
         return
@@ -228,11 +228,10 @@ def refuse_unknown_ties(
         shape = edits.sources[name].info.shape if new else outer.get(name, ())
         if len(shape) != 2 or "*" in pattern_of(name) or config.vocab_size not in (None, shape[0]):
             continue
-        if config.vocab_size is None and name in linear and shape[0] in widths:
-            continue
         alike = [other for other in outer if other != name and outer[other] == shape]
+        inner = config.vocab_size is None and name in linear and shape[0] in widths
         apart = alike and not new and not config.tied
-        if not (alike or not new) or (apart and not _any_equal(base, name, alike)):
+        if (inner or apart or (new and not alike)) and (new or not _any_equal(base, name, alike)):
             continue
         whose = listed(map(repr, config.architectures)) if config.architectures else "no class"
         raise UnsupportedError(
