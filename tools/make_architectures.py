@@ -18,14 +18,17 @@ import re
 import sys
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import table_file
 import transformers
 from architecture_records import record
-from model_facts import Facts, facts_of, with_marked_sizes
+from model_facts import Facts, facts_of, nested, with_marked_sizes
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+
+Change = Callable[[PreTrainedConfig], dict[str, Any]]
 
 TIE = "tie_word_embeddings"
 
@@ -37,21 +40,25 @@ FEW = 8
 # What makes a model of configs whose defaults make none: sizes that they leave open, and layers that are not of the kinds they name.
 VALUES: dict[str, dict[str, Any]] = {
     "AutoformerConfig": {"prediction_length": 4},
+    "BambaConfig": {"attn_layer_indices": [1]},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 4}},
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "DbrxConfig": {"attn_config": {"rope_theta": 1e4}},
     "DeepseekOcr2TextConfig": {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]},
     "DiffusionGemmaTextConfig": {"num_experts": 4, "moe_intermediate_size": 64, "top_k_experts": 2},
-    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "DeepseekV2Config": {"first_k_dense_replace": 1},
+    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "Emu3Config": {"vocabulary_map": {"<image>": 4}},
     "EsmConfig": {"vocab_size": 64, "pad_token_id": 1},
     "Granite4VisionConfig": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
+    "GraniteMoeHybridConfig": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
     "HunYuanDenseV1Config": {"head_dim": 128},
     "HunYuanMoEV1Config": {"head_dim": 128},
     "InformerConfig": {"prediction_length": 4},
     "Lfm2MoeConfig": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "HunYuanVLTextConfig": {"head_dim": 128},
     "MinistralConfig": {"head_dim": 128},
+    "Mistral4Config": {"first_k_dense_replace": 1},
     "MoonshineStreamingConfig": {"num_key_value_heads": 8},
     "MoshiConfig": {"audio_vocab_size": 64},
     "NemotronConfig": {"num_key_value_heads": 8},
@@ -69,6 +76,28 @@ VALUES: dict[str, dict[str, Any]] = {
     "Wav2Vec2BertConfig": {"vocab_size": 64},
     "Wav2Vec2ConformerConfig": {"vocab_size": 64},
 }
+
+# Values under which a model has modules that it has not under the default: key → the values to set where a config has this key.
+FURTHER: dict[str, dict[str, Any]] = {
+    "relative_attention": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "norm_rel_ebd": "layer_norm",
+        "conv_kernel_size": 3,
+        "talking_head": True,
+    },
+    "type_vocab_size": {"type_vocab_size": 2},
+    "n_langs": {"n_langs": 4},
+    "cross_attn_k": {"cross_attn_k": 4},
+    "encoder_attention_type": {"encoder_attention_type": "transient-global"},
+    "feed_forward_proj": {"feed_forward_proj": "gated-gelu"},
+    "learn_initial_query": {"learn_initial_query": True},
+    "num_patterns": {"num_patterns": 2},
+    "use_task_id": {"use_task_id": True},
+    "new_decoder_architecture": {"new_decoder_architecture": True},
+    "word_embed_proj_dim": {"word_embed_proj_dim": 64},
+}
+RANK = "q_lora_rank"  # queries of low rank where it is set, and of full rank where it is None
 
 AUTO = {
     "MODEL": ("MODEL_MAPPING_NAMES",),
@@ -102,10 +131,18 @@ def model_classes() -> tuple[dict[str, type[PreTrainedModel]], dict[str, str]]:
     return dict(sorted(found.items())), missing
 
 
-def small_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A default config with few layers, its nested configs too."""
+def small_config(cls: type[PreTrainedConfig], change: Change = lambda _: {}) -> PreTrainedConfig:
+    """A default config with few layers, its nested configs too, and with the values that `change` gives for each."""
     config = default_config(cls)
-    return cls(**{**_fewer(config), **VALUES.get(cls.__name__, {})})
+    return cls(**{**_fewer(config, change), **VALUES.get(cls.__name__, {}), **change(config)})
+
+
+def further_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """The values of `FURTHER` that differ from those of a config, which those within it do not count for."""
+    values = {key: value for found in FURTHER.keys() & vars(config) for key, value in FURTHER[found].items()}
+    if RANK in vars(config):
+        values[RANK] = None if getattr(config, RANK) else 64
+    return {key: value for key, value in values.items() if getattr(config, key, None) != value}
 
 
 def default_config(cls: type[PreTrainedConfig], **values: Any) -> PreTrainedConfig:
@@ -115,11 +152,11 @@ def default_config(cls: type[PreTrainedConfig], **values: Any) -> PreTrainedConf
     return cls(**{**VALUES.get(cls.__name__, {}), **values})
 
 
-def _fewer(config: PreTrainedConfig) -> dict[str, Any]:
+def _fewer(config: PreTrainedConfig, change: Change) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            if inner := {**_fewer(value), **VALUES.get(type(value).__name__, {})}:
+            if inner := {**_fewer(value, change), **VALUES.get(type(value).__name__, {}), **change(value)}:
                 changed[key] = {"model_type": value.model_type, **inner}
         elif LAYERS.search(key) and isinstance(value, int) and value > FEW:
             changed[key] = FEW
@@ -143,7 +180,14 @@ def class_facts(cls: type[PreTrainedModel]) -> Facts:
             with contextlib.suppress(Exception):
                 facts = facts or facts_of(cls, change(make(cls.config_class)))
     if facts is None:
+        with contextlib.suppress(Exception):
+            facts = facts_of(cls, with_marked_sizes(default_config(cls.config_class, is_decoder=False)))
+    if facts is None:
         facts = facts_of(cls, default_config(cls.config_class))  # says why
+    with contextlib.suppress(Exception):  # values of several kinds may not go together
+        config = small_config(cls.config_class, further_values)
+        if any(further_values(c) for _, c in nested(small_config(cls.config_class))):
+            facts |= facts_of(cls, with_marked_sizes(config))
     # A model of one of these types may have none, and says so in a way of its own.
     with contextlib.suppress(Exception):
         config = default_config(cls.config_class, is_decoder=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+from streamer.adapters.layer_names import EMBEDDING
 from streamer.errors import UsageError
 from streamer.plan.architecture_table import record as record_of
 from streamer.plan.architecture_table import table
@@ -128,9 +129,14 @@ class Architecture:
         """Whether a module stores its weight (in, out), as Conv1D does; every other linear layer stores (out, in)."""
         return self._among(module, self.conv1d)
 
+    def has_module(self, module: str) -> bool:
+        """Whether a loaded model has a module with a weight of this name, with the base's prefix or without."""
+        return self._among(f"{module}.weight", self.tensors)
+
     def is_embedding(self, module: str) -> bool:
-        """Whether a module is looked up and not multiplied."""
-        return self._among(module, self.embeddings)
+        """Whether a module with a weight is looked up and not multiplied; of one that the table does not have the name tells."""
+        named = not self.has_module(module) and EMBEDDING.search(module) is not None
+        return named or self._among(module, self.embeddings)
 
     def is_matrix(self, parameter: str) -> bool:
         """Whether a two-dimensional parameter is of a module that is no Linear, Conv1D or embedding, as an expert router."""

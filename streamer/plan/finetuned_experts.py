@@ -29,7 +29,7 @@ def tensor_roles(
 ) -> Callable[[TensorInfo], str]:
     """Return the function that tells of a tensor of a fine-tuned model what it is to a layer; see `open_finetuned`.
 
-    By the base's class; where that is not known, by names that embeddings have.
+    By the base's class; where that is not known, or has no such layer under a usual config, by names that embeddings have.
 
     Parameters
     ----------
@@ -57,7 +57,8 @@ def tensor_roles(
         if len(info.shape) > 2:
             return "weight"
         run_time = loaded.name.removesuffix(".weight")
-        if any(a.is_embedding(run_time) for a in classes) if classes else EMBEDDING.search(module):
+        telling = [a for a in classes if a.has_module(run_time)] or classes
+        if any(a.is_embedding(run_time) for a in telling) if telling else EMBEDDING.search(module):
             return "embedding"
         return "conv1d" if orientation.ways(info.name, run_time) == {True} else "weight"
 

@@ -154,7 +154,8 @@ def test_table_agrees_with_built_model(name: str, stated: bool | None, tmp_path:
     modules = dict(model.named_modules())
     for path, module in modules.items():
         assert architecture.transposed(path) == isinstance(module, Conv1D), path
-        assert architecture.is_embedding(path) == isinstance(module, nn.Embedding), path
+        if hasattr(module, "weight"):
+            assert architecture.is_embedding(path) == isinstance(module, nn.Embedding), path
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     assert {pattern_of(path) for path in parameters} <= architecture.tensors
