@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,12 @@ class ModelConfig:
     def with_vocabulary(self, rows: int, keys: tuple[str, ...]) -> ModelConfig:
         """Set the number of tokens at a path of keys; at the top and in the language model's part, where both state it.
 
-        A ``decoder_vocab_size`` that was the same stays the same (Marian).
+        A ``decoder_vocab_size`` that was the same stays the same (Marian), and a decoder's that the top repeats (Canary).
         """
         places = {keys}
+        part = reduce(lambda inner, key: inner.get(key, {}), keys[:-1], self.values)
+        if self.values.get("vocab_size", -1) == part.get(keys[-1]):
+            places.add(TOP_VOCABULARY)
         if keys == TOP_VOCABULARY and self.values.get("decoder_vocab_size", -1) == self.vocab_size:
             places.add(("decoder_vocab_size",))
         if keys in (TOP_VOCABULARY, TEXT_VOCABULARY):

@@ -174,8 +174,8 @@ def cases_of(name: str, number: int, task: str, model: PreTrainedModel) -> list[
         tied = (None if turn % 5 == 4 else turn % 2 == 0) if found.tied else None
         part, kind = parts[i % len(parts)], kinds[(i + number) % len(kinds)]
         layout = layouts[(i + number * 3) % len(layouts)] if i % 2 else "current"
-        if layout == "bare" and tied is not True:  # its head would be in no file
-            layout = "current"
+        if (layout == "bare" and tied is not True) or (layout == "headless" and "head" in (part, kind)):
+            layout = "current"  # the head would be in no file
         flag = kind in ("lora", "saved") and part in ("attention", "mlp", "all-linear") and (number + i) % 3 == 0
         out.append(Case(name, part, kind, tied, turn % 3 == 1, layout, flag))
     if found.tied and found.head and task != "classification" and _has_names_of_its_own(found):

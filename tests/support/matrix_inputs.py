@@ -119,7 +119,9 @@ def options(case: Case, found: Anatomy) -> dict[str, Any]:
     if case.kind in ("saved", "tokens") and part in ("embedding", "head"):
         saved = [getattr(found, part) or found.embedding or ""]
         part = "attention" if found.attention else "mlp" if found.mlp else "all-linear"
-    values |= found.targets(part, by_path=case.layout == "headed")
+    values |= found.targets(part, by_path=case.layout in ("headed", "headless"))
+    if case.layout == "headless" and part != "head":  # as PEFT does for a classifier
+        values["modules_to_save"] = [(found.head or "").partition(".")[0]]
     if case.kind == "dora":
         values["use_dora"] = True
     elif case.kind == "saved":
