@@ -13,6 +13,7 @@ import transformers
 import zoo
 from matrix_cases import Anatomy, Case, anatomy
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -36,7 +37,7 @@ class Made:
     model
         PEFT's; of a tuned model that itself.
     before
-        The tensors of the loaded base.
+        The tensors of the loaded base; of a grown vocabulary, of the base with its new rows.
     plain
         What the base answers to `inputs`; None where it does not, and `unanswered` says why.
     loading
@@ -145,8 +146,6 @@ def train(case: Case, model: PreTrainedModel, directory: Path, seed: int) -> nn.
                 p.data.add_(0.05 * torch.randn(p.shape, generator=g))
         model.save_pretrained(directory)
         return load(type(model), directory)[0]  # some parameters are computed, and not saved
-    if case.kind == "grown":
-        model.resize_token_embeddings(zoo.VOCABULARY + 6, mean_resizing=False)
     peft = get_peft_model(model, LoraConfig(**options(case, found)))
     for name, p in peft.named_parameters():
         if p.requires_grad:
@@ -179,6 +178,9 @@ def make(case: Case, home: Path, seed: int) -> Made:
                 raise ValueError("its answer is not finite")
     except NotMade as error:
         unanswered = str(error)
+    with made_by("transformers, new rows"):
+        if case.kind == "grown":
+            model.resize_token_embeddings(zoo.VOCABULARY + 6, mean_resizing=False)
     before = {name: t.detach().clone() for name, t in model.state_dict().items()}
     shared = names_of_one(model)
     with made_by("PEFT"):
@@ -190,6 +192,8 @@ def make(case: Case, home: Path, seed: int) -> Made:
 def made_by(whom: str) -> Any:
     try:
         yield
+    except TimeoutError:  # the limit of a case
+        raise
     except Exception as error:  # another library's, of any kind
         raise NotMade(f"{whom}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
@@ -200,3 +204,11 @@ def names_of_one(model: nn.Module) -> list[set[str]]:
     for path, parameter in model.named_parameters(remove_duplicate=False):
         pointers.setdefault(parameter.data_ptr(), set()).add(path)
     return [g for g in pointers.values() if len(g) > 1]
+
+
+def names_of(directory: Path) -> set[str]:
+    names: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as f:
+            names |= set(f.keys())
+    return names

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import zoo
 from matrix_cases import Case
-from matrix_inputs import Made, NotMade, base_model, load, made_by, make
+from matrix_decisions import adapted, decisions
+from matrix_inputs import Made, NotMade, base_model, load, made_by, make, names_of
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers.core_model_loading import revert_weight_conversion
 
 import streamer
 from streamer.errors import StreamerError
 
 RIGHT, REFUSED, WRONG, NOT_MADE = "right", "refused", "wrong", "not made"
-
-CLEAR = 1e-3
-"""Similarities nearer to ε than this are not judged."""
-
-STACKED = re.compile(r"(.*)\[(\d+)\]")
 
 
 @dataclass
@@ -95,20 +90,20 @@ def compare(case: Case, made: Made, findings: Any, out: Path) -> Result:
         wrong.append(f"missing head: {sorted(loading['missing_keys'])}")
     notes: list[str] = []
     expected, why = answer(made)
-    tied = tied_truth(case, made)
-    theirs = merged_state(case, made)
-    if theirs is None:
-        notes.append("PEFT cannot merge")
+    matrices_of, tied = adapted(made), tied_truth(made)
+    theirs, unmerged = merged_state(case, made)
     if expected is None:
         notes.append(f"no logits: {why}")
     else:
         wrong += logits(case, made, ours, expected, _is_truth(theirs, tied), notes)
-    if theirs is not None:
-        wrong += tensors(ours.state_dict(), theirs | tied, _touched(made) - tied.keys())
-        if not _touched(made):
-            wrong += names_on_disk(made, out, outer)
-    matrices, directions, differ = decisions(made, findings, (theirs or {}) | tied)
-    wrong += differ
+    matrices = directions = 0
+    if theirs is None:
+        notes.append(f"PEFT cannot merge: {unmerged}")
+    else:
+        wrong += tensors(ours.state_dict(), theirs | tied)
+        wrong += names_on_disk(made, out, outer | on_disk(made, tied), notes)
+        matrices, directions, differ = decisions(made, findings, made.before, theirs | tied, matrices_of)
+        wrong += differ
     said = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
     return Result(WRONG if wrong else RIGHT, said or "; ".join(notes), matrices, directions)
 
@@ -151,55 +146,74 @@ def other_answers(case: Case, made: Made, merge_holds: bool) -> Iterator[Tensor]
         return
     if merge_holds or case.kind == "tokens":
         yield zoo.answer(made.model, made.inputs)
-    with contextlib.suppress(Exception):  # what it cannot load it does not answer
+    with (
+        contextlib.suppress(NotMade),
+        made_by("PEFT, loading of the adapter"),
+    ):  # what it cannot load it does not answer
         model, _ = load(made.cls, made.base)
         if case.kind == "grown":
             model.resize_token_embeddings(zoo.VOCABULARY + 6, mean_resizing=False)
         yield zoo.answer(PeftModel.from_pretrained(model, made.adapter), made.inputs)
 
 
-def _touched(made: Made) -> set[str]:
-    return {name for names in made.shared for name in names}
+def tied_truth(made: Made) -> dict[str, Tensor]:
+    """What each of the names of a trained parameter is in PEFT's model before it merges, which adds to all what belongs to one.
 
-
-def tied_truth(case: Case, made: Made) -> dict[str, Tensor]:
-    """What each of the names of one parameter is in PEFT's model before it merges, which adds to both what belongs to one."""
-    if case.kind == "tuned":
+    Of a tuned model there is nothing to tell apart.
+    """
+    if not hasattr(made.model, "get_base_model"):
         return {}
-    modules = dict(made.model.base_model.model.named_modules())
+    model = made.model.get_base_model()
     truth: dict[str, Tensor] = {}
-    for name in _touched(made):
-        module = modules.get(name.removesuffix(".weight"))
-        if isinstance(module, LoraLayer):
-            if not any(module.use_dora.values()):
-                truth[name] = module.get_base_layer().weight.detach() + module.get_delta_weight("default").detach()
-        elif isinstance(module, ModulesToSaveWrapper):
-            truth[name] = module.modules_to_save["default"].weight.detach().clone()
-        elif isinstance(module, TrainableTokensWrapper):
-            truth[name] = module.token_adapter.get_merged_weights(["default"]).detach().clone()
-        elif module is not None and hasattr(module, "weight"):
-            truth[name] = module.weight.detach().clone()
+    for names in made.shared:
+        found = {name: adapted_parameter(model, name) for name in names}
+        if any(trained for trained, _ in found.values()):
+            truth |= {name: value for name, (_, value) in found.items()}
     return truth
 
 
-def merged_state(case: Case, made: Made) -> dict[str, Tensor] | None:
-    """The tensors of PEFT's merged model; None where it cannot merge."""
+def adapted_parameter(model: nn.Module, name: str) -> tuple[bool, Tensor]:
+    """Whether PEFT trains a parameter, and what it is with its own adapter alone."""
+    *path, leaf = name.split(".")
+    module = model
+    for step in path:
+        module = getattr(_within(module), step)
+    if isinstance(module, LoraLayer) and leaf == "weight":
+        alone = copy.deepcopy(module)  # untied
+        alone.merge(adapter_names=["default"])
+        return True, alone.get_base_layer().weight.detach()
+    if isinstance(module, TrainableTokensWrapper) and leaf == "weight":
+        return True, module.token_adapter.get_merged_weights(["default"]).detach().clone()
+    parameter = getattr(_within(module), leaf)
+    return parameter.requires_grad, parameter.detach().clone()
+
+
+def _within(module: nn.Module) -> nn.Module:
+    """The module that a wrapper of PEFT's stands for."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.modules_to_save["default"]
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def merged_state(case: Case, made: Made) -> tuple[dict[str, Tensor] | None, str]:
+    """The tensors of PEFT's merged model; None and why where it cannot merge."""
     if case.kind != "tuned":
         try:
-            made.model = made.model.merge_and_unload()
-        except Exception:
-            return None
-    return dict(made.model.state_dict())
+            with made_by("PEFT, merge"):
+                made.model = made.model.merge_and_unload()
+        except NotMade as error:
+            return None, str(error)
+    return dict(made.model.state_dict()), ""
 
 
 def _is_truth(merged: dict[str, Tensor] | None, tied: dict[str, Tensor]) -> bool:
     return merged is not None and all(merged[n].shape == t.shape and close(merged[n], t, 1e-5) for n, t in tied.items())
 
 
-def tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor], left_out: set[str]) -> list[str]:
+def tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
     """Compare all tensors, by their names in the loaded model."""
     wrong = []
-    for key in sorted((theirs.keys() | ours.keys()) - left_out):
+    for key in sorted(theirs.keys() | ours.keys()):
         if key not in theirs or key not in ours:
             wrong.append(f"tensor {key}: only in {'ours' if key in ours else 'theirs'}")
         elif theirs[key].shape != ours[key].shape:
@@ -226,56 +240,20 @@ def outer_names(case: Case) -> set[str]:
     return head | {f"language_model.{n}" for n in head}  # as vision-language models have it on disk
 
 
-def names_on_disk(made: Made, out: Path, outer: set[str]) -> list[str]:
-    """Compare the names on disk with those that transformers saves, and with the base's."""
+def on_disk(made: Made, names: Iterable[str]) -> set[str]:
+    """The names on disk of parameters of the model."""
+    state = made.model.state_dict()
+    return set(revert_weight_conversion(made.model, {name: state[name] for name in names}))
+
+
+def names_on_disk(made: Made, out: Path, may_be: set[str], notes: list[str]) -> list[str]:
+    """Compare the names on disk with those that transformers saves, and with the base's; `may_be` are in either."""
     try:
-        made.model.save_pretrained(out.parent / "theirs")
-    except Exception:  # of a vocabulary that has grown, transformers may refuse its own config (Canary)
+        with made_by("transformers, saving"):  # of a vocabulary that has grown, it may refuse its own config (Canary)
+            made.model.save_pretrained(out.parent / "theirs")
+    except NotMade as error:
+        notes.append(f"names on disk not compared: {error}")
         return []
     theirs, ours, base = (names_of(d) for d in (out.parent / "theirs", out, made.base))
-    extra, lost = ours - theirs - base - outer, (theirs & base) - ours
+    extra, lost = ours - theirs - base - may_be, (theirs & base) - ours
     return [f"on disk: {what} {sorted(names)[:3]}" for what, names in (("extra", extra), ("lost", lost)) if names]
-
-
-def names_of(directory: Path) -> set[str]:
-    names: set[str] = set()
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, "pt") as f:
-            names |= set(f.keys())
-    return names
-
-
-def decisions(made: Made, findings: Any, after: dict[str, Tensor]) -> tuple[int, int, list[str]]:
-    """Compare decisions with a float64 SVD of the matrices, the output side of each: matrices, directions, what is wrong."""
-    model = made.model.get_base_model() if hasattr(made.model, "get_base_model") else made.model
-    modules = dict(model.named_modules())
-    matrices = directions = 0
-    wrong: list[str] = []
-    for m in findings:
-        stack = STACKED.fullmatch(m.module)
-        key = stack[1] if stack else f"{m.module}.weight" if f"{m.module}.weight" in made.before else m.module
-        if key not in made.before or key not in after or made.before[key].shape != after[key].shape:
-            continue  # a tensor of another name, or a vocabulary that has grown
-        W0, W = ((t[key][int(stack[2])] if stack else t[key]).flatten(1).double() for t in (made.before, after))
-        module = modules.get(m.module)
-        transposed = tuple(W0.shape) != m.shape if stack else isinstance(module, Conv1D | nn.Embedding)
-        if transposed:
-            W0, W = W0.T, W.T
-        if tuple(W0.shape) != m.shape:
-            wrong.append(f"decisions {m.module}: shape {m.shape} for {tuple(W0.shape)}")
-            continue
-        k = len(m.detection.singular_values)
-        U0 = np.linalg.svd(W0.numpy(), full_matrices=False)[0]
-        U, S, _ = np.linalg.svd(W.numpy(), full_matrices=False)
-        similarity = np.abs(U0.T @ U[:, :k]).max(0)
-        clear = [j for j in range(k) if abs(similarity[j] - 0.5) > CLEAR and _alone(S, j)]
-        expected = [j for j in clear if similarity[j] < 0.5]
-        matrices, directions = matrices + 1, directions + len(clear)
-        if [j for j in m.detection.intruders if j in clear] != expected:
-            wrong.append(f"decisions {m.module}: {m.detection.intruders} for {expected}")
-    return matrices, directions, wrong
-
-
-def _alone(S: np.ndarray, j: int) -> bool:
-    """Whether a singular value is apart from its neighbours, so that its vector is one."""
-    return bool(np.abs(np.delete(S, j) - S[j]).min(initial=np.inf) > 1e-4 * S[0])
