@@ -20,7 +20,12 @@ CLEAR = 1e-3
 
 STACKED = re.compile(r"(.*)\[(\d+)\]")
 
-INPUTS_FIRST = {"JetMoeParallelExperts": False, "Llama4TextExperts": True, "LongcatFlashExperts": False}
+INPUTS_FIRST = {
+    "InklingSharedExperts": False,
+    "JetMoeParallelExperts": False,
+    "Llama4TextExperts": True,
+    "LongcatFlashExperts": False,
+}
 """Whether an expert is stored (in, out), of classes that do not say `is_transposed`: as their forward multiplies."""
 
 
@@ -62,8 +67,6 @@ def decisions(
     for m in findings:
         stack = STACKED.fullmatch(m.module)
         key = stack[1] if stack else f"{m.module}.weight" if f"{m.module}.weight" in before else m.module
-        if key not in before and stack and f"{key}.weight" in before:
-            key = f"{key}.weight"
         if key not in before or key not in after or before[key].shape != after[key].shape:
             wrong.append(f"decisions {m.module}: compared with nothing")
             continue
@@ -109,7 +112,7 @@ def _changed(sides: Sides, before: dict[str, Tensor], after: dict[str, Tensor]) 
     for key, W0 in before.items():
         if W0.is_floating_point() and W0.ndim > 1 and key in after and not W0.equal(after[key]):
             if W0.ndim == 3 and sides.is_stack(W0):
-                names |= {f"{key.removesuffix('.weight')}[{e}]" for e in range(len(W0))}
+                names |= {f"{key}[{e}]" for e in range(len(W0))}
             elif key.endswith(".weight"):
                 names.add(key.removesuffix(".weight"))
     return names

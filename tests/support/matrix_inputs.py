@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,8 +191,10 @@ def make(case: Case, home: Path, seed: int) -> Made:
 
 @contextlib.contextmanager
 def made_by(whom: str) -> Any:
+    """What another library does: its warnings are nothing, its exceptions say that it cannot."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except TimeoutError:  # the limit of a case
         raise
     except Exception as error:  # another library's, of any kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 import streamer
@@ -101,7 +102,7 @@ def compare(case: Case, made: Made, findings: Any, out: Path) -> Result:
         notes.append(f"PEFT cannot merge: {unmerged}")
     else:
         wrong += tensors(ours.state_dict(), theirs | tied)
-        wrong += names_on_disk(made, out, outer | on_disk(made, tied), notes)
+        wrong += names_on_disk(made, out, outer | (names_of_ties(made) if tied else set()), notes)
         matrices, directions, differ = decisions(made, findings, made.before, theirs | tied, matrices_of)
         wrong += differ
     said = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
@@ -240,10 +241,18 @@ def outer_names(case: Case) -> set[str]:
     return head | {f"language_model.{n}" for n in head}  # as vision-language models have it on disk
 
 
-def on_disk(made: Made, names: Iterable[str]) -> set[str]:
-    """The names on disk of parameters of the model."""
-    state = made.model.state_dict()
-    return set(revert_weight_conversion(made.model, {name: state[name] for name in names}))
+def names_of_ties(made: Made) -> set[str]:
+    """The names on disk of parameters that have several: an undone tie brings all of them, as one flag of a config states all.
+
+    A model knows the renames of what it was loaded from alone: that of a head which the base does not have is its class's.
+    """
+    state = {n: t for n, t in made.model.state_dict().items() if any(n in names for names in made.shared)}
+    loaded = made.model._weight_conversions
+    names = set(revert_weight_conversion(made.model, dict(state)))
+    made.model._weight_conversions = get_model_conversion_mapping(made.model, add_legacy=False)
+    names |= set(revert_weight_conversion(made.model, dict(state)))
+    made.model._weight_conversions = loaded
+    return names | {name.removeprefix(f"{made.model.base_model_prefix}.") for name in names}  # as a bare base has them
 
 
 def names_on_disk(made: Made, out: Path, may_be: set[str], notes: list[str]) -> list[str]:
@@ -252,7 +261,7 @@ def names_on_disk(made: Made, out: Path, may_be: set[str], notes: list[str]) -> 
         with made_by("transformers, saving"):  # of a vocabulary that has grown, it may refuse its own config (Canary)
             made.model.save_pretrained(out.parent / "theirs")
     except NotMade as error:
-        notes.append(f"names on disk not compared: {error}")
+        notes.append(f"names on disk: {error}")
         return []
     theirs, ours, base = (names_of(d) for d in (out.parent / "theirs", out, made.base))
     extra, lost = ours - theirs - base - may_be, (theirs & base) - ours
