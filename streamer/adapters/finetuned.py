@@ -8,8 +8,9 @@ A stack of experts gives a module an expert: ``model.layers.0.mlp.experts.down_p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from streamer.adapters.adapter import DeltaSource
@@ -62,13 +63,28 @@ class FinetunedModel(DeltaSource):
         Its stacks of experts.
     unjudged
         Tensors of two dimensions and more, of the base's shape, that are no weights of layers.
+    copies
+        Names of tensors that stand there under another name as well, and are left out.
     """
 
     model_config: ModelConfig = field(default_factory=ModelConfig)
     stacks: tuple[ExpertStack, ...] = ()
     unjudged: tuple[str, ...] = ()
+    copies: frozenset[str] = frozenset()
 
     describes_model = True
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor but the copies, by name."""
+        return {name: stored for name, stored in super().tensors.items() if name not in self.copies}
+
+    def without(self, copies: Collection[str]) -> FinetunedModel:
+        """Leave out tensors that are copies of others."""
+        modules = {name: m for name, m in self.modules.items() if f"{name}.weight" not in copies}
+        carried = tuple(c for c in self.carried if c.source not in copies)
+        unjudged = tuple(name for name in self.unjudged if name not in copies)
+        return replace(self, modules=modules, carried=carried, unjudged=unjudged, copies=frozenset(copies))
 
     @property
     def identity_bytes(self) -> int:

@@ -25,22 +25,6 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?$")
 
 
-def check_same_form(where: object, job: Job, shard: ShardPlan) -> None:
-    """Check that an adapter in the form of the one that was read has that one's tensors.
-
-    Raises
-    ------
-    UnloadableError
-        If a name, dtype or shape is another.
-    """
-    read, planned = (
-        {t.name: (t.dtype, t.shape) for t in header.tensors} for header in (job.plan.adapter.file.header, shard.header)
-    )
-    _refuse(
-        where, [f"{n!r} is not as it was read" for n in sorted(read.keys() | planned) if read.get(n) != planned.get(n)]
-    )
-
-
 def check_lora(where: object, job: Job, shard: ShardPlan, config: bytes) -> None:
     """Check that PEFT finds the modules of a LoRA adapter, and that its tensors fit them.
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.errors import UnsupportedError
 from streamer.linalg.low_rank import LowRank
-from streamer.output.adapter_loadability import check_same_form
 from streamer.output.job import Job
 from streamer.output.memory import mitigation_bytes
 from streamer.output.metrics import matrix_metrics
@@ -43,7 +42,6 @@ class AdapterWriter(Writer):
                 "adapter; `streamer merge` writes it into the base, and --to-lora RANK as a LoRA adapter"
             )
         shard = like(WEIGHTS_NAME, plan.adapter.file.header, job.stamp("mitigate"))
-        check_same_form(path, job, shard)
         config = (plan.adapter.path / CONFIG_NAME).read_bytes()
         self.spec = adapter_spec(job, path, shard, config, plan.adapter.path)
         self._targets: dict[str, list[Target]] = {}

@@ -55,8 +55,7 @@ def check_merged(where: object, job: Job, model: MergedModel) -> None:
         own = (
             copied is not None and output.name in base.weight_map and copied == StoredTensor(*base.locate(output.name))
         )
-        # A fine-tuned model's tensors are all its own, whatever its class makes of them.
-        if not own and not tuned:
+        if not own:
             contents[output.name] = output.name if copied is None else (str(copied.file.path), copied.info.name)
     check_loadable(
         where,

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import DeltaSource
-from streamer.adapters.finetuned import is_model, open_finetuned
+from streamer.adapters.finetuned import FinetunedModel, is_model, open_finetuned
 from streamer.adapters.modules import Module
 from streamer.adapters.reader import open_adapter
 from streamer.errors import InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.operators import Delta
 from streamer.plan import tied_embeddings as tied
-from streamer.plan.architectures import Architecture, pattern_of, with_architecture
+from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
 from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
@@ -217,6 +217,11 @@ def _plan(
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
     renames = renames_for(config)
     architecture = merged_architecture(config, opened)
+    dropped: dict[str, str] = {}
+    if isinstance(opened, FinetunedModel):
+        stated = opened.model_config if opened.model_config.values else config
+        tuned_class = architecture_for(stated, config.architecture)
+        opened, dropped = tied.without_copies(checkpoint, opened, tuned_class, renames)
     # Of a fine-tuned model the config says what is tied, and goes along.
     ties = () if opened.describes_model else find_ties(checkpoint.weight_map, architecture, renames)
     aliases = {
@@ -239,7 +244,8 @@ def _plan(
     placed = matched | {p: names[p].tensor for p in parameters if names[p].rule.startswith("prefix")}
     edits = match_carried(checkpoint, opened, placed, renames, aliases, weights.quantized_names, vocabulary)
     if opened.describes_model:
-        found = {*(match.tensor for match in names.values()), *edits.sources}
+        edits = replace(edits, dropped=dropped)
+        found = {*(match.tensor for match in names.values()), *edits.sources, *dropped}
         _check_whole(checkpoint, weights, architecture, opened, found)
     elif architecture is None:
         tied.refuse_unknown_ties(checkpoint, config, opened, edits, matched)

@@ -9,7 +9,7 @@ from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.modules import Module
 from streamer.errors import MismatchError
 from streamer.plan.architecture_table import conv1d_names
-from streamer.plan.architectures import Architecture, architectures_for, pattern_of
+from streamer.plan.architectures import Architecture, architecture_for, architectures_for, pattern_of
 from streamer.plan.name_matching import Match
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
@@ -87,12 +87,13 @@ class Orientation:
     """Tells which layers of a base store (in, out), as Conv1D does, where every other linear layer stores (out, in).
 
     Of a base that is not known, ``c_proj`` and the other names that Conv1D has in some class may be either; a layer of the same stack of
-    layers, ``transformer.h.0`` to ``transformer.h.11``, settles that they are Linear.
+    layers, ``transformer.h.0`` to ``transformer.h.11``, settles that they are Linear. A base that names no class of its type, as another
+    library's ``NanoGPT`` of type ``gpt2``, is known where its biases show that it stores its layers as those classes do.
 
     Attributes
     ----------
     architectures
-        Facts of the base's class, or of all that it can be of; none where its config does not tell.
+        Facts of the base's class, or of all that it can be of; none where it is not known.
     has_conv1d
         Whether a base that is not known has a layer whose bias shows that it is stored (in, out): others may be, too.
     linear
@@ -107,9 +108,9 @@ class Orientation:
     def of(cls, base: Checkpoint, config: ModelConfig) -> Orientation:
         """Ask the table of architectures, and the shapes of a base that it does not know."""
         known = architectures_for(config)
-        if known:
+        biased = {} if architecture_for(config) else _by_bias(base)
+        if known and (architecture_for(config) or _stored_as(known, base, biased)):
             return cls(known)
-        biased = _by_bias(base)
         linear = frozenset(
             _stack_of(name) for name, transposed in biased.items() if not transposed and _may_be_conv1d(name)
         )
@@ -167,6 +168,13 @@ def _by_bias(base: Checkpoint) -> dict[str, bool]:
             if len(shape) == 2 and shape[0] != shape[1] and outputs in (shape[:1], shape[1:]):
                 found[name] = outputs == shape[1:]
     return found
+
+
+def _stored_as(classes: Sequence[Architecture], base: Checkpoint, biased: Mapping[str, bool]) -> bool:
+    """Tell whether layers with biases are stored as these classes store them, one in each stack of layers in which these have Conv1D."""
+    conv1d = {name for name in base.weight_map if any(a.transposed(name.removesuffix(".weight")) for a in classes)}
+    shown = {_stack_of(name) for name in biased}
+    return {n for n, way in biased.items() if way} == conv1d & biased.keys() and {_stack_of(n) for n in conv1d} <= shown
 
 
 def match_targets(

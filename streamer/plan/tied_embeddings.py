@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 from streamer.adapters.adapter import DeltaSource
+from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import Module
 from streamer.errors import UnsupportedError
 from streamer.plan.architectures import TIE_KEY as KEY
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of
 from streamer.plan.carried_tensors import TensorEdits
-from streamer.plan.tied_names import TiedNames
+from streamer.plan.tied_names import TiedNames, find_ties
+from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.units import listed
 from streamer.weights.base import StoredTensor, equal
@@ -88,15 +91,9 @@ class TieEditor:
         """Compare the copies on disk of a tensor that changes, and leave out one that is not the same where the config says so."""
         if not self._changed(tie):
             return tie
-        stored = StoredTensor(*self.base.locate(tie.stored))
-        copies = [name for name in tie.others if name in self.base.weight_map]
-        apart = {name for name in copies if not equal(stored, StoredTensor(*self.base.locate(name)))}
+        copies = {name: StoredTensor(*self.base.locate(name)) for name in tie.names if name in self.base.weight_map}
         # A head of T5's own stands beside the embedding, where the config says that they are apart.
-        if apart and (tie.keys or self.config.tied is not False):
-            raise UnsupportedError(
-                f"{self.base.path}: {apart.pop()!r} differs from {tie.stored!r}, to which the config ties it, and loaders disagree which "
-                f"of them counts; set {KEY} to what it is, or remove the copy"
-            )
+        apart = _unequal(copies, self.base.path, "the config", bool(tie.keys) or self.config.tied is not False)
         return replace(tie, on_disk={now: name for now, name in tie.on_disk.items() if name not in apart})
 
     def _parts(self, tie: TiedNames) -> bool:
@@ -162,6 +159,46 @@ def _together(tie: TiedNames, edits: TensorEdits, base: Checkpoint, deltas: froz
     return replace(edits, sources=sources, rows=rows, shifts=shifts, dropped={**edits.dropped, **gone})
 
 
+def without_copies(
+    base: Checkpoint, tuned: FinetunedModel, architecture: Architecture | None, renames: Renames
+) -> tuple[FinetunedModel, dict[str, str]]:
+    """Leave out the copies that a fine-tuned model has of tied tensors, which would be judged and mitigated apart.
+
+    Embedding and ``lm_head`` of the same bytes in both models, tied → the embedding alone is judged and written.
+
+    Parameters
+    ----------
+    architecture
+        Facts of the fine-tuned model.
+
+    Returns
+    -------
+    tuned, dropped
+        The model without them, and the base's copies, which the merged model does without, with the reason.
+
+    Raises
+    ------
+    UnsupportedError
+        If copies in either model differ, or if it is not known whether the class ties what has the same bytes.
+    """
+    if architecture is None and tuned.model_config.tied is not False:
+        _refuse_unknown_copies(tuned)
+    copies: set[str] = set()
+    dropped: dict[str, str] = {}
+    for tie in find_ties(tuned.tensors, architecture, renames):
+        mine = {name: tuned.tensors[name] for name in tie.names if name in tuned.tensors}
+        theirs = {name: StoredTensor(*base.locate(name)) for name in tie.names if name in base.weight_map}
+        refuse = bool(tie.keys) or tuned.model_config.tied is not False
+        apart = _unequal(mine, tuned.path, "the config", refuse) | _unequal(
+            theirs, base.path, f"the config of {tuned.path}", refuse
+        )
+        same = [name for name in tie.names if name in mine.keys() | theirs and name not in apart]
+        kept = next((name for name in same if name in mine and name in theirs), tie.stored)
+        copies |= {name for name in same if name in mine and name != kept}
+        dropped |= {name: BY_TIE for name in same if name in theirs and name != kept}
+    return tuned.without(copies) if copies else tuned, dropped
+
+
 def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[str, str]) -> dict[str, Module]:
     """Find modules that hold another's factors once more, transposed: PEFT's LoRA on a tied head with ``ensure_weight_tying``.
 
@@ -211,8 +248,8 @@ def refuse_unknown_ties(
 ) -> None:
     """Refuse a change of what may be tied in a model of an unknown class: what has no other of its shape, and does not stand in a layer.
 
-    Where the config states a vocabulary, that many rows; else, of linear layers, not a width that layers have: a projector, a pooler.
-    Where it states that nothing is tied, nothing.
+    Where the config states a vocabulary, that many rows; else, of linear layers, not a width that layers have: a projector, a pooler;
+    but all that has the bytes of another. Where it states that nothing is tied, nothing.
     """
     if config.tied is False:
         return
@@ -228,17 +265,42 @@ def refuse_unknown_ties(
         shape = edits.sources[name].info.shape if new else outer.get(name, ())
         if len(shape) != 2 or "*" in pattern_of(name) or config.vocab_size not in (None, shape[0]):
             continue
-        if config.vocab_size is None and name in linear and shape[0] in widths:
-            continue
         alike = [other for other in outer if other != name and outer[other] == shape]
+        inner = config.vocab_size is None and name in linear and shape[0] in widths
         apart = alike and not new and not config.tied
-        if not (alike or not new) or (apart and not _any_equal(base, name, alike)):
+        if (inner or apart or (new and not alike)) and (new or not _any_equal(base, name, alike)):
             continue
-        whose = listed(map(repr, config.architectures)) if config.architectures else "no class"
         raise UnsupportedError(
-            f"{base.path}: whether {name!r}, which {adapter.path} changes, is tied to another tensor depends on the model's class: the "
-            f"config names {whose}, of which nothing is known here; name the class, or one that is like it, with --architecture"
+            f"{base.path}: whether {name!r}, which {adapter.path} changes, is tied to another tensor depends on the model's class: "
+            f"{_unknown(config)}"
         )
+
+
+def _unknown(config: ModelConfig) -> str:
+    whose = listed(map(repr, config.architectures)) if config.architectures else "no class"
+    return f"the config names {whose}, of which nothing is known here; name the class, or one that is like it, with --architecture"
+
+
+def _refuse_unknown_copies(tuned: FinetunedModel) -> None:
+    outer = [t for name, t in tuned.tensors.items() if len(t.info.shape) == 2 and "*" not in pattern_of(name)]
+    for one, other in combinations(outer, 2):
+        if equal(one, other):
+            raise UnsupportedError(
+                f"{tuned.path}: whether {one.info.name!r} and {other.info.name!r}, whose bytes are the same, are tied depends on the "
+                f"model's class: {_unknown(tuned.model_config)}"
+            )
+
+
+def _unequal(copies: Mapping[str, StoredTensor], path: Path, whose: str, refuse: bool) -> set[str]:
+    """Find copies of a tied tensor that are not as the first, by name."""
+    first, *others = copies.values() or (None,)
+    apart = {other.info.name for other in others if first and other and not equal(first, other)}
+    if first and apart and refuse:
+        raise UnsupportedError(
+            f"{path}: {apart.pop()!r} differs from {first.info.name!r}, to which {whose} ties it, and loaders disagree which of them "
+            f"counts; set {KEY} to what it is, or remove the copy"
+        )
+    return apart
 
 
 def _any_equal(base: Checkpoint, name: str, others: Iterable[str]) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from streamer.plan.architectures import architectures_for
+from streamer.plan.architectures import architecture_for
 from streamer.verification.deltas import Delta, DoraDelta, LowRankDelta, TunedDelta
 from streamer.verification.result import NotRecomputed
 from streamer.verification.tensors import Array, Matrix, TensorFiles, open_matrix
@@ -60,7 +60,7 @@ class AdapterFiles:
     def __init__(self, directory: Path, base: Path | None = None, architecture: str | None = None) -> None:
         self.directory = directory
         config = read_model_config(base if base is not None and base.is_dir() else None)
-        self._architectures = architectures_for(replace(config, architecture=architecture))
+        self._architecture = architecture_for(replace(config, architecture=architecture))
         self.is_model = not (directory / CONFIG_NAME).exists()
         if self.is_model:
             self.config: dict[str, Any] = {}
@@ -131,7 +131,7 @@ class AdapterFiles:
     def delta(self, tensor: str, module: str, transposed: bool, base: TensorFiles) -> tuple[Matrix, Delta, int]:
         """Return W0 as (out, in), Δ, and the rank of its factors, 0 where it has none.
 
-        `transposed` is what the record says of the base's tensor; only two models of one shape leave that open.
+        `transposed` is what the record says of the base's tensor, where its shape and its class leave that open.
         """
         if tensor not in base:
             raise NotRecomputed("it is no tensor of the base by itself, but a part of one or built of several")
@@ -143,19 +143,19 @@ class AdapterFiles:
             W0 = open_matrix(base, tensor, (m, n), transposed)
             return W0, TunedDelta(open_matrix(self.files, tensor, W0.shape, transposed)), 0
         factors = self.factors(module)
-        W0 = open_matrix(base, tensor, factors.shape, self._transposed(factors, stored, module, tensor))
+        W0 = open_matrix(base, tensor, factors.shape, self._transposed(factors, stored, transposed, module, tensor))
         low_rank = LowRankDelta(factors.scaling * factors.B, factors.A.T)
         rank = len(factors.A)
         if factors.magnitude is None:
             return W0, low_rank, rank
         return W0, DoraDelta(low_rank, factors.magnitude), rank
 
-    def _transposed(self, factors: Factors, stored: tuple[int, ...], *names: str) -> bool:
-        """Tell whether the base stores (in, out): by shape, and where that is square by the base's class."""
+    def _transposed(self, factors: Factors, stored: tuple[int, ...], recorded: bool, *names: str) -> bool:
+        """Tell whether the base stores (in, out): by shape, where that is square by the base's class, else as it is recorded."""
         m, n = factors.shape
         flat = (stored[0], math.prod(stored[1:]))
         layers = [name.removesuffix(".weight") for name in names]
-        conv1d = any(a.transposed(layer) for a in self._architectures for layer in layers)
+        conv1d = recorded if self._architecture is None else any(map(self._architecture.transposed, layers))
         inward = factors.embedding or (m == n and conv1d)
         if flat == (m, n) and not inward:
             return False

@@ -187,6 +187,33 @@ def test_a_class_of_another_library_of_a_known_type(name: str, tmp_path: Path) -
         streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("stated", [{"architectures": ["NanoGPT"]}, {"architectures": None}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_in_a_config_of_type_gpt2(bias: bool, stated: dict[str, Any], tmp_path: Path) -> None:
+    """The type's own classes have Conv1D; the biases of these layers show that they are Linear, and without them nothing does."""
+    torch.manual_seed(0)
+    made = config("GPTBigCode", **GPT2, multi_query=False)
+    model = transformers.GPTBigCodeForCausalLM(made)
+    model.save_pretrained(tmp_path / "base")
+    peft = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=64, target_modules=["attn.c_proj"], init_lora_weights=False)
+    )
+    peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    peft.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    if not bias:
+        without_biases(tmp_path).replace(tmp_path / "base" / "model.safetensors")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "gpt2"} | stated))
+    base, adapter, out = (tmp_path / d for d in ("base", "adapter", "out"))
+    if not bias:
+        with pytest.raises(MismatchError, match="--architecture NAME"):
+            streamer.detect_intruder_dimensions(base, adapter)
+        return
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0)
+    assert_merged(weights(out), weights(tmp_path / "theirs"))
+    assert streamer.verify_output(out, base, adapter, sample="all")["recomputed"]
+
+
 def test_a_fine_tuned_model_of_an_unknown_class(tmp_path: Path) -> None:
     """Its Conv1D would be judged on the side of the inputs."""
     make("conv1d", tmp_path)

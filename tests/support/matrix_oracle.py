@@ -131,6 +131,11 @@ def logits(case: Case, made: Made, ours: nn.Module, expected: Tensor, merge_hold
     if close(answered, expected, 1e-3):
         return []
     off = f"logits: off by {float((answered - expected).abs().max()):.2g}"
+    if made.plain is not None and made.plain.shape == expected.shape and close(expected, made.plain, 1e-6):
+        notes.append(
+            f"PEFT's model answers as the base does; {off}"
+        )  # the head's weight is used from outside (MobileBERT)
+        return []
     if any(close(answered, other, 1e-3) for other in other_answers(case, made, merge_holds)):
         notes.append(f"PEFT answers in two ways; {off}")
         return []

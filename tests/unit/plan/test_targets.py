@@ -66,13 +66,21 @@ def test_of_a_square_matrix_the_class_decides(tmp_path: Path, flag: bool, archit
 
 
 def test_a_type_of_several_classes_that_agree(tmp_path: Path) -> None:
-    W = torch.randn(12, 12)
-    base = helpers.write_sharded(tmp_path / "base", [{"h.0.mlp.c_fc.weight": W}])
+    """Where these have Conv1D, a bias of the base's shows that it has, too."""
     adapter = helpers.write_adapter(tmp_path / "adapter", {"h.0.mlp.c_fc": helpers.intruding_factors(12, 12, 2)}, r=2)
-    weights = open_weights(open_checkpoint(base), ModelConfig())
-    for model_type, transposed in {"gpt2": True, "llama": False}.items():
-        (target,) = targets_of(weights, open_adapter(adapter), {"model_type": model_type})
-        assert target.transposed == transposed
+    for kind, shape in {"none": None, "linear": (36, 12), "conv1d": (12, 36)}.items():
+        tensors = {"h.0.mlp.c_fc.weight": torch.randn(12, 12), "h.0.attn.c_attn.bias": torch.randn(36)}
+        if shape:
+            tensors["h.0.attn.c_attn.weight"] = torch.randn(shape)
+        base = helpers.write_sharded(tmp_path / kind, [tensors])
+        weights = open_weights(open_checkpoint(base), ModelConfig())
+        for model_type, of_type in {"gpt2": "conv1d", "llama": "linear"}.items():
+            if kind in (of_type, "linear") or (kind, model_type) == ("none", "llama"):
+                (target,) = targets_of(weights, open_adapter(adapter), {"model_type": model_type})
+                assert target.transposed == (kind == "conv1d")
+            else:
+                with pytest.raises(MismatchError, match="--architecture NAME"):
+                    targets_of(weights, open_adapter(adapter), {"model_type": model_type})
 
 
 def test_a_square_matrix_of_an_unknown_class(tmp_path: Path) -> None:

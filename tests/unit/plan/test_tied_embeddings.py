@@ -213,6 +213,19 @@ def test_widths_of_layers_are_no_vocabulary(tmp_path: Path, module: str, allowed
             make_plan(b, a)
 
 
+@pytest.mark.parametrize("config", [None, {"model_type": "test"}])
+def test_a_vocabulary_of_bytes_as_wide_as_layers(tmp_path: Path, config: dict | None) -> None:
+    """The head and the embedding of an unknown class have the same bytes: they are one."""
+    torch.manual_seed(0)
+    embedding = torch.randn(64, 32)
+    wide = {EMBED: embedding, HEAD: embedding.clone(), "model.layers.0.up_proj.weight": torch.randn(64, 32)}
+    b = helpers.write_sharded(tmp_path / "base", [wide], config or {})
+    if config is None:
+        (b / "config.json").unlink()
+    with pytest.raises(UnsupportedError, match="is tied to another tensor depends on the model's class"):
+        make_plan(b, adapter(tmp_path))
+
+
 def test_a_head_that_an_unknown_class_may_tie(tmp_path: Path) -> None:
     with pytest.raises(
         MismatchError, match=r"'lm_head' has no tensor in the base .* name the model's class with --architecture"
