@@ -30,7 +30,7 @@ INPUTS_FIRST = {
 
 
 def adapted(made: Made) -> set[str] | None:
-    """The names of the findings that PEFT's model, not merged yet, must have; None of a tuned model: see `_changed`."""
+    """List the names of the findings that PEFT's model, not merged yet, must have; None of a tuned model, see `_changed`."""
     if not hasattr(made.model, "get_base_model"):
         return None
     names: set[str] = set()
@@ -93,7 +93,7 @@ def decisions(
 
 
 def judged(W0: np.ndarray, W: np.ndarray, k: int) -> tuple[list[int], list[int]]:
-    """The directions among the leading `k` that are clearly decided, and the intruders of these."""
+    """Find the directions among the leading `k` that are clearly decided, and the intruders of these."""
     U0 = np.linalg.svd(W0, full_matrices=False)[0]
     U, S, _ = np.linalg.svd(W, full_matrices=False)
     similarity = np.abs(U0.T @ U[:, :k]).max(0)
@@ -102,12 +102,12 @@ def judged(W0: np.ndarray, W: np.ndarray, k: int) -> tuple[list[int], list[int]]
 
 
 def _alone(S: np.ndarray, j: int) -> bool:
-    """Whether a singular value is apart from its neighbours, so that its vector is one."""
+    """Say whether a singular value is apart from its neighbours, so that its vector is one."""
     return bool(np.abs(np.delete(S, j) - S[j]).min(initial=np.inf) > 1e-4 * S[0])
 
 
 def _changed(sides: Sides, before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """The names of the findings of a tuned model: its weights that changed, and each expert of its stacks."""
+    """List the names of the findings of a tuned model: its weights that changed, and each expert of its stacks."""
     names: set[str] = set()
     for key, W0 in before.items():
         if W0.is_floating_point() and W0.ndim > 1 and key in after and not W0.equal(after[key]):
@@ -119,7 +119,7 @@ def _changed(sides: Sides, before: dict[str, Tensor], after: dict[str, Tensor]) 
 
 
 class Sides:
-    """The output sides of a model's matrices, by what its modules are.
+    """Know the output sides of a model's matrices, by what its modules are.
 
     On disk a matrix may have another name, be turned, and a part of what it is in the model (``experts.0.w1.weight`` is rows of
     ``experts.gate_up_proj[0]``): then it is the one whose rows, an output each, it has. They are random, so that no others are equal.
@@ -157,11 +157,11 @@ class Sides:
         return bool(_inputs_first(module)) or isinstance(module, Conv1D | nn.Embedding)
 
     def is_stack(self, stack: Tensor) -> bool:
-        """Whether a tensor on disk is a stack of experts."""
+        """Say whether a tensor on disk is a stack of experts."""
         return any(stacked for W in (stack[0], stack[0].T) for _, stacked in self._places(W))
 
     def transposed(self, path: str, W: Tensor) -> bool | None:
-        """Whether a matrix is stored (in, out); None where that is not known."""
+        """Say whether a matrix is stored (in, out); None where that is not known."""
         for owner in (path, path.rpartition(".")[0]):
             if owner in self.modules and (owner == path or _inputs_first(self.modules[owner]) is not None):
                 return self._of_module(owner)
@@ -175,5 +175,5 @@ class Sides:
 
 
 def _inputs_first(module: nn.Module) -> bool | None:
-    """Whether a module's experts are stored (in, out); None of a module that has none."""
+    """Say whether a module's experts are stored (in, out); None of a module that has none."""
     return getattr(module, "is_transposed", INPUTS_FIRST.get(type(module).__name__))

@@ -191,7 +191,7 @@ def make(case: Case, home: Path, seed: int) -> Made:
 
 @contextlib.contextmanager
 def made_by(whom: str) -> Any:
-    """What another library does: its warnings are nothing, its exceptions say that it cannot."""
+    """Call another library: its warnings are passed over, its exceptions say that the case cannot be made."""
     try:
         with warnings.catch_warnings(action="ignore"):
             yield

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import zoo
 from matrix_cases import Case
 from matrix_decisions import adapted, decisions
-from matrix_inputs import Made, NotMade, base_model, load, made_by, make, names_of
+from matrix_inputs import Made, NotMade, base_model, load, made_by, make, names_of, names_of_one
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -89,6 +90,7 @@ def compare(case: Case, made: Made, findings: Any, out: Path) -> Result:
     ]
     if case.layout == "headless" and loading["missing_keys"]:
         wrong.append(f"missing head: {sorted(loading['missing_keys'])}")
+    wrong += outer_tensors(case, made, out)
     notes: list[str] = []
     expected, why = answer(made)
     matrices_of, tied = adapted(made), tied_truth(made)
@@ -110,7 +112,7 @@ def compare(case: Case, made: Made, findings: Any, out: Path) -> Result:
 
 
 def answer(made: Made) -> tuple[Tensor | None, str]:
-    """What PEFT's model answers, or why it does not."""
+    """Ask PEFT's model; None and why where it does not answer."""
     if made.plain is None:
         return None, made.unanswered
     try:
@@ -132,9 +134,8 @@ def logits(case: Case, made: Made, ours: nn.Module, expected: Tensor, merge_hold
         return []
     off = f"logits: off by {float((answered - expected).abs().max()):.2g}"
     if made.plain is not None and made.plain.shape == expected.shape and close(expected, made.plain, 1e-6):
-        notes.append(
-            f"PEFT's model answers as the base does; {off}"
-        )  # the head's weight is used from outside (MobileBERT)
+        # It uses the head's weight from outside of the layer that PEFT wraps (MobileBERT).
+        notes.append(f"PEFT's model answers as the base does; {off}")
         return []
     if any(close(answered, other, 1e-3) for other in other_answers(case, made, merge_holds)):
         notes.append(f"PEFT answers in two ways; {off}")
@@ -143,7 +144,7 @@ def logits(case: Case, made: Made, ours: nn.Module, expected: Tensor, merge_hold
 
 
 def other_answers(case: Case, made: Made, merge_holds: bool) -> Iterator[Tensor]:
-    """What PEFT answers once it has merged, where it merges what it should, and once it has loaded the adapter that it saved.
+    """Ask PEFT's model once it has merged, where it merges what it should, and once it has loaded the adapter that it saved.
 
     Until then a head that is tied to trained tokens lacks its bias, an embedding of a class of its own what that adds, and a layer whose
     weight is used from outside its delta (PEFT 0.21).
@@ -163,7 +164,7 @@ def other_answers(case: Case, made: Made, merge_holds: bool) -> Iterator[Tensor]
 
 
 def tied_truth(made: Made) -> dict[str, Tensor]:
-    """What each of the names of a trained parameter is in PEFT's model before it merges, which adds to all what belongs to one.
+    """Take each name of a trained parameter from PEFT's model before it merges, which adds to all what belongs to one.
 
     Of a tuned model there is nothing to tell apart.
     """
@@ -179,7 +180,7 @@ def tied_truth(made: Made) -> dict[str, Tensor]:
 
 
 def adapted_parameter(model: nn.Module, name: str) -> tuple[bool, Tensor]:
-    """Whether PEFT trains a parameter, and what it is with its own adapter alone."""
+    """Say whether PEFT trains a parameter, and take its value with its own adapter alone."""
     *path, leaf = name.split(".")
     module = model
     for step in path:
@@ -195,14 +196,16 @@ def adapted_parameter(model: nn.Module, name: str) -> tuple[bool, Tensor]:
 
 
 def _within(module: nn.Module) -> nn.Module:
-    """The module that a wrapper of PEFT's stands for."""
+    """Return the module that a wrapper of PEFT's stands for."""
     if isinstance(module, ModulesToSaveWrapper):
         return module.modules_to_save["default"]
+    if isinstance(module, TrainableTokensWrapper):
+        return module.original_module
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def merged_state(case: Case, made: Made) -> tuple[dict[str, Tensor] | None, str]:
-    """The tensors of PEFT's merged model; None and why where it cannot merge."""
+    """Return the tensors of PEFT's merged model; None and why where it cannot merge."""
     if case.kind != "tuned":
         try:
             with made_by("PEFT, merge"):
@@ -230,7 +233,7 @@ def tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether all values agree, relative to the largest of them where that is above 1."""
+    """Say whether all values agree, relative to the largest of them where that is above 1."""
     if not b.numel():
         return a.shape == b.shape
     scale = max(1.0, float(b.abs().max()))
@@ -238,7 +241,7 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def outer_names(case: Case) -> set[str]:
-    """The names of a head that the adapted model is within: it is written where its tie is undone, and not loaded."""
+    """List the names of a head that the adapted model is within: it is written where its tie is undone, and not loaded."""
     if case.layout != "headed":
         return set()
     model = base_model(case, 0)
@@ -246,8 +249,25 @@ def outer_names(case: Case) -> set[str]:
     return head | {f"language_model.{n}" for n in head}  # as vision-language models have it on disk
 
 
+def outer_tensors(case: Case, made: Made, out: Path) -> list[str]:
+    """Compare the head that the adapted model is within with the base's, both as the class with a head loads them.
+
+    A head that is tied to the embedding of a tuned model follows that, as the config goes on to say.
+    """
+    if case.layout != "headed":
+        return []
+    cls = getattr(transformers, case.cls)
+    ours, theirs = (load(cls, directory)[0] for directory in (out, made.base))
+    within = f"{theirs.base_model_prefix}."
+    tied = {n for names in names_of_one(theirs) for n in names} if case.kind == "tuned" else set()
+    heads = [
+        {n: t for n, t in m.state_dict().items() if not n.startswith(within) and n not in tied} for m in (ours, theirs)
+    ]
+    return tensors(heads[0], heads[1])
+
+
 def names_of_ties(made: Made) -> set[str]:
-    """The names on disk of parameters that have several: an undone tie brings all of them, as one flag of a config states all.
+    """List the names on disk of parameters that have several: an undone tie brings all of them, as one flag of a config states all.
 
     A model knows the renames of what it was loaded from alone: that of a head which the base does not have is its class's.
     """
