@@ -279,9 +279,12 @@ def _vocabularies(
     for name, (before, after) in resized.items():
         found.setdefault(vocabulary[name].keys, after)
         for other in vocabulary.keys() & known.keys() - follow:
-            rows = sources.get(other, known[other]).info.shape[0]
-            of_this = vocabulary[other].keys == vocabulary[name].keys
-            if of_this and rows != after and known[other].info.shape[0] == before:
+            # Values of a token each, as a head's bias, are no embedding (see `tied_names.without_stale_values`).
+            info, rows = known[other].info, sources.get(other, known[other]).info.shape[0]
+            of_this = (
+                vocabulary[other].keys == vocabulary[name].keys and other.endswith(".weight") and len(info.shape) == 2
+            )
+            if of_this and rows != after and info.shape[0] == before:
                 raise MismatchError(
                     f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {rows}: the vocabulary grew, and the adapter "
                     "was saved without one of the embeddings; save it again with save_embedding_layers=True and both, or neither, targeted"

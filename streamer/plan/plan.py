@@ -33,7 +33,7 @@ from streamer.plan.side_files import other_files
 from streamer.plan.sources import Source, adapter_source, base_source
 from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets, misfits
 from streamer.plan.task_heads import merged_architecture
-from streamer.plan.tied_names import find_ties, vocabulary_tensors, without_stale_buffers
+from streamer.plan.tied_names import find_ties, vocabulary_tensors, without_stale_values
 from streamer.plan.transformers_renames import renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.files import Stamp, file_stamp
@@ -252,7 +252,9 @@ def _plan(
     else:
         tied.refuse_numbered_ties(ties, checkpoint.path, opened, matched)
         editor = tied.TieEditor(checkpoint, opened, config, architecture, edits, frozenset(matched.values()))
-        edits = without_stale_buffers(checkpoint, architecture, config, editor.edited(ties))
+        edits = editor.edited(ties)
+    if edits.vocabularies and not opened.describes_model:
+        edits = without_stale_values(checkpoint, architecture, vocabulary, edits)
     weights = weights.replaced({**aliases, **edits.sources})
     targets = [
         *match_targets(weights, opened, orientation, own, renames),

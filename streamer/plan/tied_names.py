@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from streamer.errors import UnsupportedError
-from streamer.plan.architectures import Architecture
+from streamer.plan.architectures import Architecture, pattern_of
 from streamer.plan.carried_tensors import TensorEdits, VocabularyTensor
 from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
@@ -69,6 +69,13 @@ class NamesOnDisk:
             if (found := self._at.get(name)) is not None:
                 return found
         return next((n for n in (run_time, *self._architecture.disk_patterns(run_time)) if n in self._names), None)
+
+    def find_all(self, pattern: str) -> list[str]:
+        """List the names on disk of the tensors with a pattern, of all layers where that holds a layer's number."""
+        if "*" in pattern:
+            return [name for now, name in self._at.items() if pattern_of(now) == pattern]
+        found = self.find(pattern)
+        return [] if found is None else [found]
 
     def of_new(self, run_time: str, beside: str, beside_on_disk: str) -> str | None:
         """Return the name on disk that makes loaders find a new tensor, in the layout of another; None where there is none.
@@ -143,7 +150,7 @@ def vocabulary_tensors(
     on_disk = NamesOnDisk(base.weight_map, architecture, renames)
     found: dict[str, VocabularyTensor] = {}
     for run_time, keys in architecture.vocabulary.items():
-        if (name := on_disk.find(run_time)) is not None:
+        for name in on_disk.find_all(run_time):
             found[name] = VocabularyTensor((name,), keys)
     for tie in ties:
         stated = next(filter(None, map(architecture.vocabulary_keys, tie.on_disk)), None)
@@ -152,23 +159,31 @@ def vocabulary_tensors(
     return found
 
 
-def without_stale_buffers(
-    base: Checkpoint, architecture: Architecture | None, config: ModelConfig, edits: TensorEdits
+def without_stale_values(
+    base: Checkpoint, architecture: Architecture | None, vocabulary: Mapping[str, VocabularyTensor], edits: TensorEdits
 ) -> TensorEdits:
-    """Leave out zeros of a token each, where the vocabulary has another size: loaders do without (BART's ``final_logits_bias``)."""
-    if architecture is None or edits.vocabulary is None:
-        return edits
-    stale = [
-        name
-        for name in base.weight_map
-        if name not in edits.sources
-        and (base.info(name).shape or (0,))[-1] == config.vocab_size
-        and any(re.search(pattern, name) for pattern in architecture.may_be_missing)
-    ]
-    for name in stale:
-        if StoredTensor(*base.locate(name)).whole().any():
+    """Leave out zeros of a token each, where the vocabulary has another size: loaders do without (BART's ``final_logits_bias``).
+
+    Raises
+    ------
+    UnsupportedError
+        If the base has other values of a token each, which the adapter does not bring for the new ones: a head's bias, a router's table.
+    """
+    before = {
+        vocabulary[name].keys: base.info(name).shape[0]
+        for name, part in edits.sources.items()
+        if name in vocabulary and name in base.weight_map and part.info.shape != base.info(name).shape
+    }
+    stale = {}
+    for name in sorted(vocabulary.keys() & base.weight_map.keys() - edits.sources.keys() - edits.dropped.keys()):
+        keys = vocabulary[name].keys
+        if before.get(keys) not in base.info(name).shape:
+            continue
+        spare = architecture is not None and any(re.search(p, name) for p in architecture.may_be_missing)
+        if not spare or StoredTensor(*base.locate(name)).whole().any():
             raise UnsupportedError(
-                f"{base.path}: {name!r} has a value for each of {config.vocab_size} tokens, and the adapter gives the model "
-                f"{edits.vocabulary}; train from a model whose embeddings have that many rows"
+                f"{base.path}: {name!r} has a value for each of {before[keys]} tokens, and the adapter gives the model "
+                f"{edits.vocabularies[keys]}; train from a model whose embeddings have that many rows"
             )
-    return replace(edits, dropped={**edits.dropped, **dict.fromkeys(stale, "the vocabulary's new size")})
+        stale[name] = "the vocabulary's new size"
+    return replace(edits, dropped={**edits.dropped, **stale})

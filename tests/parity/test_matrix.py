@@ -94,6 +94,9 @@ REFUSALS = {
     "T5ForConditionalGeneration/embedding/lora/untied/file/current": "whatever its config says",
     "ApertusForCausalLM/head/grown/untied/file/current": "saved without one of the embeddings",
     "GteForMaskedLM/attention/lora/default/file/current": "Chunk 0.*not supported",
+    "DeepseekV4ForCausalLM/all-linear/grown/tied/shards/legacy": "tid2eid' has a value for each of 72 tokens",
+    "LayoutLMForMaskedLM/embedding/grown/untied/shards/current": "bias' has a value for each of 72 tokens",
+    "MvpForConditionalGeneration/mlp/grown/tied/file/current": "'final_logits_bias' has a value for each of 72 tokens",
 }
 
 
