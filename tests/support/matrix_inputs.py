@@ -78,6 +78,11 @@ def base_model(case: Case, seed: int) -> PreTrainedModel:
     for p in model.parameters():
         if p.is_floating_point():
             p.data.add_(0.05 * torch.randn(p.shape, generator=g))
+    for name, buffer in model.named_buffers():
+        if (
+            name.endswith("final_logits_bias") and case.kind != "grown"
+        ):  # zero in new models; of a grown vocabulary it must be
+            buffer.add_(0.05 * torch.randn(buffer.shape, generator=g))
     return model
 
 

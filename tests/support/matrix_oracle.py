@@ -20,6 +20,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
@@ -280,6 +281,14 @@ def names_of_ties(made: Made) -> set[str]:
     return names | {name.removeprefix(f"{made.model.base_model_prefix}.") for name in names}  # as a bare base has them
 
 
+def zeros(directory: Path) -> set[str]:
+    """List the tensors on disk that are zero: loading does without such a bias of the logits."""
+    found: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        found |= {name for name, tensor in load_file(path).items() if not tensor.any()}
+    return found
+
+
 def names_on_disk(made: Made, out: Path, may_be: set[str], notes: list[str]) -> list[str]:
     """Compare the names on disk with those that transformers saves, and with the base's; `may_be` are in either."""
     try:
@@ -289,5 +298,5 @@ def names_on_disk(made: Made, out: Path, may_be: set[str], notes: list[str]) -> 
         notes.append(f"names on disk: {error}")
         return []
     theirs, ours, base = (names_of(d) for d in (out.parent / "theirs", out, made.base))
-    extra, lost = ours - theirs - base - may_be, (theirs & base) - ours
+    extra, lost = ours - theirs - base - may_be, (theirs & base) - ours - zeros(made.base)
     return [f"on disk: {what} {sorted(names)[:3]}" for what, names in (("extra", extra), ("lost", lost)) if names]
