@@ -242,7 +242,7 @@ class _Check:
 
     def _ties(self, architecture: Architecture) -> Iterator[str]:
         for tie in architecture.ties:
-            found = [self.written.loaded.get(name, []) for name in (tie.name, tie.source)]
+            found = [self.written.tensors_of(name) for name in (tie.name, tie.source)]
             if tie.tied and all(found) and not self._apart_in_base(tie):
                 tensors = [tensor for tensors in found for tensor in tensors]
                 if len({self.written.contents.get(tensor) for tensor in tensors}) > 1:
@@ -254,13 +254,13 @@ class _Check:
 
     def _apart_in_base(self, tie: Tie) -> bool:
         """Test for a head of T5's own, which stands beside the embedding where the config says that they are apart."""
-        both = tie.name in self.base.loaded and tie.source in self.base.loaded
-        return both and not tie.keys and self.written.config.tied is False
+        both = self.base.tensors_of(tie.name) and self.base.tensors_of(tie.source)
+        return bool(both) and not tie.keys and self.written.config.tied is False
 
     def _lacked(self, tie: Tie, there: str, lacking: str) -> bool:
         """Test whether the base lacks one of two names that its own config says are apart."""
         before = self.base.architecture
-        if before is None or there not in self.base.loaded or lacking in self.base.loaded:
+        if before is None or not self.base.tensors_of(there) or self.base.tensors_of(lacking):
             return False
         return not any(t.tied and {t.name, t.source} == {tie.name, tie.source} for t in before.ties)
 

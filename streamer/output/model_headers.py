@@ -61,6 +61,12 @@ class Headers:
             found[name].append(tensor)
         return dict(found)
 
+    def tensors_of(self, name: str) -> list[str]:
+        """List the tensors that a name in the loaded model is loaded from: by renames, else by the table's names on disk."""
+        if name in self.loaded or self.architecture is None:
+            return self.loaded.get(name, [])
+        return [tensor for tensor in self.architecture.disk_patterns(name) if tensor in self.shapes]
+
     def stated(self, keys: tuple[str, ...]) -> int | None:
         """Read a number of the config; None where it states none."""
         value: Any = self.config.values

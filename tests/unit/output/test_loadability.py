@@ -36,6 +36,13 @@ LLAVA = {
     "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "tie_word_embeddings": False,
     "text_config": {"model_type": "llama", "vocab_size": 64}, "vision_config": {"model_type": "clip_vision_model"},
 }  # fmt: skip
+T5GEMMA2 = {
+    "model_type": "t5gemma2", "architectures": ["T5Gemma2ForConditionalGeneration"], "tie_word_embeddings": True,
+    "encoder": {"model_type": "t5gemma2_encoder", "text_config": {"model_type": "t5gemma2_text"}},
+    "decoder": {"model_type": "t5gemma2_decoder"},
+}  # fmt: skip
+TWO = {f"model.{side}.embed_tokens.{name}": shape for side in ("encoder", "decoder")
+       for name, shape in (("weight", (64, 32)), ("eoi_embedding", (32,)))}  # fmt: skip
 UNKNOWN = {"model_type": "own", "architectures": ["OwnForCausalLM"]}
 EMBED, QUERY, HEAD = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
 SHAPES = {EMBED: (64, 32), QUERY: (32, 32), HEAD: (64, 32)}
@@ -70,6 +77,10 @@ RIGHT: dict[str, Case] = {
     ),
     "old names": (IMAGES, LLAVA, IMAGES, LLAVA, tuple(IMAGES)),
     "a stale buffer less": (TIED | {"final_logits_bias": (1, 64)}, BART, TIED, BART, ()),
+    "names that the table alone has": (
+        {n: shape for n, shape in TWO.items() if "encoder" in n}, T5GEMMA2, TWO | {"lm_head.out_proj.weight": (64, 32)},
+        changed(T5GEMMA2, tie_word_embeddings=False), ("lm_head.out_proj.weight",)
+    ),
     "a class that is not known": (SHAPES, UNKNOWN, SHAPES, UNKNOWN, (QUERY,)),
 }  # fmt: skip
 
