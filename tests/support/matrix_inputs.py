@@ -45,6 +45,8 @@ class Made:
         What loading the base complains about.
     shared
         Sets of the names of each parameter that has several.
+    idle
+        Those of them that no answer depends on: an embedding that only others are tied to (SeamlessM4T's ``shared``).
     """
 
     cls: type[PreTrainedModel]
@@ -57,6 +59,7 @@ class Made:
     loading: dict[str, set[str]]
     shared: list[set[str]] = field(default_factory=list)
     unanswered: str = ""
+    idle: set[str] = field(default_factory=set)
 
 
 def configs_within(config: Any) -> list[Any]:
@@ -176,6 +179,10 @@ def make(case: Case, home: Path, seed: int) -> Made:
         cls = save_base(case, base_model(case, seed), home / "base")
         model, loading = load(cls, home / "base")
     inputs, plain, unanswered = {}, None, ""
+    shared = names_of_one(model)
+    tied = {n: m for n, m in embeddings(model).items() if any(n in names for names in shared)}
+    idle = set(tied)
+    hooks = [m.register_forward_hook(lambda *_, n=n: idle.discard(n)) for n, m in tied.items()]
     try:
         with made_by("transformers, forward"):
             inputs = zoo.example(model)
@@ -184,14 +191,23 @@ def make(case: Case, home: Path, seed: int) -> Made:
                 raise ValueError("its answer is not finite")
     except NotMade as error:
         unanswered = str(error)
+        idle.clear()
+    for hook in hooks:
+        hook.remove()
     with made_by("transformers, new rows"):
         if case.kind == "grown":
             model.resize_token_embeddings(zoo.VOCABULARY + 6, mean_resizing=False)
     before = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    shared = names_of_one(model)
     with made_by("PEFT"):
         trained = train(case, model, home / "adapter", seed)
-    return Made(cls, home / "base", home / "adapter", trained, before, inputs, plain, loading, shared, unanswered)
+    paths = home / "base", home / "adapter"
+    return Made(cls, *paths, trained, before, inputs, plain, loading, shared, unanswered, idle)
+
+
+def embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
+    """List the embeddings by the names of their weights."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{path}.weight": m for path, m in modules if isinstance(m, nn.Embedding)}
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 import streamer
@@ -104,7 +103,7 @@ def compare(case: Case, made: Made, findings: Any, out: Path) -> Result:
     if theirs is None:
         notes.append(f"PEFT cannot merge: {unmerged}")
     else:
-        wrong += tensors(ours.state_dict(), theirs | tied)
+        wrong += tensors(ours.state_dict(), theirs | tied, made.idle - tied.keys() if tied else set())
         wrong += names_on_disk(made, out, outer | (names_of_ties(made) if tied else set()), notes)
         matrices, directions, differ = decisions(made, findings, made.before, theirs | tied, matrices_of)
         wrong += differ
@@ -176,7 +175,7 @@ def tied_truth(made: Made) -> dict[str, Tensor]:
     for names in made.shared:
         found = {name: adapted_parameter(model, name) for name in names}
         if any(trained for trained, _ in found.values()):
-            truth |= {name: value for name, (_, value) in found.items()}
+            truth |= {name: value for name, (trained, value) in found.items() if trained or name not in made.idle}
     return truth
 
 
@@ -220,10 +219,10 @@ def _is_truth(merged: dict[str, Tensor] | None, tied: dict[str, Tensor]) -> bool
     return merged is not None and all(merged[n].shape == t.shape and close(merged[n], t, 1e-5) for n, t in tied.items())
 
 
-def tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+def tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor], left_out: set[str]) -> list[str]:
     """Compare all tensors, by their names in the loaded model."""
     wrong = []
-    for key in sorted(theirs.keys() | ours.keys()):
+    for key in sorted((theirs.keys() | ours.keys()) - left_out):
         if key not in theirs or key not in ours:
             wrong.append(f"tensor {key}: only in {'ours' if key in ours else 'theirs'}")
         elif theirs[key].shape != ours[key].shape:
@@ -264,7 +263,7 @@ def outer_tensors(case: Case, made: Made, out: Path) -> list[str]:
     heads = [
         {n: t for n, t in m.state_dict().items() if not n.startswith(within) and n not in tied} for m in (ours, theirs)
     ]
-    return tensors(heads[0], heads[1])
+    return tensors(heads[0], heads[1], set())
 
 
 def names_of_ties(made: Made) -> set[str]:
@@ -275,7 +274,7 @@ def names_of_ties(made: Made) -> set[str]:
     state = {n: t for n, t in made.model.state_dict().items() if any(n in names for names in made.shared)}
     loaded = made.model._weight_conversions
     names = set(revert_weight_conversion(made.model, dict(state)))
-    made.model._weight_conversions = get_model_conversion_mapping(made.model, add_legacy=False)
+    made.model._weight_conversions = None  # those of the class
     names |= set(revert_weight_conversion(made.model, dict(state)))
     made.model._weight_conversions = loaded
     return names | {name.removeprefix(f"{made.model.base_model_prefix}.") for name in names}  # as a bare base has them
