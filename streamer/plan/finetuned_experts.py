@@ -54,8 +54,8 @@ def tensor_roles(
             return layout
         if parameter != "weight" or len(info.shape) < 2:
             return ""
-        if len(info.shape) > 2:
-            return "weight"
+        if len(info.shape) > 2:  # a table of positions may be a weight by its name on disk alone
+            return "weight" if loaded.by or loaded.name.endswith(".weight") else ""
         run_time = loaded.name.removesuffix(".weight")
         telling = [a for a in classes if a.has_module(run_time)] or classes
         if any(a.is_embedding(run_time) for a in telling) if telling else EMBEDDING.search(module):

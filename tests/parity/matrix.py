@@ -26,8 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-for folder in ("support",):
-    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -104,16 +103,22 @@ def table(results: list[dict[str, Any]]) -> str:
         for value, members in by.items():
             counts = Counter(m["status"] for m in members)
             lines.append(f"{key + ' ' + value:28}" + "".join(f"{counts[s]:10}" for s in statuses))
+    right = [r for r in results if r["status"] == "right"]
+    whole = sum(not r["said"] for r in right)
+    lines.append(
+        f"right: {whole} wholly compared, {len(right) - whole} in part; {sum(not r['matrices'] for r in right)} without a decision"
+    )
     lines.append(
         f"decisions: {sum(r.get('directions', 0) for r in results)} directions of {sum(r.get('matrices', 0) for r in results)} matrices"
     )
-    for status in ("refused", "not made", "not built"):
+    for status in ("right", "refused", "not made", "not built"):
         reasons: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         for r in results:
-            if r["status"] == status:
+            if r["status"] == status and r["said"]:
                 reasons[QUOTED.sub("…", r["said"])[:160]].append(r)
         for _, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
-            lines.append(f"{status} {len(members)}: {members[0]['said'][:300]}\n    {members[0]['case']}")
+            partly = ", in part compared" if status == "right" else ""
+            lines.append(f"{status}{partly} {len(members)}: {members[0]['said'][:300]}\n    {members[0]['case']}")
     lines += [f"wrong: {r['case']}\n    {r['said'][:500]}" for r in results if r["status"] == "wrong"]
     return "\n".join(lines)
 

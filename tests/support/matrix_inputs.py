@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import transformers
 import zoo
 from matrix_cases import Anatomy, Case, anatomy
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -36,13 +38,15 @@ class Made:
     model
         PEFT's; of a tuned model that itself.
     before
-        The tensors of the loaded base.
+        The tensors of the loaded base; of a grown vocabulary, of the base with its new rows.
     plain
         What the base answers to `inputs`; None where it does not, and `unanswered` says why.
     loading
         What loading the base complains about.
     shared
         Sets of the names of each parameter that has several.
+    idle
+        Those of them that no answer depends on: an embedding that only others are tied to (SeamlessM4T's ``shared``).
     """
 
     cls: type[PreTrainedModel]
@@ -55,6 +59,7 @@ class Made:
     loading: dict[str, set[str]]
     shared: list[set[str]] = field(default_factory=list)
     unanswered: str = ""
+    idle: set[str] = field(default_factory=set)
 
 
 def configs_within(config: Any) -> list[Any]:
@@ -76,6 +81,11 @@ def base_model(case: Case, seed: int) -> PreTrainedModel:
     for p in model.parameters():
         if p.is_floating_point():
             p.data.add_(0.05 * torch.randn(p.shape, generator=g))
+    for name, buffer in model.named_buffers():
+        if (
+            name.endswith("final_logits_bias") and case.kind != "grown"
+        ):  # zero in new models; of a grown vocabulary it must be
+            buffer.add_(0.05 * torch.randn(buffer.shape, generator=g))
     return model
 
 
@@ -145,8 +155,6 @@ def train(case: Case, model: PreTrainedModel, directory: Path, seed: int) -> nn.
                 p.data.add_(0.05 * torch.randn(p.shape, generator=g))
         model.save_pretrained(directory)
         return load(type(model), directory)[0]  # some parameters are computed, and not saved
-    if case.kind == "grown":
-        model.resize_token_embeddings(zoo.VOCABULARY + 6, mean_resizing=False)
     peft = get_peft_model(model, LoraConfig(**options(case, found)))
     for name, p in peft.named_parameters():
         if p.requires_grad:
@@ -171,6 +179,10 @@ def make(case: Case, home: Path, seed: int) -> Made:
         cls = save_base(case, base_model(case, seed), home / "base")
         model, loading = load(cls, home / "base")
     inputs, plain, unanswered = {}, None, ""
+    shared = names_of_one(model)
+    tied = {n: m for n, m in embeddings(model).items() if any(n in names for names in shared)}
+    idle = set(tied)
+    hooks = [m.register_forward_hook(lambda *_, n=n: idle.discard(n)) for n, m in tied.items()]
     try:
         with made_by("transformers, forward"):
             inputs = zoo.example(model)
@@ -179,17 +191,33 @@ def make(case: Case, home: Path, seed: int) -> Made:
                 raise ValueError("its answer is not finite")
     except NotMade as error:
         unanswered = str(error)
+        idle.clear()
+    for hook in hooks:
+        hook.remove()
+    with made_by("transformers, new rows"):
+        if case.kind == "grown":
+            model.resize_token_embeddings(zoo.VOCABULARY + 6, mean_resizing=False)
     before = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    shared = names_of_one(model)
     with made_by("PEFT"):
         trained = train(case, model, home / "adapter", seed)
-    return Made(cls, home / "base", home / "adapter", trained, before, inputs, plain, loading, shared, unanswered)
+    paths = home / "base", home / "adapter"
+    return Made(cls, *paths, trained, before, inputs, plain, loading, shared, unanswered, idle)
+
+
+def embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
+    """List the embeddings by the names of their weights."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{path}.weight": m for path, m in modules if isinstance(m, nn.Embedding)}
 
 
 @contextlib.contextmanager
 def made_by(whom: str) -> Any:
+    """Call another library: its warnings are passed over, its exceptions say that the case cannot be made."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except TimeoutError:  # the limit of a case
+        raise
     except Exception as error:  # another library's, of any kind
         raise NotMade(f"{whom}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
@@ -200,3 +228,11 @@ def names_of_one(model: nn.Module) -> list[set[str]]:
     for path, parameter in model.named_parameters(remove_duplicate=False):
         pointers.setdefault(parameter.data_ptr(), set()).add(path)
     return [g for g in pointers.values() if len(g) > 1]
+
+
+def names_of(directory: Path) -> set[str]:
+    names: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as f:
+            names |= set(f.keys())
+    return names

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import transformers
 import zoo
 from matrix_cases import Case
-from matrix_inputs import Made, NotMade, base_model, load, made_by, make
+from matrix_decisions import adapted, decisions
+from matrix_inputs import Made, NotMade, base_model, load, made_by, make, names_of, names_of_one
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers.core_model_loading import revert_weight_conversion
 
 import streamer
 from streamer.errors import StreamerError
 
 RIGHT, REFUSED, WRONG, NOT_MADE = "right", "refused", "wrong", "not made"
-
-CLEAR = 1e-3
-"""Similarities nearer to ε than this are not judged."""
-
-STACKED = re.compile(r"(.*)\[(\d+)\]")
 
 
 @dataclass
@@ -93,28 +90,29 @@ def compare(case: Case, made: Made, findings: Any, out: Path) -> Result:
     ]
     if case.layout == "headless" and loading["missing_keys"]:
         wrong.append(f"missing head: {sorted(loading['missing_keys'])}")
+    wrong += outer_tensors(case, made, out)
     notes: list[str] = []
     expected, why = answer(made)
-    tied = tied_truth(case, made)
-    theirs = merged_state(case, made)
-    if theirs is None:
-        notes.append("PEFT cannot merge")
+    matrices_of, tied = adapted(made), tied_truth(made)
+    theirs, unmerged = merged_state(case, made)
     if expected is None:
         notes.append(f"no logits: {why}")
     else:
         wrong += logits(case, made, ours, expected, _is_truth(theirs, tied), notes)
-    if theirs is not None:
-        wrong += tensors(ours.state_dict(), theirs | tied, _touched(made) - tied.keys())
-        if not _touched(made):
-            wrong += names_on_disk(made, out, outer)
-    matrices, directions, differ = decisions(made, findings, (theirs or {}) | tied)
-    wrong += differ
+    matrices = directions = 0
+    if theirs is None:
+        notes.append(f"PEFT cannot merge: {unmerged}")
+    else:
+        wrong += tensors(ours.state_dict(), theirs | tied, made.idle - tied.keys() if tied else set())
+        wrong += names_on_disk(made, out, outer | (names_of_ties(made) if tied else set()), notes)
+        matrices, directions, differ = decisions(made, findings, made.before, theirs | tied, matrices_of)
+        wrong += differ
     said = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
     return Result(WRONG if wrong else RIGHT, said or "; ".join(notes), matrices, directions)
 
 
 def answer(made: Made) -> tuple[Tensor | None, str]:
-    """What PEFT's model answers, or why it does not."""
+    """Ask PEFT's model; None and why where it does not answer."""
     if made.plain is None:
         return None, made.unanswered
     try:
@@ -136,9 +134,8 @@ def logits(case: Case, made: Made, ours: nn.Module, expected: Tensor, merge_hold
         return []
     off = f"logits: off by {float((answered - expected).abs().max()):.2g}"
     if made.plain is not None and made.plain.shape == expected.shape and close(expected, made.plain, 1e-6):
-        notes.append(
-            f"PEFT's model answers as the base does; {off}"
-        )  # the head's weight is used from outside (MobileBERT)
+        # It uses the head's weight from outside of the layer that PEFT wraps (MobileBERT).
+        notes.append(f"PEFT's model answers as the base does; {off}")
         return []
     if any(close(answered, other, 1e-3) for other in other_answers(case, made, merge_holds)):
         notes.append(f"PEFT answers in two ways; {off}")
@@ -147,7 +144,7 @@ def logits(case: Case, made: Made, ours: nn.Module, expected: Tensor, merge_hold
 
 
 def other_answers(case: Case, made: Made, merge_holds: bool) -> Iterator[Tensor]:
-    """What PEFT answers once it has merged, where it merges what it should, and once it has loaded the adapter that it saved.
+    """Ask PEFT's model once it has merged, where it merges what it should, and once it has loaded the adapter that it saved.
 
     Until then a head that is tied to trained tokens lacks its bias, an embedding of a class of its own what that adds, and a layer whose
     weight is used from outside its delta (PEFT 0.21).
@@ -156,45 +153,66 @@ def other_answers(case: Case, made: Made, merge_holds: bool) -> Iterator[Tensor]
         return
     if merge_holds or case.kind == "tokens":
         yield zoo.answer(made.model, made.inputs)
-    with contextlib.suppress(Exception):  # what it cannot load it does not answer
+    with (
+        contextlib.suppress(NotMade),
+        made_by("PEFT, loading of the adapter"),
+    ):  # what it cannot load it does not answer
         model, _ = load(made.cls, made.base)
         if case.kind == "grown":
             model.resize_token_embeddings(zoo.VOCABULARY + 6, mean_resizing=False)
         yield zoo.answer(PeftModel.from_pretrained(model, made.adapter), made.inputs)
 
 
-def _touched(made: Made) -> set[str]:
-    return {name for names in made.shared for name in names}
+def tied_truth(made: Made) -> dict[str, Tensor]:
+    """Take each name of a trained parameter from PEFT's model before it merges, which adds to all what belongs to one.
 
-
-def tied_truth(case: Case, made: Made) -> dict[str, Tensor]:
-    """What each of the names of one parameter is in PEFT's model before it merges, which adds to both what belongs to one."""
-    if case.kind == "tuned":
+    Of a tuned model there is nothing to tell apart.
+    """
+    if not hasattr(made.model, "get_base_model"):
         return {}
-    modules = dict(made.model.base_model.model.named_modules())
+    model = made.model.get_base_model()
     truth: dict[str, Tensor] = {}
-    for name in _touched(made):
-        module = modules.get(name.removesuffix(".weight"))
-        if isinstance(module, LoraLayer):
-            if not any(module.use_dora.values()):
-                truth[name] = module.get_base_layer().weight.detach() + module.get_delta_weight("default").detach()
-        elif isinstance(module, ModulesToSaveWrapper):
-            truth[name] = module.modules_to_save["default"].weight.detach().clone()
-        elif isinstance(module, TrainableTokensWrapper):
-            truth[name] = module.token_adapter.get_merged_weights(["default"]).detach().clone()
-        elif module is not None and hasattr(module, "weight"):
-            truth[name] = module.weight.detach().clone()
+    for names in made.shared:
+        found = {name: adapted_parameter(model, name) for name in names}
+        if any(trained for trained, _ in found.values()):
+            truth |= {name: value for name, (trained, value) in found.items() if trained or name not in made.idle}
     return truth
 
 
-def merged_state(case: Case, made: Made) -> dict[str, Tensor] | None:
-    """The tensors of PEFT's merged model; None where it cannot merge."""
+def adapted_parameter(model: nn.Module, name: str) -> tuple[bool, Tensor]:
+    """Say whether PEFT trains a parameter, and take its value with its own adapter alone."""
+    *path, leaf = name.split(".")
+    module = model
+    for step in path:
+        module = getattr(_within(module), step)
+    if isinstance(module, LoraLayer) and leaf == "weight":
+        alone = copy.deepcopy(module)  # untied
+        alone.merge(adapter_names=["default"])
+        return True, alone.get_base_layer().weight.detach()
+    if isinstance(module, TrainableTokensWrapper) and leaf == "weight":
+        return True, module.token_adapter.get_merged_weights(["default"]).detach().clone()
+    parameter = getattr(_within(module), leaf)
+    return parameter.requires_grad, parameter.detach().clone()
+
+
+def _within(module: nn.Module) -> nn.Module:
+    """Return the module that a wrapper of PEFT's stands for."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.modules_to_save["default"]
+    if isinstance(module, TrainableTokensWrapper):
+        return module.original_module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def merged_state(case: Case, made: Made) -> tuple[dict[str, Tensor] | None, str]:
+    """Return the tensors of PEFT's merged model; None and why where it cannot merge."""
     if case.kind != "tuned":
         try:
-            made.model = made.model.merge_and_unload()
-        except Exception:
-            return None
-    return dict(made.model.state_dict())
+            with made_by("PEFT, merge"):
+                made.model = made.model.merge_and_unload()
+        except NotMade as error:
+            return None, str(error)
+    return dict(made.model.state_dict()), ""
 
 
 def _is_truth(merged: dict[str, Tensor] | None, tied: dict[str, Tensor]) -> bool:
@@ -215,7 +233,7 @@ def tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor], left_out: set[st
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether all values agree, relative to the largest of them where that is above 1."""
+    """Say whether all values agree, relative to the largest of them where that is above 1."""
     if not b.numel():
         return a.shape == b.shape
     scale = max(1.0, float(b.abs().max()))
@@ -223,7 +241,7 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def outer_names(case: Case) -> set[str]:
-    """The names of a head that the adapted model is within: it is written where its tie is undone, and not loaded."""
+    """List the names of a head that the adapted model is within: it is written where its tie is undone, and not loaded."""
     if case.layout != "headed":
         return set()
     model = base_model(case, 0)
@@ -231,56 +249,53 @@ def outer_names(case: Case) -> set[str]:
     return head | {f"language_model.{n}" for n in head}  # as vision-language models have it on disk
 
 
-def names_on_disk(made: Made, out: Path, outer: set[str]) -> list[str]:
-    """Compare the names on disk with those that transformers saves, and with the base's."""
+def outer_tensors(case: Case, made: Made, out: Path) -> list[str]:
+    """Compare the head that the adapted model is within with the base's, both as the class with a head loads them.
+
+    A head that is tied to the embedding of a tuned model follows that, as the config goes on to say.
+    """
+    if case.layout != "headed":
+        return []
+    cls = getattr(transformers, case.cls)
+    ours, theirs = (load(cls, directory)[0] for directory in (out, made.base))
+    within = f"{theirs.base_model_prefix}."
+    tied = {n for names in names_of_one(theirs) for n in names} if case.kind == "tuned" else set()
+    heads = [
+        {n: t for n, t in m.state_dict().items() if not n.startswith(within) and n not in tied} for m in (ours, theirs)
+    ]
+    return tensors(heads[0], heads[1], set())
+
+
+def names_of_ties(made: Made) -> set[str]:
+    """List the names on disk of parameters that have several: an undone tie brings all of them, as one flag of a config states all.
+
+    A model knows the renames of what it was loaded from alone: that of a head which the base does not have is its class's.
+    """
+    state = {n: t for n, t in made.model.state_dict().items() if any(n in names for names in made.shared)}
+    loaded = made.model._weight_conversions
+    names = set(revert_weight_conversion(made.model, dict(state)))
+    made.model._weight_conversions = None  # those of the class
+    names |= set(revert_weight_conversion(made.model, dict(state)))
+    made.model._weight_conversions = loaded
+    return names | {name.removeprefix(f"{made.model.base_model_prefix}.") for name in names}  # as a bare base has them
+
+
+def zeros(directory: Path) -> set[str]:
+    """List the tensors on disk that are zero: loading does without such a bias of the logits."""
+    found: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        found |= {name for name, tensor in load_file(path).items() if not tensor.any()}
+    return found
+
+
+def names_on_disk(made: Made, out: Path, may_be: set[str], notes: list[str]) -> list[str]:
+    """Compare the names on disk with those that transformers saves, and with the base's; `may_be` are in either."""
     try:
-        made.model.save_pretrained(out.parent / "theirs")
-    except Exception:  # of a vocabulary that has grown, transformers may refuse its own config (Canary)
+        with made_by("transformers, saving"):  # of a vocabulary that has grown, it may refuse its own config (Canary)
+            made.model.save_pretrained(out.parent / "theirs")
+    except NotMade as error:
+        notes.append(f"names on disk: {error}")
         return []
     theirs, ours, base = (names_of(d) for d in (out.parent / "theirs", out, made.base))
-    extra, lost = ours - theirs - base - outer, (theirs & base) - ours
+    extra, lost = ours - theirs - base - may_be, (theirs & base) - ours - zeros(made.base)
     return [f"on disk: {what} {sorted(names)[:3]}" for what, names in (("extra", extra), ("lost", lost)) if names]
-
-
-def names_of(directory: Path) -> set[str]:
-    names: set[str] = set()
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, "pt") as f:
-            names |= set(f.keys())
-    return names
-
-
-def decisions(made: Made, findings: Any, after: dict[str, Tensor]) -> tuple[int, int, list[str]]:
-    """Compare decisions with a float64 SVD of the matrices, the output side of each: matrices, directions, what is wrong."""
-    model = made.model.get_base_model() if hasattr(made.model, "get_base_model") else made.model
-    modules = dict(model.named_modules())
-    matrices = directions = 0
-    wrong: list[str] = []
-    for m in findings:
-        stack = STACKED.fullmatch(m.module)
-        key = stack[1] if stack else f"{m.module}.weight" if f"{m.module}.weight" in made.before else m.module
-        if key not in made.before or key not in after or made.before[key].shape != after[key].shape:
-            continue  # a tensor of another name, or a vocabulary that has grown
-        W0, W = ((t[key][int(stack[2])] if stack else t[key]).flatten(1).double() for t in (made.before, after))
-        module = modules.get(m.module)
-        transposed = tuple(W0.shape) != m.shape if stack else isinstance(module, Conv1D | nn.Embedding)
-        if transposed:
-            W0, W = W0.T, W.T
-        if tuple(W0.shape) != m.shape:
-            wrong.append(f"decisions {m.module}: shape {m.shape} for {tuple(W0.shape)}")
-            continue
-        k = len(m.detection.singular_values)
-        U0 = np.linalg.svd(W0.numpy(), full_matrices=False)[0]
-        U, S, _ = np.linalg.svd(W.numpy(), full_matrices=False)
-        similarity = np.abs(U0.T @ U[:, :k]).max(0)
-        clear = [j for j in range(k) if abs(similarity[j] - 0.5) > CLEAR and _alone(S, j)]
-        expected = [j for j in clear if similarity[j] < 0.5]
-        matrices, directions = matrices + 1, directions + len(clear)
-        if [j for j in m.detection.intruders if j in clear] != expected:
-            wrong.append(f"decisions {m.module}: {m.detection.intruders} for {expected}")
-    return matrices, directions, wrong
-
-
-def _alone(S: np.ndarray, j: int) -> bool:
-    """Whether a singular value is apart from its neighbours, so that its vector is one."""
-    return bool(np.abs(np.delete(S, j) - S[j]).min(initial=np.inf) > 1e-4 * S[0])
