@@ -1,4 +1,4 @@
-"""A fully fine-tuned model that stores a tied tensor under several names."""
+"""Fully fine-tuned models that store a tied tensor under several names: one matrix, judged and written once."""
 
 from __future__ import annotations
 
