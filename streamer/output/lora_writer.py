@@ -76,7 +76,7 @@ class LoraWriter(Writer):
         source = None if plan.adapter.describes_model else plan.adapter.path
         check_lora(path, job, shard, config.encode())
         spec = adapter_spec(job, path, shard, config.encode(), source, rank)
-        self.spec = replace(spec, warnings=[*spec.warnings, *_ties_said(self._layout)])
+        self.spec = replace(spec, notes=[*spec.notes, *_ties_said(self._layout)])
         self._ready: dict[str, Tensor] = {}
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:

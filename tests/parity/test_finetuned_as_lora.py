@@ -76,7 +76,7 @@ def test_peft_s_model_answers_as_the_fine_tuned_one(name: str, tmp_path: Path) -
     architecture = architecture_of(json.loads((tmp_path / "base" / "config.json").read_text()))
     assert architecture is not None
     tied = any(t.tied and t.name.endswith(".weight") for t in architecture.ties)
-    assert tied == any("merge_and_unload adds the delta" in line for line in record["warnings"])
+    assert tied == any("merge_and_unload adds the delta" in line for line in record["notes"])
     merged, wanted = model.merge_and_unload().state_dict(), tuned.state_dict()
     shared = {n for n, p in wanted.items() if sum(p.data_ptr() == q.data_ptr() for q in wanted.values()) > 1}
     for key, tensor in wanted.items():
