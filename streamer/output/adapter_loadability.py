@@ -106,6 +106,8 @@ class _Check:
                 others.append(name)
         for module, pair in factors.items():
             yield from self._module(module, pair)
+            if entry := self._entry(module):
+                yield f"{module!r} has factors, and modules_to_save names it by {entry!r}"
         for name in others:
             yield from self._saved(name, factors)
 
@@ -144,10 +146,16 @@ class _Check:
             name = f"{inner}.{parameter}"
         elif not self._is_saved(module) and not (parameter == "bias" and self.config.get("bias") == "all"):
             yield f"{name!r} is in a module that no modules_to_save names"
+        weight = f"{module}.weight"
         if not self.model.has(name):
             yield f"{name!r} is no tensor of the class"
+        elif self._entry(module) and self.model.has(weight) and PREFIX + weight not in self.shapes:
+            yield f"{name!r} is in a module that modules_to_save names, without its weight"
 
     def _is_saved(self, module: str) -> bool:
         steps = module.split(".")
-        paths = [".".join(steps[:i]) for i in range(1, len(steps) + 1)]
-        return any(path.endswith(entry) for path in paths for entry in self.config.get("modules_to_save") or [])
+        return any(self._entry(".".join(steps[:i])) for i in range(1, len(steps) + 1))
+
+    def _entry(self, module: str) -> str:
+        """Find the entry of modules_to_save that names a module, which PEFT takes for the end of its path; empty: none."""
+        return next((entry for entry in self.config.get("modules_to_save") or [] if module.endswith(entry)), "")

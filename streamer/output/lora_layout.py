@@ -25,6 +25,15 @@ OF_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_
 REFUSED_IN_MAMBA = frozenset({"conv1d", "out_proj"})
 """Last names of those modules."""
 
+EXPERTS_OF_QWEN2, EXPERTS_OF_MIXTRAL = ("gate", "gate_proj", "up_proj", "down_proj"), ("gate", "w1", "w2", "w3")
+
+TAKEN_FOR_EXPERTS = dict.fromkeys(("minimax", "minimax_m2"), EXPERTS_OF_MIXTRAL) | dict.fromkeys(
+    ("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
+     "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe",
+     "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open"), EXPERTS_OF_QWEN2
+)  # fmt: skip
+"""Model type → last names of modules that PEFT 0.21 takes for experts wherever they are, and passes by in layers that have none."""
+
 
 @dataclass(frozen=True)
 class LoraLayout:
@@ -65,7 +74,9 @@ def lora_layout(
 
     ``language_model.model.norm.weight``    → saved as ``base_model.model.model.language_model.norm.weight``
     ``….q_proj.bias``, its weight changed   → ``….q_proj.base_layer.bias``
+    ``lm_head.bias``, its weight tied       → ``lm_head.base_layer.bias``, with factors of the embedding and of ``lm_head``
     ``model.embed_tokens.weight``, tied     → factors of ``embed_tokens`` and, transposed, of ``lm_head``
+    ``….0.mlp.up_proj.weight`` of DeepSeek  → ``….0.mlp.up_proj.weight`` of a layer without experts, whole
     ``….mixer.conv1d.weight`` of Mamba      → ``….mixer.conv1d.weight``, the mitigated one whole
 
     Parameters
@@ -91,7 +102,15 @@ def lora_layout(
         for c in tuned.carried
         if c.source not in bases or not equal(tuned.tensors[c.source], bases[c.source])
     }
+    tied = _tied_modules(tuned, architecture, renames)
+    owners = {other: module for module, (_, others) in tied.items() if module in matched for other in others}
+    biases = {
+        c.source: now[c.source].rpartition(".")[0]
+        for c in changed.values()
+        if c.parameter == "bias" and c.source in now
+    }
     biased = {c.module for c in changed.values() if c.parameter == "bias"}
+    biased |= {owners[head] for head in biases.values() if head in owners}
     paths = {m: now.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in matched}
     shapes = {m: base.info(tensor).shape for m, tensor in matched.items()}
     adaptable = [
@@ -102,10 +121,10 @@ def lora_layout(
         named |= {*adaptable[:1]}
     names = {m: paths[m] for m in matched if m in named}
     whole = names.keys() - {*adaptable}
-    inner = {name.rpartition(".")[0].rpartition(".")[0] for name in tuned.tensors}
+    inner = {module.rpartition(".")[0] for module in (*owners, *(name.rpartition(".")[0] for name in tuned.tensors))}
     saved = {names[m] for m in whole}
     for c in changed.values():
-        if c.module in matched and c.parameter == "bias":
+        if (c.module in matched and c.parameter == "bias") or biases.get(c.source) in owners:
             continue
         if (
             not c.module
@@ -128,25 +147,17 @@ def lora_layout(
             carried[PREFIX + name] = tuned.tensors[c.source]
         elif c.source in changed:
             carried[f"{PREFIX}{module}.base_layer.{parameter}"] = tuned.tensors[c.source]
-    ties = [
-        tie
-        for tie in find_ties(tuned.tensors, architecture, renames)
-        if tie.stored and not {*tie.others} & tuned.tensors.keys()
-    ]
     heads: dict[str, dict[str, bool]] = {}
     pairs = 0
-    for tie in ties:
-        module = tie.stored.removesuffix(".weight")
-        mine = next(name.removesuffix(".weight") for name in tie.on_disk if tie.on_disk[name] == tie.stored)
-        others = [m for name in tie.on_disk if (m := name.removesuffix(".weight")) not in (mine, name)]
+    for module, (mine, others) in tied.items():
         if module in names and architecture is not None:
             heads[module] = {other: architecture.is_embedding(other) for other in others}
         elif mine in saved:  # of another size than the base's
             saved |= {*others}
-            carried |= {f"{PREFIX}{other}.weight": tuned.tensors[tie.stored] for other in others}
+            carried |= {f"{PREFIX}{other}.weight": tuned.tensors[f"{module}.weight"] for other in others}
         else:
             continue
-        pairs += len(tie.on_disk) == 2
+        pairs += len(others) == 1
     config: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
     # Of more than two, PEFT takes all but the first for linear layers.
     if pairs:
@@ -157,9 +168,24 @@ def lora_layout(
     return LoraLayout(names, carried, config, heads, looked_up, frozenset(whole))
 
 
+def _tied_modules(
+    tuned: FinetunedModel, architecture: Architecture | None, renames: Renames
+) -> dict[str, tuple[str, list[str]]]:
+    """Map each module whose weight others share, by its name on disk → its run-time name, and the others'."""
+    found = {}
+    for tie in find_ties(tuned.tensors, architecture, renames):
+        if tie.stored.endswith(".weight") and not {*tie.others} & tuned.tensors.keys():
+            mine = next(name.removesuffix(".weight") for name in tie.on_disk if tie.on_disk[name] == tie.stored)
+            others = [m for name in tie.on_disk if (m := name.removesuffix(".weight")) not in (mine, name)]
+            found[tie.stored.removesuffix(".weight")] = mine, others
+    return found
+
+
 def is_refused(module: str, model_type: str | None) -> bool:
-    """Say whether PEFT refuses LoRA for a module."""
-    return model_type in OF_MAMBA and module.rpartition(".")[2] in REFUSED_IN_MAMBA
+    """Say whether PEFT refuses LoRA for a module, or takes it for an expert's."""
+    last = module.rpartition(".")[2]
+    in_mamba = model_type in OF_MAMBA and last in REFUSED_IN_MAMBA
+    return in_mamba or last in TAKEN_FOR_EXPERTS.get(model_type or "", ())
 
 
 def has_no_lora(name: str, stored: tuple[int, ...], architecture: Architecture | None, model_type: str | None) -> bool:

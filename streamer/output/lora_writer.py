@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from streamer.plan.transformers_renames import renames_for
 from streamer.storage.atomic_file import Buffer
 from streamer.storage.header import TensorInfo
 from streamer.storage.shard_writer import plan_shard
+from streamer.units import listed
 from streamer.weights.base import StoredTensor, equal
 from streamer.weights.dtypes import as_bytes
 
@@ -73,7 +75,8 @@ class LoraWriter(Writer):
         # A model's other files are not an adapter's.
         source = None if plan.adapter.describes_model else plan.adapter.path
         check_lora(path, job, shard, config.encode())
-        self.spec = adapter_spec(job, path, shard, config.encode(), source, rank)
+        spec = adapter_spec(job, path, shard, config.encode(), source, rank)
+        self.spec = replace(spec, notes=[*spec.notes, *_ties_said(self._layout)])
         self._ready: dict[str, Tensor] = {}
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
@@ -163,6 +166,17 @@ def _embedding(
     return {f"{stem}.lora_embedding_A": ((rank, n), a), f"{stem}.lora_embedding_B": ((m, rank), b)}
 
 
+def _ties_said(layout: LoraLayout) -> list[str]:
+    """Say of tied modules, whose factors an adapter holds twice, what PEFT's merge makes of them."""
+    if not layout.heads:
+        return []
+    tied = listed([repr(m) for name, heads in layout.heads.items() for m in (layout.names[name], *heads)])
+    return [
+        f"{tied} are tied, and each has the delta: PEFT's model answers as it should, but its merge_and_unload adds the delta of each to "
+        "their one weight; use the adapter unmerged, or `streamer merge`"
+    ]
+
+
 def _is_unchanged(plan: Plan, target: Target) -> bool:
     """Say whether a fine-tuned model has a matrix's very bytes of the base."""
     (piece,), tuned = target.slices, plan.adapter.stored_sum(target.module)
@@ -170,12 +184,24 @@ def _is_unchanged(plan: Plan, target: Target) -> bool:
     return tuned is not None and equal(tuned, base if piece.index is None else base.slice(piece.index))
 
 
+def _built_on_loading(plan: Plan) -> dict[str, str]:
+    """Map each module of a fine-tuned model whose weight loading makes other tensors of, as a fused one → what it makes.
+
+    ``model.layers.0.mlp.experts.3.up_proj`` → ``model.layers.0.mlp.experts.gate_up_proj``, the stack of all experts.
+    """
+    if not isinstance(plan.adapter, FinetunedModel):
+        return {}
+    loaded = renames_for(plan.config).loaded(plan.adapter.tensors)
+    return {made.tensor.removesuffix(".weight"): made.name for made in loaded if made.by is not None}
+
+
 def _layout(plan: Plan) -> LoraLayout:
     """Lay the adapter out; one that is read carries along what it did, under the same names."""
     adapter = plan.adapter
     if isinstance(adapter, FinetunedModel):
-        # Experts that have changed are refused.
-        targets = [t for t in plan.targets if not t.pieces]
+        # What has no module of its own in a loaded model is refused where it has changed.
+        built = _built_on_loading(plan)
+        targets = [t for t in plan.targets if not t.pieces and t.module.name not in built]
         changed = frozenset(t.module.name for t in targets if not _is_unchanged(plan, t))
         matched = {t.module.name: t.tensor for t in targets}
         architecture = architecture_for(adapter.model_config, plan.config.architecture)
@@ -235,6 +261,15 @@ def refusal(job: Job) -> str:
         return "is relative to a residual base, which a plain config does not say"
     if adapter.wrapped or any(t.pieces and not _is_unchanged(job.plan, t) for t in job.plan.targets):
         return "is on experts' parameters, which a plain config does not name"
+    built = _built_on_loading(job.plan)
+    for target in job.plan.targets:
+        if (name := target.module.name) in built and not _is_unchanged(job.plan, target):
+            return (
+                f"changes {name!r}, which loading turns into {built[name]!r}: PEFT has no LoRA for it under this name"
+            )
+    architecture = None if not adapter.describes_model else architecture_for(job.plan.config)
+    if architecture is not None and architecture.input_embedding is None and any(t.tied for t in architecture.ties):
+        return f"is a {architecture.name}, which ties weights and has no input embedding: PEFT opens no adapter for it"
     if job.plan.mirrors:
         return "holds the delta of a tied embedding twice (ensure_weight_tying)"
     written = (t.module.name for t in job.plan.targets if not adapter.describes_model)

@@ -247,6 +247,8 @@ ADAPTERS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
                                   "has the factors of no embedding"),
     "not saved": ({"base_model.model.lm_head.weight": (64, 32)}, {}, "is in a module that no modules_to_save names"),
     "no tensor": ({"base_model.model.model.norm.bias": (32,)}, {}, "is no tensor of the class"),
+    "saved and adapted": (FACTORS, {"modules_to_save": ["norm", "attn.q_proj"]}, "and modules_to_save names it by 'attn.q_proj'"),
+    "half saved": ({f"{Q}.bias": (32,)}, {"modules_to_save": ["q_proj"]}, "without its weight"),
     "no prefix": ({"model.norm.weight": (32,)}, {}, "does not begin with"),
 }  # fmt: skip
 
@@ -254,6 +256,7 @@ ADAPTERS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_is_what_peft_looks_for(tmp_path: Path, name: str) -> None:
     tensors = {n: torch.randn(s) for n, s in SHAPES.items()} | {"model.norm.weight": torch.ones(32)}
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
     base = helpers.write_sharded(tmp_path / "base", [tensors], LLAMA)
     tuned = helpers.write_sharded(tmp_path / "tuned", [{n: t + 0.1 for n, t in tensors.items()}], LLAMA)
     entries, values, says = ADAPTERS[name]
