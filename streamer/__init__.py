@@ -11,6 +11,7 @@ The folders are the data's way, and imports point up this list only::
     detection/     decisions         the leading directions of each matrix, and the findings file
     output/        results           mitigated deltas, output tensors, files
     verification/  witnesses         an output against its record and inputs, by other code
+    evaluation/    trade-offs        losses of every mitigated variant on a user's text
     api/           the library       one function for each command
     cli/           commands          arguments, progress, tables, forecasts, demo
 

@@ -1,0 +1,193 @@
+"""Hold an evaluation: the losses of the base, the adapter and its mitigated variants on a general text and on the task's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+
+from streamer.errors import FormatError
+from streamer.evaluation.statistics import Estimate, SequenceSums
+from streamer.evaluation.suggestion import ADAPTER, BASE, EvaluatedVariant, Suggestion, front, suggest
+from streamer.evaluation.view import table_text
+
+SCHEMA = "streamer.evaluation/1"
+
+FACTS = ("version", "base", "adapter", "detection", "scale", "projected", "dtype", "texts")
+"""Keys of an evaluation's JSON that say what it was made of."""
+
+KEEP = 0.9
+"""Share of what was learned that a suggested variant keeps, unless another is asked for."""
+
+MOST_LOSS = 700.0
+"""Loss whose perplexity a float can hold."""
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """Losses of the variants of an adapted model.
+
+    Attributes
+    ----------
+    variants
+        The base, the adapter as it is, and each method at each λ.
+    general, task
+        Sums over each sequence of the two texts, for each variant.
+    facts
+        What it was made of, as JSON has it (`FACTS`): version, identities of base and adapter, how intruders were found (or None), scale,
+        whether deltas are projected back, dtype, and of both texts name, sequences, tokens, length and digest; no paths.
+    """
+
+    variants: tuple[EvaluatedVariant, ...]
+    general: SequenceSums
+    task: SequenceSums
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def best(self, keep: float = KEEP) -> Suggestion:
+        """Suggest the variant that forgets least of those that keep this share of what was learned; see `Suggestion`.
+
+        Raises
+        ------
+        UsageError
+            If `keep` is not in (0, 1].
+        """
+        return suggest(self.variants, self.general, self.task, keep)
+
+    def front(self) -> list[str]:
+        """List the variants' names that no other one equals or excels in both loss on the task's text and divergence from the base."""
+        return [self.variants[v].name for v in front(self.variants, self.general, self.task)]
+
+    def table(self, keep: float = KEEP) -> str:
+        """Format the variants as a table, and below it the suggestion."""
+        return table_text(self, self.best(keep))
+
+    def __repr__(self) -> str:
+        return f"<Evaluation: {len(self.variants)} variants, {len(self.general.tokens)} general and {len(self.task.tokens)} task sequences>"
+
+    def to_dict(self, keep: float = KEEP) -> dict[str, Any]:
+        """Make the JSON object (schema ``streamer.evaluation/1``); its sums of each sequence are all that `from_json` needs."""
+        return {
+            "schema": SCHEMA,
+            **self.facts,
+            "tokens": {"general": self.general.tokens.tolist(), "task": self.task.tokens.tolist()},
+            "variants": [self._variant_dict(v) for v in range(len(self.variants))],
+            "front": self.front(),
+            "suggestion": self._suggestion_dict(self.best(keep)),
+        }
+
+    def to_json(self, keep: float = KEEP) -> str:
+        """Write the JSON object as text."""
+        return json.dumps(self.to_dict(keep), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        """Read what `to_json` or ``streamer evaluate`` wrote.
+
+        Raises
+        ------
+        FormatError
+            If it is something else.
+        """
+        try:
+            tree = json.loads(text)
+            if tree["schema"] != SCHEMA:
+                raise FormatError(f"expected an evaluation ({SCHEMA}), found {tree['schema']!r}")
+            variants = tuple(EvaluatedVariant(v["name"], v["method"], v["lambda"]) for v in tree["variants"])
+            facts = {key: tree[key] for key in FACTS if key in tree}
+            return cls(variants, _sums(tree, "general"), _sums(tree, "task"), facts)
+        except (ValueError, KeyError, TypeError, IndexError) as e:
+            if isinstance(e, FormatError):
+                raise
+            raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {e!r}") from e
+
+    def _variant_dict(self, v: int) -> dict[str, Any]:
+        variant = self.variants[v]
+        return {
+            "name": variant.name,
+            "method": variant.method,
+            "lambda": variant.mitigation_lambda,
+            "general": _figures(self.general, v),
+            "task": _figures(self.task, v),
+            **_flat("kept", self.task.share(v)),
+            **_flat("forgetting", self.general.share(v)),
+            **_flat("divergence", self.general.kl_share(v)),
+            "against_adapter": self._against(v, ADAPTER),
+            "against_base": self._against(v, BASE),
+        }
+
+    def _against(self, v: int, other: int) -> dict[str, Any]:
+        return {
+            **_flat("general_loss", self.general.loss_difference(v, other)),
+            **_flat("general_kl", self.general.kl_difference(v, other)),
+            **_flat("task_loss", self.task.loss_difference(v, other)),
+        }
+
+    def _suggestion_dict(self, s: Suggestion) -> dict[str, Any]:
+        variant = None if s.variant is None else self.variants[s.variant]
+        shrink = None if s.shrink is None else {
+            "lambda": s.shrink.mitigation_lambda, "between": list(s.shrink.between), **_flat("loss", s.shrink.loss),
+            **_flat("kl", s.shrink.kl), "verdict": s.shrink.verdict,
+        }  # fmt: skip
+        return {
+            "name": variant and variant.name,
+            "method": variant and variant.method,
+            "lambda": variant and variant.mitigation_lambda,
+            "reason": s.reason,
+            "keep": s.keep,
+            "command": None if variant is None else self.command(variant),
+            "least_loss": None if s.least_loss is None else self.variants[s.least_loss].name,
+            "shrink": shrink,
+        }
+
+    def command(self, variant: EvaluatedVariant) -> list[str]:
+        """Give the command of streamer that makes a variant, and its options, inputs and output apart.
+
+        `merge` writes complete deltas, which is what was evaluated unless they were projected back; so does `mitigate` with a method that
+        keeps the adapter's rank.
+        """
+        if variant.method is None:
+            return ["merge", "--lambda", "1"]
+        lam = cast(float, variant.mitigation_lambda)
+        exact = self.facts.get("projected") or variant.method != "paper"
+        words = ["mitigate" if exact else "merge", "--method", variant.method, "--lambda", f"{lam!r}"]
+        if variant.method != "shrink":
+            words += ["--scale", "first"] if self.facts.get("scale") == "first" else []
+        return [*words, "--amplify"] if not 0 <= lam <= 1 else words
+
+
+def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
+    loss = sums.mean(sums.loss[v])
+    return {
+        **_flat("loss", loss),
+        "perplexity": math.exp(loss.value) if loss.value < MOST_LOSS else None,
+        **_flat("kl", sums.mean(sums.kl[v])),
+        **_flat("agreement", sums.mean(sums.agree[v])),
+        "sums": {"loss": sums.loss[v].tolist(), "kl": sums.kl[v].tolist(), "agree": sums.agree[v].tolist()},
+    }
+
+
+def _flat(name: str, estimate: Estimate) -> dict[str, float | None]:
+    """Write an estimate under two keys, null where it is not defined: a share of no difference."""
+    return {name: _number(estimate.value), f"{name}_se": _number(estimate.error)}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _sums(tree: Mapping[str, Any], text: str) -> SequenceSums:
+    tokens = np.array(tree["tokens"][text], np.float64)
+    loss, kl, agree = (
+        np.array([v[text]["sums"][name] for v in tree["variants"]], np.float64) for name in ("loss", "kl", "agree")
+    )
+    if (
+        len(loss) < 2
+        or len(tokens) < 2
+        or not loss.shape == kl.shape == agree.shape == (len(tree["variants"]), len(tokens))
+    ):
+        raise ValueError(f"sums of {text} are {loss.shape}, {kl.shape}, {agree.shape}")
+    return SequenceSums(tokens, loss, kl, agree)

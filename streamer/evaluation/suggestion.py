@@ -1,0 +1,206 @@
+"""Suggest the variant that forgets least of those that keep what was learned, and compare it with the equal shrink.
+
+What was learned is the fall of the loss on the task's text from the base to the adapter as it is; the share of it that a variant keeps is
+where its own loss lies between these. Forgetting is judged by the divergence from the base, ``KL(base ‖ variant)``, on general text: on the
+adapters that were tried it ranks variants as the rise of the loss does and tells more of them apart, since it takes each token's whole
+distribution and not the one token that the text has. A variant must not be told worse than the adapter by its loss either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from streamer.errors import UsageError
+from streamer.evaluation.statistics import Estimate, Floats, SequenceSums
+
+BASE, ADAPTER = 0, 1
+"""Numbers of the first two variants."""
+
+NODES = 4
+"""Shrinks that an interpolation is made from, the nearest ones: a cubic in λ."""
+
+Reason = Literal["not learned", "not forgotten", "none better", "forgets least"]
+
+
+@dataclass(frozen=True)
+class EvaluatedVariant:
+    """A model that was evaluated.
+
+    Attributes
+    ----------
+    name
+        ``base``, ``adapter``, or method and λ: ``paper 0.5``.
+    method, mitigation_lambda
+        Method and λ; None for ``base`` and ``adapter``.
+    """
+
+    name: str
+    method: str | None
+    mitigation_lambda: float | None
+
+
+@dataclass(frozen=True)
+class ShrinkComparison:
+    """A variant against the equal shrink: the whole adapter times λ, with λ such that it keeps the same share of what was learned.
+
+    Attributes
+    ----------
+    mitigation_lambda
+        λ of that shrink, interpolated.
+    between
+        The neighbouring λ that were evaluated; 1 is the adapter as it is.
+    loss, kl
+        Difference of the mean loss, and of the mean divergence, on general text: below 0 the variant forgets less. The error is paired, and
+        has in it what is uncertain about the share kept.
+    """
+
+    mitigation_lambda: float
+    between: tuple[float, float]
+    loss: Estimate
+    kl: Estimate
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "not told apart"]:
+        """Say whether the variant is better or worse by both measures, each by more than its error tells."""
+        if self.loss.is_negative and self.kl.is_negative:
+            return "better"
+        return "worse" if self.loss.is_positive and self.kl.is_positive else "not told apart"
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """The variant to ship.
+
+    Attributes
+    ----------
+    variant
+        Its number; None where nothing can be suggested.
+    reason
+        ``not learned``: the adapter's loss on the task's text is not told below the base's, so that there is nothing to keep. ``not
+        forgotten``: its loss on general text is not told above the base's; it is suggested as it is. ``none better``: no variant that
+        keeps enough forgets less than the adapter; it is suggested as it is. ``forgets least``: of the variants that keep enough.
+    keep
+        The share of what was learned that was to be kept.
+    least_loss
+        Number of the variant that keeps enough and has the least loss on general text, where that is another one.
+    shrink
+        The variant against the equal shrink; None where it is a shrink itself or the adapter as it is, or where the shrinks that were
+        evaluated do not enclose the share that it keeps.
+    """
+
+    variant: int | None
+    reason: Reason
+    keep: float
+    least_loss: int | None = None
+    shrink: ShrinkComparison | None = None
+
+
+def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums, keep: float) -> Suggestion:
+    """Suggest a variant.
+
+    Parameters
+    ----------
+    keep
+        Share of what was learned that is to be kept, in (0, 1].
+
+    Raises
+    ------
+    UsageError
+        If `keep` is outside of that.
+    """
+    if not 0 < keep <= 1:
+        raise UsageError(f"keep: expected the share of what was learned that is to be kept, in (0, 1], found {keep!r}")
+    if not task.loss_difference(BASE, ADAPTER).is_positive:
+        return Suggestion(None, "not learned", keep)
+    if not general.loss_difference(ADAPTER, BASE).is_positive:
+        return Suggestion(ADAPTER, "not forgotten", keep)
+    keeping = [v for v in range(ADAPTER, len(variants)) if task.share(v).value >= keep]
+    forgets_less = [
+        v
+        for v in keeping
+        if general.kl_difference(v, ADAPTER).is_negative and not general.loss_difference(v, ADAPTER).is_positive
+    ]
+    if not forgets_less:
+        return Suggestion(ADAPTER, "none better", keep)
+    best = min(forgets_less, key=lambda v: general.kl[v].sum())
+    least = min(keeping, key=lambda v: general.loss[v].sum())
+    return Suggestion(
+        best, "forgets least", keep, None if least == best else least, against_shrink(variants, general, task, best)
+    )
+
+
+def front(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums) -> list[int]:
+    """List the variants that no other one equals or excels in both loss on the task's text and divergence from the base on general text.
+
+    They come by their loss on the task's text, the lowest first.
+    """
+    points = sorted((float(task.loss[v].sum()), float(general.kl[v].sum()), v) for v in range(len(variants)))
+    kept, least = [], math.inf
+    for _, kl, v in points:
+        if kl < least:
+            kept.append(v)
+            least = kl
+    return kept
+
+
+def against_shrink(
+    variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums, variant: int
+) -> ShrinkComparison | None:
+    """Compare a variant with the shrink that keeps the same share of what was learned; see `ShrinkComparison`.
+
+    The losses of that shrink are interpolated between those of the shrinks that were evaluated, as a cubic in λ through the four nearest;
+    its general loss is uncertain by that of the variant's loss on the task's text as well, times the slope of the one against the other.
+    """
+    if variants[variant].method in (None, "shrink"):
+        return None
+    tried = [(v.mitigation_lambda, i) for i, v in enumerate(variants) if v.method == "shrink"]
+    nodes = sorted([*((lam, i) for lam, i in tried if lam is not None), (1.0, ADAPTER)])
+    lambdas, numbers = np.array([lam for lam, _ in nodes]), [i for _, i in nodes]
+    wanted, losses = task.loss[variant].sum(), task.loss[numbers].sum(axis=1)
+    at = next((k for k in range(len(nodes) - 1) if (losses[k] - wanted) * (losses[k + 1] - wanted) <= 0), None)
+    if at is None:
+        return None
+    first = max(0, min(at - (NODES - 2) // 2, len(nodes) - NODES))
+    near = slice(first, first + NODES)
+
+    def weights(lam: float) -> Floats:
+        out = np.zeros(len(variants))
+        out[numbers[near]] = _lagrange(lambdas[near], lam)
+        return out
+
+    low, high = float(lambdas[at]), float(lambdas[at + 1])
+    rising, sums = losses[at + 1] > losses[at], task.loss.sum(axis=1)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if (weights(middle) @ sums < wanted) == rising:
+            low = middle
+        else:
+            high = middle
+    lam, step = (low + high) / 2, 1e-4
+    slope = (weights(lam + step) - weights(lam - step)) / (2 * step)
+    difference = np.eye(len(variants))[variant] - weights(lam)
+    matched, by_lambda = task.loss_of(difference).error, task.loss_of(slope).value
+
+    def with_match(estimate: Estimate, change: float) -> Estimate:
+        return Estimate(estimate.value, math.hypot(estimate.error, change / by_lambda * matched))
+
+    return ShrinkComparison(
+        lam,
+        (float(lambdas[at]), float(lambdas[at + 1])),
+        with_match(general.loss_of(difference), general.loss_of(slope).value),
+        with_match(general.kl_of(difference), general.kl_of(slope).value),
+    )
+
+
+def _lagrange(nodes: Floats, at: float) -> Floats:
+    """Return the weights of values at the nodes in the polynomial through them, at a point: (n,).
+
+    >>> _lagrange(np.array([0.0, 1.0, 2.0]), 0.5).tolist()
+    [0.375, 0.75, -0.125]
+    """
+    return np.array([np.prod((at - np.delete(nodes, k)) / (x - np.delete(nodes, k))) for k, x in enumerate(nodes)])

@@ -1,0 +1,97 @@
+"""Load the tokenizer of a model, with the offsets of its tokens in the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamer.errors import FormatError, MissingInputError, UnsupportedError
+from streamer.evaluation.extra import quiet_transformers, require_transformers
+from streamer.plan.tokenizer import VOCABULARIES
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer of transformers.
+
+    Attributes
+    ----------
+    directory
+        Where it was read from.
+    start
+        The token that it begins a text with, where it does so.
+    """
+
+    directory: Path
+    start: tuple[int, ...]
+    _loaded: Any
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Split a text into tokens, none added; special tokens are recognised by their text.
+
+        Returns
+        -------
+        ids, offsets
+            Of each token its id, and the characters that it stands for: from, to.
+        """
+        found = self._loaded(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return found["input_ids"], found["offset_mapping"]
+
+    def render(self, messages: Sequence[Any], with_prompt: bool) -> str:
+        """Write messages as the chat template has them; every fault of a template or message raises an exception of its own."""
+        text: str = self._loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=with_prompt)
+        return text
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Test whether it has a chat template."""
+        return bool(self._loaded.chat_template)
+
+
+def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
+    """Load the tokenizer in a directory; code that lies there is not run.
+
+    Parameters
+    ----------
+    text
+        The file that it is needed for, which messages name.
+
+    Raises
+    ------
+    MissingInputError, FormatError
+        If there is none, or transformers cannot read it.
+    UnsupportedError
+        If it does not say where in the text its tokens stand.
+    MissingPackageError
+        If transformers is not installed.
+    """
+    if directory is None or not any((directory / name).is_file() for name in VOCABULARIES):
+        where = text if directory is None else directory
+        raise MissingInputError(
+            f"{where}: has no tokenizer, which {text.name} is to be read with; put its files there, or give token ids (.npy)",
+            where,
+        )
+    transformers = require_transformers()
+    with quiet_transformers():
+        try:
+            loaded = transformers.AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+            start = loaded("").input_ids[:1]
+        except Exception as e:  # of the tokenizers library it may be Exception itself
+            why = next(iter(str(e).splitlines()), type(e).__name__)
+            raise FormatError(f"{directory}: transformers cannot read its tokenizer: {why}") from e
+    if not loaded.is_fast:
+        raise UnsupportedError(
+            f"{directory}: its tokenizer ({type(loaded).__name__}) does not tell where in the text its tokens stand; give token ids (.npy)"
+        )
+    return Tokenizer(directory, tuple(start) if start == [loaded.bos_token_id] else (), loaded)
