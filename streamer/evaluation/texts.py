@@ -124,7 +124,9 @@ def _read_ids(path: Path, sequences: int, length: int) -> Iterator[NDArray[np.in
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as e:
         raise FormatError(f"{path}: expected an array as numpy.save writes it: {e}") from e
-    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2) or array.dtype.kind not in "iu":
+    if not isinstance(array, np.ndarray):
+        raise FormatError(f"{path}: expected an array as numpy.save writes it, found several (numpy.savez)")
+    if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
         raise FormatError(
             f"{path}: expected token ids, integers in 1 dimension (a stream) or 2 (sequences), found {array.dtype} in {array.ndim}"
         )
