@@ -1,0 +1,101 @@
+"""Measure the losses of all variants on a batch of sequences, from logits that come a block of the vocabulary at a time.
+
+With z the logits of a token and y the token that follows: ``loss = log Σ exp z − z_y``; against the base's z⁰ and p⁰ = softmax(z⁰),
+``KL(p⁰ ‖ p) = Σ p⁰ (z⁰ − z) − (log Σ exp z⁰ − log Σ exp z)``. Sums over the vocabulary are kept in float64, scaled by the largest logit so
+far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamer.evaluation.model import StreamingModel
+from streamer.evaluation.texts import Sequence as TokenSequence
+
+
+@dataclass(frozen=True)
+class SequenceSums:
+    """Sums over the judged tokens of each sequence.
+
+    Attributes
+    ----------
+    tokens
+        Number of judged tokens, (sequences,).
+    loss, kl
+        Negative log-likelihood, and KL divergence from the base's distribution, in nats, (variants, sequences) float64.
+    agreement
+        Tokens at which the likeliest next token is the base's, (variants, sequences) float64.
+    """
+
+    tokens: np.ndarray[tuple[int], np.dtype[np.float64]]
+    loss: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+    kl: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+    agreement: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+
+
+class _Accumulator:
+    """Sums over the vocabulary for each token: shapes are (variants, sequences, length), the base's first."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.largest = torch.full(shape, -torch.inf)
+        self.top = torch.zeros(shape, dtype=torch.int64)
+        self.total = torch.zeros(shape, dtype=torch.float64)
+        self.cross = torch.zeros(shape, dtype=torch.float64)
+        """``Σ exp(z⁰ − largest⁰) (z⁰ − z)``."""
+        self.label = torch.zeros(shape)
+
+    def add(self, z: Tensor, i: int, labels: Tensor) -> None:
+        """Add logits (…, j − i) of the tokens i to j."""
+        most, at = z.max(-1)
+        self.top = torch.where(most > self.largest, at + i, self.top)
+        largest = torch.maximum(most, self.largest)
+        scale = torch.exp(self.largest.double() - largest.double())
+        self.largest = largest
+        self.total *= scale
+        self.cross *= scale[:1]
+        base = torch.exp(z[0] - largest[0, ..., None])
+        for v in range(len(z)):
+            weights = base if v == 0 else torch.exp(z[v] - largest[v, ..., None])
+            self.total[v] += weights.sum(-1)
+            self.cross[v] += (base * (z[0] - z[v])).sum(-1)
+        here = ((labels >= i) & (labels < i + z.shape[-1])).expand(len(z), -1, -1)
+        found = z.gather(-1, (labels - i).clamp(0, z.shape[-1] - 1).expand(len(z), -1, -1)[..., None])[..., 0]
+        self.label = torch.where(here, found, self.label)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, KL and agreement of each token."""
+        log_sum = self.largest.double() + self.total.log()
+        kl = self.cross / self.total[:1] - (log_sum[:1] - log_sum)
+        return log_sum - self.label.double(), kl, (self.top == self.top[:1]).double()
+
+
+def measure(model: StreamingModel, sequences: Sequence[TokenSequence], block: int) -> SequenceSums:
+    """Run one pass over some sequences; they are padded at the end, where no token that is judged sees it.
+
+    Parameters
+    ----------
+    block
+        Tokens of the vocabulary that are computed together.
+    """
+    rows = model.batch.variants * len(sequences)
+    length = max(len(s.ids) for s in sequences)
+    length += length == rows
+    ids = torch.zeros(len(sequences), length, dtype=torch.int64)
+    judged = torch.zeros(len(sequences), length, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence.ids)] = torch.from_numpy(sequence.ids)
+        judged[row, : len(sequence.ids) - 1] = torch.from_numpy(
+            sequence.judged[1:]
+        )  # a position predicts the token after it
+    labels = torch.roll(ids, -1, 1)
+    sums = _Accumulator((model.batch.variants, len(sequences), length))
+    with torch.inference_mode():
+        for i, _, z in model.logits(ids, block):
+            sums.add(z.float(), i, labels)
+        loss, kl, agreement = ((t * judged).sum(-1).numpy() for t in sums.results())
+    return SequenceSums(judged.sum(-1).double().numpy(), loss, kl, agreement)
