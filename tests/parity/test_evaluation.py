@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantized
 from architectures import ATTENTION, LINEAR
 from causal_models import CAUSAL, make_adapter, make_base
 from evaluated import assert_as_transformers
+from quantized_cases import decoded_base
+from transformers import LlamaForCausalLM
 
 from streamer.errors import NumericError, UnsupportedError
 
@@ -62,6 +65,14 @@ def test_all_methods_and_lambdas(tmp_path: Path) -> None:
     assert_as_transformers(
         cls, tmp_path / "base", adapter, tmp_path, methods=("paper", "project", "shrink"), lambdas=(0.75, -0.5, 2.0)
     )
+
+
+@pytest.mark.parametrize("form", quantized.MAKERS)
+def test_quantized_bases(form: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """Those of the decoded base."""
+    made = quantized.MAKERS[form](tmp_path / "base", plain[0])
+    decoded = decoded_base(tmp_path / "decoded", plain[0], made)
+    assert_as_transformers(LlamaForCausalLM, made.base, plain[1], tmp_path, decoded=decoded)
 
 
 REFUSED: dict[str, tuple[str, Any, dict[str, Any], type[Exception], str]] = {

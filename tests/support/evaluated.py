@@ -52,11 +52,16 @@ def streamed(
 
 
 def assert_as_transformers(cls: Any, base: Path, adapter: Path, directory: Path, *, methods: tuple[Any, ...] = ("paper", "shrink"),
-                           lambdas: tuple[float, ...] = (0.5,), vocabulary: int = 64) -> None:  # fmt: skip
-    """The streamed losses of every variant are those of transformers with the merged model, in float32."""
+                           lambdas: tuple[float, ...] = (0.5,), vocabulary: int = 64,
+                           decoded: Path | None = None) -> None:  # fmt: skip
+    """The streamed losses of every variant are those of transformers with the merged model, in float32; of a quantized base, with the
+    decoded one.
+    """
     found = streamer.detect_intruder_dimensions(base, adapter, top_k=TOP_K)
     variants, ids = make_variants(methods, lambdas, "all"), token_ids(vocabulary)
     ours = streamed(base, adapter, variants, found, ids)
+    if decoded is not None:
+        base, found = decoded, streamer.detect_intruder_dimensions(decoded, adapter, top_k=TOP_K)
     reference = log_probabilities(cls, base, ids)
     tokens = ours.tokens.sum()
     assert tokens == ids[:, 1:].numel()
