@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,17 @@ class TextSequences:
 
     ids: tuple[NDArray[np.int64], ...]
     counted: tuple[NDArray[np.bool_], ...]
+
+    @classmethod
+    def of(cls, ids: Iterable[NDArray[np.int64]]) -> TextSequences:
+        """Make sequences of which every token counts but the first."""
+        taken = tuple(ids)
+        return cls(taken, tuple(np.arange(len(own)) > 0 for own in taken))
+
+    def take(self, rows: Iterable[int]) -> TextSequences:
+        """Take some of the sequences, by number."""
+        chosen = tuple(rows)
+        return TextSequences(tuple(self.ids[i] for i in chosen), tuple(self.counted[i] for i in chosen))
 
     @property
     def tokens(self) -> int:
