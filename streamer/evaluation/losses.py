@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streamer.evaluation.model import StreamingModel
-from streamer.evaluation.texts import Sequence as TokenSequence
+from streamer.evaluation.texts import TokenSequence
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import streamer
 from streamer.detection.findings import Findings
 from streamer.evaluation.losses import SequenceSums, measure
 from streamer.evaluation.model import StreamingModel
-from streamer.evaluation.texts import Sequence
+from streamer.evaluation.texts import TokenSequence
 from streamer.evaluation.values import Job
 from streamer.evaluation.variants import Variant, make_variants
 from streamer.plan.plan import make_plan
@@ -23,8 +23,8 @@ def token_ids(vocabulary: int, sequences: int = 3, length: int = 12) -> torch.Te
     return torch.randint(3, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(3))
 
 
-def sequences(ids: torch.Tensor) -> list[Sequence]:
-    return [Sequence.all_judged(row.numpy()) for row in ids]
+def sequences(ids: torch.Tensor) -> list[TokenSequence]:
+    return [TokenSequence.all_judged(row.numpy()) for row in ids]
 
 
 def log_probabilities(cls: Any, path: Path, ids: torch.Tensor) -> torch.Tensor:
