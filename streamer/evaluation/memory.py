@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamer.errors import UsageError
@@ -69,8 +69,17 @@ def pass_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
     )
 
 
+def measured_bytes(passes: Sequence[Pass], texts: Mapping[str, Text], size: ModelSize, resident: int) -> int:
+    """Estimate the peak memory of all passes; see `pass_bytes`."""
+    most = 0
+    for one in passes:
+        length = max(len(texts[one.text].sequences[i].ids) for i in one.sequences) + 1
+        most = max(most, pass_bytes(size, resident, (1 + len(one.variants)) * len(one.sequences) * length, length))
+    return most
+
+
 def plan_passes(
-    texts: dict[str, Text], variants: int, size: ModelSize, resident: int, max_memory: int | None
+    texts: Mapping[str, Text], variants: int, size: ModelSize, resident: int, max_memory: int | None
 ) -> list[Pass]:
     """Divide sequences and variants into passes that fit the budget; long sequences go together, so that little is padded.
 

@@ -36,7 +36,7 @@ class ModelSize:
     dense
         Bytes of matrices that are in memory whole: a dense delta and what it is added to, or an expert's.
     products
-        Multiplications for one token by parameter, those of experts that it does not reach among them.
+        Multiplications for one token by parameter, of experts those of as many as the router chooses.
     read
         Bytes of all weights on disk.
     """
@@ -99,6 +99,7 @@ class StreamingModel:
         self.values.read.clear()
 
     def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
+        used = getattr(config, "num_experts_per_tok", None) or 1
         layers = [t for t in inner if t.shape != self._head.weight.shape]
         whole = [t for t in tensors if self.values.targets(t) and self.values.low_rank_target(t) is None]
         return ModelSize(
@@ -109,7 +110,7 @@ class StreamingModel:
             dense=max(
                 (16 * math.prod(t.shape[t.stacked :]) for t in (*whole, *(t for t in inner if t.stacked))), default=0
             ),
-            products={t.name: math.prod(t.shape) for t in inner},
+            products={t.name: math.prod(t.shape) // (max(1, t.shape[0] // used) if t.stacked else 1) for t in inner},
             read=sum(self.values.weight(weight, 1).nbytes for weight in {w for t in tensors for w in t.weights}),
         )
 

@@ -70,10 +70,14 @@ class Prepared:
     @cached_property
     def passes(self) -> list[Pass]:
         """Divide the work."""
-        resident = resident_bytes(Batch(self.plan.base, (self.plan,)))
         return plan_passes(
-            dict(self.texts), len(self.options.variants), self.model.size, resident, self.detection.max_memory
+            self.texts, len(self.options.variants), self.model.size, self.resident, self.detection.max_memory
         )
+
+    @property
+    def resident(self) -> int:
+        """Estimate the bytes that stay in memory between two steps."""
+        return resident_bytes(Batch(self.plan.base, (self.plan,)))
 
     @property
     def needs_findings(self) -> bool:
@@ -143,8 +147,7 @@ def inspect(prepared: Prepared, output: Path) -> Literal["new", "resume", "done"
     check_name(output, journal_of(output).name + ".0123456789abcdef.partial")
     prepared.passes  # noqa: B018  # refuses a budget that is too small
     if prepared.needs_findings and prepared.findings is None:
-        resident = resident_bytes(Batch(plan.base, (plan,)))
-        check_budget(detection_estimates(plan, prepared.detection, resident), prepared.detection.max_memory)
+        check_budget(detection_estimates(plan, prepared.detection, prepared.resident), prepared.detection.max_memory)
     if output.exists() and not is_placeholder(output):
         with naming_inputs(plan, [output], run.overwrite):
             done = _finished(prepared, output)
