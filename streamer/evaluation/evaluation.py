@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from streamer.errors import FormatError
 from streamer.evaluation.statistics import Estimate, SequenceSums
-from streamer.evaluation.suggestion import ADAPTER, BASE, EvaluatedVariant, Suggestion, front, suggest
+from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, Suggestion, front, suggest
 from streamer.evaluation.view import table_text
+from streamer.storage.files import open_regular
+from streamer.storage.strict_json import strict_json
+from streamer.units import quoted
 
 SCHEMA = "streamer.evaluation/1"
 
-FACTS = ("version", "base", "adapter", "detection", "scale", "projected", "dtype", "texts")
+GENERAL, TASK = "general", "task"
+"""Names of the two texts: what the model could do before, and what the adapter was trained for."""
+
+FACTS = ("version", "transformers", "base", "adapter", "detection", "scale", "projected", "texts", "plan")
 """Keys of an evaluation's JSON that say what it was made of."""
 
 KEEP = 0.9
@@ -38,8 +46,8 @@ class Evaluation:
     general, task
         Sums over each sequence of the two texts, for each variant.
     facts
-        What it was made of, as JSON has it (`FACTS`): version, identities of base and adapter, how intruders were found (or None), scale,
-        whether deltas are projected back, dtype, and of both texts name, sequences, tokens, length and digest; no paths.
+        What it was made of, as JSON has it (`FACTS`): versions, identities of base and adapter, how intruders were found (or None), scale,
+        whether deltas are projected back, of both texts name, sequences, tokens, length and digest, and a digest of all that; no paths.
     """
 
     variants: tuple[EvaluatedVariant, ...]
@@ -93,16 +101,14 @@ class Evaluation:
             If it is something else.
         """
         try:
-            tree = json.loads(text)
+            tree = strict_json(text.encode())
             if tree["schema"] != SCHEMA:
-                raise FormatError(f"expected an evaluation ({SCHEMA}), found {tree['schema']!r}")
+                raise ValueError(f"the schema {tree['schema']!r}")
             variants = tuple(EvaluatedVariant(v["name"], v["method"], v["lambda"]) for v in tree["variants"])
             facts = {key: tree[key] for key in FACTS if key in tree}
             return cls(variants, _sums(tree, "general"), _sums(tree, "task"), facts)
-        except (ValueError, KeyError, TypeError, IndexError) as e:
-            if isinstance(e, FormatError):
-                raise
-            raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {e!r}") from e
+        except (ValueError, KeyError, TypeError) as e:
+            raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {quoted(str(e))}") from e
 
     def _variant_dict(self, v: int) -> dict[str, Any]:
         variant = self.variants[v]
@@ -115,8 +121,8 @@ class Evaluation:
             **_flat("kept", self.task.share(v)),
             **_flat("forgetting", self.general.share(v)),
             **_flat("divergence", self.general.kl_share(v)),
-            "against_adapter": self._against(v, ADAPTER),
-            "against_base": self._against(v, BASE),
+            "against_adapter": self._against(v, ADAPTER_ROW),
+            "against_base": self._against(v, BASE_ROW),
         }
 
     def _against(self, v: int, other: int) -> dict[str, Any]:
@@ -157,6 +163,23 @@ class Evaluation:
         if variant.method != "shrink":
             words += ["--scale", "first"] if self.facts.get("scale") == "first" else []
         return [*words, "--amplify"] if not 0 <= lam <= 1 else words
+
+
+def load_evaluation(path: str | Path) -> Evaluation:
+    """Read the file that `evaluate_variants` or ``streamer evaluate`` wrote.
+
+    Raises
+    ------
+    MissingInputError, FormatError
+        If it is not there, or not one.
+    """
+    fd, _ = open_regular(Path(path), "an evaluation")
+    with os.fdopen(fd, "rb") as file:
+        raw = file.read()
+    try:
+        return Evaluation.from_json(raw.decode())
+    except (FormatError, UnicodeDecodeError) as e:
+        raise FormatError(f"{path}: {e}") from e
 
 
 def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ BLOCK_BYTES = 64 << 20
 class Reader(Protocol):
     """Reads the values of one parameter, in float32, as they are for the variant whose turn it is."""
 
+    name: str
     shape: tuple[int, ...]
     has_rows: bool
     """Whether `rows` can be asked for."""

@@ -1,76 +1,54 @@
 """Run a model whose weights stay on disk: each is read when its module runs, used for all variants at once, and dropped.
 
-A batch holds the same sequences once for each variant: rows (variant, sequence), the base's first. A linear layer with a delta in factors
-multiplies all rows by the base's weight and adds ``(x R_v) L_vᵀ`` to those of variant v; every other module whose parameters differ runs
-once for each group of variants under which they are the same.
+A batch holds the same sequences once for each variant: rows (variant, sequence), the base's first. The logits come a block of the
+vocabulary at a time, by the model's own `forward`, which begins with the result of the layers below the head.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from streamer.errors import NumericError, UnsupportedError
 from streamer.evaluation.extra import quiet_transformers, require_transformers
-from streamer.evaluation.lazy import LazyTensor
+from streamer.evaluation.installed import Batch, InstalledModule
 from streamer.evaluation.run_time import RunTimeTensor, match_run_time
 from streamer.evaluation.skeleton import build_skeleton
-from streamer.evaluation.values import Job, Values, same_values
-from streamer.linalg.low_rank import LowRank
-from streamer.plan.targets import Target
+from streamer.evaluation.values import Job, Values
 from streamer.units import listed
 
-LINEAR_BY_NAME = {"FalconLinear"}
-"""Subclasses of Linear that have a `forward` of their own, and compute ``x Wᵀ + b`` all the same."""
 
-
-@dataclass
-class Batch:
-    """Rows that run together, and the share of the vocabulary that is computed.
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes that the memory and the time of a pass depend on.
 
     Attributes
     ----------
-    variants, sequences, length
-        Rows are (variants · sequences, length) tokens.
-    vocabulary
-        From and to: the head computes these rows of its weight; None: all.
-    on_read
-        Called before each parameter is read; may raise to stop the pass.
+    widest, hidden, vocabulary
+        The widest layer's inputs or outputs but for the head's, the model's width, and the head's outputs.
+    attention
+        Values that are formed for each pair of tokens, where attention is computed with its weights formed; else 0.
+    dense
+        Bytes of matrices that are in memory whole: a dense delta and what it is added to, or an expert's.
+    products
+        Multiplications for one token by parameter, of experts those of as many as the router chooses.
+    read
+        Bytes of all weights on disk.
     """
 
-    variants: int
-    sequences: int = 0
-    length: int = 0
-    vocabulary: tuple[int, int] | None = None
-    on_read: Callable[[RunTimeTensor], None] = field(default=lambda tensor: None)
-
-    @property
-    def rows(self) -> int:
-        """Count the rows."""
-        return self.variants * self.sequences
-
-    def per_variant(self, x: Tensor, where: str) -> int:
-        """Count the entries of the first dimension that belong to one variant.
-
-        Raises
-        ------
-        UnsupportedError
-            If the shape does not show which they are.
-        """
-        if x.ndim >= 3 and x.shape[0] == self.rows and self.length in x.shape[1:]:
-            return self.sequences
-        if x.ndim >= 2 and x.shape[0] == self.rows * self.length:
-            return self.sequences * self.length
-        raise UnsupportedError(
-            f"module {where!r} runs on {list(x.shape)} for {self.rows} sequences of {self.length} tokens, in which variants cannot "
-            "be told apart; evaluate does not do this module"
-        )
+    widest: int
+    hidden: int
+    vocabulary: int
+    attention: int
+    dense: int
+    products: Mapping[str, int]
+    read: int
 
 
 class StreamingModel:
@@ -82,8 +60,8 @@ class StreamingModel:
         Rows of the head's weight.
     positions
         Tokens that a sequence may have at most, where the model's config states it.
-    parameter_bytes
-        Bytes that one pass reads.
+    size
+        See `ModelSize`.
     """
 
     def __init__(self, job: Job) -> None:
@@ -93,9 +71,7 @@ class StreamingModel:
         prefix = getattr(self._model, "base_model_prefix", "")
         self._head = self._model.get_output_embeddings()  # type: ignore[operator]
         kind = require_transformers().PreTrainedModel
-        self._inner = [
-            m for m in self._model.modules() if isinstance(m, kind) and all(m_ is not self._head for m_ in m.modules())
-        ]
+        self._inner = [m for m in self._model.modules() if isinstance(m, kind) and self._head not in m.modules()]
         if not self._inner or not isinstance(self._head, nn.Linear):
             name = type(self._model).__name__
             raise UnsupportedError(
@@ -109,17 +85,35 @@ class StreamingModel:
         for n, buffer in self._buffers():
             if n in tensors:
                 self._fill(n, buffer, tensors[n])
+        inner: list[RunTimeTensor] = []
         for path, module in self._model.named_modules():
             own = {n: tensors[f"{path}.{n}" if path else n] for n, p in module._parameters.items() if p is not None}
             if own:
-                _Installed(self, path, module, own)
+                InstalledModule(path, module, own, self.values, self.batch, head=module is self._head)
+            if not isinstance(module, nn.Embedding):
+                inner += [tensor for tensor in own.values() if len(tensor.shape) > 1]
         self.vocabulary = self._head.out_features
         config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]
         stated = getattr(config, "max_position_embeddings", None)
         self.positions = stated if isinstance(stated, int) else None
-        weights = {weight for tensor in tensors.values() for weight in tensor.weights}
-        self.parameter_bytes = sum(self.values.weight(weight, 1).nbytes for weight in weights)
+        self.size = self._size(config, inner, tensors.values())
         self.values.read.clear()
+
+    def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
+        used = getattr(config, "num_experts_per_tok", None) or 1
+        layers = [t for t in inner if t.shape != self._head.weight.shape]
+        whole = [t for t in tensors if self.values.targets(t) and self.values.low_rank_target(t) is None]
+        return ModelSize(
+            widest=max((max(t.shape[-2:]) for t in layers), default=0),
+            hidden=int(getattr(config, "hidden_size", 0)),
+            vocabulary=self.vocabulary,
+            attention=3 * getattr(config, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0,
+            dense=max(
+                (16 * math.prod(t.shape[t.stacked :]) for t in (*whole, *(t for t in inner if t.stacked))), default=0
+            ),
+            products={t.name: math.prod(t.shape) // (max(1, t.shape[0] // used) if t.stacked else 1) for t in inner},
+            read=sum(self.values.weight(weight, 1).nbytes for weight in {w for t in tensors for w in t.weights}),
+        )
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the buffers that a checkpoint holds."""
@@ -132,10 +126,6 @@ class StreamingModel:
                 f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate does not do that"
             )
         buffer.copy_(self.values.whole(tensor, 0, with_delta=False))
-
-    def is_head(self, module: nn.Module) -> bool:
-        """Test whether a module is the one that computes the logits."""
-        return module is self._head
 
     def logits(self, ids: Tensor, block: int) -> Iterator[tuple[int, int, Tensor]]:
         """Compute the logits of some sequences under all variants, a block of the vocabulary at a time.
@@ -198,145 +188,5 @@ class StreamingModel:
             )
 
 
-class _Installed:
-    """A module whose parameters are stand-ins; its `forward` runs once for each group of variants that differ."""
-
-    def __init__(
-        self, model: StreamingModel, path: str, module: nn.Module, tensors: Mapping[str, RunTimeTensor]
-    ) -> None:
-        self.path, self.batch, self.values = path, model.batch, model.values
-        self.head = model.is_head(module)
-        self.target: Target | None = None
-        self.embeds = isinstance(module, nn.Embedding)
-        weight = tensors.get("weight")
-        if weight is not None and (self.embeds or _is_linear(module)):
-            self.target = self.values.low_rank_target(weight)
-        self.rows_are_inputs = type(module).__name__ == "Conv1D"
-        dense = [t for n, t in tensors.items() if not (n == "weight" and (self.embeds or self.target is not None))]
-        edited = [t for n, t in tensors.items() if n == "weight" and self.target is not None and not self.embeds]
-        self.groups = max(same_values(self.values, dense, False), same_values(self.values, edited, True), key=len)
-        self.variant: int | None = 0 if len(self.groups) == 1 else None
-        for name, tensor in tensors.items():
-            module._parameters[name] = LazyTensor.of(_Reader(self, tensor))  # type: ignore[assignment]
-        self.forward = module.forward
-        if len(self.groups) > 1 or (self.target is not None and not self.embeds):
-            module.forward = self.run
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own `forward`, and add the deltas."""
-        out = self.forward(*args, **kwargs) if len(self.groups) == 1 else self._by_group(args, kwargs)
-        if self.target is None:
-            return out
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        size = self.batch.per_variant(x, self.path)
-        for v, delta in enumerate(self.values.deltas(self.target), 1):
-            here = slice(v * size, (v + 1) * size)
-            into, inputs = out[here].flatten(0, -2), x[here].flatten(0, -2)
-            change = delta.T if self.rows_are_inputs else self._of_vocabulary(delta)
-            out[here] = torch.addmm(into, inputs @ change.R, change.L.T).view(out[here].shape)
-        return out
-
-    def _of_vocabulary(self, delta: LowRank) -> LowRank:
-        block = self.batch.vocabulary if self.head else None
-        return delta if block is None else delta.row_slice(*block)
-
-    def _by_group(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        size, rows = self.batch.per_variant(tensors[0], self.path), len(tensors[0])
-        outs = []
-        for group in self.groups:
-
-            def share(value: Any, group: range = group) -> Any:
-                mine = isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
-                return value[group.start * size : group.stop * size] if mine else value
-
-            self.variant = group.start
-            try:
-                outs.append(self.forward(*tree_map(share, tuple(args)), **tree_map(share, dict(kwargs))))
-            finally:
-                self.variant = None
-        if isinstance(outs[0], tuple):
-            return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
-        return torch.cat(outs)
-
-
 def _giving(result: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: result
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Test whether a module computes ``x Wᵀ + b``, or ``x W + b`` as Conv1D does, and nothing else."""
-    kind = type(module)
-    return kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D" or kind.__name__ in LINEAR_BY_NAME
-
-
-class _Reader:
-    """Reads one parameter of an installed module for the variants whose turn it is."""
-
-    def __init__(self, owner: _Installed, tensor: RunTimeTensor) -> None:
-        self.owner, self.tensor, self.shape = owner, tensor, tensor.shape
-        self.values = owner.values
-        self.additive = owner.target is not None and bool(self.values.targets(tensor))
-        self.varies = len(same_values(self.values, [tensor], additive=False)) > 1
-        with_delta = not self.additive and bool(self.values.targets(tensor))
-        self.has_rows = self.values.row_access(tensor) and not with_delta
-
-    def _variant(self) -> int:
-        variant = self.owner.variant
-        if variant is None or (self.owner.embeds and self.varies):
-            raise UnsupportedError(
-                f"{self.tensor.name!r}, which the adapter changes, is read outside of its module; evaluate does not do this model"
-            )
-        self.owner.batch.on_read(self.tensor)
-        return variant
-
-    def row_range(self) -> tuple[int, int]:
-        """Return all rows, or of the head a block of the vocabulary."""
-        block = self.owner.batch.vocabulary if self.owner.head else None
-        return block or (0, self.shape[0])
-
-    def read(self) -> Tensor:
-        """Read all values, deltas included unless they are added to the products."""
-        variant, (i, j) = self._variant(), self.row_range()
-        if self.has_rows:
-            return self.values.rows(self.tensor, variant, i, j)
-        return self.values.whole(self.tensor, variant, with_delta=not self.additive)[i:j]
-
-    def rows(self, i: int, j: int) -> Tensor:
-        """Read rows i to j."""
-        return self.values.rows(self.tensor, self._variant(), i, j)
-
-    def matrix(self, index: int) -> Tensor | None:
-        """Read one expert's matrix; with it, all experts of the stack count as used: the text decides which are needed."""
-        if not self.tensor.stacked:
-            return None
-        variant = self._variant()
-        if variant:
-            self.values.applied |= self.tensor.weights
-        sources = self.tensor.adapted if variant else self.tensor.base
-        return self.values.matrix(sources[index], variant, with_delta=True)
-
-    def gather(self, ids: Tensor) -> Tensor | None:
-        """Look rows up, those of each variant by its own."""
-        if not self.varies:
-            return None if not self.has_rows else self._look_up(ids, self._variant(), None)
-        batch, count = self.owner.batch, self.owner.batch.variants
-        if not self.owner.embeds or ids.ndim != 2 or ids.shape[0] not in (1, batch.rows):
-            raise UnsupportedError(
-                f"{self.tensor.name!r}, which the adapter changes, is looked up by {list(ids.shape)} numbers for {batch.rows} sequences of "
-                f"{batch.length} tokens; evaluate does not do this model"
-            )
-        batch.on_read(self.tensor)
-        ids = ids.expand(batch.rows, -1).view(count, batch.sequences, -1)
-        target = self.owner.target
-        deltas = [None] * count if target is None else [None, *self.values.deltas(target)]
-        return torch.cat([self._look_up(ids[v], v, delta) for v, delta in enumerate(deltas)])
-
-    def _look_up(self, ids: Tensor, variant: int, delta: LowRank | None) -> Tensor:
-        if not self.has_rows:
-            return self.values.whole(self.tensor, variant, with_delta=True)[ids]
-        unique, at = torch.unique(ids, return_inverse=True)
-        rows = torch.cat([self.values.rows(self.tensor, variant, i, i + 1) for i in unique.tolist()])
-        if delta is not None:
-            rows.addmm_(delta.L[unique], delta.R.T)
-        return rows[at]

@@ -21,10 +21,13 @@ class TextSequences:
     counted
         Of each sequence (t,): whether the loss of predicting this token, from those before it, counts. The first token of a sequence is
         predicted from nothing and never counts; at least one does.
+    name
+        Name of the file that they were read from.
     """
 
     ids: tuple[NDArray[np.int64], ...]
     counted: tuple[NDArray[np.bool_], ...]
+    name: str = ""
 
     @classmethod
     def of(cls, ids: Iterable[NDArray[np.int64]]) -> TextSequences:
@@ -35,7 +38,7 @@ class TextSequences:
     def take(self, rows: Iterable[int]) -> TextSequences:
         """Take some of the sequences, by number."""
         chosen = tuple(rows)
-        return TextSequences(tuple(self.ids[i] for i in chosen), tuple(self.counted[i] for i in chosen))
+        return TextSequences(tuple(self.ids[i] for i in chosen), tuple(self.counted[i] for i in chosen), self.name)
 
     @property
     def tokens(self) -> int:

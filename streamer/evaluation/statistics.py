@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamer.errors import NumericError
-
 Floats = NDArray[np.float64]
+
+MEASURES = ("loss", "kl", "agree")
+"""Sums that are taken of each sequence and variant."""
 
 TELLING = 2.0
 """A difference of more than this many of its standard errors is told from none (95 % of a normal distribution)."""
@@ -80,24 +81,12 @@ class SequenceSums:
         Sums of the Kullback-Leibler divergence ``KL(base ‖ variant)`` of the next token's distribution, in nats: (V, S).
     agree
         Counts of tokens where the variant's most likely token is the base's: (V, S).
-
-    Raises
-    ------
-    NumericError
-        If a sum is not finite.
     """
 
     tokens: Floats
     loss: Floats
     kl: Floats
     agree: Floats
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "loss", "kl", "agree"):
-            values = getattr(self, name)
-            if not np.isfinite(values).all():
-                where = "" if values.ndim == 1 else f" of variant {int(np.argwhere(~np.isfinite(values))[0, 0])}"
-                raise NumericError(f"{name}{where} is not finite; the model overflows on this text, or its weights do")
 
     def mean(self, sums: Floats) -> Estimate:
         """Estimate the mean over tokens of one of the sums: (S,)."""

@@ -18,7 +18,7 @@ import numpy as np
 from streamer.errors import UsageError
 from streamer.evaluation.statistics import Estimate, Floats, SequenceSums
 
-BASE, ADAPTER = 0, 1
+BASE_ROW, ADAPTER_ROW = 0, 1
 """Numbers of the first two variants."""
 
 NODES = 4
@@ -115,18 +115,18 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     """
     if not 0 < keep <= 1:
         raise UsageError(f"keep: expected the share of what was learned that is to be kept, in (0, 1], found {keep!r}")
-    if not task.loss_difference(BASE, ADAPTER).is_positive:
+    if not task.loss_difference(BASE_ROW, ADAPTER_ROW).is_positive:
         return Suggestion(None, "not learned", keep)
-    if not general.loss_difference(ADAPTER, BASE).is_positive:
-        return Suggestion(ADAPTER, "not forgotten", keep)
-    keeping = [v for v in range(ADAPTER, len(variants)) if task.share(v).value >= keep]
+    if not general.loss_difference(ADAPTER_ROW, BASE_ROW).is_positive:
+        return Suggestion(ADAPTER_ROW, "not forgotten", keep)
+    keeping = [v for v in range(ADAPTER_ROW, len(variants)) if task.share(v).value >= keep]
     forgets_less = [
         v
         for v in keeping
-        if general.kl_difference(v, ADAPTER).is_negative and not general.loss_difference(v, ADAPTER).is_positive
+        if general.kl_difference(v, ADAPTER_ROW).is_negative and not general.loss_difference(v, ADAPTER_ROW).is_positive
     ]
     if not forgets_less:
-        return Suggestion(ADAPTER, "none better", keep)
+        return Suggestion(ADAPTER_ROW, "none better", keep)
     best = min(forgets_less, key=lambda v: general.kl[v].sum())
     least = min(keeping, key=lambda v: general.loss[v].sum())
     return Suggestion(
@@ -159,7 +159,7 @@ def against_shrink(
     if variants[variant].method in (None, "shrink"):
         return None
     tried = [(v.mitigation_lambda, i) for i, v in enumerate(variants) if v.method == "shrink"]
-    nodes = sorted([*((lam, i) for lam, i in tried if lam is not None), (1.0, ADAPTER)])
+    nodes = sorted([*((lam, i) for lam, i in tried if lam is not None), (1.0, ADAPTER_ROW)])
     lambdas, numbers = np.array([lam for lam, _ in nodes]), [i for _, i in nodes]
     wanted, losses = task.loss[variant].sum(), task.loss[numbers].sum(axis=1)
     at = next((k for k in range(len(nodes) - 1) if (losses[k] - wanted) * (losses[k + 1] - wanted) <= 0), None)

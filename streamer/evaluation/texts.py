@@ -92,7 +92,7 @@ def read_text(
             taken = list(read_json_lines(path, tokenizer, sequences, length))
     for _, counted in taken:
         counted[0] = False
-    text = TextSequences(tuple(ids for ids, _ in taken), tuple(counted for _, counted in taken))
+    text = TextSequences(tuple(ids for ids, _ in taken), tuple(counted for _, counted in taken), path.name)
     _check(path, text, vocabulary, positions)
     return text
 

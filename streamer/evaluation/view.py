@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamer.evaluation.statistics import Estimate
-from streamer.evaluation.suggestion import ADAPTER, BASE, Suggestion
+from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, Suggestion
 
 if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation
@@ -32,7 +32,7 @@ def figures(evaluation: Evaluation) -> list[Figures]:
         Figures("variant", [v.name + (" *" if v.name in best else "") for v in evaluation.variants],
                 "* no other variant has both a lower loss on the task and a lower divergence", 9),
         Figures("general", [f"{general.mean(general.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on general text", 4),
-        Figures("- adapter", _cells([general.loss_difference(v, ADAPTER) for v in numbers]),
+        Figures("- adapter", _cells([general.loss_difference(v, ADAPTER_ROW) for v in numbers]),
                 "its difference to the adapter as it is, ± the standard error, paired by sequence", 5),
         Figures("forgetting", [_percent(general.share(v)) for v in numbers],
                 "rise of that loss above the base's; 100% is the adapter's", 7),
@@ -74,12 +74,12 @@ def suggestion_lines(
     general, task, v = evaluation.general, evaluation.task, suggestion.variant
     share = f"{100 * suggestion.keep:g}%"
     if v is None:
-        fall = _cell(task.loss_difference(BASE, ADAPTER))
+        fall = _cell(task.loss_difference(BASE_ROW, ADAPTER_ROW))
         return [
             f"no suggestion: the adapter has not learned the task's text: its loss there is {fall} below the base's"
         ]
     if suggestion.reason == "not forgotten":
-        rise = _cell(general.loss_difference(ADAPTER, BASE))
+        rise = _cell(general.loss_difference(ADAPTER_ROW, BASE_ROW))
         return [f"ship the adapter as it is: it does not forget: its loss on general text is {rise} above the base's"]
     if suggestion.reason == "none better":
         return [
@@ -87,7 +87,7 @@ def suggestion_lines(
         ]
     variant = evaluation.variants[v]
     command, *options = evaluation.command(variant)
-    cost = task.loss_difference(v, ADAPTER)
+    cost = task.loss_difference(v, ADAPTER_ROW)
     lines = [
         f"of the variants that keep {share} of what was learned, {variant.name} forgets least, by its divergence from the base",
         f"it leaves {_percent(general.share(v))} of the forgetting ({_percent(general.kl_share(v))} of the divergence), keeps "

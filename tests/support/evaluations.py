@@ -22,11 +22,12 @@ CURVES: Mapping[str, Curve] = {
 }
 
 FACTS = {
-    "version": "0", "base": {"files": []}, "adapter": {"modules": 1}, "detection": None, "scale": "all", "projected": False,
-    "dtype": "float32",
+    "version": "0", "transformers": "5", "base": {"files": []}, "adapter": {"modules": 1}, "detection": None, "scale": "all",
+    "projected": False,
     "texts": {
         side: {"name": f"{side}.txt", "sequences": 64, "tokens": 9, "length": 512, "sha256": "0" * 64} for side in ("general", "task")
     },
+    "plan": "0" * 64,
 }  # fmt: skip
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from evaluations import evaluation
 
-from streamer.errors import NumericError
-from streamer.evaluation.statistics import Estimate, SequenceSums, ratio
+from streamer.evaluation.statistics import Estimate, ratio
 
 
 def test_of_equal_sequences_it_is_the_error_of_a_mean() -> None:
@@ -79,11 +78,3 @@ def test_two_errors_tell() -> None:
     assert not Estimate(1.9, 1).is_positive
     assert Estimate(-2.1, 1).is_negative
     assert not Estimate(0, 0).is_positive
-
-
-def test_a_sum_that_is_not_finite_is_an_error() -> None:
-    ones = np.ones((3, 2))
-    broken = ones.copy()
-    broken[2, 1] = np.nan
-    with pytest.raises(NumericError, match="kl of variant 2 is not finite; the model overflows"):
-        SequenceSums(np.ones(2), ones, broken, ones)
