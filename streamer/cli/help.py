@@ -93,9 +93,9 @@ examples:
 """,
     "evaluate": """\
 examples:
-  streamer evaluate BASE ADAPTER --general general.txt --task task.jsonl -o e.json
-  streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e.json \\
-      --findings f.safetensors --lambda 0.75,0.5 --method project,shrink --keep 0.95
+  streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
+  streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --dry-run
+  streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --keep 0.8
 """,
     "demo": """\
 examples:

@@ -218,7 +218,7 @@ def build_parser() -> Parser:
     out = writing("FILE", "JSON file to write")
     sub = command(
         "evaluate",
-        "measure what each method and lambda keeps and forgets, on texts, without building a model",
+        "measure on texts what each method and lambda keeps and forgets",
         out,
         computing,
         reading,

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from streamer.errors import FormatError
+from streamer.errors import FormatError, UnknownNameError
 from streamer.evaluation.statistics import Estimate, SequenceSums
 from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, Suggestion, front, suggest
 from streamer.evaluation.view import table_text
@@ -54,6 +54,13 @@ class Evaluation:
     general: SequenceSums
     task: SequenceSums
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """Return the figures of the variant of this name, as the JSON has them."""
+        names = [v.name for v in self.variants]
+        if name not in names:
+            raise UnknownNameError(f"evaluation: has no variant {name!r}; it has {', '.join(names)}")
+        return self._variant_dict(names.index(name))
 
     def best(self, keep: float = KEEP) -> Suggestion:
         """Suggest the variant that forgets least of those that keep this share of what was learned; see `Suggestion`.

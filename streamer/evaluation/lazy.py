@@ -60,7 +60,7 @@ class LazyTensor(Tensor):
         """Compute an operation on values that are read for it."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func is Tensor.device.__get__:
+            if func == Tensor.device.__get__:  # a new object each time
                 return torch.device("cpu")
             if func in _METADATA:
                 return func(*args, **kwargs)

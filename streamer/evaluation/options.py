@@ -7,6 +7,7 @@ from typing import Any
 
 from streamer.detection.intruders import Selection
 from streamer.errors import UsageError
+from streamer.evaluation.suggestion import check_keep
 from streamer.evaluation.variants import Variant, make_variants
 from streamer.output.mitigation import MitigationMethod
 
@@ -25,7 +26,7 @@ class EvaluationOptions:
     scale
         ``all`` intruders among the top k, or only the ``first`` (highest-ranked) of each matrix.
     sequences, length
-        Sequences of each text, and tokens of a sequence, at most.
+        Sequences of each text, and tokens of a sequence, at most; at least 2 of both.
     keep
         Least share of what the adapter learned that the suggested variant keeps.
     projected
@@ -42,12 +43,11 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         make_variants(self.methods, self.lambdas, self.scale)
-        for name, least in (("sequences", 1), ("length", 2)):
+        for name in ("sequences", "length"):
             value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
-        if isinstance(self.keep, bool) or not 0 < self.keep <= 1:
-            raise UsageError(f"keep: expected a share in (0, 1], found {self.keep!r}")
+            if type(value) is not int or value < 2:
+                raise UsageError(f"{name}: expected a whole number from 2, found {value!r}")
+        check_keep(self.keep)
 
     @property
     def variants(self) -> tuple[Variant, ...]:

@@ -100,6 +100,12 @@ class Suggestion:
     shrink: ShrinkComparison | None = None
 
 
+def check_keep(keep: float) -> None:
+    """Refuse what is no share of what was learned."""
+    if isinstance(keep, bool) or not 0 < keep <= 1:
+        raise UsageError(f"keep: expected a share in (0, 1], found {keep!r}")
+
+
 def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums, keep: float) -> Suggestion:
     """Suggest a variant.
 
@@ -113,8 +119,7 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     UsageError
         If `keep` is outside of that.
     """
-    if not 0 < keep <= 1:
-        raise UsageError(f"keep: expected the share of what was learned that is to be kept, in (0, 1], found {keep!r}")
+    check_keep(keep)
     if not task.loss_difference(BASE_ROW, ADAPTER_ROW).is_positive:
         return Suggestion(None, "not learned", keep)
     if not general.loss_difference(ADAPTER_ROW, BASE_ROW).is_positive:

@@ -68,16 +68,13 @@ def read_text(
     Raises
     ------
     UsageError
-        If an option makes no sense, the name has another suffix, or a sequence is longer than the model's positions.
+        If the name has another suffix, or a sequence is longer than the model's positions.
     FormatError
         If the file breaks its format, holds fewer than two sequences, or an id outside of the vocabulary.
     MissingInputError, MissingPackageError
         If the file, the tokenizer or transformers is not there.
     """
     path = Path(path)
-    for name, value in (("sequences", sequences), ("length", length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-            raise UsageError(f"{name}: expected a count from 2, found {value!r}")
     if path.suffix not in SUFFIXES:
         raise UsageError(
             f"{path}: expected the name of a text to end in {', '.join(SUFFIXES)}, found {quoted(path.suffix)}"

@@ -53,6 +53,9 @@ def test_its_figures() -> None:
         assert v["against_adapter"]["task_loss"] == pytest.approx(v["task"]["loss"] - adapter["task"]["loss"])
         learned = base["task"]["loss"] - adapter["task"]["loss"]
         assert v["kept"] == pytest.approx((base["task"]["loss"] - v["task"]["loss"]) / learned)
+    assert e["paper 0.5"] == others[2]
+    with pytest.raises(KeyError, match="evaluation: has no variant 'paper'; it has base, adapter"):
+        e["paper"]
     assert tree["suggestion"]["name"] == "shrink 0.75"
     assert tree["suggestion"]["command"] == ["mitigate", "--method", "shrink", "--lambda", "0.75"]
 

@@ -6,7 +6,6 @@ import builtins
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -107,14 +106,6 @@ def test_other_files_that_are_refused(tmp_path: Path) -> None:
             read_text(tmp_path / name, None)
     with pytest.raises(UsageError, match=r"expected the name of a text to end in \.txt, \.jsonl, \.npy, found '\.md'"):
         read_text(tmp_path / "text.md", None)
-
-
-@pytest.mark.parametrize(
-    "option", [{"sequences": 1}, {"sequences": True}, {"length": 1}, {"length": 2.0}, {"length": -3}]
-)
-def test_options_that_are_refused(option: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected a count from 2, found"):
-        read_text(save(tmp_path / "ids.npy", np.arange(64)), None, **option)
 
 
 def test_a_sequence_longer_than_the_models_positions(tmp_path: Path) -> None:
