@@ -9,7 +9,7 @@ distribution and not the one token that the text has. A variant must not be told
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,9 @@ BASE_ROW, ADAPTER_ROW = 0, 1
 
 NODES = 4
 """Shrinks that an interpolation is made from, the nearest ones: a cubic in λ."""
+
+BISECTIONS = 50
+"""Steps in which λ is found, to the last bit of a double."""
 
 Reason = Literal["not learned", "not forgotten", "none better", "forgets least"]
 
@@ -56,7 +59,7 @@ class ShrinkComparison:
         The neighbouring λ that were evaluated; 1 is the adapter as it is.
     loss, kl
         Difference of the mean loss, and of the mean divergence, on general text: below 0 the variant forgets less. The error is paired, and
-        has in it what is uncertain about the share kept.
+        has in it what is uncertain about the share kept and the interpolation.
     """
 
     mitigation_lambda: float
@@ -158,48 +161,75 @@ def against_shrink(
 ) -> ShrinkComparison | None:
     """Compare a variant with the shrink that keeps the same share of what was learned; see `ShrinkComparison`.
 
-    The losses of that shrink are interpolated between those of the shrinks that were evaluated, as a cubic in λ through the four nearest;
-    its general loss is uncertain by that of the variant's loss on the task's text as well, times the slope of the one against the other.
+    The losses of that shrink are interpolated between those of the shrinks that were evaluated, as a cubic in λ through the four nearest.
+    Three things are uncertain of a difference on general text, and add up as independent ones do: its own error over sequences; the error
+    of the variant's loss on the task's text, times the slope of the one loss against the other along the shrink; and the interpolation,
+    by how much it changes without the farthest of its nodes.
     """
     if variants[variant].method in (None, "shrink"):
         return None
-    tried = [(v.mitigation_lambda, i) for i, v in enumerate(variants) if v.method == "shrink"]
-    nodes = sorted([*((lam, i) for lam, i in tried if lam is not None), (1.0, ADAPTER_ROW)])
-    lambdas, numbers = np.array([lam for lam, _ in nodes]), [i for _, i in nodes]
-    wanted, losses = task.loss[variant].sum(), task.loss[numbers].sum(axis=1)
-    at = next((k for k in range(len(nodes) - 1) if (losses[k] - wanted) * (losses[k + 1] - wanted) <= 0), None)
-    if at is None:
+    nodes = [(1.0, ADAPTER_ROW)]
+    nodes += [
+        (v.mitigation_lambda, i)
+        for i, v in enumerate(variants)
+        if v.method == "shrink" and v.mitigation_lambda is not None
+    ]
+    nodes.sort()
+    losses = [float(task.loss[row].sum() - task.loss[variant].sum()) for _, row in nodes]
+    at = next((k for k in range(len(nodes) - 1) if losses[k] * losses[k + 1] <= 0), None)
+    if at is None or len(nodes) < 3:
         return None
+    between = nodes[at][0], nodes[at + 1][0]
     first = max(0, min(at - (NODES - 2) // 2, len(nodes) - NODES))
-    near = slice(first, first + NODES)
+    near = nodes[first : first + NODES]
+    lam, shrink, slope = _shrink_like(near, between, task, variant)
+    farthest = max((n for n in near if n[0] not in between), key=lambda n: abs(n[0] - lam))
+    _, fewer, _ = _shrink_like([n for n in near if n != farthest], between, task, variant)
+    own = np.eye(len(variants))[variant]
+    matched, by_lambda = task.loss_of(own - shrink).error, task.loss_of(slope).value
+
+    def estimate(of: Callable[[Floats], Estimate]) -> Estimate:
+        found, interpolated = of(own - shrink), of(shrink - fewer).value
+        return Estimate(found.value, math.hypot(found.error, of(slope).value / by_lambda * matched, interpolated))
+
+    return ShrinkComparison(lam, between, estimate(general.loss_of), estimate(general.kl_of))
+
+
+def _shrink_like(
+    nodes: Sequence[tuple[float, int]], between: tuple[float, float], task: SequenceSums, variant: int
+) -> tuple[float, Floats, Floats]:
+    """Find the shrink with a variant's loss on the task's text.
+
+    Parameters
+    ----------
+    nodes
+        λ and row of each shrink that is interpolated from.
+    between
+        The neighbouring λ, between which it lies.
+
+    Returns
+    -------
+    lambda, weights, slope
+        Its λ, and as weights of the variants (V,) any sum of it, and the sum's derivative by λ.
+    """
+    lambdas, rows = np.array([lam for lam, _ in nodes]), [row for _, row in nodes]
+    losses = task.loss.sum(axis=1)
 
     def weights(lam: float) -> Floats:
-        out = np.zeros(len(variants))
-        out[numbers[near]] = _lagrange(lambdas[near], lam)
+        out = np.zeros(len(losses))
+        out[rows] = _lagrange(lambdas, lam)
         return out
 
-    low, high = float(lambdas[at]), float(lambdas[at + 1])
-    rising, sums = losses[at + 1] > losses[at], task.loss.sum(axis=1)
-    for _ in range(60):
+    low, high = between
+    below = weights(low) @ losses < losses[variant]
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if (weights(middle) @ sums < wanted) == rising:
+        if (weights(middle) @ losses < losses[variant]) == below:
             low = middle
         else:
             high = middle
     lam, step = (low + high) / 2, 1e-4
-    slope = (weights(lam + step) - weights(lam - step)) / (2 * step)
-    difference = np.eye(len(variants))[variant] - weights(lam)
-    matched, by_lambda = task.loss_of(difference).error, task.loss_of(slope).value
-
-    def with_match(estimate: Estimate, change: float) -> Estimate:
-        return Estimate(estimate.value, math.hypot(estimate.error, change / by_lambda * matched))
-
-    return ShrinkComparison(
-        lam,
-        (float(lambdas[at]), float(lambdas[at + 1])),
-        with_match(general.loss_of(difference), general.loss_of(slope).value),
-        with_match(general.kl_of(difference), general.kl_of(slope).value),
-    )
+    return lam, weights(lam), (weights(lam + step) - weights(lam - step)) / (2 * step)
 
 
 def _lagrange(nodes: Floats, at: float) -> Floats:

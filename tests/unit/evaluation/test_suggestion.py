@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from evaluations import CURVES, evaluation
@@ -111,3 +113,17 @@ def test_the_front_has_what_no_other_excels() -> None:
     assert set(found) == set(numbers) - excelled
     assert e.front() == [e.variants[v].name for v in found]
     assert found == sorted(found, key=lambda v: task[v])
+
+
+@pytest.mark.parametrize("left_out", [0.9, 0.75, 0.5, 0.25])
+def test_a_shrink_that_is_left_out_is_found_again_within_the_error(left_out: float) -> None:
+    """On a curve that no cubic follows: from neighbours twice as far apart as any that are used."""
+    bent = {"shrink": lambda x: (x**2.5, np.sin(x * np.pi / 2) ** 0.8)}
+    for seed in range(20):
+        e = evaluation(bent, noise=0.01, seed=seed)
+        variants = tuple(replace(v, method="project") if v.mitigation_lambda == left_out else v for v in e.variants)
+        row = next(i for i, v in enumerate(variants) if v.method == "project")
+        found = against_shrink(variants, e.general, e.task, row)
+        assert found is not None
+        assert abs(found.mitigation_lambda - left_out) < 0.06
+        assert found.verdict == "not told apart"
