@@ -32,6 +32,7 @@ from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import MEASURES, SequenceSums
 from streamer.evaluation.suggestion import EvaluatedVariant
 from streamer.evaluation.texts import read_text
+from streamer.evaluation.tokenizer import tokenizer_directory
 from streamer.evaluation.values import Job
 from streamer.events import Event
 from streamer.linalg.torch_state import full_float32, threads
@@ -136,9 +137,8 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
             "takes adapters that keep the vocabulary"
         )
     model = StreamingModel(Job(plan, options.variants, None, options.projected))
-    assert plan.base.directory is not None
     read = {
-        name: read_text(path, plan.base.directory, sequences=options.sequences, length=options.length,
+        name: read_text(path, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
                         vocabulary=model.vocabulary, positions=model.positions)
         for name, path in texts.items()
     }  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any
 
 from streamer.errors import FormatError, MissingInputError, UnsupportedError
 from streamer.evaluation.extra import quiet_transformers, require_transformers
-from streamer.plan.tokenizer import VOCABULARIES
+from streamer.plan.plan import Plan
+from streamer.plan.tokenizer import VOCABULARIES, with_tokenizer
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Test whether it has a chat template."""
         return bool(self._loaded.chat_template)
+
+
+def tokenizer_directory(plan: Plan) -> Path | None:
+    """Choose the directory whose tokenizer and chat template are used: the adapter's, where a merge would take them, or the base's."""
+    own = plan.adapter.path
+    if plan.adapter.describes_model:
+        return own if any((own / name).is_file() for name in VOCABULARIES) else plan.base.directory
+    return own if with_tokenizer(plan, [])[1] == "adapter" else plan.base.directory
 
 
 def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:

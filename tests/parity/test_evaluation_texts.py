@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
+from helpers import three_shards
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import streamer
 from streamer.errors import FormatError, UnsupportedError
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.texts import read_text
-from streamer.evaluation.tokenizer import load_tokenizer
+from streamer.evaluation.tokenizer import load_tokenizer, tokenizer_directory
+from streamer.plan.plan import make_plan
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards pack boxes of liquor jugs; straße, naïve, 東京 🦊"
 
@@ -309,3 +314,24 @@ def test_the_choice_is_the_same_in_every_run(tmp_path: Path) -> None:
     first, second = (read(tmp_path / "t.txt", sequences=9, length=16) for _ in range(2))
     assert first.digest() == second.digest()
     assert all(np.array_equal(a, b) for a, b in zip(first.ids, second.ids, strict=True))
+
+
+def test_whose_tokenizer(tmp_path: Path) -> None:
+    """The adapter's where a merged model would have it: its chat template is what it was trained with."""
+    base, adapter = three_shards(tmp_path)
+    save(base)
+    assert tokenizer_directory(make_plan(base, adapter)) == base
+    save(adapter, template=CHATML)
+    assert (
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)[
+            "tokenizer"
+        ]
+        == "adapter"
+    )
+    assert tokenizer_directory(make_plan(base, adapter)) == adapter
+    (adapter / "tokenizer.json").unlink()
+    assert tokenizer_directory(make_plan(base, adapter)) == base
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    weights = tuned / "model-00001-of-00003.safetensors"
+    save_file({k: 2 * v for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    assert tokenizer_directory(make_plan(base, tuned)) == tuned
