@@ -16,7 +16,7 @@ import torch
 
 from streamer import __version__
 from streamer.detection.findings import Findings
-from streamer.detection.findings_file import journal_of, lock_of
+from streamer.detection.findings_file import journal_of, lock_of, remove_leftovers
 from streamer.detection.memory import detection_estimates
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.run import detect_in_memory, naming_inputs
@@ -201,6 +201,7 @@ def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
         return _measured(prepared, _InMemory())
     if inspect(prepared, output) == "done":
         monitor.emit(Event("note", f"{output} holds this very evaluation already; nothing to do"))
+        remove_leftovers(output)  # of a run that was killed just after the file got its name
         if fault := touch([output]):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
         monitor.told(output, "present")
