@@ -130,12 +130,12 @@ def _read_ids(path: Path, sequences: int, length: int) -> Iterator[NDArray[np.in
     if array.ndim == 1:
         _check_stream(path, len(array), length)
         for i in evenly(len(array) // length, sequences):
-            yield np.asarray(array[i * length : (i + 1) * length], np.int64)
+            yield np.array(array[i * length : (i + 1) * length], np.int64)
         return
     if array.shape[1] < 2:
         raise FormatError(f"{path}: expected sequences of at least 2 tokens, found {array.shape[1]}")
     for i in evenly(len(array), sequences):
-        yield np.asarray(array[i, :length], np.int64)
+        yield np.array(array[i, :length], np.int64)
 
 
 def _check_stream(path: Path, tokens: int, length: int) -> None:

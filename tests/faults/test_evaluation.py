@@ -132,13 +132,13 @@ def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
     output.write_bytes(job.whole)
     monitor = Monitor()
-    assert job.run(output, monitor=monitor).record(0.9) == json.loads(job.whole)
+    assert job.run(output, monitor=monitor).to_dict(0.9) == json.loads(job.whole)
     assert monitor.outputs[output] == "present"
     with pytest.raises(OutputExistsError, match="holds an evaluation of other inputs or options"):
         job.run(output, lambdas=(0.25,))
     assert output.read_bytes() == job.whole
     job.run(output, lambdas=(0.25,), overwrite=True)
-    assert json.loads(output.read_bytes())["options"]["lambdas"] == [0.25]
+    assert {v["lambda"] for v in json.loads(output.read_bytes())["variants"]} == {None, 0.25}
 
 
 def a_text(path: Path) -> None:

@@ -21,13 +21,15 @@ def save(path: Path, array: np.ndarray) -> Path:
     return path
 
 
-def test_a_stream_is_cut_at_even_distances(tmp_path: Path) -> None:
-    stream = np.arange(1000, dtype=np.uint16)
+@pytest.mark.parametrize("kind", [np.uint16, np.int64])
+def test_a_stream_is_cut_at_even_distances(kind: type, tmp_path: Path) -> None:
+    stream = np.arange(1000, dtype=kind)
     text = read_text(save(tmp_path / "ids.npy", stream), None, sequences=4, length=16)
     assert len(text.ids) == 4
     for i, (ids, counted) in enumerate(zip(text.ids, text.counted, strict=True)):
         start = (62 * i // 4) * 16  # of 62 whole sequences
         assert ids.dtype == np.int64
+        assert ids.flags.owndata
         assert ids.tolist() == list(range(start, start + 16))
         assert counted.tolist() == [False, *[True] * 15]
     assert (text.tokens, text.longest) == (60, 16)
