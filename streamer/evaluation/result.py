@@ -177,7 +177,17 @@ class Evaluation:
         return tuple(front)
 
     def difference(self, first: str, second: str, text: str = GENERAL, measure: str = "kl") -> Mean:
-        """Estimate the difference of a measure between two variants, paired by sequence."""
+        """Estimate the difference of a measure between two variants, paired by sequence.
+
+        Parameters
+        ----------
+        first, second
+            Names of the variants; the difference is of the first less the second.
+        text
+            ``general`` or ``task``.
+        measure
+            ``loss``, ``kl`` or ``agreement``.
+        """
         names, sums = [name for name, _, _ in self.named], self.sums[text]
         values = getattr(sums, measure)
         return mean_of(values[names.index(first)] - values[names.index(second)], sums.tokens)
