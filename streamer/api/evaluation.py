@@ -74,12 +74,12 @@ def evaluate_variants(
     projected
         Evaluate what `reduce_intruder_dimension` writes, projected back onto the adapter's rank, in place of complete deltas.
     top_k, threshold_epsilon, solver, device
-        Options of a detection that runs first; see `detect_intruder_dimensions`.
+        Options of a detection that runs first, as `detect_intruder_dimensions` has them.
     max_memory
         Anonymous memory of the whole process, in bytes or as a size like ``"4G"``; it decides how many sequences and variants go
         together. None takes what 4,096 tokens, of all variants together, or one sequence need.
     io, base_is_residual, architecture
-        See `detect_intruder_dimensions`.
+        How tensors are read, what the base is, and its class, as `detect_intruder_dimensions` has them.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
