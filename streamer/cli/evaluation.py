@@ -108,16 +108,14 @@ def advice(tree: Mapping[str, Any], given: list[str | None]) -> str:
     lines = [head]
     if (against := found["against_shrink"]) is not None:
         error = "" if against["kl_se"] is None else f" ±{against['kl_se']:.4f}"
-        verdict = (
-            "better than the plain shrink"
-            if against["beyond_error"]
-            else "no better than the plain shrink beyond the error"
-        )
+        better = "better than" if against["kl"] < 0 else "worse than"
+        verdict = better if against["beyond_error"] else "within the error of"
         lines.append(
-            f"{verdict}: KL {against['kl']:+.4f}{error} against {against['name']}, which keeps {against['kept']:.1%}"
+            f"{verdict} a plain shrink: its KL is {against['kl']:+.4f}{error} from that of --method shrink --lambda "
+            f"{against['lambda']:.2f}, about, which has the same loss on the task (between {' and '.join(against['between'])})"
         )
     elif found["method"] == "shrink":
-        lines.append("no method that needs findings does better than the plain shrink here")
+        lines.append("no method that needs findings does better here than the plain shrink")
     lines.append(f"streamer merge {base} {adapter} -o DIR {found['options']}{from_findings}")
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -203,19 +204,67 @@ class Evaluation:
         best = self.best(keep)
         if best is None or best.kept is None:
             return None
-        shrink = self._least([v for v in self.variants if v.method == "shrink"], keep)
-        against = None
-        if shrink is not None and best.method not in (None, "shrink"):
-            d = self.difference(best.name, shrink.name)
-            against = {"name": shrink.name, "kept": shrink.kept, "kl": d.value, "kl_se": d.error,
-                       "beyond_error": d.error is not None and d.value < -2 * d.error}  # fmt: skip
         adapter = self[ADAPTER].general.kl.value
         how = None if best.method is None else f"--method {best.method} --lambda {best.mitigation_lambda:g}"
         return {
             "name": best.name, "method": best.method, "lambda": best.mitigation_lambda, "options": how, "keep": keep,
             "kept": best.kept, "forgetting_left": best.general.kl.value / adapter if adapter > 0 else None,
-            "task_loss": best.task_change.value, "task_loss_se": best.task_change.error, "against_shrink": against,
+            "task_loss": best.task_change.value, "task_loss_se": best.task_change.error,
+            "against_shrink": self.against_shrink(best) if best.method not in (None, "shrink") else None,
         }  # fmt: skip
+
+    def against_shrink(self, variant: EvaluatedVariant) -> dict[str, Any] | None:
+        """Compare a variant with the plain shrink of the same loss on the task, as JSON.
+
+        That shrink lies between two that were evaluated, or one and the adapter as it is; its KL is taken from the straight line between
+        theirs, which is at most a little too large, as KL is convex in λ.
+
+        Parameters
+        ----------
+        variant
+            Any but the base.
+
+        Returns
+        -------
+        dict or None
+            Its λ, about; the variant's KL less its own, and the error of that: paired by sequence, and with the error of the point on the
+            line, which comes from the task's text. None where no two shrinks lie on both sides.
+        """
+        line = [self[ADAPTER], *(v for v in self.variants if v.method == "shrink" and v.mitigation_lambda is not None)]
+        line = sorted((v for v in line if (v.mitigation_lambda or 0) <= 1), key=lambda v: v.task.loss.value)
+        pairs = itertools.pairwise(line)
+        pair = next(
+            ((a, b) for a, b in pairs if a.task.loss.value <= variant.task.loss.value <= b.task.loss.value), None
+        )
+        if pair is None:
+            return None
+        a, b = pair
+        width = b.task.loss.value - a.task.loss.value
+        share = (variant.task.loss.value - a.task.loss.value) / width if width else 0.0
+        kl, task = (
+            self._from_line(variant, pair, share, GENERAL, "kl"),
+            self._from_line(variant, pair, share, TASK, "loss"),
+        )
+        slope = (a.general.kl.value - b.general.kl.value) / width if width else 0.0
+        error = None if kl.error is None or task.error is None else math.hypot(kl.error, slope * task.error)
+        ends = [1.0 if v.mitigation_lambda is None else v.mitigation_lambda for v in pair]
+        return {
+            "lambda": (1 - share) * ends[0] + share * ends[1], "between": [a.name, b.name], "kl": kl.value, "kl_se": error,
+            "beyond_error": error is not None and abs(kl.value) > 2 * error,
+        }  # fmt: skip
+
+    def _from_line(
+        self,
+        variant: EvaluatedVariant,
+        ends: tuple[EvaluatedVariant, EvaluatedVariant],
+        share: float,
+        text: str,
+        measure: str,
+    ) -> Mean:
+        """Estimate a measure of a variant less that of the point on the line between two others, paired by sequence."""
+        names, sums = [name for name, _, _ in self.named], self.sums[text]
+        own, a, b = (getattr(sums, measure)[names.index(v.name)] for v in (variant, *ends))
+        return mean_of(own - (1 - share) * a - share * b, sums.tokens)
 
     def _least(self, variants: Sequence[EvaluatedVariant], keep: float) -> EvaluatedVariant | None:
         enough = [v for v in variants if v.kept is not None and v.kept >= keep]

@@ -57,15 +57,37 @@ def test_errors_are_paired_by_sequence() -> None:
 
 
 @pytest.mark.parametrize(("noise", "beyond"), [(0.001, True), (1.0, False)])
-def test_the_suggestion_is_set_against_the_plain_shrink(noise: float, beyond: bool) -> None:
+def test_the_suggestion_is_set_against_the_shrink_of_the_same_loss_on_the_task(noise: float, beyond: bool) -> None:
+    """At a task loss of 3.05, 5/8 of the way from the adapter (KL 0.5) to shrink 0.75 (KL 0.35), the line is at 0.40625."""
     found = evaluation(TASK, KL, noise).suggestion(0.9)
     assert found is not None
     assert (found["name"], found["options"]) == ("project 0.5", "--method project --lambda 0.5")
     assert found["kept"] == pytest.approx(0.95)
     assert found["forgetting_left"] == pytest.approx(0.6)
-    assert found["against_shrink"]["name"] == "shrink 0.75"
-    assert found["against_shrink"]["kl"] == pytest.approx(-0.05)
-    assert found["against_shrink"]["beyond_error"] is beyond
+    against = found["against_shrink"]
+    assert against["between"] == ["adapter", "shrink 0.75"]
+    assert against["lambda"] == pytest.approx(1 - 0.25 * 5 / 8)
+    assert against["kl"] == pytest.approx(0.3 - 0.40625)
+    assert against["beyond_error"] is beyond
+
+
+def test_the_error_of_that_comparison_is_of_both_texts() -> None:
+    """By simulation: evaluations of new sequences spread as much as one of them says."""
+    rng = np.random.default_rng(3)
+    tokens, agreement = np.full(40, 10.0), np.zeros((5, 40))
+
+    def draw() -> tuple[float, float]:
+        def sums(means: list[float]) -> np.ndarray:
+            return 10 * (np.array(means)[:, None] + rng.normal(0, 1, 40) + rng.normal(0, 0.05, (5, 40)))
+
+        texts = (SequenceSums(tokens, sums(loss), sums(KL), agreement) for loss in ([2.0, 2.5, 2.4, 2.3, 2.2], TASK))
+        e = Evaluation({}, NAMED, dict(zip(("general", "task"), texts, strict=True)))
+        found = e.against_shrink(e["project 0.5"])
+        assert found is not None
+        return found["kl"], found["kl_se"]
+
+    values, errors = np.array([draw() for _ in range(2000)]).T
+    assert np.mean(errors) == pytest.approx(values.std(), rel=0.15)
 
 
 def test_an_adapter_that_learned_nothing_has_no_suggestion() -> None:
