@@ -6,12 +6,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
+from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, UnknownNameError
 from streamer.evaluation.statistics import Estimate, SequenceSums
 from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, Suggestion, front, suggest
@@ -25,7 +26,9 @@ SCHEMA = "streamer.evaluation/1"
 GENERAL, TASK = "general", "task"
 """Names of the two texts: what the model could do before, and what the adapter was trained for."""
 
-FACTS = ("version", "transformers", "base", "adapter", "detection", "scale", "projected", "texts", "plan")
+FACTS = (
+    "version", "transformers", "base", "adapter", "factored", "quantized", "detection", "scale", "projected", "texts", "plan"
+)  # fmt: skip
 """Keys of an evaluation's JSON that say what it was made of."""
 
 KEEP = 0.9
@@ -46,14 +49,15 @@ class Evaluation:
     general, task
         Sums over each sequence of the two texts, for each variant.
     facts
-        What it was made of, as JSON has it (`FACTS`): versions, identities of base and adapter, how intruders were found (or None), scale,
-        whether deltas are projected back, of both texts name, sequences, tokens, length and digest, and a digest of all that; no paths.
+        What it was made of, as JSON has it (`FACTS`): versions, identities of base and adapter, whether all deltas are the
+        product of LoRA's factors, whether a merge must write a quantized base plain, options of detection (or None), scale, whether deltas
+        are projected back, of both texts name, sequences, tokens, length and digest, and a digest of all that; no paths.
     """
 
     variants: tuple[EvaluatedVariant, ...]
     general: SequenceSums
     task: SequenceSums
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any]
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         """Return the figures of the variant of this name, as the JSON has them."""
@@ -112,7 +116,7 @@ class Evaluation:
             if tree["schema"] != SCHEMA:
                 raise ValueError(f"the schema {tree['schema']!r}")
             variants = tuple(EvaluatedVariant(v["name"], v["method"], v["lambda"]) for v in tree["variants"])
-            facts = {key: tree[key] for key in FACTS if key in tree}
+            facts = {key: tree[key] for key in FACTS}
             return cls(variants, _sums(tree, "general"), _sums(tree, "task"), facts)
         except (ValueError, KeyError, TypeError) as e:
             raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {quoted(str(e))}") from e
@@ -157,19 +161,27 @@ class Evaluation:
         }
 
     def command(self, variant: EvaluatedVariant) -> list[str]:
-        """Give the command of streamer that makes a variant, and its options, inputs and output apart.
+        """Give the command of streamer that makes a variant, and its options; inputs, output and findings are to be added.
 
-        `merge` writes complete deltas, which is what was evaluated unless they were projected back; so does `mitigate` with a method that
-        keeps the adapter's rank.
+        It is `mitigate` where the adapter can be written back and that drops nothing of what was evaluated, else `merge`.
         """
-        if variant.method is None:
-            return ["merge", "--lambda", "1"]
-        lam = cast(float, variant.mitigation_lambda)
-        exact = self.facts.get("projected") or variant.method != "paper"
-        words = ["mitigate" if exact else "merge", "--method", variant.method, "--lambda", f"{lam!r}"]
-        if variant.method != "shrink":
-            words += ["--scale", "first"] if self.facts.get("scale") == "first" else []
-        return [*words, "--amplify"] if not 0 <= lam <= 1 else words
+        facts, lam = self.facts, variant.mitigation_lambda
+        exact = facts["projected"] or variant.method in ("project", "shrink")
+        mitigates = lam is not None and exact and facts["factored"]
+        words = ["mitigate" if mitigates else "merge"]
+        if lam is None:
+            words += ["--lambda", "1"]
+        else:
+            words += ["--method", str(variant.method), "--lambda", f"{lam!r}"]
+        if variant.method in ("paper", "project"):
+            words += ["--scale", "first"] if facts["scale"] == "first" else []
+            default, used = DetectionOptions(), facts["detection"]
+            words += ["--top-k", f"{used['top_k']}"] if used["top_k"] != default.top_k else []
+            if used["threshold_epsilon"] != default.threshold_epsilon:
+                words += ["--epsilon", f"{used['threshold_epsilon']}"]
+        if lam is not None and not 0 <= lam <= 1:
+            words.append("--amplify")
+        return [*words, "--dequantize"] if facts["quantized"] and not mitigates else words
 
 
 def load_evaluation(path: str | Path) -> Evaluation:

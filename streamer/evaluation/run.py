@@ -92,10 +92,13 @@ class Prepared:
     def facts(self) -> dict[str, Any]:
         """Say what it is made of, as JSON; the digest `plan` tells whether two evaluations are one."""
         o, detection = self.options, self.findings.options if self.findings else self.detection
+        plan, weights = self.plan, self.plan.weights
         tree = {
             "transformers": require_transformers().__version__,
             "base": self.plan.sources[0],
             "adapter": self.plan.sources[1],
+            "factored": not plan.adapter.describes_model and all(t.module.factors for t in plan.targets),
+            "quantized": any(n in weights.quantized_names and not weights.requantizes(n) for n in plan.by_weight),
             "detection": detection.as_dict() if self.needs_findings else None,
             "scale": o.scale,
             "projected": o.projected,

@@ -95,6 +95,14 @@ def test_sums_that_do_not_fit_are_refused() -> None:
         (("shrink 0.5", "shrink", 0.5), {"scale": "first"}, "mitigate --method shrink --lambda 0.5"),
         (("project 1.2", "project", 1.2), {}, "mitigate --method project --lambda 1.2 --amplify"),
         (("adapter", None, None), {}, "merge --lambda 1"),
+        (("project 0.5", "project", 0.5), {"factored": False}, "merge --method project --lambda 0.5"),
+        (("project 0.5", "project", 0.5), {"quantized": True}, "mitigate --method project --lambda 0.5"),
+        (("paper 0.5", "paper", 0.5), {"quantized": True}, "merge --method paper --lambda 0.5 --dequantize"),
+        (
+            ("project 0.5", "project", 0.5),
+            {"detection": {"top_k": 0.1, "threshold_epsilon": 0.6}},
+            "mitigate --method project --lambda 0.5 --top-k 0.1 --epsilon 0.6",
+        ),
     ],
 )
 def test_the_command_that_makes_a_variant(variant: tuple[Any, ...], facts: dict[str, Any], words: str) -> None:
