@@ -217,7 +217,7 @@ class Evaluation:
         """Compare a variant with the plain shrink of the same loss on the task, as JSON.
 
         That shrink lies between two that were evaluated, or one and the adapter as it is; its KL is taken from the straight line between
-        theirs, which is at most a little too large, as KL is convex in λ.
+        theirs, which is a little too large where KL bends upwards in λ, as it does as a rule: the more so, the further they are apart.
 
         Parameters
         ----------
