@@ -5,15 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import quantized
+import torch
 from architectures import ATTENTION, LINEAR
 from causal_models import CAUSAL, make_adapter, make_base
-from evaluated import assert_as_transformers
+from evaluated import TOP_K, assert_as_transformers, streamed, sums_of, token_ids
+from peft import LoHaConfig, PeftModel, get_peft_model
 from quantized_cases import decoded_base
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+import streamer
 from streamer.errors import NumericError, UnsupportedError
+from streamer.evaluation.variants import make_variants
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -65,6 +71,90 @@ def test_all_methods_and_lambdas(tmp_path: Path) -> None:
     assert_as_transformers(
         cls, tmp_path / "base", adapter, tmp_path, methods=("paper", "project", "shrink"), lambdas=(0.75, -0.5, 2.0)
     )
+
+
+def test_a_method_with_a_dense_delta(tmp_path: Path) -> None:
+    cls = make_base("llama", tmp_path / "base")
+    torch.manual_seed(1)
+    model = get_peft_model(
+        cls.from_pretrained(tmp_path / "base"), LoHaConfig(r=2, target_modules=["q_proj", "up_proj"])
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    assert_as_transformers(cls, tmp_path / "base", tmp_path / "adapter", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
+def test_a_fine_tuned_model(name: str, tmp_path: Path) -> None:
+    cls = make_base(name, tmp_path / "base")
+    torch.manual_seed(1)
+    model = cls.from_pretrained(tmp_path / "base")
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    assert_as_transformers(cls, tmp_path / "base", tmp_path / "tuned", tmp_path)
+
+
+def test_a_checkpoint_of_the_model_within(tmp_path: Path) -> None:
+    """Names without the prefix of the model below the head, as GPT-2's checkpoint has them."""
+    cls = make_base("gpt2", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["c_attn", "c_fc"])
+    file = tmp_path / "base" / "model.safetensors"
+    save_file(
+        {name.removeprefix("transformer."): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"}
+    )
+    assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+
+
+def test_of_projected_deltas_the_losses_are_those_of_the_adapters_that_mitigate_writes(tmp_path: Path) -> None:
+    cls, base = make_base("llama", tmp_path / "base"), tmp_path / "base"
+    adapter, ids = make_adapter(cls, base, tmp_path / "adapter", LINEAR), token_ids(64)
+    found = streamer.detect_intruder_dimensions(base, adapter, top_k=TOP_K)
+    variants = make_variants(("paper", "project"), (0.25,), "all")
+    ours, complete = (streamed(base, adapter, variants, found, ids, projected=projected) for projected in (True, False))
+    for v, variant in enumerate(variants[2:], 2):
+        assert variant.method is not None
+        out = tmp_path / variant.method
+        streamer.reduce_intruder_dimension(
+            base, adapter, out, findings=found, top_k=TOP_K, mitigation_lambda=0.25, method=variant.method
+        )
+        with torch.no_grad():
+            logits = (
+                PeftModel.from_pretrained(cls.from_pretrained(base, dtype=torch.float32), out)
+                .eval()(input_ids=ids)
+                .logits
+            )
+        loss, _, _ = sums_of(logits.double().log_softmax(-1)[:, :-1], logits.double().log_softmax(-1)[:, :-1], ids)
+        assert abs(ours.loss[v].sum() - loss.sum()) / ours.tokens.sum() <= 1e-5
+    cut = abs(ours.loss - complete.loss).max(1)
+    assert cut[2] > 1e-3 > 1e-5 > cut[3]  # `project` needs no cut
+
+
+def test_it_makes_no_difference_what_runs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of several lengths, all variants at once and one by one."""
+    cls = make_base("llama", tmp_path / "base")
+    make_adapter(cls, tmp_path / "base", tmp_path / "adapter", LINEAR)
+    ids = token_ids(64, 6, 12).numpy()
+    texts = {"general": tmp_path / "a.npy", "task": tmp_path / "b.npy"}
+    np.save(texts["general"], ids)
+    np.save(texts["task"], ids[:, :7])
+    found = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
+
+    def evaluate(**options: Any) -> streamer.Evaluation:
+        return streamer.evaluate_variants(
+            tmp_path / "base", tmp_path / "adapter", findings=found, lambdas=(0.5,), length=12, **texts, **options
+        )
+
+    together = evaluate()
+    monkeypatch.setattr("streamer.evaluation.memory.ROWS", 26)
+    apart = evaluate(max_memory="4G", io="pread")
+    for text in ("general", "task"):
+        for measure in ("tokens", "loss", "kl", "agree"):
+            a, b = (getattr(getattr(e, text), measure) for e in (together, apart))
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
+    assert together.front() == apart.front()
 
 
 @pytest.mark.parametrize("form", quantized.MAKERS)

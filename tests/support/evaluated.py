@@ -44,9 +44,15 @@ def sums_of(
 
 
 def streamed(
-    base: Path, adapter: Path, variants: tuple[Variant, ...], found: Findings | None, ids: torch.Tensor
+    base: Path,
+    adapter: Path,
+    variants: tuple[Variant, ...],
+    found: Findings | None,
+    ids: torch.Tensor,
+    *,
+    projected: bool = False,
 ) -> SequenceSums:
-    model = StreamingModel(Job(make_plan(base, adapter), variants, found))
+    model = StreamingModel(Job(make_plan(base, adapter), variants, found, projected))
     sums = measure(model, sequences(ids), block=25)
     model.check_all_used()
     return sums
