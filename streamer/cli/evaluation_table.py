@@ -29,7 +29,7 @@ def evaluation_table(
         Column(c.head, c.cells, c.about, c.keep, left=i == 0, names=False) for i, c in enumerate(figures(evaluation))
     ]
     suggestion = evaluation.best(keep)
-    method = None if suggestion.variant is None else evaluation.variants[suggestion.variant].method
+    method = suggestion.variant and suggestion.variant.method
     more = f" --findings {shlex.quote(findings)}" if findings is not None and method not in (None, "shrink") else ""
     lines = suggestion_lines(evaluation, suggestion, shlex.join(inputs), more)
     return "\n\n".join([table(columns, screen.width), "\n".join(fit(line, screen.width) for line in lines)])

@@ -144,7 +144,7 @@ class Evaluation:
         }
 
     def _suggestion_dict(self, s: Suggestion) -> dict[str, Any]:
-        variant = None if s.variant is None else self.variants[s.variant]
+        variant = s.variant
         shrink = None if s.shrink is None else {
             "lambda": s.shrink.mitigation_lambda, "between": list(s.shrink.between), **_flat("loss", s.shrink.loss),
             **_flat("kl", s.shrink.kl), "verdict": s.shrink.verdict,
@@ -156,7 +156,7 @@ class Evaluation:
             "reason": s.reason,
             "keep": s.keep,
             "command": None if variant is None else self.command(variant),
-            "least_loss": None if s.least_loss is None else self.variants[s.least_loss].name,
+            "least_loss": s.least_loss and s.least_loss.name,
             "shrink": shrink,
         }
 

@@ -82,7 +82,7 @@ class Suggestion:
     Attributes
     ----------
     variant
-        Its number; None where nothing can be suggested.
+        None where nothing can be suggested.
     reason
         ``not learned``: the adapter's loss on the task's text is not told below the base's, so that there is nothing to keep. ``not
         forgotten``: its loss on general text is not told above the base's; it is suggested as it is. ``none better``: no variant that
@@ -90,16 +90,16 @@ class Suggestion:
     keep
         The share of what was learned that was to be kept.
     least_loss
-        Number of the variant that keeps enough and has the least loss on general text, where that is another one.
+        The variant that keeps enough and has the least loss on general text, where that is another one.
     shrink
         The variant against the equal shrink; None where it is a shrink itself or the adapter as it is, or where the shrinks that were
         evaluated do not enclose the share that it keeps.
     """
 
-    variant: int | None
+    variant: EvaluatedVariant | None
     reason: Reason
     keep: float
-    least_loss: int | None = None
+    least_loss: EvaluatedVariant | None = None
     shrink: ShrinkComparison | None = None
 
 
@@ -126,7 +126,7 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     if not task.loss_difference(BASE_ROW, ADAPTER_ROW).is_positive:
         return Suggestion(None, "not learned", keep)
     if not general.loss_difference(ADAPTER_ROW, BASE_ROW).is_positive:
-        return Suggestion(ADAPTER_ROW, "not forgotten", keep)
+        return Suggestion(variants[ADAPTER_ROW], "not forgotten", keep)
     keeping = [v for v in range(ADAPTER_ROW, len(variants)) if task.share(v).value >= keep]
     forgets_less = [
         v
@@ -134,12 +134,11 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
         if general.kl_difference(v, ADAPTER_ROW).is_negative and not general.loss_difference(v, ADAPTER_ROW).is_positive
     ]
     if not forgets_less:
-        return Suggestion(ADAPTER_ROW, "none better", keep)
+        return Suggestion(variants[ADAPTER_ROW], "none better", keep)
     best = min(forgets_less, key=lambda v: general.kl[v].sum())
     least = min(keeping, key=lambda v: general.loss[v].sum())
-    return Suggestion(
-        best, "forgets least", keep, None if least == best else least, against_shrink(variants, general, task, best)
-    )
+    least_loss = None if least == best else variants[least]
+    return Suggestion(variants[best], "forgets least", keep, least_loss, against_shrink(variants, general, task, best))
 
 
 def front(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamer.evaluation.statistics import Estimate
-from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, Suggestion
+from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, ShrinkComparison, Suggestion
 
 if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation
@@ -32,8 +32,8 @@ def figures(evaluation: Evaluation) -> list[Figures]:
         Figures("variant", [v.name + (" *" if v.name in best else "") for v in evaluation.variants],
                 "* no other variant has both a lower loss on the task and a lower divergence", 9),
         Figures("general", [f"{general.mean(general.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on general text", 4),
-        Figures("- adapter", _cells([general.loss_difference(v, ADAPTER_ROW) for v in numbers]),
-                "its difference to the adapter as it is, ± the standard error, paired by sequence", 5),
+        Figures("vs adapter", _cells([general.loss_difference(v, ADAPTER_ROW) for v in numbers]),
+                "that loss less the adapter's, ± the standard error, paired by sequence", 5),
         Figures("forgetting", [_percent(general.share(v)) for v in numbers],
                 "rise of that loss above the base's; 100% is the adapter's", 7),
         Figures("KL", _cells([general.mean(general.kl[v]) for v in numbers]), "divergence from the base on general text, in nats", 6),
@@ -71,21 +71,21 @@ def suggestion_lines(
     more
         Its further options, such as ``--findings F``.
     """
-    general, task, v = evaluation.general, evaluation.task, suggestion.variant
+    general, task, variant = evaluation.general, evaluation.task, suggestion.variant
     share = f"{100 * suggestion.keep:g}%"
-    if v is None:
-        fall = _cell(task.loss_difference(BASE_ROW, ADAPTER_ROW))
+    if variant is None:
+        change = _cell(task.loss_difference(ADAPTER_ROW, BASE_ROW))
         return [
-            f"no suggestion: the adapter has not learned the task's text: its loss there is {fall} below the base's"
+            f"no suggestion: the adapter has not learned the task's text: its loss there less the base's is {change}"
         ]
     if suggestion.reason == "not forgotten":
-        rise = _cell(general.loss_difference(ADAPTER_ROW, BASE_ROW))
-        return [f"ship the adapter as it is: it does not forget: its loss on general text is {rise} above the base's"]
+        change = _cell(general.loss_difference(ADAPTER_ROW, BASE_ROW))
+        return [f"ship the adapter as it is: it does not forget: its loss on general text less the base's is {change}"]
     if suggestion.reason == "none better":
         return [
             f"ship the adapter as it is: none that keeps {share} of what was learned forgets less by more than the error"
         ]
-    variant = evaluation.variants[v]
+    v = evaluation.variants.index(variant)
     command, *options = evaluation.command(variant)
     cost = task.loss_difference(v, ADAPTER_ROW)
     lines = [
@@ -94,19 +94,18 @@ def suggestion_lines(
         f"{_percent(task.share(v))} of what was learned, and costs {_cell(cost)} of the task's loss",
     ]
     if suggestion.least_loss is not None:
-        other = evaluation.variants[suggestion.least_loss].name
-        difference = general.loss_difference(v, suggestion.least_loss)
-        lines.append(f"by its loss on general text {other} forgets least: {_cell(difference)} lower")
-    lines.append(_shrink_line(evaluation, suggestion))
+        difference = general.loss_difference(v, evaluation.variants.index(suggestion.least_loss))
+        lines.append(
+            f"by its loss on general text {suggestion.least_loss.name} forgets least: {_cell(difference)} lower"
+        )
+    lines.append(_shrink_line(variant, suggestion.shrink))
     lines.append(f"made by: {' '.join(['streamer', command, inputs, '-o', 'OUTPUT', *options])}{more}")
     return lines
 
 
-def _shrink_line(evaluation: Evaluation, suggestion: Suggestion) -> str:
-    assert suggestion.variant is not None
-    if evaluation.variants[suggestion.variant].method == "shrink":
+def _shrink_line(variant: EvaluatedVariant, found: ShrinkComparison | None) -> str:
+    if variant.method == "shrink":
         return "it is a shrink of the whole adapter: none of those evaluated that scale intruders alone forgets less"
-    found = suggestion.shrink
     if found is None:
         return "against a shrink of the whole adapter: not compared, since no two that were evaluated enclose what it keeps"
     low, high = found.between

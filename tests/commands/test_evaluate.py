@@ -52,7 +52,18 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
     )
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0].split() == ["variant", "general", "-", "adapter", "forgetting", "KL", "same", "top", "task", "kept"]
+    assert lines[0].split() == [
+        "variant",
+        "general",
+        "vs",
+        "adapter",
+        "forgetting",
+        "KL",
+        "same",
+        "top",
+        "task",
+        "kept",
+    ]
     names = [
         "base",
         "adapter",

@@ -118,7 +118,18 @@ def test_the_command_that_makes_a_variant(variant: tuple[Any, ...], facts: dict[
 
 def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
     lines = evaluation().table().splitlines()
-    assert lines[0].split() == ["variant", "general", "-", "adapter", "forgetting", "KL", "same", "top", "task", "kept"]
+    assert lines[0].split() == [
+        "variant",
+        "general",
+        "vs",
+        "adapter",
+        "forgetting",
+        "KL",
+        "same",
+        "top",
+        "task",
+        "kept",
+    ]
     assert lines[2].startswith("base *")
     assert "100.0% ± 0.0" in lines[3]
     assert len([line for line in lines if line.startswith(("paper", "project", "shrink"))]) == 15

@@ -9,7 +9,9 @@ import pytest
 from evaluations import CURVES, evaluation
 
 from streamer.errors import UsageError
-from streamer.evaluation.suggestion import against_shrink, front
+from streamer.evaluation.suggestion import EvaluatedVariant, against_shrink, front
+
+ADAPTER = EvaluatedVariant("adapter", None, None)
 
 
 def test_the_one_that_forgets_least_of_those_that_keep_enough() -> None:
@@ -18,9 +20,9 @@ def test_the_one_that_forgets_least_of_those_that_keep_enough() -> None:
         found = e.best(keep)
         assert found.variant is not None
         keeping = [v for v in range(1, len(e.variants)) if e.task.share(v).value >= keep]
-        assert found.variant == min(keeping, key=lambda v: e.general.kl[v].sum())
+        assert found.variant == e.variants[min(keeping, key=lambda v: e.general.kl[v].sum())]
         assert (found.reason, found.keep) == ("forgets least", keep)
-    assert e.variants[e.best(0.9).variant or 0].name == "shrink 0.75"
+    assert e.best(0.9).variant == EvaluatedVariant("shrink 0.75", "shrink", 0.75)
     assert e.best().shrink is None
 
 
@@ -33,12 +35,12 @@ def test_where_nothing_was_learned_nothing_is_suggested() -> None:
 def test_an_adapter_that_does_not_forget_is_shipped_as_it_is() -> None:
     for forgets in (0.0, -0.2):
         found = evaluation(forgets=forgets).best()
-        assert (found.variant, found.reason) == (1, "not forgotten")
+        assert (found.variant, found.reason) == (ADAPTER, "not forgotten")
 
 
 def test_an_adapter_that_no_variant_improves_on_is_shipped_as_it_is() -> None:
     found = evaluation({"paper": lambda x: (1 + x / 10, x), "project": lambda x: (x, 0.8)}).best(0.9)
-    assert (found.variant, found.reason) == (1, "none better")
+    assert (found.variant, found.reason) == (ADAPTER, "none better")
     # less divergence from the base, and a higher loss all the same
     e = evaluation({"paper": lambda x: (0.5, 1.0)})
     e.general.loss[2:] = e.general.loss[1] + 0.1 * e.general.tokens
@@ -50,9 +52,9 @@ def test_the_least_loss_is_said_where_it_is_another() -> None:
     found = e.best(0.7)
     assert found.variant is not None
     assert found.least_loss is None
-    other = found.variant - 1
-    e.general.loss[other] = e.general.loss[found.variant] - 0.1 * e.general.tokens
-    assert e.best(0.7).least_loss == other
+    best = e.variants.index(found.variant)
+    e.general.loss[best - 1] = e.general.loss[best] - 0.1 * e.general.tokens
+    assert e.best(0.7).least_loss == e.variants[best - 1]
 
 
 @pytest.mark.parametrize("keep", [0, -0.5, 1.01, 90, float("nan")])
