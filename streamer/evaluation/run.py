@@ -21,6 +21,7 @@ from streamer.detection.memory import detection_estimates
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.run import detect_in_memory, naming_inputs
 from streamer.errors import NumericError, OutputError, OutputExistsError, StreamerError, UnsupportedError
+from streamer.evaluation.causality import check_causal
 from streamer.evaluation.losses import SequenceSums, measure
 from streamer.evaluation.memory import Pass, plan_passes, vocabulary_block
 from streamer.evaluation.model import StreamingModel
@@ -261,6 +262,8 @@ def _measured(prepared: Prepared, records: _InMemory) -> Evaluation:
     if count != torch.get_num_threads():
         prepared.run.monitor.emit(Event("note", f"goes on with {count} threads, as it began; --no-resume starts over"))
     with threads(count), full_float32():
+        if len(records.sums) < len(prepared.passes):
+            check_causal(prepared.plan, prepared.texts[GENERAL].sequences[0].ids, prepared.run.monitor)
         findings = _findings(prepared)
         models: dict[tuple[int, ...], StreamingModel] = {}
         for number, one in enumerate(prepared.passes):
