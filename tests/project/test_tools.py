@@ -269,4 +269,4 @@ def test_the_benchmark_of_evaluate_has_all_its_figures() -> None:
         for part in ("evaluate", "merge", "load")
         for key in ("cpu_seconds", "seconds", "anonymous_bytes")
     )
-    assert tree["cpu_seconds_per_row"] == tree["evaluate"]["cpu_seconds"] / (2 * 8 * 16)
+    assert tree["cpu_seconds_per_row"] == tree["evaluate"]["cpu_seconds"] / (2 * 8 * 2 * 16)
