@@ -185,6 +185,27 @@ def test_refused_rather_than_wrong(what: str, tmp_path: Path) -> None:
         assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "gate_proj"], ["down_proj"]])
+def test_a_weight_that_a_class_multiplies_with_itself(
+    targets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without calling the layer: as it should be where nothing is added to it, else refused."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    cls = make_base("llama", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets)
+    if targets == ["down_proj"]:
+        with pytest.raises(
+            UnsupportedError, match=r"down_proj.weight', which the adapter changes, is read outside of its module"
+        ):
+            assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+    else:
+        assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+
+
 BIDIRECTIONAL: dict[str, tuple[str, Any]] = {
     "a prefix that sees itself": ("PaliGemmaForConditionalGeneration", MODELS["paligemma"][1]),
     "an encoder with a head": ("BertLMHeadModel", lambda: config("Bert", **BERT)),
