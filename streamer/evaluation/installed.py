@@ -94,16 +94,18 @@ class InstalledModule:
         dense = [t for n, t in tensors.items() if not (n == "weight" and (self.embeds or self.target is not None))]
         edited = [t for n, t in tensors.items() if n == "weight" and self.target is not None and not self.embeds]
         self.groups = max(same_values(self.values, dense, False), same_values(self.values, edited, True), key=len)
-        self.variant: int | None = 0 if len(self.groups) == 1 else None
+        runs = len(self.groups) > 1 or (self.target is not None and not self.embeds)
+        self.variant: int | None = None if runs else 0
+        """Number of the variant whose values are read; None outside of `run`, where nothing is added to what others compute with them."""
         for name, tensor in tensors.items():
             module._parameters[name] = LazyTensor.of(_Reader(self, tensor))  # type: ignore[assignment]
         self.forward = module.forward
-        if len(self.groups) > 1 or (self.target is not None and not self.embeds):
+        if runs:
             module.forward = self.run
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own `forward`, and add the deltas."""
-        out = self.forward(*args, **kwargs) if len(self.groups) == 1 else self._by_group(args, kwargs)
+        out = self._as(0, args, kwargs) if len(self.groups) == 1 else self._by_group(args, kwargs)
         if self.target is None:
             return out
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -114,6 +116,14 @@ class InstalledModule:
             change = delta.T if self.rows_are_inputs else self._of_vocabulary(delta)
             out[here].flatten(0, -2).addmm_(x[here].flatten(0, -2) @ change.R, change.L.T)
         return out
+
+    def _as(self, variant: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run the module's own `forward` with the values of one variant."""
+        self.variant = variant
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            self.variant = None
 
     def _of_vocabulary(self, delta: LowRank) -> LowRank:
         block = self.batch.vocabulary if self.head else None
@@ -129,11 +139,7 @@ class InstalledModule:
                 mine = isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
                 return value[group.start * size : group.stop * size] if mine else value
 
-            self.variant = group.start
-            try:
-                outs.append(self.forward(*tree_map(share, tuple(args)), **tree_map(share, dict(kwargs))))
-            finally:
-                self.variant = None
+            outs.append(self._as(group.start, tree_map(share, tuple(args)), tree_map(share, dict(kwargs))))
         if isinstance(outs[0], tuple):
             return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
         return torch.cat(outs)

@@ -21,6 +21,7 @@ from streamer.detection.memory import detection_estimates
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.run import detect_in_memory, naming_inputs
 from streamer.errors import NumericError, OutputError, OutputExistsError, StreamerError, UnsupportedError
+from streamer.evaluation.causality import check_causal
 from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation, load_evaluation
 from streamer.evaluation.extra import require_transformers
 from streamer.evaluation.losses import measure
@@ -102,10 +103,7 @@ class Prepared:
             "detection": detection.as_dict() if self.needs_findings else None,
             "scale": o.scale,
             "projected": o.projected,
-            "texts": {
-                which: {"name": t.name, "sequences": len(t.ids), "tokens": t.tokens, "length": t.longest, "sha256": t.digest()}
-                for which, t in self.texts.items()
-            },
+            "texts": {name: text.facts() for name, text in self.texts.items()},
         }  # fmt: skip
         decided = {
             **tree,
@@ -273,6 +271,8 @@ def _measured(prepared: Prepared, records: _InMemory) -> Evaluation:
     if count != torch.get_num_threads():
         prepared.run.monitor.emit(Event("note", f"goes on with {count} threads, as it began; --no-resume starts over"))
     with threads(count), full_float32():
+        if len(records.sums) < len(prepared.passes):
+            check_causal(prepared.plan, prepared.texts[GENERAL].ids[0], prepared.run.monitor)
         findings = _findings(prepared)
         models: dict[tuple[int, ...], StreamingModel] = {}
         for number, one in enumerate(prepared.passes):

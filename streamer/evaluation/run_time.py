@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamer.errors import MismatchError, UnsupportedError
-from streamer.plan.architectures import architecture_for
+from streamer.plan.architectures import architecture_for, architectures_for
 from streamer.plan.plan import Plan
 from streamer.plan.targets import TensorSlice
 from streamer.plan.tied_names import TiedNames, find_ties
@@ -84,6 +84,11 @@ def match_run_time(
     UnsupportedError
         If weights are built on loading in a way that is not known here, or the adapter changes one that the loaded model lacks.
     """
+    if plan.weights.quantized_names and any(a.conv1d for a in architectures_for(plan.config)):
+        raise UnsupportedError(
+            f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in), and the loaded model as (in, out), "
+            "which evaluate does not do; evaluate with the 16-bit base"
+        )
     names, optional = _Names(plan, prefix), set(optional)
     found: dict[str, RunTimeTensor] = {}
     missing: list[str] = []

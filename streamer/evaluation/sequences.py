@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,16 @@ class TextSequences:
     def longest(self) -> int:
         """Count the tokens of the longest sequence."""
         return max(len(ids) for ids in self.ids)
+
+    def facts(self) -> dict[str, Any]:
+        """Say what they are, as JSON."""
+        return {
+            "name": self.name,
+            "sequences": len(self.ids),
+            "tokens": self.tokens,
+            "length": self.longest,
+            "sha256": self.digest(),
+        }
 
     def digest(self) -> str:
         """Hash (SHA-256, hex) all sequences: ids, and which of them count."""

@@ -201,6 +201,8 @@ def same_values(values: Values, tensors: Sequence[RunTimeTensor], additive: bool
         Whether the deltas are added to the products, and not to the tensors.
     """
     count = len(values.job.variants)
+    if count == 1:
+        return [range(1)]
     if not additive and any(values.targets(tensor) for tensor in tensors):
         return [range(v, v + 1) for v in range(count)]
     if any(values.edited(tensor) for tensor in tensors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import quantized
 import torch
-from architectures import ATTENTION, LINEAR
+import transformers
+from architectures import ATTENTION, BERT, LINEAR, MODELS, config
 from causal_models import CAUSAL, make_adapter, make_base
 from evaluated import TOP_K, assert_as_transformers, streamed, sums_of, token_ids
 from peft import LoHaConfig, PeftModel, get_peft_model
@@ -181,3 +183,61 @@ def test_refused_rather_than_wrong(what: str, tmp_path: Path) -> None:
     adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **options)
     with pytest.raises(error, match=message):
         assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "gate_proj"], ["down_proj"]])
+def test_a_weight_that_a_class_multiplies_with_itself(
+    targets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without calling the layer: as it should be where nothing is added to it, else refused."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    cls = make_base("llama", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets)
+    if targets == ["down_proj"]:
+        with pytest.raises(
+            UnsupportedError, match=r"down_proj.weight', which the adapter changes, is read outside of its module"
+        ):
+            assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+    else:
+        assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+
+
+BIDIRECTIONAL: dict[str, tuple[str, Any]] = {
+    "a prefix that sees itself": ("PaliGemmaForConditionalGeneration", MODELS["paligemma"][1]),
+    "an encoder with a head": ("BertLMHeadModel", lambda: config("Bert", **BERT)),
+}
+
+
+@pytest.mark.parametrize("what", BIDIRECTIONAL)
+def test_a_model_that_sees_what_follows_is_refused(what: str, tmp_path: Path) -> None:
+    kind, make = BIDIRECTIONAL[what]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(make())
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "base")
+    adapter = make_adapter(type(model), tmp_path / "base", tmp_path / "adapter", ["q_proj", "query"])
+    np.save(tmp_path / "t.npy", token_ids(60) + 4)
+    with pytest.raises(UnsupportedError, match="a token sees those that follow it"):
+        streamer.evaluate_variants(
+            tmp_path / "base", adapter, general=tmp_path / "t.npy", task=tmp_path / "t.npy", methods=["shrink"]
+        )
+
+
+def test_a_quantized_base_of_conv1d_layers_is_refused(tmp_path: Path) -> None:
+    cls = make_base("gpt2", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["c_fc"])
+    file, name = tmp_path / "base" / "model.safetensors", "transformer.h.0.attn.c_proj"
+    tensors = load_file(file)
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+    tensors[f"{name}.weight_scale"] = torch.ones(1)
+    save_file(tensors, file, metadata={"format": "pt"})
+    path = tmp_path / "base" / "config.json"
+    quantization = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+    with pytest.raises(UnsupportedError, match="a quantized gpt2 stores its layers"):
+        streamed(tmp_path / "base", adapter, make_variants(("shrink",), (0.5,), "all"), None, token_ids(64))
