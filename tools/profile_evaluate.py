@@ -28,19 +28,12 @@ PRODUCTS, READING, DELTAS, FACTORS, ATTENTION, REST = (
 SOFTMAX = f"{HEAD}softmax and divergence"
 
 
-def profile(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate in this process with clocks in place; wall and CPU seconds by stage, passes and rows of the run."""
-    began = time.perf_counter()
-    clocks = Clocks()
-    clock = clocks.clock
-    import torch
+def install(clocks: Clocks) -> None:
+    """Put the clocks around everything that a pass does."""
     from torch.nn import functional
 
-    from streamer import api
-    from streamer.evaluation import installed, lazy, losses, run
+    from streamer.evaluation import installed, lazy, losses
     from streamer.evaluation.values import Values
-
-    torch.set_num_threads(arguments.pop("threads"))
 
     def in_head(function: Callable[..., Any], stage: str, reader_of: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a function so that it is counted for `stage`, of the head where the reader of its weight belongs to that."""
@@ -48,7 +41,7 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
         def inner(*args: Any, **kwargs: Any) -> Any:
             reader = reader_of(*args)
             head = reader is not None and reader.owner.head
-            with clock.stage((HEAD if head else "") + stage):
+            with clocks.clock.stage((HEAD if head else "") + stage):
                 return function(*args, **kwargs)
 
         return inner
@@ -65,14 +58,30 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
     Values.deltas = clocks.wrap(Values.deltas, FACTORS)  # type: ignore[method-assign]
     functional.scaled_dot_product_attention = clocks.wrap(functional.scaled_dot_product_attention, ATTENTION)
     losses._Accumulator.add = clocks.wrap(losses._Accumulator.add, SOFTMAX)  # type: ignore[method-assign]
-    passes: list[int] = []
-    measure = clocks.wrap(run.measure, REST)
+
+
+def profile(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate in this process with clocks in place; wall and CPU seconds by stage, passes and rows of the run."""
+    began = time.perf_counter()
+    clocks = Clocks()
+    clock = clocks.clock
+    import torch
+
+    from streamer import api
+    from streamer.evaluation import run
+
+    torch.set_num_threads(arguments.pop("threads"))
+    check, measure, passes = run.check_causal, clocks.wrap(run.measure, REST), []
+
+    def checked(*args: Any) -> None:
+        check(*args)
+        install(clocks)  # the check counts as part of the start
 
     def counted(model: Any, text: Any, block: int) -> Any:
         passes.append(model.batch.variants * len(text.ids) * text.longest)
         return measure(model, text, block)
 
-    run.measure = counted
+    run.check_causal, run.measure = checked, counted
     api.evaluate_variants(**arguments)
     with clock.stage(START):
         total = time.perf_counter() - began
