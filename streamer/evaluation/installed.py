@@ -110,11 +110,11 @@ class InstalledModule:
             return out
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         size = self.batch.per_variant(x, self.path)
+        out = out.contiguous()  # what is flattened is then `out` itself
         for v, delta in enumerate(self.values.deltas(self.target), 1):
             here = slice(v * size, (v + 1) * size)
-            into, inputs = out[here].flatten(0, -2), x[here].flatten(0, -2)
             change = delta.T if self.rows_are_inputs else self._of_vocabulary(delta)
-            out[here] = torch.addmm(into, inputs @ change.R, change.L.T).view(out[here].shape)
+            out[here].flatten(0, -2).addmm_(x[here].flatten(0, -2) @ change.R, change.L.T)
         return out
 
     def _as(self, variant: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -256,17 +256,3 @@ def test_a_given_checkpoint_is_measured_and_left_alone(tmp_path: Path) -> None:
     for word in ("merge/cp", "merge/shards", "median", "anonymous", "addmm", "fsync", "sha256"):
         assert word in done.stdout
     assert tree_digest(tmp_path) == before
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_evaluate_has_all_its_figures() -> None:
-    done = run_tool("bench_evaluate.py", "--hidden", "64", "--layers", "2", "--tokens", "16", "--json")
-    assert done.returncode == 0, done.stderr
-    tree = json.loads(done.stdout)
-    assert tree["variants"] == 8
-    assert all(
-        tree[part][key] > 0
-        for part in ("evaluate", "merge", "load")
-        for key in ("cpu_seconds", "seconds", "anonymous_bytes")
-    )
-    assert tree["cpu_seconds_per_row"] == tree["evaluate"]["cpu_seconds"] / (2 * 8 * 2 * 16)
