@@ -10,7 +10,8 @@ from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.options import LAMBDAS, METHODS, EvaluationOptions
-from streamer.evaluation.run import evaluate, prepare
+from streamer.evaluation.prepare import prepare
+from streamer.evaluation.run import evaluate
 from streamer.events import Monitor, OnEvent
 from streamer.output.mitigation import MitigationMethod
 from streamer.storage.tensor_file import IOMode

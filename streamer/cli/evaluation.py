@@ -19,7 +19,9 @@ from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.evaluation.memory import measured_bytes
 from streamer.evaluation.options import EvaluationOptions
-from streamer.evaluation.run import Prepared, evaluate, inspect, prepare
+from streamer.evaluation.prepare import Prepared, prepare
+from streamer.evaluation.records import inspect
+from streamer.evaluation.run import evaluate
 from streamer.events import Event, Monitor
 
 OVERHEAD = 1.3
