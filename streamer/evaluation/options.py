@@ -17,7 +17,7 @@ METHODS: tuple[MitigationMethod, ...] = ("paper", "project", "shrink")
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Options that decide the measures.
+    """Options of an evaluation: all but `keep` decide its measures.
 
     Attributes
     ----------
@@ -54,7 +54,8 @@ class EvaluationOptions:
         """List the variants: ``base``, ``adapter``, then each method at each λ."""
         return make_variants(self.methods, self.lambdas, self.scale)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the options by the names that are written and printed."""
+    def of_measures(self) -> dict[str, Any]:
+        """Return the options that decide the measures, as JSON: all but `keep`, on which the suggestion alone depends."""
         tree = asdict(self)
-        return {"methods": list(tree.pop("methods")), "lambdas": list(tree.pop("lambdas")), **tree}
+        del tree["keep"]
+        return tree

@@ -86,7 +86,7 @@ class Prepared:
         }  # fmt: skip
         decided = {
             **tree,
-            "options": o.as_json(),
+            "options": o.of_measures(),
             "max_memory": self.detection.max_memory,
             "findings": self.findings.decisions() if self.findings else None,
         }

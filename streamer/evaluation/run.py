@@ -38,12 +38,7 @@ def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
     if output is None:
         return _measured(prepared, InMemory())
     if inspect(prepared, output) == "done":
-        monitor.emit(Event("note", f"{output} holds this very evaluation already; nothing to do"))
-        remove_leftovers(output)  # of a run that was killed just after the file got its name
-        if fault := touch([output]):
-            monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
-        monitor.told(output, "present")
-        return load_evaluation(output)
+        return _standing(prepared, output)
     make_directory(output.parent)
     with locked(lock_of(output), output), contextlib.closing(Journalled(prepared, output)) as records:
         remove_partials(output.parent, {output.name})
@@ -52,6 +47,24 @@ def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
         write_atomic(output, evaluation.to_json(prepared.options.keep).encode())
         records.journal.remove()
     monitor.told(output, "resumed" if records.resumed else "written")
+    return evaluation
+
+
+def _standing(prepared: Prepared, output: Path) -> Evaluation:
+    """Load the measures that stand in a file, where the suggestion is made again if another share is to be kept."""
+    monitor, evaluation = prepared.run.monitor, load_evaluation(output)
+    remove_leftovers(output)  # of a run that was killed just after the file got its name
+    text = evaluation.to_json(prepared.options.keep).encode()
+    if text != output.read_bytes():
+        with locked(lock_of(output), output):
+            write_atomic(output, text)
+        monitor.emit(Event("note", f"{output} holds these measures already; only the suggestion is made again"))
+        monitor.told(output, "written")
+        return evaluation
+    monitor.emit(Event("note", f"{output} holds this very evaluation already; nothing to do"))
+    if fault := touch([output]):
+        monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
+    monitor.told(output, "present")
     return evaluation
 
 

@@ -141,6 +141,34 @@ def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
     assert {v["lambda"] for v in json.loads(output.read_bytes())["variants"]} == {None, 0.25}
 
 
+def test_of_a_finished_one_another_share_changes_the_suggestion_alone(job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "e.json"
+    output.write_bytes(job.whole)
+    events: list[Event] = []
+    monitor = Monitor(events.append)
+    job.run(output, keep=0.5, monitor=monitor)
+    assert monitor.outputs[output] == "written"
+    assert {e.stage for e in events} == {"note"}
+    assert "only the suggestion is made again" in events[0].name
+    before, after = json.loads(job.whole), json.loads(output.read_bytes())
+    assert (before["suggestion"]["keep"], after["suggestion"]["keep"]) == (0.9, 0.5)
+    assert {k: v for k, v in after.items() if k != "suggestion"} == {
+        k: v for k, v in before.items() if k != "suggestion"
+    }
+    job.run(output)
+    assert output.read_bytes() == job.whole
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_an_interrupted_one_goes_on_for_another_share(job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "e.json"
+    with pytest.raises(Interrupted):
+        job.run(output, monitor=stopping_at(120))
+    monitor = Monitor()
+    job.run(output, keep=0.5, monitor=monitor)
+    assert monitor.outputs[output] == "resumed"
+
+
 def a_text(path: Path) -> None:
     path.write_text("notes")
 
