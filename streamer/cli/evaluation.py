@@ -18,11 +18,12 @@ from streamer.cli.tables import stood
 from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.evaluation.memory import measured_bytes
-from streamer.evaluation.options import EvaluationOptions
+from streamer.evaluation.options import EvaluationOptions, ProductDtype
 from streamer.evaluation.prepare import Prepared, prepare
 from streamer.evaluation.records import inspect
 from streamer.evaluation.run import evaluate
 from streamer.events import Event, Monitor
+from streamer.linalg.torch_state import bfloat16_products, full_float32
 
 OVERHEAD = 1.3
 """Time of a pass over that of its products: attention, norms, the softmax, and reading the weights."""
@@ -43,6 +44,7 @@ def run_evaluation(
         args.length,
         args.keep_learned,
         args.projected,
+        args.dtype,
     )
     texts = {"general": Path(args.general), "task": Path(args.task)}
     findings = Path(args.findings) if args.findings else None
@@ -74,7 +76,12 @@ def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
         (1 + len(one.variants)) * len(one.sequences) * max(len(prepared.texts[one.text].ids[i]) for i in one.sequences)
         for one in passes
     )
-    seconds = OVERHEAD * tokens * sum(size.products.values()) * _pace(size.hidden, min(size.widest, 4096))
+    seconds = (
+        OVERHEAD
+        * tokens
+        * sum(size.products.values())
+        * _pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
+    )
     monitor.emit(Event("probe", "", 1, 1))
     variants, sequences = len(prepared.options.variants), sum(len(text.ids) for text in prepared.texts.values())
     writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (3 * variants + 1) * sequences
@@ -83,12 +90,13 @@ def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
     return Forecast(peak, peak, size.read * len(passes), writes, writes, seconds)
 
 
-def _pace(inputs: int, outputs: int) -> float:
+def _pace(inputs: int, outputs: int, dtype: ProductDtype) -> float:
     """Measure the seconds for a multiplication in a product of a few hundred rows."""
     x, w = torch.randn(512, max(1, inputs)), torch.randn(max(1, outputs), max(1, inputs))
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < 0.5:
         start = time.perf_counter()
-        torch.nn.functional.linear(x, w)
+        with bfloat16_products() if dtype == "bf16" else full_float32():
+            torch.nn.functional.linear(x, w)
         best = min(best, time.perf_counter() - start)
     return best / (len(x) * w.numel())

@@ -14,7 +14,8 @@ from streamer.units import parse_size
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
     **{name: f"--{name.replace('_', '-')}" for name in
-       ("architecture", "device", "keep", "lambda", "length", "max_memory", "method", "scale", "sequences", "solver", "to_lora", "top_k")},
+       ("architecture", "device", "dtype", "keep", "lambda", "length", "max_memory", "method", "scale", "sequences", "solver", "to_lora",
+        "top_k")},
 }  # fmt: skip
 """The options of the library's keywords, by which its messages call them."""
 
@@ -250,6 +251,8 @@ def build_parser() -> Parser:
                      help="least share of what ADAPTER learned that the suggested variant keeps (default: 0.9)")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
                      help="evaluate what `mitigate` writes, cut to the adapter's rank, in place of what `merge` writes")  # fmt: skip
+    sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
+                     help="bf16 multiplies the base's weights faster, on a processor made for it (default: float32)")  # fmt: skip
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.0, metavar="L",
                      help="what is left of an intruder, from 0 to 1 (default: 0: nothing)")  # fmt: skip

@@ -27,7 +27,7 @@ GENERAL, TASK = "general", "task"
 """Names of the two texts: what the model could do before, and what the adapter was trained for."""
 
 FACTS = (
-    "version", "transformers", "base", "adapter", "factored", "quantized", "detection", "scale", "projected", "texts", "plan"
+    "version", "transformers", "base", "adapter", "factored", "quantized", "detection", "scale", "projected", "dtype", "texts", "plan"
 )  # fmt: skip
 """Keys of an evaluation's JSON that say what it was made of."""
 
@@ -51,7 +51,7 @@ class Evaluation:
     facts
         What it was made of, as JSON has it (`FACTS`): versions, identities of base and adapter, whether all deltas are the
         product of LoRA's factors, whether a merge must write a quantized base plain, options of detection (or None), scale, whether deltas
-        are projected back, of both texts name, sequences, tokens, length and digest, and a digest of all that; no paths.
+        are projected back, dtype of products, of both texts name, sequences, tokens, length and digest, and a digest of all that; no paths.
     """
 
     variants: tuple[EvaluatedVariant, ...]

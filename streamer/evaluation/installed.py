@@ -7,6 +7,7 @@ which they are the same.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from streamer.evaluation.lazy import LazyTensor
 from streamer.evaluation.run_time import RunTimeTensor
 from streamer.evaluation.values import Values, same_values
 from streamer.linalg.low_rank import LowRank
+from streamer.linalg.torch_state import bfloat16_products
 from streamer.plan.targets import Target
 
 LINEAR_BY_NAME = {"FalconLinear"}
@@ -94,14 +96,25 @@ class InstalledModule:
         dense = [t for n, t in tensors.items() if not (n == "weight" and (self.embeds or self.target is not None))]
         edited = [t for n, t in tensors.items() if n == "weight" and self.target is not None and not self.embeds]
         self.groups = max(same_values(self.values, dense, False), same_values(self.values, edited, True), key=len)
-        runs = len(self.groups) > 1 or (self.target is not None and not self.embeds)
-        self.variant: int | None = None if runs else 0
+        changes = len(self.groups) > 1 or (self.target is not None and not self.embeds)
+        self.rounded = self._is_rounded(module, weight)
+        self.variant: int | None = None if changes else 0
         """Number of the variant whose values are read; None outside of `run`, where nothing is added to what others compute with them."""
         for name, tensor in tensors.items():
             module._parameters[name] = LazyTensor.of(_Reader(self, tensor))  # type: ignore[assignment]
         self.forward = module.forward
-        if runs:
+        if changes or self.rounded:
             module.forward = self.run
+
+    def _is_rounded(self, module: nn.Module, weight: RunTimeTensor | None) -> bool:
+        """Test whether the module's product is one of the base's weight alone, and to be of factors rounded to bfloat16.
+
+        A weight with a delta in it, or that the adapter replaces, is not: what it differs by from the base's would be rounded away.
+        """
+        if weight is None or not self.values.job.rounds_products or not _is_linear(module):
+            return False
+        own = self.target is None and bool(self.values.targets(weight))
+        return not own and not self.values.edited(weight)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own `forward`, and add the deltas."""
@@ -119,11 +132,12 @@ class InstalledModule:
 
     def _as(self, variant: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the module's own `forward` with the values of one variant."""
-        self.variant = variant
+        outside, self.variant = self.variant, variant
         try:
-            return self.forward(*args, **kwargs)
+            with bfloat16_products() if self.rounded else contextlib.nullcontext():
+                return self.forward(*args, **kwargs)
         finally:
-            self.variant = None
+            self.variant = outside
 
     def _of_vocabulary(self, delta: LowRank) -> LowRank:
         block = self.batch.vocabulary if self.head else None

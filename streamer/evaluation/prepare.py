@@ -20,7 +20,6 @@ from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.texts import read_text
 from streamer.evaluation.tokenizer import tokenizer_directory
-from streamer.evaluation.values import Job
 from streamer.output.job import GivenFindings
 from streamer.output.mitigation import MitigationOptions
 from streamer.output.prepare import FindingsOrPath, OutputOptions, open_jobs
@@ -82,6 +81,7 @@ class Prepared:
             "detection": detection.as_dict() if self.needs_findings else None,
             "scale": o.scale,
             "projected": o.projected,
+            "dtype": o.dtype,
             "texts": {name: text.facts() for name, text in self.texts.items()},
         }  # fmt: skip
         decided = {
@@ -116,7 +116,7 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
             f"{plan.adapter.path}: gives the model {plan.edits.vocabulary} tokens, which the base does not have; evaluate "
             "takes adapters that keep the vocabulary"
         )
-    model = StreamingModel(Job(plan, options.variants, None, options.projected))
+    model = StreamingModel(options.job(plan, options.variants, None))
     read = {
         name: read_text(path, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
                         vocabulary=model.vocabulary, positions=model.positions)

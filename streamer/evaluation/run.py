@@ -22,7 +22,6 @@ from streamer.evaluation.records import InMemory, Journalled, inspect
 from streamer.evaluation.run_time import RunTimeTensor
 from streamer.evaluation.statistics import MEASURES, SequenceSums
 from streamer.evaluation.suggestion import EvaluatedVariant
-from streamer.evaluation.values import Job
 from streamer.events import Event
 from streamer.linalg.torch_state import full_float32, threads
 from streamer.plan.batch import Batch
@@ -83,7 +82,7 @@ def _measured(prepared: Prepared, records: InMemory) -> Evaluation:
                 continue
             if one.variants not in models:
                 chosen = tuple(prepared.options.variants[v] for v in (0, *one.variants))
-                models[one.variants] = StreamingModel(Job(prepared.plan, chosen, findings, prepared.options.projected))
+                models[one.variants] = StreamingModel(prepared.options.job(prepared.plan, chosen, findings))
             records.add(number, _pass(prepared, number, models[one.variants]))
     prepared.run.monitor.emit(Event("evaluate", "", *_progress(prepared, len(prepared.passes), 0)))
     variants = tuple(EvaluatedVariant(v.name, v.method, v.mitigation_lambda) for v in prepared.options.variants)

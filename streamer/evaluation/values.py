@@ -34,12 +34,15 @@ class Job:
         Those on all matrices; None where no variant needs any.
     projected
         Whether deltas are projected back onto the adapter's rank, as `mitigate` writes them, and not complete, as `merge` does.
+    rounds_products
+        Whether products of the base's weights with activations are of factors rounded to bfloat16.
     """
 
     plan: Plan
     variants: tuple[Variant, ...]
     findings: Findings | None
     projected: bool = False
+    rounds_products: bool = False
 
 
 class Values:

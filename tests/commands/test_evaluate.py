@@ -14,6 +14,7 @@ from forks import Outcome, Server
 from test_schemas import check
 
 import streamer
+from streamer.linalg.torch_state import has_fast_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,22 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
         (line,) = done.err.splitlines()
         assert message in line
     assert not (tmp_path / "e.json").exists()
+
+
+def test_products_of_bfloat16_are_recorded(server: Server, home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "e.json"
+    if has_fast_bfloat16():
+        tree = check(
+            run(server, home, output, "--method", "shrink", "--dtype", "bf16", "--json"), "streamer.evaluation/1"
+        )
+        assert tree["dtype"] == "bf16"
+        other = run(server, home, output, "--method", "shrink")
+        assert (other.code, output.read_text().count('"dtype": "bf16"')) == (4, 1)
+    slow = "import streamer.evaluation.options as o; o.has_fast_bfloat16 = lambda: False"
+    done = run(server, home, output, "--dtype", "bf16", before=slow)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("streamer: --dtype: bf16 takes a processor that multiplies bfloat16 matrices")
+    assert len(done.err.splitlines()) == 1
 
 
 def test_without_transformers_a_line_says_what_to_install(server: Server, home: Path, tmp_path: Path) -> None:

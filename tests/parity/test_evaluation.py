@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 import streamer
 from streamer.errors import NumericError, UnsupportedError
 from streamer.evaluation.variants import make_variants
+from streamer.linalg.torch_state import has_fast_bfloat16
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -132,6 +133,32 @@ def test_of_projected_deltas_the_losses_are_those_of_the_adapters_that_mitigate_
         assert abs(ours.loss[v].sum() - loss.sum()) / ours.tokens.sum() <= 1e-5
     cut = abs(ours.loss - complete.loss).max(1)
     assert cut[2] > 1e-3 > 1e-5 > cut[3]  # `project` needs no cut
+
+
+# Model → its adapter's modules, and further options of the adapter
+ROUNDED: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "llama-tied": ([*LINEAR, "embed_tokens"], {}),
+    "llama": (ATTENTION, {"modules_to_save": ["lm_head", "norm"]}),
+    "gpt2": (["c_attn", "c_proj", "c_fc"], {}),
+    "falcon": (["query_key_value"], {}),
+    "mixtral": (["q_proj"], {"target_parameters": EXPERTS}),
+}
+
+
+@pytest.mark.skipif(not has_fast_bfloat16(), reason="this processor has no instructions for bfloat16")
+@pytest.mark.parametrize("name", ROUNDED)
+def test_products_of_bfloat16_move_the_means_little(name: str, tmp_path: Path) -> None:
+    base, variants = tmp_path / "base", make_variants(("shrink",), (0.75, 0.25), "all")
+    cls, (targets, options) = make_base(name, base), ROUNDED[name]
+    with torch.no_grad():  # next tokens about as likely as under a trained model
+        model = cls.from_pretrained(base)
+        model.get_output_embeddings().weight.mul_(0.2)
+        model.save_pretrained(base)
+    adapter, ids = make_adapter(cls, base, tmp_path / "adapter", targets, **options, lora_alpha=2), token_ids(64)
+    full, rounded = (streamed(base, adapter, variants, None, ids, rounds_products=rounds) for rounds in (False, True))
+    for measure in ("loss", "kl"):
+        moved = abs(getattr(full, measure).sum(1) - getattr(rounded, measure).sum(1)) / full.tokens.sum()
+        assert 0 < moved.max() <= 2e-3
 
 
 def test_it_makes_no_difference_what_runs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,8 +51,9 @@ def streamed(
     ids: torch.Tensor,
     *,
     projected: bool = False,
+    rounds_products: bool = False,
 ) -> SequenceSums:
-    model = StreamingModel(Job(make_plan(base, adapter), variants, found, projected))
+    model = StreamingModel(Job(make_plan(base, adapter), variants, found, projected, rounds_products))
     sums = measure(model, sequences(ids), block=25)
     model.check_all_used()
     return sums

@@ -25,6 +25,7 @@ FACTS = {
     "version": "0", "transformers": "5", "base": {"files": []}, "adapter": {"modules": 1}, "factored": True, "quantized": False,
     "detection": {"top_k": 10, "threshold_epsilon": 0.5, "solver": "auto", "max_memory": None}, "scale": "all",
     "projected": False,
+    "dtype": "float32",
     "texts": {
         side: {"name": f"{side}.txt", "sequences": 64, "tokens": 9, "length": 512, "sha256": "0" * 64} for side in ("general", "task")
     },
