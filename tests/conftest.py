@@ -25,10 +25,44 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with the name of its folder."""
-    for item in items:
-        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
+HEAVY = (
+    "parity/test_peft.py",
+    "faults/test_crash.py",
+    "parity/test_kinds.py",
+    "parity/test_task_heads.py",
+    "resources/test_memory.py",
+    "resources/test_many_adapters.py",
+    "resources/test_forecast.py",
+    "resources/test_budget.py",
+    "parity/test_quantized_bases.py",
+    "project/test_tools.py",
+    "commands/test_pipelines.py",
+    "commands/test_screens.py",
+    "property/test_gallery.py",
+    "project/test_bench_detect.py",
+    "project/test_bench_model.py",
+    "project/test_docs.py",
+)
+"""Files that take longest, at the head of the queue of a parallel run: one that begins last would be waited for alone."""
+
+FOLDERS = ("parity", "property", "resources", "project", "faults", "commands", "unit")
+"""The other files, by what one of a folder takes."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the order of collection in a parallel run; by itself xdist begins with the files of the most tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test with the name of its folder, and order the files of a parallel run."""
+    rank = {name: i for i, name in enumerate(HEAVY)}
+    paths = {item: item.path.relative_to(Path(__file__).parent) for item in items}
+    for item, path in paths.items():
+        item.add_marker(path.parts[0])
+    if hasattr(config, "workerinput"):  # set by xdist in its workers
+        items.sort(key=lambda item: (rank.get(str(paths[item]), len(HEAVY)), FOLDERS.index(paths[item].parts[0])))
 
 
 @pytest.fixture

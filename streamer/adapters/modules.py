@@ -73,7 +73,7 @@ class Module(Protocol):
     def expected(self) -> str:
         """Weight that it fits, for messages."""
 
-    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None) -> Delta:
+    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False) -> Delta:
         """Compute Δ (m, n), with ``W' = W0 + Δ``.
 
         Parameters
@@ -82,6 +82,8 @@ class Module(Protocol):
             Those of the adapter, by name.
         W0
             The weight as (out, in); may be None where Δ is of low rank.
+        double
+            Whether to compute in float64, the scaling of the factors included; W0 is float64 then.
         """
 
     def peak_bytes(self, itemsize: int) -> int:
@@ -172,14 +174,15 @@ class LoraModule(Module):
         """Return ``scaling · B @ A``, or its transpose where Δ is that, as (out, in) factors; A (r, n), B (m, r)."""
         return LowRank(A.T * self.scaling, B) if self.delta_transposed else LowRank(B * self.scaling, A.T)
 
-    def low_rank_delta(self, tensors: Mapping[str, StoredTensor]) -> LowRank:
+    def low_rank_delta(self, tensors: Mapping[str, StoredTensor], double: bool = False) -> LowRank:
         """Return LoRA's own delta as (out, in) factors."""
-        a, b = self.expert_slices
-        return self.product(values_of(tensors[self.a], a).flatten(1), values_of(tensors[self.b], b).flatten(1))
+        slices = zip((self.a, self.b), self.expert_slices, strict=True)
+        A, B = (values_of(tensors[name], index).flatten(1) for name, index in slices)
+        return self.product(A.double(), B.double()) if double else self.product(A, B)
 
-    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None) -> Delta:
+    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False) -> Delta:
         """Return ``scaling · B @ A`` in factors."""
-        return self.low_rank_delta(tensors)
+        return self.low_rank_delta(tensors, double)
 
     def placed(self, stored: Shape, transposed: bool) -> Module | None:
         """Fit the module to a weight of this shape as it is stored."""
@@ -206,10 +209,11 @@ class DoraModule(LoraModule):
         """Names of lora_A, lora_B and the magnitudes."""
         return self.a, self.b, self.magnitude
 
-    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None) -> Delta:
+    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False) -> Delta:
         """Compute ``W' − W0`` in the dtype of W0."""
         assert W0 is not None
-        return Dense(dora_delta(W0, self.low_rank_delta(tensors), values_of(tensors[self.magnitude]).flatten()))
+        magnitude = values_of(tensors[self.magnitude]).flatten()
+        return Dense(dora_delta(W0, self.low_rank_delta(tensors, double), magnitude))
 
     def peak_bytes(self, itemsize: int) -> int:
         """Return the peak memory of `dora_delta`."""
@@ -270,9 +274,11 @@ class MethodModule(Module):
         """Shapes that must fit the weight."""
         return "what fits " + listed(f"{role} {list(shape)}" for role, shape in self.shapes.items())
 
-    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None) -> Delta:
+    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False) -> Delta:
         """Compute ``W' − W0`` by the method's formula."""
         values = {role: values_of(self.stored(tensors[name])) for role, name in self.tensors.items()}
+        if double:
+            values = {role: t.double() for role, t in values.items()}
         if W0 is not None:
             values = {role: t.to(W0.device, torch.promote_types(t.dtype, W0.dtype)) for role, t in values.items()}
         inputs = MethodInputs(values, self.scaling, self.config, self.shape)

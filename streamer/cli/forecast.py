@@ -12,7 +12,7 @@ import torch
 from streamer.cli.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
 from streamer.detection.cost import cheaper, cost
 from streamer.detection.findings_size import FindingsSize, findings_bytes
-from streamer.detection.memory import best_way, detection_bytes
+from streamer.detection.memory import best_way, detection_bytes, float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
@@ -47,9 +47,9 @@ class Forecast:
     ----------
     peak_memory_bytes
         Anonymous memory of the whole process at its peak, an upper estimate, where no matrix is left to the dense solver that
-        another one is meant for.
+        another one is meant for, and none is done once more in float64.
     escalated_memory_bytes
-        The same where the dense solver must decide the largest matrix after all; within the budget, if there is one.
+        The same where the dense solver must decide the largest matrix after all, or float64; within the budget, if there is one.
     read_bytes
         Of base, adapter and findings: headers, the samples and digests that tell them from others, and the tensors, as often as
         they are read: by a merge that detects first, those that it detects in twice. Small files are left out.
@@ -191,8 +191,11 @@ class _Work:
         if k + OVERSAMPLING >= min(shape):
             solver = "dense"
         expected = ways["whole"] if way == "dense" and solver == "certified" else ways[way]
+        last = "dense" if way == "dense" else "certified"
+        again = float64_way(plan, target, options, resident, last)
         rank = module.factor_rank if module.low_rank else None
-        return cls(target, k, rank, solver, way == "blocks", expected, ways[way])
+        most = max(ways[way], again[1] if again else 0)
+        return cls(target, k, rank, solver, way == "blocks", expected, most)
 
     @property
     def shape(self) -> tuple[int, int]:

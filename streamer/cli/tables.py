@@ -42,7 +42,14 @@ def findings_table(
                "what mitigate drops at lambda 0 with --method paper, to keep rank r", keep=5),
     ]  # fmt: skip
     if len({_decided(m) for m in findings}) > 1:
-        columns.append(Column("decided", decided, "by which solver; open where none settles a direction", keep=7))
+        columns.append(
+            Column(
+                "decided",
+                decided,
+                "by which solver, in float64 where float32 did not settle a direction; open where none does",
+                keep=7,
+            )
+        )
     o = findings.options
     certified = sum(m.detection.certified for m in findings)
     summary = (
@@ -55,6 +62,8 @@ def findings_table(
         open_ones[:3] = shorten(open_ones[:3], (screen.width or 10**6) - 4)
         summary += f"\nnot certified: {listed(open_ones)}"
         summary += "; a direction that is left open there counts as no intruder, and another --epsilon may settle it"
+        if short := sum(not m.detection.certified and m.detection.precision == "float32" for m in findings):
+            summary += f"\n{short} of these for want of memory: with a larger --max-memory a full SVD or float64 would settle them"
     if written is not None:
         summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
     return _sections(
@@ -69,7 +78,8 @@ def stood(where: object, state: str) -> str:
 
 def _decided(m: MatrixFinding) -> str:
     d = m.detection
-    return d.solver if d.certified else f"{d.solver}, open"
+    again = ["float64"] if d.precision == "float64" and m.dtype != "F64" else []
+    return ", ".join([d.solver, *again, *([] if d.certified else ["open"])])
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -239,7 +249,7 @@ def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: S
     threads = next((f" on {counted(f['threads'], 'thread')}" for f in forecasts.values() if f), "")
     columns = [
         Column("forecast", cells[0], "what each command takes; mitigate and merge with findings", left=True),
-        Column("memory", cells[1], "at its peak; the larger number where the dense solver must decide", keep=3),
+        Column("memory", cells[1], "at its peak; the larger number where the dense solver, or float64, must decide", keep=3),
         Column("read", cells[2], keep=1),
         Column("written", cells[3], "--dry-run shows the free disk", keep=2),
         Column("time", cells[4], f"by a short probe of this machine{threads}, as busy as it is now, if the disk keeps up", keep=4),
@@ -263,7 +273,9 @@ def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
 
 def _memory(forecast: Mapping[str, Any]) -> str:
     usual, most = forecast["peak_memory_bytes"], forecast["escalated_memory_bytes"]
-    return format_size(usual) + (f", {format_size(most)} where the dense solver must decide" if most > usual else "")
+    return format_size(usual) + (
+        f", {format_size(most)} where the dense solver, or float64, must decide" if most > usual else ""
+    )
 
 
 def _time(seconds: float | None) -> str:

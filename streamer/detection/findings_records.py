@@ -30,6 +30,7 @@ class MatrixFigures(TypedDict):
     degenerate: list[int]
     solver: str
     escalated: bool
+    precision: str | None
     steps: int
     products: int
     cutoff: float

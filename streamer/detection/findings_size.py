@@ -63,6 +63,6 @@ def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFind
     found = Detection(singular_values=(longest,) * k, similarity=(longest,) * k, similarity_low=(longest,) * k,
                       similarity_high=(longest,) * k, intruders=every, U=U, S=S, Vh=Vh, certified=False, degenerate=every,
                       solver=max(solvers.SOLVERS, key=len), escalated=False, steps=10**9, products=10**9, cutoff=longest,
-                      delta_norm=longest, intruder_energy=longest, dropped_at_zero=longest)  # fmt: skip
+                      delta_norm=longest, intruder_energy=longest, dropped_at_zero=longest, precision="float64")  # fmt: skip
     return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling, found,
                          transposed=False)  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -51,6 +51,8 @@ class Detection:
         0-based ranks of directions in a cluster so tight that no single vector is defined, by any solver.
     solver, escalated
         The solver that ran; whether the certified one had to give up for it.
+    precision
+        ``float32`` or ``float64``, in which the decisions were computed; None where a file does not say.
     steps, products, cutoff
         What the certificate cost, and δ: base singular values below ``δ·σ⁰_1`` are not covered by it (0: all are).
     delta_norm
@@ -59,6 +61,8 @@ class Detection:
         ``‖U_Iᵀ Δ‖_F² / ‖Δ‖_F²``: the share of the delta's energy on the intruders' side, in [0, 1].
     dropped_at_zero
         Relative norm that back-projection to the adapter's rank would drop at λ = 0 with ``--method paper``; 0 for a dense delta.
+    limited
+        Directions are open for want of steps, and would be in higher precision. Files do not hold it.
     """
 
     singular_values: tuple[float, ...]
@@ -79,6 +83,8 @@ class Detection:
     delta_norm: float
     intruder_energy: float
     dropped_at_zero: float
+    precision: str | None = None
+    limited: bool = field(default=False, compare=False)
 
     def summary(self) -> str:
         """Say the decision in a line. Ranks count from 0."""
@@ -93,7 +99,7 @@ class Detection:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Detection):
             return NotImplemented
-        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare]
         return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
     __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
@@ -162,4 +168,5 @@ def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
         U=U.contiguous(), S=S.contiguous(), Vh=Vh.contiguous(), certified=bool(on_one_side.all()) and len(degenerate) == 0,
         degenerate=tuple(degenerate.tolist()), solver=result.solver, escalated=result.escalated, steps=result.steps,
         products=result.products, cutoff=result.cutoff, delta_norm=norm, intruder_energy=min(1.0, share**2), dropped_at_zero=dropped,
+        precision=str(base.like.dtype).removeprefix("torch."), limited=result.limited,
     )  # fmt: skip

@@ -15,11 +15,14 @@ from streamer.linalg.operators import all_finite
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
+_LATER: dict[str, set[type]] = {"transposed": {bool, type(None)}, "precision": {str, type(None)}}
+"""Figures that earlier versions did not write."""
+
 _KINDS: dict[str, type] = {
-    key: get_origin(kind) or kind for key, kind in get_type_hints(MatrixFigures).items() if key != "transposed"
+    key: get_origin(kind) or kind for key, kind in get_type_hints(MatrixFigures).items() if key not in _LATER
 }
 
-_DECISIONS = tuple(key for key in _KINDS if key in Detection.__dataclass_fields__)
+_DECISIONS = tuple(key for key in get_type_hints(MatrixFigures) if key in Detection.__dataclass_fields__)
 """The figures that are the detection's; the others are the finding's own."""
 
 
@@ -87,8 +90,9 @@ def check_figures(figures: Any) -> None:
             fits = fits and all(type(i) is int and i >= 0 for i in value)
         if not fits:
             raise TypeError(f"{key} is {type(value).__name__}")
-    if type(value := figures.get("transposed")) not in {bool, type(None)}:  # earlier versions did not write it
-        raise TypeError(f"transposed is {type(value).__name__}")
+    for key, kinds in _LATER.items():
+        if type(value := figures.get(key)) not in kinds:
+            raise TypeError(f"{key} is {type(value).__name__}")
 
 
 def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> MatrixFinding:
@@ -117,7 +121,9 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
     numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ARRAYS[3:]}
     if k == 0 or not all(type(j) is int and 0 <= j < k for j in (*numbers["intruders"], *figures["degenerate"])):
         raise ValueError(f"{figures['tensor']}: its intruders are not among its {k} directions")
-    chosen: dict[str, Any] = {key: figures[key] for key in _DECISIONS} | {"degenerate": tuple(figures["degenerate"])}
+    chosen: dict[str, Any] = {key: figures.get(key) for key in _DECISIONS} | {
+        "degenerate": tuple(figures["degenerate"])
+    }
     detection = Detection(U=arrays["U"], S=arrays["S"], Vh=arrays["Vh"], **numbers, **chosen)
     return MatrixFinding(figures["tensor"], figures["module"], (m, n), figures["dtype"],
                          figures["rank"], figures["scale"], detection, transposed=figures.get("transposed"))  # fmt: skip

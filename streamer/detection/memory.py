@@ -10,23 +10,31 @@ from streamer.plan.memory import MemoryEstimate, factor_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 
+DOUBLE_BYTES = 8
+"""Bytes of a value in float64."""
 
-def detection_bytes(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> dict[str, int]:
+
+def detection_bytes(
+    plan: Plan, target: Target, options: DetectionOptions, resident: int, itemsize: int | None = None
+) -> dict[str, int]:
     """Estimate the peak memory of detection in one matrix, by each way that the options leave; see `working_bytes`.
 
     Parameters
     ----------
     resident
         Bytes that stay in memory between two steps; see `resident_bytes`.
+    itemsize
+        Bytes of a value that is computed with; by default those of the weight's computing dtype.
     """
     weight, module = plan.weights[target.tensor], target.module
+    itemsize = itemsize or weight.compute.itemsize
     rank = module.factor_rank if module.low_rank else None
-    ways = working_bytes(module.shape, options.directions(module.shape), rank, weight.compute.itemsize)
+    ways = working_bytes(module.shape, options.directions(module.shape), rank, itemsize)
     if options.solver == "dense":
         ways = {"dense": ways["dense"]}
     read = 2 * weight.held_bytes  # the tensor's own bytes, and those of the next one
     always = read if weight.quantized else 0
-    fixed, making = resident + factor_bytes(plan, target), module.peak_bytes(weight.compute.itemsize)
+    fixed, making = resident + factor_bytes(plan, target, itemsize), module.peak_bytes(itemsize)
     return {way: fixed + max(size, making) + (always if way == "blocks" else read) for way, size in ways.items()}
 
 
@@ -42,6 +50,25 @@ def best_way(plan: Plan, target: Target, options: DetectionOptions, resident: in
         return "dense"
     ways = detection_bytes(plan, target, options, resident)
     return next(way for way, size in ways.items() if size <= options.max_memory)
+
+
+def float64_way(
+    plan: Plan, target: Target, options: DetectionOptions, resident: int, solver: str
+) -> tuple[str, int] | None:
+    """Choose the way to do a matrix once more in float64, with its peak memory.
+
+    Returns
+    -------
+    tuple or None
+        For the dense solver ``dense``, for the certified one the first of ``whole`` and ``blocks`` that fits the memory allowed. None
+        where none does, and where the weight is computed in float64 to begin with.
+    """
+    if plan.weights[target.tensor].compute.itemsize == DOUBLE_BYTES:
+        return None
+    ways = detection_bytes(plan, target, options, resident, DOUBLE_BYTES)
+    allowed = options.max_memory
+    fitting = (pair for pair in ways.items() if (pair[0] == "dense") == (solver == "dense"))
+    return next((pair for pair in fitting if allowed is None or pair[1] <= allowed), None)
 
 
 def detection_estimates(plan: Plan, options: DetectionOptions, resident: int) -> Iterator[MemoryEstimate]:

@@ -18,7 +18,7 @@ from streamer.detection.findings_size import FindingsSize, check_findings_space,
 from streamer.detection.findings_writer import FindingsWriter, inspect_findings_output, interrupted_run, journal_head
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.memory import best_way, detection_estimates, kept_bytes
+from streamer.detection.memory import best_way, detection_estimates, float64_way, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.prefetch import PrefetchedWeight, Prefetcher, read_ahead
 from streamer.errors import NumericError, OutputExistsError
@@ -58,10 +58,9 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     """
     began = time.perf_counter()
     prefetched = prefetched or PrefetchedWeight(plan.weights[target.tensor])
-    way = best_way(plan, target, options, resident)
     found: Detection | None = None
     try:
-        found = _detection(plan, target, options, device, prefetched, way)
+        found = _detection(plan, target, options, device, resident, prefetched)
     except RuntimeError as e:  # cuBLAS and cuSOLVER have no class of their own for it
         if device.type == "cpu" or not (isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e)):
             raise
@@ -70,22 +69,41 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
             monitor.emit(
                 Event("warning", f"{target.tensor}: {device} has not enough memory for it; it is computed on the CPU")
             )
-        found = _detection(plan, target, options, torch.device("cpu"), prefetched, way)
+        found = _detection(plan, target, options, torch.device("cpu"), resident, prefetched)
     module = target.module
     return MatrixFinding(target.tensor, module.name, module.shape, prefetched.weight.label, module.rank, module.scaling, found,
                          time.perf_counter() - began, target.transposed)  # fmt: skip
 
 
-def _detection(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, prefetched: PrefetchedWeight,
+def _detection(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, resident: int,
+               prefetched: PrefetchedWeight) -> Detection:  # fmt: skip
+    """Detect on this very device, once more in float64 where only rounding leaves a direction open and memory allows it."""
+    found = _decisions(plan, target, options, device, prefetched, best_way(plan, target, options, resident))
+    again = None
+    if not (found.certified or found.limited):
+        again = float64_way(plan, target, options, resident, found.solver)
+    if again is None:
+        return found
+    weight = prefetched.weight
+    prefetched = replace(prefetched, weight=replace(weight, compute=torch.float64))
+    options = replace(options, solver=found.solver)
+    precise = _decisions(plan, target, options, device, prefetched, again[0])
+    return replace(precise, **{key: getattr(precise, key).to(weight.compute) for key in ("U", "S", "Vh")},
+                   escalated=found.escalated, steps=found.steps + precise.steps,
+                   products=found.products + precise.products)  # fmt: skip
+
+
+def _decisions(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, prefetched: PrefetchedWeight,
                way: str) -> Detection:  # fmt: skip
-    """Detect on this very device, in one of the ways of `best_way`."""
+    """Detect in the weight's computing dtype, in one of the ways of `working_bytes`."""
     weight = prefetched.weight
     base: Matrix
     if way == "blocks":  # as it is stored, decoded a few rows at a time in each product
         base = RowBlocks(weight.matrix, weight.at_hand().rows, torch.empty(0, dtype=weight.compute, device=device))
     else:
         base = Dense(prefetched.whole(device).reshape(weight.matrix))
-    delta = plan.delta(target, base.matrix if isinstance(base, Dense) else None)
+    W0 = base.matrix if isinstance(base, Dense) else None
+    delta = plan.delta(target, W0, double=weight.compute == torch.float64)
     try:
         oriented = base.T if target.transposed else base
         return detect(oriented, delta, options, target.module.rank, target.tensor, allow_dense=way == "dense")

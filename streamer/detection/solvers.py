@@ -39,6 +39,8 @@ class SolverResult:
         Block steps of both Krylov processes, and columns multiplied; 0 for the dense solver alone.
     cutoff
         δ: base singular values below ``δ·σ⁰_1`` are not covered by the interval; 0 where all are.
+    limited
+        Intervals are as wide as they are for want of steps: in higher precision they would be no narrower.
     """
 
     triplets: Triplets
@@ -50,6 +52,7 @@ class SolverResult:
     steps: int = 0
     products: int = 0
     cutoff: float = 0.0
+    limited: bool = False
 
 
 Solver = Callable[[Matrix, Delta, int, float, torch.Generator, bool], SolverResult]
@@ -87,16 +90,18 @@ def solve_certified(
     distance = triplets.distance_estimate
     if not allow_dense or (found.converged and bool((distance < 2).all())):
         # A zero base has any singular vectors.
-        bounds = OverlapBounds(torch.zeros_like(distance), torch.ones_like(distance), 0, 0, 0.0)
+        bounds, process = OverlapBounds(torch.zeros_like(distance), torch.ones_like(distance), 0, 0, 0.0), None
         if base_scale:
             process = OverlapProcess(base.scaled(base_scale), triplets.U, generator, distance)
             bounds = _settle(process, epsilon, columns)
         low, high = bounds.low, bounds.high
         steps, products = steps + bounds.steps, products + bounds.products
-        if not allow_dense or bool(((low >= epsilon) | (high < epsilon)).all()):
+        settled = bool(((low >= epsilon) | (high < epsilon)).all())
+        if not allow_dense or settled:
             similarity = torch.where(low >= epsilon, low, high)
+            exact = settled or (found.converged and process is not None and process.settles_without_rounding(epsilon))
             return SolverResult(_unscaled(triplets, scale), similarity, low, high, "certified",
-                            steps=steps, products=products, cutoff=bounds.cutoff)  # fmt: skip
+                                steps=steps, products=products, cutoff=bounds.cutoff, limited=not exact)  # fmt: skip
     return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)
 
 

@@ -35,8 +35,9 @@ PROVABLE = 2048
 """Tall matrices of up to so many columns are shown to have no singular value below the cut-off, by a Cholesky factorisation; for wider
 ones that would cost many times the rest, and the answer carries the cut-off instead."""
 
-DENSE_WINDOW = 300.0
-"""τ/φ for LAPACK's vectors, with its backward error for φ: see `christoffel.WINDOW`."""
+DENSE_WINDOWS = {torch.float32: (300.0,), torch.float64: (300.0, 1e4, 3e5, 1e7)}
+"""τ/φ for LAPACK's vectors, with its backward error for φ: see `christoffel.WINDOW`. An interval is as narrow as φ/τ allows, where no
+other singular value is within τ. Each window's holds; in float64, where φ is small, the narrowest ends of all of them are taken."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple
 
     LAPACK's u⁰_i are those of a matrix φ away, so vectors whose values lie within τ of each other may be mixtures: the upper bound
     takes each such window together, the lower bound only vectors that stand alone (the module's formulas, with z = 0). For m > n
-    the window at zero holds all that lies outside the range of the base as well.
+    the window at zero holds all that lies outside the range of the base as well. See `DENSE_WINDOWS` for τ.
 
     Parameters
     ----------
@@ -89,24 +90,30 @@ def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple
     U0, S, V0h = torch.linalg.svd(base.dense(), full_matrices=False)
     probe = torch.randn(base.shape[1], 8, generator=generator, dtype=torch.float32).to(base.like)
     defect = (base.matmat(probe) - (U0 * S) @ (V0h @ probe)).double() / math.sqrt(8)
-    eps = torch.finfo(base.like.dtype).eps
-    tau = DENSE_WINDOW * (float(torch.linalg.matrix_norm(defect)) / math.sqrt(min(base.shape)) + eps * float(S[0]))
-    w = (U0.T @ U).double().cpu()
-    values = S.double().cpu().flip(0).contiguous()
-    mass = torch.nn.functional.pad(w.square().flip(0).cumsum(0), (0, 0, 1, 0))
+    dtype = base.like.dtype
+    phi = float(torch.linalg.matrix_norm(defect)) / math.sqrt(min(base.shape)) + torch.finfo(dtype).eps * float(S[0])
+    w, values = (U0.T @ U).double().cpu().flip(0), S.double().cpu().flip(0).contiguous()
+    tall = base.shape[0] > base.shape[1]
+    lows, highs = zip(
+        *(_interval(w, values, ratio * phi, 1 / ratio, tall) for ratio in DENSE_WINDOWS[dtype]), strict=True
+    )
+    low, high = torch.stack(lows).amax(0).clamp(0, 1), torch.stack(highs).amin(0).clamp_max(1)
+    return OverlapBounds(low, high, 0, 0, 0.0), w.abs().amax(0).clamp_max(1.0)
+
+
+def _interval(w: Tensor, values: Tensor, tau: float, slack: float, tall: bool) -> tuple[Tensor, Tensor]:
+    """Bound the overlaps from below and above for one τ, with ``slack = φ/τ``; values (p,) rise, and w (p, k) is in their order."""
+    mass = torch.nn.functional.pad(w.square().cumsum(0), (0, 0, 1, 0))
     first, last = torch.searchsorted(values, values - tau), torch.searchsorted(values, values + tau, right=True)
-    slack = 1 / DENSE_WINDOW
     inside = (mass[last] - mass[first]).clamp_min(0)
     alone = (last - first) == 1
-    if base.shape[0] > base.shape[1]:
+    if tall:
         # Down there the u⁰_i may as well be any vectors outside the range of the base.
         lowest = values <= tau
         inside[lowest] += (1 - mass[-1]).clamp_min(0)
         alone &= ~lowest
     high = inside.sqrt().amax(0) * (1 + slack) + slack
-    low = (w.abs() * alone.flip(0)[:, None] * (1 - slack) - slack).amax(0).clamp_min(0)
-    similarity = w.abs().amax(0).clamp_max(1.0)
-    return OverlapBounds(low.clamp_max(1.0), high.clamp_max(1.0), 0, 0, 0.0), similarity
+    return (w.abs() * alone[:, None] * (1 - slack) - slack).amax(0), high
 
 
 class OverlapProcess:
@@ -175,12 +182,8 @@ class OverlapProcess:
             Measure rounding in any case, and bound every direction with ``low < epsilon``.
         """
         gk = self.process
-        ritz = gk.ritz()
+        ritz, w, overlap = self._in_ritz_basis()
         k = self._U.shape[1]
-        coefficients = torch.zeros((gk.P.shape[1], k), dtype=torch.float64)
-        coefficients[: gk.start_coefficients.shape[0]] = gk.start_coefficients[:, :k]
-        w = ritz.Y.T @ coefficients
-        overlap = self._left_overlaps(ritz) if self.tall else w.abs()
         low = self._low(ritz, overlap, self._phi)
         high = torch.ones(k, dtype=torch.float64)
         open_ = self._open(low, epsilon)
@@ -196,13 +199,31 @@ class OverlapProcess:
             low = self._low(ritz, overlap, self._phi)
             open_ = self._open(low, epsilon)
             if bool(open_.any()):
-                high[open_] = self._high(ritz, w, open_)
+                high[open_] = self._high(ritz, w, open_, self._phi)
             reach = float(torch.where(open_, high, 0.0).max())
             if self.cutoff and not self.hopeless and bool((high < epsilon).any()):
                 self._prove(1.01 * self.cutoff * float(ritz.S[0]))
             if self.hopeless:
                 high[:] = 1.0
         return OverlapBounds(low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff, measured, reach)
+
+    def settles_without_rounding(self, epsilon: float) -> bool:
+        """Test whether each interval would lie on one side of ε if the process were exact, directions of unknown distance apart."""
+        ritz, w, overlap = self._in_ritz_basis()
+        open_ = self._open(self._low(ritz, overlap, 0.0), epsilon)
+        if self.hopeless or not bool(open_.any()):
+            return not self.hopeless
+        return bool((self._high(ritz, w, open_, 0.0) < epsilon).all())
+
+    def _in_ritz_basis(self) -> tuple[RitzBasis, Tensor, Tensor]:
+        """Compute the Ritz basis of the space so far, the directions' coordinates in it, and their overlaps with its left vectors."""
+        gk = self.process
+        ritz = gk.ritz()
+        k = self._U.shape[1]
+        coefficients = torch.zeros((gk.P.shape[1], k), dtype=torch.float64)
+        coefficients[: gk.start_coefficients.shape[0]] = gk.start_coefficients[:, :k]
+        w = ritz.Y.T @ coefficients
+        return ritz, w, self._left_overlaps(ritz) if self.tall else w.abs()
 
     @property
     def _phi(self) -> float:
@@ -255,11 +276,11 @@ class OverlapProcess:
         bottom = CUTOFF * float(ritz.S[0]) if self.tall else 0.0
         edges = torch.cat([ritz.S, ritz.S.new_tensor([bottom])])
         middles = (edges[:-1] + edges[1:])[edges[1:] >= bottom] / 2
-        high = self._bounded(torch.cat([middles, edges[-1:]]), ritz, w, open_)
+        high = self._bounded(torch.cat([middles, edges[-1:]]), ritz, w, open_, self._phi)
         return min(1.0, 1.04 * float(high.max()))
 
-    def _high(self, ritz: RitzBasis, w: Tensor, open_: Tensor) -> Tensor:
-        S, tau = ritz.S, window(ritz, self._phi)
+    def _high(self, ritz: RitzBasis, w: Tensor, open_: Tensor, phi: float) -> Tensor:
+        S, tau = ritz.S, window(ritz, phi)
         if self.cutoff and float(S[-1]) <= 2 * self.cutoff * float(S[0]):
             # By interlacing the base has a singular value at least as small: the u⁰_i down there are not covered.
             self.hopeless = True
@@ -267,11 +288,10 @@ class OverlapProcess:
         residual = torch.linalg.vector_norm(ritz.tail, dim=0)
         bottom = CUTOFF * float(S[0]) if self.tall else 0.0
         top = float(S[0]) + float(residual.max()) + tau
-        return (MARGIN * self._bounded(samples(S, residual, tau, bottom, top), ritz, w, open_)).clamp_max(1.0)
+        return (MARGIN * self._bounded(samples(S, residual, tau, bottom, top), ritz, w, open_, phi)).clamp_max(1.0)
 
-    def _bounded(self, sigma: Tensor, ritz: RitzBasis, w: Tensor, open_: Tensor) -> Tensor:
+    def _bounded(self, sigma: Tensor, ritz: RitzBasis, w: Tensor, open_: Tensor, phi: float) -> Tensor:
         """Take the largest of the bounds at these σ, for each open direction."""
-        phi = self._phi
         bound = christoffel_bound(sigma, ritz, w[:, open_], phi) + self._lost[open_]
         if self.tall:
             bound = (bound + phi) / sigma[:, None]  # x_j = W0ᵀu_j was rounded too, by one product's error

@@ -23,12 +23,11 @@ def mitigation_bytes(plan: Plan, target: Target, intruders: int, projected: bool
     projected
         Whether Δ' is projected back onto the adapter's rank.
     """
-    module = target.module
+    module, itemsize = target.module, plan.weights[target.tensor].compute.itemsize
     m, n = module.shape
     if module.low_rank:
         size = (PROJECTED if projected else THIN) * (m + n) * (module.factor_rank + intruders)
     else:
         # Δ, Δ', and one more where Δ is scaled.
-        itemsize = plan.weights[target.tensor].compute.itemsize
         size = max(module.peak_bytes(itemsize), 3 * itemsize * m * n)
-    return size + factor_bytes(plan, target)
+    return size + factor_bytes(plan, target, itemsize)

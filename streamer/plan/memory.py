@@ -69,8 +69,8 @@ def resident_bytes(batch: Batch, output_tensors: int = 0) -> int:
     return PROCESS_BYTES + tables + OUTPUT_BYTES * output_tensors + MATRIX_BYTES * batch.matrix_count
 
 
-def factor_bytes(plan: Plan, target: Target) -> int:
+def factor_bytes(plan: Plan, target: Target, itemsize: int) -> int:
     """Return the memory of a module's tensors: as stored where they are not mapped, and in the computing dtype where a step keeps them."""
     tensors = [plan.adapter.tensors[name] for name in target.module.tensor_names]
     held = sum(stored.info.nbytes for stored in tensors if stored.file.io == "pread")
-    return held + target.module.copied_bytes(plan.weights[target.tensor].compute.itemsize)
+    return held + target.module.copied_bytes(itemsize)

@@ -22,7 +22,9 @@ from streamer.verification.matrices import directions
 from streamer.verification.record import DIGEST
 from streamer.verification.result import Checked, NotRecomputed, Outcome
 from streamer.verification.spectrum import (
+    DOUBLE_ROUNDINGS,
     ROUNDINGS,
+    Triplets,
     base_vectors,
     leading_triplets,
     similarities,
@@ -191,7 +193,7 @@ class FindingsCheck:
         yield Checked(self._check_figures(row, arrays, W0, delta), False)
         vectors = base_vectors(W0)
         if vectors is not None:
-            error = self._check_similarities(row, arrays, triplets.U, triplets.angle_errors, vectors)
+            error = self._check_similarities(row, arrays, triplets, vectors)
             yield Checked(error, True)
 
     def _differ(self, row: dict[str, Any], expected: str, found: str) -> None:
@@ -227,13 +229,15 @@ class FindingsCheck:
         return worst
 
     def _check_similarities(
-        self, row: dict[str, Any], arrays: dict[str, Array], U: Array, errors: Array, vectors: tuple[Array, Array]
+        self, row: dict[str, Any], arrays: dict[str, Array], triplets: Triplets, vectors: tuple[Array, Array]
     ) -> float:
         """Compare each direction's interval and decision with its similarity to the base's singular vectors."""
         base, S = vectors
-        similar = similarities(U, base[:, row["cutoff"] * S[0] <= S])
+        similar = similarities(triplets.U, base[:, row["cutoff"] * S[0] <= S])
+        exact = row.get("precision") == "float64" and row["solver"] == "dense"
+        errors = triplets.angle_errors(exact)
         defined = np.array([j not in row["degenerate"] for j in range(len(similar))])
-        room = ROUNDINGS + errors
+        room = (DOUBLE_ROUNDINGS if exact else ROUNDINGS) + errors
         below, above = arrays["similarity_low"] - similar, similar - arrays["similarity_high"]
         worst = self._compare(
             row, "similarities within their intervals", np.where(defined, np.maximum(below, above) / room, 0.0)

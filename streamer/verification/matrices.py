@@ -101,7 +101,7 @@ class Recomputation:
         judged = range(k) if self.record["scale"] == "all" or not intruders else range(intruders[0] + 1)
         for j in judged:
             unsure = (
-                abs(similar[j] - epsilon) <= 2 * triplets.angle_errors[j]
+                abs(similar[j] - epsilon) <= 2 * triplets.angle_errors()[j]
                 or covered[j] < epsilon <= similar[j]
                 or (not row["certified"] and j not in intruders)
             )

@@ -76,7 +76,7 @@ def mitigate(
         return Mitigated(delta, 1.0, *none, 0.0)
     assert triplets is not None
     chosen = list(intruders)
-    angles = triplets.angle_errors[chosen]
+    angles = triplets.angle_errors()[chosen]
     if angles.max() > ILL_DEFINED:
         raise NotRecomputed(
             f"its direction {chosen[int(angles.argmax())]} is one of a cluster, and no single vector is defined"

@@ -29,6 +29,9 @@ its error falls like ``2 exp(−2·16·√fall)``."""
 ROUNDINGS = 32 * 2.0**-23
 """Error of a residual in float32 relative to σ_1: some roundings."""
 
+DOUBLE_ROUNDINGS = 32 * 2.0**-52
+"""The same in float64."""
+
 ILL_DEFINED = 0.05
 """An angle error above this makes a vector one of a cluster, of which only the space that they span is defined."""
 
@@ -43,10 +46,10 @@ class Triplets:
     gaps: Array
     angle: float
 
-    @property
-    def angle_errors(self) -> Array:
-        """Bound the angle by which each vector in findings may differ from these, (k,)."""
-        errors: Array = np.minimum(1.0, self.angle + ROUNDINGS * self.S[0] / np.maximum(self.gaps, 1e-300))
+    def angle_errors(self, exact: bool = False) -> Array:
+        """Bound the angle by which each vector in findings may differ from these, (k,); `exact` are LAPACK's vectors in float64."""
+        angle, roundings = (0.0, DOUBLE_ROUNDINGS) if exact else (self.angle, ROUNDINGS)
+        errors: Array = np.minimum(1.0, angle + roundings * self.S[0] / np.maximum(self.gaps, 1e-300))
         return errors
 
 

@@ -254,6 +254,24 @@ def test_decisions_with_a_cutoff(tmp_path: Path) -> None:
         assert lines(path, base, adapter) == lines(out, base, adapter) == []
 
 
+def test_a_decision_near_epsilon_is_checked_as_closely_as_it_was_made(tmp_path: Path) -> None:
+    """1e-5 from ε: in float32 the vectors' errors leave no room to tell, in float64 they do."""
+    base, adapter = helpers.three_shards(tmp_path, torch.float32)
+    tensor, j = "model.layers.0.self_attn.q_proj.weight", 2
+    similarity = streamer.detect_intruder_dimensions(base, adapter)[tensor].detection.similarity[j]
+    near = streamer.detect_intruder_dimensions(base, adapter, threshold_epsilon=similarity - 1e-5)
+    row = near[tensor]
+    assert (row.detection.precision, row.detection.certified) == ("float64", True)
+    assert j not in row.detection.intruders
+    other = streamer.detect_intruder_dimensions(base, adapter, threshold_epsilon=similarity + 1e-5)[tensor].detection
+    assert j in other.intruders
+    for name, detection in (("right", row.detection), ("wrong", other)):
+        path = tmp_path / f"{name}.safetensors"
+        replace(near, matrices=tuple(replace(m, detection=detection) if m is row else m for m in near)).save(path)
+        found = lines(path, base, adapter, sample="all")
+        assert [f"expected direction {j} to be no intruder" in line for line in found] == [True] * (name == "wrong")
+
+
 def test_max_memory_leaves_matrices_out(job: Job) -> None:
     with pytest.warns(streamer.StreamerWarning, match="over the 100M of max_memory"):
         found = streamer.verify_output(job.home / "model", job.base, job.adapter, max_memory="100M")

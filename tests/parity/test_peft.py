@@ -68,20 +68,27 @@ def test_as_many_intruders_as_peft_finds_in_every_layer(trained: Trained) -> Non
     assert ours == reference(trained.adapter, 0.75).counts
 
 
+@cache
+def dense_formula(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Singular values of base + delta and similarities of the ten leading directions in float64, by module."""
+    base, before = minilm.load_base().state_dict(), deltas(minilm.load_peft(adapter))
+    out = {}
+    for name, delta in before.items():
+        W0 = base[f"{name}.weight"].double()
+        U0 = torch.linalg.svd(W0, full_matrices=False).U
+        U, S, _ = torch.linalg.svd(W0 + delta.double(), full_matrices=False)
+        out[name] = S[:10], (U0.T @ U[:, :10]).abs().amax(0)
+    return out
+
+
 @pytest.mark.parametrize("solver", ["auto", "certified"])
 def test_decisions_equal_the_dense_formula_in_float64(trained: Trained, solver: str) -> None:
     findings = trained.findings if solver == "auto" else trained.certified
-    base = load_file(minilm.BASE / "model.safetensors")
-    before = deltas(minilm.load_peft(trained.adapter))
     compared = 0
     for m in findings:
-        W0 = base[m.tensor].double()
-        U0 = torch.linalg.svd(W0, full_matrices=False).U
-        U, S, _ = torch.linalg.svd(W0 + before[m.module].double(), full_matrices=False)
-        similarity = (U0.T @ U[:, :10]).abs().amax(0)
-        torch.testing.assert_close(
-            torch.tensor(m.detection.singular_values, dtype=torch.float64), S[:10], rtol=1e-5, atol=0
-        )
+        S, similarity = dense_formula(trained.adapter)[m.module]
+        torch.testing.assert_close(torch.tensor(m.detection.singular_values, dtype=torch.float64), S, rtol=1e-5, atol=0)
+        assert m.detection.certified == bool(((similarity - 0.5).abs() > 1e-6).all()), m.tensor
         for j, s in enumerate(similarity.tolist()):
             assert m.detection.similarity_low[j] - 1e-4 <= s <= m.detection.similarity_high[j] + 1e-4, (m.tensor, j)
             if abs(s - 0.5) > 1e-4:

@@ -9,6 +9,7 @@ import sys
 import pytest
 from command_line import ENV
 from paths import TOOLS
+from tool_calls import call_tool
 
 TOOL = TOOLS / "bench_detect.py"
 TINY = ("--rank", "6", "--top-k", "5", "--repeats", "1", "--threads", "1")
@@ -50,7 +51,7 @@ def test_the_table_for_people_and_the_help() -> None:
     assert done.returncode == 0, done.stderr
     assert "120x100" in done.stdout
     assert "certified" in done.stdout
-    text = run("--help").stdout
+    text = call_tool("bench_detect", "--help").stdout
     for option in ("--shapes", "--spectrum", "--solvers", "--topk-peers", "--block", "--repeats", "--json"):
         assert option in text
     assert "python tools/bench_detect.py" in text
@@ -65,6 +66,6 @@ def test_the_table_for_people_and_the_help() -> None:
     ],
 )
 def test_a_wrong_option_is_explained(args: tuple[str, ...], words: str) -> None:
-    done = run(*args)
+    done = call_tool("bench_detect", *args)
     assert done.returncode != 0
     assert words in done.stderr

@@ -13,6 +13,7 @@ from command_line import ENV
 from helpers import tree_digest
 from measure import cold, resident, warm
 from paths import TOOLS
+from tool_calls import call_tool
 
 SMALL = ("--hidden", "192", "--layers", "2")
 
@@ -46,8 +47,7 @@ def test_a_tiny_model_gives_every_figure(tmp_path: Path) -> None:
 
 
 def test_a_given_model_is_measured_and_left_alone(tmp_path: Path) -> None:
-    tool = TOOLS / "make_checkpoint.py"
-    subprocess.run([sys.executable, tool, tmp_path, *SMALL], env=ENV, check=True, capture_output=True)
+    assert call_tool("make_checkpoint", tmp_path, *SMALL).returncode == 0
     before = tree_digest(tmp_path)
     done = run(tmp_path / "base", tmp_path / "adapter", "--project", 80, "--warm")
     assert done.returncode == 0, done.stderr
@@ -90,12 +90,12 @@ def test_the_page_cache_is_filled_and_seen(tmp_path: Path) -> None:
     [(("base",), "come together"), (("--project", "0"), "at least 1"), (("--threads", "0"), "at least 1")],
 )
 def test_a_wrong_option_is_explained(args: tuple[str, ...], words: str) -> None:
-    done = run(*args)
+    done = call_tool("bench_model", *args)
     assert done.returncode == 2
     assert words in done.stderr
 
 
 def test_help_teaches() -> None:
-    done = run("--help")
+    done = call_tool("bench_model", "--help")
     assert done.returncode == 0, done.stderr
     assert "python tools/bench_model.py --like llama-3-70b" in done.stdout

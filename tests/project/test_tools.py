@@ -18,7 +18,8 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from shapes import KNOWN
-from transformers import AutoModelForCausalLM
+from tool_calls import call_tool
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamer
 from streamer.storage.shard_writer import plan_shard
@@ -33,7 +34,7 @@ def run_tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
 
 
 def make(directory: Path, *args: object) -> dict:
-    done = run_tool("make_checkpoint.py", directory, "--json", *args)
+    done = call_tool("make_checkpoint", directory, "--json", *args)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -170,7 +171,7 @@ def test_size_gb_chooses_the_layers(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, args: tuple, message: str) -> None:
-    done = run_tool("make_checkpoint.py", tmp_path / "new", *args)
+    done = call_tool("make_checkpoint", tmp_path / "new", *args)
     assert done.returncode == 1
     assert message in done.stderr
     assert not (tmp_path / "new").exists()
@@ -178,7 +179,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, ar
 
 def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    done = run_tool("make_checkpoint.py", tmp_path, "--hidden", 64)
+    done = call_tool("make_checkpoint", tmp_path, "--hidden", 64)
     assert done.returncode == 1
     assert "exists" in done.stderr
     assert list(tmp_path.rglob("*")) == [tmp_path / "base"]
@@ -256,3 +257,23 @@ def test_a_given_checkpoint_is_measured_and_left_alone(tmp_path: Path) -> None:
     for word in ("merge/cp", "merge/shards", "median", "anonymous", "addmm", "fsync", "sha256"):
         assert word in done.stdout
     assert tree_digest(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_a_trained_model_loads_and_its_adapters_are_certified_whole(tmp_path: Path) -> None:
+    tree = run_tool("train_small.py", tmp_path / "made", "--hidden", 96, "--layers", 2, "--steps", 60, "--json")
+    assert tree.returncode == 0, tree.stderr
+    made = json.loads(tree.stdout)
+    tokenizer = AutoTokenizer.from_pretrained(made["base"])
+    for name in ("general", "task"):
+        text = (tmp_path / "made" / f"{name}.txt").read_text(encoding="utf-8")
+        assert len(text) >= 100_000
+        assert tokenizer.decode(tokenizer(text[:2000])["input_ids"]) == text[:2000]
+    losses = made["losses"]
+    assert losses["base"]["general"] < losses["base"]["task"]
+    for adapter in made["adapters"]:
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made["base"]), adapter)
+        found = streamer.detect_intruder_dimensions(made["base"], adapter)
+        assert len(found) == 14
+        assert all(m.detection.certified for m in found)
+    assert losses["high"]["task"] < losses["base"]["task"]

@@ -12,9 +12,16 @@ import measure
 import pytest
 import torch
 from command_line import run_cli
-from helpers import write_adapter
+from helpers import intruding_factors, power_law, write_adapter
 from safetensors.torch import save_file
 from torch import Tensor
+
+import streamer
+from streamer.detection.memory import float64_way
+from streamer.detection.options import DetectionOptions
+from streamer.plan.batch import Batch
+from streamer.plan.memory import resident_bytes
+from streamer.plan.plan import make_batch
 
 M, N, RANK = 4096, 3072, 8
 MODULE = "model.layers.0.mlp.up_proj"
@@ -150,3 +157,27 @@ def test_the_smallest_budget_is_kept(
     assert out.exists()
     assert peak <= budget << 20, f"{peak >> 20}M of {budget}M"
     assert peak > 0.4 * (budget << 20), f"{peak >> 20}M of {budget}M: the estimate is too far off"
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_float64_keeps_within_its_budget(dora: bool, tmp_path: Path) -> None:
+    """A matrix near ε, done once more in the least memory that is forecast for it."""
+    m, n = 900, 700
+    base = write_base(tmp_path / "base", {f"{MODULE}.weight": power_law(m, n).bfloat16()})
+    magnitude = {f"base_model.model.{MODULE}.lora_magnitude_vector": torch.ones(m)} if dora else {}
+    adapter = write_adapter(
+        tmp_path / "adapter", {MODULE: intruding_factors(m, n, RANK)}, RANK, None, magnitude, use_dora=dora
+    )
+    plan = make_batch(base, [adapter], "mmap", False, None).plans[0]
+    (target,) = plan.targets
+    similarity = streamer.detect_intruder_dimensions(base, adapter, solver="dense")[MODULE].detection.similarity[1]
+    resident = resident_bytes(Batch(plan.base, (plan,)))
+    needed = float64_way(plan, target, DetectionOptions(), resident, "dense")
+    assert needed is not None
+    budget, out = needed[1], tmp_path / "findings.safetensors"
+    line = [sys.executable, "-m", "streamer", "detect", str(base), str(adapter), "-o", str(out), "--quiet", "--solver", "dense",
+            "--epsilon", str(similarity + 1e-4), "--max-memory", str(budget)]  # fmt: skip
+    peak = measure.watched(line).anonymous
+    assert 0.4 * budget < peak <= budget, f"{peak >> 20}M of {budget >> 20}M"
+    (found,) = (row.detection for row in streamer.load_findings(out))
+    assert (found.precision, found.certified) == ("float64", True)

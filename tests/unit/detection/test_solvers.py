@@ -188,6 +188,7 @@ def test_what_only_the_dense_solver_could_settle_stays_open_where_there_is_no_ro
     assert found.solver == "certified"
     assert float(found.low[0]) < 0.5 <= float(found.high[0])
     assert float(found.similarity[0]) >= 0.5  # not proven to be an intruder, so not called one
+    assert found.limited  # for want of steps, not of precision
     allowed = solve("certified", Dense(W0.float()), delta, k=1)
     assert allowed.solver == "dense"
     assert float(allowed.similarity[0]) == pytest.approx(0.49, abs=0.02)
