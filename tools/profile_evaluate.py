@@ -71,7 +71,7 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
     from streamer.evaluation import run
 
     torch.set_num_threads(arguments.pop("threads"))
-    check, measure, passes = run.check_causal, clocks.wrap(run.measure, REST), []
+    check, measure, passes = run.check_logits, clocks.wrap(run.measure, REST), []
 
     def checked(*args: Any) -> None:
         check(*args)
@@ -81,7 +81,7 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
         passes.append(model.batch.variants * len(text.ids) * text.longest)
         return measure(model, text, block)
 
-    run.check_causal, run.measure = checked, counted
+    run.check_logits, run.measure = checked, counted
     api.evaluate_variants(**arguments)
     with clock.stage(START):
         total = time.perf_counter() - began

@@ -8,6 +8,7 @@ which they are the same.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -224,7 +225,7 @@ class _Reader:
         batch.on_read(self.tensor)
         ids = ids.expand(batch.rows, -1).view(count, batch.sequences, -1)
         target = self.owner.target
-        deltas = [None] * count if target is None else [None, *self.values.deltas(target)]
+        deltas = [None] * count if target is None else itertools.chain([None], self.values.deltas(target))
         return torch.cat([self._look_up(ids[v], v, delta) for v, delta in enumerate(deltas)])
 
     def _look_up(self, ids: Tensor, variant: int, delta: LowRank | None) -> Tensor:

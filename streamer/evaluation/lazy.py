@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from streamer.errors import UnsupportedError
+
 BLOCK_BYTES = 64 << 20
 """Rows of this many bytes of a matrix are read and multiplied at a time."""
 
@@ -62,6 +64,9 @@ class LazyTensor(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func == Tensor.device.__get__:  # a new object each time
                 return torch.device("cpu")
+            if func in _ALIASES:
+                return args[0]
+            _refuse_writing(func, args, kwargs)
             if func in _METADATA:
                 return func(*args, **kwargs)
             special = _SPECIAL.get(func)
@@ -73,9 +78,26 @@ class LazyTensor(Tensor):
         return f"LazyTensor({self.reader.shape})"
 
 
+def _refuse_writing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse an operation that changes a parameter: it would change what was read for it, and be lost."""
+    name = getattr(func, "__name__", "")
+    inplace = name in ("__setitem__", "__set__") or (
+        name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+    )
+    inplace = inplace or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+    if (inplace and args and isinstance(args[0], LazyTensor)) or isinstance(kwargs.get("out"), LazyTensor):
+        target = args[0] if inplace else kwargs["out"]
+        raise UnsupportedError(
+            f"{target.reader.name!r} is changed by the model as it runs ({name}), which evaluate does not do; measure merged models"
+        )
+
+
 def _values(value: Any) -> Any:
     return value.reader.read() if isinstance(value, LazyTensor) else value
 
+
+_ALIASES = {Tensor.data.__get__, Tensor.detach}  # type: ignore[attr-defined]  # a getter, in torch's stub a tensor
+"""Operations whose results share the parameter's memory: a change to them would be one to it."""
 
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "is_meta", "layout", "requires_grad", "itemsize",

@@ -70,7 +70,7 @@ def measure(model: StreamingModel, text: TextSequences, block: int) -> SequenceS
     labels = torch.roll(ids, -1, 1)
     sums = _Accumulator((model.batch.variants, len(text.ids), length))
     with torch.inference_mode():
-        for i, _, z in model.logits(ids, block):
+        for i, _, z in model.logits(ids, model.vocabulary_blocks(block)):
             sums.add(z.float(), i, labels)
         loss, kl, agree = ((t * counted).sum(-1).numpy() for t in sums.results())
     return SequenceSums(counted.sum(-1).double().numpy(), loss, kl, agree)

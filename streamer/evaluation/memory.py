@@ -65,7 +65,14 @@ def pass_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
     activations = 4 * rows * (WIDTHS * (size.widest + size.hidden) + size.attention * length)
     logits = LOGIT_COPIES * 4 * rows * min(size.vocabulary, vocabulary_block(rows))
     weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, size.vocabulary) * size.hidden)
-    return resident + TRANSFORMERS_BYTES + max(activations, logits + 8 * rows * size.hidden) + weights + size.dense
+    return (
+        resident
+        + TRANSFORMERS_BYTES
+        + max(activations, logits + 8 * rows * size.hidden)
+        + weights
+        + size.dense
+        + size.factors
+    )
 
 
 def measured_bytes(passes: Sequence[Pass], texts: Mapping[str, TextSequences], size: ModelSize, resident: int) -> int:

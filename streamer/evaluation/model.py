@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,14 @@ from streamer.evaluation.installed import Batch, InstalledModule
 from streamer.evaluation.run_time import RunTimeTensor, match_run_time
 from streamer.evaluation.skeleton import build_skeleton
 from streamer.evaluation.values import Job, Values
+from streamer.plan.targets import Target
 from streamer.units import listed
+
+MASK_VALUES = 2
+"""Values of four bytes that a mask takes for each pair of tokens of a sequence: a byte, and a float that torch makes of it."""
+
+FACTOR_BYTES = 24
+"""Bytes for each value of a delta's factors: 4 as it is read, and 8 + 4 of up to twice as many of a variant's, rounded down."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,11 @@ class ModelSize:
     widest, hidden, vocabulary
         The widest layer's inputs or outputs but for the head's, the model's width, and the head's outputs.
     attention
-        Values that are formed for each pair of tokens, where attention is computed with its weights formed; else 0.
+        Values that are formed for each pair of tokens: where attention is computed with its weights formed, or with a mask; else 0.
     dense
         Bytes of matrices that are in memory whole: a dense delta and what it is added to, or an expert's.
+    factors
+        Bytes of the factors of one delta, as they are read and as they are computed with.
     products
         Multiplications for one token by parameter, of experts those of as many as the router chooses.
     read
@@ -47,6 +56,7 @@ class ModelSize:
     vocabulary: int
     attention: int
     dense: int
+    factors: int
     products: Mapping[str, int]
     read: int
 
@@ -107,9 +117,13 @@ class StreamingModel:
             widest=max((max(t.shape[-2:]) for t in layers), default=0),
             hidden=int(getattr(config, "hidden_size", 0)),
             vocabulary=self.vocabulary,
-            attention=3 * getattr(config, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0,
+            attention=_attention_values(config),
             dense=max(
                 (16 * math.prod(t.shape[t.stacked :]) for t in (*whole, *(t for t in inner if t.stacked))), default=0
+            ),
+            factors=max(
+                (_factor_bytes(target) for targets in self.values.plan.by_weight.values() for target, _ in targets),
+                default=0,
             ),
             products={t.name: math.prod(t.shape) // (max(1, t.shape[0] // used) if t.stacked else 1) for t in inner},
             read=sum(self.values.weight(weight, 1).nbytes for weight in {w for t in tensors for w in t.weights}),
@@ -127,15 +141,15 @@ class StreamingModel:
             )
         buffer.copy_(self.values.whole(tensor, 0, with_delta=False))
 
-    def logits(self, ids: Tensor, block: int) -> Iterator[tuple[int, int, Tensor]]:
+    def logits(self, ids: Tensor, blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
         """Compute the logits of some sequences under all variants, a block of the vocabulary at a time.
 
         Parameters
         ----------
         ids
             Tokens (sequences, length); the number of sequences times variants is not the length (see `Batch.per_variant`).
-        block
-            Tokens of the vocabulary that are computed together.
+        blocks
+            Tokens of the vocabulary that are computed together: from, to; see `vocabulary_blocks`.
 
         Yields
         ------
@@ -157,8 +171,7 @@ class StreamingModel:
             for module in self._inner
         ]
         try:
-            for i in range(0, self.vocabulary, block):
-                j = min(self.vocabulary, i + block)
+            for number, (i, j) in enumerate(blocks):
                 batch.vocabulary = i, j
                 with torch.inference_mode(), quiet_transformers():
                     out = self._model(input_ids=ids, use_cache=False).logits
@@ -167,7 +180,7 @@ class StreamingModel:
                         f"{self.job.plan.base.path}: {type(self._model).__name__} gives logits {list(out.shape)} for {j - i} tokens of "
                         "the vocabulary: it computes them otherwise than by its head; evaluate does not do it"
                     )
-                if i == 0:
+                if number == 0:
                     # The outermost of those that ran gives its result again, and nothing within it runs.
                     outer = next(module for module in self._inner if module in results)
                     outer.forward = _giving(results[outer])
@@ -179,6 +192,10 @@ class StreamingModel:
                 module.__dict__.pop("forward", None)
             batch.vocabulary = None
 
+    def vocabulary_blocks(self, block: int) -> list[tuple[int, int]]:
+        """Divide the vocabulary into blocks of so many tokens, the last of fewer."""
+        return [(i, min(self.vocabulary, i + block)) for i in range(0, self.vocabulary, block)]
+
     def check_all_used(self) -> None:
         """Raise `NumericError` if a pass has left out something that the adapter changes."""
         if unused := self.values.unused():
@@ -186,6 +203,21 @@ class StreamingModel:
                 f"{self.job.plan.adapter.path}: {len(unused)} of the tensors that it changes were not used in a pass over the text, "
                 f"{listed(map(repr, unused))}; the losses would be those of another model"
             )
+
+
+def _attention_values(config: Any) -> int:
+    """Count the values that attention forms for each pair of tokens: weights by head, or a mask where there is a window."""
+    if config._attn_implementation == "eager":
+        return 3 * int(getattr(config, "num_attention_heads", 1))
+    kinds = getattr(config, "layer_types", None) or ()
+    windowed = getattr(config, "sliding_window", None) or any("sliding" in kind or "chunked" in kind for kind in kinds)
+    return MASK_VALUES if windowed else 0
+
+
+def _factor_bytes(target: Target) -> int:
+    """Estimate the bytes of a delta's factors: Δ as read, and of one variant Δ', to which intruders may be appended, in two dtypes."""
+    rank = target.module.factor_rank if target.module.low_rank else 0
+    return FACTOR_BYTES * rank * sum(target.module.shape)
 
 
 def _giving(result: Any) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from streamer import __version__
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import UnsupportedError
+from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.extra import require_transformers
 from streamer.evaluation.memory import Pass, plan_passes
 from streamer.evaluation.model import StreamingModel
@@ -122,5 +123,9 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
                         vocabulary=model.vocabulary, positions=model.positions)
         for name, path in texts.items()
     }  # fmt: skip
+    if read[GENERAL].digest() == read[TASK].digest():
+        run.monitor.warn(
+            ("the general and the task's text are the same: what is kept and what is forgotten are then one figure",)
+        )
     given = job.findings if isinstance(job.findings, GivenFindings) else None
     return Prepared(plan, options, detection, run, given, read, model)

@@ -12,8 +12,8 @@ from streamer.detection.findings import Findings
 from streamer.detection.findings_file import lock_of, remove_leftovers
 from streamer.detection.run import detect_in_memory
 from streamer.errors import NumericError
-from streamer.evaluation.causality import check_causal
 from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation, load_evaluation
+from streamer.evaluation.logit_checks import check_logits
 from streamer.evaluation.losses import measure
 from streamer.evaluation.memory import vocabulary_block
 from streamer.evaluation.model import StreamingModel
@@ -73,9 +73,10 @@ def _measured(prepared: Prepared, records: InMemory) -> Evaluation:
     if count != torch.get_num_threads():
         prepared.run.monitor.emit(Event("note", f"goes on with {count} threads, as it began; --no-resume starts over"))
     with threads(count), full_float32():
+        findings = None
         if len(records.sums) < len(prepared.passes):
-            check_causal(prepared.plan, prepared.texts[GENERAL].ids[0], prepared.run.monitor)
-        findings = _findings(prepared)
+            check_logits(prepared.plan, prepared.texts[GENERAL].ids[0], prepared.run.monitor)
+            findings = _findings(prepared)
         models: dict[tuple[int, ...], StreamingModel] = {}
         for number, one in enumerate(prepared.passes):
             if number in records.sums:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,15 +87,13 @@ class Values:
         (target, held), low_rank = pairs[0], pairs[0][0].module.low_rank
         return target if low_rank and held.index is None and held.rows is None and len(tensor.shape) == 2 else None
 
-    def deltas(self, target: Target) -> list[LowRank]:
-        """Compute the factors of Δ' of each variant but the base, in float32 and as the weight is stored: (rows, columns)."""
+    def deltas(self, target: Target) -> Iterator[LowRank]:
+        """Compute the factors of Δ' of each variant but the base in turn, in float32 and as the weight is stored: (rows, columns)."""
         self.applied.update(held.weight for held in target.slices)
-        found = []
         for variant in range(1, len(self.job.variants)):
             delta = self._delta(target, variant)
             assert isinstance(delta, LowRank)
-            found.append((delta.T if target.transposed else delta).to(torch.float32))
-        return found
+            yield (delta.T if target.transposed else delta).to(torch.float32)
 
     def _delta(self, target: Target, variant: int) -> Delta:
         """Compute Δ' (out, in) of one variant; Δ is kept for the variants to come."""

@@ -98,16 +98,16 @@ def suggestion_lines(
         lines.append(
             f"by its loss on general text {suggestion.least_loss.name} forgets least: {_cell(difference)} lower"
         )
-    lines.append(_shrink_line(variant, suggestion.shrink))
+    lines.append(_shrink_line(variant, suggestion.shrink, share))
     lines.append(f"made by: {' '.join(['streamer', command, inputs, '-o', 'OUTPUT', *options])}{more}")
     return lines
 
 
-def _shrink_line(variant: EvaluatedVariant, found: ShrinkComparison | None) -> str:
+def _shrink_line(variant: EvaluatedVariant, found: ShrinkComparison | None, share: str) -> str:
     if variant.method == "shrink":
-        return "it is a shrink of the whole adapter: none of those evaluated that scale intruders alone forgets less"
+        return f"it is a shrink of the whole adapter: no variant that keeps {share} and scales intruders alone forgets less"
     if found is None:
-        return "against a shrink of the whole adapter: not compared, since no two that were evaluated enclose what it keeps"
+        return "against a shrink of the whole adapter: not compared, which takes two at least that were evaluated and enclose what it keeps"
     low, high = found.between
     words = {
         "better": "it is better than",

@@ -25,7 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = np.random.default_rng(0).integers(3, 64, (200, 8))
     np.save(home / "all.npy", texts)
     found = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "all.npy", task=home / "all.npy",
-                                       methods=["shrink"], lambdas=[0.5], sequences=200, length=8)  # fmt: skip
+                                       methods=["shrink"], lambdas=[0.5], sequences=200, length=8, on_event=lambda event: None)  # fmt: skip
     gain = found.task.loss[0] - found.task.loss[1]
     np.save(home / "task.npy", texts[np.argsort(-gain)[:6]])
     np.save(home / "general.npy", texts[np.argsort(gain)[:6]])

@@ -11,7 +11,7 @@ import pytest
 import quantized
 import torch
 import transformers
-from architectures import ATTENTION, BERT, LINEAR, MODELS, config
+from architectures import ATTENTION, BERT, LINEAR, MODELS, TEXT, config
 from causal_models import CAUSAL, make_adapter, make_base
 from evaluated import TOP_K, assert_as_transformers, streamed, sums_of, token_ids
 from peft import LoHaConfig, PeftModel, get_peft_model
@@ -233,25 +233,35 @@ def test_a_weight_that_a_class_multiplies_with_itself(
         assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
 
 
-BIDIRECTIONAL: dict[str, tuple[str, Any]] = {
-    "a prefix that sees itself": ("PaliGemmaForConditionalGeneration", MODELS["paligemma"][1]),
-    "an encoder with a head": ("BertLMHeadModel", lambda: config("Bert", **BERT)),
-}
+IMAGES = {"vq_config": {"embed_dim": 8, "num_embeddings": 8, "base_channels": 32, "channel_multiplier": [1],
+                        "num_res_blocks": 1, "latent_channels": 8, "resolution": 8},
+          "vocabulary_map": {"<image>": 8, "IMGIMGAZ": 4, "IMGIMGBZ": 50}}  # fmt: skip
+RWKV = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 64, "rescale_every": 2}
+FOLLOWS = "a token sees those that follow it"
+# What → the model's class, its config, and the words of the refusal
+OTHERWISE: dict[str, tuple[str, Any, str]] = {
+    "a prefix that sees itself": ("PaliGemmaForConditionalGeneration", MODELS["paligemma"][1], FOLLOWS),
+    "an encoder with a head": ("BertLMHeadModel", lambda: config("Bert", **BERT), FOLLOWS),
+    "weights changed on the way": ("RwkvForCausalLM", lambda: config("Rwkv", **RWKV), r"weight' is changed by the model as it runs"),
+    "tokens masked by number": ("ChameleonForConditionalGeneration", lambda: config("Chameleon", **TEXT, **IMAGES),
+                                "changes the logits of some tokens by their number"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BIDIRECTIONAL)
-def test_a_model_that_sees_what_follows_is_refused(what: str, tmp_path: Path) -> None:
-    kind, make = BIDIRECTIONAL[what]
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_a_model_that_computes_otherwise_is_refused(what: str, tmp_path: Path) -> None:
+    kind, make, message = OTHERWISE[what]
     torch.manual_seed(0)
     model = getattr(transformers, kind)(make())
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "base")
-    adapter = make_adapter(type(model), tmp_path / "base", tmp_path / "adapter", ["q_proj", "query"])
-    np.save(tmp_path / "t.npy", token_ids(60) + 4)
-    with pytest.raises(UnsupportedError, match="a token sees those that follow it"):
+    adapter = make_adapter(type(model), tmp_path / "base", tmp_path / "adapter", ["q_proj", "query", "key"])
+    np.save(tmp_path / "g.npy", token_ids(60) + 4)
+    np.save(tmp_path / "t.npy", token_ids(50) + 4)
+    with pytest.raises(UnsupportedError, match=message):
         streamer.evaluate_variants(
-            tmp_path / "base", adapter, general=tmp_path / "t.npy", task=tmp_path / "t.npy", methods=["shrink"]
+            tmp_path / "base", adapter, general=tmp_path / "g.npy", task=tmp_path / "t.npy", methods=["shrink"]
         )
 
 

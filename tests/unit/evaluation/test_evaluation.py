@@ -146,7 +146,11 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
         ({"learns": 0.0}, 0.9, "no suggestion: the adapter has not learned the task's text"),
         ({"forgets": 0.0}, 0.9, "ship the adapter as it is: it does not forget"),
         ({"curves": {"paper": CURVES["paper"]}}, 0.95, "ship the adapter as it is: none that keeps 95%"),
-        ({"curves": {"project": CURVES["project"]}}, 0.9, "not compared, since no two that were evaluated enclose"),
+        (
+            {"curves": {"project": CURVES["project"]}},
+            0.9,
+            "not compared, which takes two at least that were evaluated and enclose",
+        ),
         (
             {"curves": {**CURVES, "project": lambda x: (x**9, x**0.5)}},
             0.9,

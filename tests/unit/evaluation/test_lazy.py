@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from streamer.errors import UnsupportedError
 from streamer.evaluation import lazy
 from streamer.evaluation.lazy import LazyTensor
 
@@ -78,6 +79,15 @@ def test_other_operations_read_all(weight: tuple[Given, LazyTensor]) -> None:
     ):  # fmt: skip
         assert type(result) is Tensor
         torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: w.div_(2), lambda w: w.data.div_(2), lambda w: w.detach().copy_(w * 2), lambda w: w.__setitem__(0, 0.0),
+    lambda w: w.__imul__(2), lambda w: torch.mul(torch.ones(7, 5), 2, out=w),
+])  # fmt: skip
+def test_what_would_change_it_is_refused(weight: tuple[Given, LazyTensor], change: Any) -> None:
+    with pytest.raises(UnsupportedError, match="'w' is changed by the model as it runs"):
+        change(weight[1])
 
 
 def test_embeddings_are_looked_up_and_experts_taken_one_by_one(weight: tuple[Given, LazyTensor]) -> None:

@@ -10,7 +10,7 @@ from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_pa
 from streamer.evaluation.model import ModelSize
 from streamer.evaluation.sequences import TextSequences
 
-LARGE = ModelSize(widest=14336, hidden=4096, vocabulary=128256, attention=0, dense=0, products={}, read=0)
+LARGE = ModelSize(widest=14336, hidden=4096, vocabulary=128256, attention=0, dense=0, factors=0, products={}, read=0)
 RESIDENT = 250 << 20
 
 
