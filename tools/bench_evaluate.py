@@ -149,7 +149,7 @@ def per_row(profile: dict[str, Any], kind: str) -> float:
     return float(sum(t[kind] for name, t in profile["stages"].items() if name != START) / profile["rows"])
 
 
-def project(profile: dict[str, Any], model: Known, variants: int) -> dict[str, dict[str, float]]:
+def project(profile: dict[str, Any], model: Known, variants: int) -> dict[str, dict[str, Any]]:
     """Seconds that an evaluation of whole models would take, from the profile of this one; see the module's docstring."""
     there = Work.of(model, profile["rows"], profile["passes"])
     sequences = max(1, ROWS // variants // (PROJECTED_LENGTH + 1))
@@ -165,9 +165,9 @@ def project(profile: dict[str, Any], model: Known, variants: int) -> dict[str, d
             READING: turn * layers, FACTORS: turn * layers, HEAD + PRODUCTS: row * head, HEAD + READING: turn * head,
             SOFTMAX: row * here.vocabulary / there.vocabulary, START: 1.0,
         }  # fmt: skip
-        out[name] = {"passes": passes, "rows": rows}
-        for kind in KINDS:
-            out[name][kind] = sum(t[kind] * growth[stage] for stage, t in profile["stages"].items())
+        stages = {stage: {kind: t[kind] * growth[stage] for kind in KINDS} for stage, t in profile["stages"].items()}
+        sums = {kind: sum(t[kind] for t in stages.values()) for kind in KINDS}
+        out[name] = {"passes": passes, "rows": rows, **sums, "stages": stages}
     return out
 
 
@@ -277,8 +277,10 @@ def table(tree: dict[str, Any]) -> str:
     each = (1e3 * tree["seconds_per_row"][kind] for kind in KINDS)
     lines.append("".join([f"{'ms of the passes for a row':<32}", *(f"{ms:>9.2f}" for ms in each)]))
     for name, p in tree.get("projected", {}).items():
-        lines.append(f"{name}, projected: {p['rows']} rows in {p['passes']} passes, {p['wall'] / 3600:.1f} h; "
-                     f"{p['cpu'] / 3600:.1f} CPU h of the main thread")  # fmt: skip
+        largest = sorted(p["stages"].items(), key=lambda item: -item[1]["cpu"])[:4]
+        lines += [f"{name}, projected: {p['rows']} rows in {p['passes']} passes, {p['wall'] / 3600:.1f} h; "
+                  f"{p['cpu'] / 3600:.1f} CPU h of the main thread",
+                  "    " + ", ".join(f"{stage} {t['cpu'] / p['cpu']:.1%}" for stage, t in largest)]  # fmt: skip
     if "peer" in tree:
         peer = tree["peer"]
         lines += ["", f"{'against merged models':<28}{'median':>9}{'min':>9}{'max':>9}"]

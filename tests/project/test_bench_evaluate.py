@@ -50,7 +50,7 @@ def test_the_projection_of_a_model_to_itself_is_what_was_measured() -> None:
     profile = {"rows": 2 * 64 * 512 * 8, "passes": 128, "stages": dict.fromkeys(stages, seconds)}
     small, large = KNOWN["llama-3-8b"], KNOWN["llama-3-70b"]
     projected = bench_evaluate.project(profile, small, 8)
-    assert projected["llama-3-8b"] == {"rows": profile["rows"], "passes": 128, "wall": 5.0, "cpu": 5.0}
+    assert projected["llama-3-8b"] == {**profile, "wall": 5.0, "cpu": 5.0}
     layers = sum(m * n for m, n in large.modules.values()) / sum(m * n for m, n in small.modules.values())
     # Products and reading grow with the layers, the head with its width, the softmax and the start not.
     assert projected["llama-3-70b"]["wall"] == pytest.approx(2 * layers + 2 + 1 + 1)
