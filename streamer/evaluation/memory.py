@@ -118,7 +118,7 @@ def plan_passes(
     passes = []
     for name, text in texts.items():
         order = sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i]))
-        for part in _parts(order, text, max(1, most // together)):
+        for part in _parts(order, text, max(1, most // together), size.short):
             passes += [Pass(name, part, chunk) for chunk in chunks]
     return passes
 
@@ -128,11 +128,15 @@ def _steps(first: int, last: int) -> Iterator[int]:
     yield from range(first + 64, max(first, last) + 1, 64)
 
 
-def _parts(order: Sequence[int], text: TextSequences, tokens: int) -> Iterator[tuple[int, ...]]:
-    """Divide sequences into groups of so many tokens at most, padding included; at least one a group."""
+def _parts(order: Sequence[int], text: TextSequences, tokens: int, short: int | None) -> Iterator[tuple[int, ...]]:
+    """Divide sequences into groups of so many tokens at most, padding included; at least one a group.
+
+    Short ones are not padded to a length for which the model's rotary embeddings are others.
+    """
     group: list[int] = []
     for i in order:
-        if group and (len(group) + 1) * (len(text.ids[group[0]]) + 1) > tokens:
+        full = group and (len(group) + 1) * (len(text.ids[group[0]]) + 1) > tokens
+        if full or (group and short is not None and len(text.ids[i]) <= short < len(text.ids[group[0]])):
             yield tuple(group)
             group = []
         group.append(i)

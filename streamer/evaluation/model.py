@@ -49,6 +49,8 @@ class ModelSize:
         Multiplications for one token by parameter, of experts those of as many as the router chooses.
     read
         Bytes of all weights on disk.
+    short
+        Longest sequence that rotary embeddings of two kinds (longrope) take for a short one, by its length with padding; None of others.
     """
 
     widest: int
@@ -59,6 +61,7 @@ class ModelSize:
     factors: int
     products: Mapping[str, int]
     read: int
+    short: int | None = None
 
 
 class StreamingModel:
@@ -127,6 +130,7 @@ class StreamingModel:
             ),
             products={t.name: math.prod(t.shape) // (max(1, t.shape[0] // used) if t.stacked else 1) for t in inner},
             read=sum(self.values.weight(weight, 1).nbytes for weight in {w for t in tensors for w in t.weights}),
+            short=_short_length(config),
         )
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
@@ -212,6 +216,20 @@ def _attention_values(config: Any) -> int:
     kinds = getattr(config, "layer_types", None) or ()
     windowed = getattr(config, "sliding_window", None) or any("sliding" in kind or "chunked" in kind for kind in kinds)
     return MASK_VALUES if windowed else 0
+
+
+def _short_length(config: Any) -> int | None:
+    """Return the length up to which longrope takes its short factors; None of other rotary embeddings."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [
+        rope,
+        *(kind for kind in rope.values() if isinstance(kind, dict)),
+    ]  # of some models one for each kind of layer
+    stated = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    length = next(
+        (n for n in stated if n), getattr(config, "original_max_position_embeddings", None) if stated else None
+    )
+    return None if length is None else int(length)
 
 
 def _factor_bytes(target: Target) -> int:

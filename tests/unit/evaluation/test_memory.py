@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,13 @@ def test_long_sequences_go_together() -> None:
     passes = plan_passes(texts, 8, LARGE, RESIDENT, None)
     check_complete(passes, 8, texts)
     assert [p.sequences for p in passes] == [(1,), (3,), (4, 2, 0), (0,)]
+
+
+def test_short_sequences_are_not_padded_to_where_rotary_embeddings_are_others() -> None:
+    texts = {"general": text(10, 40, 16, 17), "task": text(12, 16)}
+    passes = plan_passes(texts, 8, replace(LARGE, short=16), RESIDENT, None)
+    check_complete(passes, 8, texts)
+    assert [p.sequences for p in passes] == [(1, 3), (2, 0), (1, 0)]
 
 
 def test_a_budget_divides_the_variants_too() -> None:
