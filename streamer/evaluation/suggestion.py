@@ -189,7 +189,9 @@ def against_shrink(
 
     def estimate(of: Callable[[Floats], Estimate]) -> Estimate:
         found, interpolated = of(own - shrink), of(shrink - fewer).value
-        return Estimate(found.value, math.hypot(found.error, of(slope).value / by_lambda * matched, interpolated))
+        return Estimate(
+            found.value, math.hypot(found.error, of(slope).value / by_lambda * matched, interpolated), found.sequences
+        )
 
     return ShrinkComparison(lam, between, estimate(general.loss_of), estimate(general.kl_of))
 

@@ -76,11 +76,15 @@ def suggestion_lines(
     if variant is None:
         change = _cell(task.loss_difference(ADAPTER_ROW, BASE_ROW))
         return [
-            f"no suggestion: the adapter has not learned the task's text: its loss there less the base's is {change}"
+            f"no suggestion: it is not told that the adapter has learned the task's text (more text may tell): its loss there "
+            f"less the base's is {change}"
         ]
     if suggestion.reason == "not forgotten":
         change = _cell(general.loss_difference(ADAPTER_ROW, BASE_ROW))
-        return [f"ship the adapter as it is: it does not forget: its loss on general text less the base's is {change}"]
+        return [
+            f"ship the adapter as it is: it is not told that it forgets (more text may tell): its loss on general text "
+            f"less the base's is {change}"
+        ]
     if suggestion.reason == "none better":
         return [
             f"ship the adapter as it is: none that keeps {share} of what was learned forgets less by more than the error"

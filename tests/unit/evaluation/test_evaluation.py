@@ -143,8 +143,8 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
 @pytest.mark.parametrize(
     ("options", "keep", "words"),
     [
-        ({"learns": 0.0}, 0.9, "no suggestion: the adapter has not learned the task's text"),
-        ({"forgets": 0.0}, 0.9, "ship the adapter as it is: it does not forget"),
+        ({"learns": 0.0}, 0.9, "no suggestion: it is not told that the adapter has learned the task's text"),
+        ({"forgets": 0.0}, 0.9, "ship the adapter as it is: it is not told that it forgets"),
         ({"curves": {"paper": CURVES["paper"]}}, 0.95, "ship the adapter as it is: none that keeps 95%"),
         (
             {"curves": {"project": CURVES["project"]}},

@@ -74,7 +74,16 @@ def test_a_share_of_no_difference_is_none() -> None:
 
 
 def test_two_errors_tell() -> None:
-    assert Estimate(2.1, 1).is_positive
-    assert not Estimate(1.9, 1).is_positive
-    assert Estimate(-2.1, 1).is_negative
-    assert not Estimate(0, 0).is_positive
+    assert Estimate(2.1, 1, 64).is_positive
+    assert not Estimate(1.9, 1, 64).is_positive
+    assert Estimate(-2.1, 1, 64).is_negative
+    assert not Estimate(0, 0, 64).is_positive
+
+
+@pytest.mark.parametrize("sequences", [2, 3, 4, 8, 64])
+def test_of_differences_that_are_none_few_are_told(sequences: int) -> None:
+    """However few sequences: 2.5 % to each side."""
+    y = np.random.default_rng(0).normal(size=(4000, sequences))
+    found = [ratio(one, np.ones(sequences)) for one in y]
+    assert sum(e.is_positive for e in found) / 4000 == pytest.approx(0.025, abs=0.008)
+    assert sum(e.is_negative for e in found) / 4000 == pytest.approx(0.025, abs=0.008)
