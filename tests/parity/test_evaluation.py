@@ -21,8 +21,11 @@ from transformers import LlamaForCausalLM
 
 import streamer
 from streamer.errors import NumericError, UnsupportedError
-from streamer.evaluation.variants import make_variants
+from streamer.evaluation.model import StreamingModel
+from streamer.evaluation.values import Job
+from streamer.evaluation.variants import BASE, Variant, make_variants
 from streamer.linalg.torch_state import has_fast_bfloat16
+from streamer.plan.plan import make_plan
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -278,3 +281,19 @@ def test_a_quantized_base_of_conv1d_layers_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
     with pytest.raises(UnsupportedError, match="a quantized gpt2 stores its layers"):
         streamed(tmp_path / "base", adapter, make_variants(("shrink",), (0.5,), "all"), None, token_ids(64))
+
+
+def test_the_length_from_which_longrope_is_another_is_known(tmp_path: Path) -> None:
+    """The model's own forward on a short sequence beside a long one differs there, so that they do not go together."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    torch.manual_seed(0)
+    model = transformers.Phi3ForCausalLM(
+        config("Phi3", **TEXT, original_max_position_embeddings=16, rope_parameters=rope)
+    ).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapter = make_adapter(type(model), tmp_path / "base", tmp_path / "adapter", ["qkv_proj"])
+    assert StreamingModel(Job(make_plan(tmp_path / "base", adapter), (Variant(BASE, None),), None)).size.short == 16
+    ids = token_ids(64, 1, 17)
+    with torch.no_grad():
+        short, padded = model(input_ids=ids[:, :16]).logits, model(input_ids=ids).logits[:, :16]
+    assert (short - padded).abs().max() > 1e-4
