@@ -27,8 +27,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "all.npy", task=home / "all.npy",
                                        methods=["shrink"], lambdas=[0.5], sequences=200, length=8, on_event=lambda event: None)  # fmt: skip
     gain = found.task.loss[0] - found.task.loss[1]
-    np.save(home / "task.npy", texts[np.argsort(-gain)[:6]])
-    np.save(home / "general.npy", texts[np.argsort(gain)[:6]])
+    np.save(home / "task.npy", texts[np.argsort(-gain)[:24]])
+    np.save(home / "general.npy", texts[np.argsort(gain)[:24]])
     streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", top_k=4)
     return home
 
