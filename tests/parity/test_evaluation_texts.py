@@ -14,10 +14,10 @@ import tokenizers
 from helpers import three_shards
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import streamer
-from streamer.errors import FormatError, UnsupportedError
+from streamer.errors import FormatError, UnsupportedError, UsageError
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.texts import read_text
 from streamer.evaluation.tokenizer import load_tokenizer, tokenizer_directory
@@ -30,6 +30,10 @@ WORDS = TEXT.split()
 CHATML = """{{ '<s>' }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}\
 {{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+DATED = """{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}\
+{% endif %}{{ '<s>' + date_string }}""" + CHATML.replace("{{ '<s>' }}", "")
+"""As Llama 3.2's."""
 
 FORGETFUL = """{% for m in messages %}{{ '[' + m['role'] + ']' }}{{ m['content'] if m['role'] != 'assistant' or loop.last else '…' }}\
 {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
@@ -237,11 +241,16 @@ MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
     [
         ("{", "expected a JSON object, found another text: "),
         ('{"text": "a", "text": "b"}', "key 'text' appears twice"),
-        ('"text"', "and nothing else, found a str"),
-        ({"text": "a", "prompt": "b"}, "and nothing else, found the keys 'text', 'prompt'"),
+        ('"text"', "one kind alone, found a str"),
+        ({"text": "a", "prompt": "b"}, "one kind alone, found the keys 'text', 'prompt'"),
         ({"prompt": "a"}, "found the keys 'prompt'"),
-        ({"text": "the dog", "source": "x"}, "found the keys 'text', 'source'"),
-        ({}, "and nothing else, found the keys "),
+        ({"messages": MESSAGES, "prompt": "b"}, "found the keys 'messages', 'prompt'"),
+        ({"source": "x"}, "found the keys 'source'"),
+        ({}, "one kind alone, found the keys "),
+        (
+            {"messages": MESSAGES, "tools": [{}]},
+            "has 'tools', which the chat template is not given; give 'prompt' and 'completion'",
+        ),
         ({"text": 3}, "expected 'text' to be a string, found 3"),
         ({"prompt": "a", "completion": None}, "expected 'completion' to be a string, found None"),
         ({"text": ""}, "expected tokens to predict, found none that counts among its first 1"),
@@ -262,6 +271,14 @@ def test_lines_that_are_refused(line: Any, words: str, tmp_path: Path) -> None:
     assert str(e.value).startswith(f"{path}: line 3: ")
     assert words in str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("line", [{"text": "the dog"}, {"prompt": "the", "completion": " dog"}, {"messages": MESSAGES}])
+def test_keys_that_say_nothing_of_the_text_are_ignored(line: dict[str, Any], tmp_path: Path) -> None:
+    save(tmp_path, "words", template=CHATML)
+    plain = read(lines(tmp_path / "t.jsonl", line, line))
+    more = {"id": 3, **line, "source": None, "tools": None}
+    assert read(lines(tmp_path / "t.jsonl", more, more)).digest() == plain.digest()
 
 
 def test_a_file_of_no_lines(tmp_path: Path) -> None:
@@ -290,6 +307,15 @@ def test_a_template_that_writes_earlier_answers_otherwise(tmp_path: Path) -> Non
     assert read(lines(tmp_path / "t.jsonl", {"messages": MESSAGES}, {"messages": MESSAGES})).tokens > 0
 
 
+def test_a_template_that_writes_the_date_gives_the_same_tokens_on_every_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = save(tmp_path, template=DATED)
+    path = lines(tmp_path / "t.jsonl", *[{"messages": MESSAGES}] * 2)
+    expected = tokenizer.apply_chat_template(MESSAGES, date_string="26 Jul 2024")["input_ids"]
+    assert read(path).ids[0].tolist() == expected
+
+
 # Tokenizers ----------------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +332,39 @@ def test_a_tokenizer_without_offsets(tmp_path: Path) -> None:
         UnsupportedError, match=r"its tokenizer \(CanineTokenizer\) does not tell where in the text its tokens stand"
     ):
         load_tokenizer(tmp_path / "t.txt", tmp_path)
+
+
+def test_all_tokens_that_a_tokenizer_puts_first_stand_first_and_do_not_count(tmp_path: Path) -> None:
+    """As GLM's, `[gMASK]<sop>`, of which none is the token that begins a text by name."""
+    save(tmp_path, "words")
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": t, "type_id": 0}} for t in ("<|im_start|>", "<s>")]
+    single += [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    names = {x["content"]: x["id"] for x in tree["added_tokens"]}
+    tree["post_processor"]["single"] = single
+    tree["post_processor"]["special_tokens"] = {
+        t: {"id": t, "ids": [names[t]], "tokens": [t]} for t in ("<|im_start|>", "<s>", "</s>")
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config.pop("bos_token")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    start = [names["<|im_start|>"], names["<s>"]]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.bos_token is None
+    made = tokenizer("the quick fox").input_ids
+    assert (made[:2], made[-1]) == (start, names["</s>"])
+    line = {"prompt": "the", "completion": " quick fox"}
+    for name, objects in (("d", [{"text": "the quick fox"}] * 2), ("p", [line, line])):
+        found = read(lines(tmp_path / f"{name}.jsonl", *objects))
+        assert found.ids[0].tolist() == made[:-1]
+        assert found.counted[0].tolist() == [False, False, name == "d", True, True]
+    (tmp_path / "t.txt").write_text(prose(300))
+    found = read(tmp_path / "t.txt", sequences=3, length=8)
+    assert [ids[:2].tolist() for ids in found.ids] == [start] * 3
+    assert [counted.tolist() for counted in found.counted] == [[False, False, *[True] * 6]] * 3
+    with pytest.raises(UsageError, match="--length: expected more than the 2 tokens that the tokenizer puts before"):
+        read(tmp_path / "t.txt", length=2)
 
 
 def test_the_choice_is_the_same_in_every_run(tmp_path: Path) -> None:
