@@ -181,6 +181,8 @@ class Evaluation:
                 words += ["--epsilon", f"{used['threshold_epsilon']}"]
         if lam is not None and not 0 <= lam <= 1:
             words.append("--amplify")
+        words += ["--base-is-residual"] if facts["adapter"].get("base_is_residual") else []
+        words += ["--architecture", facts["base"]["architecture"]] if "architecture" in facts["base"] else []
         return [*words, "--dequantize"] if facts["quantized"] and not mitigates else words
 
 

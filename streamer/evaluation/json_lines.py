@@ -18,7 +18,10 @@ from streamer.storage.strict_json import strict_json
 from streamer.units import listed, quoted
 
 KEYS = ({"text"}, {"prompt", "completion"}, {"messages"})
-"""Keys that a line has: those of one of these."""
+"""Keys that make a line a document, a prompt with a completion, or a conversation; a line has those of one of these."""
+
+PROMPT_KEYS = ("tools", "documents", "chat_template_kwargs")
+"""Keys beside ``messages`` by which the chat template would write another prompt."""
 
 Sequence = tuple[NDArray[np.int64], NDArray[np.bool_]]
 """Ids (t,), and which of them count."""
@@ -30,10 +33,13 @@ Spans = list[tuple[int, int]]
 def read_json_lines(path: Path, tokenizer: Tokenizer, sequences: int, length: int) -> Iterator[Sequence]:
     """Read at most as many lines as are asked for, at even distances, empty ones apart.
 
+    Keys of a line that are in neither `KEYS` nor `PROMPT_KEYS`, as ``id`` and ``source``, are ignored.
+
     Raises
     ------
     FormatError
-        If a line is not JSON, has other keys, or no token of it counts.
+        If a line is not JSON, has the keys of no kind or of two, or what the template would write into the prompt, or no token of it
+        counts.
     """
     fd, _ = open_regular(path, "JSON lines")
     with os.fdopen(fd, "rb") as file:
@@ -56,21 +62,25 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Seq
         tree = strict_json(raw)
     except ValueError as e:
         raise FormatError(f"{where}: expected a JSON object, found another text: {e}") from e
-    if not isinstance(tree, dict) or set(tree) not in KEYS:
+    if not isinstance(tree, dict) or (kind := set(tree) & set().union(*KEYS)) not in KEYS:
         found = f"the keys {listed(map(quoted, tree))}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
         raise FormatError(
-            f"{where}: expected an object with 'text', with 'prompt' and 'completion', or with 'messages', and nothing else, found {found}"
+            f"{where}: expected an object with 'text', with 'prompt' and 'completion', or with 'messages', one kind alone, found {found}"
         )
     start = tokenizer.start
-    if "messages" in tree:
+    if "messages" in kind:
+        if given := [key for key in PROMPT_KEYS if tree.get(key)]:
+            raise FormatError(
+                f"{where}: has {listed(map(quoted, given))}, which the chat template is not given; give 'prompt' and 'completion'"
+            )
         text, spans = _conversation(where, tree["messages"], tokenizer)
         start = ()  # the template writes what it begins with
     else:
-        for key, value in tree.items():
-            if not isinstance(value, str):
-                raise FormatError(f"{where}: expected {key!r} to be a string, found {quoted(value)}")
-        text = tree["text"] if "text" in tree else tree["prompt"] + tree["completion"]
-        spans = [(len(tree.get("prompt", "")), len(text))]
+        for key in sorted(kind, reverse=True):
+            if not isinstance(tree[key], str):
+                raise FormatError(f"{where}: expected {key!r} to be a string, found {quoted(tree[key])}")
+        text = tree["text"] if "text" in kind else tree["prompt"] + tree["completion"]
+        spans = [(len(tree["prompt"]) if "prompt" in kind else 0, len(text))]
     ids, offsets = tokenizer.encode(text)
     if tuple(ids[: len(start)]) == start:
         start = ()  # it is written out

@@ -64,8 +64,8 @@ def _finished(prepared: Prepared, output: Path) -> bool:
 
 
 def _start(prepared: Prepared) -> dict[str, Any]:
-    """Make the first record of a journal: what run it belongs to, and on how many threads, on which last bits depend."""
-    bits = prepared.findings.bits if prepared.findings else ""
+    """Make the first record of a journal: what run it belongs to, and the threads and the torch on which last bits depend."""
+    bits = f"{prepared.findings.bits if prepared.findings else ''} torch {torch.__version__}".strip()
     return {"plan": prepared.facts["plan"], "version": __version__, "stamps": prepared.plan.detection_stamps(),
             "bits": bits, "threads": torch.get_num_threads()}  # fmt: skip
 

@@ -43,12 +43,12 @@ def read_text(
     """Read sequences of tokens from a file.
 
     ``.txt``
-        Running text in UTF-8. A sequence begins at a word and has `length` tokens, the token that the tokenizer begins a text with among
-        them; sequences do not overlap. What is left at the end is dropped.
+        Running text in UTF-8. A sequence begins at a word and has `length` tokens, those that the tokenizer puts before a text among
+        them; these do not count. Sequences do not overlap; what is left at the end is dropped.
     ``.jsonl``
         A JSON object on each line, which becomes one sequence of at most `length` tokens, cut at its end: with ``text``, all of whose
         tokens count; with ``prompt`` and ``completion``, of which those of the completion count; or with ``messages``, of which those of
-        the assistant's answers count.
+        the assistant's answers count. Other keys are ignored.
     ``.npy``
         Token ids as they are: (n,), a stream that is cut into sequences of `length`, or (n, t), a sequence in each row, cut at its end.
 
@@ -68,7 +68,8 @@ def read_text(
     Raises
     ------
     UsageError
-        If the name has another suffix, or a sequence is longer than the model's positions.
+        If the name has another suffix, a sequence is longer than the model's positions, or has room only for what the tokenizer puts
+        before a text.
     FormatError
         If the file breaks its format, holds fewer than two sequences, or an id outside of the vocabulary.
     MissingInputError, MissingPackageError
@@ -84,7 +85,8 @@ def read_text(
     else:
         tokenizer = load_tokenizer(path, tokenizer_directory)
         if path.suffix == ".txt":
-            taken = [(ids, np.ones(len(ids), bool)) for ids in _cut_text(path, tokenizer, sequences, length)]
+            own = np.arange(length) >= len(tokenizer.start)
+            taken = [(ids, own.copy()) for ids in _cut_text(path, tokenizer, sequences, length)]
         else:
             taken = list(read_json_lines(path, tokenizer, sequences, length))
     for _, counted in taken:
@@ -149,6 +151,10 @@ def _check_stream(path: Path, tokens: int, length: int) -> None:
 
 def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int) -> Iterator[NDArray[np.int64]]:
     """Take sequences from text at even distances in bytes; where it has too few for that, one after another."""
+    if length <= len(tokenizer.start):
+        raise UsageError(
+            f"--length: expected more than the {len(tokenizer.start)} tokens that the tokenizer puts before a text, found {length}"
+        )
     fd, status = open_regular(path, "text")
     wanted, end, found = length - len(tokenizer.start), 0, 0
     try:

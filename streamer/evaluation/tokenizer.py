@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,13 @@ from streamer.errors import FormatError, MissingInputError, UnsupportedError
 from streamer.evaluation.extra import quiet_transformers, require_transformers
 from streamer.plan.plan import Plan
 from streamer.plan.tokenizer import VOCABULARIES, with_tokenizer
+
+TEMPLATE_TIME = datetime(2024, 7, 26, 12)
+"""Time that a chat template is given where it writes the present one, so that a text is the same tokens on every day; that day is the one
+that Llama 3's templates write where they are given none."""
+
+NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+"""Call by which a chat template asks transformers for the present time: quote, and format."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class Tokenizer:
     directory
         Where it was read from.
     start
-        The token that it begins a text with, where it does so.
+        The tokens that it puts before a text, as ``<s>``, or ``[gMASK]`` and ``<sop>``; often none.
     """
 
     directory: Path
@@ -48,14 +58,24 @@ class Tokenizer:
         return found["input_ids"], found["offset_mapping"]
 
     def render(self, messages: Sequence[Any], with_prompt: bool) -> str:
-        """Write messages as the chat template has them; every fault of a template or message raises an exception of its own."""
-        text: str = self._loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=with_prompt)
+        """Write messages by the chat template, as at `TEMPLATE_TIME`; every fault of either raises an exception of its own."""
+        text: str = self._loaded.apply_chat_template(
+            list(messages),
+            chat_template=NOW.sub(_at_template_time, self._loaded.get_chat_template()),
+            tokenize=False,
+            add_generation_prompt=with_prompt,
+        )
         return text
 
     @property
     def has_chat_template(self) -> bool:
         """Test whether it has a chat template."""
         return bool(self._loaded.chat_template)
+
+
+def _at_template_time(call: re.Match[str]) -> str:
+    """Write a call for the present time as the string that it gives at `TEMPLATE_TIME`."""
+    return f"{call[1]}{TEMPLATE_TIME.strftime(call[2])}{call[1]}"
 
 
 def tokenizer_directory(plan: Plan) -> Path | None:
@@ -95,7 +115,7 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
             loaded = transformers.AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
-            start = loaded("").input_ids[:1]
+            text_a = loaded("a", return_special_tokens_mask=True)
         except Exception as e:  # of the tokenizers library it may be Exception itself
             why = next(iter(str(e).splitlines()), type(e).__name__)
             raise FormatError(f"{directory}: transformers cannot read its tokenizer: {why}") from e
@@ -103,4 +123,5 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
         raise UnsupportedError(
             f"{directory}: its tokenizer ({type(loaded).__name__}) does not tell where in the text its tokens stand; give token ids (.npy)"
         )
-    return Tokenizer(directory, tuple(start) if start == [loaded.bos_token_id] else (), loaded)
+    start = takewhile(lambda token: token[1], zip(text_a.input_ids, text_a.special_tokens_mask, strict=True))
+    return Tokenizer(directory, tuple(i for i, _ in start), loaded)

@@ -169,6 +169,20 @@ def test_an_interrupted_one_goes_on_for_another_share(job: Job, tmp_path: Path) 
     assert monitor.outputs[output] == "resumed"
 
 
+def test_passes_of_another_torch_are_not_mixed_with_those_to_come(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "e.json"
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.__version__", "2.0.0")
+        with pytest.raises(Interrupted):
+            job.run(output, monitor=stopping_at(120))
+    monitor = Monitor()
+    job.run(output, monitor=monitor)
+    assert monitor.outputs[output] == "written"
+    assert output.read_bytes() == job.whole
+
+
 def a_text(path: Path) -> None:
     path.write_text("notes")
 

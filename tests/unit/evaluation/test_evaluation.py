@@ -103,6 +103,14 @@ def test_sums_that_do_not_fit_are_refused() -> None:
             {"detection": {"top_k": 0.1, "threshold_epsilon": 0.6}},
             "mitigate --method project --lambda 0.5 --top-k 0.1 --epsilon 0.6",
         ),
+        (
+            ("shrink 0.5", "shrink", 0.5),
+            {
+                "base": {"architecture": "GPT2LMHeadModel", "files": []},
+                "adapter": {"base_is_residual": True, "modules": 1},
+            },
+            "mitigate --method shrink --lambda 0.5 --base-is-residual --architecture GPT2LMHeadModel",
+        ),
     ],
 )
 def test_the_command_that_makes_a_variant(variant: tuple[Any, ...], facts: dict[str, Any], words: str) -> None:
