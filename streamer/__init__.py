@@ -11,6 +11,7 @@ The folders are the data's way, and imports point up this list only::
     detection/     decisions         the leading directions of each matrix, and the findings file
     output/        results           mitigated deltas, output tensors, files
     verification/  witnesses         an output against its record and inputs, by other code
+    evaluation/    measures          losses of every variant on a user's text, in passes over the base
     api/           the library       one function for each command
     cli/           commands          arguments, progress, tables, forecasts, demo
 
@@ -30,6 +31,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "Detection": "detection.intruders",
     "DetectionOptions": "detection.options",
+    "Evaluation": "evaluation.evaluation",
     "Event": "events",
     "Findings": "detection.findings",
     "MatrixFinding": "detection.matrix_finding",
@@ -39,7 +41,9 @@ _HOMES = {
     "StreamerWarning": "errors",
     "VerificationError": "errors",
     "detect_intruder_dimensions": "api",
+    "evaluate_variants": "api",
     "iter_merged": "api",
+    "load_evaluation": "evaluation.evaluation",
     "load_findings": "detection.findings",
     "merge_with_reduced_intruder_dimensions": "api",
     "reduce_intruder_dimension": "api",
@@ -49,6 +53,7 @@ _HOMES = {
 __all__ = [
     "Detection",
     "DetectionOptions",
+    "Evaluation",
     "Event",
     "Findings",
     "MatrixFinding",
@@ -58,7 +63,9 @@ __all__ = [
     "StreamerWarning",
     "VerificationError",
     "detect_intruder_dimensions",
+    "evaluate_variants",
     "iter_merged",
+    "load_evaluation",
     "load_findings",
     "merge_with_reduced_intruder_dimensions",
     "reduce_intruder_dimension",
@@ -68,6 +75,7 @@ __all__ = [
 if TYPE_CHECKING:
     from streamer.api import (
         detect_intruder_dimensions,
+        evaluate_variants,
         iter_merged,
         merge_with_reduced_intruder_dimensions,
         reduce_intruder_dimension,
@@ -78,6 +86,7 @@ if TYPE_CHECKING:
     from streamer.detection.matrix_finding import MatrixFinding
     from streamer.detection.options import DetectionOptions
     from streamer.errors import StreamerError, StreamerWarning, VerificationError
+    from streamer.evaluation.evaluation import Evaluation, load_evaluation
     from streamer.events import Event, Monitor
     from streamer.output.mitigation import MitigationOptions
 

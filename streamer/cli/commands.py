@@ -155,6 +155,15 @@ def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
     return {**found}, verification_text(found)
 
 
+def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.cli.evaluation import given_findings_options, run_evaluation
+
+    for value in args.lambdas:
+        _check_lambda(value)
+    detection = _detection_options(args, given_findings_options(args))
+    return run_evaluation(args, detection, _run_options(args, monitor), screen(args.all))
+
+
 def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.demo import demo_table, run_demo
 
@@ -177,6 +186,7 @@ COMMANDS = {
     "merge": _write,
     "report": _report,
     "verify": _verify,
+    "evaluate": _evaluate,
     "demo": _demo,
 }
 

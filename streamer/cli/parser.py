@@ -8,110 +8,14 @@ from typing import Any, NoReturn
 
 from streamer import __version__
 from streamer.cli.cores import available_cores
+from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
 from streamer.units import parse_size
-
-DESCRIPTION = """\
-Find the intruder dimensions of a LoRA adapter and scale them down, one matrix
-at a time. An intruder is one of the largest singular directions of a matrix
-after fine-tuning which resembles none that the base had before it.
-"""
-
-EXIT_CODES = """\
-exit codes:
-  0 done
-  1 unexpected
-  2 usage
-  3 bad or inconsistent input
-  4 output exists or does not match
-  5 locked by another run
-  6 I/O or space; the same command resumes
-  7 numeric or verification failure
-  8 input changed during the run
-  128+N stopped by signal N; the same command resumes
-"""
-
-EPILOG = (
-    """\
-a first run:
-  streamer demo
-      the whole job on a generated model, in seconds
-  streamer inspect BASE ADAPTER
-      what would be done, matrix by matrix
-  streamer detect BASE ADAPTER -o findings.safetensors
-      find the intruders, once
-  streamer mitigate BASE ADAPTER -o DIR --findings findings.safetensors
-      a mitigated adapter, for PEFT
-  streamer merge BASE ADAPTER -o DIR --findings findings.safetensors
-      a plain model with the mitigated adapter merged in
-  streamer verify DIR
-      every byte as it was written, after a copy for example
-
-BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's
-directory; detect and merge take several, or a directory of adapters, and read
-the base once for all. Results go to stdout, progress to stderr.
-
-"""
-    + EXIT_CODES
-)
-
-EXAMPLES = {
-    "inspect": """\
-examples:
-  streamer inspect BASE
-  streamer inspect BASE ADAPTER
-  streamer inspect BASE ADAPTER --json | jq .totals
-""",
-    "detect": """\
-examples:
-  streamer detect BASE ADAPTER -o findings.safetensors
-  streamer detect BASE ADAPTER -o all.safetensors --top-k 0.1 --epsilon 0.6
-  streamer detect BASE ADAPTER1 ADAPTER2 -o found
-      writes found/ADAPTER1.safetensors and found/ADAPTER2.safetensors
-  streamer detect BASE ADAPTER -o f.safetensors --max-memory 4G --dry-run
-""",
-    "mitigate": """\
-examples:
-  streamer mitigate BASE ADAPTER -o mild --lambda 0.75
-  streamer mitigate BASE ADAPTER -o half --lambda 0.5 --findings f.safetensors
-  streamer mitigate BASE ADAPTER -o half --lambda 0.4 --overwrite
-      another lambda in the same place
-  streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
-""",
-    "merge": """\
-examples:
-  streamer merge BASE ADAPTER -o merged --lambda 0.5
-  streamer merge BASE ADAPTER -o merged --lambda 0.5 --findings f.safetensors
-  streamer merge BASE ADAPTER1 ADAPTER2 -o models --findings found
-  streamer merge BASE ADAPTER -o plain --dequantize
-      a plain model, where BASE is quantized
-""",
-    "report": """\
-examples:
-  streamer report findings.safetensors
-  streamer report findings.safetensors --json | jq .totals
-""",
-    "verify": """\
-examples:
-  streamer verify merged
-      sizes, digests, index and shards against the record in it
-  streamer verify findings.safetensors
-  streamer verify merged BASE ADAPTER
-      3 matrices recomputed as well, by other code than wrote them
-  streamer verify merged BASE ADAPTER --sample all --json | jq .totals
-""",
-    "demo": """\
-examples:
-  streamer demo
-  streamer demo --lambda 0.5 --keep demo
-      keeps the model, the adapter and all that is made of them
-""",
-}
-
 
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
     **{name: f"--{name.replace('_', '-')}" for name in
-       ("architecture", "device", "lambda", "max_memory", "method", "scale", "solver", "to_lora", "top_k")},
+       ("architecture", "device", "dtype", "keep", "lambda", "length", "max_memory", "method", "scale", "sequences", "solver", "to_lora",
+        "top_k")},
 }  # fmt: skip
 """The options of the library's keywords, by which its messages call them."""
 
@@ -176,6 +80,13 @@ def _sample(text: str) -> int | str:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a count from 1 or 'all', found {text!r}")
     return int(text)
+
+
+def _lambdas(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers like 0.75,0.5, found {text!r}") from None
 
 
 def _size(text: str) -> int:
@@ -305,6 +216,43 @@ def build_parser() -> Parser:
                      help="how many matrices to recompute, spread over their kinds, or all (default: 3)")  # fmt: skip
     sub.add_argument("--max-memory", type=_size, metavar="SIZE",
                      help="do not recompute matrices that take more memory, like 4G (default: as much as it takes)")  # fmt: skip
+    out = writing("FILE", "JSON file to write")
+    sub = command(
+        "evaluate",
+        "measure on texts what each method and lambda keeps and forgets",
+        out,
+        computing,
+        reading,
+    )
+    inputs(sub)
+    sub.add_argument(
+        "--general", required=True, metavar="TEXT", help="text of what the model could do before: .txt, .jsonl or .npy"
+    )
+    sub.add_argument(
+        "--task", required=True, metavar="TEXT", help="text of what ADAPTER was trained for, held out of training"
+    )
+    sub.add_argument(
+        "--findings", metavar="FILE", help="from `streamer detect`; without it detection runs first, into memory"
+    )
+    sub.add_argument("--lambda", dest="lambdas", type=_lambdas, default=[0.9, 0.75, 0.5, 0.25, 0.0], metavar="L,L",
+                     help="what is left of an intruder, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
+    sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=["paper", "project", "shrink"], metavar="M,M",
+                     help="paper, project or shrink, several (default: all three)")  # fmt: skip
+    sub.add_argument(
+        "--scale", choices=["all", "first"], default="all", help="which intruders of each matrix (default: all)"
+    )
+    sub.add_argument(
+        "--sequences", type=int, default=64, metavar="N", help="sequences of each text, at most (default: 64)"
+    )
+    sub.add_argument(
+        "--length", type=int, default=512, metavar="N", help="tokens of a sequence, at most (default: 512)"
+    )
+    sub.add_argument("--keep", dest="keep_learned", type=float, default=0.9, metavar="SHARE",
+                     help="least share of what ADAPTER learned that the suggested variant keeps (default: 0.9)")  # fmt: skip
+    sub.add_argument("--projected", action="store_true",
+                     help="evaluate what `mitigate` writes, cut to the adapter's rank, in place of what `merge` writes")  # fmt: skip
+    sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
+                     help="bf16 multiplies the base's weights faster, on a processor made for it (default: float32)")  # fmt: skip
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.0, metavar="L",
                      help="what is left of an intruder, from 0 to 1 (default: 0: nothing)")  # fmt: skip

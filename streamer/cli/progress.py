@@ -31,7 +31,7 @@ SHORTEST, WIDEST = 8, 24
 ADAPTER = 20
 """Columns of an adapter's name."""
 
-UNITS = {"detect": "matrices", "write": "tensors", "verify": "files", "recompute": "matrices"}
+UNITS = {"detect": "matrices", "write": "tensors", "verify": "files", "recompute": "matrices", "evaluate": "passes"}
 """What a stage's `Event.items` are."""
 
 

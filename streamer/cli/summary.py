@@ -38,6 +38,11 @@ def _held(tree: Mapping[str, Any]) -> str:
     if schema == "streamer.verification":
         recomputed = f", {counted(totals['recomputed'], 'matrix')} recomputed" if "inputs" in tree else ""
         return f"{counted(totals['files'], 'file')}, {format_size(totals['bytes'])}, nothing differs{recomputed}"
+    if schema == "streamer.evaluation":
+        chosen = tree["suggestion"]
+        return f"{counted(len(tree['variants']), 'variant')}" + (
+            f", {chosen['name']} suggested" if chosen["name"] else ""
+        )
     if schema == "streamer.demo":
         return f"{totals['planted']} intruders planted, {totals['found']} found, {totals['gone']} gone"
     if schema == "streamer.dry-run":

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from architectures import MOE, TEXT, weights
+from evaluated import assert_as_transformers
 from expert_models import EXPERT, EXPERTS, adapt, assert_merged, make
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -180,6 +181,8 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
     got = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0, dequantize=True))
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[k], v) for k, v in expected.items())
+    model.float().save_pretrained(tmp_path / "decoded")
+    assert_as_transformers(type(model), base, adapter, tmp_path, decoded=tmp_path / "decoded")
 
 
 @pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base

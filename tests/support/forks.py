@@ -21,13 +21,15 @@ from command_line import ENV
 CALLS = ("write", "pwrite", "fsync", "rename", "unlink", "ftruncate")
 
 SERVER = """
-import errno, json, os, resource, signal, sys, time
+import errno, importlib, json, os, resource, signal, sys, time
 import torch
 torch.set_num_threads(1)
 import streamer.cli.main, streamer.api, streamer.cli.json_report
 from streamer.cli.main import run
 
 home, calls = sys.argv[1], sys.argv[2].split(",")
+for module in sys.argv[3:]:
+    importlib.import_module(module)
 real = {name: getattr(os, name) for name in calls}
 log = []
 
@@ -114,15 +116,17 @@ class Server:
     ----------
     preload
         A library that is loaded before all others.
+    modules
+        What it imports besides, so that no run has to.
     """
 
-    def __init__(self, preload: Path | None = None) -> None:
+    def __init__(self, preload: Path | None = None, modules: tuple[str, ...] = ()) -> None:
         self._home = tempfile.TemporaryDirectory(prefix="forks-")
         env = {**ENV, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         if preload is not None:
             env["LD_PRELOAD"] = str(preload)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, self._home.name, ",".join(CALLS)],
+            [sys.executable, "-c", SERVER, self._home.name, ",".join(CALLS), *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

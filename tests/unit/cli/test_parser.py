@@ -8,7 +8,8 @@ import pytest
 def test_the_examples_in_the_help_are_understood() -> None:
     import shlex
 
-    from streamer.cli.parser import EXAMPLES, build_parser
+    from streamer.cli.help import EXAMPLES
+    from streamer.cli.parser import build_parser
 
     for command, text in EXAMPLES.items():
         given = [line.split("|")[0] for line in text.splitlines() if line.startswith("  streamer")]
@@ -20,7 +21,8 @@ def test_the_examples_in_the_help_are_understood() -> None:
 def test_the_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     import argparse
 
-    from streamer.cli.parser import EXAMPLES, build_parser
+    from streamer.cli.help import EXAMPLES
+    from streamer.cli.parser import build_parser
 
     monkeypatch.setenv("COLUMNS", "80")
     parser = build_parser()

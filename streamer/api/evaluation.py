@@ -1,0 +1,116 @@
+"""Offer the evaluation of variants as a function of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from streamer.api.keywords import detection_options, run_options
+from streamer.detection.findings import Findings
+from streamer.detection.intruders import Selection
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.options import LAMBDAS, METHODS, EvaluationOptions, ProductDtype
+from streamer.evaluation.prepare import prepare
+from streamer.evaluation.run import evaluate
+from streamer.events import Monitor, OnEvent
+from streamer.output.mitigation import MitigationMethod
+from streamer.storage.tensor_file import IOMode
+
+
+def evaluate_variants(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path | None = None,
+    *,
+    general: str | Path,
+    task: str | Path,
+    findings: Findings | str | Path | None = None,
+    methods: Sequence[MitigationMethod] = METHODS,
+    lambdas: Sequence[float] = LAMBDAS,
+    scale: Selection = "all",
+    sequences: int = 64,
+    length: int = 512,
+    keep: float = 0.9,
+    projected: bool = False,
+    dtype: ProductDtype = "float32",
+    top_k: int | float = 10,
+    threshold_epsilon: float = 0.5,
+    solver: str = "auto",
+    max_memory: int | str | None = None,
+    device: str = "auto",
+    io: IOMode = "mmap",
+    base_is_residual: bool = False,
+    architecture: str | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
+    monitor: Monitor | None = None,
+) -> Evaluation:
+    """Measure the losses of the base, the adapter as it is, and every method at every λ, on two texts, in passes over the base.
+
+    No merged model is built: each weight is read when its module runs, and used for all variants at once. It takes transformers, with
+    its tokenizers: ``pip install 'intruder-streamer[evaluate]'``. All of it runs on the CPU, in float32.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model: its ``config.json``, its weights and, unless texts are token ids, its tokenizer.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model.
+    output
+        File to write as JSON; passes are journalled beside it, so that a killed run resumes. None keeps the result in memory.
+    general, task
+        Texts: of what the model could do before, and of what the adapter was trained for; neither of them trained on. ``.txt``;
+        ``.jsonl`` with an object a line that has ``text``, ``prompt`` and ``completion``, or ``messages``, of which the answers count;
+        or ``.npy`` of token ids.
+    findings
+        From `detect_intruder_dimensions`, or the path of their file. None detects first, into memory.
+    methods, lambdas
+        Every method is evaluated at every λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`).
+    scale
+        ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+    sequences, length
+        Sequences of each text, and tokens of a sequence, at most.
+    keep
+        Least share of what the adapter learned that the suggested variant keeps.
+    projected
+        Evaluate what `reduce_intruder_dimension` writes, projected back onto the adapter's rank, in place of complete deltas.
+    dtype
+        ``bf16``: products of the base's weights with activations are of factors rounded to bfloat16, on a processor that is fast at it
+        (AVX512-BF16); means move by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.
+    top_k, threshold_epsilon, solver, device
+        Options of a detection that runs first, as `detect_intruder_dimensions` has them.
+    max_memory
+        Anonymous memory of the whole process, in bytes or as a size like ``"4G"``; it decides how many sequences and variants go
+        together. None takes what 4,096 tokens, of all variants together, or one sequence need.
+    io, base_is_residual, architecture
+        How tensors are read, what the base is, and its class, as `detect_intruder_dimensions` has them.
+    resume
+        Whether to take up an interrupted run with the same inputs and options; False starts it over.
+    overwrite
+        Whether to replace an evaluation, or an interrupted one, of other inputs or options.
+    on_event
+        Called with an `Event` at each step, warnings included.
+    monitor
+        In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+
+    Returns
+    -------
+    Evaluation
+        Measures with their errors, by variant; `Evaluation.best` chooses one.
+
+    Raises
+    ------
+    MissingPackageError
+        If transformers is not installed.
+    StreamerError
+        Of the class that says what kind of fault it is (see `streamer.errors`): `UnsupportedError` for a model or adapter that this
+        cannot evaluate, `NumericError` where a pass did not use all that the adapter changes.
+    """
+    options = EvaluationOptions(tuple(methods), tuple(lambdas), scale, sequences, length, keep, projected, dtype)
+    detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
+    run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
+    found = findings if findings is None or isinstance(findings, Findings) else Path(findings)
+    texts = {"general": Path(general), "task": Path(task)}
+    prepared = prepare(base, Path(adapter), texts, found, options, detection, run)
+    return evaluate(prepared, None if output is None else Path(output))

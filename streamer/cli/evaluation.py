@@ -1,0 +1,102 @@
+"""Run `streamer evaluate`, and forecast it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamer.cli.evaluation_table import evaluation_table
+from streamer.cli.forecast import Forecast
+from streamer.cli.json_report import dry_run, dry_runs
+from streamer.cli.layout import Screen
+from streamer.cli.tables import stood
+from streamer.detection.findings import load_findings
+from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.evaluation.memory import measured_bytes
+from streamer.evaluation.options import EvaluationOptions, ProductDtype
+from streamer.evaluation.prepare import Prepared, prepare
+from streamer.evaluation.records import inspect
+from streamer.evaluation.run import evaluate
+from streamer.events import Event, Monitor
+from streamer.linalg.torch_state import bfloat16_products, full_float32
+
+OVERHEAD = 1.3
+"""Time of a pass over that of its products: attention, norms, the softmax, and reading the weights."""
+
+VALUE_BYTES, VARIANT_BYTES = 26, 1600
+"""Bytes in JSON of a sequence's sum, at most, and of a variant's other figures."""
+
+
+def run_evaluation(
+    args: argparse.Namespace, detection: DetectionOptions, run: RunOptions, screen: Screen
+) -> tuple[dict[str, Any], str]:
+    """Evaluate, or forecast it, and return the object and the text that are printed."""
+    options = EvaluationOptions(
+        tuple(args.methods),
+        tuple(args.lambdas),
+        args.scale,
+        args.sequences,
+        args.length,
+        args.keep_learned,
+        args.projected,
+        args.dtype,
+    )
+    texts = {"general": Path(args.general), "task": Path(args.task)}
+    findings = Path(args.findings) if args.findings else None
+    prepared = prepare(args.base, Path(args.adapter), texts, findings, options, detection, run)
+    output = Path(args.output)
+    if args.dry_run:
+        state = inspect(prepared, output)
+        forecast = None if state == "done" else forecast_evaluation(prepared, run.monitor)
+        matrices = len(prepared.plan.targets)
+        parts = {"": dry_run("evaluate", output, state, matrices, 1, None, forecast)}
+        return dry_runs("evaluate", args.output, parts, forecast, screen)
+    found = evaluate(prepared, output)
+    done = run.monitor.outputs[output]
+    text = evaluation_table(found, options.keep, (args.base, args.adapter), args.findings, screen)
+    tree = {**found.to_dict(options.keep), "output": str(output), "state": done}
+    return tree, f"{text}\n{stood(output, done)}"
+
+
+def given_findings_options(args: argparse.Namespace) -> Any:
+    """Load the findings that are given, whose options hold; None where there are none."""
+    return load_findings(args.findings) if args.findings else None
+
+
+def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
+    """Forecast what an evaluation takes; time for products by a short probe, a detection that runs first not counted."""
+    monitor.emit(Event("probe", "a matrix product", 0, 1))
+    size, passes = prepared.model.size, prepared.passes
+    tokens = sum(
+        (1 + len(one.variants)) * len(one.sequences) * max(len(prepared.texts[one.text].ids[i]) for i in one.sequences)
+        for one in passes
+    )
+    seconds = (
+        OVERHEAD
+        * tokens
+        * sum(size.products.values())
+        * _pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
+    )
+    monitor.emit(Event("probe", "", 1, 1))
+    variants, sequences = len(prepared.options.variants), sum(len(text.ids) for text in prepared.texts.values())
+    writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (3 * variants + 1) * sequences
+    writes += len(json.dumps(prepared.facts, indent=1))
+    peak = measured_bytes(prepared.passes, prepared.texts, size, prepared.resident)
+    return Forecast(peak, peak, size.read * len(passes), writes, writes, seconds)
+
+
+def _pace(inputs: int, outputs: int, dtype: ProductDtype) -> float:
+    """Measure the seconds for a multiplication in a product of a few hundred rows."""
+    x, w = torch.randn(512, max(1, inputs)), torch.randn(max(1, outputs), max(1, inputs))
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < 0.5:
+        start = time.perf_counter()
+        with bfloat16_products() if dtype == "bf16" else full_float32():
+            torch.nn.functional.linear(x, w)
+        best = min(best, time.perf_counter() - start)
+    return best / (len(x) * w.numel())

@@ -1,0 +1,106 @@
+"""Texts of the command line's help: what it is for, a first run, examples of each command, exit codes."""
+
+DESCRIPTION = """\
+Find the intruder dimensions of a LoRA adapter and scale them down, one matrix
+at a time. An intruder is one of the largest singular directions of a matrix
+after fine-tuning which resembles none that the base had before it.
+"""
+
+EXIT_CODES = """\
+exit codes:
+  0 done
+  1 unexpected
+  2 usage
+  3 bad or inconsistent input
+  4 output exists or does not match
+  5 locked by another run
+  6 I/O or space; the same command resumes
+  7 numeric or verification failure
+  8 input changed during the run
+  128+N stopped by signal N; the same command resumes
+"""
+
+EPILOG = (
+    """\
+a first run:
+  streamer demo
+      the whole job on a generated model, in seconds
+  streamer inspect BASE ADAPTER
+      what would be done, matrix by matrix
+  streamer detect BASE ADAPTER -o findings.safetensors
+      find the intruders, once
+  streamer mitigate BASE ADAPTER -o DIR --findings findings.safetensors
+      a mitigated adapter, for PEFT
+  streamer merge BASE ADAPTER -o DIR --findings findings.safetensors
+      a plain model with the mitigated adapter merged in
+  streamer evaluate BASE ADAPTER --general TEXT --task TEXT -o FILE
+      what each method and lambda keeps and forgets, on your text
+  streamer verify DIR
+      every byte as it was written, after a copy for example
+
+BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's
+directory; detect and merge take several, or a directory of adapters, and read
+the base once for all. Results go to stdout, progress to stderr.
+
+"""
+    + EXIT_CODES
+)
+
+EXAMPLES = {
+    "inspect": """\
+examples:
+  streamer inspect BASE
+  streamer inspect BASE ADAPTER
+  streamer inspect BASE ADAPTER --json | jq .totals
+""",
+    "detect": """\
+examples:
+  streamer detect BASE ADAPTER -o findings.safetensors
+  streamer detect BASE ADAPTER -o all.safetensors --top-k 0.1 --epsilon 0.6
+  streamer detect BASE ADAPTER1 ADAPTER2 -o found
+      writes found/ADAPTER1.safetensors and found/ADAPTER2.safetensors
+  streamer detect BASE ADAPTER -o f.safetensors --max-memory 4G --dry-run
+""",
+    "mitigate": """\
+examples:
+  streamer mitigate BASE ADAPTER -o mild --lambda 0.75
+  streamer mitigate BASE ADAPTER -o half --lambda 0.5 --findings f.safetensors
+  streamer mitigate BASE ADAPTER -o half --lambda 0.4 --overwrite
+      another lambda in the same place
+  streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
+""",
+    "merge": """\
+examples:
+  streamer merge BASE ADAPTER -o merged --lambda 0.5
+  streamer merge BASE ADAPTER -o merged --lambda 0.5 --findings f.safetensors
+  streamer merge BASE ADAPTER1 ADAPTER2 -o models --findings found
+  streamer merge BASE ADAPTER -o plain --dequantize
+      a plain model, where BASE is quantized
+""",
+    "report": """\
+examples:
+  streamer report findings.safetensors
+  streamer report findings.safetensors --json | jq .totals
+""",
+    "verify": """\
+examples:
+  streamer verify merged
+      sizes, digests, index and shards against the record in it
+  streamer verify findings.safetensors
+  streamer verify merged BASE ADAPTER
+      3 matrices recomputed as well, by other code than wrote them
+  streamer verify merged BASE ADAPTER --sample all --json | jq .totals
+""",
+    "evaluate": """\
+examples:
+  streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
+  streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --dry-run
+  streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --keep 0.8
+""",
+    "demo": """\
+examples:
+  streamer demo
+  streamer demo --lambda 0.5 --keep demo
+      keeps the model, the adapter and all that is made of them
+""",
+}

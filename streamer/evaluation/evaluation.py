@@ -1,0 +1,237 @@
+"""Hold an evaluation: the losses of the base, the adapter and its mitigated variants on a general text and on the task's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamer.detection.options import DetectionOptions
+from streamer.errors import FormatError, UnknownNameError
+from streamer.evaluation.statistics import Estimate, SequenceSums
+from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, Suggestion, front, suggest
+from streamer.evaluation.view import table_text
+from streamer.storage.files import open_regular
+from streamer.storage.strict_json import strict_json
+from streamer.units import quoted
+
+SCHEMA = "streamer.evaluation/1"
+
+GENERAL, TASK = "general", "task"
+"""Names of the two texts: what the model could do before, and what the adapter was trained for."""
+
+FACTS = (
+    "version", "transformers", "base", "adapter", "factored", "quantized", "detection", "scale", "projected", "dtype", "texts", "plan"
+)  # fmt: skip
+"""Keys of an evaluation's JSON that say what it was made of."""
+
+KEEP = 0.9
+"""Share of what was learned that a suggested variant keeps, unless another is asked for."""
+
+MOST_LOSS = 700.0
+"""Loss whose perplexity a float can hold."""
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """Losses of the variants of an adapted model.
+
+    Attributes
+    ----------
+    variants
+        The base, the adapter as it is, and each method at each λ.
+    general, task
+        Sums over each sequence of the two texts, for each variant.
+    facts
+        What it was made of, as JSON has it (`FACTS`): versions, identities of base and adapter, whether all deltas are the
+        product of LoRA's factors, whether a merge must write a quantized base plain, options of detection (or None), scale, whether deltas
+        are projected back, dtype of products, of both texts name, sequences, tokens, length and digest, and a digest of all that; no paths.
+    """
+
+    variants: tuple[EvaluatedVariant, ...]
+    general: SequenceSums
+    task: SequenceSums
+    facts: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """Return the figures of the variant of this name, as the JSON has them."""
+        names = [v.name for v in self.variants]
+        if name not in names:
+            raise UnknownNameError(f"evaluation: has no variant {name!r}; it has {', '.join(names)}")
+        return self._variant_dict(names.index(name))
+
+    def best(self, keep: float = KEEP) -> Suggestion:
+        """Suggest the variant that forgets least of those that keep this share of what was learned; see `Suggestion`.
+
+        Raises
+        ------
+        UsageError
+            If `keep` is not in (0, 1].
+        """
+        return suggest(self.variants, self.general, self.task, keep)
+
+    def front(self) -> list[str]:
+        """List the variants' names that no other one equals or excels in both loss on the task's text and divergence from the base."""
+        return [self.variants[v].name for v in front(self.variants, self.general, self.task)]
+
+    def table(self, keep: float = KEEP) -> str:
+        """Format the variants as a table, and below it the suggestion."""
+        return table_text(self, self.best(keep))
+
+    def __repr__(self) -> str:
+        return f"<Evaluation: {len(self.variants)} variants, {len(self.general.tokens)} general and {len(self.task.tokens)} task sequences>"
+
+    def to_dict(self, keep: float = KEEP) -> dict[str, Any]:
+        """Make the JSON object (schema ``streamer.evaluation/1``); its sums of each sequence are all that `from_json` needs."""
+        return {
+            "schema": SCHEMA,
+            **self.facts,
+            "tokens": {"general": self.general.tokens.tolist(), "task": self.task.tokens.tolist()},
+            "variants": [self._variant_dict(v) for v in range(len(self.variants))],
+            "front": self.front(),
+            "suggestion": self._suggestion_dict(self.best(keep)),
+        }
+
+    def to_json(self, keep: float = KEEP) -> str:
+        """Write the JSON object as text."""
+        return json.dumps(self.to_dict(keep), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        """Read what `to_json` or ``streamer evaluate`` wrote.
+
+        Raises
+        ------
+        FormatError
+            If it is something else.
+        """
+        try:
+            tree = strict_json(text.encode())
+            if tree["schema"] != SCHEMA:
+                raise ValueError(f"the schema {tree['schema']!r}")
+            variants = tuple(EvaluatedVariant(v["name"], v["method"], v["lambda"]) for v in tree["variants"])
+            facts = {key: tree[key] for key in FACTS}
+            return cls(variants, _sums(tree, "general"), _sums(tree, "task"), facts)
+        except (ValueError, KeyError, TypeError) as e:
+            raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {quoted(str(e))}") from e
+
+    def _variant_dict(self, v: int) -> dict[str, Any]:
+        variant = self.variants[v]
+        return {
+            "name": variant.name,
+            "method": variant.method,
+            "lambda": variant.mitigation_lambda,
+            "general": _figures(self.general, v),
+            "task": _figures(self.task, v),
+            **_flat("kept", self.task.share(v)),
+            **_flat("forgetting", self.general.share(v)),
+            **_flat("divergence", self.general.kl_share(v)),
+            "against_adapter": self._against(v, ADAPTER_ROW),
+            "against_base": self._against(v, BASE_ROW),
+        }
+
+    def _against(self, v: int, other: int) -> dict[str, Any]:
+        return {
+            **_flat("general_loss", self.general.loss_difference(v, other)),
+            **_flat("general_kl", self.general.kl_difference(v, other)),
+            **_flat("task_loss", self.task.loss_difference(v, other)),
+        }
+
+    def _suggestion_dict(self, s: Suggestion) -> dict[str, Any]:
+        variant = s.variant
+        shrink = None if s.shrink is None else {
+            "lambda": s.shrink.mitigation_lambda, "between": list(s.shrink.between), **_flat("loss", s.shrink.loss),
+            **_flat("kl", s.shrink.kl), "verdict": s.shrink.verdict,
+        }  # fmt: skip
+        return {
+            "name": variant and variant.name,
+            "method": variant and variant.method,
+            "lambda": variant and variant.mitigation_lambda,
+            "reason": s.reason,
+            "keep": s.keep,
+            "command": None if variant is None else self.command(variant),
+            "least_loss": s.least_loss and s.least_loss.name,
+            "shrink": shrink,
+        }
+
+    def command(self, variant: EvaluatedVariant) -> list[str]:
+        """Give the command of streamer that makes a variant, and its options; inputs, output and findings are to be added.
+
+        It is `mitigate` where the adapter can be written back and that drops nothing of what was evaluated, else `merge`.
+        """
+        facts, lam = self.facts, variant.mitigation_lambda
+        exact = facts["projected"] or variant.method in ("project", "shrink")
+        mitigates = lam is not None and exact and facts["factored"]
+        words = ["mitigate" if mitigates else "merge"]
+        if lam is None:
+            words += ["--lambda", "1"]
+        else:
+            words += ["--method", str(variant.method), "--lambda", f"{lam!r}"]
+        if variant.method in ("paper", "project"):
+            words += ["--scale", "first"] if facts["scale"] == "first" else []
+            default, used = DetectionOptions(), facts["detection"]
+            words += ["--top-k", f"{used['top_k']}"] if used["top_k"] != default.top_k else []
+            if used["threshold_epsilon"] != default.threshold_epsilon:
+                words += ["--epsilon", f"{used['threshold_epsilon']}"]
+        if lam is not None and not 0 <= lam <= 1:
+            words.append("--amplify")
+        words += ["--base-is-residual"] if facts["adapter"].get("base_is_residual") else []
+        words += ["--architecture", facts["base"]["architecture"]] if "architecture" in facts["base"] else []
+        return [*words, "--dequantize"] if facts["quantized"] and not mitigates else words
+
+
+def load_evaluation(path: str | Path) -> Evaluation:
+    """Read the file that `evaluate_variants` or ``streamer evaluate`` wrote.
+
+    Raises
+    ------
+    MissingInputError, FormatError
+        If it is not there, or not one.
+    """
+    fd, _ = open_regular(Path(path), "an evaluation")
+    with os.fdopen(fd, "rb") as file:
+        raw = file.read()
+    try:
+        return Evaluation.from_json(raw.decode())
+    except (FormatError, UnicodeDecodeError) as e:
+        raise FormatError(f"{path}: {e}") from e
+
+
+def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
+    loss = sums.mean(sums.loss[v])
+    return {
+        **_flat("loss", loss),
+        "perplexity": math.exp(loss.value) if loss.value < MOST_LOSS else None,
+        **_flat("kl", sums.mean(sums.kl[v])),
+        **_flat("agreement", sums.mean(sums.agree[v])),
+        "sums": {"loss": sums.loss[v].tolist(), "kl": sums.kl[v].tolist(), "agree": sums.agree[v].tolist()},
+    }
+
+
+def _flat(name: str, estimate: Estimate) -> dict[str, float | None]:
+    """Write an estimate under two keys, null where it is not defined: a share of no difference."""
+    return {name: _number(estimate.value), f"{name}_se": _number(estimate.error)}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _sums(tree: Mapping[str, Any], text: str) -> SequenceSums:
+    tokens = np.array(tree["tokens"][text], np.float64)
+    loss, kl, agree = (
+        np.array([v[text]["sums"][name] for v in tree["variants"]], np.float64) for name in ("loss", "kl", "agree")
+    )
+    if (
+        len(loss) < 2
+        or len(tokens) < 2
+        or not loss.shape == kl.shape == agree.shape == (len(tree["variants"]), len(tokens))
+    ):
+        raise ValueError(f"sums of {text} are {loss.shape}, {kl.shape}, {agree.shape}")
+    return SequenceSums(tokens, loss, kl, agree)

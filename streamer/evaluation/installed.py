@@ -1,0 +1,238 @@
+"""Put stand-ins in the place of a module's parameters, and add each variant's deltas to what the module computes.
+
+A linear layer with a delta in factors multiplies all rows by the base's weight and adds ``(x R_v) L_vᵀ`` to those of variant v; an
+embedding adds them to the rows that it looks up; every other module whose parameters differ runs once for each group of variants under
+which they are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from streamer.errors import UnsupportedError
+from streamer.evaluation.lazy import LazyTensor
+from streamer.evaluation.run_time import RunTimeTensor
+from streamer.evaluation.values import Values, same_values
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.torch_state import bfloat16_products
+from streamer.plan.targets import Target
+
+LINEAR_BY_NAME = {"FalconLinear"}
+"""Subclasses of Linear that have a `forward` of their own, and compute ``x Wᵀ + b`` all the same."""
+
+
+@dataclass
+class Batch:
+    """Rows that run together, and the share of the vocabulary that is computed.
+
+    Attributes
+    ----------
+    variants, sequences, length
+        Rows are (variants · sequences, length) tokens.
+    vocabulary
+        From and to: the head computes these rows of its weight; None: all.
+    on_read
+        Called before each parameter is read; may raise to stop the pass.
+    """
+
+    variants: int
+    sequences: int = 0
+    length: int = 0
+    vocabulary: tuple[int, int] | None = None
+    on_read: Callable[[RunTimeTensor], None] = field(default=lambda tensor: None)
+
+    @property
+    def rows(self) -> int:
+        """Count the rows."""
+        return self.variants * self.sequences
+
+    def per_variant(self, x: Tensor, where: str) -> int:
+        """Count the entries of the first dimension that belong to one variant.
+
+        Raises
+        ------
+        UnsupportedError
+            If the shape does not show which they are.
+        """
+        if x.ndim >= 3 and x.shape[0] == self.rows and self.length in x.shape[1:]:
+            return self.sequences
+        if x.ndim >= 2 and x.shape[0] == self.rows * self.length:
+            return self.sequences * self.length
+        raise UnsupportedError(
+            f"module {where!r} runs on {list(x.shape)} for {self.rows} sequences of {self.length} tokens, in which variants cannot "
+            "be told apart; evaluate does not do this module"
+        )
+
+
+class InstalledModule:
+    """A module whose parameters are stand-ins; its `forward` runs once for each group of variants that differ.
+
+    Parameters
+    ----------
+    path, module
+        Where it is in the loaded model, and the module, which is changed.
+    tensors
+        Its own parameters.
+    head
+        Whether it computes the logits, a block of the vocabulary at a time.
+    """
+
+    def __init__(self, path: str, module: nn.Module, tensors: Mapping[str, RunTimeTensor], values: Values, batch: Batch, *,
+                 head: bool) -> None:  # fmt: skip
+        self.path, self.values, self.batch, self.head = path, values, batch, head
+        self.target: Target | None = None
+        self.embeds = isinstance(module, nn.Embedding)
+        weight = tensors.get("weight")
+        if weight is not None and (self.embeds or _is_linear(module)):
+            self.target = self.values.low_rank_target(weight)
+        self.rows_are_inputs = type(module).__name__ == "Conv1D"
+        dense = [t for n, t in tensors.items() if not (n == "weight" and (self.embeds or self.target is not None))]
+        edited = [t for n, t in tensors.items() if n == "weight" and self.target is not None and not self.embeds]
+        self.groups = max(same_values(self.values, dense, False), same_values(self.values, edited, True), key=len)
+        changes = len(self.groups) > 1 or (self.target is not None and not self.embeds)
+        self.rounded = self._is_rounded(module, weight)
+        self.variant: int | None = None if changes else 0
+        """Number of the variant whose values are read; None outside of `run`, where nothing is added to what others compute with them."""
+        for name, tensor in tensors.items():
+            module._parameters[name] = LazyTensor.of(_Reader(self, tensor))  # type: ignore[assignment]
+        self.forward = module.forward
+        if changes or self.rounded:
+            module.forward = self.run
+
+    def _is_rounded(self, module: nn.Module, weight: RunTimeTensor | None) -> bool:
+        """Test whether the module's product is one of the base's weight alone, and to be of factors rounded to bfloat16.
+
+        A weight with a delta in it, or that the adapter replaces, is not: what it differs by from the base's would be rounded away.
+        """
+        if weight is None or not self.values.job.rounds_products or not _is_linear(module):
+            return False
+        own = self.target is None and bool(self.values.targets(weight))
+        return not own and not self.values.edited(weight)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own `forward`, and add the deltas."""
+        out = self._as(0, args, kwargs) if len(self.groups) == 1 else self._by_group(args, kwargs)
+        if self.target is None:
+            return out
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        size = self.batch.per_variant(x, self.path)
+        out = out.contiguous()  # what is flattened is then `out` itself
+        for v, delta in enumerate(self.values.deltas(self.target), 1):
+            here = slice(v * size, (v + 1) * size)
+            change = delta.T if self.rows_are_inputs else self._of_vocabulary(delta)
+            out[here].flatten(0, -2).addmm_(x[here].flatten(0, -2) @ change.R, change.L.T)
+        return out
+
+    def _as(self, variant: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run the module's own `forward` with the values of one variant."""
+        outside, self.variant = self.variant, variant
+        try:
+            with bfloat16_products() if self.rounded else contextlib.nullcontext():
+                return self.forward(*args, **kwargs)
+        finally:
+            self.variant = outside
+
+    def _of_vocabulary(self, delta: LowRank) -> LowRank:
+        block = self.batch.vocabulary if self.head else None
+        return delta if block is None else delta.row_slice(*block)
+
+    def _by_group(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        size, rows = self.batch.per_variant(tensors[0], self.path), len(tensors[0])
+        outs = []
+        for group in self.groups:
+
+            def share(value: Any, group: range = group) -> Any:
+                mine = isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
+                return value[group.start * size : group.stop * size] if mine else value
+
+            outs.append(self._as(group.start, tree_map(share, tuple(args)), tree_map(share, dict(kwargs))))
+        if isinstance(outs[0], tuple):
+            return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
+        return torch.cat(outs)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Test whether a module computes ``x Wᵀ + b``, or ``x W + b`` as Conv1D does, and nothing else."""
+    kind = type(module)
+    return kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D" or kind.__name__ in LINEAR_BY_NAME
+
+
+class _Reader:
+    """Reads one parameter of an installed module for the variants whose turn it is."""
+
+    def __init__(self, owner: InstalledModule, tensor: RunTimeTensor) -> None:
+        self.owner, self.tensor, self.shape, self.name = owner, tensor, tensor.shape, tensor.name
+        self.values = owner.values
+        self.additive = owner.target is not None and bool(self.values.targets(tensor))
+        self.varies = len(same_values(self.values, [tensor], additive=False)) > 1
+        with_delta = not self.additive and bool(self.values.targets(tensor))
+        self.has_rows = self.values.row_access(tensor) and not with_delta
+
+    def _variant(self) -> int:
+        variant = self.owner.variant
+        if variant is None or (self.owner.embeds and self.varies):
+            raise UnsupportedError(
+                f"{self.tensor.name!r}, which the adapter changes, is read outside of its module; evaluate does not do this model"
+            )
+        self.owner.batch.on_read(self.tensor)
+        return variant
+
+    def row_range(self) -> tuple[int, int]:
+        """Return all rows, or of the head a block of the vocabulary."""
+        block = self.owner.batch.vocabulary if self.owner.head else None
+        return block or (0, self.shape[0])
+
+    def read(self) -> Tensor:
+        """Read all values, deltas included unless they are added to the products."""
+        variant, (i, j) = self._variant(), self.row_range()
+        if self.has_rows:
+            return self.values.rows(self.tensor, variant, i, j)
+        return self.values.whole(self.tensor, variant, with_delta=not self.additive)[i:j]
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Read rows i to j."""
+        return self.values.rows(self.tensor, self._variant(), i, j)
+
+    def matrix(self, index: int) -> Tensor | None:
+        """Read one expert's matrix; with it, all experts of the stack count as used: the text decides which are needed."""
+        if not self.tensor.stacked:
+            return None
+        variant = self._variant()
+        if variant:
+            self.values.applied |= self.tensor.weights
+        sources = self.tensor.adapted if variant else self.tensor.base
+        return self.values.matrix(sources[index], variant, with_delta=True)
+
+    def gather(self, ids: Tensor) -> Tensor | None:
+        """Look rows up, those of each variant by its own."""
+        if not self.varies:
+            return None if not self.has_rows else self._look_up(ids, self._variant(), None)
+        batch, count = self.owner.batch, self.owner.batch.variants
+        if not self.owner.embeds or ids.ndim != 2 or ids.shape[0] not in (1, batch.rows):
+            raise UnsupportedError(
+                f"{self.tensor.name!r}, which the adapter changes, is looked up by {list(ids.shape)} numbers for {batch.rows} sequences of "
+                f"{batch.length} tokens; evaluate does not do this model"
+            )
+        batch.on_read(self.tensor)
+        ids = ids.expand(batch.rows, -1).view(count, batch.sequences, -1)
+        target = self.owner.target
+        deltas = [None] * count if target is None else itertools.chain([None], self.values.deltas(target))
+        return torch.cat([self._look_up(ids[v], v, delta) for v, delta in enumerate(deltas)])
+
+    def _look_up(self, ids: Tensor, variant: int, delta: LowRank | None) -> Tensor:
+        if not self.has_rows:
+            return self.values.whole(self.tensor, variant, with_delta=True)[ids]
+        unique, at = torch.unique(ids, return_inverse=True)
+        rows = torch.cat([self.values.rows(self.tensor, variant, i, i + 1) for i in unique.tolist()])
+        if delta is not None:
+            rows.addmm_(delta.L[unique], delta.R.T)
+        return rows[at]

@@ -1,0 +1,129 @@
+"""Read sequences of tokens from JSON lines: documents, prompts with completions, or conversations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamer.errors import FormatError
+from streamer.evaluation.sequences import evenly
+from streamer.evaluation.tokenizer import Tokenizer
+from streamer.storage.files import open_regular
+from streamer.storage.strict_json import strict_json
+from streamer.units import listed, quoted
+
+KEYS = ({"text"}, {"prompt", "completion"}, {"messages"})
+"""Keys that make a line a document, a prompt with a completion, or a conversation; a line has those of one of these."""
+
+PROMPT_KEYS = ("tools", "documents", "chat_template_kwargs")
+"""Keys beside ``messages`` by which the chat template would write another prompt."""
+
+Sequence = tuple[NDArray[np.int64], NDArray[np.bool_]]
+"""Ids (t,), and which of them count."""
+
+Spans = list[tuple[int, int]]
+"""Characters from, to."""
+
+
+def read_json_lines(path: Path, tokenizer: Tokenizer, sequences: int, length: int) -> Iterator[Sequence]:
+    """Read at most as many lines as are asked for, at even distances, empty ones apart.
+
+    Keys of a line that are in neither `KEYS` nor `PROMPT_KEYS`, as ``id`` and ``source``, are ignored.
+
+    Raises
+    ------
+    FormatError
+        If a line is not JSON, has the keys of no kind or of two, or what the template would write into the prompt, or no token of it
+        counts.
+    """
+    fd, _ = open_regular(path, "JSON lines")
+    with os.fdopen(fd, "rb") as file:
+        count = sum(1 for line in file if line.strip())
+        file.seek(0)
+        wanted = iter(evenly(count, sequences))
+        found, following = 0, next(wanted, None)
+        for number, line in enumerate(file, 1):
+            if following is None:
+                return
+            if line.strip():
+                if found == following:
+                    yield _read_line(f"{path}: line {number}", line, tokenizer, length)
+                    following = next(wanted, None)
+                found += 1
+
+
+def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Sequence:
+    try:
+        tree = strict_json(raw)
+    except ValueError as e:
+        raise FormatError(f"{where}: expected a JSON object, found another text: {e}") from e
+    if not isinstance(tree, dict) or (kind := set(tree) & set().union(*KEYS)) not in KEYS:
+        found = f"the keys {listed(map(quoted, tree))}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
+        raise FormatError(
+            f"{where}: expected an object with 'text', with 'prompt' and 'completion', or with 'messages', one kind alone, found {found}"
+        )
+    start = tokenizer.start
+    if "messages" in kind:
+        if given := [key for key in PROMPT_KEYS if tree.get(key)]:
+            raise FormatError(
+                f"{where}: has {listed(map(quoted, given))}, which the chat template is not given; give 'prompt' and 'completion'"
+            )
+        text, spans = _conversation(where, tree["messages"], tokenizer)
+        start = ()  # the template writes what it begins with
+    else:
+        for key in sorted(kind, reverse=True):
+            if not isinstance(tree[key], str):
+                raise FormatError(f"{where}: expected {key!r} to be a string, found {quoted(tree[key])}")
+        text = tree["text"] if "text" in kind else tree["prompt"] + tree["completion"]
+        spans = [(len(tree["prompt"]) if "prompt" in kind else 0, len(text))]
+    ids, offsets = tokenizer.encode(text)
+    if tuple(ids[: len(start)]) == start:
+        start = ()  # it is written out
+    # A token that holds characters of both sides, as a space at the end of a prompt and the word behind it, is the answer's.
+    marks = [any(end > first and begin < last for first, last in spans) for begin, end in offsets]
+    ids, marks = [*start, *ids][:length], [*(False for _ in start), *marks][:length]
+    if not any(marks[1:]):
+        whole = len(start) + len(offsets)
+        hint = f"; it has {whole} tokens: raise --length" if whole > length else ""
+        raise FormatError(
+            f"{where}: expected tokens to predict, found none that counts among its first {len(ids)}{hint}"
+        )
+    return np.array(ids, np.int64), np.array(marks, bool)
+
+
+def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str, Spans]:
+    """Write a conversation as the chat template has it, and find the assistant's answers: what follows the prompt for one.
+
+    An answer ends with the mark that the template ends it with; line feeds behind that are not counted.
+    """
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    ):
+        raise FormatError(f"{where}: expected 'messages' to be a list of objects with 'role' and 'content'")
+    if not tokenizer.has_chat_template:
+        raise FormatError(
+            f"{where}: has 'messages', and the tokenizer in {tokenizer.directory} no chat template; give 'prompt' and 'completion'"
+        )
+    spans: Spans = []
+    try:
+        whole = tokenizer.render(messages, False)
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before, behind = tokenizer.render(messages[:i], True), tokenizer.render(messages[: i + 1], False)
+                behind = behind.rstrip("\n")
+                if not (behind.startswith(before) and whole.startswith(behind)):
+                    raise FormatError(
+                        f"{where}: the chat template writes the beginning of this conversation otherwise when it goes on, so that answer "
+                        f"{len(spans) + 1} is not to be found; give a line for each answer, with the messages up to it"
+                    )
+                spans.append((len(before), len(behind)))
+    except FormatError:
+        raise
+    except Exception as e:  # a template may raise anything
+        raise FormatError(f"{where}: the chat template refuses it: {quoted(str(e))}") from e
+    return whole, spans

@@ -1,0 +1,149 @@
+"""Stand in for a model's parameter: a tensor without memory, whose values are read when an operation needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from streamer.errors import UnsupportedError
+
+BLOCK_BYTES = 64 << 20
+"""Rows of this many bytes of a matrix are read and multiplied at a time."""
+
+
+class Reader(Protocol):
+    """Reads the values of one parameter, in float32, as they are for the variant whose turn it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    has_rows: bool
+    """Whether `rows` can be asked for."""
+
+    def read(self) -> Tensor:
+        """Read all values."""
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Read rows i to j of a matrix."""
+
+    def row_range(self) -> tuple[int, int]:
+        """Return the rows that are computed with: all, or a block of the vocabulary."""
+
+    def matrix(self, index: int) -> Tensor | None:
+        """Read one matrix of a stack; None where the parameter is none."""
+
+    def gather(self, ids: Tensor) -> Tensor | None:
+        """Read a row for each id, (*ids, columns); None where that is not to be done row by row."""
+
+
+class LazyTensor(Tensor):
+    """A parameter whose values stay on disk: it has shape and dtype, and any operation on it reads what it needs.
+
+    Products, look-ups of an embedding, and one matrix of a stack read a part at a time; every other operation reads the whole tensor.
+    Results are plain tensors.
+    """
+
+    reader: Reader
+
+    @classmethod
+    def of(cls, reader: Reader) -> LazyTensor:
+        """Make the stand-in of a parameter."""
+        lazy: LazyTensor = Tensor._make_subclass(cls, torch.empty(reader.shape, dtype=torch.float32, device="meta"))
+        lazy.reader = reader
+        return lazy
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+                           kwargs: Mapping[str, Any] | None = None) -> Any:  # fmt: skip
+        """Compute an operation on values that are read for it."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func == Tensor.device.__get__:  # a new object each time
+                return torch.device("cpu")
+            if func in _ALIASES:
+                return args[0]
+            _refuse_writing(func, args, kwargs)
+            if func in _METADATA:
+                return func(*args, **kwargs)
+            special = _SPECIAL.get(func)
+            if special is not None and (result := special(*args, **kwargs)) is not None:
+                return result
+            return func(*tree_map(_values, tuple(args)), **tree_map(_values, dict(kwargs)))
+
+    def __repr__(self) -> str:  # type: ignore[override]  # of fewer arguments
+        return f"LazyTensor({self.reader.shape})"
+
+
+def _refuse_writing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse an operation that changes a parameter: it would change what was read for it, and be lost."""
+    name = getattr(func, "__name__", "")
+    inplace = name in ("__setitem__", "__set__") or (
+        name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+    )
+    inplace = inplace or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+    if (inplace and args and isinstance(args[0], LazyTensor)) or isinstance(kwargs.get("out"), LazyTensor):
+        target = args[0] if inplace else kwargs["out"]
+        raise UnsupportedError(
+            f"{target.reader.name!r} is changed by the model as it runs ({name}), which evaluate does not do; measure merged models"
+        )
+
+
+def _values(value: Any) -> Any:
+    return value.reader.read() if isinstance(value, LazyTensor) else value
+
+
+_ALIASES = {Tensor.data.__get__, Tensor.detach}  # type: ignore[attr-defined]  # a getter, in torch's stub a tensor
+"""Operations whose results share the parameter's memory: a change to them would be one to it."""
+
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "is_meta", "layout", "requires_grad", "itemsize",
+                                                 "is_quantized", "is_sparse", "is_nested", "is_cuda", "is_cpu", "is_leaf", "grad",
+                                                 "grad_fn")),
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex,
+    Tensor.__len__, Tensor.ndimension, Tensor.is_contiguous,
+}  # fmt: skip
+
+
+def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
+    """``x Wᵀ + b``, a few rows of W at a time."""
+    if not isinstance(weight, LazyTensor) or isinstance(x, LazyTensor) or not weight.reader.has_rows:
+        return None
+    reader = weight.reader
+    first, last = reader.row_range()
+    step = max(1, BLOCK_BYTES // (4 * max(1, reader.shape[1])))
+    bias = None if bias is None else _values(bias)
+    if last - first <= step:
+        return functional.linear(x, reader.rows(first, last), bias)
+    out = x.new_empty((*x.shape[:-1], last - first))
+    for i in range(first, last, step):
+        j = min(last, i + step)
+        out[..., i - first : j - first] = x @ reader.rows(i, j).T
+    return out if bias is None else out.add_(bias)
+
+
+def _embedding(ids: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Look rows up; what else the function takes is about gradients or norms."""
+    if (
+        not isinstance(weight, LazyTensor)
+        or kwargs.get("max_norm") is not None
+        or (len(args) > 1 and args[1] is not None)
+    ):
+        return None
+    return weight.reader.gather(ids)
+
+
+def _item(weight: Any, index: Any) -> Tensor | None:
+    """Take one matrix of a stack."""
+    if not isinstance(weight, LazyTensor):
+        return None
+    number = index.item() if isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point() else index
+    return weight.reader.matrix(number) if type(number) is int else None
+
+
+_SPECIAL: Mapping[Any, Callable[..., Tensor | None]] = {
+    functional.linear: _linear, functional.embedding: _embedding, Tensor.__getitem__: _item,
+}  # fmt: skip

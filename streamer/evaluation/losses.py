@@ -1,0 +1,76 @@
+"""Measure the losses of all variants on a batch of sequences, from logits that come a block of the vocabulary at a time.
+
+With z the logits of a token and y the token that follows: ``loss = log Σ exp z − z_y``; against the base's z⁰ and p⁰ = softmax(z⁰),
+``KL(p⁰ ‖ p) = Σ p⁰ (z⁰ − z) − (log Σ exp z⁰ − log Σ exp z)``. Sums over the vocabulary are kept in float64, scaled by the largest logit so
+far.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from streamer.evaluation.model import StreamingModel
+from streamer.evaluation.sequences import TextSequences
+from streamer.evaluation.statistics import SequenceSums
+
+
+class _Accumulator:
+    """Sums over the vocabulary for each token: shapes are (variants, sequences, length), the base's first."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.largest = torch.full(shape, -torch.inf)
+        self.top = torch.zeros(shape, dtype=torch.int64)
+        self.total = torch.zeros(shape, dtype=torch.float64)
+        self.cross = torch.zeros(shape, dtype=torch.float64)
+        """``Σ exp(z⁰ − largest⁰) (z⁰ − z)``."""
+        self.label = torch.zeros(shape)
+
+    def add(self, z: Tensor, i: int, labels: Tensor) -> None:
+        """Add logits (…, j − i) of the tokens i to j."""
+        most, at = z.max(-1)
+        self.top = torch.where(most > self.largest, at + i, self.top)
+        largest = torch.maximum(most, self.largest)
+        scale = torch.exp(self.largest.double() - largest.double())
+        self.largest = largest
+        self.total *= scale
+        self.cross *= scale[:1]
+        base = torch.exp(z[0] - largest[0, ..., None])
+        for v in range(len(z)):
+            weights = base if v == 0 else torch.exp(z[v] - largest[v, ..., None])
+            self.total[v] += weights.sum(-1)
+            self.cross[v] += (base * (z[0] - z[v])).sum(-1)
+        here = ((labels >= i) & (labels < i + z.shape[-1])).expand(len(z), -1, -1)
+        found = z.gather(-1, (labels - i).clamp(0, z.shape[-1] - 1).expand(len(z), -1, -1)[..., None])[..., 0]
+        self.label = torch.where(here, found, self.label)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, KL and agreement of each token."""
+        log_sum = self.largest.double() + self.total.log()
+        kl = self.cross / self.total[:1] - (log_sum[:1] - log_sum)
+        return log_sum - self.label.double(), kl, (self.top == self.top[:1]).double()
+
+
+def measure(model: StreamingModel, text: TextSequences, block: int) -> SequenceSums:
+    """Run one pass over all sequences of a text; they are padded at the end, where no token that counts sees it.
+
+    Parameters
+    ----------
+    block
+        Tokens of the vocabulary that are computed together.
+    """
+    rows = model.batch.variants * len(text.ids)
+    length = text.longest
+    length += length == rows
+    ids = torch.zeros(len(text.ids), length, dtype=torch.int64)
+    counted = torch.zeros(len(text.ids), length, dtype=torch.bool)
+    for row, (own, counts) in enumerate(zip(text.ids, text.counted, strict=True)):
+        ids[row, : len(own)] = torch.from_numpy(own)
+        counted[row, : len(own) - 1] = torch.from_numpy(counts[1:])  # a position predicts the token after it
+    labels = torch.roll(ids, -1, 1)
+    sums = _Accumulator((model.batch.variants, len(text.ids), length))
+    with torch.inference_mode():
+        for i, _, z in model.logits(ids, model.vocabulary_blocks(block)):
+            sums.add(z.float(), i, labels)
+        loss, kl, agree = ((t * counted).sum(-1).numpy() for t in sums.results())
+    return SequenceSums(counted.sum(-1).double().numpy(), loss, kl, agree)

@@ -1,0 +1,143 @@
+"""Estimate the memory of a pass, and choose how many rows run together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from streamer.errors import UsageError
+from streamer.evaluation.lazy import BLOCK_BYTES
+from streamer.evaluation.model import ModelSize
+from streamer.evaluation.sequences import TextSequences
+
+TRANSFORMERS_BYTES = 150 << 20
+"""Anonymous memory that importing transformers and building a model takes, beside what `plan.memory.resident_bytes` counts."""
+
+ROWS = 4096
+"""Tokens of all variants that run together where no budget asks for fewer: reading the weights is then about a hundredth of the time."""
+
+LOGIT_BYTES = 32 << 20
+"""Logits that exist at once."""
+
+LOGIT_COPIES = 5
+"""As much memory as the logits that exist at once takes what is computed from them, themselves among it."""
+
+WIDTHS = 5
+"""Activations as wide as the widest layer that exist at once for each row, and as many as wide as the model."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Sequences and variants that run together.
+
+    Attributes
+    ----------
+    text
+        ``general`` or ``task``.
+    sequences
+        Numbers of the sequences.
+    variants
+        Numbers of the variants beside the base, which is in every pass.
+    """
+
+    text: str
+    sequences: tuple[int, ...]
+    variants: tuple[int, ...]
+
+
+def vocabulary_block(rows: int) -> int:
+    """Count the tokens of the vocabulary that are computed together, for so many rows."""
+    return max(64, LOGIT_BYTES // (4 * rows))
+
+
+def pass_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
+    """Estimate the peak memory of a pass.
+
+    Parameters
+    ----------
+    resident
+        Bytes between two steps; see `plan.memory.resident_bytes`.
+    rows
+        Tokens of all variants.
+    length
+        Tokens of a sequence.
+    """
+    activations = 4 * rows * (WIDTHS * (size.widest + size.hidden) + size.attention * length)
+    logits = LOGIT_COPIES * 4 * rows * min(size.vocabulary, vocabulary_block(rows))
+    weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, size.vocabulary) * size.hidden)
+    return (
+        resident
+        + TRANSFORMERS_BYTES
+        + max(activations, logits + 8 * rows * size.hidden)
+        + weights
+        + size.dense
+        + size.factors
+    )
+
+
+def measured_bytes(passes: Sequence[Pass], texts: Mapping[str, TextSequences], size: ModelSize, resident: int) -> int:
+    """Estimate the peak memory of all passes; see `pass_bytes`."""
+    most = 0
+    for one in passes:
+        length = max(len(texts[one.text].ids[i]) for i in one.sequences) + 1
+        most = max(most, pass_bytes(size, resident, (1 + len(one.variants)) * len(one.sequences) * length, length))
+    return most
+
+
+def plan_passes(
+    texts: Mapping[str, TextSequences], variants: int, size: ModelSize, resident: int, max_memory: int | None
+) -> list[Pass]:
+    """Divide sequences and variants into passes that fit the budget; long sequences go together, so that little is padded.
+
+    Parameters
+    ----------
+    variants
+        All of them, the base included.
+
+    Raises
+    ------
+    UsageError
+        If the budget does not hold one sequence under the base and one variant; it names the smallest that does.
+    """
+    longest = max(text.longest for text in texts.values()) + 1
+    if max_memory is None:
+        most = ROWS
+    else:
+        least = pass_bytes(size, resident, 2 * longest, longest)
+        if least > max_memory:
+            raise UsageError(
+                f"max_memory: {max_memory >> 20}M is not enough for a sequence of {longest - 1} tokens under two variants; it takes "
+                f"{-(-least >> 20)}M"
+            )
+        most = max(
+            rows for rows in _steps(2 * longest, ROWS) if pass_bytes(size, resident, rows, longest) <= max_memory
+        )
+    together = variants if max_memory is None else max(2, min(variants, most // longest))
+    others = range(1, variants)
+    chunks = [tuple(others[i : i + together - 1]) for i in range(0, variants - 1, together - 1)]
+    passes = []
+    for name, text in texts.items():
+        order = sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i]))
+        for part in _parts(order, text, max(1, most // together), size.short):
+            passes += [Pass(name, part, chunk) for chunk in chunks]
+    return passes
+
+
+def _steps(first: int, last: int) -> Iterator[int]:
+    yield first
+    yield from range(first + 64, max(first, last) + 1, 64)
+
+
+def _parts(order: Sequence[int], text: TextSequences, tokens: int, short: int | None) -> Iterator[tuple[int, ...]]:
+    """Divide sequences into groups of so many tokens at most, padding included; at least one a group.
+
+    Short ones are not padded to a length for which the model's rotary embeddings are others.
+    """
+    group: list[int] = []
+    for i in order:
+        full = group and (len(group) + 1) * (len(text.ids[group[0]]) + 1) > tokens
+        if full or (group and short is not None and len(text.ids[i]) <= short < len(text.ids[group[0]])):
+            yield tuple(group)
+            group = []
+        group.append(i)
+    yield tuple(group)

@@ -1,0 +1,242 @@
+"""Run a model whose weights stay on disk: each is read when its module runs, used for all variants at once, and dropped.
+
+A batch holds the same sequences once for each variant: rows (variant, sequence), the base's first. The logits come a block of the
+vocabulary at a time, by the model's own `forward`, which begins with the result of the layers below the head.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamer.errors import NumericError, UnsupportedError
+from streamer.evaluation.extra import quiet_transformers, require_transformers
+from streamer.evaluation.installed import Batch, InstalledModule
+from streamer.evaluation.run_time import RunTimeTensor, match_run_time
+from streamer.evaluation.skeleton import build_skeleton
+from streamer.evaluation.values import Job, Values
+from streamer.plan.targets import Target
+from streamer.units import listed
+
+MASK_VALUES = 2
+"""Values of four bytes that a mask takes for each pair of tokens of a sequence: a byte, and a float that torch makes of it."""
+
+FACTOR_BYTES = 24
+"""Bytes for each value of a delta's factors: 4 as it is read, and 8 + 4 of up to twice as many of a variant's, rounded down."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes that the memory and the time of a pass depend on.
+
+    Attributes
+    ----------
+    widest, hidden, vocabulary
+        The widest layer's inputs or outputs but for the head's, the model's width, and the head's outputs.
+    attention
+        Values that are formed for each pair of tokens: where attention is computed with its weights formed, or with a mask; else 0.
+    dense
+        Bytes of matrices that are in memory whole: a dense delta and what it is added to, or an expert's.
+    factors
+        Bytes of the factors of one delta, as they are read and as they are computed with.
+    products
+        Multiplications for one token by parameter, of experts those of as many as the router chooses.
+    read
+        Bytes of all weights on disk.
+    short
+        Longest sequence that rotary embeddings of two kinds (longrope) take for a short one, by its length with padding; None of others.
+    """
+
+    widest: int
+    hidden: int
+    vocabulary: int
+    attention: int
+    dense: int
+    factors: int
+    products: Mapping[str, int]
+    read: int
+    short: int | None = None
+
+
+class StreamingModel:
+    """The model of a base, for all variants of an adapted model at once.
+
+    Attributes
+    ----------
+    vocabulary
+        Rows of the head's weight.
+    positions
+        Tokens that a sequence may have at most, where the model's config states it.
+    size
+        See `ModelSize`.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.values = job, Values(job)
+        self.batch = Batch(len(job.variants))
+        self._model = build_skeleton(job.plan)
+        prefix = getattr(self._model, "base_model_prefix", "")
+        self._head = self._model.get_output_embeddings()  # type: ignore[operator]
+        kind = require_transformers().PreTrainedModel
+        self._inner = [m for m in self._model.modules() if isinstance(m, kind) and self._head not in m.modules()]
+        if not self._inner or not isinstance(self._head, nn.Linear):
+            name = type(self._model).__name__
+            raise UnsupportedError(
+                f"{job.plan.base.path}: {name} has no linear head behind a model of its own; evaluate does not do it"
+            )
+        state = {
+            n: tuple(t.shape)
+            for n, t in itertools.chain(self._model.named_parameters(remove_duplicate=False), self._buffers())
+        }
+        tensors = match_run_time(job.plan, state, {n for n, _ in self._buffers()}, prefix)
+        for n, buffer in self._buffers():
+            if n in tensors:
+                self._fill(n, buffer, tensors[n])
+        inner: list[RunTimeTensor] = []
+        for path, module in self._model.named_modules():
+            own = {n: tensors[f"{path}.{n}" if path else n] for n, p in module._parameters.items() if p is not None}
+            if own:
+                InstalledModule(path, module, own, self.values, self.batch, head=module is self._head)
+            if not isinstance(module, nn.Embedding):
+                inner += [tensor for tensor in own.values() if len(tensor.shape) > 1]
+        self.vocabulary = self._head.out_features
+        config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]
+        stated = getattr(config, "max_position_embeddings", None)
+        self.positions = stated if isinstance(stated, int) else None
+        self.size = self._size(config, inner, tensors.values())
+        self.values.read.clear()
+
+    def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
+        used = getattr(config, "num_experts_per_tok", None) or 1
+        layers = [t for t in inner if t.shape != self._head.weight.shape]
+        whole = [t for t in tensors if self.values.targets(t) and self.values.low_rank_target(t) is None]
+        return ModelSize(
+            widest=max((max(t.shape[-2:]) for t in layers), default=0),
+            hidden=int(getattr(config, "hidden_size", 0)),
+            vocabulary=self.vocabulary,
+            attention=_attention_values(config),
+            dense=max(
+                (16 * math.prod(t.shape[t.stacked :]) for t in (*whole, *(t for t in inner if t.stacked))), default=0
+            ),
+            factors=max(
+                (_factor_bytes(target) for targets in self.values.plan.by_weight.values() for target, _ in targets),
+                default=0,
+            ),
+            products={t.name: math.prod(t.shape) // (max(1, t.shape[0] // used) if t.stacked else 1) for t in inner},
+            read=sum(self.values.weight(weight, 1).nbytes for weight in {w for t in tensors for w in t.weights}),
+            short=_short_length(config),
+        )
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the buffers that a checkpoint holds."""
+        stored = self._model.state_dict(keep_vars=True)
+        return ((n, b) for n, b in self._model.named_buffers(remove_duplicate=False) if n in stored)
+
+    def _fill(self, name: str, buffer: Tensor, tensor: RunTimeTensor) -> None:
+        if self.values.edited(tensor) or self.values.targets(tensor):
+            raise UnsupportedError(
+                f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate does not do that"
+            )
+        buffer.copy_(self.values.whole(tensor, 0, with_delta=False))
+
+    def logits(self, ids: Tensor, blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
+        """Compute the logits of some sequences under all variants, a block of the vocabulary at a time.
+
+        Parameters
+        ----------
+        ids
+            Tokens (sequences, length); the number of sequences times variants is not the length (see `Batch.per_variant`).
+        blocks
+            Tokens of the vocabulary that are computed together: from, to; see `vocabulary_blocks`.
+
+        Yields
+        ------
+        i, j, logits
+            Logits (variants, sequences, length, j − i) of tokens i to j.
+
+        Raises
+        ------
+        UnsupportedError
+            If the model computes its logits otherwise than by its head, token by token.
+        """
+        batch = self.batch
+        batch.sequences, batch.length = ids.shape
+        assert batch.rows != batch.length
+        ids = ids.repeat(batch.variants, 1)
+        results: dict[nn.Module, Any] = {}
+        handles = [
+            module.register_forward_hook(lambda module, args, out: results.update({module: out}))
+            for module in self._inner
+        ]
+        try:
+            for number, (i, j) in enumerate(blocks):
+                batch.vocabulary = i, j
+                with torch.inference_mode(), quiet_transformers():
+                    out = self._model(input_ids=ids, use_cache=False).logits
+                if not results or out.shape != (*ids.shape, j - i):
+                    raise UnsupportedError(
+                        f"{self.job.plan.base.path}: {type(self._model).__name__} gives logits {list(out.shape)} for {j - i} tokens of "
+                        "the vocabulary: it computes them otherwise than by its head; evaluate does not do it"
+                    )
+                if number == 0:
+                    # The outermost of those that ran gives its result again, and nothing within it runs.
+                    outer = next(module for module in self._inner if module in results)
+                    outer.forward = _giving(results[outer])
+                yield i, j, out.view(batch.variants, batch.sequences, batch.length, -1)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in results:
+                module.__dict__.pop("forward", None)
+            batch.vocabulary = None
+
+    def vocabulary_blocks(self, block: int) -> list[tuple[int, int]]:
+        """Divide the vocabulary into blocks of so many tokens, the last of fewer."""
+        return [(i, min(self.vocabulary, i + block)) for i in range(0, self.vocabulary, block)]
+
+    def check_all_used(self) -> None:
+        """Raise `NumericError` if a pass has left out something that the adapter changes."""
+        if unused := self.values.unused():
+            raise NumericError(
+                f"{self.job.plan.adapter.path}: {len(unused)} of the tensors that it changes were not used in a pass over the text, "
+                f"{listed(map(repr, unused))}; the losses would be those of another model"
+            )
+
+
+def _attention_values(config: Any) -> int:
+    """Count the values that attention forms for each pair of tokens: weights by head, or a mask where there is a window."""
+    if config._attn_implementation == "eager":
+        return 3 * int(getattr(config, "num_attention_heads", 1))
+    kinds = getattr(config, "layer_types", None) or ()
+    windowed = getattr(config, "sliding_window", None) or any("sliding" in kind or "chunked" in kind for kind in kinds)
+    return MASK_VALUES if windowed else 0
+
+
+def _short_length(config: Any) -> int | None:
+    """Return the length up to which longrope takes its short factors; None of other rotary embeddings."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [
+        rope,
+        *(kind for kind in rope.values() if isinstance(kind, dict)),
+    ]  # of some models one for each kind of layer
+    stated = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    length = next(
+        (n for n in stated if n), getattr(config, "original_max_position_embeddings", None) if stated else None
+    )
+    return None if length is None else int(length)
+
+
+def _factor_bytes(target: Target) -> int:
+    """Estimate the bytes of a delta's factors: Δ as read, and of one variant Δ', to which intruders may be appended, in two dtypes."""
+    rank = target.module.factor_rank if target.module.low_rank else 0
+    return FACTOR_BYTES * rank * sum(target.module.shape)
+
+
+def _giving(result: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: result

@@ -1,0 +1,83 @@
+"""Options of an evaluation, which decide its result."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from streamer.detection.findings import Findings
+from streamer.detection.intruders import Selection
+from streamer.errors import UsageError
+from streamer.evaluation.suggestion import check_keep
+from streamer.evaluation.values import Job
+from streamer.evaluation.variants import Variant, make_variants
+from streamer.linalg.torch_state import has_fast_bfloat16
+from streamer.output.mitigation import MitigationMethod
+from streamer.plan.plan import Plan
+
+ProductDtype = Literal["float32", "bf16"]
+"""Dtype that the factors of a product of a base's weight with activations are rounded to; the product is float32."""
+
+LAMBDAS = (0.9, 0.75, 0.5, 0.25, 0.0)
+METHODS: tuple[MitigationMethod, ...] = ("paper", "project", "shrink")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Options of an evaluation: all but `keep` decide its measures.
+
+    Attributes
+    ----------
+    methods, lambdas
+        Every method is evaluated at every λ.
+    scale
+        ``all`` intruders among the top k, or only the ``first`` (highest-ranked) of each matrix.
+    sequences, length
+        Sequences of each text, and tokens of a sequence, at most; at least 2 of both.
+    keep
+        Least share of what the adapter learned that the suggested variant keeps.
+    projected
+        Whether deltas are projected back onto the adapter's rank, as `mitigate` writes them, and not complete, as `merge` does.
+    dtype
+        ``bf16``: products of the base's weights with activations are of factors rounded to bfloat16, which is faster; see
+        `linalg.torch_state.bfloat16_products`. All else stays float32, deltas among it.
+    """
+
+    methods: tuple[MitigationMethod, ...] = METHODS
+    lambdas: tuple[float, ...] = LAMBDAS
+    scale: Selection = "all"
+    sequences: int = 64
+    length: int = 512
+    keep: float = 0.9
+    projected: bool = False
+    dtype: ProductDtype = "float32"
+
+    def __post_init__(self) -> None:
+        make_variants(self.methods, self.lambdas, self.scale)
+        for name in ("sequences", "length"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 2:
+                raise UsageError(f"{name}: expected a whole number from 2, found {value!r}")
+        check_keep(self.keep)
+        if self.dtype not in get_args(ProductDtype):
+            raise UsageError(f"dtype: expected one of {', '.join(get_args(ProductDtype))}, found {self.dtype!r}")
+        if self.dtype == "bf16" and not has_fast_bfloat16():
+            raise UsageError(
+                "dtype: bf16 takes a processor that multiplies bfloat16 matrices (AVX512-BF16), which this one does not; leave it "
+                "float32"
+            )
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """List the variants: ``base``, ``adapter``, then each method at each λ."""
+        return make_variants(self.methods, self.lambdas, self.scale)
+
+    def job(self, plan: Plan, variants: tuple[Variant, ...], findings: Findings | None) -> Job:
+        """Say how these variants are computed."""
+        return Job(plan, variants, findings, self.projected, self.dtype == "bf16")
+
+    def of_measures(self) -> dict[str, Any]:
+        """Return the options that decide the measures, as JSON: all but `keep`, on which the suggestion alone depends."""
+        tree = asdict(self)
+        del tree["keep"]
+        return tree

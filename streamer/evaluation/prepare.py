@@ -1,0 +1,131 @@
+"""Open and check what an evaluation reads, and say what it is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from streamer import __version__
+from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.errors import UnsupportedError
+from streamer.evaluation.evaluation import GENERAL, TASK
+from streamer.evaluation.extra import require_transformers
+from streamer.evaluation.memory import Pass, plan_passes
+from streamer.evaluation.model import StreamingModel
+from streamer.evaluation.options import EvaluationOptions
+from streamer.evaluation.sequences import TextSequences
+from streamer.evaluation.texts import read_text
+from streamer.evaluation.tokenizer import tokenizer_directory
+from streamer.output.job import GivenFindings
+from streamer.output.mitigation import MitigationOptions
+from streamer.output.prepare import FindingsOrPath, OutputOptions, open_jobs
+from streamer.plan.batch import Batch
+from streamer.plan.memory import resident_bytes
+from streamer.plan.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An evaluation whose inputs are open and checked; nothing is written.
+
+    Attributes
+    ----------
+    findings
+        Those given; None where there are none.
+    texts
+        ``general`` and ``task``.
+    model
+        Of all variants; deltas that need findings can be had of it only once these are there.
+    """
+
+    plan: Plan
+    options: EvaluationOptions
+    detection: DetectionOptions
+    run: RunOptions
+    findings: GivenFindings | None
+    texts: Mapping[str, TextSequences]
+    model: StreamingModel
+
+    @cached_property
+    def passes(self) -> list[Pass]:
+        """Divide the work."""
+        return plan_passes(
+            self.texts, len(self.options.variants), self.model.size, self.resident, self.detection.max_memory
+        )
+
+    @property
+    def resident(self) -> int:
+        """Estimate the bytes that stay in memory between two steps."""
+        return resident_bytes(Batch(self.plan.base, (self.plan,)))
+
+    @property
+    def needs_findings(self) -> bool:
+        """Test whether a variant depends on findings."""
+        return any(v.mitigation is not None and v.mitigation.needs_detection for v in self.options.variants)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Say what it is made of, as JSON; the digest `plan` tells whether two evaluations are one."""
+        o, detection = self.options, self.findings.options if self.findings else self.detection
+        plan, weights = self.plan, self.plan.weights
+        tree = {
+            "transformers": require_transformers().__version__,
+            "base": self.plan.sources[0],
+            "adapter": self.plan.sources[1],
+            "factored": not plan.adapter.describes_model and all(t.module.factors for t in plan.targets),
+            "quantized": any(n in weights.quantized_names and not weights.requantizes(n) for n in plan.by_weight),
+            "detection": detection.as_dict() if self.needs_findings else None,
+            "scale": o.scale,
+            "projected": o.projected,
+            "dtype": o.dtype,
+            "texts": {name: text.facts() for name, text in self.texts.items()},
+        }  # fmt: skip
+        decided = {
+            **tree,
+            "options": o.of_measures(),
+            "max_memory": self.detection.max_memory,
+            "findings": self.findings.decisions() if self.findings else None,
+        }
+        return {
+            "version": __version__,
+            **tree,
+            "plan": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
+        }
+
+
+def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings: FindingsOrPath, options: EvaluationOptions,
+            detection: DetectionOptions, run: RunOptions) -> Prepared:  # fmt: skip
+    """Open and check everything that an evaluation reads, and hand on the warnings of the inputs.
+
+    Parameters
+    ----------
+    texts
+        Paths of the ``general`` and the ``task`` text.
+    """
+    require_transformers()
+    form = OutputOptions(merges=True)
+    (job,) = open_jobs(base, {"": adapter}, [findings], MitigationOptions(1.0, "shrink"), detection, form, run)
+    plan = job.plan
+    run.monitor.warn((*plan.warnings, *job.warnings))
+    if plan.edits.vocabulary is not None:
+        raise UnsupportedError(
+            f"{plan.adapter.path}: gives the model {plan.edits.vocabulary} tokens, which the base does not have; evaluate "
+            "takes adapters that keep the vocabulary"
+        )
+    model = StreamingModel(options.job(plan, options.variants, None))
+    read = {
+        name: read_text(path, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
+                        vocabulary=model.vocabulary, positions=model.positions)
+        for name, path in texts.items()
+    }  # fmt: skip
+    if read[GENERAL].digest() == read[TASK].digest():
+        run.monitor.warn(
+            ("the general and the task's text are the same: what is kept and what is forgotten are then one figure",)
+        )
+    given = job.findings if isinstance(job.findings, GivenFindings) else None
+    return Prepared(plan, options, detection, run, given, read, model)

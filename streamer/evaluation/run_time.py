@@ -1,0 +1,207 @@
+"""Find the weights on disk that each parameter and buffer of a loaded model is made of.
+
+``model.layers.0.mlp.up_proj.weight`` of a vision-language model → ``language_model.model.layers.0.mlp.up_proj.weight`` on disk;
+``model.layers.0.mlp.experts.gate_up_proj`` (8, 2·I, H) → for each expert ``….experts.3.w1.weight`` above ``….experts.3.w3.weight``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from streamer.errors import MismatchError, UnsupportedError
+from streamer.plan.architectures import architecture_for, architectures_for
+from streamer.plan.plan import Plan
+from streamer.plan.targets import TensorSlice
+from streamer.plan.tied_names import TiedNames, find_ties
+from streamer.plan.transformers_renames import CONCATENATE, MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, renames_for
+from streamer.units import listed
+
+STACKED = ((MERGE,), (MERGE, CONCATENATE), (CONCATENATE,), (TRANSPOSE,), (TRANSPOSE_IF,))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights on disk that hold a tensor of the loaded model, or one matrix of a stack, one below the other.
+
+    Attributes
+    ----------
+    slices
+        The weights' names, with the index of the matrix where a weight is a stack.
+    transposed
+        The loaded tensor is the transpose.
+    """
+
+    slices: tuple[TensorSlice, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class RunTimeTensor:
+    """A parameter or buffer of the loaded model.
+
+    Attributes
+    ----------
+    name, shape
+        In the loaded model.
+    base, adapted
+        Sources in the base and in the model with the adapter, which may undo a tie: one of the whole tensor, or one an expert.
+    stacked
+        Whether there is one an expert.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    base: tuple[Source, ...]
+    adapted: tuple[Source, ...]
+    stacked: bool = False
+
+    @property
+    def weights(self) -> set[str]:
+        """Names of the adapted model's weights that it is made of."""
+        return {piece.weight for source in self.adapted for piece in source.slices}
+
+
+def match_run_time(
+    plan: Plan, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str], prefix: str
+) -> dict[str, RunTimeTensor]:
+    """Match each tensor of a loaded model to the base's weights, and check that all that the adapter changes are among them.
+
+    Parameters
+    ----------
+    shapes
+        Name → shape of every parameter and persistent buffer.
+    optional
+        Those that a checkpoint may lack: buffers, whose values the class makes.
+    prefix
+        The class's ``base_model_prefix``, with which a checkpoint's names begin or not.
+
+    Raises
+    ------
+    MismatchError
+        If a parameter has no weights, or ones of another shape.
+    UnsupportedError
+        If weights are built on loading in a way that is not known here, or the adapter changes one that the loaded model lacks.
+    """
+    if plan.weights.quantized_names and any(a.conv1d for a in architectures_for(plan.config)):
+        raise UnsupportedError(
+            f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in), and the loaded model as (in, out), "
+            "which is not supported by evaluate; evaluate with the 16-bit base"
+        )
+    names, optional = _Names(plan, prefix), set(optional)
+    found: dict[str, RunTimeTensor] = {}
+    missing: list[str] = []
+    for name, shape in shapes.items():
+        tensor = names.find(name, shape)
+        if tensor is not None:
+            found[name] = tensor
+        elif name not in optional:
+            missing.append(name)
+    if missing:
+        raise MismatchError(
+            f"{plan.base.path}: lacks {len(missing)} of {len(shapes)} tensors of its class, {listed(map(repr, missing))}; is it of another "
+            "class than its config.json says?"
+        )
+    used = {weight for tensor in found.values() for weight in tensor.weights}
+    changed = {*plan.by_weight, *plan.edits.sources, *plan.edits.shifts, *plan.edits.rows}
+    if lost := sorted(changed - used):
+        raise UnsupportedError(
+            f"{plan.adapter.path}: changes {len(lost)} tensors that the class of {plan.base.path} does not compute a text's losses with, "
+            f"{listed(map(repr, lost))}; evaluate cannot show what they do"
+        )
+    return found
+
+
+class _Names:
+    """Weights on disk by the run-time names that loading gives them."""
+
+    def __init__(self, plan: Plan, prefix: str) -> None:
+        self.plan, self.prefix = plan, f"{prefix}." if prefix else ""
+        renames, edits = renames_for(plan.config), plan.edits
+        self.at: dict[str, list[Loaded]] = defaultdict(list)
+        on_disk = [*plan.weights.stored, *(n for n in edits.sources if n not in plan.weights.stored)]
+        for loaded in renames.loaded(on_disk):
+            self.at[loaded.name].append(loaded)
+        self.ties: dict[str, TiedNames] = {}
+        architecture = architecture_for(plan.config)
+        for tie in find_ties(plan.base.weight_map, architecture, renames):
+            self.ties |= {name: tie for name in tie.on_disk if tie.stored}
+        self.edited = {*edits.sources, *edits.rows, *edits.shifts, *plan.by_weight}
+
+    def find(self, name: str, shape: tuple[int, ...]) -> RunTimeTensor | None:
+        """Find the sources of one tensor; None where there are none."""
+        spellings = dict.fromkeys((name, name.removeprefix(self.prefix), self.prefix + name))
+        loaded = next((self.at[spelling] for spelling in spellings if spelling in self.at), [])
+        tie = next((self.ties[spelling] for spelling in spellings if spelling in self.ties), None)
+        if loaded and loaded[0].by is not None:
+            sources = self._built(name, loaded, shape)
+            return RunTimeTensor(name, shape, sources, sources, stacked=True)
+        mine = loaded[0].tensor if loaded else None
+        if mine is None and tie is not None:
+            mine = next((tie.on_disk[s] for s in spellings if s in tie.on_disk), None) or tie.stored
+        if mine is None or (tie is None and mine not in self.plan.weights.stored):
+            return None
+        stands, tied_to = mine in self.plan.weights.stored, mine if tie is None else tie.stored
+        own = mine in self.edited or (stands and mine not in self.plan.edits.dropped)
+        base, adapted = (
+            self._direct(weight, shape) for weight in (mine if stands else tied_to, mine if own else tied_to)
+        )
+        return RunTimeTensor(
+            name, shape, base, adapted, stacked=len(shape) == 3 and adapted[0].slices[0].index is not None
+        )
+
+    def _direct(self, weight: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
+        """Take a weight as it is: a stack of matrices one by one."""
+        stored = (
+            self.plan.weights[weight].shape
+            if weight in self.plan.weights
+            else self.plan.edits.sources[weight].info.shape
+        )
+        if stored != shape:
+            raise MismatchError(
+                f"{self.plan.base.path}: {weight!r} has shape {list(stored)}, and its class expects {list(shape)}; is it of another class, "
+                "or another vocabulary, than its config.json says?"
+            )
+        if len(shape) == 3 and not weight.endswith(".weight"):  # a convolution's is called so
+            return tuple(Source((TensorSlice(weight, e),)) for e in range(shape[0]))
+        return (Source((TensorSlice(weight),)),)
+
+    def _built(self, name: str, loaded: Sequence[Loaded], shape: tuple[int, ...]) -> tuple[Source, ...]:
+        """Take the pieces of a tensor that loading builds: of each expert's tensors, or of stacks."""
+        by = loaded[0].by
+        assert by is not None
+        if by.by not in STACKED or len(by.to) != 1 or len(shape) != 3:
+            raise UnsupportedError(
+                f"{self.plan.base.path}: {name!r} is built on loading by {' and '.join(by.by)} from {loaded[0].tensor!r}, "
+                "which is not supported by evaluate; save the base again with the transformers that is installed"
+            )
+        numbered = MERGE in by.by
+        sources: list[dict[int, str]] = [{} for _ in by.sources]
+        for part in loaded:
+            sources[part.source][(part.number if numbered else 0) or 0] = part.tensor
+        experts = range(shape[0])
+        if any(sorted(s) != (list(experts) if numbered else [0]) for s in sources):
+            raise MismatchError(
+                f"{self.plan.base.path}: {name!r} is built on loading from {loaded[0].tensor!r} and its like, which are not one for each "
+                f"of {shape[0]} experts"
+            )
+        rows, width = self._sides(sources, numbered)
+        transposed = by.by == (TRANSPOSE,) or (by.by == (TRANSPOSE_IF,) and (rows, width) != shape[1:])
+        if ((width, rows) if transposed else (rows, width)) != shape[1:]:
+            raise MismatchError(
+                f"{self.plan.base.path}: {name!r} is built on loading of matrices {[rows, width]}, and its class expects {list(shape[1:])}"
+            )
+
+        def pieces(e: int) -> tuple[TensorSlice, ...]:
+            return tuple(TensorSlice(s[e]) if numbered else TensorSlice(s[0], e) for s in sources)
+
+        return tuple(Source(pieces(e), transposed) for e in experts)
+
+    def _sides(self, sources: Sequence[Mapping[int, str]], numbered: bool) -> tuple[int, int]:
+        """Return rows and columns of one expert's matrix, its pieces one below the other."""
+        shapes = [self.plan.weights[s[0]].shape for s in sources]
+        shapes = shapes if numbered else [shape[1:] for shape in shapes]
+        if any(len(shape) != 2 for shape in shapes) or len({shape[1] for shape in shapes}) != 1:
+            raise MismatchError(f"{self.plan.base.path}: {sources[0][0]!r} and its like do not fit together: {shapes}")
+        return sum(shape[0] for shape in shapes), shapes[0][1]

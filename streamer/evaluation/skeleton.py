@@ -1,0 +1,87 @@
+"""Build the model of a ``config.json`` with transformers: parameters on the meta device, buffers for real."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from streamer.errors import FormatError, MissingInputError, UnsupportedError
+from streamer.evaluation.extra import quiet_transformers, require_transformers
+from streamer.plan.plan import Plan
+from streamer.weights.model_config import MODEL_CONFIG
+
+
+def build_skeleton(plan: Plan) -> nn.Module:
+    """Build the base's model as transformers does, without its weights.
+
+    Returns
+    -------
+    nn.Module
+        In evaluation mode. Parameters are on the meta device, in float32; buffers hold what the class computes from the config.
+
+    Raises
+    ------
+    UnsupportedError
+        If the class is none of transformers', or not one that predicts the next token of a text.
+    """
+    transformers = require_transformers()
+    from transformers.initialization import no_init_weights
+
+    directory = plan.base.directory
+    if directory is None or not (directory / MODEL_CONFIG).exists():
+        raise MissingInputError(
+            f"{plan.base.path}: has no {MODEL_CONFIG}, which says what model it is; give the directory of the model",
+            MODEL_CONFIG,
+        )
+    name = plan.config.architecture or next(iter(plan.config.architectures), None)
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise UnsupportedError(
+            f"{directory / MODEL_CONFIG}: names the class {name!r}, which transformers {transformers.__version__} does not have; evaluate "
+            "builds the model with transformers' own classes"
+        )
+    with quiet_transformers():
+        try:
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise FormatError(f"{directory / MODEL_CONFIG}: transformers cannot read it: {_first_line(e)}") from e
+        if config.is_encoder_decoder or not _predicts_next(cls.__name__):
+            raise UnsupportedError(
+                f"{directory / MODEL_CONFIG}: {name} does not predict the next token of a text; evaluate compares causal language models"
+            )
+        config._experts_implementation = "eager"  # a loop over experts, of which one is in memory at a time
+        config.use_cache = False
+        with _parameters_on_meta(), no_init_weights():
+            model: nn.Module = cls(config)
+    return model.eval()
+
+
+def _predicts_next(name: str) -> bool:
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return any(name == cls or name in cls for table in tables for cls in table.values())
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move each parameter to the meta device as a module registers it, before anything fills it."""
+
+    def on_meta(module: nn.Module, name: str, parameter: Tensor | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # torch's stub allows no result
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first_line(e: Exception) -> str:
+    return next(iter(str(e).splitlines()), type(e).__name__)

@@ -1,0 +1,214 @@
+"""Read a user's text as sequences of tokens: running text, JSON lines, or token ids.
+
+Of a text that has more than is asked for, sequences are taken at even distances from its beginning to its end. The choice is the same in
+every run; no part of the text counts more than another, as its first chapter or the first source of a sorted collection would; and
+sequences that lie apart depend less on one another, which the standard errors assume.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamer.errors import FormatError, UsageError
+from streamer.evaluation.json_lines import read_json_lines
+from streamer.evaluation.sequences import TextSequences, evenly
+from streamer.evaluation.tokenizer import Tokenizer, load_tokenizer
+from streamer.storage.files import open_regular, read_bytes
+from streamer.units import counted as count_of
+from streamer.units import quoted
+
+SUFFIXES = (".txt", ".jsonl", ".npy")
+
+BYTES_PER_TOKEN = 8
+"""Text that is tokenized at first for each token that is wanted; more is read where this was too little."""
+
+LONGEST_WORD = 100
+"""Bytes in which a sequence looks for the beginning of a word; text without spaces begins at a character."""
+
+
+def read_text(
+    path: str | Path,
+    tokenizer_directory: Path | None,
+    *,
+    sequences: int = 64,
+    length: int = 512,
+    vocabulary: int | None = None,
+    positions: int | None = None,
+) -> TextSequences:
+    """Read sequences of tokens from a file.
+
+    ``.txt``
+        Running text in UTF-8. A sequence begins at a word and has `length` tokens, those that the tokenizer puts before a text among
+        them; these do not count. Sequences do not overlap; what is left at the end is dropped.
+    ``.jsonl``
+        A JSON object on each line, which becomes one sequence of at most `length` tokens, cut at its end: with ``text``, all of whose
+        tokens count; with ``prompt`` and ``completion``, of which those of the completion count; or with ``messages``, of which those of
+        the assistant's answers count. Other keys are ignored.
+    ``.npy``
+        Token ids as they are: (n,), a stream that is cut into sequences of `length`, or (n, t), a sequence in each row, cut at its end.
+
+    Parameters
+    ----------
+    tokenizer_directory
+        Holds the tokenizer and its chat template; ``.npy`` needs none.
+    sequences
+        Sequences that are taken, at least 2; fewer where the text has no more.
+    length
+        Tokens of a sequence, at least 2.
+    vocabulary
+        Ids must be below it.
+    positions
+        Tokens that a sequence may have at most.
+
+    Raises
+    ------
+    UsageError
+        If the name has another suffix, a sequence is longer than the model's positions, or has room only for what the tokenizer puts
+        before a text.
+    FormatError
+        If the file breaks its format, holds fewer than two sequences, or an id outside of the vocabulary.
+    MissingInputError, MissingPackageError
+        If the file, the tokenizer or transformers is not there.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise UsageError(
+            f"{path}: expected the name of a text to end in {', '.join(SUFFIXES)}, found {quoted(path.suffix)}"
+        )
+    if path.suffix == ".npy":
+        taken = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length)]
+    else:
+        tokenizer = load_tokenizer(path, tokenizer_directory)
+        if path.suffix == ".txt":
+            own = np.arange(length) >= len(tokenizer.start)
+            taken = [(ids, own.copy()) for ids in _cut_text(path, tokenizer, sequences, length)]
+        else:
+            taken = list(read_json_lines(path, tokenizer, sequences, length))
+    for _, counted in taken:
+        counted[0] = False
+    text = TextSequences(tuple(ids for ids, _ in taken), tuple(counted for _, counted in taken), path.name)
+    _check(path, text, vocabulary, positions)
+    return text
+
+
+def _check(path: Path, text: TextSequences, vocabulary: int | None, positions: int | None) -> None:
+    """Refuse what errors cannot be estimated of, and what the model cannot take."""
+    if len(text.ids) < 2:
+        raise FormatError(
+            f"{path}: expected at least 2 sequences, whose difference gives the error, found {len(text.ids)}; give more text"
+        )
+    if positions is not None and text.longest > positions:
+        raise UsageError(
+            f"{path}: a sequence has {text.longest} tokens, and the model {positions} positions; give --length {positions}"
+        )
+    for i, ids in enumerate(text.ids):
+        least, most = int(ids.min()), int(ids.max())
+        if least < 0 or (vocabulary is not None and most >= vocabulary):
+            below = "" if vocabulary is None else f" to {vocabulary - 1}"
+            raise FormatError(
+                f"{path}: expected token ids from 0{below}, found {least if least < 0 else most} in sequence {i + 1}; it was made with "
+                "another tokenizer than the model's"
+            )
+
+
+def _read_ids(path: Path, sequences: int, length: int) -> Iterator[NDArray[np.int64]]:
+    fd, _ = open_regular(path, "token ids")
+    os.close(fd)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as e:
+        raise FormatError(f"{path}: expected an array as numpy.save writes it: {e}") from e
+    if not isinstance(array, np.ndarray):
+        raise FormatError(f"{path}: expected an array as numpy.save writes it, found several (numpy.savez)")
+    if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
+        raise FormatError(
+            f"{path}: expected token ids, integers in 1 dimension (a stream) or 2 (sequences), found {array.dtype} in {array.ndim}"
+        )
+    if array.ndim == 1:
+        _check_stream(path, len(array), length)
+        for i in evenly(len(array) // length, sequences):
+            yield np.array(array[i * length : (i + 1) * length], np.int64)
+        return
+    if array.shape[1] < 2:
+        raise FormatError(f"{path}: expected sequences of at least 2 tokens, found {array.shape[1]}")
+    for i in evenly(len(array), sequences):
+        yield np.array(array[i, :length], np.int64)
+
+
+def _check_stream(path: Path, tokens: int, length: int) -> None:
+    """Refuse a stream of fewer tokens than two sequences have."""
+    if tokens < 2 * length:
+        hint = f"give more text, or --length {tokens // 2}" if tokens >= 4 else "give more text"
+        raise FormatError(
+            f"{path}: expected 2 sequences of {length} tokens at least, found {count_of(tokens, 'token')}; {hint}"
+        )
+
+
+def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int) -> Iterator[NDArray[np.int64]]:
+    """Take sequences from text at even distances in bytes; where it has too few for that, one after another."""
+    if length <= len(tokenizer.start):
+        raise UsageError(
+            f"--length: expected more than the {len(tokenizer.start)} tokens that the tokenizer puts before a text, found {length}"
+        )
+    fd, status = open_regular(path, "text")
+    wanted, end, found = length - len(tokenizer.start), 0, 0
+    try:
+        for i in range(sequences):
+            even = i * status.st_size // sequences
+            at = _next_word(fd, even) if even > end else end
+            ids, size = _tokenize_from(path, fd, at, tokenizer, wanted)
+            if len(ids) < wanted:
+                if found < 2:
+                    _check_stream(path, found * length + len(ids), length)
+                return
+            yield np.array([*tokenizer.start, *ids], np.int64)
+            end, found = at + size, found + 1
+    finally:
+        os.close(fd)
+
+
+def _next_word(fd: int, at: int) -> int:
+    """Find where the next word begins; where none does soon, the next character."""
+    near = read_bytes(fd, LONGEST_WORD, at)
+    for i, byte in enumerate(near):
+        if bytes([byte]).isspace():
+            return at + i + 1
+    return at + next((i for i, byte in enumerate(near) if byte & 0xC0 != 0x80), 0)
+
+
+def _tokenize_from(path: Path, fd: int, at: int, tokenizer: Tokenizer, wanted: int) -> tuple[list[int], int]:
+    """Tokenize text from an offset on.
+
+    Returns
+    -------
+    ids, size
+        As many tokens as are wanted, fewer where the text ends, and the bytes that they take.
+    """
+    room = BYTES_PER_TOKEN * (wanted + LONGEST_WORD)
+    while True:
+        raw = read_bytes(fd, room, at)
+        text = _decode(path, raw, at, whole=len(raw) < room)
+        ids, offsets = tokenizer.encode(text.lstrip(" "))
+        # The last word of a part may be cut, and is other tokens then.
+        if len(raw) < room or len(ids) > wanted + LONGEST_WORD:
+            break
+        room *= 2
+    ids = ids[:wanted]
+    spaces = len(text) - len(text.lstrip(" "))
+    last = offsets[len(ids) - 1][1] if ids else 0
+    return ids, len(text[: spaces + last].encode())
+
+
+def _decode(path: Path, raw: bytes, at: int, whole: bool) -> str:
+    """Decode UTF-8; of a part that ends within a character, all before it."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as e:
+        if not whole and e.start > len(raw) - 4 and e.reason == "unexpected end of data":
+            return raw[: e.start].decode()
+        raise FormatError(f"{path}: expected text in UTF-8, found another byte at {at + e.start}; convert it") from e

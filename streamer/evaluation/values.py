@@ -1,0 +1,211 @@
+"""Read the values of a loaded model's tensors under each variant: the base's, and with the adapter's edits and mitigated deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from streamer.detection.findings import Findings
+from streamer.errors import NumericError
+from streamer.evaluation.run_time import RunTimeTensor, Source
+from streamer.evaluation.variants import Variant
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta, all_finite
+from streamer.output.mitigation import back_project, mitigate
+from streamer.plan.plan import Plan
+from streamer.plan.targets import Target, TensorSlice
+from streamer.weights.base import Weight
+from streamer.weights.logical import WeightView
+from streamer.weights.plain import Plain
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Variants of one adapted model, and what their deltas are made of.
+
+    Attributes
+    ----------
+    findings
+        Those on all matrices; None where no variant needs any.
+    projected
+        Whether deltas are projected back onto the adapter's rank, as `mitigate` writes them, and not complete, as `merge` does.
+    rounds_products
+        Whether products of the base's weights with activations are of factors rounded to bfloat16.
+    """
+
+    plan: Plan
+    variants: tuple[Variant, ...]
+    findings: Findings | None
+    projected: bool = False
+    rounds_products: bool = False
+
+
+class Values:
+    """Values in float32 of the tensors that a loaded model is made of, by number of the variant; the first one is the base.
+
+    Attributes
+    ----------
+    applied
+        Names of the weights whose deltas were given out.
+    read
+        Names of the weights that were read with the adapter's edits.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.plan = job, job.plan
+        self.base: WeightView = replace(job.plan.weights, replacements={}, derived={})
+        self.applied: set[str] = set()
+        self.read: set[str] = set()
+        self._last: tuple[str, Delta] | None = None
+
+    def weight(self, name: str, variant: int) -> Weight:
+        """Return the weight that the deltas of a variant are added to."""
+        if variant:
+            self.read.add(name)
+        return (self.plan.weights if variant else self.base)[name]
+
+    def edited(self, tensor: RunTimeTensor) -> bool:
+        """Test whether the adapter changes a tensor otherwise than by deltas, alike in all variants but the base."""
+        edits = self.plan.edits
+        names = {*edits.sources, *edits.shifts, *edits.rows}
+        return bool(names & tensor.weights) or tensor.base != tensor.adapted
+
+    def targets(self, tensor: RunTimeTensor) -> list[tuple[Target, TensorSlice]]:
+        """List the targets in a tensor, each with its slice."""
+        return [pair for weight in sorted(tensor.weights) for pair in self.plan.by_weight.get(weight, ())]
+
+    def low_rank_target(self, tensor: RunTimeTensor) -> Target | None:
+        """Return the target that is the whole tensor, if its delta comes in factors."""
+        pairs = self.targets(tensor)
+        if len(pairs) != 1 or tensor.stacked or tensor.adapted[0].transposed or len(tensor.adapted[0].slices) > 1:
+            return None
+        (target, held), low_rank = pairs[0], pairs[0][0].module.low_rank
+        return target if low_rank and held.index is None and held.rows is None and len(tensor.shape) == 2 else None
+
+    def deltas(self, target: Target) -> Iterator[LowRank]:
+        """Compute the factors of Δ' of each variant but the base in turn, in float32 and as the weight is stored: (rows, columns)."""
+        self.applied.update(held.weight for held in target.slices)
+        for variant in range(1, len(self.job.variants)):
+            delta = self._delta(target, variant)
+            assert isinstance(delta, LowRank)
+            yield (delta.T if target.transposed else delta).to(torch.float32)
+
+    def _delta(self, target: Target, variant: int) -> Delta:
+        """Compute Δ' (out, in) of one variant; Δ is kept for the variants to come."""
+        if self._last is None or self._last[0] != target.tensor:
+            delta = self.plan.delta(target)
+            if not all(all_finite(t) for _, t in delta.named_tensors()):
+                raise NumericError(
+                    f"{self.plan.adapter.file.path}: module {target.module.name!r} holds NaN or Inf; check the adapter"
+                )
+            self._last = target.tensor, delta
+        options, findings = self.job.variants[variant].mitigation, self.job.findings
+        assert options is not None
+        detection = (
+            findings.by_tensor[target.tensor].detection if findings is not None and options.needs_detection else None
+        )
+        after = mitigate(self._last[1], detection, options)
+        factors = target.module.factors
+        if self.job.projected and factors is not None and isinstance(after, LowRank) and factors.scaling:
+            B, A, _ = back_project(after, factors.rank, factors.scaling)
+            return LowRank(B * factors.scaling, A.T)
+        return after
+
+    def whole(self, tensor: RunTimeTensor, variant: int, with_delta: bool) -> Tensor:
+        """Read a tensor, or all matrices of a stack.
+
+        Parameters
+        ----------
+        with_delta
+            Whether deltas are added.
+        """
+        sources = tensor.adapted if variant else tensor.base
+        if not tensor.stacked:
+            return self.matrix(sources[0], variant, with_delta)
+        return torch.stack([self.matrix(source, variant, with_delta) for source in sources])
+
+    def matrix(self, source: Source, variant: int, with_delta: bool) -> Tensor:
+        """Read the tensor, or the one matrix, of a source."""
+        pieces = [self._piece(piece, variant, with_delta) for piece in source.slices]
+        values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return values.T if source.transposed else values
+
+    def rows(self, tensor: RunTimeTensor, variant: int, i: int, j: int) -> Tensor:
+        """Read rows i to j of a plain matrix or vector, without deltas; see `row_access`."""
+        ((held,),) = (source.slices for source in (tensor.adapted if variant else tensor.base))
+        weight = self.weight(held.weight, variant)
+        values = weight.at_hand().rows(i, j).to(torch.float32, copy=True)
+        self._edit(held.weight, variant, values, i)
+        return values.reshape(j - i, *tensor.shape[1:])
+
+    def row_access(self, tensor: RunTimeTensor) -> bool:
+        """Test whether a few rows can be read by themselves: of a vector or matrix that stands as it is."""
+        sources = (*tensor.base, *tensor.adapted)
+        return len(tensor.shape) <= 2 and all(
+            len(s.slices) == 1 and s.slices[0].index is None and not s.transposed for s in sources
+        )
+
+    def _piece(self, held: TensorSlice, variant: int, with_delta: bool) -> Tensor:
+        weight = self.weight(held.weight, variant)
+        weight = weight if held.index is None else weight.slice(held.index)
+        values = weight.whole(CPU).to(torch.float32)
+        if held.index is None:
+            self._edit(held.weight, variant, values, 0)
+        for target, part in self.plan.by_weight.get(held.weight, ()) if variant and with_delta else ():
+            if held.index in (None, part.index):
+                into = values if part.index is None or held.index is not None else values[part.index]
+                self._add(target, part, variant, into)
+        return values
+
+    def _add(self, target: Target, part: TensorSlice, variant: int, values: Tensor) -> None:
+        """Add a target's delta, or some of its rows, to the values that it changes."""
+        delta = self._delta(target, variant)
+        delta = delta if part.rows is None else delta.row_slice(*part.rows)
+        change = (delta.T if target.transposed else delta).to(torch.float32)
+        matrix = values.view(len(values), -1)
+        change.add_rows(matrix, 0, len(matrix))
+        self.applied.add(part.weight)
+
+    def _edit(self, name: str, variant: int, values: Tensor, start: int) -> None:
+        """Make the adapter's edits to rows of a weight that begin at `start`: biases that are added, rows that are replaced."""
+        edits = self.plan.edits
+        if variant and name in edits.shifts:
+            shift, scaling = edits.shifts[name]
+            values.add_(
+                Plain.of(shift).rows(start, start + len(values)).to(torch.float32).reshape(values.shape), alpha=scaling
+            )
+        if variant and name in edits.rows:
+            stored, indices = edits.rows[name]
+            tokens = Plain.of(stored)
+            for at, row in enumerate(indices):
+                if start <= row < start + len(values):
+                    values[row - start] = tokens.rows(at, at + 1)[0].to(torch.float32)
+
+    def unused(self) -> list[str]:
+        """List the weights that the adapter changes, and of which no pass so far has used the change."""
+        edits = self.plan.edits
+        edited = {*edits.sources, *edits.shifts, *edits.rows}
+        return sorted({*self.plan.by_weight} - self.applied | edited - self.read)
+
+
+def same_values(values: Values, tensors: Sequence[RunTimeTensor], additive: bool) -> list[range]:
+    """Group the variants under which tensors have the same values.
+
+    Parameters
+    ----------
+    additive
+        Whether the deltas are added to the products, and not to the tensors.
+    """
+    count = len(values.job.variants)
+    if count == 1:
+        return [range(1)]
+    if not additive and any(values.targets(tensor) for tensor in tensors):
+        return [range(v, v + 1) for v in range(count)]
+    if any(values.edited(tensor) for tensor in tensors):
+        return [range(1), range(1, count)]
+    return [range(count)]

@@ -1,0 +1,65 @@
+"""Name the variants of a model that are compared: the base, the adapter as it is, and each method at each λ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from streamer.detection.intruders import Selection
+from streamer.errors import UsageError
+from streamer.output.mitigation import MitigationMethod, MitigationOptions
+
+BASE, ADAPTER = "base", "adapter"
+"""Names of the first two variants: the model without the adapter, and with the adapter as it is."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to evaluate: the base, with an adapter mitigated by these options.
+
+    Attributes
+    ----------
+    name
+        ``base``, ``adapter``, or method and λ: ``paper 0.5``.
+    mitigation
+        Options of Δ'; None for the base, which has nothing of the adapter.
+    """
+
+    name: str
+    mitigation: MitigationOptions | None
+
+    @property
+    def method(self) -> MitigationMethod | None:
+        """Method of mitigation; None for ``base`` and ``adapter``."""
+        return self.mitigation.method if self.mitigation and self.name != ADAPTER else None
+
+    @property
+    def mitigation_lambda(self) -> float | None:
+        """λ; None for ``base`` and ``adapter``."""
+        return self.mitigation.mitigation_lambda if self.mitigation and self.name != ADAPTER else None
+
+
+def make_variants(
+    methods: Sequence[MitigationMethod], lambdas: Sequence[float], scale: Selection
+) -> tuple[Variant, ...]:
+    """List ``base``, ``adapter``, and each method at each λ, in this order.
+
+    Raises
+    ------
+    UsageError
+        If there is no method or no λ, one is given twice, λ is 1, which is the adapter as it is, or an option makes no sense.
+    """
+    for what, values in (("method", methods), ("lambda", lambdas)):
+        if not values:
+            raise UsageError(f"{what}: expected at least one, found none")
+        if len(set(values)) < len(values):
+            raise UsageError(f"{what}: expected different values, found {list(values)}")
+    if 1 in lambdas:
+        raise UsageError("lambda: 1 is the adapter as it is, which is always evaluated; leave it out")
+    options = [MitigationOptions(lam, method, scale) for method in methods for lam in lambdas]
+    unchanged = MitigationOptions(1.0, "shrink", scale)
+    return (
+        Variant(BASE, None),
+        Variant(ADAPTER, unchanged),
+        *(Variant(f"{o.method} {o.mitigation_lambda:g}", o) for o in options),
+    )

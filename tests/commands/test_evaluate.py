@@ -1,0 +1,210 @@
+"""`streamer evaluate` from outside: its table, its JSON, its forecast, and a line for each thing that is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from architectures import ATTENTION
+from causal_models import make_adapter, make_base
+from forks import Outcome, Server
+from test_schemas import check
+
+import streamer
+from streamer.linalg.torch_state import has_fast_bfloat16
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and an adapter; texts that the adapted model finds likelier than the base, and less likely."""
+    home = tmp_path_factory.mktemp("evaluate")
+    make_adapter(make_base("llama", home / "base"), home / "base", home / "adapter", ATTENTION)
+    texts = np.random.default_rng(0).integers(3, 64, (200, 8))
+    np.save(home / "all.npy", texts)
+    found = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "all.npy", task=home / "all.npy",
+                                       methods=["shrink"], lambdas=[0.5], sequences=200, length=8, on_event=lambda event: None)  # fmt: skip
+    gain = found.task.loss[0] - found.task.loss[1]
+    np.save(home / "task.npy", texts[np.argsort(-gain)[:24]])
+    np.save(home / "general.npy", texts[np.argsort(gain)[:24]])
+    streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", top_k=4)
+    return home
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server(modules=("streamer.cli.evaluation", "transformers.models.llama.modeling_llama"))
+    yield made
+    made.close()
+
+
+def run(server: Server, home: Path, output: object, *options: object, before: str = "", **texts: Path) -> Outcome:
+    line = ["evaluate", home / "base", home / "adapter", "-o", output, *options]
+    for name in ("general", "task"):
+        line += [f"--{name}", texts.get(name, home / f"{name}.npy")]
+    return server.run(*line, before=before)
+
+
+def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path) -> None:
+    done = run(
+        server, home, tmp_path / "e.json", "--findings", home / "f.safetensors", "--lambda", "0.75,0.5", "--keep", "0.5"
+    )
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0].split() == [
+        "variant",
+        "general",
+        "vs",
+        "adapter",
+        "forgetting",
+        "KL",
+        "same",
+        "top",
+        "task",
+        "kept",
+    ]
+    names = [
+        "base",
+        "adapter",
+        *(f"{method} {lam}" for method in ("paper", "project", "shrink") for lam in (0.75, 0.5)),
+    ]
+    assert [line[:14].strip(" *") for line in lines[2:10]] == names
+    assert "of the variants that keep 50% of what was learned, " in done.out
+    assert f"wrote {tmp_path / 'e.json'}" in done.out
+    assert "8 variants, " in done.last
+    again = run(
+        server, home, tmp_path / "e.json", "--findings", home / "f.safetensors", "--lambda", "0.75,0.5", "--keep", "0.5"
+    )
+    assert (again.code, again.out) == (
+        0,
+        done.out.replace(f"wrote {tmp_path / 'e.json'}", f"{tmp_path / 'e.json'} stands already"),
+    )
+
+
+def test_the_suggested_command_makes_what_was_measured(server: Server, home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "e.json"
+    done = run(
+        server,
+        home,
+        output,
+        "--findings",
+        home / "f.safetensors",
+        "--keep",
+        "0.5",
+        "--method",
+        "project,shrink",
+        "--json",
+    )
+    tree = check(done, "streamer.evaluation/1")
+    assert tree["state"] == "written"
+    assert {**json.loads(output.read_text()), "output": str(output), "state": "written"} == tree
+    found = tree["suggestion"]
+    enough = [v for v in tree["variants"] if v["name"] != "base" and v["kept"] >= 0.5]
+    assert found["name"] == min(enough, key=lambda v: v["general"]["kl"])["name"]
+    text = run(
+        server, home, output, "--findings", home / "f.safetensors", "--keep", "0.5", "--method", "project,shrink"
+    ).out
+    (line,) = [line for line in text.splitlines() if line.startswith("made by: streamer mitigate ")]
+    words = line.replace("OUTPUT", str(tmp_path / "made")).split()[3:]
+    assert server.run(*words).code == 0
+    record = json.loads((tmp_path / "made" / "streamer.json").read_text())
+    assert (record["method"], record["lambda"]) == (found["method"], found["lambda"])
+
+
+def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) -> None:
+    tree = check(run(server, home, tmp_path / "e.json", "--dry-run", "--json"), "streamer.dry-run/1")
+    assert (tree["state"], tree["command"], tree["matrices"]) == ("new", "evaluate", 8)
+    assert tree["forecast"]["peak_memory_bytes"] > 200 << 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_events(server: Server, home: Path, tmp_path: Path) -> None:
+    done = run(server, home, tmp_path / "e.json", "--method", "shrink", "--json-events")
+    events = [json.loads(line) for line in done.err.splitlines()]
+    progress = [e for e in events if e["event"] == "progress" and e["stage"] == "evaluate"]
+    assert [e["done"] for e in progress] == sorted(e["done"] for e in progress)
+    assert progress[-1]["done"] == progress[-1]["total"] > 0
+    assert (progress[0]["name"], progress[0]["items"], progress[-1]["items"]) == (
+        "model.layers.0.self_attn.q_proj.weight",
+        0,
+        2,
+    )
+
+
+def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Path], int, str]]:
+    """Options and texts that are wrong: exit code, and what is said."""
+    np.save(place / "none.npy", np.array([], int))
+    np.save(place / "other.npy", np.array([[1, 2, 3], [1, 2, 99]]))
+    np.save(place / "long.npy", np.zeros((2, 65), int))
+    (place / "a.txt").write_text("one two")
+    (place / "a.jsonl").write_text('{"text": "one"}\n{"text": ')
+    none: list[object] = []
+    yield (
+        none,
+        {"task": place / "none.npy"},
+        3,
+        f"{place}/none.npy: expected 2 sequences of 512 tokens at least, found 0 tokens",
+    )
+    yield (
+        none,
+        {"task": place / "other.npy"},
+        3,
+        f"{place}/other.npy: expected token ids from 0 to 63, found 99 in sequence 2",
+    )
+    yield (
+        none,
+        {"task": place / "long.npy"},
+        2,
+        f"{place}/long.npy: a sequence has 65 tokens, and the model 64 positions; give --length 64",
+    )
+    yield none, {"task": place / "a.txt"}, 3, f"{home}/base: has no tokenizer, which a.txt is to be read with"
+    yield none, {"general": place / "a.jsonl"}, 3, f"{home}/base: has no tokenizer, which a.jsonl is to be read with"
+    yield none, {"task": place / "absent.npy"}, 3, f"{place}/absent.npy: no such file"
+    yield none, {"task": home}, 2, f"{home}: expected the name of a text to end in .txt, .jsonl, .npy"
+    yield ["--lambda", "0.5,2"], {}, 2, "--lambda: expected what is left of an intruder, in [0, 1], found 2"
+    yield ["--lambda", "0.5,1"], {}, 2, "--lambda: 1 is the adapter as it is"
+    yield ["--method", "average"], {}, 2, "--method: expected one of paper, project, shrink, found 'average'"
+    yield ["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"
+    yield ["--sequences", "1"], {}, 2, "--sequences: expected a whole number from 2, found 1"
+    yield (
+        ["--max-memory", "300M"],
+        {},
+        2,
+        "--max-memory: 300M is not enough for a sequence of 8 tokens under two variants",
+    )
+    yield ["--findings", home / "f.safetensors", "--top-k", "3"], {}, 3, "made with top_k=4, asked for 3"
+
+
+def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_path: Path) -> None:
+    for options, texts, code, message in wrong(home, tmp_path):
+        done = run(server, home, tmp_path / "e.json", *options, **texts)
+        assert (done.code, done.out) == (code, ""), (message, done.err)
+        (line,) = done.err.splitlines()
+        assert message in line
+    assert not (tmp_path / "e.json").exists()
+
+
+def test_products_of_bfloat16_are_recorded(server: Server, home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "e.json"
+    if has_fast_bfloat16():
+        tree = check(
+            run(server, home, output, "--method", "shrink", "--dtype", "bf16", "--json"), "streamer.evaluation/1"
+        )
+        assert tree["dtype"] == "bf16"
+        other = run(server, home, output, "--method", "shrink")
+        assert (other.code, output.read_text().count('"dtype": "bf16"')) == (4, 1)
+    slow = "import streamer.evaluation.options as o; o.has_fast_bfloat16 = lambda: False"
+    done = run(server, home, output, "--dtype", "bf16", before=slow)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("streamer: --dtype: bf16 takes a processor that multiplies bfloat16 matrices")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_without_transformers_a_line_says_what_to_install(server: Server, home: Path, tmp_path: Path) -> None:
+    done = run(server, home, tmp_path / "e.json", before="sys.modules['transformers'] = None")
+    assert done.code == 2
+    assert done.err == (
+        "streamer: evaluate needs transformers 5, which is not installed; pip install 'intruder-streamer[evaluate]'\n"
+    )

@@ -1,0 +1,299 @@
+"""Losses of all variants in one streaming pass: those of transformers with each merged model, over architectures and kinds of adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import quantized
+import torch
+import transformers
+from architectures import ATTENTION, BERT, LINEAR, MODELS, TEXT, config
+from causal_models import CAUSAL, make_adapter, make_base
+from evaluated import TOP_K, assert_as_transformers, streamed, sums_of, token_ids
+from peft import LoHaConfig, PeftModel, get_peft_model
+from quantized_cases import decoded_base
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+import streamer
+from streamer.errors import NumericError, UnsupportedError
+from streamer.evaluation.model import StreamingModel
+from streamer.evaluation.values import Job
+from streamer.evaluation.variants import BASE, Variant, make_variants
+from streamer.linalg.torch_state import has_fast_bfloat16
+from streamer.plan.plan import make_plan
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_architectures(name: str, tmp_path: Path) -> None:
+    cls = make_base(name, tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL[name][2])
+    assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+
+
+# Kind → (a model, its target modules, further options of the adapter)
+KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "DoRA": ("llama", [*LINEAR, "lm_head", "embed_tokens"], {"use_dora": True}),
+    "DoRA on Conv1D": ("gpt2", ["c_attn", "c_proj"], {"use_dora": True}),
+    "DoRA on Falcon": ("falcon", ["query_key_value"], {"use_dora": True}),
+    "saved head and norms": ("llama", LINEAR, {"modules_to_save": ["lm_head", "norm"]}),
+    "saved embedding, tied": ("llama-tied", LINEAR, {"modules_to_save": ["embed_tokens"]}),
+    "LoRA on a tied head": ("llama-tied", [*LINEAR, "lm_head"], {}),
+    "LoRA on a tied embedding": ("llama-tied", [*LINEAR, "embed_tokens"], {}),
+    "LoRA on both as one": ("llama-tied", ["q_proj", "embed_tokens"], {"ensure_weight_tying": True, "lora_alpha": 2}),
+    "trained tokens": ("llama", LINEAR, {"trainable_token_indices": [5, 7, 9]}),
+    "trained tokens, tied": ("llama-tied", LINEAR, {"trainable_token_indices": [5, 7, 9]}),
+    "biases": ("qwen2", ATTENTION, {"bias": "all"}),
+    "LoRA's own biases": ("phi", ["q_proj", "fc1"], {"lora_bias": True}),
+    "experts, one tensor each": ("mixtral", ["q_proj"], {"target_parameters": EXPERTS}),
+    "experts, stacked": ("gpt-oss", ["q_proj"], {"target_parameters": EXPERTS}),
+    "router": ("qwen3-moe", ["q_proj"], {"target_parameters": ["gate.weight"]}),
+    "saved router": ("mixtral", ["q_proj"], {"modules_to_save": ["gate"]}),
+    "embeddings of positions": ("gpt2", ["wte", "wpe", "c_fc"], {}),
+    "saved positions": ("gpt2", ["c_fc"], {"modules_to_save": ["wpe", "ln_1"]}),
+    "saved positions, counted by the module": ("opt", ["q_proj"], {"modules_to_save": ["embed_positions"]}),
+    "saved embedding, scaled": ("gemma2", LINEAR, {"modules_to_save": ["embed_tokens", "input_layernorm"]}),
+    "saved norms of heads": ("qwen3", ["q_proj"], {"modules_to_save": ["q_norm", "k_norm"]}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind: str, tmp_path: Path) -> None:
+    name, targets, options = KINDS[kind]
+    cls = make_base(name, tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **options)
+    assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+
+
+def test_all_methods_and_lambdas(tmp_path: Path) -> None:
+    cls = make_base("llama", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", [*LINEAR, "lm_head"])
+    assert_as_transformers(
+        cls, tmp_path / "base", adapter, tmp_path, methods=("paper", "project", "shrink"), lambdas=(0.75, -0.5, 2.0)
+    )
+
+
+def test_a_method_with_a_dense_delta(tmp_path: Path) -> None:
+    cls = make_base("llama", tmp_path / "base")
+    torch.manual_seed(1)
+    model = get_peft_model(
+        cls.from_pretrained(tmp_path / "base"), LoHaConfig(r=2, target_modules=["q_proj", "up_proj"])
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    assert_as_transformers(cls, tmp_path / "base", tmp_path / "adapter", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
+def test_a_fine_tuned_model(name: str, tmp_path: Path) -> None:
+    cls = make_base(name, tmp_path / "base")
+    torch.manual_seed(1)
+    model = cls.from_pretrained(tmp_path / "base")
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    assert_as_transformers(cls, tmp_path / "base", tmp_path / "tuned", tmp_path)
+
+
+def test_a_checkpoint_of_the_model_within(tmp_path: Path) -> None:
+    """Names without the prefix of the model below the head, as GPT-2's checkpoint has them."""
+    cls = make_base("gpt2", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["c_attn", "c_fc"])
+    file = tmp_path / "base" / "model.safetensors"
+    save_file(
+        {name.removeprefix("transformer."): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"}
+    )
+    assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+
+
+def test_of_projected_deltas_the_losses_are_those_of_the_adapters_that_mitigate_writes(tmp_path: Path) -> None:
+    cls, base = make_base("llama", tmp_path / "base"), tmp_path / "base"
+    adapter, ids = make_adapter(cls, base, tmp_path / "adapter", LINEAR), token_ids(64)
+    found = streamer.detect_intruder_dimensions(base, adapter, top_k=TOP_K)
+    variants = make_variants(("paper", "project"), (0.25,), "all")
+    ours, complete = (streamed(base, adapter, variants, found, ids, projected=projected) for projected in (True, False))
+    for v, variant in enumerate(variants[2:], 2):
+        assert variant.method is not None
+        out = tmp_path / variant.method
+        streamer.reduce_intruder_dimension(
+            base, adapter, out, findings=found, top_k=TOP_K, mitigation_lambda=0.25, method=variant.method
+        )
+        with torch.no_grad():
+            logits = (
+                PeftModel.from_pretrained(cls.from_pretrained(base, dtype=torch.float32), out)
+                .eval()(input_ids=ids)
+                .logits
+            )
+        loss, _, _ = sums_of(logits.double().log_softmax(-1)[:, :-1], logits.double().log_softmax(-1)[:, :-1], ids)
+        assert abs(ours.loss[v].sum() - loss.sum()) / ours.tokens.sum() <= 1e-5
+    cut = abs(ours.loss - complete.loss).max(1)
+    assert cut[2] > 1e-3 > 1e-5 > cut[3]  # `project` needs no cut
+
+
+# Model → its adapter's modules, and further options of the adapter
+ROUNDED: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "llama-tied": ([*LINEAR, "embed_tokens"], {}),
+    "llama": (ATTENTION, {"modules_to_save": ["lm_head", "norm"]}),
+    "gpt2": (["c_attn", "c_proj", "c_fc"], {}),
+    "falcon": (["query_key_value"], {}),
+    "mixtral": (["q_proj"], {"target_parameters": EXPERTS}),
+}
+
+
+@pytest.mark.skipif(not has_fast_bfloat16(), reason="this processor has no instructions for bfloat16")
+@pytest.mark.parametrize("name", ROUNDED)
+def test_products_of_bfloat16_move_the_means_little(name: str, tmp_path: Path) -> None:
+    base, variants = tmp_path / "base", make_variants(("shrink",), (0.75, 0.25), "all")
+    cls, (targets, options) = make_base(name, base), ROUNDED[name]
+    with torch.no_grad():  # next tokens about as likely as under a trained model
+        model = cls.from_pretrained(base)
+        model.get_output_embeddings().weight.mul_(0.2)
+        model.save_pretrained(base)
+    adapter, ids = make_adapter(cls, base, tmp_path / "adapter", targets, **options, lora_alpha=2), token_ids(64)
+    full, rounded = (streamed(base, adapter, variants, None, ids, rounds_products=rounds) for rounds in (False, True))
+    for measure in ("loss", "kl"):
+        moved = abs(getattr(full, measure).sum(1) - getattr(rounded, measure).sum(1)) / full.tokens.sum()
+        assert 0 < moved.max() <= 2e-3
+
+
+def test_it_makes_no_difference_what_runs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of several lengths, all variants at once and one by one."""
+    cls = make_base("llama", tmp_path / "base")
+    make_adapter(cls, tmp_path / "base", tmp_path / "adapter", LINEAR)
+    ids = token_ids(64, 6, 12).numpy()
+    texts = {"general": tmp_path / "a.npy", "task": tmp_path / "b.npy"}
+    np.save(texts["general"], ids)
+    np.save(texts["task"], ids[:, :7])
+    found = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
+
+    def evaluate(**options: Any) -> streamer.Evaluation:
+        return streamer.evaluate_variants(
+            tmp_path / "base", tmp_path / "adapter", findings=found, lambdas=(0.5,), length=12, **texts, **options
+        )
+
+    together = evaluate()
+    monkeypatch.setattr("streamer.evaluation.memory.ROWS", 26)
+    apart = evaluate(max_memory="4G", io="pread")
+    for text in ("general", "task"):
+        for measure in ("tokens", "loss", "kl", "agree"):
+            a, b = (getattr(getattr(e, text), measure) for e in (together, apart))
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
+    assert together.front() == apart.front()
+
+
+@pytest.mark.parametrize("form", quantized.MAKERS)
+def test_quantized_bases(form: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """Those of the decoded base."""
+    made = quantized.MAKERS[form](tmp_path / "base", plain[0])
+    decoded = decoded_base(tmp_path / "decoded", plain[0], made)
+    assert_as_transformers(LlamaForCausalLM, made.base, plain[1], tmp_path, decoded=decoded)
+
+
+REFUSED: dict[str, tuple[str, Any, dict[str, Any], type[Exception], str]] = {
+    "experts that all tokens run through": ("llama4-text", ["q_proj"], {"target_parameters": EXPERTS}, UnsupportedError,
+                                            "feed_forward.experts' runs on"),
+    "a weight read by another module": ("mamba", ["in_proj"], {"modules_to_save": ["conv1d"]}, UnsupportedError,
+                                        "read outside of its module"),
+    "a vision tower, which no text reaches": ("llava", LINEAR, {}, NumericError, "were not used in a pass over the text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_rather_than_wrong(what: str, tmp_path: Path) -> None:
+    name, targets, options, error, message = REFUSED[what]
+    cls = make_base(name, tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **options)
+    with pytest.raises(error, match=message):
+        assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "gate_proj"], ["down_proj"]])
+def test_a_weight_that_a_class_multiplies_with_itself(
+    targets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without calling the layer: as it should be where nothing is added to it, else refused."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    cls = make_base("llama", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets)
+    if targets == ["down_proj"]:
+        with pytest.raises(
+            UnsupportedError, match=r"down_proj.weight', which the adapter changes, is read outside of its module"
+        ):
+            assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+    else:
+        assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
+
+
+IMAGES = {"vq_config": {"embed_dim": 8, "num_embeddings": 8, "base_channels": 32, "channel_multiplier": [1],
+                        "num_res_blocks": 1, "latent_channels": 8, "resolution": 8},
+          "vocabulary_map": {"<image>": 8, "IMGIMGAZ": 4, "IMGIMGBZ": 50}}  # fmt: skip
+RWKV = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 64, "rescale_every": 2}
+FOLLOWS = "a token sees those that follow it"
+# What → the model's class, its config, and the words of the refusal
+OTHERWISE: dict[str, tuple[str, Any, str]] = {
+    "a prefix that sees itself": ("PaliGemmaForConditionalGeneration", MODELS["paligemma"][1], FOLLOWS),
+    "an encoder with a head": ("BertLMHeadModel", lambda: config("Bert", **BERT), FOLLOWS),
+    "weights changed on the way": ("RwkvForCausalLM", lambda: config("Rwkv", **RWKV), r"weight' is changed by the model as it runs"),
+    "tokens masked by number": ("ChameleonForConditionalGeneration", lambda: config("Chameleon", **TEXT, **IMAGES),
+                                "changes the logits of some tokens by their number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_a_model_that_computes_otherwise_is_refused(what: str, tmp_path: Path) -> None:
+    kind, make, message = OTHERWISE[what]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(make())
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "base")
+    adapter = make_adapter(type(model), tmp_path / "base", tmp_path / "adapter", ["q_proj", "query", "key"])
+    np.save(tmp_path / "g.npy", token_ids(60) + 4)
+    np.save(tmp_path / "t.npy", token_ids(50) + 4)
+    with pytest.raises(UnsupportedError, match=message):
+        streamer.evaluate_variants(
+            tmp_path / "base", adapter, general=tmp_path / "g.npy", task=tmp_path / "t.npy", methods=["shrink"]
+        )
+
+
+def test_a_quantized_base_of_conv1d_layers_is_refused(tmp_path: Path) -> None:
+    cls = make_base("gpt2", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["c_fc"])
+    file, name = tmp_path / "base" / "model.safetensors", "transformer.h.0.attn.c_proj"
+    tensors = load_file(file)
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+    tensors[f"{name}.weight_scale"] = torch.ones(1)
+    save_file(tensors, file, metadata={"format": "pt"})
+    path = tmp_path / "base" / "config.json"
+    quantization = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+    with pytest.raises(UnsupportedError, match="a quantized gpt2 stores its layers"):
+        streamed(tmp_path / "base", adapter, make_variants(("shrink",), (0.5,), "all"), None, token_ids(64))
+
+
+def test_the_length_from_which_longrope_is_another_is_known(tmp_path: Path) -> None:
+    """The model's own forward on a short sequence beside a long one differs there, so that they do not go together."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    torch.manual_seed(0)
+    model = transformers.Phi3ForCausalLM(
+        config("Phi3", **TEXT, original_max_position_embeddings=16, rope_parameters=rope)
+    ).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapter = make_adapter(type(model), tmp_path / "base", tmp_path / "adapter", ["qkv_proj"])
+    assert StreamingModel(Job(make_plan(tmp_path / "base", adapter), (Variant(BASE, None),), None)).size.short == 16
+    ids = token_ids(64, 1, 17)
+    with torch.no_grad():
+        short, padded = model(input_ids=ids[:, :16]).logits, model(input_ids=ids).logits[:, :16]
+    assert (short - padded).abs().max() > 1e-4

@@ -1,0 +1,66 @@
+"""Evaluations of made-up models, whose losses depend on method and λ in a known way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.statistics import SequenceSums
+from streamer.evaluation.suggestion import EvaluatedVariant
+
+LAMBDAS = (0.9, 0.75, 0.5, 0.25, 0.0)
+
+Curve = Callable[[float], tuple[float, float]]
+"""λ → share of the forgetting that is left, share of what was learned that is kept."""
+
+CURVES: Mapping[str, Curve] = {
+    "paper": lambda x: (x + 0.4 * (1 - x), x - 0.1),
+    "project": lambda x: (x**1.2, x**0.5),
+    "shrink": lambda x: (x**2, 1 - (1 - x) ** 2),
+}
+
+FACTS = {
+    "version": "0", "transformers": "5", "base": {"files": []}, "adapter": {"modules": 1}, "factored": True, "quantized": False,
+    "detection": {"top_k": 10, "threshold_epsilon": 0.5, "solver": "auto", "max_memory": None}, "scale": "all",
+    "projected": False,
+    "dtype": "float32",
+    "texts": {
+        side: {"name": f"{side}.txt", "sequences": 64, "tokens": 9, "length": 512, "sha256": "0" * 64} for side in ("general", "task")
+    },
+    "plan": "0" * 64,
+}  # fmt: skip
+
+
+def evaluation(
+    curves: Mapping[str, Curve] = CURVES,
+    *,
+    forgets: float = 0.2,
+    learns: float = 0.5,
+    noise: float = 0.003,
+    seed: int = 0,
+) -> Evaluation:
+    """Make losses of 64 sequences of 200 to 512 tokens: how hard a sequence is, plus shares of what it forgets and learns, plus noise."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(200, 512, 64).astype(float)
+    variants = [EvaluatedVariant("base", None, None), EvaluatedVariant("adapter", None, None)]
+    points = [(0.0, 0.0), (1.0, 1.0)]
+    for method, curve in curves.items():
+        variants += [EvaluatedVariant(f"{method} {lam:g}", method, lam) for lam in LAMBDAS]
+        points += [curve(lam) for lam in LAMBDAS]
+    shares = np.array(points).T
+
+    def sums(share: np.ndarray, change: float) -> SequenceSums:
+        hard = rng.normal(4, 0.5, 64)
+        effect = np.outer(share, rng.normal(change, abs(change) / 6, 64))
+        scatter = rng.normal(0, noise, effect.shape) * (np.arange(len(share)) > 0)[:, None]
+        size = np.abs(effect)
+        return SequenceSums(
+            tokens,
+            (hard + effect + scatter) * tokens,
+            (size + np.abs(scatter)) * tokens,
+            np.round(np.exp(-size) * tokens),
+        )
+
+    return Evaluation(tuple(variants), sums(shares[0], forgets), sums(shares[1], -learns), FACTS)

@@ -1,0 +1,187 @@
+"""An evaluation as JSON, as a table and in words."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluations import CURVES, evaluation
+from jsonschema import Draft202012Validator
+
+from streamer.cli.evaluation_table import evaluation_table
+from streamer.cli.layout import Screen
+from streamer.errors import FormatError
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.suggestion import EvaluatedVariant
+
+SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())
+
+
+def faults(tree: dict[str, Any]) -> list[str]:
+    return [f"{e.json_path}: {e.message}" for e in Draft202012Validator(SCHEMA).iter_errors(tree)]
+
+
+@pytest.mark.parametrize("options", [{}, {"learns": 0.0}, {"forgets": 0.0}, {"learns": -0.4}])
+@pytest.mark.parametrize("keep", [0.9, 0.7])
+def test_it_is_as_its_schema_says_and_is_read_again(options: dict[str, float], keep: float) -> None:
+    e = evaluation(**options)
+    tree = e.to_dict(keep)
+    assert faults(tree) == []
+    text = e.to_json(keep)
+    again = Evaluation.from_json(text)
+    assert again.to_json(keep) == text
+    assert again.variants == e.variants
+    assert np.array_equal(again.general.loss, e.general.loss)
+    assert again.table(keep) == e.table(keep)
+
+
+def test_its_figures() -> None:
+    e = evaluation()
+    tree = e.to_dict()
+    base, adapter, *others = tree["variants"]
+    assert [v["name"] for v in (base, adapter)] == ["base", "adapter"]
+    assert base["method"] is base["lambda"] is adapter["method"] is adapter["lambda"] is None
+    for v in others:
+        assert v["name"] == f"{v['method']} {v['lambda']:g}"
+        general = v["general"]
+        assert general["loss"] == pytest.approx(sum(general["sums"]["loss"]) / sum(tree["tokens"]["general"]))
+        assert general["perplexity"] == pytest.approx(np.exp(general["loss"]))
+        assert v["against_base"]["general_loss"] == pytest.approx(general["loss"] - base["general"]["loss"])
+        assert v["against_adapter"]["task_loss"] == pytest.approx(v["task"]["loss"] - adapter["task"]["loss"])
+        learned = base["task"]["loss"] - adapter["task"]["loss"]
+        assert v["kept"] == pytest.approx((base["task"]["loss"] - v["task"]["loss"]) / learned)
+    assert e["paper 0.5"] == others[2]
+    with pytest.raises(KeyError, match="evaluation: has no variant 'paper'; it has base, adapter"):
+        e["paper"]
+    assert tree["suggestion"]["name"] == "shrink 0.75"
+    assert tree["suggestion"]["command"] == ["mitigate", "--method", "shrink", "--lambda", "0.75"]
+
+
+def test_a_share_of_nothing_and_a_perplexity_beyond_all_are_null() -> None:
+    e = evaluation()
+    e.task.loss[1] = e.task.loss[0]
+    e.general.loss[3] = 1000 * e.general.tokens
+    tree = e.to_dict()
+    assert {v["kept"] for v in tree["variants"]} == {None}
+    assert tree["variants"][3]["general"]["perplexity"] is None
+    assert faults(tree) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": "streamer.findings/1"}', '{"schema": "streamer.evaluation/1"}', "null"]
+)
+def test_another_text_is_refused(text: str) -> None:
+    with pytest.raises(FormatError, match=r"expected an evaluation \(streamer.evaluation/1\), found"):
+        Evaluation.from_json(text)
+
+
+def test_sums_that_do_not_fit_are_refused() -> None:
+    tree = evaluation().to_dict()
+    tree["tokens"]["task"].pop()
+    with pytest.raises(FormatError, match="sums of task"):
+        Evaluation.from_json(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("variant", "facts", "words"),
+    [
+        (("project 0.5", "project", 0.5), {}, "mitigate --method project --lambda 0.5"),
+        (("paper 0.5", "paper", 0.5), {}, "merge --method paper --lambda 0.5"),
+        (("paper 0.5", "paper", 0.5), {"projected": True}, "mitigate --method paper --lambda 0.5"),
+        (("paper 0.5", "paper", 0.5), {"scale": "first"}, "merge --method paper --lambda 0.5 --scale first"),
+        (("shrink 0.5", "shrink", 0.5), {"scale": "first"}, "mitigate --method shrink --lambda 0.5"),
+        (("project 1.2", "project", 1.2), {}, "mitigate --method project --lambda 1.2 --amplify"),
+        (("adapter", None, None), {}, "merge --lambda 1"),
+        (("project 0.5", "project", 0.5), {"factored": False}, "merge --method project --lambda 0.5"),
+        (("project 0.5", "project", 0.5), {"quantized": True}, "mitigate --method project --lambda 0.5"),
+        (("paper 0.5", "paper", 0.5), {"quantized": True}, "merge --method paper --lambda 0.5 --dequantize"),
+        (
+            ("project 0.5", "project", 0.5),
+            {"detection": {"top_k": 0.1, "threshold_epsilon": 0.6}},
+            "mitigate --method project --lambda 0.5 --top-k 0.1 --epsilon 0.6",
+        ),
+        (
+            ("shrink 0.5", "shrink", 0.5),
+            {
+                "base": {"architecture": "GPT2LMHeadModel", "files": []},
+                "adapter": {"base_is_residual": True, "modules": 1},
+            },
+            "mitigate --method shrink --lambda 0.5 --base-is-residual --architecture GPT2LMHeadModel",
+        ),
+    ],
+)
+def test_the_command_that_makes_a_variant(variant: tuple[Any, ...], facts: dict[str, Any], words: str) -> None:
+    from arguments import subparsers
+
+    e = evaluation()
+    command, *options = Evaluation(e.variants, e.general, e.task, {**e.facts, **facts}).command(
+        EvaluatedVariant(*variant)
+    )
+    assert " ".join([command, *options]) == words
+    subparsers()[command].parse_args(["BASE", "ADAPTER", "-o", "OUTPUT", *options])
+
+
+def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
+    lines = evaluation().table().splitlines()
+    assert lines[0].split() == [
+        "variant",
+        "general",
+        "vs",
+        "adapter",
+        "forgetting",
+        "KL",
+        "same",
+        "top",
+        "task",
+        "kept",
+    ]
+    assert lines[2].startswith("base *")
+    assert "100.0% ± 0.0" in lines[3]
+    assert len([line for line in lines if line.startswith(("paper", "project", "shrink"))]) == 15
+    assert (
+        lines[-4]
+        == "of the variants that keep 90% of what was learned, shrink 0.75 forgets least, by its divergence from the base"
+    )
+    assert lines[-1] == "made by: streamer mitigate BASE ADAPTER -o OUTPUT --method shrink --lambda 0.75"
+
+
+@pytest.mark.parametrize(
+    ("options", "keep", "words"),
+    [
+        ({"learns": 0.0}, 0.9, "no suggestion: it is not told that the adapter has learned the task's text"),
+        ({"forgets": 0.0}, 0.9, "ship the adapter as it is: it is not told that it forgets"),
+        ({"curves": {"paper": CURVES["paper"]}}, 0.95, "ship the adapter as it is: none that keeps 95%"),
+        (
+            {"curves": {"project": CURVES["project"]}},
+            0.9,
+            "not compared, which takes two at least that were evaluated and enclose",
+        ),
+        (
+            {"curves": {**CURVES, "project": lambda x: (x**9, x**0.5)}},
+            0.9,
+            "it is better than a shrink that keeps the same",
+        ),
+        (
+            {"curves": {**CURVES, "project": lambda x: (x**3, x**0.5)}},
+            0.94,
+            "; evaluate that one too: --method shrink --lambda 0.78",
+        ),
+    ],
+)
+def test_every_suggestion_in_words(options: dict[str, Any], keep: float, words: str) -> None:
+    assert words in evaluation(**options).table(keep)
+
+
+def test_the_table_fits_a_screen_and_names_the_inputs() -> None:
+    e = evaluation({**CURVES, "project": lambda x: (x**9, x**0.5)})
+    for width in (40, 80, 120, None):
+        text = evaluation_table(e, 0.9, ("my base", "adapter"), "f.safetensors", Screen(width))
+        flat = " ".join(text.split())
+        assert "streamer mitigate 'my base' adapter -o OUTPUT --method project --lambda" in flat
+        assert flat.endswith("--findings f.safetensors")
+        assert "forgetting" in text
+        if width == 80:
+            assert all(len(line) <= width for line in text.splitlines())

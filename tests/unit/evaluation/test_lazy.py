@@ -1,0 +1,103 @@
+"""A stand-in for a parameter: what is computed with it is what the values give, and only what is needed is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from streamer.errors import UnsupportedError
+from streamer.evaluation import lazy
+from streamer.evaluation.lazy import LazyTensor
+
+
+class Given:
+    """Values in memory, and what was asked for."""
+
+    has_rows, name = True, "w"
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.shape, self.asked = values, tuple(values.shape), list[Any]()
+
+    def read(self) -> Tensor:
+        self.asked.append("all")
+        return self.values
+
+    def rows(self, i: int, j: int) -> Tensor:
+        self.asked.append((i, j))
+        return self.values[i:j]
+
+    def row_range(self) -> tuple[int, int]:
+        return 0, self.shape[0]
+
+    def matrix(self, index: int) -> Tensor | None:
+        self.asked.append(index)
+        return self.values[index] if len(self.shape) == 3 else None
+
+    def gather(self, ids: Tensor) -> Tensor:
+        self.asked.append("rows")
+        return self.values[ids]
+
+
+@pytest.fixture
+def weight() -> tuple[Given, LazyTensor]:
+    given = Given(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
+    return given, LazyTensor.of(given)
+
+
+def test_shape_dtype_and_device_are_known_without_reading(weight: tuple[Given, LazyTensor]) -> None:
+    given, lazy_weight = weight
+    assert (lazy_weight.shape, lazy_weight.size(0), lazy_weight.ndim, lazy_weight.numel()) == ((7, 5), 7, 2, 35)
+    assert (lazy_weight.dtype, lazy_weight.device, lazy_weight.is_meta) == (torch.float32, torch.device("cpu"), True)
+    assert given.asked == []
+
+
+@pytest.mark.parametrize("block", [lazy.BLOCK_BYTES, 40])
+def test_products_read_a_few_rows_at_a_time(
+    weight: tuple[Given, LazyTensor], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy, "BLOCK_BYTES", block)
+    given, lazy_weight = weight
+    x, bias = torch.randn(2, 3, 5), LazyTensor.of(Given(torch.randn(7)))
+    torch.testing.assert_close(functional.linear(x, lazy_weight), functional.linear(x, given.values))
+    torch.testing.assert_close(
+        functional.linear(x, lazy_weight, bias), functional.linear(x, given.values, bias.reader.read())
+    )
+    assert given.asked[:4] == ([(0, 7), (0, 7)] if block > 40 else [(0, 2), (2, 4), (4, 6), (6, 7)])
+
+
+def test_other_operations_read_all(weight: tuple[Given, LazyTensor]) -> None:
+    given, lazy_weight = weight
+    x, values = torch.randn(3, 5), given.values
+    for result, expected in (
+        (x @ lazy_weight.T, x @ values.T), (lazy_weight * 2, values * 2), (lazy_weight[1:3], values[1:3]), (lazy_weight.float(), values),
+        (functional.rms_norm(x, (5,), lazy_weight[0]), functional.rms_norm(x, (5,), values[0])),
+        (torch.cat([lazy_weight, x]), torch.cat([values, x])),
+    ):  # fmt: skip
+        assert type(result) is Tensor
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: w.div_(2), lambda w: w.data.div_(2), lambda w: w.detach().copy_(w * 2), lambda w: w.__setitem__(0, 0.0),
+    lambda w: w.__imul__(2), lambda w: torch.mul(torch.ones(7, 5), 2, out=w),
+])  # fmt: skip
+def test_what_would_change_it_is_refused(weight: tuple[Given, LazyTensor], change: Any) -> None:
+    with pytest.raises(UnsupportedError, match="'w' is changed by the model as it runs"):
+        change(weight[1])
+
+
+def test_embeddings_are_looked_up_and_experts_taken_one_by_one(weight: tuple[Given, LazyTensor]) -> None:
+    given, lazy_weight = weight
+    ids = torch.tensor([[1, 6], [0, 1]])
+    torch.testing.assert_close(
+        functional.embedding(ids, lazy_weight, padding_idx=0), functional.embedding(ids, given.values)
+    )
+    assert given.asked == ["rows"]
+    stack = Given(torch.randn(3, 4, 5))
+    for index in (2, torch.tensor(2)):
+        torch.testing.assert_close(LazyTensor.of(stack)[index], stack.values[2])
+    assert stack.asked == [2, 2]

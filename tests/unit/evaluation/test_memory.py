@@ -1,0 +1,59 @@
+"""Dividing sequences and variants into passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from streamer.errors import UsageError
+from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
+from streamer.evaluation.model import ModelSize
+from streamer.evaluation.sequences import TextSequences
+
+LARGE = ModelSize(widest=14336, hidden=4096, vocabulary=128256, attention=0, dense=0, factors=0, products={}, read=0)
+RESIDENT = 250 << 20
+
+
+def text(*lengths: int) -> TextSequences:
+    return TextSequences.of(np.zeros(n, np.int64) for n in lengths)
+
+
+def check_complete(passes: list[Pass], variants: int, texts: dict[str, TextSequences]) -> None:
+    """Every variant sees every sequence once."""
+    seen = [(p.text, s, v) for p in passes for s in p.sequences for v in p.variants]
+    assert len(seen) == len(set(seen))
+    assert set(seen) == {(n, s, v) for n, t in texts.items() for s in range(len(t.ids)) for v in range(1, variants)}
+
+
+def test_long_sequences_go_together() -> None:
+    texts = {"general": text(10, 500, 20, 490, 30), "task": text(100)}
+    passes = plan_passes(texts, 8, LARGE, RESIDENT, None)
+    check_complete(passes, 8, texts)
+    assert [p.sequences for p in passes] == [(1,), (3,), (4, 2, 0), (0,)]
+
+
+def test_short_sequences_are_not_padded_to_where_rotary_embeddings_are_others() -> None:
+    texts = {"general": text(10, 40, 16, 17), "task": text(12, 16)}
+    passes = plan_passes(texts, 8, replace(LARGE, short=16), RESIDENT, None)
+    check_complete(passes, 8, texts)
+    assert [p.sequences for p in passes] == [(1, 3), (2, 0), (1, 0)]
+
+
+def test_a_budget_divides_the_variants_too() -> None:
+    texts = {"general": text(*[512] * 3), "task": text(64)}
+    for budget in (900 << 20, 1200 << 20, 2000 << 20):
+        passes = plan_passes(texts, 17, LARGE, RESIDENT, budget)
+        check_complete(passes, 17, texts)
+        assert measured_bytes(passes, texts, LARGE, RESIDENT) <= budget
+    few, many = (len(plan_passes(texts, 17, LARGE, RESIDENT, budget)) for budget in (3000 << 20, 900 << 20))
+    assert few < many
+
+
+def test_a_budget_for_no_pass_names_the_smallest() -> None:
+    texts = {"general": text(512), "task": text(64)}
+    least = pass_bytes(LARGE, RESIDENT, 2 * 513, 513)
+    with pytest.raises(UsageError, match=rf"max_memory: 400M is not enough .* it takes {-(-least >> 20)}M"):
+        plan_passes(texts, 3, LARGE, RESIDENT, 400 << 20)
+    plan_passes(texts, 3, LARGE, RESIDENT, least)

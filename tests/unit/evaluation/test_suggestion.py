@@ -1,0 +1,131 @@
+"""The variant that is suggested, and its comparison with the equal shrink, on losses that are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from evaluations import CURVES, evaluation
+
+from streamer.errors import UsageError
+from streamer.evaluation.suggestion import EvaluatedVariant, against_shrink, front
+
+ADAPTER = EvaluatedVariant("adapter", None, None)
+
+
+def test_the_one_that_forgets_least_of_those_that_keep_enough() -> None:
+    e = evaluation()
+    for keep in (0.95, 0.9, 0.7, 0.4, 0.05):
+        found = e.best(keep)
+        assert found.variant is not None
+        keeping = [v for v in range(1, len(e.variants)) if e.task.share(v).value >= keep]
+        assert found.variant == e.variants[min(keeping, key=lambda v: e.general.kl[v].sum())]
+        assert (found.reason, found.keep) == ("forgets least", keep)
+    assert e.best(0.9).variant == EvaluatedVariant("shrink 0.75", "shrink", 0.75)
+    assert e.best().shrink is None
+
+
+def test_where_nothing_was_learned_nothing_is_suggested() -> None:
+    found = evaluation(learns=0.0).best()
+    assert (found.variant, found.reason) == (None, "not learned")
+    assert evaluation(learns=-0.5).best().reason == "not learned"
+
+
+def test_an_adapter_that_does_not_forget_is_shipped_as_it_is() -> None:
+    for forgets in (0.0, -0.2):
+        found = evaluation(forgets=forgets).best()
+        assert (found.variant, found.reason) == (ADAPTER, "not forgotten")
+
+
+def test_an_adapter_that_no_variant_improves_on_is_shipped_as_it_is() -> None:
+    found = evaluation({"paper": lambda x: (1 + x / 10, x), "project": lambda x: (x, 0.8)}).best(0.9)
+    assert (found.variant, found.reason) == (ADAPTER, "none better")
+    # less divergence from the base, and a higher loss all the same
+    e = evaluation({"paper": lambda x: (0.5, 1.0)})
+    e.general.loss[2:] = e.general.loss[1] + 0.1 * e.general.tokens
+    assert e.best(0.9).reason == "none better"
+
+
+def test_the_least_loss_is_said_where_it_is_another() -> None:
+    e = evaluation()
+    found = e.best(0.7)
+    assert found.variant is not None
+    assert found.least_loss is None
+    best = e.variants.index(found.variant)
+    e.general.loss[best - 1] = e.general.loss[best] - 0.1 * e.general.tokens
+    assert e.best(0.7).least_loss == e.variants[best - 1]
+
+
+@pytest.mark.parametrize("keep", [0, -0.5, 1.01, 90, float("nan")])
+def test_a_share_that_makes_no_sense(keep: float) -> None:
+    with pytest.raises(UsageError, match=r"keep: expected a share in \(0, 1\], found"):
+        evaluation().best(keep)
+
+
+def test_the_shrink_that_keeps_as_much_is_found_between_those_that_were_tried() -> None:
+    """Its λ and losses are known: what a shrink by x keeps, and what it forgets, are polynomials."""
+    e = evaluation(noise=0.0)
+    for v, variant in enumerate(e.variants):
+        if variant.method not in ("paper", "project") or not 0.02 < e.task.share(v).value < 0.98:
+            continue
+        found = against_shrink(e.variants, e.general, e.task, v)
+        assert found is not None
+        forgets, keeps = CURVES[variant.method](variant.mitigation_lambda)
+        x = 1 - np.sqrt(1 - keeps)
+        assert found.mitigation_lambda == pytest.approx(x, abs=1e-9)
+        assert found.between[0] <= x <= found.between[1]
+        rise = e.general.loss_difference(1, 0).value
+        assert found.loss.value == pytest.approx((forgets - x**2) * rise, abs=1e-9)
+        assert found.verdict == ("better" if forgets < x**2 else "worse")
+
+
+def test_what_is_uncertain_about_the_share_kept_is_in_the_error() -> None:
+    """A method on the shrink's own curve is told apart from it about as seldom as two errors permit."""
+    told, values, errors = 0, [], []
+    for seed in range(300):
+        e = evaluation(
+            {"project": lambda x: CURVES["shrink"](x * 0.85), "shrink": CURVES["shrink"]}, noise=0.05, seed=seed
+        )
+        found = against_shrink(e.variants, e.general, e.task, 4)
+        assert found is not None
+        told += found.verdict != "not told apart"
+        values.append(found.loss.value)
+        errors.append(found.loss.error)
+    assert told <= 0.06 * 300
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values), rel=0.15)
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(300)
+
+
+def test_no_comparison_where_there_is_none() -> None:
+    e = evaluation({"project": CURVES["project"]})
+    assert against_shrink(e.variants, e.general, e.task, 3) is None
+    e = evaluation({"project": lambda x: (x, 2.0), "shrink": CURVES["shrink"]})
+    assert against_shrink(e.variants, e.general, e.task, 3) is None
+    assert against_shrink(e.variants, e.general, e.task, 1) is None
+    assert against_shrink(e.variants, e.general, e.task, 8) is None
+
+
+def test_the_front_has_what_no_other_excels() -> None:
+    e = evaluation()
+    found = front(e.variants, e.general, e.task)
+    task, kl = e.task.loss.sum(axis=1), e.general.kl.sum(axis=1)
+    numbers = range(len(e.variants))
+    excelled = {v for v in numbers if any(task[w] <= task[v] and kl[w] <= kl[v] and w != v for w in numbers)}
+    assert set(found) == set(numbers) - excelled
+    assert e.front() == [e.variants[v].name for v in found]
+    assert found == sorted(found, key=lambda v: task[v])
+
+
+@pytest.mark.parametrize("left_out", [0.9, 0.75, 0.5, 0.25])
+def test_a_shrink_that_is_left_out_is_found_again_within_the_error(left_out: float) -> None:
+    """On a curve that no cubic follows: from neighbours twice as far apart as any that are used."""
+    bent = {"shrink": lambda x: (x**2.5, np.sin(x * np.pi / 2) ** 0.8)}
+    for seed in range(20):
+        e = evaluation(bent, noise=0.01, seed=seed)
+        variants = tuple(replace(v, method="project") if v.mitigation_lambda == left_out else v for v in e.variants)
+        row = next(i for i, v in enumerate(variants) if v.method == "project")
+        found = against_shrink(variants, e.general, e.task, row)
+        assert found is not None
+        assert abs(found.mitigation_lambda - left_out) < 0.06
+        assert found.verdict == "not told apart"

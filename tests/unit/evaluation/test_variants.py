@@ -1,0 +1,44 @@
+"""The variants that are compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from streamer.errors import UsageError
+from streamer.evaluation.options import EvaluationOptions
+from streamer.evaluation.variants import make_variants
+
+
+def test_base_and_adapter_come_first() -> None:
+    variants = make_variants(("paper", "shrink"), (0.75, 0), "first")
+    assert [v.name for v in variants] == ["base", "adapter", "paper 0.75", "paper 0", "shrink 0.75", "shrink 0"]
+    assert [(v.method, v.mitigation_lambda) for v in variants[:3]] == [(None, None), (None, None), ("paper", 0.75)]
+    base, adapter, paper = (v.mitigation for v in variants[:3])
+    assert base is None
+    assert adapter is not None
+    assert adapter.mitigation_lambda == 1
+    assert paper is not None
+    assert paper.scale == "first"
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"methods": ()}, "method: expected at least one"),
+    ({"methods": ("paper", "paper")}, "method: expected different values"),
+    ({"methods": ("average",)}, "method: expected one of paper, project, shrink, found 'average'"),
+    ({"lambdas": ()}, "lambda: expected at least one"),
+    ({"lambdas": (0.5, 0.5)}, "lambda: expected different values"),
+    ({"lambdas": (0.5, 1.0)}, "lambda: 1 is the adapter as it is"),
+    ({"lambdas": (float("nan"),)}, "lambda: expected a finite number"),
+    ({"sequences": 1}, "sequences: expected a whole number from 2"),
+    ({"length": 1}, "length: expected a whole number from 2"),
+    ({"keep": 0}, "keep: expected a share in"),
+    ({"keep": 1.5}, "keep: expected a share in"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EvaluationOptions(**options)
