@@ -167,7 +167,7 @@ def without_stale_values(
     Raises
     ------
     UnsupportedError
-        If the base has other values of a token each, which the adapter does not bring for the new ones: a head's bias, a router's table.
+        If there are other values of a token each, which the adapter does not bring for the new ones: a head's bias, a router's table.
     """
     before = {
         vocabulary[name].keys: base.info(name).shape[0]
@@ -175,11 +175,13 @@ def without_stale_values(
         if name in vocabulary and name in base.weight_map and part.info.shape != base.info(name).shape
     }
     stale = {}
-    for name in sorted(vocabulary.keys() & base.weight_map.keys() - edits.sources.keys() - edits.dropped.keys()):
-        keys = vocabulary[name].keys
-        if before.get(keys) not in base.info(name).shape:
+    for name in sorted(vocabulary.keys() & base.weight_map.keys() - edits.dropped.keys()):
+        keys, saved = vocabulary[name].keys, edits.sources.get(name)
+        if before.get(keys) not in (base.info(name) if saved is None else saved.info).shape:
             continue
-        spare = architecture is not None and any(re.search(p, name) for p in architecture.may_be_missing)
+        spare = (
+            saved is None and architecture is not None and any(re.search(p, name) for p in architecture.may_be_missing)
+        )
         if not spare or StoredTensor(*base.locate(name)).whole().any():
             raise UnsupportedError(
                 f"{base.path}: {name!r} has a value for each of {before[keys]} tokens, and the adapter gives the model "

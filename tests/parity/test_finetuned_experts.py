@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import zoo
 from architectures import MODELS, MOE, TEXT, text, weights
 from safetensors.torch import save_file
 from test_architectures_table import plain
@@ -134,3 +135,15 @@ def test_matrices_that_are_no_weights_of_layers_are_named(tmp_path: Path) -> Non
     assert said == (
         "matrices carried along without findings: 'backbone.layers.0.mixer.A_log', 'backbone.layers.1.mixer.A_log'",
     )
+
+
+def test_a_table_of_positions_that_is_a_weight_by_its_name_on_disk(tmp_path: Path) -> None:
+    """Kimi-K2.5's (64, 64, n) is ``pos_emb.weight`` on disk and a parameter of another name in the model."""
+    base = zoo.build("Kimi_K25ForConditionalGeneration")
+    base.save_pretrained(tmp_path / "base")
+    for p in base.parameters():
+        p.data.add_(0.05 * torch.randn(p.shape))
+    base.save_pretrained(tmp_path / "tuned")
+    modules = {m.module for m in streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned", top_k=1)}
+    assert "vision_tower.patch_embed.proj" in modules
+    assert "vision_tower.patch_embed.pos_emb" not in modules

@@ -96,6 +96,7 @@ REFUSALS = {
     "GteForMaskedLM/attention/lora/default/file/current": "Chunk 0.*not supported",
     "DeepseekV4ForCausalLM/all-linear/grown/tied/shards/legacy": "tid2eid' has a value for each of 72 tokens",
     "LayoutLMForMaskedLM/embedding/grown/untied/shards/current": "bias' has a value for each of 72 tokens",
+    "DoryForCausalLM/attention/grown/tied/file/current": "'lm_head.logit_scale' has a value for each of 72 tokens",
     "MvpForConditionalGeneration/mlp/grown/tied/file/current": "'final_logits_bias' has a value for each of 72 tokens",
 }
 

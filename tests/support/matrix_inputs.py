@@ -121,7 +121,7 @@ def load(cls: type[PreTrainedModel], directory: Path) -> tuple[PreTrainedModel, 
     }
 
 
-def options(case: Case, found: Anatomy) -> dict[str, Any]:
+def options(case: Case, found: Anatomy, model: PreTrainedModel) -> dict[str, Any]:
     """PEFT's options for a case."""
     values: dict[str, Any] = {"r": 3, "lora_alpha": 9}
     part = case.part
@@ -131,11 +131,14 @@ def options(case: Case, found: Anatomy) -> dict[str, Any]:
         part = "attention" if found.attention else "mlp" if found.mlp else "all-linear"
     values |= found.targets(part, by_path=case.layout in ("headed", "headless"))
     if case.layout == "headless" and part != "head":  # as PEFT does for a classifier
-        values["modules_to_save"] = [(found.head or "").partition(".")[0]]
+        within = f"{model.base_model_prefix}."
+        values["modules_to_save"] = sorted(
+            {n.partition(".")[0] for n in model.state_dict() if not n.startswith(within)}
+        )
     if case.kind == "dora":
         values["use_dora"] = True
     elif case.kind == "saved":
-        values["modules_to_save"] = saved
+        values["modules_to_save"] = [*values.get("modules_to_save", ()), *saved]
     elif case.kind == "biases":
         values["bias"] = "all"
     elif case.kind == "tokens":
@@ -155,7 +158,7 @@ def train(case: Case, model: PreTrainedModel, directory: Path, seed: int) -> nn.
                 p.data.add_(0.05 * torch.randn(p.shape, generator=g))
         model.save_pretrained(directory)
         return load(type(model), directory)[0]  # some parameters are computed, and not saved
-    peft = get_peft_model(model, LoraConfig(**options(case, found)))
+    peft = get_peft_model(model, LoraConfig(**options(case, found, model)))
     for name, p in peft.named_parameters():
         if p.requires_grad:
             step = 0.3 if "lora_" in name else 0.1

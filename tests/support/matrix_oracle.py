@@ -252,7 +252,8 @@ def outer_names(case: Case) -> set[str]:
 def outer_tensors(case: Case, made: Made, out: Path) -> list[str]:
     """Compare the head that the adapted model is within with the base's, both as the class with a head loads them.
 
-    A head that is tied to the embedding of a tuned model follows that, as the config goes on to say.
+    A head that is tied to the embedding of a tuned model follows that, as the config goes on to say; one of a vocabulary that has grown
+    has the base's rows.
     """
     if case.layout != "headed":
         return []
@@ -263,7 +264,9 @@ def outer_tensors(case: Case, made: Made, out: Path) -> list[str]:
     heads = [
         {n: t for n, t in m.state_dict().items() if not n.startswith(within) and n not in tied} for m in (ours, theirs)
     ]
-    return tensors(heads[0], heads[1], set())
+    if case.kind == "grown":
+        heads[0] = {n: t[: len(heads[1][n])] if n in heads[1] else t for n, t in heads[0].items()}
+    return tensors(*heads, set())
 
 
 def names_of_ties(made: Made) -> set[str]:
