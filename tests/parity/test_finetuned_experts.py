@@ -148,5 +148,5 @@ def test_a_table_of_positions_that_is_a_weight_by_its_name_on_disk(tmp_path: Pat
     with pytest.warns(StreamerWarning, match=r"taken over whole, .*'vision_tower.patch_embed.pos_emb.weight'"):
         findings = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned", top_k=1)
     modules = {m.module for m in findings}
-    assert "vision_tower.patch_embed.proj" in modules
+    assert "vision_tower.encoder.patch_embed.proj" in modules
     assert "vision_tower.patch_embed.pos_emb" not in modules
