@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from test_architectures_table import plain
 
 import streamer
-from streamer.errors import UnsupportedError
+from streamer.errors import StreamerWarning, UnsupportedError
 from streamer.plan.plan import make_plan
 
 # Model → (its class, its config, which tensors on disk are stacks, and whether they are (in, out))
@@ -144,6 +144,8 @@ def test_a_table_of_positions_that_is_a_weight_by_its_name_on_disk(tmp_path: Pat
     for p in base.parameters():
         p.data.add_(0.05 * torch.randn(p.shape))
     base.save_pretrained(tmp_path / "tuned")
-    modules = {m.module for m in streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned", top_k=1)}
-    assert "vision_tower.patch_embed.proj" in modules
+    with pytest.warns(StreamerWarning, match=r"taken over whole, .*'vision_tower.patch_embed.pos_emb.weight'"):
+        findings = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned", top_k=1)
+    modules = {m.module for m in findings}
+    assert "vision_tower.encoder.patch_embed.proj" in modules
     assert "vision_tower.patch_embed.pos_emb" not in modules
