@@ -13,6 +13,9 @@ from streamer.plan.targets import Target
 DOUBLE_BYTES = 8
 """Bytes of a value in float64."""
 
+MIXED_BYTES = 32 << 20
+"""Memory that the allocator keeps between arrays of two sizes of values: up to 18 MB over 160 matrices done once more in float64."""
+
 REPEATED_CUBE = 4096**3
 """m·n·min(m, n) up to which full SVDs are done once more in float64; its time is in docs/benchmarks.md."""
 
@@ -27,9 +30,10 @@ def detection_bytes(
     resident
         Bytes that stay in memory between two steps; see `resident_bytes`.
     itemsize
-        Bytes of a value that is computed with; by default those of the weight's computing dtype.
+        Bytes of a value that a matrix is done once more with; by default it is done once, in the weight's computing dtype.
     """
     weight, module = plan.weights[target.tensor], target.module
+    resident += MIXED_BYTES if itemsize else 0
     itemsize = itemsize or weight.compute.itemsize
     rank = module.factor_rank if module.low_rank else None
     ways = working_bytes(module.shape, options.directions(module.shape), rank, itemsize)

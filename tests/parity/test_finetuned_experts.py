@@ -144,7 +144,9 @@ def test_a_table_of_positions_that_is_a_weight_by_its_name_on_disk(tmp_path: Pat
     for p in base.parameters():
         p.data.add_(0.05 * torch.randn(p.shape))
     base.save_pretrained(tmp_path / "tuned")
-    with pytest.warns(StreamerWarning, match=r"taken over whole, .*'vision_tower.patch_embed.pos_emb.weight'"):
+    with pytest.warns(
+        StreamerWarning, match=r"carried along without findings: 'vision_tower.patch_embed.pos_emb.weight'"
+    ):
         findings = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned", top_k=1)
     modules = {m.module for m in findings}
     assert "vision_tower.encoder.patch_embed.proj" in modules

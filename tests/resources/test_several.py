@@ -140,7 +140,7 @@ def test_detection_reads_the_base_once(tmp_path: Path) -> None:
 
 def test_a_forecast_counts_what_is_read(tmp_path: Path) -> None:
     """Samples, headers and digests included; what a process reads besides, of its own modules, is an eighth of this base at most."""
-    base, adapter = helpers.three_shards(tmp_path, hidden=256)
+    base, adapter = helpers.three_shards(tmp_path, hidden=320)
     size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
     line = ["merge", base, adapter, "-o", tmp_path / "out", "--lambda", "1", "--io", "pread"]
     forecast = json.loads(run(*line, "--dry-run", "--json"))["forecast"]["read_bytes"]
