@@ -152,5 +152,5 @@ def _direction_rows(m: MatrixRecord) -> list[dict[str, Any]]:
     return [
         {"tensor": m["tensor"], "module": m["module"], "direction": j, "singular_value": value, "similarity": similarity,
          "similarity_low": low, "similarity_high": high, "intruder": j in m["intruders"], "degenerate": j in m["degenerate"]}
-        for j, (value, similarity, low, high) in enumerate(zip(*(m[key] for key in keys), strict=True))  # type: ignore[literal-required]
+        for j, (value, similarity, low, high) in enumerate(zip(*(m[key] for key in keys), strict=True))  # type: ignore[literal-required]  # all four are keys of a record
     ]  # fmt: skip

@@ -102,7 +102,7 @@ class InstalledModule:
         self.variant: int | None = None if changes else 0
         """Number of the variant whose values are read; None outside of `run`, where nothing is added to what others compute with them."""
         for name, tensor in tensors.items():
-            module._parameters[name] = LazyTensor.of(_Reader(self, tensor))  # type: ignore[assignment]
+            module._parameters[name] = LazyTensor.of(_Reader(self, tensor))  # type: ignore[assignment]  # a Parameter in torch's stub
         self.forward = module.forward
         if changes or self.rounded:
             module.forward = self.run

@@ -109,21 +109,22 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
         raise FormatError(
             f"{where}: has 'messages', and the tokenizer in {tokenizer.directory} no chat template; give 'prompt' and 'completion'"
         )
+
+    def rendered(count: int, with_prompt: bool) -> str:
+        try:
+            return tokenizer.render(messages[:count], with_prompt)
+        except Exception as e:  # a template is a program of the user's, and may raise anything
+            raise FormatError(f"{where}: the chat template refuses it: {quoted(str(e))}") from e
+
     spans: Spans = []
-    try:
-        whole = tokenizer.render(messages, False)
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before, behind = tokenizer.render(messages[:i], True), tokenizer.render(messages[: i + 1], False)
-                behind = behind.rstrip("\n")
-                if not (behind.startswith(before) and whole.startswith(behind)):
-                    raise FormatError(
-                        f"{where}: the chat template writes the beginning of this conversation otherwise when it goes on, so that answer "
-                        f"{len(spans) + 1} is not to be found; give a line for each answer, with the messages up to it"
-                    )
-                spans.append((len(before), len(behind)))
-    except FormatError:
-        raise
-    except Exception as e:  # a template may raise anything
-        raise FormatError(f"{where}: the chat template refuses it: {quoted(str(e))}") from e
+    whole = rendered(len(messages), with_prompt=False)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, behind = rendered(i, with_prompt=True), rendered(i + 1, with_prompt=False).rstrip("\n")
+            if not (behind.startswith(before) and whole.startswith(behind)):
+                raise FormatError(
+                    f"{where}: the chat template writes the beginning of this conversation otherwise when it goes on, so that answer "
+                    f"{len(spans) + 1} is not to be found; give a line for each answer, with the messages up to it"
+                )
+            spans.append((len(before), len(behind)))
     return whole, spans

@@ -82,7 +82,7 @@ class StreamingModel:
         self.batch = Batch(len(job.variants))
         self._model = build_skeleton(job.plan)
         prefix = getattr(self._model, "base_model_prefix", "")
-        self._head = self._model.get_output_embeddings()  # type: ignore[operator]
+        self._head = self._model.get_output_embeddings()  # type: ignore[operator]  # a model of transformers, typed as a Module
         kind = require_transformers().PreTrainedModel
         self._inner = [m for m in self._model.modules() if isinstance(m, kind) and self._head not in m.modules()]
         if not self._inner or not isinstance(self._head, nn.Linear):
@@ -106,7 +106,7 @@ class StreamingModel:
             if not isinstance(module, nn.Embedding):
                 inner += [tensor for tensor in own.values() if len(tensor.shape) > 1]
         self.vocabulary = self._head.out_features
-        config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]
+        config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]  # likewise
         stated = getattr(config, "max_position_embeddings", None)
         self.positions = stated if isinstance(stated, int) else None
         self.size = self._size(config, inner, tensors.values())

@@ -58,6 +58,10 @@ class Prepared:
             self.texts, len(self.options.variants), self.model.size, self.resident, self.detection.max_memory
         )
 
+    def check_budget(self) -> None:
+        """Raise `UsageError` if the budget does not hold one sequence: the passes, once divided, are kept."""
+        _ = self.passes
+
     @property
     def resident(self) -> int:
         """Estimate the bytes that stay in memory between two steps."""

@@ -30,7 +30,7 @@ def inspect(prepared: Prepared, output: Path) -> Literal["new", "resume", "done"
         raise OutputError(f"{output}: is a directory; name a file in it, such as {output / 'evaluation.json'}")
     check_output_path(output.parent, (), output)
     check_name(output, journal_of(output).name + ".0123456789abcdef.partial")
-    prepared.passes  # noqa: B018  # refuses a budget that is too small
+    prepared.check_budget()
     if prepared.needs_findings and prepared.findings is None:
         check_budget(detection_estimates(plan, prepared.detection, prepared.resident), prepared.detection.max_memory)
     if output.exists() and not is_placeholder(output):
