@@ -33,6 +33,11 @@ def require_transformers() -> Any:
     return transformers
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what an exception of transformers says; its class where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' log below errors inside the context: a library prints nothing."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from streamer.errors import FormatError, MissingInputError, UnsupportedError
-from streamer.evaluation.extra import quiet_transformers, require_transformers
+from streamer.evaluation.extra import first_line, quiet_transformers, require_transformers
 from streamer.plan.plan import Plan
 from streamer.weights.model_config import MODEL_CONFIG
 
@@ -48,7 +48,7 @@ def build_skeleton(plan: Plan) -> nn.Module:
         try:
             config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise FormatError(f"{directory / MODEL_CONFIG}: transformers cannot read it: {_first_line(e)}") from e
+            raise FormatError(f"{directory / MODEL_CONFIG}: transformers cannot read it: {first_line(e)}") from e
         if config.is_encoder_decoder or not _predicts_next(cls.__name__):
             raise UnsupportedError(
                 f"{directory / MODEL_CONFIG}: {name} does not predict the next token of a text; evaluate compares causal language models"
@@ -81,7 +81,3 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _first_line(e: Exception) -> str:
-    return next(iter(str(e).splitlines()), type(e).__name__)

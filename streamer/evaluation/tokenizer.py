@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from streamer.errors import FormatError, MissingInputError, UnsupportedError
-from streamer.evaluation.extra import quiet_transformers, require_transformers
+from streamer.evaluation.extra import first_line, quiet_transformers, require_transformers
 from streamer.plan.plan import Plan
 from streamer.plan.tokenizer import VOCABULARIES, with_tokenizer
 
@@ -117,8 +117,7 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
             )
             text_a = loaded("a", return_special_tokens_mask=True)
         except Exception as e:  # of the tokenizers library it may be Exception itself
-            why = next(iter(str(e).splitlines()), type(e).__name__)
-            raise FormatError(f"{directory}: transformers cannot read its tokenizer: {why}") from e
+            raise FormatError(f"{directory}: transformers cannot read its tokenizer: {first_line(e)}") from e
     if not loaded.is_fast:
         raise UnsupportedError(
             f"{directory}: its tokenizer ({type(loaded).__name__}) does not tell where in the text its tokens stand; give token ids (.npy)"

@@ -150,11 +150,12 @@ class _Check:
 
     def _has_layer(self, name: str) -> bool:
         """Test whether the base has the numbered module of a name, or none like it."""
-        found = re.match(r"(.*\.)?\d+\.", name)
-        if found is None:
-            return True
-        layers = {n[: end.end()] for n in self.base.loaded if (end := re.match(r"(.*\.)?\d+\.", n))}
-        return found[0] in layers or pattern_of(found[0]) not in {pattern_of(layer) for layer in layers}
+        layer = _layer_of(name)
+        return not layer or layer in self._layers or pattern_of(layer) not in {pattern_of(n) for n in self._layers}
+
+    @cached_property
+    def _layers(self) -> set[str]:
+        return {_layer_of(name) for name in self.base.loaded}
 
     def _missing(self) -> Iterator[str]:
         architecture = self.written.architecture
@@ -274,6 +275,12 @@ class _Check:
         for name in sorted(wanted - patterns):
             if not any(other in self.written.loaded for other in _tied_to(name, architecture)):
                 yield f"{name!r} is missing, the head of the class that the config names"
+
+
+def _layer_of(name: str) -> str:
+    """Return the beginning of a name up to its last number, and a dot: ``model.layers.3.``; empty where it has none."""
+    found = re.match(r"(.*\.)?\d+\.", name)
+    return "" if found is None else found[0]
 
 
 def _tied_to(name: str, architecture: Architecture) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from architectures import ATTENTION
 from causal_models import make_adapter, make_base
+from evaluations import COLUMNS
 from forks import Outcome, Server
 from test_schemas import check
 
@@ -53,18 +54,7 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
     )
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0].split() == [
-        "variant",
-        "general",
-        "vs",
-        "adapter",
-        "forgetting",
-        "KL",
-        "same",
-        "top",
-        "task",
-        "kept",
-    ]
+    assert lines[0].split() == COLUMNS
     names = [
         "base",
         "adapter",

@@ -15,21 +15,14 @@ from forks import server
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_schemas import check
-from verified import KINDS, Job, agree, edit_record, edit_tensor, files_of, lines, make_outputs, sha256
+from verified import KINDS, Job, agree, edit_record, edit_tensor, files_of, lines, make_all_outputs, sha256
 
 import streamer
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    home = tmp_path_factory.mktemp("verify")
-    made = make_outputs(*helpers.three_shards(home), home)
-    streamer.reduce_intruder_dimension(
-        made.base, made.adapter, home / "adapter-out", findings=home / "findings.safetensors", mitigation_lambda=0.5
-    )
-    (home / "adapter").rename(home / "inputs")
-    (home / "adapter-out").rename(home / "adapter")
-    return Job(made.base, home / "inputs", home)
+    return make_all_outputs(*helpers.three_shards(home := tmp_path_factory.mktemp("verify")), home)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import TEXT, assert_merged, config, weights
+from architectures import BERT, GPT2, TEXT, assert_merged, config, weights
 from command_line import run_cli
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -20,16 +20,6 @@ from safetensors.torch import save_file
 import streamer
 from streamer.errors import MismatchError, UsageError
 
-BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
-GPT2 = {
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "vocab_size": 64,
-    "n_positions": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 

@@ -10,6 +10,9 @@ from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.suggestion import EvaluatedVariant
 
+COLUMNS = ["variant", "general", "vs", "adapter", "forgetting", "KL", "same", "top", "task", "kept"]
+"""Words that head the columns of the table."""
+
 LAMBDAS = (0.9, 0.75, 0.5, 0.25, 0.0)
 
 Curve = Callable[[float], tuple[float, float]]

@@ -44,6 +44,17 @@ def make_outputs(base: Path, adapter: Path, home: Path, **options: Any) -> Job:
     return Job(base, adapter, home)
 
 
+def make_all_outputs(base: Path, adapter: Path, home: Path) -> Job:
+    """Make an output of each of `KINDS`; the adapter given moves to ``inputs``."""
+    made = make_outputs(base, adapter, home)
+    streamer.reduce_intruder_dimension(
+        base, adapter, home / "adapter-out", findings=home / "findings.safetensors", mitigation_lambda=0.5
+    )
+    adapter.rename(home / "inputs")
+    (home / "adapter-out").rename(home / "adapter")
+    return Job(made.base, home / "inputs", home)
+
+
 def lines(output: Path, *inputs: Path, **options: Any) -> list[str]:
     """The lines of what differs; none if nothing does."""
     try:

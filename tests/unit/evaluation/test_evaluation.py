@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluations import CURVES, evaluation
+from evaluations import COLUMNS, CURVES, evaluation
 from jsonschema import Draft202012Validator
 
 from streamer.cli.evaluation_table import evaluation_table
@@ -126,18 +126,7 @@ def test_the_command_that_makes_a_variant(variant: tuple[Any, ...], facts: dict[
 
 def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
     lines = evaluation().table().splitlines()
-    assert lines[0].split() == [
-        "variant",
-        "general",
-        "vs",
-        "adapter",
-        "forgetting",
-        "KL",
-        "same",
-        "top",
-        "task",
-        "kept",
-    ]
+    assert lines[0].split() == COLUMNS
     assert lines[2].startswith("base *")
     assert "100.0% ± 0.0" in lines[3]
     assert len([line for line in lines if line.startswith(("paper", "project", "shrink"))]) == 15
