@@ -10,8 +10,10 @@ The folders are the data's way, and imports point up this list only::
     plan/          matching          the base tensor that each module changes; all refusals
     detection/     decisions         the leading directions of each matrix, and the findings file
     output/        results           mitigated deltas, output tensors, files
+    streaming/     the model         run from its files: each weight read when its module runs, for several variants at once
     verification/  witnesses         an output against its record and inputs, by other code
     evaluation/    measures          losses of every variant on a user's text, in passes over the base
+    fitting/       coefficients      one for each direction of an adapter, fitted to the user's text
     api/           the library       one function for each command
     cli/           commands          arguments, progress, tables, forecasts, demo
 

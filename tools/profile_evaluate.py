@@ -32,8 +32,9 @@ def install(clocks: Clocks) -> None:
     """Put the clocks around everything that a pass does."""
     from torch.nn import functional
 
-    from streamer.evaluation import installed, lazy, losses
-    from streamer.evaluation.values import Values
+    from streamer.evaluation import losses
+    from streamer.streaming import installed, lazy
+    from streamer.streaming.values import Values
 
     def in_head(function: Callable[..., Any], stage: str, reader_of: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a function so that it is counted for `stage`, of the head where the reader of its weight belongs to that."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamer.evaluation.model import StreamingModel
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import SequenceSums
+from streamer.streaming.model import StreamingModel
 
 
 class _Accumulator:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamer.errors import UsageError
-from streamer.evaluation.lazy import BLOCK_BYTES
-from streamer.evaluation.model import ModelSize
 from streamer.evaluation.sequences import TextSequences
+from streamer.streaming.lazy import BLOCK_BYTES
+from streamer.streaming.model import ModelSize
 
 TRANSFORMERS_BYTES = 150 << 20
 """Anonymous memory that importing transformers and building a model takes, beside what `plan.memory.resident_bytes` counts."""

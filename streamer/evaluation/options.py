@@ -9,11 +9,11 @@ from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
 from streamer.errors import UsageError
 from streamer.evaluation.suggestion import check_keep
-from streamer.evaluation.values import Job
-from streamer.evaluation.variants import Variant, make_variants
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.output.mitigation import MitigationMethod
 from streamer.plan.plan import Plan
+from streamer.streaming.values import Job
+from streamer.streaming.variants import Variant, make_variants
 
 ProductDtype = Literal["float32", "bf16"]
 """Dtype that the factors of a product of a base's weight with activations are rounded to; the product is float32."""

@@ -14,9 +14,7 @@ from streamer import __version__
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import UnsupportedError
 from streamer.evaluation.evaluation import GENERAL, TASK
-from streamer.evaluation.extra import require_transformers
 from streamer.evaluation.memory import Pass, plan_passes
-from streamer.evaluation.model import StreamingModel
 from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.texts import read_text
@@ -27,6 +25,8 @@ from streamer.output.prepare import FindingsOrPath, OutputOptions, open_jobs
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan
+from streamer.streaming.extra import require_transformers
+from streamer.streaming.model import StreamingModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,13 +13,10 @@ from streamer.detection.findings_file import lock_of, remove_leftovers
 from streamer.detection.run import detect_in_memory
 from streamer.errors import NumericError
 from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation, load_evaluation
-from streamer.evaluation.logit_checks import check_logits
 from streamer.evaluation.losses import measure
 from streamer.evaluation.memory import vocabulary_block
-from streamer.evaluation.model import StreamingModel
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.records import InMemory, Journalled, inspect
-from streamer.evaluation.run_time import RunTimeTensor
 from streamer.evaluation.statistics import MEASURES, SequenceSums
 from streamer.evaluation.suggestion import EvaluatedVariant
 from streamer.events import Event
@@ -29,6 +26,9 @@ from streamer.storage.atomic_file import remove_partials, write_atomic
 from streamer.storage.files import make_directory
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import touch
+from streamer.streaming.logit_checks import check_logits
+from streamer.streaming.model import StreamingModel
+from streamer.streaming.run_time import RunTimeTensor
 
 
 def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:

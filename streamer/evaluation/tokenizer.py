@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from streamer.errors import FormatError, MissingInputError, UnsupportedError
-from streamer.evaluation.extra import first_line, quiet_transformers, require_transformers
 from streamer.plan.plan import Plan
 from streamer.plan.tokenizer import VOCABULARIES, with_tokenizer
+from streamer.streaming.extra import first_line, quiet_transformers, require_transformers
 
 TEMPLATE_TIME = datetime(2024, 7, 26, 12)
 """Time that a chat template is given where it writes the present one, so that a text is the same tokens on every day; that day is the one

@@ -21,11 +21,11 @@ from transformers import LlamaForCausalLM
 
 import streamer
 from streamer.errors import NumericError, UnsupportedError
-from streamer.evaluation.model import StreamingModel
-from streamer.evaluation.values import Job
-from streamer.evaluation.variants import BASE, Variant, make_variants
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.plan.plan import make_plan
+from streamer.streaming.model import StreamingModel
+from streamer.streaming.values import Job
+from streamer.streaming.variants import BASE, Variant, make_variants
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 

@@ -10,12 +10,12 @@ import torch
 import streamer
 from streamer.detection.findings import Findings
 from streamer.evaluation.losses import measure
-from streamer.evaluation.model import StreamingModel
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import SequenceSums
-from streamer.evaluation.values import Job
-from streamer.evaluation.variants import Variant, make_variants
 from streamer.plan.plan import make_plan
+from streamer.streaming.model import StreamingModel
+from streamer.streaming.values import Job
+from streamer.streaming.variants import Variant, make_variants
 
 TOP_K = 4
 

@@ -9,8 +9,8 @@ import pytest
 
 from streamer.errors import UsageError
 from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
-from streamer.evaluation.model import ModelSize
 from streamer.evaluation.sequences import TextSequences
+from streamer.streaming.model import ModelSize
 
 LARGE = ModelSize(widest=14336, hidden=4096, vocabulary=128256, attention=0, dense=0, factors=0, products={}, read=0)
 RESIDENT = 250 << 20

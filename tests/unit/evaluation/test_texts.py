@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from streamer.errors import FormatError, MissingInputError, MissingPackageError, UsageError
-from streamer.evaluation.extra import require_transformers
 from streamer.evaluation.sequences import TextSequences, evenly
 from streamer.evaluation.texts import read_text
+from streamer.streaming.extra import require_transformers
 
 
 def save(path: Path, array: np.ndarray) -> Path:

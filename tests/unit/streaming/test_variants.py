@@ -8,7 +8,7 @@ import pytest
 
 from streamer.errors import UsageError
 from streamer.evaluation.options import EvaluationOptions
-from streamer.evaluation.variants import make_variants
+from streamer.streaming.variants import make_variants
 
 
 def test_base_and_adapter_come_first() -> None:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from streamer.errors import UnsupportedError
-from streamer.evaluation.lazy import LazyTensor
-from streamer.evaluation.run_time import RunTimeTensor
-from streamer.evaluation.values import Values, same_values
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.torch_state import bfloat16_products
 from streamer.plan.targets import Target
+from streamer.streaming.lazy import LazyTensor
+from streamer.streaming.run_time import RunTimeTensor
+from streamer.streaming.values import Values, same_values
 
 LINEAR_BY_NAME = {"FalconLinear"}
 """Subclasses of Linear that have a `forward` of their own, and compute ``x Wᵀ + b`` all the same."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamer.errors import UnsupportedError
-from streamer.evaluation import lazy
-from streamer.evaluation.lazy import LazyTensor
+from streamer.streaming import lazy
+from streamer.streaming.lazy import LazyTensor
 
 
 class Given:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from streamer.detection.findings import Findings
 from streamer.errors import NumericError
-from streamer.evaluation.run_time import RunTimeTensor, Source
-from streamer.evaluation.variants import Variant
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, all_finite
 from streamer.output.mitigation import back_project, mitigate
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
+from streamer.streaming.run_time import RunTimeTensor, Source
+from streamer.streaming.variants import Variant
 from streamer.weights.base import Weight
 from streamer.weights.logical import WeightView
 from streamer.weights.plain import Plain

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from streamer.errors import NumericError, UnsupportedError
-from streamer.evaluation.extra import quiet_transformers, require_transformers
-from streamer.evaluation.installed import Batch, InstalledModule
-from streamer.evaluation.run_time import RunTimeTensor, match_run_time
-from streamer.evaluation.skeleton import build_skeleton
-from streamer.evaluation.values import Job, Values
 from streamer.plan.targets import Target
+from streamer.streaming.extra import quiet_transformers, require_transformers
+from streamer.streaming.installed import Batch, InstalledModule
+from streamer.streaming.run_time import RunTimeTensor, match_run_time
+from streamer.streaming.skeleton import build_skeleton
+from streamer.streaming.values import Job, Values
 from streamer.units import listed
 
 MASK_VALUES = 2

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from streamer.errors import FormatError, MissingInputError, UnsupportedError
-from streamer.evaluation.extra import first_line, quiet_transformers, require_transformers
 from streamer.plan.plan import Plan
+from streamer.streaming.extra import first_line, quiet_transformers, require_transformers
 from streamer.weights.model_config import MODEL_CONFIG
 
 

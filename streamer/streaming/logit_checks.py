@@ -7,11 +7,11 @@ import torch
 from numpy.typing import NDArray
 
 from streamer.errors import UnsupportedError
-from streamer.evaluation.model import StreamingModel
-from streamer.evaluation.values import Job
-from streamer.evaluation.variants import BASE, Variant
 from streamer.events import Monitor
 from streamer.plan.plan import Plan
+from streamer.streaming.model import StreamingModel
+from streamer.streaming.values import Job
+from streamer.streaming.variants import BASE, Variant
 
 LENGTH = 8
 """Tokens that are tried; two sequences of them are read."""

@@ -1,0 +1,1 @@
+"""Coefficients of an adapter's directions, fitted to two texts in streaming passes with gradients."""
