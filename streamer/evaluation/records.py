@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,16 +32,6 @@ def inspect(prepared: Prepared, output: Path) -> State:
     return file.state()
 
 
-def packed(sums: SequenceSums) -> dict[str, Any]:
-    """Write sums as JSON values that are read as the same bits."""
-    return {"tokens": sums.tokens.tolist(), **{name: getattr(sums, name).tolist() for name in MEASURES}}
-
-
-def unpacked(tree: dict[str, Any]) -> SequenceSums:
-    """Read what `packed` wrote."""
-    return SequenceSums(*(np.array(tree[key], np.float64) for key in ("tokens", *MEASURES)))
-
-
 class InMemory:
     """Sums of passes of this run alone."""
 
@@ -63,9 +52,12 @@ class Journalled(InMemory):
         super().__init__()
         self._journal, self.threads = own.journal, own.threads
         for record in map(json.loads, own.records()):
-            self.sums[record["pass"]] = unpacked(record)
+            self.sums[record["pass"]] = SequenceSums(
+                *(np.array(record[key], np.float64) for key in ("tokens", *MEASURES))
+            )
 
     def add(self, number: int, sums: SequenceSums) -> None:
-        """Keep the sums of a pass, durably."""
-        self._journal.append(json.dumps({"pass": number, **packed(sums)}).encode())
+        """Keep the sums of a pass, durably; floats are written so that they are read as the same bits."""
+        arrays = {"tokens": sums.tokens.tolist(), **{name: getattr(sums, name).tolist() for name in MEASURES}}
+        self._journal.append(json.dumps({"pass": number, **arrays}).encode())
         super().add(number, sums)
