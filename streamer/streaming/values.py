@@ -122,7 +122,7 @@ class Values:
         detection = (
             findings.by_tensor[target.tensor].detection if findings is not None and options.needs_detection else None
         )
-        after = mitigate(self._last[1], detection, options)
+        after = mitigate(self._last[1], detection, options, target.tensor)
         factors = target.module.factors
         if self.job.projected and factors is not None and isinstance(after, LowRank) and factors.scaling:
             B, A, _ = back_project(after, factors.rank, factors.scaling)
