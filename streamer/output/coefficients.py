@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -63,10 +63,16 @@ class CoefficientSet:
         The share of what the adapter learned that they were fitted to keep.
     matrices
         By `Target.tensor`.
+    facts
+        What they were fitted to; see `Coefficients`, whose `select` puts them here.
+    name
+        Name them in messages.
     """
 
     keep: float
     matrices: Mapping[str, MatrixCoefficients]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "coefficients"
 
     @cached_property
     def digest(self) -> str:
@@ -76,6 +82,17 @@ class CoefficientSet:
             digest.update(f"{tensor}\n".encode())
             digest.update(self.matrices[tensor].values.astype("<f8").tobytes())
         return digest.hexdigest()
+
+    def record(self) -> CoefficientsRecord:
+        """Say which they are, as an output has it."""
+        return {"keep": self.keep, "sha256": self.digest}
+
+
+class CoefficientsRecord(TypedDict):
+    """Coefficients of an output: what they were fitted to keep, and their `CoefficientSet.digest`."""
+
+    keep: float
+    sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +138,14 @@ class Coefficients:
                 raise UsageError(
                     f"{self.name}: holds {len(self.sets)} sets of coefficients; choose one by keep: {shares}"
                 )
-            return self.sets[0]
+            return self._bound(self.sets[0])
         found = [one for one in self.sets if math.isclose(one.keep, keep, rel_tol=1e-9)]
         if not found:
             raise UsageError(f"{self.name}: holds no coefficients that keep {keep:g}; those there are keep {shares}")
-        return found[0]
+        return self._bound(found[0])
+
+    def _bound(self, one: CoefficientSet) -> CoefficientSet:
+        return replace(one, facts=self.facts, name=self.name)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write them as a file; see `coefficients_file.save_coefficients`."""

@@ -133,9 +133,9 @@ def _arrays(coefficients: Coefficients) -> dict[str, Floats]:
 
 def _digest(arrays: dict[str, Floats]) -> str:
     digest = hashlib.sha256()
-    for name, array in arrays.items():
-        digest.update(f"{name}{list(array.shape)}\n".encode())
-        digest.update(array.tobytes())
+    for name in sorted(arrays):  # programs that copy the file may order it anew
+        digest.update(f"{name}{list(arrays[name].shape)}\n".encode())
+        digest.update(arrays[name].tobytes())
     return digest.hexdigest()
 
 
