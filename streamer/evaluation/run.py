@@ -14,7 +14,6 @@ from streamer.detection.run import detect_in_memory
 from streamer.errors import NumericError
 from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation, load_evaluation
 from streamer.evaluation.losses import measure
-from streamer.evaluation.memory import vocabulary_block
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.records import InMemory, Journalled, inspect
 from streamer.evaluation.statistics import MEASURES, SequenceSums
@@ -27,7 +26,7 @@ from streamer.storage.files import make_directory
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import touch
 from streamer.streaming.logit_checks import check_logits
-from streamer.streaming.model import StreamingModel
+from streamer.streaming.model import StreamingModel, vocabulary_block
 from streamer.streaming.run_time import RunTimeTensor
 
 
