@@ -242,7 +242,9 @@ def build_parser() -> Parser:
     sub.add_argument("--lambda", dest="lambdas", type=_lambdas, default=[0.9, 0.75, 0.5, 0.25, 0.0], metavar="L,L",
                      help="what is left of an intruder, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=["paper", "project", "shrink"], metavar="M,M",
-                     help="paper, project or shrink, several (default: all three)")  # fmt: skip
+                     help="paper, project or shrink, several (default: all three); fitted: the coefficients alone")  # fmt: skip
+    sub.add_argument("--coefficients", metavar="FILE",
+                     help="from `streamer fit`: each set in FILE is one more variant; give text they were not fitted to")  # fmt: skip
     sub.add_argument(
         "--scale", choices=["all", "first"], default="all", help="which intruders of each matrix (default: all)"
     )
