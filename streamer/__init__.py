@@ -45,6 +45,7 @@ _HOMES = {
     "VerificationError": "errors",
     "detect_intruder_dimensions": "api",
     "evaluate_variants": "api",
+    "fit_coefficients": "api",
     "iter_merged": "api",
     "load_coefficients": "output.coefficients_file",
     "load_evaluation": "evaluation.evaluation",
@@ -69,6 +70,7 @@ __all__ = [
     "VerificationError",
     "detect_intruder_dimensions",
     "evaluate_variants",
+    "fit_coefficients",
     "iter_merged",
     "load_coefficients",
     "load_evaluation",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from streamer.api import (
         detect_intruder_dimensions,
         evaluate_variants,
+        fit_coefficients,
         iter_merged,
         merge_with_reduced_intruder_dimensions,
         reduce_intruder_dimension,

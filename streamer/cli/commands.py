@@ -164,6 +164,12 @@ def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
     return run_evaluation(args, detection, _run_options(args, monitor), screen(args.all))
 
 
+def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.cli.fitting import run_fit
+
+    return run_fit(args, _run_options(args, monitor), screen(args.all))
+
+
 def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.demo import demo_table, run_demo
 
@@ -187,6 +193,7 @@ COMMANDS = {
     "report": _report,
     "verify": _verify,
     "evaluate": _evaluate,
+    "fit": _fit,
     "demo": _demo,
 }
 

@@ -82,7 +82,7 @@ def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
         OVERHEAD
         * tokens
         * sum(size.products.values())
-        * _pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
+        * products_pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
     )
     monitor.emit(Event("probe", "", 1, 1))
     variants, sequences = len(prepared.options.variants), sum(len(text.ids) for text in prepared.texts.values())
@@ -92,7 +92,7 @@ def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
     return Forecast(peak, peak, size.read * len(passes), writes, writes, seconds)
 
 
-def _pace(inputs: int, outputs: int, dtype: ProductDtype) -> float:
+def products_pace(inputs: int, outputs: int, dtype: ProductDtype) -> float:
     """Measure the seconds for a multiplication in a product of a few hundred rows."""
     x, w = torch.randn(512, max(1, inputs)), torch.randn(max(1, outputs), max(1, inputs))
     best, began = float("inf"), time.perf_counter()

@@ -35,6 +35,8 @@ a first run:
       a plain model with the mitigated adapter merged in
   streamer evaluate BASE ADAPTER --general TEXT --task TEXT -o FILE
       what each method and lambda keeps and forgets, on your text
+  streamer fit BASE ADAPTER --general TEXT --task TEXT -o FILE
+      a coefficient for each direction, fitted to your text
   streamer verify DIR
       every byte as it was written, after a copy for example
 
@@ -96,6 +98,14 @@ examples:
   streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
   streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --dry-run
   streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --keep 0.8
+""",
+    "fit": """\
+examples:
+  streamer fit BASE ADAPTER --general web.txt --task chats.jsonl -o c.safetensors
+  streamer mitigate BASE ADAPTER -o DIR --coefficients c.safetensors
+  streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --keep 0.95,0.9,0.8
+      several sets in one file
+  streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --dry-run
 """,
     "demo": """\
 examples:

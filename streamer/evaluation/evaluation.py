@@ -14,7 +14,7 @@ import numpy as np
 
 from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, UnknownNameError
-from streamer.evaluation.statistics import Estimate, SequenceSums
+from streamer.evaluation.statistics import SequenceSums, flat
 from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, Suggestion, front, suggest
 from streamer.evaluation.view import table_text
 from streamer.storage.files import open_regular
@@ -136,25 +136,25 @@ class Evaluation:
             **({} if variant.keep is None else {"keep": variant.keep}),
             "general": _figures(self.general, v),
             "task": _figures(self.task, v),
-            **_flat("kept", self.task.share(v)),
-            **_flat("forgetting", self.general.share(v)),
-            **_flat("divergence", self.general.kl_share(v)),
+            **flat("kept", self.task.share(v)),
+            **flat("forgetting", self.general.share(v)),
+            **flat("divergence", self.general.kl_share(v)),
             "against_adapter": self._against(v, ADAPTER_ROW),
             "against_base": self._against(v, BASE_ROW),
         }
 
     def _against(self, v: int, other: int) -> dict[str, Any]:
         return {
-            **_flat("general_loss", self.general.loss_difference(v, other)),
-            **_flat("general_kl", self.general.kl_difference(v, other)),
-            **_flat("task_loss", self.task.loss_difference(v, other)),
+            **flat("general_loss", self.general.loss_difference(v, other)),
+            **flat("general_kl", self.general.kl_difference(v, other)),
+            **flat("task_loss", self.task.loss_difference(v, other)),
         }
 
     def _suggestion_dict(self, s: Suggestion) -> dict[str, Any]:
         variant = s.variant
         shrink = None if s.shrink is None else {
-            "lambda": s.shrink.mitigation_lambda, "between": list(s.shrink.between), **_flat("loss", s.shrink.loss),
-            **_flat("kl", s.shrink.kl), "verdict": s.shrink.verdict,
+            "lambda": s.shrink.mitigation_lambda, "between": list(s.shrink.between), **flat("loss", s.shrink.loss),
+            **flat("kl", s.shrink.kl), "verdict": s.shrink.verdict,
         }  # fmt: skip
         return {
             "name": variant and variant.name,
@@ -215,21 +215,12 @@ def load_evaluation(path: str | Path) -> Evaluation:
 def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
     loss = sums.mean(sums.loss[v])
     return {
-        **_flat("loss", loss),
+        **flat("loss", loss),
         "perplexity": math.exp(loss.value) if loss.value < MOST_LOSS else None,
-        **_flat("kl", sums.mean(sums.kl[v])),
-        **_flat("agreement", sums.mean(sums.agree[v])),
+        **flat("kl", sums.mean(sums.kl[v])),
+        **flat("agreement", sums.mean(sums.agree[v])),
         "sums": {"loss": sums.loss[v].tolist(), "kl": sums.kl[v].tolist(), "agree": sums.agree[v].tolist()},
     }
-
-
-def _flat(name: str, estimate: Estimate) -> dict[str, float | None]:
-    """Write an estimate under two keys, null where it is not defined: a share of no difference."""
-    return {name: _number(estimate.value), f"{name}_se": _number(estimate.error)}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _sums(tree: Mapping[str, Any], text: str) -> SequenceSums:

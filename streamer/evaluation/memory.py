@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from streamer.errors import UsageError
 from streamer.evaluation.sequences import TextSequences
 from streamer.streaming.lazy import BLOCK_BYTES
-from streamer.streaming.model import ModelSize
+from streamer.streaming.model import ModelSize, vocabulary_block
 
 TRANSFORMERS_BYTES = 150 << 20
 """Anonymous memory that importing transformers and building a model takes, beside what `plan.memory.resident_bytes` counts."""
 
 ROWS = 4096
 """Tokens of all variants that run together where no budget asks for fewer: reading the weights is then about a hundredth of the time."""
-
-LOGIT_BYTES = 32 << 20
-"""Logits that exist at once."""
 
 LOGIT_COPIES = 5
 """As much memory as the logits that exist at once takes what is computed from them, themselves among it."""
@@ -43,11 +40,6 @@ class Pass:
     text: str
     sequences: tuple[int, ...]
     variants: tuple[int, ...]
-
-
-def vocabulary_block(rows: int) -> int:
-    """Count the tokens of the vocabulary that are computed together, for so many rows."""
-    return max(64, LOGIT_BYTES // (4 * rows))
 
 
 def pass_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:

@@ -78,13 +78,12 @@ class Prepared:
     def facts(self) -> dict[str, Any]:
         """Say what it is made of, as JSON; the digest `plan` tells whether two evaluations are one."""
         o, detection = self.options, self.findings.options if self.findings else self.detection
-        plan, weights = self.plan, self.plan.weights
         tree = {
             "transformers": require_transformers().__version__,
             "base": self.plan.sources[0],
             "adapter": self.plan.sources[1],
-            "factored": not plan.adapter.describes_model and all(t.module.factors for t in plan.targets),
-            "quantized": any(n in weights.quantized_names and not weights.requantizes(n) for n in plan.by_weight),
+            "factored": is_factored(self.plan),
+            "quantized": stays_quantized(self.plan),
             "detection": detection.as_dict() if self.needs_findings else None,
             "scale": o.scale,
             "projected": o.projected,
@@ -143,6 +142,17 @@ def _warn_of_fitted_texts(coefficients: Coefficients, texts: Mapping[str, TextSe
                 (f"the {name} text, {text.name}, is one that the coefficients were fitted to: the variants fitted look better on it than "
                  "they are; evaluate on other text",)
             )  # fmt: skip
+
+
+def is_factored(plan: Plan) -> bool:
+    """Test whether all deltas are the product of LoRA's factors, so that `mitigate` writes an adapter of the same kind."""
+    return not plan.adapter.describes_model and all(target.module.factors for target in plan.targets)
+
+
+def stays_quantized(plan: Plan) -> bool:
+    """Test whether the adapter changes a quantized weight that a merge can only write plain."""
+    weights = plan.weights
+    return any(name in weights.quantized_names and not weights.requantizes(name) for name in plan.by_weight)
 
 
 def refuse_new_tokens(plan: Plan) -> None:

@@ -12,10 +12,13 @@ from typing import Any
 
 from streamer import __version__
 from streamer.detection.options import RunOptions
-from streamer.evaluation.memory import Pass, plan_passes
-from streamer.evaluation.prepare import read_texts, refuse_new_tokens
-from streamer.fitting.memory import plan_chunks
+from streamer.errors import UnsupportedError
+from streamer.evaluation.memory import Pass, measured_bytes, plan_passes
+from streamer.evaluation.prepare import is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.fitting.memory import gradient_bytes, plan_chunks
 from streamer.fitting.options import Division, FitOptions, divide
+from streamer.fitting.parameters import Parameters, singular_values_of
+from streamer.output.mitigation import MitigationOptions
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan, make_plan
@@ -23,8 +26,10 @@ from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
 from streamer.streaming.values import Job
 from streamer.streaming.variants import BASE, Variant
-from streamer.output.mitigation import MitigationOptions
-from streamer.units import listed
+from streamer.units import counted, listed
+
+TOKENS = 10
+"""Tokens for each coefficient, of either text, below which there is a warning."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +71,49 @@ class PreparedFit:
         _ = self.chunks
         self.passes(2)
 
+    def peak_bytes(self, variants: int) -> int:
+        """Estimate the memory of the largest step, with so many variants in a pass over what is held apart."""
+        held, size = {name: text.held for name, text in self.texts.items()}, self.model.size
+        most = measured_bytes(self.passes(variants), held, size, self.resident)
+        for name, chunks in self.chunks.items():
+            for rows in chunks:
+                text = self.texts[name].fitted.take(rows)
+                most = max(most, gradient_bytes(size, self.resident, len(rows) * text.longest, text.longest))
+        return most
+
+    spool_bytes = 0
+
     @property
     def resident(self) -> int:
         """Estimate the bytes that stay in memory between two steps."""
         return resident_bytes(Batch(self.plan.base, (self.plan,)))
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Compute the singular values of all deltas, and number the parameters.
+
+        Raises
+        ------
+        NumericError
+            If a delta holds NaN or Inf.
+        UnsupportedError
+            If there is none to fit: all deltas are zero.
+        """
+        found = Parameters.of(singular_values_of(self.plan, self.run.monitor), self.options.grain)
+        if found.count == 0:
+            raise UnsupportedError(f"{self.plan.adapter.path}: changes nothing by its deltas, all of which are zero")
+        return found
+
+    def warn(self) -> None:
+        """Warn of a text that is short for as many parameters."""
+        count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
+        if count < TOKENS * self.parameters.count:
+            many, each = counted(self.parameters.count, "coefficient"), count / self.parameters.count
+            self.run.monitor.warn(
+                (
+                    f"the {name} text has {count} tokens to fit {many} on, {each:.1f} for each; give more, or --grain matrix",
+                )
+            )
 
     @cached_property
     def unchanged(self) -> list[str]:
@@ -85,6 +129,8 @@ class PreparedFit:
             "transformers": require_transformers().__version__,
             "base": self.plan.base_identity,
             "adapter": self.plan.adapter_identity,
+            "factored": is_factored(self.plan),
+            "quantized": stays_quantized(self.plan),
             **{name: options[name] for name in ("objective", "grain", "holdout", "seed", "dtype")},
             "texts": {name: _text_facts(text) for name, text in self.texts.items()},
             "unchanged": self.unchanged,
@@ -126,6 +172,8 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
     if prepared.unchanged:
         names = prepared.unchanged
         run.monitor.warn(
-            (f"{len(names)} tensors that {plan.adapter.path.name} brings besides deltas stay as they are: {listed(names)}",)
+            (
+                f"{len(names)} tensors that {plan.adapter.path.name} brings besides deltas stay as they are: {listed(names)}",
+            )
         )
     return prepared

@@ -1,0 +1,85 @@
+"""State what a fit gave: figures of each set of coefficients on the sequences held apart, beside the shrink that keeps the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from streamer.evaluation.statistics import SequenceSums, flat
+from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, against_shrink
+from streamer.fitting.algorithm import Fitted
+from streamer.output.coefficients import Floats
+from streamer.streaming.variants import ADAPTER, BASE
+
+SHRINKS = (0.85, 0.7, 0.5, 0.25)
+"""Shrinks that are measured on the sequences held apart; base and adapter, λ = 0 and 1, always are."""
+
+NEAR = 0.05
+"""A coefficient within this of 0 or 1 is near it."""
+
+
+def shrinks(count: int) -> list[Floats]:
+    """Return the parameters of the shrinks that are measured."""
+    return [np.full(count, lam) for lam in SHRINKS]
+
+
+def held_out_facts(general: SequenceSums, task: SequenceSums, found: Sequence[Fitted]) -> dict[str, Any]:
+    """Return the figures of all sets as JSON.
+
+    Parameters
+    ----------
+    general, task
+        Sums on the sequences held apart: of the base, the adapter as it is, each of `SHRINKS`, and each set.
+    """
+    variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
+    variants += [EvaluatedVariant(f"shrink {lam:g}", "shrink", lam) for lam in SHRINKS]
+    variants += [EvaluatedVariant(f"fitted {one.keep:g}", "fitted", None) for one in found]
+    variants.append(EvaluatedVariant("shrink 0", "shrink", 0.0))
+    general, task = _with_base_again(general), _with_base_again(task)
+    first = 2 + len(SHRINKS)
+    return {
+        "learned": task.loss_difference(BASE_ROW, ADAPTER_ROW).is_positive,
+        "forgotten": general.loss_difference(ADAPTER_ROW, BASE_ROW).is_positive,
+        **flat("learning", task.loss_difference(BASE_ROW, ADAPTER_ROW)),
+        **flat("forgetting", general.loss_difference(ADAPTER_ROW, BASE_ROW)),
+        **flat("divergence", general.mean(general.kl[ADAPTER_ROW])),
+        "sets": [_set(one, variants, general, task, first + i) for i, one in enumerate(found)],
+    }
+
+
+def _with_base_again(sums: SequenceSums) -> SequenceSums:
+    """Append the base's row: it is a shrink by 0."""
+    rows = [*range(len(sums.loss)), BASE_ROW]
+    return SequenceSums(sums.tokens, sums.loss[rows], sums.kl[rows], sums.agree[rows])
+
+
+def _set(one: Fitted, variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums,
+         v: int) -> dict[str, Any]:  # fmt: skip
+    """Return the figures of one set, a variant by its number."""
+    compared, shrink = against_shrink(variants, general, task, v), None
+    if compared is not None:
+        loss, kl = general.loss_difference(ADAPTER_ROW, BASE_ROW), general.mean(general.kl[ADAPTER_ROW])
+        shrink = {
+            "lambda": compared.mitigation_lambda,
+            "forgetting": general.share(v).value - compared.loss.value / loss.value,
+            "divergence": general.kl_share(v).value - compared.kl.value / kl.value,
+            **flat("loss", compared.loss),
+            **flat("kl", compared.kl),
+            "verdict": compared.verdict,
+        }
+    theta = one.theta
+    return {
+        "keep": one.keep,
+        "mu": one.mu,
+        **flat("kept", task.share(v)),
+        **flat("forgetting", general.share(v)),
+        **flat("divergence", general.kl_share(v)),
+        "coefficients": {
+            "mean": float(theta.mean()),
+            "near_0": int((theta <= NEAR).sum()),
+            "near_1": int((theta >= 1 - NEAR).sum()),
+        },
+        "shrink": shrink,
+    }
