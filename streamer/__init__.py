@@ -52,6 +52,7 @@ _HOMES = {
     "load_findings": "detection.findings",
     "merge_with_reduced_intruder_dimensions": "api",
     "reduce_intruder_dimension": "api",
+    "report_coefficients": "api",
     "verify_output": "api",
 }
 
@@ -77,6 +78,7 @@ __all__ = [
     "load_findings",
     "merge_with_reduced_intruder_dimensions",
     "reduce_intruder_dimension",
+    "report_coefficients",
     "verify_output",
 ]
 
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
         iter_merged,
         merge_with_reduced_intruder_dimensions,
         reduce_intruder_dimension,
+        report_coefficients,
         verify_output,
     )
     from streamer.detection.findings import Findings, load_findings

@@ -172,7 +172,7 @@ def build_parser() -> Parser:
     g.add_argument("--coefficients", metavar="FILE",
                    help="from `streamer fit`, for the method fitted, which they stand for; no detection, and no lambda")  # fmt: skip
     g.add_argument("--keep", type=float, metavar="SHARE",
-                   help="which coefficients, where FILE has several sets: those that keep this share of what ADAPTER learned")  # fmt: skip
+                   help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
     g.add_argument("--scale", choices=["all", "first"], default="all",
                    help="which intruders: all among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
     g.add_argument("--no-card", action="store_true",
@@ -206,8 +206,14 @@ def build_parser() -> Parser:
     inputs(sub, "+")
     sub.add_argument("--dequantize", action="store_true",
                      help="write a plain model where the base is quantized, in the dtype of its config")  # fmt: skip
-    sub = command("report", "show findings as a table or as JSON")
+    sub = command("report", "show findings as a table or as JSON", reading)
     sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`")
+    sub.add_argument("base", metavar="BASE", nargs="?", help="the base of the findings, where coefficients are given")
+    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")
+    sub.add_argument("--coefficients", metavar="FILE",
+                     help="from `streamer fit`: show what they leave of the intruders, beside the whole adapter")  # fmt: skip
+    sub.add_argument("--keep", type=float, metavar="SHARE",
+                     help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
     sub = command("verify", "compare an output with its record and its inputs, by other code than wrote it")
     sub.add_argument("output", metavar="OUTPUT", help="merged model's or mitigated adapter's directory, or findings")
     sub.add_argument(
@@ -234,7 +240,9 @@ def build_parser() -> Parser:
     sub.add_argument("--lambda", dest="lambdas", type=_lambdas, default=[0.9, 0.75, 0.5, 0.25, 0.0], metavar="L,L",
                      help="what is left of an intruder, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=["paper", "project", "shrink"], metavar="M,M",
-                     help="paper, project or shrink, several (default: all three)")  # fmt: skip
+                     help="paper, project or shrink, several (default: all three); fitted: the coefficients alone")  # fmt: skip
+    sub.add_argument("--coefficients", metavar="FILE",
+                     help="from `streamer fit`: each set in FILE is one more variant; give text they were not fitted to")  # fmt: skip
     sub.add_argument(
         "--scale", choices=["all", "first"], default="all", help="which intruders of each matrix (default: all)"
     )

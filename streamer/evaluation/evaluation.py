@@ -27,9 +27,13 @@ GENERAL, TASK = "general", "task"
 """Names of the two texts: what the model could do before, and what the adapter was trained for."""
 
 FACTS = (
-    "version", "transformers", "base", "adapter", "factored", "quantized", "detection", "scale", "projected", "dtype", "texts", "plan"
+    "version", "transformers", "base", "adapter", "factored", "quantized", "detection", "scale", "projected", "dtype", "texts",
+    "coefficients", "plan",
 )  # fmt: skip
 """Keys of an evaluation's JSON that say what it was made of."""
+
+OPTIONAL = ("coefficients",)
+"""Those of them that stand there only where they are needed."""
 
 KEEP = 0.9
 """Share of what was learned that a suggested variant keeps, unless another is asked for."""
@@ -45,7 +49,7 @@ class Evaluation:
     Attributes
     ----------
     variants
-        The base, the adapter as it is, and each method at each λ.
+        The base, the adapter as it is, each method at each λ, and each set of coefficients.
     general, task
         Sums over each sequence of the two texts, for each variant.
     facts
@@ -115,8 +119,10 @@ class Evaluation:
             tree = strict_json(text.encode())
             if tree["schema"] != SCHEMA:
                 raise ValueError(f"the schema {tree['schema']!r}")
-            variants = tuple(EvaluatedVariant(v["name"], v["method"], v["lambda"]) for v in tree["variants"])
-            facts = {key: tree[key] for key in FACTS}
+            variants = tuple(
+                EvaluatedVariant(v["name"], v["method"], v["lambda"], v.get("keep")) for v in tree["variants"]
+            )
+            facts = {key: tree[key] for key in FACTS if key in tree or key not in OPTIONAL}
             return cls(variants, _sums(tree, "general"), _sums(tree, "task"), facts)
         except (ValueError, KeyError, TypeError) as e:
             raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {quoted(str(e))}") from e
@@ -127,6 +133,7 @@ class Evaluation:
             "name": variant.name,
             "method": variant.method,
             "lambda": variant.mitigation_lambda,
+            **({} if variant.keep is None else {"keep": variant.keep}),
             "general": _figures(self.general, v),
             "task": _figures(self.task, v),
             **flat("kept", self.task.share(v)),
@@ -161,15 +168,17 @@ class Evaluation:
         }
 
     def command(self, variant: EvaluatedVariant) -> list[str]:
-        """Give the command of streamer that makes a variant, and its options; inputs, output and findings are to be added.
+        """Give the command of streamer that makes a variant, and its options; inputs, output, findings or coefficients are to be added.
 
         It is `mitigate` where the adapter can be written back and that drops nothing of what was evaluated, else `merge`.
         """
         facts, lam = self.facts, variant.mitigation_lambda
-        exact = facts["projected"] or variant.method in ("project", "shrink")
-        mitigates = lam is not None and exact and facts["factored"]
+        exact = facts["projected"] or variant.method in ("project", "shrink", "fitted")
+        mitigates = variant.method is not None and exact and facts["factored"]
         words = ["mitigate" if mitigates else "merge"]
-        if lam is None:
+        if variant.keep is not None:
+            words += ["--method", "fitted", "--keep", f"{variant.keep!r}"]
+        elif lam is None:
             words += ["--lambda", "1"]
         else:
             words += ["--method", str(variant.method), "--lambda", f"{lam!r}"]

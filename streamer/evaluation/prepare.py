@@ -20,9 +20,10 @@ from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.texts import read_text
 from streamer.evaluation.tokenizer import tokenizer_directory
 from streamer.events import Monitor
+from streamer.output.coefficients import Coefficients
 from streamer.output.job import GivenFindings
 from streamer.output.mitigation import MitigationOptions
-from streamer.output.prepare import FindingsOrPath, OutputOptions, open_jobs
+from streamer.output.prepare import FindingsOrPath, OutputOptions, check_coefficients, open_jobs
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan
@@ -89,6 +90,8 @@ class Prepared:
             "dtype": o.dtype,
             "texts": {name: text.facts() for name, text in self.texts.items()},
         }  # fmt: skip
+        if o.coefficients is not None:
+            tree["coefficients"] = o.fitted_record()
         decided = {
             **tree,
             "options": o.of_measures(),
@@ -117,10 +120,28 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
     refuse_new_tokens(plan)
+    for variant in options.variants:
+        if variant.mitigation is not None and variant.mitigation.coefficients is not None:
+            check_coefficients(plan, variant.mitigation.coefficients)
     model = StreamingModel(options.job(plan, options.variants, None))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor)
+    if options.coefficients is not None:
+        _warn_of_fitted_texts(options.coefficients, read, run.monitor)
     given = job.findings if isinstance(job.findings, GivenFindings) else None
     return Prepared(plan, options, detection, run, given, read, model)
+
+
+def _warn_of_fitted_texts(coefficients: Coefficients, texts: Mapping[str, TextSequences], monitor: Monitor) -> None:
+    """Warn of texts that coefficients were fitted to, by the digests that their facts have of both."""
+    stated = coefficients.facts.get("texts")
+    facts = stated.values() if isinstance(stated, dict) else ()
+    known = {text.get("sha256") for text in facts if isinstance(text, dict)}
+    for name, text in texts.items():
+        if text.digest() in known:
+            monitor.warn(
+                (f"the {name} text, {text.name}, is one that the coefficients were fitted to: the variants fitted look better on it than "
+                 "they are; evaluate on other text",)
+            )  # fmt: skip
 
 
 def is_factored(plan: Plan) -> bool:
