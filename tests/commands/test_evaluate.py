@@ -9,6 +9,8 @@ from pathlib import Path
 import fitted
 import numpy as np
 import pytest
+from architectures import ATTENTION
+from causal_models import make_adapter, make_base
 from evaluations import COLUMNS
 from forks import Outcome, Server
 from learned import make_learned
