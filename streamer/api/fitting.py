@@ -8,6 +8,7 @@ from pathlib import Path
 from streamer.api.keywords import read_size, run_options
 from streamer.evaluation.options import ProductDtype
 from streamer.events import Monitor, OnEvent
+from streamer.fitting.algorithm import STEPS
 from streamer.fitting.options import FitOptions, Grain, Objective
 from streamer.fitting.prepare import prepare_fit
 from streamer.fitting.run import fit
@@ -29,6 +30,7 @@ def fit_coefficients(
     sequences: int = 64,
     length: int = 512,
     seed: int = 0,
+    steps: int = STEPS,
     dtype: ProductDtype = "float32",
     max_memory: int | str | None = None,
     io: IOMode = "mmap",
@@ -70,6 +72,8 @@ def fit_coefficients(
         Sequences of each text, and tokens of a sequence, at most.
     seed
         Decides which sequences are held apart.
+    steps
+        Points at which gradients of both texts are taken, beside those of the base and the adapter as it is; more take longer.
     dtype
         As `evaluate_variants` has it.
     max_memory
@@ -99,7 +103,7 @@ def fit_coefficients(
         cannot fit, `FormatError` for a text too short to hold sequences apart, `NumericError` where a loss is NaN.
     """
     shares = (keep,) if isinstance(keep, int | float) else tuple(keep)
-    options = FitOptions(shares, objective, grain, holdout, sequences, length, seed, dtype)
+    options = FitOptions(shares, objective, grain, holdout, sequences, length, seed, steps, dtype)
     run = run_options("cpu", io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
     texts = {"general": Path(general), "task": Path(task)}
     prepared = prepare_fit(base, Path(adapter), texts, options, read_size(max_memory), run)

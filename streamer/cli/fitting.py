@@ -15,7 +15,7 @@ from streamer.cli.layout import Screen
 from streamer.cli.tables import stood
 from streamer.detection.options import RunOptions
 from streamer.events import Event
-from streamer.fitting.costs import GRADIENT, MOST_MEASURED, expected_costs
+from streamer.fitting.costs import GRADIENT, expected_costs
 from streamer.fitting.options import FitOptions
 from streamer.fitting.prepare import PreparedFit, prepare_fit
 from streamer.fitting.records import inspect
@@ -33,7 +33,7 @@ RECORD_BYTES, PASS_BYTES = 300, 4000
 def run_fit(args: argparse.Namespace, run: RunOptions, screen: Screen) -> tuple[dict[str, Any], str]:
     """Fit, or forecast it, and return the object and the text that are printed."""
     options = FitOptions(args.keeps, args.objective, args.grain, args.holdout, args.sequences, args.length, args.seed,
-                         args.dtype)  # fmt: skip
+                         args.steps, args.dtype)  # fmt: skip
     texts = {"general": Path(args.general), "task": Path(args.task)}
     prepared = prepare_fit(args.base, Path(args.adapter), texts, options, args.max_memory, run)
     output = Path(args.output)
@@ -58,7 +58,7 @@ def forecast_fit(prepared: PreparedFit) -> Forecast:
     monitor.emit(Event("probe", "a matrix product", 0, 1))
     pace = products_pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
     monitor.emit(Event("probe", "", 1, 1))
-    peak = prepared.peak_bytes(1 + MOST_MEASURED)
+    peak = prepared.peak_bytes(costs.variants)
     read = size.read * (GRADIENT * len(costs.gradients) + len(costs.passes))
     seconds = OVERHEAD * pace * sum([*costs.gradients, *costs.passes])
     count = sum(map(len, prepared.parameters.singular_values.values()))

@@ -37,7 +37,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         Column("mean", [f"{one['coefficients']['mean']:.2f}" for one in sets], f"mean of {counted(many, 'coefficient')}", keep=2),
         Column("near 0", [str(one["coefficients"]["near_0"]) for one in sets], "coefficients of 0.05 at most", keep=1),
         Column("near 1", [str(one["coefficients"]["near_1"]) for one in sets], "coefficients of 0.95 at least", keep=1),
-        Column("mu", [f"{one['mu']:.3g}" for one in sets], "weight of the task's text against the general one", keep=0),
+        Column("mu", ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets], "weight of the task's text", keep=0),
     ]  # fmt: skip
     lines = [
         f"measured on {held[0]} general and {held[1]} task sequences that nothing was fitted on, but by which mu was chosen",

@@ -15,7 +15,7 @@ OPTIONS = {
     "threshold_epsilon": "--epsilon",
     **{name: f"--{name.replace('_', '-')}" for name in
        ("architecture", "coefficients", "device", "dtype", "grain", "holdout", "keep", "lambda", "length", "max_memory", "method",
-        "objective", "scale", "seed", "sequences", "solver", "to_lora", "top_k")},
+        "objective", "scale", "seed", "sequences", "solver", "steps", "to_lora", "top_k")},
 }  # fmt: skip
 """The options of the library's keywords, by which its messages call them."""
 

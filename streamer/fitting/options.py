@@ -14,6 +14,8 @@ from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.options import ProductDtype, check_dtype
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.suggestion import check_keep
+from streamer.fitting import algorithm
+from streamer.fitting.algorithm import STEPS
 
 Objective = Literal["divergence", "loss"]
 """What is made small: divergences from the base and from the adapter as it is, or the losses of both texts."""
@@ -43,6 +45,8 @@ class FitOptions:
         Sequences of each text, and tokens of a sequence, at most.
     seed
         Decides which sequences are held apart.
+    steps
+        Points at which gradients are taken, beside those of the base and the adapter as it is.
     dtype
         See `EvaluationOptions`.
     """
@@ -54,6 +58,7 @@ class FitOptions:
     sequences: int = 64
     length: int = 512
     seed: int = 0
+    steps: int = STEPS
     dtype: ProductDtype = "float32"
 
     def __post_init__(self) -> None:
@@ -70,11 +75,16 @@ class FitOptions:
                 )
         if isinstance(self.holdout, bool) or not 0 < self.holdout < 1:
             raise UsageError(f"holdout: expected a share between 0 and 1, found {self.holdout!r}")
-        for name, least in (("sequences", 2 * LEAST), ("length", 2), ("seed", 0)):
+        for name, least in (("sequences", 2 * LEAST), ("length", 2), ("seed", 0), ("steps", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
         check_dtype(self.dtype)
+
+    def of_algorithm(self, count: int) -> algorithm.FitOptions:
+        """Make the options of the algorithm, for so many parameters."""
+        objective: Literal["kl", "loss"] = "kl" if self.objective == "divergence" else "loss"
+        return algorithm.FitOptions(np.arange(count), self.keep, objective, self.steps, regardless=True)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""

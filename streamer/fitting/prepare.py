@@ -131,7 +131,7 @@ class PreparedFit:
             "adapter": self.plan.adapter_identity,
             "factored": is_factored(self.plan),
             "quantized": stays_quantized(self.plan),
-            **{name: options[name] for name in ("objective", "grain", "holdout", "seed", "dtype")},
+            **{name: options[name] for name in ("objective", "grain", "holdout", "seed", "steps", "dtype")},
             "texts": {name: _text_facts(text) for name, text in self.texts.items()},
             "unchanged": self.unchanged,
         }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from streamer.errors import MismatchError
 from streamer.evaluation.statistics import SequenceSums, flat
 from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, against_shrink
-from streamer.fitting.algorithm import Fitted
+from streamer.fitting.algorithm import FittedPoint
 from streamer.output.coefficients import Floats
 from streamer.streaming.variants import ADAPTER, BASE
 
@@ -25,7 +27,31 @@ def shrinks(count: int) -> list[Floats]:
     return [np.full(count, lam) for lam in SHRINKS]
 
 
-def held_out_facts(general: SequenceSums, task: SequenceSums, found: Sequence[Fitted]) -> dict[str, Any]:
+def adapter_facts(general: SequenceSums, task: SequenceSums) -> dict[str, Any]:
+    """Say as JSON what the adapter as it is has learned and forgotten, on the sequences held apart.
+
+    Raises
+    ------
+    MismatchError
+        If it is not told that it has learned anything: of that no share can be kept.
+    """
+    learning = task.loss_difference(BASE_ROW, ADAPTER_ROW)
+    forgetting = general.loss_difference(ADAPTER_ROW, BASE_ROW)
+    if not learning.is_positive:
+        raise MismatchError(
+            f"task text: it is not told that the adapter has learned it, so that there is nothing to keep: the adapter's loss is "
+            f"{learning.value:.4f} ± {learning.error:.4f} below the base's on the {learning.sequences} sequences held apart; give more "
+            "text, or what the adapter was trained for"
+        )
+    return {
+        "forgotten": forgetting.is_positive,
+        **flat("learning", learning),
+        **flat("forgetting", forgetting),
+        **flat("divergence", general.mean(general.kl[ADAPTER_ROW])),
+    }
+
+
+def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FittedPoint]) -> list[dict[str, Any]]:
     """Return the figures of all sets as JSON.
 
     Parameters
@@ -39,14 +65,7 @@ def held_out_facts(general: SequenceSums, task: SequenceSums, found: Sequence[Fi
     variants.append(EvaluatedVariant("shrink 0", "shrink", 0.0))
     general, task = _with_base_again(general), _with_base_again(task)
     first = 2 + len(SHRINKS)
-    return {
-        "learned": task.loss_difference(BASE_ROW, ADAPTER_ROW).is_positive,
-        "forgotten": general.loss_difference(ADAPTER_ROW, BASE_ROW).is_positive,
-        **flat("learning", task.loss_difference(BASE_ROW, ADAPTER_ROW)),
-        **flat("forgetting", general.loss_difference(ADAPTER_ROW, BASE_ROW)),
-        **flat("divergence", general.mean(general.kl[ADAPTER_ROW])),
-        "sets": [_set(one, variants, general, task, first + i) for i, one in enumerate(found)],
-    }
+    return [_set(one, variants, general, task, first + i) for i, one in enumerate(found)]
 
 
 def _with_base_again(sums: SequenceSums) -> SequenceSums:
@@ -55,10 +74,10 @@ def _with_base_again(sums: SequenceSums) -> SequenceSums:
     return SequenceSums(sums.tokens, sums.loss[rows], sums.kl[rows], sums.agree[rows])
 
 
-def _set(one: Fitted, variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums,
+def _set(one: FittedPoint, variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums,
          v: int) -> dict[str, Any]:  # fmt: skip
     """Return the figures of one set, a variant by its number."""
-    same = (one.theta == one.theta[:1]).all()  # it is a shrink
+    same = (one.coefficients == one.coefficients[:1]).all()  # it is a shrink
     compared, shrink = None if same else against_shrink(variants, general, task, v), None
     if compared is not None:
         loss, kl = general.loss_difference(ADAPTER_ROW, BASE_ROW), general.mean(general.kl[ADAPTER_ROW])
@@ -70,10 +89,10 @@ def _set(one: Fitted, variants: Sequence[EvaluatedVariant], general: SequenceSum
             **flat("kl", compared.kl),
             "verdict": compared.verdict,
         }
-    theta = one.theta
+    theta = one.coefficients
     return {
         "keep": one.keep,
-        "mu": one.mu,
+        "mu": one.weight if math.isfinite(one.weight) else None,
         **flat("kept", task.share(v)),
         **flat("forgetting", general.share(v)),
         **flat("divergence", general.kl_share(v)),
@@ -87,16 +106,10 @@ def _set(one: Fitted, variants: Sequence[EvaluatedVariant], general: SequenceSum
 
 
 def doubts(facts: Mapping[str, Any]) -> list[str]:
-    """Say what makes the figures of a fit worth little: an adapter of which it is not told that it learned, or that it forgets."""
-    said = []
-    if not facts["learned"]:
-        said.append(
-            f"it is not told that the adapter has learned the task's text (more text may tell): its loss there is "
-            f"{facts['learning']:.4f} ± {facts['learning_se']:.4f} below the base's on the sequences held apart"
-        )
-    if not facts["forgotten"]:
-        said.append(
-            f"it is not told that the adapter forgets (more text may tell), so that it may be shipped as it is: its loss on general text "
-            f"is {facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} above the base's on the sequences held apart"
-        )
-    return said
+    """Warn of an adapter of which it is not told that it forgets."""
+    if facts["forgotten"]:
+        return []
+    return [
+        f"it is not told that the adapter forgets (more text may tell), so that it may be shipped as it is: its loss on general text is "
+        f"{facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} above the base's on the sequences held apart"
+    ]

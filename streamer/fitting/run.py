@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -9,15 +10,16 @@ import numpy as np
 import torch
 
 from streamer.evaluation.evaluation import GENERAL, TASK
-from streamer.evaluation.suggestion import ADAPTER_ROW
+from streamer.evaluation.statistics import SequenceSums
 from streamer.events import Event
-from streamer.fitting.algorithm import Fitted, Gradient, Measure, fit_steps
+from streamer.fitting import algorithm
+from streamer.fitting.algorithm import FitResult, FittedPoint, Gradient, Measure, Slope, fit_steps
 from streamer.fitting.costs import GRADIENT, expected_costs, gradient_costs
 from streamer.fitting.held_out import HeldOut
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.progress import FitProgress
 from streamer.fitting.records import InMemory, Journalled, inspect, key, result_file
-from streamer.fitting.result import doubts, held_out_facts, shrinks
+from streamer.fitting.result import adapter_facts, doubts, set_facts, shrinks
 from streamer.linalg.torch_state import full_float32, threads
 from streamer.output.coefficients import Coefficients, Floats
 from streamer.output.coefficients_file import load_coefficients
@@ -27,16 +29,14 @@ from streamer.streaming.logit_checks import check_logits
 
 def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
     """Fit all sets of coefficients, into memory, or into a file where an output is named."""
-    made = _Run(prepared, InMemory(), None).result() if output is None else _to_file(prepared, output)
-    prepared.run.monitor.warn(doubts(made.facts))
-    return made
-
-
-def _to_file(prepared: PreparedFit, output: Path) -> Coefficients:
+    if output is None:
+        return _Run(prepared, InMemory(), None).result()
     file = result_file(prepared, output)
     if inspect(prepared, output) == "done":
         file.left()
-        return load_coefficients(output)
+        standing = load_coefficients(output)
+        prepared.run.monitor.warn(doubts(standing.facts))
+        return standing
     with file.written() as journal:
         made = _Run(prepared, Journalled(journal), output.parent).result()
         prepared.plan.check_unchanged()
@@ -73,60 +73,68 @@ class _Run:
         with threads(count), full_float32():
             expected = expected_costs(self.prepared)
             self.progress.expect([*expected.gradients, *expected.passes])
+            # First of all, so that what evaluate would refuse is refused, and doubted what is not worth the time.
+            baseline = shrinks(self.parameters.count)
+            self.held.measure(0, baseline)
+            of_adapter = adapter_facts(*self._held_sums([]))
+            self.monitor.warn(doubts(of_adapter))
             requests, found = self._drive()
-            shown = [*shrinks(self.parameters.count), *(one.theta for one in found)]
-            self.held.measure(requests, shown)
+            thetas = [one.coefficients for one in found]
+            self.held.measure(requests, thetas)
         self.progress.finish()
-        general, task = (self.held.sums(text, shown) for text in (GENERAL, TASK))
         facts = {
             **self.prepared.facts,
             "parameters": self.parameters.count,
             "gradients": self.gradients,
-            **held_out_facts(general, task, found),
+            **of_adapter,
+            "sets": set_facts(*self._held_sums([*baseline, *thetas]), found),
         }
-        sets = tuple(self.parameters.coefficient_set(one.keep, one.theta) for one in found)
+        sets = tuple(self.parameters.coefficient_set(one.keep, one.coefficients) for one in found)
         return Coefficients(sets, facts)
 
-    def _drive(self) -> tuple[int, list[Fitted]]:
-        """Answer the algorithm's requests until it has what it wants; return how many there were, and what it found."""
-        steps, number = fit_steps(self.prepared.options.keep, self.parameters.count), 0
+    def _drive(self) -> tuple[int, Sequence[FittedPoint]]:
+        """Answer the algorithm's requests until it has what it wants; return the number of the next one, and what it found."""
+        steps, number = fit_steps(self.prepared.options.of_algorithm(self.parameters.count)), 1
         request = next(steps)
         while True:
-            answer = self._gradient(number, request) if isinstance(request, Gradient) else self._shares(number, request)
+            answer = self._slope(number, request) if isinstance(request, Gradient) else self._losses(number, request)
             number += 1
             try:
                 request = steps.send(answer)
             except StopIteration as end:
-                return number, end.value
+                result: FitResult = end.value
+                return number, result.points
 
-    def _gradient(self, number: int, request: Gradient) -> tuple[float, Floats]:
+    def _slope(self, number: int, request: Gradient) -> Slope:
         """Compute the mean over a text's tokens of what is made small there, and its gradient."""
         text, objective = self.prepared.texts[request.text].fitted, self.prepared.options.objective
         against: Against = "labels" if objective == "loss" else "base" if request.text == GENERAL else "adapter"
+        theta, chunks = request.coefficients, self.prepared.chunks[request.text]
         value, tokens, gradient = 0.0, 0.0, np.zeros(self.parameters.count)
-        chunks = self.prepared.chunks[request.text]
         for chunk, (rows, cost) in enumerate(zip(chunks, gradient_costs(self.prepared, request.text), strict=True)):
-            name = key(number, chunk, [request.theta])
+            name = key(number, chunk, [theta])
             found = self.records.find(name)
             if found is None:
                 self._check_logits()
                 self.model.batch.on_read = self.progress.reading(cost, GRADIENT)
-                own = self.model.gradient(text.take(rows), self.parameters.coefficients(request.theta), against)
+                own = self.model.gradient(text.take(rows), self.parameters.coefficients(theta), against)
                 self.prepared.plan.check_unchanged()
                 found = {"sums": np.array([own.value, own.tokens]), "gradient": self.parameters.gather(own.gradient)}
                 self.records.add(name, found)
-            value, tokens = value + found["sums"][0], tokens + found["sums"][1]
+            value, tokens = value + float(found["sums"][0]), tokens + float(found["sums"][1])
             gradient += found["gradient"]
             self.progress.advance(cost)
         self.gradients += 1
-        return value / tokens, gradient / tokens
+        return Slope(value / tokens, gradient / tokens)
 
-    def _shares(self, number: int, request: Measure) -> list[tuple[float, float]]:
-        """Measure the share of the forgetting that is left, and of the learning that is kept, on the sequences held apart."""
-        self.held.measure(number, request.thetas)
-        general, task = (self.held.sums(text, request.thetas) for text in (GENERAL, TASK))
-        rows = range(ADAPTER_ROW + 1, ADAPTER_ROW + 1 + len(request.thetas))
-        return [(general.share(v).value, task.share(v).value) for v in rows]
+    def _losses(self, number: int, request: Measure) -> algorithm.HeldOut:
+        """Measure models on the sequences held apart."""
+        self.held.measure(number, request.coefficients)
+        return algorithm.HeldOut(*self._held_sums(request.coefficients))
+
+    def _held_sums(self, thetas: Sequence[Floats]) -> tuple[SequenceSums, SequenceSums]:
+        """Return the sums on both texts of the base, the adapter as it is, and models that were measured."""
+        return self.held.sums(GENERAL, thetas), self.held.sums(TASK, thetas)
 
     @cached_property
     def model(self) -> GradientModel:
