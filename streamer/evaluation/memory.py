@@ -101,26 +101,25 @@ def plan_passes(
                 f"max_memory: {max_memory >> 20}M is not enough for a sequence of {longest - 1} tokens under two variants; it takes "
                 f"{-(-least >> 20)}M"
             )
-        most = max(
-            rows for rows in _steps(2 * longest, ROWS) if pass_bytes(size, resident, rows, longest) <= max_memory
-        )
+        most = max(rows for rows in steps(2 * longest, ROWS) if pass_bytes(size, resident, rows, longest) <= max_memory)
     together = variants if max_memory is None else max(2, min(variants, most // longest))
     others = range(1, variants)
     chunks = [tuple(others[i : i + together - 1]) for i in range(0, variants - 1, together - 1)]
     passes = []
     for name, text in texts.items():
         order = sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i]))
-        for part in _parts(order, text, max(1, most // together), size.short):
+        for part in parts(order, text, max(1, most // together), size.short):
             passes += [Pass(name, part, chunk) for chunk in chunks]
     return passes
 
 
-def _steps(first: int, last: int) -> Iterator[int]:
+def steps(first: int, last: int) -> Iterator[int]:
+    """Iterate over the numbers of rows that are tried."""
     yield first
     yield from range(first + 64, max(first, last) + 1, 64)
 
 
-def _parts(order: Sequence[int], text: TextSequences, tokens: int, short: int | None) -> Iterator[tuple[int, ...]]:
+def parts(order: Sequence[int], text: TextSequences, tokens: int, short: int | None) -> Iterator[tuple[int, ...]]:
     """Divide sequences into groups of so many tokens at most, padding included; at least one a group.
 
     Short ones are not padded to a length for which the model's rotary embeddings are others.

@@ -28,10 +28,10 @@ class FactoredChange:
         """Form the matrix."""
         return self.delta.dense()
 
-    def multiply(self, x: Tensor, transposed: bool, rows: tuple[int, int]) -> Tensor:
-        """``x Mᵀ``, or `transposed`, ``x M``, of these rows M of the matrix."""
+    def add_product(self, out: Tensor, x: Tensor, transposed: bool, rows: tuple[int, int]) -> Tensor:
+        """``out + x Mᵀ``, or `transposed`, ``out + x M``, of these rows M of the matrix; all are matrices."""
         part = self.delta.row_slice(*rows)
-        return (x @ part.L) @ part.R.T if transposed else (x @ part.R) @ part.L.T
+        return torch.addmm(out, x @ part.L, part.R.T) if transposed else torch.addmm(out, x @ part.R, part.L.T)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Form some of its rows."""
@@ -50,11 +50,11 @@ class DenseChange:
         """Form the matrix."""
         return self.coefficient * self.matrix()
 
-    def multiply(self, x: Tensor, transposed: bool, rows: tuple[int, int]) -> Tensor:
-        """``x Mᵀ``, or `transposed`, ``x M``, of these rows M of the matrix."""
+    def add_product(self, out: Tensor, x: Tensor, transposed: bool, rows: tuple[int, int]) -> Tensor:
+        """``out + x Mᵀ``, or `transposed`, ``out + x M``, of these rows M of the matrix; all are matrices."""
         i, j = rows
         streamed = StreamedMatrix((j - i, self.shape[1]), lambda: iter([(0, j - i, self.matrix()[i:j])]))
-        return self.coefficient * streamed.product(x, transposed)
+        return out + self.coefficient * streamed.product(x, transposed)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Form some of its rows."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from streamer.plan.targets import TensorSlice
 from streamer.streaming.coefficient_deltas import Change, CoefficientDeltas
@@ -145,17 +144,20 @@ class DifferentiableReader(Multiplier):
             transposed, rows = not transposed, (0, starts[-1])
         first, last = rows
         streamed = StreamedMatrix((last - first, shapes[0][1]), lambda: self._blocks(source, rows), self.rounded)
-        out = streamed.product(x, transposed)
+        X = x.reshape(-1, x.shape[-1])
+        out = streamed.product(X, transposed)
         for at, end, held in zip(starts, starts[1:], slices, strict=False):
             i, j = max(first, at), min(last, end)
             for _, change in setting.changes(held) if i < j else ():
+                held_rows = i - at, j - at
                 if transposed:
-                    out = out + change.multiply(x[..., i - first : j - first], True, (i - at, j - at))
+                    out = change.add_product(out, X[:, i - first : j - first], True, held_rows)
+                elif (i, j) == rows:
+                    out = change.add_product(out, X, False, held_rows)
                 else:
-                    added = change.multiply(x, False, (i - at, j - at))
-                    whole = (i, j) == rows
-                    out = out + (added if whole else functional.pad(added, (i - first, last - j)))
-        return out
+                    a, b, c = torch.split(out, [i - first, j - i, last - j], 1)
+                    out = torch.cat([a, change.add_product(b, X, False, held_rows), c], 1)
+        return out.view(*x.shape[:-1], -1)
 
     def _blocks(self, source: Source, rows: tuple[int, int]) -> Blocks:
         self.setting.batch.on_read(self.tensor)

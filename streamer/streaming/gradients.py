@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 Against = Literal["base", "adapter", "labels"]
 """What the fitted model is compared with: the base's or the adapted model's next-token distributions, or the tokens that follow."""
 
+GRADIENT_LOGIT_BYTES = 8 << 20
+"""Logits that exist at once; up to eight times as much memory is taken by what is computed from them."""
+
 Floats = NDArray[np.float64]
 
 
@@ -87,7 +90,7 @@ class GradientModel(LoadedModel):
         Where temporary files have their blocks: activations at the boundaries of layers, references' last hidden states, and the deltas'
         singular directions.
     block
-        Tokens of the vocabulary that are computed together; by default as many as `vocabulary_block` says.
+        Tokens of the vocabulary that are computed together; by default as many as `GRADIENT_LOGIT_BYTES` hold.
 
     Raises
     ------
@@ -196,7 +199,7 @@ class GradientModel(LoadedModel):
                     total -= torch.where(here, values.gather(-1, at)[..., 0], 0).double()
                     dz.scatter_add_(-1, at, -here.to(dz.dtype)[..., None])
                 else:
-                    total += (q * (z_q - values)).sum(-1).double()
+                    total += z_q.sub_(values).mul_(q).sum(-1).double()
                     dz -= q
                 if z.requires_grad:
                     torch.autograd.backward(z, dz.mul_(weight[..., None]).to(z.dtype))
@@ -244,7 +247,7 @@ class GradientModel(LoadedModel):
         return tree_unflatten(leaves, reference.spec)
 
     def _block(self, ids: Tensor) -> int:
-        return self.block or vocabulary_block(ids.numel())
+        return self.block or vocabulary_block(ids.numel(), GRADIENT_LOGIT_BYTES)
 
     def _check_finite(self, text: TextSequences, value: float, gradient: Mapping[str, Floats]) -> None:
         path = self.job.plan.base.path

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from streamer.streaming.values import Job, Values
 from streamer.units import listed
 
 LOGIT_BYTES = 32 << 20
-"""Logits that exist at once."""
+"""Logits of all variants that exist at once."""
 
 MASK_VALUES = 2
 """Values of four bytes that a mask takes for each pair of tokens of a sequence: a byte, and a float that torch makes of it."""
@@ -55,6 +56,10 @@ class ModelSize:
         Bytes of all weights on disk.
     short
         Longest sequence that rotary embeddings of two kinds (longrope) take for a short one, by its length with padding; None of others.
+    layer_width
+        Inputs and outputs of all matrices of one layer, for one token; of experts those of as many as the router chooses.
+    layer_factors
+        Bytes of the factors of all deltas in one layer, in float32.
     """
 
     widest: int
@@ -66,6 +71,8 @@ class ModelSize:
     products: Mapping[str, int]
     read: int
     short: int | None = None
+    layer_width: int = 0
+    layer_factors: int = 0
 
 
 class LoadedModel:
@@ -142,7 +149,23 @@ class LoadedModel:
             products={t.name: math.prod(t.shape) // (max(1, t.shape[0] // used) if t.stacked else 1) for t in inner},
             read=sum(self.values.plan.weights[weight].nbytes for weight in {w for t in tensors for w in t.weights}),
             short=_short_length(config),
+            layer_width=self._in_one_layer(
+                lambda t: sum(t.shape[-2:]) * min(used, t.shape[0]) if t.stacked else sum(t.shape)
+            ),
+            layer_factors=self._in_one_layer(
+                lambda t: sum(4 * _factor_values(target) for target, _ in self.values.targets(t))
+            ),
         )
+
+    def _in_one_layer(self, size: Callable[[RunTimeTensor], int]) -> int:
+        """Add up the sizes of matrices by the layer that they are in, and return the largest sum."""
+        layers: dict[str, int] = {}
+        for path, module, own in self.modules:
+            layer = re.match(r".*?\.\d+(?=\.)", path)
+            if layer and not isinstance(module, nn.Embedding):
+                found = sum(size(tensor) for tensor in own.values() if len(tensor.shape) in (2, 3))
+                layers[layer[0]] = layers.get(layer[0], 0) + found
+        return max(layers.values(), default=0)
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the buffers that a checkpoint holds."""
@@ -250,9 +273,9 @@ class StreamingModel(LoadedModel):
                 yield i, j, out.view(batch.variants, batch.sequences, batch.length, -1)
 
 
-def vocabulary_block(rows: int) -> int:
-    """Count the tokens of the vocabulary that are computed together, for so many rows."""
-    return max(64, LOGIT_BYTES // (4 * rows))
+def vocabulary_block(rows: int, nbytes: int = LOGIT_BYTES) -> int:
+    """Count the tokens of the vocabulary that are computed together, for so many rows and bytes of logits."""
+    return max(64, nbytes // (4 * rows))
 
 
 def _attention_values(config: Any) -> int:
@@ -280,8 +303,13 @@ def _short_length(config: Any) -> int | None:
 
 def _factor_bytes(target: Target) -> int:
     """Estimate the bytes of a delta's factors: Δ as read, and of one variant Δ', to which intruders may be appended, in two dtypes."""
+    return FACTOR_BYTES * _factor_values(target)
+
+
+def _factor_values(target: Target) -> int:
+    """Count the values of a delta's factors; none of a dense one."""
     rank = target.module.factor_rank if target.module.low_rank else 0
-    return FACTOR_BYTES * rank * sum(target.module.shape)
+    return rank * sum(target.module.shape)
 
 
 def giving(result: Any) -> Callable[..., Any]:

@@ -55,10 +55,9 @@ class StreamedMatrix:
         return X.new_zeros((len(X), n if transposed else m)) if out is None else out
 
     def product(self, X: Tensor, transposed: bool) -> Tensor:
-        """``X Mᵀ`` or ``X M`` for X of any number of dimensions, through which gradients pass to X."""
-        flat = X.reshape(-1, X.shape[-1])
-        out: Tensor = _Product.apply(flat, self, transposed)  # type: ignore[no-untyped-call]
-        return out.view(*X.shape[:-1], -1)
+        """``X Mᵀ`` or ``X M``, through which gradients pass to X."""
+        out: Tensor = _Product.apply(X, self, transposed)  # type: ignore[no-untyped-call]
+        return out
 
 
 class _Product(torch.autograd.Function):
