@@ -20,8 +20,8 @@ class Event:
     ----------
     stage
         ``probe`` measures this machine, in steps; ``detect`` counts in units of cost (see `detection.cost.cost`), ``write`` and
-        ``verify`` in bytes, ``recompute`` in matrices, ``evaluate`` and ``fit`` in multiplications; ``warning`` and ``note`` do not
-        count.
+        ``verify`` in bytes, ``recompute`` in matrices, ``evaluate`` in multiplications for a token, ``fit`` in multiplications;
+        ``warning`` and ``note`` do not count.
     name
         The matrix or file that the run has just begun, or the text of a warning or note.
     done, total

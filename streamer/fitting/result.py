@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,8 @@ def _with_base_again(sums: SequenceSums) -> SequenceSums:
 def _set(one: Fitted, variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums,
          v: int) -> dict[str, Any]:  # fmt: skip
     """Return the figures of one set, a variant by its number."""
-    compared, shrink = against_shrink(variants, general, task, v), None
+    same = (one.theta == one.theta[:1]).all()  # it is a shrink
+    compared, shrink = None if same else against_shrink(variants, general, task, v), None
     if compared is not None:
         loss, kl = general.loss_difference(ADAPTER_ROW, BASE_ROW), general.mean(general.kl[ADAPTER_ROW])
         shrink = {
@@ -83,3 +84,19 @@ def _set(one: Fitted, variants: Sequence[EvaluatedVariant], general: SequenceSum
         },
         "shrink": shrink,
     }
+
+
+def doubts(facts: Mapping[str, Any]) -> list[str]:
+    """Say what makes the figures of a fit worth little: an adapter of which it is not told that it learned, or that it forgets."""
+    said = []
+    if not facts["learned"]:
+        said.append(
+            f"it is not told that the adapter has learned the task's text (more text may tell): its loss there is "
+            f"{facts['learning']:.4f} ± {facts['learning_se']:.4f} below the base's on the sequences held apart"
+        )
+    if not facts["forgotten"]:
+        said.append(
+            f"it is not told that the adapter forgets (more text may tell), so that it may be shipped as it is: its loss on general text "
+            f"is {facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} above the base's on the sequences held apart"
+        )
+    return said

@@ -17,7 +17,7 @@ from streamer.fitting.held_out import HeldOut
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.progress import FitProgress
 from streamer.fitting.records import InMemory, Journalled, inspect, key, result_file
-from streamer.fitting.result import held_out_facts, shrinks
+from streamer.fitting.result import doubts, held_out_facts, shrinks
 from streamer.linalg.torch_state import full_float32, threads
 from streamer.output.coefficients import Coefficients, Floats
 from streamer.output.coefficients_file import load_coefficients
@@ -27,14 +27,18 @@ from streamer.streaming.logit_checks import check_logits
 
 def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
     """Fit all sets of coefficients, into memory, or into a file where an output is named."""
-    if output is None:
-        return _Run(prepared, InMemory()).result()
+    made = _Run(prepared, InMemory(), None).result() if output is None else _to_file(prepared, output)
+    prepared.run.monitor.warn(doubts(made.facts))
+    return made
+
+
+def _to_file(prepared: PreparedFit, output: Path) -> Coefficients:
     file = result_file(prepared, output)
     if inspect(prepared, output) == "done":
         file.left()
         return load_coefficients(output)
     with file.written() as journal:
-        made = _Run(prepared, Journalled(journal)).result()
+        made = _Run(prepared, Journalled(journal), output.parent).result()
         prepared.plan.check_unchanged()
         made.save(output, overwrite=True)  # of what stands there, `inspect` has permitted it
     return made
@@ -47,10 +51,12 @@ class _Run:
     ----------
     records
         What an interrupted run recorded, and what this one does.
+    directory
+        Where temporary files have their blocks; None for the system's.
     """
 
-    def __init__(self, prepared: PreparedFit, records: InMemory) -> None:
-        self.prepared, self.records, self.monitor = prepared, records, prepared.run.monitor
+    def __init__(self, prepared: PreparedFit, records: InMemory, directory: Path | None) -> None:
+        self.prepared, self.records, self.directory, self.monitor = prepared, records, directory, prepared.run.monitor
         self.parameters = prepared.parameters
         self.progress = FitProgress(self.monitor, prepared.model.size)
         self.held = HeldOut(prepared, self.parameters, records, self.progress, self._check_logits)
@@ -104,7 +110,7 @@ class _Run:
             found = self.records.find(name)
             if found is None:
                 self._check_logits()
-                self.model.on_read = self.progress.reading(cost, GRADIENT)
+                self.model.batch.on_read = self.progress.reading(cost, GRADIENT)
                 own = self.model.gradient(text.take(rows), self.parameters.coefficients(request.theta), against)
                 self.prepared.plan.check_unchanged()
                 found = {"sums": np.array([own.value, own.tokens]), "gradient": self.parameters.gather(own.gradient)}
@@ -125,7 +131,8 @@ class _Run:
     @cached_property
     def model(self) -> GradientModel:
         """The model that gradients are computed by, made when the first is."""
-        return GradientModel(self.prepared.plan)
+        rounds = self.prepared.options.dtype == "bf16"
+        return GradientModel(self.prepared.plan, rounds_products=rounds, directory=self.directory)
 
     def _check_logits(self) -> None:
         """Check once, before the first pass, that losses of this model tell something."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,10 @@ class Spool:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = Path(tempfile.gettempdir()) if directory is None else directory
         with storage_errors(self.directory, "make a temporary file"):
-            self._file = tempfile.TemporaryFile(dir=self.directory, buffering=0)  # noqa: SIM115  # closed with the spool
+            self._fd, path = tempfile.mkstemp(prefix=".streamer-", dir=self.directory)
+            os.unlink(path)
+        self.close = weakref.finalize(self, os.close, self._fd)
+        """Gives the file's blocks back."""
         self.end = 0
 
     def write(self, tensors: Sequence[Tensor]) -> Spooled:
@@ -62,7 +66,7 @@ class Spool:
             data = _bytes(tensor.detach().contiguous())
             while data:
                 with storage_errors(self.directory, "write a temporary file"):
-                    done = os.pwrite(self._file.fileno(), data[:MAX_CALL_BYTES], at)
+                    done = os.pwrite(self._fd, data[:MAX_CALL_BYTES], at)
                 at, data = at + done, data[done:]
         self.end = at
         return Spooled(start, at - start, tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors))
@@ -75,23 +79,19 @@ class Spool:
             data = _bytes(tensor)
             while data:
                 with storage_errors(self.directory, "read a temporary file"):
-                    done = read_at(self._file.fileno(), data, at)
+                    done = read_at(self._fd, data, at)
                 if not done:
                     raise StorageError(
                         f"{self.directory}: a temporary file ends before what was written to it; run the same command again"
                     )
                 at, data = at + done, data[done:]
             out.append(tensor)
-        advise(self._file.fileno(), place.start, place.nbytes, "DONTNEED")
+        advise(self._fd, place.start, place.nbytes, "DONTNEED")
         return out
 
     def rewind(self, end: int = 0) -> None:
         """Give up all that lies from a position on: what is written next lies there."""
         self.end = end
-
-    def close(self) -> None:
-        """Give its blocks back."""
-        self._file.close()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

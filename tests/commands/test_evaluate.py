@@ -13,6 +13,7 @@ from architectures import ATTENTION
 from causal_models import make_adapter, make_base
 from evaluations import COLUMNS
 from forks import Outcome, Server
+from learned import make_learned
 from test_schemas import check
 
 import streamer
@@ -22,16 +23,7 @@ from streamer.output.coefficients import Coefficients
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and an adapter; texts that the adapted model finds likelier than the base, and less likely."""
-    home = tmp_path_factory.mktemp("evaluate")
-    make_adapter(make_base("llama", home / "base"), home / "base", home / "adapter", ATTENTION)
-    texts = np.random.default_rng(0).integers(3, 64, (200, 8))
-    np.save(home / "all.npy", texts)
-    found = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "all.npy", task=home / "all.npy",
-                                       methods=["shrink"], lambdas=[0.5], sequences=200, length=8, on_event=lambda event: None)  # fmt: skip
-    gain = found.task.loss[0] - found.task.loss[1]
-    np.save(home / "task.npy", texts[np.argsort(-gain)[:24]])
-    np.save(home / "general.npy", texts[np.argsort(gain)[:24]])
+    home = make_learned(tmp_path_factory.mktemp("evaluate"))
     streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", top_k=4)
     return home
 

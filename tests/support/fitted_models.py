@@ -28,7 +28,9 @@ def coefficients_of(model: GradientModel, seed: int = 0) -> dict[str, np.ndarray
 
 
 def loaded(cls: Any, path: Path) -> Any:
-    return cls.from_pretrained(path, dtype=torch.float64).eval()
+    model = cls.from_pretrained(path, dtype=torch.float64).eval()
+    model.config.get_text_config()._experts_implementation = model.config._experts_implementation = "eager"  # float64
+    return model
 
 
 def adapted_values(cls: Any, base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -43,12 +45,30 @@ def adapted_values(cls: Any, base: Path, adapter: Path) -> dict[str, torch.Tenso
             own = getattr(module, "parameter_name", "weight")
             name = re.sub(r"\.base_layer\b", "", path) + "." + own
             changed[name] = before[name] + module.get_delta_weight("default")
-    merged = model.merge_and_unload().named_parameters(remove_duplicate=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = model.merge_and_unload().named_parameters(remove_duplicate=False)
     others = {n: p for n, p in merged if n not in changed and not torch.equal(p, before[n])}
     tied = {id(before[name]) for name in changed}
     return {
         n: p.detach() for n, p in {**changed, **{n: p for n, p in others.items() if id(before[n]) not in tied}}.items()
     }
+
+
+def parameter_of(tensor: str, parameters: Mapping[str, torch.Tensor]) -> str:
+    """Name of a parameter of the loaded model, whose names may begin otherwise than those on disk."""
+    if tensor in parameters:
+        return tensor
+    tail = RENAMED.get(tensor) or ".layers." + tensor.partition(".layers.")[2]
+    (found,) = (
+        name
+        for name in parameters
+        if name.endswith(tail) and ("language_model" in name) >= ("language_model" in tensor)
+    )
+    return found
+
+
+RENAMED = {"embed_out.weight": "lm_head.weight"}
 
 
 def with_coefficients(
@@ -59,7 +79,7 @@ def with_coefficients(
     experts: dict[str, dict[int, torch.Tensor]] = {}
     for name, c in coefficients.items():
         found = re.fullmatch(r"(.*)\[(\d+)\]", name)
-        parameter, index = (found[1], int(found[2])) if found else (name, None)
+        parameter, index = (found[1], int(found[2])) if found else (parameter_of(name, before), None)
         delta = (after[parameter] - before[parameter]).detach()
         delta = delta if index is None else delta[index]
         flat = delta.flatten(1)
@@ -75,6 +95,10 @@ def with_coefficients(
             experts.setdefault(parameter, {})[index] = before[parameter][index] + change
     for parameter, by_index in experts.items():
         values[parameter] = torch.stack([by_index[e] for e in range(len(by_index))])
+    for name in after.keys() - coefficients.keys():  # one module on both of two that are tied
+        twin = next((n for n in coefficients if before.get(n) is before[name]), None)
+        if twin is not None and torch.equal(after[name], after[twin]):
+            values[name] = values[twin]
     return values
 
 
@@ -83,7 +107,9 @@ def oracle(
 ) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
     """Value and gradient of each objective."""
     model = loaded(cls, base)
-    before = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    once = {id(p): p.detach() for p in parameters.values()}  # tied ones stay one tensor
+    before = {n: once[id(p)] for n, p in parameters.items()}
     after = adapted_values(cls, base, adapter)
     leaves = {n: torch.tensor(c, requires_grad=True) for n, c in coefficients.items()}
 
@@ -106,7 +132,7 @@ def oracle(
         found = {
             n: np.zeros(len(c)) if g is None else g.numpy() for (n, c), g in zip(leaves.items(), grads, strict=True)
         }
-        results[objective] = float(value), found
+        results[objective] = value.item(), found
     return results
 
 
@@ -123,12 +149,9 @@ def assert_gradients(cls: Any, base: Path, adapter: Path, ids: torch.Tensor, *, 
 def assert_close(
     found: TextGradient, value: float, gradient: Mapping[str, np.ndarray], tolerance: float = 1e-4
 ) -> None:
-    assert found.value == __import__("pytest").approx(value, rel=tolerance)
+    assert abs(found.value - value) <= tolerance * abs(value)
     largest = np.sqrt(sum(float(g @ g) for g in gradient.values()))
-    assert largest > 1e-2
-    worst = 0.0
+    assert largest > 1e-4
     for name, expected in gradient.items():
         off = np.linalg.norm(found.gradient[name] - expected) / max(np.linalg.norm(expected), 1e-2 * largest)
-        worst = max(worst, off)
         assert off <= tolerance, (name, off, found.gradient[name], expected)
-    print("worst", worst)
