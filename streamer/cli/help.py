@@ -102,8 +102,7 @@ examples:
   streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
   streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --dry-run
   streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --keep 0.8
-  streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e \\
-      --coefficients c.safetensors
+  streamer evaluate BASE ADAPTER --general g --task t -o e --coefficients c
 """,
     "fit": """\
 examples:
