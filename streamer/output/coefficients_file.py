@@ -62,7 +62,7 @@ def save_coefficients(coefficients: Coefficients, path: Path, overwrite: bool = 
                 f"{path}: exists and is not coefficients, which is all that is replaced; choose another output", path
             )
     arrays = _arrays(coefficients)
-    tree = {"schema": SCHEMA, "keeps": coefficients.keeps, "sha256": _digest(arrays), **coefficients.facts}
+    tree = {**coefficients.facts, "schema": SCHEMA, "keeps": coefficients.keeps, "sha256": _digest(arrays)}
     metadata = {"format": "pt", KEY: json.dumps(tree, sort_keys=True, ensure_ascii=False, allow_nan=False)}
     shard = plan_shard(path.name, [(name, "F64", array.shape) for name, array in arrays.items()], metadata)
     write_shard(path.parent, shard, lambda info: [arrays[info.name].tobytes()], lambda _size, _sha256: None)
