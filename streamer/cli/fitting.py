@@ -23,8 +23,8 @@ from streamer.fitting.run import fit
 
 SCHEMA = "streamer.fit/1"
 
-SET_BYTES, TENSOR_BYTES = 1500, 300
-"""Bytes of the figures of a set of coefficients in the file, at most, and of the names of a matrix' two arrays."""
+SET_BYTES, TENSOR_BYTES = 2500, 120
+"""Bytes of the figures of a set of coefficients in the file, at most, and of an array's entry in its header beside the matrix' name."""
 
 RECORD_BYTES, PASS_BYTES = 300, 4000
 """Bytes of a record of the journal beside its gradient, and of the sums of a pass, about."""
@@ -63,7 +63,8 @@ def forecast_fit(prepared: PreparedFit) -> Forecast:
     seconds = OVERHEAD * pace * sum([*costs.gradients, *costs.passes])
     count = sum(map(len, prepared.parameters.singular_values.values()))
     facts = len(json.dumps(prepared.facts)) + SET_BYTES * len(prepared.options.keep)
-    writes = 8 * count * (1 + len(prepared.options.keep)) + TENSOR_BYTES * len(prepared.plan.targets) + facts
+    names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in prepared.plan.targets)
+    writes = 8 * count * (1 + len(prepared.options.keep)) + names + facts
     journal = len(costs.gradients) * (RECORD_BYTES + 8 * prepared.parameters.count) + len(costs.passes) * (
         RECORD_BYTES + PASS_BYTES
     )

@@ -106,10 +106,9 @@ examples:
 """,
     "fit": """\
 examples:
-  streamer fit BASE ADAPTER --general web.txt --task chats.jsonl -o c.safetensors
-  streamer mitigate BASE ADAPTER -o DIR --coefficients c.safetensors
-  streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --keep 0.95,0.9,0.8
-      several sets in one file
+  streamer fit BASE ADAPTER --general g.txt --task t.jsonl -o c.safetensors
+  streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --keep 0.95,0.9
+      two sets in one file
   streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --dry-run
 """,
     "demo": """\

@@ -251,12 +251,7 @@ def build_parser() -> Parser:
     sub.add_argument("--projected", action="store_true",
                      help="evaluate what `mitigate` writes, cut to the adapter's rank, in place of what `merge` writes")  # fmt: skip
     out = writing("FILE", "coefficients to write, a .safetensors file")
-    sub = command(
-        "fit",
-        "fit a coefficient for each direction of an adapter, to keep what it learned and forget less",
-        out,
-        reading,
-    )
+    sub = command("fit", "fit a coefficient for each direction of an adapter to texts", out, reading)
     inputs(sub)
     add_texts(sub)
     add_fit(sub)
