@@ -70,6 +70,8 @@ examples:
   streamer mitigate BASE ADAPTER -o half --lambda 0.4 --overwrite
       another lambda in the same place
   streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
+  streamer mitigate BASE ADAPTER -o fitted --coefficients c.safetensors
+      each direction of the adapter as `streamer fit` found it
 """,
     "merge": """\
 examples:
@@ -83,6 +85,8 @@ examples:
 examples:
   streamer report findings.safetensors
   streamer report findings.safetensors --json | jq .totals
+  streamer report f.safetensors BASE ADAPTER --coefficients c.safetensors
+      what coefficients leave of the intruders
 """,
     "verify": """\
 examples:
@@ -98,6 +102,7 @@ examples:
   streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
   streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --dry-run
   streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --keep 0.8
+  streamer evaluate BASE ADAPTER --general g --task t -o e --coefficients c
 """,
     "fit": """\
 examples:

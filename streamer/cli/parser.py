@@ -168,7 +168,7 @@ def build_parser() -> Parser:
     g.add_argument("--method", choices=["paper", "project", "shrink", "fitted"],
                    help="paper: scale the whole direction; project: only the adapter's part of it; "
                         "shrink: the whole adapter, no detection, the baseline; fitted: each of the adapter's own directions by its "
-                        "coefficient (default: fitted with --coefficients, else paper)")  # fmt: skip
+                        "coefficient; if not given, fitted with --coefficients, else paper")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",
                    help="from `streamer fit`, for the method fitted, which they stand for; no detection, and no lambda")  # fmt: skip
     g.add_argument("--keep", type=float, metavar="SHARE",

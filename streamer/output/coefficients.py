@@ -148,7 +148,22 @@ class Coefficients:
         return replace(one, facts=self.facts, name=self.name)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write them as a file; see `coefficients_file.save_coefficients`."""
+        """Write them as a file, a safetensors file; missing directories are made.
+
+        Parameters
+        ----------
+        path
+            The file. It appears whole, or not at all.
+        overwrite
+            Whether to replace coefficients that stand there; anything else is not replaced, unless it is an empty file.
+
+        Raises
+        ------
+        OutputExistsError
+            If something else stands there; it is a `FileExistsError`.
+        OutputError, StorageError
+            If it cannot be written there.
+        """
         from pathlib import Path
 
         from streamer.output.coefficients_file import save_coefficients

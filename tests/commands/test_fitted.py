@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import helpers
 import pytest
 import torch
 from commands import refuse
-from forks import server
+from forks import KILL, server
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_schemas import check
@@ -60,6 +61,25 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
     assert again["coefficients"]["keep"] == 0.95
     text = server().run(*line[:-1], "0.95").out
     assert "method fitted, to keep 95% of what was learned: 8 of 9 matrices mitigated" in text
+
+
+@pytest.mark.parametrize("command", ["mitigate", "merge"])
+def test_a_killed_run_goes_on_with_the_same_coefficients_alone(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, command: str
+) -> None:
+    base, adapter, file = inputs
+    line = (command, base, adapter, "--coefficients", file, "--keep")
+    calls = server().run(*line, "0.9", "-o", tmp_path / "whole").calls
+    out = tmp_path / "out"
+    killed = server().run(*line, "0.9", "-o", out, at=len(calls) * 2 // 3, code=KILL)
+    assert killed.code == -signal.SIGKILL
+    left = helpers.tree_digest(out)
+    other = server().run(*line, "0.95", "-o", out)
+    assert other.code == 4
+    assert "an interrupted run with other inputs or options" in other.err
+    assert helpers.tree_digest(out) == left
+    assert server().run(*line, "0.9", "-o", out).code == 0
+    assert helpers.tree_digest(out) == helpers.tree_digest(tmp_path / "whole")
 
 
 def test_factors_of_unchanged_matrices_and_all_a_stay_to_the_bit(
@@ -184,64 +204,6 @@ def test_what_is_no_coefficient_is_caught(
     edit_record(out, change)
     (line,) = lines(out)
     assert "expected coefficients from 0 to 1" in line
-
-
-# What is left of the intruders ------------------------------------------------------------------------------------------
-
-
-def test_a_report_says_what_is_left_of_the_intruders(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    base, adapter, file = inputs
-    path = tmp_path / "f.safetensors"
-    findings = streamer.detect_intruder_dimensions(base, adapter, path)
-    line = ("report", path, base, adapter, "--coefficients", file, "--keep", "0.9")
-    tree = check(server().run(*line, "--json"), "streamer.findings/1")
-    coefficients = streamer.load_coefficients(file)
-    assert tree == streamer.report_coefficients(path, base, adapter, coefficients, keep=0.9)
-    one, total = coefficients.select(0.9), tree["totals"]["coefficients"]
-    assert (total["keep"], total["sha256"]) == (0.9, one.digest)
-    energy = {row["tensor"]: row["delta_norm"] ** 2 for row in tree["matrices"]}
-    means = sum(row["coefficients"]["mean"] * energy[row["tensor"]] for row in tree["matrices"]) / sum(energy.values())
-    assert total["mean"] == pytest.approx(means, rel=1e-4)
-    for row in tree["matrices"]:
-        assert len(row["coefficients"]["intruders"]) == len(row["intruders"])
-        matrix = one.matrices[row["tensor"]]
-        assert all(matrix.values.min() <= c <= matrix.values.max() for c in row["coefficients"]["intruders"])
-    assert tree["matrices"][0]["coefficients"] == {
-        "mean": pytest.approx(1),
-        "intruders_mean": pytest.approx(1),
-        "intruders": [pytest.approx(1)] * len(findings[0].detection.intruders),
-    }
-    text = server().run(*line).out
-    assert {"c intr.", "c all"} <= {word.strip() for word in text.splitlines()[0].split("  ")}
-    assert (
-        f"the coefficients to keep 90% leave {total['mean']:.2f} of the delta and {total['intruders_mean']:.2f} of the intruders in it"
-        in text
-    )
-    plain = check(server().run("report", path, "--json"), "streamer.findings/1")
-    assert plain == findings.record() | {"matrices": plain["matrices"], "totals": plain["totals"]}
-    assert "coefficients" not in plain["totals"]
-
-
-def test_reports_that_are_refused(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    base, adapter, file = inputs
-    path, keep = tmp_path / "f.safetensors", ("--keep", "0.9")
-    streamer.detect_intruder_dimensions(base, adapter, path)
-    other_base, other = helpers.three_shards(tmp_path / "other", hidden=64)
-    together = "streamer: report: expected --coefficients, BASE and ADAPTER together; as `streamer report FINDINGS BASE ADAPTER"
-    cases: list[tuple[int, tuple[object, ...], str]] = [
-        (2, ("--coefficients", file), together),
-        (2, (base, adapter), together),
-        (2, (base, "--coefficients", file), together),
-        (2, keep, together),
-        (2, (base, adapter, "--coefficients", file), "choose one by keep: 0.95, 0.9"),
-        (3, (other_base, other, "--coefficients", file, *keep), "f.safetensors: made with another base"),
-        (3, (base, adapter, "--coefficients", path), "expected coefficients (streamer.coefficients/1), found findings"),
-    ]
-    for code, options, words in cases:
-        done = server().run("report", path, *options)
-        assert (done.code, done.out) == (code, ""), done
-        assert done.err.count("\n") == 1
-        assert words in done.err
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------------
