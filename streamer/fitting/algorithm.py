@@ -28,11 +28,11 @@ from streamer.fitting.quadratic import Floats
 
 Text = Literal["general", "task"]
 
-STEPS = 5
-"""Points at which both gradients are taken, by default; `docs/fitting.md` shows what more or fewer are worth."""
+STEPS_PER_SHARE, LEAST_STEPS = 2, 3
+"""Points at which both gradients are taken, by default: so many for each share of the learning, but at least so many."""
 
 SPREAD = 0.5
-"""Points of the front are measured at the wanted share and at this part of the rest to 1 below and above it."""
+"""Points of the front are measured at the wanted share and below and above it, by this part of what is between it and 0 or 1."""
 
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Scales that are measured for one coefficient for all."""
@@ -51,7 +51,7 @@ class FitOptions:
     objective
         What G and T are: divergences from the base and from the adapter as it is ("kl"), or the texts' own losses ("loss").
     steps
-        Points at which both gradients are taken after those at the ends.
+        Points at which both gradients are taken after those at the ends; by default `STEPS_PER_SHARE` for each share.
     regardless
         Fit even where the adapter is not told from the base on the sequences held apart.
     """
@@ -59,8 +59,13 @@ class FitOptions:
     groups: NDArray[np.int64]
     keep: tuple[float, ...] = (0.9,)
     objective: Literal["kl", "loss"] = "kl"
-    steps: int = STEPS
+    steps: int | None = None
     regardless: bool = False
+
+    @property
+    def step_count(self) -> int:
+        """Count the points at which both gradients are taken after those at the ends."""
+        return max(LEAST_STEPS, STEPS_PER_SHARE * len(self.keep)) if self.steps is None else self.steps
 
 
 @dataclass(frozen=True)
@@ -153,17 +158,13 @@ def fit_steps(options: FitOptions) -> Steps:
     if reason and not options.regardless:
         return FitResult((), learnt, forgotten, reason)
     if len(np.unique(options.groups)) == 1:
-        expected = [1.0, *SCALES]
-        chosen = yield from _choose([np.full(P, scale) for scale in SCALES], expected, options.keep)
-        found = [FrontPoint(float("nan"), np.full(P, scale), scale) for scale in chosen]
+        candidates = [FrontPoint(float("nan"), np.full(P, scale), scale) for scale in SCALES]
     else:
         front = yield from _sampled(options)
-        levels = _levels(options.keep)
-        expected = [1.0, *levels]
-        chosen = yield from _choose(
-            [front.at(level).coefficients for level in levels], expected, options.keep, options.groups
-        )
-        found = [_whole(front.at(level), options.groups) for level in chosen]
+        candidates = [_whole(front.at(level), options.groups) for level in _levels(options.keep)]
+    tried = yield from _measure([point.coefficients for point in candidates])
+    candidates = [replace(point, kept=tried.task.share(i).value) for i, point in enumerate(candidates, start=2)]
+    found = [choose(candidates, keep) for keep in options.keep]
     held = yield from _measure([point.coefficients for point in found])
     points = tuple(
         FittedPoint(keep, point.coefficients, point.weight, held.task.share(i), held.general.share(i))
@@ -181,7 +182,7 @@ def _sampled(options: FitOptions) -> Generator[Request, Answer, Front]:
     general.append((yield from _sample("general", one, groups)))
     task = [Sample(one, 0.0, zero) if known else (yield from _sample("task", one, groups))]
     task.append((yield from _sample("task", zero, groups)))
-    for _ in range(options.steps):
+    for _ in range(options.step_count):
         front = Front(tuple(general), tuple(task))
         c = max((front.at(keep) for keep in options.keep), key=front.distance).coefficients
         general.append((yield from _sample("general", c, groups)))
@@ -203,21 +204,9 @@ def _measure(coefficients: Sequence[Floats]) -> Generator[Request, Answer, HeldO
     return answer
 
 
-def _choose(
-    candidates: Sequence[Floats],
-    expected: Sequence[float],
-    keep: Sequence[float],
-    groups: NDArray[np.int64] | None = None,
-) -> Generator[Request, Answer, list[float]]:
-    """Measure candidates, and find for each share what the models must expect for it to be kept; the first expected is the adapter's."""
-    held = yield from _measure([c if groups is None else c[groups] for c in candidates])
-    measured = [held.task.share(i).value for i in range(1, 2 + len(candidates))]
-    return [choose(expected, measured, share) for share in keep]
-
-
 def _levels(keep: Sequence[float]) -> list[float]:
     """List the shares at which the front is measured: each that is wanted, and one below and above it."""
-    return sorted({round(k + side * SPREAD * (1 - k), 6) for k in keep for side in (-1, 0, 1)})
+    return sorted({round(k + side * SPREAD * min(k, 1 - k), 6) for k in keep for side in (-1, 0, 1)})
 
 
 def _whole(point: FrontPoint, groups: NDArray[np.int64]) -> FrontPoint:

@@ -114,7 +114,7 @@ class Front:
         first = anchor is one
         # A model that knows c = 1 alone may be far from T(0): its own value there makes shares of 0 and 1 at both ends.
         nothing = self._task_value(anchor, zero.point) if first else zero.value
-        return (nothing - self._task_value(anchor, coefficients)) / (nothing - one.value)
+        return (nothing - self._task_value(anchor, coefficients)) / max(nothing - one.value, 1e-300)
 
     def at(self, kept: float) -> FrontPoint:
         """Find the point of the front where the models expect this share of the learning to be kept, by bisection for log μ."""
@@ -142,21 +142,26 @@ class Front:
         return anchor.value + float(anchor.gradient @ d) + 0.5 * float(d @ (self.task_curvature @ d))
 
 
-def choose(expected: Sequence[float], measured: Sequence[float], wanted: float) -> float:
-    """Find what the models must expect for the wanted share to be kept on sequences held apart, by linear interpolation.
+def choose(candidates: Sequence[FrontPoint], wanted: float) -> FrontPoint:
+    """Find the point where a share is kept, on the straight lines between candidates in the order of what they keep.
 
-    Shares that fall where the expected one rises are noise: the measured ones are taken as their running maximum. Below the least share
-    measured, the expected one is lowered in proportion.
-
-    >>> choose([0.8, 0.9, 1.0], [0.7, 0.8, 1.0], 0.9)
-    0.95
+    Parameters
+    ----------
+    candidates
+        At least one, with what each was measured to keep. The ends, c = 0 which keeps nothing and c = 1 which keeps all, are added.
+        T is convex, so that on a line between two of them no less is kept than interpolation says.
+    wanted
+        The share, in (0, 1).
     """
-    order = np.argsort(expected)
-    x = np.asarray(expected, float)[order]
-    y = np.maximum.accumulate(np.asarray(measured, float)[order])
-    if wanted <= y[0]:
-        return float(x[0] * wanted / y[0])
-    return float(np.interp(wanted, y, x))
+    P = len(candidates[0].coefficients)
+    ends = FrontPoint(0.0, np.zeros(P), 0.0), FrontPoint(float("inf"), np.ones(P), 1.0)
+    inner = sorted((c for c in candidates if 0 < c.kept < 1), key=lambda c: c.kept)
+    points = [ends[0], *inner, ends[1]]
+    above = next(i for i, point in enumerate(points) if point.kept >= wanted)
+    low, high = points[above - 1], points[above]
+    share = (wanted - low.kept) / (high.kept - low.kept)
+    nearer = high if (share > 0.5 and high is not ends[1]) or low is ends[0] else low
+    return FrontPoint(nearer.weight, low.coefficients + share * (high.coefficients - low.coefficients), wanted)
 
 
 def _at(samples: Sequence[Sample], value: float) -> Sample:
