@@ -31,6 +31,7 @@ __version__ = "0.2.0"
 
 # Where each public name lives. They are resolved when first used: importing streamer loads no torch.
 _HOMES = {
+    "Coefficients": "output.coefficients",
     "Detection": "detection.intruders",
     "DetectionOptions": "detection.options",
     "Evaluation": "evaluation.evaluation",
@@ -44,15 +45,19 @@ _HOMES = {
     "VerificationError": "errors",
     "detect_intruder_dimensions": "api",
     "evaluate_variants": "api",
+    "fit_coefficients": "api",
     "iter_merged": "api",
+    "load_coefficients": "output.coefficients_file",
     "load_evaluation": "evaluation.evaluation",
     "load_findings": "detection.findings",
     "merge_with_reduced_intruder_dimensions": "api",
     "reduce_intruder_dimension": "api",
+    "report_coefficients": "api",
     "verify_output": "api",
 }
 
 __all__ = [
+    "Coefficients",
     "Detection",
     "DetectionOptions",
     "Evaluation",
@@ -66,11 +71,14 @@ __all__ = [
     "VerificationError",
     "detect_intruder_dimensions",
     "evaluate_variants",
+    "fit_coefficients",
     "iter_merged",
+    "load_coefficients",
     "load_evaluation",
     "load_findings",
     "merge_with_reduced_intruder_dimensions",
     "reduce_intruder_dimension",
+    "report_coefficients",
     "verify_output",
 ]
 
@@ -78,9 +86,11 @@ if TYPE_CHECKING:
     from streamer.api import (
         detect_intruder_dimensions,
         evaluate_variants,
+        fit_coefficients,
         iter_merged,
         merge_with_reduced_intruder_dimensions,
         reduce_intruder_dimension,
+        report_coefficients,
         verify_output,
     )
     from streamer.detection.findings import Findings, load_findings
@@ -90,6 +100,8 @@ if TYPE_CHECKING:
     from streamer.errors import StreamerError, StreamerWarning, VerificationError
     from streamer.evaluation.evaluation import Evaluation, load_evaluation
     from streamer.events import Event, Monitor
+    from streamer.output.coefficients import Coefficients
+    from streamer.output.coefficients_file import load_coefficients
     from streamer.output.mitigation import MitigationOptions
 
 

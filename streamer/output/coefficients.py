@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -63,10 +63,16 @@ class CoefficientSet:
         The share of what the adapter learned that they were fitted to keep.
     matrices
         By `Target.tensor`.
+    facts
+        What they were fitted to; see `Coefficients`, whose `select` puts them here.
+    name
+        Name them in messages.
     """
 
     keep: float
     matrices: Mapping[str, MatrixCoefficients]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "coefficients"
 
     @cached_property
     def digest(self) -> str:
@@ -76,6 +82,17 @@ class CoefficientSet:
             digest.update(f"{tensor}\n".encode())
             digest.update(self.matrices[tensor].values.astype("<f8").tobytes())
         return digest.hexdigest()
+
+    def record(self) -> CoefficientsRecord:
+        """Say which they are, as an output has it."""
+        return {"keep": self.keep, "sha256": self.digest}
+
+
+class CoefficientsRecord(TypedDict):
+    """Coefficients of an output: what they were fitted to keep, and their `CoefficientSet.digest`."""
+
+    keep: float
+    sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,14 +138,32 @@ class Coefficients:
                 raise UsageError(
                     f"{self.name}: holds {len(self.sets)} sets of coefficients; choose one by keep: {shares}"
                 )
-            return self.sets[0]
+            return self._bound(self.sets[0])
         found = [one for one in self.sets if math.isclose(one.keep, keep, rel_tol=1e-9)]
         if not found:
             raise UsageError(f"{self.name}: holds no coefficients that keep {keep:g}; those there are keep {shares}")
-        return found[0]
+        return self._bound(found[0])
+
+    def _bound(self, one: CoefficientSet) -> CoefficientSet:
+        return replace(one, facts=self.facts, name=self.name)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write them as a file; see `coefficients_file.save_coefficients`."""
+        """Write them as a file, a safetensors file; missing directories are made.
+
+        Parameters
+        ----------
+        path
+            The file. It appears whole, or not at all.
+        overwrite
+            Whether to replace coefficients that stand there; anything else is not replaced, unless it is an empty file.
+
+        Raises
+        ------
+        OutputExistsError
+            If something else stands there; it is a `FileExistsError`.
+        OutputError, StorageError
+            If it cannot be written there.
+        """
         from pathlib import Path
 
         from streamer.output.coefficients_file import save_coefficients
@@ -186,15 +221,22 @@ def fitted_delta(delta: Delta, matrix: MatrixCoefficients, name: str) -> Delta:
     if (matrix.values == 1).all():
         return delta
     if not isinstance(delta, LowRank):
-        _check_spectrum(np.array([delta.norm()]), matrix, name)
+        check_spectrum(np.array([delta.norm()]), matrix, name)
         return delta.scaled(float(matrix.values[0]))
     precise = delta.precise()
     U, S, _ = precise.svd()
-    _check_spectrum(np.asarray(S.cpu().numpy(), dtype=np.float64), matrix, name)
+    check_spectrum(np.asarray(S.cpu().numpy(), dtype=np.float64), matrix, name)
     return precise.plus_projection(U, torch.from_numpy(matrix.values - 1).to(U))
 
 
-def _check_spectrum(found: Floats, matrix: MatrixCoefficients, name: str) -> None:
+def check_spectrum(found: Floats, matrix: MatrixCoefficients, name: str) -> None:
+    """Refuse coefficients that were fitted to other singular values than those that are found, (p,), to `AGREEMENT`.
+
+    Raises
+    ------
+    MismatchError
+        Which of them differs.
+    """
     stated = matrix.singular_values
     if found.shape != stated.shape:
         raise MismatchError(

@@ -19,6 +19,8 @@ from streamer.output.coefficients import CoefficientSet, fitted_delta
 
 MitigationMethod = Literal["paper", "project", "shrink", "fitted"]
 
+DEFAULT_LAMBDA = 0.75
+
 
 @dataclass(frozen=True)
 class MitigationOptions:
@@ -38,7 +40,7 @@ class MitigationOptions:
         Those of ``fitted``; None for the other methods.
     """
 
-    mitigation_lambda: float | None = 0.75
+    mitigation_lambda: float | None = DEFAULT_LAMBDA
     method: MitigationMethod = "paper"
     scale: Selection = "all"
     coefficients: CoefficientSet | None = None
@@ -72,16 +74,19 @@ class MitigationOptions:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what decides the mitigated delta, given the findings, as JSON values."""
-        more = (
-            {}
-            if self.coefficients is None
-            else {"keep": self.coefficients.keep, "coefficients": self.coefficients.digest}
-        )
-        return {"mitigation_lambda": self.mitigation_lambda, "method": self.method, "scale": self.scale, **more}
+        return {
+            "mitigation_lambda": self.mitigation_lambda,
+            "method": self.method,
+            "scale": self.scale,
+            **self._fitted(),
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Return the options by the names that are written and printed."""
-        return {"method": self.method, "scale": self.scale, "lambda": self.mitigation_lambda}
+        return {"method": self.method, "scale": self.scale, "lambda": self.mitigation_lambda, **self._fitted()}
+
+    def _fitted(self) -> dict[str, Any]:
+        return {} if self.coefficients is None else {"coefficients": self.coefficients.record()}
 
 
 def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptions, tensor: str = "") -> Delta:

@@ -13,7 +13,7 @@ import torch
 from architectures import ATTENTION, LINEAR
 from causal_models import CAUSAL, make_adapter, make_base
 from evaluated import sequences, streamed, token_ids
-from fitted import OBJECTIVES, assert_gradients, coefficients_of
+from fitted_models import OBJECTIVES, assert_gradients, coefficients_of
 from peft import LoHaConfig, LoKrConfig, get_peft_model
 from quantized_cases import decoded_base
 from transformers import LlamaForCausalLM

@@ -74,7 +74,7 @@ def test_a_file_stays_readable_in_one_sitting() -> None:
 
 FACADE = {
     "detect_intruder_dimensions", "reduce_intruder_dimension", "merge_with_reduced_intruder_dimensions", "iter_merged",
-    "evaluate_variants",
+    "evaluate_variants", "fit_coefficients", "report_coefficients",
 }  # fmt: skip
 """Public functions whose options are flat keywords."""
 

@@ -97,8 +97,9 @@ def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
     options = MitigationOptions.fitted(one)
     torch.testing.assert_close(mitigate(delta, None, options, "x").dense(), 0.5 * delta.precise().dense())
     assert not options.needs_detection
-    assert options.as_json() == {"method": "fitted", "scale": "all", "lambda": None}
-    assert options.as_dict()["coefficients"] == one.digest
+    record = {"keep": 0.9, "sha256": one.digest}
+    assert options.as_json() == {"method": "fitted", "scale": "all", "lambda": None, "coefficients": record}
+    assert options.as_dict()["coefficients"] == record
 
 
 def test_options_that_make_no_sense() -> None:
@@ -132,7 +133,7 @@ def test_digests_tell_coefficients_apart() -> None:
 
 
 def test_the_file_holds_them_to_the_bit(tmp_path: Path) -> None:
-    path = tmp_path / "c.safetensors"
+    path = tmp_path / "some" / "where" / "c.safetensors"
     coefficients = made(0.95, 0.9)
     coefficients.save(path)
     stored = load_file(path)
