@@ -12,8 +12,8 @@ from typing import Any
 
 from streamer import __version__
 from streamer.detection.options import RunOptions
-from streamer.errors import UnsupportedError
-from streamer.evaluation.memory import Pass, measured_bytes, plan_passes
+from streamer.errors import UnsupportedError, UsageError
+from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
 from streamer.evaluation.prepare import is_factored, read_texts, refuse_new_tokens, stays_quantized
 from streamer.fitting.memory import gradient_bytes, plan_chunks
 from streamer.fitting.options import Division, FitOptions, divide
@@ -30,6 +30,9 @@ from streamer.units import counted, listed
 
 TOKENS = 10
 """Tokens for each coefficient, of either text, below which there is a warning."""
+
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Keys of configs that state the number of layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +70,17 @@ class PreparedFit:
         return plan_passes(held, variants, self.model.size, self.resident, self.max_memory)
 
     def check_budget(self) -> None:
-        """Raise `UsageError` if the budget does not hold one sequence."""
-        _ = self.chunks
-        self.passes(2)
+        """Raise `UsageError` if the budget does not hold one sequence; it names the smallest that does."""
+        size, length = self.model.size, max(text.whole.longest for text in self.texts.values())
+        least = max(
+            gradient_bytes(size, self.resident, length, length),
+            pass_bytes(size, self.resident, 2 * (length + 1), length + 1),  # which is padded by one
+        )
+        if self.max_memory is not None and least > self.max_memory:
+            raise UsageError(
+                f"max_memory: {self.max_memory >> 20}M is not enough for a sequence of {length} tokens, forward and back; it takes "
+                f"{-(-least >> 20)}M"
+            )
 
     def peak_bytes(self, variants: int) -> int:
         """Estimate the memory of the largest step, with so many variants in a pass over what is held apart."""
@@ -81,7 +92,18 @@ class PreparedFit:
                 most = max(most, gradient_bytes(size, self.resident, len(rows) * text.longest, text.longest))
         return most
 
-    spool_bytes = 0
+    @property
+    def spool_bytes(self) -> int:
+        """Estimate the bytes of temporary files: a chunk's activations between layers, last hidden states, factors of deltas."""
+        rows = [
+            len(part) * text.fitted.take(part).longest
+            for name, text in self.texts.items()
+            for part in self.chunks[name]
+        ]
+        layers = max(self.plan.config.stated(*LAYERS), default=0)
+        states = sum(rows) if self.options.objective == "divergence" else 0
+        factors = sum(t.module.factor_rank * sum(t.module.shape) for t in self.plan.targets if t.module.low_rank)
+        return 4 * (self.model.size.hidden * (max(rows) * layers + states) + factors)
 
     @property
     def resident(self) -> int:

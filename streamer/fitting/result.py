@@ -27,8 +27,13 @@ def shrinks(count: int) -> list[Floats]:
     return [np.full(count, lam) for lam in SHRINKS]
 
 
-def adapter_facts(general: SequenceSums, task: SequenceSums) -> dict[str, Any]:
+def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> dict[str, Any]:
     """Say as JSON what the adapter as it is has learned and forgotten, on the sequences held apart.
+
+    Parameters
+    ----------
+    name
+        Of the task's text, for messages.
 
     Raises
     ------
@@ -39,7 +44,7 @@ def adapter_facts(general: SequenceSums, task: SequenceSums) -> dict[str, Any]:
     forgetting = general.loss_difference(ADAPTER_ROW, BASE_ROW)
     if not learning.is_positive:
         raise MismatchError(
-            f"task text: it is not told that the adapter has learned it, so that there is nothing to keep: the adapter's loss is "
+            f"{name}: it is not told that the adapter has learned this text, so that there is nothing to keep: its loss is "
             f"{learning.value:.4f} ± {learning.error:.4f} below the base's on the {learning.sequences} sequences held apart; give more "
             "text, or what the adapter was trained for"
         )

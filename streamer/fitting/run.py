@@ -76,7 +76,7 @@ class _Run:
             # First of all, so that what evaluate would refuse is refused, and doubted what is not worth the time.
             baseline = shrinks(self.parameters.count)
             self.held.measure(0, baseline)
-            of_adapter = adapter_facts(*self._held_sums([]))
+            of_adapter = adapter_facts(*self._held_sums([]), self.prepared.texts[TASK].whole.name)
             self.monitor.warn(doubts(of_adapter))
             requests, found = self._drive()
             thetas = [one.coefficients for one in found]

@@ -45,20 +45,28 @@ class Job(NamedTuple):
 
     def run(self, output: Path | None, **options: Any) -> streamer.Coefficients:
         home = self.home
-        given = {"general": home / "general.npy", "task": home / "task.npy", "keep": KEEP, "sequences": 8, "length": 8}
+        given = {"general": home / "general.npy", "task": home / "task.npy", "keep": KEEP, "sequences": 16, "length": 8}
         return streamer.fit_coefficients(home / "base", home / "adapter", output, **{**given, **options})
 
     def line(self, output: Path) -> list[object]:
         home = self.home
         return ["fit", home / "base", home / "adapter", "--general", home / "general.npy", "--task", home / "task.npy", "-o", output,
-                "--keep", ",".join(map(str, KEEP)), "--sequences", 8, "--length", 8]  # fmt: skip
+                "--keep", ",".join(map(str, KEEP)), "--sequences", 16, "--length", 8]  # fmt: skip
+
+
+def few_rows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("streamer.evaluation.memory.ROWS", 80)
+    patch.setattr("streamer.fitting.memory.ROWS", 54)
+
+
+FEW_ROWS = "import streamer.evaluation.memory as e, streamer.fitting.memory as f; e.ROWS, f.ROWS = 80, 54"
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     home = make_learned(tmp_path_factory.mktemp("fit"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamer.evaluation.memory.ROWS", 40)
+        few_rows(patch)
         Job(home, b"").run(home / "whole.safetensors", on_event=lambda event: None)
     return Job(home, (home / "whole.safetensors").read_bytes())
 
@@ -66,10 +74,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows at a time, so that there are several passes and chunks."""
-    monkeypatch.setattr("streamer.evaluation.memory.ROWS", 40)
-
-
-FEW_ROWS = "import streamer.evaluation.memory as m; m.ROWS = 40"
+    few_rows(monkeypatch)
 
 
 def stopping_at(number: int) -> Monitor:
@@ -234,7 +239,7 @@ def test_losses_that_are_nan(job: Job, tmp_path: Path) -> None:
     adapter = spoilt(job, tmp_path / "adapter", much)
     with pytest.raises(NumericError, match="NaN or Inf"):
         streamer.fit_coefficients(job.home / "base", adapter, tmp_path / "c.safetensors", general=job.home / "general.npy",
-                                  task=job.home / "task.npy", sequences=8, length=8, on_event=lambda event: None)  # fmt: skip
+                                  task=job.home / "task.npy", sequences=16, length=8, on_event=lambda event: None)  # fmt: skip
     assert not (tmp_path / "c.safetensors").exists()
 
 
@@ -250,4 +255,4 @@ def test_an_adapter_that_holds_nan_or_nothing(job: Job, tmp_path: Path) -> None:
         adapter = spoilt(job, tmp_path / name, spoil)
         with pytest.raises(error, match=message):
             streamer.fit_coefficients(job.home / "base", adapter, general=job.home / "general.npy",
-                                      task=job.home / "task.npy", sequences=8, length=8)  # fmt: skip
+                                      task=job.home / "task.npy", sequences=16, length=8)  # fmt: skip

@@ -12,7 +12,7 @@ from paths import ROOT
 
 PACKAGE = ROOT / "streamer"
 
-EXTRAS = {"completion.py": {"shtab"}, "extra.py": {"transformers"}, "skeleton.py": {"transformers"}}
+EXTRAS = {"completion.py": {"shtab"}, **{name: {"transformers"} for name in ("extra.py", "layers.py", "skeleton.py")}}
 """Modules that import an optional dependency, inside a function, and say what to install where it is missing."""
 
 

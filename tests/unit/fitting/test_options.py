@@ -51,6 +51,20 @@ def test_every_sequence_is_in_one_part(count: int, holdout: float, held: int) ->
     assert all(part == sorted(part) for part in parts)
 
 
+def test_of_running_text_neighbours_are_held_apart_and_of_documents_any() -> None:
+    def gaps(path: str) -> list[int]:
+        """How often a sequence that is held apart has a neighbour that is not, around the circle."""
+        found = []
+        for seed in range(8):
+            divided = divide(texts(32, 32), {"general": Path(path), "task": Path(path)}, FitOptions(seed=seed))["task"]
+            held = {int(ids[0]) for ids in divided.held.ids}
+            found.append(sum((i + 1) % 32 not in held for i in held))
+        return found
+
+    assert gaps("g.txt") == gaps("g.npy") == [1] * 8
+    assert min(gaps("g.jsonl")) > 1
+
+
 def test_the_seed_decides() -> None:
     def held(seed: int) -> list[int]:
         return [int(ids[0]) for ids in divide(texts(16, 16), PATHS, FitOptions(seed=seed))["task"].held.ids]
