@@ -108,7 +108,7 @@ def plan_passes(
     passes = []
     for name, text in texts.items():
         order = sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i]))
-        for part in parts(order, text, max(1, most // together), size.short):
+        for part in parts(order, text, max(1, most // together), size.short, 1):
             passes += [Pass(name, part, chunk) for chunk in chunks]
     return passes
 
@@ -119,14 +119,21 @@ def steps(first: int, last: int) -> Iterator[int]:
     yield from range(first + 64, max(first, last) + 1, 64)
 
 
-def parts(order: Sequence[int], text: TextSequences, tokens: int, short: int | None) -> Iterator[tuple[int, ...]]:
-    """Divide sequences into groups of so many tokens at most, padding included; at least one a group.
+def parts(
+    order: Sequence[int], text: TextSequences, tokens: int, short: int | None, padding: int
+) -> Iterator[tuple[int, ...]]:
+    """Divide sequences into groups of so many tokens at most; at least one a group.
 
     Short ones are not padded to a length for which the model's rotary embeddings are others.
+
+    Parameters
+    ----------
+    padding
+        Tokens by which a group is padded beyond its longest sequence.
     """
     group: list[int] = []
     for i in order:
-        full = group and (len(group) + 1) * (len(text.ids[group[0]]) + 1) > tokens
+        full = group and (len(group) + 1) * (len(text.ids[group[0]]) + padding) > tokens
         if full or (group and short is not None and len(text.ids[i]) <= short < len(text.ids[group[0]])):
             yield tuple(group)
             group = []

@@ -66,4 +66,4 @@ def plan_chunks(text: TextSequences, size: ModelSize, resident: int, max_memory:
             )
         most = max(r for r in steps(longest, ROWS) if gradient_bytes(size, resident, r, longest) <= max_memory)
     order = sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i]))
-    return list(parts(order, text, most, size.short))
+    return list(parts(order, text, most, size.short, 0))
