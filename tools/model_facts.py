@@ -5,6 +5,7 @@ Names are patterns: a layer's number is ``*``. So the facts of a model of two la
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -128,6 +129,24 @@ def with_marked_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+def _stated_sizes(config: PreTrainedConfig) -> dict[int, tuple[str, ...]]:
+    """Find the keys of ``config.json`` that each marked vocabulary's size follows.
+
+    A nested config may take its size from another when it is read, whatever it states itself: PI0's ``dit_config`` from the text's.
+    """
+
+    def sizes(of: PreTrainedConfig) -> dict[tuple[str, ...], int]:
+        return {(*path, c.attribute_map.get("vocab_size", "vocab_size")): c.vocab_size for path, c in nested(of)
+                if getattr(c, "vocab_size", None) in range(VOCABULARY, VOCABULARY + 100)}  # fmt: skip
+
+    marked = sizes(config)
+    keys = {size: key for key, size in marked.items()}
+    with contextlib.suppress(Exception):  # some configs do not read what they write
+        read = sizes(type(config).from_dict(config.to_dict()))
+        return {size: keys.get(read.get(key, size), key) for key, size in marked.items()}
+    return keys
+
+
 def facts_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Facts:
     """Build a model of this class and read its facts. The config's flags of ties are changed.
 
@@ -159,8 +178,7 @@ def facts_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Facts:
     facts.tensors = {collapse(n) for n in parameters}
     facts.buffers = {collapse(n) for n in model.state_dict() if n not in parameters}
     facts.labels = {collapse(n) for n, p in parameters.items() if LABELS in p.shape}
-    sizes = {c.vocab_size: (*path, c.attribute_map.get("vocab_size", "vocab_size")) for path, c in nested(config)
-             if getattr(c, "vocab_size", None) in range(VOCABULARY, VOCABULARY + 100)}  # fmt: skip
+    sizes = _stated_sizes(config)
     for name, tensor in model.state_dict().items():
         facts.vocabulary |= {collapse(name): sizes[size] for size in tensor.shape if size in sizes}
     facts.input = _embedding(model.get_input_embeddings, modules)
