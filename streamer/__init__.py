@@ -31,6 +31,7 @@ __version__ = "0.2.0"
 
 # Where each public name lives. They are resolved when first used: importing streamer loads no torch.
 _HOMES = {
+    "Coefficients": "output.coefficients",
     "Detection": "detection.intruders",
     "DetectionOptions": "detection.options",
     "Evaluation": "evaluation.evaluation",
@@ -45,6 +46,7 @@ _HOMES = {
     "detect_intruder_dimensions": "api",
     "evaluate_variants": "api",
     "iter_merged": "api",
+    "load_coefficients": "output.coefficients_file",
     "load_evaluation": "evaluation.evaluation",
     "load_findings": "detection.findings",
     "merge_with_reduced_intruder_dimensions": "api",
@@ -53,6 +55,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Coefficients",
     "Detection",
     "DetectionOptions",
     "Evaluation",
@@ -67,6 +70,7 @@ __all__ = [
     "detect_intruder_dimensions",
     "evaluate_variants",
     "iter_merged",
+    "load_coefficients",
     "load_evaluation",
     "load_findings",
     "merge_with_reduced_intruder_dimensions",
@@ -90,6 +94,8 @@ if TYPE_CHECKING:
     from streamer.errors import StreamerError, StreamerWarning, VerificationError
     from streamer.evaluation.evaluation import Evaluation, load_evaluation
     from streamer.events import Event, Monitor
+    from streamer.output.coefficients import Coefficients
+    from streamer.output.coefficients_file import load_coefficients
     from streamer.output.mitigation import MitigationOptions
 
 

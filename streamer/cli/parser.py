@@ -14,8 +14,8 @@ from streamer.units import parse_size
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
     **{name: f"--{name.replace('_', '-')}" for name in
-       ("architecture", "device", "dtype", "keep", "lambda", "length", "max_memory", "method", "scale", "sequences", "solver", "to_lora",
-        "top_k")},
+       ("architecture", "coefficients", "device", "dtype", "keep", "lambda", "length", "max_memory", "method", "scale", "sequences",
+        "solver", "to_lora", "top_k")},
 }  # fmt: skip
 """The options of the library's keywords, by which its messages call them."""
 
@@ -164,13 +164,18 @@ def build_parser() -> Parser:
 
     mitigating = Parser(add_help=False)
     g = mitigating.add_argument_group("mitigation")
-    g.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.75, metavar="L",
+    g.add_argument("--lambda", dest="mitigation_lambda", type=float, metavar="L",
                    help="what is left of an intruder, from 0 to 1: 1 changes nothing, 0 removes it (default: 0.75)")  # fmt: skip
     g.add_argument("--amplify", action="store_true",
                    help="permit a lambda outside [0, 1]: above 1 an intruder grows, below 0 it is turned round")  # fmt: skip
-    g.add_argument("--method", choices=["paper", "project", "shrink"], default="paper",
+    g.add_argument("--method", choices=["paper", "project", "shrink", "fitted"],
                    help="paper: scale the whole direction; project: only the adapter's part of it; "
-                        "shrink: the whole adapter, no detection, the baseline (default: paper)")  # fmt: skip
+                        "shrink: the whole adapter, no detection, the baseline; fitted: each of the adapter's own directions by its "
+                        "coefficient (default: fitted with --coefficients, else paper)")  # fmt: skip
+    g.add_argument("--coefficients", metavar="FILE",
+                   help="from `streamer fit`, for the method fitted, which they stand for; no detection, and no lambda")  # fmt: skip
+    g.add_argument("--keep", type=float, metavar="SHARE",
+                   help="which coefficients, where FILE has several sets: those that keep this share of what ADAPTER learned")  # fmt: skip
     g.add_argument("--scale", choices=["all", "first"], default="all",
                    help="which intruders: all among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
     g.add_argument("--no-card", action="store_true",

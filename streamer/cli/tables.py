@@ -106,20 +106,25 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     t, matrices = record["totals"], sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
     chosen, cut = _most(matrices, _removed, screen)
     columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, keep=1)]
-    shrinks = record["method"] == "shrink"  # whole matrices, no intruders
-    if not shrinks:
+    method, lam, fitted = record["method"], record["lambda"], record.get("coefficients")
+    shrinks = method == "shrink"  # whole matrices
+    alone = shrinks or fitted is not None  # no intruders
+    if not alone:
         scaled = [str(len(m["intruders"])) for m in chosen]
         columns.insert(1, Column("scaled", scaled, "intruders that were scaled", keep=2))
     if record["command"] == "mitigate":
         about = "what back-projection to the adapter's rank left out of the mitigated delta"
         columns.append(Column("dropped", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
-    how = "method shrink, " if shrinks else f"method {record['method']}, scale {record['scale']}, "
+    how = f"method {method}, lambda {lam}" if alone else f"method {method}, scale {record['scale']}, lambda {lam}"
     what = "each as a whole" if shrinks else f"{t['intruders']} intruders scaled"
-    if record["lambda"] == 1:
+    if lam == 1:
         what = "since lambda 1 takes the adapter as it is"
+    if fitted is not None:
+        how = f"method fitted, to keep {100 * fitted['keep']:g}% of what was learned"
+        what = "each direction of the adapter's own by its coefficient"
     lines = [
         f"{stood(where, record['state'])}: {len(record['files'])} files, {format_size(t['bytes'])}",
-        f"{how}lambda {record['lambda']}: {t['changed']} of {t['matrices']} matrices mitigated, {what}",
+        f"{how}: {t['changed']} of {t['matrices']} matrices mitigated, {what}",
         f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}"
         + (
             ""
@@ -151,7 +156,7 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
                _summed("matrices", [x["matrices"] for x in t], "", 1)]  # fmt: skip
     if all("method" in tree for tree in trees.values()):
         columns.append(_summed("changed", [x["changed"] for x in t], "matrices that were changed", 3))
-        if any(tree["method"] != "shrink" for tree in trees.values()):
+        if any(tree["method"] not in ("shrink", "fitted") for tree in trees.values()):
             columns.append(_summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5))
         columns += [
             *_norms(t, keep=2),

@@ -59,13 +59,7 @@ class EvaluationOptions:
             if type(value) is not int or value < 2:
                 raise UsageError(f"{name}: expected a whole number from 2, found {value!r}")
         check_keep(self.keep)
-        if self.dtype not in get_args(ProductDtype):
-            raise UsageError(f"dtype: expected one of {', '.join(get_args(ProductDtype))}, found {self.dtype!r}")
-        if self.dtype == "bf16" and not has_fast_bfloat16():
-            raise UsageError(
-                "dtype: bf16 takes a processor that multiplies bfloat16 matrices (AVX512-BF16), which this one does not; leave it "
-                "float32"
-            )
+        check_dtype(self.dtype)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -81,3 +75,14 @@ class EvaluationOptions:
         tree = asdict(self)
         del tree["keep"]
         return tree
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype of products that is none, or that this processor is slow at."""
+    if dtype not in get_args(ProductDtype):
+        raise UsageError(f"dtype: expected one of {', '.join(get_args(ProductDtype))}, found {dtype!r}")
+    if dtype == "bf16" and not has_fast_bfloat16():
+        raise UsageError(
+            "dtype: bf16 takes a processor that multiplies bfloat16 matrices (AVX512-BF16), which this one does not; leave it "
+            "float32"
+        )

@@ -19,6 +19,7 @@ from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.texts import read_text
 from streamer.evaluation.tokenizer import tokenizer_directory
+from streamer.events import Monitor
 from streamer.output.job import GivenFindings
 from streamer.output.mitigation import MitigationOptions
 from streamer.output.prepare import FindingsOrPath, OutputOptions, open_jobs
@@ -116,20 +117,34 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     (job,) = open_jobs(base, {"": adapter}, [findings], MitigationOptions(1.0, "shrink"), detection, form, run)
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
+    refuse_new_tokens(plan)
+    model = StreamingModel(options.job(plan, options.variants, None))
+    read = read_texts(model, texts, options.sequences, options.length, run.monitor)
+    given = job.findings if isinstance(job.findings, GivenFindings) else None
+    return Prepared(plan, options, detection, run, given, read, model)
+
+
+def refuse_new_tokens(plan: Plan) -> None:
+    """Refuse an adapter that gives the model tokens which the base does not have."""
     if plan.edits.vocabulary is not None:
         raise UnsupportedError(
-            f"{plan.adapter.path}: gives the model {plan.edits.vocabulary} tokens, which the base does not have; evaluate "
-            "takes adapters that keep the vocabulary"
+            f"{plan.adapter.path}: gives the model {plan.edits.vocabulary} tokens, which the base does not have; evaluate and fit "
+            "take adapters that keep the vocabulary"
         )
-    model = StreamingModel(options.job(plan, options.variants, None))
+
+
+def read_texts(
+    model: StreamingModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor
+) -> dict[str, TextSequences]:
+    """Read the ``general`` and the ``task`` text with the tokenizer of a model, and warn where they are the same; see `read_text`."""
+    directory = tokenizer_directory(model.job.plan)
     read = {
-        name: read_text(path, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
-                        vocabulary=model.vocabulary, positions=model.positions)
+        name: read_text(path, directory, sequences=sequences, length=length, vocabulary=model.vocabulary,
+                        positions=model.positions)
         for name, path in texts.items()
     }  # fmt: skip
     if read[GENERAL].digest() == read[TASK].digest():
-        run.monitor.warn(
+        monitor.warn(
             ("the general and the task's text are the same: what is kept and what is forgotten are then one figure",)
         )
-    given = job.findings if isinstance(job.findings, GivenFindings) else None
-    return Prepared(plan, options, detection, run, given, read, model)
+    return read

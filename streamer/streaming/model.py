@@ -1,6 +1,6 @@
 """Run a model whose weights stay on disk: each is read when its module runs, used for all variants at once, and dropped.
 
-A batch holds the same sequences once for each variant: rows (variant, sequence), the base's first. The logits come a block of the
+A batch holds the same sequences once for each variant: rows (variant, sequence). The logits come a block of the
 vocabulary at a time, by the model's own `forward`, which begins with the result of the layers below the head.
 """
 
@@ -88,7 +88,7 @@ class StreamingModel:
         if not self._inner or not isinstance(self._head, nn.Linear):
             name = type(self._model).__name__
             raise UnsupportedError(
-                f"{job.plan.base.path}: {name} has no linear head behind a model of its own; evaluate does not do it"
+                f"{job.plan.base.path}: {name} has no linear head behind a model of its own; evaluate and fit do not do it"
             )
         state = {
             n: tuple(t.shape)
@@ -110,7 +110,6 @@ class StreamingModel:
         stated = getattr(config, "max_position_embeddings", None)
         self.positions = stated if isinstance(stated, int) else None
         self.size = self._size(config, inner, tensors.values())
-        self.values.read.clear()
 
     def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
         used = getattr(config, "num_experts_per_tok", None) or 1
@@ -129,7 +128,7 @@ class StreamingModel:
                 default=0,
             ),
             products={t.name: math.prod(t.shape) // (max(1, t.shape[0] // used) if t.stacked else 1) for t in inner},
-            read=sum(self.values.weight(weight, 1).nbytes for weight in {w for t in tensors for w in t.weights}),
+            read=sum(self.values.plan.weights[weight].nbytes for weight in {w for t in tensors for w in t.weights}),
             short=_short_length(config),
         )
 
@@ -141,7 +140,7 @@ class StreamingModel:
     def _fill(self, name: str, buffer: Tensor, tensor: RunTimeTensor) -> None:
         if self.values.edited(tensor) or self.values.targets(tensor):
             raise UnsupportedError(
-                f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate does not do that"
+                f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate and fit do not do that"
             )
         buffer.copy_(self.values.whole(tensor, 0, with_delta=False))
 
@@ -182,7 +181,7 @@ class StreamingModel:
                 if not results or out.shape != (*ids.shape, j - i):
                     raise UnsupportedError(
                         f"{self.job.plan.base.path}: {type(self._model).__name__} gives logits {list(out.shape)} for {j - i} tokens of "
-                        "the vocabulary: it computes them otherwise than by its head; evaluate does not do it"
+                        "the vocabulary: it computes them otherwise than by its head; evaluate and fit do not do it"
                     )
                 if number == 0:
                     # The outermost of those that ran gives its result again, and nothing within it runs.

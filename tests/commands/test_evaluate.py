@@ -196,5 +196,5 @@ def test_without_transformers_a_line_says_what_to_install(server: Server, home: 
     done = run(server, home, tmp_path / "e.json", before="sys.modules['transformers'] = None")
     assert done.code == 2
     assert done.err == (
-        "streamer: evaluate needs transformers 5, which is not installed; pip install 'intruder-streamer[evaluate]'\n"
+        "streamer: evaluate and fit need transformers 5, which is not installed; pip install 'intruder-streamer[evaluate]'\n"
     )
