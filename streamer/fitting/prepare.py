@@ -126,6 +126,8 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
     if prepared.unchanged:
         names = prepared.unchanged
         run.monitor.warn(
-            (f"{len(names)} tensors that {plan.adapter.path.name} brings besides deltas stay as they are: {listed(names)}",)
+            (
+                f"{len(names)} tensors that {plan.adapter.path.name} brings besides deltas stay as they are: {listed(names)}",
+            )
         )
     return prepared

@@ -57,5 +57,7 @@ class FitProgress:
 
     def _emit(self, name: str, done: int) -> None:
         self._monitor.emit(
-            Event("fit", name, done, max(self._total, done + 1 if name else done), self._items, max(self._of, self._items))
+            Event(
+                "fit", name, done, max(self._total, done + 1 if name else done), self._items, max(self._of, self._items)
+            )
         )
