@@ -117,15 +117,23 @@ class LiveModel:
 
     def activate(self, adapter_name: str) -> None:
         """Make an adapter the active one, and the one that is trained."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
+        from peft import PeftModel, functional
 
-        if hasattr(self.model, "set_adapter"):
-            self.model.set_adapter(adapter_name)  # type: ignore[operator]
-            return
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                module.set_adapter(adapter_name)
+        if isinstance(self.model, PeftModel):
+            self.model.set_adapter(adapter_name)
+        else:
+            functional.set_adapter(self.model, adapter_name)
+
+    def delete(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        from peft import PeftModel, functional
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+        if isinstance(self.model, PeftModel):
+            self.model.delete_adapter(adapter_name)
+        else:
+            config = self.configs.pop(adapter_name)
+            functional.delete_adapter(self.model, adapter_name, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
 
 
 def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
@@ -141,9 +149,7 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
     peft = require_peft()
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model: Any = peft_model
-    while hasattr(model, "_orig_mod"):  # of torch.compile
-        model = model._orig_mod
+    model: Any = _uncompiled(peft_model)
     configs = getattr(model, "peft_config", None)
     if not isinstance(model, nn.Module) or not isinstance(configs, dict) or not configs:
         raise UsageError(
@@ -153,15 +159,20 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
         raise UnsupportedError("peft_model: a PeftMixedModel, whose adapters are of several kinds, is not supported")
     if adapter_name not in configs:
         raise UsageError(f"adapter {adapter_name!r}: the model has none of this name, but {listed(map(repr, configs))}")
-    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    while hasattr(base, "_orig_mod"):
-        base = base._orig_mod
+    base = _uncompiled(model.get_base_model() if isinstance(model, peft.PeftModel) else model)
     merged = next((n for n, m in base.named_modules() if isinstance(m, BaseTunerLayer) and m.merged), None)
     if merged is not None:
         raise UnsupportedError(
             f"{merged}: an adapter is merged into its weight, so that the base's values are not there; call unmerge_adapter() first"
         )
     return LiveModel(model, base, adapter_name)
+
+
+def _uncompiled(model: Any) -> Any:
+    """Return the model in what `torch.compile` wraps around it."""
+    while isinstance(model, nn.Module) and "_orig_mod" in model._modules:  # PeftModel passes attributes on to its base
+        model = model._modules["_orig_mod"]
+    return model
 
 
 def _entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[str, LiveTensor]]:

@@ -182,8 +182,7 @@ def _added(live: LiveModel, name: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if hasattr(live.model, "delete_adapter"):
-            live.model.delete_adapter(name)  # type: ignore[operator]
+        live.delete(name)
         raise
 
 
