@@ -65,6 +65,7 @@ def detect_intruder_dimensions(
     """
     run = run_options(device, "mmap", True, None, on_event)
     live = plan_live(peft_model, adapter_name)
+    run.monitor.warn(live.plan.warnings)
     return named_as_files(
         live, detect_live(live, detection_options(top_k, threshold_epsilon, solver, None), run.device, run.monitor)
     )

@@ -134,7 +134,7 @@ def plan_live(peft_model: nn.Module, adapter_name: str) -> LivePlan:
         seen.add(id(tensor.tensor))
     file = LiveFile(live.title, own)
     base = LiveBase(Path(live.title), {live.title: file}, dict.fromkeys(own, live.title), None)
-    model = _config(live.base)
+    model = _config(live.base, tied=len(own) < len(tensors))
     conv1d = {
         name
         for name, t in own.items()
@@ -147,14 +147,18 @@ def plan_live(peft_model: nn.Module, adapter_name: str) -> LivePlan:
     return LivePlan(live, plan, tensors)
 
 
-def _config(base: nn.Module) -> ModelConfig:
-    """Return the model's config; its class is that of the model, or the one that this was derived from."""
+def _config(base: nn.Module, tied: bool) -> ModelConfig:
+    """Return the model's config; its class is that of the model, or the one that this was derived from.
+
+    Of a class that is not known it states that nothing is tied, where no parameter has two names.
+    """
     values = model_config(base)
-    if not values:
-        return ModelConfig()
     named = (ModelConfig({**values, "architectures": [cls.__name__]}) for cls in type(base).__mro__)
     known = next((config for config in named if architecture_for(config) is not None), None)
-    return known or ModelConfig({**values, "architectures": [type(base).__name__]})
+    if known is not None:
+        return known
+    apart = {} if tied else {"tie_word_embeddings": False}
+    return ModelConfig({**values, "architectures": [type(base).__name__], **apart})
 
 
 def _refuse_other_scalings(live: LiveModel, plan: Plan) -> None:
