@@ -105,6 +105,7 @@ class Layers(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(size, size, bias=False, dtype=dtype) for _ in range(count))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run one after the other."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -161,8 +162,8 @@ def memory(size: int, count: int) -> None:
         watcher.join()
     mib = 1 << 20
     print(
-        f"{count} bfloat16 layers of {size}x{size}, {count * size * size * 2 / mib:.0f} MiB: {(peak - before) / mib:.0f} MiB beside the model; "
-        f"a matrix in float32 is {size * size * 4 / mib:.0f}, the factors {factors / mib:.0f}"
+        f"{count} bfloat16 layers of {size}x{size}, {count * size * size * 2 / mib:.0f} MiB: {(peak - before) / mib:.0f} MiB beside "
+        f"the model; a matrix in float32 is {size * size * 4 / mib:.0f}, the factors {factors / mib:.0f}"
     )
 
 
