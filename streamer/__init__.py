@@ -46,12 +46,14 @@ _HOMES = {
     "VerificationError": "errors",
     "detect_intruder_dimensions": "api",
     "evaluate_variants": "api",
+    "fit_coefficients": "api",
     "iter_merged": "api",
     "load_coefficients": "output.coefficients_file",
     "load_evaluation": "evaluation.evaluation",
     "load_findings": "detection.findings",
     "merge_with_reduced_intruder_dimensions": "api",
     "reduce_intruder_dimension": "api",
+    "report_coefficients": "api",
     "verify_output": "api",
 }
 
@@ -70,12 +72,14 @@ __all__ = [
     "VerificationError",
     "detect_intruder_dimensions",
     "evaluate_variants",
+    "fit_coefficients",
     "iter_merged",
     "load_coefficients",
     "load_evaluation",
     "load_findings",
     "merge_with_reduced_intruder_dimensions",
     "reduce_intruder_dimension",
+    "report_coefficients",
     "verify_output",
 ]
 
@@ -83,9 +87,11 @@ if TYPE_CHECKING:
     from streamer.api import (
         detect_intruder_dimensions,
         evaluate_variants,
+        fit_coefficients,
         iter_merged,
         merge_with_reduced_intruder_dimensions,
         reduce_intruder_dimension,
+        report_coefficients,
         verify_output,
     )
     from streamer.detection.findings import Findings, load_findings

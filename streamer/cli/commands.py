@@ -144,7 +144,17 @@ def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.detection.findings import load_findings
 
     findings = load_findings(args.findings)
-    return {**findings.record()}, findings_table(findings, screen(args.all))
+    if args.coefficients is None and args.base is None and args.keep is None:
+        return {**findings.record()}, findings_table(findings, screen(args.all))
+    if args.coefficients is None or args.adapter is None:
+        raise UsageError(
+            "report: expected --coefficients, BASE and ADAPTER together; as `streamer report FINDINGS BASE ADAPTER --coefficients FILE`"
+        )
+    from streamer.api.reporting import report_coefficients
+
+    record = report_coefficients(findings, args.base, args.adapter, args.coefficients, keep=args.keep, io=args.io,
+                                 base_is_residual=args.base_is_residual, architecture=args.architecture, monitor=monitor)  # fmt: skip
+    return {**record}, findings_table(findings, screen(args.all), record=record)
 
 
 def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -162,6 +172,12 @@ def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
         _check_lambda(value)
     detection = _detection_options(args, given_findings_options(args))
     return run_evaluation(args, detection, _run_options(args, monitor), screen(args.all))
+
+
+def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.cli.fitting import run_fit
+
+    return run_fit(args, _run_options(args, monitor), screen(args.all))
 
 
 def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -187,6 +203,7 @@ COMMANDS = {
     "report": _report,
     "verify": _verify,
     "evaluate": _evaluate,
+    "fit": _fit,
     "demo": _demo,
 }
 

@@ -43,6 +43,8 @@ def _held(tree: Mapping[str, Any]) -> str:
         return f"{counted(len(tree['variants']), 'variant')}" + (
             f", {chosen['name']} suggested" if chosen["name"] else ""
         )
+    if schema == "streamer.fit":
+        return f"{counted(tree['parameters'], 'coefficient')} in {counted(len(tree['sets']), 'set')}"
     if schema == "streamer.demo":
         return f"{totals['planted']} intruders planted, {totals['found']} found, {totals['gone']} gone"
     if schema == "streamer.dry-run":

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamer.cli.coefficients_table import mean_columns, mean_line
 from streamer.cli.layout import Column, Screen, fit, natural, shorten, table
 from streamer.detection.findings import Findings
+from streamer.detection.findings_records import FindingsRecord
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import is_repeated
 from streamer.units import counted, format_duration, format_size, listed
@@ -20,9 +22,19 @@ NO_LIMIT = Screen()
 
 
 def findings_table(
-    findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None, state: str = "written"
+    findings: Findings,
+    screen: Screen = NO_LIMIT,
+    written: Path | None = None,
+    state: str = "written",
+    record: FindingsRecord | None = None,
 ) -> str:
-    """Format findings: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written."""
+    """Format findings: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written.
+
+    Parameters
+    ----------
+    record
+        Their JSON, with mean coefficients, where some are given.
+    """
     every = sorted(findings, key=lambda m: natural(m.tensor))
     chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
     found = [m.detection for m in chosen]
@@ -42,6 +54,9 @@ def findings_table(
         Column("cut at 0", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
                "what mitigate drops at lambda 0 with --method paper, to keep rank r", keep=5),
     ]  # fmt: skip
+    if record is not None:
+        means = {m["tensor"]: m["coefficients"] for m in record["matrices"]}
+        columns += mean_columns([means[m.tensor] for m in chosen])
     if len({_decided(m) for m in findings}) > 1:
         columns.append(
             Column(
@@ -65,6 +80,8 @@ def findings_table(
         summary += "; a direction that is left open there counts as no intruder, and another --epsilon may settle it"
         if short := sum(_wants_memory(m) for m in findings):
             summary += f"\n{short} of these for want of memory: with a larger --max-memory a full SVD or float64 may settle them"
+    if record is not None:
+        summary += f"\n{mean_line(record['totals']['coefficients'])}"
     if written is not None:
         summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
     return _sections(

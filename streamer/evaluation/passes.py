@@ -9,11 +9,11 @@ import numpy as np
 
 from streamer.errors import NumericError
 from streamer.evaluation.losses import measure
-from streamer.evaluation.memory import Pass, vocabulary_block
+from streamer.evaluation.memory import Pass
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import MEASURES, SequenceSums
 from streamer.events import Monitor
-from streamer.streaming.model import StreamingModel
+from streamer.streaming.model import StreamingModel, vocabulary_block
 from streamer.streaming.run_time import RunTimeTensor
 
 

@@ -15,7 +15,7 @@ from streamer import __version__
 from streamer.detection.findings_file import journal_of, lock_of, remove_leftovers
 from streamer.detection.options import RunOptions
 from streamer.detection.run import naming_inputs
-from streamer.errors import OutputError, OutputExistsError, StreamerError
+from streamer.errors import InputError, NumericError, OutputError, OutputExistsError, StreamerError
 from streamer.events import Event
 from streamer.plan.plan import Plan
 from streamer.storage.atomic_file import remove_partials
@@ -121,7 +121,10 @@ class ResultFile:
 
     @contextlib.contextmanager
     def written(self) -> Iterator[RunJournal]:
-        """Lock the file, open the journal, and remove it at the end, by when the caller has written the file; it stays if that raises."""
+        """Lock the file, open the journal, and remove it at the end, by when the caller has written the file.
+
+        If that raises, the journal stays, unless it is the inputs' fault.
+        """
         make_directory(self.path.parent)
         with locked(lock_of(self.path), self.path), contextlib.closing(Journal(journal_of(self.path))) as journal:
             found = json.loads(journal[0]) if len(journal) else {}
@@ -131,7 +134,11 @@ class ResultFile:
                 journal.clear()
                 journal.append(json.dumps(found).encode())
             remove_partials(self.path.parent, {self.path.name})
-            yield RunJournal(journal, found["threads"])
+            try:
+                yield RunJournal(journal, found["threads"])
+            except (InputError, NumericError):  # the same run would end there again: nothing is to be taken up
+                journal.remove()
+                raise
             journal.remove()
         self.run.monitor.told(self.path, "resumed" if resumed else "written")
 

@@ -71,7 +71,7 @@ def _measured(prepared: Prepared, records: InMemory) -> Evaluation:
                 models[one.variants] = StreamingModel(prepared.options.job(prepared.plan, chosen, findings))
             records.add(number, _pass(prepared, number, models[one.variants]))
     prepared.run.monitor.emit(Event("evaluate", "", *_progress(prepared, len(prepared.passes), 0)))
-    variants = tuple(EvaluatedVariant(v.name, v.method, v.mitigation_lambda) for v in prepared.options.variants)
+    variants = tuple(EvaluatedVariant(v.name, v.method, v.mitigation_lambda, v.keep) for v in prepared.options.variants)
     general, task = (
         together(prepared.passes, records.sums, text, len(variants), len(prepared.texts[text].ids))
         for text in (GENERAL, TASK)

@@ -9,6 +9,7 @@ import numpy as np
 from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.passes import run_pass, together
 from streamer.evaluation.statistics import MEASURES, SequenceSums
+from streamer.fitting.costs import chunk_cost
 from streamer.fitting.parameters import Parameters
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.progress import FitProgress
@@ -53,7 +54,7 @@ class HeldOut:
         request
             Number of the request, for the records.
         """
-        prepared, new = self._prepared, self.missing(asked)
+        prepared, new = self._prepared, self.missing([self.adapter, *asked])
         if not new:
             return
         names = [BASE, *(self._name(theta) for theta in new)]
@@ -64,7 +65,7 @@ class HeldOut:
         models: dict[tuple[int, ...], StreamingModel] = {}
         for number, one in enumerate(passes):
             text = prepared.texts[one.text].held.take(one.sequences)
-            cost = self._progress.pass_cost(text, 1 + len(one.variants))
+            cost = chunk_cost(prepared, text, 1 + len(one.variants))
             name = key(request, number, new)
             found = self._records.find(name)
             if found is None:

@@ -14,6 +14,7 @@ from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.options import ProductDtype, check_dtype
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.suggestion import check_keep
+from streamer.fitting import algorithm
 
 Objective = Literal["divergence", "loss"]
 """What is made small: divergences from the base and from the adapter as it is, or the losses of both texts."""
@@ -43,6 +44,8 @@ class FitOptions:
         Sequences of each text, and tokens of a sequence, at most.
     seed
         Decides which sequences are held apart.
+    steps
+        Points at which gradients are taken, beside the base and the adapter as it is; None takes two for each share, 3 at least.
     dtype
         See `EvaluationOptions`.
     """
@@ -54,6 +57,7 @@ class FitOptions:
     sequences: int = 64
     length: int = 512
     seed: int = 0
+    steps: int | None = None
     dtype: ProductDtype = "float32"
 
     def __post_init__(self) -> None:
@@ -70,15 +74,22 @@ class FitOptions:
                 )
         if isinstance(self.holdout, bool) or not 0 < self.holdout < 1:
             raise UsageError(f"holdout: expected a share between 0 and 1, found {self.holdout!r}")
-        for name, least in (("sequences", 2 * LEAST), ("length", 2), ("seed", 0)):
+        for name, least in (("sequences", 2 * LEAST), ("length", 2), ("seed", 0), ("steps", 1)):
             value = getattr(self, name)
+            if name == "steps" and value is None:
+                continue
             if type(value) is not int or value < least:
                 raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
         check_dtype(self.dtype)
 
+    def of_algorithm(self, count: int) -> algorithm.FitOptions:
+        """Make the options of the algorithm, for so many parameters."""
+        objective: Literal["kl", "loss"] = "kl" if self.objective == "divergence" else "loss"
+        return algorithm.FitOptions(np.arange(count), self.keep, objective, self.steps, regardless=True)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""
-        return {**asdict(self), "keep": list(self.keep)}
+        return {**asdict(self), "keep": list(self.keep), "steps": self.of_algorithm(1).step_count}
 
 
 @dataclass(frozen=True)
@@ -99,12 +110,16 @@ class Division:
 
 
 def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], options: FitOptions) -> dict[str, Division]:
-    """Divide the sequences of each text, by the seed; texts of as many sequences are divided alike.
+    """Divide the sequences of each text, by the seed; texts of one kind and as many sequences are divided alike.
+
+    Of running text a run of sequences is held apart, that goes on at the beginning where it reaches the end: neighbours come from one
+    document as a rule, and what was fitted on one half of it would look better on the other than on other text. JSON lines are documents
+    of their own, and are held apart one by one.
 
     Parameters
     ----------
     paths
-        Where each was read from, for messages.
+        Where each was read from.
 
     Raises
     ------
@@ -120,6 +135,9 @@ def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], option
                 "more text, or a smaller --length"
             )
         held = min(count - LEAST, max(LEAST, round(options.holdout * count)))
-        order = np.random.default_rng(options.seed).permutation(count)
+        rng = np.random.default_rng(options.seed)
+        order = (
+            rng.permutation(count) if paths[name].suffix == ".jsonl" else np.roll(np.arange(count), rng.integers(count))
+        )
         out[name] = Division(text, text.take(sorted(order[held:])), text.take(sorted(order[:held])))
     return out

@@ -12,10 +12,13 @@ from typing import Any
 
 from streamer import __version__
 from streamer.detection.options import RunOptions
-from streamer.evaluation.memory import Pass, plan_passes
-from streamer.evaluation.prepare import read_texts, refuse_new_tokens
-from streamer.fitting.memory import plan_chunks
+from streamer.errors import UnsupportedError, UsageError
+from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
+from streamer.evaluation.prepare import is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.fitting.memory import gradient_bytes, plan_chunks
 from streamer.fitting.options import Division, FitOptions, divide
+from streamer.fitting.parameters import Parameters, singular_values_of
+from streamer.output.mitigation import MitigationOptions
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan, make_plan
@@ -23,8 +26,13 @@ from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
 from streamer.streaming.values import Job
 from streamer.streaming.variants import BASE, Variant
-from streamer.output.mitigation import MitigationOptions
-from streamer.units import listed
+from streamer.units import counted, listed
+
+TOKENS = 10
+"""Tokens for each coefficient, of either text, below which there is a warning."""
+
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Keys of configs that state the number of layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +70,72 @@ class PreparedFit:
         return plan_passes(held, variants, self.model.size, self.resident, self.max_memory)
 
     def check_budget(self) -> None:
-        """Raise `UsageError` if the budget does not hold one sequence."""
-        _ = self.chunks
-        self.passes(2)
+        """Raise `UsageError` if the budget does not hold one sequence; it names the smallest that does."""
+        size, length = self.model.size, max(text.whole.longest for text in self.texts.values())
+        least = max(
+            gradient_bytes(size, self.resident, length, length),
+            pass_bytes(size, self.resident, 2 * (length + 1), length + 1),  # which is padded by one
+        )
+        if self.max_memory is not None and least > self.max_memory:
+            raise UsageError(
+                f"max_memory: {self.max_memory >> 20}M is not enough for a sequence of {length} tokens, forward and back; it takes "
+                f"{-(-least >> 20)}M"
+            )
+
+    def peak_bytes(self, variants: int) -> int:
+        """Estimate the memory of the largest step, with so many variants in a pass over what is held apart."""
+        held, size = {name: text.held for name, text in self.texts.items()}, self.model.size
+        most = measured_bytes(self.passes(variants), held, size, self.resident)
+        for name, chunks in self.chunks.items():
+            for rows in chunks:
+                text = self.texts[name].fitted.take(rows)
+                most = max(most, gradient_bytes(size, self.resident, len(rows) * text.longest, text.longest))
+        return most
+
+    @property
+    def spool_bytes(self) -> int:
+        """Estimate the bytes of temporary files: a chunk's activations between layers, last hidden states, factors of deltas."""
+        rows = [
+            len(part) * text.fitted.take(part).longest
+            for name, text in self.texts.items()
+            for part in self.chunks[name]
+        ]
+        layers = max(self.plan.config.stated(*LAYERS), default=0)
+        states = sum(rows) if self.options.objective == "divergence" else 0
+        factors = sum(t.module.factor_rank * sum(t.module.shape) for t in self.plan.targets if t.module.low_rank)
+        return 4 * (self.model.size.hidden * (max(rows) * layers + states) + factors)
 
     @property
     def resident(self) -> int:
         """Estimate the bytes that stay in memory between two steps."""
         return resident_bytes(Batch(self.plan.base, (self.plan,)))
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Compute the singular values of all deltas, and number the parameters.
+
+        Raises
+        ------
+        NumericError
+            If a delta holds NaN or Inf.
+        UnsupportedError
+            If there is none to fit: all deltas are zero.
+        """
+        found = Parameters.of(singular_values_of(self.plan, self.run.monitor), self.options.grain)
+        if found.count == 0:
+            raise UnsupportedError(f"{self.plan.adapter.path}: changes nothing by its deltas, all of which are zero")
+        return found
+
+    def warn(self) -> None:
+        """Warn of a text that is short for as many parameters."""
+        count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
+        if count < TOKENS * self.parameters.count:
+            many, each = counted(self.parameters.count, "coefficient"), count / self.parameters.count
+            self.run.monitor.warn(
+                (
+                    f"the {name} text has {count} tokens to fit {many} on, {each:.1f} for each; give more, or --grain matrix",
+                )
+            )
 
     @cached_property
     def unchanged(self) -> list[str]:
@@ -85,7 +151,9 @@ class PreparedFit:
             "transformers": require_transformers().__version__,
             "base": self.plan.base_identity,
             "adapter": self.plan.adapter_identity,
-            **{name: options[name] for name in ("objective", "grain", "holdout", "seed", "dtype")},
+            "factored": is_factored(self.plan),
+            "quantized": stays_quantized(self.plan),
+            **{name: options[name] for name in ("objective", "grain", "holdout", "seed", "steps", "dtype")},
             "texts": {name: _text_facts(text) for name, text in self.texts.items()},
             "unchanged": self.unchanged,
         }

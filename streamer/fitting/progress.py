@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from streamer.evaluation.passes import Reading
-from streamer.evaluation.sequences import TextSequences
 from streamer.events import Event, Monitor
 from streamer.streaming.model import ModelSize
 from streamer.streaming.run_time import RunTimeTensor
-
-GRADIENT = 4
-"""Passes over the base's weights for a gradient: the model that is compared with, the fitted one, and it once more and back by layer."""
 
 
 class FitProgress:
@@ -28,11 +24,7 @@ class FitProgress:
         self._pace = sum(size.products.values())
         self._done = self._total = self._items = self._of = 0
 
-    def pass_cost(self, text: TextSequences, variants: int) -> int:
-        """Count the multiplications of a pass over sequences that run together, under so many variants."""
-        return self._pace * variants * len(text.ids) * text.longest
-
-    def plan(self, costs: list[int]) -> None:
+    def expect(self, costs: list[int]) -> None:
         """Take the costs of chunks that are to come."""
         self._total += sum(costs)
         self._of += len(costs)

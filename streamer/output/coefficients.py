@@ -148,7 +148,22 @@ class Coefficients:
         return replace(one, facts=self.facts, name=self.name)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write them as a file; see `coefficients_file.save_coefficients`."""
+        """Write them as a file, a safetensors file; missing directories are made.
+
+        Parameters
+        ----------
+        path
+            The file. It appears whole, or not at all.
+        overwrite
+            Whether to replace coefficients that stand there; anything else is not replaced, unless it is an empty file.
+
+        Raises
+        ------
+        OutputExistsError
+            If something else stands there; it is a `FileExistsError`.
+        OutputError, StorageError
+            If it cannot be written there.
+        """
         from pathlib import Path
 
         from streamer.output.coefficients_file import save_coefficients
@@ -206,15 +221,22 @@ def fitted_delta(delta: Delta, matrix: MatrixCoefficients, name: str) -> Delta:
     if (matrix.values == 1).all():
         return delta
     if not isinstance(delta, LowRank):
-        _check_spectrum(np.array([delta.norm()]), matrix, name)
+        check_spectrum(np.array([delta.norm()]), matrix, name)
         return delta.scaled(float(matrix.values[0]))
     precise = delta.precise()
     U, S, _ = precise.svd()
-    _check_spectrum(np.asarray(S.cpu().numpy(), dtype=np.float64), matrix, name)
+    check_spectrum(np.asarray(S.cpu().numpy(), dtype=np.float64), matrix, name)
     return precise.plus_projection(U, torch.from_numpy(matrix.values - 1).to(U))
 
 
-def _check_spectrum(found: Floats, matrix: MatrixCoefficients, name: str) -> None:
+def check_spectrum(found: Floats, matrix: MatrixCoefficients, name: str) -> None:
+    """Refuse coefficients that were fitted to other singular values than those that are found, (p,), to `AGREEMENT`.
+
+    Raises
+    ------
+    MismatchError
+        Which of them differs.
+    """
     stated = matrix.singular_values
     if found.shape != stated.shape:
         raise MismatchError(

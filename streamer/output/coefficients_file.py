@@ -17,6 +17,7 @@ import numpy as np
 from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
 from streamer.errors import FormatError, OutputError, OutputExistsError
 from streamer.output.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients
+from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_checks import refuse_address, refuse_symlink
 from streamer.storage.shard_writer import plan_shard, write_shard
@@ -36,7 +37,7 @@ OWN = ("schema", "keeps", "sha256")
 
 
 def save_coefficients(coefficients: Coefficients, path: Path, overwrite: bool = False) -> None:
-    """Write coefficients, atomically: the file appears whole, or not at all.
+    """Write coefficients, atomically: the file appears whole, or not at all; missing directories are made.
 
     Parameters
     ----------
@@ -61,8 +62,9 @@ def save_coefficients(coefficients: Coefficients, path: Path, overwrite: bool = 
             raise OutputExistsError(
                 f"{path}: exists and is not coefficients, which is all that is replaced; choose another output", path
             )
+    make_directory(path.parent)
     arrays = _arrays(coefficients)
-    tree = {"schema": SCHEMA, "keeps": coefficients.keeps, "sha256": _digest(arrays), **coefficients.facts}
+    tree = {**coefficients.facts, "schema": SCHEMA, "keeps": coefficients.keeps, "sha256": _digest(arrays)}
     metadata = {"format": "pt", KEY: json.dumps(tree, sort_keys=True, ensure_ascii=False, allow_nan=False)}
     shard = plan_shard(path.name, [(name, "F64", array.shape) for name, array in arrays.items()], metadata)
     write_shard(path.parent, shard, lambda info: [arrays[info.name].tobytes()], lambda _size, _sha256: None)

@@ -91,7 +91,7 @@ class InstalledModule:
         self.target: Target | None = None
         self.embeds = isinstance(module, nn.Embedding)
         weight = tensors.get("weight")
-        if weight is not None and (self.embeds or _is_linear(module)):
+        if weight is not None and (self.embeds or is_linear(module)):
             self.target = self.values.low_rank_target(weight)
         self.rows_are_inputs = type(module).__name__ == "Conv1D"
         dense = [t for n, t in tensors.items() if not (n == "weight" and (self.embeds or self.target is not None))]
@@ -112,7 +112,7 @@ class InstalledModule:
 
         A weight with a delta in it, or that the adapter replaces, is not: what it differs by from the base's would be rounded away.
         """
-        if weight is None or not self.values.job.rounds_products or not _is_linear(module):
+        if weight is None or not self.values.job.rounds_products or not is_linear(module):
             return False
         own = self.target is None and bool(self.values.targets(weight))
         return not own and not self.values.edited(weight)
@@ -162,7 +162,7 @@ class InstalledModule:
         return torch.cat(outs)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Test whether a module computes ``x Wᵀ + b``, or ``x W + b`` as Conv1D does, and nothing else."""
     kind = type(module)
     return kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D" or kind.__name__ in LINEAR_BY_NAME

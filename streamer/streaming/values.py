@@ -16,6 +16,7 @@ from streamer.linalg.operators import Delta, all_finite
 from streamer.output.mitigation import back_project, mitigate
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
+from streamer.streaming.lazy import BLOCK_BYTES
 from streamer.streaming.run_time import RunTimeTensor, Source
 from streamer.streaming.variants import Variant
 from streamer.weights.base import Weight
@@ -148,6 +149,39 @@ class Values:
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return values.T if source.transposed else values
 
+    def weight_of(self, held: TensorSlice, variant: int) -> Weight:
+        """Return a weight, or one matrix of it."""
+        weight = self.weight(held.weight, variant)
+        return weight if held.index is None else weight.slice(held.index)
+
+    def blocks(self, source: Source, variant: int, first: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Read rows of a source's matrix as they are stored, a few at a time, without deltas: from, to, values.
+
+        Parameters
+        ----------
+        first, last
+            Rows to read; those that are given out are counted from the first.
+        """
+        at = -first
+        for held in source.slices:
+            weight = self.weight_of(held, variant).at_hand()
+            m, n = weight.matrix
+            step = max(1, BLOCK_BYTES // (4 * max(1, n)))
+            for i in range(max(0, -at), min(m, last - first - at), step):
+                j = min(i + step, m, last - first - at)
+                values = weight.rows(i, j).to(torch.float32, copy=True)
+                if held.index is None:
+                    self._edit(held.weight, variant, values, i)
+                yield at + i, at + j, values
+            at += m
+
+    def piece(self, held: TensorSlice, variant: int) -> Tensor:
+        """Read a weight, or one matrix of it, without deltas."""
+        values = self.weight_of(held, variant).whole(CPU).to(torch.float32)
+        if held.index is None:
+            self._edit(held.weight, variant, values, 0)
+        return values
+
     def rows(self, tensor: RunTimeTensor, variant: int, i: int, j: int) -> Tensor:
         """Read rows i to j of a plain matrix or vector, without deltas; see `row_access`."""
         ((held,),) = (source.slices for source in self.sources(tensor, variant))
@@ -164,11 +198,7 @@ class Values:
         )
 
     def _piece(self, held: TensorSlice, variant: int, with_delta: bool) -> Tensor:
-        weight = self.weight(held.weight, variant)
-        weight = weight if held.index is None else weight.slice(held.index)
-        values = weight.whole(CPU).to(torch.float32)
-        if held.index is None:
-            self._edit(held.weight, variant, values, 0)
+        values = self.piece(held, variant)
         for target, part in self.plan.by_weight.get(held.weight, ()) if with_delta and self.adapted(variant) else ():
             if held.index in (None, part.index):
                 into = values if part.index is None or held.index is not None else values[part.index]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import helpers
 import pytest
 import torch
 from commands import refuse
-from forks import server
+from forks import KILL, server
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_schemas import check
@@ -60,6 +61,25 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
     assert again["coefficients"]["keep"] == 0.95
     text = server().run(*line[:-1], "0.95").out
     assert "method fitted, to keep 95% of what was learned: 8 of 9 matrices mitigated" in text
+
+
+@pytest.mark.parametrize("command", ["mitigate", "merge"])
+def test_a_killed_run_goes_on_with_the_same_coefficients_alone(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, command: str
+) -> None:
+    base, adapter, file = inputs
+    line = (command, base, adapter, "--coefficients", file, "--keep")
+    calls = server().run(*line, "0.9", "-o", tmp_path / "whole").calls
+    out = tmp_path / "out"
+    killed = server().run(*line, "0.9", "-o", out, at=len(calls) * 2 // 3, code=KILL)
+    assert killed.code == -signal.SIGKILL
+    left = helpers.tree_digest(out)
+    other = server().run(*line, "0.95", "-o", out)
+    assert other.code == 4
+    assert "an interrupted run with other inputs or options" in other.err
+    assert helpers.tree_digest(out) == left
+    assert server().run(*line, "0.9", "-o", out).code == 0
+    assert helpers.tree_digest(out) == helpers.tree_digest(tmp_path / "whole")
 
 
 def test_factors_of_unchanged_matrices_and_all_a_stay_to_the_bit(

@@ -67,6 +67,9 @@ def test_peft_loads_a_fitted_adapter_and_its_logits_are_the_merged_models(
     # float32 weights: W0 + Δ' was rounded once, B' and A as well.
     torch.testing.assert_close(logits(loaded), merged, rtol=0, atol=2e-6 * float(merged.abs().max()))
     assert float((merged - logits(LlamaForCausalLM.from_pretrained(base))).abs().max()) > 1e-2
+    for output in ("a", "m"):
+        verified = streamer.verify_output(tmp_path / output, base, adapter, sample="all")["totals"]
+        assert verified["recomputed"] == verified["matrices"]
     if not dora:
         config = "adapter_config.json"
         assert json.loads((tmp_path / "a" / config).read_text()) == json.loads((adapter / config).read_text())

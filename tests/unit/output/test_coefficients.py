@@ -133,7 +133,7 @@ def test_digests_tell_coefficients_apart() -> None:
 
 
 def test_the_file_holds_them_to_the_bit(tmp_path: Path) -> None:
-    path = tmp_path / "c.safetensors"
+    path = tmp_path / "some" / "where" / "c.safetensors"
     coefficients = made(0.95, 0.9)
     coefficients.save(path)
     stored = load_file(path)
