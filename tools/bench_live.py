@@ -85,8 +85,8 @@ def kinds() -> None:
                 off = kinds_cases.relative(kinds_cases.values(ours(*x)), expected)
                 theirs_off = kinds_cases.relative(kinds_cases.values(loaded(made).merge_and_unload()(*x)), expected)
             if theirs_off > 1e-3:
-                print(f"{name}: PEFT's own merge is off its layers by {theirs_off:.1e}, and so is ours by {off:.1e}")
-            else:
+                print(f"{name}: PEFT's own merge is off its layers by {theirs_off:.1e}, ours by {off:.1e}")
+            if min(off, theirs_off) <= 1e-3:
                 worst["outputs"] = max(worst["outputs"], off)
     print(f"{len(kinds_cases.KINDS)} kinds: findings equal to the last bit in {counts['findings']}")
     print(f"mitigated in {counts['adapters']}: worst difference from files {worst['adapter']:.1e}")

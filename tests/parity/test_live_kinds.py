@@ -16,8 +16,8 @@ from streamer.errors import UnsupportedError
 
 # One of each way in which a live model is read or written; all the others are slow.
 CHOSEN = {
-    "linear", "fan_in_fan_out", "embedding", "conv2d, lora_bias", "modules_to_save", "bias=all", "resized, saved modules", "DoRA, embedding",
-    "PiSSA", "AdaLoRA", "VeRA", "BOFT", "tied, lm_head", "tied, embedding", "tied, one delta", "tied, tokens",
+    "linear", "fan_in_fan_out", "embedding", "conv2d, lora_bias", "modules_to_save", "bias=all", "resized, saved modules",
+    "DoRA, embedding", "PiSSA", "AdaLoRA", "VeRA", "BOFT", "tied, lm_head", "tied, embedding", "tied, one delta", "tied, tokens",
     "tied, tokens of lm_head",
     "trainable tokens",
 }  # fmt: skip
