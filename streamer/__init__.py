@@ -15,6 +15,7 @@ The folders are the data's way, and imports point up this list only::
     evaluation/    measures          losses of every variant on a user's text, in passes over the base
     fitting/       coefficients      one for each direction of an adapter, fitted to the user's text
     api/           the library       one function for each command
+    peft/          in memory         the same on a PEFT model that is loaded
     cli/           commands          arguments, progress, tables, forecasts, demo
 
 >>> import streamer

@@ -53,11 +53,26 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
     if not path.is_dir():
         raise absent(path, "adapter")
     config = read_adapter_config(path)
+    refuse_kinds(config, base_is_residual)
+    return sorted_adapter(path, config, TensorFile(path / WEIGHTS_NAME, io))
+
+
+def refuse_kinds(config: AdapterConfig, base_is_residual: bool) -> None:
+    """Raise `UnsupportedError` if the config says that the adapter is of a kind that is not handled; all reasons are named."""
     refusals = config_refusals(config, base_is_residual)
     if refusals:
         instead = INSTEAD if peft_merges(config) else UNMERGED
-        raise UnsupportedError(f"{path / CONFIG_NAME}: refused: {listed(refusals, separator='; ')}; {instead}")
-    file = TensorFile(path / WEIGHTS_NAME, io)
+        raise UnsupportedError(f"{config.path}: refused: {listed(refusals, separator='; ')}; {instead}")
+
+
+def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftAdapter:
+    """Account for every tensor of an adapter; see `open_adapter`, whose errors it raises.
+
+    Parameters
+    ----------
+    file
+        The adapter's tensors, by the names that PEFT saves them under.
+    """
     method = METHODS.get(str(config.peft_type))
     found, rest = _sort(file, method)
 

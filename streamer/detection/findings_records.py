@@ -26,6 +26,7 @@ class MatrixFigures(TypedDict):
     rank: int
     scale: float
     transposed: bool | None
+    fingerprint: str | None
     certified: bool
     degenerate: list[int]
     solver: str

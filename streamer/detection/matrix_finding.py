@@ -15,7 +15,9 @@ from streamer.linalg.operators import all_finite
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
-_LATER: dict[str, set[type]] = {"transposed": {bool, type(None)}, "precision": {str, type(None)}}
+_LATER: dict[str, set[type]] = {
+    "transposed": {bool, type(None)}, "precision": {str, type(None)}, "fingerprint": {str, type(None)},
+}  # fmt: skip
 """Figures that earlier versions did not write."""
 
 _KINDS: dict[str, type] = {
@@ -47,6 +49,8 @@ class MatrixFinding:
     transposed
         Whether the base stores (in, out), as embeddings and Conv1D layers do; the output side is judged all the same. None where the
         file that it was read from does not say.
+    fingerprint
+        Digest of the values that it was made from (see `fingerprints.fingerprint`); None where that is not said.
     """
 
     tensor: str
@@ -58,6 +62,7 @@ class MatrixFinding:
     detection: Detection
     seconds: float | None = field(default=None, compare=False)
     transposed: bool | None = None
+    fingerprint: str | None = None
 
     def __repr__(self) -> str:
         return f"<MatrixFinding {self.tensor} {'x'.join(map(str, self.shape))}: {self.detection.summary()}>"
@@ -65,7 +70,8 @@ class MatrixFinding:
     def figures(self) -> MatrixFigures:
         """Return all but the arrays, as JSON values."""
         own = {"tensor": self.tensor, "module": self.module, "shape": list(self.shape), "dtype": self.dtype,
-               "rank": self.rank, "scale": self.scale, "transposed": self.transposed}  # fmt: skip
+               "rank": self.rank, "scale": self.scale, "transposed": self.transposed,
+               "fingerprint": self.fingerprint}  # fmt: skip
         return cast("MatrixFigures", own | {name: getattr(self.detection, name) for name in _DECISIONS})
 
     def record(self) -> MatrixRecord:
@@ -126,4 +132,5 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
     }
     detection = Detection(U=arrays["U"], S=arrays["S"], Vh=arrays["Vh"], **numbers, **chosen)
     return MatrixFinding(figures["tensor"], figures["module"], (m, n), figures["dtype"],
-                         figures["rank"], figures["scale"], detection, transposed=figures.get("transposed"))  # fmt: skip
+                         figures["rank"], figures["scale"], detection, transposed=figures.get("transposed"),
+                         fingerprint=figures.get("fingerprint"))  # fmt: skip

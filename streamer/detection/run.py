@@ -16,6 +16,7 @@ from streamer.detection.findings import Findings, detection_digest, load_finding
 from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.findings_size import FindingsSize, check_findings_space, findings_bytes, findings_head
 from streamer.detection.findings_writer import FindingsWriter, inspect_findings_output, interrupted_run, journal_head
+from streamer.detection.fingerprints import fingerprint
 from streamer.detection.intruders import Detection, decide
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import best_way, detection_estimates, float64_way, kept_bytes
@@ -72,7 +73,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         found = _detection(plan, target, options, torch.device("cpu"), resident, prefetched)
     module = target.module
     return MatrixFinding(target.tensor, module.name, module.shape, prefetched.weight.label, module.rank, module.scaling, found,
-                         time.perf_counter() - began, target.transposed)  # fmt: skip
+                         time.perf_counter() - began, target.transposed, fingerprint(plan, target, prefetched.weight))  # fmt: skip
 
 
 def _detection(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, resident: int,

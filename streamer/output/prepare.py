@@ -8,6 +8,7 @@ from pathlib import Path
 
 from streamer.adapters.batch import given_findings, model_of
 from streamer.detection.findings import Findings, load_findings
+from streamer.detection.fingerprints import matched_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import MismatchError, UsageError
 from streamer.output.adapter_writer import AdapterWriter
@@ -93,12 +94,13 @@ def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence
             "one at a time, each with its own"
         )
     batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
+    fitting = []
     for plan, found, given in zip(batch.plans, loaded, findings, strict=True):
-        if found is not None:
-            _check_findings(plan, found, given if isinstance(given, Path) else "findings", detection)
+        name = given if isinstance(given, Path) else "findings"
+        fitting.append(None if found is None else _fitting_findings(plan, found, name, detection))
         if mitigation.coefficients is not None:
             check_coefficients(plan, mitigation.coefficients)
-    sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in loaded]
+    sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in fitting]
     return [
         Job(plan, mitigation, detection, run.device, source, form.dequantize, form.model_card)
         for plan, source in zip(batch.plans, sources, strict=True)
@@ -167,7 +169,10 @@ def _fits(target: Target, coefficients: int | None) -> bool:
     return coefficients is not None if factors is None else coefficients == min(factors.rank, *target.module.shape)
 
 
-def _check_findings(plan: Plan, findings: Findings, name: str | Path, options: DetectionOptions) -> None:
+def _fitting_findings(plan: Plan, findings: Findings, name: str | Path, options: DetectionOptions) -> Findings:
+    """Check that findings are on the matrices of a plan; those on a model in memory get the names of the base's files."""
+    if findings.base.get("in_memory"):
+        findings = matched_findings(plan, findings, str(name))
     findings.check_matches(plan.base_identity, plan.adapter_identity, options)
     shapes = {m.tensor: m.shape for m in findings}
     missing = [t.tensor for t in plan.targets if shapes.get(t.tensor) != t.module.shape]
@@ -176,3 +181,4 @@ def _check_findings(plan: Plan, findings: Findings, name: str | Path, options: D
             f"{name}: has no findings on {len(missing)} of {len(plan.targets)} matrices, {missing[0]!r} first; "
             "pass those on all matrices, or run detect again"
         )
+    return findings

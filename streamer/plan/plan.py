@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from streamer.plan.sources import Source, adapter_source, base_source
 from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets, misfits
 from streamer.plan.task_heads import merged_architecture
 from streamer.plan.tied_names import find_ties, vocabulary_tensors, without_stale_values
-from streamer.plan.transformers_renames import renames_for
+from streamer.plan.transformers_renames import Renames, renames_for
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
 from streamer.storage.files import Stamp, file_stamp
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
@@ -76,8 +76,8 @@ class Plan:
     mirrors: Mapping[str, Module]
     config: ModelConfig
     architecture: Architecture | None
-    extra_stamps: dict[str, Stamp]
-    inputs: tuple[Path, ...]
+    extra_stamps: Mapping[str, Stamp] = field(default_factory=dict)
+    inputs: tuple[Path, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -193,29 +193,37 @@ def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "m
     config = with_architecture(read_model_config(checkpoint.directory), architecture)
     weights, inputs = open_weights(checkpoint, config), (checkpoint.path, *given)
     orientation = Orientation.of(checkpoint, config)
-    plans = (
-        _plan(
-            checkpoint,
-            weights,
-            config,
-            orientation,
-            adapter or open_finetuned(path, checkpoint, tensor_roles(path, checkpoint, config, orientation), io),
-            inputs,
-        )
-        for path, adapter in zip(given, opened, strict=True)
-    )
+    renames, plans = renames_for(config), []
+    for path, adapter in zip(given, opened, strict=True):
+        source = adapter or open_finetuned(path, checkpoint, tensor_roles(path, checkpoint, config, orientation), io)
+        plan = match_plan(checkpoint, weights, config, orientation, source, renames)
+        stamps = {str(p): _stamp(p) for p in _side_files(checkpoint, source)}
+        plans.append(replace(plan, extra_stamps=stamps, inputs=inputs))
     return Batch(checkpoint, tuple(plans))
 
 
-def _plan(
-    checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, orientation: Orientation, opened: DeltaSource,
-    inputs: tuple[Path, ...],
-) -> Plan:  # fmt: skip
-    """Match an adapter with a base."""
+def _side_files(checkpoint: Checkpoint, opened: DeltaSource) -> list[Path]:
+    """List the small files that outputs copy, or that are read whole."""
     extra = [*opened.config_paths, *(path for _, path in other_files(opened.path))]
     if checkpoint.directory is not None:
         extra += [path for _, path in other_files(checkpoint.directory, opened.path)]
-    renames = renames_for(config)
+    return extra
+
+
+def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, orientation: Orientation,
+               opened: DeltaSource, renames: Renames) -> Plan:  # fmt: skip
+    """Match an adapter with a base, whether their tensors are in files or in memory; the plan has no side files.
+
+    Parameters
+    ----------
+    renames
+        From the names of the base's tensors to those of a loaded model.
+
+    Raises
+    ------
+    InputError
+        If they do not belong together, or are not supported.
+    """
     architecture = merged_architecture(config, opened)
     dropped: dict[str, str] = {}
     if isinstance(opened, FinetunedModel):
@@ -263,8 +271,7 @@ def _plan(
     ]
     targets.sort(key=_file_order(weights))
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
-    stamps = {str(p): _stamp(p) for p in extra}
-    return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, architecture, stamps, inputs)
+    return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, architecture)
 
 
 def _refuse_unmatched(names: Mapping[str, Match], adapter: DeltaSource, weights: WeightView) -> None:

@@ -16,9 +16,13 @@ class FileIdentity(TypedDict):
 
 
 class BaseIdentity(TypedDict):
-    """Identity of a base model: those of its files, and its class where the user named it."""
+    """Identity of a base model: those of its files, and its class where the user named it.
+
+    Of a model in memory its tensors stand for a file, and `in_memory` is True.
+    """
 
     architecture: NotRequired[str]
+    in_memory: NotRequired[bool]
     files: list[FileIdentity]
 
 

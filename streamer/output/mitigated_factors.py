@@ -1,0 +1,77 @@
+"""Make new factors of the modules of an adapter, in the names, shapes and dtypes that it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from streamer.linalg.low_rank import LowRank
+from streamer.output.job import Job
+from streamer.output.metrics import matrix_metrics
+from streamer.output.mitigation import back_project
+from streamer.output.records import MitigatedMatrix
+from streamer.plan.targets import Target
+from streamer.weights.dtypes import ENCODINGS, encode
+
+
+@dataclass(frozen=True)
+class MitigatedFactors:
+    """New values of the tensors that hold factors, for a mitigation of an adapter whose deltas all come in factors."""
+
+    job: Job
+
+    @cached_property
+    def targets(self) -> dict[str, list[Target]]:
+        """List the targets that each tensor of the adapter has factors of: one, or all experts of a layer."""
+        found: dict[str, list[Target]] = {}
+        for target in self.job.plan.targets:
+            for name in self.names(target):
+                found.setdefault(name, []).append(target)
+        return found
+
+    def names(self, target: Target) -> list[str]:
+        """Name the tensors that a mitigation of the target would change."""
+        mirror = self.job.plan.mirrors.get(target.module.name)
+        return [*target.module.tensor_names, *(mirror.tensor_names if mirror else ())]
+
+    def tensors(self, targets: list[Target], metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
+        """Make the tensors that hold the factors of these targets: of one module, or of all experts of a layer; empty ones stay.
+
+        Parameters
+        ----------
+        metrics
+            Takes those of each matrix.
+        """
+        new = [(target.module.factors, self._factors(target, metrics)) for target in targets]
+        module, factors = new[0]
+        if module is None or module.expert is None or not any(t.numel() for _, f in new for t in f.values()):
+            return factors
+        whole = {name: self.job.plan.adapter.tensors[name].whole().clone() for name in module.tensor_names}
+        for expert, factors in new:
+            assert expert is not None
+            for name, rows in zip(expert.tensor_names, expert.expert_slices, strict=True):
+                if factors[name].numel():
+                    whole[name][rows] = factors[name]
+        return whole
+
+    def _factors(self, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
+        job, module = self.job, target.module.factors
+        delta, after, found = job.mitigated(target)
+        if after is delta:
+            metrics.append(matrix_metrics(target, delta, after, found, job.options))
+            return {name: torch.empty(0) for name in self.names(target)}
+        assert isinstance(after, LowRank)
+        assert module is not None
+        B, A, error = back_project(after, module.rank, module.scaling)
+        if module.delta_transposed:
+            A, B = B.T, A.T
+        out = {}
+        for name, factor in zip(self.names(target), (A, B, B.T, A.T), strict=False):
+            encoding = ENCODINGS[job.plan.adapter.file.header.by_name[name].dtype]
+            out[name] = encode(factor, encoding, factor, name)
+        written = module.product(out[module.a].double(), out[module.b].double())
+        metrics.append(matrix_metrics(target, delta, written, found, job.options, error))
+        return out

@@ -1,0 +1,59 @@
+"""Describe the mitigation of a live model's deltas, as that of files is described."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from streamer.detection.findings import Findings
+from streamer.detection.options import DetectionOptions
+from streamer.errors import MismatchError
+from streamer.events import Monitor
+from streamer.output.coefficients import CoefficientSet
+from streamer.output.job import GivenFindings, Job, OwnFile
+from streamer.output.mitigation import MitigationOptions
+from streamer.peft.detection import findings_for
+from streamer.peft.plan import LivePlan
+
+
+def live_job(
+    live: LivePlan, mitigation: MitigationOptions, detection: DetectionOptions, findings: Findings | str | Path | None,
+    device: torch.device, monitor: Monitor,
+) -> tuple[Job, Findings | None]:  # fmt: skip
+    """Detect, or take the findings given, where the mitigation needs them.
+
+    Returns
+    -------
+    Job, Findings or None
+        The findings have the names in memory; None where none are needed.
+    """
+    monitor.warn(live.plan.warnings)
+    if mitigation.coefficients is not None:
+        mitigation = replace(mitigation, coefficients=_named_in_memory(live, mitigation.coefficients))
+    found = None
+    if mitigation.needs_detection:
+        found = findings_for(live, findings, detection, device, monitor)
+    source = OwnFile(detection) if found is None else GivenFindings(found)
+    return Job(live.plan, mitigation, detection, device, source), found
+
+
+def _named_in_memory(live: LivePlan, coefficients: CoefficientSet) -> CoefficientSet:
+    """Give coefficients the names in memory; that they are of this adapter is checked by its singular values, matrix by matrix.
+
+    Raises
+    ------
+    MismatchError
+        If they are not on the adapter's matrices.
+    """
+    names = {target.tensor: live.name_in_files(target.tensor) for target in live.plan.targets}
+    lacking = [name for name in names.values() if name not in coefficients.matrices]
+    if lacking or len(coefficients.matrices) != len(names):
+        known = next(iter(coefficients.matrices), "none")
+        raise MismatchError(
+            f"{coefficients.name}: coefficients are of {len(coefficients.matrices)} matrices, {known!r} first, and the adapter has "
+            f"{len(names)}, {next(iter(names.values()))!r} first; fit them to this adapter, or load the base from the directory that they "
+            "were fitted on, so that its names are known"
+        )
+    return replace(coefficients, matrices={tensor: coefficients.matrices[name] for tensor, name in names.items()})

@@ -1,0 +1,205 @@
+"""Merge a mitigated adapter into a live model, matrix by matrix and in place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamer.api.keywords import detection_options, mitigation_options, run_options
+from streamer.detection.findings import Findings
+from streamer.detection.intruders import Selection
+from streamer.errors import NumericError, UnsupportedError
+from streamer.events import Event, OnEvent
+from streamer.linalg.operators import all_finite
+from streamer.linalg.torch_state import threads
+from streamer.output.coefficients import Coefficients
+from streamer.output.job import Job
+from streamer.output.merge_plan import Output, plan_merged
+from streamer.output.merged_tensors import AddBias, Cast, CopyBytes
+from streamer.output.mitigation import MitigationMethod
+from streamer.peft.job import live_job
+from streamer.peft.model import LiveModel, quiet_peft
+from streamer.peft.plan import LivePlan, plan_live
+from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
+
+
+def merge_and_unload_with_reduced_intruder_dimensions(
+    peft_model: nn.Module,
+    adapter_name: str = "default",
+    top_k: int | float = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    *,
+    findings: Findings | str | Path | None = None,
+    method: MitigationMethod | None = None,
+    scale: Selection = "all",
+    coefficients: Coefficients | str | Path | None = None,
+    keep: float | None = None,
+    solver: str = "auto",
+    device: str = "auto",
+    on_event: OnEvent | None = None,
+) -> nn.Module:
+    """Merge an adapter, its intruders scaled by `mitigation_lambda`, into the base, and return the base without PEFT.
+
+    Weights are changed in place, one matrix after the other, in the base's dtypes and on its devices, each rounded once from the sum in
+    float32. Everything is detected and checked before the first is changed. Other adapters are dropped, and `peft_model` is of no use
+    any more. An embedding and a head that are one tensor part where the adapter changes one of them, which the base's config says then.
+
+    Parameters
+    ----------
+    peft_model
+        A `PeftModel`, or a model with injected adapters, as transformers' ``add_adapter`` makes it.
+    adapter_name
+        An adapter of any kind that ``streamer merge`` takes.
+    top_k
+        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
+        in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
+        in (0, 1].
+    mitigation_lambda
+        What is left of an intruder: 1 changes nothing, 0 removes it.
+    findings
+        From `detect_intruder_dimensions`, of this module or on the files, or the path of their file: no SVD of a weight is done then.
+    method, scale, coefficients, keep
+        As `streamer.merge_with_reduced_intruder_dimensions` has them.
+    solver, device
+        As `detect_intruder_dimensions` has them.
+    on_event
+        Called with an `Event` at each step, warnings included. Without it warnings go through the `warnings` module.
+
+    Returns
+    -------
+    torch.nn.Module
+        The base model, for a `PeftModel` what ``get_base_model()`` gives.
+
+    Raises
+    ------
+    MissingPackageError
+        If PEFT is not installed.
+    UnsupportedError
+        If weights are quantized, or offloaded to the disk.
+    StreamerError
+        Of the class that says what kind of fault it is (see `streamer.errors`).
+    """
+    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep)
+    detection = detection_options(top_k, threshold_epsilon, solver, None)
+    run = run_options(device, "mmap", True, None, on_event)
+    live = plan_live(peft_model, adapter_name)
+    outputs = _checked(live, list(_changed(live)))
+    job, _ = live_job(live, mitigation, detection, findings, run.device, run.monitor)
+    total, done = sum(_nbytes(output) for output in outputs), 0
+    for items, output in enumerate(outputs):
+        run.monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
+        _write(live, output, _values(job, output))
+        live.release()
+        done += _nbytes(output)
+    run.monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
+    _say_untied(live)
+    with quiet_peft():
+        live.live.activate(adapter_name)
+        return unloaded(live.live)
+
+
+def _changed(live: LivePlan) -> Iterator[Output]:
+    """List the tensors of the base that the merge changes, those that get a parameter of their own first.
+
+    What the adapter saves stands in the model already, in modules that take the base's places when PEFT is taken out.
+    """
+    plan = live.plan
+    if refused := [n for n in plan.by_weight if n in plan.weights.quantized_names and not plan.weights.requantizes(n)]:
+        raise UnsupportedError(
+            f"{plan.base.path}: {len(refused)} of the weights to merge into are quantized, {refused[0]!r} first "
+            f"({plan.weights[refused[0]].label}), and merged weights do not fit their codes; load the base without quantization, or merge "
+            "its files with `streamer merge --dequantize`"
+        )
+    outputs = [output for outputs in plan_merged(plan).files.values() for output in outputs]
+    for output in sorted(outputs, key=lambda output: output.name in plan.base.weight_map):
+        source = plan.edits.sources.get(output.name)
+        saved = source is not None and source.file is plan.adapter.file
+        own = isinstance(output.recipe, CopyBytes) and output.name in plan.base.weight_map
+        if own or (saved and isinstance(output.recipe, CopyBytes | Cast)):
+            continue
+        if saved and not isinstance(output.recipe, AddBias):
+            raise UnsupportedError(
+                f"{plan.adapter.path}: saves {output.name!r} and changes it besides, which is not supported in memory; merge its files "
+                "with `streamer merge`"
+            )
+        yield output
+
+
+def _checked(live: LivePlan, outputs: list[Output]) -> list[Output]:
+    """Refuse, before anything is changed, what cannot be written to, and adapters with values that are not finite."""
+    for output in outputs:
+        tensor = live.tensors.get(output.name)
+        if tensor is None or tensor.on_disk:
+            why = "is offloaded to the disk, which is not written to" if tensor else "is no parameter of the model"
+            raise UnsupportedError(
+                f"{live.plan.base.path}: {output.name!r} {why}; load the model without disk in its device_map, or merge its files with "
+                "`streamer merge`"
+            )
+    for name, stored in live.plan.adapter.tensors.items():
+        values = stored.whole()
+        if values.is_floating_point() and not all_finite(values):
+            raise NumericError(f"{live.plan.adapter.path}: {name!r} holds NaN or Inf; check the adapter")
+    return outputs
+
+
+def _nbytes(output: Output) -> int:
+    return torch.Size(output.shape).numel() * TORCH_DTYPES[output.dtype].itemsize
+
+
+def _values(job: Job, output: Output) -> Tensor:
+    """Make the values of a tensor in the dtype that it has."""
+    data, at = bytearray(_nbytes(output)), 0
+    with threads():
+        for piece in output.recipe.pieces(lambda target: job.mitigated(target)[:2]):
+            data[at : at + len(piece)] = piece
+            at += len(piece)
+    return as_tensor(memoryview(data), TORCH_DTYPES[output.dtype], output.shape)
+
+
+def _write(live: LivePlan, output: Output, values: Tensor) -> None:
+    tensor = live.tensors[output.name]
+    if output.name in live.plan.base.weight_map:
+        tensor.write(values)
+    else:  # another's, so far
+        made = values.to(tensor.device, tensor.tensor.dtype)
+        tensor.module.register_parameter(tensor.key, nn.Parameter(made, tensor.tensor.requires_grad))
+
+
+def _say_untied(live: LivePlan) -> None:
+    """State in the base's config that head and embedding are two tensors, where they are now."""
+    config: Any = getattr(live.live.base, "config", None)
+    for *path, key in live.plan.edits.untied:
+        setattr(functools.reduce(getattr, path, config), key, False)
+
+
+def unloaded(live: LiveModel) -> nn.Module:
+    """Take PEFT's layers out of the base, in place, leaving what the active adapter saves, and return the base."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    outermost: list[str] = []
+    for name, module in live.base.named_modules():
+        if isinstance(module, wrappers) and not any(name.startswith(f"{above}.") for above in outermost):
+            outermost.append(name)
+    for name in outermost:
+        wrapper: Any = live.base.get_submodule(name)
+        if hasattr(wrapper, "unload_and_optionally_merge_module"):
+            inner = wrapper.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+        else:
+            inner = wrapper.get_base_layer()
+        parent, _, child = name.rpartition(".")
+        setattr(live.base.get_submodule(parent), child, inner)
+    if hasattr(live.base, "peft_config"):
+        del live.base.peft_config
+    if getattr(live.base, "_hf_peft_config_loaded", False):
+        setattr(live.base, "_hf_peft_config_loaded", False)  # noqa: B010  # no attribute that torch declares
+    return live.base

@@ -1,0 +1,225 @@
+"""Find the parts of a PEFT model in memory: the base's tensors by the names that they have without PEFT, and an adapter's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.tensor_names import normalize
+from streamer.errors import MissingPackageError, UnsupportedError, UsageError
+from streamer.peft.tensors import LiveTensor
+from streamer.units import listed
+
+EXTRA = "intruder-streamer[peft]"
+
+
+def require_peft() -> Any:
+    """Import PEFT.
+
+    Raises
+    ------
+    MissingPackageError
+        If it, or a version that this works with, is not installed; the message says what to install.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise MissingPackageError(
+            f"streamer.peft needs PEFT, which is not installed; pip install '{EXTRA}'", "peft"
+        ) from None
+    if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 21):
+        raise MissingPackageError(
+            f"streamer.peft needs PEFT 0.21, found {peft.__version__}; pip install -U '{EXTRA}'", "peft"
+        )
+    return peft
+
+
+@dataclass(frozen=True, eq=False)
+class LiveModel:
+    """A model with adapters that PEFT put into it.
+
+    Attributes
+    ----------
+    model
+        A `PeftModel`, or a plain model with injected adapters, out of what `torch.compile` wraps around it.
+    base
+        The model that has the layers; `model` itself where adapters were injected.
+    adapter_name
+        The adapter that is looked at.
+    """
+
+    model: nn.Module
+    base: nn.Module
+    adapter_name: str
+
+    @property
+    def title(self) -> str:
+        """Name the base in messages."""
+        return f"{type(self.base).__name__} in memory"
+
+    @property
+    def adapter_title(self) -> str:
+        """Name the adapter in messages."""
+        return f"adapter {self.adapter_name!r} in memory"
+
+    @property
+    def configs(self) -> dict[str, Any]:
+        """PEFT's configs by the adapters' names."""
+        found: dict[str, Any] = self.model.peft_config  # type: ignore[assignment]
+        return found
+
+    def base_tensors(self) -> dict[str, LiveTensor]:
+        """List the base's parameters and buffers by the names that they have without PEFT; tied ones under each of their names."""
+        return dict(_entries(self.base, "", base_only=True))
+
+    def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, LiveTensor]:
+        """List an adapter's tensors by the names that PEFT saves them under.
+
+        A tensor that PEFT makes for saving belongs to no module, and stands for itself.
+        """
+        every = dict(_entries(self.model, "", base_only=False))
+        by_id = {id(live.tensor): live for live in every.values()}
+        with quiet_peft():
+            saved = require_peft().get_peft_model_state_dict(
+                self.model,
+                state_dict={name: live.tensor for name, live in every.items()},
+                adapter_name=adapter_name or self.adapter_name,
+                save_embedding_layers=False,
+            )
+        return {name: by_id.get(id(t)) or LiveTensor(self.model, name, t) for name, t in saved.items()}
+
+    def adapter_config(self) -> AdapterConfig:
+        """Return the adapter's config as PEFT would save it, its version that of the PEFT that runs."""
+        tree = self.configs[self.adapter_name].to_dict()
+        values = json.loads(json.dumps({**tree, "peft_version": require_peft().__version__}, default=_json_value))
+        return AdapterConfig(values, Path(self.adapter_title))
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """Iterate over PEFT's layers that have this adapter, by their paths in `model`."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for name, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer) and self._has_adapter(module):
+                yield name, module
+
+    def _has_adapter(self, layer: Any) -> bool:
+        kinds = (getattr(layer, attribute, ()) for attribute in layer.adapter_layer_names)
+        return any(self.adapter_name in kind for kind in kinds if not isinstance(kind, Tensor | nn.Parameter))
+
+    def activate(self, adapter_name: str) -> None:
+        """Make an adapter the active one, and the one that is trained."""
+        from peft import PeftModel, functional
+
+        if isinstance(self.model, PeftModel):
+            self.model.set_adapter(adapter_name)
+        else:
+            functional.set_adapter(self.model, adapter_name)
+
+    def delete(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        from peft import PeftModel, functional
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+        if isinstance(self.model, PeftModel):
+            self.model.delete_adapter(adapter_name)
+        else:
+            config = self.configs.pop(adapter_name)
+            functional.delete_adapter(self.model, adapter_name, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
+
+
+def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
+    """Find the model and the adapter.
+
+    Raises
+    ------
+    UsageError
+        If the model has no adapter of that name.
+    UnsupportedError
+        If it mixes kinds of adapters, or deltas are merged into its weights.
+    """
+    peft = require_peft()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model: Any = _uncompiled(peft_model)
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(model, nn.Module) or not isinstance(configs, dict) or not configs:
+        raise UsageError(
+            f"peft_model: expected a model with adapters of PEFT, found {type(model).__name__}; load one with PeftModel.from_pretrained"
+        )
+    if isinstance(model, peft.PeftMixedModel):
+        raise UnsupportedError("peft_model: a PeftMixedModel, whose adapters are of several kinds, is not supported")
+    if adapter_name not in configs:
+        raise UsageError(f"adapter {adapter_name!r}: the model has none of this name, but {listed(map(repr, configs))}")
+    base = _uncompiled(model.get_base_model() if isinstance(model, peft.PeftModel) else model)
+    merged = next((n for n, m in base.named_modules() if isinstance(m, BaseTunerLayer) and m.merged), None)
+    if merged is not None:
+        raise UnsupportedError(
+            f"{merged}: an adapter is merged into its weight, so that the base's values are not there; call unmerge_adapter() first"
+        )
+    return LiveModel(model, base, adapter_name)
+
+
+def _uncompiled(model: Any) -> Any:
+    """Return the model in what `torch.compile` wraps around it."""
+    while isinstance(model, nn.Module) and "_orig_mod" in model._modules:  # PeftModel passes attributes on to its base
+        model = model._modules["_orig_mod"]
+    return model
+
+
+def _entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[str, LiveTensor]]:
+    """Iterate over the tensors that each module's state dict has: of quantized layers what decodes them is among these."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if base_only and isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer):
+        wrapped = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
+        yield from _entries(module.get_submodule(wrapped), prefix, base_only)
+        return
+    own: dict[str, Any] = {}
+    module._save_to_state_dict(own, "", keep_vars=True)
+    for key, tensor in own.items():
+        if isinstance(tensor, Tensor):
+            yield prefix + key, LiveTensor(module, key, tensor)
+    for name, child in module.named_children():
+        below = prefix if base_only and name == "_orig_mod" else f"{prefix}{name}."
+        yield from _entries(child, below, base_only)
+
+
+def path_in_base(name: str) -> str:
+    """Give the path of one of PEFT's layers without PEFT: ``base_model.model.layers.0.experts.base_layer`` → ``layers.0.experts``."""
+    path = normalize(f"{name}.")[:-1]
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
+
+
+def model_config(base: nn.Module) -> Mapping[str, Any]:
+    """Return a model's config as it would be saved; {} where it has none."""
+    config: Any = getattr(base, "config", None)
+    if hasattr(config, "to_json_string"):
+        return dict(json.loads(config.to_json_string(use_diff=False)))
+    return {}
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence PEFT's advice, and leave torch's generator on the CPU as it was: new factors are overwritten."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _json_value(value: object) -> Any:
+    """Make a JSON value as PEFT does."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return getattr(value, "value", str(value))

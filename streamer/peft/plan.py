@@ -1,0 +1,213 @@
+"""Plan a live model as files are planned: each module of an adapter with the matrix that it changes, and all refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+from streamer.adapters.adapter import DeltaSource, PeftAdapter
+from streamer.adapters.modules import MethodModule
+from streamer.adapters.reader import refuse_kinds, sorted_adapter
+from streamer.errors import StreamerError, UnsupportedError
+from streamer.peft.model import LiveModel, model_config, open_model, path_in_base
+from streamer.peft.tensors import LiveFile, LiveTensor
+from streamer.plan.architectures import architecture_for
+from streamer.plan.name_matching import Match
+from streamer.plan.plan import Plan, match_plan
+from streamer.plan.targets import Orientation
+from streamer.plan.transformers_renames import Renames, renames_for
+from streamer.storage.checkpoint import Checkpoint, open_checkpoint
+from streamer.storage.identities import AdapterIdentity, BaseIdentity
+from streamer.weights.logical import WeightView, open_weights
+from streamer.weights.model_config import ModelConfig, read_model_config
+
+
+class LiveBase(Checkpoint):
+    """A base in memory, under the interface of its files."""
+
+    def identity(self) -> BaseIdentity:
+        """Return names, dtypes, shapes and samples of its tensors, and say that it is in memory."""
+        return {"in_memory": True, **self._identity}
+
+
+class LiveAdapter(PeftAdapter):
+    """An adapter in memory, under the interface of its directory."""
+
+    def identity(self) -> AdapterIdentity:
+        """Digest all tensors, and the config."""
+        digest = hashlib.sha256(self.file.header.digest.encode())
+        for info in self.file.header.tensors:
+            digest.update(self.file.view(info))
+        config = json.dumps(dict(self.config.values), sort_keys=True)
+        return {
+            "weights_sha256": digest.hexdigest(),
+            "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+            "modules": len(self.modules),
+            "base_model_name_or_path": self.config.base_model,
+        }
+
+
+@dataclass(frozen=True)
+class LiveOrientation(Orientation):
+    """Orientation of a base whose layers are at hand.
+
+    Attributes
+    ----------
+    conv1d
+        Names of the weights of its Conv1D layers.
+    """
+
+    conv1d: frozenset[str] = frozenset()
+
+    def seen(self, adapter: DeltaSource, weights: WeightView, names: Mapping[str, Match]) -> Orientation:
+        """Return itself: nothing is left to be learned."""
+        return self
+
+    def ways(self, tensor: str, *names: str, fan_in_fan_out: bool = False) -> set[bool]:
+        """Tell whether the weight is a Conv1D's."""
+        return {tensor in self.conv1d}
+
+
+@dataclass(frozen=True, eq=False)
+class LivePlan:
+    """A live model's plan, and its tensors.
+
+    Attributes
+    ----------
+    live
+        The model.
+    plan
+        Which matrix each module changes, by the names in memory.
+    tensors
+        The base's tensors, tied ones under each of their names.
+    """
+
+    live: LiveModel
+    plan: Plan
+    tensors: Mapping[str, LiveTensor]
+
+    @cached_property
+    def names_in_files(self) -> dict[str, str]:
+        """Map a tensor's name in memory → its name in the files that the model was loaded from, where these are at hand."""
+        return _names_in_files(self.live.base, list(self.tensors))
+
+    def name_in_files(self, tensor: str) -> str:
+        """Name a matrix as the files have it, an expert's by its stack; by its own name where they are not at hand."""
+        stem, bracket, index = tensor.partition("[")
+        return self.names_in_files.get(stem, stem) + bracket + index
+
+    def release(self) -> None:
+        """Drop what had to be copied to be read."""
+        for file in (*self.plan.base.files.values(), *self.plan.adapter.files):
+            assert isinstance(file, LiveFile)
+            file.release()
+
+
+def plan_live(peft_model: nn.Module, adapter_name: str) -> LivePlan:
+    """Match an adapter of a live model with the model's matrices.
+
+    The base in memory is what the adapter is added to, so that an adapter that was made relative to a residual, as PiSSA's, finds it there.
+
+    Raises
+    ------
+    UsageError, UnsupportedError, MismatchError
+        What files of that kind are refused for as well, or because of the model's state.
+    """
+    live = open_model(peft_model, adapter_name)
+    config = live.adapter_config()
+    refuse_kinds(config, base_is_residual=True)
+    adapter_file = LiveFile(live.adapter_title, live.adapter_tensors())
+    found = sorted_adapter(Path(live.adapter_title), config, adapter_file)
+    adapter = LiveAdapter(found.path, found.config, found.files, found.modules, found.carried, found.wrapped)
+    tensors = live.base_tensors()
+    seen: set[int] = set()
+    own: dict[str, LiveTensor] = {}
+    for name, tensor in tensors.items():  # tied tensors stand once, as in files
+        if tensor.offloaded or id(tensor.tensor) not in seen:
+            own[name] = tensor
+        seen.add(id(tensor.tensor))
+    file = LiveFile(live.title, own)
+    base = LiveBase(Path(live.title), {live.title: file}, dict.fromkeys(own, live.title), None)
+    model = _config(live.base, tied=len(own) < len(tensors))
+    conv1d = {
+        name
+        for name, t in own.items()
+        if t.key == "weight" and any(c.__name__ == "Conv1D" for c in type(t.module).__mro__)
+    }
+    orientation = LiveOrientation(Orientation.of(base, model).architectures, conv1d=frozenset(conv1d))
+    weights = open_weights(base, model)
+    plan = match_plan(base, weights, model, orientation, adapter, Renames("", (), ()))
+    _refuse_other_scalings(live, plan)
+    return LivePlan(live, plan, tensors)
+
+
+def _config(base: nn.Module, tied: bool) -> ModelConfig:
+    """Return the model's config; its class is that of the model, or the one that this was derived from.
+
+    Of a class that is not known it states that nothing is tied, where no parameter has two names.
+    """
+    values = model_config(base)
+    named = (ModelConfig({**values, "architectures": [cls.__name__]}) for cls in type(base).__mro__)
+    known = next((config for config in named if architecture_for(config) is not None), None)
+    if known is not None:
+        return known
+    apart = {} if tied else {"tie_word_embeddings": False}
+    return ModelConfig({**values, "architectures": [type(base).__name__], **apart})
+
+
+def _refuse_other_scalings(live: LiveModel, plan: Plan) -> None:
+    """Refuse an adapter that was scaled after it was loaded: its config says another scaling than its layers have."""
+    layers = {name: layer for name, layer in live.layers() if isinstance(getattr(layer, "scaling", None), dict)}
+    for target in plan.targets:
+        if isinstance(target.module, MethodModule) and not target.module.method.scaled:
+            continue
+        path = target.module.tensor_names[0]
+        while path and path not in layers:
+            path = path.rpartition(".")[0]
+        scaling = layers[path].scaling.get(live.adapter_name) if path else None
+        if scaling is not None and abs(scaling - target.module.scaling) > 1e-6 * abs(scaling):
+            raise UnsupportedError(
+                f"{path_in_base(path)}: is scaled by {scaling:g}, and by the config of adapter {live.adapter_name!r} by "
+                f"{target.module.scaling:g}; set the scale back (unscale_layer), or the config's lora_alpha to what it is to be"
+            )
+
+
+def _names_in_files(base: nn.Module, names: list[str]) -> dict[str, str]:
+    directory = _directory(getattr(base, "name_or_path", None))
+    if directory is None:
+        return {}
+    try:
+        checkpoint = open_checkpoint(directory)
+        renames = renames_for(read_model_config(directory))
+    except StreamerError:
+        return {}  # not in safetensors
+    by_run_time = {now: name for name, now in renames.at_run_time(checkpoint.weight_map).items()}
+    prefix = f"{getattr(base, 'base_model_prefix', '')}."
+    found = {}
+    for name in names:
+        ways = (name, name.removeprefix(prefix), prefix + name)
+        match = next((by_run_time[way] for way in ways if way in by_run_time), None)
+        if match is not None:
+            found[name] = match
+    return found if len({*found.values()}) == len(found) else {}
+
+
+def _directory(stated: object) -> Path | None:
+    """Find the directory that a model was loaded from, by its path or, in the hub's cache, by its id."""
+    if not isinstance(stated, str) or not stated:
+        return None
+    if Path(stated).is_dir():
+        return Path(stated)
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(stated, "config.json")
+    except (ImportError, ValueError):  # what is no id
+        return None
+    return Path(config).parent if isinstance(config, str) else None

@@ -1,0 +1,212 @@
+"""Mitigate an adapter of a live model: a new adapter beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from streamer.api.keywords import detection_options, mitigation_options, run_options
+from streamer.detection.findings import Findings
+from streamer.detection.intruders import Selection
+from streamer.errors import UnsupportedError, UsageError
+from streamer.events import OnEvent
+from streamer.output.coefficients import Coefficients
+from streamer.output.mitigated_factors import MitigatedFactors
+from streamer.output.mitigation import MitigationMethod
+from streamer.output.records import MitigatedMatrix
+from streamer.peft.detection import named_as_files
+from streamer.peft.job import live_job
+from streamer.peft.model import LiveModel, quiet_peft, require_peft
+from streamer.peft.plan import LivePlan, plan_live
+from streamer.peft.tensors import LiveTensor
+
+LoggingSink = Callable[[str], Any]
+
+
+def reduce_intruder_dimension(
+    peft_model: nn.Module,
+    old_adapter_name: str = "default",
+    new_adapter_name: str = "intruder_reduced",
+    top_k: int | float = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    logging_sink: LoggingSink | None = None,
+    *,
+    findings: Findings | str | Path | None = None,
+    method: MitigationMethod | None = None,
+    scale: Selection = "all",
+    coefficients: Coefficients | str | Path | None = None,
+    keep: float | None = None,
+    solver: str = "auto",
+    device: str = "auto",
+    on_event: OnEvent | None = None,
+) -> Findings | None:
+    """Add an adapter whose delta has its intruders scaled by `mitigation_lambda`, and make it the active one.
+
+    The mitigated delta is projected back onto ``lora_A``, ``lora_B`` at the adapter's own rank; all that the old adapter has besides,
+    saved modules, biases and tokens, the new one has too. The old one stays as it is. Where something is refused or fails, the model is
+    as it was.
+
+    Parameters
+    ----------
+    peft_model
+        A `PeftModel`, or a model with injected adapters, as transformers' ``add_adapter`` makes it. What ``torch.compile`` made of one
+        is compiled anew when it is next used.
+    old_adapter_name
+        A LoRA adapter, active or not.
+    new_adapter_name
+        The name of the new one, which the model must not have yet.
+    top_k
+        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
+        in (0, 1].
+    threshold_epsilon
+        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
+        in (0, 1].
+    mitigation_lambda
+        What is left of an intruder: 1 changes nothing, 0 removes it.
+    logging_sink
+        Called with a line for each of PEFT's layers, as PEFT's function prints them; None says nothing.
+    findings
+        From `detect_intruder_dimensions`, of this module or on the files, or the path of their file: no SVD of a weight is done then.
+    method, scale, coefficients, keep
+        As `streamer.reduce_intruder_dimension` has them.
+    solver, device
+        As `detect_intruder_dimensions` has them.
+    on_event
+        Called with an `Event` at each step, warnings included. Without it warnings go through the `warnings` module.
+
+    Returns
+    -------
+    Findings or None
+        What was found; None where nothing had to be detected (``shrink``, ``fitted``, λ = 1).
+
+    Raises
+    ------
+    MissingPackageError
+        If PEFT is not installed.
+    UnsupportedError
+        If the mitigated delta has no form in an adapter of this kind, such as DoRA.
+    StreamerError
+        Of the class that says what kind of fault it is (see `streamer.errors`).
+    """
+    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep)
+    detection = detection_options(top_k, threshold_epsilon, solver, None)
+    run = run_options(device, "mmap", True, None, on_event)
+    live = plan_live(peft_model, old_adapter_name)
+    if new_adapter_name in live.live.configs:
+        raise UsageError(
+            f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or delete_adapter it"
+        )
+    _refuse_dense(live)
+    job, found = live_job(live, mitigation, detection, findings, run.device, run.monitor)
+    factors, new = MitigatedFactors(job), dict[str, Tensor]()
+    metrics: list[MitigatedMatrix] = []
+    for name, targets in factors.targets.items():
+        if name not in new:
+            new |= factors.tensors(targets, metrics)
+    _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values.numel()})
+    if logging_sink is not None:
+        _log(live, found, new_adapter_name, logging_sink)
+    return None if found is None else named_as_files(live, found)
+
+
+def _refuse_dense(live: LivePlan) -> None:
+    dense = [t.module.name for t in live.plan.targets if t.module.factors is None]
+    if dense:
+        raise UnsupportedError(
+            f"{live.plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
+            "adapter; merge_and_unload_with_reduced_intruder_dimensions puts it into the base, and of files `streamer mitigate "
+            "--to-lora RANK` writes it as a LoRA adapter"
+        )
+
+
+def _add(live: LiveModel, name: str, new: Mapping[str, Tensor]) -> None:
+    """Add an adapter like the old one, with new values of some of its tensors, and make it the active one.
+
+    Parameters
+    ----------
+    new
+        By the names that PEFT saves tensors under.
+    """
+    old = live.adapter_tensors()
+    with _added(live, name):
+        made = live.adapter_tensors(name)
+        if other := sorted(made.keys() ^ old.keys()):
+            raise UnsupportedError(
+                f"adapter {live.adapter_name!r}: PEFT gives a second one of its config other tensors, {other[0]!r} first (as with "
+                "ensure_weight_tying); merge_and_unload_with_reduced_intruder_dimensions needs no second one, nor do files"
+            )
+        for saved, tensor in made.items():
+            values = new.get(saved)
+            source = old[saved]
+            _assign(tensor, source.values() if values is None else values, source)
+        for module in live.model.modules():
+            if isinstance(module, nn.ModuleDict) and name in module and live.adapter_name in module:
+                module[name].train(module[live.adapter_name].training)
+        live.activate(name)
+
+
+@contextlib.contextmanager
+def _added(live: LiveModel, name: str) -> Iterator[None]:
+    """Add an adapter of the old one's config, and remove it again where the body fails.
+
+    Raises
+    ------
+    UnsupportedError
+        If PEFT does not add one beside the old one.
+    """
+    peft = require_peft()
+    stated = live.configs[live.adapter_name]
+    config = copy.deepcopy(stated)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # others look at the base, and some change it
+    try:
+        with quiet_peft():
+            if isinstance(live.model, peft.PeftModel):
+                live.model.add_adapter(name, config, autocast_adapter_dtype=False)
+            else:
+                peft.inject_adapter_in_model(config, live.model, name)
+    except ValueError as e:
+        raise UnsupportedError(
+            f"adapter {live.adapter_name!r}: PEFT adds no second one beside it ({next(iter(str(e).splitlines()), '')}); "
+            "merge_and_unload_with_reduced_intruder_dimensions needs none"
+        ) from e
+    for key in ("init_lora_weights", "modules_to_save"):
+        if hasattr(stated, key):
+            setattr(live.configs[name], key, copy.deepcopy(getattr(stated, key)))
+    try:
+        yield
+    except BaseException:
+        live.delete(name)
+        raise
+
+
+def _assign(tensor: LiveTensor, values: Tensor, source: LiveTensor) -> None:
+    """Give a parameter of the new adapter its values, in the dtype of the old one's and on the device that this is used on."""
+    made = values.to(source.device, source.tensor.dtype, copy=True).reshape(source.tensor.shape)
+    if tensor.offloaded:  # made beside a base on the meta device: a parameter of its own, which no hook moves
+        tensor.module.register_parameter(tensor.key, nn.Parameter(made, tensor.tensor.requires_grad))
+    else:
+        tensor.tensor.data = made
+
+
+def _log(live: LivePlan, found: Findings | None, name: str, sink: LoggingSink) -> None:
+    """Say what PEFT's function says, a line for each layer."""
+    by_tensor = {} if found is None else found.by_tensor
+    counts: dict[str, int] = {}
+    layers = {path for path, _ in live.live.layers()}
+    for target in live.plan.targets:
+        path = target.module.tensor_names[0]
+        while path and path not in layers:
+            path = path.rpartition(".")[0]
+        finding = by_tensor.get(target.tensor)
+        counts[path] = counts.get(path, 0) + (len(finding.detection.intruders) if finding else 0)
+    for path, _ in live.live.layers():
+        if path in counts:
+            sink(f"{path}: Intruders: {counts[path]}" if counts[path] else f"{path}: No intruders")
+    sink(f"Enabling new adapter {name}")

@@ -1,0 +1,303 @@
+"""Live PEFT models: against PEFT's own function, offloaded and quantized, injected and compiled, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import kinds_cases
+import peft
+import pytest
+import torch
+from kinds import llama_config
+from kinds_cases import Made, quiet, relative
+from live import adapter_state, assert_equal, assert_same_findings, load_state, loaded, of_peft
+from peft.tuners.lora import intruders as theirs
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+import streamer
+import streamer.peft as live
+from streamer.errors import MismatchError, UnsupportedError, UsageError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A Llama with a trained adapter, on disk."""
+    return kinds_cases.make("linear", torch.float32, tmp_path_factory.mktemp("live"))
+
+
+@pytest.fixture(scope="module")
+def on_files(made: Made) -> streamer.Findings:
+    return streamer.detect_intruder_dimensions(made.base, made.adapter)
+
+
+@pytest.fixture(scope="module")
+def expected(made: Made, on_files: streamer.Findings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter that files give at λ = 0.5."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    streamer.reduce_intruder_dimension(made.base, made.adapter, out, mitigation_lambda=0.5, findings=on_files)
+    return out
+
+
+def tokens() -> Tensor:
+    return torch.arange(2 * 9).reshape(2, 9) % 61
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(tokens()).logits
+    return out
+
+
+class Layers(nn.Module):
+    """Plain float32 linear layers, on which PEFT's function is right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.tall, self.square = nn.Linear(96, 48), nn.Linear(48, 80), nn.Linear(80, 80)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.square(self.tall(self.wide(x)))
+
+
+def layers(**options: Any) -> peft.PeftModel:
+    """Such layers with a LoRA of large random factors, every time the same."""
+    model = Layers()
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=["wide", "tall", "square"], init_lora_weights=False, **options
+    )
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("lam", [0.75, 0.0])
+def test_the_same_adapter_as_peft_s_own_function(lam: float) -> None:
+    ours, other = layers(), layers()
+    lines: list[str] = []
+    found = live.reduce_intruder_dimension(ours, mitigation_lambda=lam, logging_sink=lines.append)
+    said: list[str] = []
+    theirs.reduce_intruder_dimension(other, mitigation_lambda=lam, logging_sink=said.append)
+    assert lines == said
+    assert found is not None
+    assert found.intruders > 0
+    for (name, mine), (_, peer) in zip(ours.named_modules(), other.named_modules(), strict=True):
+        if hasattr(mine, "get_delta_weight"):
+            a, b = (m.get_delta_weight("intruder_reduced").detach() for m in (mine, peer))
+            assert relative(a, b) < 2e-5, name
+    assert ours.active_adapters == other.active_adapters == ["intruder_reduced"]
+
+
+class TestWhatPeftTestsOfItsFunction:
+    """The assertions of PEFT's own tests, of factors that are not zero.
+
+    Two differ. They take an epsilon of 999 to have every direction judged an intruder: a similarity is at most 1, and so is epsilon here.
+    And with PEFT's untrained factors W0 + Δ is W0, whose directions are no intruders at an epsilon of 1.
+    """
+
+    def model(self, *targets: str, dtype: torch.dtype = torch.float32, **options: Any) -> peft.PeftModel:
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(llama_config()).to(dtype)
+        config = peft.LoraConfig(target_modules=list(targets), init_lora_weights=False)
+        return peft.get_peft_model(base, config, **options)
+
+    @pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+    def test_adds_a_changed_adapter_and_makes_it_active(self, target: str) -> None:
+        model, buffer = self.model(target), StringIO()
+        before = adapter_state(model, "default")
+        live.reduce_intruder_dimension(model, threshold_epsilon=1.0, logging_sink=partial(print, file=buffer))
+        assert model.active_adapters == ["intruder_reduced"]
+        assert set(model.peft_config) == {"default", "intruder_reduced"}
+        assert any(target in line for line in buffer.getvalue().splitlines())
+        assert_equal(adapter_state(model, "default"), before)
+        after = adapter_state(model, "intruder_reduced")
+        assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+    def test_keeps_bfloat16(self) -> None:
+        model = self.model("q_proj", dtype=torch.bfloat16, autocast_adapter_dtype=False)
+        live.reduce_intruder_dimension(model, threshold_epsilon=1.0)
+        assert model.active_adapters == ["intruder_reduced"]
+        assert {t.dtype for t in adapter_state(model, "intruder_reduced").values()} == {torch.bfloat16}
+
+    def test_refuses_an_adapter_that_is_no_lora(self) -> None:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(LlamaForCausalLM(llama_config()), peft.MissConfig(r=4, target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match="MISS adapter: its change of the weights is not known"):
+            live.reduce_intruder_dimension(model)
+
+    def test_refuses_an_epsilon_that_no_similarity_reaches(self) -> None:
+        with pytest.raises(UsageError, match=r"expected a number in \(0, 1\], found 999"):
+            live.reduce_intruder_dimension(self.model("q_proj"), threshold_epsilon=999)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_what_accelerate_offloads(
+    made: Made, on_files: streamer.Findings, expected: Path, where: str, tmp_path: Path
+) -> None:
+    model = loaded(made)
+    tuned = logits(model)
+    if where == "memory":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    found = live.reduce_intruder_dimension(model, mitigation_lambda=0.5)
+    assert found is not None
+    assert_same_findings(found, on_files)
+    reduced = logits(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), tuned)
+    peer = made.peft(expected, torch.float32)
+    assert torch.equal(reduced, logits(peer))
+    if where == "disk":
+        with pytest.raises(UnsupportedError, match="is offloaded to the disk, which is not written to"):
+            live.merge_and_unload_with_reduced_intruder_dimensions(model)
+        assert torch.equal(logits(model), tuned)
+    else:
+        merged = live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0)
+        assert relative(logits(merged), tuned) < 5e-6
+
+
+@pytest.mark.parametrize("coding", ["nf4", "int8"])
+def test_layers_of_bitsandbytes(coding: str, tmp_path: Path) -> None:
+    """They are decoded as their files are; merged values do not fit their codes."""
+    options: dict[str, Any] = (
+        {"load_in_8bit": True}
+        if coding == "int8"
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama_config()).save_pretrained(tmp_path / "plain")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=BitsAndBytesConfig(**options))
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    with quiet():  # it was trained on these codes, and names the model that they were made of
+        on_files = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
+        assert_same_findings(live.detect_intruder_dimensions(model), on_files)
+        live.reduce_intruder_dimension(model, findings=on_files)
+    with pytest.raises(UnsupportedError, match="4 of the weights to merge into are quantized"):
+        live.merge_and_unload_with_reduced_intruder_dimensions(model)
+
+
+def test_a_plain_model_with_an_injected_adapter(made: Made, expected: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(made.base)
+    config = peft.PeftConfig.from_pretrained(made.adapter)
+    peft.inject_adapter_in_model(config, model, "default")
+    model.peft_config = {"default": config}
+    peft.set_peft_model_state_dict(model, load_state(made.adapter))
+    model.eval()
+    tuned = logits(model)
+    live.reduce_intruder_dimension(model, mitigation_lambda=0.5)
+    assert torch.equal(logits(model), logits(made.peft(expected, torch.float32)))
+    merged = live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0)
+    assert merged is model
+    assert not of_peft(model)
+    assert not hasattr(model, "peft_config")
+    assert relative(logits(merged), tuned) < 5e-6
+
+
+@pytest.mark.parametrize("mode", ["compiled", "inference", "training"])
+def test_modes_of_a_model(made: Made, expected: Path, mode: str) -> None:
+    model: Any = loaded(made)
+    with torch.inference_mode(mode == "inference"):
+        if mode == "compiled":
+            model = torch.compile(model, backend="eager")
+            logits(model)
+        model.train(mode == "training")
+        live.reduce_intruder_dimension(model, mitigation_lambda=0.5)
+        assert {m.training for m in model.modules()} == {mode == "training"}
+        assert torch.equal(logits(model), logits(made.peft(expected, torch.float32)))
+
+
+def test_dropout_and_the_generator_stay_as_they_were() -> None:
+    model = layers(lora_dropout=0.5).eval()
+    state = torch.get_rng_state()
+    live.reduce_intruder_dimension(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    x = torch.ones(1, 96)
+    assert torch.equal(model(x), model(x))
+
+
+def test_a_task_s_model_keeps_its_configs(tmp_path: Path) -> None:
+    """PEFT's own function lengthens the old adapter's ``modules_to_save`` each time."""
+    model = loaded(kinds_cases.make("modules_to_save, new", torch.float32, tmp_path))
+    before = model.peft_config["default"].to_dict()
+    live.reduce_intruder_dimension(model)
+    assert model.peft_config["default"].to_dict() == before
+    assert model.peft_config["intruder_reduced"].modules_to_save == before["modules_to_save"]
+
+
+def test_findings_are_saved_and_serve_files(
+    made: Made, expected: Path, on_files: streamer.Findings, tmp_path: Path
+) -> None:
+    found = live.detect_intruder_dimensions(loaded(made))
+    assert found.base["in_memory"]
+    found.save(tmp_path / "f.safetensors")
+    streamer.reduce_intruder_dimension(
+        made.base, made.adapter, tmp_path / "out", mitigation_lambda=0.5, findings=tmp_path / "f.safetensors"
+    )
+    assert_equal(load_state(tmp_path / "out"), load_state(expected))
+    other = kinds_cases.make("linear", torch.float32, tmp_path / "other")
+    other.base.joinpath("model.safetensors").write_bytes(made.base.joinpath("model.safetensors").read_bytes())
+    changed = loaded(other)
+    with torch.no_grad():
+        next(p for n, p in changed.named_parameters() if "lora_A" in n).mul_(1.5)
+    for findings in (on_files, found):
+        with pytest.raises(MismatchError, match=r"was judged with other values than .* have; run detect again"):
+            live.reduce_intruder_dimension(changed, findings=findings)
+        assert list(changed.peft_config) == ["default"]
+    with pytest.raises(MismatchError, match="made with top_k=10, asked for 3"):
+        live.reduce_intruder_dimension(loaded(made), findings=on_files, top_k=3)
+
+
+def test_a_wider_dtype_is_the_same_model_and_a_narrower_one_is_not(made: Made, on_files: streamer.Findings) -> None:
+    wide = loaded(made).to(torch.float64)
+    assert {m.fingerprint for m in live.detect_intruder_dimensions(wide)} == {m.fingerprint for m in on_files}
+    with pytest.raises(MismatchError, match="loaded in a narrower dtype"):
+        live.reduce_intruder_dimension(loaded(made).to(torch.bfloat16), findings=on_files)
+
+
+def test_shrink_needs_no_findings(made: Made) -> None:
+    model = loaded(made)
+    deltas = {n: m.get_delta_weight("default") for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    assert live.reduce_intruder_dimension(model, mitigation_lambda=0.5, method="shrink") is None
+    for name, delta in deltas.items():
+        torch.testing.assert_close(model.get_submodule(name).get_delta_weight("intruder_reduced"), delta / 2)
+
+
+def test_what_is_refused_leaves_the_model_as_it_was(made: Made) -> None:
+    model = loaded(made)
+    with pytest.raises(UsageError, match="the model has none of this name, but 'default'"):
+        live.detect_intruder_dimensions(model, "other")
+    with pytest.raises(UsageError, match="the model has one of this name"):
+        live.reduce_intruder_dimension(model, new_adapter_name="default")
+    with pytest.raises(UsageError, match="expected a model with adapters of PEFT, found LlamaForCausalLM"):
+        live.detect_intruder_dimensions(LlamaForCausalLM(llama_config()))
+    model.merge_adapter()
+    with pytest.raises(UnsupportedError, match="call unmerge_adapter"):
+        live.detect_intruder_dimensions(model)
+    model.unmerge_adapter()
+    layer = next(m for m in model.modules() if hasattr(m, "scale_layer"))
+    layer.scale_layer(2.0)
+    with pytest.raises(UnsupportedError, match="is scaled by 6, and by the config of adapter 'default' by 3"):
+        live.detect_intruder_dimensions(model)
+    layer.unscale_layer()
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = float("nan")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for act in (live.reduce_intruder_dimension, live.merge_and_unload_with_reduced_intruder_dimensions):
+            with pytest.raises(streamer.StreamerError, match="NaN"):
+                act(model, mitigation_lambda=0.5)
+    after = model.state_dict()
+    assert all(torch.equal(tensor.nan_to_num(7), after[name].nan_to_num(7)) for name, tensor in before.items())
