@@ -14,6 +14,7 @@ The folders are the data's way, and imports point up this list only::
     verification/  witnesses         an output against its record and inputs, by other code
     evaluation/    measures          losses of every variant on a user's text, in passes over the base
     fitting/       coefficients      one for each direction of an adapter, fitted to the user's text
+    report/        pictures          a page and figures of what was found and measured; what became of intruders
     api/           the library       one function for each command
     cli/           commands          arguments, progress, tables, forecasts, demo
 

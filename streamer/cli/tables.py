@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamer.cli.layout import Column, Screen, fit, natural, shorten, table
+from streamer.cli.layout import Column, Screen, fit, shorten, table
 from streamer.detection.findings import Findings
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import is_repeated
+from streamer.plan.name_order import natural
 from streamer.units import counted, format_duration, format_size, listed
 
 MANY, SHOWN = 20, 10
