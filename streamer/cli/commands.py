@@ -140,11 +140,15 @@ def _dry_write(args: argparse.Namespace, adapters: Iterable[str], writers: Seque
 
 
 def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.cli.tables import findings_table
-    from streamer.detection.findings import load_findings
+    from streamer.cli.report import run_report
 
-    findings = load_findings(args.findings)
-    return {**findings.record()}, findings_table(findings, screen(args.all))
+    return run_report(args, monitor, screen(args.all))
+
+
+def _diff(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.cli.report import run_diff
+
+    return run_diff(args, monitor, screen(args.all))
 
 
 def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -185,6 +189,7 @@ COMMANDS = {
     "mitigate": _write,
     "merge": _write,
     "report": _report,
+    "diff": _diff,
     "verify": _verify,
     "evaluate": _evaluate,
     "demo": _demo,

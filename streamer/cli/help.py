@@ -81,6 +81,18 @@ examples:
 examples:
   streamer report findings.safetensors
   streamer report findings.safetensors --json | jq .totals
+  streamer report findings.safetensors evaluation.json -o report.html
+      a page with pictures, of findings alone too
+  streamer report findings.safetensors -o figures
+      the pictures as SVG and PNG, in a directory
+  streamer report merged
+      what streamer.json of an output says
+""",
+    "diff": """\
+examples:
+  streamer detect BASE mitigated -o after.safetensors
+  streamer diff findings.safetensors after.safetensors
+  streamer diff before.safetensors after.safetensors --json | jq .totals
 """,
     "verify": """\
 examples:

@@ -74,7 +74,9 @@ def findings_table(
 
 
 def stood(where: object, state: str) -> str:
-    """Say whether a run has written an output, or found it there."""
+    """Say whether a run has written an output, found it there, or only reads it."""
+    if state == "read":
+        return f"{where}"
     return f"{where} stands already" if state == "present" else f"wrote {where}"
 
 

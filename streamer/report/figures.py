@@ -62,7 +62,7 @@ def draw_figures(subject: Subject) -> dict[str, bytes]:
         make: Callable[..., Figure] = importlib.import_module("matplotlib.figure").Figure
     except ImportError:
         raise MissingPackageError(
-            "output: figures need matplotlib, which is not installed; pip install 'intruder-streamer[plots]', or write a page, "
+            "figures: need matplotlib, which is not installed; pip install 'intruder-streamer[plots]', or write a page, "
             "which needs nothing: -o report.html",
             "matplotlib",
         ) from None
