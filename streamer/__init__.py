@@ -37,6 +37,7 @@ _HOMES = {
     "Evaluation": "evaluation.evaluation",
     "Event": "events",
     "Findings": "detection.findings",
+    "FindingsDiff": "report.diff",
     "MatrixFinding": "detection.matrix_finding",
     "MitigationOptions": "output.mitigation",
     "Monitor": "events",
@@ -44,6 +45,7 @@ _HOMES = {
     "StreamerWarning": "errors",
     "VerificationError": "errors",
     "detect_intruder_dimensions": "api",
+    "diff_findings": "report.diff",
     "evaluate_variants": "api",
     "iter_merged": "api",
     "load_evaluation": "evaluation.evaluation",
@@ -51,6 +53,7 @@ _HOMES = {
     "merge_with_reduced_intruder_dimensions": "api",
     "reduce_intruder_dimension": "api",
     "verify_output": "api",
+    "write_report": "api",
 }
 
 __all__ = [
@@ -59,6 +62,7 @@ __all__ = [
     "Evaluation",
     "Event",
     "Findings",
+    "FindingsDiff",
     "MatrixFinding",
     "MitigationOptions",
     "Monitor",
@@ -66,6 +70,7 @@ __all__ = [
     "StreamerWarning",
     "VerificationError",
     "detect_intruder_dimensions",
+    "diff_findings",
     "evaluate_variants",
     "iter_merged",
     "load_evaluation",
@@ -73,6 +78,7 @@ __all__ = [
     "merge_with_reduced_intruder_dimensions",
     "reduce_intruder_dimension",
     "verify_output",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -83,6 +89,7 @@ if TYPE_CHECKING:
         merge_with_reduced_intruder_dimensions,
         reduce_intruder_dimension,
         verify_output,
+        write_report,
     )
     from streamer.detection.findings import Findings, load_findings
     from streamer.detection.intruders import Detection
@@ -92,6 +99,7 @@ if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation, load_evaluation
     from streamer.events import Event, Monitor
     from streamer.output.mitigation import MitigationOptions
+    from streamer.report.diff import FindingsDiff, diff_findings
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from streamer.api.detection import detect_intruder_dimensions
 from streamer.api.evaluation import evaluate_variants
 from streamer.api.merging import iter_merged, merge_with_reduced_intruder_dimensions
 from streamer.api.mitigation import reduce_intruder_dimension
+from streamer.api.report import write_report
 from streamer.api.verification import verify_output
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "merge_with_reduced_intruder_dimensions",
     "reduce_intruder_dimension",
     "verify_output",
+    "write_report",
 ]

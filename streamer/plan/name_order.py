@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 ORDER = [
@@ -29,10 +30,11 @@ _OTHER = (len(ORDER) - 3, 99)
 
 def natural(name: str) -> tuple[Any, ...]:
     """Make the sort key of a tensor's name: numbers by size, and inside a layer q, k, v, o, gate, up, down."""
-    key: list[tuple[Any, ...]] = []
-    for part in re.split(r"[.\[\]]+", name):
-        if part.isdigit():
-            key.append((0, int(part)))
-        elif part:
-            key.append((1, *_RANKS.get(part, _OTHER), [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)]))
-    return tuple(key)
+    return tuple(_key(part) for part in re.split(r"[.\[\]]+", name) if part)
+
+
+@lru_cache(4096)  # the names of a model have few different parts
+def _key(part: str) -> tuple[Any, ...]:
+    if part.isdigit():
+        return 0, int(part)
+    return 1, *_RANKS.get(part, _OTHER), [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import TypedDict
 
 import numpy as np
@@ -66,7 +67,7 @@ def threshold_curve(findings: Findings) -> list[ThresholdRecord]:
     """Count the directions below each threshold, rising; the threshold of the findings is among them."""
     names = ("similarity", "similarity_low", "similarity_high")
     columns: list[NDArray[np.float64]] = [
-        np.sort(np.concatenate([np.array(getattr(m.detection, name)) for m in findings] or [np.zeros(0)]))
+        np.sort(np.fromiter(chain.from_iterable(getattr(m.detection, name) for m in findings), np.float64))
         for name in names
     ]
     out: list[ThresholdRecord] = []

@@ -35,6 +35,8 @@ SHOWN = 6
 BASE, INTRUDER = "#2f6db5", "#c2410c"
 COLOURS = {"paper": "#0072b2", "project": "#007a5a", "shrink": "#d55e00", "fitted": "#a64d86"}
 
+_SIGNS = {"svg": {"Creator": SIGN, "Date": None}, "png": {"Software": SIGN}}
+
 _SETTINGS = {
     "svg.hashsalt": SIGN,
     "font.size": 8,
@@ -71,12 +73,12 @@ def draw_figures(subject: Subject) -> dict[str, bytes]:
         matplotlib.rcdefaults()  # not what the user has set for other work
         matplotlib.rcParams.update(_SETTINGS)
         for name, draw in _drawings(subject).items():
-            for form in ("svg", "png"):
-                figure = make(figsize=(WIDTH, 2.6), layout="constrained")
-                draw(figure)
-                sign = {"svg": {"Creator": SIGN, "Date": None}, "png": {"Software": SIGN}}[form]
+            figure = make(figsize=(WIDTH, 2.6), layout="constrained")
+            draw(figure)
+            for form, sign in _SIGNS.items():
                 file = io.BytesIO()
                 figure.savefig(file, format=form, dpi=200, metadata=sign)
+                figure.set_layout_engine("none")  # laid out once
                 out[f"{name}.{form}"] = file.getvalue()
     return out
 

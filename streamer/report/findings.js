@@ -197,7 +197,7 @@ function drawThresholds(parent, rows, epsilon) {
   const caption = "Intruders against ε. The band is what the bounds leave open at another ε than that of the findings.";
   return figure(parent, "thresholds", caption, (width) => {
     const most = Math.max(...rows.map((r) => r[3]), 1);
-    const { picture, sx, sy } = axes(width, 240, { least: 0, most: 1, label: "ε" }, { least: 0, most, label: "intruders" });
+    const { picture, sx, sy } = axes(width, 240, { least: 0, most: 1, label: "ε" }, { least: 0, most, label: "intruders", format: (v) => v.toLocaleString("en") });
     const low = rows.map((r) => [sx(r[0]), sy(r[2])]), high = rows.map((r) => [sx(r[0]), sy(r[3])]);
     picture.append(svg("path", { class: "band", d: `${path([...low, ...high.reverse()])}Z` }),
                    curve(rows.map((r) => [sx(r[0]), sy(r[1])]), "var(--intruder)"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -59,9 +61,8 @@ def _findings(findings: Findings) -> dict[str, Any]:
         for m, d in zip(matrices, found, strict=True)
     ]  # fmt: skip
 
-    def column(values: Sequence[Sequence[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        parts = [np.array(v[:n], np.float64) for v, n in zip(values, shown, strict=True)]
-        return np.concatenate([*parts, np.zeros(0)])
+    def column(values: Iterable[Sequence[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.fromiter(chain.from_iterable(map(getitem, values, map(slice, shown))), np.float64)
 
     largest = [max(d.singular_values, default=0.0) for d in found]
     ratios = [[s / top if top > 0 else 0.0 for s in d.singular_values] for d, top in zip(found, largest, strict=True)]

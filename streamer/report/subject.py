@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from streamer.detection.findings import Findings, load_findings
 from streamer.errors import FormatError, MismatchError, UsageError
@@ -105,9 +105,9 @@ def make_subject(
     """
     for m in findings:
         d = m.detection
-        figures: Sequence[float] = (d.delta_norm, d.intruder_energy, d.dropped_at_zero, d.cutoff, m.scale)
-        arrays = (d.singular_values, d.similarity, d.similarity_low, d.similarity_high)
-        if not (np.isfinite(figures).all() and all(np.isfinite(values).all() for values in arrays)):
+        numbers = d.delta_norm, d.intruder_energy, d.dropped_at_zero, d.cutoff, m.scale
+        arrays = d.singular_values, d.similarity, d.similarity_low, d.similarity_high
+        if not all(map(math.isfinite, chain(numbers, *arrays))):
             raise FormatError(f"{where}: a figure of {m.tensor} is NaN or Inf; run detect again")
     if evaluation is not None:
         for what, mine in (("base", findings.base), ("adapter", findings.adapter)):
