@@ -32,6 +32,7 @@ __version__ = "0.2.0"
 
 # Where each public name lives. They are resolved when first used: importing streamer loads no torch.
 _HOMES = {
+    "Coefficients": "output.coefficients",
     "Detection": "detection.intruders",
     "DetectionOptions": "detection.options",
     "Evaluation": "evaluation.evaluation",
@@ -47,16 +48,20 @@ _HOMES = {
     "detect_intruder_dimensions": "api",
     "diff_findings": "report.diff",
     "evaluate_variants": "api",
+    "fit_coefficients": "api",
     "iter_merged": "api",
+    "load_coefficients": "output.coefficients_file",
     "load_evaluation": "evaluation.evaluation",
     "load_findings": "detection.findings",
     "merge_with_reduced_intruder_dimensions": "api",
     "reduce_intruder_dimension": "api",
+    "report_coefficients": "api",
     "verify_output": "api",
     "write_report": "api",
 }
 
 __all__ = [
+    "Coefficients",
     "Detection",
     "DetectionOptions",
     "Evaluation",
@@ -72,11 +77,14 @@ __all__ = [
     "detect_intruder_dimensions",
     "diff_findings",
     "evaluate_variants",
+    "fit_coefficients",
     "iter_merged",
+    "load_coefficients",
     "load_evaluation",
     "load_findings",
     "merge_with_reduced_intruder_dimensions",
     "reduce_intruder_dimension",
+    "report_coefficients",
     "verify_output",
     "write_report",
 ]
@@ -85,9 +93,11 @@ if TYPE_CHECKING:
     from streamer.api import (
         detect_intruder_dimensions,
         evaluate_variants,
+        fit_coefficients,
         iter_merged,
         merge_with_reduced_intruder_dimensions,
         reduce_intruder_dimension,
+        report_coefficients,
         verify_output,
         write_report,
     )
@@ -98,6 +108,8 @@ if TYPE_CHECKING:
     from streamer.errors import StreamerError, StreamerWarning, VerificationError
     from streamer.evaluation.evaluation import Evaluation, load_evaluation
     from streamer.events import Event, Monitor
+    from streamer.output.coefficients import Coefficients
+    from streamer.output.coefficients_file import load_coefficients
     from streamer.output.mitigation import MitigationOptions
     from streamer.report.diff import FindingsDiff, diff_findings
 

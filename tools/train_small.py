@@ -1,11 +1,20 @@
-"""Train a small Llama on the sources of Python's standard library, and fine-tune two LoRA adapters of it on Python's language reference.
+"""Train a small model on the sources of Python's standard library, and fine-tune LoRA adapters of it on Python's language reference.
 
     python tools/train_small.py DIR                                        minutes on two cores: 7 million parameters, 42 matrices
     python tools/train_small.py DIR --hidden 64 --layers 2 --steps 20      seconds, for a test
+    python tools/train_small.py DIR --kind mixture --adapters high,attention,mild
 
-DIR/base is a model that `transformers` loads, with its tokenizer (byte-level BPE); DIR/high is an adapter of rank 8 on every linear
-layer, trained at a high rate, DIR/rslora one of rank 4 with rsLoRA at a lower one. Neither DIR/general.txt, more of the library's
-sources, nor DIR/task.txt, more of the reference, was trained on. Both texts come with Python: nothing is downloaded.
+DIR/base is a model that `transformers` loads, with its tokenizer (byte-level BPE): a Llama, a Qwen3 with tied embeddings, or a mixture
+of four experts (Qwen3-MoE), all of whose experts an adapter of "every linear layer" adapts. The adapters, by default the first two:
+
+- high: rank 8 on every linear layer, trained at a high rate
+- rslora: rank 4 with rsLoRA on every linear layer, at a lower rate
+- attention: rank 16 on the attention alone, at a high rate
+- mild: rank 32 on every linear layer, at a rate so low that it hardly forgets
+
+Three parts of the two texts have no document in common: what is trained on; DIR/general.txt, sources, and DIR/task.txt, the reference,
+to choose or fit something on; DIR/general-test.txt and DIR/task-test.txt to measure it on. Both texts come with Python: nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -27,16 +36,26 @@ LENGTH = 256
 BATCH = 8
 """Sequences of a training step."""
 
-HELD_OUT = 100_000
-"""Characters of each text that are not trained on, at least."""
+HELD_OUT = 70_000
+"""Characters of each text, at least, that are not trained on but written as one file; and again as the other."""
+
+KINDS = ("llama", "qwen", "mixture")
 
 END = "<|end|>"
 """Token 0, between two documents."""
 
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+"""Parameters that are stacks of the experts' matrices, for PEFT's `target_parameters`."""
+
 ADAPTERS: dict[str, dict[str, Any]] = {
     "high": {"rate": 5e-3, "config": {"r": 8, "lora_alpha": 16}},
     "rslora": {"rate": 1e-3, "config": {"r": 4, "lora_alpha": 8, "use_rslora": True}},
+    "attention": {"rate": 5e-3, "config": {"r": 16, "lora_alpha": 32, "target_modules": ATTENTION}},
+    "mild": {"rate": 2e-4, "config": {"r": 32, "lora_alpha": 32}},
 }
+"""Learning rate and PEFT's options of each adapter; one without `target_modules` adapts every linear layer but the head."""
 
 
 def texts() -> dict[str, list[str]]:
@@ -53,13 +72,14 @@ def texts() -> dict[str, list[str]]:
     }
 
 
-def divided(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Divide documents, in random order, into those to train on and the first ones, which are held out."""
+def divided(documents: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Divide documents, in random order, into those to train on and twice some that are held out, disjoint."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled = [documents[i] for i in order]
-    sizes = torch.tensor([len(d) for d in shuffled]).cumsum(0)
-    held = int(torch.searchsorted(sizes, HELD_OUT)) + 1
-    return shuffled[held:], shuffled[:held]
+    sizes = torch.tensor([len(d) for d in shuffled])
+    first = int(torch.searchsorted(sizes.cumsum(0), HELD_OUT)) + 1
+    both = first + int(torch.searchsorted(sizes[first:].cumsum(0), HELD_OUT)) + 1
+    return shuffled[both:], shuffled[:first], shuffled[first:both]
 
 
 def make_tokenizer(documents: list[str], vocab: int) -> Any:
@@ -83,9 +103,9 @@ def stream(tokenizer: Any, documents: list[str]) -> torch.Tensor:
     return torch.tensor([i for ids in tokenizer(documents)["input_ids"] for i in (tokenizer.eos_token_id, *ids)])
 
 
-def train(model: torch.nn.Module, ids: torch.Tensor, steps: int, rate: float, what: str) -> None:
+def train(model: torch.nn.Module, ids: torch.Tensor, steps: int, rate: float, seed: int, what: str) -> None:
     """Train by AdamW on random sequences of a stream; the rate rises over 5 % of the steps and falls along a cosine."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     warm, began = max(1, steps // 20), time.perf_counter()
@@ -115,50 +135,107 @@ def held_out_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
         return model(input_ids=rows, labels=rows).loss.item()
 
 
-def make(out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Write the base, its tokenizer, both adapters and the texts held out; return the losses on these."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+def new_model(kind: str, args: argparse.Namespace, vocab: int) -> Any:
+    """Make a model of random weights: of Llama's shape, of Qwen3's with tied embeddings, or Qwen3's mixture of four experts."""
+    import transformers
 
+    shape = {"hidden_size": args.hidden, "intermediate_size": 8 * args.hidden // 3, "num_hidden_layers": args.layers,
+             "num_attention_heads": args.heads, "num_key_value_heads": args.heads, "vocab_size": vocab,
+             "max_position_embeddings": 4 * LENGTH, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+             "pad_token_id": 0}  # fmt: skip
+    if kind == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    shape |= {"num_key_value_heads": max(1, args.heads // 2), "head_dim": args.hidden // args.heads}
+    if kind == "qwen":
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
+    shape |= {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": args.hidden,
+        "tie_word_embeddings": False,
+    }
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shape))
+
+
+def lora_config(name: str, kind: str) -> Any:
+    """Make the options of an adapter for a kind of base, whose experts "every linear layer" includes."""
+    from peft import LoraConfig
+
+    options = {"target_modules": "all-linear", **ADAPTERS[name]["config"]}
+    if kind == "mixture" and options["target_modules"] == "all-linear":
+        options |= {"target_modules": ATTENTION, "target_parameters": EXPERTS}
+    return LoraConfig(**options, task_type="CAUSAL_LM")
+
+
+def make_base(out: Path, args: argparse.Namespace) -> dict[str, list[torch.Tensor]]:
+    """Write the base, its tokenizer and the texts held out; return each text's streams: trained on, held out, held out."""
     parts = {name: divided(documents) for name, documents in texts().items()}
     tokenizer = make_tokenizer([*parts["general"][0], *parts["task"][0]], args.vocab)
-    streams = {name: [stream(tokenizer, documents) for documents in both] for name, both in parts.items()}
+    streams = {name: [stream(tokenizer, documents) for documents in three] for name, three in parts.items()}
     torch.manual_seed(args.seed)
-    shape = {"hidden_size": args.hidden, "intermediate_size": 8 * args.hidden // 3, "num_hidden_layers": args.layers,
-             "num_attention_heads": args.heads, "num_key_value_heads": args.heads, "vocab_size": len(tokenizer)}  # fmt: skip
-    config = LlamaConfig(**shape, max_position_embeddings=4 * LENGTH, tie_word_embeddings=True, bos_token_id=0,
-                         eos_token_id=0, pad_token_id=0)  # fmt: skip
-    model = LlamaForCausalLM(config)
-    train(model, streams["general"][0], args.steps, 2e-3, "base")
-    losses = {"base": {name: held_out_loss(model, s[1]) for name, s in streams.items()}}
+    model = new_model(args.kind, args, len(tokenizer))
+    train(model, streams["general"][0], args.steps, args.rate, 0, "base")
     out.mkdir(parents=True, exist_ok=True)
-    base = model.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    base.save_pretrained(out / "base")
+    model.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32).save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
-    for name, (_, held) in parts.items():
+    for name, (_, held, test) in parts.items():
         (out / f"{name}.txt").write_text("\n\n".join(held), encoding="utf-8")
-    for name, adapter in ADAPTERS.items():
-        torch.manual_seed(args.seed)
-        base = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-        lora = get_peft_model(base, LoraConfig(**adapter["config"], target_modules="all-linear", task_type="CAUSAL_LM"))
-        train(lora, streams["task"][0], args.adapter_steps or args.steps // 3, adapter["rate"], name)
-        lora.save_pretrained(out / name)
-        losses[name] = {text: held_out_loss(lora, s[1]) for text, s in streams.items()}
+        (out / f"{name}-test.txt").write_text("\n\n".join(test), encoding="utf-8")
+    return streams
+
+
+def make_adapter(base: Path, out: Path, name: str, ids: torch.Tensor, steps: int, seed: int) -> Any:
+    """Train an adapter on a stream, from a start and in an order of the seed's, and write it; return the model."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(seed)
+    kind = "mixture" if hasattr(model.config, "num_experts") else ""
+    lora = get_peft_model(model, lora_config(name, kind))
+    train(lora, ids, steps, ADAPTERS[name]["rate"], seed, out.name)
+    lora.save_pretrained(out)
+    return lora
+
+
+def make(out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Write the base, its tokenizer, the adapters and the texts held out; return the losses on the test texts."""
+    from transformers import AutoModelForCausalLM
+
+    streams = make_base(out, args)
+    model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    losses = {"base": {text: held_out_loss(model, s[2]) for text, s in streams.items()}}
+    for name in args.adapters:
+        steps = args.adapter_steps or args.steps // 3
+        lora = make_adapter(out / "base", out / name, name, streams["task"][0], steps, args.seed)
+        losses[name] = {text: held_out_loss(lora, s[2]) for text, s in streams.items()}
     parameters = sum(p.numel() for p in model.parameters())
-    return {"base": str(out / "base"), "adapters": [str(out / name) for name in ADAPTERS], "parameters": parameters,
-            "losses": losses}  # fmt: skip
+    return {"base": str(out / "base"), "adapters": [str(out / name) for name in args.adapters],
+            "parameters": parameters, "losses": losses}  # fmt: skip
+
+
+def adapter_names(text: str) -> list[str]:
+    """Read a list of adapters' names."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in ADAPTERS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(ADAPTERS)}")
+    return names
 
 
 def main() -> int:
     """Train and write all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory to write to; one that exists is refused")
+    parser.add_argument("--kind", choices=KINDS, default="llama", help="of the base (default: %(default)s)")
+    parser.add_argument("--adapters", type=adapter_names, default="high,rslora",
+                        help=f"some of {','.join(ADAPTERS)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--hidden", type=int, default=288, help="width of the model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=6, help="(default: %(default)s)")
     parser.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
     parser.add_argument("--vocab", type=int, default=4096, help="tokens (default: %(default)s)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the base (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help=f"of {BATCH} sequences each (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of the base (default: %(default)s)")
     parser.add_argument("--adapter-steps", type=int, help="of each adapter (default: a third of --steps)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the paths and the losses as JSON")
@@ -170,9 +247,9 @@ def main() -> int:
     if args.json:
         print(json.dumps(made, indent=2))
     else:
-        print(f"{made['parameters'] / 1e6:.1f} million parameters; losses on text held out, in nats a token:")
+        print(f"{made['parameters'] / 1e6:.1f} million parameters; losses on the test texts, in nats a token:")
         for name, found in made["losses"].items():
-            print(f"  {name:<8} general {found['general']:.3f}  task {found['task']:.3f}")
+            print(f"  {name:<9} general {found['general']:.3f}  task {found['task']:.3f}")
     return 0
 
 

@@ -13,6 +13,8 @@ from streamer.evaluation.options import LAMBDAS, METHODS, EvaluationOptions, Pro
 from streamer.evaluation.prepare import prepare
 from streamer.evaluation.run import evaluate
 from streamer.events import Monitor, OnEvent
+from streamer.output.coefficients import Coefficients
+from streamer.output.coefficients_file import load_coefficients
 from streamer.output.mitigation import MitigationMethod
 from streamer.storage.tensor_file import IOMode
 
@@ -28,6 +30,7 @@ def evaluate_variants(
     methods: Sequence[MitigationMethod] = METHODS,
     lambdas: Sequence[float] = LAMBDAS,
     scale: Selection = "all",
+    coefficients: Coefficients | str | Path | None = None,
     sequences: int = 64,
     length: int = 512,
     keep: float = 0.9,
@@ -67,8 +70,12 @@ def evaluate_variants(
         From `detect_intruder_dimensions`, or the path of their file. None detects first, into memory.
     methods, lambdas
         Every method is evaluated at every λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`).
+        ``fitted`` alone evaluates the coefficients, and no other method.
     scale
         ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+    coefficients
+        From `fit_coefficients`, or the path of their file: each set of them is one more variant, ``fitted 0.9``. Of text that they were
+        fitted to there is a warning.
     sequences, length
         Sequences of each text, and tokens of a sequence, at most.
     keep
@@ -107,7 +114,12 @@ def evaluate_variants(
         Of the class that says what kind of fault it is (see `streamer.errors`): `UnsupportedError` for a model or adapter that this
         cannot evaluate, `NumericError` where a pass did not use all that the adapter changes.
     """
-    options = EvaluationOptions(tuple(methods), tuple(lambdas), scale, sequences, length, keep, projected, dtype)
+    given = (
+        coefficients
+        if coefficients is None or isinstance(coefficients, Coefficients)
+        else load_coefficients(coefficients)
+    )
+    options = EvaluationOptions(tuple(methods), tuple(lambdas), scale, sequences, length, keep, projected, dtype, given)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
     found = findings if findings is None or isinstance(findings, Findings) else Path(findings)

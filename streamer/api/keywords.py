@@ -11,7 +11,9 @@ from streamer.detection.intruders import Selection
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import UsageError
 from streamer.events import Monitor, OnEvent, warn
-from streamer.output.mitigation import MitigationMethod
+from streamer.output.coefficients import Coefficients
+from streamer.output.coefficients_file import load_coefficients
+from streamer.output.mitigation import DEFAULT_LAMBDA, MitigationMethod, MitigationOptions
 from streamer.storage.tensor_file import IOMode
 from streamer.units import parse_size
 
@@ -40,8 +42,10 @@ class Merging(Detecting, total=False):
     """Keywords of `merge_with_reduced_intruder_dimensions`."""
 
     mitigation_lambda: float
-    method: MitigationMethod
+    method: MitigationMethod | None
     scale: Selection
+    coefficients: Coefficients | str | Path | None
+    keep: float | None
     dequantize: bool
     model_card: bool
 
@@ -51,6 +55,33 @@ def detection_options(
 ) -> DetectionOptions:
     """Make the options of detection, a budget read as the command line does."""
     return DetectionOptions(top_k, threshold_epsilon, solver, read_size(max_memory))
+
+
+def mitigation_options(
+    mitigation_lambda: float, method: MitigationMethod | None, scale: Selection, coefficients: Coefficients | str | Path | None,
+    keep: float | None,
+) -> MitigationOptions:  # fmt: skip
+    """Make the options of a mitigation, of coefficients or of a λ.
+
+    Parameters
+    ----------
+    method
+        None: ``fitted`` where coefficients are given, else ``paper``.
+    coefficients, keep
+        Those, or the path of their file, and which set of them; see `Coefficients.select`.
+
+    Raises
+    ------
+    UsageError
+        If a λ other than the default, or another method, comes with coefficients, or a share to keep without them.
+    """
+    if coefficients is None:
+        if keep is not None:
+            raise UsageError(f"keep: chooses among coefficients, found {keep!r} and none; give them, or leave it out")
+        return MitigationOptions(None if method == "fitted" else mitigation_lambda, method or "paper", scale)
+    lam = None if mitigation_lambda == DEFAULT_LAMBDA else mitigation_lambda
+    loaded = coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
+    return MitigationOptions(lam, method or "fitted", scale, loaded.select(keep))
 
 
 def read_size(max_memory: int | str | None) -> int | None:

@@ -9,12 +9,13 @@ from typing import Unpack, overload
 from torch import Tensor
 
 from streamer.adapters.batch import named_adapters
-from streamer.api.keywords import Merging, Several, detection_options, run_options
+from streamer.api.keywords import Merging, Several, detection_options, mitigation_options, run_options
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
 from streamer.events import Monitor, OnEvent
+from streamer.output.coefficients import Coefficients
 from streamer.output.iterate import merged_tensors
-from streamer.output.mitigation import MitigationMethod, MitigationOptions
+from streamer.output.mitigation import MitigationMethod
 from streamer.output.prepare import OutputOptions, findings_by_name, open_jobs, prepare_outputs
 from streamer.output.records import Written
 from streamer.output.run import run_jobs
@@ -40,8 +41,10 @@ def merge_with_reduced_intruder_dimensions(
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float = 0.75,
-    method: MitigationMethod = "paper",
+    method: MitigationMethod | None = None,
     scale: Selection = "all",
+    coefficients: Coefficients | str | Path | None = None,
+    keep: float | None = None,
     dequantize: bool = False,
     model_card: bool = True,
     solver: str = "auto",
@@ -84,9 +87,16 @@ def merge_with_reduced_intruder_dimensions(
         What is left of an intruder: 1 changes nothing, 0 removes it.
     method
         ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
-        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection.
+        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection; ``fitted`` each singular
+        direction of the adapter's own Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``, without detection and without λ. None is
+        ``fitted`` where there are coefficients, else ``paper``.
     scale
         ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+    coefficients
+        From `fit_coefficients`, or the path of their file: of the method ``fitted``, for the base and the adapter that they were
+        fitted to.
+    keep
+        Which coefficients, where there are several sets: those that keep this share of what the adapter learned.
     dequantize
         Write all that is quantized as plain tensors of the config's dtype, and take the quantization out of ``config.json``.
     model_card
@@ -131,7 +141,7 @@ def merge_with_reduced_intruder_dimensions(
         kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
         inputs, `FileExistsError` for an output that may not be replaced.
     """
-    mitigation = MitigationOptions(mitigation_lambda, method, scale)
+    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize, model_card=model_card)
     adapters = named_adapters(adapter)
@@ -149,8 +159,10 @@ def iter_merged(
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float = 0.75,
-    method: MitigationMethod = "paper",
+    method: MitigationMethod | None = None,
     scale: Selection = "all",
+    coefficients: Coefficients | str | Path | None = None,
+    keep: float | None = None,
     dequantize: bool = False,
     solver: str = "auto",
     max_memory: int | str | None = None,
@@ -183,9 +195,16 @@ def iter_merged(
         What is left of an intruder: 1 changes nothing, 0 removes it.
     method
         ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
-        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection.
+        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection; ``fitted`` each singular
+        direction of the adapter's own Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``, without detection and without λ. None is
+        ``fitted`` where there are coefficients, else ``paper``.
     scale
         ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+    coefficients
+        From `fit_coefficients`, or the path of their file: of the method ``fitted``, for the base and the adapter that they were
+        fitted to.
+    keep
+        Which coefficients, where there are several sets: those that keep this share of what the adapter learned.
     dequantize
         Yield all that is quantized as plain tensors of the config's dtype.
     solver
@@ -222,7 +241,7 @@ def iter_merged(
         kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
         inputs.
     """
-    mitigation = MitigationOptions(mitigation_lambda, method, scale)
+    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize)
     run = run_options(device, io, base_is_residual, architecture, on_event)

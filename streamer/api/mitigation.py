@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from streamer.api.keywords import detection_options, run_options
+from streamer.api.keywords import detection_options, mitigation_options, run_options
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
 from streamer.events import Monitor, OnEvent
-from streamer.output.mitigation import MitigationMethod, MitigationOptions
+from streamer.output.coefficients import Coefficients
+from streamer.output.mitigation import MitigationMethod
 from streamer.output.prepare import OutputOptions, findings_by_name, prepare_outputs
 from streamer.output.records import Written
 from streamer.output.run import run_jobs
@@ -24,8 +25,10 @@ def reduce_intruder_dimension(
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float = 0.75,
-    method: MitigationMethod = "paper",
+    method: MitigationMethod | None = None,
     scale: Selection = "all",
+    coefficients: Coefficients | str | Path | None = None,
+    keep: float | None = None,
     to_lora: int | None = None,
     model_card: bool = True,
     solver: str = "auto",
@@ -65,9 +68,16 @@ def reduce_intruder_dimension(
         What is left of an intruder: 1 changes nothing, 0 removes it.
     method
         ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
-        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection.
+        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection; ``fitted`` each singular
+        direction of the adapter's own Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``, without detection and without λ. None is
+        ``fitted`` where there are coefficients, else ``paper``.
     scale
         ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+    coefficients
+        From `fit_coefficients`, or the path of their file: of the method ``fitted``, for the base and the adapter that they were
+        fitted to.
+    keep
+        Which coefficients, where there are several sets: those that keep this share of what the adapter learned.
     to_lora
         Write a LoRA adapter of this rank, whatever the kind of the given one; the record says what relative norm the rank left out.
         None writes the given adapter's own kind, which must be LoRA, and not DoRA.
@@ -113,7 +123,7 @@ def reduce_intruder_dimension(
         kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
         inputs, `FileExistsError` for an output that may not be replaced.
     """
-    mitigation = MitigationOptions(mitigation_lambda, method, scale)
+    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=False, to_lora=to_lora, model_card=model_card)
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)

@@ -168,6 +168,12 @@ def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
     return run_evaluation(args, detection, _run_options(args, monitor), screen(args.all))
 
 
+def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.cli.fitting import run_fit
+
+    return run_fit(args, _run_options(args, monitor), screen(args.all))
+
+
 def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.demo import demo_table, run_demo
 
@@ -192,6 +198,7 @@ COMMANDS = {
     "diff": _diff,
     "verify": _verify,
     "evaluate": _evaluate,
+    "fit": _fit,
     "demo": _demo,
 }
 
@@ -215,11 +222,16 @@ def _run_options(args: argparse.Namespace, monitor: Monitor) -> RunOptions:
 
 
 def _mitigation_options(args: argparse.Namespace) -> MitigationOptions:
-    from streamer.output.mitigation import MitigationOptions
+    from streamer.api.keywords import mitigation_options
+    from streamer.output.mitigation import DEFAULT_LAMBDA
 
-    options = MitigationOptions(args.mitigation_lambda, args.method, args.scale)
+    lam = args.mitigation_lambda
+    if lam is not None and (args.coefficients or args.method == "fitted"):
+        raise UsageError(f"--lambda: method fitted has coefficients in its place, found {lam:g}; leave it out")
+    lam = DEFAULT_LAMBDA if lam is None else lam
+    options = mitigation_options(lam, args.method, args.scale, args.coefficients, args.keep)
     if not args.amplify:
-        _check_lambda(args.mitigation_lambda, "; --amplify permits others: above 1 intruders grow")
+        _check_lambda(lam, "; --amplify permits others: above 1 intruders grow")
     return options
 
 

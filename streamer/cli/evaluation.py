@@ -24,6 +24,7 @@ from streamer.evaluation.records import inspect
 from streamer.evaluation.run import evaluate
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import bfloat16_products, full_float32
+from streamer.output.coefficients_file import load_coefficients
 
 OVERHEAD = 1.3
 """Time of a pass over that of its products: attention, norms, the softmax, and reading the weights."""
@@ -45,6 +46,7 @@ def run_evaluation(
         args.keep_learned,
         args.projected,
         args.dtype,
+        load_coefficients(args.coefficients) if args.coefficients else None,
     )
     texts = {"general": Path(args.general), "task": Path(args.task)}
     findings = Path(args.findings) if args.findings else None
@@ -58,7 +60,7 @@ def run_evaluation(
         return dry_runs("evaluate", args.output, parts, forecast, screen)
     found = evaluate(prepared, output)
     done = run.monitor.outputs[output]
-    text = evaluation_table(found, options.keep, (args.base, args.adapter), args.findings, screen)
+    text = evaluation_table(found, options.keep, (args.base, args.adapter), args.findings, screen, args.coefficients)
     tree = {**found.to_dict(options.keep), "output": str(output), "state": done}
     return tree, f"{text}\n{stood(output, done)}"
 
@@ -80,7 +82,7 @@ def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
         OVERHEAD
         * tokens
         * sum(size.products.values())
-        * _pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
+        * products_pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
     )
     monitor.emit(Event("probe", "", 1, 1))
     variants, sequences = len(prepared.options.variants), sum(len(text.ids) for text in prepared.texts.values())
@@ -90,7 +92,7 @@ def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
     return Forecast(peak, peak, size.read * len(passes), writes, writes, seconds)
 
 
-def _pace(inputs: int, outputs: int, dtype: ProductDtype) -> float:
+def products_pace(inputs: int, outputs: int, dtype: ProductDtype) -> float:
     """Measure the seconds for a multiplication in a product of a few hundred rows."""
     x, w = torch.randn(512, max(1, inputs)), torch.randn(max(1, outputs), max(1, inputs))
     best, began = float("inf"), time.perf_counter()

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def evaluation_table(
-    evaluation: Evaluation, keep: float, inputs: tuple[str, str], findings: str | None = None, screen: Screen = NO_LIMIT
+    evaluation: Evaluation,
+    keep: float,
+    inputs: tuple[str, str],
+    findings: str | None = None,
+    screen: Screen = NO_LIMIT,
+    coefficients: str | None = None,
 ) -> str:
     """Format the figures of every variant, and below them the suggestion with the command that makes it.
 
@@ -22,14 +27,15 @@ def evaluation_table(
     ----------
     keep
         Share of what was learned that a suggested variant keeps.
-    inputs, findings
-        Base, adapter and findings, as they were given.
+    inputs, findings, coefficients
+        Base, adapter, findings and coefficients, as they were given.
     """
     columns = [
         Column(c.head, c.cells, c.about, c.keep, left=i == 0, names=False) for i, c in enumerate(figures(evaluation))
     ]
     suggestion = evaluation.best(keep)
     method = suggestion.variant and suggestion.variant.method
-    more = f" --findings {shlex.quote(findings)}" if findings is not None and method not in (None, "shrink") else ""
+    more = f" --findings {shlex.quote(findings)}" if findings is not None and method in ("paper", "project") else ""
+    more = f" --coefficients {shlex.quote(str(coefficients))}" if method == "fitted" else more
     lines = suggestion_lines(evaluation, suggestion, shlex.join(inputs), more)
     return "\n\n".join([table(columns, screen.width), "\n".join(fit(line, screen.width) for line in lines)])

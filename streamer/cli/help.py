@@ -35,6 +35,8 @@ a first run:
       a plain model with the mitigated adapter merged in
   streamer evaluate BASE ADAPTER --general TEXT --task TEXT -o FILE
       what each method and lambda keeps and forgets, on your text
+  streamer fit BASE ADAPTER --general TEXT --task TEXT -o FILE
+      a coefficient for each direction, fitted to your text
   streamer verify DIR
       every byte as it was written, after a copy for example
 
@@ -68,6 +70,8 @@ examples:
   streamer mitigate BASE ADAPTER -o half --lambda 0.4 --overwrite
       another lambda in the same place
   streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
+  streamer mitigate BASE ADAPTER -o fitted --coefficients c.safetensors
+      each direction of the adapter as `streamer fit` found it
 """,
     "merge": """\
 examples:
@@ -85,6 +89,8 @@ examples:
       a page with pictures, of findings alone too
   streamer report findings.safetensors -o figures
       the pictures as SVG and PNG, in a directory
+  streamer report f.safetensors BASE ADAPTER --coefficients c.safetensors
+      what coefficients leave of the intruders
   streamer report merged
       what streamer.json of an output says
 """,
@@ -108,6 +114,14 @@ examples:
   streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
   streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --dry-run
   streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --keep 0.8
+  streamer evaluate BASE ADAPTER --general g --task t -o e --coefficients c
+""",
+    "fit": """\
+examples:
+  streamer fit BASE ADAPTER --general g.txt --task t.jsonl -o c.safetensors
+  streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --keep 0.95,0.9
+      two sets in one file
+  streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --dry-run
 """,
     "demo": """\
 examples:

@@ -87,7 +87,6 @@ def _paths(args: argparse.Namespace) -> list[str]:
             "adapter",
             "output",
             "findings",
-            "evaluation",
             "first",
             "second",
             "keep",

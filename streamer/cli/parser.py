@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from streamer import __version__
-from streamer.cli.cores import available_cores
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
+from streamer.cli.text_options import add_fit, add_texts, add_threads
 from streamer.units import parse_size
 
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
     **{name: f"--{name.replace('_', '-')}" for name in
-       ("architecture", "device", "dtype", "keep", "lambda", "length", "max_memory", "method", "scale", "sequences", "solver", "to_lora",
-        "top_k")},
+       ("architecture", "coefficients", "device", "dtype", "grain", "holdout", "keep", "lambda", "length", "max_memory", "method",
+        "objective", "scale", "seed", "sequences", "solver", "steps", "to_lora", "top_k")},
 }  # fmt: skip
 """The options of the library's keywords, by which its messages call them."""
 
@@ -146,10 +146,7 @@ def build_parser() -> Parser:
                         "longer, what only a full SVD could settle stays open, and what does not fit is refused "
                         "(default: as much as it takes)")  # fmt: skip
     g.add_argument("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:i (default: auto)")
-    cores = available_cores()
-    g.add_argument("--threads", type=int, metavar="N",
-                   help=f"CPU threads (default: OMP_NUM_THREADS, or one for each core of this process, {cores} here; beside other work a "
-                        "detection uses fewer where it measures that more are slower, and says so)")  # fmt: skip
+    add_threads(g, "; beside other work a detection uses fewer where it measures that more are slower, and says so")
 
     def writing(metavar: str, text: str) -> Parser:
         parent = Parser(add_help=False)
@@ -164,13 +161,18 @@ def build_parser() -> Parser:
 
     mitigating = Parser(add_help=False)
     g = mitigating.add_argument_group("mitigation")
-    g.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.75, metavar="L",
+    g.add_argument("--lambda", dest="mitigation_lambda", type=float, metavar="L",
                    help="what is left of an intruder, from 0 to 1: 1 changes nothing, 0 removes it (default: 0.75)")  # fmt: skip
     g.add_argument("--amplify", action="store_true",
                    help="permit a lambda outside [0, 1]: above 1 an intruder grows, below 0 it is turned round")  # fmt: skip
-    g.add_argument("--method", choices=["paper", "project", "shrink"], default="paper",
+    g.add_argument("--method", choices=["paper", "project", "shrink", "fitted"],
                    help="paper: scale the whole direction; project: only the adapter's part of it; "
-                        "shrink: the whole adapter, no detection, the baseline (default: paper)")  # fmt: skip
+                        "shrink: the whole adapter, no detection, the baseline; fitted: each of the adapter's own directions by its "
+                        "coefficient; if not given, fitted with --coefficients, else paper")  # fmt: skip
+    g.add_argument("--coefficients", metavar="FILE",
+                   help="from `streamer fit`, for the method fitted, which they stand for; no detection, and no lambda")  # fmt: skip
+    g.add_argument("--keep", type=float, metavar="SHARE",
+                   help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
     g.add_argument("--scale", choices=["all", "first"], default="all",
                    help="which intruders: all among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
     g.add_argument("--no-card", action="store_true",
@@ -204,11 +206,15 @@ def build_parser() -> Parser:
     inputs(sub, "+")
     sub.add_argument("--dequantize", action="store_true",
                      help="write a plain model where the base is quantized, in the dtype of its config")  # fmt: skip
-    sub = command("report", "show findings or an output as a table, as JSON, as a page, or as figures")
+    sub = command("report", "show findings or an output as a table, as JSON, as a page, or as figures", reading)
     sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`; or an output's directory")
-    sub.add_argument(
-        "evaluation", metavar="EVALUATION", nargs="?", help="file written by `streamer evaluate`, of the same adapter"
-    )
+    sub.add_argument("base", metavar="EVALUATION", nargs="?",
+                     help="file written by `streamer evaluate`, of the same adapter; or BASE, where coefficients are given")  # fmt: skip
+    sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")
+    sub.add_argument("--coefficients", metavar="FILE",
+                     help="from `streamer fit`: show what they leave of the intruders, beside the whole adapter")  # fmt: skip
+    sub.add_argument("--keep", type=float, metavar="SHARE",
+                     help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
     sub.add_argument(
         "-o",
         "--output",
@@ -242,34 +248,34 @@ def build_parser() -> Parser:
         reading,
     )
     inputs(sub)
-    sub.add_argument(
-        "--general", required=True, metavar="TEXT", help="text of what the model could do before: .txt, .jsonl or .npy"
-    )
-    sub.add_argument(
-        "--task", required=True, metavar="TEXT", help="text of what ADAPTER was trained for, held out of training"
-    )
+    add_texts(sub)
     sub.add_argument(
         "--findings", metavar="FILE", help="from `streamer detect`; without it detection runs first, into memory"
     )
     sub.add_argument("--lambda", dest="lambdas", type=_lambdas, default=[0.9, 0.75, 0.5, 0.25, 0.0], metavar="L,L",
                      help="what is left of an intruder, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=["paper", "project", "shrink"], metavar="M,M",
-                     help="paper, project or shrink, several (default: all three)")  # fmt: skip
+                     help="paper, project or shrink, several (default: all three); fitted: the coefficients alone")  # fmt: skip
+    sub.add_argument("--coefficients", metavar="FILE",
+                     help="from `streamer fit`: each set in FILE is one more variant; give text they were not fitted to")  # fmt: skip
     sub.add_argument(
         "--scale", choices=["all", "first"], default="all", help="which intruders of each matrix (default: all)"
-    )
-    sub.add_argument(
-        "--sequences", type=int, default=64, metavar="N", help="sequences of each text, at most (default: 64)"
-    )
-    sub.add_argument(
-        "--length", type=int, default=512, metavar="N", help="tokens of a sequence, at most (default: 512)"
     )
     sub.add_argument("--keep", dest="keep_learned", type=float, default=0.9, metavar="SHARE",
                      help="least share of what ADAPTER learned that the suggested variant keeps (default: 0.9)")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
                      help="evaluate what `mitigate` writes, cut to the adapter's rank, in place of what `merge` writes")  # fmt: skip
-    sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
-                     help="bf16 multiplies the base's weights faster, on a processor made for it (default: float32)")  # fmt: skip
+    out = writing("FILE", "coefficients to write, a .safetensors file")
+    sub = command("fit", "fit a coefficient for each direction of an adapter to texts", out, reading)
+    inputs(sub)
+    add_texts(sub)
+    add_fit(sub)
+    g = sub.add_argument_group("computing")
+    g.add_argument("--max-memory", type=_size, metavar="SIZE",
+                   help="the most memory to take, like 600M or 4G, mapped files not counted; it decides how many sequences go together "
+                        "(default: as much as 4,096 tokens take)")  # fmt: skip
+    add_threads(g)
+    sub.set_defaults(device="cpu")
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.0, metavar="L",
                      help="what is left of an intruder, from 0 to 1 (default: 0: nothing)")  # fmt: skip

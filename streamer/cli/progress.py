@@ -31,7 +31,8 @@ SHORTEST, WIDEST = 8, 24
 ADAPTER = 20
 """Columns of an adapter's name."""
 
-UNITS = {"detect": "matrices", "write": "tensors", "verify": "files", "recompute": "matrices", "evaluate": "passes"}
+UNITS = {"detect": "matrices", "write": "tensors", "verify": "files", "recompute": "matrices", "evaluate": "passes",
+         "fit": "passes"}  # fmt: skip
 """What a stage's `Event.items` are."""
 
 

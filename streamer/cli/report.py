@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from streamer.api.reporting import report_coefficients
 from streamer.cli.diff_table import diff_table
 from streamer.cli.evaluation_table import evaluation_table
 from streamer.cli.layout import Screen, fit
 from streamer.cli.tables import findings_table, record_table, stood
 from streamer.detection.findings import load_findings
+from streamer.errors import UsageError
 from streamer.evaluation.evaluation import KEEP
 from streamer.events import Monitor
 from streamer.report.diff import diff_findings
@@ -21,7 +23,10 @@ from streamer.units import counted, format_size
 
 def run_report(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[dict[str, Any], str]:
     """Show findings, with an evaluation beside them, or an output's record; with ``-o`` write the page or the figures."""
-    subject = open_subject(args.findings, args.evaluation)
+    coefficients = args.coefficients is not None or args.adapter is not None or args.keep is not None
+    if coefficients or (args.base is not None and Path(args.base).is_dir()):
+        return _with_coefficients(args, monitor, screen)
+    subject = open_subject(args.findings, args.base)
     text = _text(subject, args.findings, screen)
     if args.output is None:
         if subject.evaluation is not None:
@@ -33,6 +38,21 @@ def run_report(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tu
     tree = {**subject.to_dict(), "output": str(args.output), "state": written.state, "files": files}
     last = f"{stood(args.output, written.state)}: {counted(len(files), 'file')}, {format_size(sum(written.files.values()))}"
     return tree, f"{text}\n\n{fit(last, screen.width)}"
+
+
+def _with_coefficients(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[dict[str, Any], str]:
+    if args.coefficients is None or args.adapter is None:
+        raise UsageError(
+            "report: expected --coefficients, BASE and ADAPTER together; as `streamer report FINDINGS BASE ADAPTER --coefficients FILE`"
+        )
+    if args.output is not None:
+        raise UsageError(
+            "--output: a page is of findings and an evaluation; leave out --coefficients, BASE and ADAPTER"
+        )
+    findings = load_findings(args.findings)
+    record = report_coefficients(findings, args.base, args.adapter, args.coefficients, keep=args.keep, io=args.io,
+                                 base_is_residual=args.base_is_residual, architecture=args.architecture, monitor=monitor)  # fmt: skip
+    return {**record}, findings_table(findings, screen, record=record)
 
 
 def run_diff(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[dict[str, Any], str]:

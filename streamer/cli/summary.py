@@ -29,8 +29,8 @@ def _held(tree: Mapping[str, Any]) -> str:
     if schema == "streamer.findings":
         return f"{counted(totals['matrices'], 'matrix')}, {counted(totals['intruders'], 'intruder')}, {totals['certified']} certified"
     if schema == "streamer.output":
-        shrinks = tree["method"] == "shrink"  # whole matrices, no intruders
-        scaled = "" if shrinks else f"{counted(totals['intruders'], 'intruder')} scaled, "
+        alone = tree["method"] in ("shrink", "fitted")  # no intruders
+        scaled = "" if alone else f"{counted(totals['intruders'], 'intruder')} scaled, "
         return (
             f"{totals['changed']} of {totals['matrices']} matrices changed, {scaled}"
             f"{counted(len(tree['files']), 'file')}, {format_size(totals['bytes'])}"
@@ -48,6 +48,8 @@ def _held(tree: Mapping[str, Any]) -> str:
         return f"{_held(tree['findings'] or tree['record'])}{files}"
     if schema == "streamer.diff":
         return ", ".join(f"{totals[fate]} {fate}" for fate in ("kept", "mixed", "gone", "new"))
+    if schema == "streamer.fit":
+        return f"{counted(tree['parameters'], 'coefficient')} in {counted(len(tree['sets']), 'set')}"
     if schema == "streamer.demo":
         return f"{totals['planted']} intruders planted, {totals['found']} found, {totals['gone']} gone"
     if schema == "streamer.dry-run":

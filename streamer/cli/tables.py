@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamer.cli.coefficients_table import mean_columns, mean_line
 from streamer.cli.layout import Column, Screen, fit, shorten, table
 from streamer.detection.findings import Findings
+from streamer.detection.findings_records import FindingsRecord
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import is_repeated
 from streamer.plan.name_order import natural
@@ -21,9 +23,19 @@ NO_LIMIT = Screen()
 
 
 def findings_table(
-    findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None, state: str = "written"
+    findings: Findings,
+    screen: Screen = NO_LIMIT,
+    written: Path | None = None,
+    state: str = "written",
+    record: FindingsRecord | None = None,
 ) -> str:
-    """Format findings: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written."""
+    """Format findings: a line a matrix, or the ten whose deltas are intruders for the largest part; totals; and where it is written.
+
+    Parameters
+    ----------
+    record
+        Their JSON, with mean coefficients, where some are given.
+    """
     every = sorted(findings, key=lambda m: natural(m.tensor))
     chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
     found = [m.detection for m in chosen]
@@ -43,6 +55,9 @@ def findings_table(
         Column("cut at 0", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
                "what mitigate drops at lambda 0 with --method paper, to keep rank r", keep=5),
     ]  # fmt: skip
+    if record is not None:
+        means = {m["tensor"]: m["coefficients"] for m in record["matrices"]}
+        columns += mean_columns([means[m.tensor] for m in chosen])
     if len({_decided(m) for m in findings}) > 1:
         columns.append(
             Column(
@@ -66,6 +81,8 @@ def findings_table(
         summary += "; a direction that is left open there counts as no intruder, and another --epsilon may settle it"
         if short := sum(_wants_memory(m) for m in findings):
             summary += f"\n{short} of these for want of memory: with a larger --max-memory a full SVD or float64 may settle them"
+    if record is not None:
+        summary += f"\n{mean_line(record['totals']['coefficients'])}"
     if written is not None:
         summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
     return _sections(
@@ -75,9 +92,7 @@ def findings_table(
 
 def stood(where: object, state: str) -> str:
     """Say whether a run has written an output, found it there, or only reads it."""
-    if state == "read":
-        return f"{where}"
-    return f"{where} stands already" if state == "present" else f"wrote {where}"
+    return {"read": f"{where}", "present": f"{where} stands already"}.get(state, f"wrote {where}")
 
 
 def _wants_memory(m: MatrixFinding) -> bool:
@@ -109,20 +124,25 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     t, matrices = record["totals"], sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
     chosen, cut = _most(matrices, _removed, screen)
     columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, keep=1)]
-    shrinks = record["method"] == "shrink"  # whole matrices, no intruders
-    if not shrinks:
+    method, lam, fitted = record["method"], record["lambda"], record.get("coefficients")
+    shrinks = method == "shrink"  # whole matrices
+    alone = shrinks or fitted is not None  # no intruders
+    if not alone:
         scaled = [str(len(m["intruders"])) for m in chosen]
         columns.insert(1, Column("scaled", scaled, "intruders that were scaled", keep=2))
     if record["command"] == "mitigate":
         about = "what back-projection to the adapter's rank left out of the mitigated delta"
         columns.append(Column("dropped", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
-    how = "method shrink, " if shrinks else f"method {record['method']}, scale {record['scale']}, "
+    how = f"method {method}, lambda {lam}" if alone else f"method {method}, scale {record['scale']}, lambda {lam}"
     what = "each as a whole" if shrinks else f"{t['intruders']} intruders scaled"
-    if record["lambda"] == 1:
+    if lam == 1:
         what = "since lambda 1 takes the adapter as it is"
+    if fitted is not None:
+        how = f"method fitted, to keep {100 * fitted['keep']:g}% of what was learned"
+        what = "each direction of the adapter's own by its coefficient"
     lines = [
         f"{stood(where, record['state'])}: {len(record['files'])} files, {format_size(t['bytes'])}",
-        f"{how}lambda {record['lambda']}: {t['changed']} of {t['matrices']} matrices mitigated, {what}",
+        f"{how}: {t['changed']} of {t['matrices']} matrices mitigated, {what}",
         f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}"
         + (
             ""
@@ -154,7 +174,7 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
                _summed("matrices", [x["matrices"] for x in t], "", 1)]  # fmt: skip
     if all("method" in tree for tree in trees.values()):
         columns.append(_summed("changed", [x["changed"] for x in t], "matrices that were changed", 3))
-        if any(tree["method"] != "shrink" for tree in trees.values()):
+        if any(tree["method"] not in ("shrink", "fitted") for tree in trees.values()):
             columns.append(_summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5))
         columns += [
             *_norms(t, keep=2),

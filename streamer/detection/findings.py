@@ -30,7 +30,7 @@ from streamer.detection.stamps import STAMP
 from streamer.errors import FormatError, MismatchError, UnknownNameError
 from streamer.storage.atomic_file import Buffer
 from streamer.storage.header import TensorInfo
-from streamer.storage.identities import AdapterIdentity, BaseIdentity
+from streamer.storage.identities import AdapterIdentity, BaseIdentity, difference
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import as_bytes
 
@@ -114,7 +114,7 @@ class Findings:
         for what, mine, theirs in pairs:
             if mine != theirs:
                 raise MismatchError(
-                    f"{where}: made with another {what} ({_difference(mine, theirs)}); run detect again on this one"
+                    f"{where}: made with another {what} ({difference(mine, theirs)}); run detect again on this one"
                 )
         for name, value in (asdict(options) if options else {}).items():
             mine_value = getattr(self.options, name)
@@ -252,17 +252,6 @@ class Findings:
             yield as_bytes(matrices[tensor].arrays()[key])
 
         save_findings_file(path, shard, source, overwrite)
-
-
-def _difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    keys = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
-    if "files" in keys:
-        a, b = mine.get("files", []), theirs.get("files", [])
-        if [f["file"] for f in a] != [f["file"] for f in b]:
-            return f"files {[f['file'] for f in a][:3]} against {[f['file'] for f in b][:3]}"
-        changed = next(x["file"] for x, y in zip(a, b, strict=True) if x != y)
-        return f"the content of {changed} differs"
-    return f"{', '.join(keys)} differ"
 
 
 def detection_digest(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from streamer.storage.identities import AdapterIdentity, BaseIdentity
 
@@ -39,8 +39,19 @@ class MatrixFigures(TypedDict):
     dropped_at_zero: float
 
 
+class CoefficientMeans(TypedDict):
+    """Mean coefficients of a matrix: of its whole delta, of all its intruders, and of each; None of what the delta has no part in."""
+
+    mean: float | None
+    intruders_mean: float | None
+    intruders: list[float | None]
+
+
 class MatrixRecord(MatrixFigures):
-    """A matrix in the JSON that `streamer report` prints. `intruders` are ranks from 0; `seconds` is None where a file was read."""
+    """A matrix in the JSON that `streamer report` prints. `intruders` are ranks from 0; `seconds` is None where a file was read.
+
+    `coefficients` stand there where some are given.
+    """
 
     singular_values: list[float]
     similarity: list[float]
@@ -48,6 +59,16 @@ class MatrixRecord(MatrixFigures):
     similarity_high: list[float]
     intruders: list[int]
     seconds: float | None
+    coefficients: NotRequired[CoefficientMeans]
+
+
+class CoefficientTotals(TypedDict):
+    """Which coefficients were given, and their means over the deltas and over the intruders of all matrices."""
+
+    keep: float
+    sha256: str
+    mean: float | None
+    intruders_mean: float | None
 
 
 class TotalsRecord(TypedDict):
@@ -59,6 +80,7 @@ class TotalsRecord(TypedDict):
     escalated: int
     degenerate: int
     seconds: float | None
+    coefficients: NotRequired[CoefficientTotals]
 
 
 class FindingsRecord(TypedDict):

@@ -14,7 +14,7 @@ import numpy as np
 
 from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, UnknownNameError
-from streamer.evaluation.statistics import Estimate, SequenceSums
+from streamer.evaluation.statistics import SequenceSums, flat
 from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, Suggestion, front, suggest
 from streamer.evaluation.view import table_text
 from streamer.storage.files import open_regular
@@ -27,9 +27,13 @@ GENERAL, TASK = "general", "task"
 """Names of the two texts: what the model could do before, and what the adapter was trained for."""
 
 FACTS = (
-    "version", "transformers", "base", "adapter", "factored", "quantized", "detection", "scale", "projected", "dtype", "texts", "plan"
+    "version", "transformers", "base", "adapter", "factored", "quantized", "detection", "scale", "projected", "dtype", "texts",
+    "coefficients", "plan",
 )  # fmt: skip
 """Keys of an evaluation's JSON that say what it was made of."""
+
+OPTIONAL = ("coefficients",)
+"""Those of them that stand there only where they are needed."""
 
 KEEP = 0.9
 """Share of what was learned that a suggested variant keeps, unless another is asked for."""
@@ -45,7 +49,7 @@ class Evaluation:
     Attributes
     ----------
     variants
-        The base, the adapter as it is, and each method at each λ.
+        The base, the adapter as it is, each method at each λ, and each set of coefficients.
     general, task
         Sums over each sequence of the two texts, for each variant.
     facts
@@ -115,8 +119,10 @@ class Evaluation:
             tree = strict_json(text.encode())
             if tree["schema"] != SCHEMA:
                 raise ValueError(f"the schema {tree['schema']!r}")
-            variants = tuple(EvaluatedVariant(v["name"], v["method"], v["lambda"]) for v in tree["variants"])
-            facts = {key: tree[key] for key in FACTS}
+            variants = tuple(
+                EvaluatedVariant(v["name"], v["method"], v["lambda"], v.get("keep")) for v in tree["variants"]
+            )
+            facts = {key: tree[key] for key in FACTS if key in tree or key not in OPTIONAL}
             return cls(variants, _sums(tree, "general"), _sums(tree, "task"), facts)
         except (ValueError, KeyError, TypeError) as e:
             raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {quoted(str(e))}") from e
@@ -127,27 +133,28 @@ class Evaluation:
             "name": variant.name,
             "method": variant.method,
             "lambda": variant.mitigation_lambda,
+            **({} if variant.keep is None else {"keep": variant.keep}),
             "general": _figures(self.general, v),
             "task": _figures(self.task, v),
-            **_flat("kept", self.task.share(v)),
-            **_flat("forgetting", self.general.share(v)),
-            **_flat("divergence", self.general.kl_share(v)),
+            **flat("kept", self.task.share(v)),
+            **flat("forgetting", self.general.share(v)),
+            **flat("divergence", self.general.kl_share(v)),
             "against_adapter": self._against(v, ADAPTER_ROW),
             "against_base": self._against(v, BASE_ROW),
         }
 
     def _against(self, v: int, other: int) -> dict[str, Any]:
         return {
-            **_flat("general_loss", self.general.loss_difference(v, other)),
-            **_flat("general_kl", self.general.kl_difference(v, other)),
-            **_flat("task_loss", self.task.loss_difference(v, other)),
+            **flat("general_loss", self.general.loss_difference(v, other)),
+            **flat("general_kl", self.general.kl_difference(v, other)),
+            **flat("task_loss", self.task.loss_difference(v, other)),
         }
 
     def _suggestion_dict(self, s: Suggestion) -> dict[str, Any]:
         variant = s.variant
         shrink = None if s.shrink is None else {
-            "lambda": s.shrink.mitigation_lambda, "between": list(s.shrink.between), **_flat("loss", s.shrink.loss),
-            **_flat("kl", s.shrink.kl), "verdict": s.shrink.verdict,
+            "lambda": s.shrink.mitigation_lambda, "between": list(s.shrink.between), **flat("loss", s.shrink.loss),
+            **flat("kl", s.shrink.kl), "verdict": s.shrink.verdict,
         }  # fmt: skip
         return {
             "name": variant and variant.name,
@@ -161,15 +168,17 @@ class Evaluation:
         }
 
     def command(self, variant: EvaluatedVariant) -> list[str]:
-        """Give the command of streamer that makes a variant, and its options; inputs, output and findings are to be added.
+        """Give the command of streamer that makes a variant, and its options; inputs, output, findings or coefficients are to be added.
 
         It is `mitigate` where the adapter can be written back and that drops nothing of what was evaluated, else `merge`.
         """
         facts, lam = self.facts, variant.mitigation_lambda
-        exact = facts["projected"] or variant.method in ("project", "shrink")
-        mitigates = lam is not None and exact and facts["factored"]
+        exact = facts["projected"] or variant.method in ("project", "shrink", "fitted")
+        mitigates = variant.method is not None and exact and facts["factored"]
         words = ["mitigate" if mitigates else "merge"]
-        if lam is None:
+        if variant.keep is not None:
+            words += ["--method", "fitted", "--keep", f"{variant.keep!r}"]
+        elif lam is None:
             words += ["--lambda", "1"]
         else:
             words += ["--method", str(variant.method), "--lambda", f"{lam!r}"]
@@ -208,21 +217,12 @@ def load_evaluation(path: str | Path) -> Evaluation:
 def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
     loss = sums.mean(sums.loss[v])
     return {
-        **_flat("loss", loss),
+        **flat("loss", loss),
         "perplexity": math.exp(loss.value) if loss.value < MOST_LOSS else None,
-        **_flat("kl", sums.mean(sums.kl[v])),
-        **_flat("agreement", sums.mean(sums.agree[v])),
+        **flat("kl", sums.mean(sums.kl[v])),
+        **flat("agreement", sums.mean(sums.agree[v])),
         "sums": {"loss": sums.loss[v].tolist(), "kl": sums.kl[v].tolist(), "agree": sums.agree[v].tolist()},
     }
-
-
-def _flat(name: str, estimate: Estimate) -> dict[str, float | None]:
-    """Write an estimate under two keys, null where it is not defined: a share of no difference."""
-    return {name: _number(estimate.value), f"{name}_se": _number(estimate.error)}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _sums(tree: Mapping[str, Any], text: str) -> SequenceSums:

@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from streamer.errors import UsageError
 from streamer.evaluation.sequences import TextSequences
 from streamer.streaming.lazy import BLOCK_BYTES
-from streamer.streaming.model import ModelSize
+from streamer.streaming.model import ModelSize, vocabulary_block
 
 TRANSFORMERS_BYTES = 150 << 20
 """Anonymous memory that importing transformers and building a model takes, beside what `plan.memory.resident_bytes` counts."""
 
 ROWS = 4096
 """Tokens of all variants that run together where no budget asks for fewer: reading the weights is then about a hundredth of the time."""
-
-LOGIT_BYTES = 32 << 20
-"""Logits that exist at once."""
 
 LOGIT_COPIES = 5
 """As much memory as the logits that exist at once takes what is computed from them, themselves among it."""
@@ -43,11 +40,6 @@ class Pass:
     text: str
     sequences: tuple[int, ...]
     variants: tuple[int, ...]
-
-
-def vocabulary_block(rows: int) -> int:
-    """Count the tokens of the vocabulary that are computed together, for so many rows."""
-    return max(64, LOGIT_BYTES // (4 * rows))
 
 
 def pass_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
@@ -109,33 +101,39 @@ def plan_passes(
                 f"max_memory: {max_memory >> 20}M is not enough for a sequence of {longest - 1} tokens under two variants; it takes "
                 f"{-(-least >> 20)}M"
             )
-        most = max(
-            rows for rows in _steps(2 * longest, ROWS) if pass_bytes(size, resident, rows, longest) <= max_memory
-        )
+        most = max(rows for rows in steps(2 * longest, ROWS) if pass_bytes(size, resident, rows, longest) <= max_memory)
     together = variants if max_memory is None else max(2, min(variants, most // longest))
     others = range(1, variants)
     chunks = [tuple(others[i : i + together - 1]) for i in range(0, variants - 1, together - 1)]
     passes = []
     for name, text in texts.items():
         order = sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i]))
-        for part in _parts(order, text, max(1, most // together), size.short):
+        for part in parts(order, text, max(1, most // together), size.short, 1):
             passes += [Pass(name, part, chunk) for chunk in chunks]
     return passes
 
 
-def _steps(first: int, last: int) -> Iterator[int]:
+def steps(first: int, last: int) -> Iterator[int]:
+    """Iterate over the numbers of rows that are tried."""
     yield first
     yield from range(first + 64, max(first, last) + 1, 64)
 
 
-def _parts(order: Sequence[int], text: TextSequences, tokens: int, short: int | None) -> Iterator[tuple[int, ...]]:
-    """Divide sequences into groups of so many tokens at most, padding included; at least one a group.
+def parts(
+    order: Sequence[int], text: TextSequences, tokens: int, short: int | None, padding: int
+) -> Iterator[tuple[int, ...]]:
+    """Divide sequences into groups of so many tokens at most; at least one a group.
 
     Short ones are not padded to a length for which the model's rotary embeddings are others.
+
+    Parameters
+    ----------
+    padding
+        Tokens by which a group is padded beyond its longest sequence.
     """
     group: list[int] = []
     for i in order:
-        full = group and (len(group) + 1) * (len(text.ids[group[0]]) + 1) > tokens
+        full = group and (len(group) + 1) * (len(text.ids[group[0]]) + padding) > tokens
         if full or (group and short is not None and len(text.ids[i]) <= short < len(text.ids[group[0]])):
             yield tuple(group)
             group = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from streamer.detection.findings import Findings
@@ -10,6 +10,7 @@ from streamer.detection.intruders import Selection
 from streamer.errors import UsageError
 from streamer.evaluation.suggestion import check_keep
 from streamer.linalg.torch_state import has_fast_bfloat16
+from streamer.output.coefficients import Coefficients, CoefficientsRecord
 from streamer.output.mitigation import MitigationMethod
 from streamer.plan.plan import Plan
 from streamer.streaming.values import Job
@@ -41,6 +42,8 @@ class EvaluationOptions:
     dtype
         ``bf16``: products of the base's weights with activations are of factors rounded to bfloat16, which is faster; see
         `linalg.torch_state.bfloat16_products`. All else stays float32, deltas among it.
+    coefficients
+        Coefficients whose sets are evaluated as well, each as one more variant.
     """
 
     methods: tuple[MitigationMethod, ...] = METHODS
@@ -51,26 +54,21 @@ class EvaluationOptions:
     keep: float = 0.9
     projected: bool = False
     dtype: ProductDtype = "float32"
+    coefficients: Coefficients | None = None
 
     def __post_init__(self) -> None:
-        make_variants(self.methods, self.lambdas, self.scale)
+        _ = self.variants
         for name in ("sequences", "length"):
             value = getattr(self, name)
             if type(value) is not int or value < 2:
                 raise UsageError(f"{name}: expected a whole number from 2, found {value!r}")
         check_keep(self.keep)
-        if self.dtype not in get_args(ProductDtype):
-            raise UsageError(f"dtype: expected one of {', '.join(get_args(ProductDtype))}, found {self.dtype!r}")
-        if self.dtype == "bf16" and not has_fast_bfloat16():
-            raise UsageError(
-                "dtype: bf16 takes a processor that multiplies bfloat16 matrices (AVX512-BF16), which this one does not; leave it "
-                "float32"
-            )
+        check_dtype(self.dtype)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """List the variants: ``base``, ``adapter``, then each method at each λ."""
-        return make_variants(self.methods, self.lambdas, self.scale)
+        """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients."""
+        return make_variants(self.methods, self.lambdas, self.scale, self.coefficients)
 
     def job(self, plan: Plan, variants: tuple[Variant, ...], findings: Findings | None) -> Job:
         """Say how these variants are computed."""
@@ -78,6 +76,20 @@ class EvaluationOptions:
 
     def of_measures(self) -> dict[str, Any]:
         """Return the options that decide the measures, as JSON: all but `keep`, on which the suggestion alone depends."""
-        tree = asdict(self)
-        del tree["keep"]
-        return tree
+        tree = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("keep", "coefficients")}
+        return tree if self.coefficients is None else {**tree, "coefficients": self.fitted_record()}
+
+    def fitted_record(self) -> list[CoefficientsRecord]:
+        """Say which coefficients are evaluated."""
+        return [] if self.coefficients is None else [one.record() for one in self.coefficients.sets]
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype of products that is none, or that this processor is slow at."""
+    if dtype not in get_args(ProductDtype):
+        raise UsageError(f"dtype: expected one of {', '.join(get_args(ProductDtype))}, found {dtype!r}")
+    if dtype == "bf16" and not has_fast_bfloat16():
+        raise UsageError(
+            "dtype: bf16 takes a processor that multiplies bfloat16 matrices (AVX512-BF16), which this one does not; leave it "
+            "float32"
+        )

@@ -19,9 +19,11 @@ from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.texts import read_text
 from streamer.evaluation.tokenizer import tokenizer_directory
+from streamer.events import Monitor
+from streamer.output.coefficients import Coefficients
 from streamer.output.job import GivenFindings
 from streamer.output.mitigation import MitigationOptions
-from streamer.output.prepare import FindingsOrPath, OutputOptions, open_jobs
+from streamer.output.prepare import FindingsOrPath, OutputOptions, check_coefficients, open_jobs
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan
@@ -76,19 +78,20 @@ class Prepared:
     def facts(self) -> dict[str, Any]:
         """Say what it is made of, as JSON; the digest `plan` tells whether two evaluations are one."""
         o, detection = self.options, self.findings.options if self.findings else self.detection
-        plan, weights = self.plan, self.plan.weights
         tree = {
             "transformers": require_transformers().__version__,
             "base": self.plan.sources[0],
             "adapter": self.plan.sources[1],
-            "factored": not plan.adapter.describes_model and all(t.module.factors for t in plan.targets),
-            "quantized": any(n in weights.quantized_names and not weights.requantizes(n) for n in plan.by_weight),
+            "factored": is_factored(self.plan),
+            "quantized": stays_quantized(self.plan),
             "detection": detection.as_dict() if self.needs_findings else None,
             "scale": o.scale,
             "projected": o.projected,
             "dtype": o.dtype,
             "texts": {name: text.facts() for name, text in self.texts.items()},
         }  # fmt: skip
+        if o.coefficients is not None:
+            tree["coefficients"] = o.fitted_record()
         decided = {
             **tree,
             "options": o.of_measures(),
@@ -116,20 +119,63 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     (job,) = open_jobs(base, {"": adapter}, [findings], MitigationOptions(1.0, "shrink"), detection, form, run)
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
+    refuse_new_tokens(plan)
+    for variant in options.variants:
+        if variant.mitigation is not None and variant.mitigation.coefficients is not None:
+            check_coefficients(plan, variant.mitigation.coefficients)
+    model = StreamingModel(options.job(plan, options.variants, None))
+    read = read_texts(model, texts, options.sequences, options.length, run.monitor)
+    if options.coefficients is not None:
+        _warn_of_fitted_texts(options.coefficients, read, run.monitor)
+    given = job.findings if isinstance(job.findings, GivenFindings) else None
+    return Prepared(plan, options, detection, run, given, read, model)
+
+
+def _warn_of_fitted_texts(coefficients: Coefficients, texts: Mapping[str, TextSequences], monitor: Monitor) -> None:
+    """Warn of texts that coefficients were fitted to, by the digests that their facts have of both."""
+    stated = coefficients.facts.get("texts")
+    facts = stated.values() if isinstance(stated, dict) else ()
+    known = {text.get("sha256") for text in facts if isinstance(text, dict)}
+    for name, text in texts.items():
+        if text.digest() in known:
+            monitor.warn(
+                (f"the {name} text, {text.name}, is one that the coefficients were fitted to: the variants fitted look better on it than "
+                 "they are; evaluate on other text",)
+            )  # fmt: skip
+
+
+def is_factored(plan: Plan) -> bool:
+    """Test whether all deltas are the product of LoRA's factors, so that `mitigate` writes an adapter of the same kind."""
+    return not plan.adapter.describes_model and all(target.module.factors for target in plan.targets)
+
+
+def stays_quantized(plan: Plan) -> bool:
+    """Test whether the adapter changes a quantized weight that a merge can only write plain."""
+    weights = plan.weights
+    return any(name in weights.quantized_names and not weights.requantizes(name) for name in plan.by_weight)
+
+
+def refuse_new_tokens(plan: Plan) -> None:
+    """Refuse an adapter that gives the model tokens which the base does not have."""
     if plan.edits.vocabulary is not None:
         raise UnsupportedError(
-            f"{plan.adapter.path}: gives the model {plan.edits.vocabulary} tokens, which the base does not have; evaluate "
-            "takes adapters that keep the vocabulary"
+            f"{plan.adapter.path}: gives the model {plan.edits.vocabulary} tokens, which the base does not have; evaluate and fit "
+            "take adapters that keep the vocabulary"
         )
-    model = StreamingModel(options.job(plan, options.variants, None))
+
+
+def read_texts(
+    model: StreamingModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor
+) -> dict[str, TextSequences]:
+    """Read the ``general`` and the ``task`` text with the tokenizer of a model, and warn where they are the same; see `read_text`."""
+    directory = tokenizer_directory(model.job.plan)
     read = {
-        name: read_text(path, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
-                        vocabulary=model.vocabulary, positions=model.positions)
+        name: read_text(path, directory, sequences=sequences, length=length, vocabulary=model.vocabulary,
+                        positions=model.positions)
         for name, path in texts.items()
     }  # fmt: skip
     if read[GENERAL].digest() == read[TASK].digest():
-        run.monitor.warn(
+        monitor.warn(
             ("the general and the task's text are the same: what is kept and what is forgotten are then one figure",)
         )
-    given = job.findings if isinstance(job.findings, GivenFindings) else None
-    return Prepared(plan, options, detection, run, given, read, model)
+    return read

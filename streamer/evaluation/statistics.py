@@ -12,6 +12,7 @@ most of what makes one sequence harder than another cancels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -126,3 +127,9 @@ class SequenceSums:
     def kl_share(self, variant: int) -> Estimate:
         """Estimate a variant's divergence as a part of that of the adapter as it is."""
         return ratio(self.kl[variant], self.kl[1])
+
+
+def flat(name: str, estimate: Estimate) -> dict[str, float | None]:
+    """Write an estimate under two keys of a JSON object, null where it is not defined: a share of no difference."""
+    return {key: value if math.isfinite(value) else None
+            for key, value in ((name, estimate.value), (f"{name}_se", estimate.error))}  # fmt: skip

@@ -37,14 +37,17 @@ class EvaluatedVariant:
     Attributes
     ----------
     name
-        ``base``, ``adapter``, or method and λ: ``paper 0.5``.
+        ``base``, ``adapter``, or method and λ: ``paper 0.5``; of coefficients the share that they keep: ``fitted 0.9``.
     method, mitigation_lambda
-        Method and λ; None for ``base`` and ``adapter``.
+        Method and λ; None for ``base`` and ``adapter``, and λ for ``fitted``.
+    keep
+        Share of the learning that coefficients were fitted to keep; None where there are none.
     """
 
     name: str
     method: str | None
     mitigation_lambda: float | None
+    keep: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Coefficients of an adapter's directions, fitted to two texts in streaming passes with gradients."""
+"""Fit a coefficient to each direction of an adapter's delta: numeric algorithm, without models and files."""

@@ -105,12 +105,14 @@ class LowRank:
         """Add rows i to j to `values` (j − i, n), in place and in its dtype."""
         values.addmm_(self.L[i:j], self.R.T)
 
-    def plus_projection(self, U: Tensor, factor: float) -> LowRank:
-        """``(I + factor · U Uᵀ) L Rᵀ`` for U (m, q), of the same rank and dtype.
+    def plus_projection(self, U: Tensor, factor: float | Tensor) -> LowRank:
+        """``(I + U diag(factor) Uᵀ) L Rᵀ`` for U (m, q), of the same rank and dtype; one factor for all columns of U, or one each (q,).
 
         U is orthonormal to working precision only: the component of L along it is taken `factor` times as it is measured.
         """
         U = U.to(self.L)
+        if isinstance(factor, Tensor):
+            return LowRank(self.L + U @ (factor.to(U)[:, None] * (U.T @ self.L)), self.R)
         return LowRank(self.L + factor * (U @ (U.T @ self.L)), self.R)
 
     def plus_triplets(self, U: Tensor, S: Tensor, Vh: Tensor, factor: float) -> LowRank:

@@ -93,7 +93,7 @@ class AdapterWriter(Writer):
         module = target.module.factors
         delta, after, found = job.mitigated(target)
         if after is delta:
-            metrics.append(matrix_metrics(target, delta, after, found, job.options.scale))
+            metrics.append(matrix_metrics(target, delta, after, found, job.options))
             return {name: torch.empty(0) for name in self._tensors(target)}
         assert isinstance(after, LowRank)
         assert module is not None
@@ -105,5 +105,5 @@ class AdapterWriter(Writer):
             encoding = ENCODINGS[job.plan.adapter.file.header.by_name[name].dtype]
             out[name] = encode(factor, encoding, factor, name)
         written = module.product(out[module.a].double(), out[module.b].double())
-        metrics.append(matrix_metrics(target, delta, written, found, job.options.scale, error))
+        metrics.append(matrix_metrics(target, delta, written, found, job.options, error))
         return out

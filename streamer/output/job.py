@@ -184,7 +184,7 @@ class Job:
         found = self.findings.detection(target) if self.options.needs_detection else None
         if found is not None and not (all_finite(found.U) and all_finite(found.Vh)):
             raise NumericError(f"findings: those on {target.tensor!r} hold NaN or Inf; run detect again")
-        return delta, mitigate(delta, found, self.options), found
+        return delta, mitigate(delta, found, self.options, target.tensor), found
 
     def decisions(self) -> dict[str, Any]:
         """Return everything besides the inputs that decides the output's bytes, last bits of given findings apart."""

@@ -9,12 +9,18 @@ from typing import Any
 from streamer.detection.intruders import Detection
 from streamer.errors import OutputError
 from streamer.linalg.operators import Delta
+from streamer.output.mitigation import MitigationOptions
 from streamer.output.records import MitigatedMatrix, Totals
 from streamer.plan.targets import Target
 
 
 def matrix_metrics(
-    target: Target, delta: Delta, after: Delta, found: Detection | None, select: str, truncation_error: float = 0.0
+    target: Target,
+    delta: Delta,
+    after: Delta,
+    found: Detection | None,
+    options: MitigationOptions,
+    truncation_error: float = 0.0,
 ) -> MitigatedMatrix:
     """Measure the mitigation of one matrix, as JSON values.
 
@@ -22,14 +28,14 @@ def matrix_metrics(
     ----------
     after
         Δ' as it is written.
-    select
-        Which intruders are scaled, ``all`` or the ``first``.
+    options
+        How it was mitigated.
     truncation_error
         ``‖Δ' − written‖_F / ‖Δ'‖_F``.
     """
     before = delta.norm()
-    scaled = () if found is None else found.intruders if select == "all" else found.intruders[:1]
-    return {
+    scaled = () if found is None else found.intruders if options.scale == "all" else found.intruders[:1]
+    metrics: MitigatedMatrix = {
         "tensor": target.tensor,
         "module": target.module.name,
         "transposed": target.transposed,
@@ -39,6 +45,9 @@ def matrix_metrics(
         "delta_norm_after": before if after is delta else after.norm(),
         "dropped": truncation_error,
     }
+    if options.coefficients is not None:
+        metrics["coefficients"] = options.coefficients.matrices[target.tensor].values.tolist()
+    return metrics
 
 
 def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:

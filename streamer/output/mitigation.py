@@ -1,4 +1,4 @@
-"""Scale the intruders of one matrix's delta by λ, and project the result back onto an adapter's rank.
+"""Scale the intruders of one matrix's delta by λ, or its own directions by coefficients, and project back onto an adapter's rank.
 
 Notation as in `detection.intruders`: Δ is the adapter's delta, and ``U_I Σ_I V_Iᵀ`` the intruders' triplets of ``W0 + Δ``.
 """
@@ -6,7 +6,7 @@ Notation as in `detection.intruders`: Δ is the adapter's delta, and ``U_I Σ_I 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -15,8 +15,11 @@ from streamer.detection.intruders import Detection, Selection
 from streamer.errors import UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta
+from streamer.output.coefficients import CoefficientSet, fitted_delta
 
-MitigationMethod = Literal["paper", "project", "shrink"]
+MitigationMethod = Literal["paper", "project", "shrink", "fitted"]
+
+DEFAULT_LAMBDA = 0.75
 
 
 @dataclass(frozen=True)
@@ -26,41 +29,67 @@ class MitigationOptions:
     Attributes
     ----------
     mitigation_lambda
-        What is left of an intruder: 1 changes nothing, 0 removes it, above 1 amplifies it.
+        What is left of an intruder: 1 changes nothing, 0 removes it, above 1 amplifies it. None for ``fitted``, and for it alone.
     method
         ``paper``: ``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``. ``project``: ``Δ' = (I − (1 − λ) U_I U_Iᵀ) Δ``, which leaves the base's
         own share of the direction alone and needs no truncation. ``shrink``: ``Δ' = λ Δ``, the baseline; no detection.
+        ``fitted``: ``Δ' = U diag(c) Uᵀ Δ``, coefficients of Δ's own directions (see `coefficients`); no detection.
     scale
         ``all`` intruders among the top k, or only the ``first`` (highest-ranked) of each matrix.
+    coefficients
+        Those of ``fitted``; None for the other methods.
     """
 
-    mitigation_lambda: float = 0.75
+    mitigation_lambda: float | None = DEFAULT_LAMBDA
     method: MitigationMethod = "paper"
     scale: Selection = "all"
+    coefficients: CoefficientSet | None = None
+
+    @classmethod
+    def fitted(cls, coefficients: CoefficientSet) -> MitigationOptions:
+        """Make the options of ``fitted``."""
+        return cls(None, "fitted", coefficients=coefficients)
 
     def __post_init__(self) -> None:
-        if isinstance(self.mitigation_lambda, bool) or not math.isfinite(self.mitigation_lambda):
-            raise UsageError(f"lambda: expected a finite number, found {self.mitigation_lambda!r}")
         if self.method not in get_args(MitigationMethod):
             raise UsageError(f"method: expected one of {', '.join(get_args(MitigationMethod))}, found {self.method!r}")
         if self.scale not in get_args(Selection):
             raise UsageError(f"scale: expected one of {', '.join(get_args(Selection))}, found {self.scale!r}")
+        lam = self.mitigation_lambda
+        if self.method == "fitted":
+            if self.coefficients is None:
+                raise UsageError("method 'fitted' needs coefficients; make them with `streamer fit`")
+            if lam is not None:
+                raise UsageError(f"lambda: method 'fitted' has coefficients in its place, found {lam!r}; leave it out")
+            return
+        if self.coefficients is not None:
+            raise UsageError(f"coefficients: belong to method 'fitted', found {self.method!r}; pass one or the other")
+        if lam is None or isinstance(lam, bool) or not math.isfinite(lam):
+            raise UsageError(f"lambda: expected a finite number, found {lam!r}")
 
     @property
     def needs_detection(self) -> bool:
         """Test whether the result depends on the findings at all."""
-        return self.method != "shrink" and self.mitigation_lambda != 1
+        return self.method in ("paper", "project") and self.mitigation_lambda != 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the options as JSON values."""
-        return asdict(self)
+        """Return what decides the mitigated delta, given the findings, as JSON values."""
+        return {
+            "mitigation_lambda": self.mitigation_lambda,
+            "method": self.method,
+            "scale": self.scale,
+            **self._fitted(),
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Return the options by the names that are written and printed."""
-        return {"method": self.method, "scale": self.scale, "lambda": self.mitigation_lambda}
+        return {"method": self.method, "scale": self.scale, "lambda": self.mitigation_lambda, **self._fitted()}
+
+    def _fitted(self) -> dict[str, Any]:
+        return {} if self.coefficients is None else {"coefficients": self.coefficients.record()}
 
 
-def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptions) -> Delta:
+def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptions, tensor: str = "") -> Delta:
     """Compute the mitigated delta Δ'; the delta itself, as it is, where nothing changes.
 
     Parameters
@@ -69,6 +98,8 @@ def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptio
         Δ, (m, n), in factors or dense.
     detection
         The findings on this matrix; may be None where the options do not need them.
+    tensor
+        The matrix' name, by which its coefficients are found.
 
     Returns
     -------
@@ -76,7 +107,10 @@ def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptio
         Factors are in float64, for ``paper`` of rank r + q, for the others of rank r; a dense Δ' has the dtype of Δ.
         `MitigationOptions` has the formulas.
     """
+    if options.coefficients is not None:
+        return fitted_delta(delta, options.coefficients.matrices[tensor], tensor)
     lam = options.mitigation_lambda
+    assert lam is not None
     if lam == 1:
         return delta
     precise = delta.precise()

@@ -28,6 +28,16 @@ KEPT = ("license", "license_name", "license_link", "language", "library_name", "
 ADVICE_BYTES = 400
 """Room for advice that is known only when an adapter is made."""
 
+SCALED = (
+    "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
+    "directions that fine-tuning adds and the base does not have; here they are scaled by λ: 1 leaves them, 0 removes them.\n"
+)
+
+FITTED = (
+    "Each singular direction of what the adapter adds to a weight has a coefficient, fitted to text of the task and to text of what the "
+    "base could do before: 1 leaves the direction as it is, 0 removes it.\n"
+)
+
 _HEAD = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?=\s)")
 _ALIAS = re.compile(r"(?:^|[\s\[,])[&*]\w")
@@ -202,7 +212,7 @@ def _facts(record: Record) -> str:
             if named not in (None, base["name"], base.get("model_id"))
             else []
         ),
-        ("method", f"{record['method']}, λ = {_number(record['lambda'])}, scale {record['scale']}"),
+        ("method", _method(record)),
     ]
     if detection is not None:
         n = detection["matrices"]
@@ -224,11 +234,15 @@ def _facts(record: Record) -> str:
     command = f"```sh\n{command_line(record)}\n```\n"
     says = [*record["warnings"], *record["advice"]]
     advice = "Warnings and advice:\n\n" + "".join(f"- {line}\n" for line in says) if says else ""
-    intro = (
-        "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
-        "directions that fine-tuning adds and the base does not have; here they are scaled by λ: 1 leaves them, 0 removes them.\n"
-    )
+    intro = FITTED if record["coefficients"] is not None else SCALED
     return "\n".join(part for part in (intro, table, command, advice) if part)
+
+
+def _method(record: Record) -> str:
+    if (fitted := record["coefficients"]) is not None:
+        return f"fitted, to keep {100 * fitted['keep']:g} % of what was learned, coefficients `{fitted['sha256'][:16]}`"
+    assert record["lambda"] is not None
+    return f"{record['method']}, λ = {_number(record['lambda'])}, scale {record['scale']}"
 
 
 def _number(x: float) -> str:
@@ -242,13 +256,18 @@ def _top(k: int | float) -> str:
 def command_line(record: Record) -> str:
     """Write the command that makes an output, with the names of its inputs in place of paths."""
     words = ["streamer", record["command"], record["base"]["name"], record["adapter"]["name"], "-o", "OUTPUT"]
-    words += ["--lambda", _number(record["lambda"]), "--method", record["method"], "--scale", record["scale"]]
+    lam, fitted = record["lambda"], record["coefficients"]
+    if fitted is not None:
+        words += ["--method", record["method"], "--coefficients", "COEFFICIENTS", "--keep", _number(fitted["keep"])]
+    else:
+        assert lam is not None
+        words += ["--lambda", _number(lam), "--method", record["method"], "--scale", record["scale"]]
     if (detection := record["detection"]) is not None:
         words += ["--top-k", str(detection["top_k"]), "--epsilon", _number(detection["threshold_epsilon"])]
         words += ["--solver", detection["solver"]]
     if record["to_lora"] is not None:
         words += ["--to-lora", str(record["to_lora"])]
-    if not 0 <= record["lambda"] <= 1:
+    if lam is not None and not 0 <= lam <= 1:
         words.append("--amplify")
     if record["dequantize"]:
         words.append("--dequantize")

@@ -92,7 +92,8 @@ class OutputSpec:
         options = job.options.as_json()
         return {"schema": SCHEMA, "command": self.command, "version": __version__, "base": base, "adapter": adapter,
                 "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
-                "lambda": options["lambda"], "to_lora": self.to_lora, "dequantize": job.dequantize, "totals": sums,
+                "lambda": options["lambda"], "coefficients": options.get("coefficients"), "to_lora": self.to_lora,
+                "dequantize": job.dequantize, "totals": sums,
                 "warnings": [*job.plan.notes, *self.warnings], "notes": self.notes, "advice": self.advice, "left_out": self.skipped_files,
                 "carried": job.plan.edits.listed(job.plan.base), "tokenizer": self.tokenizer, "matrices": list(matrices)}  # fmt: skip
 

@@ -11,6 +11,7 @@ from streamer.detection.findings import Findings, load_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import MismatchError, UsageError
 from streamer.output.adapter_writer import AdapterWriter
+from streamer.output.coefficients import CoefficientSet
 from streamer.output.job import GivenFindings, Job, OwnFile
 from streamer.output.lora_writer import LoraWriter
 from streamer.output.mitigation import MitigationOptions
@@ -18,6 +19,9 @@ from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
 from streamer.output.run import batch_of
 from streamer.plan.plan import Plan, make_batch
+from streamer.plan.targets import Target
+from streamer.storage.identities import difference
+from streamer.units import listed
 
 FindingsOrPath = Findings | Path | None
 """Findings on an adapter, or where their file is; None where there are none yet."""
@@ -83,10 +87,17 @@ def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence
         Those on each adapter; without them its job detects. See `findings_by_name`.
     """
     loaded = [load_findings(one) if isinstance(one, Path) else one for one in findings]
+    if mitigation.coefficients is not None and len(adapters) > 1:
+        raise UsageError(
+            f"{mitigation.coefficients.name}: coefficients belong to one adapter, found {len(adapters)}: {listed(adapters)}; merge them "
+            "one at a time, each with its own"
+        )
     batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
     for plan, found, given in zip(batch.plans, loaded, findings, strict=True):
         if found is not None:
             _check_findings(plan, found, given if isinstance(given, Path) else "findings", detection)
+        if mitigation.coefficients is not None:
+            check_coefficients(plan, mitigation.coefficients)
     sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in loaded]
     return [
         Job(plan, mitigation, detection, run.device, source, form.dequantize, form.model_card)
@@ -118,6 +129,42 @@ def findings_by_name(
         where = "findings" if isinstance(findings, Findings) else findings
         raise UsageError(f"{where}: expected findings on several adapters: the directory that detect wrote for them")
     return [given_findings(findings, name) for name in names]
+
+
+def check_coefficients(plan: Plan, coefficients: CoefficientSet) -> None:
+    """Refuse coefficients that were fitted to another base or adapter, or not to all of its matrices.
+
+    Raises
+    ------
+    MismatchError
+        Which of them differs, and how.
+    """
+    name, facts = coefficients.name, coefficients.facts
+    for what, here in (("base", {**plan.base_identity}), ("adapter", {**plan.adapter_identity})):
+        if not isinstance(facts.get(what), dict):
+            raise MismatchError(
+                f"{name}: coefficients do not say which {what} they were fitted to; fit them to this one"
+            )
+        if facts[what] != here:
+            raise MismatchError(
+                f"{name}: coefficients of another {what} ({difference(facts[what], here)}); fit them to this one with `streamer fit`"
+            )
+    found = {tensor: len(matrix.values) for tensor, matrix in coefficients.matrices.items()}
+    wrong = [target.tensor for target in plan.targets if not _fits(target, found.get(target.tensor))]
+    wrong += found.keys() - {target.tensor for target in plan.targets}
+    if wrong:
+        raise MismatchError(
+            f"{name}: coefficients do not fit {len(wrong)} of the adapter's matrices, {wrong[0]!r} first; fit them to this adapter with "
+            "`streamer fit`"
+        )
+
+
+def _fits(target: Target, coefficients: int | None) -> bool:
+    """Test whether a matrix has so many directions, as far as its adapter's headers tell."""
+    if not target.module.low_rank:
+        return coefficients == 1
+    factors = target.module.factors
+    return coefficients is not None if factors is None else coefficients == min(factors.rank, *target.module.shape)
 
 
 def _check_findings(plan: Plan, findings: Findings, name: str | Path, options: DetectionOptions) -> None:

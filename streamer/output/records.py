@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from streamer.detection.stamps import DetectionRecord
 from streamer.events import OutputState
+from streamer.output.coefficients import CoefficientsRecord
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.sources import Source
 
@@ -26,6 +27,8 @@ class MitigatedMatrix(TypedDict):
         Whether the decisions on it are certified; None where none were needed.
     dropped
         ``‖Δ' − written‖_F / ‖Δ'‖_F``: what the rank of the adapter that was written leaves out; 0 for a merge.
+    coefficients
+        What is left of each direction of Δ, by falling singular value, or of a dense Δ as a whole; of the method ``fitted`` alone.
     """
 
     tensor: str
@@ -36,6 +39,7 @@ class MitigatedMatrix(TypedDict):
     delta_norm: float
     delta_norm_after: float
     dropped: float
+    coefficients: NotRequired[list[float]]
 
 
 class Totals(TypedDict):
@@ -71,7 +75,8 @@ Record = TypedDict(
         "detection": DetectionRecord | None,
         "method": str,
         "scale": str,
-        "lambda": float,
+        "lambda": float | None,
+        "coefficients": CoefficientsRecord | None,
         "to_lora": int | None,
         "dequantize": bool,
         "totals": Totals,

@@ -86,7 +86,8 @@ def mitigated_before(metadata: Mapping[str, str]) -> list[str]:
         made = json.loads(metadata.get("streamer", ""))
         if made["command"] != "mitigate" or made["lambda"] == 1:
             return []
-        how = f"by `streamer mitigate` from {made['adapter']['name']!r}, with lambda {float(made['lambda']):g} and method {made['method']}"
+        by = f"lambda {float(made['lambda']):g} and " if made["lambda"] is not None else ""
+        how = f"by `streamer mitigate` from {made['adapter']['name']!r}, with {by}method {made['method']}"
     except (KeyError, TypeError, ValueError, RecursionError):
         return []  # of another program
     return [f"the adapter is mitigated already, {how}: lambda 1 takes it as it is, any other comes on top"]

@@ -114,8 +114,9 @@ def _of_record(record: Mapping[str, Any]) -> list[str]:
         f"This is {what} made of “{_name(record['adapter'])}” and “{_name(record['base'])}” by streamer {printable(record['version'])}: "
         f"{how}, {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}."
     )
+    scaled = f", {counted(t['intruders'], 'intruder')} scaled" if record["detection"] is not None else ""
     changed = (
-        f"Of {counted(t['matrices'], 'matrix')} {t['changed']} were changed, {counted(t['intruders'], 'intruder')} scaled; the norm of "
+        f"Of {counted(t['matrices'], 'matrix')} {t['changed']} were changed{scaled}; the norm of "
         f"what the adapter adds fell from {t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}."
     )
     compare = (

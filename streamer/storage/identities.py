@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
 
 
 class FileIdentity(TypedDict):
@@ -31,3 +32,15 @@ class AdapterIdentity(TypedDict):
     config_sha256: NotRequired[str]
     base_model_name_or_path: NotRequired[str | None]
     files: NotRequired[list[FileIdentity]]
+
+
+def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Say in a few words in what two identities differ."""
+    keys = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
+    if "files" in keys:
+        a, b = mine.get("files", []), theirs.get("files", [])
+        if [f["file"] for f in a] != [f["file"] for f in b]:
+            return f"files {[f['file'] for f in a][:3]} against {[f['file'] for f in b][:3]}"
+        changed = next(x["file"] for x, y in zip(a, b, strict=True) if x != y)
+        return f"the content of {changed} differs"
+    return f"{', '.join(keys)} differ"

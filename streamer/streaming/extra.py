@@ -24,11 +24,12 @@ def require_transformers() -> Any:
         import transformers
     except ImportError:
         raise MissingPackageError(
-            f"evaluate needs transformers 5, which is not installed; pip install '{EXTRA}'", "transformers"
+            f"evaluate and fit need transformers 5, which is not installed; pip install '{EXTRA}'", "transformers"
         ) from None
     if int(transformers.__version__.partition(".")[0]) < 5:
         raise MissingPackageError(
-            f"evaluate needs transformers 5, found {transformers.__version__}; pip install -U '{EXTRA}'", "transformers"
+            f"evaluate and fit need transformers 5, found {transformers.__version__}; pip install -U '{EXTRA}'",
+            "transformers",
         )
     return transformers
 

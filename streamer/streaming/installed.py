@@ -68,7 +68,7 @@ class Batch:
             return self.sequences * self.length
         raise UnsupportedError(
             f"module {where!r} runs on {list(x.shape)} for {self.rows} sequences of {self.length} tokens, in which variants cannot "
-            "be told apart; evaluate does not do this module"
+            "be told apart; evaluate and fit do not do this module"
         )
 
 
@@ -91,7 +91,7 @@ class InstalledModule:
         self.target: Target | None = None
         self.embeds = isinstance(module, nn.Embedding)
         weight = tensors.get("weight")
-        if weight is not None and (self.embeds or _is_linear(module)):
+        if weight is not None and (self.embeds or is_linear(module)):
             self.target = self.values.low_rank_target(weight)
         self.rows_are_inputs = type(module).__name__ == "Conv1D"
         dense = [t for n, t in tensors.items() if not (n == "weight" and (self.embeds or self.target is not None))]
@@ -112,7 +112,7 @@ class InstalledModule:
 
         A weight with a delta in it, or that the adapter replaces, is not: what it differs by from the base's would be rounded away.
         """
-        if weight is None or not self.values.job.rounds_products or not _is_linear(module):
+        if weight is None or not self.values.job.rounds_products or not is_linear(module):
             return False
         own = self.target is None and bool(self.values.targets(weight))
         return not own and not self.values.edited(weight)
@@ -125,7 +125,9 @@ class InstalledModule:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         size = self.batch.per_variant(x, self.path)
         out = out.contiguous()  # what is flattened is then `out` itself
-        for v, delta in enumerate(self.values.deltas(self.target), 1):
+        for v, delta in enumerate(self.values.deltas(self.target)):
+            if delta is None:
+                continue
             here = slice(v * size, (v + 1) * size)
             change = delta.T if self.rows_are_inputs else self._of_vocabulary(delta)
             out[here].flatten(0, -2).addmm_(x[here].flatten(0, -2) @ change.R, change.L.T)
@@ -160,7 +162,7 @@ class InstalledModule:
         return torch.cat(outs)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Test whether a module computes ``x Wᵀ + b``, or ``x W + b`` as Conv1D does, and nothing else."""
     kind = type(module)
     return kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D" or kind.__name__ in LINEAR_BY_NAME
@@ -173,7 +175,8 @@ class _Reader:
         self.owner, self.tensor, self.shape, self.name = owner, tensor, tensor.shape, tensor.name
         self.values = owner.values
         self.additive = owner.target is not None and bool(self.values.targets(tensor))
-        self.varies = len(same_values(self.values, [tensor], additive=False)) > 1
+        looked_up = owner.embeds and self.additive
+        self.varies = looked_up or len(same_values(self.values, [tensor], additive=False)) > 1
         with_delta = not self.additive and bool(self.values.targets(tensor))
         self.has_rows = self.values.row_access(tensor) and not with_delta
 
@@ -181,7 +184,7 @@ class _Reader:
         variant = self.owner.variant
         if variant is None or (self.owner.embeds and self.varies):
             raise UnsupportedError(
-                f"{self.tensor.name!r}, which the adapter changes, is read outside of its module; evaluate does not do this model"
+                f"{self.tensor.name!r}, which the adapter changes, is read outside of its module; evaluate and fit do not do this model"
             )
         self.owner.batch.on_read(self.tensor)
         return variant
@@ -207,10 +210,9 @@ class _Reader:
         if not self.tensor.stacked:
             return None
         variant = self._variant()
-        if variant:
+        if self.values.adapted(variant):
             self.values.applied |= self.tensor.weights
-        sources = self.tensor.adapted if variant else self.tensor.base
-        return self.values.matrix(sources[index], variant, with_delta=True)
+        return self.values.matrix(self.values.sources(self.tensor, variant)[index], variant, with_delta=True)
 
     def gather(self, ids: Tensor) -> Tensor | None:
         """Look rows up, those of each variant by its own."""
@@ -220,12 +222,12 @@ class _Reader:
         if not self.owner.embeds or ids.ndim != 2 or ids.shape[0] not in (1, batch.rows):
             raise UnsupportedError(
                 f"{self.tensor.name!r}, which the adapter changes, is looked up by {list(ids.shape)} numbers for {batch.rows} sequences of "
-                f"{batch.length} tokens; evaluate does not do this model"
+                f"{batch.length} tokens; evaluate and fit do not do this model"
             )
         batch.on_read(self.tensor)
         ids = ids.expand(batch.rows, -1).view(count, batch.sequences, -1)
         target = self.owner.target
-        deltas = [None] * count if target is None else itertools.chain([None], self.values.deltas(target))
+        deltas = itertools.repeat(None, count) if target is None else self.values.deltas(target)
         return torch.cat([self._look_up(ids[v], v, delta) for v, delta in enumerate(deltas)])
 
     def _look_up(self, ids: Tensor, variant: int, delta: LowRank | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -38,6 +39,51 @@ class Reader(Protocol):
 
     def gather(self, ids: Tensor) -> Tensor | None:
         """Read a row for each id, (*ids, columns); None where that is not to be done row by row."""
+
+
+class Multiplier(ABC):
+    """Reads the values of one parameter, and multiplies with it such that gradients pass."""
+
+    name: str
+    shape: tuple[int, ...]
+    has_rows = False
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """Read all values."""
+
+    @abstractmethod
+    def product(self, x: Tensor, transposed: bool) -> Tensor:
+        """``x Wᵀ``, or `transposed`, ``x W``."""
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Read rows i to j of a matrix."""
+        return self.read()[i:j]
+
+    def row_range(self) -> tuple[int, int]:
+        """Return the rows that are computed with."""
+        return 0, self.shape[0]
+
+    def matrix(self, index: int) -> Tensor | None:
+        """Stand in for one matrix of a stack; None where the parameter is none."""
+        return None
+
+    def gather(self, ids: Tensor) -> Tensor | None:
+        """Read a row for each id; None where that is not to be done row by row."""
+        return None
+
+
+class _Transpose(Multiplier):
+    """Reads the transpose of a matrix."""
+
+    def __init__(self, of: Multiplier) -> None:
+        self.of, self.name, self.shape = of, of.name, of.shape[::-1]
+
+    def read(self) -> Tensor:
+        return self.of.read().T
+
+    def product(self, x: Tensor, transposed: bool) -> Tensor:
+        return self.of.product(x, not transposed)
 
 
 class LazyTensor(Tensor):
@@ -88,7 +134,7 @@ def _refuse_writing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     if (inplace and args and isinstance(args[0], LazyTensor)) or isinstance(kwargs.get("out"), LazyTensor):
         target = args[0] if inplace else kwargs["out"]
         raise UnsupportedError(
-            f"{target.reader.name!r} is changed by the model as it runs ({name}), which evaluate does not do; measure merged models"
+            f"{target.reader.name!r} is changed by the model as it runs ({name}), which evaluate and fit do not do; measure merged models"
         )
 
 
@@ -110,9 +156,14 @@ _METADATA = {
 
 def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
     """``x Wᵀ + b``, a few rows of W at a time."""
-    if not isinstance(weight, LazyTensor) or isinstance(x, LazyTensor) or not weight.reader.has_rows:
+    if not isinstance(weight, LazyTensor) or isinstance(x, LazyTensor):
         return None
     reader = weight.reader
+    if isinstance(reader, Multiplier):
+        product = reader.product(x, False)
+        return product if bias is None else product + _values(bias)
+    if not reader.has_rows:
+        return None
     first, last = reader.row_range()
     step = max(1, BLOCK_BYTES // (4 * max(1, reader.shape[1])))
     bias = None if bias is None else _values(bias)
@@ -144,6 +195,29 @@ def _item(weight: Any, index: Any) -> Tensor | None:
     return weight.reader.matrix(number) if type(number) is int else None
 
 
+def _matmul(x: Any, weight: Any) -> Tensor | None:
+    """``x W``, where gradients are to pass."""
+    multiplier = isinstance(weight, LazyTensor) and weight.ndim == 2 and isinstance(weight.reader, Multiplier)
+    return weight.reader.product(x, True) if multiplier and not isinstance(x, LazyTensor) else None
+
+
+def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
+    """``b + x W``, where gradients are to pass."""
+    product = _matmul(x, weight) if beta == alpha == 1 else None
+    return None if product is None else product + _values(bias)
+
+
+def _transpose(weight: Any, *dimensions: int) -> Tensor | None:
+    """Stand in for the transpose of a matrix with which gradients are to pass."""
+    multiplier = isinstance(weight, LazyTensor) and weight.ndim == 2 and isinstance(weight.reader, Multiplier)
+    exchanged = not dimensions or {d % 2 for d in dimensions} == {0, 1}
+    return LazyTensor.of(_Transpose(weight.reader)) if multiplier and exchanged else None
+
+
 _SPECIAL: Mapping[Any, Callable[..., Tensor | None]] = {
     functional.linear: _linear, functional.embedding: _embedding, Tensor.__getitem__: _item,
+    torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.mm: _matmul, Tensor.mm: _matmul,
+    torch.addmm: _addmm,
+    Tensor.T.__get__: _transpose, Tensor.mT.__get__: _transpose, Tensor.t: _transpose, torch.t: _transpose,  # type: ignore[attr-defined]
+    Tensor.transpose: _transpose, torch.transpose: _transpose,
 }  # fmt: skip

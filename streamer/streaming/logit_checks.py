@@ -52,12 +52,12 @@ def check_logits(plan: Plan, ids: NDArray[np.int64], monitor: Monitor) -> None:
     if float((whole[0, 0, :-1] - whole[0, 1, :-1]).abs().max()) > largest:
         raise UnsupportedError(
             f"{plan.base.path}: in this model a token sees those that follow it, so that its losses say nothing of what it predicts; "
-            "evaluate compares causal language models"
+            "evaluate and fit take causal language models"
         )
 
 
 def _changed_by_number(plan: Plan) -> UnsupportedError:
     return UnsupportedError(
         f"{plan.base.path}: the model changes the logits of some tokens by their number: it computes them otherwise than by its head; "
-        "evaluate does not do it"
+        "evaluate and fit do not do it"
     )

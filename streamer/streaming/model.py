@@ -1,13 +1,15 @@
 """Run a model whose weights stay on disk: each is read when its module runs, used for all variants at once, and dropped.
 
-A batch holds the same sequences once for each variant: rows (variant, sequence), the base's first. The logits come a block of the
+A batch holds the same sequences once for each variant: rows (variant, sequence). The logits come a block of the
 vocabulary at a time, by the model's own `forward`, which begins with the result of the layers below the head.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,9 @@ from streamer.streaming.run_time import RunTimeTensor, match_run_time
 from streamer.streaming.skeleton import build_skeleton
 from streamer.streaming.values import Job, Values
 from streamer.units import listed
+
+LOGIT_BYTES = 32 << 20
+"""Logits of all variants that exist at once."""
 
 MASK_VALUES = 2
 """Values of four bytes that a mask takes for each pair of tokens of a sequence: a byte, and a float that torch makes of it."""
@@ -51,6 +56,10 @@ class ModelSize:
         Bytes of all weights on disk.
     short
         Longest sequence that rotary embeddings of two kinds (longrope) take for a short one, by its length with padding; None of others.
+    layer_width
+        Inputs and outputs of all matrices of one layer, for one token; of experts those of as many as the router chooses.
+    layer_factors
+        Bytes of the factors of all deltas in one layer, in float32.
     """
 
     widest: int
@@ -62,13 +71,22 @@ class ModelSize:
     products: Mapping[str, int]
     read: int
     short: int | None = None
+    layer_width: int = 0
+    layer_factors: int = 0
 
 
-class StreamingModel:
-    """The model of a base, for all variants of an adapted model at once.
+class LoadedModel:
+    """The model of a base as transformers builds it, and what each of its tensors is read from.
+
+    Parameters
+    ----------
+    together
+        Variants that run at once.
 
     Attributes
     ----------
+    modules
+        Path, module, and the module's own parameters, of each that has any.
     vocabulary
         Rows of the head's weight.
     positions
@@ -77,9 +95,9 @@ class StreamingModel:
         See `ModelSize`.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, together: int) -> None:
         self.job, self.values = job, Values(job)
-        self.batch = Batch(len(job.variants))
+        self.batch = Batch(together)
         self._model = build_skeleton(job.plan)
         prefix = getattr(self._model, "base_model_prefix", "")
         self._head = self._model.get_output_embeddings()  # type: ignore[operator]  # a model of transformers, typed as a Module
@@ -88,7 +106,7 @@ class StreamingModel:
         if not self._inner or not isinstance(self._head, nn.Linear):
             name = type(self._model).__name__
             raise UnsupportedError(
-                f"{job.plan.base.path}: {name} has no linear head behind a model of its own; evaluate does not do it"
+                f"{job.plan.base.path}: {name} has no linear head behind a model of its own; evaluate and fit do not do it"
             )
         state = {
             n: tuple(t.shape)
@@ -98,11 +116,12 @@ class StreamingModel:
         for n, buffer in self._buffers():
             if n in tensors:
                 self._fill(n, buffer, tensors[n])
+        self.modules: list[tuple[str, nn.Module, dict[str, RunTimeTensor]]] = []
         inner: list[RunTimeTensor] = []
         for path, module in self._model.named_modules():
             own = {n: tensors[f"{path}.{n}" if path else n] for n, p in module._parameters.items() if p is not None}
             if own:
-                InstalledModule(path, module, own, self.values, self.batch, head=module is self._head)
+                self.modules.append((path, module, own))
             if not isinstance(module, nn.Embedding):
                 inner += [tensor for tensor in own.values() if len(tensor.shape) > 1]
         self.vocabulary = self._head.out_features
@@ -110,7 +129,6 @@ class StreamingModel:
         stated = getattr(config, "max_position_embeddings", None)
         self.positions = stated if isinstance(stated, int) else None
         self.size = self._size(config, inner, tensors.values())
-        self.values.read.clear()
 
     def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
         used = getattr(config, "num_experts_per_tok", None) or 1
@@ -129,9 +147,25 @@ class StreamingModel:
                 default=0,
             ),
             products={t.name: math.prod(t.shape) // (max(1, t.shape[0] // used) if t.stacked else 1) for t in inner},
-            read=sum(self.values.weight(weight, 1).nbytes for weight in {w for t in tensors for w in t.weights}),
+            read=sum(self.values.plan.weights[weight].nbytes for weight in {w for t in tensors for w in t.weights}),
             short=_short_length(config),
+            layer_width=self._in_one_layer(
+                lambda t: sum(t.shape[-2:]) * min(used, t.shape[0]) if t.stacked else sum(t.shape)
+            ),
+            layer_factors=self._in_one_layer(
+                lambda t: sum(4 * _factor_values(target) for target, _ in self.values.targets(t))
+            ),
         )
+
+    def _in_one_layer(self, size: Callable[[RunTimeTensor], int]) -> int:
+        """Add up the sizes of matrices by the layer that they are in, and return the largest sum."""
+        layers: dict[str, int] = {}
+        for path, module, own in self.modules:
+            layer = re.match(r".*?\.\d+(?=\.)", path)
+            if layer and not isinstance(module, nn.Embedding):
+                found = sum(size(tensor) for tensor in own.values() if len(tensor.shape) in (2, 3))
+                layers[layer[0]] = layers.get(layer[0], 0) + found
+        return max(layers.values(), default=0)
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the buffers that a checkpoint holds."""
@@ -141,9 +175,69 @@ class StreamingModel:
     def _fill(self, name: str, buffer: Tensor, tensor: RunTimeTensor) -> None:
         if self.values.edited(tensor) or self.values.targets(tensor):
             raise UnsupportedError(
-                f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate does not do that"
+                f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate and fit do not do that"
             )
         buffer.copy_(self.values.whole(tensor, 0, with_delta=False))
+
+    @contextlib.contextmanager
+    def _captured(self) -> Iterator[dict[nn.Module, Any]]:
+        """Collect the results of the models below the head as they run; what replaces their `forward` ends with the context."""
+        results: dict[nn.Module, Any] = {}
+        handles = [
+            module.register_forward_hook(lambda module, args, out: results.update({module: out}))
+            for module in self._inner
+        ]
+        try:
+            yield results
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in results:
+                module.__dict__.pop("forward", None)
+            self.batch.vocabulary = None
+
+    def _run(self, ids: Tensor, block: tuple[int, int]) -> Tensor:
+        """Compute the logits of a block of the vocabulary: (rows, length, block)."""
+        self.batch.vocabulary = i, j = block
+        with quiet_transformers():
+            out: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        if out.shape != (*ids.shape, j - i):
+            raise UnsupportedError(
+                f"{self.job.plan.base.path}: {type(self._model).__name__} gives logits {list(out.shape)} for {j - i} tokens of "
+                "the vocabulary: it computes them otherwise than by its head; evaluate and fit do not do it"
+            )
+        return out
+
+    def _outermost(self, results: Mapping[nn.Module, Any]) -> nn.Module:
+        """Find the outermost of the models below the head that ran: given its result again, nothing within it runs."""
+        found: nn.Module | None = next((module for module in self._inner if module in results), None)
+        if found is None:
+            raise UnsupportedError(
+                f"{self.job.plan.base.path}: {type(self._model).__name__} computes its logits otherwise than by a model of its own and "
+                "its head; evaluate and fit do not do it"
+            )
+        return found
+
+    def vocabulary_blocks(self, block: int) -> list[tuple[int, int]]:
+        """Divide the vocabulary into blocks of so many tokens, the last of fewer."""
+        return [(i, min(self.vocabulary, i + block)) for i in range(0, self.vocabulary, block)]
+
+    def check_all_used(self) -> None:
+        """Raise `NumericError` if a pass has left out something that the adapter changes."""
+        if unused := self.values.unused():
+            raise NumericError(
+                f"{self.job.plan.adapter.path}: {len(unused)} of the tensors that it changes were not used in a pass over the text, "
+                f"{listed(map(repr, unused))}; the losses would be those of another model"
+            )
+
+
+class StreamingModel(LoadedModel):
+    """The model of a base, for all variants of an adapted model at once."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job, len(job.variants))
+        for path, module, own in self.modules:
+            InstalledModule(path, module, own, self.values, self.batch, head=module is self._head)
 
     def logits(self, ids: Tensor, blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
         """Compute the logits of some sequences under all variants, a block of the vocabulary at a time.
@@ -169,44 +263,19 @@ class StreamingModel:
         batch.sequences, batch.length = ids.shape
         assert batch.rows != batch.length
         ids = ids.repeat(batch.variants, 1)
-        results: dict[nn.Module, Any] = {}
-        handles = [
-            module.register_forward_hook(lambda module, args, out: results.update({module: out}))
-            for module in self._inner
-        ]
-        try:
+        with self._captured() as results:
             for number, (i, j) in enumerate(blocks):
-                batch.vocabulary = i, j
-                with torch.inference_mode(), quiet_transformers():
-                    out = self._model(input_ids=ids, use_cache=False).logits
-                if not results or out.shape != (*ids.shape, j - i):
-                    raise UnsupportedError(
-                        f"{self.job.plan.base.path}: {type(self._model).__name__} gives logits {list(out.shape)} for {j - i} tokens of "
-                        "the vocabulary: it computes them otherwise than by its head; evaluate does not do it"
-                    )
+                with torch.inference_mode():
+                    out = self._run(ids, (i, j))
                 if number == 0:
-                    # The outermost of those that ran gives its result again, and nothing within it runs.
-                    outer = next(module for module in self._inner if module in results)
-                    outer.forward = _giving(results[outer])
+                    outer = self._outermost(results)
+                    outer.forward = giving(results[outer])
                 yield i, j, out.view(batch.variants, batch.sequences, batch.length, -1)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module in results:
-                module.__dict__.pop("forward", None)
-            batch.vocabulary = None
 
-    def vocabulary_blocks(self, block: int) -> list[tuple[int, int]]:
-        """Divide the vocabulary into blocks of so many tokens, the last of fewer."""
-        return [(i, min(self.vocabulary, i + block)) for i in range(0, self.vocabulary, block)]
 
-    def check_all_used(self) -> None:
-        """Raise `NumericError` if a pass has left out something that the adapter changes."""
-        if unused := self.values.unused():
-            raise NumericError(
-                f"{self.job.plan.adapter.path}: {len(unused)} of the tensors that it changes were not used in a pass over the text, "
-                f"{listed(map(repr, unused))}; the losses would be those of another model"
-            )
+def vocabulary_block(rows: int, nbytes: int = LOGIT_BYTES) -> int:
+    """Count the tokens of the vocabulary that are computed together, for so many rows and bytes of logits."""
+    return max(64, nbytes // (4 * rows))
 
 
 def _attention_values(config: Any) -> int:
@@ -234,9 +303,15 @@ def _short_length(config: Any) -> int | None:
 
 def _factor_bytes(target: Target) -> int:
     """Estimate the bytes of a delta's factors: Δ as read, and of one variant Δ', to which intruders may be appended, in two dtypes."""
+    return FACTOR_BYTES * _factor_values(target)
+
+
+def _factor_values(target: Target) -> int:
+    """Count the values of a delta's factors; none of a dense one."""
     rank = target.module.factor_rank if target.module.low_rank else 0
-    return FACTOR_BYTES * rank * sum(target.module.shape)
+    return rank * sum(target.module.shape)
 
 
-def _giving(result: Any) -> Callable[..., Any]:
+def giving(result: Any) -> Callable[..., Any]:
+    """Make a function that returns the same, whatever it is called with."""
     return lambda *args, **kwargs: result

@@ -87,7 +87,7 @@ def match_run_time(
     if plan.weights.quantized_names and any(a.conv1d for a in architectures_for(plan.config)):
         raise UnsupportedError(
             f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in), and the loaded model as (in, out), "
-            "which is not supported by evaluate; evaluate with the 16-bit base"
+            "which is not supported by evaluate and fit; take the 16-bit base"
         )
     names, optional = _Names(plan, prefix), set(optional)
     found: dict[str, RunTimeTensor] = {}
@@ -108,7 +108,7 @@ def match_run_time(
     if lost := sorted(changed - used):
         raise UnsupportedError(
             f"{plan.adapter.path}: changes {len(lost)} tensors that the class of {plan.base.path} does not compute a text's losses with, "
-            f"{listed(map(repr, lost))}; evaluate cannot show what they do"
+            f"{listed(map(repr, lost))}; evaluate and fit cannot show what they do"
         )
     return found
 
@@ -174,7 +174,7 @@ class _Names:
         if by.by not in STACKED or len(by.to) != 1 or len(shape) != 3:
             raise UnsupportedError(
                 f"{self.plan.base.path}: {name!r} is built on loading by {' and '.join(by.by)} from {loaded[0].tensor!r}, "
-                "which is not supported by evaluate; save the base again with the transformers that is installed"
+                "which is not supported by evaluate and fit; save the base again with the transformers that is installed"
             )
         numbered = MERGE in by.by
         sources: list[dict[int, str]] = [{} for _ in by.sources]

@@ -41,8 +41,8 @@ def build_skeleton(plan: Plan) -> nn.Module:
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise UnsupportedError(
-            f"{directory / MODEL_CONFIG}: names the class {name!r}, which transformers {transformers.__version__} does not have; evaluate "
-            "builds the model with transformers' own classes"
+            f"{directory / MODEL_CONFIG}: names the class {name!r}, which transformers {transformers.__version__} does not have; "
+            "evaluate and fit build the model with transformers' own classes"
         )
     with quiet_transformers():
         try:
@@ -51,7 +51,8 @@ def build_skeleton(plan: Plan) -> nn.Module:
             raise FormatError(f"{directory / MODEL_CONFIG}: transformers cannot read it: {first_line(e)}") from e
         if config.is_encoder_decoder or not _predicts_next(cls.__name__):
             raise UnsupportedError(
-                f"{directory / MODEL_CONFIG}: {name} does not predict the next token of a text; evaluate compares causal language models"
+                f"{directory / MODEL_CONFIG}: {name} does not predict the next token of a text; evaluate and fit take "
+                "causal language models"
             )
         config._experts_implementation = "eager"  # a loop over experts, of which one is in memory at a time
         config.use_cache = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from streamer.linalg.operators import Delta, all_finite
 from streamer.output.mitigation import back_project, mitigate
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
+from streamer.streaming.lazy import BLOCK_BYTES
 from streamer.streaming.run_time import RunTimeTensor, Source
 from streamer.streaming.variants import Variant
 from streamer.weights.base import Weight
@@ -46,7 +48,7 @@ class Job:
 
 
 class Values:
-    """Values in float32 of the tensors that a loaded model is made of, by number of the variant; the first one is the base.
+    """Values in float32 of the tensors that a loaded model is made of, by number of the variant.
 
     Attributes
     ----------
@@ -63,11 +65,20 @@ class Values:
         self.read: set[str] = set()
         self._last: tuple[str, Delta] | None = None
 
+    def adapted(self, variant: int) -> bool:
+        """Test whether a variant has anything of the adapter: all but the base have."""
+        return self.job.variants[variant].mitigation is not None
+
     def weight(self, name: str, variant: int) -> Weight:
         """Return the weight that the deltas of a variant are added to."""
-        if variant:
+        adapted = self.adapted(variant)
+        if adapted:
             self.read.add(name)
-        return (self.plan.weights if variant else self.base)[name]
+        return (self.plan.weights if adapted else self.base)[name]
+
+    def sources(self, tensor: RunTimeTensor, variant: int) -> tuple[Source, ...]:
+        """Return the sources of a tensor under a variant."""
+        return tensor.adapted if self.adapted(variant) else tensor.base
 
     def edited(self, tensor: RunTimeTensor) -> bool:
         """Test whether the adapter changes a tensor otherwise than by deltas, alike in all variants but the base."""
@@ -87,10 +98,13 @@ class Values:
         (target, held), low_rank = pairs[0], pairs[0][0].module.low_rank
         return target if low_rank and held.index is None and held.rows is None and len(tensor.shape) == 2 else None
 
-    def deltas(self, target: Target) -> Iterator[LowRank]:
-        """Compute the factors of Δ' of each variant but the base in turn, in float32 and as the weight is stored: (rows, columns)."""
+    def deltas(self, target: Target) -> Iterator[LowRank | None]:
+        """Compute the factors of Δ' of each variant in turn, in float32 and as the weight is stored: (rows, columns); None of the base."""
         self.applied.update(held.weight for held in target.slices)
-        for variant in range(1, len(self.job.variants)):
+        for variant in range(len(self.job.variants)):
+            if not self.adapted(variant):
+                yield None
+                continue
             delta = self._delta(target, variant)
             assert isinstance(delta, LowRank)
             yield (delta.T if target.transposed else delta).to(torch.float32)
@@ -109,7 +123,7 @@ class Values:
         detection = (
             findings.by_tensor[target.tensor].detection if findings is not None and options.needs_detection else None
         )
-        after = mitigate(self._last[1], detection, options)
+        after = mitigate(self._last[1], detection, options, target.tensor)
         factors = target.module.factors
         if self.job.projected and factors is not None and isinstance(after, LowRank) and factors.scaling:
             B, A, _ = back_project(after, factors.rank, factors.scaling)
@@ -124,7 +138,7 @@ class Values:
         with_delta
             Whether deltas are added.
         """
-        sources = tensor.adapted if variant else tensor.base
+        sources = self.sources(tensor, variant)
         if not tensor.stacked:
             return self.matrix(sources[0], variant, with_delta)
         return torch.stack([self.matrix(source, variant, with_delta) for source in sources])
@@ -135,9 +149,42 @@ class Values:
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return values.T if source.transposed else values
 
+    def weight_of(self, held: TensorSlice, variant: int) -> Weight:
+        """Return a weight, or one matrix of it."""
+        weight = self.weight(held.weight, variant)
+        return weight if held.index is None else weight.slice(held.index)
+
+    def blocks(self, source: Source, variant: int, first: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Read rows of a source's matrix as they are stored, a few at a time, without deltas: from, to, values.
+
+        Parameters
+        ----------
+        first, last
+            Rows to read; those that are given out are counted from the first.
+        """
+        at = -first
+        for held in source.slices:
+            weight = self.weight_of(held, variant).at_hand()
+            m, n = weight.matrix
+            step = max(1, BLOCK_BYTES // (4 * max(1, n)))
+            for i in range(max(0, -at), min(m, last - first - at), step):
+                j = min(i + step, m, last - first - at)
+                values = weight.rows(i, j).to(torch.float32, copy=True)
+                if held.index is None:
+                    self._edit(held.weight, variant, values, i)
+                yield at + i, at + j, values
+            at += m
+
+    def piece(self, held: TensorSlice, variant: int) -> Tensor:
+        """Read a weight, or one matrix of it, without deltas."""
+        values = self.weight_of(held, variant).whole(CPU).to(torch.float32)
+        if held.index is None:
+            self._edit(held.weight, variant, values, 0)
+        return values
+
     def rows(self, tensor: RunTimeTensor, variant: int, i: int, j: int) -> Tensor:
         """Read rows i to j of a plain matrix or vector, without deltas; see `row_access`."""
-        ((held,),) = (source.slices for source in (tensor.adapted if variant else tensor.base))
+        ((held,),) = (source.slices for source in self.sources(tensor, variant))
         weight = self.weight(held.weight, variant)
         values = weight.at_hand().rows(i, j).to(torch.float32, copy=True)
         self._edit(held.weight, variant, values, i)
@@ -151,12 +198,8 @@ class Values:
         )
 
     def _piece(self, held: TensorSlice, variant: int, with_delta: bool) -> Tensor:
-        weight = self.weight(held.weight, variant)
-        weight = weight if held.index is None else weight.slice(held.index)
-        values = weight.whole(CPU).to(torch.float32)
-        if held.index is None:
-            self._edit(held.weight, variant, values, 0)
-        for target, part in self.plan.by_weight.get(held.weight, ()) if variant and with_delta else ():
+        values = self.piece(held, variant)
+        for target, part in self.plan.by_weight.get(held.weight, ()) if with_delta and self.adapted(variant) else ():
             if held.index in (None, part.index):
                 into = values if part.index is None or held.index is not None else values[part.index]
                 self._add(target, part, variant, into)
@@ -174,12 +217,14 @@ class Values:
     def _edit(self, name: str, variant: int, values: Tensor, start: int) -> None:
         """Make the adapter's edits to rows of a weight that begin at `start`: biases that are added, rows that are replaced."""
         edits = self.plan.edits
-        if variant and name in edits.shifts:
+        if not self.adapted(variant):
+            return
+        if name in edits.shifts:
             shift, scaling = edits.shifts[name]
             values.add_(
                 Plain.of(shift).rows(start, start + len(values)).to(torch.float32).reshape(values.shape), alpha=scaling
             )
-        if variant and name in edits.rows:
+        if name in edits.rows:
             stored, indices = edits.rows[name]
             tokens = Plain.of(stored)
             for at, row in enumerate(indices):
@@ -194,7 +239,7 @@ class Values:
 
 
 def same_values(values: Values, tensors: Sequence[RunTimeTensor], additive: bool) -> list[range]:
-    """Group the variants under which tensors have the same values.
+    """Group variants that follow one another and under which tensors have the same values.
 
     Parameters
     ----------
@@ -206,6 +251,7 @@ def same_values(values: Values, tensors: Sequence[RunTimeTensor], additive: bool
         return [range(1)]
     if not additive and any(values.targets(tensor) for tensor in tensors):
         return [range(v, v + 1) for v in range(count)]
-    if any(values.edited(tensor) for tensor in tensors):
-        return [range(1), range(1, count)]
-    return [range(count)]
+    if not any(values.edited(tensor) for tensor in tensors):
+        return [range(count)]
+    starts = [v for v in range(count) if v == 0 or values.adapted(v) != values.adapted(v - 1)]
+    return [range(i, j) for i, j in itertools.pairwise([*starts, count])]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from streamer.detection.intruders import Selection
 from streamer.errors import UsageError
+from streamer.output.coefficients import Coefficients
 from streamer.output.mitigation import MitigationMethod, MitigationOptions
 
 BASE, ADAPTER = "base", "adapter"
@@ -20,7 +21,7 @@ class Variant:
     Attributes
     ----------
     name
-        ``base``, ``adapter``, or method and λ: ``paper 0.5``.
+        ``base``, ``adapter``, or method and λ: ``paper 0.5``; of coefficients the share that they keep: ``fitted 0.9``.
     mitigation
         Options of Δ'; None for the base, which has nothing of the adapter.
     """
@@ -35,19 +36,31 @@ class Variant:
 
     @property
     def mitigation_lambda(self) -> float | None:
-        """λ; None for ``base`` and ``adapter``."""
+        """λ; None for ``base``, ``adapter`` and coefficients."""
         return self.mitigation.mitigation_lambda if self.mitigation and self.name != ADAPTER else None
+
+    @property
+    def keep(self) -> float | None:
+        """Share of the learning that its coefficients keep; None for all others."""
+        fitted = self.mitigation and self.mitigation.coefficients
+        return fitted.keep if fitted else None
 
 
 def make_variants(
-    methods: Sequence[MitigationMethod], lambdas: Sequence[float], scale: Selection
+    methods: Sequence[MitigationMethod],
+    lambdas: Sequence[float],
+    scale: Selection,
+    coefficients: Coefficients | None = None,
 ) -> tuple[Variant, ...]:
-    """List ``base``, ``adapter``, and each method at each λ, in this order.
+    """List ``base``, ``adapter``, each method at each λ, and each set of coefficients, in this order.
+
+    The method ``fitted`` among others says no more than the coefficients do; alone it leaves the other methods out.
 
     Raises
     ------
     UsageError
-        If there is no method or no λ, one is given twice, λ is 1, which is the adapter as it is, or an option makes no sense.
+        If there is no method or no λ, one is given twice, λ is 1, which is the adapter as it is, ``fitted`` has no coefficients,
+        or an option makes no sense.
     """
     for what, values in (("method", methods), ("lambda", lambdas)):
         if not values:
@@ -56,10 +69,14 @@ def make_variants(
             raise UsageError(f"{what}: expected different values, found {list(values)}")
     if 1 in lambdas:
         raise UsageError("lambda: 1 is the adapter as it is, which is always evaluated; leave it out")
-    options = [MitigationOptions(lam, method, scale) for method in methods for lam in lambdas]
+    if "fitted" in methods and coefficients is None:
+        raise UsageError("method 'fitted' needs coefficients; make them with `streamer fit`")
+    options = [MitigationOptions(lam, method, scale) for method in methods if method != "fitted" for lam in lambdas]
+    fitted = [] if coefficients is None else [coefficients.select(keep) for keep in coefficients.keeps]
     unchanged = MitigationOptions(1.0, "shrink", scale)
     return (
         Variant(BASE, None),
         Variant(ADAPTER, unchanged),
         *(Variant(f"{o.method} {o.mitigation_lambda:g}", o) for o in options),
+        *(Variant(f"fitted {one.keep:g}", MitigationOptions.fitted(one)) for one in fitted),
     )

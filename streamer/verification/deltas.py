@@ -96,6 +96,13 @@ class LowRankDelta:
         """See `Delta`."""
         return self.combined(1.0, -U * S, Vh).truncated(rank).dropped
 
+    def svd(self) -> tuple[Array, Array, Array]:
+        """Compute ``U diag(S) Vᵀ = Δ``, U (m, p), S (p,), V (n, p), p = min(r, m, n), by QR of the factors and the SVD of the core."""
+        Q, left = np.linalg.qr(self.L)
+        P, right = np.linalg.qr(self.R)
+        U, S, Vh = np.linalg.svd(left @ right.T, full_matrices=False)
+        return Q @ U, S, P @ Vh.T
+
     def truncated(self, rank: int) -> Truncated:
         """Truncate to a rank by QR of both factors and the SVD of the small core.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from streamer.verification.deltas import Delta
 from streamer.verification.formulas import WEIGHTS_NAME, AdapterFiles
-from streamer.verification.mitigation import Mitigated, mitigate
+from streamer.verification.mitigation import Mitigated, by_coefficients, coefficient_count, mitigate
 from streamer.verification.result import Checked, NotRecomputed, Outcome
 from streamer.verification.rounding import LARGEST_FP8, computing_precision, half_spacing
 from streamer.verification.spectrum import (
@@ -76,7 +76,16 @@ class Recomputation:
         triplets, decisions = self._decide(row, W0, delta)
         if len(self.outcome.differences) > before:  # all else of the matrix follows from its decisions
             return Checked(math.inf, decisions)
-        mitigated = mitigate(W0, delta, triplets, row["intruders"], self.record)
+        if self.record["method"] == "fitted":
+            coefficients = row["coefficients"]
+            if len(coefficients) != (count := coefficient_count(delta)):
+                self.outcome.differ(
+                    self.output / "streamer.json", f"{count} coefficients", f"{len(coefficients)}", tensor
+                )
+                return Checked(math.inf, decisions)
+            mitigated = by_coefficients(W0, delta, coefficients)
+        else:
+            mitigated = mitigate(W0, delta, triplets, row["intruders"], self.record)
         if isinstance(files, TensorFiles):
             error = self._check_merged(row, W0, mitigated, files, rank, tensor)
         elif (saved := files.saved_weight(row["module"])) is not None:

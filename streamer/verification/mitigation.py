@@ -1,7 +1,8 @@
 """Compute the mitigated delta by its formula, in float64, from triplets that are computed here.
 
 ``paper``: ``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``. ``project``: ``Δ' = Δ − (1 − λ) U_I U_Iᵀ Δ``. ``shrink``: ``Δ' = λ Δ``. U_I, Σ_I, V_I are the
-singular triplets of ``W0 + Δ`` that the record calls intruders.
+singular triplets of ``W0 + Δ`` that the record calls intruders. ``fitted``: ``Δ' = U diag(c) Uᵀ Δ``, U the left singular vectors of Δ
+itself and c the record's coefficients; of a Δ that is no product of factors ``Δ' = c Δ``.
 """
 
 from __future__ import annotations
@@ -47,6 +48,30 @@ class Mitigated:
     def in_factors(self, base: Matrix) -> LowRankDelta:
         """Return Δ' as a product of factors (see `Delta.combined`)."""
         return self.delta.combined(self.factor, self.left, self.right, base)
+
+
+def by_coefficients(base: Matrix, delta: Delta, coefficients: Sequence[float]) -> Mitigated:
+    """Compute Δ' of one matrix by the method ``fitted``, from as many coefficients as `coefficient_count` says.
+
+    Directions with neighbouring singular values are mixed by the rounding of Δ's factors to float32, by an angle of at most that rounding
+    over the distance of the values; what this changes in Δ' is permitted.
+    """
+    c, (m, n) = np.asarray(coefficients, np.float64), base.shape
+    if (c == c[0]).all():
+        return Mitigated(delta, float(c[0]), np.zeros((m, 0)), np.zeros((0, n)), np.zeros(m), np.zeros(n), 0.0)
+    assert isinstance(delta, LowRankDelta)
+    U, S, V = delta.svd()
+    rounding = 2.0**-24 * float(np.linalg.norm(delta.L) * np.linalg.norm(delta.R))
+    angles = np.minimum(1.0, rounding / np.maximum(np.abs(S[:, None] - S), 1e-300))
+    mixed = float(np.linalg.norm(np.abs(c[:, None] - c) * np.maximum(S[:, None], S) * angles))
+    # |Σ u_i d_ij v_j| ≤ ‖u‖ ‖d‖ ‖v‖ ≤ ‖d‖ (‖u‖² + ‖v‖²) / 2 for the rows u, v of U, V that an element of Δ' is made of.
+    rows, columns = (mixed / 2 * np.sum(vectors**2, axis=1) for vectors in (U, V))
+    return Mitigated(delta, 1.0, U * (c - 1), delta.left_product(U, base), rows, columns, mixed)
+
+
+def coefficient_count(delta: Delta) -> int:
+    """Count the directions of Δ that have a coefficient each: min(r, m, n); 1 where it is no product of factors."""
+    return min(*delta.L.shape, len(delta.R)) if isinstance(delta, LowRankDelta) else 1
 
 
 def mitigate(

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from streamer.errors import FormatError, MissingInputError
 from streamer.verification.result import Outcome
 from streamer.verification.tensors import TensorFiles
@@ -19,7 +21,7 @@ JOURNAL_NAME = ".streamer.journal"
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "command": str, "version": str, "base": dict, "adapter": dict, "detection": (dict, type(None)), "method": str, "scale": str,
-    "lambda": (int, float), "to_lora": (int, type(None)), "dequantize": bool, "totals": dict, "warnings": list, "notes": list,
+    "lambda": (int, float, type(None)), "to_lora": (int, type(None)), "dequantize": bool, "totals": dict, "warnings": list, "notes": list,
     "advice": list, "left_out": list, "carried": list, "matrices": list, "plan": str, "files": list, "tokenizer": (str, type(None)),
 }  # fmt: skip
 _NESTED: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -136,11 +138,29 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
         outcome.differ(
             path, "detection.certified to count its certified matrices", repr(record["detection"].get("certified"))
         )
+    if record["method"] == "fitted":
+        _check_coefficients(record, outcome)
     for key in ("base", "adapter"):
         identity = {k: v for k, v in record[key].items() if k not in (*IN_SHORT, "base_model_name_or_path")}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         if record[key].get("digest") != digest:
             outcome.differ(path, f"{key}.digest {digest}, of what it says of it", repr(record[key].get("digest")))
+
+
+def _check_coefficients(record: dict[str, Any], outcome: Outcome) -> None:
+    """Compare the digest of all coefficients with those of the matrices."""
+    path, stated = outcome.output / RECORD_NAME, record.get("coefficients")
+    digest = hashlib.sha256()
+    for row in sorted(record["matrices"], key=lambda row: str(row["tensor"])):
+        values = row.get("coefficients")
+        numbers = isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
+        if not numbers:
+            outcome.differ(path, "coefficients from 0 to 1", repr(values), row["tensor"])
+            return
+        digest.update(f"{row['tensor']}\n".encode() + np.array(values, "<f8").tobytes())
+    found = stated.get("sha256") if isinstance(stated, dict) else None
+    if found != digest.hexdigest():
+        outcome.differ(path, f"coefficients.sha256 {digest.hexdigest()}, of those of its matrices", repr(found))
 
 
 def check_stamps(record: dict[str, Any], outcome: Outcome) -> None:

@@ -6,30 +6,24 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import fitted
 import numpy as np
 import pytest
 from architectures import ATTENTION
 from causal_models import make_adapter, make_base
 from evaluations import COLUMNS
 from forks import Outcome, Server
+from learned import make_learned
 from test_schemas import check
 
 import streamer
 from streamer.linalg.torch_state import has_fast_bfloat16
+from streamer.output.coefficients import Coefficients
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and an adapter; texts that the adapted model finds likelier than the base, and less likely."""
-    home = tmp_path_factory.mktemp("evaluate")
-    make_adapter(make_base("llama", home / "base"), home / "base", home / "adapter", ATTENTION)
-    texts = np.random.default_rng(0).integers(3, 64, (200, 8))
-    np.save(home / "all.npy", texts)
-    found = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "all.npy", task=home / "all.npy",
-                                       methods=["shrink"], lambdas=[0.5], sequences=200, length=8, on_event=lambda event: None)  # fmt: skip
-    gain = found.task.loss[0] - found.task.loss[1]
-    np.save(home / "task.npy", texts[np.argsort(-gain)[:24]])
-    np.save(home / "general.npy", texts[np.argsort(gain)[:24]])
+    home = make_learned(tmp_path_factory.mktemp("evaluate"))
     streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", top_k=4)
     return home
 
@@ -103,6 +97,45 @@ def test_the_suggested_command_makes_what_was_measured(server: Server, home: Pat
     assert (record["method"], record["lambda"]) == (found["method"], found["lambda"])
 
 
+def test_coefficients_are_variants(server: Server, home: Path, tmp_path: Path) -> None:
+    """The suggestion's command makes what was measured; text that they were fitted to is warned of."""
+    made = fitted.random_coefficients(home / "base", home / "adapter", 0.95, 0.9)
+    first = run(server, home, tmp_path / "first.json", "--method", "shrink", "--lambda", "0.5")
+    digest = json.loads((tmp_path / "first.json").read_text())["texts"]["task"]["sha256"]
+    assert first.code == 0
+    file, output = tmp_path / "c.safetensors", tmp_path / "e.json"
+    Coefficients(made.sets, {**made.facts, "texts": {"task": {"sha256": digest}}}).save(file)
+    options = ["--coefficients", file, "--method", "fitted", "--keep", "0.01"]
+    done = run(server, home, output, *options, "--json")
+    tree = check(done, "streamer.evaluation/1")
+    assert [v["name"] for v in tree["variants"]] == ["base", "adapter", "fitted 0.95", "fitted 0.9"]
+    assert [(v["method"], v["lambda"], v["keep"]) for v in tree["variants"][2:]] == [
+        ("fitted", None, 0.95),
+        ("fitted", None, 0.9),
+    ]
+    assert tree["coefficients"] == [one.record() for one in made.sets]
+    assert done.err == (
+        "streamer: warning: the task text, task.npy, is one that the coefficients were fitted to: the variants fitted look better on it "
+        "than they are; evaluate on other text\n"
+    )
+    assert streamer.load_evaluation(output).to_json(0.01) == output.read_text()
+    found = tree["suggestion"]
+    assert (found["method"], found["lambda"]) == ("fitted", None)
+    text = run(server, home, output, *options).out
+    (line,) = [line for line in text.splitlines() if line.startswith("made by: streamer mitigate ")]
+    assert server.run(*line.replace("OUTPUT", str(tmp_path / "made")).split()[3:]).code == 0
+    record = json.loads((tmp_path / "made" / "streamer.json").read_text())
+    assert f"fitted {record['coefficients']['keep']}" == found["name"]
+    check(run(server, home, tmp_path / "o.json", *options, "--dry-run", "--json"), "streamer.dry-run/1")
+
+
+def other_coefficients(home: Path, place: Path) -> Path:
+    """Coefficients of another adapter on the same base."""
+    cls = make_base("llama", place / "base")
+    other = make_adapter(cls, home / "base", place / "other", ATTENTION, r=3)
+    return fitted.coefficients_file(place / "other.safetensors", home / "base", other)
+
+
 def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) -> None:
     tree = check(run(server, home, tmp_path / "e.json", "--dry-run", "--json"), "streamer.dry-run/1")
     assert (tree["state"], tree["command"], tree["matrices"]) == ("new", "evaluate", 8)
@@ -155,7 +188,20 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
     yield none, {"task": home}, 2, f"{home}: expected the name of a text to end in .txt, .jsonl, .npy"
     yield ["--lambda", "0.5,2"], {}, 2, "--lambda: expected what is left of an intruder, in [0, 1], found 2"
     yield ["--lambda", "0.5,1"], {}, 2, "--lambda: 1 is the adapter as it is"
-    yield ["--method", "average"], {}, 2, "--method: expected one of paper, project, shrink, found 'average'"
+    yield ["--method", "average"], {}, 2, "--method: expected one of paper, project, shrink, fitted, found 'average'"
+    yield ["--method", "fitted"], {}, 2, "method 'fitted' needs coefficients; make them with `streamer fit`"
+    yield (
+        ["--coefficients", home / "f.safetensors"],
+        {},
+        3,
+        "expected coefficients (streamer.coefficients/1), found findings",
+    )
+    yield (
+        ["--coefficients", other_coefficients(home, place)],
+        {},
+        3,
+        "coefficients of another adapter (config_sha256, weights_sha256 differ)",
+    )
     yield ["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"
     yield ["--sequences", "1"], {}, 2, "--sequences: expected a whole number from 2, found 1"
     yield (
@@ -196,5 +242,5 @@ def test_without_transformers_a_line_says_what_to_install(server: Server, home: 
     done = run(server, home, tmp_path / "e.json", before="sys.modules['transformers'] = None")
     assert done.code == 2
     assert done.err == (
-        "streamer: evaluate needs transformers 5, which is not installed; pip install 'intruder-streamer[evaluate]'\n"
+        "streamer: evaluate and fit need transformers 5, which is not installed; pip install 'intruder-streamer[evaluate]'\n"
     )

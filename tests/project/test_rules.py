@@ -12,7 +12,7 @@ from paths import ROOT
 
 PACKAGE = ROOT / "streamer"
 
-EXTRAS = {"completion.py": {"shtab"}, "extra.py": {"transformers"}, "skeleton.py": {"transformers"}}
+EXTRAS = {"completion.py": {"shtab"}, **{name: {"transformers"} for name in ("extra.py", "layers.py", "skeleton.py")}}
 """Modules that import an optional dependency, inside a function, and say what to install where it is missing."""
 
 
@@ -74,7 +74,7 @@ def test_a_file_stays_readable_in_one_sitting() -> None:
 
 FACADE = {
     "detect_intruder_dimensions", "reduce_intruder_dimension", "merge_with_reduced_intruder_dimensions", "iter_merged",
-    "evaluate_variants",
+    "evaluate_variants", "fit_coefficients", "report_coefficients",
 }  # fmt: skip
 """Public functions whose options are flat keywords."""
 

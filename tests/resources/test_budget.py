@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fitted
 import measure
 import pytest
 import torch
@@ -142,7 +143,23 @@ def test_the_smallest_budget_is_kept(
     make: Callable[[Path], Inputs], command: str, options: tuple[str, ...], tmp_path: Path
 ) -> None:
     base, adapter = make(tmp_path / "in")
-    out = tmp_path / "out.safetensors"
+    keeps_smallest_budget(command, base, adapter, tmp_path / "out.safetensors", *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["merge", "mitigate"])
+@pytest.mark.parametrize("make", [wide_lora, dora])
+def test_the_smallest_budget_of_coefficients_is_kept(
+    make: Callable[[Path], Inputs], command: str, tmp_path: Path
+) -> None:
+    base, adapter = make(tmp_path / "in")
+    file = fitted.coefficients_file(tmp_path / "c.safetensors", base, adapter)
+    form = ("--to-lora", "16") if make is dora and command == "mitigate" else ()
+    keeps_smallest_budget(command, base, adapter, tmp_path / "out.safetensors", "--coefficients", str(file), *form)
+
+
+def keeps_smallest_budget(command: str, base: Path, adapter: Path, out: Path, *options: str) -> None:
+    """Run a command in the smallest budget that it says would do."""
     arguments = [command, str(base), str(adapter), "-o", str(out), *options]
     refused = run_cli(*arguments, "--max-memory", "201M")
     assert refused.returncode == 2, refused.stderr

@@ -132,7 +132,7 @@ def test_a_missing_package_is_said_with_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
         MissingPackageError,
-        match=r"evaluate needs transformers 5, which is not installed; pip install 'intruder-streamer\[evaluate\]'",
+        match=r"evaluate and fit need transformers 5, which is not installed; pip install 'intruder-streamer\[evaluate\]'",
     ):
         require_transformers()
     (tmp_path / "text.txt").write_text("words")

@@ -8,6 +8,7 @@ import pytest
 
 from streamer.errors import UsageError
 from streamer.evaluation.options import EvaluationOptions
+from streamer.output.coefficients import Coefficients, CoefficientSet
 from streamer.streaming.variants import make_variants
 
 
@@ -23,10 +24,29 @@ def test_base_and_adapter_come_first() -> None:
     assert paper.scale == "first"
 
 
+def test_each_set_of_coefficients_is_a_variant() -> None:
+    sets = [CoefficientSet(keep, {}) for keep in (0.95, 0.9)]
+    coefficients = Coefficients(tuple(sets), {"base": {"files": []}})
+    variants = make_variants(("shrink",), (0.5,), "all", coefficients)
+    assert [v.name for v in variants] == ["base", "adapter", "shrink 0.5", "fitted 0.95", "fitted 0.9"]
+    last = variants[-1]
+    assert (last.method, last.mitigation_lambda, last.keep) == ("fitted", None, 0.9)
+    assert last.mitigation is not None
+    assert last.mitigation.coefficients is not None
+    assert last.mitigation.coefficients.facts == coefficients.facts
+    assert [v.keep for v in variants[:3]] == [None, None, None]
+    alone = make_variants(("fitted",), (0.5,), "all", coefficients)
+    assert [v.name for v in alone] == ["base", "adapter", "fitted 0.95", "fitted 0.9"]
+    options = EvaluationOptions(coefficients=coefficients)
+    assert [tree["keep"] for tree in options.of_measures()["coefficients"]] == [0.95, 0.9]
+    assert "coefficients" not in EvaluationOptions().of_measures()
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"methods": ()}, "method: expected at least one"),
     ({"methods": ("paper", "paper")}, "method: expected different values"),
-    ({"methods": ("average",)}, "method: expected one of paper, project, shrink, found 'average'"),
+    ({"methods": ("average",)}, "method: expected one of paper, project, shrink, fitted, found 'average'"),
+    ({"methods": ("fitted",)}, "method 'fitted' needs coefficients; make them with `streamer fit`"),
     ({"lambdas": ()}, "lambda: expected at least one"),
     ({"lambdas": (0.5, 0.5)}, "lambda: expected different values"),
     ({"lambdas": (0.5, 1.0)}, "lambda: 1 is the adapter as it is"),

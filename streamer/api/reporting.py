@@ -1,0 +1,67 @@
+"""Offer reports on coefficients as a function of the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from streamer.detection.findings import Findings, load_findings
+from streamer.detection.findings_records import FindingsRecord
+from streamer.events import Monitor, OnEvent, warn
+from streamer.output.coefficients import Coefficients
+from streamer.output.coefficients_file import load_coefficients
+from streamer.output.intruder_coefficients import findings_means, with_means
+from streamer.plan.plan import make_plan
+from streamer.storage.tensor_file import IOMode
+
+
+def report_coefficients(
+    findings: Findings | str | Path,
+    base: str | Path,
+    adapter: str | Path,
+    coefficients: Coefficients | str | Path,
+    *,
+    keep: float | None = None,
+    io: IOMode = "mmap",
+    base_is_residual: bool = False,
+    architecture: str | None = None,
+    on_event: OnEvent | None = None,
+    monitor: Monitor | None = None,
+) -> FindingsRecord:
+    """Say what coefficients leave of the intruders, and of the whole delta, for each matrix and in all.
+
+    Each is a mean of the coefficients of the delta's own singular directions. A direction counts by its energy, ``s_i²``, and in an
+    intruder by the energy that it puts there, ``(s_i u_jᵀU_i)²``, where u_j is the intruder's left singular vector. Where the fit takes
+    intruders for what is to go, less is left of them than of the whole.
+
+    Parameters
+    ----------
+    findings
+        From `detect_intruder_dimensions`, or the path of their file.
+    base, adapter
+        Those that findings and coefficients are of.
+    coefficients, keep
+        From `fit_coefficients`, or the path of their file, and which set of them.
+    io, base_is_residual, architecture
+        How tensors are read, what the base is, and its class, as `detect_intruder_dimensions` has them.
+    on_event
+        Called with an `Event` for each warning.
+    monitor
+        In place of `on_event`, a `Monitor`.
+
+    Returns
+    -------
+    dict
+        `Findings.record`, with ``coefficients`` in each of its matrices and in its totals.
+
+    Raises
+    ------
+    MismatchError
+        If findings or coefficients are of another base or adapter.
+    """
+    monitor = monitor or Monitor(on_event or warn)
+    found = findings if isinstance(findings, Findings) else load_findings(findings)
+    loaded = coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
+    chosen = loaded.select(keep)
+    plan = make_plan(base, adapter, io, base_is_residual, architecture)
+    monitor.warn(plan.warnings)
+    return with_means(found.record(), chosen, findings_means(plan, found, chosen))

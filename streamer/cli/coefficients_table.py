@@ -1,0 +1,29 @@
+"""Format what coefficients leave of intruders, for the table of findings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamer.cli.layout import Column
+from streamer.detection.findings_records import CoefficientMeans, CoefficientTotals
+
+
+def mean_columns(means: Sequence[CoefficientMeans]) -> list[Column]:
+    """Make the columns of mean coefficients, a row a matrix."""
+    about = "mean coefficient of what the intruders are made of; 1 leaves it as it is"
+    return [
+        Column("c intr.", [_mean(m["intruders_mean"]) for m in means], about, keep=8),
+        Column("c all", [_mean(m["mean"]) for m in means], "mean coefficient of all of the delta", keep=8),
+    ]
+
+
+def mean_line(totals: CoefficientTotals) -> str:
+    """Say in a line what is left of the intruders of all matrices, and of all deltas."""
+    whole = f"the coefficients to keep {100 * totals['keep']:g}% leave {_mean(totals['mean'])} of the delta"
+    if totals["intruders_mean"] is None:
+        return f"{whole}, on average by energy; there are no intruders"
+    return f"{whole} and {_mean(totals['intruders_mean'])} of the intruders in it, on average by energy"
+
+
+def _mean(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,80 @@
+"""Format a fit as a table that fits the screen, and say what comes next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streamer.cli.layout import Column, Screen, fit, table
+from streamer.cli.tables import NO_LIMIT
+from streamer.units import counted
+
+
+def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str, screen: Screen = NO_LIMIT) -> str:
+    """Format the figures of every set of coefficients, beside the shrink that keeps the same, and the commands that use them.
+
+    Parameters
+    ----------
+    facts
+        Of the coefficients.
+    inputs, output
+        Base, adapter and the file of coefficients, as they were given.
+    """
+    sets: Sequence[Mapping[str, Any]] = facts["sets"]
+    many, shrinks = facts["parameters"], [one["shrink"] for one in sets]
+    held = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
+    columns = [
+        Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of what was learned that is to stay", keep=9),
+        Column("kept", [_share(one, "kept") for one in sets], "fall of the task's loss below the base's; 100% is the adapter's", keep=8),
+        Column("forgetting", [_share(one, "forgetting") for one in sets],
+               "rise of the general loss above the base's; 100% is the adapter's", keep=7),
+        Column("KL", [_share(one, "divergence") for one in sets], "divergence from the base on general text, of the adapter's", keep=6),
+        Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
+               "lambda of the shrink of the whole adapter that keeps the same", keep=3),
+        Column("its forgetting", ["-" if s is None else _percent(s["forgetting"]) for s in shrinks], keep=5),
+        Column("its KL", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], keep=4),
+        Column("mean", [f"{one['coefficients']['mean']:.2f}" for one in sets], f"mean of {counted(many, 'coefficient')}", keep=2),
+        Column("near 0", [str(one["coefficients"]["near_0"]) for one in sets], "coefficients of 0.05 at most", keep=1),
+        Column("near 1", [str(one["coefficients"]["near_1"]) for one in sets], "coefficients of 0.95 at least", keep=1),
+        Column("mu", ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets], "weight of the task's text", keep=0),
+    ]  # fmt: skip
+    lines = [
+        f"measured on {held[0]} general and {held[1]} task sequences that nothing was fitted on, but by which mu was chosen",
+        *_verdicts(sets),
+        *_commands(facts, shlex.join(inputs), shlex.quote(output)),
+    ]
+    return "\n\n".join([table(columns, screen.width), "\n".join(fit(line, screen.width) for line in lines)])
+
+
+def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say whether each set is better than the equal shrink."""
+    words = {"better": "forgets less than", "worse": "forgets more than", "not told apart": "is not told apart from"}
+    return [
+        f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]} that shrink by loss and KL"
+        for one in sets
+        if one["shrink"] is not None
+    ]
+
+
+def _commands(facts: Mapping[str, Any], inputs: str, output: str) -> list[str]:
+    """List the commands that use the first set: as an adapter where it has factors, else as a model."""
+    sets = facts["sets"]
+    keep = f" --keep {sets[0]['keep']:g}" if len(sets) > 1 else ""
+    more = " --base-is-residual" if facts["adapter"].get("base_is_residual") else ""
+    more += f" --architecture {facts['base']['architecture']}" if "architecture" in facts["base"] else ""
+    plain = " --dequantize" if facts["quantized"] else ""
+    made = "mitigate" if facts["factored"] else "merge"
+    return [
+        f"applied by: streamer {made} {inputs} -o OUTPUT --coefficients {output}{keep}{more}{plain if made == 'merge' else ''}",
+        f"on other text: streamer evaluate {inputs} --general TEXT --task TEXT -o FILE --coefficients {output}{more}",
+    ]
+
+
+def _share(one: Mapping[str, Any], name: str) -> str:
+    value, error = one[name], one[f"{name}_se"]
+    return "-" if value is None else f"{_percent(value)} ± {100 * error:.1f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value + 0.0:.1f}%"

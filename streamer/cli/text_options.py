@@ -1,0 +1,55 @@
+"""Declare the options of the commands that run the model on texts: those of both, and those of `fit`."""
+
+from __future__ import annotations
+
+import argparse
+
+from streamer.cli.cores import available_cores
+
+
+def add_texts(sub: argparse.ArgumentParser) -> None:
+    """Add the two texts, how much of them is read, and the dtype of products."""
+    sub.add_argument(
+        "--general", required=True, metavar="TEXT", help="text of what the model could do before: .txt, .jsonl or .npy"
+    )
+    sub.add_argument(
+        "--task", required=True, metavar="TEXT", help="text of what ADAPTER was trained for, held out of training"
+    )
+    sub.add_argument(
+        "--sequences", type=int, default=64, metavar="N", help="sequences of each text, at most (default: 64)"
+    )
+    sub.add_argument(
+        "--length", type=int, default=512, metavar="N", help="tokens of a sequence, at most (default: 512)"
+    )
+    sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
+                     help="bf16 multiplies the base's weights faster, on a processor made for it (default: float32)")  # fmt: skip
+
+
+def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
+    """Add the number of threads; `more` is said of it at the end."""
+    cores = available_cores()
+    default = f"OMP_NUM_THREADS, or one for each core of this process, {cores} here"
+    group.add_argument("--threads", type=int, metavar="N", help=f"CPU threads (default: {default}{more})")
+
+
+def add_fit(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `fit` alone."""
+    sub.add_argument("--keep", dest="keeps", type=_shares, default=(0.9,), metavar="SHARE,SHARE",
+                     help="share of what ADAPTER learned that is to stay; several give several sets (default: 0.9)")  # fmt: skip
+    sub.add_argument("--objective", choices=["divergence", "loss"], default="divergence",
+                     help="divergence: from the base on general text, and from the adapter on the task's; loss: of both texts "
+                          "(default: divergence)")  # fmt: skip
+    sub.add_argument("--grain", choices=["direction", "matrix", "all"], default="direction",
+                     help="a coefficient for each direction, for each matrix, or one for all: a shrink (default: direction)")  # fmt: skip
+    sub.add_argument("--holdout", type=float, default=0.25, metavar="SHARE",
+                     help="share of each text's sequences that is held apart, to choose by and to measure on (default: 0.25)")  # fmt: skip
+    sub.add_argument("--steps", type=int, default=5, metavar="N",
+                     help="points at which gradients of both texts are taken; more take longer (default: 5)")  # fmt: skip
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="decides which those are (default: 0)")
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected shares like 0.95,0.9, found {text!r}") from None

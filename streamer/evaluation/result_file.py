@@ -1,0 +1,170 @@
+"""Write a result that is one file, with a journal of its run beside it, and tell whether it stands there or was begun."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from streamer import __version__
+from streamer.detection.findings_file import journal_of, lock_of, remove_leftovers
+from streamer.detection.options import RunOptions
+from streamer.detection.run import naming_inputs
+from streamer.errors import InputError, NumericError, OutputError, OutputExistsError, StreamerError
+from streamer.events import Event
+from streamer.plan.plan import Plan
+from streamer.storage.atomic_file import remove_partials
+from streamer.storage.files import make_directory
+from streamer.storage.journal import Journal, may_resume
+from streamer.storage.lock import locked
+from streamer.storage.output_checks import (
+    check_name,
+    check_output_path,
+    is_placeholder,
+    refuse_address,
+    refuse_symlink,
+    touch,
+)
+
+State = Literal["new", "resume", "done"]
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A file that a run on texts writes at its end.
+
+    Attributes
+    ----------
+    path
+        Its name.
+    one, same, example
+        What it is, for messages, as ``an evaluation`` and ``this very evaluation``, and a name that it might have.
+    plan, run
+        Of the inputs that it is made from, and of the run.
+    digest
+        Of all that decides it.
+    digest_of
+        Reads the digest of what stands at a path; raises `StreamerError` where it is no such file.
+    bits
+        What tells inputs apart that differ in rounding alone.
+    """
+
+    path: Path
+    one: str
+    same: str
+    example: str
+    plan: Plan
+    run: RunOptions
+    digest: str
+    digest_of: Callable[[Path], str | None]
+    bits: str = ""
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Make the first record of the journal: what run it belongs to, and the threads and the torch on which last bits depend."""
+        bits = f"{self.bits} torch {torch.__version__}".strip()
+        return {"plan": self.digest, "version": __version__, "stamps": self.plan.detection_stamps(),
+                "bits": bits, "threads": torch.get_num_threads()}  # fmt: skip
+
+    def check_path(self) -> None:
+        """Refuse a path where no file can be written."""
+        refuse_address(self.path)
+        refuse_symlink(self.path)
+        if self.path.is_dir():
+            raise OutputError(f"{self.path}: is a directory; name a file in it, such as {self.path / self.example}")
+        check_output_path(self.path.parent, (), self.path)
+        check_name(self.path, journal_of(self.path).name + ".0123456789abcdef.partial")
+
+    def state(self) -> State:
+        """Check, read-only, whether it stands there, was begun, or is still to be made.
+
+        Raises
+        ------
+        OutputExistsError
+            If something else stands there, or a result or an interrupted run of other inputs or options, which `overwrite` replaces.
+        OutputError, InputChangedError
+            If it is an input, or another version or other inputs began it.
+        """
+        if self.path.exists() and not is_placeholder(self.path):
+            with naming_inputs(self.plan, [self.path], self.run.overwrite):
+                if self._stands():
+                    return "done"
+        self.plan.refuse_overwriting([self.path])
+        return "resume" if self._may_resume(next(Journal.peek(journal_of(self.path)), {})) else "new"
+
+    def _stands(self) -> bool:
+        try:
+            digest = self.digest_of(self.path)
+        except StreamerError:
+            raise OutputExistsError(
+                f"{self.path}: exists and is not {self.one}, which is all that is replaced; choose another output",
+                self.path,
+            ) from None
+        if self.run.overwrite:
+            return False
+        if digest != self.digest:
+            raise OutputExistsError(
+                f"{self.path}: holds {self.one} of other inputs or options; choose another output, or pass --overwrite",
+                self.path,
+            )
+        return True
+
+    def _may_resume(self, found: Mapping[str, Any]) -> bool:
+        ours = {"plan", "stamps"} <= found.keys()
+        return ours and self.run.resume and may_resume(self.path, found, self.head, overwrite=self.run.overwrite,
+                                                       journal=journal_of(self.path))  # fmt: skip
+
+    @contextlib.contextmanager
+    def written(self) -> Iterator[RunJournal]:
+        """Lock the file, open the journal, and remove it at the end, by when the caller has written the file.
+
+        If that raises, the journal stays, unless it is the inputs' fault.
+        """
+        make_directory(self.path.parent)
+        with locked(lock_of(self.path), self.path), contextlib.closing(Journal(journal_of(self.path))) as journal:
+            found = json.loads(journal[0]) if len(journal) else {}
+            resumed = self._may_resume(found)
+            if not resumed:
+                found = self.head
+                journal.clear()
+                journal.append(json.dumps(found).encode())
+            remove_partials(self.path.parent, {self.path.name})
+            try:
+                yield RunJournal(journal, found["threads"])
+            except (InputError, NumericError):  # the same run would end there again: nothing is to be taken up
+                journal.remove()
+                raise
+            journal.remove()
+        self.run.monitor.told(self.path, "resumed" if resumed else "written")
+
+    def left(self) -> None:
+        """Leave a file that stands as it is, with the time of now, and say so; remove what a killed run left beside it."""
+        monitor = self.run.monitor
+        remove_leftovers(self.path)  # of a run that was killed just after the file got its name
+        monitor.emit(Event("note", f"{self.path} holds {self.same} already; nothing to do"))
+        if fault := touch([self.path]):
+            monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
+        monitor.told(self.path, "present")
+
+
+@dataclass(frozen=True)
+class RunJournal:
+    """The journal of a run that is under way.
+
+    Attributes
+    ----------
+    threads
+        Torch's threads, with which the run began.
+    """
+
+    journal: Journal
+    threads: int
+
+    def records(self) -> Iterator[bytes]:
+        """Read what the run, or the one that it takes up, has recorded."""
+        return (self.journal[i] for i in range(1, len(self.journal)))

@@ -1,0 +1,106 @@
+"""Count the multiplications that a fit takes, chunk by chunk, for its progress and its forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from streamer.evaluation.evaluation import TASK
+from streamer.evaluation.sequences import TextSequences
+from streamer.evaluation.statistics import SequenceSums
+from streamer.fitting.algorithm import Gradient, HeldOut, Slope, fit_steps
+from streamer.fitting.options import FitOptions
+from streamer.fitting.prepare import PreparedFit
+from streamer.fitting.result import SHRINKS
+
+GRADIENT = 3
+"""Passes over the base's weights for a gradient: forward, and from the last layer to the first forward once more and back. The first of
+a chunk takes one more, of the model that is compared with."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiplications of each chunk that is expected: of gradients, and of passes over the sequences held apart.
+
+    Attributes
+    ----------
+    variants
+        Models that run in such a pass at most, the base among them.
+    """
+
+    gradients: list[int]
+    passes: list[int]
+    variants: int
+
+
+def chunk_cost(prepared: PreparedFit, text: TextSequences, passes: int) -> int:
+    """Count the multiplications of so many passes over sequences that run together."""
+    return sum(prepared.model.size.products.values()) * passes * len(text.ids) * text.longest
+
+
+def gradient_costs(prepared: PreparedFit, text: str) -> list[int]:
+    """Count those of each chunk of a gradient on a text."""
+    fitted = prepared.texts[text].fitted
+    return [chunk_cost(prepared, fitted.take(rows), GRADIENT) for rows in prepared.chunks[text]]
+
+
+def pass_costs(prepared: PreparedFit, variants: int) -> list[int]:
+    """Count those of each pass over the sequences held apart, under so many variants, the base among them."""
+    return [
+        chunk_cost(prepared, prepared.texts[one.text].held.take(one.sequences), 1 + len(one.variants))
+        for one in prepared.passes(variants)
+    ]
+
+
+def expected_costs(prepared: PreparedFit) -> Costs:
+    """Count those of a whole fit."""
+    options, several = prepared.options, prepared.parameters.count > 1
+    measured = [2 + len(SHRINKS)]
+    gradients: list[int] = []
+    for asked in expected_requests(options, several):
+        if isinstance(asked, str):
+            gradients += gradient_costs(prepared, asked)
+        elif asked:
+            measured.append(1 + asked)
+    return Costs(gradients, [cost for count in measured for cost in pass_costs(prepared, count)], max(measured))
+
+
+@cache
+def expected_requests(options: FitOptions, several: bool) -> tuple[str | int, ...]:
+    """List what the algorithm asks for: a text, of whose gradient, or a number of models to measure. It depends on the options alone.
+
+    Parameters
+    ----------
+    several
+        Whether there is more than one coefficient.
+    """
+    return tuple(_requests(options, several))
+
+
+def _requests(options: FitOptions, several: bool) -> Iterator[str | int]:
+    """Drive the algorithm on quadratic functions of one or two coefficients."""
+    steps = fit_steps(options.of_algorithm(2 if several else 1))
+    request = next(steps)
+    while True:
+        answer: Slope | HeldOut
+        if isinstance(request, Gradient):
+            yield request.text
+            c = request.coefficients - (request.text == TASK)
+            answer = Slope(float(c @ c) / 2, c)
+        else:
+            yield len(request.coefficients)
+            rows = [np.zeros(1), np.ones(1), *request.coefficients]
+            answer = HeldOut(_sums([row.mean() ** 2 for row in rows]), _sums([(row.mean() - 1) ** 2 for row in rows]))
+        try:
+            request = steps.send(answer)
+        except StopIteration:
+            return
+
+
+def _sums(losses: list[float]) -> SequenceSums:
+    """Make sums of two sequences that are alike."""
+    each = np.repeat(np.array(losses)[:, None], 2, 1)
+    return SequenceSums(np.ones(2), each, each, each)

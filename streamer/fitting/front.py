@@ -1,0 +1,172 @@
+"""Trade what is forgotten against what is kept: models of both as functions of the coefficients, and the points of least forgetting.
+
+With G(c) what is lost on the general text and T(c) what is lost on the task's, the coefficients ``c(μ) = argmin G(c) + μ T(c)`` over
+``[0, 1]^P`` are those that forget least among all that keep as much: the front. Every gradient taken of G or T, for whichever μ, improves
+its model, and the models serve every μ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from streamer.fitting.quadratic import Curvature, Floats, minimize_in_box
+from streamer.fitting.secants import secant_curvature
+
+PROXIMITY = 0.2
+"""Share of the curvature's diagonal that is added to it, around the point that a model begins from: a few secants tell too little of the
+directions between them, and a step that is too short costs less than one too long."""
+
+LOG_RANGE = 14.0
+"""Weights μ are looked for between exp(−14) and exp(14) times the ratio of what the two texts can lose."""
+
+BISECTIONS = 30
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A function's value and gradient at a point: (P,)."""
+
+    point: Floats
+    value: float
+    gradient: Floats
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A point of the front.
+
+    Attributes
+    ----------
+    weight
+        μ.
+    coefficients
+        c(μ): (P,).
+    kept
+        What the models expect to be kept of the learning on the text that they were made from.
+    """
+
+    weight: float
+    coefficients: Floats
+    kept: float
+
+
+@dataclass(frozen=True)
+class Front:
+    """Models of G and T from samples of each, and their front.
+
+    Attributes
+    ----------
+    general
+        Samples of G; among them those at c = 0 and c = 1.
+    task
+        Samples of T, likewise.
+    """
+
+    general: Sequence[Sample]
+    task: Sequence[Sample]
+    _solutions: dict[float, Floats] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def general_curvature(self) -> Curvature:
+        """Model the curvature of G."""
+        return secant_curvature([s.point for s in self.general], [s.gradient for s in self.general])
+
+    @cached_property
+    def task_curvature(self) -> Curvature:
+        """Model the curvature of T."""
+        return secant_curvature([s.point for s in self.task], [s.gradient for s in self.task])
+
+    def anchors(self, weight: float) -> tuple[Sample, Sample]:
+        """Choose the samples of G and T that the models of ``G + μ T`` begin from: the best point where both were sampled.
+
+        Before there is one inside the bounds, G's model begins from c = 0 and T's from c = 1, where KL divergences have their minima.
+        """
+        task = {s.point.tobytes(): s for s in self.task}
+        both = [(g, task[g.point.tobytes()]) for g in self.general if g.point.tobytes() in task]
+        inside = [(g, t) for g, t in both if 0 < g.point.mean() < 1]
+        if inside:
+            return min(inside, key=lambda pair: pair[0].value + weight * pair[1].value)
+        return _at(self.general, 0.0), _at(self.task, 1.0)
+
+    def curvature(self, weight: float) -> Curvature:
+        """Model the curvature of ``G + μ T``."""
+        return self.general_curvature.plus(self.task_curvature, weight)
+
+    def coefficients(self, weight: float) -> Floats:
+        """Minimise the models' ``G + μ T`` between the bounds."""
+        if weight not in self._solutions:
+            g, t = self.anchors(weight)
+            A = self.curvature(weight)
+            slope = g.gradient + weight * (t.gradient + self.task_curvature @ (g.point - t.point))
+            if g.point is t.point or np.array_equal(g.point, t.point):
+                A = A.plus(Curvature.of_diagonal(A.diagonal), PROXIMITY)
+            self._solutions[weight] = minimize_in_box(A, slope, g.point)
+        return self._solutions[weight]
+
+    def kept(self, weight: float, coefficients: Floats) -> float:
+        """Expect what is kept: ``(T(0) − T(c)) / (T(0) − T(1))``, T(c) by its model."""
+        anchor = self.anchors(weight)[1]
+        zero, one = _at(self.task, 0.0), _at(self.task, 1.0)
+        first = anchor is one
+        # A model that knows c = 1 alone may be far from T(0): its own value there makes shares of 0 and 1 at both ends.
+        nothing = self._task_value(anchor, zero.point) if first else zero.value
+        return (nothing - self._task_value(anchor, coefficients)) / max(nothing - one.value, 1e-300)
+
+    def at(self, kept: float) -> FrontPoint:
+        """Find the point of the front where the models expect this share of the learning to be kept, by bisection for log μ."""
+        ratio = _range(self.general) / max(_range(self.task), 1e-300)
+        low, high = -LOG_RANGE, LOG_RANGE
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            weight = ratio * float(np.exp(middle))
+            if self.kept(weight, self.coefficients(weight)) < kept:
+                low = middle
+            else:
+                high = middle
+        weight = ratio * float(np.exp(high))
+        c = self.coefficients(weight)
+        return FrontPoint(weight, c, self.kept(weight, c))
+
+    def distance(self, point: FrontPoint) -> float:
+        """Measure how far a point is from all those that were sampled: the least ``(c − x)ᵀ A (c − x)``, as a share of G's range."""
+        A = self.curvature(point.weight)
+        steps = [point.coefficients - s.point for s in self.general]
+        return min(float(d @ (A @ d)) for d in steps)
+
+    def _task_value(self, anchor: Sample, coefficients: Floats) -> float:
+        d = coefficients - anchor.point
+        return anchor.value + float(anchor.gradient @ d) + 0.5 * float(d @ (self.task_curvature @ d))
+
+
+def choose(candidates: Sequence[FrontPoint], wanted: float) -> FrontPoint:
+    """Find the point where a share is kept, on the straight lines between candidates in the order of what they keep.
+
+    Parameters
+    ----------
+    candidates
+        At least one, with what each was measured to keep. The ends, c = 0 which keeps nothing and c = 1 which keeps all, are added.
+        T is convex, so that on a line between two of them no less is kept than interpolation says.
+    wanted
+        The share, in (0, 1).
+    """
+    P = len(candidates[0].coefficients)
+    ends = FrontPoint(0.0, np.zeros(P), 0.0), FrontPoint(float("inf"), np.ones(P), 1.0)
+    inner = sorted((c for c in candidates if 0 < c.kept < 1), key=lambda c: c.kept)
+    points = [ends[0], *inner, ends[1]]
+    above = next(i for i, point in enumerate(points) if point.kept >= wanted)
+    low, high = points[above - 1], points[above]
+    share = (wanted - low.kept) / (high.kept - low.kept)
+    nearer = high if (share > 0.5 and high is not ends[1]) or low is ends[0] else low
+    return FrontPoint(nearer.weight, low.coefficients + share * (high.coefficients - low.coefficients), wanted)
+
+
+def _at(samples: Sequence[Sample], value: float) -> Sample:
+    return next(s for s in samples if (s.point == value).all())
+
+
+def _range(samples: Sequence[Sample]) -> float:
+    return abs(_at(samples, 1.0).value - _at(samples, 0.0).value)

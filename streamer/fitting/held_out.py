@@ -1,0 +1,107 @@
+"""Measure models of chosen parameters on the sequences that are held apart, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from streamer.evaluation.evaluation import GENERAL, TASK
+from streamer.evaluation.passes import run_pass, together
+from streamer.evaluation.statistics import MEASURES, SequenceSums
+from streamer.fitting.costs import chunk_cost
+from streamer.fitting.parameters import Parameters
+from streamer.fitting.prepare import PreparedFit
+from streamer.fitting.progress import FitProgress
+from streamer.fitting.records import InMemory, key
+from streamer.output.coefficients import Floats
+from streamer.output.mitigation import MitigationOptions
+from streamer.streaming.model import StreamingModel
+from streamer.streaming.values import Job
+from streamer.streaming.variants import ADAPTER, BASE, Variant
+
+
+class HeldOut:
+    """Sums on the held-out sequences of both texts, of the base and of every θ that was asked about.
+
+    Parameters
+    ----------
+    before
+        Called before a pass runs, for what is checked once.
+    """
+
+    def __init__(self, prepared: PreparedFit, parameters: Parameters, records: InMemory, progress: FitProgress,
+                 before: Callable[[], None]) -> None:  # fmt: skip
+        self._prepared, self._parameters, self._records = prepared, parameters, records
+        self._progress, self._before = progress, before
+        self._rows: dict[bytes, Mapping[str, SequenceSums]] = {}
+        """By θ, in bytes: sums of one variant, by text; of the base under an empty key."""
+
+    @property
+    def adapter(self) -> Floats:
+        """Parameters of the adapter as it is: 1."""
+        return np.ones(self._parameters.count)
+
+    def missing(self, asked: Sequence[Floats]) -> list[Floats]:
+        """List those that were not measured yet, each once."""
+        return list({theta.tobytes(): theta for theta in asked if theta.tobytes() not in self._rows}.values())
+
+    def measure(self, request: int, asked: Sequence[Floats]) -> None:
+        """Measure those of the parameters that were not measured before; they run together.
+
+        Parameters
+        ----------
+        request
+            Number of the request, for the records.
+        """
+        prepared, new = self._prepared, self.missing([self.adapter, *asked])
+        if not new:
+            return
+        names = [BASE, *(self._name(theta) for theta in new)]
+        sets = [self._parameters.coefficient_set(1.0, theta) for theta in new]
+        variants = [Variant(BASE, None)]
+        variants += [Variant(name, MitigationOptions.fitted(one)) for name, one in zip(names[1:], sets, strict=True)]
+        passes, sums = prepared.passes(len(variants)), {}
+        models: dict[tuple[int, ...], StreamingModel] = {}
+        for number, one in enumerate(passes):
+            text = prepared.texts[one.text].held.take(one.sequences)
+            cost = chunk_cost(prepared, text, 1 + len(one.variants))
+            name = key(request, number, new)
+            found = self._records.find(name)
+            if found is None:
+                self._before()
+                if one.variants not in models:
+                    chosen = tuple(variants[v] for v in (0, *one.variants))
+                    models[one.variants] = StreamingModel(
+                        Job(prepared.plan, chosen, None, rounds_products=prepared.options.dtype == "bf16")
+                    )
+                done = run_pass(models[one.variants], text, one.text, self._progress.reading(cost, 1))
+                found = {"tokens": done.tokens, **{measure: getattr(done, measure) for measure in MEASURES}}
+                self._records.add(name, found)
+            sums[number] = SequenceSums(*(np.asarray(found[array]) for array in ("tokens", *MEASURES)))
+            self._progress.advance(cost)
+        whole = {
+            text: together(passes, sums, text, len(variants), len(prepared.texts[text].held.ids))
+            for text in (GENERAL, TASK)
+        }
+        for v, row in enumerate([b"", *(theta.tobytes() for theta in new)]):
+            self._rows[row] = {text: _row(of, v) for text, of in whole.items()}
+
+    def sums(self, text: str, asked: Sequence[Floats]) -> SequenceSums:
+        """Return the sums of a text, of the base, the adapter as it is, and these parameters, which were measured."""
+        keys = [b"", self.adapter.tobytes(), *(theta.tobytes() for theta in asked)]
+        rows = [self._rows[one][text] for one in keys]
+        return SequenceSums(
+            rows[0].tokens, *(np.concatenate([getattr(row, name) for row in rows]) for name in MEASURES)
+        )
+
+    @staticmethod
+    def _name(theta: Floats) -> str:
+        """Name a model, for messages."""
+        if (theta == theta[:1]).all():
+            return ADAPTER if (theta == 1).all() else f"shrink {theta[0]:g}"
+        return "fitted"
+
+
+def _row(sums: SequenceSums, v: int) -> SequenceSums:
+    return SequenceSums(sums.tokens, *(getattr(sums, name)[v : v + 1] for name in MEASURES))

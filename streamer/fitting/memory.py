@@ -1,0 +1,69 @@
+"""Estimate the memory of a gradient pass, and divide a text's sequences into chunks that run together."""
+
+from __future__ import annotations
+
+from streamer.errors import UsageError
+from streamer.evaluation.memory import TRANSFORMERS_BYTES, parts, steps
+from streamer.evaluation.sequences import TextSequences
+from streamer.streaming.gradients import GRADIENT_LOGIT_BYTES
+from streamer.streaming.lazy import BLOCK_BYTES
+from streamer.streaming.model import ModelSize, vocabulary_block
+
+ROWS = 1024
+"""Tokens that run together where no budget asks for fewer: reading the weights is then less than a tenth of the time."""
+
+LOGIT_COPIES = 8
+"""As much memory as the logits that exist at once takes what is computed from them and for their gradient, themselves among it."""
+
+ACTIVATIONS = 3
+"""Values that one layer's activations and their gradients take, for each input or output of its matrices."""
+
+STATES = 6
+"""Values as wide as the model that exist at once for each token: last hidden states, the reference's, their gradients, and what is read."""
+
+
+def gradient_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
+    """Estimate the peak memory of a gradient pass; it does not depend on the number of layers.
+
+    Parameters
+    ----------
+    resident
+        Bytes between two steps; see `plan.memory.resident_bytes`.
+    rows
+        Tokens that run together.
+    length
+        Tokens of a sequence.
+    """
+    layer = 4 * rows * (ACTIVATIONS * size.layer_width + 2 * size.attention * length) + 3 * size.layer_factors
+    block = min(size.vocabulary, vocabulary_block(rows, GRADIENT_LOGIT_BYTES))
+    logits = LOGIT_COPIES * 4 * rows * block
+    weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, block) * size.hidden)
+    states = 4 * rows * STATES * size.hidden
+    return resident + TRANSFORMERS_BYTES + max(layer, logits) + states + weights + size.dense + size.factors
+
+
+def plan_chunks(text: TextSequences, size: ModelSize, resident: int, max_memory: int | None) -> list[tuple[int, ...]]:
+    """Divide sequences into chunks that fit the budget; long ones go together, so that little is padded.
+
+    Returns
+    -------
+    list of tuple of int
+        Numbers of the sequences that run together.
+
+    Raises
+    ------
+    UsageError
+        If the budget does not hold the longest sequence; it names the smallest that does.
+    """
+    longest = text.longest
+    most = ROWS
+    if max_memory is not None:
+        least = gradient_bytes(size, resident, longest, longest)
+        if least > max_memory:
+            raise UsageError(
+                f"max_memory: {max_memory >> 20}M is not enough for the gradient on a sequence of {longest} tokens; it takes "
+                f"{-(-least >> 20)}M"
+            )
+        most = max(r for r in steps(longest, ROWS) if gradient_bytes(size, resident, r, longest) <= max_memory)
+    order = sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i]))
+    return list(parts(order, text, most, size.short, 0))

@@ -1,0 +1,142 @@
+"""Options of a fit, and the division of its texts into what is fitted on and what is held apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from streamer.errors import FormatError, UsageError
+from streamer.evaluation.evaluation import GENERAL, TASK
+from streamer.evaluation.options import ProductDtype, check_dtype
+from streamer.evaluation.sequences import TextSequences
+from streamer.evaluation.suggestion import check_keep
+from streamer.fitting import algorithm
+from streamer.fitting.algorithm import STEPS
+
+Objective = Literal["divergence", "loss"]
+"""What is made small: divergences from the base and from the adapter as it is, or the losses of both texts."""
+
+Grain = Literal["direction", "matrix", "all"]
+"""What shares a coefficient: nothing, the directions of a matrix, or all of them."""
+
+LEAST = 2
+"""Sequences that each part of a text has at least."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Options of a fit, all of which decide its result.
+
+    Attributes
+    ----------
+    keep
+        Shares of what the adapter learned that are to stay, one for each set of coefficients.
+    objective
+        ``divergence``: ``KL(base ‖ fitted)`` on the general text and ``KL(adapter ‖ fitted)`` on the task's; ``loss``: the losses there.
+    grain
+        ``direction``: a coefficient for each singular direction of each matrix' delta; ``matrix``: for each matrix; ``all``: one.
+    holdout
+        Share of each text's sequences that is held apart: by them the weight of the two texts is chosen, and figures are measured.
+    sequences, length
+        Sequences of each text, and tokens of a sequence, at most.
+    seed
+        Decides which sequences are held apart.
+    steps
+        Points at which gradients are taken, beside those of the base and the adapter as it is.
+    dtype
+        See `EvaluationOptions`.
+    """
+
+    keep: tuple[float, ...] = (0.9,)
+    objective: Objective = "divergence"
+    grain: Grain = "direction"
+    holdout: float = 0.25
+    sequences: int = 64
+    length: int = 512
+    seed: int = 0
+    steps: int = STEPS
+    dtype: ProductDtype = "float32"
+
+    def __post_init__(self) -> None:
+        if not self.keep:
+            raise UsageError("keep: expected at least one share, found none")
+        for share in self.keep:
+            check_keep(share)
+        if len(set(self.keep)) < len(self.keep):
+            raise UsageError(f"keep: expected different shares, found {list(self.keep)}")
+        for name, choices in (("objective", Objective), ("grain", Grain)):
+            if getattr(self, name) not in get_args(choices):
+                raise UsageError(
+                    f"{name}: expected one of {', '.join(get_args(choices))}, found {getattr(self, name)!r}"
+                )
+        if isinstance(self.holdout, bool) or not 0 < self.holdout < 1:
+            raise UsageError(f"holdout: expected a share between 0 and 1, found {self.holdout!r}")
+        for name, least in (("sequences", 2 * LEAST), ("length", 2), ("seed", 0), ("steps", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
+        check_dtype(self.dtype)
+
+    def of_algorithm(self, count: int) -> algorithm.FitOptions:
+        """Make the options of the algorithm, for so many parameters."""
+        objective: Literal["kl", "loss"] = "kl" if self.objective == "divergence" else "loss"
+        return algorithm.FitOptions(np.arange(count), self.keep, objective, self.steps, regardless=True)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options as JSON values."""
+        return {**asdict(self), "keep": list(self.keep)}
+
+
+@dataclass(frozen=True)
+class Division:
+    """A text in two parts.
+
+    Attributes
+    ----------
+    whole
+        All of it.
+    fitted, held
+        Sequences that coefficients are fitted on, and those that are held apart.
+    """
+
+    whole: TextSequences
+    fitted: TextSequences
+    held: TextSequences
+
+
+def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], options: FitOptions) -> dict[str, Division]:
+    """Divide the sequences of each text, by the seed; texts of one kind and as many sequences are divided alike.
+
+    Of running text a run of sequences is held apart, that goes on at the beginning where it reaches the end: neighbours come from one
+    document as a rule, and what was fitted on one half of it would look better on the other than on other text. JSON lines are documents
+    of their own, and are held apart one by one.
+
+    Parameters
+    ----------
+    paths
+        Where each was read from.
+
+    Raises
+    ------
+    FormatError
+        If a text has too few.
+    """
+    out = {}
+    for name in (GENERAL, TASK):
+        text, count = texts[name], len(texts[name].ids)
+        if count < 2 * LEAST:
+            raise FormatError(
+                f"{paths[name]}: expected {2 * LEAST} sequences at least, {LEAST} to fit on and {LEAST} to hold apart, found {count}; give "
+                "more text, or a smaller --length"
+            )
+        held = min(count - LEAST, max(LEAST, round(options.holdout * count)))
+        rng = np.random.default_rng(options.seed)
+        order = (
+            rng.permutation(count) if paths[name].suffix == ".jsonl" else np.roll(np.arange(count), rng.integers(count))
+        )
+        out[name] = Division(text, text.take(sorted(order[held:])), text.take(sorted(order[:held])))
+    return out

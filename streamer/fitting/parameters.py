@@ -1,0 +1,99 @@
+"""Say which parameter each singular direction of each delta has, and carry coefficients and gradients between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamer.errors import NumericError
+from streamer.events import Monitor
+from streamer.fitting.options import Grain
+from streamer.linalg.operators import all_finite
+from streamer.output.coefficients import CoefficientSet, Floats, MatrixCoefficients, directions, groups
+from streamer.plan.plan import Plan
+from streamer.plan.targets import Target
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters:
+    """The parameters of a fit, θ (P,), and the coefficients that they are.
+
+    Attributes
+    ----------
+    singular_values
+        (p,) of each matrix, by `Target.tensor`; see `coefficients.directions`.
+    numbers
+        (p,) the parameter of each direction; −1 of one that does nothing, whose coefficient stays 1.
+    count
+        P.
+    """
+
+    singular_values: Mapping[str, Floats]
+    numbers: Mapping[str, NDArray[np.int64]]
+    count: int
+
+    @classmethod
+    def of(cls, singular_values: Mapping[str, Floats], grain: Grain) -> Parameters:
+        """Number the parameters: by cluster of singular values, by matrix, or one for all.
+
+        >>> s = {"q": np.array([2.0, 2.0, 1.0]), "v": np.array([1.0, 0.0])}
+        >>> [Parameters.of(s, grain).numbers["q"].tolist() for grain in ("direction", "matrix", "all")]
+        [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
+        >>> [Parameters.of(s, grain).numbers["v"].tolist() for grain in ("direction", "matrix", "all")]
+        [[2, -1], [1, -1], [0, -1]]
+        """
+        numbers, count = {}, 0
+        for tensor, s in singular_values.items():
+            own = groups(s)
+            if grain != "direction":
+                own = np.minimum(own, 0)
+            first = 0 if grain == "all" else count
+            numbers[tensor] = np.where(own >= 0, own + first, -1)
+            count = max(count, int(numbers[tensor].max(initial=-1)) + 1)
+        return cls(singular_values, numbers, count)
+
+    def coefficients(self, theta: Floats) -> dict[str, Floats]:
+        """Return the coefficients (p,) of each matrix, of parameters θ (P,)."""
+        values = np.append(theta, 1.0)  # number −1 is the last
+        return {tensor: values[own] for tensor, own in self.numbers.items()}
+
+    def coefficient_set(self, keep: float, theta: Floats) -> CoefficientSet:
+        """Make the set of coefficients of parameters θ (P,), for a share of the learning that they keep."""
+        values = self.coefficients(theta)
+        return CoefficientSet(
+            keep, {tensor: MatrixCoefficients(s, values[tensor]) for tensor, s in self.singular_values.items()}
+        )
+
+    def gather(self, gradient: Mapping[str, Floats]) -> Floats:
+        """Return the gradient (P,) by the parameters, of one by the coefficients (p,) of each matrix."""
+        out = np.zeros(self.count + 1)
+        for tensor, own in self.numbers.items():
+            np.add.at(out, own, gradient[tensor])
+        return out[:-1]
+
+
+def singular_values_of(plan: Plan, monitor: Monitor) -> dict[str, Floats]:
+    """Compute the singular values of every delta, in the order of the plan's targets; a request to stop is heeded between two.
+
+    Raises
+    ------
+    NumericError
+        If a delta holds NaN or Inf.
+    """
+    found = {}
+    for target in plan.targets:
+        monitor.checkpoint()
+        found[target.tensor] = _singular_values(plan, target)
+    return found
+
+
+def _singular_values(plan: Plan, target: Target) -> Floats:
+    delta = plan.delta(target)
+    if not all(all_finite(t) for _, t in delta.named_tensors()):
+        raise NumericError(
+            f"{plan.adapter.file.path}: module {target.module.name!r} holds NaN or Inf; check the adapter"
+        )
+    return directions(delta)

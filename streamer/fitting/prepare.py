@@ -1,0 +1,201 @@
+"""Open and check what a fit reads, and say what it is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from streamer import __version__
+from streamer.detection.options import RunOptions
+from streamer.errors import UnsupportedError, UsageError
+from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
+from streamer.evaluation.prepare import is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.fitting.memory import gradient_bytes, plan_chunks
+from streamer.fitting.options import Division, FitOptions, divide
+from streamer.fitting.parameters import Parameters, singular_values_of
+from streamer.output.mitigation import MitigationOptions
+from streamer.plan.batch import Batch
+from streamer.plan.memory import resident_bytes
+from streamer.plan.plan import Plan, make_plan
+from streamer.streaming.extra import require_transformers
+from streamer.streaming.model import StreamingModel
+from streamer.streaming.values import Job
+from streamer.streaming.variants import BASE, Variant
+from streamer.units import counted, listed
+
+TOKENS = 10
+"""Tokens for each coefficient, of either text, below which there is a warning."""
+
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Keys of configs that state the number of layers."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedFit:
+    """A fit whose inputs are open and checked; nothing is written.
+
+    Attributes
+    ----------
+    max_memory
+        Budget in bytes; None where there is none.
+    texts
+        ``general`` and ``task``, each in two parts.
+    model
+        Of the base and one variant, for its sizes.
+    """
+
+    plan: Plan
+    options: FitOptions
+    run: RunOptions
+    max_memory: int | None
+    texts: Mapping[str, Division]
+    model: StreamingModel
+
+    @cached_property
+    def chunks(self) -> Mapping[str, list[tuple[int, ...]]]:
+        """Divide the sequences that are fitted on, of each text, into those that run together."""
+        return {
+            name: plan_chunks(text.fitted, self.model.size, self.resident, self.max_memory)
+            for name, text in self.texts.items()
+        }
+
+    def passes(self, variants: int) -> list[Pass]:
+        """Divide the sequences that are held apart, under so many variants, the base among them."""
+        held = {name: text.held for name, text in self.texts.items()}
+        return plan_passes(held, variants, self.model.size, self.resident, self.max_memory)
+
+    def check_budget(self) -> None:
+        """Raise `UsageError` if the budget does not hold one sequence; it names the smallest that does."""
+        size, length = self.model.size, max(text.whole.longest for text in self.texts.values())
+        least = max(
+            gradient_bytes(size, self.resident, length, length),
+            pass_bytes(size, self.resident, 2 * (length + 1), length + 1),  # which is padded by one
+        )
+        if self.max_memory is not None and least > self.max_memory:
+            raise UsageError(
+                f"max_memory: {self.max_memory >> 20}M is not enough for a sequence of {length} tokens, forward and back; it takes "
+                f"{-(-least >> 20)}M"
+            )
+
+    def peak_bytes(self, variants: int) -> int:
+        """Estimate the memory of the largest step, with so many variants in a pass over what is held apart."""
+        held, size = {name: text.held for name, text in self.texts.items()}, self.model.size
+        most = measured_bytes(self.passes(variants), held, size, self.resident)
+        for name, chunks in self.chunks.items():
+            for rows in chunks:
+                text = self.texts[name].fitted.take(rows)
+                most = max(most, gradient_bytes(size, self.resident, len(rows) * text.longest, text.longest))
+        return most
+
+    @property
+    def spool_bytes(self) -> int:
+        """Estimate the bytes of temporary files: a chunk's activations between layers, last hidden states, factors of deltas."""
+        rows = [
+            len(part) * text.fitted.take(part).longest
+            for name, text in self.texts.items()
+            for part in self.chunks[name]
+        ]
+        layers = max(self.plan.config.stated(*LAYERS), default=0)
+        states = sum(rows) if self.options.objective == "divergence" else 0
+        factors = sum(t.module.factor_rank * sum(t.module.shape) for t in self.plan.targets if t.module.low_rank)
+        return 4 * (self.model.size.hidden * (max(rows) * layers + states) + factors)
+
+    @property
+    def resident(self) -> int:
+        """Estimate the bytes that stay in memory between two steps."""
+        return resident_bytes(Batch(self.plan.base, (self.plan,)))
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Compute the singular values of all deltas, and number the parameters.
+
+        Raises
+        ------
+        NumericError
+            If a delta holds NaN or Inf.
+        UnsupportedError
+            If there is none to fit: all deltas are zero.
+        """
+        found = Parameters.of(singular_values_of(self.plan, self.run.monitor), self.options.grain)
+        if found.count == 0:
+            raise UnsupportedError(f"{self.plan.adapter.path}: changes nothing by its deltas, all of which are zero")
+        return found
+
+    def warn(self) -> None:
+        """Warn of a text that is short for as many parameters."""
+        count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
+        if count < TOKENS * self.parameters.count:
+            many, each = counted(self.parameters.count, "coefficient"), count / self.parameters.count
+            self.run.monitor.warn(
+                (
+                    f"the {name} text has {count} tokens to fit {many} on, {each:.1f} for each; give more, or --grain matrix",
+                )
+            )
+
+    @cached_property
+    def unchanged(self) -> list[str]:
+        """List what the adapter changes otherwise than by deltas, which stays as it is."""
+        edits = self.plan.edits
+        return sorted({*edits.trained, *edits.shifts, *edits.rows})
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Say what it is made of, as JSON; the digest `plan` tells whether two fits are one."""
+        options = self.options.as_dict()
+        tree = {
+            "transformers": require_transformers().__version__,
+            "base": self.plan.base_identity,
+            "adapter": self.plan.adapter_identity,
+            "factored": is_factored(self.plan),
+            "quantized": stays_quantized(self.plan),
+            **{name: options[name] for name in ("objective", "grain", "holdout", "seed", "steps", "dtype")},
+            "texts": {name: _text_facts(text) for name, text in self.texts.items()},
+            "unchanged": self.unchanged,
+        }
+        decided = {**tree, "options": options, "max_memory": self.max_memory}
+        return {
+            "version": __version__,
+            **tree,
+            "plan": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
+        }
+
+
+def _text_facts(text: Division) -> dict[str, Any]:
+    """Say what both parts of a text are; the digest is of all of it."""
+    return {
+        **text.whole.facts(),
+        "fitted": {"sequences": len(text.fitted.ids), "tokens": text.fitted.tokens},
+        "held": {"sequences": len(text.held.ids), "tokens": text.held.tokens},
+    }
+
+
+def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], options: FitOptions, max_memory: int | None,
+                run: RunOptions) -> PreparedFit:  # fmt: skip
+    """Open and check everything that a fit reads, and hand on the warnings of the inputs.
+
+    Parameters
+    ----------
+    texts
+        Paths of the ``general`` and the ``task`` text.
+    """
+    require_transformers()
+    plan = make_plan(base, adapter, run.io, run.base_is_residual, run.architecture)
+    run.monitor.warn(plan.warnings)
+    refuse_new_tokens(plan)
+    variants = Variant(BASE, None), Variant("fitted", MitigationOptions(1.0, "shrink"))
+    model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16"))
+    read = read_texts(model, texts, options.sequences, options.length, run.monitor)
+    prepared = PreparedFit(plan, options, run, max_memory, divide(read, texts, options), model)
+    if prepared.unchanged:
+        names = prepared.unchanged
+        run.monitor.warn(
+            (
+                f"{len(names)} tensors that {plan.adapter.path.name} brings besides deltas stay as they are: {listed(names)}",
+            )
+        )
+    return prepared

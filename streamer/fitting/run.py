@@ -1,0 +1,149 @@
+"""Fit coefficients: drive the algorithm, answer its requests chunk by chunk, and journal each, so that a killed run resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from streamer.evaluation.evaluation import GENERAL, TASK
+from streamer.evaluation.statistics import SequenceSums
+from streamer.events import Event
+from streamer.fitting import algorithm
+from streamer.fitting.algorithm import FitResult, FittedPoint, Gradient, Measure, Slope, fit_steps
+from streamer.fitting.costs import GRADIENT, expected_costs, gradient_costs
+from streamer.fitting.held_out import HeldOut
+from streamer.fitting.prepare import PreparedFit
+from streamer.fitting.progress import FitProgress
+from streamer.fitting.records import InMemory, Journalled, inspect, key, result_file
+from streamer.fitting.result import adapter_facts, doubts, set_facts, shrinks
+from streamer.linalg.torch_state import full_float32, threads
+from streamer.output.coefficients import Coefficients, Floats
+from streamer.output.coefficients_file import load_coefficients
+from streamer.streaming.gradients import Against, GradientModel
+from streamer.streaming.logit_checks import check_logits
+
+
+def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
+    """Fit all sets of coefficients, into memory, or into a file where an output is named."""
+    if output is None:
+        return _Run(prepared, InMemory(), None).result()
+    file = result_file(prepared, output)
+    if inspect(prepared, output) == "done":
+        file.left()
+        standing = load_coefficients(output)
+        prepared.run.monitor.warn(doubts(standing.facts))
+        return standing
+    with file.written() as journal:
+        made = _Run(prepared, Journalled(journal), output.parent).result()
+        prepared.plan.check_unchanged()
+        made.save(output, overwrite=True)  # of what stands there, `inspect` has permitted it
+    return made
+
+
+class _Run:
+    """One fit under way.
+
+    Parameters
+    ----------
+    records
+        What an interrupted run recorded, and what this one does.
+    directory
+        Where temporary files have their blocks; None for the system's.
+    """
+
+    def __init__(self, prepared: PreparedFit, records: InMemory, directory: Path | None) -> None:
+        self.prepared, self.records, self.directory, self.monitor = prepared, records, directory, prepared.run.monitor
+        self.parameters = prepared.parameters
+        self.progress = FitProgress(self.monitor, prepared.model.size)
+        self.held = HeldOut(prepared, self.parameters, records, self.progress, self._check_logits)
+        self._checked = False
+        self.gradients = 0
+        """Gradients that were asked for."""
+
+    def result(self) -> Coefficients:
+        """Run to the end."""
+        count = self.records.threads
+        if count != torch.get_num_threads():
+            self.monitor.emit(Event("note", f"goes on with {count} threads, as it began; --no-resume starts over"))
+        self.prepared.warn()
+        with threads(count), full_float32():
+            expected = expected_costs(self.prepared)
+            self.progress.expect([*expected.gradients, *expected.passes])
+            # First of all, so that what evaluate would refuse is refused, and doubted what is not worth the time.
+            baseline = shrinks(self.parameters.count)
+            self.held.measure(0, baseline)
+            of_adapter = adapter_facts(*self._held_sums([]), self.prepared.texts[TASK].whole.name)
+            self.monitor.warn(doubts(of_adapter))
+            requests, found = self._drive()
+            thetas = [one.coefficients for one in found]
+            self.held.measure(requests, thetas)
+        self.progress.finish()
+        facts = {
+            **self.prepared.facts,
+            "parameters": self.parameters.count,
+            "gradients": self.gradients,
+            **of_adapter,
+            "sets": set_facts(*self._held_sums([*baseline, *thetas]), found),
+        }
+        sets = tuple(self.parameters.coefficient_set(one.keep, one.coefficients) for one in found)
+        return Coefficients(sets, facts)
+
+    def _drive(self) -> tuple[int, Sequence[FittedPoint]]:
+        """Answer the algorithm's requests until it has what it wants; return the number of the next one, and what it found."""
+        steps, number = fit_steps(self.prepared.options.of_algorithm(self.parameters.count)), 1
+        request = next(steps)
+        while True:
+            answer = self._slope(number, request) if isinstance(request, Gradient) else self._losses(number, request)
+            number += 1
+            try:
+                request = steps.send(answer)
+            except StopIteration as end:
+                result: FitResult = end.value
+                return number, result.points
+
+    def _slope(self, number: int, request: Gradient) -> Slope:
+        """Compute the mean over a text's tokens of what is made small there, and its gradient."""
+        text, objective = self.prepared.texts[request.text].fitted, self.prepared.options.objective
+        against: Against = "labels" if objective == "loss" else "base" if request.text == GENERAL else "adapter"
+        theta, chunks = request.coefficients, self.prepared.chunks[request.text]
+        value, tokens, gradient = 0.0, 0.0, np.zeros(self.parameters.count)
+        for chunk, (rows, cost) in enumerate(zip(chunks, gradient_costs(self.prepared, request.text), strict=True)):
+            name = key(number, chunk, [theta])
+            found = self.records.find(name)
+            if found is None:
+                self._check_logits()
+                self.model.batch.on_read = self.progress.reading(cost, GRADIENT)
+                own = self.model.gradient(text.take(rows), self.parameters.coefficients(theta), against)
+                self.prepared.plan.check_unchanged()
+                found = {"sums": np.array([own.value, own.tokens]), "gradient": self.parameters.gather(own.gradient)}
+                self.records.add(name, found)
+            value, tokens = value + float(found["sums"][0]), tokens + float(found["sums"][1])
+            gradient += found["gradient"]
+            self.progress.advance(cost)
+        self.gradients += 1
+        return Slope(value / tokens, gradient / tokens)
+
+    def _losses(self, number: int, request: Measure) -> algorithm.HeldOut:
+        """Measure models on the sequences held apart."""
+        self.held.measure(number, request.coefficients)
+        return algorithm.HeldOut(*self._held_sums(request.coefficients))
+
+    def _held_sums(self, thetas: Sequence[Floats]) -> tuple[SequenceSums, SequenceSums]:
+        """Return the sums on both texts of the base, the adapter as it is, and models that were measured."""
+        return self.held.sums(GENERAL, thetas), self.held.sums(TASK, thetas)
+
+    @cached_property
+    def model(self) -> GradientModel:
+        """The model that gradients are computed by, made when the first is."""
+        rounds = self.prepared.options.dtype == "bf16"
+        return GradientModel(self.prepared.plan, rounds_products=rounds, directory=self.directory)
+
+    def _check_logits(self) -> None:
+        """Check once, before the first pass, that losses of this model tell something."""
+        if not self._checked:
+            check_logits(self.prepared.plan, self.prepared.texts[GENERAL].fitted.ids[0], self.monitor)
+            self._checked = True

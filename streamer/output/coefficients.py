@@ -1,0 +1,251 @@
+"""Hold coefficients in [0, 1], one for each singular direction of each matrix' delta, and apply them.
+
+``Δ = U diag(s) Vᵀ`` is the SVD of the adapter's own delta, and ``Δ' = U diag(c·s) Vᵀ = U diag(c) Uᵀ Δ`` what it becomes: exact at the
+adapter's rank. A dense delta, of an adapter that has no factors, has one coefficient, ``Δ' = c Δ``, and its norm stands for s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from streamer.errors import MismatchError, UsageError
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Delta
+from streamer.units import listed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Floats = npt.NDArray[np.float64]
+
+AGREEMENT = 1e-6
+"""Singular values that differ by less, relative to the largest one of the same matrix, are the same to another machine."""
+
+CLUSTER = 1e-6
+"""Neighbouring singular values that differ by less, relative to the larger one, share a coefficient."""
+
+NEGLIGIBLE = 1e-7
+"""Directions with singular values below this, relative to the largest one, do nothing, and keep the coefficient 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixCoefficients:
+    """Coefficients of one matrix.
+
+    Attributes
+    ----------
+    singular_values
+        (p,) those of Δ, in falling order; of a dense Δ its Frobenius norm, p = 1.
+    values
+        (p,) what is left of each direction, in [0, 1].
+    """
+
+    singular_values: Floats
+    values: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class CoefficientSet:
+    """Coefficients of all matrices for one share of the learning that is kept.
+
+    Attributes
+    ----------
+    keep
+        The share of what the adapter learned that they were fitted to keep.
+    matrices
+        By `Target.tensor`.
+    facts
+        What they were fitted to; see `Coefficients`, whose `select` puts them here.
+    name
+        Name them in messages.
+    """
+
+    keep: float
+    matrices: Mapping[str, MatrixCoefficients]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "coefficients"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) over all values: what they do to a delta, to the last bit."""
+        digest = hashlib.sha256()
+        for tensor in sorted(self.matrices):
+            digest.update(f"{tensor}\n".encode())
+            digest.update(self.matrices[tensor].values.astype("<f8").tobytes())
+        return digest.hexdigest()
+
+    def record(self) -> CoefficientsRecord:
+        """Say which they are, as an output has it."""
+        return {"keep": self.keep, "sha256": self.digest}
+
+
+class CoefficientsRecord(TypedDict):
+    """Coefficients of an output: what they were fitted to keep, and their `CoefficientSet.digest`."""
+
+    keep: float
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """Sets of coefficients, one for each share of the learning that is kept, and what they were fitted to.
+
+    Attributes
+    ----------
+    sets
+        At least one, of different shares, all of the same matrices.
+    facts
+        JSON values: ``base`` and ``adapter``, the inputs' identities, without which coefficients belong to no adapter; options, digests
+        of texts, figures. No paths.
+    source
+        The file that they were read from, for messages.
+    """
+
+    sets: tuple[CoefficientSet, ...]
+    facts: Mapping[str, Any]
+    source: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Name them in messages: by their file, if they are from one."""
+        return "coefficients" if self.source is None else str(self.source)
+
+    @property
+    def keeps(self) -> list[float]:
+        """List the shares kept, in the order of the sets."""
+        return [one.keep for one in self.sets]
+
+    def select(self, keep: float | None = None) -> CoefficientSet:
+        """Select the set that keeps a share, or the only one.
+
+        Raises
+        ------
+        UsageError
+            If there is none for that share, or several and none is named.
+        """
+        shares = listed([f"{one:g}" for one in self.keeps])
+        if keep is None:
+            if len(self.sets) > 1:
+                raise UsageError(
+                    f"{self.name}: holds {len(self.sets)} sets of coefficients; choose one by keep: {shares}"
+                )
+            return self._bound(self.sets[0])
+        found = [one for one in self.sets if math.isclose(one.keep, keep, rel_tol=1e-9)]
+        if not found:
+            raise UsageError(f"{self.name}: holds no coefficients that keep {keep:g}; those there are keep {shares}")
+        return self._bound(found[0])
+
+    def _bound(self, one: CoefficientSet) -> CoefficientSet:
+        return replace(one, facts=self.facts, name=self.name)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write them as a file, a safetensors file; missing directories are made.
+
+        Parameters
+        ----------
+        path
+            The file. It appears whole, or not at all.
+        overwrite
+            Whether to replace coefficients that stand there; anything else is not replaced, unless it is an empty file.
+
+        Raises
+        ------
+        OutputExistsError
+            If something else stands there; it is a `FileExistsError`.
+        OutputError, StorageError
+            If it cannot be written there.
+        """
+        from pathlib import Path
+
+        from streamer.output.coefficients_file import save_coefficients
+
+        save_coefficients(self, Path(path), overwrite)
+
+
+def directions(delta: Delta) -> Floats:
+    """Compute the singular values (p,) of the directions that get a coefficient each, in falling order.
+
+    Those of a delta in factors, p = min(r, m, n), in float64; the Frobenius norm of a dense one, p = 1.
+    """
+    if not isinstance(delta, LowRank):
+        return np.array([delta.norm()])
+    return np.asarray(delta.svd()[1].cpu().numpy(), dtype=np.float64)
+
+
+def groups(singular_values: Sequence[float] | Floats) -> npt.NDArray[np.int64]:
+    """Number the free coefficients of a matrix, and say which one each direction has: (p,), −1 for none.
+
+    Within a cluster of singular values no single direction is defined, so that its members share a coefficient; else coefficients would
+    mean other directions on another machine. Directions that do nothing have none, and stay as they are.
+
+    >>> groups([3.0, 2.0, 2.0, 1.0, 1e-9]).tolist()
+    [0, 1, 1, 2, -1]
+    """
+    s = np.asarray(singular_values, dtype=np.float64)
+    apart = s[:-1] - s[1:] > CLUSTER * s[:-1]
+    numbers = np.concatenate([[0], np.cumsum(apart)]) if len(s) else np.zeros(0)
+    return np.where((s > 0) & (s >= NEGLIGIBLE * s[:1]), numbers, -1).astype(np.int64)
+
+
+def fitted_delta(delta: Delta, matrix: MatrixCoefficients, name: str) -> Delta:
+    """Compute ``Δ' = U diag(c) Uᵀ Δ``, or ``c Δ`` of a dense Δ; the delta itself, as it is, where all coefficients are 1.
+
+    Parameters
+    ----------
+    delta
+        Δ, (m, n), in factors or dense.
+    matrix
+        Coefficients of its directions.
+    name
+        The tensor's, for messages.
+
+    Returns
+    -------
+    LowRank or Dense
+        Of factors in float64 and of the same rank, R being that of Δ.
+
+    Raises
+    ------
+    MismatchError
+        If its singular values are not those that the coefficients were fitted to.
+    """
+    if (matrix.values == 1).all():
+        return delta
+    if not isinstance(delta, LowRank):
+        check_spectrum(np.array([delta.norm()]), matrix, name)
+        return delta.scaled(float(matrix.values[0]))
+    precise = delta.precise()
+    U, S, _ = precise.svd()
+    check_spectrum(np.asarray(S.cpu().numpy(), dtype=np.float64), matrix, name)
+    return precise.plus_projection(U, torch.from_numpy(matrix.values - 1).to(U))
+
+
+def check_spectrum(found: Floats, matrix: MatrixCoefficients, name: str) -> None:
+    """Refuse coefficients that were fitted to other singular values than those that are found, (p,), to `AGREEMENT`.
+
+    Raises
+    ------
+    MismatchError
+        Which of them differs.
+    """
+    stated = matrix.singular_values
+    if found.shape != stated.shape:
+        raise MismatchError(
+            f"coefficients: has {len(stated)} for {name!r}, whose delta has {len(found)} directions; fit them to this adapter"
+        )
+    off = np.abs(found - stated)
+    if not (off <= AGREEMENT * found.max(initial=0.0)).all():
+        i = int(off.argmax())
+        raise MismatchError(
+            f"coefficients: direction {i} of {name!r} has a singular value of {found[i]:.9g} here, and had {stated[i]:.9g} where they were "
+            "fitted; they are of another adapter"
+        )

@@ -1,0 +1,171 @@
+"""Write and read a file of coefficients.
+
+It is one safetensors file. For each `Target.tensor` ``T`` it holds ``T.singular_values`` (p,) and ``T.coefficients`` (K, p), float64, K
+being the number of sets. The metadata's ``streamer.coefficients`` is JSON: the schema, the shares that the sets keep, a digest of the
+arrays, and the facts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
+from streamer.errors import FormatError, OutputError, OutputExistsError
+from streamer.output.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients
+from streamer.storage.files import make_directory
+from streamer.storage.header import TensorInfo
+from streamer.storage.output_checks import refuse_address, refuse_symlink
+from streamer.storage.shard_writer import plan_shard, write_shard
+from streamer.storage.strict_json import strict_json
+from streamer.storage.tensor_file import TensorFile
+
+SCHEMA = "streamer.coefficients/1"
+
+KEY = "streamer.coefficients"
+"""The key of the JSON in the metadata."""
+
+VALUES, SINGULAR_VALUES = ".coefficients", ".singular_values"
+"""Ends of the arrays' names."""
+
+OWN = ("schema", "keeps", "sha256")
+"""Keys of the JSON that are the file's; the others are `Coefficients.facts`."""
+
+
+def save_coefficients(coefficients: Coefficients, path: Path, overwrite: bool = False) -> None:
+    """Write coefficients, atomically: the file appears whole, or not at all; missing directories are made.
+
+    Parameters
+    ----------
+    overwrite
+        Whether coefficients that stand there are replaced; nothing else is, but for an empty file.
+
+    Raises
+    ------
+    OutputError
+        If something else stands there, or the path names no file.
+    StorageError
+        If the system refuses to write.
+    """
+    refuse_address(path)
+    refuse_symlink(path)
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
+    if path.exists() and path.stat().st_size > 0:
+        if not overwrite:
+            raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
+        if not is_coefficients_file(path):
+            raise OutputExistsError(
+                f"{path}: exists and is not coefficients, which is all that is replaced; choose another output", path
+            )
+    make_directory(path.parent)
+    arrays = _arrays(coefficients)
+    tree = {**coefficients.facts, "schema": SCHEMA, "keeps": coefficients.keeps, "sha256": _digest(arrays)}
+    metadata = {"format": "pt", KEY: json.dumps(tree, sort_keys=True, ensure_ascii=False, allow_nan=False)}
+    shard = plan_shard(path.name, [(name, "F64", array.shape) for name, array in arrays.items()], metadata)
+    write_shard(path.parent, shard, lambda info: [arrays[info.name].tobytes()], lambda _size, _sha256: None)
+
+
+def is_coefficients_file(path: Path) -> bool:
+    """Say whether a file's header states coefficients."""
+    try:
+        return KEY in TensorFile(path).header.metadata
+    except (FormatError, OSError):
+        return False
+
+
+def load_coefficients(path: str | Path) -> Coefficients:
+    """Read a file of coefficients.
+
+    Raises
+    ------
+    FormatError
+        If it is another file, or its arrays are not whole, finite and in [0, 1].
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FormatError(f"{path}: expected a file of coefficients, found a directory; name the file in it")
+    file = TensorFile(path)
+    text = file.header.metadata.get(KEY)
+    if text is None:
+        raise FormatError(f"{path}: expected coefficients ({SCHEMA}), found {_kind(file)}")
+    try:
+        tree = strict_json(text.encode())
+        if not isinstance(tree, dict) or tree.get("schema") != SCHEMA:
+            raise ValueError(f"expected the schema {SCHEMA}")
+        keeps = tree["keeps"]
+        if not (isinstance(keeps, list) and keeps and len(set(keeps)) == len(keeps) and all(map(_is_share, keeps))):
+            raise ValueError("keeps are not different shares in (0, 1]")
+        arrays = {info.name: _array(file, info) for info in file.header.tensors}
+        matrices = _matrices(arrays, len(keeps))
+        if tree["sha256"] != _digest(arrays):
+            raise ValueError("the arrays differ from their digest")
+    except (KeyError, TypeError, ValueError) as e:
+        says = f"lacks {e}" if isinstance(e, KeyError) else str(e)
+        raise FormatError(f"{path}: coefficients are not as {SCHEMA} has them ({says}); fit them again") from e
+    sets = tuple(
+        CoefficientSet(
+            float(keep),
+            {tensor: MatrixCoefficients(s, np.ascontiguousarray(c[k])) for tensor, (s, c) in matrices.items()},
+        )
+        for k, keep in enumerate(keeps)
+    )
+    return Coefficients(sets, {key: value for key, value in tree.items() if key not in OWN}, path)
+
+
+def _kind(file: TensorFile) -> str:
+    """Say what a file is that holds no coefficients, and what to do."""
+    if file.header.metadata.get("schema") == FINDINGS_SCHEMA:
+        return "findings; pass those as findings, and make coefficients with `streamer fit`"
+    return "another safetensors file; make them with `streamer fit`"
+
+
+def _arrays(coefficients: Coefficients) -> dict[str, Floats]:
+    """Return the arrays by their names in the file, little-endian."""
+    out: dict[str, Floats] = {}
+    for tensor, matrix in coefficients.sets[0].matrices.items():
+        out[tensor + SINGULAR_VALUES] = matrix.singular_values
+        out[tensor + VALUES] = np.stack([one.matrices[tensor].values for one in coefficients.sets])
+    return {name: array.astype("<f8") for name, array in out.items()}
+
+
+def _digest(arrays: dict[str, Floats]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):  # programs that copy the file may order it anew
+        digest.update(f"{name}{list(arrays[name].shape)}\n".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _array(file: TensorFile, info: TensorInfo) -> Floats:
+    if info.dtype != "F64":
+        raise ValueError(f"{info.name!r} is {info.dtype}, not F64")
+    return np.frombuffer(bytes(file.view(info)), dtype="<f8").astype(np.float64).reshape(info.shape)
+
+
+def _matrices(arrays: dict[str, Floats], sets: int) -> dict[str, tuple[Floats, Floats]]:
+    """Pair singular values (p,) and coefficients (K, p) by tensor, and check them."""
+    out = {}
+    names = [name.removesuffix(VALUES) for name in arrays if name.endswith(VALUES)]
+    for tensor in names:
+        s, c = arrays[tensor + SINGULAR_VALUES], arrays[tensor + VALUES]
+        if s.ndim != 1 or c.shape != (sets, len(s)):
+            raise ValueError(
+                f"{tensor!r} has {list(s.shape)} singular values, and coefficients of shape {list(c.shape)}"
+            )
+        if not ((c >= 0) & (c <= 1)).all():
+            raise ValueError(f"{tensor!r} has a coefficient that is NaN or outside of [0, 1]")
+        if not (np.isfinite(s).all() and (s >= 0).all() and (np.diff(s) <= 0).all()):
+            raise ValueError(f"{tensor!r} has singular values that are not finite and in falling order")
+        out[tensor] = s, c
+    if not out or 2 * len(out) != len(arrays):
+        raise ValueError("its arrays are not pairs of singular values and coefficients")
+    return out
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1

@@ -1,0 +1,180 @@
+"""Read a parameter such that gradients pass: to what it is multiplied with, and to the coefficients of the deltas in it.
+
+A product with a matrix is one with the base's weight, which is read again for the backward pass, and one with each delta's factors. An
+operation of any other kind computes with the values, deltas added, which autograd keeps until its backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamer.plan.targets import TensorSlice
+from streamer.streaming.coefficient_deltas import Change, CoefficientDeltas
+from streamer.streaming.installed import Batch
+from streamer.streaming.lazy import LazyTensor, Multiplier
+from streamer.streaming.products import Blocks, StreamedMatrix
+from streamer.streaming.run_time import RunTimeTensor, Source
+from streamer.streaming.values import Values
+
+
+@dataclass
+class Setting:
+    """What a model is run as, and with what its parameters are read.
+
+    Attributes
+    ----------
+    values
+        Those of the base and of the adapted model, its variants 0 and 1.
+    variant
+        Which of them is run.
+    """
+
+    values: Values
+    deltas: CoefficientDeltas
+    batch: Batch
+    variant: int = 1
+
+    @contextlib.contextmanager
+    def reference(self, variant: int) -> Iterator[None]:
+        """Run the base, or the adapted model without coefficients, inside the context."""
+        before = self.variant, self.deltas.coefficients
+        self.variant, self.deltas.coefficients = variant, None
+        try:
+            yield
+        finally:
+            self.variant, self.deltas.coefficients = before
+
+    def changes(self, held: TensorSlice) -> list[tuple[TensorSlice, Change]]:
+        """List what is added to a weight or to one matrix of it, in the order of targets."""
+        if not self.values.adapted(self.variant):
+            return []
+        self.values.applied.add(held.weight)
+        pairs = self.values.plan.by_weight.get(held.weight, ())
+        return [(part, self.deltas.change(t, part)) for t, part in pairs if held.index in (None, part.index)]
+
+
+class DifferentiableReader(Multiplier):
+    """Reads one parameter of a model.
+
+    Parameters
+    ----------
+    head
+        Whether it is one of the module that computes the logits, a block of the vocabulary at a time.
+    rounded
+        Whether products with the base's weight are of factors rounded to bfloat16.
+    """
+
+    def __init__(self, setting: Setting, tensor: RunTimeTensor, *, head: bool = False, rounded: bool = False) -> None:
+        self.setting, self.tensor, self.head, self.rounded = setting, tensor, head, rounded
+        self.name, self.shape = tensor.name, tensor.shape
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Sources of the parameter, as the model is run."""
+        return self.setting.values.sources(self.tensor, self.setting.variant)
+
+    def row_range(self) -> tuple[int, int]:
+        """Return all rows, or of the head a block of the vocabulary."""
+        block = self.setting.batch.vocabulary if self.head else None
+        return block or (0, self.shape[0])
+
+    def read(self) -> Tensor:
+        """Read all values, deltas included."""
+        self.setting.batch.on_read(self.tensor)
+        i, j = self.row_range()
+        if self.tensor.stacked:
+            return torch.stack([self.values_of(source) for source in self.sources])
+        values = self.values_of(self.sources[0])
+        return values if (i, j) == (0, self.shape[0]) else values[i:j]
+
+    def values_of(self, source: Source) -> Tensor:
+        """Read the tensor, or the one matrix, of a source, deltas included."""
+        pieces = [self._piece(held) for held in source.slices]
+        values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return values.T if source.transposed else values
+
+    def _piece(self, held: TensorSlice) -> Tensor:
+        values = self.setting.values.piece(held, self.setting.variant)
+        for part, change in self.setting.changes(held):
+            added = change.dense()
+            if part.index is not None and held.index is None:
+                index = torch.tensor([part.index])
+                values = values.index_add(0, index, added.view(1, *values.shape[1:]))
+            else:
+                values = values + added.view(values.shape)
+        return values
+
+    def matrix(self, index: int) -> Tensor | None:
+        """Stand in for one expert's matrix; with it, all experts of the stack count as used: the text decides which are needed."""
+        if not self.tensor.stacked:
+            return None
+        if self.setting.values.adapted(self.setting.variant):
+            self.setting.values.applied |= self.tensor.weights
+            self.setting.values.read |= self.tensor.weights
+        return LazyTensor.of(_Expert(self, index))
+
+    def gather(self, ids: Tensor) -> Tensor | None:
+        """Look rows up."""
+        values, variant = self.setting.values, self.setting.variant
+        if not values.row_access(self.tensor):
+            return None
+        self.setting.batch.on_read(self.tensor)
+        unique, at = torch.unique(ids, return_inverse=True)
+        rows = torch.cat([values.rows(self.tensor, variant, i, i + 1) for i in unique.tolist()])
+        for _, change in self.setting.changes(self.sources[0].slices[0]):
+            rows = rows + change.rows(unique)
+        return rows[at]
+
+    def product(self, x: Tensor, transposed: bool) -> Tensor:
+        """``x Wᵀ``, or `transposed`, ``x W``."""
+        return self.multiply(x, self.sources[0], transposed, self.row_range())
+
+    def multiply(self, x: Tensor, source: Source, transposed: bool, rows: tuple[int, int]) -> Tensor:
+        """``x Mᵀ``, or `transposed`, ``x M``, of these rows of a source's matrix, or of all where its transpose is stored."""
+        setting, slices = self.setting, source.slices
+        shapes = [setting.values.weight_of(held, setting.variant).matrix for held in slices]
+        starts = [*itertools.accumulate((m for m, _ in shapes), initial=0)]
+        if source.transposed:
+            transposed, rows = not transposed, (0, starts[-1])
+        first, last = rows
+        streamed = StreamedMatrix((last - first, shapes[0][1]), lambda: self._blocks(source, rows), self.rounded)
+        X = x.reshape(-1, x.shape[-1])
+        out = streamed.product(X, transposed)
+        for at, end, held in zip(starts, starts[1:], slices, strict=False):
+            i, j = max(first, at), min(last, end)
+            for _, change in setting.changes(held) if i < j else ():
+                held_rows = i - at, j - at
+                if transposed:
+                    out = change.add_product(out, X[:, i - first : j - first], True, held_rows)
+                elif (i, j) == rows:
+                    out = change.add_product(out, X, False, held_rows)
+                else:
+                    a, b, c = torch.split(out, [i - first, j - i, last - j], 1)
+                    out = torch.cat([a, change.add_product(b, X, False, held_rows), c], 1)
+        return out.view(*x.shape[:-1], -1)
+
+    def _blocks(self, source: Source, rows: tuple[int, int]) -> Blocks:
+        self.setting.batch.on_read(self.tensor)
+        return self.setting.values.blocks(source, self.setting.variant, *rows)
+
+
+class _Expert(Multiplier):
+    """Reads one matrix of a stack."""
+
+    def __init__(self, stack: DifferentiableReader, index: int) -> None:
+        self.stack, self.index = stack, index
+        self.name, self.shape = f"{stack.name}[{index}]", stack.shape[1:]
+
+    def read(self) -> Tensor:
+        """Read all values, deltas included."""
+        return self.stack.values_of(self.stack.sources[self.index])
+
+    def product(self, x: Tensor, transposed: bool) -> Tensor:
+        """``x Wᵀ``, or `transposed`, ``x W``."""
+        return self.stack.multiply(x, self.stack.sources[self.index], transposed, (0, self.shape[0]))

@@ -1,0 +1,98 @@
+"""Keep tensors in a temporary file without a name, so that memory does not grow with their number."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamer.errors import StorageError
+from streamer.storage.files import storage_errors
+from streamer.storage.system import MAX_CALL_BYTES, advise, read_at
+
+
+@dataclass(frozen=True)
+class Spooled:
+    """Where tensors lie in a spool, one after the other.
+
+    Attributes
+    ----------
+    start, nbytes
+        Their bytes.
+    shapes, dtypes
+        Of each.
+    """
+
+    start: int
+    nbytes: int
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+class Spool:
+    """A file that vanishes with the process, and the tensors written to it.
+
+    Parameters
+    ----------
+    directory
+        Where the file has its blocks; the system's directory for temporary files by default.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = Path(tempfile.gettempdir()) if directory is None else directory
+        with storage_errors(self.directory, "make a temporary file"):
+            self._fd, path = tempfile.mkstemp(prefix=".streamer-", dir=self.directory)
+            os.unlink(path)
+        self.close = weakref.finalize(self, os.close, self._fd)
+        """Gives the file's blocks back."""
+        self.end = 0
+
+    def write(self, tensors: Sequence[Tensor]) -> Spooled:
+        """Append tensors.
+
+        Raises
+        ------
+        StorageError
+            If the disk has no room for them.
+        """
+        start, at = self.end, self.end
+        for tensor in tensors:
+            data = _bytes(tensor.detach().contiguous())
+            while data:
+                with storage_errors(self.directory, "write a temporary file"):
+                    done = os.pwrite(self._fd, data[:MAX_CALL_BYTES], at)
+                at, data = at + done, data[done:]
+        self.end = at
+        return Spooled(start, at - start, tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors))
+
+    def read(self, place: Spooled) -> list[Tensor]:
+        """Read tensors into memory of their own."""
+        at, out = place.start, []
+        for shape, dtype in zip(place.shapes, place.dtypes, strict=True):
+            tensor = torch.empty(shape, dtype=dtype)
+            data = _bytes(tensor)
+            while data:
+                with storage_errors(self.directory, "read a temporary file"):
+                    done = read_at(self._fd, data, at)
+                if not done:
+                    raise StorageError(
+                        f"{self.directory}: a temporary file ends before what was written to it; run the same command again"
+                    )
+                at, data = at + done, data[done:]
+            out.append(tensor)
+        advise(self._fd, place.start, place.nbytes, "DONTNEED")
+        return out
+
+    def rewind(self, end: int = 0) -> None:
+        """Give up all that lies from a position on: what is written next lies there."""
+        self.end = end
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer

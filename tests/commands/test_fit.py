@@ -1,0 +1,215 @@
+"""`streamer fit` from outside: its table, its JSON, its forecast, what uses its file, and a line for each thing that is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forks import Outcome, Server
+from learned import make_learned
+from test_schemas import check
+
+import streamer
+
+HEADS = [
+    "keep",
+    "kept",
+    "forgetting",
+    "KL",
+    "shrink",
+    "its",
+    "forgetting",
+    "its",
+    "KL",
+    "mean",
+    "near",
+    "0",
+    "near",
+    "1",
+    "mu",
+]
+
+FEW = "streamer: warning: the general text has 126 tokens to fit 16 coefficients on, 7.9 for each; give more, or --grain matrix\n"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_learned(tmp_path_factory.mktemp("fit"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server(modules=("streamer.cli.fitting", "transformers.models.llama.modeling_llama"))
+    yield made
+    made.close()
+
+
+def run(server: Server, home: Path, output: object, *options: object, before: str = "", **inputs: Path) -> Outcome:
+    line = ["fit", inputs.get("base", home / "base"), inputs.get("adapter", home / "adapter"), "-o", output, *options]
+    for name in ("general", "task"):
+        line += [f"--{name}", inputs.get(name, home / f"{name}.npy")]
+    return server.run(*line, before=before)
+
+
+def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    done = run(server, home, output, "--keep", "0.9,0.6")
+    assert (done.code, done.err) == (0, FEW)
+    lines = done.out.splitlines()
+    assert lines[0].split() == HEADS
+    assert [line.split()[0] for line in lines[2:4]] == ["90%", "60%"]
+    assert "measured on 6 general and 6 task sequences that nothing was fitted on" in done.out
+    assert lines[-1] == f"wrote {output}"
+    assert "16 coefficients in 2 sets" in done.last
+    again = run(server, home, output, "--keep", "0.9,0.6")
+    assert (again.code, again.out) == (0, done.out.replace(f"wrote {output}", f"{output} stands already"))
+    (line,) = [line for line in lines if line.startswith("applied by: streamer mitigate ")]
+    assert server.run(*line.replace("OUTPUT", str(tmp_path / "made")).split()[3:]).code == 0
+    record = json.loads((tmp_path / "made" / "streamer.json").read_text())
+    assert (record["method"], record["lambda"], record["coefficients"]["keep"]) == ("fitted", None, 0.9)
+
+
+def test_the_object(server: Server, home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    tree = check(run(server, home, output, "--json", "--grain", "matrix", "--objective", "loss"), "streamer.fit/1")
+    assert (tree["state"], tree["grain"], tree["objective"], tree["parameters"]) == ("written", "matrix", "loss", 8)
+    assert (tree["forgotten"], tree["factored"], tree["quantized"]) == (True, True, False)
+    found = streamer.load_coefficients(output)
+    assert {"schema": tree["schema"], **found.facts, "output": str(output), "state": "written"} == tree
+    (one,), matrices = tree["sets"], found.select().matrices
+    assert {matrix.values.min() for matrix in matrices.values()} == {
+        matrix.values.max() for matrix in matrices.values()
+    }
+    assert one["coefficients"]["mean"] == pytest.approx(np.mean([matrix.values[0] for matrix in matrices.values()]))
+    assert str(tmp_path) not in json.dumps(found.facts)
+
+
+def held_apart(home: Path, place: Path, seed: int = 0) -> dict[str, Path]:
+    """Write the sequences that a fit of 24 holds apart."""
+    rows = sorted(np.roll(np.arange(24), np.random.default_rng(seed).integers(24))[:6])
+    for name in ("general", "task"):
+        np.save(place / f"{name}.npy", np.load(home / f"{name}.npy")[rows])
+    return {name: place / f"{name}.npy" for name in ("general", "task")}
+
+
+FIGURES = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
+
+
+def test_one_for_all_is_a_shrink(server: Server, home: Path, tmp_path: Path) -> None:
+    tree = check(run(server, home, tmp_path / "c.safetensors", "--json", "--grain", "all"), "streamer.fit/1")
+    assert tree["parameters"] == 1
+    (one,) = tree["sets"]
+    lam = one["coefficients"]["mean"]
+    assert 0.1 < lam < 0.9
+    assert one["shrink"] is None
+    found = streamer.evaluate_variants(home / "base", home / "adapter", **held_apart(home, tmp_path), methods=["shrink"],
+                                       lambdas=[lam], on_event=lambda event: None)[f"shrink {lam:g}"]  # fmt: skip
+    assert {figure: found[figure] for figure in FIGURES} == pytest.approx({f: one[f] for f in FIGURES}, rel=1e-3)
+
+
+def test_the_figures_are_those_of_an_evaluation(server: Server, home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    (one,) = check(run(server, home, output, "--json"), "streamer.fit/1")["sets"]
+    found = streamer.evaluate_variants(home / "base", home / "adapter", **held_apart(home, tmp_path), methods=["shrink"],
+                                       lambdas=[0.5], coefficients=output, on_event=lambda event: None)["fitted 0.9"]  # fmt: skip
+    assert {figure: found[figure] for figure in FIGURES} == pytest.approx({f: one[f] for f in FIGURES}, rel=1e-3)
+
+
+def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) -> None:
+    tree = check(run(server, home, tmp_path / "c.safetensors", "--dry-run", "--json"), "streamer.dry-run/1")
+    assert (tree["state"], tree["command"], tree["matrices"], tree["files"]) == ("new", "fit", 8, 1)
+    assert list(tmp_path.iterdir()) == []
+    run(server, home, tmp_path / "c.safetensors")
+    size = (tmp_path / "c.safetensors").stat().st_size
+    assert size <= tree["forecast"]["write_bytes"] < 3 * size
+    assert tree["forecast"]["read_bytes"] > 0
+    assert tree["forecast"]["temporary_bytes"] > 0
+    done = check(run(server, home, tmp_path / "c.safetensors", "--dry-run", "--json"), "streamer.dry-run/1")
+    assert (done["state"], done["forecast"]) == ("done", None)
+
+
+def test_events(server: Server, home: Path, tmp_path: Path) -> None:
+    done = run(server, home, tmp_path / "c.safetensors", "--json-events")
+    events = [json.loads(line) for line in done.err.splitlines()]
+    progress = [e for e in events if e["event"] == "progress" and e["stage"] == "fit"]
+    assert [e["done"] for e in progress] == sorted(e["done"] for e in progress)
+    assert progress[-1]["done"] == progress[-1]["total"] > 0
+    assert {e["total"] for e in progress[:-1]} == {progress[0]["total"]}
+
+
+def test_an_adapter_that_does_not_forget_is_warned_of(server: Server, home: Path, tmp_path: Path) -> None:
+    done = run(server, home, tmp_path / "c.safetensors", "--length", "7", general=home / "task.npy")
+    assert done.code == 0
+    warnings = done.err.splitlines()
+    assert warnings[0].startswith("streamer: warning: the general and the task's text are the same")
+    few = "the general text has 108 tokens to fit 16 coefficients on, 6.8 for each; give more, or --grain matrix"
+    assert warnings[1] == f"streamer: warning: {few}"
+    assert (
+        "it is not told that the adapter forgets (more text may tell), so that it may be shipped as it is"
+        in warnings[2]
+    )
+    again = run(server, home, tmp_path / "c.safetensors", "--length", "7", general=home / "task.npy")
+    assert warnings[2] in again.err
+
+
+def test_a_text_that_the_adapter_has_not_learned(server: Server, home: Path, tmp_path: Path) -> None:
+    done = run(server, home, tmp_path / "c.safetensors", "-qq", task=home / "general.npy")
+    assert (done.code, done.out) == (3, "")
+    (line,) = done.err.splitlines()
+    assert line.startswith("streamer: general.npy: it is not told that the adapter has learned this text")
+    assert list(tmp_path.iterdir()) == [], "nothing of it is to be taken up"
+
+
+def test_the_least_budget_that_is_named_is_enough(server: Server, home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    refused = run(server, home, output, "--max-memory", "300M")
+    assert (refused.code, refused.out) == (2, "")
+    (line,) = refused.err.splitlines()
+    assert line.startswith(
+        "streamer: --max-memory: 300M is not enough for a sequence of 8 tokens, forward and back; it takes "
+    )
+    least = line.split()[-1]
+    tree = check(run(server, home, output, "--max-memory", least, "--dry-run", "--json"), "streamer.dry-run/1")
+    assert 300 << 20 < tree["forecast"]["peak_memory_bytes"] <= int(least.removesuffix("M")) << 20
+    assert run(server, home, output, "--max-memory", least, "-qq").code == 0
+
+
+def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Path], int, str]]:
+    """Options and inputs that are wrong: exit code, and what is said."""
+    np.save(place / "three.npy", np.zeros((3, 8), int))
+    np.save(place / "short.npy", np.zeros(30, int))
+    (place / "c.txt").write_text("notes")
+    none: list[object] = []
+    yield none, {"task": place / "absent.npy"}, 3, f"{place}/absent.npy: no such file"
+    yield (
+        none,
+        {"task": place / "three.npy"},
+        3,
+        f"{place}/three.npy: expected 4 sequences at least, 2 to fit on and 2 to hold apart, found 3",
+    )
+    yield ["--length", "8"], {"general": place / "short.npy"}, 3, f"{place}/short.npy: expected 4 sequences at least"
+    yield ["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"
+    yield ["--keep", "0.9,0"], {}, 2, "--keep: expected a share in (0, 1], found 0.0"
+    yield ["--holdout", "1"], {}, 2, "--holdout: expected a share between 0 and 1, found 1.0"
+    yield ["--sequences", "3"], {}, 2, "--sequences: expected a whole number from 4, found 3"
+    yield none, {"adapter": home}, 3, f"{home}: "
+
+
+def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_path: Path) -> None:
+    for options, inputs, code, message in wrong(home, tmp_path):
+        done = run(server, home, tmp_path / "c.safetensors", *options, **inputs)
+        assert (done.code, done.out) == (code, ""), (message, done.err)
+        (line,) = done.err.splitlines()
+        assert message in line
+    assert not (tmp_path / "c.safetensors").exists()
+    done = run(server, home, tmp_path / "c.txt")
+    assert (done.code, done.out) == (4, "")
+    assert "exists and is not coefficients, which is all that is replaced" in done.err
+    done = server.run("fit", home / "base", home / "adapter", "--general", home / "general.npy", "-o", tmp_path / "c")
+    assert (done.code, done.err.splitlines()[-1]) == (
+        2,
+        "streamer fit: error: the following arguments are required: --task",
+    )

@@ -1,0 +1,297 @@
+"""Outputs by coefficients: what stands in them, what is there already, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import fitted
+import helpers
+import pytest
+import torch
+from commands import refuse
+from forks import KILL, server
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_schemas import check
+from verified import agree, edit_record, edit_tensor, lines
+
+import streamer
+from streamer.linalg.operators import Delta
+from streamer.output.coefficients import MatrixCoefficients, fitted_delta
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A base, its adapter, and coefficients of two shares, which leave the first matrix as it is."""
+    home = tmp_path_factory.mktemp("fitted")
+    base, adapter = helpers.three_shards(home)
+    return base, adapter, fitted.coefficients_file(home / "c.safetensors", base, adapter, 0.95, 0.9, unchanged=1)
+
+
+# What is written --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["mitigate", "merge"])
+def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str) -> None:
+    base, adapter, file = inputs
+    out = tmp_path / "out"
+    line = (command, base, adapter, "-o", out, "--coefficients", file, "--keep", "0.9")
+    check(server().run(*line, "--dry-run", "--json"), "streamer.dry-run/1")
+    record = check(server().run(*line, "--json"), "streamer.output/2")
+    one = streamer.load_coefficients(file).select(0.9)
+    assert (record["method"], record["lambda"], record["detection"]) == ("fitted", None, None)
+    assert record["coefficients"] == {"keep": 0.9, "sha256": one.digest}
+    assert (record["totals"]["changed"], record["totals"]["intruders"]) == (8, 0)
+    assert record["totals"]["dropped_max"] < 1e-6
+    for row in record["matrices"]:
+        assert row["coefficients"] == one.matrices[row["tensor"]].values.tolist()
+    (shard, *_) = out.glob("*.safetensors")
+    assert helpers.stamp(shard)["coefficients"] == record["coefficients"]
+    assert "--coefficients COEFFICIENTS --keep 0.9" in (out / "README.md").read_text()
+    # `--method fitted` says no more than the coefficients do, and a λ of another run stands in the way of nothing.
+    assert check(server().run(*line, "--method", "fitted", "--json"), "streamer.output/2")["state"] == "present"
+    done = server().run(*line[:-1], "0.95")
+    assert done.code == 4
+    assert "holds another output" in done.err
+    again = check(server().run(*line[:-1], "0.95", "--overwrite", "--json"), "streamer.output/2")
+    assert again["coefficients"]["keep"] == 0.95
+    text = server().run(*line[:-1], "0.95").out
+    assert "method fitted, to keep 95% of what was learned: 8 of 9 matrices mitigated" in text
+
+
+@pytest.mark.parametrize("command", ["mitigate", "merge"])
+def test_a_killed_run_goes_on_with_the_same_coefficients_alone(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, command: str
+) -> None:
+    base, adapter, file = inputs
+    line = (command, base, adapter, "--coefficients", file, "--keep")
+    calls = server().run(*line, "0.9", "-o", tmp_path / "whole").calls
+    out = tmp_path / "out"
+    killed = server().run(*line, "0.9", "-o", out, at=len(calls) * 2 // 3, code=KILL)
+    assert killed.code == -signal.SIGKILL
+    left = helpers.tree_digest(out)
+    other = server().run(*line, "0.95", "-o", out)
+    assert other.code == 4
+    assert "an interrupted run with other inputs or options" in other.err
+    assert helpers.tree_digest(out) == left
+    assert server().run(*line, "0.9", "-o", out).code == 0
+    assert helpers.tree_digest(out) == helpers.tree_digest(tmp_path / "whole")
+
+
+def test_factors_of_unchanged_matrices_and_all_a_stay_to_the_bit(
+    inputs: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, adapter, file = inputs
+    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", coefficients=file, keep=0.9)
+    before = load_file(adapter / "adapter_model.safetensors")
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    changed = before.keys() - same
+    assert len(changed) == 8
+    assert all(".lora_B." in name for name in changed)
+    config = "adapter_config.json"
+    assert (tmp_path / "out" / config).read_bytes() == (adapter / config).read_bytes()
+
+
+def test_a_model_in_files_in_memory_and_of_the_fitted_adapter_is_one(
+    inputs: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, adapter, file = inputs
+    coefficients = streamer.load_coefficients(file)
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "m", coefficients=coefficients, keep=0.95)
+    written = {name: t for path in (tmp_path / "m").glob("*.safetensors") for name, t in load_file(path).items()}
+    for name, tensor in streamer.iter_merged(base, adapter, coefficients=file, keep=0.95):
+        assert torch.equal(tensor, written[name])
+    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", coefficients=file, keep=0.95)
+    for name, tensor in streamer.iter_merged(base, tmp_path / "a", mitigation_lambda=1.0):
+        torch.testing.assert_close(tensor, written[name], rtol=2**-7, atol=1e-6)  # a rounding of bfloat16
+
+
+def test_a_fitted_adapter_is_known_as_mitigated(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, file = inputs
+    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", coefficients=file, keep=0.9)
+    with pytest.warns(
+        streamer.StreamerWarning, match="mitigated already, by `streamer mitigate` from .*, with method fitted:"
+    ):
+        streamer.reduce_intruder_dimension(base, tmp_path / "a", tmp_path / "b", method="shrink")
+
+
+def test_dora_takes_one_coefficient_a_matrix(tmp_path: Path) -> None:
+    import jobs
+
+    base, adapter = jobs.dora(tmp_path)
+    coefficients = fitted.random_coefficients(base, adapter)
+    assert {len(m.values) for m in coefficients.sets[0].matrices.values()} == {1}
+    for name, options in (("lora", {"to_lora": 3}), ("model", {})):
+        write: Any = streamer.reduce_intruder_dimension if options else streamer.merge_with_reduced_intruder_dimensions
+        record = write(base, adapter, tmp_path / name, coefficients=coefficients, **options)
+        for row in record["matrices"]:
+            left = row["delta_norm_after"] / row["delta_norm"]
+            assert left == pytest.approx(row["coefficients"][0], rel=1e-3 if not options else 0.6)
+        assert lines(tmp_path / name, base, adapter, sample="all") == []
+    with pytest.raises(streamer.StreamerError, match="has no form in this kind of adapter"):
+        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", coefficients=coefficients)
+
+
+# Verification -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_coefficient_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
+) -> None:
+    base, adapter = helpers.three_shards(tmp_path, dtype)
+    coefficients = fitted.random_coefficients(base, adapter)
+    options = {"to_lora": 4} if kind == "lora" else {}
+    write: Any = (
+        streamer.merge_with_reduced_intruder_dimensions if kind == "model" else streamer.reduce_intruder_dimension
+    )
+    write(base, adapter, tmp_path / "right", coefficients=coefficients, **options)
+    assert lines(tmp_path / "right", base, adapter, sample="all") == []
+
+    def another(delta: Delta, matrix: MatrixCoefficients, name: str) -> Delta:
+        values = matrix.values.copy()
+        values[1] = 0.98 * values[1] + 0.01
+        return fitted_delta(delta, MatrixCoefficients(matrix.singular_values, values), name)
+
+    monkeypatch.setattr("streamer.output.mitigation.fitted_delta", another)
+    write(base, adapter, tmp_path / "wrong", coefficients=coefficients, **options)
+    assert lines(tmp_path / "wrong") == []
+    found = lines(tmp_path / "wrong", base, adapter, sample="all")
+    assert len([line for line in found if "within one rounding" in line]) >= 6, found
+
+
+def test_a_coefficient_changed_in_the_record_is_caught(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, file = inputs
+    out = tmp_path / "a"
+    streamer.reduce_intruder_dimension(base, adapter, out, coefficients=file, keep=0.9)
+
+    def change(record: dict[str, Any]) -> None:
+        record["matrices"][3]["coefficients"][1] = 0.5
+
+    edit_record(out, change)
+    (line,) = lines(out)
+    assert "expected coefficients.sha256" in line
+
+
+def test_a_changed_value_is_caught_where_every_digest_agrees(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, file = inputs
+    out = tmp_path / "a"
+    streamer.reduce_intruder_dimension(base, adapter, out, coefficients=file, keep=0.9)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    edit_tensor(out / "adapter_model.safetensors", name, lambda t: t.mul_(1.01))
+    agree(out, "adapter_model.safetensors")
+    (line,) = lines(out, base, adapter, sample="all")
+    assert "model.layers.1.mlp.up_proj.weight" in line
+
+
+@pytest.mark.parametrize("values", [[2.0, 0.5, 0.5, 0.5], ["a"], None])
+def test_what_is_no_coefficient_is_caught(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, values: list[object] | None
+) -> None:
+    base, adapter, file = inputs
+    out = tmp_path / "a"
+    streamer.reduce_intruder_dimension(base, adapter, out, coefficients=file, keep=0.9)
+
+    def change(record: dict[str, Any]) -> None:
+        record["matrices"][3]["coefficients"] = values
+
+    edit_record(out, change)
+    (line,) = lines(out)
+    assert "expected coefficients from 0 to 1" in line
+
+
+# Refusals ---------------------------------------------------------------------------------------------------------------
+
+
+def with_metadata(source: Path, to: Path, change: Any) -> Path:
+    """Copy a file of coefficients, its JSON or arrays changed."""
+    with safe_open(source, "pt") as f:
+        metadata = f.metadata()
+    tree, arrays = json.loads(metadata["streamer.coefficients"]), load_file(source)
+    change(tree, arrays)
+    save_file(arrays, to, {**metadata, "streamer.coefficients": json.dumps(tree)})
+    return to
+
+
+@pytest.mark.parametrize("command", ["mitigate", "merge"])
+def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str) -> None:
+    base, adapter, file = inputs
+    home, files = tmp_path / "home", tmp_path / "files"
+    home.mkdir()
+    files.mkdir()
+    streamer.detect_intruder_dimensions(base, adapter, findings := files / "f.safetensors")
+    (other := files / "other").mkdir()
+    other_base, other_adapter = helpers.three_shards(other, hidden=64)
+    of_other = fitted.coefficients_file(files / "other.safetensors", other_base, other_adapter)
+    tuned = Path(shutil.copytree(adapter, files / "tuned"))
+    edit_tensor(
+        tuned / "adapter_model.safetensors",
+        "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight",
+        lambda t: t.mul_(2),
+    )
+    of_tuned = fitted.coefficients_file(files / "tuned.safetensors", base, tuned)
+
+    def nan(tree: dict[str, Any], arrays: dict[str, torch.Tensor]) -> None:
+        arrays["model.layers.1.mlp.up_proj.weight.coefficients"][1, 2] = float("nan")
+
+    def another_base(tree: dict[str, Any], arrays: dict[str, torch.Tensor]) -> None:
+        tree["base"]["files"][0]["sample_sha256"] = "0" * 64
+
+    def nothing(tree: dict[str, Any], arrays: dict[str, torch.Tensor]) -> None:
+        del tree["base"]
+
+    keep: list[object] = ["--keep", "0.9"]
+    cases: list[tuple[int, list[object], str]] = [
+        (3, [findings], f"streamer: {findings}: expected coefficients (streamer.coefficients/1), found findings;"),
+        (3, [adapter / "adapter_model.safetensors"], "found another safetensors file; make them with `streamer fit`"),
+        (3, [files / "none.safetensors"], "none.safetensors: no such file"),
+        (3, [of_other], f"streamer: {of_other}: coefficients of another base ("),
+        (3, [of_tuned], f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); fit them to"),
+        (3, [with_metadata(file, files / "nan", nan), *keep], "has a coefficient that is NaN or outside of [0, 1]"),
+        (3, [with_metadata(file, files / "base", another_base), *keep], "of another base (the content of model-00001-of-"),
+        (3, [with_metadata(file, files / "no", nothing), *keep], "do not say which base they were fitted to"),
+        (2, [file], f"streamer: {file}: holds 2 sets of coefficients; choose one by keep: 0.95, 0.9"),
+        (2, [file, "--keep", "0.8"], "holds no coefficients that keep 0.8; those there are keep 0.95, 0.9"),
+        (2, [file, *keep, "--lambda", "0.5"], "--lambda: method fitted has coefficients in its place, found 0.5"),
+        (2, [file, *keep, "--lambda", "0.75"], "--lambda: method fitted has coefficients in its place, found 0.75"),
+        (2, [file, *keep, "--method", "project"], "--coefficients: belong to method 'fitted', found 'project'"),
+    ]  # fmt: skip
+    for code, options, words in cases:
+        line = refuse(command, base, adapter, home, code, "--coefficients", *options)
+        assert words in line, line
+    assert "--keep: chooses among coefficients" in refuse(command, base, adapter, home, 2, *keep)
+    words = "streamer: method 'fitted' needs coefficients; make them with `streamer fit`\n"
+    assert refuse(command, base, adapter, home, 2, "--method", "fitted") == words
+
+
+def test_several_adapters_take_none(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, file = inputs
+    two = Path(shutil.copytree(adapter, tmp_path / "two"))
+    done = server().run("merge", base, adapter, two, "-o", tmp_path / "out", "--coefficients", file, "--keep", "0.9")
+    assert done.code == 2
+    assert done.err == (
+        f"streamer: {file}: coefficients belong to one adapter, found 2: adapter, two; merge them one at a time, each with its own\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_librarys_keywords(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, file = inputs
+    calls: list[tuple[dict[str, Any], str]] = [
+        ({"coefficients": file}, "choose one by keep"),
+        ({"coefficients": file, "keep": 0.9, "mitigation_lambda": 0.5}, "^lambda: method 'fitted' has coefficients"),
+        ({"coefficients": file, "keep": 0.9, "method": "paper"}, "^coefficients: belong to method 'fitted'"),
+        ({"keep": 0.9}, "^keep: chooses among coefficients"),
+        ({"method": "fitted"}, "^method 'fitted' needs coefficients"),
+    ]
+    for options, words in calls:
+        with pytest.raises(streamer.StreamerError, match=words):
+            streamer.iter_merged(base, adapter, **options)
+        with pytest.raises(streamer.StreamerError, match=words):
+            streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", **options)

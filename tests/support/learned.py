@@ -1,0 +1,25 @@
+"""A base, an adapter, and texts of which the adapted model finds one likelier than the base does, and one less likely."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from architectures import ATTENTION
+from causal_models import make_adapter, make_base
+
+import streamer
+
+
+def make_learned(home: Path, sequences: int = 24, length: int = 8) -> Path:
+    """Write ``base``, ``adapter``, ``general.npy`` and ``task.npy``: as if one text had been forgotten and the other learned."""
+    make_adapter(make_base("llama", home / "base"), home / "base", home / "adapter", ATTENTION)
+    texts = np.random.default_rng(0).integers(3, 64, (200, length))
+    np.save(home / "all.npy", texts)
+    found = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "all.npy", task=home / "all.npy",
+                                       methods=["shrink"], lambdas=[0.5], sequences=200, length=length,
+                                       on_event=lambda event: None)  # fmt: skip
+    gain = found.task.loss[0] - found.task.loss[1]
+    np.save(home / "task.npy", texts[np.argsort(-gain)[:sequences]])
+    np.save(home / "general.npy", texts[np.argsort(gain)[:sequences]])
+    return home

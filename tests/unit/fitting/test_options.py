@@ -1,0 +1,80 @@
+"""Options of a fit, and how texts are divided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamer.errors import FormatError, UsageError
+from streamer.evaluation.sequences import TextSequences
+from streamer.fitting.options import FitOptions, divide
+
+PATHS = {"general": Path("g.npy"), "task": Path("t.npy")}
+
+
+def texts(general: int, task: int) -> dict[str, TextSequences]:
+    counts = {"general": general, "task": task}
+    return {name: TextSequences.of(np.full(3, i) for i in range(count)) for name, count in counts.items()}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"keep": ()}, "keep: expected at least one share"),
+    ({"keep": (0.9, 0.0)}, r"keep: expected a share in \(0, 1\], found 0.0"),
+    ({"keep": (1.5,)}, r"keep: expected a share in \(0, 1\], found 1.5"),
+    ({"keep": (float("nan"),)}, "keep: expected a share"),
+    ({"keep": (0.9, 0.9)}, "keep: expected different shares"),
+    ({"objective": "kl"}, "objective: expected one of divergence, loss, found 'kl'"),
+    ({"grain": "layer"}, "grain: expected one of direction, matrix, all, found 'layer'"),
+    ({"holdout": 0}, "holdout: expected a share between 0 and 1, found 0"),
+    ({"holdout": 1.0}, "holdout: expected a share between 0 and 1"),
+    ({"sequences": 3}, "sequences: expected a whole number from 4, found 3"),
+    ({"length": 1}, "length: expected a whole number from 2"),
+    ({"seed": -1}, "seed: expected a whole number from 0"),
+    ({"dtype": "fp16"}, "dtype: expected one of float32, bf16"),
+])  # fmt: skip
+def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        FitOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("count", "holdout", "held"), [(4, 0.25, 2), (8, 0.25, 2), (64, 0.25, 16), (5, 0.9, 3), (10, 0.5, 5)]
+)
+def test_every_sequence_is_in_one_part(count: int, holdout: float, held: int) -> None:
+    divided = divide(texts(count, 8), PATHS, FitOptions(holdout=holdout))["general"]
+    parts = [[int(ids[0]) for ids in part.ids] for part in (divided.fitted, divided.held)]
+    assert sorted(parts[0] + parts[1]) == list(range(count))
+    assert [len(part) for part in parts] == [count - held, held]
+    assert all(part == sorted(part) for part in parts)
+
+
+def test_of_running_text_neighbours_are_held_apart_and_of_documents_any() -> None:
+    def gaps(path: str) -> list[int]:
+        """How often a sequence that is held apart has a neighbour that is not, around the circle."""
+        found = []
+        for seed in range(8):
+            divided = divide(texts(32, 32), {"general": Path(path), "task": Path(path)}, FitOptions(seed=seed))["task"]
+            held = {int(ids[0]) for ids in divided.held.ids}
+            found.append(sum((i + 1) % 32 not in held for i in held))
+        return found
+
+    assert gaps("g.txt") == gaps("g.npy") == [1] * 8
+    assert min(gaps("g.jsonl")) > 1
+
+
+def test_the_seed_decides() -> None:
+    def held(seed: int) -> list[int]:
+        return [int(ids[0]) for ids in divide(texts(16, 16), PATHS, FitOptions(seed=seed))["task"].held.ids]
+
+    assert held(0) == held(0)
+    assert len({tuple(held(seed)) for seed in range(8)}) > 1
+
+
+def test_a_text_too_short_to_hold_sequences_apart() -> None:
+    with pytest.raises(
+        FormatError, match=r"t.npy: expected 4 sequences at least, 2 to fit on and 2 to hold apart, found 3; give more"
+    ):
+        divide(texts(4, 3), PATHS, FitOptions())

@@ -1,0 +1,64 @@
+"""Products with a matrix that is read for each: values and gradients are those of the matrix in memory, of which nothing is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from streamer.streaming.lazy import LazyTensor, Multiplier
+from streamer.streaming.products import StreamedMatrix
+
+
+class Streamed(Multiplier):
+    """A matrix in memory, read three rows at a time."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.name, self.shape, self.reads = values, "w", tuple(values.shape), 0
+
+    def read(self) -> Tensor:
+        raise AssertionError("no product needs all values")
+
+    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        self.reads += 1
+        for i in range(0, len(self.values), 3):
+            yield i, min(i + 3, len(self.values)), self.values[i : i + 3]
+
+    def product(self, x: Tensor, transposed: bool) -> Tensor:
+        m, n = self.values.shape
+        flat = StreamedMatrix((m, n), self.blocks).product(x.reshape(-1, x.shape[-1]), transposed)
+        return flat.view(*x.shape[:-1], -1)
+
+
+PRODUCTS = {
+    "linear": (functional.linear, 5), "linear with a bias": (lambda x, w: functional.linear(x, w, torch.ones(7)), 5),
+    "x W": (lambda x, w: x @ w, 7), "x Wᵀ": (lambda x, w: x @ w.T, 5), "x Wᵀ by t()": (lambda x, w: torch.matmul(x, w.t()), 5),
+    "x Wᵀ by transpose": (lambda x, w: x.matmul(w.transpose(-1, -2)), 5), "x (Wᵀ)ᵀ": (lambda x, w: x @ w.mT.T, 7),
+    "addmm": (lambda x, w: torch.addmm(torch.ones(5), x.flatten(0, 1), w), 7),
+    "mm": (lambda x, w: torch.mm(x.flatten(0, 1), w.T), 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PRODUCTS)
+def test_values_and_gradients(what: str) -> None:
+    function, width = PRODUCTS[what]
+    generator = torch.Generator().manual_seed(0)
+    matrix = Streamed(torch.randn(7, 5, generator=generator))
+    x, y = (torch.randn(2, 3, width, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    found, expected = function(x, LazyTensor.of(matrix)), function(y, matrix.values)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn(expected.shape, generator=generator)
+    found.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(x.grad, y.grad)
+    assert matrix.reads == 2
+
+
+def test_without_a_gradient_to_pass_the_matrix_is_read_once() -> None:
+    matrix = Streamed(torch.randn(7, 5))
+    c = torch.ones((), requires_grad=True)
+    (c * functional.linear(torch.randn(2, 5), LazyTensor.of(matrix))).sum().backward()
+    assert matrix.reads == 1

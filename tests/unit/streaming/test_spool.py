@@ -1,0 +1,50 @@
+"""Tensors in a file without a name: what is read is what was written, and the directory stays empty."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamer.errors import StorageError
+from streamer.streaming.spool import Spool
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    tensors = [
+        torch.randn(3, 4),
+        torch.randn(5).double(),
+        torch.arange(6).view(2, 3).T,
+        torch.zeros(0, 2),
+        torch.tensor(1.5),
+    ]
+    first, second = spool.write(tensors), spool.write([torch.ones(2)])
+    for found, tensor in zip(spool.read(first), tensors, strict=True):
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
+    assert torch.equal(spool.read(second)[0], torch.ones(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_after_a_rewind_lies_where_the_first_did(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    before = spool.write([torch.ones(100)])
+    spool.rewind()
+    assert spool.write([torch.zeros(100)]) == before
+    assert not spool.read(before)[0].any()
+
+
+def test_a_full_disk_is_told_from_other_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path)
+
+    def full(*args: object) -> int:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match=r"cannot write a temporary file: No space left on device; free some space"):
+        spool.write([torch.ones(2)])
+    with pytest.raises(StorageError, match="cannot make a temporary file"):
+        Spool(tmp_path / "missing")

@@ -1,0 +1,148 @@
+"""Where the time of a fit's passes goes: they run in this process, with clocks in place, and the seconds are written as JSON.
+
+    python tools/profile_fit.py REQUEST.json OUTPUT.json
+
+REQUEST has ``base``, ``adapter``, ``text`` (token ids, .npy), ``threads``, ``directory`` for temporary files, and ``kind``: ``gradient``
+runs two gradient passes over the text, of which the first runs the base too; ``measure`` one of the base, the adapter as it is and a fitted
+variant. Each moment of the main thread is counted for its innermost stage, as wall and as CPU seconds of that thread. On one thread the
+latter are the work itself, whatever else the machine does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from profile_merge import Clocks
+
+HEAD = "head: "
+"""Begins the names of stages that belong to the head."""
+
+START = "start"
+PRODUCTS, READING, LOW_RANK, FACTORS, ATTENTION, SPOOL, SOFTMAX, REST = (
+    "products", "reading and upcast", "low-rank products", "directions", "attention, forward", "activations' file",
+    f"{HEAD}softmax and divergence", "attention, norms and the rest, backward too",
+)  # fmt: skip
+
+
+def install(clocks: Clocks) -> None:
+    """Put the clocks around everything that a gradient pass does."""
+    from torch.nn import functional
+
+    from streamer.streaming import gradients
+    from streamer.streaming.coefficient_deltas import CoefficientDeltas, FactoredChange
+    from streamer.streaming.differentiable import DifferentiableReader
+    from streamer.streaming.products import StreamedMatrix
+    from streamer.streaming.spool import Spool
+
+    latest = {"head": False}
+    multiply, blocks = StreamedMatrix.multiply, DifferentiableReader._blocks
+
+    def read(self: Any, source: Any, rows: Any) -> Iterator[Any]:
+        latest["head"] = self.head
+        values = blocks(self, source, rows)
+
+        def timed() -> Iterator[Any]:
+            while True:
+                with clocks.clock.stage((HEAD if self.head else "") + READING):
+                    block = next(values, None)
+                if block is None:
+                    return
+                yield block
+
+        return timed()
+
+    def multiplied(self: Any, X: Any, transposed: bool) -> Any:
+        latest["head"] = False
+        own = self.blocks()
+        with clocks.clock.stage((HEAD if latest["head"] else "") + PRODUCTS):
+            return multiply(replace(self, blocks=lambda: own), X, transposed)
+
+    def wrap(owner: Any, name: str, stage: str) -> None:
+        setattr(owner, name, clocks.wrap(getattr(owner, name), stage))
+
+    DifferentiableReader._blocks = read  # type: ignore[method-assign]
+    StreamedMatrix.multiply = multiplied  # type: ignore[method-assign]
+    for owner, name, stage in (
+        (FactoredChange, "add_product", LOW_RANK), (CoefficientDeltas, "_factors", FACTORS),
+        (Spool, "write", SPOOL), (Spool, "read", SPOOL),
+        (functional, "scaled_dot_product_attention", ATTENTION), (gradients, "_probabilities", SOFTMAX),
+    ):  # fmt: skip
+        wrap(owner, name, stage)
+
+
+def gradient_passes(plan: Any, text: Any, coefficients: Any, directory: Path) -> list[Callable[[], Any]]:
+    """Two gradient passes, of which the first runs the base, too."""
+    from streamer.streaming.gradients import GradientModel
+
+    model = GradientModel(plan, directory=directory)
+    values = {name: matrix.values for name, matrix in coefficients.matrices.items()}
+    return 2 * [lambda: model.gradient(text, values, "base")]
+
+
+def measure_passes(plan: Any, text: Any, coefficients: Any) -> list[Callable[[], Any]]:
+    """One pass of the base, the adapter as it is, and a fitted variant."""
+    from streamer.evaluation.losses import measure
+    from streamer.output.mitigation import MitigationOptions
+    from streamer.streaming.model import StreamingModel, vocabulary_block
+    from streamer.streaming.values import Job
+    from streamer.streaming.variants import BASE, Variant
+
+    options = MitigationOptions(1.0, "shrink"), MitigationOptions.fitted(coefficients)
+    variants = Variant(BASE, None), *(Variant(o.method, o) for o in options)
+    model = StreamingModel(Job(plan, variants, None))
+    return [lambda: measure(model, text, vocabulary_block(3 * len(text.ids) * text.longest))]
+
+
+def profile(request: dict[str, Any]) -> dict[str, Any]:
+    """Run the passes with clocks in place; wall and CPU seconds of each, by stage."""
+    began = time.perf_counter()
+    clocks = Clocks()
+    import numpy as np
+    import torch
+
+    from streamer.evaluation.sequences import TextSequences
+    from streamer.output.coefficients import CoefficientSet, MatrixCoefficients, directions
+    from streamer.plan.plan import make_plan
+
+    torch.set_num_threads(request["threads"])
+    plan = make_plan(request["base"], request["adapter"])
+    text = TextSequences.of(np.load(request["text"]))
+    found = {t.tensor: directions(plan.delta(t)) for t in plan.targets}
+    coefficients = CoefficientSet(0.9, {n: MatrixCoefficients(s, np.full(len(s), 0.7)) for n, s in found.items()})
+    if request["kind"] == "gradient":
+        install(clocks)
+        passes = gradient_passes(plan, text, coefficients, Path(request["directory"]))
+    else:
+        passes = measure_passes(plan, text, coefficients)
+    out: dict[str, Any] = {"start": time.perf_counter() - began, "passes": []}
+    for run in passes:
+        with clocks.clock.stage(START):
+            began = time.perf_counter(), time.process_time()
+        clocks.clock.seconds.clear()
+        clocks.clock.cpu.clear()
+        run()
+        with clocks.clock.stage(START):
+            seconds = time.perf_counter() - began[0], time.process_time() - began[1]
+        stages = {
+            REST if name == "other" else name: {"wall": wall, "cpu": clocks.clock.cpu[name]}
+            for name, wall in clocks.clock.seconds.items()
+            if name != START
+        }
+        out["passes"].append({"wall": seconds[0], "cpu": seconds[1], "stages": stages})
+    return out
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    Path(sys.argv[2]).write_text(json.dumps(profile(json.loads(Path(sys.argv[1]).read_text()))))
+
+
+if __name__ == "__main__":
+    main()
