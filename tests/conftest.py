@@ -31,6 +31,7 @@ HEAVY = (
     "parity/test_ties.py",
     "parity/test_evaluation.py",
     "faults/test_evaluation.py",
+    "faults/test_fitting.py",
     "project/test_bench_evaluate.py",
     "parity/test_peft.py",
     "faults/test_crash.py",

@@ -8,7 +8,6 @@ from pathlib import Path
 from streamer.api.keywords import read_size, run_options
 from streamer.evaluation.options import ProductDtype
 from streamer.events import Monitor, OnEvent
-from streamer.fitting.algorithm import STEPS
 from streamer.fitting.options import FitOptions, Grain, Objective
 from streamer.fitting.prepare import prepare_fit
 from streamer.fitting.run import fit
@@ -30,7 +29,7 @@ def fit_coefficients(
     sequences: int = 64,
     length: int = 512,
     seed: int = 0,
-    steps: int = STEPS,
+    steps: int | None = None,
     dtype: ProductDtype = "float32",
     max_memory: int | str | None = None,
     io: IOMode = "mmap",
@@ -73,7 +72,8 @@ def fit_coefficients(
     seed
         Decides which sequences are held apart.
     steps
-        Points at which gradients of both texts are taken, beside those of the base and the adapter as it is; more take longer.
+        Points at which gradients of both texts are taken, beside the base and the adapter as it is; more take longer.
+        None takes two for each share, and 3 at least.
     dtype
         As `evaluate_variants` has it.
     max_memory

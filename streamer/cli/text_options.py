@@ -43,8 +43,8 @@ def add_fit(sub: argparse.ArgumentParser) -> None:
                      help="a coefficient for each direction, for each matrix, or one for all: a shrink (default: direction)")  # fmt: skip
     sub.add_argument("--holdout", type=float, default=0.25, metavar="SHARE",
                      help="share of each text's sequences that is held apart, to choose by and to measure on (default: 0.25)")  # fmt: skip
-    sub.add_argument("--steps", type=int, default=5, metavar="N",
-                     help="points at which gradients of both texts are taken; more take longer (default: 5)")  # fmt: skip
+    sub.add_argument("--steps", type=int, metavar="N",
+                     help="points at which gradients are taken (default: two for each share, 3 at least)")  # fmt: skip
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="decides which those are (default: 0)")
 
 

@@ -15,7 +15,6 @@ from streamer.evaluation.options import ProductDtype, check_dtype
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.suggestion import check_keep
 from streamer.fitting import algorithm
-from streamer.fitting.algorithm import STEPS
 
 Objective = Literal["divergence", "loss"]
 """What is made small: divergences from the base and from the adapter as it is, or the losses of both texts."""
@@ -46,7 +45,7 @@ class FitOptions:
     seed
         Decides which sequences are held apart.
     steps
-        Points at which gradients are taken, beside those of the base and the adapter as it is.
+        Points at which gradients are taken, beside the base and the adapter as it is; None takes two for each share, 3 at least.
     dtype
         See `EvaluationOptions`.
     """
@@ -58,7 +57,7 @@ class FitOptions:
     sequences: int = 64
     length: int = 512
     seed: int = 0
-    steps: int = STEPS
+    steps: int | None = None
     dtype: ProductDtype = "float32"
 
     def __post_init__(self) -> None:
@@ -77,6 +76,8 @@ class FitOptions:
             raise UsageError(f"holdout: expected a share between 0 and 1, found {self.holdout!r}")
         for name, least in (("sequences", 2 * LEAST), ("length", 2), ("seed", 0), ("steps", 1)):
             value = getattr(self, name)
+            if name == "steps" and value is None:
+                continue
             if type(value) is not int or value < least:
                 raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
         check_dtype(self.dtype)
@@ -88,7 +89,7 @@ class FitOptions:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""
-        return {**asdict(self), "keep": list(self.keep)}
+        return {**asdict(self), "keep": list(self.keep), "steps": self.of_algorithm(1).step_count}
 
 
 @dataclass(frozen=True)
