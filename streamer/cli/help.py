@@ -96,8 +96,8 @@ examples:
 """,
     "diff": """\
 examples:
-  streamer detect BASE mitigated -o after.safetensors
   streamer diff findings.safetensors after.safetensors
+      after: findings on the mitigated adapter, say
   streamer diff before.safetensors after.safetensors --json | jq .totals
 """,
     "verify": """\
