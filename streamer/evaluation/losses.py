@@ -62,11 +62,7 @@ def measure(model: StreamingModel, text: TextSequences, block: int) -> SequenceS
     rows = model.batch.variants * len(text.ids)
     length = text.longest
     length += length == rows
-    ids = torch.zeros(len(text.ids), length, dtype=torch.int64)
-    counted = torch.zeros(len(text.ids), length, dtype=torch.bool)
-    for row, (own, counts) in enumerate(zip(text.ids, text.counted, strict=True)):
-        ids[row, : len(own)] = torch.from_numpy(own)
-        counted[row, : len(own) - 1] = torch.from_numpy(counts[1:])  # a position predicts the token after it
+    ids, counted = map(torch.from_numpy, text.padded(length))
     labels = torch.roll(ids, -1, 1)
     sums = _Accumulator((model.batch.variants, len(text.ids), length))
     with torch.inference_mode():

@@ -41,6 +41,21 @@ class TextSequences:
         chosen = tuple(rows)
         return TextSequences(tuple(self.ids[i] for i in chosen), tuple(self.counted[i] for i in chosen), self.name)
 
+    def padded(self, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Put all sequences into one batch, with zeros at their ends, where no token that counts sees them.
+
+        Returns
+        -------
+        ids, counted
+            (sequences, length): tokens, and whether the loss of predicting the token after each of them counts.
+        """
+        ids = np.zeros((len(self.ids), length), np.int64)
+        counted = np.zeros((len(self.ids), length), np.bool_)
+        for row, (own, counts) in enumerate(zip(self.ids, self.counted, strict=True)):
+            ids[row, : len(own)] = own
+            counted[row, : len(own) - 1] = counts[1:]
+        return ids, counted
+
     @property
     def tokens(self) -> int:
         """Count the tokens whose losses count."""

@@ -44,9 +44,9 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> dict[
     forgetting = general.loss_difference(ADAPTER_ROW, BASE_ROW)
     if not learning.is_positive:
         raise MismatchError(
-            f"{name}: it is not told that the adapter has learned this text, so that there is nothing to keep: its loss is "
-            f"{learning.value:.4f} ± {learning.error:.4f} below the base's on the {learning.sequences} sequences held apart; give more "
-            "text, or what the adapter was trained for"
+            f"{name}: it is not told that the adapter has learned this text, so that there is nothing to keep: its loss less the base's is "
+            f"{-learning.value:.4f} ± {learning.error:.4f} on the {learning.sequences} sequences held apart; give more text, or what the "
+            "adapter was trained for"
         )
     return {
         "forgotten": forgetting.is_positive,
@@ -115,6 +115,6 @@ def doubts(facts: Mapping[str, Any]) -> list[str]:
     if facts["forgotten"]:
         return []
     return [
-        f"it is not told that the adapter forgets (more text may tell), so that it may be shipped as it is: its loss on general text is "
-        f"{facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} above the base's on the sequences held apart"
+        f"it is not told that the adapter forgets (more text may tell), so that it may be shipped as it is: its loss on general text "
+        f"less the base's is {facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} on the sequences held apart"
     ]

@@ -143,7 +143,7 @@ class GradientModel(LoadedModel):
         NumericError
             If the value or a gradient is NaN or Inf, or the text leaves out something that the adapter changes.
         """
-        ids, counted = padded(text)
+        ids, counted = map(torch.from_numpy, text.padded(text.longest))
         if isinstance(coefficients, CoefficientSet):
             coefficients = {name: matrix.values for name, matrix in coefficients.matrices.items()}
         leaves = {
@@ -264,22 +264,6 @@ class GradientModel(LoadedModel):
 
 def _variant_of(against: Against) -> int:
     return 0 if against == "base" else 1
-
-
-def padded(text: TextSequences) -> tuple[Tensor, Tensor]:
-    """Put sequences of several lengths into one batch, padded at the end.
-
-    Returns
-    -------
-    ids, counted
-        (sequences, length): tokens, and whether the token after each position counts.
-    """
-    ids = torch.zeros(len(text.ids), text.longest, dtype=torch.int64)
-    counted = torch.zeros(len(text.ids), text.longest, dtype=torch.bool)
-    for row, (own, counts) in enumerate(zip(text.ids, text.counted, strict=True)):
-        ids[row, : len(own)] = torch.from_numpy(own)
-        counted[row, : len(own) - 1] = torch.from_numpy(counts[1:])  # a position predicts the token after it
-    return ids, counted
 
 
 def _probabilities(z: Tensor, log_sum: Tensor) -> Tensor:
