@@ -14,6 +14,7 @@ The folders are the data's way, and imports point up this list only::
     verification/  witnesses         an output against its record and inputs, by other code
     evaluation/    measures          losses of every variant on a user's text, in passes over the base
     fitting/       coefficients      one for each direction of an adapter, fitted to the user's text
+    report/        pictures          a page and figures of what was found and measured; what became of intruders
     api/           the library       one function for each command
     peft/          in memory         the same on a PEFT model that is loaded
     cli/           commands          arguments, progress, tables, forecasts, demo
@@ -38,6 +39,7 @@ _HOMES = {
     "Evaluation": "evaluation.evaluation",
     "Event": "events",
     "Findings": "detection.findings",
+    "FindingsDiff": "report.diff",
     "MatrixFinding": "detection.matrix_finding",
     "MitigationOptions": "output.mitigation",
     "Monitor": "events",
@@ -45,6 +47,7 @@ _HOMES = {
     "StreamerWarning": "errors",
     "VerificationError": "errors",
     "detect_intruder_dimensions": "api",
+    "diff_findings": "report.diff",
     "evaluate_variants": "api",
     "fit_coefficients": "api",
     "iter_merged": "api",
@@ -55,6 +58,7 @@ _HOMES = {
     "reduce_intruder_dimension": "api",
     "report_coefficients": "api",
     "verify_output": "api",
+    "write_report": "api",
 }
 
 __all__ = [
@@ -64,6 +68,7 @@ __all__ = [
     "Evaluation",
     "Event",
     "Findings",
+    "FindingsDiff",
     "MatrixFinding",
     "MitigationOptions",
     "Monitor",
@@ -71,6 +76,7 @@ __all__ = [
     "StreamerWarning",
     "VerificationError",
     "detect_intruder_dimensions",
+    "diff_findings",
     "evaluate_variants",
     "fit_coefficients",
     "iter_merged",
@@ -81,6 +87,7 @@ __all__ = [
     "reduce_intruder_dimension",
     "report_coefficients",
     "verify_output",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -93,6 +100,7 @@ if TYPE_CHECKING:
         reduce_intruder_dimension,
         report_coefficients,
         verify_output,
+        write_report,
     )
     from streamer.detection.findings import Findings, load_findings
     from streamer.detection.intruders import Detection
@@ -104,6 +112,7 @@ if TYPE_CHECKING:
     from streamer.output.coefficients import Coefficients
     from streamer.output.coefficients_file import load_coefficients
     from streamer.output.mitigation import MitigationOptions
+    from streamer.report.diff import FindingsDiff, diff_findings
 
 
 def __getattr__(name: str) -> Any:

@@ -140,21 +140,15 @@ def _dry_write(args: argparse.Namespace, adapters: Iterable[str], writers: Seque
 
 
 def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
-    from streamer.cli.tables import findings_table
-    from streamer.detection.findings import load_findings
+    from streamer.cli.report import run_report
 
-    findings = load_findings(args.findings)
-    if args.coefficients is None and args.base is None and args.keep is None:
-        return {**findings.record()}, findings_table(findings, screen(args.all))
-    if args.coefficients is None or args.adapter is None:
-        raise UsageError(
-            "report: expected --coefficients, BASE and ADAPTER together; as `streamer report FINDINGS BASE ADAPTER --coefficients FILE`"
-        )
-    from streamer.api.reporting import report_coefficients
+    return run_report(args, monitor, screen(args.all))
 
-    record = report_coefficients(findings, args.base, args.adapter, args.coefficients, keep=args.keep, io=args.io,
-                                 base_is_residual=args.base_is_residual, architecture=args.architecture, monitor=monitor)  # fmt: skip
-    return {**record}, findings_table(findings, screen(args.all), record=record)
+
+def _diff(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.cli.report import run_diff
+
+    return run_diff(args, monitor, screen(args.all))
 
 
 def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -201,6 +195,7 @@ COMMANDS = {
     "mitigate": _write,
     "merge": _write,
     "report": _report,
+    "diff": _diff,
     "verify": _verify,
     "evaluate": _evaluate,
     "fit": _fit,

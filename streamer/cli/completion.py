@@ -27,6 +27,8 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
         "DIR": shtab.DIRECTORY,
         "FILE": shtab.FILE,
         "FINDINGS": shtab.FILE,
+        "EVALUATION": shtab.FILE,
+        "PAGE": shtab.FILE,
     }
     for action in _actions(parser):
         if action.metavar in completes:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from streamer.api import detect_intruder_dimensions, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
-from streamer.cli.layout import Column, Screen, fit, natural, table
+from streamer.cli.layout import Column, Screen, fit, table
 from streamer.cli.synthetic import make_demo
 from streamer.cli.tables import NO_LIMIT
 from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions
 from streamer.events import Monitor
+from streamer.plan.name_order import natural
 from streamer.storage.checkpoint import open_checkpoint
 
 

@@ -85,8 +85,20 @@ examples:
 examples:
   streamer report findings.safetensors
   streamer report findings.safetensors --json | jq .totals
+  streamer report findings.safetensors evaluation.json -o report.html
+      a page with pictures, of findings alone too
+  streamer report findings.safetensors -o figures
+      the pictures as SVG and PNG, in a directory
   streamer report f.safetensors BASE ADAPTER --coefficients c.safetensors
       what coefficients leave of the intruders
+  streamer report merged
+      what streamer.json of an output says
+""",
+    "diff": """\
+examples:
+  streamer diff findings.safetensors after.safetensors
+      after: findings on the mitigated adapter, say
+  streamer diff before.safetensors after.safetensors --json | jq .totals
 """,
     "verify": """\
 examples:

@@ -1,4 +1,4 @@
-"""Lay out tables that fit a width: names shortened alike, columns left out before a line wraps, rows in the order in which people count.
+"""Lay out tables that fit a width: names shortened alike, columns left out before a line wraps.
 
 Where the width is not limited, as in a pipe or a file, nothing is shortened or left out, so that scripts find what they look for.
 """
@@ -6,39 +6,16 @@ Where the width is not limited, as in a pipe or a file, nothing is shortened or 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from streamer.errors import printable
 
 NAME_COLUMNS = 24
 """A name is shortened to as few columns before others are left out, and no further unless they all are."""
-
-ORDER = [
-    ("embed_tokens", "wte", "wpe", "embeddings", "word_embeddings", "position_embeddings", "token_type_embeddings"),
-    ("self_attn", "self_attention", "attention", "attn", "linear_attn", "cross_attn", "encoder_attn", "self", "intermediate"),
-    ("q_proj", "query", "wq", "q", "q_a_proj", "q_b_proj", "c_attn", "qkv_proj", "query_key_value", "in_proj"),
-    ("k_proj", "key", "wk", "k", "kv_a_proj_with_mqa", "kv_b_proj"),
-    ("v_proj", "value", "wv", "v"),
-    ("o_proj", "out_proj", "wo", "o", "output", "dense"),
-    ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
-    ("router", "gate"),
-    ("experts", "shared_expert", "shared_experts"),
-    ("gate_proj", "gate_up_proj", "w1", "wi_0", "wi", "fc1", "c_fc"),
-    ("up_proj", "w3", "wi_1"),
-    ("down_proj", "w2", "fc2", "c_proj"),
-    ("norm", "ln_f", "final_layernorm"),
-    ("lm_head", "score", "classifier", "qa_outputs"),
-]  # fmt: skip
-"""Parts of names in the order in which data passes them; what is not listed comes between the feed-forward and the head, by name."""
-
-_RANKS = {name: (i, j) for i, names in enumerate(ORDER) for j, name in enumerate(names)}
-_OTHER = (len(ORDER) - 3, 99)
 
 
 @dataclass(frozen=True)
@@ -212,14 +189,3 @@ def _middle(name: str, width: int) -> str:
         return name
     start = (width - 1) // 3
     return f"{name[:start]}…{name[len(name) - (width - 1 - start) :]}"
-
-
-def natural(name: str) -> tuple[Any, ...]:
-    """Make the sort key of a tensor's name: numbers by size, and inside a layer q, k, v, o, gate, up, down."""
-    key: list[tuple[Any, ...]] = []
-    for part in re.split(r"[.\[\]]+", name):
-        if part.isdigit():
-            key.append((0, int(part)))
-        elif part:
-            key.append((1, *_RANKS.get(part, _OTHER), [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)]))
-    return tuple(key)

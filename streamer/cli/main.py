@@ -81,7 +81,18 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
 def _paths(args: argparse.Namespace) -> list[str]:
     """Collect the paths that the command was given."""
     values = [
-        getattr(args, name, None) for name in ("base", "adapter", "output", "findings", "keep", "general", "task")
+        getattr(args, name, None)
+        for name in (
+            "base",
+            "adapter",
+            "output",
+            "findings",
+            "first",
+            "second",
+            "keep",
+            "general",
+            "task",
+        )
     ]
     return [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
 

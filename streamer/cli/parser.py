@@ -206,14 +206,29 @@ def build_parser() -> Parser:
     inputs(sub, "+")
     sub.add_argument("--dequantize", action="store_true",
                      help="write a plain model where the base is quantized, in the dtype of its config")  # fmt: skip
-    sub = command("report", "show findings as a table or as JSON", reading)
-    sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`")
-    sub.add_argument("base", metavar="BASE", nargs="?", help="the base of the findings, where coefficients are given")
+    sub = command("report", "show findings or an output as a table, as JSON, as a page, or as figures", reading)
+    sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`; or an output's directory")
+    sub.add_argument("base", metavar="EVALUATION", nargs="?",
+                     help="file written by `streamer evaluate`, of the same adapter; or BASE, where coefficients are given")  # fmt: skip
     sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")
     sub.add_argument("--coefficients", metavar="FILE",
                      help="from `streamer fit`: show what they leave of the intruders, beside the whole adapter")  # fmt: skip
     sub.add_argument("--keep", type=float, metavar="SHARE",
                      help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
+    sub.add_argument(
+        "-o",
+        "--output",
+        metavar="PAGE",
+        help="page to write, a name that ends in .html; or a directory, for SVG and PNG",
+    )
+    sub.add_argument(
+        "--overwrite", action="store_true", help="replace another report that stands there; nothing else ever is"
+    )
+    sub = command("diff", "show what became of each intruder between two findings on one base")
+    sub.add_argument("first", metavar="FINDINGS", help="findings before: on an adapter, or an earlier checkpoint")
+    sub.add_argument(
+        "second", metavar="FINDINGS", help="findings after: on the mitigated adapter, or a later checkpoint"
+    )
     sub = command("verify", "compare an output with its record and its inputs, by other code than wrote it")
     sub.add_argument("output", metavar="OUTPUT", help="merged model's or mitigated adapter's directory, or findings")
     sub.add_argument(

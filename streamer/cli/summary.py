@@ -43,6 +43,11 @@ def _held(tree: Mapping[str, Any]) -> str:
         return f"{counted(len(tree['variants']), 'variant')}" + (
             f", {chosen['name']} suggested" if chosen["name"] else ""
         )
+    if schema == "streamer.report":
+        files = f", {counted(len(tree['files']), 'file')}" if "files" in tree else ""
+        return f"{_held(tree['findings'] or tree['record'])}{files}"
+    if schema == "streamer.diff":
+        return ", ".join(f"{totals[fate]} {fate}" for fate in ("kept", "mixed", "gone", "new"))
     if schema == "streamer.fit":
         return f"{counted(tree['parameters'], 'coefficient')} in {counted(len(tree['sets']), 'set')}"
     if schema == "streamer.demo":

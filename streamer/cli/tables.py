@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from streamer.cli.coefficients_table import mean_columns, mean_line
-from streamer.cli.layout import Column, Screen, fit, natural, shorten, table
+from streamer.cli.layout import Column, Screen, fit, shorten, table
 from streamer.detection.findings import Findings
 from streamer.detection.findings_records import FindingsRecord
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import is_repeated
+from streamer.plan.name_order import natural
 from streamer.units import counted, format_duration, format_size, listed
 
 MANY, SHOWN = 20, 10
@@ -90,8 +91,8 @@ def findings_table(
 
 
 def stood(where: object, state: str) -> str:
-    """Say whether a run has written an output, or found it there."""
-    return f"{where} stands already" if state == "present" else f"wrote {where}"
+    """Say whether a run has written an output, found it there, or only reads it."""
+    return {"read": f"{where}", "present": f"{where} stands already"}.get(state, f"wrote {where}")
 
 
 def _wants_memory(m: MatrixFinding) -> bool:

@@ -208,7 +208,9 @@ def load_evaluation(path: str | Path) -> Evaluation:
         raw = file.read()
     try:
         return Evaluation.from_json(raw.decode())
-    except (FormatError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
+        raise FormatError(f"{path}: expected an evaluation ({SCHEMA}), found a file that is no text") from e
+    except FormatError as e:
         raise FormatError(f"{path}: {e}") from e
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
+from streamer.detection.findings import Findings
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.suggestion import EvaluatedVariant
@@ -67,3 +69,8 @@ def evaluation(
         )
 
     return Evaluation(tuple(variants), sums(shares[0], forgets), sums(shares[1], -learns), FACTS)
+
+
+def of_findings(findings: Findings) -> Evaluation:
+    """The evaluation, of the base and the adapter of findings."""
+    return replace(evaluation(), facts={**FACTS, "base": {**findings.base}, "adapter": {**findings.adapter}})

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from streamer.cli.layout import Column, Screen, fit, natural, screen, shorten, table
+from streamer.cli.layout import Column, Screen, fit, screen, shorten, table
 from streamer.cli.tables import _ranks
+from streamer.plan.name_order import natural
 
 LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
          "mlp.down_proj")  # fmt: skip

@@ -1,0 +1,66 @@
+"""Format what became of intruders as a table that fits the screen."""
+
+from __future__ import annotations
+
+from streamer.cli.layout import Column, Screen, fit, table
+from streamer.cli.tables import MANY, SHOWN
+from streamer.plan.name_order import natural
+from streamer.report.diff import FATES, Direction, FindingsDiff, IntruderFate
+from streamer.units import counted, listed
+
+_MEANING = {
+    "kept": "kept: the same direction is an intruder in both",
+    "mixed": "mixed: most of it lies among the second's intruders, in none alone",
+    "gone": "gone: no intruder of the second",
+    "new": "new: no intruder of the first",
+}
+
+
+def diff_table(diff: FindingsDiff, screen: Screen) -> str:
+    """Format a line an intruder, or the ten whose singular values changed most; and counts."""
+    every = sorted(diff.intruders, key=lambda one: (natural(one.tensor), one.before is None, _rank(one)))
+    cut = len(every) > MANY and not screen.every
+    shown = sorted(every, key=lambda one: -abs(_value(one.after) - _value(one.before)))[:SHOWN] if cut else every
+    columns = [
+        Column("matrix", [one.tensor for one in shown], left=True, names=True, among=[one.tensor for one in every]),
+        Column("fate", [one.fate for one in shown], keep=9, left=True),
+        Column("rank", [_cell(one.before, "rank") for one in shown], "in the first findings; 1 is the largest", keep=5),
+        Column("sigma", [_cell(one.before, "sigma") for one in shown], "its singular value there", keep=6),
+        Column("after", [_cell(one.after, "rank") for one in shown], "its rank in the second", keep=4),
+        Column("sigma after", [_cell(one.after, "sigma") for one in shown], "its singular value there", keep=7),
+        Column("overlap", [f"{one.overlap:.3f}" for one in shown], "with the nearest intruder of the other findings", keep=3),
+        Column("share", [f"{100 * one.share:.0f}%" for one in shown], "of it in the span of the other's intruders", keep=2),
+    ]  # fmt: skip
+    parts = [table(columns, screen.width)] if shown else []
+    if cut:
+        parts.append(
+            fit(
+                f"the {len(shown)} whose singular values changed most, of {len(every)}; --all shows every one",
+                screen.width,
+            )
+        )
+    counts = [fate for fate in FATES if diff.count(fate)]
+    lines = [
+        f"{diff.first['intruders']} intruders before, {diff.second['intruders']} after, in {counted(diff.matrices, 'matrix')} of both: "
+        + (", ".join(f"{diff.count(fate)} {fate}" for fate in FATES)),
+        *(_MEANING[fate] for fate in counts),
+    ]
+    for where, names in (("first", diff.only_first), ("second", diff.only_second)):
+        if names:
+            lines.append(f"in the {where} findings alone: {counted(len(names), 'matrix')}: {listed(names)}")
+    return "\n\n".join([*parts, "\n".join(fit(line, screen.width) for line in lines)])
+
+
+def _rank(one: IntruderFate) -> int:
+    found = one.before or one.after
+    return found.rank if found else 0
+
+
+def _value(direction: Direction | None) -> float:
+    return direction.singular_value if direction else 0.0
+
+
+def _cell(direction: Direction | None, what: str) -> str:
+    if direction is None:
+        return "-"
+    return str(direction.rank + 1) if what == "rank" else f"{direction.singular_value:#.4g}"

@@ -1,0 +1,77 @@
+"""Run `report` and `diff`: tables and JSON of findings, outputs and what became of intruders, and the files of a report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from streamer.api.reporting import report_coefficients
+from streamer.cli.diff_table import diff_table
+from streamer.cli.evaluation_table import evaluation_table
+from streamer.cli.layout import Screen, fit
+from streamer.cli.tables import findings_table, record_table, stood
+from streamer.detection.findings import load_findings
+from streamer.errors import UsageError
+from streamer.evaluation.evaluation import KEEP
+from streamer.events import Monitor
+from streamer.report.diff import diff_findings
+from streamer.report.files import write_files
+from streamer.report.subject import Subject, open_subject
+from streamer.units import counted, format_size
+
+
+def run_report(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[dict[str, Any], str]:
+    """Show findings, with an evaluation beside them, or an output's record; with ``-o`` write the page or the figures."""
+    coefficients = args.coefficients is not None or args.adapter is not None or args.keep is not None
+    if coefficients or (args.base is not None and Path(args.base).is_dir()):
+        return _with_coefficients(args, monitor, screen)
+    subject = open_subject(args.findings, args.base)
+    text = _text(subject, args.findings, screen)
+    if args.output is None:
+        if subject.evaluation is not None:
+            return subject.to_dict(), text
+        return dict(subject.record) if subject.findings is None and subject.record else _findings(subject), text
+    source = Path(args.findings) if subject.record is not None else None
+    written = write_files(subject, args.output, args.overwrite, source)
+    files = [{"file": name, "bytes": size} for name, size in written.files.items()]
+    tree = {**subject.to_dict(), "output": str(args.output), "state": written.state, "files": files}
+    last = f"{stood(args.output, written.state)}: {counted(len(files), 'file')}, {format_size(sum(written.files.values()))}"
+    return tree, f"{text}\n\n{fit(last, screen.width)}"
+
+
+def _with_coefficients(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[dict[str, Any], str]:
+    if args.coefficients is None or args.adapter is None:
+        raise UsageError(
+            "report: expected --coefficients, BASE and ADAPTER together; as `streamer report FINDINGS BASE ADAPTER --coefficients FILE`"
+        )
+    if args.output is not None:
+        raise UsageError(
+            "--output: a page is of findings and an evaluation; leave out --coefficients, BASE and ADAPTER"
+        )
+    findings = load_findings(args.findings)
+    record = report_coefficients(findings, args.base, args.adapter, args.coefficients, keep=args.keep, io=args.io,
+                                 base_is_residual=args.base_is_residual, architecture=args.architecture, monitor=monitor)  # fmt: skip
+    return {**record}, findings_table(findings, screen, record=record)
+
+
+def run_diff(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[dict[str, Any], str]:
+    """Show what became of each intruder between two findings."""
+    found = diff_findings(load_findings(args.first), load_findings(args.second))
+    monitor.warn(found.notes)
+    return found.to_dict(), diff_table(found, screen)
+
+
+def _findings(subject: Subject) -> dict[str, Any]:
+    assert subject.findings is not None
+    return {**subject.findings.record()}
+
+
+def _text(subject: Subject, where: str, screen: Screen) -> str:
+    if subject.record is not None:
+        return record_table({**subject.record, "state": "read"}, where, screen)
+    assert subject.findings is not None
+    text = findings_table(subject.findings, screen)
+    if subject.evaluation is None:
+        return text
+    return f"{text}\n\n{evaluation_table(subject.evaluation, KEEP, ('BASE', 'ADAPTER'), where, screen)}"

@@ -1,0 +1,89 @@
+"""Compute the curves of a report from findings: intruders against the threshold, and what each λ takes away."""
+
+from __future__ import annotations
+
+import math
+from itertools import chain
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamer.detection.findings import Findings
+
+LAMBDAS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)
+"""λ of which a report shows what they take away."""
+
+THRESHOLDS = tuple(i / 50 for i in range(1, 51))
+"""Thresholds ε at which intruders are counted, beside that of the findings."""
+
+
+class ThresholdRecord(TypedDict):
+    """Directions below a threshold, over all matrices.
+
+    Attributes
+    ----------
+    intruders
+        Directions whose similarity, as the decision took it, is below `epsilon`.
+    least, most
+        Directions whose interval lies below it, or begins below it: what the bounds leave open is between the two.
+    """
+
+    epsilon: float
+    intruders: int
+    least: int
+    most: int
+
+
+class LambdaRecord(TypedDict):
+    """What a λ takes away, over all matrices, as shares of the norm of the adapter's delta.
+
+    Attributes
+    ----------
+    paper
+        ``‖Δ' − Δ‖ / ‖Δ‖ = (1 − λ) ‖Σ_I‖ / ‖Δ‖`` of the method ``paper``; it may exceed 1, since a part of ``Σ_I`` is the base's own.
+    project
+        The same of the method ``project``: ``(1 − λ) √e``, with the intruders' share e of the delta's energy.
+    norm_left
+        ``‖Δ'‖ / ‖Δ‖`` of ``project``, which is also the equal-norm shrink: ``√(1 − (1 − λ²) e)``.
+    """
+
+    # `lambda` is a keyword of the language
+    mitigation_lambda: float
+    paper: float
+    project: float
+    norm_left: float
+
+
+def delta_energy(findings: Findings) -> tuple[float, float]:
+    """Sum ``‖Δ‖²`` over all matrices, and the intruders' share of it."""
+    norms = [m.detection.delta_norm**2 for m in findings]
+    taken = [m.detection.delta_norm**2 * m.detection.intruder_energy for m in findings]
+    total = math.fsum(norms)
+    return total, math.fsum(taken) / total if total > 0 else 0.0
+
+
+def threshold_curve(findings: Findings) -> list[ThresholdRecord]:
+    """Count the directions below each threshold, rising; the threshold of the findings is among them."""
+    names = ("similarity", "similarity_low", "similarity_high")
+    columns: list[NDArray[np.float64]] = [
+        np.sort(np.fromiter(chain.from_iterable(getattr(m.detection, name) for m in findings), np.float64))
+        for name in names
+    ]
+    out: list[ThresholdRecord] = []
+    for epsilon in sorted({*THRESHOLDS, findings.options.threshold_epsilon}):
+        taken, most, least = (int(np.searchsorted(values, epsilon)) for values in columns)
+        out.append({"epsilon": epsilon, "intruders": taken, "least": least, "most": most})
+    return out
+
+
+def lambda_curve(findings: Findings) -> list[LambdaRecord]:
+    """Compute what each λ takes away."""
+    total, share = delta_energy(findings)
+    intruding = math.fsum(m.detection.singular_values[j] ** 2 for m in findings for j in m.detection.intruders)
+    paper, project = math.sqrt(intruding / total) if total > 0 else 0.0, math.sqrt(share)
+    return [
+        {"mitigation_lambda": lam, "paper": (1 - lam) * paper, "project": (1 - lam) * project,
+         "norm_left": math.sqrt(max(0.0, 1 - (1 - lam * lam) * share))}
+        for lam in LAMBDAS
+    ]  # fmt: skip

@@ -1,0 +1,195 @@
+"""Say what became of each intruder between two findings on one base: after mitigation, or from one checkpoint to another.
+
+Both findings hold the intruders' left singular vectors, ``U`` (m, q) and ``U'`` (m, q'), each orthonormal. An intruder u is matched with u'
+where ``⟨u, u'⟩² > 1/2``: more than half of either lies along the other, so that on neither side a second one can be.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from streamer.detection.findings import Findings
+from streamer.detection.matrix_finding import MatrixFinding
+from streamer.errors import MismatchError
+
+SCHEMA = "streamer.diff/1"
+
+MATCHED = 0.5
+"""Squared overlap above which two directions are one."""
+
+Fate = Literal["kept", "mixed", "gone", "new"]
+FATES: tuple[Fate, ...] = ("kept", "mixed", "gone", "new")
+
+
+@dataclass(frozen=True)
+class Direction:
+    """An intruder in one of the findings.
+
+    Attributes
+    ----------
+    rank
+        0-based, among the singular directions of its base + delta.
+    singular_value, similarity
+        As the findings have them.
+    """
+
+    rank: int
+    singular_value: float
+    similarity: float
+
+
+@dataclass(frozen=True)
+class IntruderFate:
+    """What became of an intruder.
+
+    Attributes
+    ----------
+    tensor
+        Name of the matrix in the base.
+    fate
+        ``kept``: it is matched; ``mixed``: it is not, but more than half of it lies in the span of the other's intruders, as where two
+        singular values have come close; ``gone``: the second findings have no intruder there; ``new``: the first had none.
+    before, after
+        In the first and in the second findings; None where there is no match.
+    overlap
+        ``|⟨u, u'⟩|`` with the nearest intruder of the other findings; 0 where there is none.
+    share
+        ``‖U'ᵀ u‖²``: the part of it that lies in the span of the other's intruders of this matrix.
+    """
+
+    tensor: str
+    fate: Fate
+    before: Direction | None
+    after: Direction | None
+    overlap: float
+    share: float
+
+
+@dataclass(frozen=True, repr=False)
+class FindingsDiff:
+    """What became of the intruders between two findings.
+
+    Attributes
+    ----------
+    intruders
+        Each intruder of both, by matrix, those of the first findings before new ones.
+    matrices
+        Matrices that both have.
+    only_first, only_second
+        Matrices that one of them has alone: their intruders are not listed.
+    first, second
+        Adapter, options and number of intruders of the two findings, as JSON values.
+    notes
+        What is to be kept in mind: other options, decisions that are not certified.
+    """
+
+    intruders: tuple[IntruderFate, ...]
+    matrices: int
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    first: Mapping[str, Any]
+    second: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def count(self, fate: Fate) -> int:
+        """Count the intruders of a fate."""
+        return Counter(one.fate for one in self.intruders)[fate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Make the JSON object (schema ``streamer.diff/1``)."""
+        return {
+            "schema": SCHEMA, "first": dict(self.first), "second": dict(self.second),
+            "totals": {"matrices": self.matrices, **{fate: self.count(fate) for fate in FATES}},
+            "notes": list(self.notes), "only_first": list(self.only_first), "only_second": list(self.only_second),
+            "intruders": [
+                {"tensor": one.tensor, "fate": one.fate, "before": one.before and vars(one.before), "after": one.after and vars(one.after),
+                 "overlap": one.overlap, "share": one.share}
+                for one in self.intruders
+            ],
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{self.count(fate)} {fate}" for fate in FATES)
+        return f"<FindingsDiff: {counts}, in {self.matrices} matrices>"
+
+
+def diff_findings(first: Findings, second: Findings) -> FindingsDiff:
+    """Compare two findings on one base.
+
+    Parameters
+    ----------
+    first, second
+        The findings before and after: on an adapter and on its mitigated form, or on two checkpoints of a training.
+
+    Raises
+    ------
+    MismatchError
+        If they are on different bases.
+    """
+    if first.base != second.base:
+        names = [str(f.sources.get("base", {}).get("name", "unnamed")) for f in (first, second)]
+        raise MismatchError(
+            f"findings: expected two on one base, found bases of other content ({names[0]!r} and {names[1]!r}); "
+            "run detect for both on the same base"
+        )
+    both = [m.tensor for m in first if m.tensor in second.by_tensor]
+    fates = [fate for name in both for fate in _fates(first.by_tensor[name], second.by_tensor[name])]
+    return FindingsDiff(
+        tuple(fates), len(both), tuple(_only(first, second)), tuple(_only(second, first)), _side(first), _side(second),
+        tuple(_notes(first, second)),
+    )  # fmt: skip
+
+
+def _fates(first: MatrixFinding, second: MatrixFinding) -> Iterator[IntruderFate]:
+    if first.shape != second.shape:
+        raise MismatchError(
+            f"{first.tensor}: expected one shape in both findings, found {first.shape} and {second.shape}; run detect again"
+        )
+    a, b = _directions(first), _directions(second)
+    U, V = first.detection.U.double(), second.detection.U.double()
+    overlaps = (U.T @ V).square()
+    matches = {int(i): int(j) for i, j in torch.nonzero(overlaps > MATCHED)}
+    for i, before in enumerate(a):
+        j = matches.get(i)
+        share = min(1.0, float(overlaps[i].sum()))
+        fate: Fate = "kept" if j is not None else "mixed" if share > MATCHED else "gone"
+        yield IntruderFate(first.tensor, fate, before, None if j is None else b[j], _nearest(overlaps[i]), share)
+    for j, after in enumerate(b):
+        share = min(1.0, float(overlaps[:, j].sum()))
+        if j not in matches.values() and share <= MATCHED:
+            yield IntruderFate(first.tensor, "new", None, after, _nearest(overlaps[:, j]), share)
+
+
+def _nearest(squares: torch.Tensor) -> float:
+    return min(1.0, float(squares.max().sqrt())) if len(squares) else 0.0
+
+
+def _directions(m: MatrixFinding) -> list[Direction]:
+    d = m.detection
+    return [Direction(j, d.singular_values[j], d.similarity[j]) for j in d.intruders]
+
+
+def _only(mine: Findings, other: Findings) -> Iterable[str]:
+    return (m.tensor for m in mine if m.tensor not in other.by_tensor)
+
+
+def _side(findings: Findings) -> dict[str, Any]:
+    name = findings.sources.get("adapter", {}).get("name")
+    return {"adapter": name, "options": findings.options.as_dict(), "intruders": findings.intruders}
+
+
+def _notes(first: Findings, second: Findings) -> Iterator[str]:
+    a, b = first.options, second.options
+    if (a.top_k, a.threshold_epsilon) != (b.top_k, b.threshold_epsilon):
+        yield (
+            f"made with other options (top_k={a.top_k}, epsilon={a.threshold_epsilon:g} and top_k={b.top_k}, "
+            f"epsilon={b.threshold_epsilon:g}): an intruder of one may be none of the other for that alone"
+        )
+    for what, findings in (("first", first), ("second", second)):
+        if rest := sum(not m.detection.certified for m in findings):
+            yield f"{rest} matrices of the {what} findings are not certified"

@@ -1,0 +1,245 @@
+"""Draw a report's figures with matplotlib, as SVG and PNG for papers: one subject a file, no titles, width of a page."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamer.detection.findings import Findings
+from streamer.detection.matrix_finding import MatrixFinding
+from streamer.errors import MissingPackageError, printable
+from streamer.evaluation.evaluation import Evaluation
+from streamer.plan.name_order import natural
+from streamer.report.curves import lambda_curve, threshold_curve
+from streamer.report.grid import make_grid
+from streamer.report.page_data import series_of
+from streamer.report.subject import Subject
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIGN = "streamer report"
+"""Text in the head of every file, by which one is told from others."""
+
+WIDTH = 6.75
+"""Inches."""
+
+SHOWN = 6
+"""Matrices whose directions are drawn: those whose intruders have most energy."""
+
+BASE, INTRUDER = "#2f6db5", "#c2410c"
+COLOURS = {"paper": "#0072b2", "project": "#007a5a", "shrink": "#d55e00", "fitted": "#a64d86"}
+
+_SIGNS = {"svg": {"Creator": SIGN, "Date": None}, "png": {"Software": SIGN}}
+
+_SETTINGS = {
+    "svg.hashsalt": SIGN,
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+}
+
+
+def draw_figures(subject: Subject) -> dict[str, bytes]:
+    """Draw all figures of a report; the same inputs give the same bytes with the same matplotlib.
+
+    Returns
+    -------
+    dict
+        Name of each file, and its content.
+
+    Raises
+    ------
+    MissingPackageError
+        If matplotlib is not installed.
+    """
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+        make: Callable[..., Figure] = importlib.import_module("matplotlib.figure").Figure
+    except ImportError:
+        raise MissingPackageError(
+            "figures: need matplotlib, which is not installed; pip install 'intruder-streamer[plots]', or write a page, "
+            "which needs nothing: -o report.html",
+            "matplotlib",
+        ) from None
+    out: dict[str, bytes] = {}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not what the user has set for other work
+        matplotlib.rcParams.update(_SETTINGS)
+        for name, draw in _drawings(subject).items():
+            figure = make(figsize=(WIDTH, 2.6), layout="constrained")
+            draw(figure)
+            for form, sign in _SIGNS.items():
+                file = io.BytesIO()
+                figure.savefig(file, format=form, dpi=200, metadata=sign)
+                figure.set_layout_engine("none")  # laid out once
+                out[f"{name}.{form}"] = file.getvalue()
+    return out
+
+
+def _drawings(subject: Subject) -> dict[str, Callable[[Figure], None]]:
+    """List what is drawn, by the names of the files."""
+    record, findings, evaluation = subject.record, subject.findings, subject.evaluation
+    if record is not None:
+        rows = record["matrices"]
+        fall = [1 - m["delta_norm_after"] / m["delta_norm"] if m["delta_norm"] > 0 else 0.0 for m in rows]
+        counts = [len(m["intruders"]) for m in rows]
+        names = [m["tensor"] for m in rows]
+        return {"map": lambda f: _draw_maps(f, names, {"intruders scaled": counts, "fall of the norm": fall})}
+    assert findings is not None
+    matrices = sorted(findings, key=lambda m: natural(m.tensor))
+    most = sorted(matrices, key=lambda m: -m.detection.intruder_energy * m.detection.delta_norm**2)[:SHOWN]
+    drawings: dict[str, Callable[[Figure], None]] = {}
+    if matrices:
+        drawings["map"] = lambda f: _draw_findings_map(f, matrices)
+        drawings["similarity"] = lambda f: _draw_each(f, most, lambda a, m: _draw_similarity(a, m, findings))
+        drawings["spectrum"] = lambda f: _draw_each(f, most, _draw_spectrum)
+        drawings["thresholds"] = lambda f: _draw_thresholds(f, findings)
+        drawings["lambdas"] = lambda f: _draw_lambdas(f, findings)
+    if evaluation is not None:
+        drawings["tradeoff"] = lambda f: _draw_tradeoff(f, evaluation)
+    return drawings
+
+
+def _draw_findings_map(figure: Figure, matrices: Sequence[MatrixFinding]) -> None:
+    found = [m.detection for m in matrices]
+    norms = [d.delta_norm**2 for d in found]
+    grid = make_grid([m.tensor for m in matrices])
+    taken = grid.sums([d.intruder_energy * n for d, n in zip(found, norms, strict=True)])
+    total = grid.sums(norms)
+    energy = np.divide(taken, total, out=np.zeros_like(taken), where=total > 0)
+    energy[np.isnan(total)] = np.nan
+    values = {"intruders": grid.sums([len(d.intruders) for d in found]), "share of the energy": energy}
+    _draw_grids(figure, grid.parts, grid.layers, values)
+
+
+def _draw_maps(figure: Figure, names: Sequence[str], values: dict[str, Sequence[float]]) -> None:
+    grid = make_grid(names)
+    counts = grid.sums([1] * len(names))
+    first, *rest = values.items()
+    means = {label: grid.sums(v) / counts for label, v in rest}
+    _draw_grids(figure, grid.parts, grid.layers, {first[0]: grid.sums(first[1]), **means})
+
+
+def _draw_grids(figure: Figure, parts: Sequence[str], layers: Sequence[int | None], values: dict[str, Any]) -> None:
+    """Draw maps of one grid below each other, or side by side where the layers are few."""
+    stacked = len(layers) > 16
+    height = 0.5 + 0.16 * len(parts)
+    figure.set_size_inches(WIDTH, (len(values) if stacked else 1) * (height + 0.2))
+    axes = np.atleast_1d(figure.subplots(len(values), 1) if stacked else figure.subplots(1, len(values)))
+    for ax, (label, cells) in zip(axes, values.items(), strict=True):
+        image = ax.imshow(cells, aspect="auto", cmap="Reds", vmin=0, vmax=max(np.nanmax(cells), 1e-9))
+        ax.set_yticks(range(len(parts)), [_plain(part) for part in parts])
+        step = -(-len(layers) // 16)
+        ax.set_xticks(range(0, len(layers), step), ["–" if n is None else str(n) for n in layers[::step]])
+        ax.set_xlabel("layer")
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+        figure.colorbar(image, ax=ax, label=label).outline.set_visible(False)
+
+
+def _draw_each(figure: Figure, matrices: Sequence[MatrixFinding], draw: Callable[[Axes, MatrixFinding], None]) -> None:
+    rows = -(-len(matrices) // 3)
+    figure.set_size_inches(WIDTH, 1.7 * rows)
+    axes = figure.subplots(rows, min(3, len(matrices)), squeeze=False).ravel()
+    for ax, m in zip(axes, matrices, strict=False):
+        ax.set_title(_plain(m.tensor.removesuffix(".weight")), fontsize=6)
+        ax.set_xlabel("rank")
+        draw(ax, m)
+    for ax in axes[len(matrices) :]:
+        ax.set_visible(False)
+
+
+def _draw_similarity(ax: Axes, m: MatrixFinding, findings: Findings) -> None:
+    d = m.detection
+    for intruder, colour, sign in ((False, BASE, "o"), (True, INTRUDER, "D")):
+        ranks = [j for j in range(len(d.similarity)) if (j in d.intruders) == intruder]
+        value = np.array([d.similarity[j] for j in ranks])
+        low, high = (np.array([side[j] for j in ranks]) for side in (d.similarity_low, d.similarity_high))
+        bars = np.maximum(0, np.stack([value - low, high - value])) if ranks else None
+        ax.errorbar(
+            [j + 1 for j in ranks], value, yerr=bars, fmt=sign, color=colour, markersize=3, elinewidth=0.7, capsize=1.5
+        )
+    ax.axhline(findings.options.threshold_epsilon, color="black", linewidth=0.6, linestyle="--")
+    ax.set_ylim(0, 1.03)
+    ax.set_ylabel("similarity")
+
+
+def _draw_spectrum(ax: Axes, m: MatrixFinding) -> None:
+    d = m.detection
+    for intruder, colour, sign in ((False, BASE, "o"), (True, INTRUDER, "D")):
+        ranks = [j for j in range(len(d.singular_values)) if (j in d.intruders) == intruder]
+        ax.vlines([j + 1 for j in ranks], 0, [d.singular_values[j] for j in ranks], color=colour, linewidth=0.8)
+        ax.plot([j + 1 for j in ranks], [d.singular_values[j] for j in ranks], sign, color=colour, markersize=3)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("singular value")
+
+
+def _draw_thresholds(figure: Figure, findings: Findings) -> None:
+    rows, ax = threshold_curve(findings), figure.subplots()
+    x = [r["epsilon"] for r in rows]
+    ax.fill_between(x, [r["least"] for r in rows], [r["most"] for r in rows], color=INTRUDER, alpha=0.25, linewidth=0)
+    ax.plot(x, [r["intruders"] for r in rows], color=INTRUDER, linewidth=1.2)
+    ax.axvline(findings.options.threshold_epsilon, color="black", linewidth=0.6, linestyle="--")
+    ax.set(xlabel="ε", ylabel="intruder dimensions", xlim=(0, 1), ylim=(0, None))
+
+
+def _draw_lambdas(figure: Figure, findings: Findings) -> None:
+    rows, ax = lambda_curve(findings), figure.subplots()
+    x = [r["mitigation_lambda"] for r in rows]
+    ax.plot(x, [100 * r["paper"] for r in rows], color=COLOURS["paper"], label="paper")
+    ax.plot(x, [100 * r["project"] for r in rows], color=COLOURS["project"], linestyle="--", label="project")
+    ax.set(xlabel="λ", ylabel="taken away, % of the delta's norm", xlim=(0, 1), ylim=(0, None))
+    ax.legend(frameon=False)
+
+
+def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
+    """Draw forgetting against learning kept, with standard errors; a filled point is on the front, a ring marks the suggestion."""
+    ax, best, tree = figure.subplots(), evaluation.best(), evaluation.to_dict()
+    figure.set_size_inches(WIDTH / 1.5, 3.4)
+    series: dict[str, list[dict[str, Any]]] = {}
+    for v, variant in zip(tree["variants"], evaluation.variants, strict=True):
+        if v["kept"] is not None and v["forgetting"] is not None:
+            series.setdefault(series_of(variant), []).append(v)
+    adapter, front = series.pop("adapter", []), set(tree["front"])
+    base = series.pop("base", [])
+    for name, own in [*series.items(), ("", [*base, *adapter])]:
+        colour = COLOURS.get(name, "#555555")
+        line = sorted(own, key=lambda v: -v["kept"] if v["lambda"] is None else -v["lambda"])
+        line = [*adapter, *line] if name and all(v["lambda"] is not None for v in own) else line
+        if name:
+            ax.plot(
+                [100 * v["kept"] for v in line],
+                [100 * v["forgetting"] for v in line],
+                color=colour,
+                linewidth=0.8,
+                label=name,
+            )
+        for v in own:
+            ax.errorbar(
+                100 * v["kept"],
+                100 * v["forgetting"],
+                xerr=100 * v["kept_se"],
+                yerr=100 * v["forgetting_se"],
+                fmt="o",
+                color=colour,
+                markersize=3.5,
+                elinewidth=0.7,
+                markerfacecolor=colour if v["name"] in front else "white",
+            )
+            if best.variant is not None and v["name"] == best.variant.name:
+                ax.plot(100 * v["kept"], 100 * v["forgetting"], "o", markersize=9, markerfacecolor="none", color=colour)
+    ax.axvline(100 * best.keep, color="black", linewidth=0.6, linestyle="--")
+    ax.set(xlabel="kept of what was learned, %", ylabel="forgetting left, %", xlim=(-5, 105), ylim=(-30, 150))
+    ax.legend(frameon=False, loc="upper left")
+
+
+def _plain(text: str) -> str:
+    """Keep a name from being read as mathematics."""
+    return printable(text).replace("$", r"\$")

@@ -1,0 +1,133 @@
+"""Write a report's files: a page, or figures into a directory; atomically, and over nothing but reports."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from streamer.detection.findings_file import lock_of
+from streamer.errors import OutputError, OutputExistsError, UsageError
+from streamer.report.figures import SIGN, draw_figures
+from streamer.report.page import make_page
+from streamer.report.subject import Subject
+from streamer.storage.atomic_file import partial_name, remove_partials, write_atomic
+from streamer.storage.files import make_directory, storage_errors
+from streamer.storage.lock import locked
+from streamer.storage.output_checks import (
+    check_name,
+    check_output_path,
+    check_space,
+    is_placeholder,
+    refuse_address,
+    refuse_symlink,
+    touch,
+)
+
+PAGES = (".html", ".htm")
+
+HEAD = 4096
+"""Bytes in which the sign of a report stands."""
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """What was written.
+
+    Attributes
+    ----------
+    state
+        ``present`` where all files stood there already.
+    files
+        Names and sizes in bytes, in the directory of the output.
+    """
+
+    state: Literal["written", "present"]
+    files: Mapping[str, int]
+
+
+def write_files(
+    subject: Subject, output: str | Path, overwrite: bool = False, source: Path | None = None
+) -> WrittenReport:
+    """Write the page of a report, or its figures.
+
+    Parameters
+    ----------
+    subject
+        What it is on.
+    output
+        A name that ends in .html; or a directory, for SVG and PNG, which may stand already.
+    overwrite
+        Whether another report there is replaced; anything else never is.
+    source
+        Directory of the output that it is on, which is not to be written into.
+
+    Raises
+    ------
+    UsageError
+        If the output's name ends in something else, or matplotlib is missing.
+    OutputError
+        If something stands there that is not to be replaced, or nothing can be written there.
+    """
+    path = Path(output)
+    check_path(path, source)
+    if path.suffix.lower() in PAGES:
+        files, directory, lock = {path.name: make_page(subject)}, path.parent, lock_of(path)
+    else:
+        files, directory, lock = draw_figures(subject), path, path / ".report.lock"
+    present = [_is_present(directory / name, data, overwrite) for name, data in files.items()]
+    sizes = {name: len(data) for name, data in files.items()}
+    if all(present):
+        touch([directory / name for name in files])
+        return WrittenReport("present", sizes)
+    check_space(path, sum(sizes.values()))
+    make_directory(directory)
+    with ExitStack() as held:
+        held.enter_context(locked(lock, path))
+        remove_partials(directory, set(files))
+        for name, data in files.items():
+            _is_present(directory / name, data, overwrite)  # another run may have been there
+            write_atomic(directory / name, data)
+    return WrittenReport("written", sizes)
+
+
+def check_path(path: Path, source: Path | None = None) -> None:
+    """Refuse a path where no report can be written; see `write_files`."""
+    refuse_address(path)
+    refuse_symlink(path)
+    page = path.suffix.lower() in PAGES
+    if page and path.is_dir():
+        raise OutputError(f"{path}: is a directory; name a page in it, such as {path / 'report.html'}")
+    if not page and path.suffix and not path.is_dir():
+        raise UsageError(
+            f"{path}: expected a page, whose name ends in .html, or a directory for figures, without an ending"
+        )
+    check_output_path(path.parent if page else path, (), path)
+    check_name(path / "x" if not page else path, partial_name(path.name if page else "thresholds.svg"))
+    real = Path(os.path.realpath(path))
+    if source is not None and Path(os.path.realpath(source)) in (real, *real.parents):
+        raise OutputError(f"{path}: lies inside the output {source}, which is complete; choose a path outside it")
+
+
+def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
+    """Test whether these very bytes stand at a name; refuse what is not to be replaced."""
+    refuse_symlink(path)
+    if not path.exists() or is_placeholder(path):
+        return False
+    if not path.is_file():
+        raise OutputError(f"{path}: is not a regular file; choose another output")
+    with storage_errors(path, "read"):
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+        if path.stat().st_size == len(data) and path.read_bytes() == data:
+            return True
+    if SIGN.encode() not in head:
+        raise OutputExistsError(
+            f"{path}: exists and is not a report, which is all that is replaced; choose another output", path
+        )
+    if not overwrite:
+        raise OutputExistsError(f"{path}: holds another report; choose another output, or pass --overwrite", path)
+    return False

@@ -1,0 +1,222 @@
+"use strict";
+// What findings hold: decoded, and drawn as maps, curves, and the directions of one matrix.
+
+const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+const VALUE = new Map([...DIGITS].map((c, i) => [c.charCodeAt(0), i]));
+
+function unpack({ digits, codes }) {
+  const out = new Float64Array(codes.length / digits);
+  for (let i = 0, at = 0; i < out.length; i += 1) {
+    for (let d = 0; d < digits; d += 1, at += 1) out[i] = out[i] * 64 + VALUE.get(codes.charCodeAt(at));
+  }
+  return out;
+}
+
+const unpackShare = (column) => unpack(column).map((code) => code / (64 ** column.digits - 1));
+
+// Each name with its form, and the first number in it: the layer.
+function unpackNames({ forms, form, numbers }) {
+  let at = 0;
+  return Array.from(unpack(form), (f) => {
+    if (forms[f].startsWith("=")) return { name: forms[f].slice(1), form: forms[f].slice(1), layer: null };
+    let layer = null;
+    const name = forms[f].replace(/\*/g, () => {
+      const number = numbers[at];
+      at += 1;
+      layer ??= number;
+      return String(number);
+    });
+    return { name, form: forms[f], layer };
+  });
+}
+
+function decodeFindings(tree) {
+  const columns = Object.fromEntries(["kind", "rank", "directions", "shown", "count", "intruder", "decider", "certified"].map((key) => [key, unpack(tree[key])]));
+  const shares = Object.fromEntries(["low", "high", "least", "energy", "dropped"].map((key) => [key, unpackShare(tree[key])]));
+  const ratio = unpackShare(tree.ratio).map((share) => (share === 1 ? 0 : tree.least_ratio ** share));
+  let start = 0;
+  return unpackNames(tree.names).map((named, i) => {
+    const end = start + columns.shown[i];
+    const slice = (values) => values.subarray(start, end);
+    const matrix = {
+      ...named, number: i, kind: tree.kinds[columns.kind[i]], rank: columns.rank[i], directions: columns.directions[i],
+      count: columns.count[i], decider: tree.deciders[columns.decider[i]], certified: columns.certified[i] === 1,
+      degenerate: tree.degenerate[i] || [], least: shares.least[i], sigma: tree.sigma[i], norm: tree.delta_norm[i],
+      energy: shares.energy[i], dropped: shares.dropped[i],
+      intruder: slice(columns.intruder), low: slice(shares.low), high: slice(shares.high), ratio: slice(ratio),
+    };
+    start = end;
+    return matrix;
+  });
+}
+
+// The part of each layer that a form stands for, without what all of them have in common where that leaves them apart.
+function partNames(forms) {
+  const cut = (form) => form.replace(/^[^*]*?\*\./, "").replace(/\.?weight$/, "") || form;
+  const names = new Map(forms.map((form) => [form, cut(form)]));
+  return new Set(names.values()).size === names.size ? names : new Map(forms.map((form) => [form, form]));
+}
+
+// Cells of layers and parts; of a stack of experts, which has many matrices in a cell, their sums.
+function cellsOf(matrices) {
+  const forms = [...new Set(matrices.map((m) => m.form))];
+  const layers = [...new Set(matrices.map((m) => m.layer))].sort((a, b) => (a ?? -1) - (b ?? -1));
+  const cells = new Map();
+  for (const m of matrices) {
+    const key = `${m.layer}|${m.form}`;
+    if (!cells.has(key)) cells.set(key, { form: m.form, layer: m.layer, matrices: [] });
+    cells.get(key).matrices.push(m);
+  }
+  const names = partNames(forms);
+  return { forms, layers, names, cells: [...cells.values()] };
+}
+
+const sum = (values) => values.reduce((a, b) => a + b, 0);
+
+function drawMap(parent, label, caption, grid, value, format, pick) {
+  const values = grid.cells.map(value);
+  const most = Math.max(...values, 1e-12);
+  return figure(parent, label, caption, (width) => {
+    const left = 8 + 6.2 * Math.max(...grid.forms.map((form) => grid.names.get(form).length));
+    const room = (width - left - 4) / grid.layers.length;
+    const size = Math.max(9, Math.min(30, room));
+    const tall = Math.max(15, Math.min(22, size));
+    const top = 16;
+    const across = left + size * grid.layers.length + 4;
+    const picture = canvas(Math.max(across, left + 120 + 60), top + tall * grid.forms.length + 34);
+    grid.forms.forEach((form, row) => {
+      picture.append(svg("text", { x: left - 6, y: top + tall * (row + 0.5) + 4, "text-anchor": "end" }, grid.names.get(form)));
+    });
+    const step = Math.ceil(22 / size);
+    grid.layers.forEach((layer, column) => {
+      if (column % step === 0) {
+        picture.append(svg("text", { class: "soft", x: left + size * (column + 0.5), y: top - 4, "text-anchor": "middle" }, layer ?? "–"));
+      }
+    });
+    grid.cells.forEach((cell, i) => {
+      const column = grid.layers.indexOf(cell.layer), row = grid.forms.indexOf(cell.form);
+      const several = cell.matrices.length > 1 ? `, ${cell.matrices.length} matrices` : "";
+      const fill = `color-mix(in oklab, var(--high) ${(100 * values[i] / most).toFixed(1)}%, var(--low))`;
+      picture.append(svg("rect", {
+        class: "cell pick", x: left + size * column, y: top + tall * row, width: size, height: tall,
+        css: { fill }, on: { click: () => pick(cell) },
+      }, tip(`${cell.layer === null ? "" : `layer ${cell.layer}, `}${grid.names.get(cell.form)}${several}: ${format(values[i])}`)));
+    });
+    const base = top + tall * grid.forms.length + 12, wide = 120;
+    for (let i = 0; i < 12; i += 1) {
+      picture.append(svg("rect", { x: left + (wide / 12) * i, y: base, width: wide / 12 + 0.5, height: 8,
+                                   css: { fill: `color-mix(in oklab, var(--high) ${(100 * i) / 11}%, var(--low))` } }));
+    }
+    picture.append(svg("text", { class: "soft", x: left - 6, y: base + 8, "text-anchor": "end" }, format(0)),
+                   svg("text", { class: "soft", x: left + wide + 6, y: base + 8 }, format(most)));
+    return picture;
+  });
+}
+
+// Similarity of each direction to the base, as the interval that is proven, and the threshold.
+function drawSimilarity(parent, matrix, epsilon, caption) {
+  return figure(parent, `similarity of ${matrix.name}`, caption, (width) => {
+    const k = matrix.low.length;
+    const { picture, sx, sy } = axes(width, 170, { least: 0.5, most: k + 0.5, label: "rank", room: 46, ticks: ticks(1, k, Math.min(10, width / 40)).filter((t) => t >= 1) },
+                                     { least: 0, most: 1, label: "similarity" });
+    picture.append(svg("line", { class: "limit", x1: sx(0.5), x2: sx(k + 0.5), y1: sy(epsilon), y2: sy(epsilon) }),
+                   svg("text", { class: "soft", x: sx(k + 0.5) + 3, y: sy(epsilon) + 4 }, `ε ${epsilon}`));
+    for (let j = 0; j < k; j += 1) {
+      const intruder = matrix.intruder[j] === 1, x = sx(j + 1), low = matrix.low[j], high = matrix.high[j];
+      const colour = intruder ? "var(--intruder)" : "var(--base)";
+      const about = `rank ${j + 1}: ${low.toFixed(3)} to ${high.toFixed(3)}${intruder ? ", intruder" : ""}`;
+      const group = svg("g", {}, tip(about));
+      if (high - low > 0.004) {
+        for (const end of [low, high]) group.append(svg("line", { x1: x - 3, x2: x + 3, y1: sy(end), y2: sy(end), css: { stroke: colour, "stroke-width": "1.5" } }));
+        group.append(svg("line", { x1: x, x2: x, y1: sy(low), y2: sy(high), css: { stroke: colour, "stroke-width": "1.5" } }));
+      }
+      group.append(mark(x, sy(intruder ? high : low), intruder));
+      picture.append(group);
+    }
+    return picture;
+  });
+}
+
+function drawSpectrum(parent, matrix, caption) {
+  return figure(parent, `spectrum of ${matrix.name}`, caption, (width) => {
+    const k = matrix.ratio.length, values = Array.from(matrix.ratio, (r) => r * matrix.sigma);
+    const { picture, sx, sy } = axes(width, 170, { least: 0.5, most: k + 0.5, label: "rank", ticks: ticks(1, k, Math.min(10, width / 40)).filter((t) => t >= 1) },
+                                     { least: 0, most: matrix.sigma || 1, label: "singular value" });
+    for (let j = 0; j < k; j += 1) {
+      const intruder = matrix.intruder[j] === 1, x = sx(j + 1);
+      picture.append(svg("line", { x1: x, x2: x, y1: sy(0), y2: sy(values[j]), css: { stroke: intruder ? "var(--intruder)" : "var(--line)", "stroke-width": "1.5" } }),
+                     svg("g", {}, tip(`rank ${j + 1}: σ = ${short(values[j])}${intruder ? ", intruder" : ""}`), mark(x, sy(values[j]), intruder)));
+    }
+    return picture;
+  });
+}
+
+function drawMatrix(parent, matrix, epsilon, chosen) {
+  const pair = html("div", { class: "pair" });
+  const cut = matrix.low.length < matrix.directions ? `; the ${matrix.low.length} largest of ${matrix.directions} directions` : "";
+  const card = html("div", { class: chosen ? "card chosen" : "card" }, html("h3", {}, matrix.name),
+                    html("p", { class: "note" }, `${matrix.kind}, ${matrix.count} intruder${matrix.count === 1 ? "" : "s"}, `
+                      + `${percent(matrix.energy)} of the delta's energy${cut}`), pair);
+  parent.append(card);
+  drawSimilarity(pair, matrix, epsilon, null).draw();
+  drawSpectrum(pair, matrix, null).draw();
+  return card;
+}
+
+// All directions of all matrices, counted by rank and similarity; ε is an edge between two bins.
+function drawAll(parent, matrices, epsilon) {
+  const below = Math.max(1, Math.round(24 * epsilon)), above = Math.max(1, 24 - below), bins = below + above;
+  const edges = Array.from({ length: bins + 1 }, (_, b) => (b <= below ? (epsilon * b) / below : epsilon + ((1 - epsilon) * (b - below)) / above));
+  const bin = (m, j) => (m.intruder[j] === 1 ? Math.min(below - 1, Math.floor((m.high[j] / epsilon) * below))
+    : below + Math.min(above - 1, Math.max(0, Math.floor(((m.low[j] - epsilon) / (1 - epsilon || 1)) * above))));
+  const most = Math.max(...matrices.map((m) => m.low.length)), columns = Math.min(most, 50);
+  const counts = Array.from({ length: columns }, () => new Float64Array(bins));
+  for (const m of matrices) {
+    for (let j = 0; j < m.low.length; j += 1) counts[Math.floor((j * columns) / most)][bin(m, j)] += 1;
+  }
+  const largest = Math.max(...counts.map((c) => Math.max(...c)), 1);
+  const caption = "All directions by rank and similarity; the stronger the colour, the more. Below ε are the intruders.";
+  return figure(parent, "all directions", caption, (width) => {
+    const x = { least: 0.5, most: most + 0.5, label: "rank", room: 46, ticks: ticks(1, most, Math.min(10, width / 40)).filter((t) => t >= 1) };
+    const { picture, sx, sy } = axes(width, 240, x, { least: 0, most: 1, label: "similarity" });
+    const wide = (sx(most + 0.5) - sx(0.5)) / columns;
+    counts.forEach((column, i) => column.forEach((n, b) => {
+      if (n === 0) return;
+      const share = 20 + 80 * (Math.log1p(n) / Math.log1p(largest)), colour = b < below ? "var(--intruder)" : "var(--base)";
+      picture.append(svg("rect", { x: sx(0.5) + wide * i + 0.5, y: sy(edges[b + 1]), width: Math.max(1, wide - 1), height: sy(edges[b]) - sy(edges[b + 1]),
+                                   css: { fill: `color-mix(in oklab, ${colour} ${share.toFixed(0)}%, var(--paper))` } },
+                         tip(`similarity ${edges[b].toFixed(2)} to ${edges[b + 1].toFixed(2)}: ${n}`)));
+    }));
+    picture.append(svg("line", { class: "limit", x1: sx(0.5), x2: sx(most + 0.5), y1: sy(epsilon), y2: sy(epsilon) }),
+                   svg("text", { class: "soft", x: sx(most + 0.5) + 3, y: sy(epsilon) + 4 }, `ε ${epsilon}`));
+    return picture;
+  });
+}
+
+function drawThresholds(parent, rows, epsilon) {
+  const caption = "Intruders against ε. The band is what the bounds leave open at another ε than that of the findings.";
+  return figure(parent, "thresholds", caption, (width) => {
+    const most = Math.max(...rows.map((r) => r[3]), 1);
+    const { picture, sx, sy } = axes(width, 240, { least: 0, most: 1, label: "ε" }, { least: 0, most, label: "intruders", format: (v) => v.toLocaleString("en") });
+    const low = rows.map((r) => [sx(r[0]), sy(r[2])]), high = rows.map((r) => [sx(r[0]), sy(r[3])]);
+    picture.append(svg("path", { class: "band", d: `${path([...low, ...high.reverse()])}Z` }),
+                   curve(rows.map((r) => [sx(r[0]), sy(r[1])]), "var(--intruder)"),
+                   svg("line", { class: "limit", x1: sx(epsilon), x2: sx(epsilon), y1: sy(0), y2: sy(most) }));
+    const own = rows.find((r) => r[0] === epsilon);
+    if (own) picture.append(svg("text", { x: sx(epsilon) + 5, y: sy(most) + 10 }, `ε = ${epsilon}: ${own[1]}`));
+    return picture;
+  });
+}
+
+function drawLambdas(parent, rows) {
+  const caption = "What λ takes away, as a share of the norm of what the adapter adds. That of paper has the base's own part of the directions in it.";
+  const drawn = figure(parent, "lambdas", caption, (width) => {
+    const most = Math.ceil(10 * Math.max(...rows.map((r) => Math.max(r[1], r[2])), 0.01)) / 10;
+    const { picture, sx, sy } = axes(width, 220, { least: 0, most: 1, label: "λ" }, { least: 0, most, label: "taken away", format: (v) => percent(v, 0) });
+    picture.append(curve(rows.map((r) => [sx(r[0]), sy(r[1])]), "var(--s0)"), curve(rows.map((r) => [sx(r[0]), sy(r[2])]), "var(--s1)", { "stroke-dasharray": "7 4" }));
+    return picture;
+  });
+  const line = (colour, dash) => svg("line", { x1: 0, x2: 14, y1: 6, y2: 6, "stroke-dasharray": dash, css: { stroke: colour, "stroke-width": "2" } });
+  legend(drawn.node, [["paper", line("var(--s0)")], ["project", line("var(--s1)", "5 3")]]);
+  return drawn;
+}

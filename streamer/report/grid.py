@@ -1,0 +1,54 @@
+"""Lay out matrices as a map: layers from left to right, the parts of a layer from top to bottom."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamer.report.packing import NUMBER
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where each matrix lies in a map.
+
+    Attributes
+    ----------
+    parts
+        Names of the rows: those of the tensors, with a star for each number, without what comes before the layer where that is clear.
+    layers
+        Numbers of the columns; None stands for names without one, such as the head's.
+    row, column
+        Of each matrix.
+    """
+
+    parts: tuple[str, ...]
+    layers: tuple[int | None, ...]
+    row: tuple[int, ...]
+    column: tuple[int, ...]
+
+    def sums(self, values: Sequence[float]) -> NDArray[np.float64]:
+        """Sum a figure of the matrices over each cell, which has many of a stack of experts: (rows, columns), NaN where there is none."""
+        out, seen = np.zeros((len(self.parts), len(self.layers))), np.zeros((len(self.parts), len(self.layers)), bool)
+        np.add.at(out, (self.row, self.column), values)
+        seen[self.row, self.column] = True
+        return np.where(seen, out, np.nan)
+
+
+def make_grid(names: Sequence[str]) -> Grid:
+    """Lay out matrices by their tensors' names, the rows in the order in which they come.
+
+    >>> make_grid(["model.layers.0.q.weight", "model.layers.1.q.weight"]).parts
+    ('q',)
+    """
+    forms = [NUMBER.sub("*", name) for name in names]
+    numbers = [int(found[0]) if (found := NUMBER.search(name)) else None for name in names]
+    rows = list(dict.fromkeys(forms))
+    layers = sorted(set(numbers), key=lambda n: -1 if n is None else n)
+    short = [re.sub(r"\.?weight$", "", re.sub(r"^[^*]*?\*\.", "", form)) or form for form in rows]
+    parts = short if len(set(short)) == len(short) else rows
+    return Grid(tuple(parts), tuple(layers), tuple(map(rows.index, forms)), tuple(map(layers.index, numbers)))

@@ -1,0 +1,92 @@
+"""Pack whole numbers and names of tensors into short texts, which a page's script reads: 36,000 matrices are to fit into 5 MB.
+
+A number is written in digits of base 64, those of base64, the most significant first, all of one column alike many. Similarities take two
+digits, steps of 1/4095: finer than a screen shows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+DIGITS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+"""Digits of base 64, 0 first."""
+
+NUMBER = re.compile(r"(?<![^.\[])\d+(?![^.\]])")
+"""A number that is a whole part of a name: of a layer, an expert."""
+
+LONGEST = 15
+"""Digits of a number that a script's floats hold."""
+
+
+class Packed(TypedDict):
+    """A column of whole numbers: the digits of each, and all of them behind one another."""
+
+    digits: int
+    codes: str
+
+
+class PackedNames(TypedDict):
+    """Names, as forms with a star for each number: the forms, which one each name has, and the numbers of all names in order."""
+
+    forms: list[str]
+    form: Packed
+    numbers: list[int]
+
+
+def pack(values: ArrayLike, digits: int | None = None) -> Packed:
+    """Write whole numbers from 0 in base 64.
+
+    Parameters
+    ----------
+    values
+        Numbers of any shape, below ``64^digits``.
+    digits
+        Of each; by default as many as the largest takes.
+
+    >>> pack([0, 1, 63])
+    {'digits': 1, 'codes': 'AB/'}
+    >>> pack([64, 4095])
+    {'digits': 2, 'codes': 'BA//'}
+    """
+    numbers = np.asarray(values, np.int64).ravel()
+    most = int(numbers.max(initial=0))
+    width = digits or max(1, -(-most.bit_length() // 6))
+    if most >= 64**width or numbers.min(initial=0) < 0:
+        raise ValueError(f"{width} digits do not hold {most}")
+    shifts = 6 * np.arange(width - 1, -1, -1)
+    table = np.frombuffer(DIGITS, np.uint8)
+    return {"digits": width, "codes": table[(numbers[:, None] >> shifts) & 63].tobytes().decode("ascii")}
+
+
+def pack_share(values: NDArray[np.float64], digits: int, up: bool = False) -> Packed:
+    """Write shares from 0 to 1 in steps of ``1 / (64^digits - 1)``, rounded down, or up, so that an interval stays one."""
+    steps = np.clip(values, 0.0, 1.0) * (64**digits - 1)
+    return pack(np.ceil(steps) if up else np.floor(steps), digits)
+
+
+def pack_ratio(values: NDArray[np.float64], digits: int, least: float) -> Packed:
+    """Write ratios from `least` to 1 by their logarithms: 0 is a ratio of 1, the largest code one of `least` or less."""
+    steps = np.log(np.clip(values, least, 1.0)) / np.log(least) * (64**digits - 1)
+    return pack(np.rint(steps), digits)
+
+
+def pack_names(names: Sequence[str]) -> PackedNames:
+    """Write names as forms and numbers; one that this would not give back stands whole, behind a sign of equality.
+
+    >>> pack_names(["layers.0.q.weight", "layers.1.q.weight"])
+    {'forms': ['layers.*.q.weight'], 'form': {'digits': 1, 'codes': 'AA'}, 'numbers': [0, 1]}
+    """
+    forms: dict[str, int] = {}
+    form: list[int] = []
+    numbers: list[int] = []
+    for name in names:
+        found = NUMBER.findall(name)
+        plain = "*" not in name and name[:1] != "=" and all(len(n) <= LONGEST and str(int(n)) == n for n in found)
+        form.append(forms.setdefault(NUMBER.sub("*", name) if plain else f"={name}", len(forms)))
+        numbers += map(int, found) if plain else ()
+    return {"forms": list(forms), "form": pack(form), "numbers": numbers}

@@ -1,0 +1,232 @@
+"use strict";
+// Puts the page together, from the data that it embeds.
+
+const COLOURS = { paper: 0, project: 1, shrink: 2, fitted: 3 };
+const CARDS = 6;
+const ROWS = 50;
+
+function section(title, note) {
+  const node = html("section", {}, html("h2", {}, title), note ? html("p", { class: "note" }, note) : null);
+  document.querySelector("main").append(node);
+  return node;
+}
+
+const text = (value) => document.createTextNode(value);
+const error = (value, se) => (value === null ? "–" : `${percent(value)} ± ${(100 * (se ?? 0)).toFixed(1)}`);
+const last = (value) => (value === null ? -Infinity : value);
+
+// Evaluation ---------------------------------------------------------------------------------------------------------
+
+function seriesOf(variants) {
+  const ends = variants.filter((v) => v.series === "base" || v.series === "adapter");
+  const series = new Map();
+  for (const v of variants) {
+    if (ends.includes(v)) continue;
+    if (!series.has(v.series)) series.set(v.series, []);
+    series.get(v.series).push(v);
+  }
+  const adapter = ends.find((v) => v.series === "adapter");
+  return [...series].map(([name, own], i) => {
+    const strengths = own.every((v) => v.lambda !== null);
+    own.sort(strengths ? (a, b) => b.lambda - a.lambda : (a, b) => b.kept - a.kept);
+    return { name, colour: `var(--s${COLOURS[name] ?? 4 + (i % 2)})`, variants: strengths && adapter ? [adapter, ...own] : own };
+  });
+}
+
+function drawTradeoff(parent, tree, key, label, caption) {
+  const points = tree.variants.filter((v) => v.kept !== null && v[key] !== null);
+  const series = seriesOf(points);
+  const inside = (v) => v.kept >= -0.05 && v.kept <= 1.2 && v[key] >= -0.3 && v[key] <= 1.4;
+  const shown = points.filter(inside), outside = points.filter((v) => !inside(v));
+  const drawn = figure(parent, `trade-off ${key}`, caption, (width) => {
+    const range = (name, least, most) => ({
+      least: Math.min(least, ...shown.map((v) => v[name] - v[`${name}_se`])), most: Math.max(most, ...shown.map((v) => v[name] + v[`${name}_se`])),
+      format: (v) => percent(v, 0),
+    });
+    const { picture, sx, sy } = axes(width, Math.min(360, Math.max(260, width * 0.7)), { ...range("kept", 0, 1.03), label: "kept of what was learned" },
+                                     { ...range(key, 0, 1.05), label });
+    const frame = picture.viewBox.baseVal;
+    picture.append(svg("line", { class: "limit", x1: sx(tree.keep), x2: sx(tree.keep), y1: 8, y2: frame.height - 38 }));
+    for (const one of series) {
+      const own = one.variants.filter(inside);
+      picture.append(curve(own.map((v) => [sx(v.kept), sy(v[key])]), one.colour, { opacity: 0.6 }));
+    }
+    for (const v of shown) {
+      const one = series.find((s) => s.name === v.series);
+      const colour = one ? one.colour : "var(--ink)", x = sx(v.kept), y = sy(v[key]);
+      const wide = sx(v.kept + v.kept_se) - x, tall = y - sy(v[key] + v[`${key}_se`]);
+      const group = svg("g", { css: { stroke: colour } }, tip(`${v.name}: ${error(v[key], v[`${key}_se`])} left, ${error(v.kept, v.kept_se)} kept`),
+                        svg("line", { x1: x - wide, x2: x + wide, y1: y, y2: y }), svg("line", { x1: x, x2: x, y1: y - tall, y2: y + tall }),
+                        svg("circle", { cx: x, cy: y, r: 3.5, css: { fill: tree.front.includes(v.name) ? colour : "var(--paper)" } }));
+      if (v.name === tree.suggested) {
+        group.append(svg("circle", { cx: x, cy: y, r: 9, css: { fill: "none", "stroke-width": "2" } }));
+      }
+      picture.append(group);
+    }
+    const rank = (v) => (v.name === tree.suggested ? 0 : v.lambda === null ? 1 : 2);
+    placeTexts(picture, [...shown].sort((a, b) => rank(a) - rank(b)).map((v) => ({
+      x: sx(v.kept), y: sy(v[key]), gap: v.name === tree.suggested ? 11 : 6,
+      name: rank(v) === 2 ? v.name.replace(`${v.series} `, "") : v.name,
+    })), frame.width);
+    return picture;
+  });
+  const disc = (colour, fill) => svg("circle", { cx: 7, cy: 6, r: 4, css: { stroke: colour, "stroke-width": "2", fill } });
+  legend(drawn.node, [...series.map((s) => [s.name, disc(s.colour, s.colour)]), ["hollow: another is better in both", disc("var(--soft)", "none")]]);
+  if (outside.length) {
+    drawn.node.append(html("figcaption", {}, `Outside of the frame: ${outside.map((v) => `${v.name} (kept ${percent(v.kept, 0)}, left ${percent(v[key], 0)})`).join(", ")}.`));
+  }
+  return drawn;
+}
+
+function showEvaluation(tree) {
+  const part = section("What each variant keeps and forgets", `Measured on ${tree.texts.general} (general) and ${tree.texts.task} (task); bars are standard errors. `
+    + "Base and adapter are 0% and 100% of both by definition; the dashed line is the share that is to be kept, the ring the suggestion.");
+  if (tree.variants.every((v) => v.kept === null || v.forgetting === null)) {
+    part.append(html("p", {}, "Base and adapter have the same loss on one of the texts: there are no shares to draw."));
+  } else {
+    const pair = html("div", { class: "pair" });
+    part.append(pair);
+    drawTradeoff(pair, tree, "forgetting", "forgetting left", "Forgetting, by the loss on general text: lower is better, right is better.");
+    drawTradeoff(pair, tree, "divergence", "divergence left", "The same by the divergence from the base (KL), which decides the suggestion.");
+  }
+  const numeric = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v)), key: (v) => last(v[key]) });
+  sortedTable(part, [
+    { head: "variant", about: "* none is better in both loss on the task and divergence", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "")), key: (v) => tree.variants.indexOf(v) },
+    numeric("general", "mean loss in nats on general text", "general", (v) => v.general.toFixed(4)),
+    numeric("forgetting", "rise of that loss above the base's", "forgetting", (v) => error(v.forgetting, v.forgetting_se)),
+    numeric("KL", "divergence from the base on general text, in nats", "kl", (v) => v.kl.toFixed(4)),
+    numeric("divergence", "as a share of the adapter's", "divergence", (v) => error(v.divergence, v.divergence_se)),
+    numeric("same top", "tokens of general text whose likeliest next one is the base's", "agreement", (v) => percent(v.agreement)),
+    numeric("task", "mean loss in nats on the task's text", "task", (v) => v.task.toFixed(4)),
+    numeric("kept", "fall of that loss below the base's", "kept", (v) => error(v.kept, v.kept_se)),
+  ], tree.variants, { id: "variants", marked: (v) => v.name === tree.suggested });
+}
+
+// Findings -----------------------------------------------------------------------------------------------------------
+
+function showFindings(tree) {
+  const matrices = decodeFindings(tree);
+  if (!matrices.length) return;
+  const grid = cellsOf(matrices);
+  let card = null, table = null, filter = null;
+  const choose = (matrix) => {
+    const fresh = drawMatrix(chosen, matrix, tree.epsilon, true);
+    if (card) card.remove();
+    card = fresh;
+  };
+  const pick = (cell) => {
+    choose([...cell.matrices].sort((a, b) => b.energy - a.energy)[0]);
+    filter.value = "";
+    table.show(cell.matrices);
+    chosen.scrollIntoView({ block: "nearest" });
+  };
+
+  const where = section("Where they are", "Layers from left to right; a click on a cell shows its matrices below.");
+  const energy = (cell) => {
+    const all = sum(cell.matrices.map((m) => m.norm ** 2));
+    return all ? sum(cell.matrices.map((m) => m.norm ** 2 * m.energy)) / all : 0;
+  };
+  const maps = html("div", { class: grid.layers.length <= 20 ? "pair" : null });
+  where.append(maps);
+  drawMap(maps, "map of intruders", "Number of intruders", grid, (cell) => sum(cell.matrices.map((m) => m.count)), (v) => String(Math.round(v)), pick);
+  drawMap(maps, "map of energy", "Energy of intruders: their share of what the adapter adds", grid, energy, (v) => percent(v, 0), pick);
+
+  const how = section("How far from the base");
+  const pair = html("div", { class: "pair" });
+  how.append(pair);
+  drawAll(pair, matrices, tree.epsilon);
+  drawThresholds(pair, tree.thresholds, tree.epsilon);
+
+  const lambdas = section("What each λ takes away");
+  const halves = html("div", { class: "pair" });
+  lambdas.append(halves);
+  drawLambdas(halves, tree.lambdas);
+  const beside = html("div", {});
+  halves.append(beside);
+  sortedTable(beside, [
+    { head: "λ", about: "what is left of an intruder", cell: (r) => text(String(r[0])), key: (r) => r[0] },
+    { head: "paper", about: "norm taken away, as a share of the delta's", cell: (r) => text(percent(r[1])), key: (r) => r[1] },
+    { head: "project", about: "norm taken away, as a share of the delta's", cell: (r) => text(percent(r[2])), key: (r) => r[2] },
+    { head: "norm left", about: "of project, and the equal-norm shrink", cell: (r) => text(percent(r[3])), key: (r) => r[3] },
+  ], tree.lambdas, { id: "lambdas" });
+  const worst = matrices.reduce((a, b) => (b.dropped > a.dropped ? b : a));
+  beside.append(html("p", { class: "note" }, worst.dropped > 0
+    ? `Written back at the adapter's rank, paper loses at λ = 0 up to ${percent(worst.dropped)} of a matrix's delta (${worst.name}); project and shrink lose nothing at any λ.`
+    : "Written back at the adapter's rank, no method loses anything at any λ."));
+
+  const matter = section("Matrices that matter", "Those whose intruders have most of the energy: similarity of their directions to the base, as the interval that is "
+    + "proven, and the singular values of base + adapter.");
+  legend(matter, [["direction of the base", mark(7, 6, false)], ["intruder", mark(7, 6, true)]]);
+  const weight = (m) => m.energy * m.norm ** 2;
+  const most = [...matrices].sort((a, b) => weight(b) - weight(a)).slice(0, CARDS);
+  const cards = html("div", { class: "cards" });
+  matter.append(cards);
+  for (const m of most) drawMatrix(cards, m, tree.epsilon, false);
+
+  const every = section("All matrices", "A click on a name draws its directions; a click on a head sorts.");
+  const chosen = html("div", {});
+  every.append(chosen);
+  filter = html("input", { type: "search", placeholder: "part of a name", "aria-label": "part of a name",
+                           on: { input: () => table.show(matrices.filter((m) => m.name.includes(filter.value))) } });
+  const all = () => { filter.value = ""; table.show(matrices); };
+  every.append(html("div", { class: "tools screen" }, filter, html("button", { type: "button", on: { click: all } }, "all matrices")));
+  const ranks = (m) => Array.from(m.intruder, (is, j) => (is ? j + 1 : 0)).filter((r) => r);
+  const name = (m) => html("button", { type: "button", on: { click: () => choose(m) } }, m.name);
+  const decided = (m) => m.decider + (m.certified ? "" : m.degenerate.length ? ", clustered" : ", open");
+  table = sortedTable(every, [
+    { head: "matrix", about: "its tensor in the base", up: true, cell: name, key: (m) => m.number },
+    { head: "shape", about: "rows × columns, dtype", up: true, cell: (m) => text(m.kind), key: (m) => m.kind },
+    { head: "r", about: "rank of the adapter's factors", cell: (m) => text(m.rank || "–"), key: (m) => m.rank },
+    { head: "intruders", about: "leading directions that the base does not have", cell: (m) => text(String(m.count)), key: (m) => m.count },
+    { head: "ranks", about: "which these are; 1 is the largest", up: true, cell: (m) => text(ranks(m).join(" ") || "–"), key: (m) => ranks(m)[0] ?? Infinity },
+    { head: "similarity", about: "the least of a direction", up: true, cell: (m) => text(m.least.toFixed(3)), key: (m) => m.least },
+    { head: "σ₁", about: "largest singular value of base + adapter", cell: (m) => text(short(m.sigma)), key: (m) => m.sigma },
+    { head: "‖Δ‖", about: "norm of what the adapter adds", cell: (m) => text(short(m.norm)), key: (m) => m.norm },
+    { head: "energy", about: "the intruders' share of its square", cell: (m) => text(percent(m.energy)), key: (m) => m.energy },
+    { head: "lost at 0", about: "what paper loses at λ = 0 at the adapter's rank", cell: (m) => text(percent(m.dropped)), key: (m) => m.dropped },
+    { head: "decided", about: "by which solver; open: not proven", up: true, cell: (m) => text(decided(m)), key: decided },
+  ], matrices, { id: "matrices", limit: ROWS, by: 0 });
+  choose(most[0]);
+}
+
+// Output -------------------------------------------------------------------------------------------------------------
+
+function showOutput(tree) {
+  const rows = unpackNames(tree.names).map((named, i) => ({
+    ...named, number: i, count: tree.intruders[i], norm: tree.delta_norm[i], after: tree.delta_norm_after[i], dropped: tree.dropped[i],
+    taken: tree.delta_norm[i] > 0 ? 1 - tree.delta_norm_after[i] / tree.delta_norm[i] : 0,
+  }));
+  if (!rows.length) return;
+  const grid = cellsOf(rows);
+  let table = null;
+  const pick = (cell) => table.show(cell.matrices);
+  const where = section("What was changed", "Layers from left to right; a click on a cell shows its matrices below.");
+  const mean = (key) => (cell) => sum(cell.matrices.map((m) => Math.max(0, m[key]))) / cell.matrices.length;
+  drawMap(where, "map of intruders", "Intruders that were scaled", grid, (cell) => sum(cell.matrices.map((m) => m.count)), (v) => String(Math.round(v)), pick);
+  drawMap(where, "map of norms", "Fall of the norm of what the adapter adds", grid, mean("taken"), (v) => percent(v, 0), pick);
+  drawMap(where, "map of losses", "Lost where it was written back at the adapter's rank", grid, mean("dropped"), (v) => percent(v), pick);
+  const every = section("All matrices", "A click on a head sorts.");
+  every.append(html("div", { class: "tools screen" }, html("button", { type: "button", on: { click: () => table.show(rows) } }, "all matrices")));
+  table = sortedTable(every, [
+    { head: "matrix", about: "its tensor in the base", up: true, cell: (m) => text(m.name), key: (m) => m.number },
+    { head: "scaled", about: "intruders that were scaled", cell: (m) => text(String(m.count)), key: (m) => m.count },
+    { head: "‖Δ‖", about: "norm of what the adapter adds", cell: (m) => text(short(m.norm)), key: (m) => m.norm },
+    { head: "after", about: "norm of what was written", cell: (m) => text(short(m.after)), key: (m) => m.after },
+    { head: "fall", about: "of the norm", cell: (m) => text(percent(m.taken)), key: (m) => m.taken },
+    { head: "lost", about: "at the adapter's rank", cell: (m) => text(percent(m.dropped, 2)), key: (m) => m.dropped },
+  ], rows, { id: "matrices", limit: ROWS, by: 0 });
+}
+
+// The page -----------------------------------------------------------------------------------------------------------
+
+const data = JSON.parse(document.getElementById("data").textContent);
+if (data.evaluation) showEvaluation(data.evaluation);
+if (data.findings) showFindings(data.findings);
+if (data.output) showOutput(data.output);
+for (const draw of figures) draw();
+let waiting = 0;
+window.addEventListener("resize", () => {
+  cancelAnimationFrame(waiting);
+  waiting = requestAnimationFrame(() => { for (const draw of figures) draw(); });
+});
+document.documentElement.dataset.drawn = "yes";

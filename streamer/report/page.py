@@ -1,0 +1,82 @@
+"""Make a report's page: one HTML file with its style, its script and its data, which loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from streamer.report.page_data import page_data
+from streamer.report.subject import Subject
+from streamer.report.words import certificates, sentences, suggestion, title
+
+SCRIPTS = ("draw.js", "findings.js", "page.js")
+
+SIGN = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="generator" content="streamer report">\n'
+"""Beginning of every page, by which one is told from other files."""
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-$digest'"
+
+_PAGE = Template(
+    SIGN
+    + f"""\
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+"""
+    + """\
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>$title</title>
+<style>
+$style</style>
+<main>
+<h1>$title</h1>
+$text
+<noscript><p>The figures and tables are drawn by the page's own script, which this reader does not run.</p></noscript>
+</main>
+<footer>$footer</footer>
+<script type="application/json" id="data">$data</script>
+<script>
+$script</script>
+</html>
+"""
+)
+
+FOOTER = (
+    "Made by streamer report. Intruder dimensions: Shuttleworth et al., arXiv 2410.21228. Ranks count from 1, the largest singular value; "
+    "energy is the share of the squared norm of what the adapter adds."
+)
+
+
+def make_page(subject: Subject) -> bytes:
+    """Make the page of a report. It holds no times and no paths: the same inputs give the same bytes.
+
+    All that comes from the inputs is escaped, or set as text by the script; a policy in the page lets no other script run.
+    """
+    style, *scripts = (files("streamer.report").joinpath(name).read_text("utf-8") for name in ("page.css", *SCRIPTS))
+    script = "\n" + "\n".join(scripts)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    lines = [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]
+    lines.append(f'<p class="certificates">{html.escape(certificates(subject))}</p>')
+    if subject.evaluation is not None:
+        items = "".join(f"<li>{html.escape(line)}</li>\n" for line in suggestion(subject.evaluation))
+        lines.append(f'<ul id="suggestion">\n{items}</ul>')
+    page = _PAGE.substitute(
+        digest=digest,
+        title=html.escape(title(subject)),
+        style=style,
+        text="\n".join(lines),
+        footer=html.escape(FOOTER),
+        data=embed(page_data(subject)),
+        script=script.removeprefix("\n"),
+    )
+    return page.encode("utf-8")
+
+
+def embed(tree: dict[str, Any]) -> str:
+    """Write JSON that may stand in a script element: nothing in it ends the element or begins markup."""
+    text = json.dumps(tree, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

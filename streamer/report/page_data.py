@@ -1,0 +1,130 @@
+"""Make the data that a page embeds and its script draws from: findings, evaluation or record as compact JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import getitem
+from typing import Any
+
+import numpy as np
+
+from streamer.detection.findings import Findings
+from streamer.errors import printable
+from streamer.evaluation.evaluation import KEEP, Evaluation
+from streamer.evaluation.suggestion import EvaluatedVariant
+from streamer.plan.name_order import natural
+from streamer.report.curves import lambda_curve, threshold_curve
+from streamer.report.packing import pack, pack_names, pack_ratio, pack_share
+from streamer.report.subject import Subject
+
+SCHEMA = "streamer.page/1"
+
+MOST_DIRECTIONS = 400_000
+"""Directions that a page holds of all matrices together; where there are more, it has of each matrix the largest."""
+
+LEAST_DIRECTIONS = 10
+"""Directions of a matrix that it holds at least."""
+
+LEAST_RATIO = 1e-6
+"""The least ratio of a singular value to the largest that is told from zero."""
+
+
+def page_data(subject: Subject) -> dict[str, Any]:
+    """Make the object; names in it are escaped as on a terminal, floats have five digits."""
+    findings, record = subject.findings, subject.record
+    tree: dict[str, Any] = {"schema": SCHEMA, "findings": None, "evaluation": None, "output": None}
+    if findings is not None:
+        tree["findings"] = _findings(findings)
+    if subject.evaluation is not None:
+        tree["evaluation"] = _evaluation(subject.evaluation)
+    if record is not None:
+        matrices = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
+        tree["output"] = {
+            "names": pack_names([printable(m["tensor"]) for m in matrices]),
+            "intruders": [len(m["intruders"]) for m in matrices],
+            **{key: [_short(m[key]) for m in matrices] for key in ("delta_norm", "delta_norm_after", "dropped")},
+        }
+    return tree
+
+
+def _findings(findings: Findings) -> dict[str, Any]:
+    matrices = sorted(findings, key=lambda m: natural(m.tensor))
+    found = [m.detection for m in matrices]
+    most = max(LEAST_DIRECTIONS, MOST_DIRECTIONS // max(1, len(matrices)))
+    shown = [min(most, len(d.singular_values)) for d in found]
+    kinds: dict[str, int] = {}
+    kind = [kinds.setdefault(f"{m.shape[0]}×{m.shape[1]} {m.dtype}", len(kinds)) for m in matrices]
+    deciders: dict[str, int] = {}
+    decider = [
+        deciders.setdefault(f"{d.solver}{', float64' if d.precision == 'float64' and m.dtype != 'F64' else ''}", len(deciders))
+        for m, d in zip(matrices, found, strict=True)
+    ]  # fmt: skip
+
+    def column(values: Iterable[Sequence[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.fromiter(chain.from_iterable(map(getitem, values, map(slice, shown))), np.float64)
+
+    largest = [max(d.singular_values, default=0.0) for d in found]
+    ratios = [[s / top if top > 0 else 0.0 for s in d.singular_values] for d, top in zip(found, largest, strict=True)]
+    return {
+        "epsilon": findings.options.threshold_epsilon,
+        "names": pack_names([printable(m.tensor) for m in matrices]),
+        "kinds": list(kinds),
+        "kind": pack(kind),
+        "rank": pack([m.rank for m in matrices]),
+        "directions": pack([len(d.singular_values) for d in found]),
+        "shown": pack(shown),
+        "count": pack([len(d.intruders) for d in found]),
+        "intruder": pack(column([[float(j in d.intruders) for j in range(n)] for d, n in zip(found, shown, strict=True)]), 1),
+        "deciders": list(deciders),
+        "decider": pack(decider),
+        "certified": pack([d.certified for d in found], 1),
+        "degenerate": {str(i): list(d.degenerate) for i, d in enumerate(found) if d.degenerate},
+        "low": pack_share(column([d.similarity_low for d in found]), 2),
+        "high": pack_share(column([d.similarity_high for d in found]), 2, up=True),
+        "least": pack_share(np.array([min(d.similarity, default=1.0) for d in found]), 3),
+        "ratio": pack_ratio(column(ratios), 2, LEAST_RATIO),
+        "least_ratio": LEAST_RATIO,
+        "sigma": [_short(s) for s in largest],
+        "delta_norm": [_short(d.delta_norm) for d in found],
+        "energy": pack_share(np.array([d.intruder_energy for d in found]), 3),
+        "dropped": pack_share(np.array([d.dropped_at_zero for d in found]), 3),
+        "thresholds": [[_short(c["epsilon"]), c["intruders"], c["least"], c["most"]] for c in threshold_curve(findings)],
+        "lambdas": [
+            [c["mitigation_lambda"], _short(c["paper"]), _short(c["project"]), _short(c["norm_left"])]
+            for c in lambda_curve(findings)
+        ],
+    }  # fmt: skip
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    tree, best = evaluation.to_dict(), evaluation.best()
+    keys = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
+    return {
+        "keep": KEEP,
+        "suggested": best.variant and best.variant.name,
+        "front": tree["front"],
+        "texts": {side: text["name"] for side, text in evaluation.facts["texts"].items()},
+        "variants": [
+            {
+                "name": printable(v["name"]),
+                "series": series_of(one),
+                "lambda": v["lambda"],
+                "general": _short(v["general"]["loss"]),
+                "task": _short(v["task"]["loss"]),
+                "kl": _short(v["general"]["kl"]),
+                "agreement": _short(v["general"]["agreement"]),
+                **{key: None if v[key] is None else _short(v[key]) for key in keys},
+            }
+            for v, one in zip(tree["variants"], evaluation.variants, strict=True)
+        ],
+    }
+
+
+def series_of(variant: EvaluatedVariant) -> str:
+    """Give the curve that a variant is a point of: its method; ``base`` and ``adapter`` are the ends of all."""
+    return printable(variant.method or variant.name.partition(" ")[0])
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

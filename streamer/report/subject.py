@@ -1,0 +1,120 @@
+"""Hold what a report is on: findings with what was measured beside them, or the record of an output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from streamer.detection.findings import Findings, load_findings
+from streamer.errors import FormatError, MismatchError, UsageError
+from streamer.evaluation.evaluation import Evaluation, load_evaluation
+from streamer.report.curves import lambda_curve, threshold_curve
+from streamer.verification.record import RECORD_NAME, read_record
+
+SCHEMA = "streamer.report/1"
+
+IDENTIFYING = ("architecture", "files", "weights_sha256", "config_sha256", "base_is_residual")
+"""Keys of a base's or adapter's identity that tell it from another; both files have them."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a report is on.
+
+    Attributes
+    ----------
+    findings
+        Findings; None where it is on an output.
+    evaluation
+        Losses measured of the same base and adapter, if there are any.
+    record
+        The record of an output, ``streamer.json``; None where it is on findings.
+    """
+
+    findings: Findings | None
+    evaluation: Evaluation | None = None
+    record: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Make the JSON object (schema ``streamer.report/1``), which has all that is drawn."""
+        findings, evaluation = self.findings, self.evaluation
+        return {
+            "schema": SCHEMA,
+            "findings": None if findings is None else {**findings.record()},
+            "evaluation": None if evaluation is None else evaluation.to_dict(),
+            "record": None if self.record is None else dict(self.record),
+            "thresholds": [] if findings is None else threshold_curve(findings),
+            "lambdas": [] if findings is None else [
+                {"lambda": c["mitigation_lambda"], "paper": c["paper"], "project": c["project"], "norm_left": c["norm_left"]}
+                for c in lambda_curve(findings)
+            ],
+        }  # fmt: skip
+
+
+def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subject:
+    """Read what a report is on.
+
+    Parameters
+    ----------
+    path
+        Findings, or the directory of an output, in which ``streamer.json`` stands.
+    evaluation
+        What ``streamer evaluate`` wrote for the same base and adapter.
+
+    Raises
+    ------
+    InputError
+        If one of them is something else, or they do not belong together.
+    UsageError
+        If an evaluation is given beside an output.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / RECORD_NAME).exists():
+        if evaluation is not None:
+            raise UsageError(f"{path}: is an output, and an evaluation is shown with findings; name the findings file")
+        record = read_record(path)
+        if isinstance(record, str):
+            raise FormatError(
+                f"{path / RECORD_NAME}: {record}; `streamer verify` says more, and its command writes it anew"
+            )
+        return Subject(None, record=record)
+    findings = load_findings(path)
+    return make_subject(findings, None if evaluation is None else load_evaluation(evaluation), path)
+
+
+def make_subject(
+    findings: Findings, evaluation: Evaluation | None = None, where: str | Path = "the findings"
+) -> Subject:
+    """Put findings and an evaluation together, checked.
+
+    Parameters
+    ----------
+    where
+        What the findings are called in messages.
+
+    Raises
+    ------
+    FormatError
+        If a figure of the findings is not finite.
+    MismatchError
+        If the evaluation is of another base or adapter.
+    """
+    for m in findings:
+        d = m.detection
+        numbers = d.delta_norm, d.intruder_energy, d.dropped_at_zero, d.cutoff, m.scale
+        arrays = d.singular_values, d.similarity, d.similarity_low, d.similarity_high
+        if not all(map(math.isfinite, chain(numbers, *arrays))):
+            raise FormatError(f"{where}: a figure of {m.tensor} is NaN or Inf; run detect again")
+    if evaluation is not None:
+        for what, mine in (("base", findings.base), ("adapter", findings.adapter)):
+            theirs = evaluation.facts[what]
+            if any(theirs.get(key) != mine.get(key) for key in IDENTIFYING):
+                raise MismatchError(
+                    f"{where}: the evaluation is of another {what} ({theirs.get('name', 'unnamed')!r}); "
+                    "run evaluate with these findings, or report without an evaluation"
+                )
+    return Subject(findings, evaluation)

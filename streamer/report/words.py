@@ -1,0 +1,126 @@
+"""Say in sentences what was asked and found, how far it is proven, and what an evaluation suggests."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from streamer.detection.findings import Findings
+from streamer.errors import printable
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.view import suggestion_lines
+from streamer.report.curves import delta_energy, lambda_curve
+from streamer.report.packing import NUMBER
+from streamer.report.subject import Subject
+from streamer.units import counted, format_size, listed
+
+
+def title(subject: Subject) -> str:
+    """Name a report."""
+    if subject.record is not None:
+        return f"{subject.record['command']}: {_name(subject.record['adapter'])}"
+    assert subject.findings is not None
+    return f"Intruder dimensions of {_name(subject.findings.sources.get('adapter', {}))}"
+
+
+def sentences(subject: Subject) -> list[str]:
+    """Say in three sentences what was asked and found, or what an output is."""
+    if subject.record is not None:
+        return _of_record(subject.record)
+    assert subject.findings is not None
+    return _of_findings(subject.findings)
+
+
+def certificates(subject: Subject) -> str:
+    """Say in a line how many decisions are proven."""
+    if subject.record is not None:
+        made = subject.record["detection"]
+        if made is None:
+            return "Certificates: none are needed, since no decision was."
+        proven = sum(m["certified"] is True for m in subject.record["matrices"])
+        return f"Certificates: in {proven} of {counted(len(subject.record['matrices']), 'matrix')} every decision is proven."
+    assert subject.findings is not None
+    found = [m.detection for m in subject.findings]
+    proven, clustered = sum(d.certified for d in found), sum(bool(d.degenerate) for d in found)
+    solvers = Counter(d.solver for d in found)
+    dense = f"; {solvers['dense']} by a full SVD" if solvers["dense"] else ""
+    words = f"in {proven} of {counted(len(found), 'matrix')} every decision is proven equal to the full SVD's{dense}"
+    rest = [m.tensor for m in subject.findings if not m.detection.certified]
+    if rest:
+        words += f"; not proven: {listed(map(printable, rest))}"
+    if clustered:
+        words += f"; in {clustered} some singular values lie so close that no single direction is defined"
+    return f"Certificates: {words}."
+
+
+def suggestion(evaluation: Evaluation) -> list[str]:
+    """Say what an evaluation suggests, in lines."""
+    return [printable(line) for line in suggestion_lines(evaluation, evaluation.best())]
+
+
+def part_of(tensor: str) -> str:
+    """Give the part of a layer that a tensor's name ends in: ``model.layers.0.self_attn.q_proj.weight`` → ``q_proj``."""
+    parts = [p for p in re.split(r"[.\[\]]+", NUMBER.sub("", tensor)) if p and p != "weight"]
+    return parts[-1] if parts else tensor
+
+
+def _name(source: Mapping[str, Any]) -> str:
+    return printable(str(source.get("model_id") or source.get("name") or "an adapter"))
+
+
+def _of_findings(findings: Findings) -> list[str]:
+    sources, options = findings.sources, findings.options
+    k = options.top_k
+    judged = f"the {k}" if isinstance(k, int) else f"{100 * k:g}% of the"
+    adapter, base = (f"“{_name(sources[what])}”" if what in sources else f"the {what}" for what in ("adapter", "base"))
+    asked = (
+        f"In each of the {counted(len(findings), 'matrix')} that {adapter} changes in {base}, {judged} leading singular directions of "
+        f"base + adapter were compared with all directions of the base; one whose similarity to each of these is below "
+        f"{options.threshold_epsilon:g} is an intruder dimension."
+    )
+    _, share = delta_energy(findings)
+    if not findings.intruders:
+        found = "There is none"
+        least = min((min(m.detection.similarity) for m in findings if m.detection.similarity), default=None)
+        found += "." if least is None else f": the least similar direction has {least:.2f}."
+        return [asked, found, "Nothing is to be scaled down; a shrink of the whole adapter may still forget less."]
+    with_any = sum(bool(m.detection.intruders) for m in findings)
+    parts: Counter[str] = Counter()
+    for m in findings:
+        parts[part_of(m.tensor)] += len(m.detection.intruders)
+    most = listed((f"{printable(part)} ({n})" for part, n in parts.most_common(3) if n), 3)
+    found = f"There are {counted(findings.intruders, 'intruder')}, in {with_any} of {counted(len(findings), 'matrix')}; the most in {most}."
+    half = next(c for c in lambda_curve(findings) if c["mitigation_lambda"] == 0.5)
+    dropped = max(m.detection.dropped_at_zero for m in findings)
+    weighs = (
+        f"They carry {100 * share:.1f}% of the energy of what the adapter adds: λ = 0.5 leaves {100 * half['norm_left']:.1f}% of its norm "
+        f"with the method project, and at λ = 0 the method paper loses up to {100 * dropped:.1f}% of a matrix's delta where it is written "
+        "back at the adapter's rank."
+    )
+    return [asked, found, weighs]
+
+
+def _of_record(record: Mapping[str, Any]) -> list[str]:
+    t = record["totals"]
+    what = "an adapter" if record["command"] == "mitigate" else "a model"
+    how = (
+        f"method {record['method']}, λ = {record['lambda']}"
+        if record.get("lambda") is not None
+        else f"method {record['method']}"
+    )
+    made = (
+        f"This is {what} made of “{_name(record['adapter'])}” and “{_name(record['base'])}” by streamer {printable(record['version'])}: "
+        f"{how}, {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}."
+    )
+    scaled = f", {counted(t['intruders'], 'intruder')} scaled" if record["detection"] is not None else ""
+    changed = (
+        f"Of {counted(t['matrices'], 'matrix')} {t['changed']} were changed{scaled}; the norm of "
+        f"what the adapter adds fell from {t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}."
+    )
+    compare = (
+        f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: that is what to compare with; writing it back "
+        f"at the adapter's rank dropped at most {100 * t['dropped_max']:.2f}% of a matrix's delta."
+    )
+    return [made, changed, compare]

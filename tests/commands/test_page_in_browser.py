@@ -1,0 +1,146 @@
+"""The page in a browser: nothing on its console, each figure there, tables that sort, a click that draws, names that stay text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import browser
+import helpers
+import pytest
+from evaluations import of_findings
+
+import streamer
+from streamer.detection.findings import Findings
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(browser.MISSING is not None, reason=browser.MISSING or "")]
+
+EVIL = "</script><svg onload=window.evil=1><img src=x onerror=window.evil=1>"
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with browser.browser(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    return streamer.detect_intruder_dimensions(*helpers.three_shards(tmp_path_factory.mktemp("inputs")))
+
+
+@pytest.fixture(scope="module")
+def page(found: Findings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    streamer.write_report(found, path, evaluation=of_findings(found))
+    return path
+
+
+def rows(driver: Any, table: str, column: int) -> list[str]:
+    """The texts of a column of a table, as they stand."""
+    script = "return [...document.querySelectorAll(`#${arguments[0]} tbody tr`)].map((tr) => tr.children[arguments[1]].textContent)"
+    return driver.execute_script(script, table, column)
+
+
+def click(driver: Any, selector: str) -> None:
+    driver.execute_script(
+        "document.querySelector(arguments[0]).dispatchEvent(new MouseEvent('click', {bubbles: true}))", selector
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_every_figure_is_drawn_and_fits(driver: Any, page: Path, width: int, scheme: str) -> None:
+    assert browser.look(driver, page, width, scheme) == []
+    assert driver.execute_script("return document.documentElement.dataset.drawn") == "yes"
+    drawn = driver.execute_script(
+        "return [...document.querySelectorAll('figure[data-figure]')]"
+        ".map((f) => [f.dataset.figure, f.querySelectorAll('.scroll svg *').length])"
+    )
+    figures = dict(drawn)
+    assert set(figures) >= {"trade-off forgetting", "trade-off divergence", "map of intruders", "map of energy", "all directions",
+                            "thresholds", "lambdas"}  # fmt: skip
+    assert (
+        sum(name.startswith("similarity of ") for name, _ in drawn)
+        == sum(name.startswith("spectrum of ") for name, _ in drawn)
+        == 7
+    )
+    assert min(figures.values()) > 10
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    assert "NaN" not in driver.execute_script("return document.querySelector('main').outerHTML")
+    dark = driver.execute_script("return getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert dark == (scheme == "dark")
+
+
+def test_a_print_is_light_and_has_no_controls(driver: Any, page: Path) -> None:
+    assert browser.look(driver, page, 800, "dark", "print") == []
+    assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert driver.execute_script("return getComputedStyle(document.querySelector('.tools')).display") == "none"
+
+
+def test_tables_sort_by_numbers_and_names(driver: Any, page: Path, found: Findings) -> None:
+    browser.look(driver, page)
+    head = "#matrices thead th:nth-child({}) button"
+    assert len(rows(driver, "matrices", 0)) == len(found)
+    original = rows(driver, "matrices", 0)
+    click(driver, head.format(8))
+    norms = [float(cell) for cell in rows(driver, "matrices", 7)]
+    assert norms == sorted(norms, reverse=True)
+    assert len(set(norms)) > 1
+    click(driver, head.format(8))
+    assert [float(cell) for cell in rows(driver, "matrices", 7)] == sorted(norms)
+    sort = "return document.querySelector('#matrices th:nth-child(8)').getAttribute('aria-sort')"
+    assert driver.execute_script(sort) == "ascending"
+    click(driver, head.format(1))
+    assert rows(driver, "matrices", 0) == original
+    click(driver, "#variants thead th:nth-child(8) button")
+    kept = [float(cell.partition("%")[0]) for cell in rows(driver, "variants", 7)]
+    assert kept == sorted(kept, reverse=True)
+
+
+def test_figures_in_the_table_are_those_of_the_findings(driver: Any, page: Path, found: Findings) -> None:
+    browser.look(driver, page)
+    for i, name in enumerate(rows(driver, "matrices", 0)):
+        m = found[name]
+        assert int(rows(driver, "matrices", 3)[i]) == len(m.detection.intruders)
+        assert float(rows(driver, "matrices", 5)[i]) == pytest.approx(min(m.detection.similarity), abs=6e-4)
+        assert float(rows(driver, "matrices", 6)[i]) == pytest.approx(m.detection.singular_values[0], rel=1e-3)
+
+
+def test_a_click_draws_a_matrix_and_narrows_the_table(driver: Any, page: Path, found: Findings) -> None:
+    browser.look(driver, page)
+    chosen = "return document.querySelector('.card.chosen h3').textContent"
+    click(driver, "#matrices tbody tr:nth-child(5) button")
+    assert driver.execute_script(chosen) == rows(driver, "matrices", 0)[4]
+    click(driver, "figure[data-figure='map of energy'] rect.pick")
+    assert len(rows(driver, "matrices", 0)) == 1
+    assert driver.execute_script(chosen) == rows(driver, "matrices", 0)[0]
+    click(driver, ".tools button")
+    assert len(rows(driver, "matrices", 0)) == len(found)
+    script = "const box = document.querySelector('input'); box.value = 'down'; box.dispatchEvent(new Event('input'))"
+    driver.execute_script(script)
+    assert all("down_proj" in name for name in rows(driver, "matrices", 0))
+    assert driver.get_log("browser") == []
+
+
+def test_hostile_names_are_text(driver: Any, found: Findings, tmp_path: Path) -> None:
+    matrices = tuple(dataclasses.replace(m, tensor=f"{EVIL}.{i}.weight") for i, m in enumerate(found))
+    evil = dataclasses.replace(found, matrices=matrices, sources={"base": {"name": EVIL}, "adapter": {"name": EVIL}})
+    streamer.write_report(evil, tmp_path / "evil.html")
+    assert browser.look(driver, tmp_path / "evil.html") == []
+    assert driver.execute_script("return window.evil === undefined && document.querySelector('img') === null")
+    assert rows(driver, "matrices", 0)[0] == f"{EVIL}.0.weight"
+
+
+def test_the_page_of_an_output(driver: Any, found: Findings, tmp_path: Path) -> None:
+    from streamer.report.files import write_files
+    from streamer.report.subject import open_subject
+
+    base, adapter = helpers.three_shards(tmp_path)
+    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", findings=found)
+    write_files(open_subject(tmp_path / "out"), tmp_path / "out.html")
+    assert browser.look(driver, tmp_path / "out.html", 400) == []
+    assert len(rows(driver, "matrices", 0)) == 9
+    assert driver.execute_script("return document.querySelectorAll('figure').length") == 3

@@ -1,0 +1,99 @@
+"""`report` with a page, figures, evaluations and outputs, and `diff`, from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluations import of_findings
+from forks import server
+from test_schemas import check
+
+import streamer
+
+Inputs = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def files(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Findings, an evaluation, a mitigated adapter, and findings on that one."""
+    home = tmp_path_factory.mktemp("files")
+    found = streamer.detect_intruder_dimensions(*inputs)
+    found.save(home / "f.safetensors")
+    (home / "e.json").write_text(of_findings(found).to_json())
+    streamer.reduce_intruder_dimension(*inputs, home / "half", findings=found, mitigation_lambda=0.5, method="project")
+    streamer.detect_intruder_dimensions(inputs[0], home / "half").save(home / "after.safetensors")
+    return home
+
+
+def test_a_page_of_findings_and_an_evaluation(files: Path, tmp_path: Path) -> None:
+    line = ("report", files / "f.safetensors", files / "e.json")
+    tree = check(server().run(*line, "--json"), "streamer.report/1")
+    assert tree["record"] is None
+    assert tree["findings"] == json.loads(server().run("report", files / "f.safetensors", "--json").out)
+    assert tree["evaluation"]["suggestion"]["name"]
+    out = tmp_path / "report.html"
+    written = check(server().run(*line, "-o", out, "--json"), "streamer.report/1")
+    assert (written.pop("output"), written.pop("state")) == (str(out), "written")
+    assert written.pop("files") == [{"file": "report.html", "bytes": out.stat().st_size}]
+    assert written == tree
+    done = server().run(*line, "-o", out)
+    assert done.code == 0
+    assert done.out.endswith(f"{out} stands already: 1 file, {out.stat().st_size / 1000:.1f} kB\n")
+    assert "variant" in done.out
+    refused = server().run("report", files / "f.safetensors", "-o", out)
+    assert (refused.code, refused.out) == (4, "")
+    assert "holds another report; choose another output, or pass --overwrite" in refused.err
+    assert server().run("report", files / "f.safetensors", "-o", out, "--overwrite", "-q").code == 0
+
+
+def test_figures(files: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    tree = check(server().run("report", files / "half", "-o", tmp_path / "figures", "--json"), "streamer.report/1")
+    assert [entry["file"] for entry in tree["files"]] == ["map.svg", "map.png"]
+
+
+def test_an_output(files: Path, tmp_path: Path) -> None:
+    record = json.loads((files / "half" / "streamer.json").read_text())
+    assert check(server().run("report", files / "half", "--json"), "streamer.output/2") == record
+    done = server().run("report", files / "half")
+    assert "method project, scale all, lambda 0.5: 9 of 9 matrices mitigated" in done.out
+    tree = check(server().run("report", files / "half", "-o", tmp_path / "r.html", "--json"), "streamer.report/1")
+    assert (tree["record"], tree["findings"], tree["lambdas"]) == (record, None, [])
+
+
+def test_refusals(files: Path, inputs: Inputs, tmp_path: Path) -> None:
+    f, e = files / "f.safetensors", files / "e.json"
+    for line, code, words in [
+        (("report", f, f), 3, "expected an evaluation"),
+        (("report", f, tmp_path / "no.json"), 3, "no such file"),
+        (("report", files / "half", e), 2, "an evaluation is shown with findings"),
+        (("report", files / "half", "-o", files / "half" / "r.html"), 4, "lies inside the output"),
+        (("report", f, "-o", f), 2, "expected a page, whose name ends in .html"),
+        (("report", f, "-o", tmp_path / "r.pdf"), 2, "expected a page, whose name ends in .html"),
+        (("report", f, "-o", "s3://b/r.html"), 2, "is an address"),
+        (("report", files / "after.safetensors", e), 3, "the evaluation is of another adapter"),
+        (("report", inputs[0]), 3, "expected a findings file, found a directory"),
+        (("diff", f, e), 3, "safetensors"),
+        (("diff", f), 2, "required"),
+    ]:
+        done = server().run(*line)
+        assert (done.code, done.out) == (code, ""), done
+        assert words in done.err, done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_diff(files: Path) -> None:
+    line = ("diff", files / "f.safetensors", files / "after.safetensors")
+    tree = check(server().run(*line, "--json"), "streamer.diff/1")
+    assert tree["totals"]["kept"] + tree["totals"]["gone"] == 9
+    assert tree["totals"]["kept"] > 0
+    assert all(
+        one["after"]["singular_value"] < one["before"]["singular_value"] for one in tree["intruders"] if one["after"]
+    )
+    done = server().run(*line)
+    assert done.code == 0
+    assert f"9 intruders before, {tree['second']['intruders']} after, in 9 matrices of both" in done.out
+    assert done.out.count("model.layers.") == len(tree["intruders"])
+    assert f"streamer: diff: {tree['totals']['kept']} kept, " in done.last

@@ -1,0 +1,105 @@
+"""What became of intruders: after mitigation, with directions planted, and against the full SVD's vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import streamer
+from streamer.detection.findings import Findings
+from streamer.errors import MismatchError
+from streamer.report.diff import FATES, diff_findings
+
+Pair = tuple[Path, Path]
+
+
+def with_directions(findings: Findings, columns: torch.Tensor) -> Findings:
+    """The findings on the first matrix alone, with these left singular vectors in place of its intruders'."""
+    d, q = findings[0].detection, columns.shape[1]
+    made = dataclasses.replace(
+        d, U=columns.float(), S=torch.ones(q), Vh=torch.eye(q, d.Vh.shape[1]), intruders=tuple(range(q))
+    )
+    return dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=made),))
+
+
+def test_findings_against_themselves_keep_all(findings: Findings) -> None:
+    diff = diff_findings(findings, findings)
+    assert [diff.count(fate) for fate in FATES] == [findings.intruders, 0, 0, 0]
+    assert all(one.before == one.after and one.overlap == pytest.approx(1) for one in diff.intruders)
+    assert repr(diff) == "<FindingsDiff: 9 kept, 0 mixed, 0 gone, 0 new, in 9 matrices>"
+
+
+def test_lambda_0_leaves_none_and_half_leaves_smaller_ones(pair: Pair, findings: Findings, tmp_path: Path) -> None:
+    fates = {}
+    for lam in (0.0, 0.5):
+        streamer.reduce_intruder_dimension(
+            *pair, tmp_path / f"{lam}", findings=findings, mitigation_lambda=lam, method="project"
+        )
+        after = streamer.detect_intruder_dimensions(pair[0], tmp_path / f"{lam}")
+        fates[lam] = diff_findings(findings, after)
+    assert fates[0.0].count("gone") == findings.intruders
+    kept = [one for one in fates[0.5].intruders if one.fate == "kept"]
+    assert kept
+    for one in kept:
+        assert one.before is not None
+        assert one.after is not None
+        assert one.after.singular_value < one.before.singular_value
+
+
+def test_overlaps_are_those_of_the_full_svds(pair: Pair, findings: Findings, tmp_path: Path) -> None:
+    """The second adapter has other directions in part: B is turned."""
+    base = load_file(pair[0] / "model-00001-of-00003.safetensors")
+    tensors = load_file(pair[1] / "adapter_model.safetensors")
+    turned = {k: t + 0.5 * t.norm() / t.numel() ** 0.5 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1))
+              if "lora_B" in k else t for k, t in tensors.items()}  # fmt: skip
+    modules = sorted({k.removeprefix("base_model.model.").partition(".lora_")[0] for k in tensors})
+    factors = {m: tuple(turned[f"base_model.model.{m}.lora_{f}.weight"] for f in "AB") for m in modules}
+    after = streamer.detect_intruder_dimensions(pair[0], helpers.write_adapter(tmp_path / "turned", factors, r=4))  # type: ignore[arg-type]
+    diff = diff_findings(findings, after)
+    checked = 0
+    for one in diff.intruders:
+        if one.fate != "kept" or one.tensor not in base:
+            continue
+        module = one.tensor.removesuffix(".weight")
+        vectors = []
+        for found, side in ((tensors, one.before), (turned, one.after)):
+            A, B = (found[f"base_model.model.{module}.lora_{f}.weight"].double() for f in "AB")
+            assert side is not None
+            vectors.append(np.linalg.svd((base[one.tensor].double() + B @ A).numpy())[0][:, side.rank])
+        assert one.overlap == pytest.approx(abs(vectors[0] @ vectors[1]), abs=1e-4)
+        checked += 1
+    assert checked >= 2
+
+
+def test_matches_are_one_to_one_and_mixtures_are_told(findings: Findings) -> None:
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(findings[0].shape[0], 6, generator=generator, dtype=torch.float64)).Q
+    turn = torch.eye(3, dtype=torch.float64) - 2 / 3  # no square of an entry is above 4/9
+    first = with_directions(findings, Q[:, :5])
+    second = with_directions(findings, torch.cat([Q[:, :1], Q[:, 1:4] @ turn, Q[:, 5:]], 1))
+    diff = diff_findings(first, second)
+    assert [one.fate for one in diff.intruders] == ["kept", "mixed", "mixed", "mixed", "gone", "new"]
+    assert [one.share for one in diff.intruders] == pytest.approx([1, 1, 1, 1, 0, 0], abs=1e-5)
+    assert [one.overlap for one in diff.intruders] == pytest.approx([1, 2 / 3, 2 / 3, 2 / 3, 0, 0], abs=1e-5)
+    assert [one.before is None for one in diff.intruders] == [False] * 5 + [True]
+
+
+def test_matrices_of_one_alone_are_named(findings: Findings) -> None:
+    diff = diff_findings(findings.select("*layers.[01].*"), findings.select("*layers.[12].*"))
+    assert (diff.matrices, len(diff.only_first), len(diff.only_second)) == (3, 3, 3)
+    assert {one.tensor.split(".")[2] for one in diff.intruders} == {"1"}
+
+
+def test_other_options_are_noted_and_other_bases_refused(pair: Pair, findings: Findings, tmp_path: Path) -> None:
+    other = streamer.detect_intruder_dimensions(*pair, threshold_epsilon=0.4)
+    (note,) = diff_findings(findings, other).notes
+    assert "epsilon=0.5 and top_k=10, epsilon=0.4" in note
+    foreign = streamer.detect_intruder_dimensions(*helpers.three_shards(tmp_path, hidden=32))
+    with pytest.raises(MismatchError, match="expected two on one base, found bases of other content"):
+        diff_findings(findings, foreign)

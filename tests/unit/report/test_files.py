@@ -1,0 +1,99 @@
+"""Files of a report: what is written, what stands already, what is refused, and the figures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from evaluations import of_findings
+from helpers import names, tree_digest
+
+import streamer
+from streamer.detection.findings import Findings
+from streamer.errors import LockedError, MissingPackageError, OutputError, OutputExistsError, UsageError
+from streamer.report.files import write_files
+from streamer.report.subject import make_subject
+from streamer.storage.lock import locked
+
+
+def test_a_page_is_written_found_again_and_replaced_on_demand(findings: Findings, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "r.html"
+    subject = make_subject(findings)
+    assert write_files(subject, path).state == "written"
+    before = path.read_bytes()
+    assert write_files(subject, path).state == "present"
+    other = make_subject(findings, of_findings(findings))
+    with pytest.raises(OutputExistsError, match="holds another report; choose another output, or pass --overwrite"):
+        write_files(other, path)
+    assert path.read_bytes() == before
+    assert write_files(other, path, overwrite=True).state == "written"
+    assert path.read_bytes() != before
+    assert names(path.parent) == ["r.html"]
+
+
+@pytest.mark.parametrize("content", [b"my thesis", b"<!doctype html>\n<title>mine</title>\n", b"x" * 10_000])
+def test_what_is_no_report_is_never_replaced(findings: Findings, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "r.html"
+    path.write_bytes(content)
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match="exists and is not a report, which is all that is replaced"):
+            write_files(make_subject(findings), path, overwrite)
+    assert path.read_bytes() == content
+    path.write_bytes(b"")  # made beforehand, as mktemp does
+    assert write_files(make_subject(findings), path).state == "written"
+
+
+def test_paths_that_are_refused(findings: Findings, tmp_path: Path) -> None:
+    (tmp_path / "d.html").mkdir()
+    (tmp_path / "link.html").symlink_to(tmp_path / "no")
+    (tmp_path / "file").write_text("x")
+    cases: list[tuple[str, type[Exception], str]] = [
+        ("d.html", OutputError, "is a directory; name a page in it"),
+        ("link.html", OutputError, "is a symlink"),
+        ("r.pdf", UsageError, "expected a page, whose name ends in .html, or a directory for figures"),
+        ("file", OutputError, "not a directory"),
+        ("file/r.html", OutputError, "not a directory"),
+        (f"{'x' * 250}.html", OutputError, "too long"),
+    ]
+    before = tree_digest(tmp_path)
+    for name, kind, words in cases:
+        with pytest.raises(kind, match=words):
+            write_files(make_subject(findings), tmp_path / name)
+    assert tree_digest(tmp_path) == before
+    with pytest.raises(UsageError, match="is an address"):
+        write_files(make_subject(findings), "s3://bucket/r.html")
+    with locked(tmp_path / ".r.html.lock"), pytest.raises(LockedError, match="another run is writing here"):
+        write_files(make_subject(findings), tmp_path / "r.html")
+
+
+def test_figures_without_matplotlib(findings: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'intruder-streamer\[plots\]'"):
+        write_files(make_subject(findings), tmp_path / "figures")
+    assert names(tmp_path) == []
+    write_files(make_subject(findings), tmp_path / "r.html")
+
+
+def test_figures_as_svg_and_png(findings: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from streamer.report.figures import draw_figures
+
+    few, evaluation = findings.select("*layers.0.*"), of_findings(findings)
+    streamer.write_report(few, tmp_path / "f", evaluation=evaluation)
+    stems = {"map", "similarity", "spectrum", "thresholds", "lambdas", "tradeoff"}
+    assert set(names(tmp_path / "f")) == {f"{stem}.{form}" for stem in stems for form in ("svg", "png")}
+    for stem in stems:
+        root = ET.fromstring((tmp_path / "f" / f"{stem}.svg").read_text())
+        assert len(list(root.iter())) > 50
+        assert (tmp_path / "f" / f"{stem}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    again = draw_figures(make_subject(few, evaluation))
+    assert {name: (tmp_path / "f" / name).read_bytes() for name in again} == again, "the same bytes"
+    (tmp_path / "f" / "notes.txt").write_text("mine")
+    (tmp_path / "f" / "map.png").write_text("not a picture of ours")
+    before = tree_digest(tmp_path)
+    monkeypatch.setattr("streamer.report.files.draw_figures", lambda _: again)
+    with pytest.raises(OutputExistsError, match=r"map\.png: exists and is not a report"):
+        write_files(make_subject(few, evaluation), tmp_path / "f", overwrite=True)
+    assert tree_digest(tmp_path) == before

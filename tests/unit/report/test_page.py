@@ -1,0 +1,158 @@
+"""The page: its sentences and data, what it escapes, that it loads nothing, its size, the same bytes again."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import evaluations
+import numpy as np
+import pytest
+import torch
+from evaluations import of_findings
+
+import streamer
+from streamer.detection.findings import Findings
+from streamer.detection.intruders import Detection
+from streamer.detection.matrix_finding import MatrixFinding
+from streamer.errors import FormatError, MismatchError, UsageError
+from streamer.report.page import make_page
+from streamer.report.subject import Subject, make_subject, open_subject
+from streamer.report.words import certificates, sentences
+
+EVIL = "</script><img src=x onerror=alert(1)>\x1b]0;&\u2028"
+
+
+def embedded(page: bytes) -> dict[str, Any]:
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.decode(), re.DOTALL)
+    return json.loads(text)
+
+
+def test_the_sentences_and_data_of_findings(findings: Findings) -> None:
+    subject = make_subject(findings)
+    asked, found, weighs = sentences(subject)
+    assert "the 9 matrices that “adapter” changes in “base”, the 10 leading" in asked
+    assert f"{findings.intruders} intruders, in 9 of 9 matrices" in found
+    assert "% of the energy" in weighs
+    assert certificates(subject).startswith("Certificates: in 9 of 9 matrices every decision is proven")
+    tree = embedded(make_page(subject))
+    assert tree["evaluation"] is None
+    assert tree["findings"]["epsilon"] == 0.5
+    assert tree["findings"]["names"]["forms"] == [
+        f"model.layers.*.{part}.weight" for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
+
+
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(findings: Findings) -> None:
+    text = make_page(make_subject(findings, of_findings(findings))).decode()
+    assert re.findall(r"(?:src|href)=[\"']?(?!data:,)[^\"' >]+", text) == []
+    assert "@import" not in text
+    assert "url(" not in text
+    assert re.findall(r"https?://[^\s\"']+", text) == ["http://www.w3.org/2000/svg"]
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert len(scripts) == 1
+    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()}'" in text
+    assert "innerHTML" not in text
+
+
+def test_the_same_findings_give_the_same_bytes_without_paths(
+    findings: Findings, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    page = make_page(make_subject(findings))
+    findings.save(tmp_path / "elsewhere.safetensors")
+    assert make_page(open_subject(tmp_path / "elsewhere.safetensors")) == page
+    assert str(pair[0].parent).encode() not in page
+
+
+def test_names_are_untrusted(findings: Findings) -> None:
+    matrices = tuple(dataclasses.replace(m, tensor=f"{EVIL}.{i}.weight") for i, m in enumerate(findings))
+    sources = {"base": {"name": EVIL}, "adapter": {"name": EVIL}}
+    evaluation = of_findings(findings)
+    texts = {side: {**text, "name": EVIL} for side, text in evaluation.facts["texts"].items()}
+    evaluation = dataclasses.replace(evaluation, facts={**evaluation.facts, "texts": texts})
+    page = make_page(
+        make_subject(dataclasses.replace(findings, matrices=matrices, sources=sources), evaluation)
+    ).decode()
+    assert "<img" not in page
+    assert page.count("</script>") == 2
+    assert "\x1b" not in page
+    assert "\u2028" not in page
+    assert html.escape("</script><img src=x onerror=alert(1)>\\x1b]0;&\\u2028") in page
+
+
+def test_an_evaluation_is_shown_with_its_suggestion(findings: Findings) -> None:
+    page = make_page(make_subject(findings, of_findings(findings)))
+    tree = embedded(page)["evaluation"]
+    assert tree["suggested"] is not None
+    assert tree["suggested"] in page.decode()
+    assert {v["series"] for v in tree["variants"]} == {"base", "adapter", "paper", "project", "shrink"}
+    assert all(v["kept_se"] >= 0 for v in tree["variants"])
+
+
+def test_an_evaluation_of_another_adapter_is_refused(findings: Findings) -> None:
+    with pytest.raises(
+        MismatchError, match=r"the evaluation is of another base \('unnamed'\); run evaluate with these findings"
+    ):
+        make_subject(findings, evaluations.evaluation())
+
+
+def test_figures_that_are_not_finite_are_refused(findings: Findings) -> None:
+    detection = dataclasses.replace(findings[0].detection, delta_norm=float("nan"))
+    broken = dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=detection),))
+    with pytest.raises(
+        FormatError, match=r"a figure of model\.layers\.0\.mlp\.down_proj\.weight is NaN or Inf; run detect again"
+    ):
+        make_subject(broken)
+
+
+def test_findings_of_nothing_and_without_intruders(findings: Findings) -> None:
+    make_page(Subject(dataclasses.replace(findings, matrices=())))
+    none = dataclasses.replace(findings[0].detection, intruders=(), intruder_energy=0.0)
+    clean = dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=none),))
+    assert sentences(make_subject(clean))[1].startswith("There is none: the least similar direction has 0.")
+    make_page(make_subject(clean))
+
+
+def test_the_record_of_an_output(pair: tuple[Path, Path], findings: Findings, tmp_path: Path) -> None:
+    streamer.reduce_intruder_dimension(*pair, tmp_path / "out", findings=findings, mitigation_lambda=0.5)
+    subject = open_subject(tmp_path / "out")
+    made, changed, compare = sentences(subject)
+    assert "an adapter made of “adapter” and “base”" in made
+    assert "Of 9 matrices 9 were changed" in changed
+    assert "the same norm" in compare
+    tree = embedded(make_page(subject))["output"]
+    assert len(tree["delta_norm"]) == 9
+    with pytest.raises(UsageError, match="an evaluation is shown with findings"):
+        open_subject(tmp_path / "out", tmp_path / "evaluation.json")
+    record = tmp_path / "out" / "streamer.json"
+    record.write_text(record.read_text().replace('"method"', '"mehtod"'))
+    with pytest.raises(FormatError, match="`streamer verify` says more"):
+        open_subject(tmp_path / "out")
+
+
+def test_36000_matrices_take_less_than_5_megabytes() -> None:
+    rng = np.random.default_rng(0)
+    U, S, Vh = torch.zeros(8, 0), torch.zeros(0), torch.zeros(0, 8)
+    similarity, width, sigma = (
+        rng.random((3000, 10)),
+        rng.random((3000, 10)),
+        np.sort(rng.gamma(2, 1, (3000, 10)))[:, ::-1],
+    )
+
+    def finding(i: int) -> MatrixFinding:
+        layer, expert, j = i // 384, i // 3 % 128, i % 3000
+        tensor = f"model.layers.{layer}.mlp.experts.{expert}.{('gate', 'up', 'down')[i % 3]}_proj"
+        low, high = similarity[j] * width[j], similarity[j]
+        found = Detection(tuple(sigma[j].tolist()), tuple(high.tolist()), tuple(low.tolist()), tuple(high.tolist()),
+                          tuple(np.flatnonzero(high < 0.5).tolist()), U, S, Vh, True, (), "certified", False, 8, 20, 1e-5,
+                          float(sigma[j, 0]), float(low[0]), float(low[1]), "float32")  # fmt: skip
+        return MatrixFinding(f"{tensor}.weight", tensor, (2048, 768), "BF16", 16, 2.0, found)
+
+    many = Findings({"files": []}, {"modules": 1}, streamer.DetectionOptions(), tuple(map(finding, range(36_000))))
+    assert len(make_page(make_subject(many))) < 5_000_000
