@@ -31,6 +31,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 ARCHITECTURES = [
     "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3-text", "gemma3-vision", "phi3", "gpt2", "gpt-neox", "falcon", "bloom", "opt",
     "mpt", "cohere", "olmo2", "mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3", "llama4-text", "qwen3-next", "jamba", "qwen2.5-vl",
+    "gemma3n", "gemma4",
 ]  # fmt: skip
 
 
