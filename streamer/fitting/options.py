@@ -134,8 +134,8 @@ def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], option
         text, count = texts[name], len(texts[name].ids)
         if count < 2 * LEAST:
             raise FormatError(
-                f"{paths[name]}: expected {2 * LEAST} sequences at least, {LEAST} to fit on and {LEAST} to hold apart, found {count}; give "
-                "more text, or a smaller --length"
+                f"{paths[name]}: expected {2 * LEAST} sequences at least, {LEAST} to fit on and {LEAST} to hold apart, found {count}; "
+                "give more"
             )
         held = min(count - LEAST, max(LEAST, round(options.holdout * count)))
         rng = np.random.default_rng(options.seed)
