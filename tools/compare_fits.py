@@ -178,11 +178,10 @@ def kept_on_test(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> st
     """Say what the fitted sets kept on the test texts, where a share was asked for."""
     lines = []
     for i, share in enumerate(keep):
-        kept = {grain: [100 * one["points"][grain][i][0] for one in results] for grain in GRAINS}
-        words = ", ".join(
-            f"{COLUMNS[g]} {statistics.mean(k):.1f} ({min(k):.0f} to {max(k):.0f})" for g, k in kept.items()
-        )
-        lines.append(f"asked to keep {share:.0%}, on the test text they keep, in percent: {words}")
+        points = {grain: [one["points"][grain] for one in results if one["points"][grain]] for grain in GRAINS}
+        kept = {grain: [100 * one[i][0] for one in measured] for grain, measured in points.items() if measured}
+        words = [f"{COLUMNS[g]} {statistics.mean(k):.1f} ({min(k):.0f} to {max(k):.0f})" for g, k in kept.items()]
+        lines.append(f"asked to keep {share:.0%}, on the test text they keep, in percent: {', '.join(words)}")
     return "\n".join(lines)
 
 
