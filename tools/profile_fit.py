@@ -76,13 +76,18 @@ def install(clocks: Clocks) -> None:
         wrap(owner, name, stage)
 
 
-def gradient_passes(plan: Any, text: Any, coefficients: Any, directory: Path) -> list[Callable[[], Any]]:
-    """Two gradient passes, of which the first runs the base, too."""
+def gradient_passes(plan: Any, text: Any, coefficients: Any, directory: Path) -> tuple[list[Callable[[], Any]], int]:
+    """Two gradient passes, of which the first runs the base, too, and the estimate of their memory."""
+    from streamer.fitting.memory import gradient_bytes
+    from streamer.plan.batch import Batch
+    from streamer.plan.memory import resident_bytes
     from streamer.streaming.gradients import GradientModel
 
     model = GradientModel(plan, directory=directory)
     values = {name: matrix.values for name, matrix in coefficients.matrices.items()}
-    return 2 * [lambda: model.gradient(text, values, "base")]
+    rows = len(text.ids) * text.longest
+    estimate = gradient_bytes(model.size, resident_bytes(Batch(plan.base, (plan,))), rows, text.longest)
+    return 2 * [lambda: model.gradient(text, values, "base")], estimate
 
 
 def measure_passes(plan: Any, text: Any, coefficients: Any) -> list[Callable[[], Any]]:
@@ -117,10 +122,10 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
     coefficients = CoefficientSet(0.9, {n: MatrixCoefficients(s, np.full(len(s), 0.7)) for n, s in found.items()})
     if request["kind"] == "gradient":
         install(clocks)
-        passes = gradient_passes(plan, text, coefficients, Path(request["directory"]))
+        passes, estimate = gradient_passes(plan, text, coefficients, Path(request["directory"]))
     else:
-        passes = measure_passes(plan, text, coefficients)
-    out: dict[str, Any] = {"start": time.perf_counter() - began, "passes": []}
+        passes, estimate = measure_passes(plan, text, coefficients), 0
+    out: dict[str, Any] = {"start": time.perf_counter() - began, "estimate": estimate, "passes": []}
     for run in passes:
         with clocks.clock.stage(START):
             began = time.perf_counter(), time.process_time()

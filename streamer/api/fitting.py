@@ -58,7 +58,7 @@ def fit_coefficients(
     general, task
         Texts, in the forms that `evaluate_variants` takes: of what the model could do before, and of what the adapter was trained for.
     keep
-        Share of what the adapter learned that is to stay; several give several sets of coefficients.
+        Share of what the adapter learned that is to stay, below 1; several give several sets of coefficients.
     objective
         ``divergence``: ``KL(base ‖ fitted)`` on the general text and ``KL(adapter ‖ fitted)`` on the task's are made small, which takes
         no labels; ``loss``: the losses of the two.

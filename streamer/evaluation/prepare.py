@@ -165,13 +165,13 @@ def refuse_new_tokens(plan: Plan) -> None:
 
 
 def read_texts(
-    model: StreamingModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor
+    model: StreamingModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor, least: int = 2
 ) -> dict[str, TextSequences]:
     """Read the ``general`` and the ``task`` text with the tokenizer of a model, and warn where they are the same; see `read_text`."""
     directory = tokenizer_directory(model.job.plan)
     read = {
-        name: read_text(path, directory, sequences=sequences, length=length, vocabulary=model.vocabulary,
-                        positions=model.positions)
+        name: read_text(path, directory, sequences=sequences, length=length, least=least,
+                        vocabulary=model.vocabulary, positions=model.positions)
         for name, path in texts.items()
     }  # fmt: skip
     if read[GENERAL].digest() == read[TASK].digest():

@@ -16,7 +16,7 @@ from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
 from streamer.evaluation.prepare import is_factored, read_texts, refuse_new_tokens, stays_quantized
 from streamer.fitting.memory import gradient_bytes, plan_chunks
-from streamer.fitting.options import Division, FitOptions, divide
+from streamer.fitting.options import LEAST, Division, FitOptions, divide
 from streamer.fitting.parameters import Parameters, singular_values_of
 from streamer.output.mitigation import MitigationOptions
 from streamer.plan.batch import Batch
@@ -189,7 +189,7 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
     refuse_new_tokens(plan)
     variants = Variant(BASE, None), Variant("fitted", MitigationOptions(1.0, "shrink"))
     model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16"))
-    read = read_texts(model, texts, options.sequences, options.length, run.monitor)
+    read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
     prepared = PreparedFit(plan, options, run, max_memory, divide(read, texts, options), model)
     if prepared.unchanged:
         names = prepared.unchanged

@@ -12,7 +12,7 @@ from streamer.errors import MismatchError
 from streamer.evaluation.statistics import SequenceSums, flat
 from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, against_shrink
 from streamer.fitting.algorithm import FittedPoint
-from streamer.output.coefficients import Floats
+from streamer.output.coefficients import Floats, share_name
 from streamer.streaming.variants import ADAPTER, BASE
 
 SHRINKS = (0.85, 0.7, 0.5, 0.25)
@@ -66,7 +66,7 @@ def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FittedP
     """
     variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
     variants += [EvaluatedVariant(f"shrink {lam:g}", "shrink", lam) for lam in SHRINKS]
-    variants += [EvaluatedVariant(f"fitted {one.keep:g}", "fitted", None) for one in found]
+    variants += [EvaluatedVariant(f"fitted {share_name(one.keep)}", "fitted", None) for one in found]
     variants.append(EvaluatedVariant("shrink 0", "shrink", 0.0))
     general, task = _with_base_again(general), _with_base_again(task)
     first = 2 + len(SHRINKS)

@@ -7,7 +7,6 @@ adapter's rank. A dense delta, of an adapter that has no factors, has one coeffi
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -125,23 +124,25 @@ class Coefficients:
         return [one.keep for one in self.sets]
 
     def select(self, keep: float | None = None) -> CoefficientSet:
-        """Select the set that keeps a share, or the only one.
+        """Select the set that keeps a share, or the only one. A share is what `share_name` prints of it.
 
         Raises
         ------
         UsageError
             If there is none for that share, or several and none is named.
         """
-        shares = listed([f"{one:g}" for one in self.keeps])
+        shares = listed([share_name(one) for one in self.keeps])
         if keep is None:
             if len(self.sets) > 1:
                 raise UsageError(
                     f"{self.name}: holds {len(self.sets)} sets of coefficients; choose one by keep: {shares}"
                 )
             return self._bound(self.sets[0])
-        found = [one for one in self.sets if math.isclose(one.keep, keep, rel_tol=1e-9)]
+        found = [one for one in self.sets if share_name(one.keep) == share_name(keep)]
         if not found:
-            raise UsageError(f"{self.name}: holds no coefficients that keep {keep:g}; those there are keep {shares}")
+            raise UsageError(
+                f"{self.name}: holds no coefficients that keep {share_name(keep)}; those there are keep {shares}"
+            )
         return self._bound(found[0])
 
     def _bound(self, one: CoefficientSet) -> CoefficientSet:
@@ -169,6 +170,15 @@ class Coefficients:
         from streamer.output.coefficients_file import save_coefficients
 
         save_coefficients(self, Path(path), overwrite)
+
+
+def share_name(keep: float) -> str:
+    """Name a share of the learning, in six digits, as tables, variants and commands have it; sets of one file differ in it.
+
+    >>> share_name(0.9), share_name(1 / 3)
+    ('0.9', '0.333333')
+    """
+    return f"{keep:g}"
 
 
 def directions(delta: Delta) -> Floats:

@@ -16,7 +16,7 @@ import numpy as np
 
 from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
 from streamer.errors import FormatError, OutputError, OutputExistsError
-from streamer.output.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients
+from streamer.output.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients, share_name
 from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_checks import refuse_address, refuse_symlink
@@ -98,7 +98,7 @@ def load_coefficients(path: str | Path) -> Coefficients:
         if not isinstance(tree, dict) or tree.get("schema") != SCHEMA:
             raise ValueError(f"expected the schema {SCHEMA}")
         keeps = tree["keeps"]
-        if not (isinstance(keeps, list) and keeps and len(set(keeps)) == len(keeps) and all(map(_is_share, keeps))):
+        if not (isinstance(keeps, list) and keeps and all(map(_is_share, keeps)) and _all_differ(keeps)):
             raise ValueError("keeps are not different shares in (0, 1]")
         arrays = {info.name: _array(file, info) for info in file.header.tensors}
         matrices = _matrices(arrays, len(keeps))
@@ -165,6 +165,11 @@ def _matrices(arrays: dict[str, Floats], sets: int) -> dict[str, tuple[Floats, F
     if not out or 2 * len(out) != len(arrays):
         raise ValueError("its arrays are not pairs of singular values and coefficients")
     return out
+
+
+def _all_differ(keeps: list[float]) -> bool:
+    """Test whether each names one set."""
+    return len({share_name(keep) for keep in keeps}) == len(keeps)
 
 
 def _is_share(value: Any) -> bool:

@@ -190,7 +190,12 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
         3,
         f"{place}/three.npy: expected 4 sequences at least, 2 to fit on and 2 to hold apart, found 3",
     )
-    yield ["--length", "8"], {"general": place / "short.npy"}, 3, f"{place}/short.npy: expected 4 sequences at least"
+    yield (
+        ["--length", "8"],
+        {"general": place / "short.npy"},
+        3,
+        f"{place}/short.npy: expected 4 sequences of 8 tokens at least, found 30 tokens; give more text, or --length 7",
+    )
     yield ["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"
     yield ["--keep", "0.9,0"], {}, 2, "--keep: expected a share in (0, 1], found 0.0"
     yield ["--holdout", "1"], {}, 2, "--holdout: expected a share between 0 and 1, found 1.0"

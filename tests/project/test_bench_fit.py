@@ -1,4 +1,4 @@
-"""The benchmark of a fit's passes: every figure is there and adds up, and mistakes are explained."""
+"""The benchmark of a fit's passes: every figure is there and adds up, and a gradient pass takes the memory of one layer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from shapes import KNOWN
 
 
 def test_a_tiny_model_gives_every_figure(tmp_path: Path) -> None:
-    command = [sys.executable, TOOLS / "bench_fit.py", "--hidden", "64", "--layers", "1", "--dtype", "fp32", "--work", tmp_path,
-               "--length", "16", "--threads", "1", "--json"]  # fmt: skip
+    command = [sys.executable, TOOLS / "bench_fit.py", "--hidden", "256", "--layers", "3", "--vocab", "512", "--double", "--work", tmp_path,
+               "--length", "256", "--threads", "1", "--json"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
     assert done.returncode == 0, done.stderr
     tree = json.loads(done.stdout)
@@ -29,7 +29,11 @@ def test_a_tiny_model_gives_every_figure(tmp_path: Path) -> None:
                                       p.HEAD + p.PRODUCTS, p.HEAD + p.READING}  # fmt: skip
         # Nothing counted twice or missed.
         assert sum(t["wall"] for t in one["stages"].values()) == pytest.approx(one["wall"], rel=0.05)
-    assert 50e6 < gradient["anonymous"] < tree["model"]["estimate"] < 2e9  # torch alone is over 50 MB
+    assert 50e6 < gradient["anonymous"] < gradient["estimate"] < 2e9  # torch alone is over 50 MB
+    double = tree["double"]["gradient"]
+    assert double["estimate"] - gradient["estimate"] < 1e6
+    # The activations of three layers more would be some 35 MB, and their weights in float32 as much as they are.
+    assert double["anonymous"] - gradient["anonymous"] < 12e6
     small, large = (tree["projected"][name] for name in ("llama-3-8b", "llama-3-70b"))
     assert large["wall"] > small["wall"] > gradient["passes"][1]["wall"]
     assert large["gpu"]["seconds"] > small["gpu"]["seconds"]

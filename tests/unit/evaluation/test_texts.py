@@ -37,6 +37,15 @@ def test_a_stream_is_cut_at_even_distances(kind: type, tmp_path: Path) -> None:
     assert np.concatenate(every.ids).tolist() == list(range(992))
 
 
+def test_the_length_that_is_named_gives_the_least_number_of_sequences(tmp_path: Path) -> None:
+    path = save(tmp_path / "ids.npy", np.arange(127))
+    with pytest.raises(
+        FormatError, match=r"expected 4 sequences of 64 tokens at least, found 127 tokens; .*--length 31"
+    ):
+        read_text(path, None, length=64, least=4)
+    assert len(read_text(path, None, length=31, least=4).ids) == 4
+
+
 def test_rows_are_sequences(tmp_path: Path) -> None:
     rows = np.arange(60).reshape(10, 6)
     text = read_text(save(tmp_path / "ids.npy", rows), None, sequences=3, length=4)
