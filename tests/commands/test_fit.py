@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +117,29 @@ def test_the_figures_are_those_of_an_evaluation(server: Server, home: Path, tmp_
     found = streamer.evaluate_variants(home / "base", home / "adapter", **held_apart(home, tmp_path), methods=["shrink"],
                                        lambdas=[0.5], coefficients=output, on_event=lambda event: None)["fitted 0.9"]  # fmt: skip
     assert {figure: found[figure] for figure in FIGURES} == pytest.approx({f: one[f] for f in FIGURES}, rel=1e-3)
+
+
+def test_an_evaluation_warns_of_files_that_were_fitted_to_however_they_are_cut(
+    server: Server, home: Path, tmp_path: Path
+) -> None:
+    output, others = tmp_path / "c.safetensors", held_apart(home, tmp_path)
+    assert run(server, home, output).code == 0
+    shutil.copy(home / "general.npy", tmp_path / "copied.npy")
+
+    def warnings(**texts: Path) -> list[str]:
+        said: list[str] = []
+        streamer.evaluate_variants(
+            home / "base", home / "adapter", **{**others, **texts}, methods=["fitted"], coefficients=output, sequences=7,
+            length=6, on_event=lambda event: said.append(event.name) if event.stage == "warning" else None,
+        )  # fmt: skip
+        return [" ".join(line.split()[:4]) for line in said if "is one that the coefficients were fitted to" in line]
+
+    assert warnings() == []
+    assert warnings(general=tmp_path / "copied.npy") == ["the general text, copied.npy,"]
+    assert warnings(general=home / "task.npy", task=home / "task.npy") == [
+        "the general text, task.npy,",
+        "the task text, task.npy,",
+    ]
 
 
 def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) -> None:
