@@ -16,6 +16,7 @@ from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
 from streamer.evaluation.prepare import is_factored, read_texts, refuse_new_tokens, stays_quantized
 from streamer.evaluation.texts import sample_digest
+from streamer.fitting import algorithm
 from streamer.fitting.memory import gradient_bytes, plan_chunks
 from streamer.fitting.options import LEAST, Division, FitOptions, divide
 from streamer.fitting.parameters import Parameters, singular_values_of
@@ -129,6 +130,11 @@ class PreparedFit:
         if found.count == 0:
             raise UnsupportedError(f"{self.plan.adapter.path}: changes nothing by its deltas, all of which are zero")
         return found
+
+    @property
+    def of_algorithm(self) -> algorithm.FitOptions:
+        """Make the options of the algorithm."""
+        return self.options.of_algorithm(self.parameters.count, base_at_zero=not self.unchanged)
 
     def warn(self) -> None:
         """Warn of a text that is short for as many parameters."""
