@@ -82,6 +82,18 @@ class CoefficientSet:
             digest.update(self.matrices[tensor].values.astype("<f8").tobytes())
         return digest.hexdigest()
 
+    def check(self) -> None:
+        """Refuse what no fit gives, and no file holds.
+
+        Raises
+        ------
+        UsageError
+            If a coefficient is NaN or outside of [0, 1], or singular values are not their like.
+        """
+        for tensor, matrix in self.matrices.items():
+            if fault := fault_of(tensor, matrix.singular_values, matrix.values):
+                raise UsageError(f"{self.name}: {fault}; give those of a fit")
+
     def record(self) -> CoefficientsRecord:
         """Say which they are, as an output has it."""
         return {"keep": self.keep, "sha256": self.digest}
@@ -170,6 +182,19 @@ class Coefficients:
         from streamer.output.coefficients_file import save_coefficients
 
         save_coefficients(self, Path(path), overwrite)
+
+
+def fault_of(tensor: str, singular_values: Floats, values: Floats) -> str:
+    """Say what is wrong with singular values (p,) and coefficients (p,) or (K, p) of a matrix; nothing is an empty string."""
+    if singular_values.ndim != 1 or values.shape[-1:] != singular_values.shape:
+        return f"{tensor!r} has {list(singular_values.shape)} singular values, and coefficients of shape {list(values.shape)}"
+    if not ((values >= 0) & (values <= 1)).all():
+        return f"{tensor!r} has a coefficient that is NaN or outside of [0, 1]"
+    if not (
+        np.isfinite(singular_values).all() and (singular_values >= 0).all() and (np.diff(singular_values) <= 0).all()
+    ):
+        return f"{tensor!r} has singular values that are not finite and in falling order"
+    return ""
 
 
 def share_name(keep: float) -> str:

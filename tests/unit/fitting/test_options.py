@@ -23,6 +23,7 @@ def texts(general: int, task: int) -> dict[str, TextSequences]:
 @pytest.mark.parametrize(("options", "message"), [
     ({"keep": ()}, "keep: expected at least one share"),
     ({"keep": (0.9, 0.0)}, r"keep: expected a share in \(0, 1\], found 0.0"),
+    ({"keep": ("0.9",)}, r"keep: expected a share in \(0, 1\], found '0.9'"),
     ({"keep": (1.5,)}, r"keep: expected a share in \(0, 1\], found 1.5"),
     ({"keep": (float("nan"),)}, "keep: expected a share"),
     ({"keep": (0.9, 0.9)}, "keep: expected shares that differ in six digits"),
