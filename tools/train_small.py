@@ -167,21 +167,24 @@ def lora_config(name: str, kind: str) -> Any:
     return LoraConfig(**options, task_type="CAUSAL_LM")
 
 
-def make_base(out: Path, args: argparse.Namespace) -> dict[str, list[torch.Tensor]]:
-    """Write the base, its tokenizer and the texts held out; return each text's streams: trained on, held out, held out."""
+def streams(tokenizer: Any) -> dict[str, list[torch.Tensor]]:
+    """Tokenize each text's three parts: trained on, held out, held out again."""
+    return {name: [stream(tokenizer, part) for part in divided(documents)] for name, documents in texts().items()}
+
+
+def make_base(out: Path, args: argparse.Namespace) -> None:
+    """Write the base, its tokenizer and the texts held out."""
     parts = {name: divided(documents) for name, documents in texts().items()}
     tokenizer = make_tokenizer([*parts["general"][0], *parts["task"][0]], args.vocab)
-    streams = {name: [stream(tokenizer, documents) for documents in three] for name, three in parts.items()}
     torch.manual_seed(args.seed)
     model = new_model(args.kind, args, len(tokenizer))
-    train(model, streams["general"][0], args.steps, args.rate, 0, "base")
+    train(model, stream(tokenizer, parts["general"][0]), args.steps, args.rate, 0, "base")
     out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32).save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
     for name, (_, held, test) in parts.items():
         (out / f"{name}.txt").write_text("\n\n".join(held), encoding="utf-8")
         (out / f"{name}-test.txt").write_text("\n\n".join(test), encoding="utf-8")
-    return streams
+    model.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32).save_pretrained(out / "base")
 
 
 def make_adapter(base: Path, out: Path, name: str, ids: torch.Tensor, steps: int, seed: int) -> Any:
@@ -200,15 +203,16 @@ def make_adapter(base: Path, out: Path, name: str, ids: torch.Tensor, steps: int
 
 def make(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Write the base, its tokenizer, the adapters and the texts held out; return the losses on the test texts."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    streams = make_base(out, args)
+    make_base(out, args)
+    ids = streams(AutoTokenizer.from_pretrained(out / "base"))
     model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-    losses = {"base": {text: held_out_loss(model, s[2]) for text, s in streams.items()}}
+    losses = {"base": {text: held_out_loss(model, s[2]) for text, s in ids.items()}}
     for name in args.adapters:
         steps = args.adapter_steps or args.steps // 3
-        lora = make_adapter(out / "base", out / name, name, streams["task"][0], steps, args.seed)
-        losses[name] = {text: held_out_loss(lora, s[2]) for text, s in streams.items()}
+        lora = make_adapter(out / "base", out / name, name, ids["task"][0], steps, args.seed)
+        losses[name] = {text: held_out_loss(lora, s[2]) for text, s in ids.items()}
     parameters = sum(p.numel() for p in model.parameters())
     return {"base": str(out / "base"), "adapters": [str(out / name) for name in args.adapters],
             "parameters": parameters, "losses": losses}  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 
 from streamer.api.keywords import read_size, run_options
@@ -58,7 +59,7 @@ def fit_coefficients(
     general, task
         Texts, in the forms that `evaluate_variants` takes: of what the model could do before, and of what the adapter was trained for.
     keep
-        Share of what the adapter learned that is to stay; several give several sets of coefficients.
+        Share of what the adapter learned that is to stay, below 1; several give several sets of coefficients.
     objective
         ``divergence``: ``KL(base ‖ fitted)`` on the general text and ``KL(adapter ‖ fitted)`` on the task's are made small, which takes
         no labels; ``loss``: the losses of the two.
@@ -102,7 +103,8 @@ def fit_coefficients(
         Of the class that says what kind of fault it is (see `streamer.errors`): `UnsupportedError` for a model or adapter that this
         cannot fit, `FormatError` for a text too short to hold sequences apart, `NumericError` where a loss is NaN.
     """
-    shares = (keep,) if isinstance(keep, int | float) else tuple(keep)
+    several = keep if isinstance(keep, Iterable) and not isinstance(keep, str) else [keep]
+    shares = tuple(float(one) if isinstance(one, Real) else one for one in several)
     options = FitOptions(shares, objective, grain, holdout, sequences, length, seed, steps, dtype)
     run = run_options("cpu", io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
     texts = {"general": Path(general), "task": Path(task)}

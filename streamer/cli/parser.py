@@ -273,7 +273,7 @@ def build_parser() -> Parser:
     g = sub.add_argument_group("computing")
     g.add_argument("--max-memory", type=_size, metavar="SIZE",
                    help="the most memory to take, like 600M or 4G, mapped files not counted; it decides how many sequences go together "
-                        "(default: as much as 4,096 tokens take)")  # fmt: skip
+                        "(default: as much as gradients of 1,024 tokens and measures of 4,096 take)")  # fmt: skip
     add_threads(g)
     sub.set_defaults(device="cpu")
     sub = command("demo", "run the whole job on a small generated model with planted intruders")

@@ -17,7 +17,7 @@ from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.memory import Pass, plan_passes
 from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.sequences import TextSequences
-from streamer.evaluation.texts import read_text
+from streamer.evaluation.texts import read_text, sample_digest
 from streamer.evaluation.tokenizer import tokenizer_directory
 from streamer.events import Monitor
 from streamer.output.coefficients import Coefficients
@@ -126,18 +126,20 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     model = StreamingModel(options.job(plan, options.variants, None))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor)
     if options.coefficients is not None:
-        _warn_of_fitted_texts(options.coefficients, read, run.monitor)
+        _warn_of_fitted_texts(options.coefficients, read, texts, run.monitor)
     given = job.findings if isinstance(job.findings, GivenFindings) else None
     return Prepared(plan, options, detection, run, given, read, model)
 
 
-def _warn_of_fitted_texts(coefficients: Coefficients, texts: Mapping[str, TextSequences], monitor: Monitor) -> None:
-    """Warn of texts that coefficients were fitted to, by the digests that their facts have of both."""
+def _warn_of_fitted_texts(
+    coefficients: Coefficients, texts: Mapping[str, TextSequences], paths: Mapping[str, Path], monitor: Monitor
+) -> None:
+    """Warn of texts that coefficients were fitted to, by the digests that their facts have: of the file, or of the same sequences."""
     stated = coefficients.facts.get("texts")
-    facts = stated.values() if isinstance(stated, dict) else ()
-    known = {text.get("sha256") for text in facts if isinstance(text, dict)}
+    facts = [text for text in stated.values() if isinstance(text, dict)] if isinstance(stated, dict) else []
+    sequences, files = {text.get("sha256") for text in facts}, {text.get("sample_sha256") for text in facts}
     for name, text in texts.items():
-        if text.digest() in known:
+        if text.digest() in sequences or sample_digest(paths[name]) in files:
             monitor.warn(
                 (f"the {name} text, {text.name}, is one that the coefficients were fitted to: the variants fitted look better on it than "
                  "they are; evaluate on other text",)
@@ -165,13 +167,13 @@ def refuse_new_tokens(plan: Plan) -> None:
 
 
 def read_texts(
-    model: StreamingModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor
+    model: StreamingModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor, least: int = 2
 ) -> dict[str, TextSequences]:
     """Read the ``general`` and the ``task`` text with the tokenizer of a model, and warn where they are the same; see `read_text`."""
     directory = tokenizer_directory(model.job.plan)
     read = {
-        name: read_text(path, directory, sequences=sequences, length=length, vocabulary=model.vocabulary,
-                        positions=model.positions)
+        name: read_text(path, directory, sequences=sequences, length=length, least=least,
+                        vocabulary=model.vocabulary, positions=model.positions)
         for name, path in texts.items()
     }  # fmt: skip
     if read[GENERAL].digest() == read[TASK].digest():

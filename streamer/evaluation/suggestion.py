@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -108,7 +109,7 @@ class Suggestion:
 
 def check_keep(keep: float) -> None:
     """Refuse what is no share of what was learned."""
-    if isinstance(keep, bool) or not 0 < keep <= 1:
+    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < keep <= 1:
         raise UsageError(f"keep: expected a share in (0, 1], found {keep!r}")
 
 

@@ -7,6 +7,7 @@ sequences that lie apart depend less on one another, which the standard errors a
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,9 @@ SUFFIXES = (".txt", ".jsonl", ".npy")
 BYTES_PER_TOKEN = 8
 """Text that is tokenized at first for each token that is wanted; more is read where this was too little."""
 
+SAMPLES, SAMPLE_BYTES = 256, 4096
+"""Pieces of a file that its digest is of, at even distances, and bytes of each; a file that has no more is taken whole."""
+
 LONGEST_WORD = 100
 """Bytes in which a sequence looks for the beginning of a word; text without spaces begins at a character."""
 
@@ -37,6 +41,7 @@ def read_text(
     *,
     sequences: int = 64,
     length: int = 512,
+    least: int = 2,
     vocabulary: int | None = None,
     positions: int | None = None,
 ) -> TextSequences:
@@ -57,9 +62,11 @@ def read_text(
     tokenizer_directory
         Holds the tokenizer and its chat template; ``.npy`` needs none.
     sequences
-        Sequences that are taken, at least 2; fewer where the text has no more.
+        Sequences that are taken, `least` or more; fewer where the text has no more.
     length
         Tokens of a sequence, at least 2.
+    least
+        Sequences that running text and a stream are to give, 2 or more.
     vocabulary
         Ids must be below it.
     positions
@@ -71,7 +78,7 @@ def read_text(
         If the name has another suffix, a sequence is longer than the model's positions, or has room only for what the tokenizer puts
         before a text.
     FormatError
-        If the file breaks its format, holds fewer than two sequences, or an id outside of the vocabulary.
+        If the file breaks its format, holds fewer than two sequences or the least, or an id outside of the vocabulary.
     MissingInputError, MissingPackageError
         If the file, the tokenizer or transformers is not there.
     """
@@ -81,12 +88,12 @@ def read_text(
             f"{path}: expected the name of a text to end in {', '.join(SUFFIXES)}, found {quoted(path.suffix)}"
         )
     if path.suffix == ".npy":
-        taken = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length)]
+        taken = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length, least)]
     else:
         tokenizer = load_tokenizer(path, tokenizer_directory)
         if path.suffix == ".txt":
             own = np.arange(length) >= len(tokenizer.start)
-            taken = [(ids, own.copy()) for ids in _cut_text(path, tokenizer, sequences, length)]
+            taken = [(ids, own.copy()) for ids in _cut_text(path, tokenizer, sequences, length, least)]
         else:
             taken = list(read_json_lines(path, tokenizer, sequences, length))
     for _, counted in taken:
@@ -94,6 +101,21 @@ def read_text(
     text = TextSequences(tuple(ids for ids, _ in taken), tuple(counted for _, counted in taken), path.name)
     _check(path, text, vocabulary, positions)
     return text
+
+
+def sample_digest(path: str | Path) -> str:
+    """Hash (SHA-256, hex) the size of a text's file and a sample of its bytes: it tells files apart, however they are cut."""
+    fd, status = open_regular(Path(path), "text")
+    try:
+        digest = hashlib.sha256(status.st_size.to_bytes(8, "little"))
+        if status.st_size <= SAMPLES * SAMPLE_BYTES:
+            digest.update(read_bytes(fd, status.st_size, 0))
+        else:
+            for i in range(SAMPLES):
+                digest.update(read_bytes(fd, SAMPLE_BYTES, i * (status.st_size - SAMPLE_BYTES) // (SAMPLES - 1)))
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
 
 
 def _check(path: Path, text: TextSequences, vocabulary: int | None, positions: int | None) -> None:
@@ -116,7 +138,7 @@ def _check(path: Path, text: TextSequences, vocabulary: int | None, positions: i
             )
 
 
-def _read_ids(path: Path, sequences: int, length: int) -> Iterator[NDArray[np.int64]]:
+def _read_ids(path: Path, sequences: int, length: int, least: int) -> Iterator[NDArray[np.int64]]:
     fd, _ = open_regular(path, "token ids")
     os.close(fd)
     try:
@@ -130,7 +152,7 @@ def _read_ids(path: Path, sequences: int, length: int) -> Iterator[NDArray[np.in
             f"{path}: expected token ids, integers in 1 dimension (a stream) or 2 (sequences), found {array.dtype} in {array.ndim}"
         )
     if array.ndim == 1:
-        _check_stream(path, len(array), length)
+        _check_stream(path, len(array), length, least)
         for i in evenly(len(array) // length, sequences):
             yield np.array(array[i * length : (i + 1) * length], np.int64)
         return
@@ -140,16 +162,16 @@ def _read_ids(path: Path, sequences: int, length: int) -> Iterator[NDArray[np.in
         yield np.array(array[i, :length], np.int64)
 
 
-def _check_stream(path: Path, tokens: int, length: int) -> None:
-    """Refuse a stream of fewer tokens than two sequences have."""
-    if tokens < 2 * length:
-        hint = f"give more text, or --length {tokens // 2}" if tokens >= 4 else "give more text"
+def _check_stream(path: Path, tokens: int, length: int, least: int) -> None:
+    """Refuse a stream of fewer tokens than the least number of sequences has; name the length that does."""
+    if tokens < least * length:
+        hint = f"give more text, or --length {tokens // least}" if tokens >= 2 * least else "give more text"
         raise FormatError(
-            f"{path}: expected 2 sequences of {length} tokens at least, found {count_of(tokens, 'token')}; {hint}"
+            f"{path}: expected {least} sequences of {length} tokens at least, found {count_of(tokens, 'token')}; {hint}"
         )
 
 
-def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int) -> Iterator[NDArray[np.int64]]:
+def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int, least: int) -> Iterator[NDArray[np.int64]]:
     """Take sequences from text at even distances in bytes; where it has too few for that, one after another."""
     if length <= len(tokenizer.start):
         raise UsageError(
@@ -163,8 +185,8 @@ def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int) -> 
             at = _next_word(fd, even) if even > end else end
             ids, size = _tokenize_from(path, fd, at, tokenizer, wanted)
             if len(ids) < wanted:
-                if found < 2:
-                    _check_stream(path, found * length + len(ids), length)
+                if found < least:
+                    _check_stream(path, found * length + len(ids), length, least)
                 return
             yield np.array([*tokenizer.start, *ids], np.int64)
             end, found = at + size, found + 1

@@ -2,10 +2,10 @@
 
 It holds no model and reads no file; given the same answers it asks the same questions, so a journal of answers resumes it. What is asked:
 
-1. `Measure` of nothing but the base and the adapter, on the sequences held apart. Where the adapter is not told from the base there, in
-   what it has learnt or in what it has forgotten, there is nothing to fit.
-2. `Gradient` of G at c = 1 and of T at c = 0. KL divergences have value and gradient 0 at the other end; of losses, the gradients there
-   are asked for too.
+1. `Measure` of the base and the adapter, and of c = 0 where that is another model, on the sequences held apart. Where the adapter is
+   not told from the base there, in what it has learnt or in what it has forgotten, there is nothing to fit.
+2. `Gradient` of G at c = 1 and of T at c = 0. KL divergences from the models at the other ends have value and gradient 0 there; of losses,
+   and of G where c = 0 is not the base, the gradients there are asked for too.
 3. Some times: `Gradient` of both at one point of the front that the models of G and T give (see `front`), for that share of the
    learning whose point is furthest from all sampled ones.
 4. `Measure` of points of the final front around each share, then of those that interpolation among them chooses.
@@ -54,6 +54,8 @@ class FitOptions:
         Points at which both gradients are taken after those at the ends; by default `STEPS_PER_SHARE` for each share.
     regardless
         Fit even where the adapter is not told from the base on the sequences held apart.
+    base_at_zero
+        Whether c = 0 is the base; with what an adapter brings besides deltas, which stays, it is another model.
     """
 
     groups: NDArray[np.int64]
@@ -61,6 +63,7 @@ class FitOptions:
     objective: Literal["kl", "loss"] = "kl"
     steps: int | None = None
     regardless: bool = False
+    base_at_zero: bool = True
 
     @property
     def step_count(self) -> int:
@@ -114,7 +117,7 @@ class FittedPoint:
     coefficients
         c: (P,).
     weight
-        μ, in nats of general text a nat of task text; not a number for one coefficient for all.
+        μ, in nats of general text a nat of task text; not a number for one coefficient for all, and where all are 0.
     kept, forgetting
         Shares of the learning kept and of the forgetting left on the sequences held apart.
     """
@@ -152,19 +155,24 @@ Steps = Generator[Request, Answer, FitResult]
 def fit_steps(options: FitOptions) -> Steps:
     """Fit coefficients for each share of the learning; yields requests, is sent their answers, returns the result."""
     P = len(options.groups)
-    ends = yield from _measure([])
+    ends = yield from _measure([] if options.base_at_zero else [np.zeros(P)])
     learnt, forgotten = ends.task.loss_difference(0, 1), ends.general.loss_difference(1, 0)
     reason = _doubt(learnt, forgotten)
     if reason and not options.regardless:
         return FitResult((), learnt, forgotten, reason)
-    if len(np.unique(options.groups)) == 1:
+    zero = FrontPoint(float("nan"), np.zeros(P), 0.0 if options.base_at_zero else ends.task.share(2).value)
+    above = [keep for keep in options.keep if keep > zero.kept]
+    candidates: list[FrontPoint] = []
+    if above and len(np.unique(options.groups)) == 1:
         candidates = [FrontPoint(float("nan"), np.full(P, scale), scale) for scale in SCALES]
-    else:
-        front = yield from _sampled(options)
-        candidates = [_whole(front.at(level), options.groups) for level in _levels(options.keep)]
+    elif above:
+        # Models of T know what the coefficients add to what is kept without them.
+        wanted = [(keep - zero.kept) / (1 - zero.kept) for keep in above]
+        front = yield from _sampled(options, wanted)
+        candidates = [_whole(front.at(level), options.groups) for level in _levels(wanted)]
     tried = yield from _measure([point.coefficients for point in candidates])
     candidates = [replace(point, kept=tried.task.share(i).value) for i, point in enumerate(candidates, start=2)]
-    found = [choose(candidates, keep) for keep in options.keep]
+    found = [choose(zero, candidates, keep) for keep in options.keep]
     held = yield from _measure([point.coefficients for point in found])
     points = tuple(
         FittedPoint(keep, point.coefficients, point.weight, held.task.share(i), held.general.share(i))
@@ -173,18 +181,20 @@ def fit_steps(options: FitOptions) -> Steps:
     return FitResult(points, learnt, forgotten, reason)
 
 
-def _sampled(options: FitOptions) -> Generator[Request, Answer, Front]:
-    """Sample both texts at the ends and then at points of the front that the samples so far give."""
+def _sampled(options: FitOptions, wanted: Sequence[float]) -> Generator[Request, Answer, Front]:
+    """Sample both texts at the ends and then at points of the front that the samples so far give, for shares that are wanted."""
     groups, n = options.groups, int(options.groups.max()) + 1
     zero, one = np.zeros(n), np.ones(n)
     known = options.objective == "kl"
-    general = [Sample(zero, 0.0, zero) if known else (yield from _sample("general", zero, groups))]
+    general = [
+        Sample(zero, 0.0, zero) if known and options.base_at_zero else (yield from _sample("general", zero, groups))
+    ]
     general.append((yield from _sample("general", one, groups)))
     task = [Sample(one, 0.0, zero) if known else (yield from _sample("task", one, groups))]
     task.append((yield from _sample("task", zero, groups)))
     for _ in range(options.step_count):
         front = Front(tuple(general), tuple(task))
-        c = max((front.at(keep) for keep in options.keep), key=front.distance).coefficients
+        c = max((front.at(keep) for keep in wanted), key=front.distance).coefficients
         general.append((yield from _sample("general", c, groups)))
         task.append((yield from _sample("task", c, groups)))
     return Front(tuple(general), tuple(task))

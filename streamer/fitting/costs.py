@@ -57,10 +57,10 @@ def pass_costs(prepared: PreparedFit, variants: int) -> list[int]:
 
 def expected_costs(prepared: PreparedFit) -> Costs:
     """Count those of a whole fit."""
-    options, several = prepared.options, prepared.parameters.count > 1
-    measured = [2 + len(SHRINKS)]
+    several, base_at_zero = prepared.parameters.count > 1, not prepared.unchanged
+    measured = [2 + len(SHRINKS) - base_at_zero]
     gradients: list[int] = []
-    for asked in expected_requests(options, several):
+    for asked in expected_requests(prepared.options, several, base_at_zero):
         if isinstance(asked, str):
             gradients += gradient_costs(prepared, asked)
         elif asked:
@@ -69,20 +69,22 @@ def expected_costs(prepared: PreparedFit) -> Costs:
 
 
 @cache
-def expected_requests(options: FitOptions, several: bool) -> tuple[str | int, ...]:
+def expected_requests(options: FitOptions, several: bool, base_at_zero: bool) -> tuple[str | int, ...]:
     """List what the algorithm asks for: a text, of whose gradient, or a number of models to measure. It depends on the options alone.
 
     Parameters
     ----------
     several
         Whether there is more than one coefficient.
+    base_at_zero
+        Whether coefficients of 0 give the base.
     """
-    return tuple(_requests(options, several))
+    return tuple(_requests(options, several, base_at_zero))
 
 
-def _requests(options: FitOptions, several: bool) -> Iterator[str | int]:
+def _requests(options: FitOptions, several: bool, base_at_zero: bool) -> Iterator[str | int]:
     """Drive the algorithm on quadratic functions of one or two coefficients."""
-    steps = fit_steps(options.of_algorithm(2 if several else 1))
+    steps = fit_steps(options.of_algorithm(2 if several else 1, base_at_zero))
     request = next(steps)
     while True:
         answer: Slope | HeldOut
@@ -91,7 +93,8 @@ def _requests(options: FitOptions, several: bool) -> Iterator[str | int]:
             c = request.coefficients - (request.text == TASK)
             answer = Slope(float(c @ c) / 2, c)
         else:
-            yield len(request.coefficients)
+            # That of coefficients of 0 is the base, or was measured among the shrinks.
+            yield sum(bool(c.any()) for c in request.coefficients)
             rows = [np.zeros(1), np.ones(1), *request.coefficients]
             answer = HeldOut(_sums([row.mean() ** 2 for row in rows]), _sums([(row.mean() - 1) ** 2 for row in rows]))
         try:

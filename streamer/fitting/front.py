@@ -142,25 +142,30 @@ class Front:
         return anchor.value + float(anchor.gradient @ d) + 0.5 * float(d @ (self.task_curvature @ d))
 
 
-def choose(candidates: Sequence[FrontPoint], wanted: float) -> FrontPoint:
+def choose(zero: FrontPoint, candidates: Sequence[FrontPoint], wanted: float) -> FrontPoint:
     """Find the point where a share is kept, on the straight lines between candidates in the order of what they keep.
+
+    T is convex, so that on a line between two of them no less is kept than interpolation says.
 
     Parameters
     ----------
+    zero
+        c = 0, with what was measured to be kept there: nothing, if all that the adapter brings is deltas. Where that is enough, it is the
+        answer.
     candidates
-        At least one, with what each was measured to keep. The ends, c = 0 which keeps nothing and c = 1 which keeps all, are added.
-        T is convex, so that on a line between two of them no less is kept than interpolation says.
+        With what each was measured to keep. The ends are added: `zero`, and c = 1, which keeps all.
     wanted
         The share, in (0, 1).
     """
-    P = len(candidates[0].coefficients)
-    ends = FrontPoint(0.0, np.zeros(P), 0.0), FrontPoint(float("inf"), np.ones(P), 1.0)
-    inner = sorted((c for c in candidates if 0 < c.kept < 1), key=lambda c: c.kept)
-    points = [ends[0], *inner, ends[1]]
+    if zero.kept >= wanted:
+        return zero
+    one = FrontPoint(float("inf"), np.ones_like(zero.coefficients), 1.0)
+    inner = sorted((c for c in candidates if zero.kept < c.kept < 1), key=lambda c: c.kept)
+    points = [zero, *inner, one]
     above = next(i for i, point in enumerate(points) if point.kept >= wanted)
     low, high = points[above - 1], points[above]
     share = (wanted - low.kept) / (high.kept - low.kept)
-    nearer = high if (share > 0.5 and high is not ends[1]) or low is ends[0] else low
+    nearer = high if (share > 0.5 and high is not one) or low is zero else low
     return FrontPoint(nearer.weight, low.coefficients + share * (high.coefficients - low.coefficients), wanted)
 
 

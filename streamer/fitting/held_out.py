@@ -35,7 +35,8 @@ class HeldOut:
         self._prepared, self._parameters, self._records = prepared, parameters, records
         self._progress, self._before = progress, before
         self._rows: dict[bytes, Mapping[str, SequenceSums]] = {}
-        """By θ, in bytes: sums of one variant, by text; of the base under an empty key."""
+        """By θ, in bytes: sums of one variant, by text; of the base under an empty key, which is also that of θ = 0 where this is the
+        base."""
 
     @property
     def adapter(self) -> Floats:
@@ -44,7 +45,8 @@ class HeldOut:
 
     def missing(self, asked: Sequence[Floats]) -> list[Floats]:
         """List those that were not measured yet, each once."""
-        return list({theta.tobytes(): theta for theta in asked if theta.tobytes() not in self._rows}.values())
+        measured = {b"", *self._rows}
+        return list({self._key(theta): theta for theta in asked if self._key(theta) not in measured}.values())
 
     def measure(self, request: int, asked: Sequence[Floats]) -> None:
         """Measure those of the parameters that were not measured before; they run together.
@@ -84,16 +86,19 @@ class HeldOut:
             text: together(passes, sums, text, len(variants), len(prepared.texts[text].held.ids))
             for text in (GENERAL, TASK)
         }
-        for v, row in enumerate([b"", *(theta.tobytes() for theta in new)]):
+        for v, row in enumerate([b"", *map(self._key, new)]):
             self._rows[row] = {text: _row(of, v) for text, of in whole.items()}
 
     def sums(self, text: str, asked: Sequence[Floats]) -> SequenceSums:
         """Return the sums of a text, of the base, the adapter as it is, and these parameters, which were measured."""
-        keys = [b"", self.adapter.tobytes(), *(theta.tobytes() for theta in asked)]
+        keys = [b"", *map(self._key, [self.adapter, *asked])]
         rows = [self._rows[one][text] for one in keys]
         return SequenceSums(
             rows[0].tokens, *(np.concatenate([getattr(row, name) for row in rows]) for name in MEASURES)
         )
+
+    def _key(self, theta: Floats) -> bytes:
+        return b"" if not theta.any() and not self._prepared.unchanged else theta.tobytes()
 
     @staticmethod
     def _name(theta: Floats) -> str:

@@ -15,6 +15,7 @@ from streamer.evaluation.options import ProductDtype, check_dtype
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.suggestion import check_keep
 from streamer.fitting import algorithm
+from streamer.output.coefficients import share_name
 
 Objective = Literal["divergence", "loss"]
 """What is made small: divergences from the base and from the adapter as it is, or the losses of both texts."""
@@ -33,7 +34,7 @@ class FitOptions:
     Attributes
     ----------
     keep
-        Shares of what the adapter learned that are to stay, one for each set of coefficients.
+        Shares of what the adapter learned that are to stay, below 1, one for each set of coefficients.
     objective
         ``divergence``: ``KL(base ‖ fitted)`` on the general text and ``KL(adapter ‖ fitted)`` on the task's; ``loss``: the losses there.
     grain
@@ -65,8 +66,10 @@ class FitOptions:
             raise UsageError("keep: expected at least one share, found none")
         for share in self.keep:
             check_keep(share)
-        if len(set(self.keep)) < len(self.keep):
-            raise UsageError(f"keep: expected different shares, found {list(self.keep)}")
+            if share_name(share) == "1":
+                raise UsageError(f"keep: {share!r} is the adapter as it is, which takes no fit; give shares below it")
+        if len({share_name(share) for share in self.keep}) < len(self.keep):
+            raise UsageError(f"keep: expected shares that differ in six digits, found {list(self.keep)}")
         for name, choices in (("objective", Objective), ("grain", Grain)):
             if getattr(self, name) not in get_args(choices):
                 raise UsageError(
@@ -82,10 +85,10 @@ class FitOptions:
                 raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
         check_dtype(self.dtype)
 
-    def of_algorithm(self, count: int) -> algorithm.FitOptions:
-        """Make the options of the algorithm, for so many parameters."""
+    def of_algorithm(self, count: int, base_at_zero: bool = True) -> algorithm.FitOptions:
+        """Make the options of the algorithm, for so many parameters; see `algorithm.FitOptions`."""
         objective: Literal["kl", "loss"] = "kl" if self.objective == "divergence" else "loss"
-        return algorithm.FitOptions(np.arange(count), self.keep, objective, self.steps, regardless=True)
+        return algorithm.FitOptions(np.arange(count), self.keep, objective, self.steps, True, base_at_zero)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""
@@ -131,8 +134,8 @@ def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], option
         text, count = texts[name], len(texts[name].ids)
         if count < 2 * LEAST:
             raise FormatError(
-                f"{paths[name]}: expected {2 * LEAST} sequences at least, {LEAST} to fit on and {LEAST} to hold apart, found {count}; give "
-                "more text, or a smaller --length"
+                f"{paths[name]}: expected {2 * LEAST} sequences at least, {LEAST} to fit on and {LEAST} to hold apart, found {count}; "
+                "give more"
             )
         held = min(count - LEAST, max(LEAST, round(options.holdout * count)))
         rng = np.random.default_rng(options.seed)

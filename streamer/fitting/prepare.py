@@ -15,8 +15,10 @@ from streamer.detection.options import RunOptions
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
 from streamer.evaluation.prepare import is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.evaluation.texts import sample_digest
+from streamer.fitting import algorithm
 from streamer.fitting.memory import gradient_bytes, plan_chunks
-from streamer.fitting.options import Division, FitOptions, divide
+from streamer.fitting.options import LEAST, Division, FitOptions, divide
 from streamer.fitting.parameters import Parameters, singular_values_of
 from streamer.output.mitigation import MitigationOptions
 from streamer.plan.batch import Batch
@@ -45,6 +47,8 @@ class PreparedFit:
         Budget in bytes; None where there is none.
     texts
         ``general`` and ``task``, each in two parts.
+    files
+        Digests of their files; see `sample_digest`.
     model
         Of the base and one variant, for its sizes.
     """
@@ -54,6 +58,7 @@ class PreparedFit:
     run: RunOptions
     max_memory: int | None
     texts: Mapping[str, Division]
+    files: Mapping[str, str]
     model: StreamingModel
 
     @cached_property
@@ -126,6 +131,11 @@ class PreparedFit:
             raise UnsupportedError(f"{self.plan.adapter.path}: changes nothing by its deltas, all of which are zero")
         return found
 
+    @property
+    def of_algorithm(self) -> algorithm.FitOptions:
+        """Make the options of the algorithm."""
+        return self.options.of_algorithm(self.parameters.count, base_at_zero=not self.unchanged)
+
     def warn(self) -> None:
         """Warn of a text that is short for as many parameters."""
         count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
@@ -154,7 +164,7 @@ class PreparedFit:
             "factored": is_factored(self.plan),
             "quantized": stays_quantized(self.plan),
             **{name: options[name] for name in ("objective", "grain", "holdout", "seed", "steps", "dtype")},
-            "texts": {name: _text_facts(text) for name, text in self.texts.items()},
+            "texts": {name: _text_facts(text, self.files[name]) for name, text in self.texts.items()},
             "unchanged": self.unchanged,
         }
         decided = {**tree, "options": options, "max_memory": self.max_memory}
@@ -165,10 +175,11 @@ class PreparedFit:
         }
 
 
-def _text_facts(text: Division) -> dict[str, Any]:
-    """Say what both parts of a text are; the digest is of all of it."""
+def _text_facts(text: Division, file: str) -> dict[str, Any]:
+    """Say what both parts of a text are; the digests are of all of it, and of its file."""
     return {
         **text.whole.facts(),
+        "sample_sha256": file,
         "fitted": {"sequences": len(text.fitted.ids), "tokens": text.fitted.tokens},
         "held": {"sequences": len(text.held.ids), "tokens": text.held.tokens},
     }
@@ -189,8 +200,9 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
     refuse_new_tokens(plan)
     variants = Variant(BASE, None), Variant("fitted", MitigationOptions(1.0, "shrink"))
     model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16"))
-    read = read_texts(model, texts, options.sequences, options.length, run.monitor)
-    prepared = PreparedFit(plan, options, run, max_memory, divide(read, texts, options), model)
+    read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
+    files = {name: sample_digest(path) for name, path in texts.items()}
+    prepared = PreparedFit(plan, options, run, max_memory, divide(read, texts, options), files, model)
     if prepared.unchanged:
         names = prepared.unchanged
         run.monitor.warn(

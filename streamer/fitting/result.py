@@ -12,11 +12,11 @@ from streamer.errors import MismatchError
 from streamer.evaluation.statistics import SequenceSums, flat
 from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, against_shrink
 from streamer.fitting.algorithm import FittedPoint
-from streamer.output.coefficients import Floats
+from streamer.output.coefficients import Floats, share_name
 from streamer.streaming.variants import ADAPTER, BASE
 
-SHRINKS = (0.85, 0.7, 0.5, 0.25)
-"""Shrinks that are measured on the sequences held apart; base and adapter, λ = 0 and 1, always are."""
+SHRINKS = (0.85, 0.7, 0.5, 0.25, 0.0)
+"""Shrinks that are measured on the sequences held apart, beside the adapter, λ = 1. By 0 it is the base, unless more than deltas stays."""
 
 NEAR = 0.05
 """A coefficient within this of 0 or 1 is near it."""
@@ -66,17 +66,9 @@ def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FittedP
     """
     variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
     variants += [EvaluatedVariant(f"shrink {lam:g}", "shrink", lam) for lam in SHRINKS]
-    variants += [EvaluatedVariant(f"fitted {one.keep:g}", "fitted", None) for one in found]
-    variants.append(EvaluatedVariant("shrink 0", "shrink", 0.0))
-    general, task = _with_base_again(general), _with_base_again(task)
+    variants += [EvaluatedVariant(f"fitted {share_name(one.keep)}", "fitted", None) for one in found]
     first = 2 + len(SHRINKS)
     return [_set(one, variants, general, task, first + i) for i, one in enumerate(found)]
-
-
-def _with_base_again(sums: SequenceSums) -> SequenceSums:
-    """Append the base's row: it is a shrink by 0."""
-    rows = [*range(len(sums.loss)), BASE_ROW]
-    return SequenceSums(sums.tokens, sums.loss[rows], sums.kl[rows], sums.agree[rows])
 
 
 def _set(one: FittedPoint, variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums,

@@ -94,7 +94,7 @@ class _Run:
 
     def _drive(self) -> tuple[int, Sequence[FittedPoint]]:
         """Answer the algorithm's requests until it has what it wants; return the number of the next one, and what it found."""
-        steps, number = fit_steps(self.prepared.options.of_algorithm(self.parameters.count)), 1
+        steps, number = fit_steps(self.prepared.of_algorithm), 1
         request = next(steps)
         while True:
             answer = self._slope(number, request) if isinstance(request, Gradient) else self._losses(number, request)

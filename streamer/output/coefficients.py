@@ -7,7 +7,6 @@ adapter's rank. A dense delta, of an adapter that has no factors, has one coeffi
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -83,6 +82,18 @@ class CoefficientSet:
             digest.update(self.matrices[tensor].values.astype("<f8").tobytes())
         return digest.hexdigest()
 
+    def check(self) -> None:
+        """Refuse what no fit gives, and no file holds.
+
+        Raises
+        ------
+        UsageError
+            If a coefficient is NaN or outside of [0, 1], or singular values are not their like.
+        """
+        for tensor, matrix in self.matrices.items():
+            if fault := fault_of(tensor, matrix.singular_values, matrix.values):
+                raise UsageError(f"{self.name}: {fault}; give those of a fit")
+
     def record(self) -> CoefficientsRecord:
         """Say which they are, as an output has it."""
         return {"keep": self.keep, "sha256": self.digest}
@@ -125,23 +136,25 @@ class Coefficients:
         return [one.keep for one in self.sets]
 
     def select(self, keep: float | None = None) -> CoefficientSet:
-        """Select the set that keeps a share, or the only one.
+        """Select the set that keeps a share, or the only one. A share is what `share_name` prints of it.
 
         Raises
         ------
         UsageError
             If there is none for that share, or several and none is named.
         """
-        shares = listed([f"{one:g}" for one in self.keeps])
+        shares = listed([share_name(one) for one in self.keeps])
         if keep is None:
             if len(self.sets) > 1:
                 raise UsageError(
                     f"{self.name}: holds {len(self.sets)} sets of coefficients; choose one by keep: {shares}"
                 )
             return self._bound(self.sets[0])
-        found = [one for one in self.sets if math.isclose(one.keep, keep, rel_tol=1e-9)]
+        found = [one for one in self.sets if share_name(one.keep) == share_name(keep)]
         if not found:
-            raise UsageError(f"{self.name}: holds no coefficients that keep {keep:g}; those there are keep {shares}")
+            raise UsageError(
+                f"{self.name}: holds no coefficients that keep {share_name(keep)}; those there are keep {shares}"
+            )
         return self._bound(found[0])
 
     def _bound(self, one: CoefficientSet) -> CoefficientSet:
@@ -169,6 +182,28 @@ class Coefficients:
         from streamer.output.coefficients_file import save_coefficients
 
         save_coefficients(self, Path(path), overwrite)
+
+
+def fault_of(tensor: str, singular_values: Floats, values: Floats) -> str:
+    """Say what is wrong with singular values (p,) and coefficients (p,) or (K, p) of a matrix; nothing is an empty string."""
+    if singular_values.ndim != 1 or values.shape[-1:] != singular_values.shape:
+        return f"{tensor!r} has {list(singular_values.shape)} singular values, and coefficients of shape {list(values.shape)}"
+    if not ((values >= 0) & (values <= 1)).all():
+        return f"{tensor!r} has a coefficient that is NaN or outside of [0, 1]"
+    if not (
+        np.isfinite(singular_values).all() and (singular_values >= 0).all() and (np.diff(singular_values) <= 0).all()
+    ):
+        return f"{tensor!r} has singular values that are not finite and in falling order"
+    return ""
+
+
+def share_name(keep: float) -> str:
+    """Name a share of the learning, in six digits, as tables, variants and commands have it; sets of one file differ in it.
+
+    >>> share_name(0.9), share_name(1 / 3)
+    ('0.9', '0.333333')
+    """
+    return f"{keep:g}"
 
 
 def directions(delta: Delta) -> Floats:

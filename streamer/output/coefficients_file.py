@@ -16,7 +16,7 @@ import numpy as np
 
 from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
 from streamer.errors import FormatError, OutputError, OutputExistsError
-from streamer.output.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients
+from streamer.output.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients, fault_of, share_name
 from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_checks import refuse_address, refuse_symlink
@@ -50,7 +50,11 @@ def save_coefficients(coefficients: Coefficients, path: Path, overwrite: bool = 
         If something else stands there, or the path names no file.
     StorageError
         If the system refuses to write.
+    UsageError
+        If they are none; see `CoefficientSet.check`.
     """
+    for one in coefficients.sets:
+        one.check()
     refuse_address(path)
     refuse_symlink(path)
     if path.is_dir():
@@ -98,7 +102,7 @@ def load_coefficients(path: str | Path) -> Coefficients:
         if not isinstance(tree, dict) or tree.get("schema") != SCHEMA:
             raise ValueError(f"expected the schema {SCHEMA}")
         keeps = tree["keeps"]
-        if not (isinstance(keeps, list) and keeps and len(set(keeps)) == len(keeps) and all(map(_is_share, keeps))):
+        if not (isinstance(keeps, list) and keeps and all(map(_is_share, keeps)) and _all_differ(keeps)):
             raise ValueError("keeps are not different shares in (0, 1]")
         arrays = {info.name: _array(file, info) for info in file.header.tensors}
         matrices = _matrices(arrays, len(keeps))
@@ -153,18 +157,21 @@ def _matrices(arrays: dict[str, Floats], sets: int) -> dict[str, tuple[Floats, F
     names = [name.removesuffix(VALUES) for name in arrays if name.endswith(VALUES)]
     for tensor in names:
         s, c = arrays[tensor + SINGULAR_VALUES], arrays[tensor + VALUES]
-        if s.ndim != 1 or c.shape != (sets, len(s)):
+        if c.shape[:-1] != (sets,):
             raise ValueError(
                 f"{tensor!r} has {list(s.shape)} singular values, and coefficients of shape {list(c.shape)}"
             )
-        if not ((c >= 0) & (c <= 1)).all():
-            raise ValueError(f"{tensor!r} has a coefficient that is NaN or outside of [0, 1]")
-        if not (np.isfinite(s).all() and (s >= 0).all() and (np.diff(s) <= 0).all()):
-            raise ValueError(f"{tensor!r} has singular values that are not finite and in falling order")
+        if fault := fault_of(tensor, s, c):
+            raise ValueError(fault)
         out[tensor] = s, c
     if not out or 2 * len(out) != len(arrays):
         raise ValueError("its arrays are not pairs of singular values and coefficients")
     return out
+
+
+def _all_differ(keeps: list[float]) -> bool:
+    """Test whether each names one set."""
+    return len({share_name(keep) for keep in keeps}) == len(keeps)
 
 
 def _is_share(value: Any) -> bool:

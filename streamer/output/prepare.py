@@ -140,7 +140,10 @@ def check_coefficients(plan: Plan, coefficients: CoefficientSet) -> None:
     ------
     MismatchError
         Which of them differs, and how.
+    UsageError
+        If they are none; see `CoefficientSet.check`.
     """
+    coefficients.check()
     name, facts = coefficients.name, coefficients.facts
     for what, here in (("base", {**plan.base_identity}), ("adapter", {**plan.adapter_identity})):
         if not isinstance(facts.get(what), dict):

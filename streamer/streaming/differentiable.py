@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from streamer.plan.targets import TensorSlice
 from streamer.streaming.coefficient_deltas import Change, CoefficientDeltas
@@ -129,7 +130,8 @@ class DifferentiableReader(Multiplier):
         rows = torch.cat([values.rows(self.tensor, variant, i, i + 1) for i in unique.tolist()])
         for _, change in self.setting.changes(self.sources[0].slices[0]):
             rows = rows + change.rows(unique)
-        return rows[at]
+        # Not `rows[at]`, whose backward pass adds what a row gets in the order in which threads come.
+        return functional.embedding(at, rows)
 
     def product(self, x: Tensor, transposed: bool) -> Tensor:
         """``x Wᵀ``, or `transposed`, ``x W``."""

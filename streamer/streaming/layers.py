@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,9 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
 class SpooledLayer:
     """A layer whose `forward` keeps its inputs in a spool instead of its activations in memory.
 
+    A `UserDict` among its arguments is one in which layers hand tensors on, such as keys and values that later layers use again
+    (`KVSharingDict` of transformers): what it holds is among the layer's inputs, and what the layer puts there among its outputs.
+
     Parameters
     ----------
     path, module
@@ -46,41 +50,89 @@ class SpooledLayer:
         module.forward = self.run
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer."""
-        leaves, spec = tree_flatten((args, kwargs))
+        """Run the layer.
+
+        Raises
+        ------
+        UnsupportedError
+            If the layer hands tensors on in an argument of another kind, where gradients would be lost.
+        """
+        arguments, form = tree_flatten((args, kwargs))
+        shared = {i: argument for i, argument in enumerate(arguments) if isinstance(argument, UserDict)}
+        leaves, spec = tree_flatten([shared[i].data if i in shared else one for i, one in enumerate(arguments)])
         inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         anchor = self.anchor()
         if not torch.is_grad_enabled() or (not inputs and anchor is None):
             return self.forward(*args, **kwargs)
-        call = _Call(self, [None if i in inputs else leaf for i, leaf in enumerate(leaves)], spec, inputs)
+        constants = [None if i in inputs else leaf for i, leaf in enumerate(leaves)]
+        call = _Call(self, constants, spec, form, {i: type(one) for i, one in shared.items()}, inputs)
         tensors: tuple[Tensor, ...] = _Boundary.apply(call, anchor, *(leaves[i] for i in inputs))  # type: ignore[no-untyped-call]
-        return call.rebuilt(tensors)
+        result, changes = call.rebuilt(tensors)
+        for container, change in zip(shared.values(), changes, strict=True):
+            container.update(change)
+        return result
 
 
 @dataclass(eq=False)
 class _Call:
-    """One call of a layer: its arguments but for the tensors that require gradients, and the form of its result."""
+    """One call of a layer: its arguments but for the tensors that require gradients, and the form of its result.
+
+    Attributes
+    ----------
+    constants, spec
+        What the arguments hold, None for each tensor that requires gradients, and how they hold it.
+    form
+        How the arguments are given.
+    shared
+        Class of each argument in which tensors are handed on; `constants` has what they held before the call.
+    inputs
+        Numbers of the tensors that require gradients.
+    """
 
     layer: SpooledLayer
     constants: list[Any]
     spec: TreeSpec
+    form: TreeSpec
+    shared: Mapping[int, type[UserDict[Any, Any]]]
     inputs: list[int]
     result: tuple[list[Any], TreeSpec] | None = None
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run the layer on the tensors that require gradients, and return those of its result."""
+        """Run the layer on the tensors that require gradients, and return those of its result and of what it hands on."""
         leaves = list(self.constants)
         for i, tensor in zip(self.inputs, tensors, strict=True):
             leaves[i] = tensor
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        out, spec = tree_flatten(self.layer.forward(*args, **kwargs))
+        arguments = tree_unflatten(leaves, self.spec)
+        containers = {i: kind(arguments[i]) for i, kind in self.shared.items()}
+        arguments = [containers.get(i, argument) for i, argument in enumerate(arguments)]
+        args, kwargs = tree_unflatten(arguments, self.form)
+        held = _held_tensors(arguments)
+        result = self.layer.forward(*args, **kwargs)
+        self._check(arguments, held, tree_flatten((args, kwargs)))
+        before = {id(leaf) for leaf in leaves}
+        changes = [
+            {key: value for key, value in container.items() if any(id(t) not in before for t in tree_flatten(value)[0])}
+            for container in containers.values()
+        ]
+        out, spec = tree_flatten((result, changes))
         tensors = [leaf for leaf in out if isinstance(leaf, Tensor)]
         self.result = [None if isinstance(leaf, Tensor) else leaf for leaf in out], spec
         self.places = [i for i, leaf in enumerate(out) if isinstance(leaf, Tensor)]
         return tensors
 
+    def _check(self, before: list[Any], held: list[Tensor], after: tuple[list[Any], TreeSpec]) -> None:
+        """Raise `UnsupportedError` if tensors are handed on where gradients do not follow them."""
+        arguments, form = after
+        same = form == self.form and all(a is b for a, b in zip(before, arguments, strict=True))
+        now = _held_tensors(before)
+        if not same or [*map(id, held)] != [*map(id, now)] or any(t.requires_grad for t in held):
+            raise UnsupportedError(
+                f"layer {self.layer.path!r} hands tensors on to other layers in its arguments, where gradients do not follow "
+                "them; fit does not do this model"
+            )
+
     def rebuilt(self, tensors: tuple[Tensor, ...]) -> Any:
-        """Put tensors in the place of those of the result."""
+        """Put tensors in the place of those of the result and of what is handed on."""
         assert self.result is not None
         leaves, spec = self.result
         for i, tensor in zip(self.places, tensors, strict=True):
@@ -117,6 +169,23 @@ class _Boundary(torch.autograd.Function):
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [grad for _, grad in pairs])
         return None, None, *(t.grad for t in inputs)
+
+
+def _held_tensors(arguments: list[Any]) -> list[Tensor]:
+    """List the tensors in arguments that are objects of other kinds, such as caches."""
+    seen: set[int] = set()
+
+    def within(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif id(value) not in seen and not isinstance(value, nn.Module | type):
+            seen.add(id(value))
+            inside = value if isinstance(value, Mapping | list | tuple | set) else getattr(value, "__dict__", {})
+            children = inside.values() if isinstance(inside, Mapping) else inside
+            for child in list(children):
+                yield from within(child)
+
+    return [t for one in arguments if not isinstance(one, Tensor | UserDict) for t in within(one)]
 
 
 def _norm(tensors: list[Tensor]) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from streamer.detection.intruders import Selection
 from streamer.errors import UsageError
-from streamer.output.coefficients import Coefficients
+from streamer.output.coefficients import Coefficients, share_name
 from streamer.output.mitigation import MitigationMethod, MitigationOptions
 
 BASE, ADAPTER = "base", "adapter"
@@ -78,5 +78,5 @@ def make_variants(
         Variant(BASE, None),
         Variant(ADAPTER, unchanged),
         *(Variant(f"{o.method} {o.mitigation_lambda:g}", o) for o in options),
-        *(Variant(f"fitted {one.keep:g}", MitigationOptions.fitted(one)) for one in fitted),
+        *(Variant(f"fitted {share_name(one.keep)}", MitigationOptions.fitted(one)) for one in fitted),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from learned import make_learned
 from test_schemas import check
 
 import streamer
+from streamer.evaluation.suggestion import against_shrink
+from streamer.events import Event
+from streamer.fitting.result import SHRINKS
 
 HEADS = [
     "keep",
@@ -118,6 +122,51 @@ def test_the_figures_are_those_of_an_evaluation(server: Server, home: Path, tmp_
     assert {figure: found[figure] for figure in FIGURES} == pytest.approx({f: one[f] for f in FIGURES}, rel=1e-3)
 
 
+def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_path: Path) -> None:
+    events: list[Event] = []
+    home = make_learned(tmp_path, modules_to_save=["norm"])
+    made = streamer.fit_coefficients(home / "base", home / "adapter", general=home / "general.npy", task=home / "task.npy", keep=0.9,
+                                     grain="matrix", on_event=events.append)  # fmt: skip
+    (one,), steps = made.facts["sets"], [event for event in events if event.stage == "fit"]
+    assert made.facts["unchanged"][-1] == "model.norm.weight"
+    assert (steps[-1].done, steps[-1].items) == (steps[0].total, steps[0].of), "all that was expected was done"
+    (tmp_path / "held").mkdir()
+    found = streamer.evaluate_variants(home / "base", home / "adapter", **held_apart(home, tmp_path / "held"), methods=["shrink"],
+                                       lambdas=SHRINKS, coefficients=made, on_event=lambda event: None)  # fmt: skip
+    assert abs(found["shrink 0"]["kept"]) > 0.05
+    assert {figure: found["fitted 0.9"][figure] for figure in FIGURES} == pytest.approx(
+        {figure: one[figure] for figure in FIGURES}, rel=1e-3
+    )
+    compared = against_shrink(found.variants, found.general, found.task, len(found.variants) - 1)
+    assert (compared is None) == (one["shrink"] is None)
+    if compared is not None:
+        assert one["shrink"]["lambda"] == pytest.approx(compared.mitigation_lambda, rel=1e-3)
+        assert one["shrink"]["kl"] == pytest.approx(compared.kl.value, rel=1e-2, abs=1e-6)
+
+
+def test_an_evaluation_warns_of_files_that_were_fitted_to_however_they_are_cut(
+    server: Server, home: Path, tmp_path: Path
+) -> None:
+    output, others = tmp_path / "c.safetensors", held_apart(home, tmp_path)
+    assert run(server, home, output).code == 0
+    shutil.copy(home / "general.npy", tmp_path / "copied.npy")
+
+    def warnings(**texts: Path) -> list[str]:
+        said: list[str] = []
+        streamer.evaluate_variants(
+            home / "base", home / "adapter", **{**others, **texts}, methods=["fitted"], coefficients=output, sequences=7,
+            length=6, on_event=lambda event: said.append(event.name) if event.stage == "warning" else None,
+        )  # fmt: skip
+        return [" ".join(line.split()[:4]) for line in said if "is one that the coefficients were fitted to" in line]
+
+    assert warnings() == []
+    assert warnings(general=tmp_path / "copied.npy") == ["the general text, copied.npy,"]
+    assert warnings(general=home / "task.npy", task=home / "task.npy") == [
+        "the general text, task.npy,",
+        "the task text, task.npy,",
+    ]
+
+
 def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) -> None:
     tree = check(run(server, home, tmp_path / "c.safetensors", "--dry-run", "--json"), "streamer.dry-run/1")
     assert (tree["state"], tree["command"], tree["matrices"], tree["files"]) == ("new", "fit", 8, 1)
@@ -190,7 +239,12 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
         3,
         f"{place}/three.npy: expected 4 sequences at least, 2 to fit on and 2 to hold apart, found 3",
     )
-    yield ["--length", "8"], {"general": place / "short.npy"}, 3, f"{place}/short.npy: expected 4 sequences at least"
+    yield (
+        ["--length", "8"],
+        {"general": place / "short.npy"},
+        3,
+        f"{place}/short.npy: expected 4 sequences of 8 tokens at least, found 30 tokens; give more text, or --length 7",
+    )
     yield ["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"
     yield ["--keep", "0.9,0"], {}, 2, "--keep: expected a share in (0, 1], found 0.0"
     yield ["--holdout", "1"], {}, 2, "--holdout: expected a share between 0 and 1, found 1.0"

@@ -20,6 +20,7 @@ from test_schemas import check
 from verified import agree, edit_record, edit_tensor, lines
 
 import streamer
+from streamer.errors import UsageError
 from streamer.linalg.operators import Delta
 from streamer.output.coefficients import MatrixCoefficients, fitted_delta
 
@@ -268,6 +269,20 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
     assert "--keep: chooses among coefficients" in refuse(command, base, adapter, home, 2, *keep)
     words = "streamer: method 'fitted' needs coefficients; make them with `streamer fit`\n"
     assert refuse(command, base, adapter, home, 2, "--method", "fitted") == words
+
+
+@pytest.mark.parametrize("value", [-3.0, 5.0, float("nan")])
+def test_what_is_no_coefficient_is_refused_in_memory_too(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, value: float
+) -> None:
+    base, adapter, file = inputs
+    made = streamer.load_coefficients(file)
+    next(iter(made.sets[0].matrices.values())).values[0] = value
+    with pytest.raises(UsageError, match="has a coefficient that is NaN or outside of"):
+        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", coefficients=made, keep=made.keeps[0])
+    with pytest.raises(UsageError, match="has a coefficient that is NaN or outside of"):
+        made.save(tmp_path / "c.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_adapters_take_none(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -87,6 +87,17 @@ def test_texts_that_are_refused(raw: bytes, words: str, tmp_path: Path) -> None:
     assert str(e.value).endswith(words)
 
 
+@pytest.mark.parametrize("least", [2, 4])
+def test_the_length_that_is_named_does(least: int, tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text(prose(25))
+    save(tmp_path)
+    with pytest.raises(FormatError, match=f"expected {least} sequences of") as refused:
+        read(path, length=64, least=least)
+    length = int(str(refused.value).split()[-1])
+    assert len(read(path, length=length, least=least).ids) >= least
+
+
 def test_the_models_vocabulary_may_be_smaller(tmp_path: Path) -> None:
     save(tmp_path)
     (tmp_path / "t.txt").write_text(prose(500))

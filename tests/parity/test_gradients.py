@@ -21,8 +21,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from streamer.errors import NumericError, UnsupportedError
 from streamer.evaluation.sequences import TextSequences
+from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_plan
 from streamer.streaming import products, values
+from streamer.streaming.differentiable import DifferentiableReader
 from streamer.streaming.gradients import GradientModel
 from streamer.streaming.variants import make_variants
 
@@ -31,6 +33,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 ARCHITECTURES = [
     "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3-text", "gemma3-vision", "phi3", "gpt2", "gpt-neox", "falcon", "bloom", "opt",
     "mpt", "cohere", "olmo2", "mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3", "llama4-text", "qwen3-next", "jamba", "qwen2.5-vl",
+    "gemma3n", "gemma4",
 ]  # fmt: skip
 
 
@@ -133,6 +136,28 @@ def test_sequences_of_several_lengths_run_together_as_one_by_one(tmp_path: Path)
         assert together.value == pytest.approx(sum(one.value for one in alone), rel=1e-5)
         for name, gradient in together.gradient.items():
             np.testing.assert_allclose(gradient, sum(one.gradient[name] for one in alone), rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_of_an_embedding_are_the_same_bits_each_time(tmp_path: Path) -> None:
+    """Each row is looked up by thousands of tokens, and the threads that add up their gradients would come in any order."""
+    _, base, adapter = small_model(tmp_path)
+    model = GradientModel(make_plan(base, adapter))
+    (own,) = (own for path, _, own in model.modules if path.endswith("embed_tokens"))
+    reader = DifferentiableReader(model.setting, own["weight"])
+    (target,) = (t for t in model.job.plan.targets if "embed_tokens" in t.tensor)
+    torch.manual_seed(0)
+    ids, found = torch.randint(64, (64, 4096)), []
+    weight = torch.randn(*ids.shape, 32)
+    for _ in range(6):
+        leaf = torch.full((2,), 0.5, dtype=torch.float64, requires_grad=True)
+        model.setting.deltas.coefficients = {target.tensor: leaf}
+        with threads(4):
+            rows = reader.gather(ids)
+            assert rows is not None
+            (rows * weight).sum().backward()
+        assert leaf.grad is not None
+        found.append(leaf.grad.tolist())
+    assert all(one == found[0] for one in found)
 
 
 def test_a_reference_runs_once_for_a_text(tmp_path: Path) -> None:

@@ -265,10 +265,12 @@ def test_a_trained_model_loads_and_its_adapters_are_certified_whole(tmp_path: Pa
     assert tree.returncode == 0, tree.stderr
     made = json.loads(tree.stdout)
     tokenizer = AutoTokenizer.from_pretrained(made["base"])
-    for name in ("general", "task"):
-        text = (tmp_path / "made" / f"{name}.txt").read_text(encoding="utf-8")
-        assert len(text) >= 100_000
+    written = {}
+    for name in ("general", "task", "general-test", "task-test"):
+        written[name] = text = (tmp_path / "made" / f"{name}.txt").read_text(encoding="utf-8")
+        assert len(text) >= 70_000
         assert tokenizer.decode(tokenizer(text[:2000])["input_ids"]) == text[:2000]
+    assert len(set(written.values())) == 4
     losses = made["losses"]
     assert losses["base"]["general"] < losses["base"]["task"]
     for adapter in made["adapters"]:

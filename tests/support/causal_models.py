@@ -41,6 +41,16 @@ FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
 NEXT = {**MOE, "shared_expert_intermediate_size": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
         "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
 
+SHARING = {**TEXT, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8,
+           "tie_word_embeddings": True, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
+"""The last two layers attend with the keys and values of the first two."""
+GEMMA3N = {
+    **SHARING,
+    "intermediate_size": [48] * 4,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
 
 LANGUAGE = r".*language_model.*(q|k|v|o|up|down)_proj"
 
@@ -54,6 +64,8 @@ CAUSAL: dict[str, tuple[str, Callable[[], Any], list[str] | str]] = {
     **{name: model for name, model in MODELS.items() if model[0].endswith(("ForCausalLM", "LMHeadModel"))},
     "llama-tied": ("LlamaForCausalLM", lambda: config("Llama", **{**TEXT, "tie_word_embeddings": True}), LINEAR),
     "gemma": ("GemmaForCausalLM", lambda: config("Gemma", **{**TEXT, "tie_word_embeddings": True}), [*LINEAR, "embed_tokens"]),
+    "gemma3n": ("Gemma3nForCausalLM", values("Gemma3nText", GEMMA3N), LINEAR),
+    "gemma4": ("Gemma4ForCausalLM", values("Gemma4Text", {**SHARING, "global_head_dim": 8}), LINEAR),
     "phi": ("PhiForCausalLM", text("Phi"), ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head"]),
     "falcon": ("FalconForCausalLM", values("Falcon", FALCON), ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
     "falcon-new": ("FalconForCausalLM", values("Falcon", {**FALCON, "alibi": False, "new_decoder_architecture": True}),

@@ -24,12 +24,16 @@ class World:
         b.
     scatter
         By how much sequences held apart differ in what the adapter changes, as a share of it.
+    beside
+        By how much the base's loss on the task's text is above that of c = 0, and on the general text below: what an adapter does beside
+        its deltas.
     """
 
     H: np.ndarray
     K: np.ndarray
     quartic: float = 0.0
     scatter: float = 0.1
+    beside: float = 0.0
     asked: list[Request] = field(default_factory=list)
 
     def value(self, text: str, c: np.ndarray) -> float:
@@ -50,7 +54,9 @@ class World:
 
     def sums(self, text: str, points: list[np.ndarray], least: float) -> SequenceSums:
         factors = 1 + self.scatter * np.linspace(-1, 1, SEQUENCES)
-        loss = np.stack([TOKENS * (least + factors * self.value(text, c)) for c in points])
+        values = [self.value(text, c) for c in points]
+        values[0] += -self.beside if text == "general" else self.beside
+        loss = np.stack([TOKENS * (least + factors * value) for value in values])
         none = np.zeros_like(loss)
         return SequenceSums(np.full(SEQUENCES, TOKENS), loss, none, none)
 
@@ -64,7 +70,7 @@ class World:
                 return end.value
 
     def kept(self, c: np.ndarray) -> float:
-        return 1 - self.value("task", c) / self.value("task", np.zeros(len(c)))
+        return 1 - self.value("task", c) / (self.value("task", np.zeros(len(c))) + self.beside)
 
     def forgetting(self, c: np.ndarray) -> float:
         return self.value("general", c) / self.value("general", np.ones(len(c)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from architectures import ATTENTION
@@ -11,9 +12,9 @@ from causal_models import make_adapter, make_base
 import streamer
 
 
-def make_learned(home: Path, sequences: int = 24, length: int = 8) -> Path:
+def make_learned(home: Path, sequences: int = 24, length: int = 8, **lora: Any) -> Path:
     """Write ``base``, ``adapter``, ``general.npy`` and ``task.npy``: as if one text had been forgotten and the other learned."""
-    make_adapter(make_base("llama", home / "base"), home / "base", home / "adapter", ATTENTION)
+    make_adapter(make_base("llama", home / "base"), home / "base", home / "adapter", ATTENTION, **lora)
     texts = np.random.default_rng(0).integers(3, 64, (200, length))
     np.save(home / "all.npy", texts)
     found = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "all.npy", task=home / "all.npy",

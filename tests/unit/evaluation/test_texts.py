@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from streamer.errors import FormatError, MissingInputError, MissingPackageError, UsageError
+from streamer.evaluation import texts
 from streamer.evaluation.sequences import TextSequences, evenly
 from streamer.evaluation.texts import read_text
 from streamer.streaming.extra import require_transformers
@@ -35,6 +36,28 @@ def test_a_stream_is_cut_at_even_distances(kind: type, tmp_path: Path) -> None:
     assert (text.tokens, text.longest) == (60, 16)
     every = read_text(tmp_path / "ids.npy", None, sequences=500, length=16)
     assert np.concatenate(every.ids).tolist() == list(range(992))
+
+
+def test_the_length_that_is_named_gives_the_least_number_of_sequences(tmp_path: Path) -> None:
+    path = save(tmp_path / "ids.npy", np.arange(127))
+    with pytest.raises(
+        FormatError, match=r"expected 4 sequences of 64 tokens at least, found 127 tokens; .*--length 31"
+    ):
+        read_text(path, None, length=64, least=4)
+    assert len(read_text(path, None, length=31, least=4).ids) == 4
+
+
+@pytest.mark.parametrize("size", [0, 1000, texts.SAMPLES * texts.SAMPLE_BYTES, 3_000_001])
+def test_the_digest_of_a_file_tells_it_from_others(size: int, tmp_path: Path) -> None:
+    content = np.random.default_rng(0).bytes(size)
+
+    def digest(name: str, data: bytes) -> str:
+        (tmp_path / name).write_bytes(data)
+        return texts.sample_digest(tmp_path / name)
+
+    assert digest("a", content) == digest("b", content)
+    others = [content + b" ", *([b"?" + content[1:], content[:-1] + b"?", content[:-1]] if size else [])]
+    assert len({digest("c", other) for other in [content, *others]}) == 1 + len(others)
 
 
 def test_rows_are_sequences(tmp_path: Path) -> None:

@@ -92,6 +92,30 @@ def test_losses_are_asked_for_at_both_ends() -> None:
     assert ends == [("general", 0.0), ("general", 1.0), ("task", 1.0), ("task", 0.0)]
 
 
+def test_what_is_kept_without_coefficients_is_no_learning_of_theirs() -> None:
+    """An adapter that saves a module: c = 0 is not the base, and keeps a share; G is neither 0 nor flat there."""
+    w = world(P, beside=0.5)
+    nothing = w.kept(np.zeros(P))
+    assert 0.4 < nothing < 0.6
+    result = w.fit(FitOptions(EACH, (0.9, 0.7, 0.3), base_at_zero=False))
+    for point, keep in zip(result.points, (0.9, 0.7), strict=False):
+        assert point.kept.value == pytest.approx(w.kept(point.coefficients), abs=1e-9)
+        assert point.kept.value == pytest.approx(keep, abs=0.02)
+        assert point.coefficients.std() > 0.05, "it is no shrink"
+    least = result.points[2]
+    assert (least.coefficients == 0).all()
+    assert least.kept.value == pytest.approx(nothing)
+    assert np.isnan(least.weight)
+    assert [(r.text, r.coefficients.mean()) for r in w.asked[1:4]] == [
+        ("general", 0.0),
+        ("general", 1.0),
+        ("task", 0.0),
+    ]
+    w.asked.clear()
+    w.fit(FitOptions(EACH, (0.3,), base_at_zero=False))
+    assert all(isinstance(r, Measure) for r in w.asked), "nothing is fitted where nothing has to be"
+
+
 def test_the_same_answers_give_the_same_questions_and_coefficients() -> None:
     w = world(P)
     options = FitOptions(EACH, (0.9, 0.8))

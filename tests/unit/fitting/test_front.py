@@ -59,18 +59,29 @@ def point(kept: float, c: float, weight: float = 1.0) -> FrontPoint:
     return FrontPoint(weight, np.full(2, c), kept)
 
 
+NOTHING = FrontPoint(float("nan"), np.zeros(2), 0.0)
+
+
 def test_between_two_candidates_it_is_on_their_line() -> None:
-    found = choose([point(0.85, 0.5, 2.0), point(0.95, 0.7, 4.0), point(0.7, 0.3, 1.0)], 0.92)
+    found = choose(NOTHING, [point(0.85, 0.5, 2.0), point(0.95, 0.7, 4.0), point(0.7, 0.3, 1.0)], 0.92)
     np.testing.assert_allclose(found.coefficients, 0.64)
     assert (found.weight, found.kept) == (4.0, 0.92)
 
 
 def test_beyond_all_candidates_the_ends_serve() -> None:
-    np.testing.assert_allclose(choose([point(0.8, 0.6, 3.0)], 0.9).coefficients, 0.8)
-    np.testing.assert_allclose(choose([point(0.8, 0.6, 3.0)], 0.4).coefficients, 0.3)
-    assert choose([point(0.8, 0.6, 3.0)], 0.9).weight == 3.0
-    assert choose([point(0.8, 0.6, 3.0)], 0.4).weight == 3.0
+    np.testing.assert_allclose(choose(NOTHING, [point(0.8, 0.6, 3.0)], 0.9).coefficients, 0.8)
+    np.testing.assert_allclose(choose(NOTHING, [point(0.8, 0.6, 3.0)], 0.4).coefficients, 0.3)
+    assert choose(NOTHING, [point(0.8, 0.6, 3.0)], 0.9).weight == 3.0
+    assert choose(NOTHING, [point(0.8, 0.6, 3.0)], 0.4).weight == 3.0
 
 
 def test_candidates_that_keep_all_or_nothing_are_left_out() -> None:
-    np.testing.assert_allclose(choose([point(1.02, 0.9), point(-0.1, 0.2)], 0.9).coefficients, 0.9)
+    np.testing.assert_allclose(choose(NOTHING, [point(1.02, 0.9), point(-0.1, 0.2)], 0.9).coefficients, 0.9)
+
+
+def test_the_end_without_coefficients_keeps_what_it_was_measured_to() -> None:
+    some = FrontPoint(float("nan"), np.zeros(2), 0.5)
+    np.testing.assert_allclose(choose(some, [point(0.8, 0.6)], 0.65).coefficients, 0.3)
+    assert choose(some, [], 0.5) is some
+    less = FrontPoint(float("nan"), np.zeros(2), -0.2)
+    np.testing.assert_allclose(choose(less, [point(0.8, 0.6)], 0.3).coefficients, 0.3)

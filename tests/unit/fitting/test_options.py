@@ -23,9 +23,12 @@ def texts(general: int, task: int) -> dict[str, TextSequences]:
 @pytest.mark.parametrize(("options", "message"), [
     ({"keep": ()}, "keep: expected at least one share"),
     ({"keep": (0.9, 0.0)}, r"keep: expected a share in \(0, 1\], found 0.0"),
+    ({"keep": ("0.9",)}, r"keep: expected a share in \(0, 1\], found '0.9'"),
     ({"keep": (1.5,)}, r"keep: expected a share in \(0, 1\], found 1.5"),
     ({"keep": (float("nan"),)}, "keep: expected a share"),
-    ({"keep": (0.9, 0.9)}, "keep: expected different shares"),
+    ({"keep": (0.9, 0.9)}, "keep: expected shares that differ in six digits"),
+    ({"keep": (0.9, 0.9000001)}, "keep: expected shares that differ in six digits"),
+    ({"keep": (0.9, 1)}, "keep: 1 is the adapter as it is, which takes no fit; give shares below it"),
     ({"objective": "kl"}, "objective: expected one of divergence, loss, found 'kl'"),
     ({"grain": "layer"}, "grain: expected one of direction, matrix, all, found 'layer'"),
     ({"holdout": 0}, "holdout: expected a share between 0 and 1, found 0"),

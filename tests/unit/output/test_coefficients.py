@@ -117,6 +117,7 @@ def test_options_that_make_no_sense() -> None:
 def test_a_set_is_selected_by_what_it_keeps() -> None:
     assert made(0.9).select().keep == 0.9
     assert made(0.95, 0.9).select(0.9).keep == 0.9
+    assert made(1 / 3, 2 / 3).select(float("0.333333")).keep == 1 / 3, "as tables and commands have it"
     with pytest.raises(
         UsageError, match=r"^coefficients: holds 2 sets of coefficients; choose one by keep: 0.95, 0.9$"
     ):
@@ -189,6 +190,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"b.weight.coefficients": np.array([[0.5]])}, {}, "the arrays differ from their digest"),
     ({}, {"schema": "streamer.coefficients/9"}, "expected the schema streamer.coefficients/1"),
     ({}, {"keeps": [2]}, "keeps are not different shares"),
+    ({}, {"keeps": [0.9, 0.9000001]}, "keeps are not different shares"),
     ({}, {"keeps": []}, "keeps are not different shares"),
     ({}, {"keeps": "0.9"}, "keeps are not different shares"),
 ]  # fmt: skip
