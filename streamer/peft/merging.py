@@ -93,6 +93,12 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     live = plan_live(peft_model, adapter_name)
     outputs = _checked(live, list(_changed(live)))
     job, _ = live_job(live, mitigation, detection, findings, run.device, run.monitor)
+    for output in (
+        outputs
+    ):  # once before the first is changed: coefficients of other values, or a sum that overflows, are refused here
+        run.monitor.checkpoint()
+        _values(job, output)
+        live.release()
     total, done = sum(_nbytes(output) for output in outputs), 0
     for items, output in enumerate(outputs):
         run.monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
@@ -169,8 +175,7 @@ def _write(live: LivePlan, output: Output, values: Tensor) -> None:
     if output.name in live.plan.base.weight_map:
         tensor.write(values)
     else:  # another's, so far
-        made = values.to(tensor.device, tensor.tensor.dtype)
-        tensor.module.register_parameter(tensor.key, nn.Parameter(made, tensor.tensor.requires_grad))
+        tensor.untie(values)
 
 
 def _say_untied(live: LivePlan) -> None:

@@ -126,12 +126,12 @@ def plan_live(peft_model: nn.Module, adapter_name: str) -> LivePlan:
     found = sorted_adapter(Path(live.adapter_title), config, adapter_file)
     adapter = LiveAdapter(found.path, found.config, found.files, found.modules, found.carried, found.wrapped)
     tensors = live.base_tensors()
-    seen: set[int] = set()
+    seen: set[tuple[str, int]] = set()
     own: dict[str, LiveTensor] = {}
     for name, tensor in tensors.items():  # tied tensors stand once, as in files
-        if tensor.offloaded or id(tensor.tensor) not in seen:
+        if tensor.storage not in seen:
             own[name] = tensor
-        seen.add(id(tensor.tensor))
+        seen.add(tensor.storage)
     file = LiveFile(live.title, own)
     base = LiveBase(Path(live.title), {live.title: file}, dict.fromkeys(own, live.title), None)
     model = _config(live.base, tied=len(own) < len(tensors))

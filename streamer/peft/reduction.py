@@ -172,6 +172,7 @@ def _added(live: LiveModel, name: str) -> Iterator[None]:
             else:
                 peft.inject_adapter_in_model(config, live.model, name)
     except ValueError as e:
+        live.configs.pop(name, None)  # where no PeftModel takes it out itself
         raise UnsupportedError(
             f"adapter {live.adapter_name!r}: PEFT adds no second one beside it ({next(iter(str(e).splitlines()), '')}); "
             "merge_and_unload_with_reduced_intruder_dimensions needs none"
@@ -190,6 +191,7 @@ def _assign(tensor: LiveTensor, values: Tensor, source: LiveTensor) -> None:
     """Give a parameter of the new adapter its values, in the dtype of the old one's and on the device that this is used on."""
     made = values.to(source.device, source.tensor.dtype, copy=True).reshape(source.tensor.shape)
     if tensor.offloaded:  # made beside a base on the meta device: a parameter of its own, which no hook moves
+        tensor.stay()
         tensor.module.register_parameter(tensor.key, nn.Parameter(made, tensor.tensor.requires_grad))
     else:
         tensor.tensor.data = made

@@ -52,6 +52,12 @@ class LiveTensor:
         return self.offloaded and self._in_cpu_memory() is None
 
     @property
+    def storage(self) -> tuple[str, int]:
+        """Tell its values from others': those of tied tensors are the same ones, offloaded or not."""
+        kept = self._in_cpu_memory() if self.offloaded else None
+        return ("parameter", id(self.tensor)) if kept is None or kept.numel() == 0 else ("memory", kept.data_ptr())
+
+    @property
     def device(self) -> torch.device:
         """Device that it is used on."""
         return torch.device(_hook(self).execution_device) if self.offloaded else self.tensor.device
@@ -80,14 +86,33 @@ class LiveTensor:
         with torch.no_grad():
             stored.copy_(values)
 
+    def stay(self) -> None:
+        """Have accelerate leave its module's values where they are: a hook that PEFT copied with a base's module loads the base's."""
+        for hook in _hooks(self.module):
+            if getattr(hook, "weights_map", None) is not None:
+                hook.offload = False
+
+    def untie(self, values: Tensor) -> None:
+        """Give its module values of its own in the place of those that it shares with another; they are not on the disk."""
+        if self.offloaded:
+            data, name = self._map()
+            data[name] = values
+        else:
+            made = values.to(self.device, self.tensor.dtype)
+            self.module.register_parameter(self.key, nn.Parameter(made, self.tensor.requires_grad))
+
     def _in_cpu_memory(self) -> Tensor | None:
         """Find the tensor that accelerate keeps in the CPU's memory; None where it is on the disk."""
+        data, name = self._map()
+        found = data.get(name) if isinstance(data, Mapping) else None
+        return found if isinstance(found, Tensor) else None
+
+    def _map(self) -> tuple[Any, str]:
+        """Find the map in which accelerate keeps the values of offloaded tensors, and its name there."""
         data: Any = _hook(self).weights_map
         name = getattr(data, "prefix", "") + self.key
         data = getattr(data, "dataset", data)  # a view of some names of one map
-        data = getattr(data, "state_dict", data)  # a loader that has some in memory and others on the disk
-        found = data.get(name) if isinstance(data, Mapping) else None
-        return found if isinstance(found, Tensor) else None
+        return getattr(data, "state_dict", data), name  # of a loader that has some in memory and others on the disk
 
 
 def _hook(live: LiveTensor) -> Any:
@@ -98,14 +123,19 @@ def _hook(live: LiveTensor) -> Any:
     UnsupportedError
         If there is none.
     """
-    hook = getattr(live.module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
+    for one in _hooks(live.module):
         if getattr(one, "weights_map", None) is not None:
             return one
     raise UnsupportedError(
         f"{live.key!r} of {type(live.module).__name__}: has no values (it is on the meta device, and no hook of accelerate keeps them); "
         "load the model with its weights"
     )
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    """List accelerate's hooks on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return tuple(getattr(hook, "hooks", (hook,)))
 
 
 class LiveFile(TensorFile):

@@ -11,7 +11,9 @@ from typing import Literal
 
 from streamer.detection.findings_file import lock_of
 from streamer.errors import OutputError, OutputExistsError, UsageError
-from streamer.report.figures import SIGN, draw_figures
+from streamer.report.figures import SIGN as FIGURE_SIGN
+from streamer.report.figures import draw_figures
+from streamer.report.page import SIGN as PAGE_SIGN
 from streamer.report.page import make_page
 from streamer.report.subject import Subject
 from streamer.storage.atomic_file import partial_name, remove_partials, write_atomic
@@ -124,10 +126,20 @@ def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
             head = file.read(HEAD)
         if path.stat().st_size == len(data) and path.read_bytes() == data:
             return True
-    if SIGN.encode() not in head:
+    if not _is_report(path.suffix.lower(), head):
         raise OutputExistsError(
             f"{path}: exists and is not a report, which is all that is replaced; choose another output", path
         )
     if not overwrite:
         raise OutputExistsError(f"{path}: holds another report; choose another output, or pass --overwrite", path)
     return False
+
+
+def _is_report(suffix: str, head: bytes) -> bool:
+    """Test whether a file begins as a report of its kind; one that only names the command in its text does not."""
+    sign = FIGURE_SIGN.encode()
+    if suffix == ".png":
+        return head.startswith(b"\x89PNG") and b"tEXtSoftware\0" + sign in head
+    if suffix == ".svg":
+        return b"<dc:title>" + sign + b"</dc:title>" in head
+    return head.startswith(PAGE_SIGN.encode())

@@ -301,3 +301,28 @@ def test_what_is_refused_leaves_the_model_as_it_was(made: Made) -> None:
                 act(model, mitigation_lambda=0.5)
     after = model.state_dict()
     assert all(torch.equal(tensor.nan_to_num(7), after[name].nan_to_num(7)) for name, tensor in before.items())
+
+
+def test_a_sum_that_overflows_is_refused_before_a_weight_is_changed() -> None:
+    base = Layers().half()
+    with torch.no_grad():
+        base.square.weight[0, 0] = 60_000
+    config = peft.LoraConfig(r=4, target_modules=["wide", "tall", "square"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for factor in (base.square.lora_A, base.square.lora_B):
+            factor["default"].weight[0, 0] = 200
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(streamer.StreamerError, match="does not fit float16"):
+        live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0)
+    assert_equal(model.state_dict(), before)
+
+
+def test_an_injected_adapter_that_peft_has_no_second_one_of() -> None:
+    model, config = Layers(), peft.LoraConfig(target_modules=["wide"], init_lora_weights=False, bias="all")
+    peft.inject_adapter_in_model(config, model, "default")
+    model.peft_config = {"default": config}
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="PEFT adds no second one"):
+            live.reduce_intruder_dimension(model)
+        assert list(model.peft_config) == ["default"]

@@ -33,7 +33,15 @@ def test_a_page_is_written_found_again_and_replaced_on_demand(findings: Findings
     assert names(path.parent) == ["r.html"]
 
 
-@pytest.mark.parametrize("content", [b"my thesis", b"<!doctype html>\n<title>mine</title>\n", b"x" * 10_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my thesis",
+        b"<!doctype html>\n<title>mine</title>\n",
+        b"<p>How to call streamer report: it has -o",
+        b"x" * 10_000,
+    ],
+)
 def test_what_is_no_report_is_never_replaced(findings: Findings, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "r.html"
     path.write_bytes(content)
@@ -91,9 +99,12 @@ def test_figures_as_svg_and_png(findings: Findings, tmp_path: Path, monkeypatch:
     again = draw_figures(make_subject(few, evaluation))
     assert {name: (tmp_path / "f" / name).read_bytes() for name in again} == again, "the same bytes"
     (tmp_path / "f" / "notes.txt").write_text("mine")
-    (tmp_path / "f" / "map.png").write_text("not a picture of ours")
-    before = tree_digest(tmp_path)
     monkeypatch.setattr("streamer.report.files.draw_figures", lambda _: again)
+    (tmp_path / "f" / "map.svg").write_bytes(again["map.svg"].replace(b"e", b"E", 1))
+    (tmp_path / "f" / "map.png").write_bytes(again["map.png"] + b"\0")
+    assert write_files(make_subject(few, evaluation), tmp_path / "f", overwrite=True).state == "written"
+    (tmp_path / "f" / "map.png").write_text("not a picture of ours, which streamer report draws")
+    before = tree_digest(tmp_path)
     with pytest.raises(OutputExistsError, match=r"map\.png: exists and is not a report"):
         write_files(make_subject(few, evaluation), tmp_path / "f", overwrite=True)
     assert tree_digest(tmp_path) == before
