@@ -23,7 +23,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         Base, adapter and the file of coefficients, as they were given.
     """
     sets: Sequence[Mapping[str, Any]] = facts["sets"]
-    many, shrinks = facts["parameters"], [one["shrink"] for one in sets]
+    many = facts["parameters"]
     held = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
     columns = [
         Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of what was learned that is to stay", keep=9),
@@ -31,6 +31,24 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         Column("forgetting", [_share(one, "forgetting") for one in sets],
                "rise of the general loss above the base's; 100% is the adapter's", keep=7),
         Column("KL", [_share(one, "divergence") for one in sets], "divergence from the base on general text, of the adapter's", keep=6),
+    ]  # fmt: skip
+    if many == 1:
+        chosen, means = "lambda", [f"{one['coefficients']['mean']:.3f}" for one in sets]
+        columns.append(Column(chosen, means, "of this shrink of the whole adapter", keep=9))
+    else:
+        chosen, columns = "mu", columns + _against_shrinks(sets, many)
+    lines = [
+        f"measured on {held[0]} general and {held[1]} task sequences that nothing was fitted on, but by which {chosen} was chosen",
+        *_verdicts(sets),
+        *_commands(facts, shlex.join(inputs), shlex.quote(output)),
+    ]
+    return "\n\n".join([table(columns, screen.width), "\n".join(fit(line, screen.width) for line in lines)])
+
+
+def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int) -> list[Column]:
+    """Make the columns of so many coefficients, and of the shrink that keeps as much as each set of them."""
+    shrinks = [one["shrink"] for one in sets]
+    return [
         Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
                "lambda of the shrink of the whole adapter that keeps the same", keep=3),
         Column("its forgetting", ["-" if s is None else _percent(s["forgetting"]) for s in shrinks], keep=5),
@@ -40,12 +58,6 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         Column("near 1", [str(one["coefficients"]["near_1"]) for one in sets], "coefficients of 0.95 at least", keep=1),
         Column("mu", ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets], "weight of the task's text", keep=0),
     ]  # fmt: skip
-    lines = [
-        f"measured on {held[0]} general and {held[1]} task sequences that nothing was fitted on, but by which mu was chosen",
-        *_verdicts(sets),
-        *_commands(facts, shlex.join(inputs), shlex.quote(output)),
-    ]
-    return "\n\n".join([table(columns, screen.width), "\n".join(fit(line, screen.width) for line in lines)])
 
 
 def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:

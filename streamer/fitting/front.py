@@ -153,15 +153,16 @@ def choose(zero: FrontPoint, candidates: Sequence[FrontPoint], wanted: float) ->
         c = 0, with what was measured to be kept there: nothing, if all that the adapter brings is deltas. Where that is enough, it is the
         answer.
     candidates
-        With what each was measured to keep. The ends are added: `zero`, and c = 1, which keeps all.
+        With what each was measured to keep. The ends are added: `zero`, and c = 1, which keeps all, unless one of them keeps as much: an
+        adapter that has learned its text too well keeps more than all where its deltas are smaller.
     wanted
         The share, in (0, 1).
     """
     if zero.kept >= wanted:
         return zero
     one = FrontPoint(float("inf"), np.ones_like(zero.coefficients), 1.0)
-    inner = sorted((c for c in candidates if zero.kept < c.kept < 1), key=lambda c: c.kept)
-    points = [zero, *inner, one]
+    inner = sorted((c for c in candidates if zero.kept < c.kept), key=lambda c: c.kept)
+    points = [zero, *inner] if inner and inner[-1].kept >= 1 else [zero, *inner, one]
     above = next(i for i, point in enumerate(points) if point.kept >= wanted)
     low, high = points[above - 1], points[above]
     share = (wanted - low.kept) / (high.kept - low.kept)

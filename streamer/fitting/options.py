@@ -117,7 +117,8 @@ def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], option
 
     Of running text a run of sequences is held apart, that goes on at the beginning where it reaches the end: neighbours come from one
     document as a rule, and what was fitted on one half of it would look better on the other than on other text. JSON lines are documents
-    of their own, and are held apart one by one.
+    of their own, and are held apart one by one. A sequence that stands more than once is taken once: held apart and fitted on, it would
+    look better than other text.
 
     Parameters
     ----------
@@ -131,16 +132,19 @@ def divide(texts: Mapping[str, TextSequences], paths: Mapping[str, Path], option
     """
     out = {}
     for name in (GENERAL, TASK):
-        text, count = texts[name], len(texts[name].ids)
+        text = texts[name]
+        first: dict[bytes, int] = {}
+        for row, ids in enumerate(text.ids):
+            first.setdefault(ids.tobytes(), row)
+        rows, count = np.array(list(first.values())), len(first)
         if count < 2 * LEAST:
             raise FormatError(
-                f"{paths[name]}: expected {2 * LEAST} sequences at least, {LEAST} to fit on and {LEAST} to hold apart, found {count}; "
-                "give more"
+                f"{paths[name]}: expected {2 * LEAST} different sequences at least, {LEAST} to fit on and {LEAST} to hold apart, found "
+                f"{count}; give more"
             )
         held = min(count - LEAST, max(LEAST, round(options.holdout * count)))
         rng = np.random.default_rng(options.seed)
-        order = (
-            rng.permutation(count) if paths[name].suffix == ".jsonl" else np.roll(np.arange(count), rng.integers(count))
-        )
+        documents = paths[name].suffix == ".jsonl"
+        order = rows[rng.permutation(count) if documents else np.roll(np.arange(count), rng.integers(count))]
         out[name] = Division(text, text.take(sorted(order[held:])), text.take(sorted(order[:held])))
     return out

@@ -12,6 +12,7 @@ from streamer.errors import NumericError
 from streamer.events import Monitor
 from streamer.fitting.options import Grain
 from streamer.linalg.operators import all_finite
+from streamer.linalg.torch_state import threads
 from streamer.output.coefficients import CoefficientSet, Floats, MatrixCoefficients, directions, groups
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
@@ -84,9 +85,10 @@ def singular_values_of(plan: Plan, monitor: Monitor) -> dict[str, Floats]:
         If a delta holds NaN or Inf.
     """
     found = {}
-    for target in plan.targets:
-        monitor.checkpoint()
-        found[target.tensor] = _singular_values(plan, target)
+    with threads():  # so that they are the same bits on any number of cores
+        for target in plan.targets:
+            monitor.checkpoint()
+            found[target.tensor] = _singular_values(plan, target)
     return found
 
 

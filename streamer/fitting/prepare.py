@@ -207,7 +207,7 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
         names = prepared.unchanged
         run.monitor.warn(
             (
-                f"{len(names)} tensors that {plan.adapter.path.name} brings besides deltas stay as they are: {listed(names)}",
+                f"what {plan.adapter.path.name} brings besides deltas stays as it is: {counted(len(names), 'tensor')}, {listed(names)}",
             )
         )
     return prepared

@@ -65,7 +65,14 @@ class _Run:
         """Gradients that were asked for."""
 
     def result(self) -> Coefficients:
-        """Run to the end."""
+        """Run to the end, and give temporary files back, also where the run is interrupted."""
+        try:
+            return self._result()
+        finally:
+            if "model" in self.__dict__:  # it was made
+                self.model.close()
+
+    def _result(self) -> Coefficients:
         count = self.records.threads
         if count != torch.get_num_threads():
             self.monitor.emit(Event("note", f"goes on with {count} threads, as it began; --no-resume starts over"))

@@ -122,6 +122,11 @@ class GradientModel(LoadedModel):
             adapted = any(self.values.targets(tensor) for tensor in inside)
             SpooledLayer(path, layer, self.spool, self._anchored if adapted else _nothing)
 
+    def close(self) -> None:
+        """Give the blocks of temporary files back; no gradient is computed afterwards."""
+        for spool in (self.spool, self.states, self.setting.deltas.spool):
+            spool.close()
+
     def _anchored(self) -> Tensor | None:
         return self._anchor if self.setting.deltas.coefficients is not None else None
 

@@ -228,7 +228,7 @@ def test_the_least_budget_that_is_named_is_enough(server: Server, home: Path, tm
 
 def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Path], int, str]]:
     """Options and inputs that are wrong: exit code, and what is said."""
-    np.save(place / "three.npy", np.zeros((3, 8), int))
+    np.save(place / "three.npy", np.arange(24).reshape(3, 8))
     np.save(place / "short.npy", np.zeros(30, int))
     (place / "c.txt").write_text("notes")
     none: list[object] = []
@@ -237,7 +237,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
         none,
         {"task": place / "three.npy"},
         3,
-        f"{place}/three.npy: expected 4 sequences at least, 2 to fit on and 2 to hold apart, found 3",
+        f"{place}/three.npy: expected 4 different sequences at least, 2 to fit on and 2 to hold apart, found 3",
     )
     yield (
         ["--length", "8"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,17 @@ def test_gradients_of_an_embedding_are_the_same_bits_each_time(tmp_path: Path) -
         assert leaf.grad is not None
         found.append(leaf.grad.tolist())
     assert all(one == found[0] for one in found)
+
+
+def test_temporary_files_are_given_back_when_the_model_is_closed(tmp_path: Path) -> None:
+    _, base, adapter = small_model(tmp_path)
+    model = GradientModel(make_plan(base, adapter))
+    model.gradient(sequences(token_ids(64)), coefficients_of(model), "base")
+    files = [spool._fd for spool in (model.spool, model.states, model.setting.deltas.spool)]
+    model.close()
+    for file in files:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(file)
 
 
 def test_a_reference_runs_once_for_a_text(tmp_path: Path) -> None:

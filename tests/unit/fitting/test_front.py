@@ -75,8 +75,10 @@ def test_beyond_all_candidates_the_ends_serve() -> None:
     assert choose(NOTHING, [point(0.8, 0.6, 3.0)], 0.4).weight == 3.0
 
 
-def test_candidates_that_keep_all_or_nothing_are_left_out() -> None:
-    np.testing.assert_allclose(choose(NOTHING, [point(1.02, 0.9), point(-0.1, 0.2)], 0.9).coefficients, 0.9)
+def test_candidates_that_keep_more_than_all_take_the_place_of_the_adapter_as_it_is() -> None:
+    found = choose(NOTHING, [point(1.02, 0.9), point(-0.1, 0.2)], 0.9)
+    np.testing.assert_allclose(found.coefficients, 0.9 * 0.9 / 1.02)
+    np.testing.assert_allclose(choose(NOTHING, [point(1.2, 0.5), point(1.05, 0.4)], 0.9).coefficients, 0.4 * 0.9 / 1.05)
 
 
 def test_the_end_without_coefficients_keeps_what_it_was_measured_to() -> None:

@@ -68,6 +68,17 @@ def test_of_running_text_neighbours_are_held_apart_and_of_documents_any() -> Non
     assert min(gaps("g.jsonl")) > 1
 
 
+@pytest.mark.parametrize("path", ["t.jsonl", "t.txt"])
+def test_a_sequence_that_stands_twice_is_in_one_part(path: str) -> None:
+    once = texts(20, 20)
+    twice = {name: text.take([*range(20), *range(20)]) for name, text in once.items()}
+    for seed in range(4):
+        options, paths = FitOptions(seed=seed), {"general": Path(path), "task": Path(path)}
+        found, wanted = divide(twice, paths, options)["task"], divide(once, paths, options)["task"]
+        assert found.whole is twice["task"]
+        assert [found.fitted.digest(), found.held.digest()] == [wanted.fitted.digest(), wanted.held.digest()]
+
+
 def test_the_seed_decides() -> None:
     def held(seed: int) -> list[int]:
         return [int(ids[0]) for ids in divide(texts(16, 16), PATHS, FitOptions(seed=seed))["task"].held.ids]
@@ -78,6 +89,7 @@ def test_the_seed_decides() -> None:
 
 def test_a_text_too_short_to_hold_sequences_apart() -> None:
     with pytest.raises(
-        FormatError, match=r"t.npy: expected 4 sequences at least, 2 to fit on and 2 to hold apart, found 3; give more"
+        FormatError,
+        match=r"t.npy: expected 4 different sequences at least, 2 to fit on and 2 to hold apart, found 3; give more",
     ):
         divide(texts(4, 3), PATHS, FitOptions())
