@@ -47,7 +47,8 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     """Merge an adapter, its intruders scaled by `mitigation_lambda`, into the base, and return the base without PEFT.
 
     Weights are changed in place, one matrix after the other, in the base's dtypes and on its devices, each rounded once from the sum in
-    float32. Everything is detected and checked before the first is changed. Other adapters are dropped, and `peft_model` is of no use
+    float32. Everything is detected and checked before the first is changed; a run that is stopped after that leaves a model that is merged
+    in part, to be loaded anew. Other adapters are dropped, and `peft_model` is of no use
     any more. An embedding and a head that are one tensor part where the adapter changes one of them, which the base's config says then.
 
     Parameters
@@ -99,6 +100,10 @@ def merge_and_unload_with_reduced_intruder_dimensions(
         run.monitor.checkpoint()
         _values(job, output)
         live.release()
+    with (
+        quiet_peft()
+    ):  # before a weight is changed, since it may fail: a model loaded in inference mode takes no gradients
+        live.live.activate(adapter_name)
     total, done = sum(_nbytes(output) for output in outputs), 0
     for items, output in enumerate(outputs):
         run.monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
@@ -108,7 +113,6 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     run.monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
     _say_untied(live)
     with quiet_peft():
-        live.live.activate(adapter_name)
         return unloaded(live.live)
 
 

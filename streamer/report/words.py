@@ -91,11 +91,15 @@ def _of_findings(findings: Findings) -> list[str]:
     for m in findings:
         parts[part_of(m.tensor)] += len(m.detection.intruders)
     most = listed((f"{printable(part)} ({n})" for part, n in parts.most_common(3) if n), 3)
-    found = f"There are {counted(findings.intruders, 'intruder')}, in {with_any} of {counted(len(findings), 'matrix')}; the most in {most}."
+    be, carry = ("is", "It carries") if findings.intruders == 1 else ("are", "They carry")
+    found = (
+        f"There {be} {counted(findings.intruders, 'intruder')}, in {with_any} of {counted(len(findings), 'matrix')}; "
+    )
+    found += f"the most in {most}."
     half = next(c for c in lambda_curve(findings) if c["mitigation_lambda"] == 0.5)
     dropped = max(m.detection.dropped_at_zero for m in findings)
     weighs = (
-        f"They carry {100 * share:.1f}% of the energy of what the adapter adds: λ = 0.5 leaves {100 * half['norm_left']:.1f}% of its norm "
+        f"{carry} {100 * share:.1f}% of the energy of what the adapter adds: λ = 0.5 leaves {100 * half['norm_left']:.1f}% of its norm "
         f"with the method project, and at λ = 0 the method paper loses up to {100 * dropped:.1f}% of a matrix's delta where it is written "
         "back at the adapter's rank."
     )
@@ -120,7 +124,11 @@ def _of_record(record: Mapping[str, Any]) -> list[str]:
         f"what the adapter adds fell from {t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}."
     )
     compare = (
-        f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: that is what to compare with; writing it back "
-        f"at the adapter's rank dropped at most {100 * t['dropped_max']:.2f}% of a matrix's delta."
+        f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: that is what to compare with"
     )
+    if record["command"] == "mitigate":
+        compare += (
+            f"; writing it back at the adapter's rank dropped at most {100 * t['dropped_max']:.2f}% of a matrix's delta"
+        )
+    compare += "."
     return [made, changed, compare]

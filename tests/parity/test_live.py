@@ -326,3 +326,12 @@ def test_an_injected_adapter_that_peft_has_no_second_one_of() -> None:
         with pytest.raises(UnsupportedError, match="PEFT adds no second one"):
             live.reduce_intruder_dimension(model)
         assert list(model.peft_config) == ["default"]
+
+
+def test_a_merge_that_torch_refuses_changes_no_weight(made: Made) -> None:
+    with torch.inference_mode():
+        model = loaded(made)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=0.5)
+    assert_equal(model.state_dict(), before)

@@ -117,6 +117,11 @@ def test_findings_of_nothing_and_without_intruders(findings: Findings) -> None:
     clean = dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=none),))
     assert sentences(make_subject(clean))[1].startswith("There is none: the least similar direction has 0.")
     make_page(make_subject(clean))
+    one = dataclasses.replace(findings[0].detection, intruders=findings[0].detection.intruders[:1])
+    single = dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=one),))
+    _, found, weighs = sentences(make_subject(single))
+    assert found.startswith("There is 1 intruder, in 1 of 1 matrix")
+    assert weighs.startswith("It carries ")
 
 
 def test_the_record_of_an_output(pair: tuple[Path, Path], findings: Findings, tmp_path: Path) -> None:
@@ -126,6 +131,11 @@ def test_the_record_of_an_output(pair: tuple[Path, Path], findings: Findings, tm
     assert "an adapter made of “adapter” and “base”" in made
     assert "Of 9 matrices 9 were changed" in changed
     assert "the same norm" in compare
+    assert "writing it back at the adapter's rank dropped at most" in compare
+    streamer.merge_with_reduced_intruder_dimensions(
+        *pair, tmp_path / "merged", findings=findings, mitigation_lambda=0.5
+    )
+    assert sentences(open_subject(tmp_path / "merged"))[2].endswith("that is what to compare with.")
     tree = embedded(make_page(subject))["output"]
     assert len(tree["delta_norm"]) == 9
     with pytest.raises(UsageError, match="an evaluation is shown with findings"):
