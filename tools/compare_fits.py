@@ -69,23 +69,28 @@ def trained(home: Path, args: argparse.Namespace) -> None:
             train_small.make_adapter(out / "base", out / f"{name}-{seed}", name, ids, steps, seed)
 
 
+def beside(adapter: Path, name: str) -> Path:
+    """Say where a result on an adapter stands: not in the adapter, whose files are inputs."""
+    return adapter.parent / "measured" / f"{adapter.name}-{name}"
+
+
 def fitted(
     home: Path, adapter: Path, seed: int, keep: Sequence[float], name: str, args: argparse.Namespace, **options: Any
 ) -> Any:
     """Fit coefficients, or read those that were fitted before."""
     texts = {text: home / f"{text}.txt" for text in ("general", "task")}
-    options |= {"keep": keep, "sequences": args.sequences, "length": args.length, "seed": seed, "overwrite": True}
+    options |= {"keep": keep, "sequences": args.sequences, "length": args.length, "seed": seed}
     return streamer.fit_coefficients(
-        home / "base", adapter, adapter / f"{name}.coefficients.safetensors", **texts, **options
+        home / "base", adapter, beside(adapter, f"{name}.coefficients.safetensors"), **texts, **options
     )
 
 
 def evaluated(home: Path, adapter: Path, name: str, args: argparse.Namespace, **variants: Any) -> Points:
     """Measure variants on the test texts, in their order, or read what was measured before."""
     texts = {text: home / f"{text}-test.txt" for text in ("general", "task")}
-    options = {"sequences": args.sequences, "length": args.length, "overwrite": True}
+    options = {"sequences": args.sequences, "length": args.length}
     made = streamer.evaluate_variants(
-        home / "base", adapter, adapter / f"{name}.evaluation.json", **texts, **options, **variants
+        home / "base", adapter, beside(adapter, f"{name}.evaluation.json"), **texts, **options, **variants
     )
     return [(made.task.share(v).value, made.general.share(v).value) for v in range(2, len(made.variants))]
 
