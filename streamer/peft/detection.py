@@ -54,7 +54,8 @@ def detect_intruder_dimensions(
     Returns
     -------
     Findings
-        As from files. `Findings.save` writes them, and the functions and commands for files take them where base and adapter are the same.
+        As from files. `Findings.save` writes them, and mitigate and merge of files take
+        them where base and adapter are the same; `diff` and reports with coefficients or an evaluation do not.
 
     Raises
     ------
