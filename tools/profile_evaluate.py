@@ -69,10 +69,11 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from streamer import api
+    from streamer.evaluation import passes as of_evaluation
     from streamer.evaluation import run
 
     torch.set_num_threads(arguments.pop("threads"))
-    check, measure, passes = run.check_logits, clocks.wrap(run.measure, REST), []
+    check, measure, passes = run.check_logits, clocks.wrap(of_evaluation.measure, REST), []
 
     def checked(*args: Any) -> None:
         check(*args)
@@ -82,7 +83,7 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
         passes.append(model.batch.variants * len(text.ids) * text.longest)
         return measure(model, text, block)
 
-    run.check_logits, run.measure = checked, counted
+    run.check_logits, of_evaluation.measure = checked, counted
     api.evaluate_variants(**arguments)
     with clock.stage(START):
         total = time.perf_counter() - began
