@@ -75,7 +75,7 @@ def read_record(output: Path) -> dict[str, Any] | str:
     known = {"schema": str, **_TYPES}
     wrong = _wrong_key(record, known)
     if DIGEST not in record:  # keys that a later version adds stand under a digest; without one any other key is damage
-        wrong = wrong or next((k for k in record if k not in known), "")
+        wrong = wrong or next((k for k in record if k not in known and k != "coefficients"), "")
     for key, types in _NESTED.items():
         wrong = wrong or next((f"{key}[].{k}" for entry in record[key] if (k := _wrong_key(entry, types))), "")
     if not wrong and (schema != SCHEMA or record["command"] not in ("merge", "mitigate")):
