@@ -7,12 +7,13 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
-from evaluations import of_findings
+from evaluations import evaluation, of_findings
 from helpers import names, tree_digest
 
 import streamer
 from streamer.detection.findings import Findings
 from streamer.errors import LockedError, MissingPackageError, OutputError, OutputExistsError, UsageError
+from streamer.report.figures import _draw_tradeoff
 from streamer.report.files import write_files
 from streamer.report.subject import make_subject
 from streamer.storage.lock import locked
@@ -108,3 +109,22 @@ def test_figures_as_svg_and_png(findings: Findings, tmp_path: Path, monkeypatch:
     with pytest.raises(OutputExistsError, match=r"map\.png: exists and is not a report"):
         write_files(make_subject(few, evaluation), tmp_path / "f", overwrite=True)
     assert tree_digest(tmp_path) == before
+
+
+def test_the_tradeoff_shows_or_names_every_variant() -> None:
+    """Some keep or forget more than the adapter, and some are outside of the frame."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    made = evaluation({"paper": lambda x: (1.15 - 0.1 * x, 1.15 * x), "shrink": lambda x: (x, 1 + x)}, noise=0)
+    _draw_tradeoff(figure, made)
+    (ax,) = figure.axes
+    named = figure.get_supxlabel().replace("\n", " ")
+    least, most = ax.get_xlim()
+    for v in made.to_dict()["variants"]:
+        inside = -0.05 <= v["kept"] <= 1.2 and -0.3 <= v["forgetting"] <= 1.4
+        assert (f"{v['name']} (kept" in named) != inside
+        if inside:
+            assert least <= 100 * (v["kept"] - v["kept_se"])
+            assert 100 * (v["kept"] + v["kept_se"]) <= most
+            assert ax.get_ylim()[0] <= 100 * v["forgetting"] <= ax.get_ylim()[1]
+    assert named.startswith("Outside of the frame: shrink 0.9 (kept 190%, left 90%), ")
+    assert most > 103
