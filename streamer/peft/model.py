@@ -24,7 +24,7 @@ from streamer.units import listed
 
 def require_peft() -> Any:
     """Import PEFT; see `require_package`."""
-    return require_package("peft", "PEFT 0.21", (0, 21), "streamer.peft needs", "peft")
+    return require_package("peft", (0, 21), "streamer.peft needs PEFT 0.21", "peft")
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,15 +11,15 @@ from typing import Any
 from streamer.errors import MissingPackageError
 
 
-def require_package(name: str, title: str, version: tuple[int, ...], needed_by: str, extra: str) -> Any:
+def require_package(name: str, version: tuple[int, ...], needs: str, extra: str) -> Any:
     """Import an optional package.
 
     Parameters
     ----------
-    title
-        The package and the version that it must have at least, as messages name them.
-    needed_by
-        Subject and verb of the message, as ``evaluate needs``.
+    version
+        That it must have at least.
+    needs
+        What needs it, and in which version: the beginning of the messages.
     extra
         The extra of this package that installs it.
 
@@ -32,15 +32,15 @@ def require_package(name: str, title: str, version: tuple[int, ...], needed_by: 
     try:
         package = importlib.import_module(name)
     except ImportError:
-        raise MissingPackageError(f"{needed_by} {title}, which is not installed; pip install {install}", name) from None
+        raise MissingPackageError(f"{needs}, which is not installed; pip install {install}", name) from None
     if tuple(map(int, package.__version__.split(".")[: len(version)])) < version:
-        raise MissingPackageError(f"{needed_by} {title}, found {package.__version__}; pip install -U {install}", name)
+        raise MissingPackageError(f"{needs}, found {package.__version__}; pip install -U {install}", name)
     return package
 
 
 def require_transformers() -> Any:
     """Import transformers; see `require_package`."""
-    return require_package("transformers", "transformers 5", (5,), "evaluate and fit need", "evaluate")
+    return require_package("transformers", (5,), "evaluate and fit need transformers 5", "evaluate")
 
 
 def first_line(error: Exception) -> str:

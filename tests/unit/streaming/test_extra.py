@@ -10,7 +10,7 @@ from streamer.streaming.extra import require_package
 
 
 def test_an_installed_package_is_given() -> None:
-    assert require_package("numpy", "numpy 1.9", (1, 9), "it needs", "them") is numpy
+    assert require_package("numpy", (1, 9), "it needs numpy 1.9", "them") is numpy
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ def test_an_installed_package_is_given() -> None:
 )
 def test_a_missing_or_old_one_is_named(name: str, words: str) -> None:
     with pytest.raises(MissingPackageError, match=words):
-        require_package(name, "numpy 999.1", (999, 1), "it needs", "them")
+        require_package(name, (999, 1), "it needs numpy 999.1", "them")
