@@ -54,7 +54,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     Parameters
     ----------
     peft_model
-        A `PeftModel`, or a model with injected adapters, as transformers' ``add_adapter`` makes it.
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     adapter_name
         An adapter of any kind that ``streamer merge`` takes.
     top_k

@@ -55,8 +55,8 @@ def reduce_intruder_dimension(
     Parameters
     ----------
     peft_model
-        A `PeftModel`, or a model with injected adapters, as transformers' ``add_adapter`` makes it. What ``torch.compile`` made of one
-        is compiled anew when it is next used.
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
+        What ``torch.compile`` made of one is compiled anew when it is next used.
     old_adapter_name
         A LoRA adapter, active or not.
     new_adapter_name
