@@ -30,6 +30,9 @@ SIGN = "streamer report"
 WIDTH = 6.75
 """Inches."""
 
+LEAST_ROWS = 7
+"""Rows of a map at least whose height it has: the names beside its scales are as high as that."""
+
 SHOWN = 6
 """Matrices whose directions are drawn: those whose intruders have most energy."""
 
@@ -134,7 +137,7 @@ def _draw_maps(figure: Figure, names: Sequence[str], values: dict[str, Sequence[
 def _draw_grids(figure: Figure, parts: Sequence[str], layers: Sequence[int | None], values: dict[str, Any]) -> None:
     """Draw maps of one grid below each other, or side by side where the layers are few."""
     stacked = len(layers) > 16
-    height = 0.5 + 0.16 * len(parts)
+    height = 0.5 + 0.16 * max(LEAST_ROWS, len(parts))
     figure.set_size_inches(WIDTH, (len(values) if stacked else 1) * (height + 0.2))
     axes = np.atleast_1d(figure.subplots(len(values), 1) if stacked else figure.subplots(1, len(values)))
     for ax, (label, cells) in zip(axes, values.items(), strict=True):

@@ -13,7 +13,7 @@ from helpers import names, tree_digest
 import streamer
 from streamer.detection.findings import Findings
 from streamer.errors import LockedError, MissingPackageError, OutputError, OutputExistsError, UsageError
-from streamer.report.figures import _draw_tradeoff
+from streamer.report.figures import _SETTINGS, _draw_maps, _draw_tradeoff
 from streamer.report.files import write_files
 from streamer.report.subject import make_subject
 from streamer.storage.lock import locked
@@ -128,3 +128,18 @@ def test_the_tradeoff_shows_or_names_every_variant() -> None:
             assert ax.get_ylim()[0] <= 100 * v["forgetting"] <= ax.get_ylim()[1]
     assert named.startswith("Outside of the frame: shrink 0.9 (kept 190%, left 90%), ")
     assert most > 103
+
+
+@pytest.mark.parametrize("layers", [6, 40])
+def test_no_label_of_a_map_of_two_rows_is_cut_above_or_below(layers: int) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    make = pytest.importorskip("matplotlib.figure").Figure
+    names = [f"model.layers.{i}.self_attn.{part}.weight" for i in range(layers) for part in ("q_proj", "v_proj")]
+    with matplotlib.rc_context(_SETTINGS):
+        figure = make(layout="constrained")
+        _draw_maps(figure, names, {"intruders": [1] * len(names), "share of the energy": [0.5] * len(names)})
+        figure.draw_without_rendering()
+    for ax in figure.axes:
+        box = ax.get_tightbbox()
+        assert box.y0 >= -1
+        assert box.y1 <= figure.bbox.height + 1
