@@ -41,7 +41,8 @@ def diff_table(diff: FindingsDiff, screen: Screen) -> str:
         )
     counts = [fate for fate in FATES if diff.count(fate)]
     lines = [
-        f"{diff.first['intruders']} intruders before, {diff.second['intruders']} after, in {counted(diff.matrices, 'matrix')} of both: "
+        f"{counted(diff.first['intruders'], 'intruder')} before, {diff.second['intruders']} after, "
+        f"in {counted(diff.matrices, 'matrix')} of both: "
         + (", ".join(f"{diff.count(fate)} {fate}" for fate in FATES)),
         *(_MEANING[fate] for fate in counts),
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from streamer.detection.findings import Findings
 from streamer.errors import MismatchError
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
-from streamer.weights.base import Weight
+from streamer.weights.base import StoredTensor, Weight
 
 SAMPLED = 32
 """Rows and columns of the base's matrix, evenly spaced, whose crossings are hashed."""
@@ -28,7 +28,8 @@ _NOT_OF_DELTA = {"inference_mode"}
 """Numbers and flags of an adapter's config that do not decide its delta."""
 
 
-def fingerprint(plan: Plan, target: Target, weight: Weight | None = None) -> str | None:
+def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] | None = None,
+                weight: Weight | None = None) -> str | None:  # fmt: skip
     """Hash (SHA-256, hex) what decides the findings on a matrix, all values as float64.
 
     That is its shape, a sample of W0, and the module's scaling and tensors, whole. It is no checksum of W0: a change outside of the
@@ -36,8 +37,8 @@ def fingerprint(plan: Plan, target: Target, weight: Weight | None = None) -> str
 
     Parameters
     ----------
-    weight
-        The matrix' weight, where it is at hand.
+    tensors, weight
+        The module's tensors and the matrix' weight, where they have been read.
 
     Returns
     -------
@@ -49,7 +50,7 @@ def fingerprint(plan: Plan, target: Target, weight: Weight | None = None) -> str
     module = target.module
     digest = hashlib.sha256(json.dumps([list(module.shape), float(module.scaling).hex()]).encode())
     _update(digest, _sample(weight or plan.weights[target.tensor], target.transposed))
-    for name, values in _module_values(plan, target):
+    for name, values in _module_values(tensors or plan.adapter.tensors, target):
         digest.update(name.encode())
         _update(digest, values.double())
     return digest.hexdigest()
@@ -108,9 +109,9 @@ def _sample(weight: Weight, transposed: bool) -> Tensor:
     return rows.T if transposed else rows
 
 
-def _module_values(plan: Plan, target: Target) -> Iterator[tuple[str, Tensor]]:
+def _module_values(tensors: Mapping[str, StoredTensor], target: Target) -> Iterator[tuple[str, Tensor]]:
     """Give the tensors of a module by their roles; of another method than LoRA the numbers of its config besides."""
-    module, tensors = target.module, plan.adapter.tensors
+    module = target.module
     if isinstance(module, LoraModule):
         slices = (*module.expert_slices, ())
         for role, name, index in zip(("A", "B", "magnitude"), module.tensor_names, slices, strict=False):

@@ -33,6 +33,7 @@ from streamer.plan.targets import Target
 from streamer.storage.files import make_directory
 from streamer.storage.output_checks import touch
 from streamer.units import counted
+from streamer.weights.base import StoredTensor
 
 
 def cost(target: Target, options: DetectionOptions) -> int:
@@ -59,9 +60,12 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     """
     began = time.perf_counter()
     prefetched = prefetched or PrefetchedWeight(plan.weights[target.tensor])
+    tensors = plan.adapter.tensors
+    if not plan.adapter.describes_model:  # whose matrix has no fingerprint, and is too large to be held
+        tensors = {name: tensors[name].load() for name in target.module.tensor_names}
     found: Detection | None = None
     try:
-        found = _detection(plan, target, options, device, resident, prefetched)
+        found = _detection(plan, target, tensors, options, device, resident, prefetched)
     except RuntimeError as e:  # cuBLAS and cuSOLVER have no class of their own for it
         if device.type == "cpu" or not (isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e)):
             raise
@@ -70,30 +74,32 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
             monitor.emit(
                 Event("warning", f"{target.tensor}: {device} has not enough memory for it; it is computed on the CPU")
             )
-        found = _detection(plan, target, options, torch.device("cpu"), resident, prefetched)
+        found = _detection(plan, target, tensors, options, torch.device("cpu"), resident, prefetched)
     module = target.module
+    printed = fingerprint(plan, target, tensors, prefetched.weight)
     return MatrixFinding(target.tensor, module.name, module.shape, prefetched.weight.label, module.rank, module.scaling, found,
-                         time.perf_counter() - began, target.transposed, fingerprint(plan, target, prefetched.weight))  # fmt: skip
+                         time.perf_counter() - began, target.transposed, printed)  # fmt: skip
 
 
-def _detection(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, resident: int,
-               prefetched: PrefetchedWeight) -> Detection:  # fmt: skip
+def _detection(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor], options: DetectionOptions, device: torch.device,
+               resident: int, prefetched: PrefetchedWeight) -> Detection:  # fmt: skip
     """Detect on this very device, once more in float64 where only rounding leaves a direction open and memory allows it."""
-    found, rounded = _decisions(plan, target, options, device, prefetched, best_way(plan, target, options, resident))
+    way = best_way(plan, target, options, resident)
+    found, rounded = _decisions(plan, target, tensors, options, device, prefetched, way)
     again = float64_way(plan, target, options, resident, found.solver) if rounded else None
     if again is None:
         return found
     weight = prefetched.weight
     prefetched = replace(prefetched, weight=replace(weight, compute=torch.float64))
     options = replace(options, solver=found.solver)
-    precise, _ = _decisions(plan, target, options, device, prefetched, again[0])
+    precise, _ = _decisions(plan, target, tensors, options, device, prefetched, again[0])
     return replace(precise, **{key: getattr(precise, key).to(weight.compute) for key in ("U", "S", "Vh")},
                    escalated=found.escalated, steps=found.steps + precise.steps,
                    products=found.products + precise.products)  # fmt: skip
 
 
-def _decisions(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, prefetched: PrefetchedWeight,
-               way: str) -> tuple[Detection, bool]:  # fmt: skip
+def _decisions(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor], options: DetectionOptions, device: torch.device,
+               prefetched: PrefetchedWeight, way: str) -> tuple[Detection, bool]:  # fmt: skip
     """Decide in the weight's computing dtype, in one of the ways of `working_bytes`; see `decide`."""
     weight = prefetched.weight
     base: Matrix
@@ -102,7 +108,7 @@ def _decisions(plan: Plan, target: Target, options: DetectionOptions, device: to
     else:
         base = Dense(prefetched.whole(device).reshape(weight.matrix))
     W0 = base.matrix if isinstance(base, Dense) else None
-    delta = plan.delta(target, W0, double=weight.compute == torch.float64)
+    delta = plan.delta(target, W0, double=weight.compute == torch.float64, tensors=tensors)
     try:
         oriented = base.T if target.transposed else base
         return decide(oriented, delta, options, target.module.rank, target.tensor, allow_dense=way == "dense")

@@ -35,7 +35,7 @@ def detect_intruder_dimensions(
     Parameters
     ----------
     peft_model
-        A `PeftModel`, or a model with injected adapters, as transformers' ``add_adapter`` makes it.
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     adapter_name
         The adapter, active or not; others are passed over.
     top_k

@@ -54,7 +54,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     Parameters
     ----------
     peft_model
-        A `PeftModel`, or a model with injected adapters, as transformers' ``add_adapter`` makes it.
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     adapter_name
         An adapter of any kind that ``streamer merge`` takes.
     top_k
@@ -94,15 +94,13 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     live = plan_live(peft_model, adapter_name)
     outputs = _checked(live, list(_changed(live)))
     job, _ = live_job(live, mitigation, detection, findings, run.device, run.monitor)
-    for output in (
-        outputs
-    ):  # once before the first is changed: coefficients of other values, or a sum that overflows, are refused here
+    # Once before the first is changed: coefficients of other values, or a sum that overflows, are refused here.
+    for output in outputs:
         run.monitor.checkpoint()
         _values(job, output)
         live.release()
-    with (
-        quiet_peft()
-    ):  # before a weight is changed, since it may fail: a model loaded in inference mode takes no gradients
+    # Before a weight is changed, since it may fail: a model loaded in inference mode takes no gradients.
+    with quiet_peft():
         live.live.activate(adapter_name)
     total, done = sum(_nbytes(output) for output in outputs), 0
     for items, output in enumerate(outputs):
@@ -195,20 +193,21 @@ def unloaded(live: LiveModel) -> nn.Module:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    base: Any = live.base
     outermost: list[str] = []
-    for name, module in live.base.named_modules():
+    for name, module in base.named_modules():
         if isinstance(module, wrappers) and not any(name.startswith(f"{above}.") for above in outermost):
             outermost.append(name)
     for name in outermost:
-        wrapper: Any = live.base.get_submodule(name)
+        wrapper: Any = base.get_submodule(name)
         if hasattr(wrapper, "unload_and_optionally_merge_module"):
             inner = wrapper.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
         else:
             inner = wrapper.get_base_layer()
         parent, _, child = name.rpartition(".")
-        setattr(live.base.get_submodule(parent), child, inner)
-    if hasattr(live.base, "peft_config"):
-        del live.base.peft_config
-    if getattr(live.base, "_hf_peft_config_loaded", False):
-        setattr(live.base, "_hf_peft_config_loaded", False)  # noqa: B010  # no attribute that torch declares
+        setattr(base.get_submodule(parent), child, inner)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    if getattr(base, "_hf_peft_config_loaded", False):
+        base._hf_peft_config_loaded = False
     return live.base

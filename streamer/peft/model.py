@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,32 +15,16 @@ from torch import Tensor, nn
 
 from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.tensor_names import normalize
-from streamer.errors import MissingPackageError, UnsupportedError, UsageError
+from streamer.errors import UnsupportedError, UsageError
 from streamer.peft.tensors import LiveTensor
+from streamer.plan.targets import Target
+from streamer.streaming.extra import require_package
 from streamer.units import listed
-
-EXTRA = "intruder-streamer[peft]"
 
 
 def require_peft() -> Any:
-    """Import PEFT.
-
-    Raises
-    ------
-    MissingPackageError
-        If it, or a version that this works with, is not installed; the message says what to install.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise MissingPackageError(
-            f"streamer.peft needs PEFT, which is not installed; pip install '{EXTRA}'", "peft"
-        ) from None
-    if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 21):
-        raise MissingPackageError(
-            f"streamer.peft needs PEFT 0.21, found {peft.__version__}; pip install -U '{EXTRA}'", "peft"
-        )
-    return peft
+    """Import PEFT; see `require_package`."""
+    return require_package("peft", (0, 21), "streamer.peft needs PEFT 0.21", "peft")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +58,8 @@ class LiveModel:
     @property
     def configs(self) -> dict[str, Any]:
         """PEFT's configs by the adapters' names."""
-        found: dict[str, Any] = self.model.peft_config  # type: ignore[assignment]
+        model: Any = self.model
+        found: dict[str, Any] = model.peft_config
         return found
 
     def base_tensors(self) -> dict[str, LiveTensor]:
@@ -192,6 +177,14 @@ def _entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[
     for name, child in module.named_children():
         below = prefix if base_only and name == "_orig_mod" else f"{prefix}{name}."
         yield from _entries(child, below, base_only)
+
+
+def layer_of(target: Target, layers: Container[str]) -> str:
+    """Find the one of PEFT's layers, by their paths, that has the tensors of a target's module; "" where none has."""
+    path = target.module.tensor_names[0]
+    while path and path not in layers:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def path_in_base(name: str) -> str:

@@ -15,7 +15,7 @@ from streamer.adapters.adapter import DeltaSource, PeftAdapter
 from streamer.adapters.modules import MethodModule
 from streamer.adapters.reader import refuse_kinds, sorted_adapter
 from streamer.errors import StreamerError, UnsupportedError
-from streamer.peft.model import LiveModel, model_config, open_model, path_in_base
+from streamer.peft.model import LiveModel, layer_of, model_config, open_model, path_in_base
 from streamer.peft.tensors import LiveFile, LiveTensor
 from streamer.plan.architectures import architecture_for
 from streamer.plan.name_matching import Match
@@ -167,9 +167,7 @@ def _refuse_other_scalings(live: LiveModel, plan: Plan) -> None:
     for target in plan.targets:
         if isinstance(target.module, MethodModule) and not target.module.method.scaled:
             continue
-        path = target.module.tensor_names[0]
-        while path and path not in layers:
-            path = path.rpartition(".")[0]
+        path = layer_of(target, layers)
         scaling = layers[path].scaling.get(live.adapter_name) if path else None
         if scaling is not None and abs(scaling - target.module.scaling) > 1e-6 * abs(scaling):
             raise UnsupportedError(

@@ -21,7 +21,7 @@ from streamer.output.mitigation import MitigationMethod
 from streamer.output.records import MitigatedMatrix
 from streamer.peft.detection import named_as_files
 from streamer.peft.job import live_job
-from streamer.peft.model import LiveModel, quiet_peft, require_peft
+from streamer.peft.model import LiveModel, layer_of, quiet_peft, require_peft
 from streamer.peft.plan import LivePlan, plan_live
 from streamer.peft.tensors import LiveTensor
 
@@ -55,8 +55,8 @@ def reduce_intruder_dimension(
     Parameters
     ----------
     peft_model
-        A `PeftModel`, or a model with injected adapters, as transformers' ``add_adapter`` makes it. What ``torch.compile`` made of one
-        is compiled anew when it is next used.
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
+        What ``torch.compile`` made of one is compiled anew when it is next used.
     old_adapter_name
         A LoRA adapter, active or not.
     new_adapter_name
@@ -203,9 +203,7 @@ def _log(live: LivePlan, found: Findings | None, name: str, sink: LoggingSink) -
     counts: dict[str, int] = {}
     layers = {path for path, _ in live.live.layers()}
     for target in live.plan.targets:
-        path = target.module.tensor_names[0]
-        while path and path not in layers:
-            path = path.rpartition(".")[0]
+        path = layer_of(target, layers)
         finding = by_tensor.get(target.tensor)
         counts[path] = counts.get(path, 0) + (len(finding.detection.intruders) if finding else 0)
     for path, _ in live.live.layers():

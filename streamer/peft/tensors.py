@@ -218,5 +218,4 @@ class LiveFile(TensorFile):
 
 def _is_plain(tensor: Tensor) -> bool:
     """Test whether a tensor is what its dtype and shape say: of torch's own classes, or of bitsandbytes', whose layers say the rest."""
-    kinds = {*_PLAIN}
-    return type(tensor) in kinds or type(tensor).__module__.startswith("bitsandbytes")
+    return type(tensor) in _PLAIN or type(tensor).__module__.startswith("bitsandbytes")

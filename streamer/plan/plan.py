@@ -104,13 +104,20 @@ class Plan:
         """Key that sorts targets by the base's file order: the position of the weight, and the index of the matrix in it."""
         return _file_order(self.weights)
 
-    def delta(self, target: Target, base: Tensor | None = None, *, double: bool = False) -> Delta:
-        """Compute the delta of a matrix, (out, in); dense where it is not of low rank, from W0 as it is stored; see `Module.delta`."""
+    def delta(self, target: Target, base: Tensor | None = None, *, double: bool = False,
+              tensors: Mapping[str, StoredTensor] | None = None) -> Delta:  # fmt: skip
+        """Compute the delta of a matrix, (out, in); dense where it is not of low rank, from W0 as it is stored; see `Module.delta`.
+
+        Parameters
+        ----------
+        tensors
+            The module's, where they have been read.
+        """
         if base is None and not target.module.low_rank:
             weight = self.weights[target.tensor]
             base = weight.whole(torch.device("cpu")).reshape(weight.matrix)
         W0 = base.T if base is not None and target.transposed else base
-        return target.module.delta(self.adapter.tensors, W0, double=double)
+        return target.module.delta(tensors or self.adapter.tensors, W0, double=double)
 
     @cached_property
     def base_identity(self) -> BaseIdentity:

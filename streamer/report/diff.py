@@ -16,6 +16,7 @@ import torch
 from streamer.detection.findings import Findings
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.errors import MismatchError
+from streamer.units import counted
 
 SCHEMA = "streamer.diff/1"
 
@@ -77,7 +78,8 @@ class FindingsDiff:
     Attributes
     ----------
     intruders
-        Each intruder of both, by matrix, those of the first findings before new ones.
+        By matrix, each intruder of the first findings, then the new ones. One of the second that no single one of the first matches, but
+        that lies mostly in the span of the first's, is not listed.
     matrices
         Matrices that both have.
     only_first, only_second
@@ -129,8 +131,13 @@ def diff_findings(first: Findings, second: Findings) -> FindingsDiff:
     Raises
     ------
     MismatchError
-        If they are on different bases.
+        If they are on different bases, or one on files and the other on a model in memory.
     """
+    if first.base.get("in_memory") != second.base.get("in_memory"):
+        raise MismatchError(
+            "findings: expected two on one base, found one on files and one on a model in memory, whose identities cannot be compared; "
+            "run detect for both in one place"
+        )
     if first.base != second.base:
         names = [str(f.sources.get("base", {}).get("name", "unnamed")) for f in (first, second)]
         raise MismatchError(
@@ -192,4 +199,4 @@ def _notes(first: Findings, second: Findings) -> Iterator[str]:
         )
     for what, findings in (("first", first), ("second", second)):
         if rest := sum(not m.detection.certified for m in findings):
-            yield f"{rest} matrices of the {what} findings are not certified"
+            yield f"{counted(rest, 'matrix')} of the {what} findings {'is' if rest == 1 else 'are'} not certified"

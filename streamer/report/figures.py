@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,14 @@ SIGN = "streamer report"
 WIDTH = 6.75
 """Inches."""
 
+LEAST_ROWS = 7
+"""Rows of a map at least whose height it has: the names beside its scales are as high as that."""
+
 SHOWN = 6
 """Matrices whose directions are drawn: those whose intruders have most energy."""
+
+KEPT, FORGETTING = (-0.05, 1.2), (-0.3, 1.4)
+"""Shares that the trade-off shows, as the page does; variants outside of them are named below it."""
 
 BASE, INTRUDER = "#2f6db5", "#c2410c"
 COLOURS = {"paper": "#0072b2", "project": "#007a5a", "shrink": "#d55e00", "fitted": "#a64d86"}
@@ -130,7 +137,7 @@ def _draw_maps(figure: Figure, names: Sequence[str], values: dict[str, Sequence[
 def _draw_grids(figure: Figure, parts: Sequence[str], layers: Sequence[int | None], values: dict[str, Any]) -> None:
     """Draw maps of one grid below each other, or side by side where the layers are few."""
     stacked = len(layers) > 16
-    height = 0.5 + 0.16 * len(parts)
+    height = 0.5 + 0.16 * max(LEAST_ROWS, len(parts))
     figure.set_size_inches(WIDTH, (len(values) if stacked else 1) * (height + 0.2))
     axes = np.atleast_1d(figure.subplots(len(values), 1) if stacked else figure.subplots(1, len(values)))
     for ax, (label, cells) in zip(axes, values.items(), strict=True):
@@ -200,13 +207,21 @@ def _draw_lambdas(figure: Figure, findings: Findings) -> None:
 
 
 def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
-    """Draw forgetting against learning kept, with standard errors; a filled point is on the front, a ring marks the suggestion."""
+    """Draw forgetting against learning kept, with standard errors; a filled point is on the front, a ring marks the suggestion.
+
+    Variants outside of the frame are named below it.
+    """
     ax, best, tree = figure.subplots(), evaluation.best(), evaluation.to_dict()
     figure.set_size_inches(WIDTH / 1.5, 3.4)
     series: dict[str, list[dict[str, Any]]] = {}
+    outside: list[str] = []
     for v, variant in zip(tree["variants"], evaluation.variants, strict=True):
-        if v["kept"] is not None and v["forgetting"] is not None:
+        if v["kept"] is None or v["forgetting"] is None:
+            continue
+        if KEPT[0] <= v["kept"] <= KEPT[1] and FORGETTING[0] <= v["forgetting"] <= FORGETTING[1]:
             series.setdefault(series_of(variant), []).append(v)
+        else:
+            outside.append(f"{v['name']} (kept {100 * v['kept']:.0f}%, left {100 * v['forgetting']:.0f}%)")
     adapter, front = series.pop("adapter", []), set(tree["front"])
     base = series.pop("base", [])
     for name, own in [*series.items(), ("", [*base, *adapter])]:
@@ -236,7 +251,13 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
             if best.variant is not None and v["name"] == best.variant.name:
                 ax.plot(100 * v["kept"], 100 * v["forgetting"], "o", markersize=9, markerfacecolor="none", color=colour)
     ax.axvline(100 * best.keep, color="black", linewidth=0.6, linestyle="--")
-    ax.set(xlabel="kept of what was learned, %", ylabel="forgetting left, %", xlim=(-5, 105), ylim=(-30, 150))
+    ax.update_datalim([(0, 0), (103, 105)])
+    ax.autoscale_view()
+    ax.set(xlabel="kept of what was learned, %", ylabel="forgetting left, %")
+    if outside:
+        figure.supxlabel(
+            "\n".join(map(_plain, textwrap.wrap(f"Outside of the frame: {', '.join(outside)}.", 90))), fontsize=6
+        )
     ax.legend(frameon=False, loc="upper left")
 
 

@@ -151,7 +151,7 @@ function showFindings(tree) {
   ], tree.lambdas, { id: "lambdas" });
   const worst = matrices.reduce((a, b) => (b.dropped > a.dropped ? b : a));
   beside.append(html("p", { class: "note" }, worst.dropped > 0
-    ? `Written back at the adapter's rank, paper loses at λ = 0 up to ${percent(worst.dropped)} of a matrix's delta (${worst.name}); project and shrink lose nothing at any λ.`
+    ? `Written back at the adapter's rank, paper loses at λ = 0 up to ${percent(worst.dropped)} of a matrix's mitigated delta (${worst.name}); project and shrink lose nothing at any λ.`
     : "Written back at the adapter's rank, no method loses anything at any λ."));
 
   const matter = section("Matrices that matter", "Those whose intruders have most of the energy: similarity of their directions to the base, as the interval that is "

@@ -102,8 +102,8 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     keys = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
     return {
         "keep": KEEP,
-        "suggested": best.variant and best.variant.name,
-        "front": tree["front"],
+        "suggested": best.variant and printable(best.variant.name),
+        "front": [printable(name) for name in tree["front"]],
         "texts": {side: text["name"] for side, text in evaluation.facts["texts"].items()},
         "variants": [
             {

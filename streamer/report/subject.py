@@ -101,7 +101,7 @@ def make_subject(
     FormatError
         If a figure of the findings is not finite.
     MismatchError
-        If the evaluation is of another base or adapter.
+        If the evaluation is of another base or adapter, or the findings are on a model in memory.
     """
     for m in findings:
         d = m.detection
@@ -109,6 +109,11 @@ def make_subject(
         arrays = d.singular_values, d.similarity, d.similarity_low, d.similarity_high
         if not all(map(math.isfinite, chain(numbers, *arrays))):
             raise FormatError(f"{where}: a figure of {m.tensor} is NaN or Inf; run detect again")
+    if evaluation is not None and findings.base.get("in_memory"):
+        raise MismatchError(
+            f"{where}: made on a model in memory, and the evaluation on files, so that it cannot be told whether they belong together; "
+            "run detect on the files, or report without an evaluation"
+        )
     if evaluation is not None:
         for what, mine in (("base", findings.base), ("adapter", findings.adapter)):
             theirs = evaluation.facts[what]

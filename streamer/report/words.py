@@ -73,10 +73,12 @@ def _name(source: Mapping[str, Any]) -> str:
 def _of_findings(findings: Findings) -> list[str]:
     sources, options = findings.sources, findings.options
     k = options.top_k
+    matrices = counted(len(findings), "matrix")
+    changed = f"the {matrices}" if len(findings) == 1 else f"each of the {matrices}"
     judged = f"the {k}" if isinstance(k, int) else f"{100 * k:g}% of the"
     adapter, base = (f"“{_name(sources[what])}”" if what in sources else f"the {what}" for what in ("adapter", "base"))
     asked = (
-        f"In each of the {counted(len(findings), 'matrix')} that {adapter} changes in {base}, {judged} leading singular directions of "
+        f"In {changed} that {adapter} changes in {base}, {judged} leading singular directions of "
         f"base + adapter were compared with all directions of the base; one whose similarity to each of these is below "
         f"{options.threshold_epsilon:g} is an intruder dimension."
     )
@@ -100,8 +102,8 @@ def _of_findings(findings: Findings) -> list[str]:
     dropped = max(m.detection.dropped_at_zero for m in findings)
     weighs = (
         f"{carry} {100 * share:.1f}% of the energy of what the adapter adds: λ = 0.5 leaves {100 * half['norm_left']:.1f}% of its norm "
-        f"with the method project, and at λ = 0 the method paper loses up to {100 * dropped:.1f}% of a matrix's delta where it is written "
-        "back at the adapter's rank."
+        f"with the method project, and at λ = 0 the method paper loses up to {100 * dropped:.1f}% of a matrix's mitigated delta where it "
+        "is written back at the adapter's rank."
     )
     return [asked, found, weighs]
 
@@ -127,8 +129,6 @@ def _of_record(record: Mapping[str, Any]) -> list[str]:
         f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: that is what to compare with"
     )
     if record["command"] == "mitigate":
-        compare += (
-            f"; writing it back at the adapter's rank dropped at most {100 * t['dropped_max']:.2f}% of a matrix's delta"
-        )
+        compare += f"; writing it back at the adapter's rank dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
     compare += "."
     return [made, changed, compare]

@@ -1,37 +1,46 @@
-"""Import transformers, an optional package, and keep it quiet."""
+"""Import optional packages, and keep transformers quiet."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 from streamer.errors import MissingPackageError
 
-EXTRA = "intruder-streamer[evaluate]"
 
+def require_package(name: str, version: tuple[int, ...], needs: str, extra: str) -> Any:
+    """Import an optional package.
 
-def require_transformers() -> Any:
-    """Import transformers.
+    Parameters
+    ----------
+    version
+        That it must have at least.
+    needs
+        What needs it, and in which version: the beginning of the messages.
+    extra
+        The extra of this package that installs it.
 
     Raises
     ------
     MissingPackageError
         If it, or a version that this works with, is not installed; the message says what to install.
     """
+    install = f"'intruder-streamer[{extra}]'"
     try:
-        import transformers
+        package = importlib.import_module(name)
     except ImportError:
-        raise MissingPackageError(
-            f"evaluate and fit need transformers 5, which is not installed; pip install '{EXTRA}'", "transformers"
-        ) from None
-    if int(transformers.__version__.partition(".")[0]) < 5:
-        raise MissingPackageError(
-            f"evaluate and fit need transformers 5, found {transformers.__version__}; pip install -U '{EXTRA}'",
-            "transformers",
-        )
-    return transformers
+        raise MissingPackageError(f"{needs}, which is not installed; pip install {install}", name) from None
+    if tuple(map(int, package.__version__.split(".")[: len(version)])) < version:
+        raise MissingPackageError(f"{needs}, found {package.__version__}; pip install -U {install}", name)
+    return package
+
+
+def require_transformers() -> Any:
+    """Import transformers; see `require_package`."""
+    return require_package("transformers", (5,), "evaluate and fit need transformers 5", "evaluate")
 
 
 def first_line(error: Exception) -> str:

@@ -31,7 +31,7 @@ def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.Monk
     namespace: dict[str, Any] = {"display": lambda image: pictures.append(image.copy())}
     shown = [value for source in CELLS if (value := run_cell(source, namespace)) is not None]
     findings, diff = namespace["findings"], namespace["diff"]
-    assert len(findings) == 37
+    assert len(findings) == 18
     assert findings.intruders > 4
     assert diff.count("gone") > findings.intruders / 2
     assert len(pictures) == 3

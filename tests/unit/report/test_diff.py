@@ -103,3 +103,20 @@ def test_other_options_are_noted_and_other_bases_refused(pair: Pair, findings: F
     foreign = streamer.detect_intruder_dimensions(*helpers.three_shards(tmp_path, hidden=32))
     with pytest.raises(MismatchError, match="expected two on one base, found bases of other content"):
         diff_findings(findings, foreign)
+    live = dataclasses.replace(findings, base={**findings.base, "in_memory": True})
+    with pytest.raises(MismatchError, match="found one on files and one on a model in memory"):
+        diff_findings(findings, live)
+
+
+def test_open_decisions_are_counted(findings: Findings) -> None:
+    def opened(count: int) -> Findings:
+        rest = [
+            dataclasses.replace(m, detection=dataclasses.replace(m.detection, certified=False))
+            for m in findings.matrices[:count]
+        ]
+        return dataclasses.replace(findings, matrices=(*rest, *findings.matrices[count:]))
+
+    assert diff_findings(opened(1), opened(2)).notes == (
+        "1 matrix of the first findings is not certified",
+        "2 matrices of the second findings are not certified",
+    )

@@ -7,12 +7,13 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
-from evaluations import of_findings
+from evaluations import evaluation, of_findings
 from helpers import names, tree_digest
 
 import streamer
 from streamer.detection.findings import Findings
 from streamer.errors import LockedError, MissingPackageError, OutputError, OutputExistsError, UsageError
+from streamer.report.figures import _SETTINGS, _draw_maps, _draw_tradeoff
 from streamer.report.files import write_files
 from streamer.report.subject import make_subject
 from streamer.storage.lock import locked
@@ -108,3 +109,37 @@ def test_figures_as_svg_and_png(findings: Findings, tmp_path: Path, monkeypatch:
     with pytest.raises(OutputExistsError, match=r"map\.png: exists and is not a report"):
         write_files(make_subject(few, evaluation), tmp_path / "f", overwrite=True)
     assert tree_digest(tmp_path) == before
+
+
+def test_the_tradeoff_shows_or_names_every_variant() -> None:
+    """Some keep or forget more than the adapter, and some are outside of the frame."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    made = evaluation({"paper": lambda x: (1.15 - 0.1 * x, 1.15 * x), "shrink": lambda x: (x, 1 + x)}, noise=0)
+    _draw_tradeoff(figure, made)
+    (ax,) = figure.axes
+    named = figure.get_supxlabel().replace("\n", " ")
+    least, most = ax.get_xlim()
+    for v in made.to_dict()["variants"]:
+        inside = -0.05 <= v["kept"] <= 1.2 and -0.3 <= v["forgetting"] <= 1.4
+        assert (f"{v['name']} (kept" in named) != inside
+        if inside:
+            assert least <= 100 * (v["kept"] - v["kept_se"])
+            assert 100 * (v["kept"] + v["kept_se"]) <= most
+            assert ax.get_ylim()[0] <= 100 * v["forgetting"] <= ax.get_ylim()[1]
+    assert named.startswith("Outside of the frame: shrink 0.9 (kept 190%, left 90%), ")
+    assert most > 103
+
+
+@pytest.mark.parametrize("layers", [6, 40])
+def test_no_label_of_a_map_of_two_rows_is_cut_above_or_below(layers: int) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    make = pytest.importorskip("matplotlib.figure").Figure
+    names = [f"model.layers.{i}.self_attn.{part}.weight" for i in range(layers) for part in ("q_proj", "v_proj")]
+    with matplotlib.rc_context(_SETTINGS):
+        figure = make(layout="constrained")
+        _draw_maps(figure, names, {"intruders": [1] * len(names), "share of the energy": [0.5] * len(names)})
+        figure.draw_without_rendering()
+    for ax in figure.axes:
+        box = ax.get_tightbbox()
+        assert box.y0 >= -1
+        assert box.y1 <= figure.bbox.height + 1

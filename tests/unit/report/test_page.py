@@ -102,6 +102,21 @@ def test_an_evaluation_of_another_adapter_is_refused(findings: Findings) -> None
         make_subject(findings, evaluations.evaluation())
 
 
+def test_names_of_variants_are_the_same_everywhere_in_the_page(findings: Findings) -> None:
+    evaluation = of_findings(findings)
+    variants = tuple(dataclasses.replace(v, name=f"{v.name}\x1b") for v in evaluation.variants)
+    tree = embedded(make_page(make_subject(findings, dataclasses.replace(evaluation, variants=variants))))["evaluation"]
+    names = {v["name"] for v in tree["variants"]}
+    assert tree["front"]
+    assert {*tree["front"], tree["suggested"]} <= names
+
+
+def test_an_evaluation_beside_findings_in_memory_is_refused(findings: Findings) -> None:
+    live = dataclasses.replace(findings, base={**findings.base, "in_memory": True})
+    with pytest.raises(MismatchError, match="made on a model in memory, and the evaluation on files"):
+        make_subject(live, of_findings(live))
+
+
 def test_figures_that_are_not_finite_are_refused(findings: Findings) -> None:
     detection = dataclasses.replace(findings[0].detection, delta_norm=float("nan"))
     broken = dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=detection),))
@@ -120,6 +135,7 @@ def test_findings_of_nothing_and_without_intruders(findings: Findings) -> None:
     one = dataclasses.replace(findings[0].detection, intruders=findings[0].detection.intruders[:1])
     single = dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=one),))
     _, found, weighs = sentences(make_subject(single))
+    assert "In the 1 matrix that" in sentences(make_subject(single))[0]
     assert found.startswith("There is 1 intruder, in 1 of 1 matrix")
     assert weighs.startswith("It carries ")
 
