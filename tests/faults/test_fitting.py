@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from command_line import ENV
 from forks import KILL, TORN, Server
 from learned import make_learned
 from safetensors.numpy import load_file, save_file
@@ -111,6 +114,27 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
         assert monitor.outputs[output] == "resumed"
         assert sorted(p.name for p in tmp_path.glob(f"*{number}.safe*")) == [output.name]
     assert {e.items for e in events if e.stage == "fit"} < {e.items for e in steps}, "little was left to do"
+
+
+MANY = """
+import hashlib, numpy as np
+from streamer.fitting.front import Front, Sample
+P, rng = 50_000, np.random.default_rng(0)
+points = [np.zeros(P), np.ones(P), *rng.uniform(size=(3, P))]
+texts = [[Sample(c, (d * (c - end) ** 2).sum() / 2, d * (c - end)) for c in points] for end, d in ((0, rng.uniform(size=P)), (1, 1))]
+front = Front(*texts)
+print(hashlib.sha256(front.coefficients(0.5).tobytes()).hexdigest(), front.kept(0.5, np.full(P, 0.6)).hex())
+"""
+"""A point of a front of many coefficients, and what is kept there."""
+
+
+def test_threads_of_numpy_do_not_matter() -> None:
+    """They are as many as there are cores, whatever a run keeps of torch's: it may be taken up where there are others."""
+    one, two = (
+        subprocess.check_output([sys.executable, "-c", MANY], env={**ENV, "OPENBLAS_NUM_THREADS": n}, text=True)
+        for n in "12"
+    )
+    assert one == two
 
 
 def test_in_memory_it_gives_the_same(job: Job) -> None:
