@@ -13,7 +13,7 @@ from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.statistics import SequenceSums
 from streamer.events import Event
 from streamer.fitting import algorithm
-from streamer.fitting.algorithm import FitResult, FittedPoint, Gradient, Measure, Slope, fit_steps
+from streamer.fitting.algorithm import FittedPoint, Gradient, Measure, Slope, fit_steps
 from streamer.fitting.costs import GRADIENT, expected_costs, gradient_costs
 from streamer.fitting.held_out import HeldOut
 from streamer.fitting.prepare import PreparedFit
@@ -109,8 +109,8 @@ class _Run:
             try:
                 request = steps.send(answer)
             except StopIteration as end:
-                result: FitResult = end.value
-                return number, result.points
+                points: tuple[FittedPoint, ...] = end.value
+                return number, points
 
     def _slope(self, number: int, request: Gradient) -> Slope:
         """Compute the mean over a text's tokens of what is made small there, and its gradient."""
