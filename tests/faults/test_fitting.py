@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from command_line import ENV
 from forks import KILL, TORN, Server
 from learned import make_learned
@@ -28,6 +29,7 @@ from streamer.errors import (
     UnsupportedError,
 )
 from streamer.events import Event, Monitor
+from streamer.linalg.torch_state import threads
 from streamer.storage.lock import locked
 
 KEEP = (0.9, 0.6)
@@ -211,6 +213,19 @@ def test_chunks_of_another_torch_are_not_mixed_with_those_to_come(
     job.run(output, monitor=monitor)
     assert monitor.outputs[output] == "written"
     assert output.read_bytes() == job.whole
+
+
+def test_it_goes_on_with_its_threads(job: Job, tmp_path: Path) -> None:
+    output, count = tmp_path / "c.safetensors", torch.get_num_threads()
+    with pytest.raises(Interrupted):
+        job.run(output, monitor=stopping_at(30))
+    events: list[Event] = []
+    with threads(count + 1):
+        job.run(output, on_event=events.append)
+        assert torch.get_num_threads() == count + 1
+    assert output.read_bytes() == job.whole
+    word = "thread" if count == 1 else "threads"
+    assert f"goes on with {count} {word}, as it began; --no-resume starts over" in [e.name for e in events]
 
 
 @pytest.mark.parametrize(("prepare", "error", "message"), [
