@@ -17,6 +17,7 @@ from command_line import ENV
 from forks import KILL, TORN, Server
 from learned import make_learned
 from safetensors.numpy import load_file, save_file
+from stops import stopping_at
 
 import streamer
 from streamer.errors import (
@@ -82,20 +83,6 @@ def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     few_rows(monkeypatch)
 
 
-def stopping_at(number: int) -> Monitor:
-    """Asks for a stop at the n-th event of the fit."""
-    seen: list[Event] = []
-
-    def on_event(event: Event) -> None:
-        if event.stage == "fit":
-            seen.append(event)
-        if len(seen) == number:
-            monitor.request_stop(signal.SIGINT)
-
-    monitor = Monitor(on_event)
-    return monitor
-
-
 def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path) -> None:
     events: list[Event] = []
     job.run(tmp_path / "again.safetensors", on_event=events.append)
@@ -107,7 +94,7 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
     for number in (2, len(steps) // 3, 2 * len(steps) // 3, len(steps) - 2):
         output = tmp_path / f"{number}.safetensors"
         with pytest.raises(Interrupted):
-            job.run(output, monitor=stopping_at(number))
+            job.run(output, monitor=stopping_at(number, "fit"))
         assert not output.exists()
         monitor = Monitor(events.append)
         events.clear()
@@ -193,7 +180,7 @@ def test_finished_ones_stay(job: Job, tmp_path: Path) -> None:
 def test_an_interrupted_run_of_other_options(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
     with pytest.raises(Interrupted):
-        job.run(output, monitor=stopping_at(30))
+        job.run(output, monitor=stopping_at(30, "fit"))
     with pytest.raises(OutputExistsError, match="an interrupted run with other inputs or options"):
         job.run(output, grain="matrix")
     job.run(output, grain="matrix", overwrite=True, on_event=lambda event: None)
@@ -208,7 +195,7 @@ def test_chunks_of_another_torch_are_not_mixed_with_those_to_come(
     with monkeypatch.context() as patch:
         patch.setattr("torch.__version__", "2.0.0")
         with pytest.raises(Interrupted):
-            job.run(output, monitor=stopping_at(30))
+            job.run(output, monitor=stopping_at(30, "fit"))
     monitor = Monitor()
     job.run(output, monitor=monitor)
     assert monitor.outputs[output] == "written"
@@ -218,7 +205,7 @@ def test_chunks_of_another_torch_are_not_mixed_with_those_to_come(
 def test_it_goes_on_with_its_threads(job: Job, tmp_path: Path) -> None:
     output, count = tmp_path / "c.safetensors", torch.get_num_threads()
     with pytest.raises(Interrupted):
-        job.run(output, monitor=stopping_at(30))
+        job.run(output, monitor=stopping_at(30, "fit"))
     events: list[Event] = []
     with threads(count + 1):
         job.run(output, on_event=events.append)
