@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -167,12 +165,8 @@ class PreparedFit:
             "texts": {name: _text_facts(text, self.files[name]) for name, text in self.texts.items()},
             "unchanged": self.unchanged,
         }
-        decided = {**tree, "options": options, "max_memory": self.max_memory}
-        return {
-            "version": __version__,
-            **tree,
-            "plan": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
-        }
+        digest = self.plan.digest(**tree, options=options, max_memory=self.max_memory)
+        return {"version": __version__, **tree, "plan": digest}
 
 
 def _text_facts(text: Division, file: str) -> dict[str, Any]:
