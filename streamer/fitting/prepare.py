@@ -13,6 +13,7 @@ from streamer.detection.options import RunOptions
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
 from streamer.evaluation.prepare import is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.texts import sample_digest
 from streamer.fitting import algorithm
 from streamer.fitting.memory import gradient_bytes, plan_chunks
@@ -69,8 +70,12 @@ class PreparedFit:
 
     def passes(self, variants: int) -> list[Pass]:
         """Divide the sequences that are held apart, under so many variants, the base among them."""
-        held = {name: text.held for name, text in self.texts.items()}
-        return plan_passes(held, variants, self.model.size, self.resident, self.max_memory)
+        return plan_passes(self.held, variants, self.model.size, self.resident, self.max_memory)
+
+    @property
+    def held(self) -> dict[str, TextSequences]:
+        """Sequences of each text that are held apart."""
+        return {name: text.held for name, text in self.texts.items()}
 
     def check_budget(self) -> None:
         """Raise `UsageError` if the budget does not hold one sequence; it names the smallest that does."""
@@ -87,8 +92,8 @@ class PreparedFit:
 
     def peak_bytes(self, variants: int) -> int:
         """Estimate the memory of the largest step, with so many variants in a pass over what is held apart."""
-        held, size = {name: text.held for name, text in self.texts.items()}, self.model.size
-        most = measured_bytes(self.passes(variants), held, size, self.resident)
+        size = self.model.size
+        most = measured_bytes(self.passes(variants), self.held, size, self.resident)
         for name, chunks in self.chunks.items():
             for rows in chunks:
                 text = self.texts[name].fitted.take(rows)
