@@ -144,10 +144,9 @@ class PreparedFit:
         count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
         if count < TOKENS * self.parameters.count:
             many, each = counted(self.parameters.count, "coefficient"), count / self.parameters.count
+            fewer = {"direction": ", or --grain matrix", "matrix": ", or --grain all", "all": ""}[self.options.grain]
             self.run.monitor.warn(
-                (
-                    f"the {name} text has {count} tokens to fit {many} on, {each:.1f} for each; give more, or --grain matrix",
-                )
+                (f"the {name} text has {count} tokens to fit {many} on, {each:.1f} for each; give more{fewer}",)
             )
 
     @cached_property
