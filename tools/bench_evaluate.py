@@ -36,7 +36,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,11 +96,7 @@ def prepare(args: argparse.Namespace, work: Path, times: int = 1) -> Inputs:
     model = None
     base, adapter = args.base, args.adapter
     if base is None:
-        model = make_checkpoint.model_of(args)
-        model = replace(model, layers=times * model.layers)
-        made = make_checkpoint.make_checkpoint(
-            work / "model", model, make_checkpoint.DTYPES[args.dtype], shards=args.shards,
-            shard_bytes=make_checkpoint.shard_bytes_of(args), rank=args.rank, seed=args.seed)  # fmt: skip
+        made, model = make_checkpoint.make_as_asked(work / "model", args, times)
         base, adapter = made.base, made.adapter
     config = json.loads((base / "config.json").read_text())
     generator = np.random.default_rng(args.seed)

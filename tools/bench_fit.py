@@ -27,7 +27,6 @@ import json
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,7 @@ def weights_of(model: Known) -> tuple[int, int]:
 
 def generate(args: argparse.Namespace, work: Path, times: int = 1) -> tuple[Path, Path, Known, Path]:
     """A model with so many times the layers, its adapter, and a text."""
-    model = make_checkpoint.model_of(args)
-    model = replace(model, layers=times * model.layers)
-    made = make_checkpoint.make_checkpoint(
-        work / "model", model, make_checkpoint.DTYPES[args.dtype], shards=args.shards,
-        shard_bytes=make_checkpoint.shard_bytes_of(args), rank=args.rank, seed=args.seed)  # fmt: skip
+    made, model = make_checkpoint.make_as_asked(work / "model", args, times)
     text = work / "text.npy"
     np.save(text, np.random.default_rng(args.seed).integers(model.vocab, size=(args.sequences, args.length)))
     return made.base, made.adapter, model, text

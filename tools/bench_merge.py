@@ -34,7 +34,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,10 +209,7 @@ def main() -> None:
 def prepare(args: argparse.Namespace, work: Path, times: int = 1) -> Inputs:
     """The model as given, or generated with so many times the layers, and findings on it."""
     if args.base is None:
-        model = make_checkpoint.model_of(args)
-        made = make_checkpoint.make_checkpoint(
-            work / "model", replace(model, layers=times * model.layers), make_checkpoint.DTYPES[args.dtype], shards=args.shards,
-            shard_bytes=make_checkpoint.shard_bytes_of(args), rank=args.rank, seed=args.seed)  # fmt: skip
+        made, _ = make_checkpoint.make_as_asked(work / "model", args, times)
         base, adapter = made.base, made.adapter
     else:
         base, adapter = args.base, args.adapter

@@ -206,25 +206,14 @@ def worth_of_passes(home: Path, name: str, args: argparse.Namespace) -> dict[str
     return {f"{home.name}, {name}": line} if line else {}
 
 
-def chosen(names: Sequence[str]) -> Any:
-    """Make a reader of a list of some of the names."""
-
-    def read(text: str) -> list[str]:
-        if unknown := [one for one in text.split(",") if one not in names]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(names)}")
-        return text.split(",")
-
-    return read
-
-
 def main() -> int:
     """Train, fit, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="of the models, new or from an earlier run")
     parser.add_argument(
-        "--kinds", type=chosen(train_small.KINDS), default=list(train_small.KINDS), help="(default: all)"
+        "--kinds", type=train_small.chosen(train_small.KINDS), default=list(train_small.KINDS), help="(default: all)"
     )
-    parser.add_argument("--adapters", type=chosen(tuple(train_small.ADAPTERS)), default=["high", "attention"],
+    parser.add_argument("--adapters", type=train_small.chosen(train_small.ADAPTERS), default=["high", "attention"],
                         help="(default: high,attention)")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="adapters of each kind (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=64, help="of each text (default: %(default)s)")

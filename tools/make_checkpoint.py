@@ -241,6 +241,15 @@ def shard_bytes_of(args: argparse.Namespace) -> int | None:
     return HUB_SHARD_BYTES if args.like and args.shards is None else None
 
 
+def make_as_asked(directory: Path, args: argparse.Namespace, times: int = 1) -> tuple[DemoModel, Known]:
+    """Write the model that the options describe, with so many times the layers; see `make_checkpoint`."""
+    model = model_of(args)
+    model = replace(model, layers=times * model.layers)
+    made = make_checkpoint(directory, model, DTYPES[args.dtype], shards=args.shards, shard_bytes=shard_bytes_of(args),
+                           rank=args.rank, seed=args.seed)  # fmt: skip
+    return made, model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", metavar="DIR", type=Path, help="gets base/ and adapter/, which must not exist")
@@ -253,12 +262,10 @@ def main() -> None:
     for name in ("base", "adapter"):
         if (args.directory / name).exists():
             raise SystemExit(f"{args.directory / name}: exists; name another directory, or remove it")
-    model, dtype = model_of(args), DTYPES[args.dtype]
-    made = make_checkpoint(args.directory, model, dtype, shards=args.shards, shard_bytes=shard_bytes_of(args),
-                           rank=args.rank, seed=args.seed)  # fmt: skip
+    made, model = make_as_asked(args.directory, args)
     files_made = sorted(p.name for p in made.base.glob("*.safetensors"))
     matrices = len(model.modules) + sum(experts for _, experts, _ in model.stacks.values())
-    tree = {"base": str(made.base), "adapter": str(made.adapter), "bytes": model.nbytes(dtype), "layers": model.layers,
+    tree = {"base": str(made.base), "adapter": str(made.adapter), "bytes": model.nbytes(DTYPES[args.dtype]), "layers": model.layers,
             "files": files_made, "matrices": matrices, "planted": made.planted}  # fmt: skip
     if args.json:
         print(json.dumps(tree, indent=1))

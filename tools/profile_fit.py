@@ -66,8 +66,8 @@ def install(clocks: Clocks) -> None:
     def wrap(owner: Any, name: str, stage: str) -> None:
         setattr(owner, name, clocks.wrap(getattr(owner, name), stage))
 
-    DifferentiableReader._blocks = read  # type: ignore[method-assign]
-    StreamedMatrix.multiply = multiplied  # type: ignore[method-assign]
+    DifferentiableReader._blocks = read  # type: ignore[method-assign]  # a clock around it
+    StreamedMatrix.multiply = multiplied  # type: ignore[method-assign]  # a clock around it
     for owner, name, stage in (
         (FactoredChange, "add_product", LOW_RANK), (CoefficientDeltas, "_factors", FACTORS),
         (Spool, "write", SPOOL), (Spool, "read", SPOOL),

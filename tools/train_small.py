@@ -25,6 +25,7 @@ import math
 import sys
 import sysconfig
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -218,12 +219,15 @@ def make(out: Path, args: argparse.Namespace) -> dict[str, Any]:
             "parameters": parameters, "losses": losses}  # fmt: skip
 
 
-def adapter_names(text: str) -> list[str]:
-    """Read a list of adapters' names."""
-    names = text.split(",")
-    if unknown := [name for name in names if name not in ADAPTERS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(ADAPTERS)}")
-    return names
+def chosen(names: Collection[str]) -> Callable[[str], list[str]]:
+    """Make a reader of a list of some of the names."""
+
+    def read(text: str) -> list[str]:
+        if unknown := [one for one in text.split(",") if one not in names]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(names)}")
+        return text.split(",")
+
+    return read
 
 
 def main() -> int:
@@ -231,7 +235,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory to write to; one that exists is refused")
     parser.add_argument("--kind", choices=KINDS, default="llama", help="of the base (default: %(default)s)")
-    parser.add_argument("--adapters", type=adapter_names, default="high,rslora",
+    parser.add_argument("--adapters", type=chosen(ADAPTERS), default="high,rslora",
                         help=f"some of {','.join(ADAPTERS)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--hidden", type=int, default=288, help="width of the model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=6, help="(default: %(default)s)")

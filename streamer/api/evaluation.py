@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamer.api.keywords import detection_options, run_options
+from streamer.api.keywords import detection_options, read_coefficients, run_options
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
 from streamer.evaluation.evaluation import Evaluation
@@ -14,7 +14,6 @@ from streamer.evaluation.prepare import prepare
 from streamer.evaluation.run import evaluate
 from streamer.events import Monitor, OnEvent
 from streamer.output.coefficients import Coefficients
-from streamer.output.coefficients_file import load_coefficients
 from streamer.output.mitigation import MitigationMethod
 from streamer.storage.tensor_file import IOMode
 
@@ -114,11 +113,7 @@ def evaluate_variants(
         Of the class that says what kind of fault it is (see `streamer.errors`): `UnsupportedError` for a model or adapter that this
         cannot evaluate, `NumericError` where a pass did not use all that the adapter changes.
     """
-    given = (
-        coefficients
-        if coefficients is None or isinstance(coefficients, Coefficients)
-        else load_coefficients(coefficients)
-    )
+    given = None if coefficients is None else read_coefficients(coefficients)
     options = EvaluationOptions(tuple(methods), tuple(lambdas), scale, sequences, length, keep, projected, dtype, given)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)

@@ -80,8 +80,12 @@ def mitigation_options(
             raise UsageError(f"keep: chooses among coefficients, found {keep!r} and none; give them, or leave it out")
         return MitigationOptions(None if method == "fitted" else mitigation_lambda, method or "paper", scale)
     lam = None if mitigation_lambda == DEFAULT_LAMBDA else mitigation_lambda
-    loaded = coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
-    return MitigationOptions(lam, method or "fitted", scale, loaded.select(keep))
+    return MitigationOptions(lam, method or "fitted", scale, read_coefficients(coefficients).select(keep))
+
+
+def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:
+    """Return coefficients, read where a path is given."""
+    return coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
 
 
 def read_size(max_memory: int | str | None) -> int | None:

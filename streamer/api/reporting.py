@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from streamer.api.keywords import read_coefficients
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_records import FindingsRecord
 from streamer.events import Monitor, OnEvent, warn
 from streamer.output.coefficients import Coefficients
-from streamer.output.coefficients_file import load_coefficients
 from streamer.output.intruder_coefficients import findings_means, with_means
 from streamer.plan.plan import make_plan
 from streamer.storage.tensor_file import IOMode
@@ -60,8 +60,7 @@ def report_coefficients(
     """
     monitor = monitor or Monitor(on_event or warn)
     found = findings if isinstance(findings, Findings) else load_findings(findings)
-    loaded = coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
-    chosen = loaded.select(keep)
+    chosen = read_coefficients(coefficients).select(keep)
     plan = make_plan(base, adapter, io, base_is_residual, architecture)
     monitor.warn(plan.warnings)
     return with_means(found.record(), chosen, findings_means(plan, found, chosen))

@@ -35,7 +35,10 @@ def evaluation_table(
     ]
     suggestion = evaluation.best(keep)
     method = suggestion.variant and suggestion.variant.method
-    more = f" --findings {shlex.quote(findings)}" if findings is not None and method in ("paper", "project") else ""
-    more = f" --coefficients {shlex.quote(str(coefficients))}" if method == "fitted" else more
+    more = ""
+    if findings is not None and method in ("paper", "project"):
+        more = f" --findings {shlex.quote(findings)}"
+    elif coefficients is not None and method == "fitted":
+        more = f" --coefficients {shlex.quote(coefficients)}"
     lines = suggestion_lines(evaluation, suggestion, shlex.join(inputs), more)
     return "\n\n".join([table(columns, screen.width), "\n".join(fit(line, screen.width) for line in lines)])

@@ -8,6 +8,7 @@ from typing import Any
 
 from streamer.cli.layout import Column, Screen, fit, table
 from streamer.cli.tables import NO_LIMIT
+from streamer.evaluation.evaluation import input_options
 from streamer.output.coefficients import share_name
 from streamer.units import counted
 
@@ -74,8 +75,7 @@ def _commands(facts: Mapping[str, Any], inputs: str, output: str) -> list[str]:
     """List the commands that use the first set: as an adapter where it has factors, else as a model."""
     sets = facts["sets"]
     keep = f" --keep {share_name(sets[0]['keep'])}" if len(sets) > 1 else ""
-    more = " --base-is-residual" if facts["adapter"].get("base_is_residual") else ""
-    more += f" --architecture {facts['base']['architecture']}" if "architecture" in facts["base"] else ""
+    more = "".join(f" {word}" for word in input_options(facts))
     plain = " --dequantize" if facts["quantized"] else ""
     made = "mitigate" if facts["factored"] else "merge"
     return [

@@ -190,9 +190,14 @@ class Evaluation:
                 words += ["--epsilon", f"{used['threshold_epsilon']}"]
         if lam is not None and not 0 <= lam <= 1:
             words.append("--amplify")
-        words += ["--base-is-residual"] if facts["adapter"].get("base_is_residual") else []
-        words += ["--architecture", facts["base"]["architecture"]] if "architecture" in facts["base"] else []
+        words += input_options(facts)
         return [*words, "--dequantize"] if facts["quantized"] and not mitigates else words
+
+
+def input_options(facts: Mapping[str, Any]) -> list[str]:
+    """List the options by which a command takes the inputs as those facts were made of them: as a residual, and of what class."""
+    words = ["--base-is-residual"] if facts["adapter"].get("base_is_residual") else []
+    return words + (["--architecture", facts["base"]["architecture"]] if "architecture" in facts["base"] else [])
 
 
 def load_evaluation(path: str | Path) -> Evaluation:

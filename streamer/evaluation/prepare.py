@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,17 +90,11 @@ class Prepared:
         }  # fmt: skip
         if o.coefficients is not None:
             tree["coefficients"] = o.fitted_record()
-        decided = {
-            **tree,
-            "options": o.of_measures(),
-            "max_memory": self.detection.max_memory,
-            "findings": self.findings.decisions() if self.findings else None,
-        }
-        return {
-            "version": __version__,
-            **tree,
-            "plan": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
-        }
+        decisions = self.findings.decisions() if self.findings else None
+        digest = self.plan.digest(
+            **tree, options=o.of_measures(), max_memory=self.detection.max_memory, findings=decisions
+        )
+        return {"version": __version__, **tree, "plan": digest}
 
 
 def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings: FindingsOrPath, options: EvaluationOptions,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from streamer.detection.memory import detection_estimates
 from streamer.evaluation.evaluation import load_evaluation
@@ -35,9 +36,8 @@ def inspect(prepared: Prepared, output: Path) -> State:
 class InMemory:
     """Sums of passes of this run alone."""
 
-    threads = 0
-
     def __init__(self) -> None:
+        self.threads = torch.get_num_threads()
         self.sums: dict[int, SequenceSums] = {}
 
     def add(self, number: int, sums: SequenceSums) -> None:

@@ -16,7 +16,8 @@ from streamer.detection.findings_file import journal_of, lock_of, remove_leftove
 from streamer.detection.options import RunOptions
 from streamer.detection.run import naming_inputs
 from streamer.errors import InputError, NumericError, OutputError, OutputExistsError, StreamerError
-from streamer.events import Event
+from streamer.events import Event, Monitor
+from streamer.linalg.torch_state import full_float32, threads
 from streamer.plan.plan import Plan
 from streamer.storage.atomic_file import remove_partials
 from streamer.storage.files import make_directory
@@ -30,6 +31,7 @@ from streamer.storage.output_checks import (
     refuse_symlink,
     touch,
 )
+from streamer.units import counted
 
 State = Literal["new", "resume", "done"]
 
@@ -168,3 +170,12 @@ class RunJournal:
     def records(self) -> Iterator[bytes]:
         """Read what the run, or the one that it takes up, has recorded."""
         return (self.journal[i] for i in range(1, len(self.journal)))
+
+
+@contextlib.contextmanager
+def computing(count: int, monitor: Monitor) -> Iterator[None]:
+    """Compute in full float32 on the threads that a run began with inside the context; say so where torch has others."""
+    if count != torch.get_num_threads():
+        monitor.emit(Event("note", f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over"))
+    with threads(count), full_float32():
+        yield

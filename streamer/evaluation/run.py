@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from streamer.detection.findings import Findings
 from streamer.detection.findings_file import lock_of, remove_leftovers
 from streamer.detection.run import detect_in_memory
@@ -13,10 +11,10 @@ from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation, load_evalu
 from streamer.evaluation.passes import Reading, run_pass, together
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.records import InMemory, Journalled, inspect, result_file
+from streamer.evaluation.result_file import computing
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.suggestion import EvaluatedVariant
 from streamer.events import Event
-from streamer.linalg.torch_state import full_float32, threads
 from streamer.plan.batch import Batch
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.lock import locked
@@ -54,10 +52,7 @@ def _standing(prepared: Prepared, output: Path) -> Evaluation:
 
 def _measured(prepared: Prepared, records: InMemory) -> Evaluation:
     """Run the passes that are missing, and put the sums of all together."""
-    count = records.threads or torch.get_num_threads()
-    if count != torch.get_num_threads():
-        prepared.run.monitor.emit(Event("note", f"goes on with {count} threads, as it began; --no-resume starts over"))
-    with threads(count), full_float32():
+    with computing(records.threads, prepared.run.monitor):
         findings = None
         if len(records.sums) < len(prepared.passes):
             check_logits(prepared.plan, prepared.texts[GENERAL].ids[0], prepared.run.monitor)

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from streamer.fitting.quadratic import Curvature, Floats, minimize_in_box
+from streamer.fitting.quadratic import Curvature, Floats, dot, minimize_in_box
 from streamer.fitting.secants import secant_curvature
 
 PROXIMITY = 0.2
@@ -102,7 +102,7 @@ class Front:
             g, t = self.anchors(weight)
             A = self.curvature(weight)
             slope = g.gradient + weight * (t.gradient + self.task_curvature @ (g.point - t.point))
-            if g.point is t.point or np.array_equal(g.point, t.point):
+            if np.array_equal(g.point, t.point):
                 A = A.plus(Curvature.of_diagonal(A.diagonal), PROXIMITY)
             self._solutions[weight] = minimize_in_box(A, slope, g.point)
         return self._solutions[weight]
@@ -132,14 +132,14 @@ class Front:
         return FrontPoint(weight, c, self.kept(weight, c))
 
     def distance(self, point: FrontPoint) -> float:
-        """Measure how far a point is from all those that were sampled: the least ``(c − x)ᵀ A (c − x)``, as a share of G's range."""
+        """Measure how far a point is from all those that were sampled: the least ``(c − x)ᵀ A (c − x)``, x such a one."""
         A = self.curvature(point.weight)
         steps = [point.coefficients - s.point for s in self.general]
-        return min(float(d @ (A @ d)) for d in steps)
+        return min(dot(d, A @ d) for d in steps)
 
     def _task_value(self, anchor: Sample, coefficients: Floats) -> float:
         d = coefficients - anchor.point
-        return anchor.value + float(anchor.gradient @ d) + 0.5 * float(d @ (self.task_curvature @ d))
+        return anchor.value + dot(anchor.gradient, d) + 0.5 * dot(d, self.task_curvature @ d)
 
 
 def choose(zero: FrontPoint, candidates: Sequence[FrontPoint], wanted: float) -> FrontPoint:

@@ -88,7 +88,7 @@ class FitOptions:
     def of_algorithm(self, count: int, base_at_zero: bool = True) -> algorithm.FitOptions:
         """Make the options of the algorithm, for so many parameters; see `algorithm.FitOptions`."""
         objective: Literal["kl", "loss"] = "kl" if self.objective == "divergence" else "loss"
-        return algorithm.FitOptions(np.arange(count), self.keep, objective, self.steps, True, base_at_zero)
+        return algorithm.FitOptions(count, self.keep, objective, self.steps, base_at_zero)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamer.errors import NumericError
 from streamer.events import Monitor
 from streamer.fitting.options import Grain
-from streamer.linalg.operators import all_finite
 from streamer.linalg.torch_state import threads
 from streamer.output.coefficients import CoefficientSet, Floats, MatrixCoefficients, directions, groups
 from streamer.plan.plan import Plan
-from streamer.plan.targets import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +85,5 @@ def singular_values_of(plan: Plan, monitor: Monitor) -> dict[str, Floats]:
     with threads():  # so that they are the same bits on any number of cores
         for target in plan.targets:
             monitor.checkpoint()
-            found[target.tensor] = _singular_values(plan, target)
+            found[target.tensor] = directions(plan.finite_delta(target))
     return found
-
-
-def _singular_values(plan: Plan, target: Target) -> Floats:
-    delta = plan.delta(target)
-    if not all(all_finite(t) for _, t in delta.named_tensors()):
-        raise NumericError(
-            f"{plan.adapter.file.path}: module {target.module.name!r} holds NaN or Inf; check the adapter"
-        )
-    return directions(delta)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +13,7 @@ from streamer.detection.options import RunOptions
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
 from streamer.evaluation.prepare import is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.texts import sample_digest
 from streamer.fitting import algorithm
 from streamer.fitting.memory import gradient_bytes, plan_chunks
@@ -71,8 +70,12 @@ class PreparedFit:
 
     def passes(self, variants: int) -> list[Pass]:
         """Divide the sequences that are held apart, under so many variants, the base among them."""
-        held = {name: text.held for name, text in self.texts.items()}
-        return plan_passes(held, variants, self.model.size, self.resident, self.max_memory)
+        return plan_passes(self.held, variants, self.model.size, self.resident, self.max_memory)
+
+    @property
+    def held(self) -> dict[str, TextSequences]:
+        """Sequences of each text that are held apart."""
+        return {name: text.held for name, text in self.texts.items()}
 
     def check_budget(self) -> None:
         """Raise `UsageError` if the budget does not hold one sequence; it names the smallest that does."""
@@ -89,8 +92,8 @@ class PreparedFit:
 
     def peak_bytes(self, variants: int) -> int:
         """Estimate the memory of the largest step, with so many variants in a pass over what is held apart."""
-        held, size = {name: text.held for name, text in self.texts.items()}, self.model.size
-        most = measured_bytes(self.passes(variants), held, size, self.resident)
+        size = self.model.size
+        most = measured_bytes(self.passes(variants), self.held, size, self.resident)
         for name, chunks in self.chunks.items():
             for rows in chunks:
                 text = self.texts[name].fitted.take(rows)
@@ -141,10 +144,9 @@ class PreparedFit:
         count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
         if count < TOKENS * self.parameters.count:
             many, each = counted(self.parameters.count, "coefficient"), count / self.parameters.count
+            fewer = {"direction": ", or --grain matrix", "matrix": ", or --grain all", "all": ""}[self.options.grain]
             self.run.monitor.warn(
-                (
-                    f"the {name} text has {count} tokens to fit {many} on, {each:.1f} for each; give more, or --grain matrix",
-                )
+                (f"the {name} text has {count} tokens to fit {many} on, {each:.1f} for each; give more{fewer}",)
             )
 
     @cached_property
@@ -167,12 +169,8 @@ class PreparedFit:
             "texts": {name: _text_facts(text, self.files[name]) for name, text in self.texts.items()},
             "unchanged": self.unchanged,
         }
-        decided = {**tree, "options": options, "max_memory": self.max_memory}
-        return {
-            "version": __version__,
-            **tree,
-            "plan": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
-        }
+        digest = self.plan.digest(**tree, options=options, max_memory=self.max_memory)
+        return {"version": __version__, **tree, "plan": digest}
 
 
 def _text_facts(text: Division, file: str) -> dict[str, Any]:

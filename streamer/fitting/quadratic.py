@@ -1,7 +1,8 @@
 """Minimise a convex quadratic of many coefficients between bounds, where its curvature is a diagonal and a few outer products.
 
 The curvature ``A = diag(d) + W diag(σ) Wᵀ`` is never formed: a product costs O(P k) for P coefficients and k columns, a system with the
-free coefficients O(P k²) by the identity of Woodbury.
+free coefficients O(P k²) by the identity of Woodbury. Sums over the coefficients are by `np.einsum`: `@` sums long vectors in as many
+parts as its library has threads, which gives other last bits on another number of cores.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Curvature:
 
     def __matmul__(self, x: Floats) -> Floats:
         """Multiply with a vector: (P,)."""
-        return self.diagonal * x + self.columns @ (self.signs * (self.columns.T @ x))
+        weights = self.signs * np.einsum("pk,p->k", self.columns, x)
+        product: Floats = self.diagonal * x + np.einsum("pk,k->p", self.columns, weights)
+        return product
 
     def plus(self, other: Curvature, weight: float = 1.0) -> Curvature:
         """Make ``self + weight · other``."""
@@ -71,10 +74,15 @@ class Curvature:
         used = self.signs != 0
         W, d = self.columns[free][:, used], self.diagonal[free]
         y, scaled = b[free] / d, W / d[:, None]
-        inner = np.diag(1 / self.signs[used]) + W.T @ scaled
+        inner = np.diag(1 / self.signs[used]) + np.einsum("pi,pj->ij", W, scaled)
         x = np.zeros_like(b)
-        x[free] = y - scaled @ np.linalg.solve(inner, W.T @ y)
+        x[free] = y - np.einsum("pk,k->p", scaled, np.linalg.solve(inner, np.einsum("pk,p->k", W, y)))
         return x
+
+
+def dot(x: Floats, y: Floats) -> float:
+    """Compute ``xᵀ y``."""
+    return float(np.einsum("p,p->", x, y))
 
 
 def minimize_in_box(A: Curvature, gradient: Floats, start: Floats, at: Floats | None = None) -> Floats:
@@ -105,9 +113,9 @@ def minimize_in_box(A: Curvature, gradient: Floats, start: Floats, at: Floats | 
         direction = A.solve(-slope, ~held)
         for halvings in range(40):
             step = np.clip(x + 0.5**halvings * direction, 0.0, 1.0) - x
-            curved = A @ step
             # Sufficient decrease; along the projected path the slope is taken at the step itself.
-            if slope @ step + 0.5 * (step @ curved) <= 1e-4 * min(0.0, float(slope @ step)):
+            fall = dot(slope, step)
+            if fall + 0.5 * dot(step, A @ step) <= 1e-4 * min(0.0, fall):
                 break
         else:
             break

@@ -7,20 +7,18 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from streamer.evaluation.evaluation import GENERAL, TASK
+from streamer.evaluation.result_file import computing
 from streamer.evaluation.statistics import SequenceSums
-from streamer.events import Event
 from streamer.fitting import algorithm
-from streamer.fitting.algorithm import FitResult, FittedPoint, Gradient, Measure, Slope, fit_steps
+from streamer.fitting.algorithm import FittedPoint, Gradient, Measure, Slope, fit_steps
 from streamer.fitting.costs import GRADIENT, expected_costs, gradient_costs
 from streamer.fitting.held_out import HeldOut
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.progress import FitProgress
 from streamer.fitting.records import InMemory, Journalled, inspect, key, result_file
 from streamer.fitting.result import adapter_facts, doubts, set_facts, shrinks
-from streamer.linalg.torch_state import full_float32, threads
 from streamer.output.coefficients import Coefficients, Floats
 from streamer.output.coefficients_file import load_coefficients
 from streamer.streaming.gradients import Against, GradientModel
@@ -73,11 +71,8 @@ class _Run:
                 self.model.close()
 
     def _result(self) -> Coefficients:
-        count = self.records.threads
-        if count != torch.get_num_threads():
-            self.monitor.emit(Event("note", f"goes on with {count} threads, as it began; --no-resume starts over"))
         self.prepared.warn()
-        with threads(count), full_float32():
+        with computing(self.records.threads, self.monitor):
             expected = expected_costs(self.prepared)
             self.progress.expect([*expected.gradients, *expected.passes])
             # First of all, so that what evaluate would refuse is refused, and doubted what is not worth the time.
@@ -109,8 +104,8 @@ class _Run:
             try:
                 request = steps.send(answer)
             except StopIteration as end:
-                result: FitResult = end.value
-                return number, result.points
+                points: tuple[FittedPoint, ...] = end.value
+                return number, points
 
     def _slope(self, number: int, request: Gradient) -> Slope:
         """Compute the mean over a text's tokens of what is made small there, and its gradient."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from streamer.fitting.quadratic import Curvature, Floats
+from streamer.fitting.quadratic import Curvature, Floats, dot
 
 DAMPING = 0.2
 """Where ``yᵀ s`` is under this share of ``sᵀ H s``, y is drawn towards H s until it is not (Powell, 1978): the function is not convex
@@ -63,11 +63,9 @@ def secant_curvature(points: Sequence[Floats], gradients: Sequence[Floats]) -> C
     H = Curvature.of_diagonal(secant_diagonal(pairs))
     for s, y in pairs:
         Hs = H @ s
-        sHs, sy = float(s @ Hs), float(s @ y)
-        if sy < DAMPING * sHs:
-            share = (1 - DAMPING) * sHs / (sHs - sy)
-            y = share * y + (1 - share) * Hs  # noqa: PLW2901
-            sy = float(s @ y)
-        columns = np.stack([y / np.sqrt(sy), Hs / np.sqrt(sHs)], axis=1)
+        sHs, sy = dot(s, Hs), dot(s, y)
+        share = (1 - DAMPING) * sHs / (sHs - sy) if sy < DAMPING * sHs else 1.0
+        damped = share * y + (1 - share) * Hs
+        columns = np.stack([damped / np.sqrt(dot(s, damped)), Hs / np.sqrt(sHs)], axis=1)
         H = H.with_columns(columns, np.array([1.0, -1.0]))
     return H

@@ -175,12 +175,7 @@ class Job:
 
     def mitigated(self, target: Target) -> tuple[Delta, Delta, Detection | None]:
         """Return Δ, Δ' and the findings of one matrix: Δ itself twice where nothing changes, no findings where none are needed."""
-        delta = self.plan.delta(target)
-        for what, tensor in delta.named_tensors():
-            if not all_finite(tensor):
-                raise NumericError(
-                    f"{self.plan.adapter.file.path}: {what} of module {target.module.name!r} holds NaN or Inf; check the adapter"
-                )
+        delta = self.plan.finite_delta(target)
         found = self.findings.detection(target) if self.options.needs_detection else None
         if found is not None and not (all_finite(found.U) and all_finite(found.Vh)):
             raise NumericError(f"findings: those on {target.tensor!r} hold NaN or Inf; run detect again")

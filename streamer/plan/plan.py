@@ -19,8 +19,8 @@ from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.finetuned import FinetunedModel, is_model, open_finetuned
 from streamer.adapters.modules import Module
 from streamer.adapters.reader import open_adapter
-from streamer.errors import InputChangedError, MismatchError, OutputError, StorageError, UnsupportedError
-from streamer.linalg.operators import Delta
+from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, StorageError, UnsupportedError
+from streamer.linalg.operators import Delta, all_finite
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
 from streamer.plan.batch import Batch
@@ -118,6 +118,22 @@ class Plan:
             base = weight.whole(torch.device("cpu")).reshape(weight.matrix)
         W0 = base.T if base is not None and target.transposed else base
         return target.module.delta(tensors or self.adapter.tensors, W0, double=double)
+
+    def finite_delta(self, target: Target) -> Delta:
+        """Compute the delta of a matrix; see `delta`.
+
+        Raises
+        ------
+        NumericError
+            If it, or one of its factors, holds NaN or Inf.
+        """
+        delta = self.delta(target)
+        for what, tensor in delta.named_tensors():
+            if not all_finite(tensor):
+                raise NumericError(
+                    f"{self.adapter.file.path}: {what} of module {target.module.name!r} holds NaN or Inf; check the adapter"
+                )
+        return delta
 
     @cached_property
     def base_identity(self) -> BaseIdentity:

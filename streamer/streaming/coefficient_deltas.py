@@ -9,9 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamer.errors import NumericError
 from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Delta, all_finite
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
 from streamer.streaming.products import StreamedMatrix
@@ -93,7 +91,7 @@ class CoefficientDeltas:
             return FactoredChange(delta.T if target.transposed else delta)
 
         def matrix() -> Tensor:
-            dense = self._delta(target)
+            dense = self.plan.finite_delta(target)
             dense = dense if part.rows is None else dense.row_slice(*part.rows)
             return (dense.T if target.transposed else dense).to(torch.float32).dense()
 
@@ -102,32 +100,17 @@ class CoefficientDeltas:
         shape = (columns, j - i) if target.transposed else (j - i, columns)
         return DenseChange(1.0 if c is None else c[0].to(torch.float32), shape, matrix)
 
-    def singular_values(self, target: Target) -> Tensor:
-        """Compute the singular values of a target's delta (p,), float64; of a dense one its norm."""
-        delta = self._delta(target)
-        if isinstance(delta, LowRank):
-            return delta.svd()[1]
-        return torch.tensor([delta.norm()], dtype=torch.float64)
-
     def _factors(self, target: Target, c: Tensor | None) -> LowRank:
         if c is None:
-            delta = self._delta(target)
+            delta = self.plan.finite_delta(target)
             assert isinstance(delta, LowRank)
             return delta.to(torch.float32)
         place = self._places.get(target.tensor)
         if place is None:
-            delta = self._delta(target)
+            delta = self.plan.finite_delta(target)
             assert isinstance(delta, LowRank)
             U, S, Vh = delta.svd()
             place = self.spool.write([U.to(torch.float32), (Vh.T * S).to(torch.float32)])
             self._places[target.tensor] = place
         U, R = self.spool.read(place)
         return LowRank(U * c.to(torch.float32), R)
-
-    def _delta(self, target: Target) -> Delta:
-        delta = self.plan.delta(target)
-        if not all(all_finite(t) for _, t in delta.named_tensors()):
-            raise NumericError(
-                f"{self.plan.adapter.file.path}: module {target.module.name!r} holds NaN or Inf; check the adapter"
-            )
-        return delta

@@ -111,7 +111,7 @@ class GradientModel(LoadedModel):
             rounded = rounds_products and is_linear(module)
             for name, tensor in own.items():
                 reader = DifferentiableReader(self.setting, tensor, head=module is self._head, rounded=rounded)
-                module._parameters[name] = LazyTensor.of(reader)  # type: ignore[assignment]  # a Parameter in torch's stub
+                module._parameters[name] = LazyTensor.of(reader)  # type: ignore[assignment]  # torch types a Parameter, which this stands in for
         layers = layer_modules(self._model)
         if not layers:
             raise UnsupportedError(

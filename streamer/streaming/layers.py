@@ -66,7 +66,7 @@ class SpooledLayer:
             return self.forward(*args, **kwargs)
         constants = [None if i in inputs else leaf for i, leaf in enumerate(leaves)]
         call = _Call(self, constants, spec, form, {i: type(one) for i, one in shared.items()}, inputs)
-        tensors: tuple[Tensor, ...] = _Boundary.apply(call, anchor, *(leaves[i] for i in inputs))  # type: ignore[no-untyped-call]
+        tensors: tuple[Tensor, ...] = _Boundary.apply(call, anchor, *(leaves[i] for i in inputs))  # type: ignore[no-untyped-call]  # torch types no `apply`
         result, changes = call.rebuilt(tensors)
         for container, change in zip(shared.values(), changes, strict=True):
             container.update(change)

@@ -218,6 +218,6 @@ _SPECIAL: Mapping[Any, Callable[..., Tensor | None]] = {
     functional.linear: _linear, functional.embedding: _embedding, Tensor.__getitem__: _item,
     torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.mm: _matmul, Tensor.mm: _matmul,
     torch.addmm: _addmm,
-    Tensor.T.__get__: _transpose, Tensor.mT.__get__: _transpose, Tensor.t: _transpose, torch.t: _transpose,  # type: ignore[attr-defined]
+    Tensor.T.__get__: _transpose, Tensor.mT.__get__: _transpose, Tensor.t: _transpose, torch.t: _transpose,  # type: ignore[attr-defined]  # as above
     Tensor.transpose: _transpose, torch.transpose: _transpose,
 }  # fmt: skip

@@ -290,10 +290,8 @@ def _attention_values(config: Any) -> int:
 def _short_length(config: Any) -> int | None:
     """Return the length up to which longrope takes its short factors; None of other rotary embeddings."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [
-        rope,
-        *(kind for kind in rope.values() if isinstance(kind, dict)),
-    ]  # of some models one for each kind of layer
+    # Some models have parameters for each kind of layer.
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     stated = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
     length = next(
         (n for n in stated if n), getattr(config, "original_max_position_embeddings", None) if stated else None

@@ -56,7 +56,7 @@ class StreamedMatrix:
 
     def product(self, X: Tensor, transposed: bool) -> Tensor:
         """``X Mᵀ`` or ``X M``, through which gradients pass to X."""
-        out: Tensor = _Product.apply(X, self, transposed)  # type: ignore[no-untyped-call]
+        out: Tensor = _Product.apply(X, self, transposed)  # type: ignore[no-untyped-call]  # torch types no `apply`
         return out
 
 

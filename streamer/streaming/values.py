@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from streamer.detection.findings import Findings
-from streamer.errors import NumericError
 from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Delta, all_finite
+from streamer.linalg.operators import Delta
 from streamer.output.mitigation import back_project, mitigate
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
@@ -112,12 +111,7 @@ class Values:
     def _delta(self, target: Target, variant: int) -> Delta:
         """Compute Δ' (out, in) of one variant; Δ is kept for the variants to come."""
         if self._last is None or self._last[0] != target.tensor:
-            delta = self.plan.delta(target)
-            if not all(all_finite(t) for _, t in delta.named_tensors()):
-                raise NumericError(
-                    f"{self.plan.adapter.file.path}: module {target.module.name!r} holds NaN or Inf; check the adapter"
-                )
-            self._last = target.tensor, delta
+            self._last = target.tensor, self.plan.finite_delta(target)
         options, findings = self.job.variants[variant].mitigation, self.job.findings
         assert options is not None
         detection = (

@@ -24,6 +24,9 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "lambda": (int, float, type(None)), "to_lora": (int, type(None)), "dequantize": bool, "totals": dict, "warnings": list, "notes": list,
     "advice": list, "left_out": list, "carried": list, "matrices": list, "plan": str, "files": list, "tokenizer": (str, type(None)),
 }  # fmt: skip
+_OPTIONAL: dict[str, type | tuple[type, ...]] = {"coefficients": dict}
+"""Keys of the method ``fitted`` alone."""
+
 _NESTED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "files": {"file": str, "bytes": int, "sha256": str},
     "matrices": {
@@ -72,10 +75,10 @@ def read_record(output: Path) -> dict[str, Any] | str:
         raise FormatError(
             f"{path}: expected schema {SCHEMA}, found {schema}; verify it with the version of streamer that wrote it"
         )
-    known = {"schema": str, **_TYPES}
+    known = {"schema": str, **_TYPES, **{key: kind for key, kind in _OPTIONAL.items() if key in record}}
     wrong = _wrong_key(record, known)
     if DIGEST not in record:  # keys that a later version adds stand under a digest; without one any other key is damage
-        wrong = wrong or next((k for k in record if k not in known and k != "coefficients"), "")
+        wrong = wrong or next((k for k in record if k not in known), "")
     for key, types in _NESTED.items():
         wrong = wrong or next((f"{key}[].{k}" for entry in record[key] if (k := _wrong_key(entry, types))), "")
     if not wrong and (schema != SCHEMA or record["command"] not in ("merge", "mitigate")):
@@ -149,7 +152,7 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
 
 def _check_coefficients(record: dict[str, Any], outcome: Outcome) -> None:
     """Compare the digest of all coefficients with those of the matrices."""
-    path, stated = outcome.output / RECORD_NAME, record.get("coefficients")
+    path = outcome.output / RECORD_NAME
     digest = hashlib.sha256()
     for row in sorted(record["matrices"], key=lambda row: str(row["tensor"])):
         values = row.get("coefficients")
@@ -158,7 +161,7 @@ def _check_coefficients(record: dict[str, Any], outcome: Outcome) -> None:
             outcome.differ(path, "coefficients from 0 to 1", repr(values), row["tensor"])
             return
         digest.update(f"{row['tensor']}\n".encode() + np.array(values, "<f8").tobytes())
-    found = stated.get("sha256") if isinstance(stated, dict) else None
+    found = record.get("coefficients", {}).get("sha256")
     if found != digest.hexdigest():
         outcome.differ(path, f"coefficients.sha256 {digest.hexdigest()}, of those of its matrices", repr(found))
 

@@ -204,6 +204,18 @@ def test_an_adapter_that_does_not_forget_is_warned_of(server: Server, home: Path
     assert warnings[2] in again.err
 
 
+@pytest.mark.parametrize(("grain", "advice"), [
+    ("direction", "give more, or --grain matrix"), ("matrix", "give more, or --grain all"), ("all", "give more"),
+])  # fmt: skip
+def test_of_a_short_text_fewer_coefficients_are_advised(server: Server, home: Path, tmp_path: Path, grain: str,
+                                                        advice: str) -> None:  # fmt: skip
+    few = "--sequences", 4, "--length", 3, "--grain", grain
+    done = run(server, home, tmp_path / "c.safetensors", "--dry-run", *few)
+    assert done.code == 0
+    (line,) = done.err.splitlines()
+    assert line.endswith(f" for each; {advice}")
+
+
 def test_a_text_that_the_adapter_has_not_learned(server: Server, home: Path, tmp_path: Path) -> None:
     done = run(server, home, tmp_path / "c.safetensors", "-qq", task=home / "general.npy")
     assert (done.code, done.out) == (3, "")

@@ -13,6 +13,7 @@ import pytest
 from architectures import ATTENTION
 from causal_models import make_adapter, make_base
 from forks import KILL, TORN, Server
+from stops import stopping_at
 
 import streamer
 from streamer.errors import InputChangedError, Interrupted, LockedError, OutputError, OutputExistsError
@@ -70,19 +71,6 @@ def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FEW_ROWS = "import streamer.evaluation.memory as m; m.ROWS = 40"
-
-
-def stopping_at(number: int) -> Monitor:
-    """Asks for a stop at the n-th event."""
-    seen: list[Event] = []
-
-    def on_event(event: Event) -> None:
-        seen.append(event)
-        if len(seen) == number:
-            monitor.request_stop(signal.SIGINT)
-
-    monitor = Monitor(on_event)
-    return monitor
 
 
 def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path) -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
+from command_line import ENV
 from forks import KILL, TORN, Server
 from learned import make_learned
 from safetensors.numpy import load_file, save_file
+from stops import stopping_at
 
 import streamer
 from streamer.errors import (
@@ -25,6 +30,7 @@ from streamer.errors import (
     UnsupportedError,
 )
 from streamer.events import Event, Monitor
+from streamer.linalg.torch_state import threads
 from streamer.storage.lock import locked
 
 KEEP = (0.9, 0.6)
@@ -77,20 +83,6 @@ def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     few_rows(monkeypatch)
 
 
-def stopping_at(number: int) -> Monitor:
-    """Asks for a stop at the n-th event of the fit."""
-    seen: list[Event] = []
-
-    def on_event(event: Event) -> None:
-        if event.stage == "fit":
-            seen.append(event)
-        if len(seen) == number:
-            monitor.request_stop(signal.SIGINT)
-
-    monitor = Monitor(on_event)
-    return monitor
-
-
 def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path) -> None:
     events: list[Event] = []
     job.run(tmp_path / "again.safetensors", on_event=events.append)
@@ -102,7 +94,7 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
     for number in (2, len(steps) // 3, 2 * len(steps) // 3, len(steps) - 2):
         output = tmp_path / f"{number}.safetensors"
         with pytest.raises(Interrupted):
-            job.run(output, monitor=stopping_at(number))
+            job.run(output, monitor=stopping_at(number, "fit"))
         assert not output.exists()
         monitor = Monitor(events.append)
         events.clear()
@@ -111,6 +103,27 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
         assert monitor.outputs[output] == "resumed"
         assert sorted(p.name for p in tmp_path.glob(f"*{number}.safe*")) == [output.name]
     assert {e.items for e in events if e.stage == "fit"} < {e.items for e in steps}, "little was left to do"
+
+
+MANY = """
+import hashlib, numpy as np
+from streamer.fitting.front import Front, Sample
+P, rng = 50_000, np.random.default_rng(0)
+points = [np.zeros(P), np.ones(P), *rng.uniform(size=(3, P))]
+texts = [[Sample(c, (d * (c - end) ** 2).sum() / 2, d * (c - end)) for c in points] for end, d in ((0, rng.uniform(size=P)), (1, 1))]
+front = Front(*texts)
+print(hashlib.sha256(front.coefficients(0.5).tobytes()).hexdigest(), front.kept(0.5, np.full(P, 0.6)).hex())
+"""
+"""A point of a front of many coefficients, and what is kept there."""
+
+
+def test_threads_of_numpy_do_not_matter() -> None:
+    """They are as many as there are cores, whatever a run keeps of torch's: it may be taken up where there are others."""
+    one, two = (
+        subprocess.check_output([sys.executable, "-c", MANY], env={**ENV, "OPENBLAS_NUM_THREADS": n}, text=True)
+        for n in "12"
+    )
+    assert one == two
 
 
 def test_in_memory_it_gives_the_same(job: Job) -> None:
@@ -167,7 +180,7 @@ def test_finished_ones_stay(job: Job, tmp_path: Path) -> None:
 def test_an_interrupted_run_of_other_options(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
     with pytest.raises(Interrupted):
-        job.run(output, monitor=stopping_at(30))
+        job.run(output, monitor=stopping_at(30, "fit"))
     with pytest.raises(OutputExistsError, match="an interrupted run with other inputs or options"):
         job.run(output, grain="matrix")
     job.run(output, grain="matrix", overwrite=True, on_event=lambda event: None)
@@ -182,11 +195,24 @@ def test_chunks_of_another_torch_are_not_mixed_with_those_to_come(
     with monkeypatch.context() as patch:
         patch.setattr("torch.__version__", "2.0.0")
         with pytest.raises(Interrupted):
-            job.run(output, monitor=stopping_at(30))
+            job.run(output, monitor=stopping_at(30, "fit"))
     monitor = Monitor()
     job.run(output, monitor=monitor)
     assert monitor.outputs[output] == "written"
     assert output.read_bytes() == job.whole
+
+
+def test_it_goes_on_with_its_threads(job: Job, tmp_path: Path) -> None:
+    output, count = tmp_path / "c.safetensors", torch.get_num_threads()
+    with pytest.raises(Interrupted):
+        job.run(output, monitor=stopping_at(30, "fit"))
+    events: list[Event] = []
+    with threads(count + 1):
+        job.run(output, on_event=events.append)
+        assert torch.get_num_threads() == count + 1
+    assert output.read_bytes() == job.whole
+    word = "thread" if count == 1 else "threads"
+    assert f"goes on with {count} {word}, as it began; --no-resume starts over" in [e.name for e in events]
 
 
 @pytest.mark.parametrize(("prepare", "error", "message"), [

@@ -12,7 +12,7 @@ import quantized
 import torch
 import transformers
 from architectures import ATTENTION, BERT, LINEAR, MODELS, TEXT, config
-from causal_models import CAUSAL, make_adapter, make_base
+from causal_models import ADAPTERS, CAUSAL, EXPERTS, make_adapter, make_base
 from evaluated import TOP_K, assert_as_transformers, streamed, sums_of, token_ids
 from peft import LoHaConfig, PeftModel, get_peft_model
 from quantized_cases import decoded_base
@@ -27,8 +27,6 @@ from streamer.streaming.model import StreamingModel
 from streamer.streaming.values import Job
 from streamer.streaming.variants import BASE, Variant, make_variants
 
-EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_architectures(name: str, tmp_path: Path) -> None:
@@ -37,25 +35,12 @@ def test_architectures(name: str, tmp_path: Path) -> None:
     assert_as_transformers(cls, tmp_path / "base", adapter, tmp_path)
 
 
-# Kind → (a model, its target modules, further options of the adapter)
+# As `ADAPTERS`
 KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
-    "DoRA": ("llama", [*LINEAR, "lm_head", "embed_tokens"], {"use_dora": True}),
-    "DoRA on Conv1D": ("gpt2", ["c_attn", "c_proj"], {"use_dora": True}),
-    "DoRA on Falcon": ("falcon", ["query_key_value"], {"use_dora": True}),
-    "saved head and norms": ("llama", LINEAR, {"modules_to_save": ["lm_head", "norm"]}),
-    "saved embedding, tied": ("llama-tied", LINEAR, {"modules_to_save": ["embed_tokens"]}),
-    "LoRA on a tied head": ("llama-tied", [*LINEAR, "lm_head"], {}),
-    "LoRA on a tied embedding": ("llama-tied", [*LINEAR, "embed_tokens"], {}),
-    "LoRA on both as one": ("llama-tied", ["q_proj", "embed_tokens"], {"ensure_weight_tying": True, "lora_alpha": 2}),
+    **ADAPTERS,
     "trained tokens": ("llama", LINEAR, {"trainable_token_indices": [5, 7, 9]}),
     "trained tokens, tied": ("llama-tied", LINEAR, {"trainable_token_indices": [5, 7, 9]}),
-    "biases": ("qwen2", ATTENTION, {"bias": "all"}),
-    "LoRA's own biases": ("phi", ["q_proj", "fc1"], {"lora_bias": True}),
-    "experts, one tensor each": ("mixtral", ["q_proj"], {"target_parameters": EXPERTS}),
-    "experts, stacked": ("gpt-oss", ["q_proj"], {"target_parameters": EXPERTS}),
-    "router": ("qwen3-moe", ["q_proj"], {"target_parameters": ["gate.weight"]}),
     "saved router": ("mixtral", ["q_proj"], {"modules_to_save": ["gate"]}),
-    "embeddings of positions": ("gpt2", ["wte", "wpe", "c_fc"], {}),
     "saved positions": ("gpt2", ["c_fc"], {"modules_to_save": ["wpe", "ln_1"]}),
     "saved positions, counted by the module": ("opt", ["q_proj"], {"modules_to_save": ["embed_positions"]}),
     "saved embedding, scaled": ("gemma2", LINEAR, {"modules_to_save": ["embed_tokens", "input_layernorm"]}),

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from architectures import LINEAR
-from causal_models import make_adapter, make_base
+from causal_models import EXPERTS, make_adapter, make_base
 from evaluated import streamed, token_ids
 
 from streamer.streaming.variants import make_variants
-
-EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 # What → the model, the adapter's modules, and further options of the adapter
 KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {

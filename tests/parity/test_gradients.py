@@ -12,7 +12,7 @@ import pytest
 import quantized
 import torch
 from architectures import ATTENTION, LINEAR
-from causal_models import CAUSAL, make_adapter, make_base
+from causal_models import ADAPTERS, CAUSAL, EXPERTS, make_adapter, make_base
 from evaluated import sequences, streamed, token_ids
 from fitted_models import OBJECTIVES, assert_gradients, coefficients_of
 from peft import LoHaConfig, LoKrConfig, get_peft_model
@@ -29,8 +29,6 @@ from streamer.streaming.differentiable import DifferentiableReader
 from streamer.streaming.gradients import GradientModel
 from streamer.streaming.variants import make_variants
 
-EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-
 ARCHITECTURES = [
     "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3-text", "gemma3-vision", "phi3", "gpt2", "gpt-neox", "falcon", "bloom", "opt",
     "mpt", "cohere", "olmo2", "mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3", "llama4-text", "qwen3-next", "jamba", "qwen2.5-vl",
@@ -45,25 +43,12 @@ def test_architectures(name: str, tmp_path: Path) -> None:
     assert_gradients(cls, tmp_path / "base", adapter, token_ids(64))
 
 
-# Kind → (a model, its target modules, further options of the adapter)
+# As `ADAPTERS`
 KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    **ADAPTERS,
     "rsLoRA and patterns": ("llama", LINEAR, {"use_rslora": True, "rank_pattern": {"q_proj": 3, "down_proj": 1}}),
-    "DoRA": ("llama", [*LINEAR, "lm_head", "embed_tokens"], {"use_dora": True}),
-    "DoRA on Conv1D": ("gpt2", ["c_attn", "c_proj"], {"use_dora": True}),
-    "DoRA on Falcon": ("falcon", ["query_key_value"], {"use_dora": True}),
-    "saved head and norms": ("llama", LINEAR, {"modules_to_save": ["lm_head", "norm"]}),
-    "saved embedding, tied": ("llama-tied", LINEAR, {"modules_to_save": ["embed_tokens"]}),
-    "LoRA on a tied head": ("llama-tied", [*LINEAR, "lm_head"], {}),
-    "LoRA on a tied embedding": ("llama-tied", [*LINEAR, "embed_tokens"], {}),
-    "LoRA on both as one": ("llama-tied", ["q_proj", "embed_tokens"], {"ensure_weight_tying": True, "lora_alpha": 2}),
     "LoRA on the head alone": ("llama", ["lm_head"], {}),
-    "biases": ("qwen2", ATTENTION, {"bias": "all"}),
-    "LoRA's own biases": ("phi", ["q_proj", "fc1"], {"lora_bias": True}),
-    "experts, one tensor each": ("mixtral", ["q_proj"], {"target_parameters": EXPERTS}),
-    "experts, stacked": ("gpt-oss", ["q_proj"], {"target_parameters": EXPERTS}),
     "experts that all tokens run through": ("llama4-text", ["q_proj"], {"target_parameters": EXPERTS}),
-    "router": ("qwen3-moe", ["q_proj"], {"target_parameters": ["gate.weight"]}),
-    "embeddings of positions": ("gpt2", ["wte", "wpe", "c_fc"], {}),
     "saved positions": ("opt", ["q_proj"], {"modules_to_save": ["embed_positions"]}),
 }  # fmt: skip
 

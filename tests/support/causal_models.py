@@ -54,6 +54,27 @@ GEMMA3N = {
 
 LANGUAGE = r".*language_model.*(q|k|v|o|up|down)_proj"
 
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+"""Stacks of experts' matrices, by the ends of their names."""
+
+# Kind → (a model, its target modules, further options of the adapter)
+ADAPTERS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "DoRA": ("llama", [*LINEAR, "lm_head", "embed_tokens"], {"use_dora": True}),
+    "DoRA on Conv1D": ("gpt2", ["c_attn", "c_proj"], {"use_dora": True}),
+    "DoRA on Falcon": ("falcon", ["query_key_value"], {"use_dora": True}),
+    "saved head and norms": ("llama", LINEAR, {"modules_to_save": ["lm_head", "norm"]}),
+    "saved embedding, tied": ("llama-tied", LINEAR, {"modules_to_save": ["embed_tokens"]}),
+    "LoRA on a tied head": ("llama-tied", [*LINEAR, "lm_head"], {}),
+    "LoRA on a tied embedding": ("llama-tied", [*LINEAR, "embed_tokens"], {}),
+    "LoRA on both as one": ("llama-tied", ["q_proj", "embed_tokens"], {"ensure_weight_tying": True, "lora_alpha": 2}),
+    "biases": ("qwen2", ATTENTION, {"bias": "all"}),
+    "LoRA's own biases": ("phi", ["q_proj", "fc1"], {"lora_bias": True}),
+    "experts, one tensor each": ("mixtral", ["q_proj"], {"target_parameters": EXPERTS}),
+    "experts, stacked": ("gpt-oss", ["q_proj"], {"target_parameters": EXPERTS}),
+    "router": ("qwen3-moe", ["q_proj"], {"target_parameters": ["gate.weight"]}),
+    "embeddings of positions": ("gpt2", ["wte", "wpe", "c_fc"], {}),
+}  # fmt: skip
+
 
 def values(kind: str, fields: dict[str, Any]) -> Callable[[], Any]:
     return lambda: config(kind, **fields)

@@ -14,6 +14,7 @@ from evaluated import sequences
 from peft import PeftModel
 from torch.func import functional_call
 
+from streamer.output.coefficients import directions
 from streamer.plan.plan import make_plan
 from streamer.streaming.gradients import GradientModel, TextGradient
 
@@ -24,7 +25,7 @@ def coefficients_of(model: GradientModel, seed: int = 0) -> dict[str, np.ndarray
     """Random ones, of each direction."""
     generator = np.random.default_rng(seed)
     targets = model.job.plan.targets
-    return {t.tensor: generator.uniform(0.2, 0.9, len(model.setting.deltas.singular_values(t))) for t in targets}
+    return {t.tensor: generator.uniform(0.2, 0.9, len(directions(model.job.plan.delta(t)))) for t in targets}
 
 
 def loaded(cls: Any, path: Path) -> Any:

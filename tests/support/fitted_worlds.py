@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from streamer.evaluation.statistics import SequenceSums
-from streamer.fitting.algorithm import Answer, FitOptions, FitResult, Gradient, HeldOut, Request, Slope, fit_steps
+from streamer.fitting.algorithm import Answer, FitOptions, FittedPoint, Gradient, HeldOut, Request, Slope, fit_steps
 
 TOKENS, SEQUENCES = 100.0, 6
 
@@ -60,7 +60,7 @@ class World:
         none = np.zeros_like(loss)
         return SequenceSums(np.full(SEQUENCES, TOKENS), loss, none, none)
 
-    def fit(self, options: FitOptions) -> FitResult:
+    def fit(self, options: FitOptions) -> tuple[FittedPoint, ...]:
         steps = fit_steps(options)
         request = next(steps)
         while True:
@@ -68,6 +68,11 @@ class World:
                 request = steps.send(self.answer(request))
             except StopIteration as end:
                 return end.value
+
+    def one_for_all(self) -> World:
+        """Functions of one coefficient that all have."""
+        H, K = (np.full((1, 1), A.sum()) for A in (self.H, self.K))
+        return replace(self, H=H, K=K, quartic=self.quartic * len(self.H), asked=[])
 
     def kept(self, c: np.ndarray) -> float:
         return 1 - self.value("task", c) / (self.value("task", np.zeros(len(c))) + self.beside)

@@ -40,3 +40,9 @@ def test_one_coefficient_is_the_lambda_of_a_shrink(parameters: int, there: str, 
 def test_the_command_names_the_share_as_the_file_takes_it() -> None:
     text = fitting_table(facts(16, 1 / 3, 2 / 3), ("base", "adapter"), "c.safetensors")
     assert "--coefficients c.safetensors --keep 0.333333" in text
+
+
+def test_the_commands_take_the_inputs_as_the_fit_took_them() -> None:
+    given = {**facts(16, 0.9), "base": {"architecture": "LlamaForCausalLM"}, "adapter": {"base_is_residual": True}}
+    text = fitting_table(given, ("base", "adapter"), "c.safetensors")
+    assert text.count("--coefficients c.safetensors --base-is-residual --architecture LlamaForCausalLM") == 2
