@@ -24,8 +24,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "lambda": (int, float, type(None)), "to_lora": (int, type(None)), "dequantize": bool, "totals": dict, "warnings": list, "notes": list,
     "advice": list, "left_out": list, "carried": list, "matrices": list, "plan": str, "files": list, "tokenizer": (str, type(None)),
 }  # fmt: skip
-_OPTIONAL: dict[str, type | tuple[type, ...]] = {"coefficients": dict}
-"""Keys of the method ``fitted`` alone."""
+_OPTIONAL: dict[str, type | tuple[type, ...]] = {"coefficients": (dict, type(None))}
+"""Keys that records of former versions lack."""
 
 _NESTED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "files": {"file": str, "bytes": int, "sha256": str},
@@ -161,7 +161,7 @@ def _check_coefficients(record: dict[str, Any], outcome: Outcome) -> None:
             outcome.differ(path, "coefficients from 0 to 1", repr(values), row["tensor"])
             return
         digest.update(f"{row['tensor']}\n".encode() + np.array(values, "<f8").tobytes())
-    found = record.get("coefficients", {}).get("sha256")
+    found = (record.get("coefficients") or {}).get("sha256")
     if found != digest.hexdigest():
         outcome.differ(path, f"coefficients.sha256 {digest.hexdigest()}, of those of its matrices", repr(found))
 
