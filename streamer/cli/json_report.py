@@ -15,7 +15,7 @@ from streamer.detection.run import cost
 from streamer.errors import UnsupportedError
 from streamer.plan.plan import Plan
 from streamer.storage.output_checks import free_bytes
-from streamer.units import format_size
+from streamer.units import counted, format_size
 
 
 def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def dry_run(command: str, output: Path, state: str, matrices: int, files: int, n
     tree = {"schema": "streamer.dry-run/1", "command": command, "output": str(output), "state": state,
             "matrices": matrices, "files": files, "bytes": nbytes,
             "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
-    return tree, f"dry run: {says} {output}: {files} files{written}; {matrices} matrices"
+    return tree, f"dry run: {says} {output}: {counted(files, 'file')}{written}; {counted(matrices, 'matrix')}"
 
 
 def dry_runs(command: str, output: str, parts: Mapping[str, tuple[dict[str, Any], str]],

@@ -45,8 +45,8 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> dict[
     if not learning.is_positive:
         raise MismatchError(
             f"{name}: it is not told that the adapter has learned this text, so that there is nothing to keep: its loss less the base's is "
-            f"{-learning.value:.4f} ± {learning.error:.4f} on the {learning.sequences} sequences held apart; give more text, or what the "
-            "adapter was trained for"
+            f"{-learning.value:.4f} ± {learning.error:.4f} on the {learning.sequences} sequences held apart, of which "
+            f"it takes {learning.telling:.1f} errors; give more text, or more of it by --sequences, or what the adapter was trained for"
         )
     return {
         "forgotten": forgetting.is_positive,

@@ -96,17 +96,18 @@ function curve(points, colour, attributes) {
   return svg("path", { d: path(points), fill: "none", css: { stroke: colour, "stroke-width": "2" }, ...attributes });
 }
 
-// Texts beside points, of which one that would lie on another is left out: the first ones stay.
-function placeTexts(picture, wanted, width) {
-  const taken = [];
-  for (const { x, y, name, gap } of wanted) {
+// Texts beside points; one that finds no place within the frame and off all points and texts is left out: the first ones stay.
+function placeTexts(picture, wanted, frame) {
+  const taken = wanted.map(({ x, y }) => ({ x: x - 4, y: y + 4, wide: 8, tall: 8 }));
+  for (const { x, y, name, gap, colour } of wanted) {
     const wide = 6.2 * name.length, tall = 12;
-    const places = [[x + gap, y + 13], [x - gap - wide, y - 6], [x + gap, y - 6], [x - gap - wide, y + 13]];
-    const free = places.find(([left, base]) => left > 0 && left + wide < width
-      && !taken.some((t) => left < t.x + t.wide && t.x < left + wide && base - tall < t.y && t.y - tall < base));
+    const places = [[x + gap, y + 13], [x - gap - wide, y - 6], [x + gap, y - 6], [x - gap - wide, y + 13],
+                    [x - gap - wide, y + 4], [x + gap, y + 4], [x - wide / 2, y - gap - 3], [x - wide / 2, y + gap + 11]];
+    const free = places.find(([left, base]) => left > frame.left && left + wide < frame.right && base < frame.bottom
+      && !taken.some((t) => left < t.x + t.wide && t.x < left + wide && base - tall < t.y && t.y - t.tall < base));
     if (!free) continue;
-    taken.push({ x: free[0], y: free[1], wide });
-    picture.append(svg("text", { class: "soft", x: free[0], y: free[1] }, name));
+    taken.push({ x: free[0], y: free[1], wide, tall });
+    picture.append(svg("text", { x: free[0], y: free[1], css: { fill: `color-mix(in srgb, ${colour} 75%, var(--ink))` } }, name));
   }
 }
 

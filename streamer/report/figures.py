@@ -18,7 +18,7 @@ from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
 from streamer.report.grid import make_grid
 from streamer.report.page_data import series_of
-from streamer.report.subject import Subject
+from streamer.report.subject import Subject, scales_intruders
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,11 +94,11 @@ def _drawings(subject: Subject) -> dict[str, Callable[[Figure], None]]:
     """List what is drawn, by the names of the files."""
     record, findings, evaluation = subject.record, subject.findings, subject.evaluation
     if record is not None:
-        rows = record["matrices"]
+        rows = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
         fall = [1 - m["delta_norm_after"] / m["delta_norm"] if m["delta_norm"] > 0 else 0.0 for m in rows]
-        counts = [len(m["intruders"]) for m in rows]
+        counts = [len(m["intruders"]) for m in rows] if scales_intruders(record) else None
         names = [m["tensor"] for m in rows]
-        return {"map": lambda f: _draw_maps(f, names, {"intruders scaled": counts, "fall of the norm": fall})}
+        return {"map": lambda f: _draw_output_map(f, names, counts, fall)}
     assert findings is not None
     matrices = sorted(findings, key=lambda m: natural(m.tensor))
     most = sorted(matrices, key=lambda m: -m.detection.intruder_energy * m.detection.delta_norm**2)[:SHOWN]
@@ -126,12 +126,11 @@ def _draw_findings_map(figure: Figure, matrices: Sequence[MatrixFinding]) -> Non
     _draw_grids(figure, grid.parts, grid.layers, values)
 
 
-def _draw_maps(figure: Figure, names: Sequence[str], values: dict[str, Sequence[float]]) -> None:
+def _draw_output_map(figure: Figure, names: Sequence[str], counts: Sequence[int] | None, fall: Sequence[float]) -> None:
     grid = make_grid(names)
-    counts = grid.sums([1] * len(names))
-    first, *rest = values.items()
-    means = {label: grid.sums(v) / counts for label, v in rest}
-    _draw_grids(figure, grid.parts, grid.layers, {first[0]: grid.sums(first[1]), **means})
+    values = {} if counts is None else {"intruders scaled": grid.sums(counts)}
+    values["fall of the norm"] = grid.sums(fall) / grid.sums([1] * len(names))
+    _draw_grids(figure, grid.parts, grid.layers, values)
 
 
 def _draw_grids(figure: Figure, parts: Sequence[str], layers: Sequence[int | None], values: dict[str, Any]) -> None:

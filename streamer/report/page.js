@@ -43,17 +43,17 @@ function drawTradeoff(parent, tree, key, label, caption) {
       least: Math.min(least, ...shown.map((v) => v[name] - v[`${name}_se`])), most: Math.max(most, ...shown.map((v) => v[name] + v[`${name}_se`])),
       format: (v) => percent(v, 0),
     });
-    const { picture, sx, sy } = axes(width, Math.min(360, Math.max(260, width * 0.7)), { ...range("kept", 0, 1.03), label: "kept of what was learned" },
-                                     { ...range(key, 0, 1.05), label });
+    const across = { ...range("kept", 0, 1.03), label: "kept of what was learned" }, up = { ...range(key, 0, 1.05), label };
+    const { picture, sx, sy } = axes(width, Math.min(360, Math.max(260, width * 0.7)), across, up);
     const frame = picture.viewBox.baseVal;
     picture.append(svg("line", { class: "limit", x1: sx(tree.keep), x2: sx(tree.keep), y1: 8, y2: frame.height - 38 }));
     for (const one of series) {
       const own = one.variants.filter(inside);
       picture.append(curve(own.map((v) => [sx(v.kept), sy(v[key])]), one.colour, { opacity: 0.6 }));
     }
+    const colourOf = (v) => series.find((s) => s.name === v.series)?.colour ?? "var(--ink)";
     for (const v of shown) {
-      const one = series.find((s) => s.name === v.series);
-      const colour = one ? one.colour : "var(--ink)", x = sx(v.kept), y = sy(v[key]);
+      const colour = colourOf(v), x = sx(v.kept), y = sy(v[key]);
       const wide = sx(v.kept + v.kept_se) - x, tall = y - sy(v[key] + v[`${key}_se`]);
       const group = svg("g", { css: { stroke: colour } }, tip(`${v.name}: ${error(v[key], v[`${key}_se`])} left, ${error(v.kept, v.kept_se)} kept`),
                         svg("line", { x1: x - wide, x2: x + wide, y1: y, y2: y }), svg("line", { x1: x, x2: x, y1: y - tall, y2: y + tall }),
@@ -66,8 +66,8 @@ function drawTradeoff(parent, tree, key, label, caption) {
     const rank = (v) => (v.name === tree.suggested ? 0 : v.lambda === null ? 1 : 2);
     placeTexts(picture, [...shown].sort((a, b) => rank(a) - rank(b)).map((v) => ({
       x: sx(v.kept), y: sy(v[key]), gap: v.name === tree.suggested ? 11 : 6,
-      name: rank(v) === 2 ? v.name.replace(`${v.series} `, "") : v.name,
-    })), frame.width);
+      name: rank(v) === 2 ? v.name.replace(`${v.series} `, "") : v.name, colour: colourOf(v),
+    })), { left: sx(across.least), right: frame.width, bottom: sy(up.least) });
     return picture;
   });
   const disc = (colour, fill) => svg("circle", { cx: 7, cy: 6, r: 4, css: { stroke: colour, "stroke-width": "2", fill } });
@@ -193,7 +193,7 @@ function showFindings(tree) {
 
 function showOutput(tree) {
   const rows = unpackNames(tree.names).map((named, i) => ({
-    ...named, number: i, count: tree.intruders[i], norm: tree.delta_norm[i], after: tree.delta_norm_after[i], dropped: tree.dropped[i],
+    ...named, number: i, count: tree.intruders?.[i], norm: tree.delta_norm[i], after: tree.delta_norm_after[i], dropped: tree.dropped?.[i],
     taken: tree.delta_norm[i] > 0 ? 1 - tree.delta_norm_after[i] / tree.delta_norm[i] : 0,
   }));
   if (!rows.length) return;
@@ -202,19 +202,19 @@ function showOutput(tree) {
   const pick = (cell) => table.show(cell.matrices);
   const where = section("What was changed", "Layers from left to right; a click on a cell shows its matrices below.");
   const mean = (key) => (cell) => sum(cell.matrices.map((m) => Math.max(0, m[key]))) / cell.matrices.length;
-  drawMap(where, "map of intruders", "Intruders that were scaled", grid, (cell) => sum(cell.matrices.map((m) => m.count)), (v) => String(Math.round(v)), pick);
+  if (tree.intruders) drawMap(where, "map of intruders", "Intruders that were scaled", grid, (cell) => sum(cell.matrices.map((m) => m.count)), (v) => String(Math.round(v)), pick);
   drawMap(where, "map of norms", "Fall of the norm of what the adapter adds", grid, mean("taken"), (v) => percent(v, 0), pick);
-  drawMap(where, "map of losses", "Lost where it was written back at the adapter's rank", grid, mean("dropped"), (v) => percent(v), pick);
+  if (tree.dropped) drawMap(where, "map of losses", "Lost where it was written back at the adapter's rank", grid, mean("dropped"), (v) => percent(v), pick);
   const every = section("All matrices", "A click on a head sorts.");
   every.append(html("div", { class: "tools screen" }, html("button", { type: "button", on: { click: () => table.show(rows) } }, "all matrices")));
   table = sortedTable(every, [
     { head: "matrix", about: "its tensor in the base", up: true, cell: (m) => text(m.name), key: (m) => m.number },
-    { head: "scaled", about: "intruders that were scaled", cell: (m) => text(String(m.count)), key: (m) => m.count },
+    tree.intruders && { head: "scaled", about: "intruders that were scaled", cell: (m) => text(String(m.count)), key: (m) => m.count },
     { head: "‖Δ‖", about: "norm of what the adapter adds", cell: (m) => text(short(m.norm)), key: (m) => m.norm },
     { head: "after", about: "norm of what was written", cell: (m) => text(short(m.after)), key: (m) => m.after },
     { head: "fall", about: "of the norm", cell: (m) => text(percent(m.taken)), key: (m) => m.taken },
-    { head: "lost", about: "at the adapter's rank", cell: (m) => text(percent(m.dropped, 2)), key: (m) => m.dropped },
-  ], rows, { id: "matrices", limit: ROWS, by: 0 });
+    tree.dropped && { head: "lost", about: "at the adapter's rank", cell: (m) => text(percent(m.dropped, 2)), key: (m) => m.dropped },
+  ].filter(Boolean), rows, { id: "matrices", limit: ROWS, by: 0 });
 }
 
 // The page -----------------------------------------------------------------------------------------------------------

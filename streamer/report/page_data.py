@@ -16,7 +16,7 @@ from streamer.evaluation.suggestion import EvaluatedVariant
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
 from streamer.report.packing import pack, pack_names, pack_ratio, pack_share
-from streamer.report.subject import Subject
+from streamer.report.subject import Subject, scales_intruders
 
 SCHEMA = "streamer.page/1"
 
@@ -40,10 +40,13 @@ def page_data(subject: Subject) -> dict[str, Any]:
         tree["evaluation"] = _evaluation(subject.evaluation)
     if record is not None:
         matrices = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
+        # None where there is no such thing: a shrink and coefficients scale no intruders, a merge is not cut to a rank.
+        scaled, cut = scales_intruders(record), record["command"] == "mitigate"
         tree["output"] = {
             "names": pack_names([printable(m["tensor"]) for m in matrices]),
-            "intruders": [len(m["intruders"]) for m in matrices],
-            **{key: [_short(m[key]) for m in matrices] for key in ("delta_norm", "delta_norm_after", "dropped")},
+            "intruders": [len(m["intruders"]) for m in matrices] if scaled else None,
+            **{key: [_short(m[key]) for m in matrices] for key in ("delta_norm", "delta_norm_after")},
+            "dropped": [_short(m["dropped"]) for m in matrices] if cut else None,
         }
     return tree
 

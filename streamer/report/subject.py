@@ -123,3 +123,8 @@ def make_subject(
                     "run evaluate with these findings, or report without an evaluation"
                 )
     return Subject(findings, evaluation)
+
+
+def scales_intruders(record: Mapping[str, Any]) -> bool:
+    """Test whether an output was made by scaling intruders; a shrink scales whole deltas, coefficients each direction."""
+    return record["method"] in ("paper", "project")

@@ -74,6 +74,35 @@ def test_every_figure_is_drawn_and_fits(driver: Any, page: Path, width: int, sch
     assert dark == (scheme == "dark")
 
 
+COVERED = """
+const found = [];
+for (const name of ["forgetting", "divergence"]) {
+  const picture = document.querySelector(`figure[data-figure="trade-off ${name}"] .scroll svg`);
+  const texts = [...picture.querySelectorAll("text:not([transform])")].map((node) => {
+    const { x, width } = node.getBBox(), base = Number(node.getAttribute("y"));
+    return { name: node.textContent, left: x, right: x + width, top: base - 8, bottom: base };
+  });
+  const points = [...picture.querySelectorAll("circle")].filter((node) => node.r.baseVal.value < 5).map((node) => {
+    const { value: x } = node.cx.baseVal, { value: y } = node.cy.baseVal;
+    const of = node.parentNode.querySelector("title").textContent;
+    return { name: `point of ${of}`, left: x - 3, right: x + 3, top: y - 3, bottom: y + 3 };
+  });
+  const cover = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  texts.forEach((one, i) => {
+    for (const other of [...texts.slice(i + 1), ...points]) if (cover(one, other)) found.push([name, one.name, other.name]);
+  });
+}
+return found;
+"""
+"""Names of variants and ticks that lie on one another or on a point, where they are unreadable or seem to name another's point."""
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_no_name_in_a_trade_off_lies_on_a_point_or_another_name(driver: Any, page: Path, width: int) -> None:
+    browser.look(driver, page, width)
+    assert driver.execute_script(COVERED) == []
+
+
 def test_a_print_is_light_and_has_no_controls(driver: Any, page: Path) -> None:
     assert browser.look(driver, page, 800, "dark", "print") == []
     assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
@@ -134,13 +163,31 @@ def test_hostile_names_are_text(driver: Any, found: Findings, tmp_path: Path) ->
     assert rows(driver, "matrices", 0)[0] == f"{EVIL}.0.weight"
 
 
-def test_the_page_of_an_output(driver: Any, found: Findings, tmp_path: Path) -> None:
+INTRUDERS, NORMS, LOSSES = "map of intruders", "map of norms", "map of losses"
+
+
+@pytest.mark.parametrize(
+    ("write", "options", "maps", "heads"),
+    [
+        (streamer.reduce_intruder_dimension, {}, [INTRUDERS, NORMS, LOSSES], ["scaled", "lost"]),
+        (streamer.merge_with_reduced_intruder_dimensions, {}, [INTRUDERS, NORMS], ["scaled"]),
+        (streamer.reduce_intruder_dimension, {"method": "shrink"}, [NORMS, LOSSES], ["lost"]),
+    ],
+    ids=["mitigate", "merge", "shrink"],
+)
+def test_the_page_of_an_output(
+    driver: Any, found: Findings, tmp_path: Path, write: Any, options: dict[str, Any], maps: list[str], heads: list[str]
+) -> None:
+    """It shows what there is: a merge is not cut to a rank, a shrink scales no intruders."""
     from streamer.report.files import write_files
     from streamer.report.subject import open_subject
 
     base, adapter = helpers.three_shards(tmp_path)
-    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", findings=found)
+    write(base, adapter, tmp_path / "out", **options or {"findings": found})
     write_files(open_subject(tmp_path / "out"), tmp_path / "out.html")
     assert browser.look(driver, tmp_path / "out.html", 400) == []
     assert len(rows(driver, "matrices", 0)) == 9
-    assert driver.execute_script("return document.querySelectorAll('figure').length") == 3
+    named = "return [...document.querySelectorAll('figure')].map((f) => f.dataset.figure)"
+    assert driver.execute_script(named) == maps
+    titles = driver.execute_script("return [...document.querySelectorAll('#matrices th')].map((t) => t.textContent)")
+    assert [head for head in ("scaled", "lost") if any(head in title for title in titles)] == heads

@@ -13,9 +13,9 @@ from helpers import names, tree_digest
 import streamer
 from streamer.detection.findings import Findings
 from streamer.errors import LockedError, MissingPackageError, OutputError, OutputExistsError, UsageError
-from streamer.report.figures import _SETTINGS, _draw_maps, _draw_tradeoff
+from streamer.report.figures import _SETTINGS, _draw_output_map, _draw_tradeoff
 from streamer.report.files import write_files
-from streamer.report.subject import make_subject
+from streamer.report.subject import make_subject, open_subject
 from streamer.storage.lock import locked
 
 
@@ -137,9 +137,22 @@ def test_no_label_of_a_map_of_two_rows_is_cut_above_or_below(layers: int) -> Non
     names = [f"model.layers.{i}.self_attn.{part}.weight" for i in range(layers) for part in ("q_proj", "v_proj")]
     with matplotlib.rc_context(_SETTINGS):
         figure = make(layout="constrained")
-        _draw_maps(figure, names, {"intruders": [1] * len(names), "share of the energy": [0.5] * len(names)})
+        _draw_output_map(figure, names, [1] * len(names), [0.5] * len(names))
         figure.draw_without_rendering()
     for ax in figure.axes:
         box = ax.get_tightbbox()
         assert box.y0 >= -1
         assert box.y1 <= figure.bbox.height + 1
+
+
+def test_the_figure_of_a_shrink_has_no_map_of_intruders(
+    pair: tuple[Path, Path], findings: Findings, tmp_path: Path
+) -> None:
+    """It scales none: their map would be empty, beside that of the norms."""
+    pytest.importorskip("matplotlib")
+    streamer.reduce_intruder_dimension(*pair, tmp_path / "paper", findings=findings)
+    streamer.reduce_intruder_dimension(*pair, tmp_path / "shrink", method="shrink")
+    for name, maps in (("paper", 2), ("shrink", 1)):
+        write_files(open_subject(tmp_path / name), tmp_path / f"{name} figures")
+        axes = ET.fromstring((tmp_path / f"{name} figures" / "map.svg").read_text()).iterfind(".//*[@id]")
+        assert sum(node.attrib["id"].startswith("axes_") for node in axes) == 2 * maps, "each with its scale"
