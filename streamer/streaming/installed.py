@@ -28,6 +28,9 @@ from streamer.streaming.values import Values, same_values
 LINEAR_BY_NAME = {"FalconLinear"}
 """Subclasses of Linear that have a `forward` of their own, and compute ``x Wᵀ + b`` all the same."""
 
+RUN_ALL_EXPERTS = {"Llama4TextExperts"}
+"""Modules in which every token runs through every expert, weighted by 0 where the router has not chosen it."""
+
 
 @dataclass
 class Batch:

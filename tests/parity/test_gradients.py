@@ -107,6 +107,29 @@ def test_matrices_are_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pyt
     assert 0 < most <= 1000
 
 
+@pytest.mark.parametrize("name", ["llama4-text", "mixtral", "gpt-oss"])
+def test_experts_are_read_one_at_a_time_as_the_memory_estimate_counts_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = make_base(name, tmp_path / "base")
+    options: dict[str, Any] = {"target_parameters": EXPERTS, "lora_alpha": 4}
+    model = GradientModel(
+        make_plan(tmp_path / "base", make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"], **options))
+    )
+    whole, read = list[str](), DifferentiableReader.read
+
+    def recorded(self: DifferentiableReader) -> torch.Tensor:
+        whole.extend([self.name] if self.tensor.stacked and not self.name.endswith("bias") else [])
+        return read(self)
+
+    monkeypatch.setattr(DifferentiableReader, "read", recorded)
+    model.gradient(sequences(token_ids(64)), coefficients_of(model), "base")
+    assert whole == []
+    if name == "llama4-text":  # every token runs through every expert
+        experts = {t.name: t.shape for _, _, own in model.modules for t in own.values() if t.stacked}
+        assert all(model.size.products[name] == np.prod(shape) for name, shape in experts.items())
+
+
 def test_sequences_of_several_lengths_run_together_as_one_by_one(tmp_path: Path) -> None:
     _, base, adapter = small_model(tmp_path)
     ids = [row.numpy() for row in token_ids(64)]
