@@ -149,7 +149,7 @@ def test_the_file_holds_them_to_the_bit(tmp_path: Path) -> None:
     again = tmp_path / "again.safetensors"
     read.save(again)
     assert again.read_bytes() == path.read_bytes()
-    with pytest.raises(UsageError, match=r"c.safetensors: holds 2 sets of coefficients"):
+    with pytest.raises(UsageError, match=r"2 sets of coefficients in .*c.safetensors"):
         read.select()
 
 
