@@ -176,6 +176,7 @@ def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) ->
     assert size <= tree["forecast"]["write_bytes"] < 3 * size
     assert tree["forecast"]["read_bytes"] > 0
     assert tree["forecast"]["temporary_bytes"] > 0
+    assert tree["forecast"]["seconds"] > 1, "what every run and every module takes, however small"
     done = check(run(server, home, tmp_path / "c.safetensors", "--dry-run", "--json"), "streamer.dry-run/1")
     assert (done["state"], done["forecast"]) == ("done", None)
 
