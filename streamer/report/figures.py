@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 SIGN = "streamer report"
 """Text in the head of every file, by which one is told from others."""
 
+FIGURES, FORMS = ("map", "similarity", "spectrum", "thresholds", "lambdas", "tradeoff"), ("svg", "png")
+"""Names of all figures that a report may have, and the formats of each."""
+
 WIDTH = 6.75
 """Inches."""
 
