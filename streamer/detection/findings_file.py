@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 SCHEMA = "streamer.findings/1"
 
+COEFFICIENTS = "streamer.coefficients"
+"""Key in the metadata of files of coefficients, which are named where one is given in place of findings."""
+
 DIGEST = "sha256"
 """The key in the metadata of a digest over all of the file."""
 
