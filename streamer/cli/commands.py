@@ -52,18 +52,22 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.adapters.batch import findings_of, named_adapters
+    from streamer.cli.executors import workers_of
     from streamer.cli.tables import findings_table
+    from streamer.detection.parts import Part
     from streamer.detection.run import detect_many
 
     options = _detection_options(args, None)
     adapters = named_adapters(_adapters(args))
-    choose_threads(args.threads, monitor)
     run = _run_options(args, monitor)
+    run = replace(run, workers=workers_of(args, monitor))
+    if run.workers is None and args.part is None:  # other parts are to have as many
+        choose_threads(args.threads, monitor)
     if args.dry_run:
         return _dry_detect(args, adapters, options, run)
-    shown, parts = screen(args.all), {}
-    for name, found in detect_many(args.base, adapters, args.output, options, run).items():
-        path = findings_of(args.output, name)
+    shown, parts, part = screen(args.all), {}, None if args.part is None else Part(*args.part)
+    for name, found in detect_many(args.base, adapters, args.output, options, run, part).items():
+        path = findings_of(args.output, name) if part is None else part.path(findings_of(args.output, name))
         tree = {**found.record(), "output": str(path), "state": monitor.outputs[path]}
         parts[name] = tree, findings_table(found, shown, path, monitor.outputs[path])
     return _each(parts, args.output, shown)
