@@ -61,7 +61,9 @@ def processes(count: int) -> Iterator[Executor]:
     """Start processes; leaving the block ends them at once, and so does the end of this process, however it comes."""
     context = get_context("spawn")
     theirs, ours = context.Pipe(duplex=False)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     pool = ProcessPoolExecutor(count, context, _begin_worker, (theirs,))
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # multiprocessing lets SIGINT and SIGTERM through
     try:
         yield pool
     finally:

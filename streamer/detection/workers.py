@@ -136,7 +136,8 @@ class Workers:
                     said = f"{task.uses[0][0][1]}: its worker was lost ({type(fault).__name__}: {fault})"
                     if task in lost:
                         raise WorkerError(f"{said} for the second time; the same command goes on from here") from fault
-                    monitor.emit(Event("warning", f"{said}; it is done again"))
+                    if not broken:  # one loss for all that it had
+                        monitor.emit(Event("warning", f"{said}; it is done again"))
                     lost.add(task)
                     waiting.appendleft(task)
                     broken = broken or isinstance(fault, BrokenExecutor)
