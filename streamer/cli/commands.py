@@ -77,8 +77,9 @@ def _dry_detect(
     args: argparse.Namespace, adapters: Mapping[str, Path], options: DetectionOptions, run: RunOptions
 ) -> Result:
     from streamer.adapters.batch import findings_of
-    from streamer.cli.forecast import forecast_detection, shared_by_detections, together
+    from streamer.cli.forecast import forecast_detection, on_workers, shared_by_detections, together
     from streamer.cli.json_report import dry_run, dry_runs
+    from streamer.detection.parts import Part
     from streamer.detection.run import inspect_detections
     from streamer.plan.batch import Batch
     from streamer.plan.memory import resident_bytes
@@ -86,10 +87,18 @@ def _dry_detect(
 
     batch = make_batch(args.base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
     run.monitor.warn(batch.warnings)
-    paths = [findings_of(args.output, name) for name in adapters]
-    states, resident = inspect_detections(batch, paths, options, run), resident_bytes(batch)
+    paths, resident = [findings_of(args.output, name) for name in adapters], resident_bytes(batch)
+    if run.workers is not None:
+        options = run.workers.shared(batch, options, resident)
+    if args.part is not None:
+        batch, paths = Part(*args.part).take(batch, paths, options)
+    states = inspect_detections(batch, paths, options, run)
     forecasts = [
-        None if state == "done" else forecast_detection(plan, options, run.device, resident, size, run.monitor)
+        None
+        if state == "done"
+        else on_workers(
+            forecast_detection(plan, options, run.device, resident, size, run.monitor), args.workers, resident
+        )
         for plan, (state, size) in zip(batch.plans, states, strict=True)
     ]
     todo = Batch(batch.base, tuple(plan for plan, forecast in zip(batch.plans, forecasts, strict=True) if forecast))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
 import subprocess
 import sys
@@ -203,3 +204,21 @@ def engine(module: str, *args: object) -> Iterator[None]:
         finally:
             process.terminate()
             process.wait(30)
+
+
+def test_a_dry_run_counts_all_workers(bench: WorkerBench, tmp_path: Path) -> None:
+    line = [
+        "detect",
+        bench.base,
+        bench.adapter,
+        "-o",
+        tmp_path / "f.safetensors",
+        "--threads",
+        1,
+        "--dry-run",
+        "--json",
+    ]
+    one, two = (json.loads(run_cli(*line, *more).stdout)["forecast"] for more in ([], ["--workers", 2]))
+    assert 2 * one["peak_memory_bytes"] < two["peak_memory_bytes"] < 3 * one["peak_memory_bytes"]
+    assert two["read_bytes"] == one["read_bytes"]
+    assert not list(tmp_path.iterdir())
