@@ -176,6 +176,7 @@ def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) ->
     assert size <= tree["forecast"]["write_bytes"] < 3 * size
     assert tree["forecast"]["read_bytes"] > 0
     assert tree["forecast"]["temporary_bytes"] > 0
+    assert tree["forecast"]["seconds"] > 1, "what every run and every module takes, however small"
     done = check(run(server, home, tmp_path / "c.safetensors", "--dry-run", "--json"), "streamer.dry-run/1")
     assert (done["state"], done["forecast"]) == ("done", None)
 
@@ -212,8 +213,12 @@ def test_of_a_short_text_fewer_coefficients_are_advised(server: Server, home: Pa
     few = "--sequences", 4, "--length", 3, "--grain", grain
     done = run(server, home, tmp_path / "c.safetensors", "--dry-run", *few)
     assert done.code == 0
-    (line,) = done.err.splitlines()
+    *held, line = done.err.splitlines()
     assert line.endswith(f" for each; {advice}")
+    assert [line.split(" held apart")[0] for line in held] == [
+        f"streamer: warning: the {name} text has 2 sequences" for name in ("general", "task")
+    ], "said before the first pass"
+    assert "on which it takes 12.7 errors to tell" in held[0]
 
 
 def test_a_text_that_the_adapter_has_not_learned(server: Server, home: Path, tmp_path: Path) -> None:
