@@ -15,6 +15,7 @@
     │   └── OutputExistsError        something stands there that is not to be replaced; a FileExistsError
     ├── LockedError              5   another run is writing this output
     ├── StorageError             6   I/O or space; the same command resumes
+    ├── WorkerError              6   workers that died or cannot be reached; the same command resumes
     ├── NumericError             7   a non-finite value, or a verification that failed; an ArithmeticError
     ├── UnloadableError          7   a planned output that would not be loaded as its config says; an error of streamer's own
     ├── VerificationError        7   an output that differs from its record, or from what its inputs give
@@ -165,6 +166,12 @@ class LockedError(StreamerError):
 
 class StorageError(StreamerError):
     """Reading or writing failed, or the disk is full. What was finished is kept; the same command resumes."""
+
+    exit_code = 6
+
+
+class WorkerError(StreamerError):
+    """Workers died, or cannot be reached. What was finished is kept; the same command resumes."""
 
     exit_code = 6
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack, overload
 
@@ -9,6 +11,7 @@ from streamer.adapters.batch import named_adapters
 from streamer.api.keywords import Detecting, Several, detection_options, run_options
 from streamer.detection.findings import Findings
 from streamer.detection.run import detect_many
+from streamer.detection.workers import Workers
 from streamer.events import Monitor, OnEvent
 from streamer.storage.tensor_file import IOMode
 
@@ -38,6 +41,7 @@ def detect_intruder_dimensions(
     overwrite: bool = False,
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
+    executor: Executor | None = None,
 ) -> Findings | dict[str, Findings]:
     """Find the intruder dimensions of ``W0 + s·B·A`` in every matrix that the adapter changes.
 
@@ -83,6 +87,11 @@ def detect_intruder_dimensions(
         `warnings` module, as `StreamerWarning`.
     monitor
         In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+    executor
+        Workers that detect in place of this process: any `concurrent.futures.Executor`, of threads, processes, or an engine such as
+        ``dask.distributed.Client.get_executor()``. They read the inputs at the same paths. Findings are byte for byte those of this
+        process with torch's present number of threads, which each task has, as it has `max_memory`. Where a worker dies its tasks
+        are done again, once.
 
     Returns
     -------
@@ -99,6 +108,8 @@ def detect_intruder_dimensions(
     """
     options = detection_options(top_k, threshold_epsilon, solver, max_memory)
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
+    if executor is not None:
+        run = replace(run, workers=Workers.of(executor))
     adapters = named_adapters(adapter)
     found = detect_many(base, adapters, output, options, run)
     return found[""] if "" in adapters else found

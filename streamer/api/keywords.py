@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypedDict, get_args
 
@@ -22,8 +23,8 @@ Several = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]
 """Adapters on one base; a directory of adapters among them stands for those in it."""
 
 
-class Detecting(TypedDict, total=False):
-    """Keywords of `detect_intruder_dimensions`."""
+class Running(TypedDict, total=False):
+    """Keywords that detection and merging have in common."""
 
     top_k: int | float
     threshold_epsilon: float
@@ -39,7 +40,13 @@ class Detecting(TypedDict, total=False):
     monitor: Monitor | None
 
 
-class Merging(Detecting, total=False):
+class Detecting(Running, total=False):
+    """Keywords of `detect_intruder_dimensions`."""
+
+    executor: Executor | None
+
+
+class Merging(Running, total=False):
     """Keywords of `merge_with_reduced_intruder_dimensions`."""
 
     mitigation_lambda: float

@@ -52,18 +52,22 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.adapters.batch import findings_of, named_adapters
+    from streamer.cli.executors import workers_of
     from streamer.cli.tables import findings_table
+    from streamer.detection.parts import Part
     from streamer.detection.run import detect_many
 
     options = _detection_options(args, None)
     adapters = named_adapters(_adapters(args))
-    choose_threads(args.threads, monitor)
     run = _run_options(args, monitor)
+    run = replace(run, workers=workers_of(args, monitor))
+    if run.workers is None and args.part is None:  # other parts are to have as many
+        choose_threads(args.threads, monitor)
     if args.dry_run:
         return _dry_detect(args, adapters, options, run)
-    shown, parts = screen(args.all), {}
-    for name, found in detect_many(args.base, adapters, args.output, options, run).items():
-        path = findings_of(args.output, name)
+    shown, parts, part = screen(args.all), {}, None if args.part is None else Part(*args.part)
+    for name, found in detect_many(args.base, adapters, args.output, options, run, part).items():
+        path = findings_of(args.output, name) if part is None else part.path(findings_of(args.output, name))
         tree = {**found.record(), "output": str(path), "state": monitor.outputs[path]}
         parts[name] = tree, findings_table(found, shown, path, monitor.outputs[path])
     return _each(parts, args.output, shown)
@@ -73,8 +77,9 @@ def _dry_detect(
     args: argparse.Namespace, adapters: Mapping[str, Path], options: DetectionOptions, run: RunOptions
 ) -> Result:
     from streamer.adapters.batch import findings_of
-    from streamer.cli.forecast import forecast_detection, shared_by_detections, together
+    from streamer.cli.forecast import forecast_detection, on_workers, shared_by_detections, together
     from streamer.cli.json_report import dry_run, dry_runs
+    from streamer.detection.parts import Part
     from streamer.detection.run import inspect_detections
     from streamer.plan.batch import Batch
     from streamer.plan.memory import resident_bytes
@@ -82,10 +87,18 @@ def _dry_detect(
 
     batch = make_batch(args.base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
     run.monitor.warn(batch.warnings)
-    paths = [findings_of(args.output, name) for name in adapters]
-    states, resident = inspect_detections(batch, paths, options, run), resident_bytes(batch)
+    paths, resident = [findings_of(args.output, name) for name in adapters], resident_bytes(batch)
+    if run.workers is not None:
+        options = run.workers.shared(batch, options, resident)
+    if args.part is not None:
+        batch, paths = Part(*args.part).take(batch, paths, options)
+    states = inspect_detections(batch, paths, options, run)
     forecasts = [
-        None if state == "done" else forecast_detection(plan, options, run.device, resident, size, run.monitor)
+        None
+        if state == "done"
+        else on_workers(
+            forecast_detection(plan, options, run.device, resident, size, run.monitor), args.workers, resident
+        )
         for plan, (state, size) in zip(batch.plans, states, strict=True)
     ]
     todo = Batch(batch.base, tuple(plan for plan, forecast in zip(batch.plans, forecasts, strict=True) if forecast))

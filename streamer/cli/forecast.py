@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -273,6 +273,18 @@ def _metrics_seconds(job: Job, times: int) -> float:
     units = sum(factor_cost(shape, r) + (times - 1) * factor_cost(shape, r + q) for shape, r, q in works)
     shape, rank, intruders = max(works, key=lambda work: factor_cost(work[0], work[1] + work[2]))
     return factor_pace(shape, rank + intruders) * units
+
+
+def on_workers(forecast: Forecast, processes: int | None, resident: int) -> Forecast:
+    """Forecast the same on processes of this machine, beside this one; None of them leaves it as it is."""
+    if processes is None:
+        return forecast
+    return replace(
+        forecast,
+        peak_memory_bytes=resident + processes * forecast.peak_memory_bytes,
+        escalated_memory_bytes=resident + processes * forecast.escalated_memory_bytes,
+        seconds=None if forecast.seconds is None else forecast.seconds / processes,
+    )
 
 
 def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | None:

@@ -14,7 +14,7 @@ exit codes:
   3 bad or inconsistent input
   4 output exists or does not match
   5 locked by another run
-  6 I/O or space; the same command resumes
+  6 I/O, space, or lost workers; the same command resumes
   7 numeric or verification failure
   8 input changed during the run
   128+N stopped by signal N; the same command resumes
@@ -62,6 +62,7 @@ examples:
   streamer detect BASE ADAPTER1 ADAPTER2 -o found
       writes found/ADAPTER1.safetensors and found/ADAPTER2.safetensors
   streamer detect BASE ADAPTER -o f.safetensors --max-memory 4G --dry-run
+  streamer detect BASE ADAPTER -o f.safetensors --workers 4
 """,
     "mitigate": """\
 examples:

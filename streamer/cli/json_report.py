@@ -10,8 +10,8 @@ from typing import Any
 from streamer.cli.forecast import Forecast
 from streamer.cli.layout import Screen, fit
 from streamer.cli.tables import NO_LIMIT, forecast_text
+from streamer.detection.matrices import cost
 from streamer.detection.options import DetectionOptions
-from streamer.detection.run import cost
 from streamer.errors import UnsupportedError
 from streamer.plan.plan import Plan
 from streamer.storage.output_checks import free_bytes

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from streamer import __version__
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
 from streamer.cli.text_options import add_fit, add_texts, add_threads
+from streamer.cli.worker_options import add_workers
 from streamer.units import parse_size
 
 OPTIONS = {
@@ -196,6 +197,7 @@ def build_parser() -> Parser:
     )
     sub = command("detect", "find the intruder dimensions and write the findings", out, computing, reading)
     inputs(sub, "+")
+    add_workers(sub)
     out = writing("DIR", "adapter directory to write")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
     inputs(sub)

@@ -30,7 +30,7 @@ def wait_passively() -> None:
 
 def set_threads(count: int | None) -> None:
     """Give torch this many threads; without a count one for each core of this process, unless the user's environment says how many."""
-    if count is None and _chosen():
+    if count is None and is_count_chosen():
         return
     if count is not None and count < 1:
         raise UsageError(f"--threads: expected a number from 1, found {count}")
@@ -51,7 +51,7 @@ def choose_threads(count: int | None, monitor: Monitor) -> None:
     """
     import torch
 
-    if count is not None or _chosen() or (cores := torch.get_num_threads()) == 1:
+    if count is not None or is_count_chosen() or (cores := torch.get_num_threads()) == 1:
         return
     from streamer.cli.calibration import threads_pace
 
@@ -61,6 +61,6 @@ def choose_threads(count: int | None, monitor: Monitor) -> None:
         monitor.emit(Event("note", text))
 
 
-def _chosen() -> bool:
+def is_count_chosen() -> bool:
     """Say whether the user's environment tells how many threads there are."""
     return any(name in os.environ for name in COUNTS)

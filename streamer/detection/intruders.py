@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import zlib
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,10 +106,20 @@ class Detection:
 
     __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the factors by value: torch would hand them to other processes in shared memory, which ends with the process."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        return _from_values, tuple(v.numpy(force=True) if isinstance(v, Tensor) else v for v in values)
+
     def factors(self, scale: Selection) -> tuple[Tensor, Tensor, Tensor]:
         """Return U (m, q), S (q,), Vh (q, n) of the intruders to scale: all of them, or the highest-ranked one."""
         q = len(self.intruders) if scale == "all" else min(1, len(self.intruders))
         return self.U[:, :q], self.S[:q], self.Vh[:q]
+
+
+def _from_values(*values: Any) -> Detection:
+    read: list[Any] = [torch.tensor(v) if isinstance(v, np.ndarray) else v for v in values]
+    return Detection(*read)
 
 
 def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | None = None, name: str = "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.plan.memory import PROCESS_BYTES
 from streamer.storage.tensor_file import IOMode
+
+if TYPE_CHECKING:
+    from streamer.detection.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class RunOptions:
         Whether what stands at the output is replaced.
     monitor
         Takes events, and asks for a stop.
+    workers
+        That detect in place of this process; None where it does itself.
     """
 
     device: torch.device
@@ -100,3 +106,4 @@ class RunOptions:
     resume: bool = True
     overwrite: bool = False
     monitor: Monitor = field(default_factory=Monitor)
+    workers: Workers | None = None

@@ -3,9 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+
+
+class _Shared:
+    """Share a state of the process among its threads: the first to come sets it, the last to go restores it; who needs another waits."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._state: object = None
+        self._holders = 0
+        self._restored = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def hold(self, state: object, setting: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._holders == 0 or self._state == state)
+            if self._holders == 0:
+                self._restored.enter_context(setting())
+                self._state = state
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._holders -= 1
+                if self._holders == 0:
+                    self._restored.close()
+                    self._changed.notify_all()
+
+
+_PRECISION, _THREADS = _Shared(), _Shared()
 
 
 @contextlib.contextmanager
@@ -15,7 +46,7 @@ def full_float32() -> Iterator[None]:
     With TF32 a product has an error of 5e-4 of its size in place of 6e-8: every bound would be that much wider, and most matrices
     would go to the dense solver.
     """
-    with _float32_products({"cuda": "ieee", "mkldnn": "ieee"}, "highest"):
+    with _PRECISION.hold("ieee", lambda: _float32_products({"cuda": "ieee", "mkldnn": "ieee"}, "highest")):
         yield
 
 
@@ -70,3 +101,14 @@ def threads(count: int = 1) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def task_threads(count: int) -> Iterator[None]:
+    """Compute a task on `count` of torch's threads inside the context, beside tasks of the same number in other threads of this process.
+
+    One of another number waits until these are done: a part of torch's setting is the whole process', and last bits depend on it.
+    """
+    with _THREADS.hold(count, lambda: threads(count)):
+        torch.set_num_threads(count)  # the other part is the thread's own
+        yield

@@ -12,8 +12,8 @@ import torch
 from streamer.detection.findings import Findings
 from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.intruders import Detection
+from streamer.detection.matrices import detect_matrix
 from streamer.detection.options import DetectionOptions
-from streamer.detection.run import detect_matrix
 from streamer.detection.stamps import STAMP, DetectionRecord, detection_record, stamp
 from streamer.errors import NumericError
 from streamer.events import Monitor

@@ -12,8 +12,8 @@ from streamer.api.keywords import detection_options, run_options
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_size import findings_head
 from streamer.detection.fingerprints import matched_findings
+from streamer.detection.matrices import cost, detect_matrix
 from streamer.detection.options import DetectionOptions
-from streamer.detection.run import cost, detect_matrix
 from streamer.events import Event, Monitor, OnEvent
 from streamer.peft.plan import LivePlan, plan_live
 from streamer.plan.batch import Batch

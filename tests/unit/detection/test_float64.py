@@ -15,9 +15,9 @@ from scipy.sparse.linalg import svds
 
 from streamer.detection import memory
 from streamer.detection.intruders import Detection
+from streamer.detection.matrices import detect_matrix
 from streamer.detection.memory import best_way, detection_bytes, float64_way, is_repeated
 from streamer.detection.options import DetectionOptions
-from streamer.detection.run import detect_matrix
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan, make_batch

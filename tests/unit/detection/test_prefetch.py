@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from streamer.detection.matrices import detect_matrix
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.prefetch import Prefetcher, read_ahead
-from streamer.detection.run import detect_all, detect_matrix
+from streamer.detection.run import detect_all
 from streamer.events import Event, Monitor
 from streamer.plan.batch import Batch
 from streamer.plan.plan import Plan, make_plan

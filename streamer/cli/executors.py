@@ -1,0 +1,136 @@
+"""Open the workers that a command line names: processes here, or those of Dask or Ray."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from threading import Thread
+from typing import Any
+
+import torch
+
+from streamer.cli.cores import available_cores
+from streamer.cli.threads import is_count_chosen
+from streamer.detection.workers import Workers
+from streamer.errors import MissingPackageError, UsageError, WorkerError
+from streamer.events import Event, Monitor
+from streamer.units import counted
+
+WAITED = 30
+"""Seconds until an engine that does not answer is given up."""
+
+
+def workers_of(args: argparse.Namespace, monitor: Monitor) -> Workers | None:
+    """Make the workers that the arguments name, and give torch the number of threads that each has; None where they name none."""
+    if args.executor is not None and args.workers is not None:
+        raise UsageError("--workers: starts processes here, --executor takes those of an engine; give one of them")
+    if args.executor is not None:
+        engine, _, address = args.executor.partition(":")
+        if engine not in ENGINES or not address:
+            raise UsageError(f"--executor: expected dask:ADDRESS or ray:ADDRESS, found {args.executor!r}")
+        _give_threads(args.threads, 1, f"{engine} tasks have", monitor)
+        return Workers(partial(ENGINES[engine], address))
+    if args.workers is None:
+        return None
+    if args.workers < 1:
+        raise UsageError(f"--workers: expected a number from 1, found {args.workers}")
+    each = max(1, available_cores() // args.workers)
+    _give_threads(args.threads, each, f"{counted(args.workers, 'worker')} with", monitor)
+    return Workers(partial(processes, args.workers), 2 * args.workers, args.workers)
+
+
+def _give_threads(count: int | None, default: int, what: str, monitor: Monitor) -> None:
+    """Give torch the threads of a task, on which the last bits of findings depend, and say how many these are."""
+    if count is None and not is_count_chosen():
+        torch.set_num_threads(default)
+    monitor.emit(
+        Event("note", f"{what} {counted(torch.get_num_threads(), 'thread')} each; --threads sets another number")
+    )
+
+
+@contextlib.contextmanager
+def processes(count: int) -> Iterator[Executor]:
+    """Start processes; leaving the block ends them at once, and so does the end of this process, however it comes."""
+    context = get_context("spawn")
+    theirs, ours = context.Pipe(duplex=False)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    pool = ProcessPoolExecutor(count, context, _begin_worker, (theirs,))
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # multiprocessing lets SIGINT and SIGTERM through
+    try:
+        yield pool
+    finally:
+        ours.close()
+        pool.shutdown(cancel_futures=True)
+        theirs.close()
+
+
+def _begin_worker(parent: Connection) -> None:
+    """Leave signals to the process that started this one, and end with it."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+    def end() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            parent.recv()
+        os._exit(0)
+
+    Thread(target=end, daemon=True, name="parent").start()
+
+
+@contextlib.contextmanager
+def dask(address: str) -> Iterator[Executor]:
+    """Connect to the scheduler at an address, or to that of a scheduler file."""
+    library = _library("distributed", "dask")
+    where = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
+    try:
+        client = library.Client(**where, timeout=WAITED, set_as_default=False)
+    except (OSError, ValueError) as e:
+        raise WorkerError(f"dask:{address}: no scheduler answers there ({e}); check that it runs") from e
+    with client:
+        yield client.get_executor(pure=False, retries=0)
+
+
+@contextlib.contextmanager
+def ray(address: str) -> Iterator[Executor]:
+    """Connect to a cluster; `auto` is the one that runs on this machine."""
+    library = _library("ray", "ray")
+    try:
+        library.init(address=address, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        raise WorkerError(f"ray:{address}: no cluster answers there ({e}); check that it runs") from e
+    try:
+        yield RayExecutor(library, torch.get_num_threads())
+    finally:
+        library.shutdown()
+
+
+class RayExecutor(Executor):
+    """Submit calls to Ray as tasks that reserve a number of its CPUs."""
+
+    def __init__(self, library: Any, cpus: int) -> None:
+        self._remote = library.remote(num_cpus=cpus, max_retries=0)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Submit a call."""
+        future: Future[Any] = self._remote(fn).remote(*args, **kwargs).future()
+        return future
+
+
+ENGINES: dict[str, Callable[[str], contextlib.AbstractContextManager[Executor]]] = {"dask": dask, "ray": ray}
+
+
+def _library(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise MissingPackageError(
+            f"--executor {extra}: needs {name}, which is not installed; pip install 'intruder-streamer[{extra}]'", name
+        ) from None

@@ -1,0 +1,25 @@
+"""Declare the options of a detection that is divided among workers."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_workers(sub: argparse.ArgumentParser) -> None:
+    """Add the workers of this machine, those of an engine, and the part of a job array."""
+    g = sub.add_argument_group("workers (docs/workers.md)")
+    g.add_argument("--workers", type=int, metavar="N",
+                   help="detect in N processes, which share the cores and --max-memory (default: in this one)")  # fmt: skip
+    g.add_argument("--executor", metavar="ENGINE:ADDRESS",
+                   help="detect on the workers of a cluster: dask:HOST:PORT, dask:FILE.json of its scheduler, ray:auto, "
+                        "ray:HOST:PORT; --threads and --max-memory are those of a task")  # fmt: skip
+    g.add_argument("--part", type=_part, metavar="I/N",
+                   help="detect the I-th of N parts of the matrices, as a task of a job array, into a file beside FILE; the same "
+                        "command without --part joins the parts when all are there")  # fmt: skip
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N like 1/8, with I from 1 to N, found {text!r}")
+    return int(number), int(count)

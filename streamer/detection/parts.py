@@ -1,0 +1,122 @@
+"""Divide a detection into parts, each a findings file of its own beside the whole one's place, and join them.
+
+Of ``f.safetensors`` the first of four is ``f.part-1-of-4.safetensors``: findings as any, on a share of the matrices.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from streamer.detection.findings import Findings, detection_digest, load_findings
+from streamer.detection.findings_file import remove_leftovers
+from streamer.detection.matrices import cost
+from streamer.detection.options import DetectionOptions
+from streamer.errors import InputError, MismatchError, MissingInputError, UsageError
+from streamer.plan.batch import Batch
+from streamer.plan.plan import Plan
+from streamer.plan.targets import Target
+from streamer.storage.files import remove_file
+from streamer.units import listed
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the parts of a detection: `number`, from 1, of `count`."""
+
+    number: int
+    count: int
+
+    def path(self, whole: Path) -> Path:
+        """Return its file, where the whole one's is that."""
+        return whole.with_name(f"{whole.stem}.part-{self.number}-of-{self.count}{whole.suffix}")
+
+    def of(self, plan: Plan, options: DetectionOptions) -> Plan:
+        """Reduce a plan to the matrices of the part.
+
+        Raises
+        ------
+        UsageError
+            If there are fewer matrices than parts.
+        """
+        return replace(plan, targets=_divided(plan.targets, options, self.count)[self.number - 1])
+
+    def take(self, batch: Batch, paths: Sequence[Path], options: DetectionOptions) -> tuple[Batch, list[Path]]:
+        """Reduce plans, and the files of their findings, to the part."""
+        plans = tuple(self.of(plan, options) for plan in batch.plans)
+        return Batch(batch.base, plans), [self.path(path) for path in paths]
+
+
+def _divided(targets: Sequence[Target], options: DetectionOptions, count: int) -> list[tuple[Target, ...]]:
+    """Divide targets into parts of about the same cost, each in the order given: the costliest first, to the part that has least."""
+    if count > len(targets):
+        raise UsageError(f"--part: expected {len(targets)} parts at most, as many as matrices, found {count}")
+    costs = [cost(target, options) for target in targets]
+    work, shares = [0] * count, [list[int]() for _ in range(count)]
+    for i in sorted(range(len(targets)), key=lambda i: -costs[i]):
+        least = work.index(min(work))
+        work[least] += costs[i]
+        shares[least].append(i)
+    return [tuple(targets[i] for i in sorted(share)) for share in shares]
+
+
+def finished_parts(plan: Plan, path: Path, options: DetectionOptions) -> list[Findings]:
+    """Open the parts of the findings at a path: all of them, or none where there are none.
+
+    Raises
+    ------
+    MissingInputError
+        If some are there and some not.
+    MismatchError
+        If one has findings of other inputs or options.
+    """
+    there = _there(path)
+    if not there:
+        return []
+    # Of parts by several counts those are taken that are whole, or else nearest to it.
+    count = min(there, key=lambda n: (n - len(there[n]), n))
+    missing = [n for n in range(1, count + 1) if n not in there[count]]
+    if missing:
+        raise MissingInputError(
+            f"{path}: parts {listed(map(str, missing))} of {count} are missing; run the same command with "
+            f"--part {missing[0]}/{count} and so on, or with --no-resume to detect without the parts",
+            Part(missing[0], count).path(path),
+        )
+    return [_checked(plan, Part(n, count), path, options) for n in range(1, count + 1)]
+
+
+def remove_parts(plan: Plan, path: Path, options: DetectionOptions) -> None:
+    """Remove the parts of findings that are whole at a path; those of other inputs or options stay."""
+    for count, numbers in _there(path).items():
+        for number in numbers:
+            part = Part(number, count)
+            try:
+                _checked(plan, part, path, options)
+            except (InputError, UsageError):
+                continue
+            remove_leftovers(part.path(path))
+            remove_file(part.path(path))
+
+
+def _there(path: Path) -> dict[int, set[int]]:
+    """List the numbers of the parts beside a path, by their count."""
+    pattern = re.compile(rf"{re.escape(path.stem)}\.part-([1-9]\d*)-of-([1-9]\d*){re.escape(path.suffix)}")
+    found: dict[int, set[int]] = {}
+    for other in path.parent.iterdir() if path.parent.is_dir() else ():
+        if (match := pattern.fullmatch(other.name)) and int(match[1]) <= int(match[2]):
+            found.setdefault(int(match[2]), set()).add(int(match[1]))
+    return found
+
+
+def _checked(plan: Plan, part: Part, path: Path, options: DetectionOptions) -> Findings:
+    findings, tensors = load_findings(part.path(path)), [target.tensor for target in part.of(plan, options).targets]
+    expected = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
+    made = detection_digest(findings.base, findings.adapter, findings.options, [m.tensor for m in findings])
+    if made != expected:
+        raise MismatchError(
+            f"{part.path(path)}: holds findings of other inputs or options; run the same command with --part {part.number}/{part.count} "
+            "--overwrite, or with --no-resume to detect without the parts"
+        )
+    return findings

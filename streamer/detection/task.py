@@ -1,0 +1,188 @@
+"""Detect in a group of matrices as a worker does: by the addresses of the inputs, in a process that may be on another machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamer.detection.device import choose_device
+from streamer.detection.matrices import detect_in_turn
+from streamer.detection.matrix_finding import MatrixFinding
+from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.errors import InputError, MismatchError, StorageError, StreamerError
+from streamer.events import Event, Monitor
+from streamer.linalg.torch_state import task_threads
+from streamer.plan.batch import Batch
+from streamer.plan.plan import make_batch
+from streamer.storage.identities import difference
+from streamer.storage.tensor_file import IOMode
+
+KEPT = 2
+"""Inputs that a process keeps open, those used last."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Addresses of a base and its adapters, how they are opened, and what is expected there.
+
+    Attributes
+    ----------
+    base, adapters
+        Paths, absolute.
+    io, base_is_residual, architecture
+        As in `RunOptions`.
+    identities
+        Those of the base and of each adapter, as JSON.
+    """
+
+    base: str
+    adapters: tuple[str, ...]
+    io: IOMode
+    base_is_residual: bool
+    architecture: str | None
+    identities: tuple[str, ...]
+
+    @classmethod
+    def of(cls, batch: Batch, run: RunOptions) -> Inputs:
+        """State those of a batch."""
+        paths = [os.path.abspath(plan.adapter.path) for plan in batch.plans]
+        return cls(os.path.abspath(batch.base.path), tuple(paths), run.io, run.base_is_residual, run.architecture,
+                   _identities(batch))  # fmt: skip
+
+    def open(self) -> Batch:
+        """Open them.
+
+        Raises
+        ------
+        MismatchError
+            If they cannot be opened here, or are others than expected.
+        """
+        try:
+            batch = make_batch(self.base, self.adapters, self.io, self.base_is_residual, self.architecture)
+        except (InputError, StorageError) as e:
+            raise MismatchError(f"{worker_name()}: {e} (where the run was started it opens)") from e
+        paths = (self.base, *self.adapters)
+        for path, theirs, mine in zip(paths, self.identities, _identities(batch), strict=True):
+            if theirs != mine:
+                differs = difference(json.loads(mine), json.loads(theirs))
+                raise MismatchError(
+                    f"{worker_name()}: {path} is another input than where the run was started ({differs}); give all workers the same files"
+                )
+        return batch
+
+
+@dataclass(frozen=True)
+class Task:
+    """A group of matrices, and all that decides their findings.
+
+    Attributes
+    ----------
+    uses
+        For each matrix the number of each plan that changes it, and the target's tensor there.
+    options, device, resident
+        See `detect_in_turn`; the device by its name.
+    threads
+        How many of torch's threads.
+    """
+
+    inputs: Inputs
+    uses: tuple[tuple[tuple[int, str], ...], ...]
+    options: DetectionOptions
+    device: str
+    resident: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What came of a task: its findings with the numbers of their plans, and warnings; or the error that ended it.
+
+    An error of a task stands here: what a worker raises is then of its engine alone.
+    """
+
+    findings: tuple[tuple[int, MatrixFinding], ...] = ()
+    warnings: tuple[str, ...] = ()
+    error: Exception | None = None
+
+
+def detect_task(task: Task) -> TaskResult:
+    """Detect in the matrices of a task, on its number of threads; the inputs are opened once in a process."""
+    warnings: list[str] = []
+
+    def note(event: Event) -> None:
+        if event.stage == "warning":
+            warnings.append(event.name)
+
+    try:
+        with task_threads(task.threads), _opened(task.inputs) as batch:
+            found = _detect(task, batch, Monitor(note))
+    except Exception as e:
+        return TaskResult(error=_portable(e))
+    return TaskResult(tuple(found), tuple(warnings))
+
+
+def _detect(task: Task, batch: Batch, monitor: Monitor) -> list[tuple[int, MatrixFinding]]:
+    plans = batch.plans
+    targets = [{target.tensor: target for target in plan.targets} for plan in plans]
+    todo = [[(i, targets[i][tensor]) for i, tensor in uses] for uses in task.uses]
+    counts, device = [task.threads] * len(plans), choose_device(task.device)
+    stream = detect_in_turn(
+        plans, todo, task.options, device, task.resident, counts, monitor, lambda _plan, _target: None
+    )
+    with contextlib.closing(stream):
+        found = [(i, finding) for i, _, finding in stream]
+    for i in sorted({i for i, _ in found}):
+        plans[i].check_unchanged()
+    return found
+
+
+_batches: dict[Inputs, Batch] = {}
+_opening = threading.Lock()
+
+
+@contextlib.contextmanager
+def _opened(inputs: Inputs) -> Iterator[Batch]:
+    """Open inputs, or take those that this process has open, unless their files have changed since."""
+    with _opening:
+        batch = _batches.pop(inputs, None)
+        if batch is None or not _unchanged(batch):
+            batch = inputs.open()
+        _batches[inputs] = batch
+        for old in list(_batches)[:-KEPT]:
+            del _batches[old]
+    yield batch
+
+
+def _unchanged(batch: Batch) -> bool:
+    try:
+        for plan in batch.plans:
+            plan.check_unchanged()
+    except StreamerError:
+        return False
+    return True
+
+
+def _identities(batch: Batch) -> tuple[str, ...]:
+    identities: Sequence[Any] = [batch.plans[0].base_identity, *(plan.adapter_identity for plan in batch.plans)]
+    return tuple(json.dumps(identity, sort_keys=True) for identity in identities)
+
+
+def worker_name() -> str:
+    """Name this worker, for messages."""
+    return f"worker {socket.gethostname()}, process {os.getpid()}"
+
+
+def _portable(e: Exception) -> Exception:
+    """Return the error, or where it cannot be sent to another process its text."""
+    try:
+        pickle.loads(pickle.dumps(e))  # noqa: S301  # our own bytes
+    except Exception:
+        return RuntimeError(f"{type(e).__name__}: {e}")
+    return e

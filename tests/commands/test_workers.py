@@ -1,0 +1,224 @@
+"""Detection on workers of every kind, and in parts: byte for byte what one process gives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+from command_line import ENV, run_cli
+from several import Several
+from worker_runs import WorkerBench, wait_until, worker_bench
+
+import streamer
+from streamer.adapters.batch import named_adapters
+from streamer.detection.device import choose_device
+from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.parts import Part
+from streamer.detection.run import detect_many
+from streamer.errors import MismatchError, MissingInputError, UsageError
+from streamer.events import Event
+from streamer.linalg.torch_state import threads
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
+    return worker_bench(tmp_path_factory.mktemp("workers"))
+
+
+def on_engine(bench: WorkerBench, out: Path, engine: str) -> None:
+    """Detect with an engine that runs, from the command line."""
+    with bench.start(out, "--executor", engine, "-q") as process:
+        _, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stderr) == (0, "")
+    assert out.read_bytes() == bench.alone
+
+
+def test_threads_give_the_same_bytes(bench: WorkerBench, tmp_path: Path) -> None:
+    events: list[Event] = []
+    with ThreadPoolExecutor(3) as pool, threads(1):
+        streamer.detect_intruder_dimensions(
+            bench.base,
+            bench.adapter,
+            tmp_path / "f.safetensors",
+            solver="certified",
+            executor=pool,
+            on_event=events.append,
+        )
+        inside = streamer.detect_intruder_dimensions(bench.base, bench.adapter, solver="certified", executor=pool)
+    assert (tmp_path / "f.safetensors").read_bytes() == bench.alone
+    assert inside.digest() == streamer.load_findings(tmp_path / "f.safetensors").digest()
+    steps = [e for e in events if e.stage == "detect"]
+    assert [e.done for e in steps] == sorted(e.done for e in steps)
+    assert (steps[-1].done, steps[-1].items) == (steps[-1].total, 10)
+
+
+def test_processes_give_the_same_bytes(bench: WorkerBench, tmp_path: Path) -> None:
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool, threads(1):
+        streamer.detect_intruder_dimensions(
+            bench.base, bench.adapter, tmp_path / "f.safetensors", solver="certified", executor=pool
+        )
+    assert (tmp_path / "f.safetensors").read_bytes() == bench.alone
+
+
+def test_workers_share_the_memory(bench: WorkerBench, tmp_path: Path) -> None:
+    """Findings are those of one process that is allowed a worker's share, which is said in them; less than will do is refused."""
+    out = tmp_path / "f.safetensors"
+    line = ["detect", bench.base, bench.adapter, "--threads", 1]
+    few = run_cli(*line, "-o", out, "--workers", 2, "--max-memory", "450M")
+    assert few.returncode == 2
+    assert "streamer: --max-memory: 450M is not enough for tensor 'a.0.weight' (600x700); it takes" in few.stderr
+    least = few.stderr.split()[-1]
+    assert run_cli(*line, "-o", out, "--workers", 2, "--max-memory", least, "-q").returncode == 0
+    found = streamer.load_findings(out)
+    share = found.options.max_memory or 0
+    assert share < int(least[:-1]) << 19
+    assert run_cli(*line, "-o", tmp_path / "one.safetensors", "--max-memory", f"{share >> 20}M", "-q").returncode == 0
+    assert (tmp_path / "one.safetensors").read_bytes() == out.read_bytes()
+
+
+def test_several_adapters_on_workers(tmp_path: Path) -> None:
+    several = Several(tmp_path / "in")
+    with ThreadPoolExecutor(2) as pool:
+        found = streamer.detect_intruder_dimensions(several.base, [several.adapters], tmp_path / "found", executor=pool)
+    for name, findings in found.items():
+        path = tmp_path / f"{name}.safetensors"
+        streamer.detect_intruder_dimensions(several.base, several.adapters / name, path)
+        assert path.read_bytes() == (tmp_path / "found" / path.name).read_bytes()
+        assert findings.digest() == streamer.load_findings(path).digest()
+
+
+def in_part(bench: WorkerBench, out: Path, part: Part | None, **options: float) -> None:
+    run = RunOptions(choose_device("cpu"))
+    chosen = DetectionOptions(solver="certified", **options)
+    with threads(1):
+        detect_many(bench.base, named_adapters(bench.adapter), out, chosen, run, part)
+
+
+def test_parts_are_joined_to_the_same_bytes(bench: WorkerBench, tmp_path: Path) -> None:
+    out = tmp_path / "f.safetensors"
+    for number in (3, 1):
+        in_part(bench, out, Part(number, 3))
+    with pytest.raises(MissingInputError, match=r"parts 2 of 3 are missing; run the same command with --part 2/3") as e:
+        in_part(bench, out, None)
+    assert e.value.filename == str(tmp_path / "f.part-2-of-3.safetensors")
+    in_part(bench, out, Part(2, 3), threshold_epsilon=0.4)
+    with pytest.raises(MismatchError, match=r"f.part-2-of-3.safetensors: holds findings of other inputs or options"):
+        in_part(bench, out, None)
+    (tmp_path / "f.part-2-of-3.safetensors").unlink()
+    in_part(bench, out, Part(2, 3))
+    found = [streamer.load_findings(Part(n, 3).path(out)) for n in (1, 2, 3)]
+    assert sorted(len(f) for f in found) == [3, 3, 4]
+    in_part(bench, out, None)
+    assert out.read_bytes() == bench.alone
+    assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
+
+
+def test_more_parts_than_matrices_are_refused(bench: WorkerBench, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--part: expected 10 parts at most"):
+        in_part(bench, tmp_path / "f.safetensors", Part(1, 11))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--part", "4/3"], "expected I/N like 1/8, with I from 1 to N, found '4/3'"),
+        (["--workers", "0"], "--workers: expected a number from 1, found 0"),
+        (["--executor", "slurm:1"], "--executor: expected dask:ADDRESS or ray:ADDRESS, found 'slurm:1'"),
+        (["--executor", "dask:127.0.0.1:9", "--workers", "2"], "give one of them"),
+    ],
+)
+def test_options_that_make_no_sense(bench: WorkerBench, options: list[str], said: str, tmp_path: Path) -> None:
+    done = run_cli("detect", bench.base, bench.adapter, "-o", tmp_path / "f.safetensors", *options)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_findings_pickle_by_value(bench: WorkerBench, tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(bench.alone)
+    for matrix in streamer.load_findings(path):
+        data = pickle.dumps(matrix)
+        assert len(data) < 20_000
+        assert pickle.loads(data) == matrix
+
+
+@pytest.mark.slow
+def test_dask_gives_the_same_bytes(bench: WorkerBench, tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    file = tmp_path / "scheduler.json"
+    with (
+        engine("distributed.cli.dask_scheduler", "--port", "0", "--scheduler-file", file, "--no-dashboard"),
+        engine(
+            "distributed.cli.dask_worker",
+            "--scheduler-file",
+            file,
+            "--nthreads",
+            "1",
+            "--nworkers",
+            "2",
+            "--no-dashboard",
+        ),
+    ):
+        wait_until(file.exists)
+        on_engine(bench, tmp_path / "f.safetensors", f"dask:{file}")
+
+
+RAY = """
+import sys, ray
+cluster = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+print(cluster.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes(bench: WorkerBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setitem(ENV, "RAY_AUTH_MODE", "disabled")
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", RAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV
+    )
+    with cluster:
+        assert cluster.stdout is not None
+        on_engine(bench, tmp_path / "f.safetensors", f"ray:{cluster.stdout.readline().strip()}")
+
+
+@contextlib.contextmanager
+def engine(module: str, *args: object) -> Iterator[None]:
+    """Run a part of a cluster, as its package starts it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, args)], stderr=subprocess.DEVNULL, env=ENV, start_new_session=True
+    )
+    with process:
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def test_a_dry_run_counts_all_workers(bench: WorkerBench, tmp_path: Path) -> None:
+    line = [
+        "detect",
+        bench.base,
+        bench.adapter,
+        "-o",
+        tmp_path / "f.safetensors",
+        "--threads",
+        1,
+        "--dry-run",
+        "--json",
+    ]
+    one, two = (json.loads(run_cli(*line, *more).stdout)["forecast"] for more in ([], ["--workers", 2]))
+    assert 2 * one["peak_memory_bytes"] < two["peak_memory_bytes"] < 3 * one["peak_memory_bytes"]
+    assert two["read_bytes"] == one["read_bytes"]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,156 @@
+"""Workers that die or see other inputs, signals, and two runs at once: the same command finishes, byte for byte, or a line says why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Event as Gate
+
+import pytest
+from worker_runs import WorkerBench, has_begun, wait_until, worker_bench, workers_in
+
+import streamer
+from streamer.detection.findings_file import journal_of, lock_of
+from streamer.errors import LockedError, MismatchError, WorkerError
+from streamer.events import Event
+from streamer.linalg.torch_state import threads
+from streamer.storage.lock import locked
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
+    return worker_bench(tmp_path_factory.mktemp("workers"))
+
+
+def finish(bench: WorkerBench, out: Path) -> None:
+    """Take up what is there, in this process, and compare."""
+    with threads(1):
+        streamer.detect_intruder_dimensions(bench.base, bench.adapter, out, solver="certified")
+    assert out.read_bytes() == bench.alone
+    assert not list(out.parent.glob(".*"))
+
+
+def kill_a_worker(process: subprocess.Popen[str]) -> None:
+    wait_until(lambda: workers_in(process.pid) or process.poll() is not None)
+    for worker in workers_in(process.pid)[:1]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_the_tasks_of_a_killed_worker_are_done_again(bench: WorkerBench, tmp_path: Path) -> None:
+    out = tmp_path / "f.safetensors"
+    with bench.start(out, "--workers", 2, "-q") as process:
+        wait_until(lambda: has_begun(out))
+        kill_a_worker(process)
+        _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 0, stderr
+    assert "its worker was lost (BrokenProcessPool" in stderr
+    assert out.read_bytes() == bench.alone
+
+
+def test_workers_that_die_time_and_again_end_the_run(bench: WorkerBench, tmp_path: Path) -> None:
+    out = tmp_path / "f.safetensors"
+    with bench.start(out, "--workers", 1, "-qq") as process:
+        while process.poll() is None:
+            kill_a_worker(process)
+        _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 6
+    assert ".weight: its worker was lost (BrokenProcessPool" in stderr
+    assert stderr.endswith("for the second time; the same command goes on from here\n")
+    assert journal_of(out).exists()
+    finish(bench, out)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_run(bench: WorkerBench, signum: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C goes to all processes of a terminal; SIGKILL to one alone."""
+    out = tmp_path / "f.safetensors"
+    with bench.start(out, "--workers", 2) as process:
+        wait_until(lambda: has_begun(out))
+        if signum == signal.SIGINT:
+            os.killpg(process.pid, signum)
+        else:
+            process.kill()
+        _, stderr = process.communicate(timeout=60)
+    wait_until(lambda: not workers_in(process.pid), 20)
+    if signum == signal.SIGINT:
+        assert process.returncode == 130
+        assert stderr.endswith("streamer: stopped by signal 2; the same command resumes\n")
+        assert "Traceback" not in stderr
+        assert not lock_of(out).exists()
+    assert journal_of(out).exists()
+    finish(bench, out)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[tuple[Executor, Gate]]:
+    """A worker that begins when it is let."""
+    gate = Gate()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(gate.wait)
+        try:
+            yield pool, gate
+        finally:
+            gate.set()
+
+
+@pytest.mark.parametrize("what", ["another", "missing"])
+def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tmp_path: Path) -> None:
+    """The same path leads elsewhere by the time that the worker opens it."""
+    link, out, other = tmp_path / "base", tmp_path / "f.safetensors", tmp_path / "other"
+    link.symlink_to(bench.base)
+    if what == "another":
+        other.mkdir()
+        for path in bench.base.iterdir():
+            data = path.read_bytes()
+            if path.suffix == ".safetensors":
+                n = 8 + int.from_bytes(data[:8], "little")
+                data = data[:n] + data[n:][::-1]
+            (other / path.name).write_bytes(data)
+
+    def lead_elsewhere(event: Event) -> None:
+        if event.stage == "detect" and not gate.is_set():
+            link.unlink()
+            if what == "another":
+                link.symlink_to(other)
+            gate.set()
+
+    with held_back() as (pool, gate), pytest.raises(MismatchError) as refused:
+        streamer.detect_intruder_dimensions(link, bench.adapter, out, executor=pool, on_event=lead_elsewhere)
+    message = str(refused.value)
+    assert f"process {os.getpid()}" in message
+    assert str(link) in message
+    if what == "another":
+        assert "is another input than where the run was started (the content of" in message
+        assert message.endswith("give all workers the same files")
+    else:
+        assert message.endswith("(where the run was started it opens)")
+
+
+class Failing(Executor):
+    """An engine whose workers cannot be reached."""
+
+    def submit(self, fn: object, /, *args: object, **kwargs: object) -> Future[object]:
+        raise ConnectionError("no route to host")
+
+
+def test_an_engine_that_takes_nothing_is_named(bench: WorkerBench, tmp_path: Path) -> None:
+    events: list[Event] = []
+    with pytest.raises(WorkerError, match=r"was lost \(ConnectionError: no route to host\) for the second time"):
+        streamer.detect_intruder_dimensions(
+            bench.base, bench.adapter, tmp_path / "f.safetensors", executor=Failing(), on_event=events.append
+        )
+    warnings = [e.name for e in events if e.stage == "warning"]
+    assert len(warnings) == 10
+    assert all(text.endswith("no route to host); it is done again") for text in warnings)
+
+
+def test_two_runs_on_one_output(bench: WorkerBench, tmp_path: Path) -> None:
+    out = tmp_path / "f.safetensors"
+    with ThreadPoolExecutor(2) as pool, locked(lock_of(out), out), pytest.raises(LockedError, match="another run"):
+        streamer.detect_intruder_dimensions(bench.base, bench.adapter, out, executor=pool)

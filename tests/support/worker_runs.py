@@ -1,0 +1,84 @@
+"""A detection of some seconds, and runs of it as processes whose workers are looked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from command_line import ENV
+from helpers import intruding_factors, power_law, write_adapter, write_sharded
+
+import streamer
+from streamer.detection.findings_file import journal_of
+from streamer.linalg.torch_state import threads
+
+
+@dataclass(frozen=True)
+class WorkerBench:
+    """Inputs, and what one process with one thread makes of them."""
+
+    base: Path
+    adapter: Path
+    alone: bytes
+
+    @contextlib.contextmanager
+    def start(self, out: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
+        """Start `streamer detect` in a process group of its own, which is gone afterwards."""
+        line = ["detect", self.base, self.adapter, "-o", out, "--solver", "certified", "--threads", 1, *options]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "streamer", *map(str, line)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENV,
+            start_new_session=True,
+        )
+        with process:
+            yield process
+            if process.poll() is None:
+                process.kill()
+
+
+def worker_bench(directory: Path, matrices: int = 10) -> WorkerBench:
+    """Make the inputs."""
+    shape, tensors, factors = (600, 700), {}, {}
+    for i in range(matrices):
+        tensors[f"a.{i}.weight"] = power_law(*shape, seed=i).float()
+        factors[f"a.{i}"] = intruding_factors(*shape, 4, seed=i)
+    base, adapter = write_sharded(directory / "base", [tensors]), write_adapter(directory / "adapter", factors, 4)
+    path = directory / "alone.safetensors"
+    with threads(1):
+        streamer.detect_intruder_dimensions(base, adapter, path, solver="certified")
+    return WorkerBench(base, adapter, path.read_bytes())
+
+
+def wait_until(what: Callable[[], object], seconds: float = 90) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+
+
+def has_begun(out: Path) -> bool:
+    """Say whether a matrix is in the journal."""
+    with contextlib.suppress(FileNotFoundError):
+        return journal_of(out).stat().st_size > 5_000
+    return False
+
+
+def workers_in(group: int) -> list[int]:
+    """List the worker processes of a process group."""
+    found = []
+    for directory in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(directory.name)
+            if os.getpgid(pid) == group and b"spawn_main" in (directory / "cmdline").read_bytes():
+                found.append(pid)
+    return sorted(found)
