@@ -10,6 +10,7 @@ from streamer.api.keywords import Detecting, Several, detection_options, run_opt
 from streamer.detection.findings import Findings
 from streamer.detection.run import detect_many
 from streamer.events import Monitor, OnEvent
+from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
 
@@ -34,6 +35,7 @@ def detect_intruder_dimensions(
     io: IOMode = "mmap",
     base_is_residual: bool = False,
     architecture: str | None = None,
+    remote: RemoteMode | None = None,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -74,6 +76,9 @@ def detect_intruder_dimensions(
     architecture
         Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
         known; the output's record names it.
+    remote
+        Of names on the hub and addresses: ``cache`` downloads what is needed first, ``stream`` reads by ranges and keeps nothing; None:
+        the first from the hub, else the second.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
@@ -99,6 +104,8 @@ def detect_intruder_dimensions(
     """
     options = detection_options(top_k, threshold_epsilon, solver, max_memory)
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
-    adapters = named_adapters(adapter)
+    inputs = Remote(remote, monitor=run.monitor)
+    base = inputs.path(base)
+    adapters = named_adapters(inputs.path(adapter) if isinstance(adapter, str | Path) else inputs.paths(adapter))
     found = detect_many(base, adapters, output, options, run)
     return found[""] if "" in adapters else found
