@@ -13,6 +13,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.run import detect_many
 from streamer.detection.workers import Workers
 from streamer.events import Monitor, OnEvent
+from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
 
@@ -37,6 +38,7 @@ def detect_intruder_dimensions(
     io: IOMode = "mmap",
     base_is_residual: bool = False,
     architecture: str | None = None,
+    remote: RemoteMode | None = None,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -78,6 +80,9 @@ def detect_intruder_dimensions(
     architecture
         Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
         known; the output's record names it.
+    remote
+        Of names on the hub and addresses: ``cache`` downloads what is needed first, ``stream`` reads by ranges and keeps nothing; None:
+        the first from the hub, else the second.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
@@ -110,6 +115,8 @@ def detect_intruder_dimensions(
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
     if executor is not None:
         run = replace(run, workers=Workers.of(executor))
-    adapters = named_adapters(adapter)
+    inputs = Remote(remote, monitor=run.monitor)
+    base = inputs.path(base)
+    adapters = named_adapters(inputs.path(adapter) if isinstance(adapter, str | Path) else inputs.paths(adapter))
     found = detect_many(base, adapters, output, options, run)
     return found[""] if "" in adapters else found

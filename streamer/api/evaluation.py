@@ -15,6 +15,7 @@ from streamer.evaluation.run import evaluate
 from streamer.events import Monitor, OnEvent
 from streamer.output.coefficients import Coefficients
 from streamer.output.mitigation import MitigationMethod
+from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
 
@@ -43,6 +44,7 @@ def evaluate_variants(
     io: IOMode = "mmap",
     base_is_residual: bool = False,
     architecture: str | None = None,
+    remote: RemoteMode | None = None,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -89,8 +91,8 @@ def evaluate_variants(
     max_memory
         Anonymous memory of the whole process, in bytes or as a size like ``"4G"``; it decides how many sequences and variants go
         together. None takes what 4,096 tokens, of all variants together, or one sequence need.
-    io, base_is_residual, architecture
-        How tensors are read, what the base is, and its class, as `detect_intruder_dimensions` has them.
+    io, base_is_residual, architecture, remote
+        How tensors are read, what the base is, its class, and how inputs at addresses are read, as `detect_intruder_dimensions` has them.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
@@ -119,5 +121,6 @@ def evaluate_variants(
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
     found = findings if findings is None or isinstance(findings, Findings) else Path(findings)
     texts = {"general": Path(general), "task": Path(task)}
+    base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
     prepared = prepare(base, Path(adapter), texts, found, options, detection, run)
     return evaluate(prepared, None if output is None else Path(output))

@@ -13,6 +13,7 @@ from streamer.fitting.options import FitOptions, Grain, Objective
 from streamer.fitting.prepare import prepare_fit
 from streamer.fitting.run import fit
 from streamer.output.coefficients import Coefficients
+from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
 
@@ -36,6 +37,7 @@ def fit_coefficients(
     io: IOMode = "mmap",
     base_is_residual: bool = False,
     architecture: str | None = None,
+    remote: RemoteMode | None = None,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -79,8 +81,8 @@ def fit_coefficients(
         As `evaluate_variants` has it.
     max_memory
         Anonymous memory of the whole process, in bytes or as a size like ``"4G"``; it decides how many sequences go together.
-    io, base_is_residual, architecture
-        How tensors are read, what the base is, and its class, as `detect_intruder_dimensions` has them.
+    io, base_is_residual, architecture, remote
+        How tensors are read, what the base is, its class, and how inputs at addresses are read, as `detect_intruder_dimensions` has them.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
@@ -109,6 +111,7 @@ def fit_coefficients(
     run = run_options("cpu", io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
     texts = {"general": read_path("general", general), "task": read_path("task", task)}
     written = None if output is None else read_path("output", output)
+    base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
     prepared = prepare_fit(
         read_path("base", base), read_path("adapter", adapter), texts, options, read_size(max_memory), run
     )

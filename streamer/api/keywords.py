@@ -16,6 +16,7 @@ from streamer.events import Monitor, OnEvent, warn
 from streamer.output.coefficients import Coefficients
 from streamer.output.coefficients_file import load_coefficients
 from streamer.output.mitigation import DEFAULT_LAMBDA, MitigationMethod, MitigationOptions
+from streamer.remote.inputs import RemoteMode
 from streamer.storage.tensor_file import IOMode
 from streamer.units import parse_size
 
@@ -34,6 +35,7 @@ class Running(TypedDict, total=False):
     io: IOMode
     base_is_residual: bool
     architecture: str | None
+    remote: RemoteMode | None
     resume: bool
     overwrite: bool
     on_event: OnEvent | None

@@ -19,6 +19,7 @@ from streamer.output.mitigation import MitigationMethod
 from streamer.output.prepare import OutputOptions, findings_by_name, open_jobs, prepare_outputs
 from streamer.output.records import Written
 from streamer.output.run import run_jobs
+from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
 
@@ -53,6 +54,7 @@ def merge_with_reduced_intruder_dimensions(
     io: IOMode = "mmap",
     base_is_residual: bool = False,
     architecture: str | None = None,
+    remote: RemoteMode | None = None,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -118,6 +120,9 @@ def merge_with_reduced_intruder_dimensions(
     architecture
         Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
         known; the output's record names it.
+    remote
+        Of names on the hub and addresses: ``cache`` downloads what is needed first, ``stream`` reads by ranges and keeps nothing; None:
+        the first from the hub, else the second.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
@@ -144,9 +149,11 @@ def merge_with_reduced_intruder_dimensions(
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize, model_card=model_card)
-    adapters = named_adapters(adapter)
-    given = findings_by_name(findings, adapters)
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
+    inputs = Remote(remote, monitor=run.monitor)
+    base = inputs.path(base)
+    adapters = named_adapters(inputs.path(adapter) if isinstance(adapter, str | Path) else inputs.paths(adapter))
+    given = findings_by_name(findings, adapters)
     records = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)
     return records[0] if "" in adapters else dict(zip(adapters, records, strict=True))
 
@@ -170,6 +177,7 @@ def iter_merged(
     io: IOMode = "mmap",
     base_is_residual: bool = False,
     architecture: str | None = None,
+    remote: RemoteMode | None = None,
     on_event: OnEvent | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time; nothing is written.
@@ -224,6 +232,8 @@ def iter_merged(
     architecture
         Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
         known; the output's record names it.
+    remote
+        How inputs at addresses are read; see `merge_with_reduced_intruder_dimensions`.
     on_event
         Called with an `Event` as each tensor is begun, which counts bytes, and for each warning. Without it warnings go
         through the `warnings` module, as `StreamerWarning`.
@@ -245,6 +255,7 @@ def iter_merged(
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize)
     run = run_options(device, io, base_is_residual, architecture, on_event)
+    base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
     adapters = {"": Path(adapter)}
     (job,) = open_jobs(base, adapters, findings_by_name(findings, adapters), mitigation, detection, form, run)
     run.monitor.warn(job.plan.warnings)

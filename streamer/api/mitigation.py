@@ -13,6 +13,7 @@ from streamer.output.mitigation import MitigationMethod
 from streamer.output.prepare import OutputOptions, findings_by_name, prepare_outputs
 from streamer.output.records import Written
 from streamer.output.run import run_jobs
+from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
 
@@ -37,6 +38,7 @@ def reduce_intruder_dimension(
     io: IOMode = "mmap",
     base_is_residual: bool = False,
     architecture: str | None = None,
+    remote: RemoteMode | None = None,
     resume: bool = True,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
@@ -100,6 +102,9 @@ def reduce_intruder_dimension(
     architecture
         Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
         known; the output's record names it.
+    remote
+        Of names on the hub and addresses: ``cache`` downloads what is needed first, ``stream`` reads by ranges and keeps nothing; None:
+        the first from the hub, else the second.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
@@ -127,6 +132,7 @@ def reduce_intruder_dimension(
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=False, to_lora=to_lora, model_card=model_card)
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
+    base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
     adapters = {"": Path(adapter)}
     given = findings_by_name(findings, adapters)
     (record,) = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)

@@ -11,6 +11,7 @@ from streamer.events import Monitor, OnEvent, warn
 from streamer.output.coefficients import Coefficients
 from streamer.output.intruder_coefficients import findings_means, with_means
 from streamer.plan.plan import make_plan
+from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
 
@@ -24,6 +25,7 @@ def report_coefficients(
     io: IOMode = "mmap",
     base_is_residual: bool = False,
     architecture: str | None = None,
+    remote: RemoteMode | None = None,
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
 ) -> FindingsRecord:
@@ -41,8 +43,8 @@ def report_coefficients(
         Those that findings and coefficients are of.
     coefficients, keep
         From `fit_coefficients`, or the path of their file, and which set of them.
-    io, base_is_residual, architecture
-        How tensors are read, what the base is, and its class, as `detect_intruder_dimensions` has them.
+    io, base_is_residual, architecture, remote
+        How tensors are read, what the base is, its class, and how inputs at addresses are read, as `detect_intruder_dimensions` has them.
     on_event
         Called with an `Event` for each warning.
     monitor
@@ -61,6 +63,7 @@ def report_coefficients(
     monitor = monitor or Monitor(on_event or warn)
     found = findings if isinstance(findings, Findings) else load_findings(findings)
     chosen = read_coefficients(coefficients).select(keep)
+    base, adapter = Remote(remote, monitor=monitor).pair(base, adapter)
     plan = make_plan(base, adapter, io, base_is_residual, architecture)
     monitor.warn(plan.warnings)
     return with_means(found.record(), chosen, findings_means(plan, found, chosen))

@@ -7,6 +7,7 @@ from typing import Literal
 
 from streamer.api.keywords import read_size
 from streamer.events import Monitor, OnEvent, warn
+from streamer.remote.inputs import Remote
 from streamer.verification.result import Verification
 from streamer.verification.run import verify
 
@@ -53,4 +54,7 @@ def verify_output(
     StreamerError
         If the output has no record, or the inputs are others than it was made from (see `streamer.errors`).
     """
-    return verify(output, base, adapter, sample, read_size(max_memory), monitor or Monitor(on_event or warn))
+    monitor = monitor or Monitor(on_event or warn)
+    inputs = Remote("cache", monitor=monitor)  # it reads files, by code that knows no addresses
+    base, adapter = (None if given is None else inputs.path(given) for given in (base, adapter))
+    return verify(output, base, adapter, sample, read_size(max_memory), monitor)

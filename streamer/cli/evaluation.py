@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from streamer.cli.evaluation_table import evaluation_table
-from streamer.cli.forecast import Forecast
+from streamer.cli.forecast import Forecast, network_bytes
 from streamer.cli.json_report import dry_run, dry_runs
 from streamer.cli.layout import Screen
 from streamer.cli.tables import stood
@@ -66,7 +66,7 @@ def run_evaluation(
         return dry_runs("evaluate", args.output, parts, forecast, screen)
     found = evaluate(prepared, output)
     done = run.monitor.outputs[output]
-    text = evaluation_table(found, options.keep, (args.base, args.adapter), args.findings, screen, args.coefficients)
+    text = evaluation_table(found, options.keep, args.given, args.findings, screen, args.coefficients)
     tree = {**found.to_dict(options.keep), "output": str(output), "state": done}
     return tree, f"{text}\n{stood(output, done)}"
 
@@ -90,8 +90,9 @@ def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
     variants, sequences = len(prepared.options.variants), sum(len(text.ids) for text in prepared.texts.values())
     writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (3 * variants + 1) * sequences
     writes += len(json.dumps(prepared.facts, indent=1))
+    read = size.read * len(passes)
     peak = measured_bytes(prepared.passes, prepared.texts, size, prepared.resident)
-    return Forecast(peak, peak, size.read * len(passes), writes, writes, seconds)
+    return Forecast(peak, peak, read, network_bytes(prepared.plan, read), writes, writes, seconds)
 
 
 def pass_seconds(products: int, pace: float, runs: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamer.cli.evaluation import pass_seconds, products_pace
 from streamer.cli.fitting_table import fitting_table
-from streamer.cli.forecast import Forecast
+from streamer.cli.forecast import Forecast, network_bytes
 from streamer.cli.json_report import dry_run, dry_runs
 from streamer.cli.layout import Screen
 from streamer.cli.tables import stood
@@ -47,7 +47,7 @@ def run_fit(args: argparse.Namespace, run: RunOptions, screen: Screen) -> tuple[
         return dry_runs("fit", args.output, parts, forecast, screen)
     found = fit(prepared, output)
     done = run.monitor.outputs[output]
-    text = fitting_table(found.facts, (args.base, args.adapter), args.output, screen)
+    text = fitting_table(found.facts, args.given, args.output, screen)
     tree = {"schema": SCHEMA, **found.facts, "output": str(output), "state": done}
     return tree, f"{text}\n{stood(output, done)}"
 
@@ -69,4 +69,6 @@ def forecast_fit(prepared: PreparedFit) -> Forecast:
     journal = len(costs.gradients) * (RECORD_BYTES + 8 * prepared.parameters.count) + len(costs.passes) * (
         RECORD_BYTES + PASS_BYTES
     )
-    return Forecast(peak, peak, read, writes, journal + prepared.spool_bytes, seconds)
+    return Forecast(
+        peak, peak, read, network_bytes(prepared.plan, read), writes, journal + prepared.spool_bytes, seconds
+    )

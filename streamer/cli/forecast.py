@@ -53,6 +53,8 @@ class Forecast:
     read_bytes
         Of base, adapter and findings: headers, the samples and digests that tell them from others, and the tensors, as often as
         they are read: by a merge that detects first, those that it detects in twice. Small files are left out.
+    network_bytes
+        Of them, those that cross the network: of a base at an address, which is read by ranges or downloaded first.
     write_bytes
         Of the output: exact for models and adapters (without the record ``streamer.json``), for findings at most.
     temporary_bytes
@@ -68,6 +70,7 @@ class Forecast:
     peak_memory_bytes: int
     escalated_memory_bytes: int
     read_bytes: int
+    network_bytes: int
     write_bytes: int
     temporary_bytes: int
     seconds: float | None
@@ -94,6 +97,7 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
         max(work.memory for work in works),
         max(work.escalated for work in works),
         _identified_bytes(plan) + _detected_bytes(plan),
+        network_bytes(plan, _base_bytes(plan)),
         *size,
         _detection_seconds(plan, works, device, monitor),
     )
@@ -120,13 +124,16 @@ def forecast_output(
     memory = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
     read = _identified_bytes(plan) + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.spec.copies)
     read += writer.spec.base_bytes + job.findings.nbytes
+    network = writer.spec.base_bytes
     seconds = _writing_seconds(writer, monitor)
     if detects:
         first = forecast_detection(plan, job.detection, job.device, resident, job.findings_size, monitor)
         memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
         read += _detected_bytes(plan)
+        network += _base_bytes(plan)
         seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
-    return Forecast(memory, escalated, read, output.total_bytes, output.temporary_bytes if detects else 0, seconds)
+    temporary = output.temporary_bytes if detects else 0
+    return Forecast(memory, escalated, read, network_bytes(plan, network), output.total_bytes, temporary, seconds)
 
 
 def forecast_commands(
@@ -165,7 +172,20 @@ def _adapter_bytes(plan: Plan) -> int:
 
 def _detected_bytes(plan: Plan) -> int:
     """Count the bytes that detection reads of the tensors."""
-    return _adapter_bytes(plan) + sum(plan.weights[target.tensor].nbytes for target in plan.targets)
+    return _adapter_bytes(plan) + _base_bytes(plan)
+
+
+def _base_bytes(plan: Plan) -> int:
+    """Count the bytes of the matrices that the adapter changes."""
+    return sum(plan.weights[target.tensor].nbytes for target in plan.targets)
+
+
+def network_bytes(plan: Plan, nbytes: int) -> int:
+    """Count the bytes that cross the network, where so many of the base's tensors are read."""
+    base = plan.base
+    if not base.remote:
+        return 0
+    return base.to_download or sampled_bytes(base.files.values()) + nbytes
 
 
 @dataclass(frozen=True)
@@ -208,7 +228,7 @@ class _Work:
 
 def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device, monitor: Monitor) -> float | None:
     """Estimate the solvers' time, and that of bringing each matrix to the computing dtype. The next one is read meanwhile."""
-    if device.type != "cpu":
+    if device.type != "cpu" or plan.base.remote:  # by a network of unknown pace
         return None
     seconds, decoded = 0.0, defaultdict[str, list[Weight]](list)
     alike = defaultdict[tuple[str, bool, bool], list[_Work]](list)
@@ -247,6 +267,8 @@ def _detection_seconds(plan: Plan, works: Sequence[_Work], device: torch.device,
 def _writing_seconds(writer: Writer, monitor: Monitor) -> float | None:
     """Estimate the time of all output tensors, and of the metrics of each matrix; None for what is not summed a few rows at a time."""
     plan = writer.spec.job.plan
+    if plan.base.remote and writer.spec.base_bytes:
+        return None
     if any(not target.module.low_rank for target in plan.targets):
         return None
     _tell(monitor, "norms of mitigated deltas")
@@ -305,6 +327,7 @@ def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | 
         peak_memory_bytes=max(f.peak_memory_bytes for f in forecasts),
         escalated_memory_bytes=max(f.escalated_memory_bytes for f in forecasts),
         read_bytes=sum(f.read_bytes for f in forecasts) - shared,
+        network_bytes=sum(f.network_bytes for f in forecasts),
         write_bytes=sum(f.write_bytes for f in forecasts),
         temporary_bytes=sum(f.temporary_bytes for f in forecasts),
         seconds=sum(seconds) if len(seconds) == len(forecasts) else None,

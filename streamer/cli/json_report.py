@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from streamer.cli.forecast import Forecast
+from streamer.cli.forecast_table import forecast_text
 from streamer.cli.layout import Screen, fit
-from streamer.cli.tables import NO_LIMIT, forecast_text
+from streamer.cli.tables import NO_LIMIT
 from streamer.detection.matrices import cost
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from streamer.cli.commands import COMMANDS
 from streamer.cli.errors_json import error_entry, errors_object
+from streamer.cli.inputs import locate_inputs
 from streamer.cli.json_events import JsonEvents
 from streamer.cli.parser import BadUsage, build_parser, named_as_option
 from streamer.cli.progress import Progress, say
@@ -68,6 +69,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
                 set_threads(getattr(args, "threads", None))
             else:  # needs no torch to hash files, and computes by numpy, whose idle threads spin: beside other work one is faster
                 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+            locate_inputs(args, monitor)
             tree, text = COMMANDS[args.command](args, monitor)
         finally:
             progress.close()
@@ -80,7 +82,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
 
 def _paths(args: argparse.Namespace) -> list[str]:
     """Collect the paths that the command was given."""
-    values = [
+    values = [*getattr(args, "given", ())] + [
         getattr(args, name, None)
         for name in (
             "base",

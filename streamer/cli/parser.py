@@ -128,6 +128,9 @@ def build_parser() -> Parser:
     g = reading.add_argument_group("input")
     g.add_argument("--io", choices=["mmap", "pread"], default="mmap",
                          help="how tensors are read; pread is for network file systems (default: mmap)")  # fmt: skip
+    g.add_argument("--remote", choices=["cache", "stream"],
+                   help="an input at an address: cache downloads what is needed first; stream reads by ranges and keeps nothing "
+                        "(if not given, cache from the hub, else stream)")  # fmt: skip
     g.add_argument("--base-is-residual", action="store_true",
                    help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained")  # fmt: skip
     g.add_argument("--architecture", metavar="NAME",
@@ -187,8 +190,12 @@ def build_parser() -> Parser:
 
     def inputs(sub: Parser, nargs: str | None = None) -> None:
         several = "; several, or a directory of them, in one pass over the base" if nargs == "+" else ""
-        sub.add_argument("base", metavar="BASE", help="model directory, or one .safetensors file")
-        sub.add_argument("adapter", metavar="ADAPTER", nargs=nargs, help=f"PEFT adapter's directory{several}")
+        sub.add_argument(
+            "base", metavar="BASE", help="model directory, or one .safetensors file; a name on the hub, or an address"
+        )
+        sub.add_argument(
+            "adapter", metavar="ADAPTER", nargs=nargs, help=f"PEFT adapter's directory, name or address{several}"
+        )
 
     sub = command("inspect", "show what is there, and which tensor each module changes", reading)
     inputs(sub, "?")

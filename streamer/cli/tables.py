@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from streamer.cli.coefficients_table import mean_columns, mean_line
+from streamer.cli.forecast_table import forecast_table
 from streamer.cli.layout import Column, Screen, fit, shorten, table
 from streamer.detection.findings import Findings
 from streamer.detection.findings_records import FindingsRecord
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import is_repeated
 from streamer.plan.name_order import natural
-from streamer.units import counted, format_duration, format_size, listed
+from streamer.units import format_size, listed
 
 MANY, SHOWN = 20, 10
 """A table of more rows than `MANY` shows the `SHOWN` that matter most, unless all are asked for."""
@@ -259,57 +260,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     note = f"{more}; --all shows each matrix".removeprefix("; ") if grouped else ""
     refused = "\n".join(fit(f"{command} is refused: {why}", screen.width) for command, why in tree["refused"].items())
     return _sections(table(columns, screen.width), fit(note, screen.width), carried,
-                     "\n".join(fit(line, screen.width) for line in lines), _forecast_table(tree["forecast"], screen), refused)  # fmt: skip
-
-
-def _forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:
-    """Format the forecasts of the commands, a line each."""
-    rows = []
-    for command, f in forecasts.items():
-        if f is None:
-            rows.append([command, "refused", "", "", ""])
-            continue
-        most = "at most " if command == "detect" else ""
-        memory = format_size(f["peak_memory_bytes"])
-        if f["escalated_memory_bytes"] > f["peak_memory_bytes"]:
-            memory += f" to {format_size(f['escalated_memory_bytes'])}"
-        read, written = format_size(f["read_bytes"]), most + format_size(f["write_bytes"])
-        rows.append([command, memory, read, written, _time(f["seconds"])])
-    cells = list(zip(*rows, strict=True)) if rows else [()] * 5
-    threads = next((f" on {counted(f['threads'], 'thread')}" for f in forecasts.values() if f), "")
-    columns = [
-        Column("forecast", cells[0], "what each command takes; mitigate and merge with findings", left=True),
-        Column("memory", cells[1], "at its peak; the larger number where the dense solver, or float64, must decide", keep=3),
-        Column("read", cells[2], keep=1),
-        Column("written", cells[3], "--dry-run shows the free disk", keep=2),
-        Column("time", cells[4], f"by a short probe of this machine{threads}, as busy as it is now, if the disk keeps up", keep=4),
-    ]  # fmt: skip
-    return table(columns, screen.width)
-
-
-def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
-    """Format the forecast of one command, in a line."""
-    beside = (
-        f" and at most {format_size(forecast['temporary_bytes'])} for a while" if forecast["temporary_bytes"] else ""
-    )
-    most = "at most " if command == "detect" else ""
-    return (
-        f"forecast: memory {_memory(forecast)}; "
-        f"reads {format_size(forecast['read_bytes'])}, writes {most}{format_size(forecast['write_bytes'])}{beside}; "
-        f"{format_size(free)} free; time {_time(forecast['seconds'])}, "
-        f"on {counted(forecast['threads'], 'thread')}, with the processors as busy as now and if the disk keeps up"
-    )
-
-
-def _memory(forecast: Mapping[str, Any]) -> str:
-    usual, most = forecast["peak_memory_bytes"], forecast["escalated_memory_bytes"]
-    return format_size(usual) + (
-        f", {format_size(most)} where the dense solver, or float64, must decide" if most > usual else ""
-    )
-
-
-def _time(seconds: float | None) -> str:
-    return "not estimated" if seconds is None else f"about {format_duration(seconds)}"
+                     "\n".join(fit(line, screen.width) for line in lines), forecast_table(tree["forecast"], screen), refused)  # fmt: skip
 
 
 def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], screen: Screen = NO_LIMIT) -> str:

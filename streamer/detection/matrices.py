@@ -124,8 +124,9 @@ def detect_in_turn(
 
     def load(uses: Sequence[tuple[int, Target]]) -> PrefetchedWeight | None:
         i, target = uses[0]
-        whole = any(best_way(plans[i], t, options, resident) != "blocks" for i, t in uses)
-        return stager.stage(plans[i].weights[target.tensor]) if whole else None
+        weight = plans[i].weights[target.tensor]
+        whole = weight.remote or any(best_way(plans[i], t, options, resident) != "blocks" for i, t in uses)
+        return stager.stage(weight) if whole else None
 
     # Behind a small matrix a large one is not read in time; what is mapped may wait, other memory is not to grow.
     mapped = device.type == "cpu" and not any(plans[i].weights[t.tensor].held_bytes for uses in todo for i, t in uses)

@@ -40,7 +40,7 @@ def detection_bytes(
     if options.solver == "dense":
         ways = {"dense": ways["dense"]}
     read = 2 * weight.held_bytes  # the tensor's own bytes, and those of the next one
-    always = read if weight.quantized else 0
+    always = read if weight.quantized or weight.remote else 0
     fixed, making = resident + factor_bytes(plan, target, itemsize), module.peak_bytes(itemsize)
     return {way: fixed + max(size, making) + (always if way == "blocks" else read) for way, size in ways.items()}
 

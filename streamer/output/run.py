@@ -237,8 +237,8 @@ def _in_step(runs: Sequence[_Run]) -> None:
         return
     files = list(runs[0].job.plan.base.files.values())
     with contextlib.ExitStack() as stack:
-        for file in files if len(runs) > 1 else ():
-            stack.enter_context(file.keeping_pages())
+        for file in files:
+            stack.enter_context(file.keeping_pages() if len(runs) > 1 else file.read_through())
         waiting: dict[Generator[FilePosition, None, None], FilePosition] = {}
         for run in runs:
             waiting[stack.enter_context(contextlib.closing(run.steps(runs)))] = FilePosition(-1, 0)

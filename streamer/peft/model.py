@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.tensor_names import normalize
 from streamer.errors import UnsupportedError, UsageError
+from streamer.packages import require_package
 from streamer.peft.tensors import LiveTensor
 from streamer.plan.targets import Target
-from streamer.streaming.extra import require_package
 from streamer.units import listed
 
 

@@ -33,6 +33,12 @@ class Batch:
         return sum(len(plan.adapter.tensors) for plan in self.plans)
 
     @property
+    def remote_count(self) -> int:
+        """Count the models whose tensors are read from an address by ranges."""
+        models = [tuple(self.base.files.values()), *(plan.adapter.files for plan in self.plans)]
+        return sum(any(file.remote for file in files) for files in models)
+
+    @property
     def matrix_count(self) -> int:
         """Count the matrices that the adapters change, one that several change for each of them."""
         return sum(len(plan.targets) for plan in self.plans)

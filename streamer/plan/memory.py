@@ -13,6 +13,7 @@ from streamer.errors import UsageError
 from streamer.plan.batch import Batch
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
+from streamer.storage.remote_source import AHEAD_BYTES
 
 PROCESS_BYTES = 200 << 20
 """Anonymous memory of a process that has done nothing yet but import torch and read an adapter."""
@@ -66,7 +67,8 @@ def resident_bytes(batch: Batch, output_tensors: int = 0) -> int:
         Tensors of the merged models that are written, all together.
     """
     tables = TENSOR_BYTES * (len(batch.base.weight_map) + batch.adapter_tensor_count) + ADAPTER_BYTES * len(batch.plans)
-    return PROCESS_BYTES + tables + OUTPUT_BYTES * output_tensors + MATRIX_BYTES * batch.matrix_count
+    ahead = AHEAD_BYTES * batch.remote_count
+    return PROCESS_BYTES + ahead + tables + OUTPUT_BYTES * output_tensors + MATRIX_BYTES * batch.matrix_count
 
 
 def factor_bytes(plan: Plan, target: Target, itemsize: int) -> int:

@@ -15,6 +15,13 @@ _SKIPPED_DIRECTORIES = re.compile(
 )
 
 
+def goes_along(name: str) -> bool:
+    """Say of a file of a model, by its relative name, whether an output would take it along; see `other_files`."""
+    *directories, last = name.split("/")
+    hidden = any(_SKIPPED_DIRECTORIES.match(part) for part in directories) or last.startswith(".streamer.")
+    return not hidden and (bool(directories) or not _STALE.search(last))
+
+
 def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, Path]]:
     """List the files that an output takes along: (relative name, path), sorted; symlinks are followed.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from streamer.plan.provenance import cached_model, hub_id, named_encoding, stated_name, stored_encoding
+from streamer.storage.remote_manifest import read_manifest
 from streamer.weights.model_config import ModelConfig
 
 DIGEST_CHARACTERS = 16
@@ -26,6 +27,8 @@ class Source(TypedDict, total=False):
     ----------
     name
         Of its directory or file; of a model in the hub's cache, the last part of its id.
+    address
+        That it was read from, as the user gave it, without secrets; of the hub the next two say it.
     model_id, revision
         On the hub, where they are known.
     digest
@@ -35,6 +38,7 @@ class Source(TypedDict, total=False):
     """
 
     name: str
+    address: str
     model_id: str
     revision: str
     digest: str
@@ -73,6 +77,8 @@ def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None
     if cached is not None:
         model_id = cached[0]
         source["name"] = model_id.rpartition("/")[2]
+    elif (manifest := read_manifest(path if path.is_dir() else path.parent)) is not None:
+        source["address"] = manifest.address
     if model_id is not None:
         source["model_id"] = model_id
     if cached is not None:

@@ -15,6 +15,7 @@ from streamer.storage.absent import absent
 from streamer.storage.files import open_regular
 from streamer.storage.header import TensorInfo
 from streamer.storage.identities import BaseIdentity
+from streamer.storage.remote_manifest import read_manifest
 from streamer.storage.strict_json import strict_json
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import format_size, quoted
@@ -64,6 +65,17 @@ class Checkpoint:
     def data_bytes(self) -> int:
         """Count the bytes of all tensors, headers excluded: the index's ``total_size``."""
         return sum(f.header.data_bytes for f in self.files.values())
+
+    @property
+    def remote(self) -> bool:
+        """Whether tensors are read from an address by ranges."""
+        return any(f.remote for f in self.files.values())
+
+    @property
+    def to_download(self) -> int:
+        """Count the bytes that a run would download first, of a model that is looked at without that."""
+        manifest = read_manifest(self.path if self.path.is_dir() else self.path.parent)
+        return 0 if manifest is None else manifest.to_download
 
     def locate(self, name: str) -> tuple[TensorFile, TensorInfo]:
         """Find the file and the entry of a tensor."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -204,6 +204,17 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
     return header
 
 
+def check_length(n: int, file_bytes: int, where: str, head: Callable[[], bytes]) -> None:
+    """Raise `FormatError` where a header of N bytes is too long for the format or the file; `head` gives the file's first bytes."""
+    if n > MAX_HEADER_BYTES or 8 + n > file_bytes:
+        hint = _guess_content(head())
+        stated, found = format_sizes(n, file_bytes)
+        raise FormatError(
+            f"{where}: not a safetensors file, or truncated: its length field says {stated} of header, "
+            f"the file has {found}{hint}; get it again"
+        )
+
+
 def read_header(fd: int, where: str) -> Header:
     """Read and validate the header of an open file (see `parse_header`)."""
     try:
@@ -212,13 +223,7 @@ def read_header(fd: int, where: str) -> Header:
         if len(raw) < 8:
             raise FormatError(f"{where}: expected a safetensors file, found {format_size(file_bytes)}; get it again")
         n = int.from_bytes(raw, "little")
-        if n > MAX_HEADER_BYTES or 8 + n > file_bytes:
-            hint = _guess_content(os.pread(fd, 256, 0))
-            stated, found = format_sizes(n, file_bytes)
-            raise FormatError(
-                f"{where}: not a safetensors file, or truncated: its length field says {stated} of header, "
-                f"the file has {found}{hint}; get it again"
-            )
+        check_length(n, file_bytes, where, lambda: os.pread(fd, 256, 0))
         raw += read_bytes(fd, n, 8)
         if len(raw) < 8 + n:
             raise FormatError(f"{where}: the file ended inside its header; get it again")

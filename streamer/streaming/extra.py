@@ -1,41 +1,13 @@
-"""Import optional packages, and keep transformers quiet."""
+"""Import transformers, and keep it quiet."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 from collections.abc import Iterator
 from typing import Any
 
-from streamer.errors import MissingPackageError
-
-
-def require_package(name: str, version: tuple[int, ...], needs: str, extra: str) -> Any:
-    """Import an optional package.
-
-    Parameters
-    ----------
-    version
-        That it must have at least.
-    needs
-        What needs it, and in which version: the beginning of the messages.
-    extra
-        The extra of this package that installs it.
-
-    Raises
-    ------
-    MissingPackageError
-        If it, or a version that this works with, is not installed; the message says what to install.
-    """
-    install = f"'intruder-streamer[{extra}]'"
-    try:
-        package = importlib.import_module(name)
-    except ImportError:
-        raise MissingPackageError(f"{needs}, which is not installed; pip install {install}", name) from None
-    if tuple(map(int, package.__version__.split(".")[: len(version)])) < version:
-        raise MissingPackageError(f"{needs}, found {package.__version__}; pip install -U {install}", name)
-    return package
+from streamer.packages import require_package
 
 
 def require_transformers() -> Any:

@@ -144,7 +144,7 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
     if record["method"] == "fitted":
         _check_coefficients(record, outcome)
     for key in ("base", "adapter"):
-        identity = {k: v for k, v in record[key].items() if k not in (*IN_SHORT, "base_model_name_or_path")}
+        identity = {k: v for k, v in record[key].items() if k not in (*IN_SHORT, "address", "base_model_name_or_path")}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         if record[key].get("digest") != digest:
             outcome.differ(path, f"{key}.digest {digest}, of what it says of it", repr(record[key].get("digest")))

@@ -134,13 +134,23 @@ class Weight(ABC):
         """Count the bytes of anonymous memory that `load` takes: 0 where files are mapped."""
         return sum(stored.info.nbytes for stored in self.tensors.values() if stored.file.io == "pread")
 
+    @property
+    def remote(self) -> bool:
+        """Whether bytes cross a network each time they are read."""
+        return any(stored.file.remote for stored in self.tensors.values())
+
     def load(self) -> Self:
         """Read the bytes ahead."""
         return replace(self, tensors={role: stored.load() for role, stored in self.tensors.items()})
 
     def at_hand(self) -> Self:
         """Prepare for a loop over the rows, in which no byte is to be read twice."""
-        return self
+        return self.load() if self.remote and not self.held else self
+
+    @property
+    def held(self) -> bool:
+        """Whether the bytes have been read ahead."""
+        return all(stored.held is not None for stored in self.tensors.values())
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Iterate over all rows in order, `rows` at a time, as (from, to, values); values are valid until `QUEUE` more were given."""

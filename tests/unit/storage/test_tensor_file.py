@@ -15,8 +15,9 @@ from helpers import view
 from two_shards import MODES, SHARDS, refusal
 
 from streamer.errors import FormatError, InputChangedError, StorageError
+from streamer.storage.byte_source import LocalSource
 from streamer.storage.checkpoint import Checkpoint, open_checkpoint
-from streamer.storage.tensor_file import IOMode, TensorFile
+from streamer.storage.tensor_file import IOMode
 
 
 @pytest.mark.parametrize(
@@ -89,13 +90,13 @@ def test_a_file_that_shrinks_is_an_error(base: Path, io: IOMode) -> None:
 def test_a_file_that_shrinks_between_check_and_map(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(base)
     file, info = checkpoint.locate("c")
-    real = TensorFile._check_size
+    real = LocalSource._check_size
 
-    def check(self: TensorFile, wanted: int) -> None:
+    def check(self: LocalSource, wanted: int) -> None:
         real(self, wanted)
         os.truncate(base / SHARDS[1], 100)
 
-    monkeypatch.setattr(TensorFile, "_check_size", check)
+    monkeypatch.setattr(LocalSource, "_check_size", check)
     with pytest.raises(InputChangedError, match="shrank to 100 B"):
         file.view(info)
 
@@ -183,6 +184,6 @@ def test_a_read_that_brings_nothing(base: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_map_that_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamer.storage.tensor_file.mmap.mmap", failing(errno.ENODEV))
+    monkeypatch.setattr("streamer.storage.byte_source.mmap.mmap", failing(errno.ENODEV))
     with pytest.raises(StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"):
         view(open_checkpoint(base), "c")

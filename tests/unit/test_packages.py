@@ -6,7 +6,7 @@ import numpy
 import pytest
 
 from streamer.errors import MissingPackageError
-from streamer.streaming.extra import require_package
+from streamer.packages import require_package
 
 
 def test_an_installed_package_is_given() -> None:

@@ -1,0 +1,65 @@
+"""Format forecasts for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamer.cli.layout import Column, Screen, table
+from streamer.units import counted, format_duration, format_size
+
+
+def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:
+    """Format the forecasts of the commands, a line each."""
+    rows = []
+    for command, f in forecasts.items():
+        if f is None:
+            rows.append([command, "refused", "", "", ""])
+            continue
+        most = "at most " if command == "detect" else ""
+        memory = format_size(f["peak_memory_bytes"])
+        if f["escalated_memory_bytes"] > f["peak_memory_bytes"]:
+            memory += f" to {format_size(f['escalated_memory_bytes'])}"
+        read, written = _read(f), most + format_size(f["write_bytes"])
+        rows.append([command, memory, read, written, _time(f["seconds"])])
+    cells = list(zip(*rows, strict=True)) if rows else [()] * 5
+    threads = next((f" on {counted(f['threads'], 'thread')}" for f in forecasts.values() if f), "")
+    columns = [
+        Column("forecast", cells[0], "what each command takes; mitigate and merge with findings", left=True),
+        Column("memory", cells[1], "at its peak; the larger number where the dense solver, or float64, must decide", keep=3),
+        Column("read", cells[2], keep=1),
+        Column("written", cells[3], "--dry-run shows the free disk", keep=2),
+        Column("time", cells[4], f"by a short probe of this machine{threads}, as busy as it is now, if the disk keeps up", keep=4),
+    ]  # fmt: skip
+    return table(columns, screen.width)
+
+
+def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
+    """Format the forecast of one command, in a line."""
+    beside = (
+        f" and at most {format_size(forecast['temporary_bytes'])} for a while" if forecast["temporary_bytes"] else ""
+    )
+    most = "at most " if command == "detect" else ""
+    return (
+        f"forecast: memory {_memory(forecast)}; "
+        f"reads {_read(forecast)}, writes {most}{format_size(forecast['write_bytes'])}{beside}; "
+        f"{format_size(free)} free; time {_time(forecast['seconds'])}, "
+        f"on {counted(forecast['threads'], 'thread')}, with the processors as busy as now and if the disk keeps up"
+    )
+
+
+def _read(forecast: Mapping[str, Any]) -> str:
+    """Format the bytes that are read, and those of them that cross the network."""
+    far = forecast["network_bytes"]
+    return format_size(forecast["read_bytes"]) + (f" ({format_size(far)} over the network)" if far else "")
+
+
+def _memory(forecast: Mapping[str, Any]) -> str:
+    usual, most = forecast["peak_memory_bytes"], forecast["escalated_memory_bytes"]
+    return format_size(usual) + (
+        f", {format_size(most)} where the dense solver, or float64, must decide" if most > usual else ""
+    )
+
+
+def _time(seconds: float | None) -> str:
+    return "not estimated" if seconds is None else f"about {format_duration(seconds)}"

@@ -1,0 +1,1 @@
+"""Inputs at addresses: names on the hub, buckets, and https."""

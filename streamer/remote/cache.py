@@ -1,0 +1,129 @@
+"""Directories in this user's cache that stand for addresses: with all files, or with notes in place of those that are read by ranges."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from streamer.events import Event, Monitor
+from streamer.remote.listing import Listing
+from streamer.storage.files import fsync_directory, storage_errors
+from streamer.storage.remote_access import read_range
+from streamer.storage.remote_manifest import Manifest, RemoteFile, cache_directory, read_manifest
+from streamer.storage.remote_source import RemoteSource
+from streamer.storage.system import sync
+
+PIECE_BYTES = 8 << 20
+ASKED_AT_ONCE = 8
+
+T = TypeVar("T")
+V = TypeVar("V")
+
+
+def at_once(ask: Callable[[T], V], items: Iterable[T]) -> list[V]:
+    """Ask a server about several files at once, in order."""
+    with ThreadPoolExecutor(ASKED_AT_ONCE, thread_name_prefix="ask") as pool:
+        return list(pool.map(ask, items))
+
+
+def directory_for(kind: str, listing: Listing, *inside: str) -> Path:
+    """Return the directory for these very versions of the files; another version has another."""
+    files = sorted((name, file.shown, file.size, file.version) for name, file in listing.files.items())
+    key = hashlib.sha256(json.dumps([listing.address, files]).encode()).hexdigest()[:16]
+    return cache_directory() / kind / key / Path(*inside or (listing.name,))
+
+
+def make_private(path: Path) -> None:
+    """Make a directory of the cache."""
+    with storage_errors(path, "create"):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def is_complete(directory: Path, listing: Listing) -> bool:
+    """Say whether a directory holds all files of these versions: its manifest is written last."""
+    if read_manifest(directory) is None:
+        return False
+    return all((directory / name).is_file() and (directory / name).stat().st_size == file.size
+               for name, file in listing.files.items())  # fmt: skip
+
+
+def download_all(listing: Listing, monitor: Monitor) -> Path:
+    """Download all files of a listing, unless they are there; a run that was stopped goes on with the file that it was at."""
+    directory = directory_for("files", listing)
+    if is_complete(directory, listing):
+        Manifest(listing.address, {}).write(directory)
+        return directory
+    download(directory, listing.files, monitor)
+    Manifest(listing.address, {}).write(directory)
+    return directory
+
+
+def download(directory: Path, files: Mapping[str, RemoteFile], monitor: Monitor) -> None:
+    """Download files into a directory, each under its name once it is whole."""
+    make_private(directory)
+    total, done = sum(file.size for file in files.values()), 0
+    for i, (name, file) in enumerate(files.items()):
+        path = directory / name
+        if not (path.is_file() and path.stat().st_size == file.size):
+            make_private(path.parent)
+            new = path.with_name(f".streamer.{path.name}.{os.getpid()}.partial")
+            try:
+                for at in _copy(file, new):
+                    monitor.checkpoint()
+                    monitor.emit(Event("download", name, done + at, total, i, len(files)))
+                with storage_errors(path, "write"):
+                    new.replace(path)
+                    fsync_directory(path.parent)
+            finally:
+                new.unlink(missing_ok=True)
+        done += file.size
+    if total:
+        monitor.emit(Event("download", "", total, total, len(files), len(files)))
+
+
+def _copy(file: RemoteFile, path: Path) -> Iterable[int]:
+    """Copy a file by ranges, several on their way, and yield how far it is."""
+    source = RemoteSource(file)
+    with storage_errors(path, "write"), open(path, "wb") as out:
+        buffer = memoryview(bytearray(min(PIECE_BYTES, file.size)))
+        for at in range(0, file.size, PIECE_BYTES):
+            yield at
+            piece = buffer[: min(PIECE_BYTES, file.size - at)]
+            if file.size <= PIECE_BYTES:  # which servers give that know no ranges
+                read_range(file, piece, 0)
+            else:
+                source.prefetch(at, at + len(piece), file.size)
+                source.read_into(piece, at)
+            out.write(piece)
+        out.flush()
+        sync(out.fileno())
+
+
+def shadow(listing: Listing, directory: Path, put_small: Callable[[Path], None], to_download: int = 0) -> Path:
+    """Make the directory of a model whose tensors are read by ranges.
+
+    Parameters
+    ----------
+    put_small
+        Puts the small files there.
+    to_download
+        See `Manifest`.
+    """
+    if not is_shadow(directory, listing):
+        make_private(directory)
+        put_small(directory)
+        for name, file in listing.weights.items():
+            with storage_errors(directory / name, "write"):
+                (directory / name).write_text(f"in place of {file.shown}, which is read by ranges\n")
+    Manifest(listing.address, dict(listing.weights), to_download).write(directory)  # addresses may be signed anew
+    return directory
+
+
+def is_shadow(directory: Path, listing: Listing) -> bool:
+    """Say whether a directory stands for these files already."""
+    return read_manifest(directory) is not None and all((directory / name).exists() for name in listing.files)

@@ -1,0 +1,227 @@
+"""Models and adapters on the hub, by its own client: its cache, token, offline switch and mirrors are as it has them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamer.adapters.adapter_config import CONFIG_NAME
+from streamer.errors import InputError, MissingInputError, StorageError
+from streamer.events import Event, Monitor
+from streamer.packages import require_package
+from streamer.remote.addresses import HubName
+from streamer.remote.cache import at_once
+from streamer.remote.listing import Listing, needed_names
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from streamer.storage.remote_access import stat_remote, without_secrets
+from streamer.storage.remote_manifest import RemoteFile
+
+
+def _hub(shown: str) -> Any:
+    return require_package(
+        "huggingface_hub", (0, 25), f"{shown}: no such path, and a name on the hub needs huggingface_hub 0.25", "hub"
+    )
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Needed files of one commit.
+
+    Attributes
+    ----------
+    commit
+        Its hash.
+    small, weights
+        Names relative to the repository; see `needed_names`.
+    """
+
+    name: HubName
+    commit: str
+    small: list[str]
+    weights: list[str]
+
+    @property
+    def start(self) -> str:
+        """The directory in the repository, as names begin."""
+        inside = self.name.inside
+        return f"{inside}/" if inside and not inside.endswith(".safetensors") else ""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter, which is small enough to be downloaded in any case."""
+        names = {path.removeprefix(self.start) for path in (*self.small, *self.weights)}
+        return CONFIG_NAME in names and not names & {INDEX_NAME, SINGLE_NAME}
+
+    @property
+    def file(self) -> str:
+        """The one file that was named; empty for a directory."""
+        inside = self.name.inside
+        return inside.rpartition("/")[2] if inside.endswith(".safetensors") else ""
+
+    def directory(self, snapshot: Path) -> Path:
+        """The directory that stands for what was named, below that of the repository."""
+        return snapshot / (self.name.inside.rpartition("/")[0] if self.file else self.name.inside)
+
+
+def list_hub(name: HubName) -> HubFiles:
+    """Resolve a revision, and list the files that are needed.
+
+    Raises
+    ------
+    InputError, StorageError
+        If there is no such thing, it may not be read, or nothing answers.
+    """
+    hub = _hub(name.shown)
+    with _said(hub, name):
+        info = hub.HfApi().model_info(name.repo, revision=name.revision)
+        listed = [str(sibling.rfilename) for sibling in info.siblings or ()]
+    commit, found = str(info.sha), HubFiles(name, str(info.sha), [], [])
+    if found.file:
+        if name.inside not in listed:
+            raise MissingInputError(f"{name.shown}: has no such file; check its name", name.shown)
+        return HubFiles(name, commit, [], [name.inside])
+    start = found.start
+    inside = [path.removeprefix(start) for path in listed if path.startswith(start)]
+
+    def read_index() -> Path:
+        with _said(hub, name):
+            return Path(hub.hf_hub_download(name.repo, start + INDEX_NAME, revision=commit))
+
+    small, weights = needed_names(inside, read_index)
+    if not weights and CONFIG_NAME not in small:
+        raise MissingInputError(
+            f"{name.shown}: expected a model or an adapter in safetensors, found neither {SINGLE_NAME} nor {INDEX_NAME}; check its name",
+            name.shown,
+        )
+    return HubFiles(name, commit, [start + one for one in small], [start + one for one in weights])
+
+
+def cached_snapshot(name: HubName) -> Path | None:
+    """Find what the hub's cache has of a revision, without asking the hub."""
+    hub = _hub(name.shown)
+    inside = name.inside
+    tried = [inside] if inside.endswith(".safetensors") else [
+        f"{inside}/{one}".lstrip("/") for one in ("config.json", CONFIG_NAME, INDEX_NAME, SINGLE_NAME)
+    ]  # fmt: skip
+    for one in tried:
+        path = hub.try_to_load_from_cache(name.repo, one, revision=name.revision)
+        if isinstance(path, str):
+            return Path(path) if one == inside else Path(path).parent
+    return None
+
+
+def is_offline() -> bool:
+    """Say whether the hub's own switch forbids to ask it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def snapshot(files: HubFiles, names: list[str], monitor: Monitor) -> Path:
+    """Download files into the hub's cache, where they are not there yet, and return the directory of the commit."""
+    name, hub = files.name, _hub(files.name.shown)
+    root: Path | None = None
+    with _said(hub, name), _quiet(hub):
+        for i, one in enumerate(names):
+            monitor.checkpoint()
+            monitor.emit(Event("download", one, i, len(names), i, len(names)))
+            path = Path(hub.hf_hub_download(name.repo, one, revision=files.commit))
+            root = path.parents[one.count("/")]
+    monitor.emit(Event("download", "", len(names), len(names), len(names), len(names)))
+    assert root is not None
+    return root
+
+
+def listing_of(files: HubFiles) -> Listing:
+    """Ask for the sizes and versions of the files that hold tensors, where they are read by ranges."""
+    name, hub = files.name, _hub(files.name.shown)
+
+    def ask(path: str) -> RemoteFile:
+        url, shown = hub.hf_hub_url(name.repo, path, revision=files.commit), f"{name.repo}@{files.commit[:12]}/{path}"
+        stat = stat_remote(url, shown, token=True)
+        if stat is None:
+            raise MissingInputError(f"{shown}: no such file; check its name", shown)
+        return RemoteFile(url, shown, stat.size, stat.version, token=True)
+
+    start = len(files.start) if not files.file else len(name.inside) - len(files.file)
+    weights = {path[start:]: file for path, file in zip(files.weights, at_once(ask, files.weights), strict=True)}
+    return Listing(name.repo.rpartition("/")[2], name.shown, {}, weights, file=files.file)
+
+
+def missing_bytes(files: HubFiles, listing: Listing) -> int:
+    """Count the bytes of weights that the hub's cache does not have yet."""
+    hub = _hub(files.name.shown)
+    sizes = [file.size for file in listing.weights.values()]
+    there = [
+        isinstance(hub.try_to_load_from_cache(files.name.repo, path, revision=files.commit), str)
+        for path in files.weights
+    ]
+    return sum(size for size, here in zip(sizes, there, strict=True) if not here)
+
+
+@contextmanager
+def _quiet(hub: Any) -> Iterator[None]:
+    """Keep the hub's bars off the terminal, where progress has its own."""
+    if hub.utils.are_progress_bars_disabled():
+        yield
+        return
+    hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.utils.enable_progress_bars()
+
+
+@contextmanager
+def _said(hub: Any, name: HubName) -> Iterator[None]:
+    """Turn the errors of the hub's client into those that say what to do."""
+    errors, shown = hub.errors, name.shown
+    try:
+        yield
+    except errors.GatedRepoError as e:
+        raise InputError(
+            f"{shown}: is gated on the hub; ask for access on its page, then log in with `hf auth login` or set HF_TOKEN"
+        ) from e
+    except errors.RepositoryNotFoundError as e:
+        raise MissingInputError(
+            f"{shown}: no such path, and the hub has no model {name.repo}, or only for those who may see it; check it, or log in with "
+            "`hf auth login`", shown,
+        ) from e  # fmt: skip
+    except errors.RevisionNotFoundError as e:
+        raise MissingInputError(
+            f"{shown}: the hub has no revision {name.revision!r} of it; check its name", shown
+        ) from e
+    except errors.HFValidationError as e:
+        raise MissingInputError(f"{shown}: no such path, nor a name as the hub has them; check it", shown) from e
+    except errors.OfflineModeIsEnabled as e:
+        raise offline(name) from e
+    except errors.HfHubHTTPError as e:
+        status = getattr(getattr(e, "response", None), "status_code", "unknown")
+        if status in (401, 403):
+            raise InputError(
+                f"{shown}: the hub refuses it (status {status}); log in with `hf auth login`, or set HF_TOKEN"
+            ) from e
+        raise StorageError(f"{shown}: the hub answers with status {status}; run the same command again later") from e
+    except (OSError, RuntimeError) as e:
+        raise Unreachable(
+            f"{shown}: no such path, and the hub cannot be reached ({type(e).__name__}); check the path or the network"
+        ) from e
+    except Exception as e:  # of its transport, which differs by version
+        raise Unreachable(
+            f"{shown}: no such path, and the hub cannot be reached ({type(e).__name__}: {without_secrets(str(e))[:80]}); check the path "
+            "or the network"
+        ) from e
+
+
+class Unreachable(StorageError):
+    """The hub does not answer."""
+
+
+def offline(name: HubName) -> MissingInputError:
+    """Make the error for a name on the hub that is asked for offline."""
+    return MissingInputError(
+        f"{name.shown}: no such path, nor is it in the hub's cache, and HF_HUB_OFFLINE forbids to ask the hub; check the path, or unset it",
+        name.shown,
+    )

@@ -1,0 +1,165 @@
+"""Turn what a user named as an input into a path: the one way in for addresses."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from streamer.errors import UsageError
+from streamer.events import Event, Monitor
+from streamer.remote.addresses import HubName, parse_address
+from streamer.remote.cache import directory_for, download, download_all, is_complete, make_private, shadow
+from streamer.remote.hub import (
+    HubFiles,
+    Unreachable,
+    cached_snapshot,
+    is_offline,
+    list_hub,
+    listing_of,
+    missing_bytes,
+    offline,
+    snapshot,
+)
+from streamer.remote.listing import Listing
+from streamer.remote.web import list_address
+from streamer.storage.files import storage_errors
+from streamer.storage.remote_manifest import cache_directory
+
+RemoteMode = Literal["cache", "stream"]
+REMOTE_MODES = ("cache", "stream")
+
+Given = TypeVar("Given", str, Path)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """How inputs at addresses are read.
+
+    Attributes
+    ----------
+    mode
+        ``cache`` downloads what is needed first; ``stream`` reads by ranges; None: the first from the hub, else the second.
+    peek
+        Whether only headers will be read: nothing large is downloaded then, whatever the mode.
+    monitor
+        Takes events, and asks for a stop.
+    """
+
+    mode: RemoteMode | None = None
+    peek: bool = False
+    monitor: Monitor = field(default_factory=Monitor)
+
+    def __post_init__(self) -> None:
+        if self.mode not in (None, *REMOTE_MODES):
+            raise UsageError(f"remote: expected one of {', '.join(REMOTE_MODES)}, found {self.mode!r}")
+
+    def path(self, given: str | Path) -> str | Path:
+        """Return where an input is read from here: the path itself, or the directory that stands for an address.
+
+        Raises
+        ------
+        InputError, StorageError
+            If there is no such thing at the address, it may not be read, or nothing answers.
+        MissingPackageError
+            If what reads from such addresses is not installed.
+        """
+        address = parse_address(given) if isinstance(given, str) else None
+        if address is None:
+            return given
+        if isinstance(address, HubName):
+            return self._hub(address)
+        listing = list_address(address)
+        return _inside(self._web(listing), listing)
+
+    def paths(self, given: Sequence[str | Path]) -> list[str | Path]:
+        """Return where several inputs are read from."""
+        return [self.path(one) for one in given]
+
+    def pair(self, base: str | Path, adapter: str | Path) -> tuple[str | Path, str | Path]:
+        """Return where a base and an adapter are read from."""
+        return self.path(base), self.path(adapter)
+
+    def _web(self, listing: Listing) -> Path:
+        if listing.is_adapter or (self.mode == "cache" and not self.peek):
+            return download_all(listing, self.monitor)
+        to_download = 0
+        if self.mode == "cache":
+            there = directory_for("files", listing)
+            if is_complete(there, listing):
+                return there
+            to_download = listing.nbytes
+        return shadow(listing, directory_for(_kind(to_download), listing),
+                      lambda directory: download(directory, listing.small, self.monitor), to_download)  # fmt: skip
+
+    def _hub(self, name: HubName) -> Path:
+        if is_offline():
+            if (found := cached_snapshot(name)) is None:
+                raise offline(name)
+            return _linked(found, name)
+        try:
+            files = list_hub(name)
+        except Unreachable:
+            if (found := cached_snapshot(name)) is None:
+                raise
+            self.monitor.emit(Event("note", f"{name.shown}: the hub cannot be reached; what its cache has is taken"))
+            return _linked(found, name)
+        root = self._hub_root(files)
+        directory = files.directory(root)
+        return _linked(directory / files.file if files.file else directory, name)
+
+    def _hub_root(self, files: HubFiles) -> Path:
+        """Return the directory of the repository's commit."""
+        streams = self.mode == "stream"
+        if files.is_adapter or not (streams or self.peek):
+            return snapshot(files, [*files.small, *files.weights], self.monitor)
+        listing = listing_of(files)
+        to_download = 0 if streams else missing_bytes(files, listing)
+        if not streams and not to_download:
+            return snapshot(files, [*files.small, *files.weights], self.monitor)
+        owner, _, repo = files.name.repo.partition("/")
+        root = directory_for(_kind(to_download), listing, f"models--{owner}--{repo}", "snapshots", files.commit)
+
+        def put_small(directory: Path) -> None:
+            if files.small:
+                there = files.directory(snapshot(files, files.small, self.monitor))
+                for path in files.small:
+                    inside = path.removeprefix(files.start)
+                    make_private((directory / inside).parent)
+                    _link(directory / inside, there / inside)
+
+        shadow(listing, files.directory(root), put_small, to_download)
+        return root
+
+
+def _kind(to_download: int) -> str:
+    """Name the part of the cache: what only forecasts read says how much a run would download."""
+    return "forecasts" if to_download else "ranges"
+
+
+def _inside(directory: Path, listing: Listing) -> Path:
+    return directory / listing.file if listing.file else directory
+
+
+def _linked(path: Path, name: HubName) -> Path:
+    """Link to a directory of a commit under the name that people know, by which outputs of several adapters are called."""
+    if path.is_file():
+        return path
+    key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    link = cache_directory() / "links" / key / (name.inside.rpartition("/")[2] or name.repo.rpartition("/")[2])
+    make_private(link.parent)
+    _link(link, path)
+    return link
+
+
+def _link(link: Path, to: Path) -> None:
+    with storage_errors(link, "write"):
+        if link.is_symlink() and os.readlink(link) == os.fspath(to):
+            return
+        new = link.with_name(f".streamer.{link.name}.{os.getpid()}")
+        new.unlink(missing_ok=True)
+        new.symlink_to(to)
+        new.replace(link)

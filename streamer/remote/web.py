@@ -1,0 +1,143 @@
+"""List what is at ``https://`` addresses and in buckets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from streamer.errors import InputError, MissingInputError
+from streamer.remote.addresses import Url
+from streamer.remote.cache import at_once
+from streamer.remote.listing import Listing, needed_names, shards_of
+from streamer.storage.checkpoint import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, check_shard_name
+from streamer.storage.remote_access import no_ranges, read_range, stat_remote
+from streamer.storage.remote_buckets import SCHEMES, list_files
+from streamer.storage.remote_manifest import RemoteFile
+
+KNOWN_NAMES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "README.md", "LICENSE",
+    "LICENSE.txt", "USE_POLICY.md",
+)  # fmt: skip
+"""Small files that a model or adapter has, by the names that transformers and PEFT give them: a server by https lists none."""
+
+
+def list_address(url: Url) -> Listing:
+    """List what is at an address.
+
+    Raises
+    ------
+    MissingInputError
+        If there is neither a model nor an adapter.
+    InputError, StorageError
+        If it may not be read, or nothing answers.
+    """
+    scheme = url.text.partition("://")[0]
+    if url.name.endswith(".safetensors"):
+        return _one_file(url)
+    listing = _bucket(url) if scheme in SCHEMES else _web(url)
+    if not listing.weights:
+        raise MissingInputError(
+            f"{url.shown}: expected a model or an adapter, found neither {SINGLE_NAME}, {INDEX_NAME} nor {WEIGHTS_NAME}; check the address",
+            url.shown,
+        )
+    return listing
+
+
+def _one_file(url: Url) -> Listing:
+    stat = stat_remote(url.text, url.shown)
+    if stat is None:
+        raise MissingInputError(f"{url.shown}: no such file; check the address", url.shown)
+    if not stat.ranges:
+        raise no_ranges(url.shown)
+    name = check_shard_name(url.name, Path(url.shown))
+    return Listing(name, url.shown, {}, {name: RemoteFile(url.text, url.shown, stat.size, stat.version)}, file=name)
+
+
+def _bucket(url: Url) -> Listing:
+    files = list_files(url.text, url.shown)
+
+    def read_index() -> Path:
+        return _index(files[INDEX_NAME], directory)
+
+    with TemporaryDirectory(prefix="streamer-") as directory:
+        small, weights = needed_names(files, read_index)
+    return Listing(url.name, url.shown, {name: files[name] for name in small}, {name: files[name] for name in weights})
+
+
+def _web(url: Url) -> Listing:
+    """Ask for each file by its name: there is no list."""
+    asked = [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES]
+    found = _ask(url, asked, {INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME})
+    weights = {name: found.pop(name) for name in (SINGLE_NAME, WEIGHTS_NAME) if name in found}
+    with TemporaryDirectory(prefix="streamer-") as directory:
+        if INDEX_NAME in found:
+            shards = shards_of(_index(found[INDEX_NAME], directory))
+            there = _ask(url, shards, set(shards))
+            weights |= {name: there[name] for name in shards if name in there}
+        if "config.json" in found:
+            code = remote_code(_json(found["config.json"]))
+            found |= _ask(url, code, set())
+    for file in weights.values():
+        if not file.version:
+            raise no_ranges(file.shown)
+    return Listing(url.name, url.shown, dict(sorted(found.items())), weights)
+
+
+def _ask(url: Url, names: Iterable[str], wanted: set[str]) -> dict[str, RemoteFile]:
+    """Ask which of some files are there; one that is refused is not there, where it is not among the `wanted`."""
+    names = list(names)
+
+    def ask(name: str) -> tuple[RemoteFile | None, InputError | None]:
+        address, shown = url.below(name)
+        try:
+            stat = stat_remote(address, shown)
+        except InputError as e:
+            return None, e
+        if stat is None:
+            return None, None
+        return RemoteFile(address, shown, stat.size, stat.version if stat.ranges or name not in wanted else ""), None
+
+    first = [ask(name) for name in names[:1]]  # where nothing answers, once is enough
+    answers = dict(zip(names, [*first, *at_once(ask, names[1:])], strict=True))
+    found = {name: file for name, (file, _) in answers.items() if file is not None}
+    refusals = [error for name, (_, error) in answers.items() if error is not None and name in wanted]
+    if refusals and not wanted & found.keys():  # a bucket says so of files that are not there
+        raise refusals[0]
+    return found
+
+
+def remote_code(config: dict[str, Any]) -> list[str]:
+    """Name the files of a model's own code that its config refers to."""
+    auto_map = config.get("auto_map")
+    values = auto_map.values() if isinstance(auto_map, dict) else ()
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    modules = dict.fromkeys(name.partition(".")[0] for name in names if isinstance(name, str) and "--" not in name)
+    return [f"{module}.py" for module in modules if module.isidentifier()]
+
+
+def _index(file: RemoteFile, directory: str) -> Path:
+    path = Path(directory) / INDEX_NAME
+    path.write_bytes(_read(file))
+    return path
+
+
+def _json(file: RemoteFile) -> dict[str, Any]:
+    try:
+        tree = json.loads(_read(file))
+    except (ValueError, RecursionError):  # said where it is read
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _read(file: RemoteFile) -> bytes:
+    if file.size > MAX_INDEX_BYTES:
+        raise InputError(f"{file.shown}: is far too large for such a file; check the address")
+    out = memoryview(bytearray(file.size))
+    read_range(file, out, 0)
+    return bytes(out)

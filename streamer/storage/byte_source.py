@@ -1,0 +1,177 @@
+"""Where the bytes of a safetensors file come from: an interface, and the file on a disk."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from streamer.errors import InputChangedError, StorageError
+from streamer.storage.files import Stamp, file_stamp, open_regular
+from streamer.storage.header import Header, read_header
+from streamer.storage.page_cache import Readahead
+from streamer.storage.system import read_at
+from streamer.units import format_size
+
+IOMode = Literal["mmap", "pread"]
+
+
+class ByteSource(ABC):
+    """Bytes of one safetensors file, which stay those of one version.
+
+    Attributes
+    ----------
+    io
+        Whether a view is a map (``mmap``) or a copy in anonymous memory (``pread``).
+    stamp
+        What must not change while a plan is carried out.
+    """
+
+    remote: ClassVar[bool] = False
+    """Whether bytes cross a network each time they are read: what is read twice is better kept."""
+
+    io: IOMode
+    stamp: Stamp
+
+    @abstractmethod
+    def header(self) -> Header:
+        """Read and validate the header."""
+
+    @abstractmethod
+    def view(self, at: int, length: int) -> memoryview:
+        """Give the bytes ``[at, at + length)`` of the file, as a map or a copy."""
+
+    @abstractmethod
+    def read_pieces(self, pieces: Iterable[tuple[memoryview, int]]) -> None:
+        """Read small pieces all over the file, each into its buffer from its offset."""
+
+    @abstractmethod
+    def read_into(self, out: memoryview, at: int) -> None:
+        """Read bytes from offset `at` until `out` is full."""
+
+    @abstractmethod
+    def prefetch(self, start: int, stop: int, end: int) -> None:
+        """Have ``[start, stop)`` read, which the caller asks for next, and what follows it; from `end` on nothing may be wanted."""
+
+    @abstractmethod
+    def release(self, stop: int) -> None:
+        """Drop what was read before `stop` from the system's cache."""
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raise `InputChangedError` unless the file is still the one that was opened."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the system lent; views that are still alive stay valid."""
+
+
+class LocalSource(ByteSource):
+    """A file on a disk, opened once: what is read is what was planned, even if the name is replaced."""
+
+    _fd = -1
+
+    def __init__(self, path: Path, io: IOMode) -> None:
+        self.path = path
+        self.io = io
+        self._fd, st = open_regular(path, "a safetensors file")
+        self.stamp = file_stamp(st)
+        self._readahead = Readahead(self._fd)
+
+    def header(self) -> Header:
+        """Read and validate the header."""
+        return read_header(self._fd, str(self.path))
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def check_unchanged(self) -> None:
+        """Raise `InputChangedError` unless the path still names the same, unmodified file."""
+        try:
+            now = file_stamp(os.stat(self.path))
+        except OSError as e:
+            raise InputChangedError(
+                f"{self.path}: vanished during the run ({e.strerror}); put it back and start again"
+            ) from e
+        if now != self.stamp:
+            raise InputChangedError(
+                f"{self.path}: changed since the run began; start again with a base that stays as it is"
+            )
+
+    def view(self, at: int, length: int) -> memoryview:
+        """Map or read bytes.
+
+        Raises
+        ------
+        InputChangedError
+            If the file has become shorter than its header says. The size is checked before each map, since touching
+            a page beyond the end would kill the process.
+        """
+        if self.io == "pread":
+            out = memoryview(bytearray(length))
+            self.read_into(out, at)
+            return out
+        return self._map(at, length)
+
+    def _map(self, at: int, length: int) -> memoryview:
+        if length == 0:
+            return memoryview(b"")
+        self._check_size(at + length)
+        page = at % mmap.ALLOCATIONGRANULARITY
+        try:
+            # Private and writable, so that torch takes it as a tensor without a copy; nobody writes to it.
+            window = mmap.mmap(self._fd, page + length, flags=mmap.MAP_PRIVATE,
+                               prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=at - page)  # fmt: skip
+        except ValueError:  # Python looks at the size once more
+            self._check_size(at + length)
+            raise
+        except OSError as e:
+            raise StorageError(f"{self.path}: cannot map {format_size(length)}: {e.strerror}; try --io pread") from e
+        return memoryview(window)[page:]
+
+    def read_pieces(self, pieces: Iterable[tuple[memoryview, int]]) -> None:
+        """Read one after the other."""
+        for out, at in pieces:
+            self.read_into(out, at)
+
+    def read_into(self, out: memoryview, at: int) -> None:
+        """Read bytes, whatever the system brings in one call."""
+        done = 0
+        while done < len(out):
+            try:
+                n = read_at(self._fd, out[done:], at + done)
+            except OSError as e:
+                raise StorageError(f"{self.path}: cannot read: {e.strerror}; run the same command again") from e
+            if n == 0:
+                self._check_size(at + len(out))
+                raise StorageError(f"{self.path}: the file ended early at byte {at + done}")
+            done += n
+
+    def prefetch(self, start: int, stop: int, end: int) -> None:
+        """Have the disk read ahead, beyond `end` too: most files are read through, and the pages of others go unused."""
+        self._readahead.prefetch(start, stop)
+
+    def release(self, stop: int) -> None:
+        """Drop pages from the system's cache."""
+        self._readahead.release(stop)
+
+    def _check_size(self, wanted: int) -> None:
+        have = os.fstat(self._fd).st_size
+        if have < wanted:
+            raise InputChangedError(f"{self.path}: shrank to {format_size(have)} during the run; get the file again")
+
+
+def opened(source: ByteSource) -> tuple[ByteSource, Header]:
+    """Read the header of a source, which is closed where that fails."""
+    with contextlib.ExitStack() as undo:
+        undo.callback(source.close)
+        header = source.header()
+        undo.pop_all()
+    return source, header

@@ -1,0 +1,130 @@
+"""Ranges of files at addresses: what passes is tried again, what does not is said in one line, and no version is mixed with another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from range_server import RangeServer, serving
+
+from streamer.errors import InputChangedError, StorageError, StreamerError, UnsupportedError
+from streamer.storage.remote_access import read_range, stat_remote
+from streamer.storage.remote_manifest import RemoteFile
+from streamer.storage.remote_source import RANGE_BYTES, RemoteSource
+
+DATA = bytes(range(256)) * 16384
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
+    (tmp_path / "file").write_bytes(DATA)
+    monkeypatch.setenv("STREAMER_REMOTE_TIMEOUT", "0.3")
+    with serving(tmp_path, stall=1.0) as state:
+        yield state
+
+
+def opened(site: RangeServer, query: str = "") -> RemoteFile:
+    url = f"{site.address}/file"
+    stat = stat_remote(url + query, url)
+    assert stat is not None
+    return RemoteFile(url + query, url, stat.size, stat.version)
+
+
+def read(file: RemoteFile, start: int, stop: int) -> bytes:
+    out = bytearray(stop - start)
+    read_range(file, memoryview(out), start)
+    return bytes(out)
+
+
+def once(kind: str) -> Callable[[str, int], str | None]:
+    return lambda path, n: kind if n == 0 else None
+
+
+def test_a_range(site: RangeServer) -> None:
+    assert read(opened(site), 1000, 300_000) == DATA[1000:300_000]
+    assert stat_remote(f"{site.address}/none", "none") is None
+
+
+@pytest.mark.parametrize("kind", ["stall", "reset", "429", "500", "short"])
+def test_what_passes_is_tried_again(site: RangeServer, kind: str) -> None:
+    """And only what has not come is asked for again."""
+    file, site.fault = opened(site), once(kind)
+    assert read(file, 1000, 2_001_000) == DATA[1000:2_001_000]
+    asked = [r for r in site.requests if r.range != "bytes=0-0"]
+    assert len(asked) == 2
+    if kind == "short":
+        assert asked[1].range == "bytes=1001000-2000999"
+        assert sum(r.sent for r in asked) == 2_000_000
+
+
+def test_a_whole_file_once_in_place_of_a_range(site: RangeServer) -> None:
+    file = opened(site)
+    read(file, 5, 10)
+    site.fault = lambda path, n: "whole" if n == 1 else None
+    assert read(file, 1000, 2000) == DATA[1000:2000]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("whole", UnsupportedError, "expected a part of the file, its server gives whole files only; download it"),
+        ("401", StorageError, "refuses to give it (status 401); check its user, password or signature"),
+        ("403", StorageError, "refuses to give it (status 403)"),
+        ("changed", InputChangedError, "changed since the run began; start again"),
+    ],
+)
+def test_what_does_not_pass_is_said_at_once(
+    site: RangeServer, kind: str, error: type[StreamerError], words: str
+) -> None:
+    file, site.fault = opened(site, "?signature=secret"), lambda path, n: kind
+    with pytest.raises(error) as caught:
+        read(file, 1000, 2000)
+    assert words in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert len([r for r in site.requests if r.range != "bytes=0-0"]) == 1
+
+
+def test_what_never_passes_ends(site: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamer.storage.remote_access.TRIES", 2)
+    file, site.fault = opened(site), lambda path, n: "500"
+    with pytest.raises(StorageError, match=r"cannot read in 2 attempts: status 500; run the same command again"):
+        read(file, 0, 10)
+
+
+def test_another_version(site: RangeServer, tmp_path: Path) -> None:
+    source = RemoteSource(opened(site))
+    source.check_unchanged()
+    (tmp_path / "file").write_bytes(DATA[::-1])
+    with pytest.raises(InputChangedError, match="changed since the run began"):
+        source.check_unchanged()
+    (tmp_path / "file").unlink()
+    with pytest.raises(InputChangedError, match="vanished during the run"):
+        source.check_unchanged()
+
+
+def test_users_are_named_to_their_own_server_alone(site: RangeServer) -> None:
+    url = site.address.replace("//", "//user:word@") + "/file"
+    assert stat_remote(url, "shown") is not None
+    assert site.requests[-1].headers["authorization"] == "Basic dXNlcjp3b3Jk"
+
+
+def test_reading_from_front_to_back_sends_for_what_follows(site: RangeServer, tmp_path: Path) -> None:
+    """Bytes are those of the file, each is asked for once, and nothing beyond the end that was named."""
+    data = DATA * 5
+    (tmp_path / "file").write_bytes(data)
+    source, piece, end = RemoteSource(opened(site)), 1_000_000, len(data) - 5000
+    site.reset()
+    got = bytearray()
+    for at in range(0, end, piece):
+        out = memoryview(bytearray(min(piece, end - at)))
+        source.prefetch(at, at + len(out), end)
+        source.read_into(out, at)
+        got += out
+    assert bytes(got) == data[:end]
+    assert site.sent == end
+    assert len(site.requests) == -(-end // RANGE_BYTES)
+    source.prefetch(0, piece, end)
+    assert bytes(source.view(500, 1000)) == data[500:1500]
+    assert bytes(source.view(len(data) - 10, 10)) == data[-10:]
+    source.close()
