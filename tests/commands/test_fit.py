@@ -74,6 +74,9 @@ def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Pat
     assert server.run(*line.replace("OUTPUT", str(tmp_path / "made")).split()[3:]).code == 0
     record = json.loads((tmp_path / "made" / "streamer.json").read_text())
     assert (record["method"], record["lambda"], record["coefficients"]["keep"]) == ("fitted", None, 0.9)
+    within = run(server, home, tmp_path / "made" / "c.safetensors")
+    assert within.code == 4
+    assert f"lies inside the output {tmp_path / 'made'}, which is complete" in within.err
 
 
 def test_the_object(server: Server, home: Path, tmp_path: Path) -> None:
