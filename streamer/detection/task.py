@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from streamer import __version__
 from streamer.detection.device import choose_device
 from streamer.detection.matrices import detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
@@ -40,6 +41,8 @@ class Inputs:
         As in `RunOptions`.
     identities
         Those of the base and of each adapter, as JSON.
+    version
+        Of streamer: another may round otherwise.
     """
 
     base: str
@@ -48,6 +51,7 @@ class Inputs:
     base_is_residual: bool
     architecture: str | None
     identities: tuple[str, ...]
+    version: str = __version__
 
     @classmethod
     def of(cls, batch: Batch, run: RunOptions) -> Inputs:
@@ -62,8 +66,12 @@ class Inputs:
         Raises
         ------
         MismatchError
-            If they cannot be opened here, or are others than expected.
+            If they cannot be opened here, or are others than expected, or streamer is.
         """
+        if self.version != __version__:
+            raise MismatchError(
+                f"{worker_name()}: has version {__version__}, expected {self.version} as where the run was started; install that"
+            )
         try:
             batch = make_batch(self.base, self.adapters, self.io, self.base_is_residual, self.architecture)
         except (InputError, StorageError) as e:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event as Gate
 
 import pytest
+import torch
 from worker_runs import WorkerBench, has_begun, wait_until, worker_bench, workers_in
 
 import streamer
 from streamer.detection.findings_file import journal_of, lock_of
+from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.task import Inputs, Task, detect_task
 from streamer.errors import LockedError, MismatchError, WorkerError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
+from streamer.plan.plan import make_batch
 from streamer.storage.lock import locked
 
 
@@ -130,6 +136,12 @@ def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tm
         assert message.endswith("give all workers the same files")
     else:
         assert message.endswith("(where the run was started it opens)")
+
+
+def test_a_worker_of_another_version_is_refused(bench: WorkerBench) -> None:
+    inputs = Inputs.of(make_batch(bench.base, [bench.adapter]), RunOptions(torch.device("cpu")))
+    task = Task(replace(inputs, version="0.0"), (), DetectionOptions(), "cpu", 0, 1)
+    assert re.fullmatch(r"worker .*: has version \S+, expected 0\.0 as .*", str(detect_task(task).error))
 
 
 class Failing(Executor):

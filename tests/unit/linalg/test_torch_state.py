@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense
-from streamer.linalg.torch_state import bfloat16_products, full_float32, has_fast_bfloat16
+from streamer.linalg.torch_state import bfloat16_products, full_float32, has_fast_bfloat16, task_threads
 
 
 @pytest.fixture
@@ -63,3 +66,51 @@ def test_detection_does_not_depend_on_it(solver: str) -> None:
     again = detect(base, delta, DetectionOptions(solver=solver))
     assert found.similarity == again.similarity
     assert torch.equal(found.U, again.U)
+
+
+def setting() -> str:
+    """How float32 matrices are multiplied, as torch before 2.9 and since calls it."""
+    since = hasattr(torch.backends, "fp32_precision")
+    return torch.backends.mkldnn.matmul.fp32_precision if since else torch.get_float32_matmul_precision()
+
+
+@pytest.mark.usefixtures("reduced")
+def test_it_is_switched_back_by_the_last_thread_that_leaves() -> None:
+    """Whichever came first: else the one that stays would multiply in bf16, or its setting would stay after all are gone."""
+    inside, leave, before = Event(), Event(), setting()
+
+    def hold() -> str:
+        with full_float32():
+            inside.set()
+            assert leave.wait(20)
+            return setting()
+
+    with ThreadPoolExecutor(1) as pool:
+        with full_float32():
+            other = pool.submit(hold)
+            assert inside.wait(20)
+        leave.set()
+        assert other.result() in ("ieee", "highest")
+    assert setting() == before not in ("ieee", "highest")
+
+
+def test_tasks_of_another_number_of_threads_wait() -> None:
+    before, order = torch.get_num_threads(), []
+    began = Event()
+
+    def compute(count: int) -> None:
+        with task_threads(count):
+            order.append((count, torch.get_num_threads()))
+            began.set()
+            time.sleep(0.1)
+            order.append((count, torch.get_num_threads()))
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(compute, 2)
+        assert began.wait(20)
+        others = [pool.submit(compute, 3), pool.submit(compute, 2)]
+        for future in (first, *others):
+            future.result()
+    assert [count for count, _ in order] in ([2, 2, 2, 2, 3, 3], [2, 2, 3, 3, 2, 2])
+    assert all(count == seen for count, seen in order)
+    assert torch.get_num_threads() == before
