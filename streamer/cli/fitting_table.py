@@ -37,7 +37,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         chosen, means = "lambda", [f"{one['coefficients']['mean']:.3f}" for one in sets]
         columns.append(Column(chosen, means, "of this shrink of the whole adapter", keep=9))
     else:
-        chosen, columns = "mu", columns + _against_shrinks(sets, many)
+        chosen, columns = "the set", columns + _against_shrinks(sets, many)
     lines = [
         f"measured on {held[0]} general and {held[1]} task sequences that nothing was fitted on, but by which {chosen} was chosen",
         *_verdicts(sets),

@@ -7,21 +7,21 @@ It holds no model and reads no file; given the same answers it asks the same que
    and of G where c = 0 is not the base, the gradients there are asked for too.
 3. Some times: `Gradient` of both at one point of the front that the models of G and T give (see `front`), for that share of the
    learning whose point is furthest from all sampled ones.
-4. `Measure` of points of the final front around each share, then of those of least loss on the lines between them that keep it.
+4. `Measure` of points of the final front around each share, then of those on lines between them that should keep it (see `choices`).
 
 A single coefficient needs no gradient: it is the adapter's scale, and step 4 chooses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from streamer.evaluation.statistics import Estimate, SequenceSums
-from streamer.fitting.front import Front, FrontPoint, Sample, choose
+from streamer.fitting.front import Front, FrontPoint, Sample, best, choices
 from streamer.fitting.quadratic import Floats
 
 Text = Literal["general", "task"]
@@ -148,12 +148,25 @@ def fit_steps(options: FitOptions) -> Generator[Request, Answer, tuple[FittedPoi
     candidates = [
         replace(point, kept=tried.task.share(i).value, loss=losses[i]) for i, point in enumerate(candidates, start=2)
     ]
-    found = [choose(zero, candidates, one, keep) for keep in options.keep]
-    held = yield from _measure([point.coefficients for point in found])
-    return tuple(
-        FittedPoint(keep, point.coefficients, point.weight, held.task.share(i), held.general.share(i))
-        for i, (keep, point) in enumerate(zip(options.keep, found, strict=True), start=2)
-    )
+    found = [choices(zero, candidates, one, keep) for keep in options.keep]
+    held = yield from _measure([point.coefficients for points in found for point in points])
+    return tuple(_chosen(options.keep, found, held))
+
+
+def _chosen(keep: Sequence[float], found: Sequence[Sequence[FrontPoint]], held: HeldOut) -> Iterator[FittedPoint]:
+    """Choose for each share among the points that were found for it, and measured one after the other."""
+    row = 2  # after the base and the adapter
+    for wanted, points in zip(keep, found, strict=True):
+        rows = range(row, row + len(points))
+        measured = [
+            replace(point, kept=held.task.share(i).value, loss=held.general.mean(held.general.loss[i]).value)
+            for point, i in zip(points, rows, strict=True)
+        ]
+        i = best(measured, wanted)
+        point, row = points[i], row + len(points)
+        yield FittedPoint(
+            wanted, point.coefficients, point.weight, held.task.share(rows[i]), held.general.share(rows[i])
+        )
 
 
 def _sampled(options: FitOptions, wanted: Sequence[float]) -> Generator[Request, Answer, Front]:

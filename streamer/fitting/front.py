@@ -35,6 +35,10 @@ class Sample:
     gradient: Floats
 
 
+MISSED = 0.01
+"""A point that keeps less than was wanted by more than this has missed it."""
+
+
 @dataclass(frozen=True)
 class FrontPoint:
     """A point of the front.
@@ -145,11 +149,13 @@ class Front:
         return anchor.value + dot(anchor.gradient, d) + 0.5 * dot(d, self.task_curvature @ d)
 
 
-def choose(zero: FrontPoint, candidates: Sequence[FrontPoint], one: FrontPoint, wanted: float) -> FrontPoint:
-    """Find the point of least loss on the general text, among those that keep a share: measured ones, and points on lines between them.
+def choices(
+    zero: FrontPoint, candidates: Sequence[FrontPoint], one: FrontPoint, wanted: float
+) -> tuple[FrontPoint, ...]:
+    """Find points that should keep a share, on lines between measured ones: where the least loss is expected, and between the nearest two.
 
-    Both functions are convex, so that on a line between two points no less is kept, and no more is lost, than interpolation says. Points
-    that keep too little are ends of such lines as well.
+    Were both functions convex, no less would be kept on a line, and no more lost, than interpolation says, and the first would do. Where
+    the loss flattens out, as of an adapter far too strong, a long line promises too much: so both are to be measured; see `best`.
 
     Parameters
     ----------
@@ -157,16 +163,25 @@ def choose(zero: FrontPoint, candidates: Sequence[FrontPoint], one: FrontPoint, 
         c = 0, with what was measured there, and c = 1, which keeps all. Where c = 0 keeps enough, it is the answer: nothing, if all that
         the adapter brings is deltas.
     candidates
-        With what each was measured to keep and to lose.
+        With what each was measured to keep and to lose. Those that keep too little are ends of lines as well.
     wanted
         The share, in (0, 1).
     """
     if zero.kept >= wanted:
-        return zero
+        return (zero,)
     points = [zero, *candidates, one]
-    enough = [point for point in points if point.kept >= wanted]
-    lines = [(low, high) for low in points if low.kept < wanted for high in enough]
-    return min([*(_crossing(low, high, wanted, (zero, one)) for low, high in lines), *enough], key=lambda p: p.loss)
+    enough, less = [p for p in points if p.kept >= wanted], [p for p in points if p.kept < wanted]
+    lines = [_crossing(low, high, wanted, (zero, one)) for low in less for high in enough]
+    nearest = max(less, key=lambda p: p.kept), min(enough, key=lambda p: p.kept)
+    return min([*lines, *enough], key=lambda p: p.loss), _crossing(*nearest, wanted, (zero, one))
+
+
+def best(points: Sequence[FrontPoint], wanted: float) -> int:
+    """Choose among measured points the one of least loss that keeps the share, to `MISSED`; else the one that keeps most."""
+    enough = [i for i, point in enumerate(points) if point.kept >= wanted - MISSED]
+    if enough:
+        return min(enough, key=lambda i: points[i].loss)
+    return max(range(len(points)), key=lambda i: points[i].kept)
 
 
 def _crossing(low: FrontPoint, high: FrontPoint, wanted: float, ends: tuple[FrontPoint, FrontPoint]) -> FrontPoint:

@@ -151,7 +151,8 @@ class PreparedFit:
                 self.run.monitor.warn(
                     (
                         f"the {name} text has {held} sequences held apart, on which it takes {telling(held):.1f} errors to tell what the "
-                        f"adapter has learned or forgotten; give more text, or hold more of it apart by --holdout",
+                        f"adapter has learned or forgotten; give more text, or more of it by --sequences, or hold more of it apart "
+                        "by --holdout",
                     )
                 )
         count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())

@@ -12,14 +12,12 @@ from streamer.errors import MismatchError
 from streamer.evaluation.statistics import SequenceSums, flat
 from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, against_shrink
 from streamer.fitting.algorithm import FittedPoint
+from streamer.fitting.front import MISSED
 from streamer.output.coefficients import Floats, share_name
 from streamer.streaming.variants import ADAPTER, BASE
 
 SHRINKS = (0.85, 0.7, 0.5, 0.25, 0.0)
 """Shrinks that are measured on the sequences held apart, beside the adapter, λ = 1. By 0 it is the base, unless more than deltas stays."""
-
-MISSED = 0.01
-"""A set that keeps less than was wanted by more than this has missed it."""
 
 NEAR = 0.05
 """A coefficient within this of 0 or 1 is near it."""

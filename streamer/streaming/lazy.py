@@ -207,13 +207,13 @@ def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1)
     return None if product is None else product + _values(bias)
 
 
-def _bmm(x: Any, weight: Any) -> Tensor | None:
+def _bmm(input: Any, mat2: Any) -> Tensor | None:  # noqa: A002  # torch's names, by which it may be called
     """``x_e W_e`` of each matrix of a stack, one at a time."""
-    if isinstance(x, LazyTensor) or not isinstance(weight, LazyTensor):
+    if isinstance(input, LazyTensor) or not isinstance(mat2, LazyTensor) or len(input) != mat2.shape[0]:
         return None
     products = []
-    for e, own in enumerate(x):
-        matrix = weight.reader.matrix(e)
+    for e, own in enumerate(input):
+        matrix = mat2.reader.matrix(e)
         if matrix is None:
             return None
         product = _matmul(own, matrix)

@@ -147,7 +147,8 @@ class LoadedModel:
             vocabulary=self.vocabulary,
             attention=_attention_values(config),
             dense=max(
-                (16 * math.prod(t.shape[t.stacked :]) for t in (*whole, *(t for t in inner if t.stacked))), default=0
+                (16 * math.prod(t.shape[1 if t.stacked else 0 :]) for t in (*whole, *(t for t in inner if t.stacked))),
+                default=0,
             ),
             factors=max(
                 (_factor_bytes(target) for targets in self.values.plan.by_weight.values() for target, _ in targets),

@@ -72,7 +72,7 @@ def test_requests_come_in_their_order() -> None:
         assert (one.text, other.text) == ("general", "task")
         np.testing.assert_array_equal(one.coefficients, other.coefficients)
     assert len(tried.coefficients) == 5  # 0.7, 0.8, 0.85, 0.9 (of both), 0.95
-    assert len(chosen.coefficients) == 2
+    assert len(chosen.coefficients) == 4  # two of each share
     for request in w.asked:
         for c in request.coefficients if isinstance(request, Measure) else [request.coefficients]:
             assert c.shape == (P,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streamer.fitting.front import Front, FrontPoint, Sample, choose
+from streamer.fitting.front import Front, FrontPoint, Sample, best, choices
 
 g, t = np.array([1.0, 2.0, 0.5, 4.0]), np.array([2.0, 1.0, 3.0, 0.25])
 ZERO, ONE = np.zeros(4), np.ones(4)
@@ -65,40 +65,60 @@ ALL = FrontPoint(float("inf"), np.ones(2), 1.0, 1.0)
 
 
 def test_between_two_candidates_it_is_on_their_line() -> None:
-    found = choose(NOTHING, [point(0.85, 0.5, 2.0), point(0.95, 0.7, 4.0), point(0.7, 0.3, 1.0)], ALL, 0.92)
+    found = choices(NOTHING, [point(0.85, 0.5, 2.0), point(0.95, 0.7, 4.0), point(0.7, 0.3, 1.0)], ALL, 0.92)[0]
     np.testing.assert_allclose(found.coefficients, 0.64)
     assert (found.weight, found.kept) == (4.0, 0.92)
 
 
 def test_beyond_all_candidates_the_ends_serve() -> None:
     candidates = [point(0.8, 0.6, 3.0)]
-    np.testing.assert_allclose(choose(NOTHING, candidates, ALL, 0.9).coefficients, 0.8)
-    np.testing.assert_allclose(choose(NOTHING, candidates, ALL, 0.4).coefficients, 0.3)
-    assert choose(NOTHING, candidates, ALL, 0.9).weight == 3.0
-    assert choose(NOTHING, candidates, ALL, 0.4).weight == 3.0
+    np.testing.assert_allclose(choices(NOTHING, candidates, ALL, 0.9)[0].coefficients, 0.8)
+    np.testing.assert_allclose(choices(NOTHING, candidates, ALL, 0.4)[0].coefficients, 0.3)
+    assert choices(NOTHING, candidates, ALL, 0.9)[0].weight == 3.0
+    assert choices(NOTHING, candidates, ALL, 0.4)[0].weight == 3.0
 
 
 def test_candidates_that_keep_more_than_all_take_the_place_of_the_adapter_as_it_is() -> None:
-    found = choose(NOTHING, [point(1.02, 0.9, loss=0.8), point(-0.1, 0.2)], ALL, 0.9)
+    found = choices(NOTHING, [point(1.02, 0.9, loss=0.8), point(-0.1, 0.2)], ALL, 0.9)[0]
     np.testing.assert_allclose(found.coefficients, 0.9 * 0.9 / 1.02)
     candidates = [point(1.2, 0.5, loss=0.9), point(1.05, 0.4, loss=0.6)]
-    np.testing.assert_allclose(choose(NOTHING, candidates, ALL, 0.9).coefficients, 0.4 * 0.9 / 1.05)
+    np.testing.assert_allclose(choices(NOTHING, candidates, ALL, 0.9)[0].coefficients, 0.4 * 0.9 / 1.05)
 
 
 def test_the_least_loss_of_all_lines_and_points_that_keep_enough_is_taken() -> None:
     lossy, far, good = point(0.85, 0.5, loss=0.9), point(0.7, 0.3, loss=0.1), point(0.95, 0.8, loss=0.35)
-    found = choose(NOTHING, [lossy, far, good], ALL, 0.9)
+    found = choices(NOTHING, [lossy, far, good], ALL, 0.9)[0]
     np.testing.assert_allclose(found.coefficients, 0.3 + 0.8 * 0.5)  # not through the nearest, which lost more
     assert found.loss == pytest.approx(0.1 + 0.8 * 0.25)
     least = point(0.95, 0.8, loss=0.05)
-    assert choose(NOTHING, [lossy, point(0.7, 0.3, loss=0.6), least], point(1.0, 1.0), 0.9).loss < 0.05 + 1e-12
+    assert choices(NOTHING, [lossy, point(0.7, 0.3, loss=0.6), least], point(1.0, 1.0), 0.9)[0].loss < 0.05 + 1e-12
     alone = point(0.95, 0.8, loss=-0.1)
-    assert choose(NOTHING, [lossy, alone], ALL, 0.9) is alone
+    assert choices(NOTHING, [lossy, alone], ALL, 0.9)[0] is alone
 
 
 def test_the_end_without_coefficients_keeps_what_it_was_measured_to() -> None:
     some = FrontPoint(float("nan"), np.zeros(2), 0.5, 0.25)
-    np.testing.assert_allclose(choose(some, [point(0.8, 0.6)], ALL, 0.65).coefficients, 0.3)
-    assert choose(some, [], ALL, 0.5) is some
+    np.testing.assert_allclose(choices(some, [point(0.8, 0.6)], ALL, 0.65)[0].coefficients, 0.3)
+    assert choices(some, [], ALL, 0.5)[0] is some
     less = FrontPoint(float("nan"), np.zeros(2), -0.2, 0.0)
-    np.testing.assert_allclose(choose(less, [point(0.8, 0.6)], ALL, 0.3).coefficients, 0.3)
+    np.testing.assert_allclose(choices(less, [point(0.8, 0.6)], ALL, 0.3)[0].coefficients, 0.3)
+
+
+def test_where_the_loss_flattens_out_the_nearest_points_serve() -> None:
+    """A long line promises what is not there: of a loss that has grown by the first step, the ends alone seem to cost least."""
+    scales = np.linspace(0.1, 0.9, 9)
+
+    def measured(c: float) -> FrontPoint:
+        return FrontPoint(1.0, np.full(2, c), 1 - (1 - c) ** 2, 0.5 * float(np.tanh(3 * c)))
+
+    expected, near = choices(measured(0.0), [measured(c) for c in scales], measured(1.0), 0.5)
+    assert expected.loss < near.loss
+    real = [measured(float(p.coefficients[0])) for p in (expected, near)]
+    assert best(real, 0.5) == 1
+    assert real[1].kept == pytest.approx(0.5, abs=0.02)
+    assert real[1].loss < real[0].loss - 0.05
+
+
+def test_the_best_of_measured_points_keeps_the_share_and_loses_least() -> None:
+    assert best([point(0.9, 0.5, loss=0.5), point(0.895, 0.5, loss=0.4), point(0.8, 0.4, loss=0.1)], 0.9) == 1
+    assert best([point(0.6, 0.5, loss=0.5), point(0.7, 0.5, loss=0.6)], 0.9) == 1
