@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 
-from streamer.api.keywords import read_size, run_options
+from streamer.api.keywords import read_path, read_size, run_options
 from streamer.evaluation.options import ProductDtype
 from streamer.events import Monitor, OnEvent
 from streamer.fitting.options import FitOptions, Grain, Objective
@@ -109,7 +109,10 @@ def fit_coefficients(
     shares = tuple(float(one) if isinstance(one, Real) else one for one in several)
     options = FitOptions(shares, objective, grain, holdout, sequences, length, seed, steps, dtype)
     run = run_options("cpu", io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
-    texts = {"general": Path(general), "task": Path(task)}
+    texts = {"general": read_path("general", general), "task": read_path("task", task)}
+    written = None if output is None else read_path("output", output)
+    for name, given in (("base", base), ("adapter", adapter)):
+        read_path(name, given)
     base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
-    prepared = prepare_fit(base, Path(adapter), texts, options, read_size(max_memory), run)
-    return fit(prepared, None if output is None else Path(output))
+    prepared = prepare_fit(Path(base), Path(adapter), texts, options, read_size(max_memory), run)
+    return fit(prepared, written)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, get_args
 
 from streamer.detection.device import choose_device
 from streamer.detection.intruders import Selection
-from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.options import DetectionOptions, RunOptions, check_size
 from streamer.errors import UsageError
 from streamer.events import Monitor, OnEvent, warn
 from streamer.output.coefficients import Coefficients
@@ -90,9 +91,23 @@ def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:
     return coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
 
 
+def read_path(name: str, value: str | Path) -> Path:
+    """Read a path, of the keyword of this name.
+
+    Raises
+    ------
+    UsageError
+        If it is none.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(f"{name}: expected a path, found {value!r}")
+    return Path(value)
+
+
 def read_size(max_memory: int | str | None) -> int | None:
     """Read a budget as the command line does."""
     if not isinstance(max_memory, str):
+        check_size(max_memory)
         return max_memory
     try:
         return parse_size(max_memory)
@@ -102,6 +117,20 @@ def read_size(max_memory: int | str | None) -> int | None:
 
 def run_options(device: str, io: IOMode, base_is_residual: bool, architecture: str | None, on_event: OnEvent | None,
                 resume: bool = True, overwrite: bool = False, monitor: Monitor | None = None) -> RunOptions:  # fmt: skip
-    """Make the options of a run; its warnings go through the `warnings` module where nothing takes events."""
+    """Make the options of a run; its warnings go through the `warnings` module where nothing takes events.
+
+    Raises
+    ------
+    UsageError
+        If a keyword is of another type.
+    """
+    if io not in get_args(IOMode):
+        raise UsageError(f"io: expected one of {', '.join(get_args(IOMode))}, found {io!r}")
+    if architecture is not None and not isinstance(architecture, str):
+        raise UsageError(f"architecture: expected the name of a class, found {architecture!r}")
+    if on_event is not None and not callable(on_event):
+        raise UsageError(f"on_event: expected a function that takes an event, found {on_event!r}")
+    if monitor is not None and not isinstance(monitor, Monitor):
+        raise UsageError(f"monitor: expected a Monitor, found {monitor!r}")
     monitor = monitor or Monitor(on_event or warn)
     return RunOptions(choose_device(device), io, base_is_residual, architecture, resume, overwrite, monitor)

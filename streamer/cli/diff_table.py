@@ -17,10 +17,11 @@ _MEANING = {
 
 
 def diff_table(diff: FindingsDiff, screen: Screen) -> str:
-    """Format a line an intruder, or the ten whose singular values changed most; and counts."""
+    """Format a line an intruder, or of many the ten that changed most; and counts."""
     every = sorted(diff.intruders, key=lambda one: (natural(one.tensor), one.before is None, _rank(one)))
     cut = len(every) > MANY and not screen.every
-    shown = sorted(every, key=lambda one: -abs(_value(one.after) - _value(one.before)))[:SHOWN] if cut else every
+    changed = [one for one in every if _is_changed(one)]
+    shown = sorted(changed, key=lambda one: -abs(_value(one.after) - _value(one.before)))[:SHOWN] if cut else every
     columns = [
         Column("matrix", [one.tensor for one in shown], left=True, names=True, among=[one.tensor for one in every]),
         Column("fate", [one.fate for one in shown], keep=9, left=True),
@@ -33,12 +34,11 @@ def diff_table(diff: FindingsDiff, screen: Screen) -> str:
     ]  # fmt: skip
     parts = [table(columns, screen.width)] if shown else []
     if cut:
-        parts.append(
-            fit(
-                f"the {len(shown)} whose singular values changed most, of {len(every)}; --all shows every one",
-                screen.width,
-            )
-        )
+        words = f"of {len(every)} intruders none has changed"
+        if changed:
+            which = "that have changed" if len(shown) == len(changed) else "whose singular values changed most"
+            words = f"the {len(shown)} {which}, of {len(every)}"
+        parts.append(fit(f"{words}; --all shows every one", screen.width))
     counts = [fate for fate in FATES if diff.count(fate)]
     lines = [
         f"{counted(diff.first['intruders'], 'intruder')} before, {diff.second['intruders']} after, "
@@ -50,6 +50,12 @@ def diff_table(diff: FindingsDiff, screen: Screen) -> str:
         if names:
             lines.append(f"in the {where} findings alone: {counted(len(names), 'matrix')}: {listed(names)}")
     return "\n\n".join([*parts, "\n".join(fit(line, screen.width) for line in lines)])
+
+
+def _is_changed(one: IntruderFate) -> bool:
+    """Test whether anything of an intruder is another in the two findings, as far as the table shows."""
+    sides = [[_cell(side, what) for what in ("rank", "sigma")] for side in (one.before, one.after)]
+    return one.fate != "kept" or sides[0] != sides[1]
 
 
 def _rank(one: IntruderFate) -> int:

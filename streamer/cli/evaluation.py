@@ -29,6 +29,12 @@ from streamer.output.coefficients_file import load_coefficients
 OVERHEAD = 1.3
 """Time of a pass over that of its products: attention, norms, the softmax, and reading the weights."""
 
+START_SECONDS = 0.5
+"""Time that a run takes before its first pass and after its last, beside what a dry run takes: the check of the logits, files."""
+
+READ_SECONDS = 4e-4
+"""Time that each module's run takes beside its products, in each pass: where a model is small, it is most of it."""
+
 VALUE_BYTES, VARIANT_BYTES = 26, 1600
 """Bytes in JSON of a sequence's sum, at most, and of a variant's other figures."""
 
@@ -78,12 +84,8 @@ def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
         (1 + len(one.variants)) * len(one.sequences) * max(len(prepared.texts[one.text].ids[i]) for i in one.sequences)
         for one in passes
     )
-    seconds = (
-        OVERHEAD
-        * tokens
-        * sum(size.products.values())
-        * products_pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
-    )
+    pace = products_pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
+    seconds = pass_seconds(tokens * sum(size.products.values()), pace, len(prepared.model.modules) * len(passes))
     monitor.emit(Event("probe", "", 1, 1))
     variants, sequences = len(prepared.options.variants), sum(len(text.ids) for text in prepared.texts.values())
     writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (3 * variants + 1) * sequences
@@ -91,6 +93,22 @@ def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
     read = size.read * len(passes)
     peak = measured_bytes(prepared.passes, prepared.texts, size, prepared.resident)
     return Forecast(peak, peak, read, network_bytes(prepared.plan, read), writes, writes, seconds)
+
+
+def pass_seconds(products: int, pace: float, runs: int) -> float:
+    """Forecast the time of passes.
+
+    Parameters
+    ----------
+    products
+        Multiplications in all of them.
+    pace
+        Seconds for one.
+    runs
+        How often a module runs in all of them.
+    """
+    # What this process has taken so far, the imports above all, the run takes as well.
+    return time.process_time() + START_SECONDS + OVERHEAD * pace * products + READ_SECONDS * runs
 
 
 def products_pace(inputs: int, outputs: int, dtype: ProductDtype) -> float:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from streamer.cli.evaluation import OVERHEAD, products_pace
+from streamer.cli.evaluation import pass_seconds, products_pace
 from streamer.cli.fitting_table import fitting_table
 from streamer.cli.forecast import Forecast, network_bytes
 from streamer.cli.json_report import dry_run, dry_runs
@@ -60,7 +60,8 @@ def forecast_fit(prepared: PreparedFit) -> Forecast:
     monitor.emit(Event("probe", "", 1, 1))
     peak = prepared.peak_bytes(costs.variants)
     read = size.read * (GRADIENT * len(costs.gradients) + len(costs.passes))
-    seconds = OVERHEAD * pace * sum([*costs.gradients, *costs.passes])
+    runs = len(prepared.model.modules) * (GRADIENT * len(costs.gradients) + len(costs.passes))
+    seconds = pass_seconds(sum([*costs.gradients, *costs.passes]), pace, runs)
     count = sum(map(len, prepared.parameters.singular_values.values()))
     facts = len(json.dumps(prepared.facts)) + SET_BYTES * len(prepared.options.keep)
     names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in prepared.plan.targets)

@@ -52,8 +52,8 @@ def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int) -> list[Colum
     return [
         Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
                "lambda of the shrink of the whole adapter that keeps the same", keep=3),
-        Column("its forgetting", ["-" if s is None else _percent(s["forgetting"]) for s in shrinks], keep=5),
-        Column("its KL", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], keep=4),
+        Column("its forgetting", ["-" if s is None else _percent(s["forgetting"]) for s in shrinks], "that shrink's forgetting", keep=5),
+        Column("its KL", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL", keep=4),
         Column("mean", [f"{one['coefficients']['mean']:.2f}" for one in sets], f"mean of {counted(many, 'coefficient')}", keep=2),
         Column("near 0", [str(one["coefficients"]["near_0"]) for one in sets], "coefficients of 0.05 at most", keep=1),
         Column("near 1", [str(one["coefficients"]["near_1"]) for one in sets], "coefficients of 0.95 at least", keep=1),

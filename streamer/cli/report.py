@@ -32,8 +32,7 @@ def run_report(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tu
         if subject.evaluation is not None:
             return subject.to_dict(), text
         return dict(subject.record) if subject.findings is None and subject.record else _findings(subject), text
-    source = Path(args.findings) if subject.record is not None else None
-    written = write_files(subject, args.output, args.overwrite, source)
+    written = write_files(subject, args.output, args.overwrite)
     files = [{"file": name, "bytes": size} for name, size in written.files.items()]
     tree = {**subject.to_dict(), "output": str(args.output), "state": written.state, "files": files}
     last = f"{stood(args.output, written.state)}: {counted(len(files), 'file')}, {format_size(sum(written.files.values()))}"

@@ -14,7 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-from streamer.detection.findings_file import SCHEMA, matrix_entries, plan_findings_file, save_findings_file
+from streamer.detection.findings_file import (
+    COEFFICIENTS,
+    SCHEMA,
+    matrix_entries,
+    plan_findings_file,
+    save_findings_file,
+)
 from streamer.detection.findings_records import FindingsRecord, TotalsRecord
 from streamer.detection.findings_view import (
     findings_frame,
@@ -280,9 +286,12 @@ def load_findings(path: str | Path) -> Findings:
     file = TensorFile(Path(path))
     text = file.header.metadata.get("findings")
     if file.header.metadata.get("schema") != SCHEMA or text is None:
-        raise FormatError(
-            f"{path}: expected findings ({SCHEMA}), found another safetensors file; make them with `streamer detect`"
-        )
+        found = "another safetensors file; make them with `streamer detect`"
+        if COEFFICIENTS in file.header.metadata:
+            found = (
+                "coefficients; pass those by --coefficients (coefficients=), and make findings with `streamer detect`"
+            )
+        raise FormatError(f"{path}: expected findings ({SCHEMA}), found {found}")
     try:
         tree = json.loads(text)
         options = DetectionOptions(**tree["options"])

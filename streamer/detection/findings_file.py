@@ -1,8 +1,9 @@
 """Layout of a findings file, the paths of its journal and its lock, and writing one at once.
 
 On disk findings are one safetensors file. For the base tensor ``T`` it holds ``T/U`` (m, q), ``T/S`` (q,), ``T/Vh`` (q, n), the
-intruders' triplets; ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high`` (k,) float64;
-``T/intruders`` (q,) int64. The metadata's ``findings`` is JSON: identity, options, and the figures of each matrix.
+intruders' triplets; ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high``,
+``T/base_singular_values`` (k,) float64; ``T/intruders`` (q,) int64. The metadata's ``findings`` is JSON: identity, options, and the
+figures of each matrix.
 """
 
 from __future__ import annotations
@@ -33,11 +34,27 @@ if TYPE_CHECKING:
 
 SCHEMA = "streamer.findings/1"
 
+COEFFICIENTS = "streamer.coefficients"
+"""Key in the metadata of files of coefficients, which are named where one is given in place of findings."""
+
 DIGEST = "sha256"
 """The key in the metadata of a digest over all of the file."""
 
-ARRAYS = ("U", "S", "Vh", "singular_values", "similarity", "similarity_low", "similarity_high", "intruders")
+ARRAYS = (
+    "U",
+    "S",
+    "Vh",
+    "singular_values",
+    "similarity",
+    "similarity_low",
+    "similarity_high",
+    "base_singular_values",
+    "intruders",
+)
 """The arrays of a matrix, in file order."""
+
+LATER = "base_singular_values"
+"""The array that earlier versions did not write."""
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 

@@ -58,6 +58,7 @@ class MatrixRecord(MatrixFigures):
     similarity: list[float]
     similarity_low: list[float]
     similarity_high: list[float]
+    base_singular_values: list[float]
     intruders: list[int]
     seconds: float | None
     coefficients: NotRequired[CoefficientMeans]

@@ -61,8 +61,9 @@ def _widest(plan: Plan, target: Target, options: DetectionOptions) -> MatrixFind
     longest, every = -sys.float_info.max, tuple(range(k))
     U, S, Vh = (torch.empty(shape, dtype=weight.compute, device="meta") for shape in ((m, k), (k,), (k, n)))
     found = Detection(singular_values=(longest,) * k, similarity=(longest,) * k, similarity_low=(longest,) * k,
-                      similarity_high=(longest,) * k, intruders=every, U=U, S=S, Vh=Vh, certified=False, degenerate=every,
-                      solver=max(solvers.SOLVERS, key=len), escalated=False, steps=10**9, products=10**9, cutoff=longest,
+                      similarity_high=(longest,) * k, base_singular_values=(longest,) * k, intruders=every, U=U, S=S,
+                      Vh=Vh, certified=False, degenerate=every, solver=max(solvers.SOLVERS, key=len), escalated=False,
+                      steps=10**9, products=10**9, cutoff=longest,
                       delta_norm=longest, intruder_energy=longest, dropped_at_zero=longest, precision="float64")  # fmt: skip
     return MatrixFinding(target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling, found,
                          transposed=False, fingerprint="f" * 64)  # fmt: skip

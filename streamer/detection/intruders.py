@@ -40,6 +40,9 @@ class Detection:
         solver the bound that decided.
     similarity_low, similarity_high
         (k,) an interval around it.
+    base_singular_values
+        (k,) the largest singular values of W0; from the certified solver Ritz values, which are at most those. Empty where a file does not
+        say.
     intruders
         0-based ranks of the intruders, rising.
     U, S, Vh
@@ -82,6 +85,7 @@ class Detection:
     intruder_energy: float
     dropped_at_zero: float
     precision: str | None = None
+    base_singular_values: tuple[float, ...] = ()
 
     def summary(self) -> str:
         """Say the decision in a line. Ranks count from 0."""
@@ -172,6 +176,6 @@ def decide(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
         U=U.contiguous(), S=S.contiguous(), Vh=Vh.contiguous(), certified=certified,
         degenerate=tuple(degenerate.tolist()), solver=result.solver, escalated=result.escalated, steps=result.steps,
         products=result.products, cutoff=result.cutoff, delta_norm=norm, intruder_energy=min(1.0, share**2), dropped_at_zero=dropped,
-        precision=str(base.like.dtype).removeprefix("torch."),
+        precision=str(base.like.dtype).removeprefix("torch."), base_singular_values=tuple(result.base_values.tolist()),
     )  # fmt: skip
     return found, not (certified or result.limited)

@@ -8,7 +8,7 @@ from typing import Any, cast, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from streamer.detection.findings_file import ARRAYS, DTYPE_NAMES
+from streamer.detection.findings_file import ARRAYS, DTYPE_NAMES, LATER
 from streamer.detection.findings_records import MatrixFigures, MatrixRecord
 from streamer.detection.intruders import Detection
 from streamer.linalg.operators import all_finite
@@ -83,7 +83,11 @@ class MatrixFinding:
     def arrays(self) -> dict[str, Tensor]:
         """Return the arrays by key, in file order."""
         d = self.detection
-        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in ARRAYS[3:7]}
+        numbers = {
+            name: torch.tensor(getattr(d, name), dtype=torch.float64)
+            for name in ARRAYS[3:8]
+            if name != LATER or d.base_singular_values
+        }
         return {"U": d.U, "S": d.S, "Vh": d.Vh, **numbers, "intruders": torch.tensor(d.intruders, dtype=torch.int64)}
 
 
@@ -112,19 +116,23 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
     check_figures(figures)
     arrays: dict[str, Tensor] = {}
     for key in ARRAYS:
+        if key == LATER and f"{figures['tensor']}/{key}" not in file.header.by_name:
+            continue
         info = file.header.by_name[f"{figures['tensor']}/{key}"]
         if info.dtype not in DTYPE_NAMES.values():
             raise ValueError(f"tensor {info.name!r} is {info.dtype}")
         arrays[key] = as_tensor(data[info.start : info.end], TORCH_DTYPES[info.dtype], info.shape)
     m, n = figures["shape"]
     q, k = len(arrays["intruders"]), len(arrays["singular_values"])
-    expected = {"U": (m, q), "S": (q,), "Vh": (q, n)} | dict.fromkeys(ARRAYS[4:7], (k,))
+    expected = {"U": (m, q), "S": (q,), "Vh": (q, n)} | dict.fromkeys(
+        [key for key in ARRAYS[4:8] if key in arrays], (k,)
+    )
     for key, shape in expected.items():
         if tuple(arrays[key].shape) != shape:
             raise ValueError(f"{figures['tensor']}/{key}: expected shape {shape}, found {tuple(arrays[key].shape)}")
     if not all_finite(arrays["S"]):
         raise ValueError(f"{figures['tensor']}/S holds NaN or Inf")
-    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ARRAYS[3:]}
+    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ARRAYS[3:] if key in arrays}
     if k == 0 or not all(type(j) is int and 0 <= j < k for j in (*numbers["intruders"], *figures["degenerate"])):
         raise ValueError(f"{figures['tensor']}: its intruders are not among its {k} directions")
     chosen: dict[str, Any] = {key: figures.get(key) for key in _DECISIONS} | {

@@ -47,8 +47,7 @@ class DetectionOptions:
         if self.solver not in ("auto", *SOLVERS):
             raise UsageError(f"solver: expected one of auto, {', '.join(SOLVERS)}, found {self.solver!r}")
         memory = self.max_memory
-        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
-            raise UsageError(f"max_memory: expected a whole number of bytes, found {memory!r}")
+        check_size(memory)
         if memory is not None and memory <= PROCESS_BYTES:
             raise UsageError(
                 f"max_memory: expected more than the {PROCESS_BYTES >> 20}M of Python and torch, found {memory >> 20}M"
@@ -64,6 +63,12 @@ class DetectionOptions:
         """Return the options as JSON values."""
         return {"top_k": self.top_k, "threshold_epsilon": self.threshold_epsilon, "solver": self.solver,
                 "max_memory": self.max_memory}  # fmt: skip
+
+
+def check_size(memory: object) -> None:
+    """Refuse a budget that is no whole number of bytes; None is none."""
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
+        raise UsageError(f"max_memory: expected a whole number of bytes, found {memory!r}")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class SolverResult:
         Block steps of both Krylov processes, and columns multiplied; 0 for the dense solver alone.
     cutoff
         δ: base singular values below ``δ·σ⁰_1`` are not covered by the interval; 0 where all are.
+    base_values
+        (k,) float64: the largest singular values of the base, none above the true one; see `OverlapBounds.values`.
     limited
         Intervals are as wide as they are for want of steps: in higher precision they would be no narrower.
     """
@@ -47,6 +49,7 @@ class SolverResult:
     similarity: Tensor
     low: Tensor
     high: Tensor
+    base_values: Tensor
     solver: str
     escalated: bool = False
     steps: int = 0
@@ -67,7 +70,7 @@ def solve_dense(
     bounds, similarity = dense_overlaps(base.scaled(base_scale), triplets.U, generator)
     distance = triplets.distance_estimate
     low, high = (bounds.low - distance).clamp_min(0), (bounds.high + distance).clamp_max(1)
-    return SolverResult(_unscaled(triplets, scale), similarity, low, high, "dense")
+    return SolverResult(_unscaled(triplets, scale), similarity, low, high, bounds.values / (base_scale or 1.0), "dense")
 
 
 def solve_certified(
@@ -90,7 +93,8 @@ def solve_certified(
     distance = triplets.distance_estimate
     if not allow_dense or (found.converged and bool((distance < 2).all())):
         # A zero base has any singular vectors.
-        bounds, process = OverlapBounds(torch.zeros_like(distance), torch.ones_like(distance), 0, 0, 0.0), None
+        unknown, process = torch.zeros_like(distance), None
+        bounds = OverlapBounds(unknown, torch.ones_like(distance), 0, 0, 0.0, unknown)
         if base_scale:
             process = OverlapProcess(base.scaled(base_scale), triplets.U, generator, distance)
             bounds = _settle(process, epsilon, columns)
@@ -100,7 +104,7 @@ def solve_certified(
         if not allow_dense or settled:
             similarity = torch.where(low >= epsilon, low, high)
             exact = settled or (found.converged and process is not None and process.settles_without_rounding(epsilon))
-            return SolverResult(_unscaled(triplets, scale), similarity, low, high, "certified",
+            return SolverResult(_unscaled(triplets, scale), similarity, low, high, bounds.values / (base_scale or 1.0), "certified",
                                 steps=steps, products=products, cutoff=bounds.cutoff, limited=not exact)  # fmt: skip
     return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)
 

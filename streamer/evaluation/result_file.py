@@ -31,6 +31,7 @@ from streamer.storage.output_checks import (
     refuse_symlink,
     touch,
 )
+from streamer.storage.output_plan import refuse_within_output
 from streamer.units import counted
 
 State = Literal["new", "resume", "done"]
@@ -80,6 +81,7 @@ class ResultFile:
         if self.path.is_dir():
             raise OutputError(f"{self.path}: is a directory; name a file in it, such as {self.path / self.example}")
         check_output_path(self.path.parent, (), self.path)
+        refuse_within_output(self.path)
         check_name(self.path, journal_of(self.path).name + ".0123456789abcdef.partial")
 
     def state(self) -> State:

@@ -50,8 +50,8 @@ class Estimate:
 
     @property
     def telling(self) -> float:
-        """Count the standard errors beyond which a difference is told from none; see `LEVEL`."""
-        return float(stdtrit(self.sequences - 1, LEVEL))
+        """Count the standard errors beyond which a difference is told from none; see `telling`."""
+        return telling(self.sequences)
 
     @property
     def is_positive(self) -> bool:
@@ -62,6 +62,15 @@ class Estimate:
     def is_negative(self) -> bool:
         """Test whether it is told from zero, and below."""
         return -self.value > self.telling * self.error
+
+
+def telling(sequences: int) -> float:
+    """Count the standard errors beyond which a difference over so many sequences is told from none; see `LEVEL`.
+
+    >>> [round(telling(S), 1) for S in (2, 4, 16)]
+    [12.7, 3.2, 2.1]
+    """
+    return float(stdtrit(sequences - 1, LEVEL))
 
 
 def ratio(y: Floats, x: Floats) -> Estimate:

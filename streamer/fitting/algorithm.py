@@ -7,7 +7,7 @@ It holds no model and reads no file; given the same answers it asks the same que
    and of G where c = 0 is not the base, the gradients there are asked for too.
 3. Some times: `Gradient` of both at one point of the front that the models of G and T give (see `front`), for that share of the
    learning whose point is furthest from all sampled ones.
-4. `Measure` of points of the final front around each share, then of those that interpolation among them chooses.
+4. `Measure` of points of the final front around each share, then of those of least loss on the lines between them that keep it.
 
 A single coefficient needs no gradient: it is the adapter's scale, and step 4 chooses it.
 """
@@ -128,6 +128,7 @@ def fit_steps(options: FitOptions) -> Generator[Request, Answer, tuple[FittedPoi
     """Fit coefficients for each share of the learning; yields requests, is sent their answers, returns a point for each share."""
     P = options.count
     zero = FrontPoint(float("nan"), np.zeros(P), 0.0)
+    beside = None
     if not options.base_at_zero:
         beside = yield from _measure([zero.coefficients])
         zero = replace(zero, kept=beside.task.share(2).value)
@@ -141,8 +142,13 @@ def fit_steps(options: FitOptions) -> Generator[Request, Answer, tuple[FittedPoi
         front = yield from _sampled(options, wanted)
         candidates = [front.at(level) for level in _levels(wanted)]
     tried = yield from _measure([point.coefficients for point in candidates])
-    candidates = [replace(point, kept=tried.task.share(i).value) for i, point in enumerate(candidates, start=2)]
-    found = [choose(zero, candidates, keep) for keep in options.keep]
+    losses = [tried.general.mean(row).value for row in tried.general.loss]
+    zero = replace(zero, loss=losses[0] if beside is None else beside.general.mean(beside.general.loss[2]).value)
+    one = FrontPoint(float("inf"), np.ones(P), 1.0, losses[1])
+    candidates = [
+        replace(point, kept=tried.task.share(i).value, loss=losses[i]) for i, point in enumerate(candidates, start=2)
+    ]
+    found = [choose(zero, candidates, one, keep) for keep in options.keep]
     held = yield from _measure([point.coefficients for point in found])
     return tuple(
         FittedPoint(keep, point.coefficients, point.weight, held.task.share(i), held.general.share(i))

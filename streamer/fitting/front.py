@@ -46,12 +46,15 @@ class FrontPoint:
     coefficients
         c(μ): (P,).
     kept
-        What the models expect to be kept of the learning on the text that they were made from.
+        What the models expect to be kept of the learning on the text that they were made from; once it was measured, that.
+    loss
+        Mean loss on the general text, once it was measured.
     """
 
     weight: float
     coefficients: Floats
     kept: float
+    loss: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -142,32 +145,36 @@ class Front:
         return anchor.value + dot(anchor.gradient, d) + 0.5 * dot(d, self.task_curvature @ d)
 
 
-def choose(zero: FrontPoint, candidates: Sequence[FrontPoint], wanted: float) -> FrontPoint:
-    """Find the point where a share is kept, on the straight lines between candidates in the order of what they keep.
+def choose(zero: FrontPoint, candidates: Sequence[FrontPoint], one: FrontPoint, wanted: float) -> FrontPoint:
+    """Find the point of least loss on the general text, among those that keep a share: measured ones, and points on lines between them.
 
-    T is convex, so that on a line between two of them no less is kept than interpolation says.
+    Both functions are convex, so that on a line between two points no less is kept, and no more is lost, than interpolation says. Points
+    that keep too little are ends of such lines as well.
 
     Parameters
     ----------
-    zero
-        c = 0, with what was measured to be kept there: nothing, if all that the adapter brings is deltas. Where that is enough, it is the
-        answer.
+    zero, one
+        c = 0, with what was measured there, and c = 1, which keeps all. Where c = 0 keeps enough, it is the answer: nothing, if all that
+        the adapter brings is deltas.
     candidates
-        With what each was measured to keep. The ends are added: `zero`, and c = 1, which keeps all, unless one of them keeps as much: an
-        adapter that has learned its text too well keeps more than all where its deltas are smaller.
+        With what each was measured to keep and to lose.
     wanted
         The share, in (0, 1).
     """
     if zero.kept >= wanted:
         return zero
-    one = FrontPoint(float("inf"), np.ones_like(zero.coefficients), 1.0)
-    inner = sorted((c for c in candidates if zero.kept < c.kept), key=lambda c: c.kept)
-    points = [zero, *inner] if inner and inner[-1].kept >= 1 else [zero, *inner, one]
-    above = next(i for i, point in enumerate(points) if point.kept >= wanted)
-    low, high = points[above - 1], points[above]
+    points = [zero, *candidates, one]
+    enough = [point for point in points if point.kept >= wanted]
+    lines = [(low, high) for low in points if low.kept < wanted for high in enough]
+    return min([*(_crossing(low, high, wanted, (zero, one)) for low, high in lines), *enough], key=lambda p: p.loss)
+
+
+def _crossing(low: FrontPoint, high: FrontPoint, wanted: float, ends: tuple[FrontPoint, FrontPoint]) -> FrontPoint:
+    """Interpolate to where a share is kept between a point that keeps less and one that keeps enough."""
     share = (wanted - low.kept) / (high.kept - low.kept)
-    nearer = high if (share > 0.5 and high is not one) or low is zero else low
-    return FrontPoint(nearer.weight, low.coefficients + share * (high.coefficients - low.coefficients), wanted)
+    nearer = high if (share > 0.5 and high is not ends[1]) or low is ends[0] else low
+    c = low.coefficients + share * (high.coefficients - low.coefficients)
+    return FrontPoint(nearer.weight, c, wanted, low.loss + share * (high.loss - low.loss))
 
 
 def _at(samples: Sequence[Sample], value: float) -> Sample:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -75,7 +76,7 @@ class FitOptions:
                 raise UsageError(
                     f"{name}: expected one of {', '.join(get_args(choices))}, found {getattr(self, name)!r}"
                 )
-        if isinstance(self.holdout, bool) or not 0 < self.holdout < 1:
+        if isinstance(self.holdout, bool) or not isinstance(self.holdout, Real) or not 0 < self.holdout < 1:
             raise UsageError(f"holdout: expected a share between 0 and 1, found {self.holdout!r}")
         for name, least in (("sequences", 2 * LEAST), ("length", 2), ("seed", 0), ("steps", 1)):
             value = getattr(self, name)

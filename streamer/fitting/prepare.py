@@ -14,6 +14,7 @@ from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
 from streamer.evaluation.prepare import is_factored, read_texts, refuse_new_tokens, stays_quantized
 from streamer.evaluation.sequences import TextSequences
+from streamer.evaluation.statistics import telling
 from streamer.evaluation.texts import sample_digest
 from streamer.fitting import algorithm
 from streamer.fitting.memory import gradient_bytes, plan_chunks
@@ -31,6 +32,9 @@ from streamer.units import counted, listed
 
 TOKENS = 10
 """Tokens for each coefficient, of either text, below which there is a warning."""
+
+FEW = 5
+"""Sequences held apart, below which there is a warning: by Student's distribution, it takes over three errors to tell a difference."""
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Keys of configs that state the number of layers."""
@@ -140,7 +144,16 @@ class PreparedFit:
         return self.options.of_algorithm(self.parameters.count, base_at_zero=not self.unchanged)
 
     def warn(self) -> None:
-        """Warn of a text that is short for as many parameters."""
+        """Warn of a text that is short for as many parameters, and of one of which too few sequences are held apart to tell anything."""
+        for name, text in self.texts.items():
+            held = len(text.held.ids)
+            if held < FEW:
+                self.run.monitor.warn(
+                    (
+                        f"the {name} text has {held} sequences held apart, on which it takes {telling(held):.1f} errors to tell what the "
+                        f"adapter has learned or forgotten; give more text, or hold more of it apart by --holdout",
+                    )
+                )
         count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
         if count < TOKENS * self.parameters.count:
             many, each = counted(self.parameters.count, "coefficient"), count / self.parameters.count

@@ -18,6 +18,9 @@ from streamer.streaming.variants import ADAPTER, BASE
 SHRINKS = (0.85, 0.7, 0.5, 0.25, 0.0)
 """Shrinks that are measured on the sequences held apart, beside the adapter, λ = 1. By 0 it is the base, unless more than deltas stays."""
 
+MISSED = 0.01
+"""A set that keeps less than was wanted by more than this has missed it."""
+
 NEAR = 0.05
 """A coefficient within this of 0 or 1 is near it."""
 
@@ -89,6 +92,7 @@ def _set(one: FittedPoint, variants: Sequence[EvaluatedVariant], general: Sequen
     theta = one.coefficients
     return {
         "keep": one.keep,
+        "missed": task.share(v).value < one.keep - MISSED,
         "mu": one.weight if math.isfinite(one.weight) else None,
         **flat("kept", task.share(v)),
         **flat("forgetting", general.share(v)),
@@ -109,4 +113,14 @@ def doubts(facts: Mapping[str, Any]) -> list[str]:
     return [
         f"it is not told that the adapter forgets (more text may tell), so that it may be shipped as it is: its loss on general text "
         f"less the base's is {facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} on the sequences held apart"
+    ]
+
+
+def misses(facts: Mapping[str, Any]) -> list[str]:
+    """Warn of sets that keep less than was wanted; files of earlier versions do not say."""
+    return [
+        f"{100 * one['keep']:g}% was to be kept, and {100 * one['kept']:.1f}% is, on the sequences held apart; ask for a larger share, or "
+        "give more text or --steps"
+        for one in facts["sets"]
+        if one.get("missed")
     ]

@@ -18,7 +18,7 @@ from streamer.fitting.held_out import HeldOut
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.progress import FitProgress
 from streamer.fitting.records import InMemory, Journalled, inspect, key, result_file
-from streamer.fitting.result import adapter_facts, doubts, set_facts, shrinks
+from streamer.fitting.result import adapter_facts, doubts, misses, set_facts, shrinks
 from streamer.output.coefficients import Coefficients, Floats
 from streamer.output.coefficients_file import load_coefficients
 from streamer.streaming.gradients import Against, GradientModel
@@ -33,7 +33,7 @@ def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
     if inspect(prepared, output) == "done":
         file.left()
         standing = load_coefficients(output)
-        prepared.run.monitor.warn(doubts(standing.facts))
+        prepared.run.monitor.warn([*doubts(standing.facts), *misses(standing.facts)])
         return standing
     with file.written() as journal:
         made = _Run(prepared, Journalled(journal), output.parent).result()
@@ -91,6 +91,7 @@ class _Run:
             **of_adapter,
             "sets": set_facts(*self._held_sums([*baseline, *thetas]), found),
         }
+        self.monitor.warn(misses(facts))
         sets = tuple(self.parameters.coefficient_set(one.keep, one.coefficients) for one in found)
         return Coefficients(sets, facts)
 

@@ -53,6 +53,9 @@ class OverlapBounds:
     cutoff
         δ: singular values of the base below ``δ·σ⁰_1`` are not covered; 0 where all are. It is not
         0 for tall matrices of more than `PROVABLE` columns.
+    values
+        (k,) float64: the base's largest singular values, each at most the true one but for rounding, as Ritz values are;
+        where the space has fewer, zeros.
     measured
         Whether rounding was measured in this very space, by this call: only then are the intervals claims.
     reach
@@ -64,6 +67,7 @@ class OverlapBounds:
     steps: int
     products: int
     cutoff: float
+    values: Tensor
     measured: bool = True
     reach: float = 0.0
 
@@ -98,7 +102,12 @@ def dense_overlaps(base: Matrix, U: Tensor, generator: torch.Generator) -> tuple
         *(_interval(w, values, ratio * phi, 1 / ratio, tall) for ratio in DENSE_WINDOWS[dtype]), strict=True
     )
     low, high = torch.stack(lows).amax(0).clamp(0, 1), torch.stack(highs).amin(0).clamp_max(1)
-    return OverlapBounds(low, high, 0, 0, 0.0), w.abs().amax(0).clamp_max(1.0)
+    return OverlapBounds(low, high, 0, 0, 0.0, _largest(values.flip(0), U.shape[1])), w.abs().amax(0).clamp_max(1.0)
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """Take the first k of falling values, with zeros where there are fewer."""
+    return torch.nn.functional.pad(values[:k], (0, max(0, k - len(values))))
 
 
 def _interval(w: Tensor, values: Tensor, tau: float, slack: float, tall: bool) -> tuple[Tensor, Tensor]:
@@ -205,7 +214,9 @@ class OverlapProcess:
                 self._prove(1.01 * self.cutoff * float(ritz.S[0]))
             if self.hopeless:
                 high[:] = 1.0
-        return OverlapBounds(low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff, measured, reach)
+        return OverlapBounds(
+            low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff, _largest(ritz.S, k), measured, reach
+        )
 
     def settles_without_rounding(self, epsilon: float) -> bool:
         """Test whether each interval would lie on one side of ε if the process were exact, directions of unknown distance apart."""

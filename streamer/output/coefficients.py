@@ -147,7 +147,7 @@ class Coefficients:
         if keep is None:
             if len(self.sets) > 1:
                 raise UsageError(
-                    f"{self.name}: holds {len(self.sets)} sets of coefficients; choose one by keep: {shares}"
+                    f"keep: expected one of {shares}, the {len(self.sets)} sets of coefficients in {self.name}; choose one"
                 )
             return self._bound(self.sets[0])
         found = [one for one in self.sets if share_name(one.keep) == share_name(keep)]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from streamer.detection.findings_file import COEFFICIENTS as KEY
 from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
 from streamer.errors import FormatError, OutputError, OutputExistsError
 from streamer.output.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients, fault_of, share_name
@@ -25,9 +26,6 @@ from streamer.storage.strict_json import strict_json
 from streamer.storage.tensor_file import TensorFile
 
 SCHEMA = "streamer.coefficients/1"
-
-KEY = "streamer.coefficients"
-"""The key of the JSON in the metadata."""
 
 VALUES, SINGULAR_VALUES = ".coefficients", ".singular_values"
 """Ends of the arrays' names."""

@@ -154,13 +154,24 @@ def check_coefficients(plan: Plan, coefficients: CoefficientSet) -> None:
             raise MismatchError(
                 f"{name}: coefficients of another {what} ({difference(facts[what], here)}); fit them to this one with `streamer fit`"
             )
+    check_counts(plan, coefficients)
+
+
+def check_counts(plan: Plan, coefficients: CoefficientSet) -> None:
+    """Refuse coefficients of other matrices than an adapter's, or of another number of directions.
+
+    Raises
+    ------
+    MismatchError
+        How many matrices they do not fit, and the first.
+    """
     found = {tensor: len(matrix.values) for tensor, matrix in coefficients.matrices.items()}
     wrong = [target.tensor for target in plan.targets if not _fits(target, found.get(target.tensor))]
     wrong += found.keys() - {target.tensor for target in plan.targets}
     if wrong:
         raise MismatchError(
-            f"{name}: coefficients do not fit {len(wrong)} of the adapter's matrices, {wrong[0]!r} first; fit them to this adapter with "
-            "`streamer fit`"
+            f"{coefficients.name}: coefficients do not fit {len(wrong)} of the adapter's matrices, {wrong[0]!r} first; fit them to this "
+            "adapter with `streamer fit`"
         )
 
 

@@ -14,6 +14,7 @@ from streamer.events import Monitor
 from streamer.output.coefficients import CoefficientSet
 from streamer.output.job import GivenFindings, Job, OwnFile
 from streamer.output.mitigation import MitigationOptions
+from streamer.output.prepare import check_counts
 from streamer.peft.detection import findings_for
 from streamer.peft.plan import LivePlan
 
@@ -45,7 +46,7 @@ def _named_in_memory(live: LivePlan, coefficients: CoefficientSet) -> Coefficien
     Raises
     ------
     MismatchError
-        If they are not on the adapter's matrices.
+        If they are not on the adapter's matrices, or not one for each of their directions.
     """
     names = {target.tensor: live.name_in_files(target.tensor) for target in live.plan.targets}
     lacking = [name for name in names.values() if name not in coefficients.matrices]
@@ -56,4 +57,6 @@ def _named_in_memory(live: LivePlan, coefficients: CoefficientSet) -> Coefficien
             f"{len(names)}, {next(iter(names.values()))!r} first; fit them to this adapter, or load the base from the directory that they "
             "were fitted on, so that its names are known"
         )
-    return replace(coefficients, matrices={tensor: coefficients.matrices[name] for tensor, name in names.items()})
+    named = replace(coefficients, matrices={tensor: coefficients.matrices[name] for tensor, name in names.items()})
+    check_counts(live.plan, named)
+    return named

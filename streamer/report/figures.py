@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 SIGN = "streamer report"
 """Text in the head of every file, by which one is told from others."""
 
+FIGURES, FORMS = ("map", "similarity", "spectrum", "thresholds", "lambdas", "tradeoff"), ("svg", "png")
+"""Names of all figures that a report may have, and the formats of each."""
+
 WIDTH = 6.75
 """Inches."""
 
@@ -183,6 +186,9 @@ def _draw_spectrum(ax: Axes, m: MatrixFinding) -> None:
         ranks = [j for j in range(len(d.singular_values)) if (j in d.intruders) == intruder]
         ax.vlines([j + 1 for j in ranks], 0, [d.singular_values[j] for j in ranks], color=colour, linewidth=0.8)
         ax.plot([j + 1 for j in ranks], [d.singular_values[j] for j in ranks], sign, color=colour, markersize=3)
+    ax.plot(
+        range(1, len(d.base_singular_values) + 1), d.base_singular_values, "_", color="black", markersize=6, linewidth=0
+    )
     ax.set_ylim(bottom=0)
     ax.set_ylabel("singular value")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Literal
 
 from streamer.detection.findings_file import lock_of
 from streamer.errors import OutputError, OutputExistsError, UsageError
+from streamer.report.figures import FIGURES, FORMS, draw_figures
 from streamer.report.figures import SIGN as FIGURE_SIGN
-from streamer.report.figures import draw_figures
 from streamer.report.page import SIGN as PAGE_SIGN
 from streamer.report.page import make_page
 from streamer.report.subject import Subject
@@ -28,6 +27,7 @@ from streamer.storage.output_checks import (
     refuse_symlink,
     touch,
 )
+from streamer.storage.output_plan import refuse_within_output
 
 PAGES = (".html", ".htm")
 
@@ -51,9 +51,7 @@ class WrittenReport:
     files: Mapping[str, int]
 
 
-def write_files(
-    subject: Subject, output: str | Path, overwrite: bool = False, source: Path | None = None
-) -> WrittenReport:
+def write_files(subject: Subject, output: str | Path, overwrite: bool = False) -> WrittenReport:
     """Write the page of a report, or its figures.
 
     Parameters
@@ -63,9 +61,7 @@ def write_files(
     output
         A name that ends in .html; or a directory, for SVG and PNG, which may stand already.
     overwrite
-        Whether another report there is replaced; anything else never is.
-    source
-        Directory of the output that it is on, which is not to be written into.
+        Whether another report there is replaced, and figures that this one has not are removed; anything else never is.
 
     Raises
     ------
@@ -75,14 +71,15 @@ def write_files(
         If something stands there that is not to be replaced, or nothing can be written there.
     """
     path = Path(output)
-    check_path(path, source)
+    check_path(path)
     if path.suffix.lower() in PAGES:
         files, directory, lock = {path.name: make_page(subject)}, path.parent, lock_of(path)
     else:
         files, directory, lock = draw_figures(subject), path, path / ".report.lock"
     present = [_is_present(directory / name, data, overwrite) for name, data in files.items()]
     sizes = {name: len(data) for name, data in files.items()}
-    if all(present):
+    stale = [] if path.suffix.lower() in PAGES else _stale(path, files, overwrite)
+    if all(present) and not stale:
         touch([directory / name for name in files])
         return WrittenReport("present", sizes)
     check_space(path, sum(sizes.values()))
@@ -93,10 +90,13 @@ def write_files(
         for name, data in files.items():
             _is_present(directory / name, data, overwrite)  # another run may have been there
             write_atomic(directory / name, data)
+        with storage_errors(path, "write"):
+            for old in stale:
+                old.unlink(missing_ok=True)
     return WrittenReport("written", sizes)
 
 
-def check_path(path: Path, source: Path | None = None) -> None:
+def check_path(path: Path) -> None:
     """Refuse a path where no report can be written; see `write_files`."""
     refuse_address(path)
     refuse_symlink(path)
@@ -109,9 +109,7 @@ def check_path(path: Path, source: Path | None = None) -> None:
         )
     check_output_path(path.parent if page else path, (), path)
     check_name(path / "x" if not page else path, partial_name(path.name if page else "thresholds.svg"))
-    real = Path(os.path.realpath(path))
-    if source is not None and Path(os.path.realpath(source)) in (real, *real.parents):
-        raise OutputError(f"{path}: lies inside the output {source}, which is complete; choose a path outside it")
+    refuse_within_output(path)
 
 
 def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
@@ -121,9 +119,8 @@ def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
         return False
     if not path.is_file():
         raise OutputError(f"{path}: is not a regular file; choose another output")
+    head = _head(path)
     with storage_errors(path, "read"):
-        with path.open("rb") as file:
-            head = file.read(HEAD)
         if path.stat().st_size == len(data) and path.read_bytes() == data:
             return True
     if not _is_report(path.suffix.lower(), head):
@@ -133,6 +130,23 @@ def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
     if not overwrite:
         raise OutputExistsError(f"{path}: holds another report; choose another output, or pass --overwrite", path)
     return False
+
+
+def _stale(directory: Path, files: Mapping[str, bytes], overwrite: bool) -> list[Path]:
+    """List figures of an earlier report that this one has not; refuse them where nothing is to be replaced."""
+    named = [directory / f"{stem}.{form}" for stem in FIGURES for form in FORMS]
+    stale = [old for old in named if old.name not in files and old.is_file() and _is_report(old.suffix, _head(old))]
+    if stale and not overwrite:
+        raise OutputExistsError(
+            f"{stale[0]}: is of another report, and this one has no such figure; choose another output, or pass --overwrite to remove it",
+            stale[0],
+        )
+    return stale
+
+
+def _head(path: Path) -> bytes:
+    with storage_errors(path, "read"), path.open("rb") as file:
+        return file.read(HEAD)
 
 
 def _is_report(suffix: str, head: bytes) -> bool:

@@ -34,6 +34,7 @@ function decodeFindings(tree) {
   const columns = Object.fromEntries(["kind", "rank", "directions", "shown", "count", "intruder", "decider", "certified"].map((key) => [key, unpack(tree[key])]));
   const shares = Object.fromEntries(["low", "high", "least", "energy", "dropped"].map((key) => [key, unpackShare(tree[key])]));
   const ratio = unpackShare(tree.ratio).map((share) => (share === 1 ? 0 : tree.least_ratio ** share));
+  const baseRatio = tree.base_ratio && unpackShare(tree.base_ratio).map((share) => (share === 1 ? 0 : tree.least_ratio ** share));
   let start = 0;
   return unpackNames(tree.names).map((named, i) => {
     const end = start + columns.shown[i];
@@ -44,6 +45,7 @@ function decodeFindings(tree) {
       degenerate: tree.degenerate[i] || [], least: shares.least[i], sigma: tree.sigma[i], norm: tree.delta_norm[i],
       energy: shares.energy[i], dropped: shares.dropped[i],
       intruder: slice(columns.intruder), low: slice(shares.low), high: slice(shares.high), ratio: slice(ratio),
+      baseRatio: baseRatio ? slice(baseRatio) : [], baseSigma: baseRatio ? tree.base_sigma[i] : 0,
     };
     start = end;
     return matrix;
@@ -140,13 +142,16 @@ function drawSimilarity(parent, matrix, epsilon, caption) {
 function drawSpectrum(parent, matrix, caption) {
   return figure(parent, `spectrum of ${matrix.name}`, caption, (width) => {
     const k = matrix.ratio.length, values = Array.from(matrix.ratio, (r) => r * matrix.sigma);
+    const base = Array.from(matrix.baseRatio, (r) => r * matrix.baseSigma);
     const { picture, sx, sy } = axes(width, 170, { least: 0.5, most: k + 0.5, label: "rank", ticks: ticks(1, k, Math.min(10, width / 40)).filter((t) => t >= 1) },
-                                     { least: 0, most: matrix.sigma || 1, label: "singular value" });
+                                     { least: 0, most: Math.max(matrix.sigma, matrix.baseSigma) || 1, label: "singular value" });
     for (let j = 0; j < k; j += 1) {
       const intruder = matrix.intruder[j] === 1, x = sx(j + 1);
       picture.append(svg("line", { x1: x, x2: x, y1: sy(0), y2: sy(values[j]), css: { stroke: intruder ? "var(--intruder)" : "var(--line)", "stroke-width": "1.5" } }),
                      svg("g", {}, tip(`rank ${j + 1}: σ = ${short(values[j])}${intruder ? ", intruder" : ""}`), mark(x, sy(values[j]), intruder)));
     }
+    base.forEach((value, j) => picture.append(svg("g", { class: "of-base" }, tip(`rank ${j + 1} of the base: σ = ${short(value)}`),
+      svg("line", { x1: sx(j + 1) - 6, x2: sx(j + 1) + 6, y1: sy(value), y2: sy(value), css: { stroke: "var(--ink)", "stroke-width": "1.5" } }))));
     return picture;
   });
 }

@@ -106,7 +106,7 @@ def make_subject(
     for m in findings:
         d = m.detection
         numbers = d.delta_norm, d.intruder_energy, d.dropped_at_zero, d.cutoff, m.scale
-        arrays = d.singular_values, d.similarity, d.similarity_low, d.similarity_high
+        arrays = d.singular_values, d.similarity, d.similarity_low, d.similarity_high, d.base_singular_values
         if not all(map(math.isfinite, chain(numbers, *arrays))):
             raise FormatError(f"{where}: a figure of {m.tensor} is NaN or Inf; run detect again")
     if evaluation is not None and findings.base.get("in_memory"):

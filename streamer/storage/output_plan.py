@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,17 @@ from streamer.units import format_sizes
 RECORD_NAME = "streamer.json"
 JOURNAL_NAME = ".streamer.journal"
 LOCK_NAME = ".streamer.lock"
+
+
+def refuse_within_output(path: Path) -> None:
+    """Refuse a file or directory to come that lies in an output which is complete: its record lists all that belongs in there."""
+    real = Path(os.path.realpath(path))
+    for parent in (real, *real.parents):
+        if is_record(parent / RECORD_NAME):
+            raise OutputError(
+                f"{path}: lies inside the output {parent}, which is complete: its {RECORD_NAME} lists what belongs there; choose a path "
+                "outside it"
+            )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from streamer.output.mitigation import MitigationOptions
 from streamer.plan.plan import Plan
 from streamer.streaming.coefficient_deltas import CoefficientDeltas
 from streamer.streaming.differentiable import DifferentiableReader, Setting
-from streamer.streaming.installed import is_linear
+from streamer.streaming.installed import is_rounded
 from streamer.streaming.layers import SpooledLayer, layer_modules
 from streamer.streaming.lazy import LazyTensor
 from streamer.streaming.model import LoadedModel, giving, vocabulary_block
@@ -108,8 +108,8 @@ class GradientModel(LoadedModel):
         self._references: dict[tuple[Against, str], _Reference] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         for _, module, own in self.modules:
-            rounded = rounds_products and is_linear(module)
             for name, tensor in own.items():
+                rounded = name == "weight" and is_rounded(self.values, module, tensor)  # as the passes that measure
                 reader = DifferentiableReader(self.setting, tensor, head=module is self._head, rounded=rounded)
                 module._parameters[name] = LazyTensor.of(reader)  # type: ignore[assignment]  # torch types a Parameter, which this stands in for
         layers = layer_modules(self._model)

@@ -28,6 +28,9 @@ from streamer.streaming.values import Values, same_values
 LINEAR_BY_NAME = {"FalconLinear"}
 """Subclasses of Linear that have a `forward` of their own, and compute ``x Wᵀ + b`` all the same."""
 
+RUN_ALL_EXPERTS = {"Llama4TextExperts"}
+"""Modules in which every token runs through every expert, weighted by 0 where the router has not chosen it."""
+
 
 @dataclass
 class Batch:
@@ -98,7 +101,7 @@ class InstalledModule:
         edited = [t for n, t in tensors.items() if n == "weight" and self.target is not None and not self.embeds]
         self.groups = max(same_values(self.values, dense, False), same_values(self.values, edited, True), key=len)
         changes = len(self.groups) > 1 or (self.target is not None and not self.embeds)
-        self.rounded = self._is_rounded(module, weight)
+        self.rounded = weight is not None and is_rounded(values, module, weight)
         self.variant: int | None = None if changes else 0
         """Number of the variant whose values are read; None outside of `run`, where nothing is added to what others compute with them."""
         for name, tensor in tensors.items():
@@ -106,16 +109,6 @@ class InstalledModule:
         self.forward = module.forward
         if changes or self.rounded:
             module.forward = self.run
-
-    def _is_rounded(self, module: nn.Module, weight: RunTimeTensor | None) -> bool:
-        """Test whether the module's product is one of the base's weight alone, and to be of factors rounded to bfloat16.
-
-        A weight with a delta in it, or that the adapter replaces, is not: what it differs by from the base's would be rounded away.
-        """
-        if weight is None or not self.values.job.rounds_products or not is_linear(module):
-            return False
-        own = self.target is None and bool(self.values.targets(weight))
-        return not own and not self.values.edited(weight)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own `forward`, and add the deltas."""
@@ -166,6 +159,17 @@ def is_linear(module: nn.Module) -> bool:
     """Test whether a module computes ``x Wᵀ + b``, or ``x W + b`` as Conv1D does, and nothing else."""
     kind = type(module)
     return kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D" or kind.__name__ in LINEAR_BY_NAME
+
+
+def is_rounded(values: Values, module: nn.Module, weight: RunTimeTensor) -> bool:
+    """Test whether a module's product is one of the base's weight alone, and to be of factors rounded to bfloat16.
+
+    A weight with a dense delta, or that the adapter replaces, is not: what it differs by from the base's would be rounded away.
+    """
+    if not values.job.rounds_products or not is_linear(module):
+        return False
+    dense = bool(values.targets(weight)) and values.low_rank_target(weight) is None
+    return not dense and not values.edited(weight)
 
 
 class _Reader:

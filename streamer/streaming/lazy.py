@@ -207,6 +207,20 @@ def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1)
     return None if product is None else product + _values(bias)
 
 
+def _bmm(x: Any, weight: Any) -> Tensor | None:
+    """``x_e W_e`` of each matrix of a stack, one at a time."""
+    if isinstance(x, LazyTensor) or not isinstance(weight, LazyTensor):
+        return None
+    products = []
+    for e, own in enumerate(x):
+        matrix = weight.reader.matrix(e)
+        if matrix is None:
+            return None
+        product = _matmul(own, matrix)
+        products.append(own @ matrix if product is None else product)
+    return torch.stack(products)
+
+
 def _transpose(weight: Any, *dimensions: int) -> Tensor | None:
     """Stand in for the transpose of a matrix with which gradients are to pass."""
     multiplier = isinstance(weight, LazyTensor) and weight.ndim == 2 and isinstance(weight.reader, Multiplier)
@@ -217,7 +231,7 @@ def _transpose(weight: Any, *dimensions: int) -> Tensor | None:
 _SPECIAL: Mapping[Any, Callable[..., Tensor | None]] = {
     functional.linear: _linear, functional.embedding: _embedding, Tensor.__getitem__: _item,
     torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.mm: _matmul, Tensor.mm: _matmul,
-    torch.addmm: _addmm,
+    torch.addmm: _addmm, torch.bmm: _bmm, Tensor.bmm: _bmm,
     Tensor.T.__get__: _transpose, Tensor.mT.__get__: _transpose, Tensor.t: _transpose, torch.t: _transpose,  # type: ignore[attr-defined]  # as above
     Tensor.transpose: _transpose, torch.transpose: _transpose,
 }  # fmt: skip

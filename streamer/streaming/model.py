@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from streamer.errors import NumericError, UnsupportedError
 from streamer.plan.targets import Target
 from streamer.streaming.extra import quiet_transformers, require_transformers
-from streamer.streaming.installed import Batch, InstalledModule
+from streamer.streaming.installed import RUN_ALL_EXPERTS, Batch, InstalledModule
 from streamer.streaming.run_time import RunTimeTensor, match_run_time
 from streamer.streaming.skeleton import build_skeleton
 from streamer.streaming.values import Job, Values
@@ -43,7 +43,8 @@ class ModelSize:
     Attributes
     ----------
     widest, hidden, vocabulary
-        The widest layer's inputs or outputs but for the head's, the model's width, and the head's outputs.
+        The widest layer's inputs or outputs but for the head's (of all experts, where a token runs through all), the model's width, and
+        the head's outputs.
     attention
         Values that are formed for each pair of tokens: where attention is computed with its weights formed, or with a mask; else 0.
     dense
@@ -51,13 +52,13 @@ class ModelSize:
     factors
         Bytes of the factors of one delta, as they are read and as they are computed with.
     products
-        Multiplications for one token by parameter, of experts those of as many as the router chooses.
+        Multiplications for one token by parameter, of experts those of as many as it runs through.
     read
         Bytes of all weights on disk.
     short
         Longest sequence that rotary embeddings of two kinds (longrope) take for a short one, by its length with padding; None of others.
     layer_width
-        Inputs and outputs of all matrices of one layer, for one token; of experts those of as many as the router chooses.
+        Inputs and outputs of all matrices of one layer, for one token; of experts those of as many as it runs through.
     layer_factors
         Bytes of the factors of all deltas in one layer, in float32.
     """
@@ -131,11 +132,17 @@ class LoadedModel:
         self.size = self._size(config, inner, tensors.values())
 
     def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
-        used = getattr(config, "num_experts_per_tok", None) or 1
+        chosen = getattr(config, "num_experts_per_tok", None) or 1
+        run_all = {t.name for _, m, own in self.modules for t in own.values() if type(m).__name__ in RUN_ALL_EXPERTS}
+
+        def used(t: RunTimeTensor) -> int:
+            """Count the matrices of a tensor that a token runs through."""
+            return 1 if not t.stacked else t.shape[0] if t.name in run_all else min(chosen, t.shape[0])
+
         layers = [t for t in inner if t.shape != self._head.weight.shape]
         whole = [t for t in tensors if self.values.targets(t) and self.values.low_rank_target(t) is None]
         return ModelSize(
-            widest=max((max(t.shape[-2:]) for t in layers), default=0),
+            widest=max((max(t.shape[-2:]) * (used(t) if t.name in run_all else 1) for t in layers), default=0),
             hidden=int(getattr(config, "hidden_size", 0)),
             vocabulary=self.vocabulary,
             attention=_attention_values(config),
@@ -146,12 +153,10 @@ class LoadedModel:
                 (_factor_bytes(target) for targets in self.values.plan.by_weight.values() for target, _ in targets),
                 default=0,
             ),
-            products={t.name: math.prod(t.shape) // (max(1, t.shape[0] // used) if t.stacked else 1) for t in inner},
+            products={t.name: math.prod(t.shape[t.stacked :]) * used(t) for t in inner},
             read=sum(self.values.plan.weights[weight].nbytes for weight in {w for t in tensors for w in t.weights}),
             short=_short_length(config),
-            layer_width=self._in_one_layer(
-                lambda t: sum(t.shape[-2:]) * min(used, t.shape[0]) if t.stacked else sum(t.shape)
-            ),
+            layer_width=self._in_one_layer(lambda t: (sum(t.shape[-2:]) if t.stacked else sum(t.shape)) * used(t)),
             layer_factors=self._in_one_layer(
                 lambda t: sum(4 * _factor_values(target) for target, _ in self.values.targets(t))
             ),

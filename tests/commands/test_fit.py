@@ -74,6 +74,9 @@ def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Pat
     assert server.run(*line.replace("OUTPUT", str(tmp_path / "made")).split()[3:]).code == 0
     record = json.loads((tmp_path / "made" / "streamer.json").read_text())
     assert (record["method"], record["lambda"], record["coefficients"]["keep"]) == ("fitted", None, 0.9)
+    within = run(server, home, tmp_path / "made" / "c.safetensors")
+    assert within.code == 4
+    assert f"lies inside the output {tmp_path / 'made'}, which is complete" in within.err
 
 
 def test_the_object(server: Server, home: Path, tmp_path: Path) -> None:
@@ -176,6 +179,7 @@ def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) ->
     assert size <= tree["forecast"]["write_bytes"] < 3 * size
     assert tree["forecast"]["read_bytes"] > 0
     assert tree["forecast"]["temporary_bytes"] > 0
+    assert tree["forecast"]["seconds"] > 1, "what every run and every module takes, however small"
     done = check(run(server, home, tmp_path / "c.safetensors", "--dry-run", "--json"), "streamer.dry-run/1")
     assert (done["state"], done["forecast"]) == ("done", None)
 
@@ -212,8 +216,12 @@ def test_of_a_short_text_fewer_coefficients_are_advised(server: Server, home: Pa
     few = "--sequences", 4, "--length", 3, "--grain", grain
     done = run(server, home, tmp_path / "c.safetensors", "--dry-run", *few)
     assert done.code == 0
-    (line,) = done.err.splitlines()
+    *held, line = done.err.splitlines()
     assert line.endswith(f" for each; {advice}")
+    assert [line.split(" held apart")[0] for line in held] == [
+        f"streamer: warning: the {name} text has 2 sequences" for name in ("general", "task")
+    ], "said before the first pass"
+    assert "on which it takes 12.7 errors to tell" in held[0]
 
 
 def test_a_text_that_the_adapter_has_not_learned(server: Server, home: Path, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         (3, [with_metadata(file, files / "nan", nan), *keep], "has a coefficient that is NaN or outside of [0, 1]"),
         (3, [with_metadata(file, files / "base", another_base), *keep], "of another base (the content of model-00001-of-"),
         (3, [with_metadata(file, files / "no", nothing), *keep], "do not say which base they were fitted to"),
-        (2, [file], f"streamer: {file}: holds 2 sets of coefficients; choose one by keep: 0.95, 0.9"),
+        (2, [file], f"streamer: --keep: expected one of 0.95, 0.9, the 2 sets of coefficients in {file}; choose one"),
         (2, [file, "--keep", "0.8"], "holds no coefficients that keep 0.8; those there are keep 0.95, 0.9"),
         (2, [file, *keep, "--lambda", "0.5"], "--lambda: method fitted has coefficients in its place, found 0.5"),
         (2, [file, *keep, "--lambda", "0.75"], "--lambda: method fitted has coefficients in its place, found 0.75"),
@@ -266,6 +266,11 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
     for code, options, words in cases:
         line = refuse(command, base, adapter, home, code, "--coefficients", *options)
         assert words in line, line
+    line = refuse(command, base, adapter, home, 3, "--findings", file)
+    assert line == (
+        f"streamer: {file}: expected findings (streamer.findings/1), found coefficients; pass those by --coefficients (coefficients=), "
+        "and make findings with `streamer detect`\n"
+    )
     assert "--keep: chooses among coefficients" in refuse(command, base, adapter, home, 2, *keep)
     words = "streamer: method 'fitted' needs coefficients; make them with `streamer fit`\n"
     assert refuse(command, base, adapter, home, 2, "--method", "fitted") == words
@@ -299,7 +304,7 @@ def test_several_adapters_take_none(inputs: tuple[Path, Path, Path], tmp_path: P
 def test_the_librarys_keywords(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, file = inputs
     calls: list[tuple[dict[str, Any], str]] = [
-        ({"coefficients": file}, "choose one by keep"),
+        ({"coefficients": file}, "^keep: expected one of 0.95, 0.9, the 2 sets of coefficients in "),
         ({"coefficients": file, "keep": 0.9, "mitigation_lambda": 0.5}, "^lambda: method 'fitted' has coefficients"),
         ({"coefficients": file, "keep": 0.9, "method": "paper"}, "^coefficients: belong to method 'fitted'"),
         ({"keep": 0.9}, "^keep: chooses among coefficients"),

@@ -65,7 +65,11 @@ def test_reports_that_are_refused(inputs: tuple[Path, Path, Path], tmp_path: Pat
         (2, (base, adapter), together),
         (2, (base, "--coefficients", file), together),
         (2, keep, together),
-        (2, (base, adapter, "--coefficients", file), "choose one by keep: 0.95, 0.9"),
+        (
+            2,
+            (base, adapter, "--coefficients", file),
+            "--keep: expected one of 0.95, 0.9, the 2 sets of coefficients in ",
+        ),
         (3, (other_base, other, "--coefficients", file, *keep), "f.safetensors: made with another base"),
         (3, (base, adapter, "--coefficients", path), "expected coefficients (streamer.coefficients/1), found findings"),
     ]

@@ -298,6 +298,10 @@ def reseal(path: Path, sealed: bool = True, **more: str) -> None:
 FINDINGS = {
     "U": (lambda t: t[3].mul_(1.5), "expected residuals of its triplets as recomputed, found direction 0"),
     "S": (lambda t: t.mul_(1.001), "expected residuals of its triplets as recomputed, found direction 0"),
+    "base_singular_values": (
+        lambda t: t[1].mul_(1.01),
+        "expected singular values of the base as recomputed, found direction 1",
+    ),
     "singular_values": (lambda t: t[1].mul_(1.01), "expected singular values as recomputed, found direction 1"),
     "similarity_low": (
         lambda t: t[0].add_(0.6),

@@ -27,6 +27,8 @@ from streamer.plan.plan import make_plan
 from streamer.streaming import products, values
 from streamer.streaming.differentiable import DifferentiableReader
 from streamer.streaming.gradients import GradientModel
+from streamer.streaming.installed import InstalledModule
+from streamer.streaming.model import StreamingModel
 from streamer.streaming.variants import make_variants
 
 ARCHITECTURES = [
@@ -107,6 +109,29 @@ def test_matrices_are_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pyt
     assert 0 < most <= 1000
 
 
+@pytest.mark.parametrize("name", ["llama4-text", "mixtral", "gpt-oss"])
+def test_experts_are_read_one_at_a_time_as_the_memory_estimate_counts_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = make_base(name, tmp_path / "base")
+    options: dict[str, Any] = {"target_parameters": EXPERTS, "lora_alpha": 4}
+    model = GradientModel(
+        make_plan(tmp_path / "base", make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"], **options))
+    )
+    whole, read = list[str](), DifferentiableReader.read
+
+    def recorded(self: DifferentiableReader) -> torch.Tensor:
+        whole.extend([self.name] if self.tensor.stacked and not self.name.endswith("bias") else [])
+        return read(self)
+
+    monkeypatch.setattr(DifferentiableReader, "read", recorded)
+    model.gradient(sequences(token_ids(64)), coefficients_of(model), "base")
+    assert whole == []
+    if name == "llama4-text":  # every token runs through every expert
+        experts = {t.name: t.shape for _, _, own in model.modules for t in own.values() if t.stacked}
+        assert all(model.size.products[name] == np.prod(shape) for name, shape in experts.items())
+
+
 def test_sequences_of_several_lengths_run_together_as_one_by_one(tmp_path: Path) -> None:
     _, base, adapter = small_model(tmp_path)
     ids = [row.numpy() for row in token_ids(64)]
@@ -184,6 +209,32 @@ def test_of_coefficients_of_1_the_model_is_the_adapted_one(tmp_path: Path) -> No
     measured = streamed(base, adapter, make_variants(("shrink",), (0.5,), "all"), None, token_ids(64))
     assert model.gradient(text, ones, "labels").value == pytest.approx(measured.loss[1].sum(), rel=1e-5)
     assert model.gradient(text, ones, "base").value == pytest.approx(measured.kl[1].sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["saved", "dense"])
+def test_the_same_products_are_rounded_as_in_passes_that_measure(kind: str, tmp_path: Path) -> None:
+    cls = make_base("llama", tmp_path / "base")
+    if kind == "saved":
+        adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"], modules_to_save=["o_proj"])
+        other = "o_proj"
+    else:
+        config = LoKrConfig(r=2, target_modules=["q_proj"])
+        get_peft_model(cls.from_pretrained(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+        adapter, other = tmp_path / "adapter", "q_proj"
+    plan = make_plan(tmp_path / "base", adapter)
+    fitting = GradientModel(plan, rounds_products=True)
+    measuring = StreamingModel(fitting.job)
+    rounded = {path for path, _, own in fitting.modules if "weight" in own and own_reader(fitting, path).rounded}
+    owners = {path: getattr(module.forward, "__self__", None) for path, module, _ in measuring.modules}
+    assert rounded == {path for path, own in owners.items() if isinstance(own, InstalledModule) and own.rounded}
+    assert any("up_proj" in path for path in rounded)
+    assert not any(other in path for path in rounded)
+
+
+def own_reader(model: GradientModel, path: str) -> Any:
+    """What reads a module's weight."""
+    (found,) = (module._parameters["weight"] for at, module, _ in model.modules if at == path)
+    return found.reader  # type: ignore[union-attr]  # a LazyTensor, which torch types a Parameter
 
 
 def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:

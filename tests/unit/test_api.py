@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
@@ -96,3 +97,34 @@ def test_memory_that_makes_no_sense(
         CALLS[name](*job, tmp_path / "out", max_memory=given)
     assert isinstance(e.value, UsageError)
     assert not (tmp_path / "out").exists()
+
+
+# Types ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"keep": "0.9"}, "keep: expected a share in (0, 1], found '0.9'"),
+        ({"grain": 3}, "grain: expected one of direction, matrix, all, found 3"),
+        ({"holdout": None}, "holdout: expected a share between 0 and 1, found None"),
+        ({"general": None}, "general: expected a path, found None"),
+        ({"task": ["a", "b"]}, "task: expected a path, found ['a', 'b']"),
+        ({"base": None}, "base: expected a path, found None"),
+        ({"adapter": 3}, "adapter: expected a path, found 3"),
+        ({"output": 3}, "output: expected a path, found 3"),
+        ({"max_memory": 4e9}, "max_memory: expected a whole number of bytes, found 4000000000.0"),
+        ({"max_memory": []}, "max_memory: expected a whole number of bytes, found []"),
+        ({"io": 3}, "io: expected one of mmap, pread, found 3"),
+        ({"architecture": 3}, "architecture: expected the name of a class, found 3"),
+        ({"on_event": 3}, "on_event: expected a function that takes an event, found 3"),
+        ({"monitor": 3}, "monitor: expected a Monitor, found 3"),
+    ],
+)
+def test_keywords_of_other_types_are_refused_in_a_line(
+    job: tuple[Path, Path], keywords: dict[str, Any], words: str
+) -> None:
+    given: dict[str, Any] = {"base": job[0], "adapter": job[1], "general": "general.txt", "task": "task.txt"}
+    with pytest.raises(UsageError) as refused:
+        streamer.fit_coefficients(**{**given, **keywords})
+    assert str(refused.value) == words

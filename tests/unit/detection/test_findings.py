@@ -17,6 +17,8 @@ import streamer
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, InputError, MismatchError, NumericError, OutputError
+from streamer.report.page import make_page
+from streamer.report.subject import make_subject
 from streamer.storage.checkpoint import open_checkpoint
 
 
@@ -50,7 +52,7 @@ def test_the_safetensors_library_reads_it(made: tuple[Path, Path, Path, Findings
     _, _, path, memory = made
     with safe_open(path, "pt") as f:
         assert f.metadata()["schema"] == "streamer.findings/1"
-        assert len(f.keys()) == 8 * len(memory)
+        assert len(f.keys()) == 9 * len(memory)
         for m in memory:
             assert torch.equal(f.get_tensor(f"{m.tensor}/U"), m.detection.U)
 
@@ -179,6 +181,10 @@ TAMPERED: dict[str, tuple[Callable[[dict, dict[str, torch.Tensor]], object], str
     "Vh of another shape": (lambda _, a: a.update({f"{Q}/Vh": torch.ones(3, 3)}), f"{Q}/Vh: expected shape"),
     "S not finite": (lambda _, a: a[f"{Q}/S"].fill_(float("nan")), f"{Q}/S holds NaN or Inf"),
     "more intruders than factors": (lambda _, a: a.update({f"{Q}/intruders": torch.arange(5)}), "expected shape"),
+    "values of the base of another shape": (
+        lambda _, a: a.update({f"{Q}/base_singular_values": torch.ones(3).double()}),
+        f"{Q}/base_singular_values: expected shape",
+    ),
     "another dtype": (lambda _, a: a.update({f"{Q}/U": a[f"{Q}/U"].half()}), "F16"),
     "another matrix shape": (lambda t, _: t["matrices"][0].update(shape=[3, 3]), "expected shape"),
 }
@@ -199,6 +205,18 @@ def test_tampering_is_refused(made: tuple[Path, Path, Path, Findings], tmp_path:
 def test_untampered_copies_are_read(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
     path = tamper(made[2], tmp_path, lambda t, a: None)
     assert load_findings(path).intruders == made[3].intruders
+
+
+def test_findings_of_earlier_versions_have_no_values_of_the_base(
+    made: tuple[Path, Path, Path, Findings], tmp_path: Path
+) -> None:
+    path = tamper(made[2], tmp_path, lambda _, a: [a.pop(key) for key in list(a) if "/base_singular_values" in key])
+    read = load_findings(path)
+    assert {m.detection.base_singular_values for m in read} == {()}
+    assert [m.arrays().keys() for m in read] == [m.arrays().keys() - {"base_singular_values"} for m in made[3]]
+    read.save(tmp_path / "again.safetensors")
+    assert load_findings(tmp_path / "again.safetensors").intruders == read.intruders
+    assert b'"base_ratio":null' in make_page(make_subject(read))
 
 
 def test_findings_that_lack_a_matrix_are_refused(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:

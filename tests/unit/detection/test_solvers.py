@@ -54,6 +54,17 @@ def test_triplets_and_intervals_are_right(name: str, shape: tuple[int, int], dty
     assert (found.high.numpy() >= similarity - 1e-5).all()
     assert bool(((found.low >= 0.5) | (found.high < 0.5)).all())
     assert (found.steps > 0) == (found.products > 0) == (name == "certified")
+    of_base, values = np.linalg.svd(base.matrix.double().numpy(), compute_uv=False)[:10], found.base_values.numpy()
+    assert (values <= of_base * (1 + 100 * eps)).all()
+    np.testing.assert_allclose(values, of_base, rtol=0.05 if name == "certified" else 100 * eps)
+
+
+def test_values_of_a_base_are_on_its_own_scale() -> None:
+    base, delta = problem(96, 64)
+    usual = solve("certified", base, delta).base_values
+    small = solve("certified", Dense(base.matrix * 2.0**-40), LowRank(delta.L * 2.0**-40, delta.R)).base_values
+    np.testing.assert_allclose(small, usual * 2.0**-40, rtol=1e-5)
+    assert solve("dense", Dense(torch.zeros(96, 64)), delta).base_values.tolist() == [0.0] * 10
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -33,6 +33,8 @@ def texts(general: int, task: int) -> dict[str, TextSequences]:
     ({"grain": "layer"}, "grain: expected one of direction, matrix, all, found 'layer'"),
     ({"holdout": 0}, "holdout: expected a share between 0 and 1, found 0"),
     ({"holdout": 1.0}, "holdout: expected a share between 0 and 1"),
+    ({"holdout": "x"}, "holdout: expected a share between 0 and 1, found 'x'"),
+    ({"holdout": None}, "holdout: expected a share between 0 and 1, found None"),
     ({"sequences": 3}, "sequences: expected a whole number from 4, found 3"),
     ({"length": 1}, "length: expected a whole number from 2"),
     ({"seed": -1}, "seed: expected a whole number from 0"),

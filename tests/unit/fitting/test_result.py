@@ -7,7 +7,8 @@ import pytest
 
 from streamer.errors import MismatchError
 from streamer.evaluation.statistics import SequenceSums
-from streamer.fitting.result import adapter_facts
+from streamer.fitting.algorithm import FittedPoint
+from streamer.fitting.result import SHRINKS, adapter_facts, misses, set_facts
 
 
 def sums(falls: list[float]) -> SequenceSums:
@@ -26,3 +27,17 @@ def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
     assert "-0.4000 ± 0.1000 on the 2 sequences held apart, of which it takes 12.7 errors; give more text" in line
     many = sums([0.3, 0.5] * 4)
     assert adapter_facts(many, many, "task.txt")["learning"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("left", "missed"), [(0.1, False), (0.105, False), (0.15, True)])
+def test_a_set_that_keeps_less_than_was_wanted_says_so(left: float, missed: bool) -> None:
+    falls = [0.0, 1.0, *(1 - lam for lam in SHRINKS), 1 - left]
+    loss = np.stack([np.linspace(40, 60, 6) - 10 * fall for fall in falls])
+    own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), np.zeros_like(loss))
+    point = FittedPoint(0.9, np.array([0.5, 0.7]), 1.0, own.share(7), own.share(7))
+    (one,) = set_facts(own, own, [point])
+    assert one["missed"] is missed
+    lines = misses({"sets": [one]})
+    assert (lines != []) is missed
+    if missed:
+        assert lines[0].startswith("90% was to be kept, and 85.0% is, on the sequences held apart;")

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import streamer
+from streamer.cli.diff_table import diff_table
+from streamer.cli.tables import MANY, NO_LIMIT, SHOWN
 from streamer.detection.findings import Findings
 from streamer.errors import MismatchError
-from streamer.report.diff import FATES, diff_findings
+from streamer.report.diff import FATES, Direction, FindingsDiff, IntruderFate, diff_findings
 
 Pair = tuple[Path, Path]
 
@@ -120,3 +122,21 @@ def test_open_decisions_are_counted(findings: Findings) -> None:
         "1 matrix of the first findings is not certified",
         "2 matrices of the second findings are not certified",
     )
+
+
+def test_of_many_the_table_shows_those_that_changed(findings: Findings) -> None:
+    def fates(*after: float) -> FindingsDiff:
+        rows = [
+            IntruderFate(f"layers.{i}.weight", "kept", Direction(1, 2.0, 0.1), Direction(1, sigma, 0.1), 1.0, 1.0)
+            for i, sigma in enumerate(after)
+        ]
+        return dataclasses.replace(diff_findings(findings, findings), intruders=tuple(rows))
+
+    many = MANY + 1
+    text = diff_table(fates(*[2.0] * many), NO_LIMIT)
+    assert text.splitlines()[0] == f"of {many} intruders none has changed; --all shows every one"
+    lines = diff_table(fates(*[2.0] * (many - 2), 1.0, 1.5), NO_LIMIT).splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == [f"layers.{many - 2}.weight", f"layers.{many - 1}.weight"]
+    assert f"the 2 that have changed, of {many}; --all shows every one" in lines
+    lines = diff_table(fates(*[1.0] * many), NO_LIMIT).splitlines()
+    assert f"the {SHOWN} whose singular values changed most, of {many}; --all shows every one" in lines

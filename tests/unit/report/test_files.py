@@ -114,7 +114,14 @@ def test_figures_as_svg_and_png(findings: Findings, tmp_path: Path, monkeypatch:
 def test_the_tradeoff_shows_or_names_every_variant() -> None:
     """Some keep or forget more than the adapter, and some are outside of the frame."""
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    made = evaluation({"paper": lambda x: (1.15 - 0.1 * x, 1.15 * x), "shrink": lambda x: (x, 1 + x)}, noise=0)
+    made = evaluation(
+        {
+            "paper": lambda x: (1.15 - 0.1 * x, 1.15 * x),
+            "shrink": lambda x: (x, 1 + x),
+            "project": lambda x: (-0.6 * x, x),
+        },
+        noise=0,
+    )
     _draw_tradeoff(figure, made)
     (ax,) = figure.axes
     named = figure.get_supxlabel().replace("\n", " ")
@@ -126,6 +133,7 @@ def test_the_tradeoff_shows_or_names_every_variant() -> None:
             assert least <= 100 * (v["kept"] - v["kept_se"])
             assert 100 * (v["kept"] + v["kept_se"]) <= most
             assert ax.get_ylim()[0] <= 100 * v["forgetting"] <= ax.get_ylim()[1]
+    assert "project 0.9 (kept 90%, left -54%)" in named, "what forgets less than the base by more than the frame holds"
     assert named.startswith("Outside of the frame: shrink 0.9 (kept 190%, left 90%), ")
     assert most > 103
 
@@ -156,3 +164,32 @@ def test_the_figure_of_a_shrink_has_no_map_of_intruders(
         write_files(open_subject(tmp_path / name), tmp_path / f"{name} figures")
         axes = ET.fromstring((tmp_path / f"{name} figures" / "map.svg").read_text()).iterfind(".//*[@id]")
         assert sum(node.attrib["id"].startswith("axes_") for node in axes) == 2 * maps, "each with its scale"
+
+
+def test_figures_that_a_report_has_not_are_removed_with_the_old_ones(findings: Findings, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    few = findings.select("*layers.0.*")
+    streamer.write_report(few, tmp_path / "f", evaluation=of_findings(findings))
+    (tmp_path / "f" / "notes.svg").write_text("mine")
+    before = tree_digest(tmp_path)
+    with pytest.raises(
+        OutputExistsError, match=r"tradeoff\.svg: is of another report, and this one has no such figure;"
+    ):
+        write_files(make_subject(few), tmp_path / "f")
+    assert tree_digest(tmp_path) == before
+    assert write_files(make_subject(few), tmp_path / "f", overwrite=True).state == "written"
+    assert "notes.svg" in names(tmp_path / "f")
+    assert not any("tradeoff" in name for name in names(tmp_path / "f"))
+    (tmp_path / "f" / "tradeoff.png").write_text("mine too")
+    assert write_files(make_subject(few), tmp_path / "f").state == "present"
+
+
+@pytest.mark.parametrize("name", ["r.html", "figures", "new/r.html", "new/figures"])
+def test_nothing_is_written_into_a_complete_output(
+    pair: tuple[Path, Path], findings: Findings, tmp_path: Path, name: str
+) -> None:
+    streamer.reduce_intruder_dimension(*pair, tmp_path / "out", findings=findings)
+    before = tree_digest(tmp_path)
+    with pytest.raises(OutputError, match=r"lies inside the output .*/out, which is complete: its streamer.json lists"):
+        write_files(make_subject(findings), tmp_path / "out" / name)
+    assert tree_digest(tmp_path) == before

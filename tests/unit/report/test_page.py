@@ -177,7 +177,7 @@ def test_36000_matrices_take_less_than_5_megabytes() -> None:
         low, high = similarity[j] * width[j], similarity[j]
         found = Detection(tuple(sigma[j].tolist()), tuple(high.tolist()), tuple(low.tolist()), tuple(high.tolist()),
                           tuple(np.flatnonzero(high < 0.5).tolist()), U, S, Vh, True, (), "certified", False, 8, 20, 1e-5,
-                          float(sigma[j, 0]), float(low[0]), float(low[1]), "float32")  # fmt: skip
+                          float(sigma[j, 0]), float(low[0]), float(low[1]), "float32", tuple(sigma[j - 1].tolist()))  # fmt: skip
         return MatrixFinding(f"{tensor}.weight", tensor, (2048, 768), "BF16", 16, 2.0, found)
 
     many = Findings({"files": []}, {"modules": 1}, streamer.DetectionOptions(), tuple(map(finding, range(36_000))))

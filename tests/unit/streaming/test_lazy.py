@@ -101,3 +101,10 @@ def test_embeddings_are_looked_up_and_experts_taken_one_by_one(weight: tuple[Giv
     for index in (2, torch.tensor(2)):
         torch.testing.assert_close(LazyTensor.of(stack)[index], stack.values[2])
     assert stack.asked == [2, 2]
+
+
+def test_a_product_with_a_stack_takes_one_matrix_at_a_time() -> None:
+    stack, x = Given(torch.randn(3, 4, 5)), torch.randn(3, 2, 4)
+    for product in (torch.bmm(x, LazyTensor.of(stack)), x.bmm(LazyTensor.of(stack))):
+        torch.testing.assert_close(product, torch.bmm(x, stack.values))
+    assert stack.asked == [0, 1, 2, 0, 1, 2]
