@@ -111,8 +111,8 @@ def fit_coefficients(
     run = run_options("cpu", io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
     texts = {"general": read_path("general", general), "task": read_path("task", task)}
     written = None if output is None else read_path("output", output)
+    for name, given in (("base", base), ("adapter", adapter)):
+        read_path(name, given)
     base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
-    prepared = prepare_fit(
-        read_path("base", base), read_path("adapter", adapter), texts, options, read_size(max_memory), run
-    )
+    prepared = prepare_fit(Path(base), Path(adapter), texts, options, read_size(max_memory), run)
     return fit(prepared, written)

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from streamer.adapters.adapter_config import CONFIG_NAME
-from streamer.errors import InputError, MissingInputError, StorageError
+from streamer.errors import InputChangedError, InputError, MissingInputError, StorageError, StreamerError
 from streamer.events import Event, Monitor
 from streamer.packages import require_package
 from streamer.remote.addresses import HubName
@@ -76,7 +77,7 @@ def list_hub(name: HubName) -> HubFiles:
         If there is no such thing, it may not be read, or nothing answers.
     """
     hub = _hub(name.shown)
-    with _said(hub, name):
+    with _said(name):
         info = hub.HfApi().model_info(name.repo, revision=name.revision)
         listed = [str(sibling.rfilename) for sibling in info.siblings or ()]
     commit, found = str(info.sha), HubFiles(name, str(info.sha), [], [])
@@ -88,7 +89,7 @@ def list_hub(name: HubName) -> HubFiles:
     inside = [path.removeprefix(start) for path in listed if path.startswith(start)]
 
     def read_index() -> Path:
-        with _said(hub, name):
+        with _said(name):
             return Path(hub.hf_hub_download(name.repo, start + INDEX_NAME, revision=commit))
 
     small, weights = needed_names(inside, read_index)
@@ -123,12 +124,17 @@ def snapshot(files: HubFiles, names: list[str], monitor: Monitor) -> Path:
     """Download files into the hub's cache, where they are not there yet, and return the directory of the commit."""
     name, hub = files.name, _hub(files.name.shown)
     root: Path | None = None
-    with _said(hub, name), _quiet(hub):
+    with _said(name), _quiet():
         for i, one in enumerate(names):
             monitor.checkpoint()
             monitor.emit(Event("download", one, i, len(names), i, len(names)))
-            path = Path(hub.hf_hub_download(name.repo, one, revision=files.commit))
+            # The first by the revision as it was named, which its cache then knows offline too.
+            path = Path(hub.hf_hub_download(name.repo, one, revision=files.commit if i else name.revision))
             root = path.parents[one.count("/")]
+            if root.name != files.commit:
+                raise InputChangedError(
+                    f"{name.shown}: has another commit than a moment ago; run the same command again"
+                )
     monitor.emit(Event("download", "", len(names), len(names), len(names), len(names)))
     assert root is not None
     return root
@@ -162,24 +168,27 @@ def missing_bytes(files: HubFiles, listing: Listing) -> int:
 
 
 @contextmanager
-def _quiet(hub: Any) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Keep the hub's bars off the terminal, where progress has its own."""
-    if hub.utils.are_progress_bars_disabled():
+    utils = import_module("huggingface_hub.utils")
+    if utils.are_progress_bars_disabled():
         yield
         return
-    hub.utils.disable_progress_bars()
+    utils.disable_progress_bars()
     try:
         yield
     finally:
-        hub.utils.enable_progress_bars()
+        utils.enable_progress_bars()
 
 
 @contextmanager
-def _said(hub: Any, name: HubName) -> Iterator[None]:
+def _said(name: HubName) -> Iterator[None]:
     """Turn the errors of the hub's client into those that say what to do."""
-    errors, shown = hub.errors, name.shown
+    errors, shown = import_module("huggingface_hub.errors"), name.shown
     try:
         yield
+    except StreamerError:
+        raise
     except errors.GatedRepoError as e:
         raise InputError(
             f"{shown}: is gated on the hub; ask for access on its page, then log in with `hf auth login` or set HF_TOKEN"

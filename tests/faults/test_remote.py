@@ -1,0 +1,85 @@
+"""Servers that fail: the same command finishes with the same bytes, or one line says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import remote_jobs
+from forks import KILL, partials
+from range_server import FAULTS, serving
+from remote_jobs import contents, run, run_all
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return remote_jobs.world(tmp_path_factory.mktemp("remote"))
+
+
+@pytest.fixture(scope="module")
+def local(served: Path) -> dict[str, str]:
+    return contents(run_all(served / "base", served / "adapter", served.parent / "local"))
+
+
+PASSES = ("stall", "reset", "429", "500", "short", "whole")
+
+
+def now_and_then(kind: str) -> Callable[[str, int], str | None]:
+    """A fault of the fourth answer of each shard, and of each eleventh after it."""
+    return lambda path, n: kind if path.startswith("base/model-") and n % 11 == 3 else None
+
+
+@pytest.mark.parametrize("kind", PASSES)
+def test_faults_that_pass(served: Path, local: dict[str, str], tmp_path: Path, kind: str) -> None:
+    with serving(served, fault=now_and_then(kind), stall=1.5) as site:
+        home = run_all(f"{site.address}/base", f"{site.address}/adapter", tmp_path / "out", "--remote", "stream")
+    assert contents(home) == local
+
+
+@pytest.mark.parametrize(("kind", "code"), [("401", 6), ("403", 6), ("changed", 8)])
+def test_faults_that_do_not_pass(served: Path, local: dict[str, str], tmp_path: Path, kind: str, code: int) -> None:
+    """One line, and the same command goes on once they are mended."""
+    with serving(served) as site:
+        base, adapter = f"{site.address}/base", f"{site.address}/adapter"
+        assert run("detect", base, adapter, tmp_path / "out").code == 0
+        site.reset()
+        site.fault = lambda path, n: kind if path == "base/model-00002-of-00003.safetensors" and n == 7 else None
+        done = run("merge", base, adapter, tmp_path / "out")
+        assert (done.code, done.told.count("\n")) == (code, 1), done
+        assert "model-00002-of-00003.safetensors: " in done.err
+        site.tags.clear()
+        site.fault = lambda path, n: None
+        for command in ("mitigate", "merge"):
+            assert run(command, base, adapter, tmp_path / "out").code == 0
+    assert contents(tmp_path / "out") == local
+    assert {*PASSES, "401", "403", "changed"} == {*FAULTS}
+
+
+@pytest.mark.parametrize(("command", "mode"), [("detect", "stream"), ("merge", "stream"), ("merge", "cache")])
+def test_killed_runs_go_on(served: Path, local: dict[str, str], tmp_path: Path, command: str, mode: str) -> None:
+    with serving(served) as site:
+        base, adapter = f"{site.address}/base", f"{site.address}/adapter"
+        home = tmp_path / "out"
+        if command == "merge":
+            assert run("detect", base, adapter, home, "--remote", mode).code == 0
+        for at in (3, 12, 25, 40):
+            run(command, base, adapter, home, "--remote", mode, at=at, code=KILL)
+        run_all(base, adapter, home, "--remote", mode)
+    assert contents(home) == local
+    assert partials(home) == []
+
+
+def test_another_version_of_the_base_is_another_input(served: Path, tmp_path: Path) -> None:
+    """An interrupted run does not go on with it."""
+    root = remote_jobs.world(tmp_path / "w")
+    with serving(root) as site:
+        base, adapter = f"{site.address}/base", f"{site.address}/adapter"
+        home = tmp_path / "out"
+        assert run("detect", base, adapter, home).code == 0
+        shard = root / "base" / "model-00001-of-00003.safetensors"
+        data = bytearray(shard.read_bytes())
+        data[-4000:-2000] = bytes(2000)
+        shard.write_bytes(data)
+        done = run("detect", base, adapter, home)
+    assert (done.code, done.err.count("\n")) == (4, 1), done
