@@ -96,7 +96,7 @@ def detect_intruder_dimensions(
         Workers that detect in place of this process: any `concurrent.futures.Executor`, of threads, processes, or an engine such as
         ``dask.distributed.Client.get_executor()``. They read the inputs at the same paths. Findings are byte for byte those of this
         process with torch's present number of threads, which each task has, as it has `max_memory`. Where a worker dies its tasks
-        are done again, once.
+        are done again, once, if the executor replaces it; a `ProcessPoolExecutor` does not, and the run ends with `WorkerError`.
 
     Returns
     -------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from streamer.events import Monitor
 
@@ -12,7 +13,8 @@ def locate_inputs(args: argparse.Namespace, monitor: Monitor) -> None:
 
     Only headers are read of what is inspected or forecast; `verify`, which shares no code with what it checks, reads files.
     """
-    args.given = base, adapter = getattr(args, "base", None), getattr(args, "adapter", None)
+    base, adapter = getattr(args, "base", None), getattr(args, "adapter", None)
+    args.given = _shown(base), _shown(adapter)
     if args.command == "report" and adapter is None:  # an evaluation stands in BASE's place
         return
     if base is None:
@@ -26,3 +28,11 @@ def locate_inputs(args: argparse.Namespace, monitor: Monitor) -> None:
         args.adapter = [str(path) for path in remote.paths(adapter)]
     elif adapter is not None:
         args.adapter = str(remote.path(adapter))
+
+
+def _shown(given: Any) -> Any:
+    """Return an input as it may be printed: an address without the password or signature in it."""
+    from streamer.remote.addresses import parse_address
+
+    address = parse_address(given) if isinstance(given, str) else None
+    return given if address is None else address.shown

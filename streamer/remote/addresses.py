@@ -58,8 +58,9 @@ class Url:
 
     @property
     def name(self) -> str:
-        """The last part of its path."""
-        return unquote(self.shown.rstrip("/").rpartition("/")[2])
+        """The last part of its path, ``model`` where that is no plain name: it becomes one of a directory here."""
+        last = unquote(self.shown.rstrip("/").rpartition("/")[2])
+        return last if re.fullmatch(r"\w[\w.+=@ -]{0,199}", last) else "model"
 
     def below(self, name: str) -> tuple[str, str]:
         """Return the address of a file in this directory, and what is shown of it."""

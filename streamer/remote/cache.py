@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from secrets import token_hex
 from typing import TypeVar
 
 from streamer.events import Event, Monitor
@@ -20,6 +22,9 @@ from streamer.storage.system import sync
 
 PIECE_BYTES = 8 << 20
 ASKED_AT_ONCE = 8
+
+DEAD_SECONDS = 3600
+"""Seconds without a byte after which a download is one that was killed: the longest wait of a living one is minutes."""
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -71,7 +76,8 @@ def download(directory: Path, files: Mapping[str, RemoteFile], monitor: Monitor)
         path = directory / name
         if not (path.is_file() and path.stat().st_size == file.size):
             make_private(path.parent)
-            new = path.with_name(f".streamer.{path.name}.{os.getpid()}.partial")
+            _remove_dead(path.parent)
+            new = path.with_name(f".streamer.{path.name}.{token_hex(8)}.partial")
             try:
                 for at in _copy(file, new):
                     monitor.checkpoint()
@@ -86,10 +92,18 @@ def download(directory: Path, files: Mapping[str, RemoteFile], monitor: Monitor)
         monitor.emit(Event("download", "", total, total, len(files), len(files)))
 
 
+def _remove_dead(directory: Path) -> None:
+    """Remove what killed runs were downloading: a living one writes on."""
+    for partial in directory.glob(".streamer.*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > DEAD_SECONDS:
+                partial.unlink()
+
+
 def _copy(file: RemoteFile, path: Path) -> Iterable[int]:
     """Copy a file by ranges, several on their way, and yield how far it is."""
     source = RemoteSource(file)
-    with storage_errors(path, "write"), open(path, "wb") as out:
+    with storage_errors(path, "write"), open(path, "xb") as out:
         buffer = memoryview(bytearray(min(PIECE_BYTES, file.size)))
         for at in range(0, file.size, PIECE_BYTES):
             yield at
@@ -102,9 +116,11 @@ def _copy(file: RemoteFile, path: Path) -> Iterable[int]:
             out.write(piece)
         out.flush()
         sync(out.fileno())
+    source.check_unchanged()  # what an address leads on to, and what a bucket gives, bears no version of its own
 
 
-def shadow(listing: Listing, directory: Path, put_small: Callable[[Path], None], to_download: int = 0) -> Path:
+def shadow(listing: Listing, directory: Path, put_small: Callable[[Path], None], to_download: int = 0,
+           small: Sequence[str] = ()) -> Path:  # fmt: skip
     """Make the directory of a model whose tensors are read by ranges.
 
     Parameters
@@ -113,8 +129,10 @@ def shadow(listing: Listing, directory: Path, put_small: Callable[[Path], None],
         Puts the small files there.
     to_download
         See `Manifest`.
+    small
+        Names of small files that the listing has not; links among them may lead nowhere by now.
     """
-    if not is_shadow(directory, listing):
+    if not is_shadow(directory, [*listing.files, *small]):
         make_private(directory)
         put_small(directory)
         for name, file in listing.weights.items():
@@ -124,6 +142,6 @@ def shadow(listing: Listing, directory: Path, put_small: Callable[[Path], None],
     return directory
 
 
-def is_shadow(directory: Path, listing: Listing) -> bool:
+def is_shadow(directory: Path, names: Iterable[str]) -> bool:
     """Say whether a directory stands for these files already."""
-    return read_manifest(directory) is not None and all((directory / name).exists() for name in listing.files)
+    return read_manifest(directory) is not None and all((directory / name).exists() for name in names)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +82,8 @@ def list_hub(name: HubName) -> HubFiles:
     with _said(name):
         info = hub.HfApi().model_info(name.repo, revision=name.revision)
         listed = [str(sibling.rfilename) for sibling in info.siblings or ()]
+    if not re.fullmatch("[0-9a-f]{7,64}", str(info.sha)):
+        raise InputError(f"{name.shown}: the hub states no commit, which tells its versions apart; check HF_ENDPOINT")
     commit, found = str(info.sha), HubFiles(name, str(info.sha), [], [])
     if found.file:
         if name.inside not in listed:
@@ -214,6 +218,8 @@ def _said(name: HubName) -> Iterator[None]:
             ) from e
         raise StorageError(f"{shown}: the hub answers with status {status}; run the same command again later") from e
     except (OSError, RuntimeError) as e:
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(f"{shown}: cannot download: {e.strerror}; make room, or name another HF_HOME") from e  # type: ignore[union-attr]  # it has an errno
         raise Unreachable(
             f"{shown}: no such path, and the hub cannot be reached ({type(e).__name__}); check the path or the network"
         ) from e

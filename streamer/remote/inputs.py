@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import Literal, TypeVar
 
 from streamer.errors import UsageError
@@ -131,7 +132,13 @@ class Remote:
                     make_private((directory / inside).parent)
                     _link(directory / inside, there / inside)
 
-        shadow(listing, files.directory(root), put_small, to_download)
+        shadow(
+            listing,
+            files.directory(root),
+            put_small,
+            to_download,
+            [path.removeprefix(files.start) for path in files.small],
+        )
         return root
 
 
@@ -159,7 +166,6 @@ def _link(link: Path, to: Path) -> None:
     with storage_errors(link, "write"):
         if link.is_symlink() and os.readlink(link) == os.fspath(to):
             return
-        new = link.with_name(f".streamer.{link.name}.{os.getpid()}")
-        new.unlink(missing_ok=True)
+        new = link.with_name(f".streamer.{link.name}.{token_hex(8)}")
         new.symlink_to(to)
         new.replace(link)

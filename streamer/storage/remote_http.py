@@ -114,7 +114,7 @@ class HttpAccess(Access):
         exceptions, version = self._urllib3.exceptions, ""
         for _ in range(REDIRECTS):
             headers = {"Range": bytes_, "Accept-Encoding": "identity", "User-Agent": f"streamer/{__version__}"}
-            if urlsplit(url).netloc == urlsplit(first).netloc:
+            if urlsplit(url)[:2] == urlsplit(first)[:2]:
                 headers |= _authorization(first, token=token)
             timeout = self._urllib3.Timeout(connect=CONNECT_SECONDS, read=silence_allowed())
             try:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from secrets import token_hex
 
 from streamer.storage.files import Stamp, storage_errors
 
@@ -73,8 +74,10 @@ class Manifest:
                 "files": {name: asdict(file) for name, file in self.files.items()}}  # fmt: skip
         path = directory / MANIFEST_NAME
         with storage_errors(path, "write"):
-            new = directory / f"{MANIFEST_NAME}.{os.getpid()}"
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as f:
+            new = directory / f"{MANIFEST_NAME}.{token_hex(8)}"
+            with open(
+                os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w"
+            ) as f:
                 json.dump(tree, f)
             new.replace(path)
 
