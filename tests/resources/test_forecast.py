@@ -28,6 +28,7 @@ NAMES = {
     "peak_memory_bytes",
     "escalated_memory_bytes",
     "read_bytes",
+    "network_bytes",
     "write_bytes",
     "temporary_bytes",
     "seconds",
