@@ -49,7 +49,7 @@ def instrumented(base: str, adapter: str, work: str, device: str, threads: str, 
     import torch
 
     from streamer import api
-    from streamer.detection import run as pipeline
+    from streamer.detection import matrices as pipeline
     from streamer.detection.cost import cost
 
     torch.set_num_threads(int(threads))
