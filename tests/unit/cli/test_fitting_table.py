@@ -26,8 +26,10 @@ def facts(parameters: int, *keeps: float) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("parameters", "there", "absent"), [(1, "lambda", "mu"), (16, "mu", "lambda")])
-def test_one_coefficient_is_the_lambda_of_a_shrink(parameters: int, there: str, absent: str) -> None:
+@pytest.mark.parametrize(
+    ("parameters", "there", "absent", "chosen"), [(1, "lambda", "mu", "lambda"), (16, "mu", "lambda", "the set")]
+)
+def test_one_coefficient_is_the_lambda_of_a_shrink(parameters: int, there: str, absent: str, chosen: str) -> None:
     text = fitting_table(facts(parameters, 0.9), ("base", "adapter"), "c.safetensors")
     heads = text.splitlines()[0].split()
     assert there in heads
@@ -35,7 +37,7 @@ def test_one_coefficient_is_the_lambda_of_a_shrink(parameters: int, there: str, 
     assert ("shrink" in heads) == (parameters > 1)
     assert ("that shrink's forgetting" in text) == ("that shrink's KL" in text) == (parameters > 1)
     assert ("0.432" in text) == (parameters == 1)
-    assert f"but by which {there} was chosen" in text
+    assert f"but by which {chosen} was chosen" in text
 
 
 def test_the_command_names_the_share_as_the_file_takes_it() -> None:
