@@ -42,6 +42,7 @@ def run(server: Server, home: Path, output: object, *options: object, before: st
     return server.run(*line, before=before)
 
 
+@pytest.mark.long
 def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path) -> None:
     done = run(
         server, home, tmp_path / "e.json", "--findings", home / "f.safetensors", "--lambda", "0.75,0.5", "--keep", "0.5"

@@ -58,6 +58,7 @@ def run(server: Server, home: Path, output: object, *options: object, before: st
     return server.run(*line, before=before)
 
 
+@pytest.mark.long
 def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
     done = run(server, home, output, "--keep", "0.9,0.6")

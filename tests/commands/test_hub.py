@@ -53,6 +53,7 @@ def without_names(tree: dict[str, str]) -> dict[str, str]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["cache", "stream"])
 def test_outputs_of_names_on_the_hub(served: Path, local: dict[str, str], tmp_path: Path, mode: str) -> None:
     with serving(served, HubHandler) as site:

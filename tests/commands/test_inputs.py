@@ -130,6 +130,7 @@ def test_a_quantized_base(tmp_path: Path, dtype: torch.dtype) -> None:
                       "nothing beside it says what its codes mean; use the 16-bit model")  # fmt: skip
 
 
+@pytest.mark.long
 def test_outputs_that_would_touch_an_input(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
     before = tree_digest(tmp_path)

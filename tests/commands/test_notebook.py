@@ -25,6 +25,7 @@ def run_cell(source: str, namespace: dict[str, Any]) -> Any:
     return None if last is None else eval(compile(ast.Expression(last.value), "live-model.ipynb", "eval"), namespace)
 
 
+@pytest.mark.long
 def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     pictures: list[Any] = []

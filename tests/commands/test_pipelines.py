@@ -45,6 +45,7 @@ def touch(path: Path) -> None:
     os.utime(path)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_runs_what_is_needed_and_then_nothing(tmp_path: Path) -> None:
     def make() -> int:

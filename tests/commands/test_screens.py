@@ -44,6 +44,7 @@ def findings(many: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_the_last_screen_of_every_command(job: tuple[Path, Path], columns: int, tmp_path: Path) -> None:
     """The result, clean; one line at the end; and not a trace of the bar that was there."""
@@ -268,6 +269,7 @@ def test_a_closed_stdout(job: tuple[Path, Path], findings: Path, tmp_path: Path)
     assert digests[0] == digests[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("streams", "words"), [(">/dev/full", "No space left on device"), ("1</dev/null", "Bad file descriptor")]
 )
@@ -278,6 +280,7 @@ def test_a_stdout_that_takes_nothing(findings: Path, streams: str, words: str) -
         assert re.fullmatch(rf"streamer: stdout: {words}; [^\n]*\n", done.stderr), done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streams", ["2>/dev/full", "2>&- <&-"])
 def test_a_stderr_that_takes_nothing_ends_no_job(job: tuple[Path, Path], streams: str, tmp_path: Path) -> None:
     done = closed(streams, "detect", *job, "-o", tmp_path / "f.safetensors", "--json")

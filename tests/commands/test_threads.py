@@ -25,6 +25,7 @@ def told(*argv: str, **env: str) -> list[str]:
     return done.stdout.splitlines()[-1].split()
 
 
+@pytest.mark.long
 def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(job: tuple[Path, Path], tmp_path: Path) -> None:
     argv = ["detect", *map(str, job), "-o", str(tmp_path / "f.safetensors")]
     assert told("inspect", *map(str, job)) == ["PASSIVE", str(available_cores())]

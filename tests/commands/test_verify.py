@@ -62,6 +62,7 @@ def test_a_sample_is_spread_over_kinds_and_the_same_each_time(job: Job) -> None:
     assert len(sample(sample=100)) == 9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["paper", "project", "shrink"])
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -68,6 +68,7 @@ def test_processes_give_the_same_bytes(bench: WorkerBench, tmp_path: Path) -> No
     assert (tmp_path / "f.safetensors").read_bytes() == bench.alone
 
 
+@pytest.mark.long
 def test_workers_share_the_memory(bench: WorkerBench, tmp_path: Path) -> None:
     """Findings are those of one process that is allowed a worker's share, which is said in them; less than will do is refused."""
     out = tmp_path / "f.safetensors"
@@ -126,6 +127,7 @@ def test_more_parts_than_matrices_are_refused(bench: WorkerBench, tmp_path: Path
         in_part(bench, tmp_path / "f.safetensors", Part(1, 11))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -206,6 +208,7 @@ def engine(module: str, *args: object) -> Iterator[None]:
             process.wait(30)
 
 
+@pytest.mark.long
 def test_a_dry_run_counts_all_workers(bench: WorkerBench, tmp_path: Path) -> None:
     line = [
         "detect",

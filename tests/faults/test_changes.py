@@ -58,6 +58,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("command", ["detect", "merge", "mitigate"])
 def test_an_input_changes_in_mid_run(command: str, change: str, tmp_path: Path) -> None:
@@ -96,6 +97,7 @@ def test_an_input_changes_between_kill_and_resume(command: str, tmp_path: Path) 
     assert (fresh.code, fresh.told) == (0, "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("limit", [500, 4000, 15_000])
 def test_no_room_for_a_file(bench: Bench, command: str, limit: int, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def spread(case: Case, count: int, seed: int) -> list[int]:
     return sorted({1, total, *(rng.randrange(a, max(a + 1, b)) for a, b in itertools.pairwise(edges))})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [KILL, TORN], ids=["before a call", "inside a write"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_killed_at_some_calls(bench: Bench, command: str, how: str, tmp_path: Path) -> None:
@@ -69,6 +70,7 @@ def test_killed_again_and_again(bench: Bench, command: str, tmp_path: Path) -> N
     assert tree_digest(out) == case.whole
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_system_refuses_a_call(bench: Bench, command: str, tmp_path: Path) -> None:
     """An I/O error at any call: one line, exit 6, no partial left, and the same command finishes."""
@@ -103,6 +105,7 @@ def test_started_over_after_a_kill(bench: Bench, command: str, tmp_path: Path) -
     case.check_finishes(tmp_path / "again", "--no-resume")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_start_over_killed_at_its_first_calls(bench: Bench, command: str, tmp_path: Path) -> None:
     case = bench.case(command)
@@ -114,6 +117,7 @@ def test_a_start_over_killed_at_its_first_calls(bench: Bench, command: str, tmp_
         case.check_finishes(out, "--no-resume")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 def test_overwriting_killed_at_its_first_calls(bench: Bench, command: str, tmp_path: Path) -> None:
     """The old output is no longer taken for a finished one, or it is still whole; the same command makes the new one."""

@@ -94,6 +94,7 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
     assert {e.items for e in events if e.stage == "evaluate"} < passes
 
 
+@pytest.mark.long
 def test_killed_while_it_writes(job: Job, server: Server, tmp_path: Path) -> None:
     calls = server.run(*job.line(tmp_path / "a.json"), before=FEW_ROWS).calls
     assert (tmp_path / "a.json").read_bytes() == job.whole

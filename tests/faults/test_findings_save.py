@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import streamer
 
 
+@pytest.mark.long
 def test_a_killed_save_leaves_the_old_file(job: tuple[Path, Path], tmp_path: Path) -> None:
     """Killed at each call that changes something on disk; the next save clears up."""
     path, out = tmp_path / "all.safetensors", tmp_path / "some" / "f"

@@ -83,6 +83,7 @@ def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     few_rows(monkeypatch)
 
 
+@pytest.mark.long
 def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path) -> None:
     events: list[Event] = []
     job.run(tmp_path / "again.safetensors", on_event=events.append)
@@ -136,6 +137,7 @@ def test_in_memory_it_gives_the_same(job: Job) -> None:
         assert (mine.keep, mine.digest) == (theirs.keep, theirs.digest)
 
 
+@pytest.mark.long
 def test_killed_while_it_writes(job: Job, server: Server, tmp_path: Path) -> None:
     calls = server.run(*job.line(tmp_path / "a.safetensors"), before=FEW_ROWS).calls
     assert (tmp_path / "a.safetensors").read_bytes() == job.whole

@@ -39,6 +39,7 @@ def test_files_from_before_a_killed_overwrite_go_as_well(
     assert tree_digest(out) == tree_digest(tmp_path / "fresh")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", range(1, 13))
 def test_killed_while_it_removes_the_old_output(inputs: tuple[Path, Path], tmp_path: Path, n: int) -> None:
     out = tmp_path / "out"

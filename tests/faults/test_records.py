@@ -10,6 +10,7 @@ from forks import KILL, server
 from helpers import tree_digest
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["mitigate", "merge"])
 def test_killed_anywhere_the_card_and_the_stamp_are_the_same_bytes(
     single: tuple[Path, Path], command: str, tmp_path: Path

@@ -30,6 +30,7 @@ def now_and_then(kind: str) -> Callable[[str, int], str | None]:
     return lambda path, n: kind if path.startswith("base/model-") and n % 11 == 3 else None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", PASSES)
 def test_faults_that_pass(served: Path, local: dict[str, str], tmp_path: Path, kind: str) -> None:
     with serving(served, fault=now_and_then(kind), stall=1.5) as site:
@@ -37,6 +38,7 @@ def test_faults_that_pass(served: Path, local: dict[str, str], tmp_path: Path, k
     assert contents(home) == local
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "code"), [("401", 6), ("403", 6), ("changed", 8)])
 def test_faults_that_do_not_pass(served: Path, local: dict[str, str], tmp_path: Path, kind: str, code: int) -> None:
     """One line, and the same command goes on once they are mended."""
@@ -56,6 +58,7 @@ def test_faults_that_do_not_pass(served: Path, local: dict[str, str], tmp_path: 
     assert {*PASSES, "401", "403", "changed"} == {*FAULTS}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("command", "mode"), [("detect", "stream"), ("merge", "stream"), ("merge", "cache")])
 def test_killed_runs_go_on(served: Path, local: dict[str, str], tmp_path: Path, command: str, mode: str) -> None:
     with serving(served) as site:

@@ -19,6 +19,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Several:
     return Several(tmp_path_factory.mktemp("several"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_killed_anywhere_is_finished_by_the_same_command(several: Several, way: str, tmp_path: Path) -> None:
     expected = tree_digest(several.single / way)

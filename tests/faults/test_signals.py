@@ -16,6 +16,7 @@ from jobs import COMMANDS, Bench
 # Signals ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_stopped_at_a_safe_point(bench: Bench, command: str, signum: signal.Signals, tmp_path: Path) -> None:
@@ -68,6 +69,7 @@ def wait_for_journal(out: Path, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"no journal came; the run ended with {process.poll()}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("verb", "signum"),
     [("detect", signal.SIGINT), ("merge", signal.SIGTERM), ("merge", signal.SIGKILL)],

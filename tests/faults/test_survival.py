@@ -35,12 +35,14 @@ def check(tally: Tally) -> None:
     assert tally.identical == tally.injected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 def test_survives_some(bench: Bench, fault: str, tmp_path: Path) -> None:
     command = {"SIGINT": "detect", "EIO": "mitigate"}.get(fault, "merge")
     check(FAULTS[fault](trial(bench, command, tmp_path, SLICE)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", OTHERS)
 def test_other_outputs_survive_some(bench: Bench, command: str, tmp_path: Path) -> None:
     check(FAULTS["kill before a call"](trial(bench, command, tmp_path, 2 * SLICE)))
@@ -99,6 +101,7 @@ def test_a_disk_forgets_what_is_not_synced(tmp_path: Path) -> None:
     assert left("names", create, sync, names, Call("e", a, "", 0, 4, b"")) == {"a": bytes(4)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("without", ["s", "r"])
 def test_the_table_can_fail(bench: Bench, without: str, tmp_path: Path) -> None:
     """A run that did not sync, or that wrote under final names, would be found out."""

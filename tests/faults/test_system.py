@@ -86,6 +86,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     server.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("command", "io"), [("detect", "mmap"), ("mitigate", "mmap"), ("merge", "pread")])
 def test_the_job_without_what_macos_lacks(bench: Bench, command: str, io: str, tmp_path: Path) -> None:
     """Killed at its second new name and taken up again, it writes the bytes that it writes here."""
@@ -100,6 +101,7 @@ def test_the_job_without_what_macos_lacks(bench: Bench, command: str, io: str, t
     assert tree_digest(out) == case.whole
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["detect", "merge"])
 def test_a_full_disk_where_nothing_can_be_reserved(bench: Bench, command: str, tmp_path: Path) -> None:
     """The write that no longer fits says so; the run is taken up where there is room."""

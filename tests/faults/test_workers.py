@@ -48,6 +48,7 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
             os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_the_tasks_of_a_killed_worker_are_done_again(bench: WorkerBench, tmp_path: Path) -> None:
     out = tmp_path / "f.safetensors"
     with bench.start(out, "--workers", 2, "-q") as process:
@@ -72,6 +73,7 @@ def test_workers_that_die_time_and_again_end_the_run(bench: WorkerBench, tmp_pat
     finish(bench, out)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_run(bench: WorkerBench, signum: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C goes to all processes of a terminal; SIGKILL to one alone."""

@@ -13,6 +13,7 @@ from architectures import LINEAR, MODELS, OLD, assert_merged, make_adapter, make
 from safetensors.torch import load_file, save_file
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_as_peft_merges(name: str, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"

@@ -93,6 +93,7 @@ def disturbed(t: torch.Tensor, rng: np.random.Generator) -> torch.Tensor | None:
     return t.T.contiguous() if t.dim() == 2 else t[:0] if t.dim() else t
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", healthy())
 def test_whatever_stands_there_is_decoded_or_refused(tmp_path: Path, name: str) -> None:
     """No disturbance of any tensor ends in anything but values of the stated shape or an error of ours."""

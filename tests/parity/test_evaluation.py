@@ -28,6 +28,7 @@ from streamer.streaming.values import Job
 from streamer.streaming.variants import BASE, Variant, make_variants
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CAUSAL)
 def test_architectures(name: str, tmp_path: Path) -> None:
     cls = make_base(name, tmp_path / "base")
@@ -48,6 +49,7 @@ KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(kind: str, tmp_path: Path) -> None:
     name, targets, options = KINDS[kind]
@@ -174,6 +176,7 @@ def test_it_makes_no_difference_what_runs_together(tmp_path: Path, monkeypatch: 
     assert together.front() == apart.front()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", quantized.MAKERS)
 def test_quantized_bases(form: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
     """Those of the decoded base."""

@@ -45,6 +45,7 @@ TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("targets", ["all-linear", "seven"])
 @pytest.mark.parametrize("name", TOGETHER)
 def test_attention_and_experts_together(name: str, targets: str, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def pair(name: str, home: Path) -> None:
         model.save_pretrained(home / directory)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CLASSES)
 def test_peft_s_model_answers_as_the_fine_tuned_one(name: str, tmp_path: Path) -> None:
     pair(name, tmp_path)

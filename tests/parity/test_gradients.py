@@ -38,6 +38,7 @@ ARCHITECTURES = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name: str, tmp_path: Path) -> None:
     cls = make_base(name, tmp_path / "base")
@@ -55,6 +56,7 @@ KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(kind: str, tmp_path: Path) -> None:
     name, targets, options = KINDS[kind]

@@ -39,6 +39,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_a_kind(kind: str, dtype: str, tmp_path: Path) -> None:
     figures = kinds_cases.measure(kind, kinds_cases.DTYPES[dtype], tmp_path)

@@ -46,6 +46,7 @@ UNMERGEABLE = {"OFT, conv2d"}
 """Kinds of which PEFT's own merge does not compute what its layers do."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_a_kind(name: str, dtype: str, tmp_path: Path) -> None:
     made = kinds_cases.make(name, kinds_cases.DTYPES[dtype], tmp_path)

@@ -146,6 +146,7 @@ def is_passed_over(what: str, says: str) -> bool:
     return what == "a layer more" and ".attn.c_attn.bias' is in a layer that the base does not have" in says
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_caught_is_what_transformers_complains_of(
     name: str, tmp_path: Path, record_property: Callable[..., None]

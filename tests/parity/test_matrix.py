@@ -101,6 +101,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SAMPLE)
 def test_case_is_right(name: str, tmp_path: Path) -> None:
     result = judge(case_of(name), tmp_path)

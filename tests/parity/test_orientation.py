@@ -236,6 +236,7 @@ def test_the_class_that_is_named_stands_in_the_records(tmp_path: Path) -> None:
     assert "architecture" not in streamer.detect_intruder_dimensions(tmp_path / "base", adapter).base
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -59,10 +59,12 @@ def reference(adapter: Path, lam: float) -> Reference:
     return Reference(adapter, lam)
 
 
+@pytest.mark.long
 def test_training_made_intruders(trained: Trained) -> None:
     assert trained.findings.intruders >= 10
 
 
+@pytest.mark.long
 def test_as_many_intruders_as_peft_finds_in_every_layer(trained: Trained) -> None:
     ours = {m.module: len(m.detection.intruders) for m in trained.findings}
     assert ours == reference(trained.adapter, 0.75).counts
@@ -81,6 +83,7 @@ def dense_formula(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", ["auto", "certified"])
 def test_decisions_equal_the_dense_formula_in_float64(trained: Trained, solver: str) -> None:
     findings = trained.findings if solver == "auto" else trained.certified
@@ -116,6 +119,7 @@ def test_the_certified_solver_mitigates_as_the_dense_one(
     assert escalated < len(trained.certified) / 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lam", LAMBDAS)
 def test_mitigated_delta_and_outputs_equal_pefts(trained: Trained, lam: float, tmp_path: Path) -> None:
     record = streamer.reduce_intruder_dimension(
@@ -132,6 +136,7 @@ def test_mitigated_delta_and_outputs_equal_pefts(trained: Trained, lam: float, t
     assert record["totals"]["intruders"] == trained.findings.intruders
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lam", [*LAMBDAS, 1.5])
 def test_project_is_exact_at_the_adapters_own_rank(trained: Trained, lam: float, tmp_path: Path) -> None:
     options = {"findings": trained.findings, "mitigation_lambda": lam, "method": "project"}
@@ -218,6 +223,7 @@ def test_merge_at_lambda_one_equals_merge_and_unload(trained: Trained, tmp_path:
         assert (out / name).read_bytes() == (minilm.BASE / name).read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_merge_is_the_exact_sum_rounded_once(
     trained: Trained, dtype: torch.dtype, tmp_path: Path

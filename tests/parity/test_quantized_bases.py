@@ -29,6 +29,7 @@ def case(request: pytest.FixtureRequest, plain: tuple[Path, Path], tmp_path_fact
     return Case(request.param, made, plain[1], decoded_base(directory / "decoded", plain[0], made))
 
 
+@pytest.mark.long
 def test_detection_and_mitigation_are_those_on_the_decoded_base(case: Case, tmp_path: Path) -> None:
     assert set(case.made.decoded) == {m.tensor for m in streamer.detect_intruder_dimensions(case.decoded, case.adapter)}
     theirs = streamer.detect_intruder_dimensions(
@@ -108,6 +109,7 @@ def ways(case: Case) -> list[dict[str, bool]]:
     return [{"dequantize": True}, {"dequantize": False}] if case.name in FP8 else [{"dequantize": True}]
 
 
+@pytest.mark.long
 def test_the_stream_of_tensors_is_what_the_files_hold(case: Case, tmp_path: Path) -> None:
     for i, way in enumerate(ways(case)):
         out = tmp_path / str(i)
@@ -120,6 +122,7 @@ def test_the_stream_of_tensors_is_what_the_files_hold(case: Case, tmp_path: Path
             assert torch.equal(t.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)), name
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_ends_in_the_same_bytes(case: Case, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         if event.name.endswith("layers.1.self_attn.k_proj.weight") and event.stage == "write":
@@ -135,6 +138,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(case: Case, tmp_path: Pat
         assert helpers.tree_digest(stopped) == helpers.tree_digest(whole)
 
 
+@pytest.mark.long
 def test_the_command_line(plain: tuple[Path, Path], tmp_path: Path) -> None:
     made = quantized.gptq(tmp_path / "base", plain[0])
     command = ("merge", made.base, plain[1], "-o", tmp_path / "out", "--lambda", "1", "--json")

@@ -56,6 +56,7 @@ def test_a_stack_of_fp8_matrices(tmp_path: Path) -> None:
     assert torch.equal(weights["experts.up"].slice(2).rows(5, 40), expected[2, 5:40])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize(

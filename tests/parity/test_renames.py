@@ -22,6 +22,7 @@ THEIRS = _build_checkpoint_conversion_mapping()
 SAME_VERSION = f"transformers {transformers.__version__} " in table()["source"]
 
 
+@pytest.mark.long
 def test_the_table_is_the_installed_version_s() -> None:
     if not SAME_VERSION:
         pytest.skip(f"the table is of {table()['source']}; tools/make_renames.py renews it")

@@ -278,6 +278,7 @@ def test_every_task_of_peft_is_known() -> None:
     assert {task.value for task in TaskType} == table()["tasks"].keys() == AUTO.keys()
 
 
+@pytest.mark.long
 def test_the_classes_are_the_installed_version_s() -> None:
     if f"transformers {transformers.__version__} " not in table()["source"]:
         pytest.skip(f"the table is of {table()['source']}; tools/make_auto_classes.py renews it")

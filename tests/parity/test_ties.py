@@ -134,6 +134,7 @@ def merged(case: Case, home: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str
     return answer(peft), answer(loaded), info
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_merged_model_answers_as_pefts_does(name: str, tmp_path: Path) -> None:
     expected, found, info = merged(CASES[name], tmp_path)
@@ -211,6 +212,7 @@ TO_LORA = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changed", ["linear", "all"])
 @pytest.mark.parametrize("name", TO_LORA)
 def test_peft_opens_the_adapter_of_a_tuned_model(name: str, changed: str, tmp_path: Path) -> None:

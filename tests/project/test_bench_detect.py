@@ -25,6 +25,7 @@ def measured(*args: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_every_solver_finds_what_was_planted_in_one_table() -> None:
     tree = measured("--shapes", "160x200,200x160", "--solvers", "certified,dense,peft", "--dtype", "bf16")
     assert [tuple(row["shape"]) for row in tree["rows"]] == [(160, 200)] * 3 + [(200, 160)] * 3

@@ -15,6 +15,7 @@ from paths import TOOLS
 from shapes import KNOWN
 
 
+@pytest.mark.long
 def test_a_tiny_model_gives_every_figure(tmp_path: Path) -> None:
     command = [sys.executable, TOOLS / "bench_evaluate.py", "--hidden", "64", "--layers", "1", "--dtype", "fp32", "--work", tmp_path,
                "--method", "shrink", "--lambda", "0.5", "--length", "16", "--threads", "1", "--peer", "1", "--json"]  # fmt: skip

@@ -16,6 +16,7 @@ from paths import TOOLS
 from shapes import KNOWN
 
 
+@pytest.mark.long
 def test_a_tiny_model_gives_every_figure(tmp_path: Path) -> None:
     command = [sys.executable, TOOLS / "bench_fit.py", "--hidden", "256", "--layers", "3", "--vocab", "512", "--double", "--work", tmp_path,
                "--length", "256", "--threads", "1", "--json"]  # fmt: skip

@@ -28,6 +28,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_a_tiny_model_gives_every_figure(tmp_path: Path) -> None:
     done = run(*SMALL, "--kv-heads", 4, "--like", "llama-3-70b", "--work", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
@@ -46,6 +47,7 @@ def test_a_tiny_model_gives_every_figure(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
+@pytest.mark.long
 def test_a_given_model_is_measured_and_left_alone(tmp_path: Path) -> None:
     assert call_tool("make_checkpoint", tmp_path, *SMALL).returncode == 0
     before = tree_digest(tmp_path)

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 
+import pytest
 from command_line import ENV
 from paths import TOOLS
 
 
+@pytest.mark.long
 def test_a_tiny_model_gives_every_figure() -> None:
     options = ["--hidden", "192", "--engines", "processes", "--workers", "1", "--json"]
     done = subprocess.run(

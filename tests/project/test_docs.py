@@ -92,6 +92,7 @@ def test_the_readmes_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "merged-0.5" / "model.safetensors.index.json").exists()
 
 
+@pytest.mark.long
 def test_the_demo_prints_what_the_readme_shows() -> None:
     done = run_cli("demo")
     assert done.returncode == 0, done.stderr
@@ -104,6 +105,7 @@ def test_the_demo_prints_what_the_readme_shows() -> None:
     assert len(counts(shown)) > 10
 
 
+@pytest.mark.long
 def test_the_demo_finds_exactly_what_it_planted() -> None:
     import json
 

@@ -93,6 +93,7 @@ def test_the_check_can_fail() -> None:
     assert faults({"schema": "streamer.error/1", "errors": [{}], "more": 1})
 
 
+@pytest.mark.long
 def test_what_every_command_prints(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     run = server().run
     f = tmp_path / "f.safetensors"

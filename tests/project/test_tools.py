@@ -193,6 +193,7 @@ def test_help_teaches(tool: str) -> None:
     assert "--size-gb" in done.stdout
 
 
+@pytest.mark.long
 def test_a_tiny_benchmark_gives_every_figure(tmp_path: Path) -> None:
     done = run_tool(
         "bench_merge.py", *SMALL, "--rounds", 2, "--double", "--max-memory", "1G", "--json", "--work", tmp_path
@@ -232,6 +233,7 @@ def test_a_tiny_benchmark_gives_every_figure(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
+@pytest.mark.long
 def test_the_peers_of_merge_do_what_they_are_named_for(tmp_path: Path) -> None:
     """Or their times would mean nothing: a copy of every tensor, and PEFT's own sum."""
     make(tmp_path, *SMALL, "--shards", 2, "--dtype", "fp32")
@@ -249,6 +251,7 @@ def test_the_peers_of_merge_do_what_they_are_named_for(tmp_path: Path) -> None:
             torch.testing.assert_close(t, own[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_given_checkpoint_is_measured_and_left_alone(tmp_path: Path) -> None:
     make(tmp_path, "--hidden", 64, "--layers", 1)
     before = tree_digest(tmp_path)

@@ -35,6 +35,7 @@ def test_what_it_begins_with_is_taken(targets: Callable[[str], Target], name: st
     assert [e for data in target.seeds if (e := attempt(target, data))] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_short_walk(targets: Callable[[str], Target], name: str) -> None:
     result = fuzz(targets(name), "the suite", 60, EXECUTIONS)

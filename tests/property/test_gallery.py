@@ -37,6 +37,7 @@ def check(tally: Tally) -> None:
     assert tally.unsettled == []
 
 
+@pytest.mark.long
 def test_a_part_of_the_gallery(tally: Tally) -> None:
     """Cut off by the count, not by the clock, so that a failure is met again."""
     run(cases(80), tally)
@@ -71,6 +72,7 @@ def test_spectrum(base: str, shape: tuple[int, int], tally: Tally) -> None:
     check(tally)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("delta", DELTAS)
 def test_delta(delta: str, shape: tuple[int, int], tally: Tally) -> None:

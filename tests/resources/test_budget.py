@@ -176,6 +176,7 @@ def keeps_smallest_budget(command: str, base: Path, adapter: Path, out: Path, *o
     assert peak > 0.4 * (budget << 20), f"{peak >> 20}M of {budget}M: the estimate is too far off"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dora", [False, True])
 def test_float64_keeps_within_its_budget(dora: bool, tmp_path: Path) -> None:
     """A matrix near ε, done once more in the least memory that is forecast for it."""

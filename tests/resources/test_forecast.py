@@ -131,6 +131,7 @@ def test_the_journal_is_no_larger(job: Job, tmp_path: Path) -> None:
     assert 0 < seen[0] <= forecast_of(make_plan(*job), options).temporary_bytes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("command", "options"),
     [

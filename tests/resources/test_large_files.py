@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import helpers
+import pytest
 from two_shards import SHARDS, refusal, two_shards
 
 import streamer
@@ -20,6 +21,7 @@ from streamer.storage.header import (
 )
 
 
+@pytest.mark.long
 def test_a_large_index_is_quick(tmp_path: Path) -> None:
     """200,000 entries: read and compared with the shards in seconds, or refused at the first shard."""
     base = two_shards(tmp_path / "base")
@@ -43,6 +45,7 @@ def test_many_tensors_are_quick() -> None:
     assert time.process_time() - began < 5
 
 
+@pytest.mark.long
 def test_findings_of_an_80_layer_model_open_few_files(tmp_path: Path) -> None:
     """560 matrices with three factors each, under the usual limit of descriptors."""
     import resource

@@ -37,6 +37,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, home / "adapters"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["detect", "merge"])
 def test_many_adapters_keep_the_budget(inputs: tuple[Path, Path], command: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -58,6 +59,7 @@ assert len(found.matrices) == 160
 """
 
 
+@pytest.mark.long
 def test_findings_that_stay_in_memory_are_counted(tmp_path: Path) -> None:
     """All directions of 160 matrices are intruders: 84 MB of vectors."""
     g = torch.Generator().manual_seed(0)

@@ -54,6 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DemoModel
     shutil.rmtree(directory)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 def test_merge_stays_under_the_bound_and_twice_the_model_takes_no_more(
     models: tuple[DemoModel, DemoModel], tmp_path: Path, io: str
@@ -65,6 +66,7 @@ def test_merge_stays_under_the_bound_and_twice_the_model_takes_no_more(
     assert second < 0.75 * model(13).nbytes("BF16")
 
 
+@pytest.mark.long
 def test_eight_outputs_in_one_pass_take_no_more_than_one(models: tuple[DemoModel, DemoModel], tmp_path: Path) -> None:
     made = models[0]
     adapters = [Path(shutil.copytree(made.adapter, tmp_path / name)) for name in "abcdefgh"]
@@ -110,6 +112,7 @@ def detection(made: DemoModel, out: Path, *extra: str) -> tuple[measure.Watched,
     return measure.watched(command), [m.detection.intruders for m in load_findings(out)]
 
 
+@pytest.mark.long
 def test_a_budget_too_small_is_refused_with_the_least_that_would_do(
     models: tuple[DemoModel, DemoModel], tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def read_by(*argv: object) -> int:
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.long
 def test_detection_reads_the_base_once(tmp_path: Path) -> None:
     base, adapter = helpers.three_shards(tmp_path, hidden=256)
     size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
@@ -172,6 +173,7 @@ class Cache:
             self.held[ino] -= set(range(-(-at // self.PAGE), (at + length) // self.PAGE))
 
 
+@pytest.mark.long
 def test_merging_reads_the_base_once_and_lets_it_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = helpers.three_shards(tmp_path, hidden=1024)
     second = Path(shutil.copytree(adapter, tmp_path / "second"))
