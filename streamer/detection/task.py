@@ -131,7 +131,7 @@ def detect_task(task: Task) -> TaskResult:
     try:
         with task_threads(task.threads), _opened(task.inputs) as batch:
             found = _detect(task, batch, Monitor(note))
-    except Exception as e:
+    except Exception as e:  # whatever it is, the caller raises it: what escaped here would pass for a dead worker
         return TaskResult(error=_portable(e))
     return TaskResult(tuple(found), tuple(warnings))
 
@@ -191,6 +191,6 @@ def _portable(e: Exception) -> Exception:
     """Return the error, or where it cannot be sent to another process its text."""
     try:
         pickle.loads(pickle.dumps(e))  # noqa: S301  # our own bytes
-    except Exception:
+    except Exception:  # of pickling, which may raise anything
         return RuntimeError(f"{type(e).__name__}: {e}")
     return e

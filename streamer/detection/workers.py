@@ -170,7 +170,7 @@ def _submitted(executor: Executor, task: Task) -> Future[TaskResult]:
     """Give a task to an executor; one that takes none has failed it."""
     try:
         return executor.submit(detect_task, task)
-    except Exception as e:
+    except Exception as e:  # each engine has its own
         failed: Future[TaskResult] = Future()
         failed.set_exception(e)
         return failed

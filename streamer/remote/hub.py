@@ -218,8 +218,8 @@ def _said(name: HubName) -> Iterator[None]:
             ) from e
         raise StorageError(f"{shown}: the hub answers with status {status}; run the same command again later") from e
     except (OSError, RuntimeError) as e:
-        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StorageError(f"{shown}: cannot download: {e.strerror}; make room, or name another HF_HOME") from e  # type: ignore[union-attr]  # it has an errno
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(f"{shown}: cannot download: {e.strerror}; make room, or name another HF_HOME") from e
         raise Unreachable(
             f"{shown}: no such path, and the hub cannot be reached ({type(e).__name__}); check the path or the network"
         ) from e

@@ -27,7 +27,7 @@ class BucketAccess(Access):
             info = fs.info(path)
         except (FileNotFoundError, IsADirectoryError):
             return None
-        except Exception as e:
+        except Exception as e:  # each plugin has its own
             raise _error(e, shown) from e
         if info.get("type") == "directory" or info.get("size") is None:
             return None
