@@ -85,7 +85,7 @@ def evaluate_variants(
         Evaluate what `reduce_intruder_dimension` writes, projected back onto the adapter's rank, in place of complete deltas.
     dtype
         ``bf16``: products of the base's weights with activations are of factors rounded to bfloat16, on a processor that is fast at it
-        (AVX512-BF16); means move by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.
+        (AMX); means move by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.
     top_k, threshold_epsilon, solver, device
         Options of a detection that runs first, as `detect_intruder_dimensions` has them.
     max_memory

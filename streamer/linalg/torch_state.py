@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 
@@ -60,10 +61,16 @@ def bfloat16_products() -> Iterator[None]:
         yield
 
 
+@functools.cache
 def has_fast_bfloat16() -> bool:
-    """Test whether the processor multiplies bfloat16 matrices in hardware (AVX512-BF16), and torch knows how to tell and use that."""
-    told = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in torch 2.4
-    return torch._C._has_mkldnn and told is not None and bool(told())
+    """Test whether torch multiplies in bfloat16 here, by a product: of 1 + 2⁻¹², which bfloat16 rounds to 1.
+
+    The processor's flags do not tell. Of two that have AVX512-BF16 (oneDNN 3.12) one multiplies float32 matrices by it, with AMX, and
+    the other stays in full float32, where asking for bfloat16 would save nothing.
+    """
+    with bfloat16_products():
+        product = torch.full((64, 256), 1 + 2**-12) @ torch.ones(256, 64)
+    return bool((product == 256).all())
 
 
 @contextlib.contextmanager
