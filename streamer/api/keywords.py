@@ -46,6 +46,7 @@ class Detecting(Running, total=False):
     """Keywords of `detect_intruder_dimensions`."""
 
     executor: Executor | None
+    base_index: str | Path | None
 
 
 class Merging(Running, total=False):

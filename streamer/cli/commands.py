@@ -54,13 +54,15 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.adapters.batch import findings_of, named_adapters
     from streamer.cli.executors import workers_of
     from streamer.cli.tables import findings_table
+    from streamer.detection.base_index import BaseIndex
     from streamer.detection.parts import Part
     from streamer.detection.run import detect_many
 
     options = _detection_options(args, None)
     adapters = named_adapters(_adapters(args))
     run = _run_options(args, monitor)
-    run = replace(run, workers=workers_of(args, monitor))
+    index = None if args.base_index is None else BaseIndex(Path(args.base_index))
+    run = replace(run, workers=workers_of(args, monitor), base_index=index)
     if run.workers is None and args.part is None:  # other parts are to have as many
         choose_threads(args.threads, monitor)
     if args.dry_run:

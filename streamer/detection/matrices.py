@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from streamer.detection.base_index import BaseIndex
 from streamer.detection.cost import cost as solver_cost
 from streamer.detection.fingerprints import fingerprint
 from streamer.detection.intruders import Detection, decide
@@ -32,7 +33,8 @@ def cost(target: Target, options: DetectionOptions) -> int:
 
 
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, resident: int,
-                  prefetched: PrefetchedWeight | None = None, monitor: Monitor | None = None) -> MatrixFinding:  # fmt: skip
+                  prefetched: PrefetchedWeight | None = None, monitor: Monitor | None = None,
+               index: BaseIndex | None = None) -> MatrixFinding:  # fmt: skip
     """Detect in one matrix; one that the device has no memory for is computed on the CPU, and the monitor is told.
 
     Parameters
@@ -41,6 +43,8 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         Bytes that stay in memory between two steps, as the budget has to hold them too; see `resident_bytes`.
     prefetched
         The matrix' weight, where that has been read ahead.
+    index
+        What is kept of the base for all adapters.
 
     Raises
     ------
@@ -54,7 +58,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         tensors = {name: tensors[name].load() for name in target.module.tensor_names}
     found: Detection | None = None
     try:
-        found = _detection(plan, target, tensors, options, device, resident, prefetched)
+        found = _detection(plan, target, tensors, options, device, resident, prefetched, index)
     except RuntimeError as e:  # cuBLAS and cuSOLVER have no class of their own for it
         if device.type == "cpu" or not (isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e)):
             raise
@@ -63,7 +67,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
             monitor.emit(
                 Event("warning", f"{target.tensor}: {device} has not enough memory for it; it is computed on the CPU")
             )
-        found = _detection(plan, target, tensors, options, torch.device("cpu"), resident, prefetched)
+        found = _detection(plan, target, tensors, options, torch.device("cpu"), resident, prefetched, index)
     module = target.module
     printed = fingerprint(plan, target, tensors, prefetched.weight)
     return MatrixFinding(target.tensor, module.name, module.shape, prefetched.weight.label, module.rank, module.scaling, found,
@@ -71,10 +75,10 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
 
 
 def _detection(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor], options: DetectionOptions, device: torch.device,
-               resident: int, prefetched: PrefetchedWeight) -> Detection:  # fmt: skip
+               resident: int, prefetched: PrefetchedWeight, index: BaseIndex | None) -> Detection:  # fmt: skip
     """Detect on this very device, once more in float64 where only rounding leaves a direction open and memory allows it."""
     way = best_way(plan, target, options, resident)
-    found, rounded = _decisions(plan, target, tensors, options, device, prefetched, way)
+    found, rounded = _decisions(plan, target, tensors, options, device, prefetched, way, index)
     again = float64_way(plan, target, options, resident, found.solver) if rounded else None
     if again is None:
         return found
@@ -88,7 +92,7 @@ def _detection(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor], 
 
 
 def _decisions(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor], options: DetectionOptions, device: torch.device,
-               prefetched: PrefetchedWeight, way: str) -> tuple[Detection, bool]:  # fmt: skip
+               prefetched: PrefetchedWeight, way: str, index: BaseIndex | None = None) -> tuple[Detection, bool]:  # fmt: skip
     """Decide in the weight's computing dtype, in one of the ways of `working_bytes`; see `decide`."""
     weight = prefetched.weight
     base: Matrix
@@ -98,16 +102,17 @@ def _decisions(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor], 
         base = Dense(prefetched.whole(device).reshape(weight.matrix))
     W0 = base.matrix if isinstance(base, Dense) else None
     delta = plan.delta(target, W0, double=weight.compute == torch.float64, tensors=tensors)
+    known = None if index is None else index.source(target.tensor, weight, target.transposed)
     try:
         oriented = base.T if target.transposed else base
-        return decide(oriented, delta, options, target.module.rank, target.tensor, allow_dense=way == "dense")
+        return decide(oriented, delta, options, target.module.rank, target.tensor, way == "dense", known)
     except NumericError as e:
         raise NumericError(f"{weight.where}: tensor {target.tensor!r} with module {target.module.name!r}: {e}") from e
 
 
 def detect_in_turn(
     plans: Sequence[Plan], todo: Sequence[Sequence[tuple[int, Target]]], options: DetectionOptions, device: torch.device,
-    resident: int, counts: Sequence[int], monitor: Monitor, begin: Callable[[int, Target], None],
+    resident: int, counts: Sequence[int], monitor: Monitor, begin: Callable[[int, Target], None], index: BaseIndex | None = None,
 ) -> Generator[tuple[int, Target, MatrixFinding], None, None]:  # fmt: skip
     """Detect in matrices one at a time, in this process, and yield the number of the plan, the target, and its finding.
 
@@ -119,6 +124,8 @@ def detect_in_turn(
         Torch's threads for each plan.
     begin
         Called before each target.
+    index
+        What is kept of the base for all adapters.
     """
     stager = Prefetcher(device)
 
@@ -135,5 +142,5 @@ def detect_in_turn(
             for i, target in uses:
                 begin(i, target)
                 with threads(counts[i]):
-                    finding = detect_matrix(plans[i], target, options, device, resident, prefetched, monitor)
+                    finding = detect_matrix(plans[i], target, options, device, resident, prefetched, monitor, index)
                 yield i, target, finding

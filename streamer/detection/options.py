@@ -15,6 +15,7 @@ from streamer.plan.memory import PROCESS_BYTES
 from streamer.storage.tensor_file import IOMode
 
 if TYPE_CHECKING:
+    from streamer.detection.base_index import BaseIndex
     from streamer.detection.workers import Workers
 
 
@@ -97,6 +98,8 @@ class RunOptions:
         Takes events, and asks for a stop.
     workers
         That detect in place of this process; None where it does itself.
+    base_index
+        What is kept of the base for all adapters; None where nothing is.
     """
 
     device: torch.device
@@ -107,3 +110,4 @@ class RunOptions:
     overwrite: bool = False
     monitor: Monitor = field(default_factory=Monitor)
     workers: Workers | None = None
+    base_index: BaseIndex | None = None

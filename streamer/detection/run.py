@@ -57,7 +57,7 @@ def detect_all(batch: Batch, options: DetectionOptions, run: RunOptions, residen
 
     todo = [uses for uses in todo if uses]
     if run.workers is None:
-        stream = detect_in_turn(plans, todo, options, device, resident, counts, monitor, begin)
+        stream = detect_in_turn(plans, todo, options, device, resident, counts, monitor, begin, run.base_index)
     else:
         stream = run.workers.detect(batch, todo, options, run, resident, counts, begin)
     with contextlib.closing(stream):
@@ -85,6 +85,7 @@ def detect_many(base: str | Path, adapters: Mapping[str, Path], output: str | Pa
     """
     batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
     run.monitor.warn(batch.warnings)
+    _check_index(batch, run)
     resident = resident_bytes(batch)
     if run.workers is not None:
         options = run.workers.shared(batch, options, resident)
@@ -185,6 +186,7 @@ def inspect_detections(
 
     Findings that are done have the size (0, 0).
     """
+    _check_index(batch, run)
     states = []
     finished = _finished(batch, paths, options, run.overwrite, resident_bytes(batch))
     sizes = _checked_sizes(batch, paths, options, finished)
@@ -235,6 +237,11 @@ def _finished(
             plan.refuse_overwriting([path])
         finished.append(found)
     return finished
+
+
+def _check_index(batch: Batch, run: RunOptions) -> None:
+    if run.base_index is not None:
+        run.base_index.check([path for plan in batch.plans for path in plan.inputs])
 
 
 def _check_budgets(batch: Batch, options: DetectionOptions, resident: int) -> None:

@@ -10,9 +10,11 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from streamer import __version__
+from streamer.detection.base_index import BaseIndex
 from streamer.detection.device import choose_device
 from streamer.detection.matrices import detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
@@ -98,6 +100,8 @@ class Task:
         See `detect_in_turn`; the device by its name.
     threads
         How many of torch's threads.
+    base_index
+        Path, absolute, of what is kept of the base for all adapters.
     """
 
     inputs: Inputs
@@ -106,6 +110,7 @@ class Task:
     device: str
     resident: int
     threads: int
+    base_index: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,8 +146,9 @@ def _detect(task: Task, batch: Batch, monitor: Monitor) -> list[tuple[int, Matri
     targets = [{target.tensor: target for target in plan.targets} for plan in plans]
     todo = [[(i, targets[i][tensor]) for i, tensor in uses] for uses in task.uses]
     counts, device = [task.threads] * len(plans), choose_device(task.device)
+    index = None if task.base_index is None else BaseIndex(Path(task.base_index))
     stream = detect_in_turn(
-        plans, todo, task.options, device, task.resident, counts, monitor, lambda _plan, _target: None
+        plans, todo, task.options, device, task.resident, counts, monitor, lambda _plan, _target: None, index
     )
     with contextlib.closing(stream):
         found = [(i, finding) for i, _, finding in stream]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -149,6 +150,7 @@ class Workers:
 def _tasks(inputs: Inputs, todo: Sequence[Uses], options: DetectionOptions, run: RunOptions, resident: int,
            counts: Sequence[int], at_once: int) -> list[Task]:  # fmt: skip
     """Group matrices into tasks, each on one number of threads, in the base's file order."""
+    index = None if run.base_index is None else os.path.abspath(run.base_index.directory)
     total = sum(cost(target, options) for uses in todo for _, target in uses)
     enough = min(TASK_COST, total // (4 * at_once))
     tasks: list[Task] = []
@@ -161,7 +163,7 @@ def _tasks(inputs: Inputs, todo: Sequence[Uses], options: DetectionOptions, run:
                 group.append(tuple((i, target.tensor) for i, target in mine))
                 work += sum(cost(target, options) for _, target in mine)
             if group and (work >= enough or len(group) == TASK_MATRICES or uses is todo[-1]):
-                tasks.append(Task(inputs, tuple(group), options, str(run.device), resident, threads))
+                tasks.append(Task(inputs, tuple(group), options, str(run.device), resident, threads, index))
                 group, work = [], 0
     return tasks
 

@@ -1,0 +1,117 @@
+"""Keep what detection needs of a base alone in a directory, a file for each matrix, for all adapters on that base.
+
+On disk the leading triplets of a matrix (out, in) are one safetensors file of ``U`` (out, q), ``S`` (q,) float64 and ``V`` (in, q),
+with q from 0 to 64. It is named for the tensor and for a digest of sampled values: that of ``model.layers.0.mlp.up_proj.weight`` with
+digest ``5f0c…`` is ``model.layers.0.mlp.up_proj.weight.5f0c….safetensors``, so that a base which has changed finds none. Each file is
+written in one step and stays as it is, so that any number of runs and workers may share a directory.
+
+No decision rests on what a file says: a process that begins from triplets which are none of its matrix measures that (`GolubKahan`),
+settles nothing, and the matrix is done without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from streamer.detection.fingerprints import matrix_digest
+from streamer.detection.solvers import KnownSource
+from streamer.errors import FormatError, LockedError
+from streamer.linalg.golub_kahan import KnownTriplets
+from streamer.linalg.known_triplets import known_triplets
+from streamer.linalg.operators import Matrix, all_finite
+from streamer.storage.atomic_file import remove_partials
+from streamer.storage.files import make_directory
+from streamer.storage.header import TensorInfo
+from streamer.storage.lock import locked
+from streamer.storage.output_checks import check_output_path
+from streamer.storage.shard_writer import plan_shard, write_shard
+from streamer.storage.tensor_file import TensorFile
+from streamer.weights.base import Weight
+from streamer.weights.dtypes import SPELLINGS, TORCH_DTYPES, as_bytes, as_tensor
+
+SCHEMA = "streamer.base-index/1"
+
+DTYPES = ["F32", "F64", "F32"]
+"""Of U, S and V."""
+
+ORTHONORMAL = 1e-3
+"""How far entries of the vectors' Gram matrix may be from the identity's: rounding leaves 1e-6."""
+
+
+class BaseIndex:
+    """Leading singular triplets of a base's matrices, read from a directory, or made and written there.
+
+    Parameters
+    ----------
+    directory
+        Made with the first file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def check(self, inputs: Sequence[Path]) -> None:
+        """Refuse a directory that is an input, lies in one, or cannot be written: `OutputError`."""
+        check_output_path(self.directory, inputs)
+
+    def source(self, tensor: str, weight: Weight, transposed: bool) -> KnownSource:
+        """Give what finds the triplets of a matrix, as (out, in), when a solver asks for them."""
+        return functools.partial(self._triplets, tensor, weight, transposed)
+
+    def _triplets(self, tensor: str, weight: Weight, transposed: bool, base: Matrix) -> KnownTriplets:
+        digest = matrix_digest(weight, transposed)
+        path = self.directory / f"{quote(tensor, safe='')}.{digest}.safetensors"
+        if path.exists():
+            return _read(path, base.shape)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"index of {tensor}".encode()))
+        found = known_triplets(base, generator).scaled(1 / base.scale)
+        make_directory(self.directory)
+        with contextlib.suppress(LockedError):  # another run is at it
+            _write(path, found, {"schema": SCHEMA, "tensor": tensor, "values": digest})
+        return found
+
+
+def _write(path: Path, found: KnownTriplets, metadata: dict[str, str]) -> None:
+    arrays = found._asdict()
+    entries = [(name, SPELLINGS[t.dtype], t.shape) for name, t in arrays.items()]
+
+    def source(info: TensorInfo) -> list[memoryview]:
+        return [as_bytes(arrays[info.name])]
+
+    with locked(path.with_name(f".{path.name}.lock"), path):
+        remove_partials(path.parent, {path.name})
+        write_shard(path.parent, plan_shard(path.name, entries, metadata), source, lambda _size, _sha256: None)
+
+
+def _read(path: Path, shape: tuple[int, int]) -> KnownTriplets:
+    file = TensorFile(path, "pread")
+    if file.header.metadata.get("schema") != SCHEMA or [t.dtype for t in file.header.tensors] != DTYPES:
+        raise FormatError(f"{path}: is no part of a base index of this version; remove it, or give another directory")
+    found = KnownTriplets(*(as_tensor(file.view(t), TORCH_DTYPES[t.dtype], t.shape) for t in file.header.tensors))
+    if not _sound(found, shape):
+        raise FormatError(
+            f"{path}: holds no singular triplets of a {shape[0]}x{shape[1]} matrix; remove it: it is made again"
+        )
+    return found
+
+
+def _sound(found: KnownTriplets, shape: tuple[int, int]) -> bool:
+    """Test whether these are falling values and orthonormal vectors of these sizes, on which the process relies."""
+    q = len(found.S)
+    if [t.shape for t in found] != [(shape[0], q), (q,), (shape[1], q)]:
+        return False
+    finite = all(map(all_finite, found))
+    return finite and bool((found.S[:-1] >= found.S[1:]).all()) and _orthonormal(found.U) and _orthonormal(found.V)
+
+
+def _orthonormal(vectors: Tensor) -> bool:
+    gram = vectors.T @ vectors - torch.eye(vectors.shape[1])
+    return gram.numel() == 0 or float(gram.abs().max()) < ORTHONORMAL

@@ -1,0 +1,87 @@
+"""Compute the leading singular triplets of a base once, and start from them with each adapter on it.
+
+What is known of W0 saves steps twice. A singular vector of ``W = W0 + Δ`` lies nearly in the span of W0's leading ones and of Δ's own, so
+the process for W starts near its end; and the process that bounds overlaps with W0's singular vectors need not find the leading ones
+again before it spreads over the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from streamer.linalg.golub_kahan import GolubKahan, KnownTriplets
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Matrix
+
+KNOWN = 64
+"""Triplets that are kept of a base, at most: (m + n)·64 values. Fewer leave more steps to each adapter; see docs/benchmarks.md."""
+
+WIDTH = 32
+"""Columns of a block: a product costs per column two thirds of one with 16."""
+
+STEPS = 12
+"""Block steps, at most: what has not converged by then is left to each adapter's process."""
+
+CONVERGED = 4
+"""Residual of a known triplet, in roundings of the norm, at most: it is as good as a process of its own would find it."""
+
+OWN = 16
+"""Singular vectors of Δ that a start is sought among: one product with the base."""
+
+
+def known_triplets(base: Matrix, generator: torch.Generator) -> KnownTriplets:
+    """Compute the leading triplets of W0 (m, n) that block Krylov finds to rounding in `STEPS`; none where the spectrum is flat.
+
+    Parameters
+    ----------
+    base
+        Scaled so that squares of its entries neither overflow nor vanish.
+
+    Returns
+    -------
+    KnownTriplets
+        On the CPU, up to `KNOWN`.
+    """
+    m, n = base.shape
+    op = base if n <= m else base.T
+    side = min(m, n)
+    process = GolubKahan(
+        op, torch.randn(side, min(WIDTH, side), generator=generator, dtype=torch.float32).to(base.like)
+    )
+    limit = CONVERGED * torch.finfo(base.like.dtype).eps
+    while True:
+        process.step()
+        ended = process.exhausted or process.steps >= STEPS
+        # Each block brings at most as many triplets as it has columns, and the last three have not converged.
+        if not ended and (process.steps - 3) * WIDTH < KNOWN:
+            continue
+        ritz = process.ritz()
+        residual = torch.linalg.vector_norm(ritz.tail[:, : len(ritz.S)], dim=0)
+        good = (residual <= limit * ritz.S[0]) & (limit * ritz.S[0] < ritz.S)
+        count = min(KNOWN, int(torch.cumprod(good.long(), 0).sum()), *process.B.shape)
+        if ended or count == KNOWN:
+            break
+    right, left = process.P @ ritz.Y[:, :count].to(process.P), process.Q @ ritz.X[:, :count].to(process.Q)
+    found = KnownTriplets(left.cpu(), ritz.S[:count], right.cpu())
+    return found if op is base else found.T
+
+
+def leading_vectors(base: Matrix, delta: LowRank, known: KnownTriplets, count: int) -> tuple[Tensor, int]:
+    """Approximate the leading singular vectors of ``W0 + Δ`` on its shorter side, by Rayleigh–Ritz over known ones and Δ's own.
+
+    Returns
+    -------
+    Tensor, int
+        (min(m, n), up to `count`), orthonormal; and how many columns were multiplied with the base.
+    """
+    m, n = base.shape
+    if m < n:
+        return leading_vectors(base.T, delta.T, known.T, count)
+    own = delta.svd()[2][:OWN].T.to(known.V)
+    for _ in range(2):
+        own = torch.linalg.qr(own - known.V @ (known.V.T @ own)).Q
+    span = torch.cat([known.V, own], 1)
+    image = torch.cat([known.U * known.S.to(known.U), base.matmat(own)], 1) + delta.matmat(span)
+    Y = torch.linalg.svd(torch.linalg.qr(image).R.double()).Vh.T
+    return span @ Y[:, :count].to(span), own.shape[1]
