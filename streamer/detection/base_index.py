@@ -39,8 +39,7 @@ from streamer.weights.dtypes import SPELLINGS, TORCH_DTYPES, as_bytes, as_tensor
 
 SCHEMA = "streamer.base-index/1"
 
-DTYPES = ["F32", "F64", "F32"]
-"""Of U, S and V."""
+DTYPES = {"U": "F32", "S": "F64", "V": "F32"}
 
 ORTHONORMAL = 1e-3
 """How far entries of the vectors' Gram matrix may be from the identity's: rounding leaves 1e-6."""
@@ -93,9 +92,12 @@ def _write(path: Path, found: KnownTriplets, metadata: dict[str, str]) -> None:
 
 def _read(path: Path, shape: tuple[int, int]) -> KnownTriplets:
     file = TensorFile(path, "pread")
-    if file.header.metadata.get("schema") != SCHEMA or [t.dtype for t in file.header.tensors] != DTYPES:
+    if file.header.metadata.get("schema") != SCHEMA or {t.name: t.dtype for t in file.header.tensors} != DTYPES:
         raise FormatError(f"{path}: is no part of a base index of this version; remove it, or give another directory")
-    found = KnownTriplets(*(as_tensor(file.view(t), TORCH_DTYPES[t.dtype], t.shape) for t in file.header.tensors))
+    infos = file.header.by_name
+    found = KnownTriplets(
+        *(as_tensor(file.view(t), TORCH_DTYPES[t.dtype], t.shape) for t in (infos[name] for name in DTYPES))
+    )
     if not _sound(found, shape):
         raise FormatError(
             f"{path}: holds no singular triplets of a {shape[0]}x{shape[1]} matrix; remove it: it is made again"
