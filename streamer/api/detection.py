@@ -101,7 +101,7 @@ def detect_intruder_dimensions(
         are done again, once, if the executor replaces it; a `ProcessPoolExecutor` does not, and the run ends with `WorkerError`.
     base_index
         Directory where the leading singular triplets of the base's matrices are kept, made on the way, for all adapters on that base:
-        each further one costs a third less. Decisions are the same; last bits, and how narrow intervals are, may differ.
+        each further one costs less. Decisions are the same; last bits, and how narrow intervals are, may differ.
 
     Returns
     -------

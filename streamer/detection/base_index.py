@@ -69,11 +69,12 @@ class BaseIndex:
         digest = matrix_digest(weight, transposed)
         path = self.directory / f"{quote(tensor, safe='')}.{digest}.safetensors"
         if path.exists():
+            _remove_leftovers(path)
             return _read(path, base.shape)
         generator = torch.Generator().manual_seed(zlib.crc32(f"index of {tensor}".encode()))
         found = known_triplets(base, generator).scaled(1 / base.scale)
         make_directory(self.directory)
-        with contextlib.suppress(LockedError):  # another run is at it
+        with contextlib.suppress(LockedError):  # another run is writing it
             _write(path, found, {"schema": SCHEMA, "tensor": tensor, "values": digest})
         return found
 
@@ -85,9 +86,20 @@ def _write(path: Path, found: KnownTriplets, metadata: dict[str, str]) -> None:
     def source(info: TensorInfo) -> list[memoryview]:
         return [as_bytes(arrays[info.name])]
 
-    with locked(path.with_name(f".{path.name}.lock"), path):
+    with locked(_lock_of(path), path):
         remove_partials(path.parent, {path.name})
         write_shard(path.parent, plan_shard(path.name, entries, metadata), source, lambda _size, _sha256: None)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the lock of a run that was killed just after the file got its name."""
+    if _lock_of(path).exists():
+        with contextlib.suppress(LockedError), locked(_lock_of(path), path):
+            remove_partials(path.parent, {path.name})
 
 
 def _read(path: Path, shape: tuple[int, int]) -> KnownTriplets:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run_cli
+from forks import Outcome, server
 from helpers import intruding_factors, names, spectrum_matrix, tree_digest, write_adapter, write_sharded
 from safetensors.torch import load_file, save_file
 
@@ -39,14 +39,14 @@ class Home:
         self.digest = tree_digest(self.index)
         self.found = self.detect(1, home / "found.safetensors")
 
-    def line(self, i: int, out: Path, *options: object) -> list[object]:
-        return ["detect", self.base, self.adapters[i], "-o", out, "--solver", "certified", "--threads", 1, *options]
+    def run(self, i: int, out: Path, *options: object) -> Outcome:
+        return server().run("detect", self.base, self.adapters[i], "-o", out, "--threads", 1, *options)
 
     def detect(self, i: int, out: Path, index: Path | str | None = None, *options: object) -> streamer.Findings:
         """Detect, by default with the index."""
         index = self.index if index is None else index
-        done = run_cli(*self.line(i, out, *options), *(["--base-index", index] if index else []))
-        assert done.returncode == 0, done.stderr
+        done = self.run(i, out, "--solver", "certified", *options, *(["--base-index", index] if index else []))
+        assert done.code == 0, done.err
         return streamer.load_findings(out)
 
 
@@ -106,9 +106,9 @@ def test_a_base_that_has_changed_has_files_of_its_own(made: Home, tmp_path: Path
 
 def test_small_matrices_and_a_dry_run_leave_none(made: Home, tmp_path: Path) -> None:
     out, index = tmp_path / "f.safetensors", tmp_path / "index"
-    done = run_cli(*made.line(0, out), "--base-index", index, "--dry-run")
-    assert (done.returncode, names(tmp_path)) == (0, [])
-    assert run_cli("detect", made.base, made.adapters[0], "-o", out, "--base-index", index).returncode == 0
+    done = made.run(0, out, "--solver", "certified", "--base-index", index, "--dry-run")
+    assert (done.code, names(tmp_path)) == (0, [])
+    assert made.run(0, out, "--base-index", index).code == 0
     assert names(tmp_path) == ["f.safetensors"]  # full SVDs are cheaper there
 
 
@@ -131,13 +131,13 @@ def test_a_file_that_is_none_is_named(made: Home, tmp_path: Path, broken: str) -
     else:
         save_file(arrays | {"V": torch.cat([arrays["V"][:, :1], arrays["V"][:, :-1]], 1)}, first, metadata)
     out = tmp_path / "f.safetensors"
-    done = run_cli(*made.line(0, out), "--base-index", tmp_path / "index", "-q")
-    assert (done.returncode, done.stdout, out.exists()) == (3, "", False)
+    done = made.run(0, out, "--solver", "certified", "--base-index", tmp_path / "index", "-q")
+    assert (done.code, done.out, out.exists()) == (3, "", False)
     said = {"garbage": "", "short": "", "other arrays": "is no part of a base index"}.get(
         broken, "holds no singular triplets"
     )
-    assert done.stderr.startswith(f"streamer: {first}: {said}")
-    assert done.stderr.count("\n") == 1
+    assert done.err.startswith(f"streamer: {first}: {said}")
+    assert done.err.count("\n") == 1
 
 
 def test_triplets_of_another_matrix_change_no_decision(made: Home, tmp_path: Path) -> None:
@@ -161,6 +161,6 @@ def test_it_lies_apart_from_the_inputs(made: Home, tmp_path: Path, where: str, d
     if where == "a file":
         index = tmp_path / "taken"
         index.write_text("x")
-    done = run_cli(*made.line(0, tmp_path / "f.safetensors"), "--base-index", index, "-q", *dry)
-    assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
-    assert done.stderr.startswith(f"streamer: {index}: ")
+    done = made.run(0, tmp_path / "f.safetensors", "--base-index", index, "-q", *dry)
+    assert (done.code, done.err.count("\n")) == (4, 1), done.err
+    assert done.err.startswith(f"streamer: {index}: ")
