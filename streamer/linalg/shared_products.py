@@ -212,7 +212,9 @@ def _products(matrix: Matrix, waiting: Sequence[_Computation[T]]) -> list[tuple[
     asked = [(computation, c) for computation in waiting if (c := computation.asked) is not None]
     transposed = 2 * sum(c.transposed for _, c in asked) > len(asked)
     served = [(computation, c.X) for computation, c in asked if c.transposed == transposed]
-    wide = torch.cat([X for _, X in served], 1)
+    # Padded as each would be alone (see `skinny_product`): so most kernels give a column the same bits, whoever is beside it.
+    padded = [torch.nn.functional.pad(X, (0, -X.shape[1] % 16)) for _, X in served]
+    wide = torch.cat(padded, 1)
     product = matrix.rmatmat(wide) if transposed else matrix.matmat(wide)
-    columns = torch.split(product, [X.shape[1] for _, X in served], 1)
-    return [(computation, mine.clone()) for (computation, _), mine in zip(served, columns, strict=True)]
+    parts = torch.split(product, [X.shape[1] for X in padded], 1)
+    return [(computation, part[:, : X.shape[1]].clone()) for (computation, X), part in zip(served, parts, strict=True)]
