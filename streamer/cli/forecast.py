@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from streamer.cli.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
-from streamer.detection.cost import cheaper, cost
+from streamer.detection.cost import chosen_solver, cost
 from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.memory import best_way, detection_bytes, float64_way
 from streamer.detection.options import DetectionOptions
@@ -205,9 +205,7 @@ class _Work:
         shape, module = target.module.shape, target.module
         k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
         way = best_way(plan, target, options, resident)
-        solver = options.solver
-        if solver == "auto":
-            solver = cheaper(shape, k) if way == "dense" else "certified"
+        solver = chosen_solver(shape, k, options.solver, allow_dense=way == "dense")
         if k + OVERSAMPLING >= min(shape):
             solver = "dense"
         expected = ways["whole"] if way == "dense" and solver == "certified" else ways[way]

@@ -12,7 +12,6 @@ settles nothing, and the matrix is done without them.
 from __future__ import annotations
 
 import contextlib
-import functools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from streamer.detection.fingerprints import matrix_digest
-from streamer.detection.solvers import KnownSource
+from streamer.detection.solvers import matrix_scale
 from streamer.errors import FormatError, LockedError
 from streamer.linalg.golub_kahan import KnownTriplets
 from streamer.linalg.known_triplets import known_triplets
@@ -61,18 +60,31 @@ class BaseIndex:
         """Refuse a directory that is an input, lies in one, or cannot be written: `OutputError`."""
         check_output_path(self.directory, inputs)
 
-    def source(self, tensor: str, weight: Weight, transposed: bool) -> KnownSource:
-        """Give what finds the triplets of a matrix, as (out, in), when a solver asks for them."""
-        return functools.partial(self._triplets, tensor, weight, transposed)
+    def triplets(self, tensor: str, weight: Weight, transposed: bool, base: Matrix) -> KnownTriplets | None:
+        """Read those of a matrix, or make and write them; None where it is zero or not finite.
 
-    def _triplets(self, tensor: str, weight: Weight, transposed: bool, base: Matrix) -> KnownTriplets:
+        Parameters
+        ----------
+        tensor, weight, transposed
+            Its name and values, and whether they are stored as (in, out).
+        base
+            The matrix as (out, in), for its products.
+
+        Raises
+        ------
+        FormatError
+            If another kind of file has the name.
+        """
         digest = matrix_digest(weight, transposed)
         path = self.directory / f"{quote(tensor, safe='')}.{digest}.safetensors"
         if path.exists():
             _remove_leftovers(path)
             return _read(path, base.shape)
+        scale = matrix_scale(base)
+        if not scale:
+            return None
         generator = torch.Generator().manual_seed(zlib.crc32(f"index of {tensor}".encode()))
-        found = known_triplets(base, generator).scaled(1 / base.scale)
+        found = known_triplets(base.scaled(scale), generator).scaled(1 / scale)
         make_directory(self.directory)
         with contextlib.suppress(LockedError):  # another run is writing it
             _write(path, found, {"schema": SCHEMA, "tensor": tensor, "values": digest})

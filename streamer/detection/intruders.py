@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamer.detection.cost import cheaper
+from streamer.detection.cost import chosen_solver
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import SOLVERS, KnownSource
 from streamer.errors import NumericError
@@ -161,9 +161,7 @@ def decide(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
     if not norm < torch.finfo(base.like.dtype).max:
         raise NumericError(f"the delta's norm, {norm:.3g}, overflows; check the adapter's scale")
     k = options.directions(base.shape)
-    solver = options.solver
-    if solver == "auto":
-        solver = cheaper(base.shape, k) if allow_dense else "certified"
+    solver = chosen_solver(base.shape, k, options.solver, allow_dense)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     try:
         with full_float32():

@@ -19,6 +19,7 @@ from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.parts import Part, finished_parts, remove_parts
+from streamer.detection.sharing import share
 from streamer.errors import OutputExistsError
 from streamer.events import Event
 from streamer.plan.batch import Batch
@@ -43,26 +44,34 @@ def detect_all(batch: Batch, options: DetectionOptions, run: RunOptions, residen
     writers
         Of each plan's findings: a matrix on which they are there already is passed over, and they say the number of torch's threads.
     """
-    plans, device, monitor = batch.plans, run.device, run.monitor
+    plans, monitor = batch.plans, run.monitor
     counts = [writer.threads for writer in writers] or [torch.get_num_threads()] * len(plans)
     _check_budgets(batch, options, resident)
-    todo = [[(i, t) for i, t in uses if not writers or t.tensor not in writers[i]] for uses in batch.matrices()]
+
+    def stands(i: int, target: Target) -> bool:
+        return bool(writers) and target.tensor in writers[i]
+
+    # A group is done again whole, where one of its findings is missing: last bits depend on who shares.
+    shared = [share(plans, uses, options, resident, counts) for uses in batch.matrices()]
+    todo = [[group for group in groups if not all(stands(*use) for use in group)] for groups in shared]
+    uses = [use for groups in todo for group in groups for use in group]
     total, of = sum(cost(t, options) for plan in plans for t in plan.targets), batch.matrix_count
-    done, items = total - sum(cost(t, options) for uses in todo for _, t in uses), of - sum(map(len, todo))
+    done, items = total - sum(cost(t, options) for _, t in uses), of - len(uses)
     names = [plan.adapter.path.absolute().name if len(plans) > 1 else "" for plan in plans]
 
     def begin(i: int, target: Target) -> None:
         monitor.checkpoint()
         monitor.emit(Event("detect", target.tensor, done, total, items, of, names[i]))
 
-    todo = [uses for uses in todo if uses]
+    todo = [groups for groups in todo if groups]
     if run.workers is None:
-        stream = detect_in_turn(plans, todo, options, device, resident, counts, monitor, begin, run.base_index)
+        stream = detect_in_turn(plans, todo, options, run, resident, counts, begin)
     else:
         stream = run.workers.detect(batch, todo, options, run, resident, counts, begin)
     with contextlib.closing(stream):
         for i, target, finding in stream:
-            yield i, finding
+            if not stands(i, target):
+                yield i, finding
             done, items = done + cost(target, options), items + 1
     monitor.emit(Event("detect", "", total, total, of, of))
 

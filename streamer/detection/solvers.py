@@ -60,8 +60,8 @@ class SolverResult:
     limited: bool = False
 
 
-KnownSource = Callable[[Matrix], KnownTriplets]
-"""Finds the triplets that are known of the base, which is given scaled, as those of the base unscaled."""
+KnownSource = Callable[[Matrix], KnownTriplets | None]
+"""Finds the leading triplets that are known of the base."""
 
 Solver = Callable[[Matrix, Delta, int, float, torch.Generator, bool, KnownSource | None], SolverResult]
 
@@ -95,9 +95,7 @@ def solve_certified(
     if k + OVERSAMPLING >= min(base.shape) or (scales[1] == 0 and allow_dense):
         return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True)
     steps = products = 0
-    # In float64 the residuals of triplets in float32 would be all the rounding there is.
-    precise = base.like.dtype == torch.float64
-    told = None if known is None or scales[1] == 0 or precise else known(base.scaled(scales[1]))
+    told = None if known is None else known(base)
     for triplets in (told, None):
         if triplets is None or len(triplets.S):
             result, settled = _by_bounds(base, delta, scales, k, epsilon, generator, allow_dense, triplets)
@@ -168,14 +166,24 @@ def _steps_to(epsilon: float, before: tuple[int, float], now: tuple[int, float])
     return max(1, math.ceil(min((epsilon**-2 - reach1**-2) / grown if grown > 0 else 2, n1 / 2)))
 
 
+def matrix_scale(base: Matrix) -> float:
+    """Choose a power of two as `_scales` does for a base alone: 0 for a matrix that is zero or not finite."""
+    sizes = _sizes(base)
+    return _power(max(sizes), base.like.dtype) if all(map(math.isfinite, sizes)) else 0.0
+
+
+def _sizes(base: Matrix) -> list[float]:
+    """List the sizes of extreme values, piece by piece: no copy of the matrix, as abs() would make."""
+    return [abs(end) for piece in base.pieces() for end in torch.stack(torch.aminmax(piece)).tolist()]
+
+
 def _scales(base: Matrix, delta: Delta) -> tuple[float, float]:
     """Choose powers of two that bring the entries of the sum, and of the base alone, to where squares neither overflow nor vanish.
 
     They are 1 as a rule. A base far smaller than the delta needs its own: its singular vectors are judged alone. For a zero
     base the second is 0.
     """
-    # No copy of the matrix, as abs() would make.
-    largest = max(abs(end) for piece in base.pieces() for end in torch.stack(torch.aminmax(piece)).tolist())
+    largest = max(_sizes(base))
     total = largest + delta.largest_estimate()
     return _power(total, base.like.dtype) or 1.0, _power(largest, base.like.dtype)
 

@@ -94,8 +94,8 @@ class Task:
 
     Attributes
     ----------
-    uses
-        For each matrix the number of each plan that changes it, and the target's tensor there.
+    groups
+        For each matrix the targets that share products with it, as in `sharing.share`, each by its plan's number and its tensor.
     options, device, resident
         See `detect_in_turn`; the device by its name.
     threads
@@ -105,7 +105,7 @@ class Task:
     """
 
     inputs: Inputs
-    uses: tuple[tuple[tuple[int, str], ...], ...]
+    groups: tuple[tuple[tuple[tuple[int, str], ...], ...], ...]
     options: DetectionOptions
     device: str
     resident: int
@@ -144,12 +144,11 @@ def detect_task(task: Task) -> TaskResult:
 def _detect(task: Task, batch: Batch, monitor: Monitor) -> list[tuple[int, MatrixFinding]]:
     plans = batch.plans
     targets = [{target.tensor: target for target in plan.targets} for plan in plans]
-    todo = [[(i, targets[i][tensor]) for i, tensor in uses] for uses in task.uses]
-    counts, device = [task.threads] * len(plans), choose_device(task.device)
+    todo = [[tuple((i, targets[i][tensor]) for i, tensor in group) for group in groups] for groups in task.groups]
+    counts = [task.threads] * len(plans)
     index = None if task.base_index is None else BaseIndex(Path(task.base_index))
-    stream = detect_in_turn(
-        plans, todo, task.options, device, task.resident, counts, monitor, lambda _plan, _target: None, index
-    )
+    run = RunOptions(choose_device(task.device), monitor=monitor, base_index=index)
+    stream = detect_in_turn(plans, todo, task.options, run, task.resident, counts, lambda _plan, _target: None)
     with contextlib.closing(stream):
         found = [(i, finding) for i, _, finding in stream]
     for i in sorted({i for i, _ in found}):

@@ -14,15 +14,13 @@ from streamer.detection.matrices import cost
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.detection.sharing import Group
 from streamer.detection.task import Inputs, Task, TaskResult, detect_task
 from streamer.errors import WorkerError
 from streamer.events import Event, Monitor
 from streamer.plan.batch import Batch
 from streamer.plan.memory import MemoryEstimate, check_budget, resident_bytes
 from streamer.plan.targets import Target
-
-Uses = Sequence[tuple[int, Target]]
-"""The targets that are one matrix of the base, each with the number of its plan."""
 
 TASK_COST = 1_000_000_000
 """Units of cost (see `detection.cost.cost`, about a second) from which on a task takes no more matrices."""
@@ -80,7 +78,7 @@ class Workers:
         check_budget(needs, options.max_memory)
         return replace(options, max_memory=(options.max_memory - own) // n >> 20 << 20)
 
-    def detect(self, batch: Batch, todo: Sequence[Uses], options: DetectionOptions, run: RunOptions, resident: int,
+    def detect(self, batch: Batch, todo: Sequence[Sequence[Group]], options: DetectionOptions, run: RunOptions, resident: int,
                counts: Sequence[int], begin: Callable[[int, Target], None],
                ) -> Generator[tuple[int, Target, MatrixFinding], None, None]:  # fmt: skip
         """Detect as `detect_in_turn` does, on workers; findings come as they are made.
@@ -123,7 +121,7 @@ class Workers:
                         future = _submitted(executor, task)
                         given[future] = task
                         future.add_done_callback(arrived.put)
-                    begin(*next(iter(given.values())).uses[0][0])
+                    begin(*next(iter(given.values())).groups[0][0][0])
                     future = _next(arrived, monitor)
                     task, fault = given.pop(future), _fault(future)
                     if fault is None:
@@ -134,7 +132,7 @@ class Workers:
                         del future, result  # its findings are written, and need no memory
                         continue
                     monitor.checkpoint()  # what ended the worker may have asked this process to stop as well
-                    said = f"{task.uses[0][0][1]}: its worker was lost ({type(fault).__name__}: {fault})"
+                    said = f"{task.groups[0][0][0][1]}: its worker was lost ({type(fault).__name__}: {fault})"
                     if task in lost:
                         raise WorkerError(f"{said} for the second time; the same command goes on from here") from fault
                     if not broken:  # one loss for all that it had
@@ -147,24 +145,24 @@ class Workers:
                     future.cancel()
 
 
-def _tasks(inputs: Inputs, todo: Sequence[Uses], options: DetectionOptions, run: RunOptions, resident: int,
+def _tasks(inputs: Inputs, todo: Sequence[Sequence[Group]], options: DetectionOptions, run: RunOptions, resident: int,
            counts: Sequence[int], at_once: int) -> list[Task]:  # fmt: skip
     """Group matrices into tasks, each on one number of threads, in the base's file order."""
     index = None if run.base_index is None else os.path.abspath(run.base_index.directory)
-    total = sum(cost(target, options) for uses in todo for _, target in uses)
+    total = sum(cost(target, options) for groups in todo for group in groups for _, target in group)
     enough = min(TASK_COST, total // (4 * at_once))
     tasks: list[Task] = []
     for threads in sorted(set(counts)):
-        group: list[tuple[tuple[int, str], ...]] = []
+        matrices: list[tuple[tuple[tuple[int, str], ...], ...]] = []
         work = 0
-        for uses in todo:
-            mine = [(i, target) for i, target in uses if counts[i] == threads]
+        for groups in todo:
+            mine = [group for group in groups if counts[group[0][0]] == threads]
             if mine:
-                group.append(tuple((i, target.tensor) for i, target in mine))
-                work += sum(cost(target, options) for _, target in mine)
-            if group and (work >= enough or len(group) == TASK_MATRICES or uses is todo[-1]):
-                tasks.append(Task(inputs, tuple(group), options, str(run.device), resident, threads, index))
-                group, work = [], 0
+                matrices.append(tuple(tuple((i, target.tensor) for i, target in group) for group in mine))
+                work += sum(cost(target, options) for group in mine for _, target in group)
+            if matrices and (work >= enough or len(matrices) == TASK_MATRICES or groups is todo[-1]):
+                tasks.append(Task(inputs, tuple(matrices), options, str(run.device), resident, threads, index))
+                matrices, work = [], 0
     return tasks
 
 

@@ -119,3 +119,23 @@ def task_threads(count: int) -> Iterator[None]:
     with _THREADS.hold(count, lambda: threads(count)):
         torch.set_num_threads(count)  # the other part is the thread's own
         yield
+
+
+def thread_state(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Capture what of torch's state is the calling thread's own: number of threads, gradients, the stream of a GPU.
+
+    Returns
+    -------
+    callable
+        Enters the same state in another thread.
+    """
+    count, grad, inference = torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def entered() -> Iterator[None]:
+        torch.set_num_threads(count)
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.cuda.stream(stream):
+            yield
+
+    return entered

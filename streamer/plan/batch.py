@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from streamer.plan.targets import Target
 from streamer.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from streamer.plan.plan import Plan
-    from streamer.plan.targets import Target
+
+Use = tuple[int, Target]
+"""A target, with the number of its plan in the batch."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,13 @@ class Batch:
         """Collect what a user should know of any of the plans."""
         return [warning for plan in self.plans for warning in plan.warnings]
 
-    def matrices(self) -> list[list[tuple[int, Target]]]:
+    def matrices(self) -> list[list[Use]]:
         """List the matrices in the base's file order, each with the targets that are these bytes and the numbers of their plans.
 
         Two adapters on ``q_proj`` give one entry, ``[(0, target), (1, target)]``; an adapter that saves a ``q_proj`` of its own to add
         its delta to gives an entry of its own.
         """
-        found: dict[tuple[Any, ...], list[tuple[int, Target]]] = {}
+        found: dict[tuple[Any, ...], list[Use]] = {}
         for i, plan in enumerate(self.plans):
             for target in plan.targets:
                 tensors = plan.weights[target.tensor].tensors.values()

@@ -92,6 +92,21 @@ def test_workers_and_the_library_use_it_too(made: Home, tmp_path: Path) -> None:
     assert (tmp_path / "threads.safetensors").read_bytes() == expected
 
 
+def test_adapters_that_share_products_share_it_as_well(made: Home, tmp_path: Path) -> None:
+    third = write_adapter(
+        tmp_path / "adapter-9", {f"a.{i}": intruding_factors(*s, 4, 9) for i, s in enumerate(SHAPES)}, 4
+    )
+    options = ["--solver", "certified", "--threads", 1, "--base-index", tmp_path / "index"]
+    done = server().run("detect", made.base, *made.adapters, third, "-o", tmp_path / "found", *options)
+    assert done.code == 0, done.err
+    assert tree_digest(tmp_path / "index") == made.digest
+    for adapter, plain in zip(made.adapters, made.plain, strict=True):
+        found = streamer.load_findings(tmp_path / "found" / f"{adapter.name}.safetensors")
+        for a, b in zip(plain, found, strict=True):
+            assert (a.detection.intruders, b.detection.certified) == (b.detection.intruders, True)
+            assert b.detection.products < 0.85 * a.detection.products
+
+
 def test_a_base_that_has_changed_has_files_of_its_own(made: Home, tmp_path: Path) -> None:
     shutil.copytree(made.base, tmp_path / "base")
     file = next((tmp_path / "base").glob("*.safetensors"))

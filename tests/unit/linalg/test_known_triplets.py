@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import intruding_factors, power_law, spectrum_matrix
+from helpers import intruding_factors, spectrum_matrix
 from torch import Tensor
 
 from streamer.detection.solvers import KnownSource, SolverResult, solve_certified
@@ -137,11 +137,3 @@ def test_a_bound_holds_from_triplets_that_are_wrong() -> None:
             process.step()
         bounds = process.bounds(0.5, final=True)
         assert bool((bounds.high > 0.999).all())
-
-
-def test_in_float64_the_known_ones_are_not_asked_for() -> None:
-    def refused(_: object) -> KnownTriplets:
-        raise AssertionError("asked for")
-
-    base, delta = power_law(150, 200), intruding_factors(150, 200, 4)
-    assert solve(Dense(base), LowRank(delta[1].double(), delta[0].T.double()), refused).products > 0

@@ -1,0 +1,202 @@
+"""Three adapters and more on one matrix share the products with it: fewer products, the same decisions, and the same bytes each time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tree_digest
+from safetensors.torch import load_file, save_file
+from sharing import OPTIONS, SHAPES, make_adapter, make_adapters, make_base, make_dora
+
+import streamer
+from streamer.detection.findings import Findings
+from streamer.errors import Interrupted, NumericError
+from streamer.events import Monitor
+from streamer.linalg import operators
+from streamer.linalg.torch_state import threads
+
+COUNT = 10
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return make_adapters(tmp_path_factory.mktemp("adapters"), COUNT)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with threads():
+        yield
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The columns of the products with the base's matrices, as they are made."""
+    made, product = [], operators.skinny_product
+
+    def noted(M: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        made.append(X.shape[1])
+        return product(M, X)
+
+    monkeypatch.setattr(operators, "skinny_product", noted)
+    return made
+
+
+def detect(base: Path, adapters: list[Path], *args: Any, **options: Any) -> dict[str, Findings]:
+    return streamer.detect_intruder_dimensions(base, adapters, *args, **{**OPTIONS, **options})
+
+
+def detect_alone(base: Path, adapter: Path, *args: Any, **options: Any) -> Findings:
+    return streamer.detect_intruder_dimensions(base, adapter, *args, **{**OPTIONS, **options})
+
+
+def weights(base: Path) -> dict[str, torch.Tensor]:
+    (shard,) = base.glob("*.safetensors")
+    return {name: t.double() for name, t in load_file(shard).items()}
+
+
+def test_decisions_are_those_of_each_alone_and_hold_for_the_dense_svd(base: Path, adapters: list[Path]) -> None:
+    together, intruders = detect(base, adapters), 0
+    for adapter in adapters:
+        alone = detect_alone(base, adapter)
+        factors = load_file(adapter / "adapter_model.safetensors")
+        for one, shared in zip(alone, together[adapter.name], strict=True):
+            a, b = one.detection, shared.detection
+            assert (a.intruders, a.certified, a.solver, a.degenerate) == (
+                b.intruders,
+                b.certified,
+                b.solver,
+                b.degenerate,
+            )
+            assert b.certified
+            intruders += len(b.intruders)
+            W0 = weights(base)[one.tensor]
+            stem = f"base_model.model.{one.tensor.removesuffix('.weight')}.lora_"
+            W = W0 + factors[f"{stem}B.weight"].double() @ factors[f"{stem}A.weight"].double()
+            U0, U = (torch.linalg.svd(matrix, full_matrices=False).U for matrix in (W0, W))
+            similarity = (U0.T @ U[:, : len(b.similarity)]).abs().amax(0).tolist()
+            for true, low, high in zip(similarity, b.similarity_low, b.similarity_high, strict=True):
+                assert low <= true <= high
+    assert intruders > COUNT
+
+
+def test_products_are_made_together(base: Path, adapters: list[Path], products: list[int]) -> None:
+    detect_alone(base, adapters[0])
+    alone, widest = len(products), max(products)
+    products.clear()
+    detect(base, adapters)
+    assert max(products) == 5 * widest  # in two groups of five
+    assert len(products) < 3 * alone
+    products.clear()
+    detect(base, adapters[:2])
+    assert max(products) == widest
+
+
+def test_two_are_byte_for_byte_what_each_alone_gives(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    detect(base, adapters[:2], tmp_path / "two")
+    for adapter in adapters[:2]:
+        detect_alone(base, adapter, tmp_path / f"{adapter.name}.safetensors")
+        path = tmp_path / f"{adapter.name}.safetensors"
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_the_same_adapters_give_the_same_bytes(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    some = [
+        *adapters[:4],
+        make_dora(tmp_path / "in" / "dora", 7),
+        make_adapter(tmp_path / "in" / "one", 8, modules=["a.1"]),
+    ]
+    for name in ("first", "again"):
+        detect(base, some, tmp_path / name)
+    assert tree_digest(tmp_path / "first") == tree_digest(tmp_path / "again")
+    with ThreadPoolExecutor(2) as pool:
+        detect(base, some, tmp_path / "workers", executor=pool)
+    assert tree_digest(tmp_path / "first") == tree_digest(tmp_path / "workers")
+    detect_alone(base, some[4], tmp_path / "dora.safetensors")  # which shares with nobody
+    assert (tmp_path / "dora.safetensors").read_bytes() == (tmp_path / "first" / "dora.safetensors").read_bytes()
+
+
+def test_of_a_group_one_of_whose_findings_are_missing_the_others_stay(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    detect(base, adapters[:3], out)
+    expected, before = tree_digest(out), (out / "n0.safetensors").stat().st_ino
+    (out / "n1.safetensors").unlink()
+    alone = detect(base, adapters[:3], out)["n1"]
+    assert (out / "n0.safetensors").stat().st_ino == before
+    del expected["n1.safetensors"]
+    assert expected.items() <= tree_digest(out).items()
+    assert alone.digest() == detect_alone(base, adapters[1]).digest()
+
+
+def test_progress_names_each_adapter_and_seconds_add_up(base: Path, adapters: list[Path]) -> None:
+    events = []
+    found = streamer.detect_intruder_dimensions(base, adapters[:4], on_event=events.append, **OPTIONS)
+    steps = [e for e in events if e.stage == "detect"]
+    names = [(f"{module}.weight", adapter.name) for module in SHAPES for adapter in adapters[:4]]
+    assert [(e.name, e.adapter) for e in steps[:-1]] == names
+    assert [e.items for e in steps] == list(range(len(names) + 1))
+    assert [e.done for e in steps] == sorted(e.done for e in steps)
+    assert all(m.seconds for findings in found.values() for m in findings)
+
+
+def test_what_needs_the_dense_solver_or_float64_gets_it_alone(base: Path, adapters: list[Path]) -> None:
+    """A threshold next to a similarity of one: neither a bound nor float32 settles that, nor some of others."""
+    close = detect_alone(base, adapters[0], solver="dense")
+    epsilon = close.matrices[0].detection.similarity[0] + 1e-6
+    together = detect(base, adapters[:4], threshold_epsilon=epsilon)
+    seen = set()
+    for adapter in adapters[:4]:
+        for one, shared in zip(
+            detect_alone(base, adapter, threshold_epsilon=epsilon), together[adapter.name], strict=True
+        ):
+            assert one.detection.intruders == shared.detection.intruders
+            assert not one.detection.escalated or one == shared
+            seen.add((shared.detection.solver, shared.detection.precision))
+    assert seen == {("certified", "float32"), ("dense", "float32"), ("dense", "float64")}
+
+
+def test_an_error_names_its_adapter_and_those_before_it_stand(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(adapters[1], tmp_path / "bad"))
+    tensors = load_file(bad / "adapter_model.safetensors")
+    tensors["base_model.model.a.1.lora_A.weight"][0, 0] = float("nan")
+    save_file(tensors, bad / "adapter_model.safetensors", metadata={"format": "pt"})
+    events, out = [], tmp_path / "out"
+    with pytest.raises(NumericError, match=r"module 'a.1': lora_A holds NaN or Inf") as e:
+        detect(base, [adapters[0], bad, adapters[2]], out, on_event=events.append)
+    assert "tensor 'a.1.weight'" in str(e.value)
+    assert [(e.name, e.adapter) for e in events][-2:] == [("a.1.weight", "n0"), ("a.1.weight", "bad")]
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_a_stop_comes_between_two_products(
+    base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detect(base, adapters[:4], tmp_path / "whole")
+    monitor, product, made = Monitor(), operators.skinny_product, []
+
+    def stopping(M: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        made.append(X)
+        if len(made) == 9:
+            monitor.request_stop(2)
+        return product(M, X)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(operators, "skinny_product", stopping)
+        with pytest.raises(Interrupted):
+            detect(base, adapters[:4], tmp_path / "out", monitor=monitor)
+    assert len(made) == 9
+    detect(base, adapters[:4], tmp_path / "out")
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
