@@ -44,6 +44,7 @@ from streamer.cli.synthetic import power_law
 from streamer.detection.cost import triplets_columns
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
+from streamer.linalg.allocation import empty_matrix
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense, RowBlocks, Sum
 from streamer.linalg.svd import krylov_triplets, residuals
@@ -97,9 +98,14 @@ def row_blocks(weight: Tensor) -> RowBlocks:
     return RowBlocks((m, n), lambda i, j: weight[i:j], torch.empty(0, device=weight.device))
 
 
+def upcast(weight: Tensor) -> Dense:
+    """The weight in float32, in memory as a run has it."""
+    return Dense(empty_matrix((weight.shape[0], weight.shape[1]), torch.float32, weight.device).copy_(weight))
+
+
 def run_ours(case: Case, solver: str, k: int, epsilon: float) -> Detection:
     """Detection, mitigation and back-projection with one of the package's solvers."""
-    base = row_blocks(case.weight) if solver == "blocks" else Dense(case.weight.float())
+    base = row_blocks(case.weight) if solver == "blocks" else upcast(case.weight)
     options = DetectionOptions(k, epsilon, "certified" if solver == "blocks" else solver)
     found = detect(base, case.delta, options, name="bench")
     mitigated = mitigate(LowRank(*(t.cpu() for t in (case.delta.L, case.delta.R))), found, MitigationOptions())

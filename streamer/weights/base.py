@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamer.linalg.allocation import empty_matrix
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, Encoding, as_tensor
@@ -175,7 +176,7 @@ class Weight(ABC):
     def whole(self, device: torch.device) -> Tensor:
         """Decode all values into a new tensor of the computing dtype and the logical shape."""
         source, (m, n) = self.at_hand(), self.matrix
-        out = torch.empty((m, n), dtype=self.compute, device=device)
+        out = empty_matrix((m, n), self.compute, device)
         step = max(1, DECODED_BYTES // max(1, n * self.compute.itemsize))
         for i in range(0, m, step):
             j = min(m, i + step)

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from streamer.linalg.allocation import empty_matrix
 from streamer.weights.base import StoredTensor, Weight
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor, encoding_of
 
@@ -52,4 +53,4 @@ class Plain(Weight):
     def whole(self, device: torch.device) -> Tensor:
         """Copy all values to the computing dtype."""
         # A copy even where the dtype stays: LAPACK's bits depend on the alignment of its input, and a map has any.
-        return self.stored().to(device, self.compute, copy=True)
+        return empty_matrix(self.matrix, self.compute, device).reshape(self.shape).copy_(self.stored())

@@ -28,8 +28,11 @@ def test_every_operator_multiplies_as_its_dense_form(shape: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("m", [1, 500, 1024, 1031, 2050])
 @pytest.mark.parametrize("layout", ["rows", "columns", "neither"])
-def test_a_skinny_product_in_pieces_is_the_product(m: int, layout: str) -> None:
-    """Lengths that do not divide by the number of pieces, and layouts that cannot be cut."""
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "pieces"])
+def test_a_skinny_product_is_the_product(m: int, layout: str, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With oneDNN and without; lengths that do not divide by the number of pieces, and layouts that cannot be cut."""
+    if not onednn:
+        monkeypatch.setattr(operators, "_has_fast_onednn", lambda: False)
     M = {"rows": random(m, 40), "columns": random(40, m).T, "neither": random(m, 80)[:, ::2]}[layout]
     for c in (1, 10, 16, 17):
         X, Y = random(40, c, seed=1), random(m, c, seed=2)
