@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from streamer.detection.cost import chosen_solver
 from streamer.detection.memory import best_way, detection_bytes, held_bytes, sharing_peak
@@ -49,15 +50,31 @@ def share(
     return [group for same in alike.values() for group in _divided(plans, same, options, resident)]
 
 
-def sharing_peaks(batch: Batch, options: DetectionOptions, resident: int) -> list[int]:
-    """Estimate the peak memory of each group of a batch that shares products."""
-    plans, counts = batch.plans, [0] * len(batch.plans)
-    groups = (group for uses in batch.matrices() for group in share(plans, uses, options, resident, counts))
-    return [
-        sharing_peak(plans, group, options, resident + held_bytes(plans, group, options))
-        for group in groups
-        if len(group) > 1
-    ]
+class SharingMemory(NamedTuple):
+    """Bytes that a detection in a group holds until the last one has ended, and the peak memory of the group."""
+
+    held: int
+    peak: int
+
+
+Sharing = Mapping[str, SharingMemory]
+"""Memory of the groups that one plan is in, by its tensors there."""
+
+ALONE: Sharing = {}
+"""Where there is no other plan."""
+
+
+def sharing_memory(batch: Batch, options: DetectionOptions, resident: int) -> Sequence[Sharing]:
+    """Estimate the memory of the groups of a batch, for each plan."""
+    plans, found = batch.plans, [dict[str, SharingMemory]() for _ in batch.plans]
+    for uses in batch.matrices():
+        for group in share(plans, uses, options, resident, [0] * len(plans)):
+            if len(group) > 1:
+                held = held_bytes(plans, group, options)
+                memory = SharingMemory(held, sharing_peak(plans, group, options, resident + held))
+                for i, target in group:
+                    found[i][target.tensor] = memory
+    return found
 
 
 def _is_shareable(target: Target, options: DetectionOptions, way: str) -> bool:
