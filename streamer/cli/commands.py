@@ -96,7 +96,7 @@ def _dry_detect(
     states = inspect_detections(batch, paths, options, run)
     pending = [plan for plan, (state, _) in zip(batch.plans, states, strict=True) if state != "done"]
     todo = Batch(batch.base, tuple(pending))
-    sharing = iter(sharing_memory(todo, options, resident))
+    sharing = iter(sharing_memory(todo, options, run.device, resident))
     forecasts = [
         None
         if state == "done"

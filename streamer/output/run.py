@@ -55,7 +55,8 @@ def sharing_of(writers: Sequence[Writer], resident: int) -> list[Sharing]:
     detecting = [job.plan for job in jobs if job.detects]
     if not detecting:
         return [ALONE for _ in jobs]
-    found = iter(sharing_memory(Batch(detecting[0].base, tuple(detecting)), jobs[0].detection, resident))
+    batch = Batch(detecting[0].base, tuple(detecting))
+    found = iter(sharing_memory(batch, jobs[0].detection, jobs[0].device, resident))
     return [next(found) if job.detects else ALONE for job in jobs]
 
 

@@ -50,7 +50,7 @@ def shares(batch: Batch, budget: int | None) -> list[int]:
     resident = resident_bytes(batch)
     found = [
         memory
-        for plan in sharing_memory(batch, DetectionOptions(max_memory=budget), resident)
+        for plan in sharing_memory(batch, DetectionOptions(max_memory=budget), torch.device("cpu"), resident)
         for memory in plan.values()
     ]
     return [memory.peak for memory in found]

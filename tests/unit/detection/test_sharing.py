@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from sharing import SHAPES, make_adapter, make_adapters, make_base, make_dora
 
 from streamer.detection.memory import best_way, detection_bytes
@@ -15,6 +16,7 @@ from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import make_batch
 
+CPU = torch.device("cpu")
 CERTIFIED = DetectionOptions(solver="certified")
 
 
@@ -29,11 +31,16 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def groups(
-    batch: Batch, options: DetectionOptions = CERTIFIED, counts: Sequence[int] = (), matrix: int = 0
+    batch: Batch,
+    options: DetectionOptions = CERTIFIED,
+    counts: Sequence[int] = (),
+    matrix: int = 0,
+    device: str = "cpu",
 ) -> list[list[int]]:
     """The numbers of the plans that share the products with a matrix."""
     counts = counts or [1] * len(batch.plans)
-    found = share(batch.plans, batch.matrices()[matrix], options, resident_bytes(batch), counts)
+    uses = batch.matrices()[matrix]
+    found = share(batch.plans, uses, options, torch.device(device), resident_bytes(batch), counts)
     return [[i for i, _ in group] for group in found]
 
 
@@ -52,6 +59,7 @@ def test_the_others_are_alone(base: Path, adapters: list[Path], tmp_path: Path) 
     assert groups(make_batch(base, mixed)) == [[0, 3, 4], [1]]
     assert groups(make_batch(base, mixed), matrix=1) == [[0, 2, 3, 4], [1]]
     assert groups(make_batch(base, mixed), counts=[1, 1, 1, 2, 2]) == [[0], [1], [3, 4]]
+    assert groups(make_batch(base, mixed), device="cuda") == [[0], [1], [3], [4]]
 
 
 @pytest.mark.parametrize(
@@ -60,13 +68,13 @@ def test_the_others_are_alone(base: Path, adapters: list[Path], tmp_path: Path) 
 def test_the_dense_solver_shares_nothing(base: Path, adapters: list[Path], options: DetectionOptions) -> None:
     batch = make_batch(base, adapters[:4])
     assert groups(batch, options) == [[0], [1], [2], [3]]
-    assert sharing_memory(batch, options, 0) == [{}] * 4
+    assert sharing_memory(batch, options, CPU, 0) == [{}] * 4
 
 
 def test_memory_cuts_groups_and_leaves_each_its_own_way(base: Path, adapters: list[Path]) -> None:
     batch = make_batch(base, adapters[:6])
     resident = resident_bytes(batch)
-    whole = max(memory.peak for memory in sharing_memory(batch, CERTIFIED, resident)[0].values())
+    whole = max(memory.peak for memory in sharing_memory(batch, CERTIFIED, CPU, resident)[0].values())
     targets = batch.plans[0].targets
     alone = max(min(detection_bytes(batch.plans[0], t, CERTIFIED, resident).values()) for t in targets)
     seen = []
@@ -75,7 +83,7 @@ def test_memory_cuts_groups_and_leaves_each_its_own_way(base: Path, adapters: li
         sizes = [len(group) for group in groups(batch, options)]
         assert sum(sizes) == 6
         assert max(sizes) - min(sizes) <= 1
-        for memory in sharing_memory(batch, options, resident)[0].values():
+        for memory in sharing_memory(batch, options, CPU, resident)[0].values():
             assert memory.peak <= budget
         for target in targets if max(sizes) > 1 else ():
             way = best_way(batch.plans[0], target, options, resident)
@@ -83,7 +91,7 @@ def test_memory_cuts_groups_and_leaves_each_its_own_way(base: Path, adapters: li
                 batch.plans[0],
                 target,
                 options,
-                resident + max(memory.held for memory in sharing_memory(batch, options, resident)[0].values()),
+                resident + max(memory.held for memory in sharing_memory(batch, options, CPU, resident)[0].values()),
             )
         seen.append(max(sizes))
     assert {1, 2, 3, 6} <= set(seen)
@@ -91,7 +99,7 @@ def test_memory_cuts_groups_and_leaves_each_its_own_way(base: Path, adapters: li
 
 def test_estimates_name_the_tensors_that_are_shared(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     one = make_adapter(tmp_path / "one", 30, modules=["a.1"])
-    first, _, alone = sharing_memory(make_batch(base, [*adapters[:2], one]), CERTIFIED, 0)
+    first, _, alone = sharing_memory(make_batch(base, [*adapters[:2], one]), CERTIFIED, CPU, 0)
     assert list(first) == list(alone) == ["a.1.weight"]
     assert first == alone
     assert set(first) < {f"{name}.weight" for name in SHAPES}
