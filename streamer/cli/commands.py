@@ -83,6 +83,7 @@ def _dry_detect(
     from streamer.cli.json_report import dry_run, dry_runs
     from streamer.detection.parts import Part
     from streamer.detection.run import inspect_detections
+    from streamer.detection.sharing import sharing_memory
     from streamer.plan.batch import Batch
     from streamer.plan.memory import resident_bytes
     from streamer.plan.plan import make_batch
@@ -95,15 +96,19 @@ def _dry_detect(
     if args.part is not None:
         batch, paths = Part(*args.part).take(batch, paths, options)
     states = inspect_detections(batch, paths, options, run)
+    pending = [plan for plan, (state, _) in zip(batch.plans, states, strict=True) if state != "done"]
+    todo = Batch(batch.base, tuple(pending))
+    sharing = iter(sharing_memory(todo, options, run.device, resident))
     forecasts = [
         None
         if state == "done"
         else on_workers(
-            forecast_detection(plan, options, run.device, resident, size, run.monitor), args.workers, resident
+            forecast_detection(plan, options, run.device, resident, size, run.monitor, next(sharing)),
+            args.workers,
+            resident,
         )
         for plan, (state, size) in zip(batch.plans, states, strict=True)
     ]
-    todo = Batch(batch.base, tuple(plan for plan, forecast in zip(batch.plans, forecasts, strict=True) if forecast))
     parts = {
         name: dry_run(args.command, path, state, len(plan.targets), 1, None, forecast)
         for name, plan, path, (state, _), forecast in zip(adapters, batch.plans, paths, states, forecasts, strict=True)
@@ -140,14 +145,15 @@ def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
 def _dry_write(args: argparse.Namespace, adapters: Iterable[str], writers: Sequence[Writer], run: RunOptions) -> Result:
     from streamer.cli.forecast import forecast_output, shared_by_merges, together
     from streamer.cli.json_report import dry_run, dry_runs
-    from streamer.output.run import inspect_jobs, resident_of
+    from streamer.output.run import inspect_jobs, resident_of, sharing_of
 
     states, resident = inspect_jobs(writers, run), resident_of(writers)
+    todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
+    sharing, parts = iter(sharing_of(todo, resident)), {}
     forecasts = [
-        None if state == "done" else forecast_output(writer, resident, monitor=run.monitor)
+        None if state == "done" else forecast_output(writer, resident, monitor=run.monitor, sharing=next(sharing))
         for writer, state in zip(writers, states, strict=True)
     ]
-    todo, parts = [writer for writer, forecast in zip(writers, forecasts, strict=True) if forecast], {}
     for name, writer, state, forecast in zip(adapters, writers, states, forecasts, strict=True):
         out, matrices = writer.spec.output, len(writer.spec.job.plan.targets)
         parts[name] = dry_run(args.command, out.path, state, matrices, len(out.files), out.total_bytes, forecast)

@@ -101,8 +101,9 @@ class _Step:
         found: Detection | None = None
         try:
             found = self._detection(None if shared.decided is None else shared.decided.result())
-        except RuntimeError as e:
-            if not self.lacks_memory(e):
+        except RuntimeError as e:  # cuBLAS and cuSOLVER have no class of their own for it
+            lacks_memory = isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e)
+            if self.device.type == "cpu" or not lacks_memory:
                 raise
         if found is None:  # outside of the handler, which holds on to what the device has
             if self.monitor is not None:
@@ -113,10 +114,6 @@ class _Step:
         printed = fingerprint(self.plan, self.target, self.tensors, weight)
         return MatrixFinding(self.target.tensor, module.name, module.shape, weight.label, module.rank, module.scaling, found,
                              time.perf_counter() - began, self.target.transposed, printed)  # fmt: skip
-
-    def lacks_memory(self, e: BaseException) -> bool:
-        """Test whether an error says that the device has no memory; cuBLAS and cuSOLVER have no class of their own for it."""
-        return self.device.type != "cpu" and (isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e))
 
     def _detection(self, decided: Decided | None = None) -> Detection:
         """Detect on this very device, once more in float64 where only rounding leaves a direction open and memory allows it."""
@@ -172,17 +169,11 @@ def _shared_decisions(steps: Sequence[_Step], checkpoint: Callable[[], None]) ->
     began, first = time.perf_counter(), steps[0]
     way = first.way
     computations = [partial(step.decisions, way=way) for step in steps]
-    try:
-        base = first.base(way)
-        first.known(first.oriented(base))  # made once: all at a time would each make them
-        futures = run_in_step(base, computations, checkpoint)
-    except RuntimeError as e:
-        if not first.lacks_memory(e):
-            raise
-        return [_Shared() for _ in steps]
+    base = first.base(way)
+    first.known(first.oriented(base))  # made once: all at a time would each make them
+    futures = run_in_step(base, computations, checkpoint)
     part = (time.perf_counter() - began) / len(steps)
-    errors = [future.exception() for future in futures]
-    alone = [isinstance(e, NotSharedError) or (e is not None and first.lacks_memory(e)) for e in errors]
+    alone = (isinstance(future.exception(), NotSharedError) for future in futures)
     return [_Shared(None if again else future, part) for future, again in zip(futures, alone, strict=True)]
 
 

@@ -52,7 +52,7 @@ def detect_all(batch: Batch, options: DetectionOptions, run: RunOptions, residen
         return bool(writers) and target.tensor in writers[i]
 
     # A group is done again whole, where one of its findings is missing: last bits depend on who shares.
-    shared = [share(plans, uses, options, resident, counts) for uses in batch.matrices()]
+    shared = [share(plans, uses, options, run.device, resident, counts) for uses in batch.matrices()]
     todo = [[group for group in groups if not all(stands(*use) for use in group)] for groups in shared]
     uses = [use for groups in todo for group in groups for use in group]
     total, of = sum(cost(t, options) for plan in plans for t in plan.targets), batch.matrix_count

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
 
 from streamer.detection.cost import chosen_solver
 from streamer.detection.memory import best_way, detection_bytes, held_bytes, sharing_peak
@@ -23,11 +26,17 @@ AT_ONCE = 8
 
 
 def share(
-    plans: Sequence[Plan], uses: Sequence[Use], options: DetectionOptions, resident: int, counts: Sequence[int]
+    plans: Sequence[Plan],
+    uses: Sequence[Use],
+    options: DetectionOptions,
+    device: torch.device,
+    resident: int,
+    counts: Sequence[int],
 ) -> list[Group]:
     """Divide the targets that are one matrix into groups that share products, as large as the memory allowed holds.
 
-    Groups depend on options, shapes and numbers of threads alone: last bits of findings depend on who shares.
+    Groups depend on options, shapes and numbers of threads alone: last bits of findings depend on who shares. On a GPU, whose memory reads
+    a matrix in microseconds, nobody does: there a step's time is that of its small decompositions.
 
     Parameters
     ----------
@@ -38,7 +47,7 @@ def share(
     counts
         Torch's threads for each plan.
     """
-    if len(uses) < ENOUGH:
+    if len(uses) < ENOUGH or device.type != "cpu":
         return [(use,) for use in uses]
     alike: dict[object, list[Use]] = {}
     for use in uses:
@@ -49,15 +58,31 @@ def share(
     return [group for same in alike.values() for group in _divided(plans, same, options, resident)]
 
 
-def sharing_peaks(batch: Batch, options: DetectionOptions, resident: int) -> list[int]:
-    """Estimate the peak memory of each group of a batch that shares products."""
-    plans, counts = batch.plans, [0] * len(batch.plans)
-    groups = (group for uses in batch.matrices() for group in share(plans, uses, options, resident, counts))
-    return [
-        sharing_peak(plans, group, options, resident + held_bytes(plans, group, options))
-        for group in groups
-        if len(group) > 1
-    ]
+class SharingMemory(NamedTuple):
+    """Bytes that a detection in a group holds until the last one has ended, and the peak memory of the group."""
+
+    held: int
+    peak: int
+
+
+Sharing = Mapping[str, SharingMemory]
+"""Memory of the groups that one plan is in, by its tensors there."""
+
+ALONE: Sharing = {}
+"""Where there is no other plan."""
+
+
+def sharing_memory(batch: Batch, options: DetectionOptions, device: torch.device, resident: int) -> Sequence[Sharing]:
+    """Estimate the memory of the groups of a batch, for each plan."""
+    plans, found = batch.plans, [dict[str, SharingMemory]() for _ in batch.plans]
+    for uses in batch.matrices():
+        for group in share(plans, uses, options, device, resident, [0] * len(plans)):
+            if len(group) > 1:
+                held = held_bytes(plans, group, options)
+                memory = SharingMemory(held, sharing_peak(plans, group, options, resident + held))
+                for i, target in group:
+                    found[i][target.tensor] = memory
+    return found
 
 
 def _is_shareable(target: Target, options: DetectionOptions, way: str) -> bool:

@@ -115,7 +115,7 @@ def run_in_step(
     Parameters
     ----------
     matrix
-        Unscaled.
+        Unscaled, on the CPU.
     computations
         Each takes the matrix. Between two products it may hold memory of its own, beside that of the others.
     before_product
@@ -134,7 +134,7 @@ def run_in_step(
             extremes.append(torch.stack(torch.aminmax(torch.cat(ends))))
         return extremes[0]
 
-    state = thread_state(matrix.like.device)
+    state = thread_state()
     started: list[_Computation[T]] = []
     try:
         with full_float32():

@@ -121,8 +121,8 @@ def task_threads(count: int) -> Iterator[None]:
         yield
 
 
-def thread_state(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Capture what of torch's state is the calling thread's own: number of threads, gradients, the stream of a GPU.
+def thread_state() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Capture what of torch's state is the calling thread's own, on the CPU: number of threads, gradients, inference mode.
 
     Returns
     -------
@@ -130,12 +130,11 @@ def thread_state(device: torch.device) -> Callable[[], contextlib.AbstractContex
         Enters the same state in another thread.
     """
     count, grad, inference = torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     @contextlib.contextmanager
     def entered() -> Iterator[None]:
         torch.set_num_threads(count)
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.cuda.stream(stream):
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             yield
 
     return entered
