@@ -34,8 +34,8 @@ WINDOW = 100.0
 MARGIN = 1.02
 """Factor on the largest sample that covers the bound between two of them; measured in docs/benchmarks.md."""
 
-CHRISTOFFEL_BYTES = 32 << 20
-"""Memory for evaluating the bound."""
+CHRISTOFFEL_BYTES = 4 << 20
+"""Memory for evaluating the bound: what the cache holds; measured in docs/benchmarks.md."""
 
 NARROW = 32
 """Blocks of up to so many columns share one table of p·b² values among all σ, so that H is one product; for wider ones it would be
@@ -52,11 +52,11 @@ def window(ritz: RitzBasis, phi: float) -> float:
 
 
 def samples(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) -> Tensor:
-    """Choose the σ at which the bound is evaluated: 8 in each Ritz interval, and some around each Ritz value on its own scales."""
+    """Choose the σ at which the bound is evaluated: the Ritz values, 7 between each two, and some around each on its own scales."""
     inside = S[bottom < S].sort().values
     edges = torch.cat([S.new_tensor([bottom]), inside, S.new_tensor([top])])
-    within = edges[:-1, None] + edges.diff()[:, None] * S.new_tensor([0.0, 0.03, 0.12, 0.3, 0.5, 0.7, 0.88, 0.97])
-    peaks = S[:, None] + residual[:, None] * S.new_tensor([-10, -3, -1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10])
+    within = edges[:-1, None] + edges.diff()[:, None] * S.new_tensor([0.03, 0.12, 0.3, 0.5, 0.7, 0.88, 0.97])
+    peaks = S[:, None] + residual[:, None] * S.new_tensor([-10, -3, -1, -0.3, -0.1, 0.1, 0.3, 1, 3, 10])
     around = S[:, None] + tau * S.new_tensor([-1.0001, 1.0001])
     sigma = torch.cat([within.flatten(), peaks.flatten(), around.flatten(), edges])
     return sigma[(sigma >= bottom) & (sigma <= top)]
@@ -85,26 +85,34 @@ def christoffel_bound(sigma: Tensor, ritz: RitzBasis, w: Tensor, phi: float) -> 
     k = w.shape[1]
     once = CHRISTOFFEL_BYTES // (8 * (4 * p + 2 * b * b + 2 * k * b + (p * max(b, k) if b > NARROW else 0)))
     tau = window(ritz, phi)
-    parts = [_christoffel(some, ritz.S, g, w, phi, tau) for some in torch.split(sigma, max(1, once))]
+    tables = (_products(g, g), _products(w, g)) if 0 < b <= NARROW else None
+    parts = [_christoffel(some, ritz.S, g, w, phi, tau, tables) for some in torch.split(sigma, max(1, once))]
     return torch.cat(parts) if parts else w.new_zeros((0, k))
 
 
-def _christoffel(sigma: Tensor, S: Tensor, g: Tensor, w: Tensor, phi: float, tau: float) -> Tensor:
-    p, b = g.shape
-    k = w.shape[1]
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """``x_li y_lj``, (p, i·j)."""
+    return (x[:, :, None] * y[:, None, :]).flatten(1)
+
+
+def _christoffel(
+    sigma: Tensor, S: Tensor, g: Tensor, w: Tensor, phi: float, tau: float, tables: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    b, k = g.shape[1], w.shape[1]
     distance = S - sigma[:, None]
     near = distance.abs() <= tau
-    far = torch.where(near, 0.0, 1 / torch.where(near, 1.0, distance))
+    far = distance.reciprocal_().masked_fill_(near, 0.0)
     inverse = far / (S + sigma[:, None]).clamp_min(1e-300)
     chi = near.double() @ w.square()
     if b:
-        if b > NARROW:
+        if tables is None:
             H = (inverse.square()[:, None, :] * g.T) @ g
             a = (inverse[:, None, :] * w.T) @ g
         else:
-            H = (inverse.square() @ (g[:, :, None] * g[:, None, :]).reshape(p, b * b)).reshape(len(sigma), b, b)
-            a = (inverse @ (w[:, :, None] * g[:, None, :]).reshape(p, k * b)).reshape(len(sigma), k, b)
-        factor = torch.linalg.cholesky(H + torch.eye(b, dtype=torch.float64))
+            H = (inverse.square() @ tables[0]).reshape(len(sigma), b, b)
+            a = (inverse @ tables[1]).reshape(len(sigma), k, b)
+        H.diagonal(dim1=1, dim2=2).add_(1)
+        factor = torch.linalg.cholesky(H)
         chi += torch.linalg.solve_triangular(factor, a.transpose(1, 2), upper=False).square().sum(1)
     rounding = phi * (far.square() @ w.square()).sqrt()
     e = phi * far.abs().amax(1, keepdim=True)
