@@ -11,17 +11,6 @@ from forks import KILL, partials
 from range_server import FAULTS, serving
 from remote_jobs import contents, run, run_all
 
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return remote_jobs.world(tmp_path_factory.mktemp("remote"))
-
-
-@pytest.fixture(scope="module")
-def local(served: Path) -> dict[str, str]:
-    return contents(run_all(served / "base", served / "adapter", served.parent / "local"))
-
-
 PASSES = ("stall", "reset", "429", "500", "short", "whole")
 
 
