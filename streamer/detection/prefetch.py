@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from streamer.storage.remote_access import in_context
 from streamer.weights.base import Weight
 
 T = TypeVar("T")
@@ -81,6 +82,7 @@ def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Ge
     """Yield each item with what `load` gives for it; a thread loads `depth` of the next ones while the current one is in use."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
+        load = in_context(load)
         coming = deque(pool.submit(load, item) for item in items[:depth])
         for i, item in enumerate(items):
             value = coming.popleft().result()

@@ -15,7 +15,7 @@ from typing import TypeVar
 from streamer.events import Event, Monitor
 from streamer.remote.listing import Listing
 from streamer.storage.files import fsync_directory, storage_errors
-from streamer.storage.remote_access import read_range
+from streamer.storage.remote_access import in_context, read_range
 from streamer.storage.remote_manifest import Manifest, RemoteFile, cache_directory, read_manifest
 from streamer.storage.remote_source import RemoteSource
 from streamer.storage.system import sync
@@ -33,7 +33,7 @@ V = TypeVar("V")
 def at_once(ask: Callable[[T], V], items: Iterable[T]) -> list[V]:
     """Ask a server about several files at once, in order."""
     with ThreadPoolExecutor(ASKED_AT_ONCE, thread_name_prefix="ask") as pool:
-        return list(pool.map(ask, items))
+        return list(pool.map(in_context(ask), items))
 
 
 def directory_for(kind: str, listing: Listing, *inside: str) -> Path:

@@ -28,6 +28,7 @@ from streamer.remote.hub import (
 from streamer.remote.listing import Listing
 from streamer.remote.web import list_address
 from streamer.storage.files import storage_errors
+from streamer.storage.remote_access import heed
 from streamer.storage.remote_manifest import cache_directory
 
 RemoteMode = Literal["cache", "stream"]
@@ -71,6 +72,7 @@ class Remote:
         address = parse_address(given) if isinstance(given, str) else None
         if address is None:
             return given
+        heed(self.monitor)
         if isinstance(address, HubName):
             return self._hub(address)
         listing = list_address(address)

@@ -7,10 +7,14 @@ import random
 import re
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from functools import cache
+from typing import ParamSpec, TypeVar
 
 from streamer.errors import InputChangedError, InputError, StorageError, UnsupportedError
+from streamer.events import Monitor
 from streamer.storage.remote_manifest import RemoteFile
 from streamer.units import format_size
 
@@ -25,6 +29,14 @@ LONGEST_WAIT = 120.0
 
 PROGRESS_BYTES = 1 << 16
 """Bytes of a range after which its attempts are counted anew."""
+
+POLLED = 0.1
+"""Seconds of a wait between two looks for a request to stop."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_monitor: ContextVar[Monitor | None] = ContextVar("monitor", default=None)
 
 
 class Transient(Exception):
@@ -92,6 +104,21 @@ def _access_of_scheme(scheme: str) -> Access:
     from streamer.storage.remote_buckets import BucketAccess
 
     return BucketAccess()
+
+
+def heed(monitor: Monitor) -> None:
+    """Let waits for servers, from here on in this context, end where this monitor is asked to stop."""
+    _monitor.set(monitor)
+
+
+def in_context(call: Callable[P, T]) -> Callable[P, T]:
+    """Return a call that heeds the monitor of this context in whatever thread it runs."""
+    context = copy_context()
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return context.copy().run(call, *args, **kwargs)  # several threads may be in it at once
+
+    return run
 
 
 def silence_allowed() -> float:
@@ -172,10 +199,29 @@ def without_secrets(text: str) -> str:
 
 
 def _wait(shown: str, tries: int, most: int, e: Transient) -> None:
-    """Wait before another attempt."""
+    """Wait before another attempt.
+
+    Raises
+    ------
+    StorageError
+        If there were enough, or the server asks for too long a wait.
+    Interrupted
+        If a stop is asked for meanwhile.
+    """
     if tries >= most or (e.wait or 0) > LONGEST_WAIT:
         again = f" in {tries} attempts" if tries > 1 else ""
         asked = f" (the server asks to wait {e.wait:.0f} s)" if (e.wait or 0) > LONGEST_WAIT else ""
         raise StorageError(f"{shown}: cannot read{again}: {e}{asked}; run the same command again") from e
     backoff = 0.5 * 2 ** (tries - 1) * random.uniform(0.75, 1.0)  # noqa: S311  # so that several readers do not return together
-    time.sleep(backoff if e.wait is None else max(e.wait, 0.05))
+    _sleep(backoff if e.wait is None else max(e.wait, 0.05))
+
+
+def _sleep(seconds: float) -> None:
+    """Sleep, or raise `Interrupted` as soon as a stop is asked for."""
+    monitor, until = _monitor.get(), time.monotonic() + seconds
+    while True:
+        if monitor is not None:
+            monitor.checkpoint()
+        if (left := until - time.monotonic()) <= 0:
+            return
+        time.sleep(min(left, POLLED))

@@ -32,6 +32,10 @@ CONNECTIONS = 16
 
 REDIRECTS = 8
 PIECE_BYTES = 1 << 20
+
+DRAINED_BYTES = 1 << 10
+"""Bytes that are read of an answer that is not wanted: less work than another connection."""
+
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 ABSENT = {404, 410}
 REFUSED = {401, 403, 407}
@@ -114,7 +118,7 @@ class HttpAccess(Access):
         exceptions, version = self._urllib3.exceptions, ""
         for _ in range(REDIRECTS):
             headers = {"Range": bytes_, "Accept-Encoding": "identity", "User-Agent": f"streamer/{__version__}"}
-            if urlsplit(url)[:2] == urlsplit(first)[:2]:
+            if _host(url) == _host(first):
                 headers |= _authorization(first, token=token)
             timeout = self._urllib3.Timeout(connect=CONNECT_SECONDS, read=silence_allowed())
             try:
@@ -177,6 +181,12 @@ def _authorization(url: str, *, token: bool) -> dict[str, str]:
     return made
 
 
+def _host(url: str) -> tuple[str, str]:
+    """Return scheme and host with port, to whom an authorization goes: an address that is led on to seldom names the user again."""
+    parts = urlsplit(_without_user(url))
+    return parts.scheme, parts.netloc.lower().removesuffix({"http": ":80", "https": ":443"}.get(parts.scheme, ":"))
+
+
 def _without_user(url: str) -> str:
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
@@ -223,8 +233,9 @@ def _reason(e: Exception) -> str:
 
 
 def _done(response: Any) -> None:
-    """Give a connection back for the next request; one whose answer is not read to its end is closed."""
-    if response.length_remaining == 0:
+    """Give a connection back for the next request, which takes one whose answer was read to its end; one with much to come is closed."""
+    if response.length_remaining is not None and response.length_remaining <= DRAINED_BYTES:
+        response.drain_conn()
         response.release_conn()
     else:
         response.close()

@@ -13,7 +13,7 @@ from typing import ClassVar
 from streamer.errors import FormatError, InputChangedError
 from streamer.storage.byte_source import ByteSource
 from streamer.storage.header import Header, check_length, parse_header
-from streamer.storage.remote_access import check_version, read_range, stat_remote
+from streamer.storage.remote_access import check_version, in_context, read_range, stat_remote
 from streamer.storage.remote_manifest import RemoteFile
 
 IN_FLIGHT = 8
@@ -70,7 +70,7 @@ class RemoteSource(ByteSource):
 
     def read_pieces(self, pieces: Iterable[tuple[memoryview, int]]) -> None:
         """Read them all at once."""
-        _finish([_pool().submit(read_range, self.file, out, at) for out, at in pieces if len(out)])
+        _finish([_submitted(self.file, out, at) for out, at in pieces if len(out)])
 
     def read_into(self, out: memoryview, at: int) -> None:
         """Take bytes from what was read ahead, and read what was not."""
@@ -106,7 +106,7 @@ class RemoteSource(ByteSource):
             following = ahead[-1].stop if ahead else start
             while following < min(end, max(stop, start + AHEAD_BYTES)):
                 data = memoryview(bytearray(min(RANGE_BYTES, end - following)))
-                ahead.append(_Range(following, data, _pool().submit(read_range, self.file, data, following)))
+                ahead.append(_Range(following, data, _submitted(self.file, data, following)))
                 following += len(data)
 
     def release(self, stop: int) -> None:
@@ -136,7 +136,12 @@ class RemoteSource(ByteSource):
     def _read_ranges(self, out: memoryview, at: int) -> None:
         """Read bytes by as many ranges as are on their way at a time, if they are not too small."""
         step = min(RANGE_BYTES, max(LEAST_BYTES, -(-len(out) // IN_FLIGHT)))
-        _finish([_pool().submit(read_range, self.file, out[i : i + step], at + i) for i in range(0, len(out), step)])
+        _finish([_submitted(self.file, out[i : i + step], at + i) for i in range(0, len(out), step)])
+
+
+def _submitted(file: RemoteFile, out: memoryview, at: int) -> Future[None]:
+    """Send for a range."""
+    return _pool().submit(in_context(read_range), file, out, at)
 
 
 def _finish(ranges: list[Future[None]]) -> None:

@@ -17,16 +17,6 @@ from remote_jobs import cached, contents, run, run_all
 import streamer
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return remote_jobs.world(tmp_path_factory.mktemp("remote"))
-
-
-@pytest.fixture(scope="module")
-def local(served: Path) -> dict[str, str]:
-    return contents(run_all(served / "base", served / "adapter", served.parent / "local"))
-
-
 @pytest.mark.parametrize("mode", ["stream", "cache"])
 def test_outputs_are_those_of_the_files(served: Path, local: dict[str, str], tmp_path: Path, mode: str) -> None:
     with serving(served) as site:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import pytest
 import remote_jobs
+from command_line import ENV
 from forks import KILL, partials
 from range_server import FAULTS, serving
-from remote_jobs import contents, run, run_all
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return remote_jobs.world(tmp_path_factory.mktemp("remote"))
-
-
-@pytest.fixture(scope="module")
-def local(served: Path) -> dict[str, str]:
-    return contents(run_all(served / "base", served / "adapter", served.parent / "local"))
-
+from remote_jobs import argv, contents, run, run_all
 
 PASSES = ("stall", "reset", "429", "500", "short", "whole")
 
@@ -71,6 +65,32 @@ def test_killed_runs_go_on(served: Path, local: dict[str, str], tmp_path: Path, 
         run_all(base, adapter, home, "--remote", mode)
     assert contents(home) == local
     assert partials(home) == []
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_the_wait_that_a_server_asks_for(served: Path, tmp_path: Path) -> None:
+    asked = Event()
+
+    def busy(path: str, before: int) -> str | None:
+        if path.startswith("base/model-") and before > 5:
+            asked.set()
+            return "429"
+        return None
+
+    with serving(served, fault=busy, retry_after=100) as site:
+        line = argv("detect", f"{site.address}/base", f"{site.address}/adapter", tmp_path)
+        with subprocess.Popen(
+            [sys.executable, "-m", "streamer", *map(str, line)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENV | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        ) as process:
+            assert asked.wait(60)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.endswith("streamer: stopped by signal 2; the same command resumes\n")
 
 
 def test_another_version_of_the_base_is_another_input(served: Path, tmp_path: Path) -> None:

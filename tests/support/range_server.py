@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+PEEK = "bytes=0-0"
+LED = "led/"
+
 FAULTS = ("stall", "reset", "429", "500", "short", "whole", "401", "403", "changed")
 
 
@@ -39,20 +42,27 @@ class RangeServer:
         Directory that is served.
     fault
         Told a path and how many requests for data of it came before; names one of `FAULTS`, or gives None.
+    peek_fault
+        The same of requests for the first byte, which ask for size and version.
     rate
         Bytes a second of all connections together; None for as fast as it goes.
     tags
         ETags by path, where they are not of the content.
     redirect
-        Address that requests for data are led on to, in place of the root of this server.
+        Address of a server that requests are led on to, below `LED`; empty for none.
+    retry_after
+        Seconds that a 429 asks to wait.
     """
 
     root: Path
     fault: Callable[[str, int], str | None] = lambda path, n: None
+    peek_fault: Callable[[str, int], str | None] = lambda path, n: None
     rate: float | None = None
     tags: dict[str, str] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     address: str = ""
+    redirect: str = ""
+    retry_after: float = 0
     stall: float = 3.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _free: float = 0.0
@@ -109,17 +119,20 @@ class Handler(BaseHTTPRequestHandler):
         name = unquote(urlsplit(self.path).path).lstrip("/")
         asked = self.headers.get("Range", "")
         with state._lock:
-            before = sum(r.path == name and r.range != "bytes=0-0" for r in state.requests)
+            before = sum(r.path == name and (r.range == PEEK) == (asked == PEEK) for r in state.requests)
             request = Request(name, asked, {key.lower(): value for key, value in self.headers.items()})
             state.requests.append(request)
+        if state.redirect and not name.startswith(LED):
+            return self.plain(302, {"Location": f"{state.redirect}/{LED}{name}"})
+        name = name.removeprefix(LED)
         path = state.root / name
-        fault = None if asked == "bytes=0-0" else state.fault(name, before)
+        fault = (state.peek_fault if asked == PEEK else state.fault)(name, before)
         if not path.is_file():
             return self.plain(404)
         if fault in ("401", "403", "500"):
             return self.plain(int(fault))
         if fault == "429":
-            return self.plain(429, {"Retry-After": "0"})
+            return self.plain(429, {"Retry-After": f"{state.retry_after:g}"})
         size, tag = path.stat().st_size, state.tag(path, name)
         if fault == "changed":
             state.tags[name] = tag = '"another"'

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
 from range_server import RangeServer, serving
 
-from streamer.errors import InputChangedError, StorageError, StreamerError, UnsupportedError
-from streamer.storage.remote_access import read_range, stat_remote
+from streamer.detection.prefetch import read_ahead
+from streamer.errors import InputChangedError, Interrupted, StorageError, StreamerError, UnsupportedError
+from streamer.events import Monitor
+from streamer.storage.remote_access import heed, read_range, stat_remote
 from streamer.storage.remote_manifest import RemoteFile
 from streamer.storage.remote_source import RANGE_BYTES, RemoteSource
 
@@ -107,6 +110,44 @@ def test_users_are_named_to_their_own_server_alone(site: RangeServer) -> None:
     url = site.address.replace("//", "//user:word@") + "/file"
     assert stat_remote(url, "shown") is not None
     assert site.requests[-1].headers["authorization"] == "Basic dXNlcjp3b3Jk"
+
+
+@pytest.mark.parametrize(("host", "named"), [("127.0.0.1", True), ("localhost", False)])
+def test_where_an_address_leads_on_to_users_are_named_on_the_same_host_alone(
+    site: RangeServer, host: str, named: bool
+) -> None:
+    site.redirect = site.address.replace("127.0.0.1", host)
+    url = site.address.replace("//", "//user:word@") + "/file"
+    stat = stat_remote(url, "shown")
+    assert stat is not None
+    assert read(RemoteFile(url, "shown", stat.size, stat.version), 5, 10) == DATA[5:10]
+    first, *led = [("authorization" in r.headers, r.path) for r in site.requests]
+    assert first == (True, "file")
+    assert led == [(named, "led/file")] * 2
+
+
+def test_a_stop_ends_the_wait_that_a_server_asks_for(site: RangeServer) -> None:
+    """In the threads that read, and in the one that reads ahead."""
+    source, monitor = RemoteSource(opened(site)), Monitor()
+
+    def stop(path: str, before: int) -> str:
+        monitor.request_stop(2)
+        return "429"
+
+    def view() -> None:
+        heed(monitor)
+        source.view(1000, 2000)
+
+    def view_ahead() -> None:
+        heed(monitor)
+        list(read_ahead([0, 1, 2, 3], lambda i: source.view(i, 10)))
+
+    site.fault, site.retry_after = stop, 100
+    for call in (view, view_ahead):
+        site.reset()
+        with pytest.raises(Interrupted):
+            copy_context().run(call)
+        assert len(site.requests) <= 2  # the second of those ahead may have begun
 
 
 def test_reading_from_front_to_back_sends_for_what_follows(site: RangeServer, tmp_path: Path) -> None:
