@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -19,10 +20,10 @@ import torch
 
 from streamer.cli.cores import available_cores
 from streamer.cli.threads import is_count_chosen
-from streamer.detection.workers import Workers
+from streamer.detection.workers import Cluster, Workers
 from streamer.errors import MissingPackageError, UsageError, WorkerError
 from streamer.events import Event, Monitor
-from streamer.units import counted
+from streamer.units import counted, listed
 
 WAITED = 30
 """Seconds until an engine that does not answer is given up."""
@@ -89,39 +90,89 @@ def _begin_worker(parent: Connection) -> None:
 def dask(address: str) -> Iterator[Executor]:
     """Connect to the scheduler at an address, or to that of a scheduler file."""
     library = _library("distributed", "dask")
+    logging.getLogger("distributed.client").setLevel(
+        logging.CRITICAL
+    )  # of a scheduler that goes away a line says enough
     where = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
     try:
         client = library.Client(**where, timeout=WAITED, set_as_default=False)
     except (OSError, ValueError) as e:
         raise WorkerError(f"dask:{address}: no scheduler answers there ({e}); check that it runs") from e
     with client:
-        yield client.get_executor(pure=False, retries=0)
+        yield DaskExecutor(client, address)
+
+
+class DaskExecutor(Cluster):
+    """Submit calls to the workers of a scheduler of Dask's."""
+
+    def __init__(self, client: Any, address: str) -> None:
+        self._client, self._address = client, address
+        self._executor: Executor = client.get_executor(pure=False, retries=0)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Submit a call."""
+        return self._executor.submit(fn, *args, **kwargs)
+
+    def lacks(self) -> str:
+        """Say that the scheduler has no workers; one that went away has forgotten the tasks."""
+        gone = (
+            f"dask:{self._address}: its scheduler does not answer any more; start one, then run the same command again"
+        )
+        if self._client.status != "running":
+            raise WorkerError(gone)
+        try:
+            there = self._client.sync(self._client.scheduler.ncores, callback_timeout=WAITED)
+        except (AttributeError, OSError, RuntimeError) as e:  # a client that has lost it has no scheduler
+            raise WorkerError(gone) from e
+        return "" if there else f"dask:{self._address}: has no workers; the run waits for them"
 
 
 @contextlib.contextmanager
 def ray(address: str) -> Iterator[Executor]:
-    """Connect to a cluster; `auto` is the one that runs on this machine."""
+    """Connect to a cluster; `auto` is the one that runs on this machine.
+
+    Raises
+    ------
+    UsageError
+        If no node has as many CPUs as a task takes: it would wait for ever.
+    """
     library = _library("ray", "ray")
     try:
         library.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise WorkerError(f"ray:{address}: no cluster answers there ({e}); check that it runs") from e
     try:
-        yield RayExecutor(library, torch.get_num_threads())
+        executor = RayExecutor(library, torch.get_num_threads(), address)
+        if lacks := executor.lacks():
+            raise UsageError(lacks)
+        yield executor
     finally:
         library.shutdown()
 
 
-class RayExecutor(Executor):
+class RayExecutor(Cluster):
     """Submit calls to Ray as tasks that reserve a number of its CPUs."""
 
-    def __init__(self, library: Any, cpus: int) -> None:
+    def __init__(self, library: Any, cpus: int, address: str = "auto") -> None:
+        self._library, self._cpus, self._address = library, cpus, address
         self._remote = library.remote(num_cpus=cpus, max_retries=0)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Submit a call."""
         future: Future[Any] = self._remote(fn).remote(*args, **kwargs).future()
         return future
+
+    def lacks(self) -> str:
+        """Say that no node has as many CPUs as a task takes, and how many they have."""
+        cpus = [int(node["Resources"].get("CPU", 0)) for node in self._library.nodes() if node["Alive"]]
+        most = max(cpus, default=0)
+        if most >= self._cpus:
+            return ""
+        advice = f"give --threads {most}, or add such a node" if most else "add such a node"
+        return (
+            f"ray:{self._address}: a task takes {counted(self._cpus, 'CPU')}, one for each thread, and no node has so many: they have "
+            f"{listed(sorted(cpus, reverse=True))}; {advice}"
+        )
 
 
 ENGINES: dict[str, Callable[[str], contextlib.AbstractContextManager[Executor]]] = {"dask": dask, "ray": ray}

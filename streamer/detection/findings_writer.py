@@ -91,14 +91,15 @@ class FindingsWriter:
         return self
 
     def _take_up(self) -> None:
-        self.resumed = self._resume and interrupted_run(self.path, self._start, self._overwrite)
+        begun = self._resume and interrupted_run(self.path, self._start, self._overwrite)
+        self.resumed = begun and len(self._journal) > 1  # no matrix: the number of threads is this run's to say
         if not self.resumed:
             self._journal.clear()
             self._journal.append(json.dumps(self._start).encode())
         for i in range(1, len(self._journal)):
             self._records[self._figures(i)["tensor"]] = i
-        begun = json.loads(self._journal[0]).get("threads")
-        self.threads = begun if type(begun) is int and begun > 0 else torch.get_num_threads()
+        count = json.loads(self._journal[0]).get("threads")
+        self.threads = count if type(count) is int and count > 0 else torch.get_num_threads()
 
     def _figures(self, i: int) -> MatrixFigures:
         header = _record_header(self._journal[i])

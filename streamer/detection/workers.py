@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
@@ -33,6 +35,23 @@ AT_ONCE = 1024
 
 POLLED = 0.1
 """Seconds between two looks for a request to stop."""
+
+PATIENCE = 3.0
+"""Seconds without a result after which a cluster is asked, and asked again, whether it has workers."""
+
+
+class Cluster(Executor, ABC):
+    """An executor whose workers come and go."""
+
+    @abstractmethod
+    def lacks(self) -> str:
+        """Say what is lacking for a task to be taken, empty for nothing; asked while no result comes, and after a task was lost.
+
+        Raises
+        ------
+        WorkerError
+            If none will be taken any more.
+        """
 
 
 @dataclass(frozen=True)
@@ -122,7 +141,7 @@ class Workers:
                         given[future] = task
                         future.add_done_callback(arrived.put)
                     begin(*next(iter(given.values())).groups[0][0][0])
-                    future = _next(arrived, monitor)
+                    future = _next(arrived, executor, monitor)
                     task, fault = given.pop(future), _fault(future)
                     if fault is None:
                         result = future.result()
@@ -132,6 +151,7 @@ class Workers:
                         del future, result  # its findings are written, and need no memory
                         continue
                     monitor.checkpoint()  # what ended the worker may have asked this process to stop as well
+                    _lacks(executor)
                     said = f"{task.groups[0][0][0][1]}: its worker was lost ({type(fault).__name__}: {fault})"
                     if task in lost:
                         raise WorkerError(f"{said} for the second time; the same command goes on from here") from fault
@@ -176,12 +196,22 @@ def _submitted(executor: Executor, task: Task) -> Future[TaskResult]:
         return failed
 
 
-def _next(arrived: queue.SimpleQueue[Future[TaskResult]], monitor: Monitor) -> Future[TaskResult]:
-    """Wait for a task to end, or for a request to stop."""
+def _next(arrived: queue.SimpleQueue[Future[TaskResult]], executor: Executor, monitor: Monitor) -> Future[TaskResult]:
+    """Wait for a task to end, or for a request to stop; what a cluster lacks meanwhile is said, once."""
+    said, asked = "", time.monotonic()
     while True:
         monitor.checkpoint()
         with contextlib.suppress(queue.Empty):
             return arrived.get(timeout=POLLED)
+        if time.monotonic() - asked > PATIENCE:
+            lacks = _lacks(executor)
+            if lacks and lacks != said:
+                monitor.emit(Event("warning", lacks))
+            said, asked = lacks, time.monotonic()
+
+
+def _lacks(executor: Executor) -> str:
+    return executor.lacks() if isinstance(executor, Cluster) else ""
 
 
 def _fault(future: Future[TaskResult]) -> BaseException | None:

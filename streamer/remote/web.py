@@ -73,41 +73,45 @@ def _bucket(url: Url) -> Listing:
 def _web(url: Url) -> Listing:
     """Ask for each file by its name: there is no list."""
     asked = [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES]
-    found = _ask(url, asked, {INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME})
+    found = _ask(url, asked, {INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME}, 1)
     weights = {name: found.pop(name) for name in (SINGLE_NAME, WEIGHTS_NAME) if name in found}
     with TemporaryDirectory(prefix="streamer-") as directory:
         if INDEX_NAME in found:
             shards = shards_of(_index(found[INDEX_NAME], directory))
-            there = _ask(url, shards, set(shards))
+            there = _ask(url, shards, set(shards), len(shards))
             weights |= {name: there[name] for name in shards if name in there}
         if "config.json" in found:
             code = remote_code(_json(found["config.json"]))
-            found |= _ask(url, code, set())
+            found |= _ask(url, code, set(), 0)
     for file in weights.values():
         if not file.version:
             raise no_ranges(file.shown)
     return Listing(url.name, url.shown, dict(sorted(found.items())), weights)
 
 
-def _ask(url: Url, names: Iterable[str], wanted: set[str]) -> dict[str, RemoteFile]:
-    """Ask which of some files are there; one that is refused is not there, where it is not among the `wanted`."""
+def _ask(url: Url, names: Iterable[str], weights: set[str], least: int) -> dict[str, RemoteFile]:
+    """Ask which of some files are there.
+
+    A bucket that may not be listed refuses what is not there as well as what may not be read. So what is refused is not there only where
+    nothing is said to be absent, and at least so many of the `weights` were found.
+    """
     names = list(names)
 
-    def ask(name: str) -> tuple[RemoteFile | None, InputError | None]:
+    def ask(name: str) -> RemoteFile | InputError | None:
         address, shown = url.below(name)
         try:
             stat = stat_remote(address, shown)
         except InputError as e:
-            return None, e
+            return e
         if stat is None:
-            return None, None
-        return RemoteFile(address, shown, stat.size, stat.version if stat.ranges or name not in wanted else ""), None
+            return None
+        return RemoteFile(address, shown, stat.size, stat.version if stat.ranges or name not in weights else "")
 
     first = [ask(name) for name in names[:1]]  # where nothing answers, once is enough
     answers = dict(zip(names, [*first, *at_once(ask, names[1:])], strict=True))
-    found = {name: file for name, (file, _) in answers.items() if file is not None}
-    refusals = [error for name, (_, error) in answers.items() if error is not None and name in wanted]
-    if refusals and not wanted & found.keys():  # a bucket says so of files that are not there
+    found = {name: answer for name, answer in answers.items() if isinstance(answer, RemoteFile)}
+    refusals = [answer for answer in answers.values() if isinstance(answer, InputError)]
+    if refusals and (None in answers.values() or len(weights & found.keys()) < least):
         raise refusals[0]
     return found
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
-from streamer.errors import FormatError, InputChangedError
+from streamer.errors import FormatError, InputChangedError, InputError, StorageError
 from streamer.storage.byte_source import ByteSource
 from streamer.storage.header import Header, check_length, parse_header
 from streamer.storage.remote_access import check_version, in_context, read_range, stat_remote
@@ -115,7 +115,10 @@ class RemoteSource(ByteSource):
     def check_unchanged(self) -> None:
         """Ask once more for size and version."""
         file = self.file
-        stat = stat_remote(file.url, file.shown, token=file.token)
+        try:
+            stat = stat_remote(file.url, file.shown, token=file.token)
+        except InputError as e:  # it was given when the run began
+            raise StorageError(f"{e}; then run the same command again") from e
         if stat is None:
             raise InputChangedError(f"{file.shown}: vanished during the run; put it back and start again")
         check_version(file, stat.version, stat.size)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
-import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from command_line import ENV, run_cli
+from command_line import run_cli
 from several import Several
-from worker_runs import WorkerBench, wait_until, worker_bench
+from worker_runs import WorkerBench, dask_scheduler, dask_workers, ray_cluster, worker_bench
 
 import streamer
 from streamer.adapters.batch import named_adapters
@@ -157,55 +153,14 @@ def test_findings_pickle_by_value(bench: WorkerBench, tmp_path: Path) -> None:
 def test_dask_gives_the_same_bytes(bench: WorkerBench, tmp_path: Path) -> None:
     pytest.importorskip("distributed")
     file = tmp_path / "scheduler.json"
-    with (
-        engine("distributed.cli.dask_scheduler", "--port", "0", "--scheduler-file", file, "--no-dashboard"),
-        engine(
-            "distributed.cli.dask_worker",
-            "--scheduler-file",
-            file,
-            "--nthreads",
-            "1",
-            "--nworkers",
-            "2",
-            "--no-dashboard",
-        ),
-    ):
-        wait_until(file.exists)
+    with dask_scheduler(file), dask_workers(file):
         on_engine(bench, tmp_path / "f.safetensors", f"dask:{file}")
-
-
-RAY = """
-import sys, ray
-cluster = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-print(cluster.address_info["gcs_address"], flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.mark.slow
 def test_ray_gives_the_same_bytes(bench: WorkerBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray")
-    monkeypatch.setitem(ENV, "RAY_AUTH_MODE", "disabled")
-    cluster = subprocess.Popen(
-        [sys.executable, "-c", RAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV
-    )
-    with cluster:
-        assert cluster.stdout is not None
-        on_engine(bench, tmp_path / "f.safetensors", f"ray:{cluster.stdout.readline().strip()}")
-
-
-@contextlib.contextmanager
-def engine(module: str, *args: object) -> Iterator[None]:
-    """Run a part of a cluster, as its package starts it."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, args)], stderr=subprocess.DEVNULL, env=ENV, start_new_session=True
-    )
-    with process:
-        try:
-            yield
-        finally:
-            process.terminate()
-            process.wait(30)
+    with ray_cluster(monkeypatch, 2) as address:
+        on_engine(bench, tmp_path / "f.safetensors", f"ray:{address}")
 
 
 @pytest.mark.long

@@ -11,7 +11,8 @@ from forks import server
 from jobs import COMMANDS, OTHERS, Bench, Case
 from powerloss import Disk
 from shim import Call
-from survival import FAULTS, Tally, Trial, killed_at_random, recorded
+from survival_calls import FAULTS, killed_at_random
+from trials import Tally, Trial, recorded
 
 pytestmark = pytest.mark.skipif(not shim.AVAILABLE, reason="needs a C compiler")
 

@@ -15,7 +15,16 @@ from threading import Event as Gate
 
 import pytest
 import torch
-from worker_runs import WorkerBench, has_begun, wait_until, worker_bench, workers_in
+from worker_runs import (
+    WorkerBench,
+    dask_scheduler,
+    dask_workers,
+    has_begun,
+    ray_cluster,
+    wait_until,
+    worker_bench,
+    workers_in,
+)
 
 import streamer
 from streamer.detection.findings_file import journal_of, lock_of
@@ -154,14 +163,52 @@ class Failing(Executor):
 
 
 def test_an_engine_that_takes_nothing_is_named(bench: WorkerBench, tmp_path: Path) -> None:
+    """A run that found nothing leaves the number of threads to the next one."""
     events: list[Event] = []
-    with pytest.raises(WorkerError, match=r"was lost \(ConnectionError: no route to host\) for the second time"):
+    out = tmp_path / "f.safetensors"
+    with (
+        threads(2),
+        pytest.raises(WorkerError, match=r"was lost \(ConnectionError: no route to host\) for the second time"),
+    ):
         streamer.detect_intruder_dimensions(
-            bench.base, bench.adapter, tmp_path / "f.safetensors", executor=Failing(), on_event=events.append
+            bench.base, bench.adapter, out, solver="certified", executor=Failing(), on_event=events.append
         )
     warnings = [e.name for e in events if e.stage == "warning"]
     assert len(warnings) == 10
     assert all(text.endswith("no route to host); it is done again") for text in warnings)
+    finish(bench, out)
+
+
+@pytest.mark.slow
+def test_a_scheduler_without_workers_is_waited_for_and_said(bench: WorkerBench, tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    out, file = tmp_path / "f.safetensors", tmp_path / "scheduler.json"
+    said = f"streamer: warning: dask:{file}: has no workers; the run waits for them\n"
+    with dask_scheduler(file), bench.start(out, "--executor", f"dask:{file}", "-q") as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == said
+        with dask_workers(file):
+            _, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stderr) == (0, "")
+    assert out.read_bytes() == bench.alone
+
+
+@pytest.mark.slow
+def test_a_ray_task_that_fits_on_no_node_is_refused(
+    bench: WorkerBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "f.safetensors"
+    with (
+        ray_cluster(monkeypatch, 2) as address,
+        bench.start(out, "--executor", f"ray:{address}", "--threads", 3) as run,
+    ):
+        _, stderr = run.communicate(timeout=120)
+    assert run.returncode == 2
+    assert stderr.splitlines()[-1] == (
+        f"streamer: ray:{address}: a task takes 3 CPUs, one for each thread, and no node has so many: they have 2; "
+        "give --threads 2, or add such a node"
+    )
+    finish(bench, out)
 
 
 def test_two_runs_on_one_output(bench: WorkerBench, tmp_path: Path) -> None:

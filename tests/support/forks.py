@@ -139,6 +139,12 @@ class Server:
         """Run `streamer` with these arguments; `code` runs inside before its `at`-th call, `before` at its beginning."""
         return self._ask({"argv": [str(a) for a in argv], "at": at, "code": code, "before": before})
 
+    @property
+    def running(self) -> int:
+        """The process of the run that is under way."""
+        pid = self._process.pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1])
+
     def resume(self, pid: int) -> Outcome:
         """Let a stopped run go on to its end."""
         return self._ask({"cont": pid})

@@ -8,7 +8,7 @@ import re
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from range_server import Handler, RangeServer, Request
+from range_server import PEEK, Handler, RangeServer, Request
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_secret"
@@ -55,7 +55,12 @@ class HubHandler(Handler):
         self.wfile.write(data)
 
     def resolve(self, state: RangeServer, repo: str, name: str, body: bool) -> None:
-        self.note(state, f"resolve {name}")
+        resolved, asked = f"resolve {repo}/{name}", self.headers.get("Range", "")
+        before = sum(r.path == resolved and (r.range == PEEK) == (asked == PEEK) for r in state.requests)
+        self.note(state, resolved)
+        fault = (state.peek_fault if asked == PEEK else state.fault)(resolved, before)
+        if fault in ("401", "403", "429", "500"):
+            return self.plain(int(fault), {"X-Error-Message": "Invalid credentials in Authorization header"})
         path = state.root / repo / name
         if not path.is_file():
             return self.plain(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})

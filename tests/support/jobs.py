@@ -32,10 +32,12 @@ class Case:
     """The calls that change something on disk, in order."""
     several: bool = False
     """Whether the adapter is a directory of adapters, and the output one of outputs."""
+    before: str = ""
+    """Code that runs at the beginning of each run."""
 
-    def run(self, out: Path, *options: str, **disturbance) -> Outcome:
+    def run(self, out: Path, *options: str, before: str = "", **disturbance) -> Outcome:
         """Run it into a tree; `detect` writes a file in it."""
-        return self.server.run(*self.line(out), *options, **disturbance)
+        return self.server.run(*self.line(out), *options, before=f"{self.before}\n{before}", **disturbance)
 
     def line(self, out: Path) -> list[str]:
         """The command line that writes into a tree."""

@@ -32,6 +32,11 @@ class Tally:
             self.wrong_codes += 1
             self.problems.append(f"{what}: exit {code}, expected one of {sorted(allowed)}")
 
+    def refused(self, code: int, err: str, what: str) -> None:
+        """A run that failed says so in one line."""
+        if code > 0 and (err.count("\n") != 1 or not err.startswith("streamer: ")):
+            self.problems.append(f"{what}: said {err!r}")
+
     def end(self, case: Case, out: Path, what: str) -> None:
         """Look at what it left, run the command again, compare, and remove all."""
         lost = case.lost(out)
@@ -41,6 +46,20 @@ class Tally:
         self.identical += not unfinished
         self.problems += [f"{what}: {p}" for p in (*lost, *unfinished)]
         shutil.rmtree(out, ignore_errors=True)
+
+    def add(self, other: Tally) -> None:
+        """Add what became of other faults."""
+        self.injected += other.injected
+        self.runs += other.runs
+        self.identical += other.identical
+        self.lost += other.lost
+        self.wrong_codes += other.wrong_codes
+        self.problems += other.problems
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was lost, nothing differs, and every exit code was one that is documented."""
+        return not (self.problems or self.lost or self.wrong_codes) and self.identical == self.injected
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from command_line import ENV
 from helpers import intruding_factors, power_law, write_adapter, write_sharded
 
@@ -56,6 +57,61 @@ def worker_bench(directory: Path, matrices: int = 10) -> WorkerBench:
     with threads(1):
         streamer.detect_intruder_dimensions(base, adapter, path, solver="certified")
     return WorkerBench(base, adapter, path.read_bytes())
+
+
+@contextlib.contextmanager
+def engine(module: str, *args: object) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a part of a cluster, as its package starts it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, args)], stderr=subprocess.DEVNULL, env=ENV, start_new_session=True
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@contextlib.contextmanager
+def dask_scheduler(file: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a scheduler of Dask's that writes its address to a file."""
+    file.unlink(missing_ok=True)
+    options = ["--port", 0, "--host", "127.0.0.1", "--scheduler-file", file, "--no-dashboard"]
+    with engine("distributed.cli.dask_scheduler", *options) as process:
+        wait_until(file.exists)
+        yield process
+
+
+@contextlib.contextmanager
+def dask_workers(file: Path, count: int = 2) -> Iterator[subprocess.Popen[bytes]]:
+    """Run workers of a scheduler of Dask's, each in a process that another watches over."""
+    options = ["--scheduler-file", file, "--nthreads", 1, "--nworkers", count, "--no-dashboard"]
+    with engine("distributed.cli.dask_worker", *options) as process:
+        yield process
+
+
+RAY = """
+import sys, ray
+cluster = ray.init(num_cpus=int(sys.argv[1]), include_dashboard=False, log_to_driver=False, logging_level="error")
+print(cluster.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def ray_cluster(monkeypatch: pytest.MonkeyPatch, cpus: int) -> Iterator[str]:
+    """Run a cluster of Ray's with one node, and give its address; runs that start meanwhile need no token for it."""
+    pytest.importorskip("ray")
+    monkeypatch.setitem(ENV, "RAY_AUTH_MODE", "disabled")
+    with subprocess.Popen(
+        [sys.executable, "-c", RAY, str(cpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV
+    ) as cluster:
+        assert cluster.stdout is not None
+        yield cluster.stdout.readline().strip()
 
 
 def wait_until(what: Callable[[], object], seconds: float = 90) -> None:

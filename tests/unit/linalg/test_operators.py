@@ -6,9 +6,10 @@ import pytest
 import torch
 from matrices import SHAPES, random
 
-from streamer.linalg import operators
+from streamer.linalg import operators, skinny_products
 from streamer.linalg.low_rank import LowRank
-from streamer.linalg.operators import Dense, RowBlocks, Sum, skinny_product
+from streamer.linalg.operators import Dense, RowBlocks, Sum
+from streamer.linalg.skinny_products import skinny_product
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -32,7 +33,7 @@ def test_every_operator_multiplies_as_its_dense_form(shape: tuple[int, int]) -> 
 def test_a_skinny_product_is_the_product(m: int, layout: str, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With oneDNN and without; lengths that do not divide by the number of pieces, and layouts that cannot be cut."""
     if not onednn:
-        monkeypatch.setattr(operators, "_has_fast_onednn", lambda: False)
+        monkeypatch.setattr(skinny_products, "_has_fast_onednn", lambda: False)
     M = {"rows": random(m, 40), "columns": random(40, m).T, "neither": random(m, 80)[:, ::2]}[layout]
     for c in (1, 10, 16, 17):
         X, Y = random(40, c, seed=1), random(m, c, seed=2)
