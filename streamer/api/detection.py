@@ -55,7 +55,8 @@ def detect_intruder_dimensions(
         Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
     adapter
         Directory of a PEFT adapter, or of a fully fine-tuned model; or several, in a list or tuple, where a directory of adapters
-        stands for those in it: each matrix of the base is then read once for all.
+        stands for those in it: each matrix of the base is then read once for all. Three and more on a matrix share the products with it,
+        on which the last bits of their findings depend, not the decisions.
     output
         Findings file to write as detection goes; a killed run resumes from the journal beside it. None keeps the findings in
         memory. Of several adapters a directory, where ``NAME.safetensors`` is written for the adapter in ``…/NAME``.

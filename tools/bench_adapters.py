@@ -1,0 +1,113 @@
+"""Detection of many adapters on one base: one alone, all one after the other, and all in one pass, where they share products.
+
+    python tools/bench_adapters.py                                10 adapters on 2 matrices of 4096x4096 in bf16, one thread
+    python tools/bench_adapters.py --shape 14336x4096 --adapters 8 --threads 2
+    python tools/bench_adapters.py --json --rounds 5
+
+All run in this process, in turn, the files in the page cache: seconds are those of the processor, and the ratios, of runs next to each
+other, say what a pass costs against its adapters one by one. `equal` counts the matrices with the same decisions, which all should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import machine, spread
+from safetensors.torch import save_file
+
+import streamer
+from streamer.cli.synthetic import planted_factors, power_law, write_adapter
+from streamer.detection.findings import Findings
+
+RANK = 16
+TOP = 64
+"""Leading directions of a matrix that fall like a power; the rest is noise below them."""
+
+
+def generate(directory: Path, shape: tuple[int, int], matrices: int, adapters: int) -> tuple[Path, list[Path]]:
+    """Write the base, and adapters with an intruder in each of its matrices."""
+    g = torch.Generator().manual_seed(0)
+    base, (m, n) = directory / "base", shape
+    base.mkdir()
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(matrices)]
+    weights = {}
+    for name in names:
+        top = power_law(shape, g, top=TOP).dense()
+        noise = torch.randn(m, n, generator=g) * (TOP**-0.7 / (2 * (m**0.5 + n**0.5)))
+        weights[f"{name}.weight"] = (top + noise).bfloat16()
+    save_file(weights, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    shapes = dict.fromkeys(names, ((RANK, n), (m, RANK)))
+    paths = [directory / f"adapter-{i}" for i in range(adapters)]
+    for path in paths:
+        write_adapter(
+            path, {"target_modules": ["q_proj"]}, shapes, RANK, RANK, lambda _: planted_factors(shape, RANK, 1.0, 1, g)
+        )
+    return base, paths
+
+
+def timed(detect: Callable[[], Sequence[Findings]]) -> tuple[Sequence[Findings], float, float]:
+    """The findings, and the seconds of the processor and of the clock."""
+    wall, processor = time.perf_counter(), time.process_time()
+    found = detect()
+    return found, time.process_time() - processor, time.perf_counter() - wall
+
+
+def decisions(found: Sequence[Findings]) -> list[tuple[tuple[int, ...], bool]]:
+    """What was decided on each matrix of each adapter."""
+    return [(m.detection.intruders, m.detection.certified) for findings in found for m in findings]
+
+
+def measure(base: Path, adapters: list[Path], rounds: int) -> dict[str, Any]:
+    """Seconds of each round, and their ratios."""
+    rows = []
+    for _ in range(rounds):
+        _, one, _ = timed(lambda: [streamer.detect_intruder_dimensions(base, adapters[0])])
+        alone, each, each_wall = timed(lambda: [streamer.detect_intruder_dimensions(base, path) for path in adapters])
+        together, shared, shared_wall = timed(
+            lambda: list(streamer.detect_intruder_dimensions(base, adapters).values())
+        )
+        pairs = list(zip(decisions(alone), decisions(together), strict=True))
+        rows.append({"one": one, "in_turn": each, "in_one_pass": shared, "in_turn_wall": each_wall, "in_one_pass_wall": shared_wall,
+                     "ratio": shared / each, "ratio_wall": shared_wall / each_wall, "adapters_per_one": shared / one,
+                     "equal": sum(a == b for a, b in pairs), "decided": len(pairs)})  # fmt: skip
+    return {"rounds": rows, "spread": {key: spread([row[key] for row in rows]) for key in rows[0]}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="4096x4096", help="of the matrices (default: 4096x4096)")
+    parser.add_argument("--matrices", type=int, default=2, help="how many (default: 2)")
+    parser.add_argument("--adapters", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument("--rounds", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    m, n = map(int, args.shape.split("x"))
+    with tempfile.TemporaryDirectory() as directory:
+        tree = measure(*generate(Path(directory), (m, n), args.matrices, args.adapters), args.rounds)
+    if args.json:
+        print(json.dumps({"machine": machine(), "load": os.getloadavg(), **tree}, indent=1))
+        return
+    middle = {key: values["median"] for key, values in tree["spread"].items()}
+    print(f"{args.adapters} adapters on {args.matrices} matrices of {args.shape}, {args.threads} thread, medians of {args.rounds}; "
+          f"load {statistics.fmean(os.getloadavg()):.1f}")  # fmt: skip
+    for key, text in (("one", "one alone"), ("in_turn", "one after the other"), ("in_one_pass", "in one pass")):
+        print(f"{text:20} {middle[key]:8.2f} s")
+    low, high = tree["spread"]["ratio"]["min"], tree["spread"]["ratio"]["max"]
+    print(f"one pass takes {middle['ratio']:.2f} of the time ({low:.2f} to {high:.2f}), as much as {middle['adapters_per_one']:.1f} alone; "
+          f"{middle['equal']:.0f} of {middle['decided']:.0f} decisions equal")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
