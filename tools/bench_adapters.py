@@ -1,11 +1,12 @@
-"""Detection of many adapters on one base: one alone, all one after the other, and all in one pass, where they share products.
+"""Detection of many adapters on one base: one alone, all one after the other, all in one pass, and each with a base index.
 
     python tools/bench_adapters.py                                10 adapters on 2 matrices of 4096x4096 in bf16, one thread
     python tools/bench_adapters.py --shape 14336x4096 --adapters 8 --threads 2
     python tools/bench_adapters.py --json --rounds 5
 
-All run in this process, in turn, the files in the page cache: seconds are those of the processor, and the ratios, of runs next to each
-other, say what a pass costs against its adapters one by one. `equal` counts the matrices with the same decisions, which all should be.
+All run in this process, in turn, the files in the page cache: seconds are those of the processor, and the shares, of runs next to each
+other, say what a way costs against the adapters one after the other without an index. `equal` counts the matrices on which all ways
+decide the same, which all should be.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -67,19 +69,46 @@ def decisions(found: Sequence[Findings]) -> list[tuple[tuple[int, ...], bool]]:
     return [(m.detection.intruders, m.detection.certified) for findings in found for m in findings]
 
 
+WAYS = {
+    "one": "one alone",
+    "in_turn": "one after the other",
+    "in_one_pass": "in one pass",
+    "index_made": "one, and --base-index made",
+    "index_in_turn": "one after the other, --base-index there",
+    "index_in_one_pass": "in one pass, --base-index there",
+}
+"""What is timed, in this order."""
+
+
 def measure(base: Path, adapters: list[Path], rounds: int) -> dict[str, Any]:
-    """Seconds of each round, and their ratios."""
+    """Seconds of each round by the ways, and their shares of the time of all adapters one after the other."""
+    index = base.parent / "index"
+
+    def in_turn(paths: Sequence[Path], **options: Any) -> Sequence[Findings]:
+        return [streamer.detect_intruder_dimensions(base, path, **options) for path in paths]
+
+    def in_one_pass(**options: Any) -> Sequence[Findings]:
+        return list(streamer.detect_intruder_dimensions(base, adapters, **options).values())
+
+    calls: dict[str, Callable[[], Sequence[Findings]]] = {
+        "one": lambda: in_turn(adapters[:1]),
+        "in_turn": lambda: in_turn(adapters),
+        "in_one_pass": in_one_pass,
+        "index_made": lambda: in_turn(adapters[:1], base_index=index),
+        "index_in_turn": lambda: in_turn(adapters, base_index=index),
+        "index_in_one_pass": lambda: in_one_pass(base_index=index),
+    }
     rows = []
     for _ in range(rounds):
-        _, one, _ = timed(lambda: [streamer.detect_intruder_dimensions(base, adapters[0])])
-        alone, each, each_wall = timed(lambda: [streamer.detect_intruder_dimensions(base, path) for path in adapters])
-        together, shared, shared_wall = timed(
-            lambda: list(streamer.detect_intruder_dimensions(base, adapters).values())
-        )
-        pairs = list(zip(decisions(alone), decisions(together), strict=True))
-        rows.append({"one": one, "in_turn": each, "in_one_pass": shared, "in_turn_wall": each_wall, "in_one_pass_wall": shared_wall,
-                     "ratio": shared / each, "ratio_wall": shared_wall / each_wall, "adapters_per_one": shared / one,
-                     "equal": sum(a == b for a, b in pairs), "decided": len(pairs)})  # fmt: skip
+        shutil.rmtree(index, ignore_errors=True)
+        row: dict[str, float] = {}
+        found = {}
+        for way, call in calls.items():
+            found[way], row[way], row[f"{way}_wall"] = timed(call)
+        of_all = [decisions(found[way]) for way in ("in_turn", "in_one_pass", "index_in_turn", "index_in_one_pass")]
+        row |= {f"{way}_share": row[way] / row["in_turn"] for way in calls}
+        row |= {"equal": sum(len(set(each)) == 1 for each in zip(*of_all, strict=True)), "decided": len(of_all[0])}
+        rows.append(row)
     return {"rounds": rows, "spread": {key: spread([row[key] for row in rows]) for key in rows[0]}}
 
 
@@ -102,11 +131,10 @@ def main() -> None:
     middle = {key: values["median"] for key, values in tree["spread"].items()}
     print(f"{args.adapters} adapters on {args.matrices} matrices of {args.shape}, {args.threads} thread, medians of {args.rounds}; "
           f"load {statistics.fmean(os.getloadavg()):.1f}")  # fmt: skip
-    for key, text in (("one", "one alone"), ("in_turn", "one after the other"), ("in_one_pass", "in one pass")):
-        print(f"{text:20} {middle[key]:8.2f} s")
-    low, high = tree["spread"]["ratio"]["min"], tree["spread"]["ratio"]["max"]
-    print(f"one pass takes {middle['ratio']:.2f} of the time ({low:.2f} to {high:.2f}), as much as {middle['adapters_per_one']:.1f} alone; "
-          f"{middle['equal']:.0f} of {middle['decided']:.0f} decisions equal")  # fmt: skip
+    for key, text in WAYS.items():
+        share = tree["spread"][f"{key}_share"]
+        print(f"{text:40} {middle[key]:8.2f} s  {share['median']:5.2f} ({share['min']:.2f} to {share['max']:.2f})")
+    print(f"{middle['equal']:.0f} of {middle['decided']:.0f} decisions equal")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ def skinny_product(M: Tensor, X: Tensor) -> Tensor:
     `PIECES`. All are measured in docs/benchmarks.md.
     """
     c = X.shape[1]
-    if M.device.type == "cpu" and M.dtype == torch.float32 and _has_fast_onednn():
+    if M.device.type == "cpu" and M.dtype == torch.float32 and min(*M.shape, c) > 0 and _has_fast_onednn():
         # Only whole matrices: for a part of longer rows oneDNN has a reference kernel, a thousand times as slow.
+        X = X if X.T.is_contiguous() else X.contiguous()
         if M.is_contiguous():
             return _onednn_linear(M, X.T)
         if M.T.is_contiguous():

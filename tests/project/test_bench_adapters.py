@@ -22,11 +22,13 @@ def test_small_matrices_give_every_figure() -> None:
     assert len(tree["rounds"]) == 2
     for row in tree["rounds"]:
         assert row["equal"] == row["decided"] == 3
-        assert row["ratio"] == pytest.approx(row["in_one_pass"] / row["in_turn"])
-        assert row["adapters_per_one"] == pytest.approx(row["in_one_pass"] / row["one"])
+        assert row["index_in_one_pass_share"] == pytest.approx(row["index_in_one_pass"] / row["in_turn"])
         assert min(row.values()) > 0
     assert set(tree["spread"]) == set(tree["rounds"][0])
 
 
 def test_it_says_how_it_is_used() -> None:
-    assert "one pass takes" in call_tool("bench_adapters", "--shape", "96x64", "--adapters", 2, "--rounds", 1).stdout
+    assert (
+        "2 of 2 decisions equal"
+        in call_tool("bench_adapters", "--shape", "96x64", "--matrices", 1, "--adapters", 2, "--rounds", 1).stdout
+    )

@@ -41,6 +41,14 @@ def test_a_skinny_product_is_the_product(m: int, layout: str, onednn: bool, monk
         torch.testing.assert_close(skinny_product(M.T, Y), M.T @ Y)
 
 
+@pytest.mark.parametrize("sides", [(0, 40), (40, 0), (0, 0)])
+@pytest.mark.parametrize("c", [0, 16])
+def test_a_skinny_product_of_nothing_is_zero(sides: tuple[int, int], c: int) -> None:
+    """oneDNN refuses such shapes."""
+    m, n = sides
+    assert torch.equal(skinny_product(torch.ones(m, n), torch.ones(n, c)), torch.zeros(m, c))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_row_blocks_read_a_few_rows_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = random(103, 20).to(dtype)
