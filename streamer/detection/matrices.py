@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,16 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         If an input is not finite or the solver fails; the message names file and tensor.
     """
     prefetched = prefetched or PrefetchedWeight(plan.weights[target.tensor])
-    return _Step(plan, target, options, device, resident, prefetched, monitor).finding(_Shared())
+    tensors = _tensors(plan, target)
+    return _Step(plan, target, tensors, options, device, resident, prefetched, monitor).finding(_Shared())
+
+
+def _tensors(plan: Plan, target: Target) -> Mapping[str, StoredTensor]:
+    """Read a module's tensors; a model's matrix has no fingerprint, and is too large to be held."""
+    tensors = plan.adapter.tensors
+    if plan.adapter.describes_model:
+        return tensors
+    return {name: tensors[name].load() for name in target.module.tensor_names}
 
 
 Decided = tuple[Detection, bool]
@@ -71,24 +80,18 @@ class _Shared(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """Detection in one matrix; the attributes are the parameters of `detect_matrix`, and what is kept of the base for all adapters."""
+    """Detection in one matrix; the attributes are the parameters of `detect_matrix`, the adapter's tensors at hand, and what is kept of
+    the base for all adapters."""
 
     plan: Plan
     target: Target
+    tensors: Mapping[str, StoredTensor]
     options: DetectionOptions
     device: torch.device
     resident: int
     prefetched: PrefetchedWeight
     monitor: Monitor | None
     index: BaseIndex | None = None
-
-    @cached_property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """Read the adapter's tensors; a model's matrix has no fingerprint, and is too large to be held."""
-        tensors = self.plan.adapter.tensors
-        if self.plan.adapter.describes_model:
-            return tensors
-        return {name: tensors[name].load() for name in self.target.module.tensor_names}
 
     @property
     def way(self) -> str:
@@ -210,7 +213,10 @@ def detect_in_turn(
             for group in groups:
                 held = resident + (held_bytes(plans, group, options) if len(group) > 1 else 0)
                 weight = prefetched or PrefetchedWeight(plans[group[0][0]].weights[group[0][1].tensor])
-                steps = [_Step(plans[i], t, options, device, held, weight, monitor, run.base_index) for i, t in group]
+                steps = [
+                    _Step(plans[i], t, _tensors(plans[i], t), options, device, held, weight, monitor, run.base_index)
+                    for i, t in group
+                ]
                 shared: list[_Shared] = []
                 for (i, target), step in zip(group, steps, strict=True):
                     begin(i, target)

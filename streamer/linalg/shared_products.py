@@ -148,6 +148,8 @@ def run_in_step(
     finally:
         for computation in started:
             computation.stop()
+        for computation in started:  # an interrupt here leaves threads that end by themselves
+            computation.join()
     return [computation.future for computation in started]
 
 
@@ -202,8 +204,11 @@ class _Computation(Generic[T]):
 
     def stop(self) -> None:
         """End it, where it has not ended, at the product that it asks for next."""
+        self._answers.put(None)
+
+    def join(self) -> None:
+        """Wait until its thread has ended."""
         if self._thread.ident is not None:
-            self._answers.put(None)
             self._thread.join()
 
 

@@ -127,6 +127,20 @@ def test_the_same_adapters_give_the_same_bytes(base: Path, adapters: list[Path],
     assert (tmp_path / "dora.safetensors").read_bytes() == (tmp_path / "first" / "dora.safetensors").read_bytes()
 
 
+def test_a_merge_shares_products_too(base: Path, adapters: list[Path], tmp_path: Path, products: list[int]) -> None:
+    some, merge = adapters[:3], streamer.merge_with_reduced_intruder_dimensions
+    found = detect(base, some)
+    widest = max(products)
+    products.clear()
+    merge(base, some, tmp_path / "own", mitigation_lambda=0.5, **OPTIONS)
+    assert max(products) == widest
+    merge(base, some, tmp_path / "given", mitigation_lambda=0.5, findings=found)
+    for adapter in some:
+        own, given = (next((tmp_path / name / adapter.name).glob("*.safetensors")) for name in ("own", "given"))
+        tensors = load_file(given)
+        assert all(torch.equal(t, tensors[name]) for name, t in load_file(own).items())
+
+
 def test_of_a_group_one_of_whose_findings_are_missing_the_others_stay(
     base: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
