@@ -12,7 +12,6 @@ os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
 
 import helpers
 import pytest
-import remote_jobs
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -89,15 +88,3 @@ def single(tmp_path: Path) -> tuple[Path, Path]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A sharded base and its adapter, which no test changes."""
     return helpers.three_shards(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory to serve, which no test changes: a base in three shards, and its adapter."""
-    return remote_jobs.world(tmp_path_factory.mktemp("remote"))
-
-
-@pytest.fixture(scope="session")
-def local(served: Path) -> dict[str, str]:
-    """What is written from these files by their paths."""
-    return remote_jobs.contents(remote_jobs.run_all(served / "base", served / "adapter", served.parent / "local"))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 from forks import server
 from jobs import Bench
+from remote_jobs import local, served
+
+__all__ = ["bench", "local", "served"]
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import helpers
+import pytest
 from forks import Outcome, server
 
 COMMANDS = ("detect", "mitigate", "merge")
@@ -58,3 +59,15 @@ def contents(home: Path) -> dict[str, str]:
             source.pop("address", None)
         digests[str(record.relative_to(home))] = json.dumps(tree)
     return digests
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory to serve, which no test changes: a base in three shards, and its adapter."""
+    return world(tmp_path_factory.mktemp("remote"))
+
+
+@pytest.fixture(scope="session")
+def local(served: Path) -> dict[str, str]:
+    """What is written from these files by their paths."""
+    return contents(run_all(served / "base", served / "adapter", served.parent / "local"))
