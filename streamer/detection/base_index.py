@@ -41,7 +41,7 @@ SCHEMA = "streamer.base-index/1"
 DTYPES = {"U": "F32", "S": "F64", "V": "F32"}
 
 ORTHONORMAL = 2e-5
-"""How far entries of the vectors' Gram matrix may be from the identity's: rounding leaves 2e-6, and bounds would grow by 64 times as much."""
+"""How far entries of the vectors' Gram matrix may be from the identity's: rounding leaves 2e-6, and bounds may be off by 64 times that."""
 
 
 class BaseIndex:

@@ -80,8 +80,7 @@ class _Shared(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """Detection in one matrix; the attributes are the parameters of `detect_matrix`, the adapter's tensors at hand, and what is kept of
-    the base for all adapters."""
+    """Detection in one matrix; the attributes are parameters of `detect_matrix`, the adapter's tensors at hand, and the base index."""
 
     plan: Plan
     target: Target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def list_hub(name: HubName) -> HubFiles:
         If there is no such thing, it may not be read, or nothing answers.
     """
     hub = _hub(name.shown)
-    with _said(name):
+    with _said(name), _quiet():
         info = hub.HfApi().model_info(name.repo, revision=name.revision)
         listed = [str(sibling.rfilename) for sibling in info.siblings or ()]
     if not re.fullmatch("[0-9a-f]{7,64}", str(info.sha)):
@@ -93,7 +94,7 @@ def list_hub(name: HubName) -> HubFiles:
     inside = [path.removeprefix(start) for path in listed if path.startswith(start)]
 
     def read_index() -> Path:
-        with _said(name):
+        with _said(name), _quiet():
             return Path(hub.hf_hub_download(name.repo, start + INDEX_NAME, revision=commit))
 
     small, weights = needed_names(inside, read_index)
@@ -173,16 +174,18 @@ def missing_bytes(files: HubFiles, listing: Listing) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the hub's bars off the terminal, where progress has its own."""
-    utils = import_module("huggingface_hub.utils")
-    if utils.are_progress_bars_disabled():
-        yield
-        return
-    utils.disable_progress_bars()
+    """Keep the hub's bars, and what it logs of attempts that failed, off the terminal: progress has bars of its own, an error its line."""
+    utils, logger = import_module("huggingface_hub.utils"), logging.getLogger("huggingface_hub")
+    level, hidden = logger.level, utils.are_progress_bars_disabled()
+    logger.setLevel(logging.CRITICAL)
+    if not hidden:
+        utils.disable_progress_bars()
     try:
         yield
     finally:
-        utils.enable_progress_bars()
+        logger.setLevel(level)
+        if not hidden:
+            utils.enable_progress_bars()
 
 
 @contextmanager
@@ -220,6 +223,10 @@ def _said(name: HubName) -> Iterator[None]:
     except (OSError, RuntimeError) as e:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(f"{shown}: cannot download: {e.strerror}; make room, or name another HF_HOME") from e
+        if (status := getattr(getattr(e.__cause__, "response", None), "status_code", None)) is not None:
+            raise StorageError(
+                f"{shown}: the hub answers with status {status}; run the same command again later"
+            ) from e
         raise Unreachable(
             f"{shown}: no such path, and the hub cannot be reached ({type(e).__name__}); check the path or the network"
         ) from e

@@ -33,7 +33,7 @@ RANDOM = "kill at random"
 def row(fault: str, command: str, tally: Tally, seconds: float) -> str:
     """A line of the table."""
     return (
-        f"{fault:26} {command:20} {tally.injected:8} {tally.runs:6} {tally.identical:10} {tally.lost:5} {tally.wrong_codes:6} "
+        f"{fault:28} {command:20} {tally.injected:8} {tally.runs:6} {tally.identical:10} {tally.lost:5} {tally.wrong_codes:6} "
         f"{len(tally.problems):9} {seconds:7.0f} s"
     )
 
@@ -45,7 +45,7 @@ class Table:
         self.total, self.passed = Tally(), True
         self._faults, self._commands = faults, commands
         print(
-            f"{'fault':26} {'command':20} {'injected':>8} {'runs':>6} {'identical':>10} {'lost':>5} {'codes':>6} {'problems':>9}",
+            f"{'fault':28} {'command':20} {'injected':>8} {'runs':>6} {'identical':>10} {'lost':>5} {'codes':>6} {'problems':>9}",
             flush=True,
         )
 

@@ -13,9 +13,11 @@ from threading import Event
 import pytest
 import remote_jobs
 from command_line import ENV
-from range_server import FAULTS, serving
-from remote_jobs import argv, run
+from range_server import FAULTS, Handler, serving
+from remote_jobs import argv, contents, run, run_all
 from survival_servers import COMMANDS, KINDS, NOT_THERE, Service, services
+
+from streamer.storage.tensor_file import TensorFile
 
 SLICE = 25
 """One request of so many is disturbed."""
@@ -92,3 +94,46 @@ def test_another_version_of_the_base_is_another_input(served: Path, tmp_path: Pa
         shard.write_bytes(data)
         done = run("detect", base, adapter, home)
     assert (done.code, done.err.count("\n")) == (4, 1), done
+
+
+class Unlisted(Handler):
+    """Refuses what is not there, as a bucket does that may not be listed."""
+
+    def plain(self, status: int, headers: dict[str, str] | None = None) -> None:
+        super().plain(403 if status == 404 else status, headers)
+
+
+def test_what_is_refused_beside_files_that_are_absent_is_not_left_out(
+    served: Path, local: dict[str, str], tmp_path: Path
+) -> None:
+    """Its tokenizer would be missing in a merged model."""
+
+    def refuse(path: str, before: int) -> str | None:
+        return "403" if path == "base/tokenizer.json" else None
+
+    with serving(served, peek_fault=refuse) as site:
+        done = run("detect", f"{site.address}/base", f"{site.address}/adapter", tmp_path / "out")
+    assert (done.code, done.err.count("\n")) == (3, 1), done
+    assert "base/tokenizer.json: the server refuses to give it (status 403)" in done.err
+    with serving(served, Unlisted) as site:
+        assert contents(run_all(f"{site.address}/base", f"{site.address}/adapter", tmp_path / "unlisted")) == local
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_other_bytes_of_the_same_version_are_seen_by_samples_alone(tmp_path: Path, sampled: bool) -> None:
+    """The middle 4096 bytes of each tensor are looked at; what is before them is merged as it comes."""
+    root = remote_jobs.world(tmp_path / "w")
+    with serving(root) as site:
+        base, adapter = f"{site.address}/base", f"{site.address}/adapter"
+        assert run("detect", base, adapter, tmp_path / "out").code == 0
+        name = "base/model-00001-of-00003.safetensors"
+        site.tags[name] = site.tag(root / name, name)
+        header = TensorFile(root / name).header
+        tensor = header.by_name["model.layers.0.mlp.up_proj.weight"]
+        at = header.data_start + tensor.start + (tensor.nbytes // 2 if sampled else 0)
+        with (root / name).open("r+b") as f:
+            f.seek(at)
+            f.write(bytes(64))
+        done = run("merge", base, adapter, tmp_path / "out")
+    assert done.code == (3 if sampled else 0), done
+    assert done.told.count("\n") == (1 if sampled else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from threading import Event as Gate
 
 import pytest
 import torch
+from survival_workers import KINDS, Crew
 from worker_runs import (
     WorkerBench,
     dask_scheduler,
@@ -215,3 +217,12 @@ def test_two_runs_on_one_output(bench: WorkerBench, tmp_path: Path) -> None:
     out = tmp_path / "f.safetensors"
     with ThreadPoolExecutor(2) as pool, locked(lock_of(out), out), pytest.raises(LockedError, match="another run"):
         streamer.detect_intruder_dimensions(bench.base, bench.adapter, out, executor=pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_survives_some_kills(kind: str, tmp_path: Path) -> None:
+    """The table's kinds of fault; `survival.py` tries them more often."""
+    tally = KINDS[kind](Crew(tmp_path, 2, random.Random(kind)))
+    assert tally.problems == []
+    assert tally.passed
