@@ -5,15 +5,17 @@ with q from 0 to 64. It is named for the tensor and for a digest of sampled valu
 digest ``5f0c…`` is ``model.layers.0.mlp.up_proj.weight.5f0c….safetensors``, so that a base which has changed finds none. Each file is
 written in one step and stays as it is, so that any number of runs and workers may share a directory.
 
-No decision rests on what a file says: a process that begins from triplets which are none of its matrix measures that (`GolubKahan`),
-settles nothing, and the matrix is done without them.
+A process that begins from triplets which are none of its matrix measures that (`GolubKahan`), settles nothing, and the matrix is done
+without them. That none of the leading triplets is lacking between others is not measured: it rests, as in a process without an index, on
+the random columns of the process that found them, and a digest over the file's values says that they are as they were written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,19 +26,23 @@ from streamer.detection.fingerprints import matrix_digest
 from streamer.detection.solvers import matrix_scale
 from streamer.errors import FormatError, LockedError
 from streamer.linalg.golub_kahan import KnownTriplets
-from streamer.linalg.known_triplets import known_triplets
+from streamer.linalg.known_triplets import KNOWN, known_triplets
 from streamer.linalg.operators import Matrix, all_finite
+from streamer.linalg.torch_state import full_float32
 from streamer.storage.atomic_file import remove_partials
 from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
 from streamer.storage.lock import locked
-from streamer.storage.output_checks import check_output_path
+from streamer.storage.output_checks import check_output_path, check_space
 from streamer.storage.shard_writer import plan_shard, write_shard
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.base import Weight
 from streamer.weights.dtypes import SPELLINGS, TORCH_DTYPES, as_bytes, as_tensor
 
 SCHEMA = "streamer.base-index/1"
+
+HEADER_BYTES = 4096
+"""Of a file's header, at most: names have some hundreds."""
 
 DTYPES = {"U": "F32", "S": "F64", "V": "F32"}
 
@@ -56,9 +62,27 @@ class BaseIndex:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def check(self, inputs: Sequence[Path]) -> None:
-        """Refuse a directory that is an input, lies in one, or cannot be written: `OutputError`."""
+    def check(self, inputs: Sequence[Path], shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse a directory that is an input, lies in one, or cannot be written, and a disk that has too little room.
+
+        Parameters
+        ----------
+        inputs
+            Directories and files.
+        shapes
+            Of the matrices that it may get files of, by tensor.
+
+        Raises
+        ------
+        OutputError, StorageError
+            If it is refused.
+        """
         check_output_path(self.directory, inputs)
+        there = {p.name.rsplit(".", 2)[0] for p in self.directory.iterdir()} if self.directory.exists() else set()
+        lacking = [shape for tensor, shape in shapes.items() if _quoted(tensor) not in there]
+        check_space(
+            self.directory, sum(4 * KNOWN * (m + n) + 8 * KNOWN + HEADER_BYTES for m, n in lacking), at_most=True
+        )
 
     def triplets(self, tensor: str, weight: Weight, transposed: bool, base: Matrix) -> KnownTriplets | None:
         """Read those of a matrix, or make and write them; None where it is zero or not finite.
@@ -76,7 +100,7 @@ class BaseIndex:
             If another kind of file has the name.
         """
         digest = matrix_digest(weight, transposed)
-        path = self.directory / f"{quote(tensor, safe='')}.{digest}.safetensors"
+        path = self.directory / f"{_quoted(tensor)}.{digest}.safetensors"
         if path.exists():
             _remove_leftovers(path)
             return _read(path, base.shape)
@@ -84,7 +108,8 @@ class BaseIndex:
         if not scale:
             return None
         generator = torch.Generator().manual_seed(zlib.crc32(f"index of {tensor}".encode()))
-        found = known_triplets(base.scaled(scale), generator).scaled(1 / scale)
+        with full_float32():
+            found = known_triplets(base.scaled(scale), generator).scaled(1 / scale)
         make_directory(self.directory)
         with contextlib.suppress(LockedError):  # another run is writing it
             _write(path, found, {"schema": SCHEMA, "tensor": tensor, "values": digest})
@@ -93,6 +118,7 @@ class BaseIndex:
 
 def _write(path: Path, found: KnownTriplets, metadata: dict[str, str]) -> None:
     arrays = found._asdict()
+    metadata = metadata | {"sha256": _digest(found)}
     entries = [(name, SPELLINGS[t.dtype], t.shape) for name, t in arrays.items()]
 
     def source(info: TensorInfo) -> list[memoryview]:
@@ -101,6 +127,10 @@ def _write(path: Path, found: KnownTriplets, metadata: dict[str, str]) -> None:
     with locked(_lock_of(path), path):
         remove_partials(path.parent, {path.name})
         write_shard(path.parent, plan_shard(path.name, entries, metadata), source, lambda _size, _sha256: None)
+
+
+def _quoted(tensor: str) -> str:
+    return quote(tensor, safe="")
 
 
 def _lock_of(path: Path) -> Path:
@@ -119,14 +149,24 @@ def _read(path: Path, shape: tuple[int, int]) -> KnownTriplets:
     if file.header.metadata.get("schema") != SCHEMA or {t.name: t.dtype for t in file.header.tensors} != DTYPES:
         raise FormatError(f"{path}: is no part of a base index of this version; remove it, or give another directory")
     infos = file.header.by_name
-    found = KnownTriplets(
-        *(as_tensor(file.view(t), TORCH_DTYPES[t.dtype], t.shape) for t in (infos[name] for name in DTYPES))
-    )
-    if not _sound(found, shape):
+    found = KnownTriplets(*(_read_array(file, infos[name]) for name in DTYPES))
+    if not _sound(found, shape) or file.header.metadata.get("sha256") != _digest(found):
         raise FormatError(
             f"{path}: holds no singular triplets of a {shape[0]}x{shape[1]} matrix; remove it: it is made again"
         )
     return found
+
+
+def _read_array(file: TensorFile, info: TensorInfo) -> Tensor:
+    # A copy: LAPACK's bits depend on the alignment of its input, and a view has any.
+    return as_tensor(file.view(info), TORCH_DTYPES[info.dtype], info.shape).clone()
+
+
+def _digest(found: KnownTriplets) -> str:
+    digest = hashlib.sha256()
+    for array in found:
+        digest.update(as_bytes(array))
+    return digest.hexdigest()
 
 
 def _sound(found: KnownTriplets, shape: tuple[int, int]) -> bool:
@@ -135,7 +175,8 @@ def _sound(found: KnownTriplets, shape: tuple[int, int]) -> bool:
     if [t.shape for t in found] != [(shape[0], q), (q,), (shape[1], q)]:
         return False
     finite = all(map(all_finite, found))
-    return finite and bool((found.S[:-1] >= found.S[1:]).all()) and _orthonormal(found.U) and _orthonormal(found.V)
+    falling = bool((found.S[:-1] >= found.S[1:]).all()) and bool((found.S > 0).all())
+    return finite and falling and _orthonormal(found.U) and _orthonormal(found.V)
 
 
 def _orthonormal(vectors: Tensor) -> bool:

@@ -21,6 +21,7 @@ from streamer.detection.memory import best_way, float64_way, held_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.prefetch import PrefetchedWeight, Prefetcher, read_ahead
 from streamer.detection.sharing import Group
+from streamer.detection.solvers import KnownSource
 from streamer.errors import NumericError
 from streamer.events import Event, Monitor
 from streamer.linalg.golub_kahan import KnownTriplets
@@ -151,14 +152,14 @@ class _Step:
             return None
         return self.index.triplets(self.target.tensor, weight, self.target.transposed, base)
 
-    def decisions(self, base: Matrix, way: str) -> Decided:
-        """Decide on the base as `base` gives it, or as it is shared; see `decide`."""
+    def decisions(self, base: Matrix, way: str, known: KnownSource | None = None) -> Decided:
+        """Decide on the base as `base` gives it, or as it is shared, from `known` triplets, by default the index's; see `decide`."""
         weight = self.prefetched.weight
         W0 = base.matrix if isinstance(base, Dense) else None
         delta = self.plan.delta(self.target, W0, double=weight.compute == torch.float64, tensors=self.tensors)
         try:
             return decide(self.oriented(base), delta, self.options, self.target.module.rank, self.target.tensor,
-                          way == "dense", self.known)  # fmt: skip
+                          way == "dense", known or self.known)  # fmt: skip
         except NumericError as e:
             names = f"tensor {self.target.tensor!r} with module {self.target.module.name!r}"
             raise NumericError(f"{weight.where}: {names}: {e}") from e
@@ -170,9 +171,9 @@ def _shared_decisions(steps: Sequence[_Step], checkpoint: Callable[[], None]) ->
         return [_Shared()]
     began, first = time.perf_counter(), steps[0]
     way = first.way
-    computations = [partial(step.decisions, way=way) for step in steps]
     base = first.base(way)
-    first.known(first.oriented(base))  # made once: all at a time would each make them
+    told = first.known(first.oriented(base))  # once for all
+    computations = [partial(step.decisions, way=way, known=lambda _: told) for step in steps]
     futures = run_in_step(base, computations, checkpoint)
     part = (time.perf_counter() - began) / len(steps)
     alone = (isinstance(future.exception(), NotSharedError) for future in futures)

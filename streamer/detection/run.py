@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from streamer.adapters.batch import findings_of
+from streamer.detection.cost import chosen_solver
 from streamer.detection.findings import Findings, detection_digest, load_findings
 from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.findings_size import FindingsSize, check_findings_space, findings_bytes, findings_head
@@ -94,7 +95,7 @@ def detect_many(base: str | Path, adapters: Mapping[str, Path], output: str | Pa
     """
     batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
     run.monitor.warn(batch.warnings)
-    _check_index(batch, run)
+    _check_index(batch, options, run)
     resident = resident_bytes(batch)
     if run.workers is not None:
         options = run.workers.shared(batch, options, resident)
@@ -158,6 +159,10 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
             writer = FindingsWriter(path, head, tensors, plan.detection_stamps(), resume=run.resume,
                                     overwrite=run.overwrite, before_rename=plan.check_unchanged)  # fmt: skip
             writers.append(stack.enter_context(writer))
+        begun = next((writer.threads for writer in writers if writer.resumed), None)
+        if begun is not None:  # those on one number share products, and last bits depend on who shares
+            for writer in writers:
+                writer.take_threads(begun)
         for writer, finding in ((w, f) for w, mine in zip(writers, parts, strict=True) for part in mine for f in part):
             if finding.tensor not in writer:
                 writer.add(finding)
@@ -195,7 +200,7 @@ def inspect_detections(
 
     Findings that are done have the size (0, 0).
     """
-    _check_index(batch, run)
+    _check_index(batch, options, run)
     states = []
     finished = _finished(batch, paths, options, run.overwrite, resident_bytes(batch))
     sizes = _checked_sizes(batch, paths, options, finished)
@@ -248,9 +253,16 @@ def _finished(
     return finished
 
 
-def _check_index(batch: Batch, run: RunOptions) -> None:
-    if run.base_index is not None:
-        run.base_index.check([path for plan in batch.plans for path in plan.inputs])
+def _check_index(batch: Batch, options: DetectionOptions, run: RunOptions) -> None:
+    if run.base_index is None:
+        return
+    shapes = {t.tensor: t.module.shape for plan in batch.plans for t in plan.targets}
+    may_get = {
+        tensor: shape
+        for tensor, shape in shapes.items()
+        if chosen_solver(shape, options.directions(shape), options.solver, options.max_memory is None) == "certified"
+    }
+    run.base_index.check([path for plan in batch.plans for path in plan.inputs], may_get)
 
 
 def _check_budgets(batch: Batch, options: DetectionOptions, resident: int) -> None:

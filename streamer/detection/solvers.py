@@ -15,8 +15,6 @@ from torch import Tensor
 
 from streamer.detection.cost import bounds_columns, triplets_columns
 from streamer.linalg.golub_kahan import KnownTriplets, block_width
-from streamer.linalg.known_triplets import leading_vectors
-from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Matrix, Sum
 from streamer.linalg.overlap_bounds import OverlapBounds, OverlapProcess, dense_overlaps
 from streamer.linalg.svd import OVERSAMPLING, Triplets, dense_triplets, krylov_triplets
@@ -89,54 +87,42 @@ def solve_certified(
     matrix may not be formed, what is open stays open: the interval says so, and the similarity is its upper end, so that nothing is
     called an intruder that is not proven to be one.
 
-    The base's leading triplets from `known` are begun from where there are any; what is open then is done without them.
+    Bounds begin from the base's leading triplets, where `known` finds some; what is open then is done without them.
     """
-    scales = _scales(base, delta)
-    if k + OVERSAMPLING >= min(base.shape) or (scales[1] == 0 and allow_dense):
+    scale, base_scale = _scales(base, delta)
+    if k + OVERSAMPLING >= min(base.shape) or (base_scale == 0 and allow_dense):
         return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True)
-    steps = products = 0
-    told = None if known is None else known(base)
-    for triplets in (told, None):
-        if triplets is None or len(triplets.S):
-            result, settled = _by_bounds(base, delta, scales, k, epsilon, generator, allow_dense, triplets)
-            steps, products = steps + result.steps, products + result.products
-            if settled:
-                break
-    if allow_dense and not settled:
-        result = replace(solve_dense(base, delta, k, epsilon, generator), escalated=True)
-    return replace(result, steps=steps, products=products)
-
-
-def _by_bounds(base: Matrix, delta: Delta, scales: tuple[float, float], k: int, epsilon: float, generator: torch.Generator,
-               allow_dense: bool, known: KnownTriplets | None) -> tuple[SolverResult, bool]:  # fmt: skip
-    """Decide by block Krylov triplets and bounds, and say whether that settles every direction."""
-    scale, base_scale = scales
     columns = bounds_columns(base.shape, k, allow_dense)
     W = Sum(base.scaled(scale), delta.scaled(scale))
     most = max(16, 2 * columns // block_width(k, OVERSAMPLING))
-    lead, led = None, 0
-    if known is not None:
-        known = known.to(base.like)
-        columns -= len(known.S)
-        if isinstance(W.delta, LowRank):
-            lead, led = leading_vectors(base.scaled(scale), W.delta, known.scaled(scale), block_width(k, OVERSAMPLING))
-    found = krylov_triplets(W, k, generator, base.like, triplets_columns(k), most, lead)
-    triplets, products = found.triplets, found.products + led
+    found = krylov_triplets(W, k, generator, base.like, triplets_columns(k), most)
+    steps, products, triplets = found.steps, found.products, found.triplets
     distance = triplets.distance_estimate
-    # A zero base has any singular vectors, and a direction that is degenerate no bounds.
-    unknown, process = torch.zeros_like(distance), None
-    bounds = OverlapBounds(unknown, torch.ones_like(distance), 0, 0, 0.0, unknown)
-    if base_scale and (not allow_dense or (found.converged and bool((distance < 2).all()))):
-        given = None if known is None else known.scaled(base_scale)
-        process = OverlapProcess(base.scaled(base_scale), triplets.U, generator, distance, given)
-        bounds = _settle(process, epsilon, columns)
-    low, high = bounds.low, bounds.high
-    settled = bool(((low >= epsilon) | (high < epsilon)).all())
-    exact = settled or (found.converged and process is not None and process.settles_without_rounding(epsilon))
-    return SolverResult(
-        _unscaled(triplets, scale), torch.where(low >= epsilon, low, high), low, high, bounds.values / (base_scale or 1.0),
-        "certified", steps=found.steps + bounds.steps, products=products + bounds.products, cutoff=bounds.cutoff, limited=not exact,
-    ), settled  # fmt: skip
+    if not allow_dense or (found.converged and bool((distance < 2).all())):
+        # A zero base has any singular vectors.
+        unknown, process, settled = torch.zeros_like(distance), None, False
+        bounds = OverlapBounds(unknown, torch.ones_like(distance), 0, 0, 0.0, unknown)
+        for told in _begun(base, known) if base_scale else ():
+            given = None if told is None else told.scaled(base_scale)
+            process = OverlapProcess(base.scaled(base_scale), triplets.U, generator, distance, given)
+            bounds = _settle(process, epsilon, columns)
+            steps, products = steps + bounds.steps, products + bounds.products
+            settled = bool(((bounds.low >= epsilon) | (bounds.high < epsilon)).all())
+            if settled:
+                break
+        low, high = bounds.low, bounds.high
+        if not allow_dense or settled:
+            similarity = torch.where(low >= epsilon, low, high)
+            exact = settled or (found.converged and process is not None and process.settles_without_rounding(epsilon))
+            return SolverResult(_unscaled(triplets, scale), similarity, low, high, bounds.values / (base_scale or 1.0), "certified",
+                                steps=steps, products=products, cutoff=bounds.cutoff, limited=not exact)  # fmt: skip
+    return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)
+
+
+def _begun(base: Matrix, known: KnownSource | None) -> list[KnownTriplets | None]:
+    """List what bounds are to begin from, in turn: triplets that are known of the base, and none."""
+    told = None if known is None else known(base)
+    return [None] if told is None or not len(told.S) else [told.to(base.like), None]
 
 
 def _settle(process: OverlapProcess, epsilon: float, columns: int) -> OverlapBounds:

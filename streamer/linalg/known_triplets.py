@@ -1,17 +1,16 @@
-"""Compute the leading singular triplets of a base once, and start from them with each adapter on it.
+"""Compute the leading singular triplets of a base once, for all adapters on it.
 
-What is known of W0 saves steps twice. A singular vector of ``W = W0 + Δ`` lies nearly in the span of W0's leading ones and of Δ's own, so
-the process for W starts near its end; and the process that bounds overlaps with W0's singular vectors need not find the leading ones
-again before it spreads over the rest.
+The process that bounds overlaps with W0's singular vectors need not find the leading ones again then, before it spreads over the rest. The
+process for the triplets of ``W = W0 + Δ`` starts from random columns all the same: from W0's and Δ's leading vectors it ends two steps
+earlier, but few random columns are left then to see a direction that neither of them shows, and one was missed: 16 directions of Δ that
+damp W0's own in front of one that is new.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from streamer.linalg.golub_kahan import GolubKahan, KnownTriplets
-from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Matrix
 
 KNOWN = 64
@@ -25,9 +24,6 @@ STEPS = 12
 
 CONVERGED = 4
 """Residual of a known triplet, in roundings of the norm, at most: it is as good as a process of its own would find it."""
-
-OWN = 16
-"""Singular vectors of Δ that a start is sought among: one product with the base."""
 
 
 def known_triplets(base: Matrix, generator: torch.Generator) -> KnownTriplets:
@@ -65,23 +61,3 @@ def known_triplets(base: Matrix, generator: torch.Generator) -> KnownTriplets:
     right, left = process.P @ ritz.Y[:, :count].to(process.P), process.Q @ ritz.X[:, :count].to(process.Q)
     found = KnownTriplets(left.cpu(), ritz.S[:count], right.cpu())
     return found if op is base else found.T
-
-
-def leading_vectors(base: Matrix, delta: LowRank, known: KnownTriplets, count: int) -> tuple[Tensor, int]:
-    """Approximate the leading singular vectors of ``W0 + Δ`` on its shorter side, by Rayleigh–Ritz over known ones and Δ's own.
-
-    Returns
-    -------
-    Tensor, int
-        (min(m, n), up to `count`), orthonormal; and how many columns were multiplied with the base.
-    """
-    m, n = base.shape
-    if m < n:
-        return leading_vectors(base.T, delta.T, known.T, count)
-    own = delta.svd()[2][:OWN].T.to(known.V)
-    for _ in range(2):
-        own = torch.linalg.qr(own - known.V @ (known.V.T @ own)).Q
-    span = torch.cat([known.V, own], 1)
-    image = torch.cat([known.U * known.S.to(known.U), base.matmat(own)], 1) + delta.matmat(span)
-    Y = torch.linalg.svd(torch.linalg.qr(image).R.double()).Vh.T
-    return span @ Y[:, :count].to(span), own.shape[1]

@@ -153,6 +153,13 @@ def run_in_step(
     return [computation.future for computation in started]
 
 
+def _clear_frames(e: BaseException | None) -> None:
+    """Let go of what the frames of an error hold, and of those that led to it."""
+    while e is not None:
+        traceback.clear_frames(e.__traceback__)
+        e = e.__cause__ or e.__context__
+
+
 class _Computation(Generic[T]):
     """A computation in a thread that runs while the caller waits in `start` and `go_on`, and waits while the caller runs.
 
@@ -178,7 +185,7 @@ class _Computation(Generic[T]):
             except _Stopped:
                 self.future.cancel()
             except BaseException as e:  # whatever it is, the caller raises it
-                traceback.clear_frames(e.__traceback__)
+                _clear_frames(e)
                 self.future.set_exception(e)
             finally:
                 self._asking.put(None)

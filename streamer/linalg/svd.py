@@ -87,10 +87,7 @@ do not get there in 16 steps, are given the second: what is certified is widened
 
 
 OVERSAMPLING = 6
-"""Columns of the start block beyond k, at least, random where nothing is known."""
-
-UNLED = 4
-"""Random columns of a start block all the same: they see what is not where it was expected."""
+"""Random columns of the start block beyond k, at least."""
 
 
 class KrylovTriplets(NamedTuple):
@@ -106,9 +103,8 @@ class KrylovTriplets(NamedTuple):
 
 
 def krylov_triplets(
-    W: Operator, k: int, generator: torch.Generator, like: Tensor, max_basis: int, max_steps: int,
-    lead: Tensor | None = None,
-) -> KrylovTriplets:  # fmt: skip
+    W: Operator, k: int, generator: torch.Generator, like: Tensor, max_basis: int, max_steps: int
+) -> KrylovTriplets:
     """Compute the k leading triplets by the block Golub–Kahan process from a random block, with thick restarts.
 
     Parameters
@@ -124,20 +120,12 @@ def krylov_triplets(
         third of its Ritz triplets.
     max_steps
         Block steps at most.
-    lead
-        Approximations to leading singular vectors on the shorter side, (min(m, n), any): they take the place of random columns, but
-        for `UNLED`.
     """
     m, n = W.shape
     op = W if n <= m else W.T
     width = min(block_width(k, OVERSAMPLING), m, n)
-    start = torch.randn(op.shape[1], width, generator=generator, dtype=torch.float32).to(like)
+    process = GolubKahan(op, torch.randn(op.shape[1], width, generator=generator, dtype=torch.float32).to(like))
     look = 4
-    if lead is not None:
-        lead = lead[:, : max(0, width - UNLED)]
-        start[:, : lead.shape[1]] = lead * torch.linalg.vector_norm(start[:, -1])
-        look = 2
-    process = GolubKahan(op, start)
     while True:
         process.step()
         ended = process.exhausted or process.steps >= max_steps
