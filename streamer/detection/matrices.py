@@ -57,7 +57,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     """
     prefetched = prefetched or PrefetchedWeight(plan.weights[target.tensor])
     tensors = _tensors(plan, target)
-    return _Step(plan, target, tensors, options, device, resident, prefetched, monitor).finding(_Shared())
+    return _Step(plan, target, tensors, options, device, resident, prefetched, monitor).finding(_SharedDecision())
 
 
 def _tensors(plan: Plan, target: Target) -> Mapping[str, StoredTensor]:
@@ -72,7 +72,7 @@ Decided = tuple[Detection, bool]
 """A detection, and whether rounding alone leaves a direction open; see `decide`."""
 
 
-class _Shared(NamedTuple):
+class _SharedDecision(NamedTuple):
     """What came of sharing products with others, and a detection's part of the time; None where it is to be done alone."""
 
     decided: Future[Decided] | None = None
@@ -98,7 +98,7 @@ class _Step:
         """Choose one of the ways of `working_bytes`."""
         return best_way(self.plan, self.target, self.options, self.resident)
 
-    def finding(self, shared: _Shared) -> MatrixFinding:
+    def finding(self, shared: _SharedDecision) -> MatrixFinding:
         """Detect, on the CPU where the device has no memory for it; from what was decided together with others, where that was."""
         began = time.perf_counter() - shared.seconds
         found: Detection | None = None
@@ -165,10 +165,10 @@ class _Step:
             raise NumericError(f"{weight.where}: {names}: {e}") from e
 
 
-def _shared_decisions(steps: Sequence[_Step], checkpoint: Callable[[], None]) -> list[_Shared]:
+def _shared_decisions(steps: Sequence[_Step], checkpoint: Callable[[], None]) -> list[_SharedDecision]:
     """Decide in steps on one matrix, sharing the products with it, where they are more than one."""
     if len(steps) == 1:
-        return [_Shared()]
+        return [_SharedDecision()]
     began, first = time.perf_counter(), steps[0]
     way = first.way
     base = first.base(way)
@@ -177,7 +177,7 @@ def _shared_decisions(steps: Sequence[_Step], checkpoint: Callable[[], None]) ->
     futures = run_in_step(base, computations, checkpoint)
     part = (time.perf_counter() - began) / len(steps)
     alone = (isinstance(future.exception(), NotSharedError) for future in futures)
-    return [_Shared(None if again else future, part) for future, again in zip(futures, alone, strict=True)]
+    return [_SharedDecision(None if again else future, part) for future, again in zip(futures, alone, strict=True)]
 
 
 def detect_in_turn(
@@ -217,7 +217,7 @@ def detect_in_turn(
                     _Step(plans[i], t, _tensors(plans[i], t), options, device, held, weight, monitor, run.base_index)
                     for i, t in group
                 ]
-                shared: list[_Shared] = []
+                shared: list[_SharedDecision] = []
                 for (i, target), step in zip(group, steps, strict=True):
                     begin(i, target)
                     with threads(counts[i]):

@@ -21,7 +21,7 @@ Group = tuple[Use, ...]
 ENOUGH = 3
 """Adapters on a matrix from which on products are shared: findings of two are byte for byte those of each alone."""
 
-AT_ONCE = 8
+TOGETHER = 8
 """Detections that share products at most: with more a column costs hardly less (docs/benchmarks.md), and each holds its bases."""
 
 
@@ -95,7 +95,7 @@ def _is_shareable(target: Target, options: DetectionOptions, way: str) -> bool:
 
 def _divided(plans: Sequence[Plan], uses: Sequence[Use], options: DetectionOptions, resident: int) -> list[Group]:
     """Divide detections that may share into the fewest groups that memory allows, of about the same size."""
-    for count in range(-(-len(uses) // AT_ONCE), len(uses)):
+    for count in range(-(-len(uses) // TOGETHER), len(uses)):
         groups = [tuple(uses[len(uses) * i // count : len(uses) * (i + 1) // count]) for i in range(count)]
         if all(_fits(plans, group, options, resident) for group in groups):
             return groups
