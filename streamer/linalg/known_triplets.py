@@ -17,7 +17,7 @@ KNOWN = 64
 """Triplets that are kept of a base, at most: (m + n)·64 values. Fewer leave more steps to each adapter; see docs/benchmarks.md."""
 
 WIDTH = 32
-"""Columns of a block: a product costs per column two thirds of one with 16."""
+"""Columns of a block: a product costs per column three quarters of one with 16."""
 
 STEPS = 12
 """Block steps, at most: what has not converged by then is left to each adapter's process."""
