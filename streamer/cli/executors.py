@@ -164,14 +164,20 @@ class RayExecutor(Cluster):
 
     def lacks(self) -> str:
         """Say that no node has as many CPUs as a task takes, and how many they have."""
-        cpus = [int(node["Resources"].get("CPU", 0)) for node in self._library.nodes() if node["Alive"]]
+        try:
+            nodes = self._library.nodes()
+        except Exception as e:  # of its transport
+            raise WorkerError(
+                f"ray:{self._address}: does not answer any more; start a cluster, then run the same command again"
+            ) from e
+        cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]]
         most = max(cpus, default=0)
         if most >= self._cpus:
             return ""
         advice = f"give --threads {most}, or add such a node" if most else "add such a node"
         return (
             f"ray:{self._address}: a task takes {counted(self._cpus, 'CPU')}, one for each thread, and no node has so many: they have "
-            f"{listed(sorted(cpus, reverse=True))}; {advice}"
+            f"{listed(sorted(cpus, reverse=True)) if cpus else 'gone'}; {advice}"
         )
 
 

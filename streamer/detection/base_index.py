@@ -112,11 +112,12 @@ class BaseIndex:
             found = known_triplets(base.scaled(scale), generator).scaled(1 / scale)
         make_directory(self.directory)
         with contextlib.suppress(LockedError):  # another run is writing it
-            _write(path, found, {"schema": SCHEMA, "tensor": tensor, "values": digest})
+            return _write(path, found, {"schema": SCHEMA, "tensor": tensor, "values": digest})
         return found
 
 
-def _write(path: Path, found: KnownTriplets, metadata: dict[str, str]) -> None:
+def _write(path: Path, found: KnownTriplets, metadata: dict[str, str]) -> KnownTriplets:
+    """Write a file, unless another run has in the meantime; what it holds then."""
     arrays = found._asdict()
     metadata = metadata | {"sha256": _digest(found)}
     entries = [(name, SPELLINGS[t.dtype], t.shape) for name, t in arrays.items()]
@@ -126,7 +127,10 @@ def _write(path: Path, found: KnownTriplets, metadata: dict[str, str]) -> None:
 
     with locked(_lock_of(path), path):
         remove_partials(path.parent, {path.name})
+        if path.exists():
+            return _read(path, (len(found.U), len(found.V)))
         write_shard(path.parent, plan_shard(path.name, entries, metadata), source, lambda _size, _sha256: None)
+    return found
 
 
 def _quoted(tensor: str) -> str:

@@ -95,7 +95,6 @@ def detect_many(base: str | Path, adapters: Mapping[str, Path], output: str | Pa
     """
     batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
     run.monitor.warn(batch.warnings)
-    _check_index(batch, options, run)
     resident = resident_bytes(batch)
     if run.workers is not None:
         options = run.workers.shared(batch, options, resident)
@@ -111,6 +110,7 @@ def detect_many(base: str | Path, adapters: Mapping[str, Path], output: str | Pa
 
 def detect_in_memory(batch: Batch, options: DetectionOptions, run: RunOptions) -> list[Findings]:
     """Detect, and keep each plan's findings in memory, which the budget has to hold as well."""
+    _check_index(batch.plans, options, run)
     kept = sum(kept_bytes(plan, t, options) for plan in batch.plans for t in plan.targets)
     found: list[dict[str, MatrixFinding]] = [{} for _ in batch.plans]
     for i, finding in detect_all(batch, options, run, resident_bytes(batch) + kept):
@@ -139,6 +139,7 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
     finished = _finished(batch, paths, options, run.overwrite, resident)
     pairs = list(zip(plans, paths, strict=True))
     todo = [pair for pair, found in zip(pairs, finished, strict=True) if found is None]
+    _check_index([plan for plan, _ in todo], options, run)
     parts = [finished_parts(plan, path, options) if run.resume else [] for plan, path in todo]
     _checked_sizes(batch, paths, options, finished, sizes)
     for (plan, path), found in zip(pairs, finished, strict=True):
@@ -200,9 +201,9 @@ def inspect_detections(
 
     Findings that are done have the size (0, 0).
     """
-    _check_index(batch, options, run)
     states = []
     finished = _finished(batch, paths, options, run.overwrite, resident_bytes(batch))
+    _check_index([p for p, found in zip(batch.plans, finished, strict=True) if found is None], options, run)
     sizes = _checked_sizes(batch, paths, options, finished)
     for plan, path, found, size in zip(batch.plans, paths, finished, sizes, strict=True):
         state = "done"
@@ -253,16 +254,17 @@ def _finished(
     return finished
 
 
-def _check_index(batch: Batch, options: DetectionOptions, run: RunOptions) -> None:
-    if run.base_index is None:
+def _check_index(plans: Sequence[Plan], options: DetectionOptions, run: RunOptions) -> None:
+    """Check the directory of the base index, for what is still to be done."""
+    if run.base_index is None or not plans:
         return
-    shapes = {t.tensor: t.module.shape for plan in batch.plans for t in plan.targets}
+    shapes = {t.tensor: t.module.shape for plan in plans for t in plan.targets}
     may_get = {
         tensor: shape
         for tensor, shape in shapes.items()
         if chosen_solver(shape, options.directions(shape), options.solver, options.max_memory is None) == "certified"
     }
-    run.base_index.check([path for plan in batch.plans for path in plan.inputs], may_get)
+    run.base_index.check([path for plan in plans for path in plan.inputs], may_get)
 
 
 def _check_budgets(batch: Batch, options: DetectionOptions, resident: int) -> None:

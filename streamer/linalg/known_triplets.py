@@ -14,7 +14,7 @@ from streamer.linalg.golub_kahan import GolubKahan, KnownTriplets
 from streamer.linalg.operators import Matrix
 
 KNOWN = 64
-"""Triplets that are kept of a base, at most: (m + n)·64 values. Fewer leave more steps to each adapter; see docs/benchmarks.md."""
+"""Triplets that are kept of a base, at most: (m + n)·64 values. Over a bulk below 64 outstanding values 48 left a step more, 32 three."""
 
 WIDTH = 32
 """Columns of a block: a product costs per column three quarters of one with 16."""

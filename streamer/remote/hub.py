@@ -214,19 +214,16 @@ def _said(name: HubName) -> Iterator[None]:
     except errors.OfflineModeIsEnabled as e:
         raise offline(name) from e
     except errors.HfHubHTTPError as e:
-        status = getattr(getattr(e, "response", None), "status_code", "unknown")
-        if status in (401, 403):
-            raise InputError(
-                f"{shown}: the hub refuses it (status {status}); log in with `hf auth login`, or set HF_TOKEN"
+        if (status := _status(e) or _status(e.__cause__)) is None:
+            raise Unreachable(
+                f"{shown}: no such path, and the hub cannot be reached; check the path or the network"
             ) from e
-        raise StorageError(f"{shown}: the hub answers with status {status}; run the same command again later") from e
+        raise _refusal(shown, status) from e
     except (OSError, RuntimeError) as e:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(f"{shown}: cannot download: {e.strerror}; make room, or name another HF_HOME") from e
-        if (status := getattr(getattr(e.__cause__, "response", None), "status_code", None)) is not None:
-            raise StorageError(
-                f"{shown}: the hub answers with status {status}; run the same command again later"
-            ) from e
+        if (status := _status(e.__cause__)) is not None:
+            raise _refusal(shown, status) from e
         raise Unreachable(
             f"{shown}: no such path, and the hub cannot be reached ({type(e).__name__}); check the path or the network"
         ) from e
@@ -235,6 +232,20 @@ def _said(name: HubName) -> Iterator[None]:
             f"{shown}: no such path, and the hub cannot be reached ({type(e).__name__}: {without_secrets(str(e))[:80]}); check the path "
             "or the network"
         ) from e
+
+
+def _status(e: BaseException | None) -> int | None:
+    """Return the status of the answer that an error of the hub's client is about."""
+    status = getattr(getattr(e, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _refusal(shown: str, status: int) -> StreamerError:
+    if status in (401, 403):
+        return InputError(
+            f"{shown}: the hub refuses it (status {status}); log in with `hf auth login`, or set HF_TOKEN"
+        )
+    return StorageError(f"{shown}: the hub answers with status {status}; run the same command again later")
 
 
 class Unreachable(StorageError):

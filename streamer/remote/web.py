@@ -73,27 +73,34 @@ def _bucket(url: Url) -> Listing:
 def _web(url: Url) -> Listing:
     """Ask for each file by its name: there is no list."""
     asked = [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES]
-    found = _ask(url, asked, {INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME}, 1)
+    found, told = _ask(url, asked, {INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME}, 1)
     weights = {name: found.pop(name) for name in (SINGLE_NAME, WEIGHTS_NAME) if name in found}
     with TemporaryDirectory(prefix="streamer-") as directory:
         if INDEX_NAME in found:
             shards = shards_of(_index(found[INDEX_NAME], directory))
-            there = _ask(url, shards, set(shards), len(shards))
+            there, _ = _ask(url, shards, set(shards), len(shards))
             weights |= {name: there[name] for name in shards if name in there}
         if "config.json" in found:
             code = remote_code(_json(found["config.json"]))
-            found |= _ask(url, code, set(), 0)
+            found |= _ask(url, code, set(), 0, told)[0]
     for file in weights.values():
         if not file.version:
             raise no_ranges(file.shown)
     return Listing(url.name, url.shown, dict(sorted(found.items())), weights)
 
 
-def _ask(url: Url, names: Iterable[str], weights: set[str], least: int) -> dict[str, RemoteFile]:
+def _ask(
+    url: Url, names: Iterable[str], weights: set[str], least: int, told: bool = False
+) -> tuple[dict[str, RemoteFile], bool]:
     """Ask which of some files are there.
 
     A bucket that may not be listed refuses what is not there as well as what may not be read. So what is refused is not there only where
-    nothing is said to be absent, and at least so many of the `weights` were found.
+    nothing is said to be absent, here or before (`told`), and at least so many of the `weights` were found.
+
+    Returns
+    -------
+    dict, bool
+        Those that are there; and whether the server tells what is absent.
     """
     names = list(names)
 
@@ -111,9 +118,10 @@ def _ask(url: Url, names: Iterable[str], weights: set[str], least: int) -> dict[
     answers = dict(zip(names, [*first, *at_once(ask, names[1:])], strict=True))
     found = {name: answer for name, answer in answers.items() if isinstance(answer, RemoteFile)}
     refusals = [answer for answer in answers.values() if isinstance(answer, InputError)]
-    if refusals and (None in answers.values() or len(weights & found.keys()) < least):
+    told = told or None in answers.values()
+    if refusals and (told or len(weights & found.keys()) < least):
         raise refusals[0]
-    return found
+    return found, told
 
 
 def remote_code(config: dict[str, Any]) -> list[str]:

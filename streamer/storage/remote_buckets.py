@@ -41,7 +41,10 @@ class BucketAccess(Access):
         except FileNotFoundError as e:
             raise InputChangedError(f"{file.shown}: vanished during the run; put it back and start again") from e
         except Exception as e:
-            raise _error(e, file.shown) from e
+            error = _error(e, file.shown)
+            if isinstance(error, InputError):  # in mid-run: credentials have expired, and with new ones it goes on
+                error = StorageError(f"{error}; then run the same command again")
+            raise error from e
         if len(data) > len(out):
             raise Transient("the server gives more than the range")
         out[: len(data)] = data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +119,21 @@ def test_what_is_refused_beside_files_that_are_absent_is_not_left_out(
     assert "base/tokenizer.json: the server refuses to give it (status 403)" in done.err
     with serving(served, Unlisted) as site:
         assert contents(run_all(f"{site.address}/base", f"{site.address}/adapter", tmp_path / "unlisted")) == local
+
+
+def test_code_of_a_model_that_is_refused_is_not_left_out(served: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(served, tmp_path / "served"))
+    config = json.loads((root / "base" / "config.json").read_text())
+    (root / "base" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_own.Own"}}))
+    (root / "base" / "modeling_own.py").write_text("")
+
+    def refuse(path: str, before: int) -> str | None:
+        return "403" if path == "base/modeling_own.py" else None
+
+    with serving(root, peek_fault=refuse) as site:
+        done = run("detect", f"{site.address}/base", f"{site.address}/adapter", tmp_path / "out")
+    assert (done.code, done.err.count("\n")) == (3, 1), done
+    assert "base/modeling_own.py: the server refuses to give it (status 403)" in done.err
 
 
 @pytest.mark.parametrize("sampled", [True, False])
