@@ -11,7 +11,7 @@ from sharing import SHAPES, make_adapter, make_adapters, make_base, make_dora
 
 from streamer.detection.memory import best_way, detection_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.detection.sharing import AT_ONCE, share, sharing_memory
+from streamer.detection.sharing import TOGETHER, share, sharing_memory
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import make_batch
@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return make_adapters(tmp_path_factory.mktemp("adapters"), 2 * AT_ONCE + 1)
+    return make_adapters(tmp_path_factory.mktemp("adapters"), 2 * TOGETHER + 1)
 
 
 def groups(
