@@ -188,6 +188,15 @@ def test_a_stop_ends_all(matrix: Counted) -> None:
     assert len(matrix.made) == 2
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, even where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_comes_out_of_a_wait_and_ends_all(matrix: Counted) -> None:
     begun = []
 
