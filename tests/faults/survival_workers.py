@@ -81,6 +81,14 @@ def kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def ended_well(tally: Tally, crew: Crew, code: int, said: str, out: Path, what: str) -> None:
+    """Count a run that was disturbed, and is to end as if nothing had been: with code 0 and no word."""
+    tally.begin(code, {0}, what)
+    if said:
+        tally.problems.append(f"{what}: said {said!r}")
+    tally.end(crew, out, what)
+
+
 def workers_killed(crew: Crew, count: int | None) -> Tally:
     """So many workers are killed at a random moment, or all: their tasks are done again, and the run ends well."""
     tally = Tally()
@@ -90,10 +98,7 @@ def workers_killed(crew: Crew, count: int | None) -> Tally:
             there = workers_in(process.pid)
             kill(crew.rng.sample(there, min(len(there), count or len(there))))
             _, err = process.communicate(timeout=300)
-        tally.begin(process.returncode, {0}, what)
-        if err:
-            tally.problems.append(f"{what}: said {err!r}")
-        tally.end(crew, out, what)
+        ended_well(tally, crew, process.returncode, err, out, what)
     return tally
 
 
@@ -174,10 +179,7 @@ def dask_worker_killed(crew: Crew) -> Tally:
                 crew.sleep()
                 kill(crew.rng.sample(workers_in(watchers.pid), 1))
                 _, err = process.communicate(timeout=300)
-            tally.begin(process.returncode, {0}, what)
-            if err:
-                tally.problems.append(f"{what}: said {err!r}")
-            tally.end(crew, out, what)
+            ended_well(tally, crew, process.returncode, err, out, what)
     return tally
 
 
