@@ -209,7 +209,7 @@ FIXTURES = {
 
 def first_runs() -> Iterator[Run]:
     """The demo, what is there, and findings."""
-    yield Run("demo", ("demo", "--keep", "demo/out", "--json"))
+    yield Run("demo", ("demo", "-o", "demo/out", "--json"))
     yield Run("version", ("--version",))
     for name, inputs in FIXTURES.items():
         yield Run(f"{name}/detect", ("detect", *inputs, "-o", f"{name}/detect/out.safetensors", "--json"))

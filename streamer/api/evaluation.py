@@ -29,6 +29,7 @@ def evaluate_variants(
     findings: Findings | str | Path | None = None,
     methods: Sequence[MitigationMethod] = METHODS,
     lambdas: Sequence[float] = LAMBDAS,
+    amplify: bool = False,
     scale: Selection = "all",
     coefficients: Coefficients | str | Path | None = None,
     sequences: int = 64,
@@ -72,6 +73,8 @@ def evaluate_variants(
     methods, lambdas
         Every method is evaluated at every λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`).
         ``fitted`` alone evaluates the coefficients, and no other method.
+    amplify
+        Allow λ outside [0, 1].
     scale
         ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
     coefficients
@@ -116,7 +119,9 @@ def evaluate_variants(
         cannot evaluate, `NumericError` where a pass did not use all that the adapter changes.
     """
     given = None if coefficients is None else read_coefficients(coefficients)
-    options = EvaluationOptions(tuple(methods), tuple(lambdas), scale, sequences, length, keep, projected, dtype, given)
+    options = EvaluationOptions(
+        tuple(methods), tuple(lambdas), scale, sequences, length, keep, projected, dtype, given, amplify
+    )
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
     found = findings if findings is None or isinstance(findings, Findings) else Path(findings)

@@ -52,7 +52,8 @@ class Detecting(Running, total=False):
 class Merging(Running, total=False):
     """Keywords of `merge_with_reduced_intruder_dimensions`."""
 
-    mitigation_lambda: float
+    mitigation_lambda: float | None
+    amplify: bool
     method: MitigationMethod | None
     scale: Selection
     coefficients: Coefficients | str | Path | None
@@ -69,29 +70,34 @@ def detection_options(
 
 
 def mitigation_options(
-    mitigation_lambda: float, method: MitigationMethod | None, scale: Selection, coefficients: Coefficients | str | Path | None,
-    keep: float | None,
+    mitigation_lambda: float | None, method: MitigationMethod | None, scale: Selection,
+    coefficients: Coefficients | str | Path | None, keep: float | None, amplify: bool,
 ) -> MitigationOptions:  # fmt: skip
     """Make the options of a mitigation, of coefficients or of a λ.
 
     Parameters
     ----------
+    mitigation_lambda
+        None: `DEFAULT_LAMBDA`, except for ``fitted``, which has no λ.
     method
-        None: ``fitted`` where coefficients are given, else ``paper``.
+        None: ``fitted`` if coefficients are given, else ``paper``.
     coefficients, keep
-        Those, or the path of their file, and which set of them; see `Coefficients.select`.
+        Coefficients, or the path of their file, and which set of them; see `Coefficients.select`.
+    amplify
+        Allow λ outside [0, 1].
 
     Raises
     ------
     UsageError
-        If a λ other than the default, or another method, comes with coefficients, or a share to keep without them.
+        If a λ or another method comes with coefficients, a share to keep comes without them, or λ is refused.
     """
-    if coefficients is None:
-        if keep is not None:
-            raise UsageError(f"keep: chooses among coefficients, found {keep!r} and none; give them, or leave it out")
-        return MitigationOptions(None if method == "fitted" else mitigation_lambda, method or "paper", scale)
-    lam = None if mitigation_lambda == DEFAULT_LAMBDA else mitigation_lambda
-    return MitigationOptions(lam, method or "fitted", scale, read_coefficients(coefficients).select(keep))
+    if coefficients is None and keep is not None:
+        raise UsageError(f"keep: chooses among coefficients, found {keep!r} and none; give them, or leave it out")
+    fitted = None if coefficients is None else read_coefficients(coefficients).select(keep)
+    method = method or ("paper" if fitted is None else "fitted")
+    if mitigation_lambda is None and method != "fitted":
+        mitigation_lambda = DEFAULT_LAMBDA
+    return MitigationOptions(mitigation_lambda, method, scale, fitted, amplify)
 
 
 def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:

@@ -41,7 +41,8 @@ def merge_with_reduced_intruder_dimensions(
     findings: Findings | Mapping[str, Findings] | str | Path | None = None,
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
-    mitigation_lambda: float = 0.75,
+    mitigation_lambda: float | None = None,
+    amplify: bool = False,
     method: MitigationMethod | None = None,
     scale: Selection = "all",
     coefficients: Coefficients | str | Path | None = None,
@@ -86,7 +87,9 @@ def merge_with_reduced_intruder_dimensions(
         A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
         in (0, 1].
     mitigation_lambda
-        What is left of an intruder: 1 changes nothing, 0 removes it.
+        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, and no λ if there are `coefficients`.
+    amplify
+        Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
     method
         ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
         there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection; ``fitted`` each singular
@@ -146,7 +149,7 @@ def merge_with_reduced_intruder_dimensions(
         kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
         inputs, `FileExistsError` for an output that may not be replaced.
     """
-    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep)
+    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize, model_card=model_card)
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
@@ -165,7 +168,8 @@ def iter_merged(
     findings: Findings | str | Path | None = None,
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
-    mitigation_lambda: float = 0.75,
+    mitigation_lambda: float | None = None,
+    amplify: bool = False,
     method: MitigationMethod | None = None,
     scale: Selection = "all",
     coefficients: Coefficients | str | Path | None = None,
@@ -200,7 +204,9 @@ def iter_merged(
         A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
         in (0, 1].
     mitigation_lambda
-        What is left of an intruder: 1 changes nothing, 0 removes it.
+        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, and no λ if there are `coefficients`.
+    amplify
+        Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
     method
         ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
         there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection; ``fitted`` each singular
@@ -251,7 +257,7 @@ def iter_merged(
         kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
         inputs.
     """
-    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep)
+    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize)
     run = run_options(device, io, base_is_residual, architecture, on_event)

@@ -25,7 +25,8 @@ def reduce_intruder_dimension(
     findings: Findings | str | Path | None = None,
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
-    mitigation_lambda: float = 0.75,
+    mitigation_lambda: float | None = None,
+    amplify: bool = False,
     method: MitigationMethod | None = None,
     scale: Selection = "all",
     coefficients: Coefficients | str | Path | None = None,
@@ -67,7 +68,9 @@ def reduce_intruder_dimension(
         A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
         in (0, 1].
     mitigation_lambda
-        What is left of an intruder: 1 changes nothing, 0 removes it.
+        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, and no λ if there are `coefficients`.
+    amplify
+        Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
     method
         ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
         there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection; ``fitted`` each singular
@@ -128,7 +131,7 @@ def reduce_intruder_dimension(
         kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
         inputs, `FileExistsError` for an output that may not be replaced.
     """
-    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep)
+    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=False, to_lora=to_lora, model_card=model_card)
     run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from streamer.cli.layout import Screen, screen
 from streamer.cli.threads import choose_threads
-from streamer.errors import UsageError
+from streamer.errors import OutputExistsError
 from streamer.events import Monitor
 
 if TYPE_CHECKING:
     from streamer.detection.findings import Findings
     from streamer.detection.options import DetectionOptions, RunOptions
-    from streamer.output.mitigation import MitigationOptions
     from streamer.output.output_spec import Writer
 
 
@@ -118,6 +117,7 @@ def _dry_detect(
 
 def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.adapters.batch import named_adapters
+    from streamer.api.keywords import mitigation_options
     from streamer.cli.tables import record_table
     from streamer.detection.findings import load_findings
     from streamer.output.prepare import OutputOptions, findings_by_name, prepare_outputs
@@ -126,7 +126,9 @@ def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
     adapters = named_adapters(_adapters(args))
     given = findings_by_name(args.findings or None, adapters)
     detection = _detection_options(args, load_findings(given[0]) if isinstance(given[0], Path) else None)
-    mitigation = _mitigation_options(args)
+    mitigation = mitigation_options(
+        args.mitigation_lambda, args.method, args.scale, args.coefficients, args.keep, args.amplify
+    )
     if mitigation.needs_detection and given[0] is None:
         choose_threads(args.threads, monitor)
     merges, run = args.command == "merge", _run_options(args, monitor)
@@ -183,8 +185,6 @@ def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
 def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.evaluation import given_findings_options, run_evaluation
 
-    for value in args.lambdas:
-        _check_lambda(value)
     detection = _detection_options(args, given_findings_options(args))
     return run_evaluation(args, detection, _run_options(args, monitor), screen(args.all))
 
@@ -197,15 +197,16 @@ def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.demo import demo_table, run_demo
+    from streamer.output.mitigation import MitigationOptions
 
-    _check_lambda(args.mitigation_lambda)
-    if args.keep:
-        if os.path.lexists(args.keep):
-            raise UsageError(f"--keep: {args.keep} exists; name a directory that does not")
-        result = run_demo(Path(args.keep), args.mitigation_lambda, monitor)
+    mitigation = MitigationOptions(args.mitigation_lambda, amplify=args.amplify)
+    if args.output:
+        if os.path.lexists(args.output):
+            raise OutputExistsError(f"{args.output}: exists; name a directory that does not", Path(args.output))
+        result = run_demo(Path(args.output), mitigation, monitor)
     else:
         with tempfile.TemporaryDirectory(prefix="streamer-demo-") as directory:
-            result = run_demo(Path(directory), args.mitigation_lambda, monitor)
+            result = run_demo(Path(directory), mitigation, monitor)
         result["directory"] = None  # is gone
     return result, demo_table(result, screen(args.all))
 
@@ -240,26 +241,6 @@ def _run_options(args: argparse.Namespace, monitor: Monitor) -> RunOptions:
 
     device, resume = choose_device(args.device), not args.no_resume
     return RunOptions(device, args.io, args.base_is_residual, args.architecture, resume, args.overwrite, monitor)
-
-
-def _mitigation_options(args: argparse.Namespace) -> MitigationOptions:
-    from streamer.api.keywords import mitigation_options
-    from streamer.output.mitigation import DEFAULT_LAMBDA
-
-    lam = args.mitigation_lambda
-    if lam is not None and (args.coefficients or args.method == "fitted"):
-        raise UsageError(f"--lambda: method fitted has coefficients in its place, found {lam:g}; leave it out")
-    lam = DEFAULT_LAMBDA if lam is None else lam
-    options = mitigation_options(lam, args.method, args.scale, args.coefficients, args.keep)
-    if not args.amplify:
-        _check_lambda(lam, "; --amplify permits others: above 1 intruders grow")
-    return options
-
-
-def _check_lambda(value: float, hint: str = "") -> None:
-    """Refuse a lambda that does not mitigate: 75 for 0.75, or the share to remove with a minus. The library takes any, as PEFT's does."""
-    if not 0 <= value <= 1:
-        raise UsageError(f"--lambda: expected what is left of an intruder, in [0, 1], found {value:g}{hint}")
 
 
 def _adapters(args: argparse.Namespace) -> str | list[str]:

@@ -12,11 +12,12 @@ from streamer.cli.tables import NO_LIMIT
 from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions
 from streamer.events import Monitor
+from streamer.output.mitigation import MitigationOptions
 from streamer.plan.name_order import natural
 from streamer.storage.checkpoint import open_checkpoint
 
 
-def run_demo(directory: Path, mitigation_lambda: float, monitor: Monitor) -> dict[str, Any]:
+def run_demo(directory: Path, mitigation: MitigationOptions, monitor: Monitor) -> dict[str, Any]:
     """Detect, mitigate, merge, and detect again on what is left of the adapter.
 
     Returns
@@ -32,9 +33,9 @@ def run_demo(directory: Path, mitigation_lambda: float, monitor: Monitor) -> dic
     found = detect_intruder_dimensions(model.base, model.adapter, findings_path, monitor=monitor)
     findings = load_findings(findings_path)
     reduce_intruder_dimension(model.base, model.adapter, adapter_path, findings=findings, monitor=monitor,
-                              mitigation_lambda=mitigation_lambda)  # fmt: skip
+                              mitigation_lambda=mitigation.mitigation_lambda, amplify=mitigation.amplify)  # fmt: skip
     merge_with_reduced_intruder_dimensions(model.base, model.adapter, merged_path, findings=findings, monitor=monitor,
-                                           mitigation_lambda=mitigation_lambda)  # fmt: skip
+                                           mitigation_lambda=mitigation.mitigation_lambda, amplify=mitigation.amplify)  # fmt: skip
     open_checkpoint(merged_path)  # a strict reader takes the result
     left = detect_intruder_dimensions(model.base, adapter_path, monitor=monitor).by_tensor
     rows: list[dict[str, Any]] = []
@@ -51,7 +52,7 @@ def run_demo(directory: Path, mitigation_lambda: float, monitor: Monitor) -> dic
     keys = ("planted", "found", "left", "gone")
     return {
         "schema": "streamer.demo/1",
-        "lambda": mitigation_lambda,
+        "lambda": mitigation.mitigation_lambda,
         "totals": {"matrices": len(found)} | {k: sum(r[k] for r in rows) for k in keys},
         "matrices": rows,
         "directory": str(directory),

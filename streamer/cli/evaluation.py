@@ -53,6 +53,7 @@ def run_evaluation(
         args.projected,
         args.dtype,
         load_coefficients(args.coefficients) if args.coefficients else None,
+        args.amplify,
     )
     texts = {"general": Path(args.general), "task": Path(args.task)}
     findings = Path(args.findings) if args.findings else None

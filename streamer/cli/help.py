@@ -127,7 +127,7 @@ examples:
     "demo": """\
 examples:
   streamer demo
-  streamer demo --lambda 0.5 --keep demo
+  streamer demo --lambda 0.5 -o demo
       keeps the model, the adapter and all that is made of them
 """,
 }

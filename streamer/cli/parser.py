@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -97,10 +98,20 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
+def _not_a_directory(text: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(f"is a share in other commands; use `-o {text}` for a directory")
+
+
 def named_as_option(message: str) -> str:
-    """Put the option that the user knows at the beginning of a message that begins with a keyword of the library."""
-    head, colon, rest = message.partition(": ")
-    return f"{OPTIONS[head]}: {rest}" if colon and head in OPTIONS else message
+    """Name the library's keywords as the user's options: one that begins a message, and flags like ``amplify=True``."""
+    head, colon, rest = re.sub(r"`(\w+)=True`", r"`--\1`", message).partition(": ")
+    return f"{OPTIONS.get(head, head)}{colon}{rest}"
+
+
+def add_amplify(group: argparse._ActionsContainer) -> None:
+    """Add ``--amplify``."""
+    group.add_argument("--amplify", action="store_true",
+                       help="allow a lambda outside [0, 1]: above 1 an intruder grows, below 0 its sign changes")  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -166,9 +177,8 @@ def build_parser() -> Parser:
     mitigating = Parser(add_help=False)
     g = mitigating.add_argument_group("mitigation")
     g.add_argument("--lambda", dest="mitigation_lambda", type=float, metavar="L",
-                   help="what is left of an intruder, from 0 to 1: 1 changes nothing, 0 removes it (default: 0.75)")  # fmt: skip
-    g.add_argument("--amplify", action="store_true",
-                   help="permit a lambda outside [0, 1]: above 1 an intruder grows, below 0 it is turned round")  # fmt: skip
+                   help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75)")  # fmt: skip
+    add_amplify(g)
     g.add_argument("--method", choices=["paper", "project", "shrink", "fitted"],
                    help="paper: scale the whole direction; project: only the adapter's part of it; "
                         "shrink: the whole adapter, no detection, the baseline; fitted: each of the adapter's own directions by its "
@@ -264,7 +274,8 @@ def build_parser() -> Parser:
         "--findings", metavar="FILE", help="from `streamer detect`; without it detection runs first, into memory"
     )
     sub.add_argument("--lambda", dest="lambdas", type=_lambdas, default=[0.9, 0.75, 0.5, 0.25, 0.0], metavar="L,L",
-                     help="what is left of an intruder, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
+                     help="shares of an intruder that are kept, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
+    add_amplify(sub)
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=["paper", "project", "shrink"], metavar="M,M",
                      help="paper, project or shrink, several (default: all three); fitted: the coefficients alone")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
@@ -289,6 +300,8 @@ def build_parser() -> Parser:
     sub.set_defaults(device="cpu")
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.0, metavar="L",
-                     help="what is left of an intruder, from 0 to 1 (default: 0: nothing)")  # fmt: skip
-    sub.add_argument("--keep", metavar="DIR", help="write everything to DIR, which must not exist, and keep it")
+                     help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0)")  # fmt: skip
+    add_amplify(sub)
+    sub.add_argument("-o", "--output", metavar="DIR", help="write everything to DIR, which must not exist, and keep it")
+    sub.add_argument("--keep", type=_not_a_directory, help=argparse.SUPPRESS)
     return parser

@@ -25,7 +25,7 @@ METHODS: tuple[MitigationMethod, ...] = ("paper", "project", "shrink")
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Options of an evaluation: all but `keep` decide its measures.
+    """Options of an evaluation: all but `keep` and `amplify` decide its measures.
 
     Attributes
     ----------
@@ -44,6 +44,8 @@ class EvaluationOptions:
         `linalg.torch_state.bfloat16_products`. All else stays float32, deltas among it.
     coefficients
         Coefficients whose sets are evaluated as well, each as one more variant.
+    amplify
+        Allow λ outside [0, 1].
     """
 
     methods: tuple[MitigationMethod, ...] = METHODS
@@ -55,6 +57,7 @@ class EvaluationOptions:
     projected: bool = False
     dtype: ProductDtype = "float32"
     coefficients: Coefficients | None = None
+    amplify: bool = False
 
     def __post_init__(self) -> None:
         _ = self.variants
@@ -68,15 +71,17 @@ class EvaluationOptions:
     @property
     def variants(self) -> tuple[Variant, ...]:
         """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients."""
-        return make_variants(self.methods, self.lambdas, self.scale, self.coefficients)
+        return make_variants(self.methods, self.lambdas, self.scale, self.coefficients, self.amplify)
 
     def job(self, plan: Plan, variants: tuple[Variant, ...], findings: Findings | None) -> Job:
         """Say how these variants are computed."""
         return Job(plan, variants, findings, self.projected, self.dtype == "bf16")
 
     def of_measures(self) -> dict[str, Any]:
-        """Return the options that decide the measures, as JSON: all but `keep`, on which the suggestion alone depends."""
-        tree = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("keep", "coefficients")}
+        """Return the options that decide the measures, as JSON."""
+        tree = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("keep", "coefficients", "amplify")
+        }
         return tree if self.coefficients is None else {**tree, "coefficients": self.fitted_record()}
 
     def fitted_record(self) -> list[CoefficientsRecord]:

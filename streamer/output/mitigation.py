@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -29,7 +30,7 @@ class MitigationOptions:
     Attributes
     ----------
     mitigation_lambda
-        What is left of an intruder: 1 changes nothing, 0 removes it, above 1 amplifies it. None for ``fitted``, and for it alone.
+        Share of an intruder that is kept: 1 changes nothing, 0 removes it. None for ``fitted``, and for it alone.
     method
         ``paper``: ``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``. ``project``: ``Δ' = (I − (1 − λ) U_I U_Iᵀ) Δ``, which leaves the base's
         own share of the direction alone and needs no truncation. ``shrink``: ``Δ' = λ Δ``, the baseline; no detection.
@@ -38,12 +39,15 @@ class MitigationOptions:
         ``all`` intruders among the top k, or only the ``first`` (highest-ranked) of each matrix.
     coefficients
         Those of ``fitted``; None for the other methods.
+    amplify
+        Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
     """
 
     mitigation_lambda: float | None = DEFAULT_LAMBDA
     method: MitigationMethod = "paper"
     scale: Selection = "all"
     coefficients: CoefficientSet | None = None
+    amplify: bool = False
 
     @classmethod
     def fitted(cls, coefficients: CoefficientSet) -> MitigationOptions:
@@ -60,12 +64,18 @@ class MitigationOptions:
             if self.coefficients is None:
                 raise UsageError("method 'fitted' needs coefficients; make them with `streamer fit`")
             if lam is not None:
-                raise UsageError(f"lambda: method 'fitted' has coefficients in its place, found {lam!r}; leave it out")
+                raise UsageError(f"lambda: method 'fitted' uses coefficients instead, got {lam!r}; leave it out")
             return
         if self.coefficients is not None:
             raise UsageError(f"coefficients: belong to method 'fitted', found {self.method!r}; pass one or the other")
-        if lam is None or isinstance(lam, bool) or not math.isfinite(lam):
-            raise UsageError(f"lambda: expected a finite number, found {lam!r}")
+        if not isinstance(lam, Real) or isinstance(lam, bool) or not math.isfinite(lam):
+            raise UsageError(f"lambda must be a finite number, got {lam!r}; {_share_meant(lam)}".rstrip("; "))
+        object.__setattr__(self, "mitigation_lambda", float(lam))
+        if not (self.amplify or 0 <= lam <= 1):
+            raise UsageError(
+                f"lambda must be between 0 (remove) and 1 (keep), got {self.mitigation_lambda:g}; {_share_meant(lam)}"
+                "`amplify=True` allows other values"
+            )
 
     @property
     def needs_detection(self) -> bool:
@@ -87,6 +97,17 @@ class MitigationOptions:
 
     def _fitted(self) -> dict[str, Any]:
         return {} if self.coefficients is None else {"coefficients": self.coefficients.record()}
+
+
+def _share_meant(lam: object) -> str:
+    """Ask whether a percentage, or a number in a string, was meant as a share; return an empty string if neither is likely."""
+    text = str(lam)
+    try:
+        number = float(text.rstrip("% "))
+    except ValueError:
+        return ""
+    share = number / 100 if "%" in text or number >= 2 else number
+    return f"did you mean {share:g}? " if 0 <= share <= 1 else ""
 
 
 def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptions, tensor: str = "") -> Delta:

@@ -33,13 +33,14 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     adapter_name: str = "default",
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
-    mitigation_lambda: float = 0.75,
+    mitigation_lambda: float | None = None,
     *,
     findings: Findings | str | Path | None = None,
     method: MitigationMethod | None = None,
     scale: Selection = "all",
     coefficients: Coefficients | str | Path | None = None,
     keep: float | None = None,
+    amplify: bool = False,
     solver: str = "auto",
     device: str = "auto",
     on_event: OnEvent | None = None,
@@ -64,10 +65,10 @@ def merge_and_unload_with_reduced_intruder_dimensions(
         A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
         in (0, 1].
     mitigation_lambda
-        What is left of an intruder: 1 changes nothing, 0 removes it.
+        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, and no λ if there are `coefficients`.
     findings
         From `detect_intruder_dimensions`, of this module or on the files, or the path of their file: no SVD of a weight is done then.
-    method, scale, coefficients, keep
+    method, scale, coefficients, keep, amplify
         As `streamer.merge_with_reduced_intruder_dimensions` has them.
     solver, device
         As `detect_intruder_dimensions` has them.
@@ -88,7 +89,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     StreamerError
         Of the class that says what kind of fault it is (see `streamer.errors`).
     """
-    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep)
+    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, None)
     run = run_options(device, "mmap", True, None, on_event)
     live = plan_live(peft_model, adapter_name)

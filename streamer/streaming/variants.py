@@ -51,6 +51,7 @@ def make_variants(
     lambdas: Sequence[float],
     scale: Selection,
     coefficients: Coefficients | None = None,
+    amplify: bool = False,
 ) -> tuple[Variant, ...]:
     """List ``base``, ``adapter``, each method at each λ, and each set of coefficients, in this order.
 
@@ -71,7 +72,12 @@ def make_variants(
         raise UsageError("lambda: 1 is the adapter as it is, which is always evaluated; leave it out")
     if "fitted" in methods and coefficients is None:
         raise UsageError("method 'fitted' needs coefficients; make them with `streamer fit`")
-    options = [MitigationOptions(lam, method, scale) for method in methods if method != "fitted" for lam in lambdas]
+    options = [
+        MitigationOptions(lam, method, scale, amplify=amplify)
+        for method in methods
+        if method != "fitted"
+        for lam in lambdas
+    ]
     fitted = [] if coefficients is None else [coefficients.select(keep) for keep in coefficients.keeps]
     unchanged = MitigationOptions(1.0, "shrink", scale)
     return (

@@ -187,7 +187,12 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
     yield none, {"general": place / "a.jsonl"}, 3, f"{home}/base: has no tokenizer, which a.jsonl is to be read with"
     yield none, {"task": place / "absent.npy"}, 3, f"{place}/absent.npy: no such file"
     yield none, {"task": home}, 2, f"{home}: expected the name of a text to end in .txt, .jsonl, .npy"
-    yield ["--lambda", "0.5,2"], {}, 2, "--lambda: expected what is left of an intruder, in [0, 1], found 2"
+    yield (
+        ["--lambda", "0.5,2"],
+        {},
+        2,
+        "lambda must be between 0 (remove) and 1 (keep), got 2; did you mean 0.02? `--amplify` allows other values",
+    )
     yield ["--lambda", "0.5,1"], {}, 2, "--lambda: 1 is the adapter as it is"
     yield ["--method", "average"], {}, 2, "--method: expected one of paper, project, shrink, fitted, found 'average'"
     yield ["--method", "fitted"], {}, 2, "method 'fitted' needs coefficients; make them with `streamer fit`"

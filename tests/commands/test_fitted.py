@@ -259,8 +259,8 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         (3, [with_metadata(file, files / "no", nothing), *keep], "do not say which base they were fitted to"),
         (2, [file], f"streamer: --keep: expected one of 0.95, 0.9, the 2 sets of coefficients in {file}; choose one"),
         (2, [file, "--keep", "0.8"], "holds no coefficients that keep 0.8; those there are keep 0.95, 0.9"),
-        (2, [file, *keep, "--lambda", "0.5"], "--lambda: method fitted has coefficients in its place, found 0.5"),
-        (2, [file, *keep, "--lambda", "0.75"], "--lambda: method fitted has coefficients in its place, found 0.75"),
+        (2, [file, *keep, "--lambda", "0.5"], "--lambda: method 'fitted' uses coefficients instead, got 0.5; leave it out"),
+        (2, [file, *keep, "--lambda", "0.75"], "--lambda: method 'fitted' uses coefficients instead, got 0.75; leave it out"),
         (2, [file, *keep, "--method", "project"], "--coefficients: belong to method 'fitted', found 'project'"),
     ]  # fmt: skip
     for code, options, words in cases:
@@ -305,7 +305,8 @@ def test_the_librarys_keywords(inputs: tuple[Path, Path, Path], tmp_path: Path) 
     base, adapter, file = inputs
     calls: list[tuple[dict[str, Any], str]] = [
         ({"coefficients": file}, "^keep: expected one of 0.95, 0.9, the 2 sets of coefficients in "),
-        ({"coefficients": file, "keep": 0.9, "mitigation_lambda": 0.5}, "^lambda: method 'fitted' has coefficients"),
+        ({"coefficients": file, "keep": 0.9, "mitigation_lambda": 0.5}, "^lambda: method 'fitted' uses coefficients"),
+        ({"coefficients": file, "keep": 0.9, "mitigation_lambda": 0.75}, "^lambda: method 'fitted' uses coefficients"),
         ({"coefficients": file, "keep": 0.9, "method": "paper"}, "^coefficients: belong to method 'fitted'"),
         ({"keep": 0.9}, "^keep: chooses among coefficients"),
         ({"method": "fitted"}, "^method 'fitted' needs coefficients"),

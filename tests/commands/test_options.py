@@ -39,7 +39,7 @@ def test_options_that_make_no_sense(job: tuple[Path, Path], tmp_path: Path, opti
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_lambda_is_finite(job: tuple[Path, Path], tmp_path: Path, command: str, value: str) -> None:
     line = refuse(command, *job, tmp_path, 2, f"--lambda={value}")
-    assert f"lambda: expected a finite number, found {value}" in line
+    assert f"lambda must be a finite number, got {value}" in line
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_a_log_reads_well(tmp_path: Path) -> None:
     home, found = tmp_path / "demo", tmp_path / "f.safetensors"
     base, adapter = home / "base", home / "adapter"
     runs = [
-        ["demo", "--keep", home],
+        ["demo", "-o", home],
         ["inspect", base, adapter],
         ["detect", base, adapter, "-o", found],
         ["report", found],

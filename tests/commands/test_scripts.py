@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from commands import WRITING, ok, target
 from forks import server
 from helpers import tree_digest
 
 import streamer
+import streamer.peft
 from streamer.errors import OutputError, UsageError
 
 OLD = 1_000_000_000  # seconds: the year 2001
@@ -98,24 +103,65 @@ def test_missing_parents_are_made(inputs: tuple[Path, Path], tmp_path: Path, com
 
 
 @pytest.mark.parametrize("command", ["merge", "mitigate"])
-@pytest.mark.parametrize("value", ["75", "1.01", "-0.5"])
-def test_lambda_that_does_not_mitigate(inputs: tuple[Path, Path], tmp_path: Path, command: str, value: str) -> None:
+@pytest.mark.parametrize(("value", "meant"), [("75", "did you mean 0.75? "), ("1.01", ""), ("-0.5", "")])
+def test_lambda_that_does_not_mitigate(
+    inputs: tuple[Path, Path], tmp_path: Path, command: str, value: str, meant: str
+) -> None:
     line = (command, *inputs, "-o", tmp_path / "out", f"--lambda={value}")
     done = server().run(*line)
     assert (done.code, done.out, done.calls) == (2, "", [])
     assert done.err == (
-        f"streamer: --lambda: expected what is left of an intruder, in [0, 1], found {value}; "
-        "--amplify permits others: above 1 intruders grow\n"
+        f"streamer: lambda must be between 0 (remove) and 1 (keep), got {value}; {meant}`--amplify` allows other values\n"
     )
     if value == "1.01":
         ok(*line, "--amplify")
 
 
-def test_lambda_of_the_demo_and_of_the_library(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """The library takes any, as PEFT's function does."""
-    done = server().run("demo", "--lambda", "2")
-    assert (done.code, "in [0, 1], found 2" in done.err) == (2, True)
-    streamer.reduce_intruder_dimension(*inputs, tmp_path / "out", mitigation_lambda=1.5)
+def test_the_demo_refuses_a_percentage_and_a_directory_as_a_share(tmp_path: Path) -> None:
+    done = server().run("demo", "--lambda", "20", "-o", tmp_path / "demo")
+    assert (done.code, "got 20; did you mean 0.2? `--amplify`" in done.err) == (2, True)
+    done = server().run("demo", "--keep", tmp_path / "demo")
+    assert (done.code, f"use `-o {tmp_path / 'demo'}` for a directory" in done.err) == (2, True)
+    assert not (tmp_path / "demo").exists()
+    done = server().run("demo", "-o", tmp_path)
+    assert (done.code, done.err) == (4, f"streamer: {tmp_path}: exists; name a directory that does not\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (
+            75,
+            r"be between 0 \(remove\) and 1 \(keep\), got 75; did you mean 0.75\? `amplify=True` allows other values$",
+        ),
+        (np.float32(75), r"got 75; did you mean 0.75\?"),
+        (-0.5, r"got -0.5; `amplify=True` allows other values$"),
+        ("75%", r"be a finite number, got '75%'; did you mean 0.75\?"),
+        ("0.5", r"be a finite number, got '0.5'; did you mean 0.5\?"),
+    ],
+)
+def test_the_library_refuses_what_the_command_refuses(
+    inputs: tuple[Path, Path], tmp_path: Path, value: object, words: str
+) -> None:
+    lam: dict[str, Any] = {"mitigation_lambda": value}
+    texts = dict.fromkeys(("general", "task"), tmp_path / "none.txt")
+    calls: list[Callable[[], object]] = [
+        lambda: streamer.reduce_intruder_dimension(*inputs, tmp_path / "out", **lam),
+        lambda: streamer.merge_with_reduced_intruder_dimensions(*inputs, tmp_path / "out", **lam),
+        lambda: streamer.iter_merged(*inputs, **lam),
+        lambda: streamer.evaluate_variants(*inputs, lambdas=[value], **texts),  # type: ignore[arg-type, list-item]
+        lambda: streamer.peft.reduce_intruder_dimension(torch.nn.Linear(2, 2), **lam),
+        lambda: streamer.peft.merge_and_unload_with_reduced_intruder_dimensions(torch.nn.Linear(2, 2), **lam),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match=f"^lambda must .*{words}"):
+            call()
+
+
+def test_amplify_insists(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    lam: dict[str, Any] = {"method": "shrink", "mitigation_lambda": 2, "amplify": True}
+    totals = streamer.reduce_intruder_dimension(*inputs, tmp_path / "out", **lam)["totals"]
+    assert totals["delta_norm_after"] == pytest.approx(2 * totals["delta_norm"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

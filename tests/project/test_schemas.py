@@ -119,7 +119,7 @@ def test_what_every_command_prints(inputs: tuple[Path, Path], tmp_path: Path) ->
             }  # fmt: skip
     assert check(run("demo", "--json"), "streamer.demo/1")["directory"] is None
     kept = tmp_path / "kept"
-    assert check(run("demo", "--json", "--keep", kept), "streamer.demo/1")["directory"] == str(kept)
+    assert check(run("demo", "--json", "-o", kept), "streamer.demo/1")["directory"] == str(kept)
     assert (kept / "merged").is_dir()
 
 

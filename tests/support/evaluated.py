@@ -66,7 +66,7 @@ def assert_as_transformers(cls: Any, base: Path, adapter: Path, directory: Path,
     decoded one.
     """
     found = streamer.detect_intruder_dimensions(base, adapter, top_k=TOP_K)
-    variants, ids = make_variants(methods, lambdas, "all"), token_ids(vocabulary)
+    variants, ids = make_variants(methods, lambdas, "all", amplify=True), token_ids(vocabulary)
     ours = streamed(base, adapter, variants, found, ids)
     if decoded is not None:
         base, found = decoded, streamer.detect_intruder_dimensions(decoded, adapter, top_k=TOP_K)
@@ -85,6 +85,7 @@ def assert_as_transformers(cls: Any, base: Path, adapter: Path, directory: Path,
                 top_k=TOP_K,
                 mitigation_lambda=options.mitigation_lambda,
                 method=options.method,
+                amplify=True,
             )
         loss, kl, agreement = sums_of(log_probabilities(cls, merged, ids), reference, ids)
         assert abs(ours.loss[v].sum() - loss.sum()) / tokens <= 1e-5, variant.name

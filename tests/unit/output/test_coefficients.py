@@ -106,12 +106,13 @@ def test_options_that_make_no_sense() -> None:
     one = made(0.9).select()
     with pytest.raises(UsageError, match=r"^method 'fitted' needs coefficients; make them with `streamer fit`$"):
         MitigationOptions(None, "fitted")
-    with pytest.raises(UsageError, match=r"^lambda: method 'fitted' has coefficients in its place, found 0.5"):
+    with pytest.raises(UsageError, match=r"^lambda: method 'fitted' uses coefficients instead, got 0.5; leave it out"):
         MitigationOptions(0.5, "fitted", coefficients=one)
     with pytest.raises(UsageError, match=r"^coefficients: belong to method 'fitted', found 'paper'"):
         MitigationOptions(0.5, "paper", coefficients=one)
-    with pytest.raises(UsageError, match=r"^lambda: expected a finite number, found None"):
-        MitigationOptions(None, "paper")
+    for no_number in (None, True, float("nan"), -float("inf")):
+        with pytest.raises(UsageError, match=f"^lambda must be a finite number, got {no_number}$"):
+            MitigationOptions(no_number, "paper", amplify=True)
 
 
 def test_a_set_is_selected_by_what_it_keeps() -> None:

@@ -25,14 +25,14 @@ def test_paper_and_project_are_their_formulas(shape: tuple[int, int], lam: float
     U, S, Vh, _ = oracle(base.matrix, delta.dense(), 10)
     I = list(found.intruders)  # noqa: E741
     D = delta.dense().double().numpy()
-    paper = mitigate(delta, found, MitigationOptions(lam))
+    paper = mitigate(delta, found, MitigationOptions(lam, amplify=True))
     np.testing.assert_allclose(paper.dense(), D + (lam - 1) * (U[:, I] * S[I]) @ Vh[I], atol=2e-5)
-    project = mitigate(delta, found, MitigationOptions(lam, "project"))
+    project = mitigate(delta, found, MitigationOptions(lam, "project", amplify=True))
     np.testing.assert_allclose(project.dense(), D - (1 - lam) * U[:, I] @ (U[:, I].T @ D), atol=2e-5)
     assert project.rank == delta.rank
     assert project.R is not delta.L
     torch.testing.assert_close(project.R, delta.R.double(), rtol=0, atol=0)
-    shrink = mitigate(delta, None, MitigationOptions(lam, "shrink"))
+    shrink = mitigate(delta, None, MitigationOptions(lam, "shrink", amplify=True))
     np.testing.assert_allclose(shrink.dense(), lam * D, rtol=1e-6, atol=1e-7)  # D was formed in float32
 
 
