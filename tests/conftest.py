@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: threads that spin while they wait hold the cores that other jobs, and other tests, want.
@@ -12,6 +13,7 @@ os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
 
 import helpers
 import pytest
+import seeds
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -20,9 +22,9 @@ from hypothesis import HealthCheck, settings
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
 
-# How long an example takes says nothing on a busy machine.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+# The time that an example takes says nothing on a busy machine. No example is remembered: a run depends on its seed alone.
+settings.register_profile("seeded", deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+settings.load_profile("seeded")
 
 
 HEAVY = (
@@ -56,8 +58,19 @@ FOLDERS = ("parity", "property", "resources", "project", "faults", "commands", "
 """The other files, by what one of a folder takes."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that seeds all random numbers."""
+    parser.addoption(
+        "--seed", type=int, default=0, help="seed of all random numbers that the tests draw (default: %(default)s)"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis reads its own option
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the order of collection in a parallel run; by itself xdist begins with the files of the most tests."""
+    """Set the seed, and keep the order of collection in a parallel run: xdist would begin with the files that have the most tests."""
+    seeds.RUN = config.getoption("seed")
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(seeds.RUN)
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
@@ -70,6 +83,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(path.parts[0])
     if hasattr(config, "workerinput"):  # set by xdist in its workers
         items.sort(key=lambda item: (rank.get(str(paths[item]), len(HEAVY)), FOLDERS.index(paths[item].parts[0])))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> None:
+    """Seed a fixture that several tests share by its own name: it draws the same, whichever test asks for it first."""
+    if fixturedef.scope != "function":
+        seeds.seed_everything(f"{fixturedef.baseid} {fixturedef.argname} {request.param_index}")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """Seed the global generators of a test by its name."""
+    seeds.seed_everything(request.node.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """Print the seed with a failure."""
+    report = yield
+    if report.failed:
+        report.sections.append(("seed", f"--seed {seeds.RUN} draws the same random numbers"))
+    return report
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 from forks import KILL, TORN, partials
 from helpers import tree_digest
 from jobs import COMMANDS, Bench, Case
+from seeds import vary
 
 PLACES = 6
 """Kill points of each kind and command; `survival.py` tries every one."""
@@ -38,7 +39,7 @@ def kill_everywhere(case: Case, places: range | list[int], home: Path, how: str,
 def spread(case: Case, count: int, seed: int) -> list[int]:
     """`count` places over the whole run: one at random in each stretch, always the first and the last."""
     total = len(case.calls)
-    rng = random.Random(seed)
+    rng = random.Random(vary(seed))
     edges = [1 + i * total // count for i in range(count + 1)]
     return sorted({1, total, *(rng.randrange(a, max(a + 1, b)) for a, b in itertools.pairwise(edges))})
 

@@ -13,6 +13,7 @@ import pytest
 from architectures import ATTENTION
 from causal_models import make_adapter, make_base
 from forks import KILL, TORN, Server
+from seeds import vary
 from stops import stopping_at
 
 import streamer
@@ -55,7 +56,7 @@ class Job(NamedTuple):
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     home = tmp_path_factory.mktemp("evaluation")
     make_adapter(make_base("llama", home / "base"), home / "base", home / "adapter", ATTENTION)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(vary(0))
     np.save(home / "general.npy", rng.integers(3, 64, (3, 12)))
     np.save(home / "task.npy", rng.integers(3, 64, (3, 12)))
     with pytest.MonkeyPatch.context() as patch:

@@ -10,6 +10,7 @@ import shim
 from forks import server
 from jobs import COMMANDS, OTHERS, Bench, Case
 from powerloss import Disk
+from seeds import vary
 from shim import Call
 from survival_calls import FAULTS, killed_at_random
 from trials import Tally, Trial, recorded
@@ -27,7 +28,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def trial(bench: Bench, command: str, home: Path, every: int) -> Trial:
     case = bench.case(command)
-    return Trial(case, home, recorded(case, home), every, random.Random(command))
+    return Trial(case, home, recorded(case, home), every, random.Random(vary(command)))
 
 
 def check(tally: Tally) -> None:
@@ -61,7 +62,7 @@ def test_survives_all(bench: Bench, command: str, fault: str, tmp_path: Path) ->
 @pytest.mark.parametrize("verb", ["detect", "mitigate", "merge"])
 def test_killed_at_random_moments(verb: str, tmp_path: Path) -> None:
     long = Bench(tmp_path, shim.server(), hidden=256)
-    check(killed_at_random(long.case(verb), tmp_path, 100, random.Random(verb)))
+    check(killed_at_random(long.case(verb), tmp_path, 100, random.Random(vary(verb))))
 
 
 def test_nothing_of_a_run_is_missed(bench: Bench, tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_nothing_of_a_run_is_missed(bench: Bench, tmp_path: Path) -> None:
     for file in disk.names.values():
         file.synced()
     disk.safe_names = disk.names
-    disk.leave("nothing", random.Random(0), tmp_path / "out")
+    disk.leave("nothing", random.Random(vary(0)), tmp_path / "out")
     assert one.case.lost(tmp_path / "out") == []
     assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {Path(n).name for n in one.case.whole}
 
@@ -87,7 +88,7 @@ def test_a_disk_forgets_what_is_not_synced(tmp_path: Path) -> None:
         for call in calls:
             disk.apply(call)
         out = tmp_path / f"{way}-{len(list(tmp_path.iterdir()))}"
-        disk.leave(way, random.Random(0), out)
+        disk.leave(way, random.Random(vary(0)), out)
         return {p.name: p.read_bytes() for p in out.iterdir()}
 
     create, write = Call("c", a, "", 0, 0, b""), Call("w", a, "", 0, 3, b"abc")

@@ -14,6 +14,7 @@ import torch
 from forks import server
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from seeds import vary
 from test_schemas import check
 from verified import KINDS, Job, agree, edit_record, edit_tensor, files_of, lines, make_all_outputs, sha256
 
@@ -28,7 +29,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_flipped_bit_anywhere_is_one_line(job: Job, tmp_path: Path, kind: str) -> None:
     output = job.copy(kind, tmp_path)
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(vary(0))
     for path in files_of(output):
         whole = path.read_bytes()
         positions = {0, 7, 8, 9, len(whole) // 2, len(whole) - 1, *generator.integers(0, len(whole), 12).tolist()}

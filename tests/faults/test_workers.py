@@ -16,6 +16,7 @@ from threading import Event as Gate
 
 import pytest
 import torch
+from seeds import vary
 from survival_workers import KINDS, Crew
 from worker_runs import (
     WorkerBench,
@@ -223,6 +224,6 @@ def test_two_runs_on_one_output(bench: WorkerBench, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_survives_some_kills(kind: str, tmp_path: Path) -> None:
     """The table's kinds of fault; `survival.py` tries them more often."""
-    tally = KINDS[kind](Crew(tmp_path, 2, random.Random(kind)))
+    tally = KINDS[kind](Crew(tmp_path, 2, random.Random(vary(kind))))
     assert tally.problems == []
     assert tally.passed

@@ -29,6 +29,7 @@ import peft
 import torch
 from kinds import DTYPES, KINDS, VOCAB, Kind, gpt2
 from safetensors.torch import load_file, save_file
+from seeds import vary
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -52,7 +53,7 @@ class Made:
         if self.kind.load is not None:
             model = self.kind.load(self.base, self.dtype)
         else:
-            torch.manual_seed(0)
+            torch.manual_seed(vary(0))
             made = self.kind.model()
             if isinstance(made, PreTrainedModel):
                 model = type(made).from_pretrained(self.base, dtype=self.dtype)
@@ -94,7 +95,7 @@ def quiet() -> Iterator[None]:
 def make(name: str, dtype: torch.dtype, directory: Path) -> Made:
     """A base, and an adapter of the kind that PEFT trained on it for a few steps."""
     kind = KINDS[name]
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = kind.model().to(dtype)
     base = directory / "base"
     if isinstance(model, PreTrainedModel):
@@ -117,7 +118,7 @@ def make(name: str, dtype: torch.dtype, directory: Path) -> Made:
 
 def train(model: nn.Module, steps: int = 4) -> None:
     """A few large steps, so that intruders appear and no factor stays zero."""
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.05)
     for _ in range(steps):

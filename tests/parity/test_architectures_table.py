@@ -15,6 +15,7 @@ import torch
 import transformers
 from command_line import ENV
 from safetensors import safe_open
+from seeds import vary
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -118,7 +119,7 @@ def built(name: str, stated: bool | None, directory: Path) -> tuple[Any, Archite
         if stated is not None:
             setattr(c, TIE_KEY, stated)
     values = type(values).from_dict(values.to_dict())  # as it is loaded: a class may not do what is stated
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, cls)(values)
     model.tie_weights()
     model.save_pretrained(directory)

@@ -17,6 +17,7 @@ from evaluated import TOP_K, assert_as_transformers, streamed, sums_of, token_id
 from peft import LoHaConfig, PeftModel, get_peft_model
 from quantized_cases import decoded_base
 from safetensors.torch import load_file, save_file
+from seeds import vary
 from transformers import LlamaForCausalLM
 
 import streamer
@@ -68,7 +69,7 @@ def test_all_methods_and_lambdas(tmp_path: Path) -> None:
 
 def test_a_method_with_a_dense_delta(tmp_path: Path) -> None:
     cls = make_base("llama", tmp_path / "base")
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     model = get_peft_model(
         cls.from_pretrained(tmp_path / "base"), LoHaConfig(r=2, target_modules=["q_proj", "up_proj"])
     )
@@ -82,7 +83,7 @@ def test_a_method_with_a_dense_delta(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
 def test_a_fine_tuned_model(name: str, tmp_path: Path) -> None:
     cls = make_base(name, tmp_path / "base")
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     model = cls.from_pretrained(tmp_path / "base")
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
@@ -242,7 +243,7 @@ OTHERWISE: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("what", OTHERWISE)
 def test_a_model_that_computes_otherwise_is_refused(what: str, tmp_path: Path) -> None:
     kind, make, message = OTHERWISE[what]
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, kind)(make())
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -274,7 +275,7 @@ def test_a_quantized_base_of_conv1d_layers_is_refused(tmp_path: Path) -> None:
 def test_the_length_from_which_longrope_is_another_is_known(tmp_path: Path) -> None:
     """The model's own forward on a short sequence beside a long one differs there, so that they do not go together."""
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = transformers.Phi3ForCausalLM(
         config("Phi3", **TEXT, original_max_position_embeddings=16, rope_parameters=rope)
     ).eval()

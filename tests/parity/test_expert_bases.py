@@ -15,6 +15,7 @@ from evaluated import assert_as_transformers
 from expert_models import EXPERT, EXPERTS, adapt, assert_merged, make
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from seeds import vary
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import streamer
@@ -99,7 +100,7 @@ def test_experts_stored_the_other_way_round_on_disk(old: bool, tmp_path: Path) -
               "spatial_merge_size": 2, "deepstack_visual_indexes": [0]}  # fmt: skip
     rope = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
     config = transformers.Qwen3VLMoeConfig(text_config={**TEXT, **MOE, "rope_parameters": rope}, vision_config=vision)
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = transformers.Qwen3VLMoeForConditionalGeneration(config)
     model.save_pretrained(tmp_path / "base")
     tensors = weights(tmp_path / "base")
@@ -113,7 +114,7 @@ def test_experts_stored_the_other_way_round_on_disk(old: bool, tmp_path: Path) -
 def test_an_adapter_of_transformers_4_on_each_expert_s_layers(tmp_path: Path) -> None:
     """Mixtral's w1, w2, w3 were modules of their own; PEFT fuses such factors on loading, and comes to the same sum."""
     base, adapter, model = make("mixtral", tmp_path, EXPERTS)
-    torch.manual_seed(2)
+    torch.manual_seed(vary(2))
     factors = {}
     for layer in range(2):
         for e in range(4):
@@ -152,7 +153,7 @@ def quantize(base: Path, tensors: dict[str, torch.Tensor], quantization: dict[st
 @pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base
 def test_mxfp4_experts(tmp_path: Path) -> None:
     """gpt-oss as it is published: detected and mitigated as the decoded model is, merged with --dequantize, else refused."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     config = transformers.GptOssConfig(**{**TEXT, **MOE, "intermediate_size": 64})
     model = transformers.GptOssForCausalLM(config).bfloat16()
     coded = {k: v for k, v in model.state_dict().items() if not k.endswith(("gate_up_proj", "down_proj"))}

@@ -15,6 +15,7 @@ from expert_models import EXPERTS, assert_merged, make
 from paths import DATA
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from seeds import vary
 
 import streamer
 from streamer.errors import MismatchError, UnsupportedError
@@ -51,11 +52,11 @@ TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
 def test_attention_and_experts_together(name: str, targets: str, tmp_path: Path) -> None:
     """PEFT turns them into parameters without a path: ``gate_up_proj`` is one of any module that has one, and of no other."""
     cls, kind, values = TOGETHER[name]
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, cls)(getattr(transformers, f"{kind}Config")(**{**TEXT, **values}))
     model.save_pretrained(tmp_path / "base")
     before = {k: v.double() for k, v in model.state_dict().items()}
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     modules: Any = "all-linear" if targets == "all-linear" else [*LINEAR[:4], *(["gate_proj", "up_proj", "down_proj"])]
     parameters = ["gate_up_proj", "down_proj"] if name == "gpt-oss" else None  # which PEFT does not add of itself
     if name == "mixtral" and targets == "seven":

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from seeds import vary
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -48,7 +49,7 @@ def gpt2() -> PreTrainedModel:
 
 def pair(home: Path, make=llama, dtype: torch.dtype = torch.float32, **saving: object) -> tuple[Path, Path]:
     """A model, and the same after some steps on noise."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = make().to(dtype)
     model.save_pretrained(home / "base", **saving)
     model = model.float()
@@ -189,7 +190,7 @@ def qwen_vl() -> PreTrainedModel:
 
 def shaken(home: Path, make, only: str = "", rows: int = 0) -> tuple[Path, Path, PreTrainedModel]:
     """A model, and the same with noise on every parameter, or on those whose names hold `only`."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = make()
     model.save_pretrained(home / "base")
     if rows:

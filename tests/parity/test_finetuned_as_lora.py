@@ -12,6 +12,7 @@ import torch
 import transformers
 import zoo
 from peft import PeftModel
+from seeds import vary
 
 import streamer
 from streamer.errors import UnsupportedError
@@ -47,7 +48,7 @@ REFUSED = {
 def pair(name: str, home: Path) -> None:
     """A random model and the same with every parameter changed."""
     cls = getattr(transformers, name)
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = cls(zoo.tiny_config(cls.config_class, **OPTIONS.get(name, {})))
     for directory in ("base", "tuned"):
         with torch.no_grad():

@@ -12,6 +12,7 @@ import transformers
 import zoo
 from architectures import MODELS, MOE, TEXT, text, weights
 from safetensors.torch import save_file
+from seeds import vary
 from test_architectures_table import plain
 
 import streamer
@@ -28,7 +29,7 @@ STACKED: dict[str, tuple[str, Any, tuple[str, ...], bool]] = {
 def pair(name: str, home: Path, only: str = "") -> tuple[Path, Path]:
     """A model, and the same with one large direction added to each matrix whose name holds `only`, and noise."""
     cls, config, *_ = STACKED[name]
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, cls)(config())
     model.save_pretrained(home / "base")
     with torch.no_grad():
@@ -124,7 +125,7 @@ def test_a_weight_of_an_unknown_class_that_may_be_a_convolution(bias: bool, tmp_
 
 
 def test_matrices_that_are_no_weights_of_layers_are_named(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = transformers.MambaForCausalLM(plain("Mamba")())
     model.save_pretrained(tmp_path / "base")
     with torch.no_grad():

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from seeds import vary
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import streamer
@@ -27,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     config = LlamaConfig(
         vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
     )
@@ -37,7 +38,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(base: Path, path: Path, options: dict[str, Any]) -> Path:
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     model = peft.get_peft_model(
         LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
     )

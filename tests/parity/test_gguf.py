@@ -19,6 +19,7 @@ from causal_models import make_adapter
 from command_line import ENV
 from paths import ROOT
 from safetensors.torch import load_file
+from seeds import vary
 
 import streamer
 
@@ -40,7 +41,7 @@ KINDS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 def make(home: Path, kind: str, dtype: torch.dtype, tied: bool) -> tuple[Path, Path]:
     """A tiny model with a byte-level tokenizer, and an adapter on all of its linear layers."""
     fields = {**TEXT, "vocab_size": VOCAB, "tie_word_embeddings": tied, "hidden_size": 64, "head_dim": HEAD}
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, f"{KINDS[kind]}ForCausalLM")(config(KINDS[kind], **fields))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -17,6 +17,7 @@ from evaluated import sequences, streamed, token_ids
 from fitted_models import OBJECTIVES, assert_gradients, coefficients_of
 from peft import LoHaConfig, LoKrConfig, get_peft_model
 from quantized_cases import decoded_base
+from seeds import vary
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -68,7 +69,7 @@ def test_kinds(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [LoHaConfig, LoKrConfig])
 def test_a_method_with_a_dense_delta(config: Any, tmp_path: Path) -> None:
     cls = make_base("llama", tmp_path / "base")
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     model = get_peft_model(cls.from_pretrained(tmp_path / "base"), config(r=2, target_modules=["q_proj", "up_proj"]))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -158,7 +159,7 @@ def test_gradients_of_an_embedding_are_the_same_bits_each_time(tmp_path: Path) -
     (own,) = (own for path, _, own in model.modules if path.endswith("embed_tokens"))
     reader = DifferentiableReader(model.setting, own["weight"])
     (target,) = (t for t in model.job.plan.targets if "embed_tokens" in t.tensor)
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     ids, found = torch.randint(64, (64, 4096)), []
     weight = torch.randn(*ids.shape, 32)
     for _ in range(6):

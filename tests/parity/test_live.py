@@ -17,6 +17,7 @@ from kinds import llama_config
 from kinds_cases import Made, quiet, relative
 from live import adapter_state, assert_equal, assert_same_findings, load_state, loaded, of_peft
 from peft.tuners.lora import intruders as theirs
+from seeds import vary
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
@@ -59,7 +60,7 @@ class Layers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(vary(0))
         self.wide, self.tall, self.square = nn.Linear(96, 48), nn.Linear(48, 80), nn.Linear(80, 80)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class Layers(nn.Module):
 def layers(**options: Any) -> peft.PeftModel:
     """Such layers with a LoRA of large random factors, every time the same."""
     model = Layers()
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     config = peft.LoraConfig(
         r=4, lora_alpha=12, target_modules=["wide", "tall", "square"], init_lora_weights=False, **options
     )
@@ -101,7 +102,7 @@ class TestWhatPeftTestsOfItsFunction:
     """
 
     def model(self, *targets: str, dtype: torch.dtype = torch.float32, **options: Any) -> peft.PeftModel:
-        torch.manual_seed(0)
+        torch.manual_seed(vary(0))
         base = LlamaForCausalLM(llama_config()).to(dtype)
         config = peft.LoraConfig(target_modules=list(targets), init_lora_weights=False)
         return peft.get_peft_model(base, config, **options)
@@ -125,7 +126,7 @@ class TestWhatPeftTestsOfItsFunction:
         assert {t.dtype for t in adapter_state(model, "intruder_reduced").values()} == {torch.bfloat16}
 
     def test_refuses_an_adapter_that_is_no_lora(self) -> None:
-        torch.manual_seed(0)
+        torch.manual_seed(vary(0))
         model = peft.get_peft_model(LlamaForCausalLM(llama_config()), peft.MissConfig(r=4, target_modules=["q_proj"]))
         with pytest.raises(ValueError, match="MISS adapter: its change of the weights is not known"):
             live.reduce_intruder_dimension(model)
@@ -171,11 +172,11 @@ def test_layers_of_bitsandbytes(coding: str, tmp_path: Path) -> None:
         if coding == "int8"
         else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     )
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     LlamaForCausalLM(llama_config()).save_pretrained(tmp_path / "plain")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=BitsAndBytesConfig(**options))
     base.save_pretrained(tmp_path / "base")
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     model = peft.get_peft_model(
         base, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     )

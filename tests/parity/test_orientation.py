@@ -16,6 +16,7 @@ from architectures import BERT, GPT2, TEXT, assert_merged, config, weights
 from command_line import run_cli
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
+from seeds import vary
 
 import streamer
 from streamer.errors import MismatchError, UsageError
@@ -50,7 +51,7 @@ MODELS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {
 def make(name: str, home: Path, flag: bool | None = None) -> Any:
     """A tiny model in ``base`` and an adapter on it in ``adapter``, whose flag is set; returns the model's class."""
     cls, made, targets = MODELS[name]
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, cls)(made())
     model.save_pretrained(home / "base")
     lora = LoraConfig(r=4, lora_alpha=64, target_modules=targets, init_lora_weights=False)
@@ -150,7 +151,7 @@ def test_nothing_tells_that_a_square_layer_is_a_conv1d(tmp_path: Path) -> None:
 @pytest.mark.parametrize("by", ["biases", "layers of the adapter"])
 def test_linear_layers_that_are_called_as_conv1d_are(by: str, tmp_path: Path) -> None:
     """Of the same stack of layers, a bias or a layer of the adapter that is not square tells."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     cls = transformers.GPTBigCodeForCausalLM
     model = cls(config("GPTBigCode", **GPT2))
     model.save_pretrained(tmp_path / "base")
@@ -181,7 +182,7 @@ def test_a_class_of_another_library_of_a_known_type(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layers_in_a_config_of_type_gpt2(bias: bool, stated: dict[str, Any], tmp_path: Path) -> None:
     """The type's own classes have Conv1D; the biases of these layers show that they are Linear, and without them nothing does."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     made = config("GPTBigCode", **GPT2, multi_query=False)
     model = transformers.GPTBigCodeForCausalLM(made)
     model.save_pretrained(tmp_path / "base")
@@ -207,7 +208,7 @@ def test_linear_layers_in_a_config_of_type_gpt2(bias: bool, stated: dict[str, An
 def test_a_fine_tuned_model_of_an_unknown_class(tmp_path: Path) -> None:
     """Its Conv1D would be judged on the side of the inputs."""
     make("conv1d", tmp_path)
-    torch.manual_seed(5)
+    torch.manual_seed(vary(5))
     transformers.GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path / "tuned")
     expected = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned")
     assert {m.tensor: m.shape for m in expected}["transformer.h.0.attn.c_attn.weight"] == (96, 32)

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from quantized import MAKERS, Quantized
 from quantized_cases import FP8, Case, all_tensors, decode, decoded_base, merged_by_peft
 from safetensors.torch import load_file, save_file
+from seeds import vary
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -118,13 +119,13 @@ def with_mxfp4_experts(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torc
 
 def test_gpt_oss_with_experts_in_mxfp4(tmp_path: Path) -> None:
     """An adapter on attention; the experts' codes become the tensors that transformers makes of them."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = tiny_gpt_oss()
     model.save_pretrained(tmp_path / "plain")
     tensors, decoded = with_mxfp4_experts(load_file(tmp_path / "plain" / "model.safetensors"))
     assert len(decoded) == 2
     base = quantized.write(tmp_path / "base", tmp_path / "plain", tensors, {"quant_method": "mxfp4"})
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     lora = get_peft_model(model.float(), LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
     lora.save_pretrained(tmp_path / "adapter")
     found = streamer.detect_intruder_dimensions(base, tmp_path / "adapter")
@@ -150,7 +151,7 @@ def test_gpt_oss_with_experts_in_mxfp4(tmp_path: Path) -> None:
 
 def test_layers_that_a_plain_model_stores_transposed(tmp_path: Path) -> None:
     """GPT-2's layers are (in, out) when plain and (out, in) when quantized: found either way; written, they would have to be turned."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=64, n_positions=32))
     model.save_pretrained(tmp_path / "plain")
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -229,7 +230,7 @@ def test_a_saved_module_that_stands_as_codes(name: str, plain: tuple[Path, Path]
 @pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base
 def test_adapters_on_experts_in_mxfp4(tmp_path: Path) -> None:
     """Each expert is decoded by itself; the stack is written with PEFT's deltas in it."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     tiny_gpt_oss().save_pretrained(tmp_path / "plain")
     tensors, decoded = with_mxfp4_experts(load_file(tmp_path / "plain" / "model.safetensors"))
     base = quantized.write(tmp_path / "base", tmp_path / "plain", tensors, {"quant_method": "mxfp4"})

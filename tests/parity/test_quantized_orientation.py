@@ -11,6 +11,7 @@ import transformers
 from bitsandbytes import functional as bnb
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from seeds import vary
 
 import streamer
 
@@ -21,7 +22,7 @@ SIZE = 64
 
 def quantized_base(home: Path, cls: str, config: transformers.PreTrainedConfig, layer: str) -> dict[str, torch.Tensor]:
     """Save a model whose square layers of this name are NF4, and an adapter on them; return the decoded layers as (out, in)."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, cls)(config)
     model.save_pretrained(home / "base")
     peft = get_peft_model(model, LoraConfig(r=2, lora_alpha=32, target_modules=[layer], init_lora_weights=False))

@@ -14,6 +14,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from four_bits import four_bits
 from quantized import awq_words, stream
 from quantized_values import CPU, FP8_CONFIG, assert_decodes, base_of, fp8, scales
+from seeds import vary
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -102,7 +103,7 @@ def test_eight_bits_are_what_bitsandbytes_decodes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("out", [64, 40])
 def test_mxfp4_is_what_transformers_decodes(tmp_path: Path, out: int) -> None:
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(vary(0))
     blocks = torch.randint(0, 256, (3, out, 4, 16), generator=g, dtype=torch.uint8)
     exps = torch.randint(110, 130, (3, out, 4), generator=g, dtype=torch.uint8)
     name = "mlp.experts.gate_up_proj"
@@ -117,7 +118,7 @@ def test_mxfp4_is_what_transformers_decodes(tmp_path: Path, out: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_streams_of_bits(bits: int) -> None:
-    values = np.random.default_rng(0).integers(0, 1 << bits, (96, 5))
+    values = np.random.default_rng(vary(0)).integers(0, 1 << bits, (96, 5))
     words = torch.from_numpy(stream(values, bits))
     assert torch.equal(unpack(words, bits, 0, 96), torch.from_numpy(values).int())
     assert torch.equal(unpack(words, bits, 7, 43), torch.from_numpy(values[7:43]).int())
@@ -129,7 +130,7 @@ def test_streams_of_bits(bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq(tmp_path: Path, bits: int, act_order: bool, form: str, io: str) -> None:
     """Packed as AutoGPTQ's `pack` does: codes along inputs, zero points along outputs, less one in the first format."""
-    rng = np.random.default_rng(bits)
+    rng = np.random.default_rng(vary(bits))
     inputs, outputs, groups = 128, 96, 4
     codes = rng.integers(0, 1 << bits, (inputs, outputs))
     zeros = rng.integers(0, 1 << bits, (groups, outputs)) + (
@@ -169,7 +170,7 @@ def compressed(**weights) -> tuple[dict, QuantizationScheme]:
 def test_packed_integers_are_what_compressed_tensors_decodes(tmp_path: Path, bits, shape, size, symmetric, io) -> None:
     strategy = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
     config, scheme = compressed(num_bits=bits, type="int", symmetric=symmetric, **strategy)
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(vary(0))
     columns = shape[1] // (size or shape[1])
     state = {
         "weight": torch.randn(shape, generator=g),
@@ -206,7 +207,7 @@ def test_scaled_codes_are_what_compressed_tensors_decodes(tmp_path: Path, kind: 
 
 def test_awq(tmp_path: Path) -> None:
     """Packed as AutoAWQ's gemm layers are."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(vary(0))
     inputs, outputs, size = 128, 48, 32
     codes, zeros = rng.integers(0, 16, (inputs, outputs)), rng.integers(0, 16, (inputs // size, outputs))
     scale = torch.from_numpy(rng.random((inputs // size, outputs)) / 50).half()

@@ -13,6 +13,7 @@ from commands import refuse, refuse_everywhere
 from forks import server
 from safetensors import safe_open
 from safetensors.torch import save_file
+from seeds import vary
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # Kinds of adapters ----------------------------------------------------------------------------------------------------
@@ -21,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 def llama() -> LlamaForCausalLM:
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2)  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     return LlamaForCausalLM(config)
 
 
@@ -79,7 +80,7 @@ def save_peft(config: peft.PeftConfig, path: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice on kinds that are refused anyway
         model = peft.get_peft_model(llama(), config)
-        torch.manual_seed(1)
+        torch.manual_seed(vary(1))
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.3)

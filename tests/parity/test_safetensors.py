@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from seeds import vary
 
 from streamer.errors import FormatError
 from streamer.storage.header import DTYPE_BITS, TensorInfo, layout, parse_header
@@ -131,7 +132,7 @@ PIECES = [
 
 def broken_headers(seed: int, count: int) -> Iterator[bytes]:
     """Headers with pieces of JSON put in, cut out, or in place of others."""
-    rng = random.Random(seed)
+    rng = random.Random(vary(seed))
     starts = [json.loads(small()[8:-11])]
     starts.append({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"k": "v"}})
     texts = [json.dumps(s, ensure_ascii=False) for s in starts]

@@ -13,6 +13,7 @@ import transformers
 from architectures import MODELS, assert_merged, weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from seeds import vary
 
 import streamer
 from streamer.errors import FormatError
@@ -20,7 +21,7 @@ from streamer.errors import FormatError
 
 def make(cls: Any, config: Any, home: Path, rows: int = 0, **lora: Any) -> Any:
     """A tiny model and an adapter on it with saved modules, all of them trained: PEFT's model."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     cls(config).save_pretrained(home / "base")
     model = cls.from_pretrained(home / "base")
     if rows:

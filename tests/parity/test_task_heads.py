@@ -15,6 +15,7 @@ import transformers
 from forks import server
 from paths import TOOLS
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from seeds import vary
 from transformers import AutoConfig
 
 from streamer.plan.task_heads import auto_class, implied_head, table
@@ -95,7 +96,7 @@ CASES = {
 
 def answer(model: torch.nn.Module, task: str) -> torch.Tensor:
     """What a model says to a few tokens: its first outputs, side by side."""
-    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(vary(1)))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if task == "SEQ_2_SEQ_LM":
         inputs["decoder_input_ids"] = ids[:, :4]
@@ -111,7 +112,7 @@ def trained(model: torch.nn.Module, case: Case, directory: Path) -> PeftModel:
     """An adapter with all its tensors changed, saved by PEFT."""
     lora = LoraConfig(task_type=case.task, r=2, lora_alpha=4, target_modules=case.targets, modules_to_save=case.saved)
     peft = get_peft_model(model, lora)
-    g = torch.Generator().manual_seed(2)
+    g = torch.Generator().manual_seed(vary(2))
     for p in peft.parameters():
         if p.requires_grad:
             p.data = 0.2 * torch.randn(p.shape, generator=g)
@@ -123,7 +124,7 @@ def trained(model: torch.nn.Module, case: Case, directory: Path) -> PeftModel:
 @pytest.mark.parametrize("name", CASES)
 def test_the_auto_class_loads_it_and_it_answers_as_pefts_does(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     config = AutoConfig.for_model(case.model_type, **case.config)
     getattr(transformers, case.base).from_config(config).save_pretrained(tmp_path / "base")
     auto = getattr(transformers, AUTO[case.task])
@@ -168,7 +169,7 @@ def test_a_pretrained_base(tmp_path: Path) -> None:
 
 def test_a_head_that_nobody_has_is_not_promised(tmp_path: Path) -> None:
     """A causal adapter on a classifier: its class would be loaded with an lm_head of random values."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     case = Case("llama", {**LLAMA, "num_labels": 3}, "AutoModelForSequenceClassification", "CAUSAL_LM", ["q_proj"])
     config = AutoConfig.for_model(case.model_type, **case.config)
     transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")

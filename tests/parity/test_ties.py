@@ -14,6 +14,7 @@ import transformers
 from forks import server
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from seeds import vary
 from test_architectures_table import nest, plain
 from transformers.pytorch_utils import Conv1D
 
@@ -84,7 +85,7 @@ CASES = cases()
 
 def answer(model: torch.nn.Module) -> torch.Tensor:
     """Logits of a few tokens."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator().manual_seed(vary(1))
     ids = torch.randint(3, 60, (2, 9), generator=g)
     config = model.config
     inputs: dict[str, Any] = {"input_ids": ids}
@@ -111,7 +112,7 @@ def trained(model: Any, case: Case, directory: Path) -> PeftModel:
         model,
         LoraConfig(r=2, lora_alpha=4, target_modules=case.targets, modules_to_save=case.saved, **dict(case.options)),
     )
-    g = torch.Generator().manual_seed(2)
+    g = torch.Generator().manual_seed(vary(2))
     for p in peft.parameters():
         if p.requires_grad:
             p.data.add_(0.2 * torch.randn(p.shape, generator=g))  # in place: what PEFT ties stays one
@@ -121,7 +122,7 @@ def trained(model: Any, case: Case, directory: Path) -> PeftModel:
 
 def merged(case: Case, home: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """What PEFT's model answers, what the merged one does, and how that was loaded."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     cls = getattr(transformers, case.cls)
     model = cls(case.config())
     for p in model.parameters():
@@ -175,7 +176,7 @@ def test_a_vocabulary_grows_where_the_config_states_it(name: str, tmp_path: Path
 def test_all_names_of_a_tied_embedding_are_saved_and_merged_back(tmp_path: Path) -> None:
     """T5 ties four; of a vocabulary that has grown an adapter of the tuned model has them all."""
     cls, config = transformers.T5ForConditionalGeneration, plain("T5")
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = cls(config())
     model.save_pretrained(tmp_path / "base")
     model.resize_token_embeddings(70, mean_resizing=False)
@@ -218,7 +219,7 @@ TO_LORA = {
 def test_peft_opens_the_adapter_of_a_tuned_model(name: str, changed: str, tmp_path: Path) -> None:
     """Also where it has changed what PEFT has no LoRA for, or one that the model passes by: positions, routers, convolutions, Mamba's."""
     cls, config = getattr(transformers, TO_LORA[name][0]), TO_LORA[name][1]
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = cls(config())
     model.save_pretrained(tmp_path / "base")
     embedding = model.get_input_embeddings()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import peft
 import torch
+from seeds import vary
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamer
@@ -13,7 +14,7 @@ import streamer
 
 def test_adapters_that_peft_trained(tmp_path: Path) -> None:
     """RsLoRA, patterns of rank and alpha, DoRA, an embedding, on a Llama that transformers saved."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     config = LlamaConfig(
         vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
     )

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import numpy as np
 import torch
 from helpers import spectrum_matrix
+from seeds import vary
 
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
@@ -86,7 +87,7 @@ class Case:
 
 def make_base(kind: str, m: int, n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """A float32 matrix of values that `dtype` can hold."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(vary(seed))
     if kind == "identity":
         base = torch.eye(m, n, dtype=torch.float64)
     elif kind in ("gaussian", "outlier column"):
@@ -104,7 +105,7 @@ def make_delta(kind: str, base: torch.Tensor, epsilon: float, seed: int) -> LowR
     """Factors of a delta that stands in the given relation to the base."""
     m, n = base.shape
     p = min(m, n)
-    g = torch.Generator().manual_seed(seed + 7)
+    g = torch.Generator().manual_seed(vary(seed + 7))
     U0, S0, V0h = torch.linalg.svd(base.double(), full_matrices=False)
     size = float(S0[0]) or 1.0
     r = p + 3 if kind == "over rank" else min(4, p)

@@ -10,6 +10,7 @@ import pytest
 from fuzz import attempt, fault, fuzz
 from fuzz_targets import NAMES, TARGETS, Target, Trouble
 from mutate import dump, header_of, journal_bytes, records_of, with_header
+from seeds import vary
 
 from streamer.errors import StreamerError
 
@@ -38,7 +39,7 @@ def test_what_it_begins_with_is_taken(targets: Callable[[str], Target], name: st
 @pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_short_walk(targets: Callable[[str], Target], name: str) -> None:
-    result = fuzz(targets(name), "the suite", 60, EXECUTIONS)
+    result = fuzz(targets(name), str(vary("the suite")), 60, EXECUTIONS)
     assert [crash.what for crash in result.crashes.values()] == []
     assert result.refused > EXECUTIONS // 10
 
@@ -46,7 +47,7 @@ def test_a_short_walk(targets: Callable[[str], Target], name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_long_walk(targets: Callable[[str], Target], name: str) -> None:
-    result = fuzz(targets(name), "a long one", 120, 1 << 60)
+    result = fuzz(targets(name), str(vary("a long one")), 120, 1 << 60)
     assert [crash.what for crash in result.crashes.values()] == []
 
 

@@ -15,6 +15,7 @@ import torch
 from command_line import run_cli
 from helpers import intruding_factors, power_law, write_adapter
 from safetensors.torch import save_file
+from seeds import vary
 from torch import Tensor
 
 import streamer
@@ -30,7 +31,7 @@ Inputs = tuple[Path, Path]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(vary(seed)))
 
 
 def write_base(directory: Path, tensors: dict[str, Tensor], **config: object) -> Path:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from forks import Outcome, server
 from helpers import write_adapter, write_sharded
+from seeds import vary
 
 from streamer.cli.forecast import Forecast, forecast_commands, forecast_detection
 from streamer.detection.findings_size import findings_bytes
@@ -60,7 +61,7 @@ def findings(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def model(directory: Path, layers: int, m: int = 2048, n: int = 1024) -> Job:
     """Matrices for the certified solver, of noise and a decaying part."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(vary(0))
     shards, factors = [], {}
     for layer in range(layers):
         top = torch.randn(m, 32, generator=g) @ (

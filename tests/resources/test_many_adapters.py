@@ -13,6 +13,7 @@ import torch
 from command_line import run_cli
 from helpers import intruding_factors, write_adapter, write_sharded
 from safetensors.torch import save_file
+from seeds import vary
 
 import streamer
 from streamer.errors import UsageError
@@ -29,7 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     names = [
         f"model.layers.{i}.mlp.{which}_proj.weight" for i in range(TENSORS // 3) for which in ("gate", "up", "down")
     ]
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(vary(0))
     save_file({name: torch.randn(SIZE, SIZE, generator=g).bfloat16() for name in names}, base / "model.safetensors")
     (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
     for i in range(ADAPTERS):
@@ -62,7 +63,7 @@ assert len(found.matrices) == 160
 @pytest.mark.long
 def test_findings_that_stay_in_memory_are_counted(tmp_path: Path) -> None:
     """All directions of 160 matrices are intruders: 84 MB of vectors."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(vary(0))
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(160)]
     tensors = {f"{name}.weight": torch.randn(256, 256, generator=g).bfloat16() for name in names}
     base = write_sharded(tmp_path / "base", [tensors])

@@ -18,6 +18,7 @@ import torch
 from command_line import run_cli
 from helpers import write_adapter
 from safetensors.torch import save_file
+from seeds import vary
 from shapes import Known
 
 from streamer.cli.synthetic import DemoModel
@@ -150,7 +151,7 @@ def test_detection_keeps_within_its_budget_and_decides_the_same(tmp_path: Path) 
 def test_codes_are_merged_a_few_rows_at_a_time(tmp_path: Path, encoding: str) -> None:
     """Twice the matrices take no more, and all takes less than one matrix of 8192x2048 in float32 beside the interpreter."""
     m, n = 8192, 2048
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(vary(0))
     if encoding == "nf4":
         codes, state = bnb.quantize_4bit(torch.randn(m, n, generator=g), quant_type="nf4", compress_statistics=True)
         tensors = {"weight": codes, **{f"weight.{k}": t for k, t in state.as_dict(packed=True).items()}}

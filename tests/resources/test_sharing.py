@@ -11,6 +11,7 @@ import pytest
 import torch
 from command_line import run_cli
 from helpers import write_adapter, write_sharded
+from seeds import vary
 
 import streamer
 from streamer.detection.options import DetectionOptions
@@ -26,7 +27,7 @@ MODULE, SHAPE, RANK, COUNT = "a.0", (4096, 1024), 32, 4
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A tall matrix with a slowly falling spectrum, and adapters on it."""
     home, (m, n) = tmp_path_factory.mktemp("inputs"), SHAPE
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(vary(0))
     left, right = torch.randn(m, 256, generator=g) / m**0.5, torch.randn(256, n, generator=g) / n**0.5
     bulk = torch.randn(m, n, generator=g) / 2000
     W0 = (left * torch.arange(1, 257).pow(-0.4)) @ right + bulk

@@ -11,6 +11,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from seeds import vary
 
 import streamer
 
@@ -163,7 +164,7 @@ def old_name(name: str, pairs: list[tuple[str, str]]) -> str:
 def make_base(name: str, path: Path) -> Any:
     """A tiny random model, saved; returns its class."""
     cls, make, _ = MODELS[name]
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, cls)(make())
     model.save_pretrained(path)
     return type(model)
@@ -171,7 +172,7 @@ def make_base(name: str, path: Path) -> Any:
 
 def make_adapter(cls: Any, base: Path, path: Path, targets: list[str] | str) -> Any:
     """An adapter with random factors on the saved base; returns PEFT's model."""
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out, which PEFT sets itself
         model = get_peft_model(

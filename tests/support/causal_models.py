@@ -11,6 +11,7 @@ import torch
 import transformers
 from architectures import ATTENTION, GPT2, LINEAR, MODELS, MOE, TEXT, config, text
 from peft import LoraConfig, get_peft_model
+from seeds import vary
 
 OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "word_embed_proj_dim": 32,
        "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -134,7 +135,7 @@ CAUSAL: dict[str, tuple[str, Callable[[], Any], list[str] | str]] = {
 def make_base(name: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A tiny model whose next tokens are far from equally likely, saved; returns its class."""
     cls, make, _ = CAUSAL[name]
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, cls)(make())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -148,7 +149,7 @@ def make_base(name: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def make_adapter(cls: Any, base: Path, path: Path, targets: list[str] | str | None = None, **lora: Any) -> Path:
     """An adapter with random factors, saved by PEFT as it does."""
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     options = {"r": 2, "lora_alpha": 16, "target_modules": targets, "init_lora_weights": False, **lora}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

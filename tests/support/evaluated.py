@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from seeds import vary
 
 import streamer
 from streamer.detection.findings import Findings
@@ -21,7 +22,7 @@ TOP_K = 4
 
 
 def token_ids(vocabulary: int, sequences: int = 3, length: int = 12) -> torch.Tensor:
-    return torch.randint(3, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(3))
+    return torch.randint(3, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(vary(3)))
 
 
 def sequences(ids: torch.Tensor) -> TextSequences:

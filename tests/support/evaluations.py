@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
+from seeds import vary
 
 from streamer.detection.findings import Findings
 from streamer.evaluation.evaluation import Evaluation
@@ -47,7 +48,7 @@ def evaluation(
     seed: int = 0,
 ) -> Evaluation:
     """Make losses of 64 sequences of 200 to 512 tokens: how hard a sequence is, plus shares of what it forgets and learns, plus noise."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(vary(seed))
     tokens = rng.integers(200, 512, 64).astype(float)
     variants = [EvaluatedVariant("base", None, None), EvaluatedVariant("adapter", None, None)]
     points = [(0.0, 0.0), (1.0, 1.0)]

@@ -10,6 +10,7 @@ import torch
 import transformers
 from architectures import MODELS, weights
 from peft import LoraConfig, get_peft_model
+from seeds import vary
 
 import streamer
 
@@ -22,14 +23,14 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 def make(name: str, home: Path, targets: list[str], dtype: torch.dtype = torch.float32) -> tuple[Path, Path, Any]:
     """A tiny model and an adapter on its experts, saved: their directories, and PEFT's model."""
     cls, config, _ = MODELS[name]
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, cls)(config()).to(dtype)
     model.save_pretrained(home / "base")
     return home / "base", home / "adapter", adapt(type(model), home, targets)
 
 
 def adapt(cls: Any, home: Path, targets: list[str], **options: Any) -> Any:
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     model = cls.from_pretrained(home / "base")
     lora = LoraConfig(
         r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False, **options

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import numpy as np
+from seeds import vary
 
 from streamer.output.coefficients import Coefficients, CoefficientSet, MatrixCoefficients, directions, groups
 from streamer.plan.plan import make_plan
@@ -20,7 +20,7 @@ def random_coefficients(base: Path, adapter: Path, *keeps: float, unchanged: int
         for number, target in enumerate(plan.targets):
             s = directions(plan.delta(target))
             group = groups(s)
-            drawn = np.random.default_rng(zlib.crc32(target.tensor.encode()) + k).random(len(s))
+            drawn = np.random.default_rng(vary(f"{target.tensor} {k}")).random(len(s))
             c = np.ones(len(s)) if number < unchanged else np.where(group < 0, 1.0, drawn[group])
             matrices[target.tensor] = MatrixCoefficients(s, c)
         sets.append(CoefficientSet(keep, matrices))

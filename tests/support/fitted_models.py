@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from evaluated import sequences
 from peft import PeftModel
+from seeds import vary
 from torch.func import functional_call
 
 from streamer.output.coefficients import directions
@@ -23,7 +24,7 @@ OBJECTIVES = "base", "adapter", "labels"
 
 def coefficients_of(model: GradientModel, seed: int = 0) -> dict[str, np.ndarray]:
     """Random ones, of each direction."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(vary(seed))
     targets = model.job.plan.targets
     return {t.tensor: generator.uniform(0.2, 0.9, len(directions(model.job.plan.delta(t)))) for t in targets}
 

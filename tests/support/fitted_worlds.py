@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from seeds import vary
 
 from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting.algorithm import Answer, FitOptions, FittedPoint, Gradient, HeldOut, Request, Slope, fit_steps
@@ -83,7 +84,7 @@ class World:
 
 def world(P: int = 40, seed: int = 0, **options: float) -> World:
     """Curvatures with scales from 1 to a hundred, and directions that depend on one another."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(vary(seed))
 
     def curvature() -> np.ndarray:
         root = rng.normal(size=(P, P // 4)) * np.exp(rng.uniform(-2, 1, P))[:, None]

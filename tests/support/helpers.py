@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from seeds import vary
 
 from streamer.storage.checkpoint import Checkpoint
 
@@ -46,7 +47,7 @@ def tree_digest(directory: Path) -> dict[str, str]:
 
 def spectrum_matrix(m: int, n: int, sigma: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """A random (m, n) float64 matrix with these singular values."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(vary(seed))
     p = min(m, n)
     U = torch.linalg.qr(torch.randn(m, p, generator=g, dtype=torch.float64)).Q
     V = torch.linalg.qr(torch.randn(n, p, generator=g, dtype=torch.float64)).Q
@@ -60,7 +61,7 @@ def power_law(m: int, n: int, seed: int = 0, decay: float = 0.7) -> torch.Tensor
 
 def intruding_factors(m: int, n: int, r: int, seed: int = 0, sigma: float = 0.8) -> tuple[torch.Tensor, torch.Tensor]:
     """A (r, n), B (m, r) float32 with one direction of singular value `sigma` and r − 1 small ones; scale 1."""
-    g = torch.Generator().manual_seed(seed + 1000)
+    g = torch.Generator().manual_seed(vary(seed + 1000))
     A = torch.randn(r, n, generator=g) / n**0.5
     B = 0.02 * torch.randn(m, r, generator=g) / m**0.5
     u = torch.randn(m, generator=g)

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora.loraga import preprocess_loraga
+from seeds import vary
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -129,7 +130,7 @@ def bert_classifier(base: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def grow(model: nn.Module) -> None:
-    torch.manual_seed(5)
+    torch.manual_seed(vary(5))
     model.resize_token_embeddings(VOCAB + 6)  # type: ignore[operator]
 
 

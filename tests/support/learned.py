@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from architectures import ATTENTION
 from causal_models import make_adapter, make_base
+from seeds import vary
 
 import streamer
 
@@ -15,7 +16,7 @@ import streamer
 def make_learned(home: Path, sequences: int = 24, length: int = 8, **lora: Any) -> Path:
     """Write ``base``, ``adapter``, ``general.npy`` and ``task.npy``: as if one text had been forgotten and the other learned."""
     make_adapter(make_base("llama", home / "base"), home / "base", home / "adapter", ATTENTION, **lora)
-    texts = np.random.default_rng(0).integers(3, 64, (200, length))
+    texts = np.random.default_rng(vary(0)).integers(3, 64, (200, length))
     np.save(home / "all.npy", texts)
     found = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "all.npy", task=home / "all.npy",
                                        methods=["shrink"], lambdas=[0.5], sequences=200, length=length,

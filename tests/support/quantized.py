@@ -19,6 +19,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
+from seeds import vary
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
@@ -40,7 +41,7 @@ class Quantized:
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     config = LlamaConfig(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, pad_token_id=0)  # fmt: skip
     model = LlamaForCausalLM(config)
@@ -57,7 +58,7 @@ def is_linear(name: str) -> bool:
 
 def train_adapter(directory: Path, model: torch.nn.Module) -> Path:
     """A LoRA adapter on all linear layers, trained for a few steps at a rate that makes intruders."""
-    torch.manual_seed(1)
+    torch.manual_seed(vary(1))
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = peft.get_peft_model(model.float(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules))
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=2e-2)

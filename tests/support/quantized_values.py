@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from seeds import vary
 
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.weights.logical import WeightView, open_weights
@@ -47,12 +48,12 @@ def assert_decodes(weights: WeightView, name: str, expected: torch.Tensor) -> No
 
 
 def fp8(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(vary(seed))
     return (100 * torch.randn(shape, generator=g)).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def scales(shape: tuple[int, ...], seed: int = 1) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) / 1000 + 1e-4
+    return torch.rand(shape, generator=torch.Generator().manual_seed(vary(seed))) / 1000 + 1e-4
 
 
 CODES = {

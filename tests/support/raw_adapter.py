@@ -8,6 +8,7 @@ from pathlib import Path
 import helpers
 import torch
 from safetensors.torch import save_file
+from seeds import vary
 
 from streamer.adapters.modules import LoraModule
 from streamer.adapters.reader import open_adapter
@@ -16,7 +17,7 @@ MODULE = "model.layers.0.self_attn.q_proj"
 
 
 def factors(rank: int = 4, m: int = 6, n: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(vary(seed))
     return torch.randn(rank, n, generator=g), torch.randn(m, rank, generator=g)
 
 

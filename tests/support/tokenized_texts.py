@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from seeds import vary
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -32,7 +33,7 @@ FORGETFUL = """{% for m in messages %}{{ '[' + m['role'] + ']' }}{{ m['content']
 
 
 def prose(count: int, seed: int = 0) -> str:
-    rng = random.Random(seed)
+    rng = random.Random(vary(seed))
     return "".join(rng.choice(WORDS) + rng.choice([" ", " ", " ", "\n", "  ", ", "]) for _ in range(count))
 
 

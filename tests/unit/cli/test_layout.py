@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from seeds import vary
 
 from streamer.cli.layout import Column, Screen, fit, screen, shorten, table
 from streamer.cli.tables import _ranks
@@ -27,7 +28,7 @@ LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
     ],
 )  # fmt: skip
 def test_rows_are_in_the_order_in_which_people_count(names: list[str]) -> None:
-    mixed = random.Random(0).sample(names, len(names))
+    mixed = random.Random(vary(0)).sample(names, len(names))
     assert sorted(mixed, key=natural) == names
 
 

@@ -12,6 +12,7 @@ from helpers import intruding_factors, power_law, write_adapter
 from raw_adapter import MODULE
 from safetensors.torch import save_file
 from scipy.sparse.linalg import svds
+from seeds import vary
 
 from streamer.detection import memory
 from streamer.detection.intruders import Detection
@@ -185,12 +186,12 @@ def leaning(home: Path, shape: tuple[int, int], outlier: float, lean: float) -> 
     W0 = torch.zeros(shape)
     W0.diagonal().copy_(torch.linspace(1.5, 1, min(shape)))
     W0[0, 0] = outlier
-    u = torch.randn(shape[0], generator=torch.Generator().manual_seed(1))
+    u = torch.randn(shape[0], generator=torch.Generator().manual_seed(vary(1)))
     u[[0, 300]] = 0.0
     u[min(shape) :] = 0.0
     u *= (1 - lean**2) ** 0.5 / u.norm()
     u[300] = lean
-    v = torch.nn.functional.normalize(torch.randn(1, shape[1], generator=torch.Generator().manual_seed(2)))
+    v = torch.nn.functional.normalize(torch.randn(1, shape[1], generator=torch.Generator().manual_seed(vary(2))))
     A, B = v, 40 * outlier * u[:, None]
     W = W0.double().numpy() + product(A, B, 1.0)
     exact = np.abs(svds(W, k=1, v0=np.ones(min(shape)))[0][: min(shape)]).max()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from seeds import vary
 
 from streamer.detection.matrices import detect_matrix
 from streamer.detection.matrix_finding import MatrixFinding
@@ -38,7 +39,7 @@ def decisions(found: MatrixFinding) -> tuple[object, ...]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 def test_what_arrives_is_what_stands_on_disk(tmp_path: Path, io: IOMode, device: str, dtype: torch.dtype) -> None:
-    values = torch.randn(37, 53, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    values = torch.randn(37, 53, generator=torch.Generator().manual_seed(vary(0)), dtype=torch.float64).to(dtype)
     save_file({"w": values}, tmp_path / "f.safetensors")
     file = TensorFile(tmp_path / "f.safetensors", io)
     staged = Prefetcher(torch.device(device)).stage(Plain.of(StoredTensor(file, file.header.by_name["w"])))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from evaluations import evaluation
+from seeds import vary
 
 from streamer.evaluation.statistics import Estimate, ratio
 
 
 def test_of_equal_sequences_it_is_the_error_of_a_mean() -> None:
-    y = np.random.default_rng(0).normal(3, 1, 50)
+    y = np.random.default_rng(vary(0)).normal(3, 1, 50)
     found = ratio(y * 7, np.full(50, 7.0))
     assert found.value == pytest.approx(y.mean(), rel=1e-12)
     assert found.error == pytest.approx(y.std(ddof=1) / np.sqrt(50), rel=1e-12)
@@ -18,7 +19,7 @@ def test_of_equal_sequences_it_is_the_error_of_a_mean() -> None:
 
 def test_the_error_is_the_scatter_of_the_estimate() -> None:
     """Over 4,000 drawn texts, of sequences with other lengths and losses that depend on these."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(vary(1))
     values, errors = [], []
     for _ in range(4000):
         x = rng.integers(20, 500, 60).astype(float)
@@ -30,7 +31,7 @@ def test_the_error_is_the_scatter_of_the_estimate() -> None:
 
 def test_the_errors_are_those_of_bootstrapping_sequences() -> None:
     e = evaluation()
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(vary(2))
     general, task = e.general, e.task
     draws: dict[str, list[float]] = {"mean": [], "difference": [], "share": [], "kl": []}
     for _ in range(3000):
@@ -83,7 +84,7 @@ def test_two_errors_tell() -> None:
 @pytest.mark.parametrize("sequences", [2, 3, 4, 8, 64])
 def test_of_differences_that_are_none_few_are_told(sequences: int) -> None:
     """However few sequences: 2.5 % to each side."""
-    y = np.random.default_rng(0).normal(size=(4000, sequences))
+    y = np.random.default_rng(vary(0)).normal(size=(4000, sequences))
     found = [ratio(one, np.ones(sequences)) for one in y]
     assert sum(e.is_positive for e in found) / 4000 == pytest.approx(0.025, abs=0.008)
     assert sum(e.is_negative for e in found) / 4000 == pytest.approx(0.025, abs=0.008)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from seeds import vary
 
 from streamer.errors import FormatError, MissingInputError, MissingPackageError, UsageError
 from streamer.evaluation import texts
@@ -49,7 +50,7 @@ def test_the_length_that_is_named_gives_the_least_number_of_sequences(tmp_path: 
 
 @pytest.mark.parametrize("size", [0, 1000, texts.SAMPLES * texts.SAMPLE_BYTES, 3_000_001])
 def test_the_digest_of_a_file_tells_it_from_others(size: int, tmp_path: Path) -> None:
-    content = np.random.default_rng(0).bytes(size)
+    content = np.random.default_rng(vary(0)).bytes(size)
 
     def digest(name: str, data: bytes) -> str:
         (tmp_path / name).write_bytes(data)

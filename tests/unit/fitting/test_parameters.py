@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from seeds import vary
 
 from streamer.fitting.parameters import Parameters
 
@@ -33,7 +34,7 @@ def test_directions_that_do_nothing_keep_the_coefficient_1() -> None:
 @pytest.mark.parametrize("grain", ["direction", "matrix", "all"])
 def test_a_gradient_is_gathered_by_the_chain_rule(grain: str) -> None:
     """⟨∇f(c), dc⟩ is the same in coefficients and in parameters."""
-    parameters, rng = Parameters.of(SPECTRA, grain), np.random.default_rng(0)  # type: ignore[arg-type]
+    parameters, rng = Parameters.of(SPECTRA, grain), np.random.default_rng(vary(0))  # type: ignore[arg-type]
     gradient = {name: rng.normal(size=len(s)) for name, s in SPECTRA.items()}
     theta, step = rng.uniform(size=parameters.count), rng.normal(size=parameters.count)
     before, after = parameters.coefficients(theta), parameters.coefficients(theta + step)

@@ -6,13 +6,14 @@ from itertools import product
 
 import numpy as np
 import pytest
+from seeds import vary
 
 from streamer.fitting.quadratic import Curvature, minimize_in_box
 
 
 def curvature(P: int, k: int, seed: int) -> tuple[Curvature, np.ndarray]:
     """A positive definite one with columns of both signs, and the matrix that it stands for."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(vary(seed))
     d, W = rng.uniform(0.5, 2, P), rng.normal(size=(P, k)) / np.sqrt(P)
     signs = np.where(np.arange(k) % 2, -0.3, 1.5)
     return Curvature(d, W, signs), np.diag(d) + W @ np.diag(signs) @ W.T
@@ -20,7 +21,7 @@ def curvature(P: int, k: int, seed: int) -> tuple[Curvature, np.ndarray]:
 
 def test_products_sums_and_solutions_are_those_of_the_matrix() -> None:
     (A, dense), (B, other) = curvature(30, 4, 0), curvature(30, 2, 1)
-    x = np.random.default_rng(2).normal(size=30)
+    x = np.random.default_rng(vary(2)).normal(size=30)
     np.testing.assert_allclose(A @ x, dense @ x, rtol=1e-12)
     np.testing.assert_allclose(A.plus(B, 0.7) @ x, (dense + 0.7 * other) @ x, rtol=1e-12)
     np.testing.assert_allclose(A.plus(B, 0.0) @ x, dense @ x, rtol=1e-12)
@@ -38,7 +39,7 @@ def test_products_sums_and_solutions_are_those_of_the_matrix() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_every_condition_of_the_minimum_holds(seed: int) -> None:
     A, dense = curvature(200, 12, seed)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(vary(seed))
     at, start = rng.uniform(size=200), rng.integers(0, 2, 200).astype(float)
     gradient = 3 * rng.normal(size=200)
     x = minimize_in_box(A, gradient, start, at)

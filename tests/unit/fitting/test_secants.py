@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from seeds import vary
 
 from streamer.fitting.secants import FLOOR, secant_curvature, secant_diagonal, secant_pairs
 
@@ -18,13 +19,13 @@ def test_a_point_is_paired_with_the_nearest_before_it_but_not_with_its_equal() -
 
 
 def test_the_diagonal_of_a_separable_quadratic_is_found_and_kept() -> None:
-    d, rng = np.array([0.5, 1.0, 2.0, 4.0]), np.random.default_rng(0)
+    d, rng = np.array([0.5, 1.0, 2.0, 4.0]), np.random.default_rng(vary(0))
     points = [np.zeros(4), np.ones(4), *rng.uniform(size=(3, 4))]
     np.testing.assert_allclose(dense(points, [d * p for p in points]), np.diag(d), atol=1e-12)
 
 
 def test_the_last_pair_is_met_exactly() -> None:
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(vary(1))
     root = rng.normal(size=(8, 8))
     H = root @ root.T
     points = [np.zeros(8), np.ones(8), *rng.uniform(size=(4, 8))]
@@ -37,7 +38,7 @@ def test_the_last_pair_is_met_exactly() -> None:
 
 def test_conjugate_pairs_are_all_met() -> None:
     """A quadratic's curvature is met along its own eigenvectors, all at once."""
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(vary(2))
     Q = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     H = Q @ np.diag([1, 2, 3, 4, 5, 6.0]) @ Q.T
     points = [np.zeros(6)]
@@ -48,7 +49,7 @@ def test_conjugate_pairs_are_all_met() -> None:
 
 
 def test_it_is_positive_definite_where_the_function_is_not_convex() -> None:
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(vary(3))
     for _ in range(20):
         points = [np.zeros(10), np.ones(10), *rng.uniform(size=(5, 10))]
         H = dense(points, [rng.normal(size=10) for _ in points])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import intruding_factors, spectrum_matrix
+from seeds import vary
 from torch import Tensor
 
 from streamer.detection.solvers import KnownSource, SolverResult, solve_certified
@@ -19,7 +20,7 @@ SHAPES = [(300, 420), (420, 300), (360, 360)]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(vary(seed))
 
 
 def falling(p: int, top: int = 40, seed: int = 0) -> Tensor:

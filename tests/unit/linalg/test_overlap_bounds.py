@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from helpers import power_law, spectrum_matrix
+from seeds import vary
 
 from streamer.linalg import christoffel
 from streamer.linalg.christoffel import christoffel_bound
@@ -18,13 +19,13 @@ SHAPES = [(80, 120), (120, 80), (97, 97), (61, 67), (9, 200), (200, 9)]
 
 
 def directions(m: int, k: int, seed: int = 0) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(vary(seed))
     return torch.linalg.qr(torch.randn(m, k, generator=g, dtype=torch.float64)).Q
 
 
 def leaning(U0: torch.Tensor, i: int, overlap: float, seed: int = 0) -> torch.Tensor:
     """A unit vector with the given overlap with u⁰_i, the rest of it spread."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(vary(seed))
     u = torch.randn(U0.shape[0], generator=g, dtype=torch.float64)
     u = torch.nn.functional.normalize(u - U0[:, i] * (U0[:, i] @ u), dim=0)
     return overlap * U0[:, i] + (1 - overlap**2) ** 0.5 * u
@@ -126,7 +127,7 @@ def test_intervals_hold_the_similarity_at_every_step(shape: tuple[int, int], spe
     U = torch.stack([U0[:, 0], leaning(U0, p // 2, 0.61), leaning(U0, 1, 0.9), directions(m, 1)[:, 0]], 1)
     U = torch.cat([U, ((U0[:, p // 3] + U0[:, p // 3 + 1]) / 2**0.5)[:, None]], 1)
     true = (U0.T @ U).abs().amax(0)
-    process = OverlapProcess(Dense(W0), U.to(dtype), torch.Generator().manual_seed(0))
+    process = OverlapProcess(Dense(W0), U.to(dtype), torch.Generator().manual_seed(vary(0)))
     said = False
     for _ in range(12):
         if process.exhausted:
@@ -146,7 +147,7 @@ def test_intervals_become_narrow_where_decisions_are_wanted(shape: tuple[int, in
     W0 = power_law(*shape).float()
     U0 = torch.linalg.svd(W0.double(), full_matrices=False).U
     U = torch.stack([U0[:, 0], leaning(U0, 1, 0.9), leaning(U0, 2, 0.7), directions(shape[0], 1)[:, 0]], 1)
-    process = OverlapProcess(Dense(W0), U.float(), torch.Generator().manual_seed(0))
+    process = OverlapProcess(Dense(W0), U.float(), torch.Generator().manual_seed(vary(0)))
     for _ in range(12):
         process.step()
     bounds = process.bounds(0.5)
@@ -175,7 +176,7 @@ def test_an_outlier_does_not_hide_the_bulk(bulk: tuple[torch.Tensor, ...], times
     u = leaning(U0, 500, 0.61)
     tightest = []
     for seed in range(3):
-        process = OverlapProcess(Dense(W0), u.float()[:, None], torch.Generator().manual_seed(seed))
+        process = OverlapProcess(Dense(W0), u.float()[:, None], torch.Generator().manual_seed(vary(seed)))
         seen = []
         for step in range(1, 21):
             process.step()
@@ -217,13 +218,15 @@ def test_a_tall_base_with_hidden_small_singular_values_gets_no_upper_bound() -> 
     """They do not show in the first steps; u⁰_300 blown up was called an intruder, with a similarity of 1."""
     W0 = spectrum_matrix(512, 300, 0.9 ** torch.arange(300)).float()
     U0 = torch.linalg.svd(W0.double(), full_matrices=False).U
-    process = OverlapProcess(Dense(W0), U0[:, -1:].float(), torch.Generator().manual_seed(0))
+    process = OverlapProcess(Dense(W0), U0[:, -1:].float(), torch.Generator().manual_seed(vary(0)))
     for _ in range(4):
         process.step()
     bounds = process.bounds(0.5)
     assert process.hopeless
     assert float(bounds.high[0]) == 1
-    sound = OverlapProcess(Dense(power_law(512, 300).float()), U0[:, -1:].float(), torch.Generator().manual_seed(0))
+    sound = OverlapProcess(
+        Dense(power_law(512, 300).float()), U0[:, -1:].float(), torch.Generator().manual_seed(vary(0))
+    )
     for _ in range(10):
         sound.step()
     bounds = sound.bounds(0.5)
@@ -237,7 +240,7 @@ def test_below_the_cut_off_a_tall_base_is_not_judged() -> None:
     S[-3:] = 1e-6
     W0 = spectrum_matrix(300, 40, S).float()
     U0 = torch.linalg.svd(W0.double(), full_matrices=False).U
-    process = OverlapProcess(Dense(W0), directions(300, 4).float(), torch.Generator().manual_seed(0))
+    process = OverlapProcess(Dense(W0), directions(300, 4).float(), torch.Generator().manual_seed(vary(0)))
     while not process.exhausted:
         process.step()
     bounds = process.bounds(0.9)
@@ -245,7 +248,7 @@ def test_below_the_cut_off_a_tall_base_is_not_judged() -> None:
     assert bool((bounds.high == 1).all())
     # LAPACK's vectors down there may be any outside the range as well: no claim against them either.
     u = leaning(U0, 39, 0.5).float()[:, None]
-    dense, _ = dense_overlaps(Dense(W0), u, torch.Generator().manual_seed(0))
+    dense, _ = dense_overlaps(Dense(W0), u, torch.Generator().manual_seed(vary(0)))
     assert float(dense.high[0]) > 0.9
 
 
@@ -267,7 +270,7 @@ def test_dense_bounds_hold(shape: tuple[int, int], spectrum: str, dtype: torch.d
     mixed = torch.nn.functional.normalize(U0[:, p // 3 : p // 3 + 3].sum(1), dim=0)
     U = torch.stack([U0[:, 0], leaning(U0, p // 2, 0.61), mixed, directions(shape[0], 1)[:, 0]], 1)
     true = (U0.T @ U).abs().amax(0)
-    bounds, _ = dense_overlaps(Dense(W0), U.to(dtype), torch.Generator().manual_seed(0))
+    bounds, _ = dense_overlaps(Dense(W0), U.to(dtype), torch.Generator().manual_seed(vary(0)))
     assert float((bounds.low - true).max()) <= 1e-5
     assert float((true - bounds.high).max()) <= 1e-5
 
@@ -285,7 +288,7 @@ def test_an_interval_holds_for_what_is_near_the_vectors_given() -> None:
     U0 = torch.linalg.svd(W0.double(), full_matrices=False).U
     U = torch.cat([leaning(U0, 1, 0.9)[:, None], directions(200, 2)], 1).float()
     exact, wide = (
-        OverlapProcess(Dense(W0), U, torch.Generator().manual_seed(0), distance)
+        OverlapProcess(Dense(W0), U, torch.Generator().manual_seed(vary(0)), distance)
         for distance in (None, torch.tensor([0.05, 0.02, 2.0], dtype=torch.float64))
     )
     for process in (exact, wide):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from helpers import power_law
+from seeds import vary
 from torch import Tensor
 
 from streamer.linalg.golub_kahan import GolubKahan
@@ -50,7 +51,7 @@ def _no_thread_is_left() -> Iterator[None]:
 
 
 def block(seed: int, rows: int = N, columns: int = 4) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(vary(seed)), dtype=torch.float64)
 
 
 def nothing() -> None:

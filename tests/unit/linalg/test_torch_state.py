@@ -10,6 +10,7 @@ from threading import Event
 import pytest
 import torch
 from helpers import intruding_factors, power_law
+from seeds import vary
 
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
@@ -44,7 +45,7 @@ def test_it_is_switched_back_after_an_error() -> None:
 
 @pytest.mark.skipif(not has_fast_bfloat16(), reason="this processor has no instructions for bfloat16")
 def test_factors_are_rounded_to_bfloat16_and_sums_are_float32() -> None:
-    x, w = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0))
+    x, w = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(vary(0)))
     exact, rounded = x.double() @ w.double().T, x.bfloat16().double() @ w.bfloat16().double().T
     with full_float32():
         with bfloat16_products():

@@ -13,6 +13,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
+from seeds import vary
 
 from streamer.cli.main import run
 from streamer.detection.options import DetectionOptions, RunOptions
@@ -138,7 +139,7 @@ def merge_of_a_head(
     home: Path, config: dict[str, Any] = TIED_LLAMA, embed: str = EMBED, head: str = "lm_head"
 ) -> tuple[Path, Path]:
     """A base whose head is tied, and an adapter on it: the merge unties them."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     tensors = {embed: torch.randn(64, 32), QUERY: torch.randn(32, 32)}
     base = helpers.write_sharded(home / "base", [tensors], config)
     return base, helpers.write_adapter(home / "adapter", {head: helpers.intruding_factors(64, 32, 4)}, r=4)

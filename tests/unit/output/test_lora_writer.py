@@ -9,6 +9,7 @@ import helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from seeds import vary
 
 import streamer
 from streamer.errors import OutputError, StreamerError, UnsupportedError, UsageError
@@ -20,7 +21,7 @@ Q = "model.layers.0.q_proj"
 
 
 def job(home: Path, **config: object) -> tuple[Path, Path]:
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     base = helpers.write_sharded(
         home / "base",
         [{f"{Q}.weight": torch.randn(32, 24), "lm_head.weight": torch.randn(8, 24)}],

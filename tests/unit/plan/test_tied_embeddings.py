@@ -9,6 +9,7 @@ import helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from seeds import vary
 
 import streamer
 from streamer.errors import MismatchError, UnsupportedError
@@ -26,7 +27,7 @@ LLAVA = {
 
 
 def base(home: Path, config: dict, extra: dict[str, torch.Tensor] | None = None, embed: str = EMBED) -> Path:
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     tensors = {embed: torch.randn(64, 32), "model.layers.0.q_proj.weight": torch.randn(32, 32), **(extra or {})}
     return helpers.write_sharded(home / "base", [tensors], {**LLAMA, **config})
 
@@ -216,7 +217,7 @@ def test_widths_of_layers_are_no_vocabulary(tmp_path: Path, module: str, allowed
 @pytest.mark.parametrize("config", [None, {"model_type": "test"}])
 def test_a_vocabulary_of_bytes_as_wide_as_layers(tmp_path: Path, config: dict | None) -> None:
     """The head and the embedding of an unknown class have the same bytes: they are one."""
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     embedding = torch.randn(64, 32)
     wide = {EMBED: embedding, HEAD: embedding.clone(), "model.layers.0.up_proj.weight": torch.randn(64, 32)}
     b = helpers.write_sharded(tmp_path / "base", [wide], config or {})

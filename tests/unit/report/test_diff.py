@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from seeds import vary
 
 import streamer
 from streamer.cli.diff_table import diff_table
@@ -58,7 +59,7 @@ def test_overlaps_are_those_of_the_full_svds(pair: Pair, findings: Findings, tmp
     """The second adapter has other directions in part: B is turned."""
     base = load_file(pair[0] / "model-00001-of-00003.safetensors")
     tensors = load_file(pair[1] / "adapter_model.safetensors")
-    turned = {k: t + 0.5 * t.norm() / t.numel() ** 0.5 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1))
+    turned = {k: t + 0.5 * t.norm() / t.numel() ** 0.5 * torch.randn(t.shape, generator=torch.Generator().manual_seed(vary(1)))
               if "lora_B" in k else t for k, t in tensors.items()}  # fmt: skip
     modules = sorted({k.removeprefix("base_model.model.").partition(".lora_")[0] for k in tensors})
     factors = {m: tuple(turned[f"base_model.model.{m}.lora_{f}.weight"] for f in "AB") for m in modules}
@@ -80,7 +81,7 @@ def test_overlaps_are_those_of_the_full_svds(pair: Pair, findings: Findings, tmp
 
 
 def test_matches_are_one_to_one_and_mixtures_are_told(findings: Findings) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(vary(0))
     Q = torch.linalg.qr(torch.randn(findings[0].shape[0], 6, generator=generator, dtype=torch.float64)).Q
     turn = torch.eye(3, dtype=torch.float64) - 2 / 3  # no square of an entry is above 4/9
     first = with_directions(findings, Q[:, :5])

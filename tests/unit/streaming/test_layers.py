@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import vary
 from torch import Tensor, nn
 
 from streamer.errors import UnsupportedError
@@ -42,7 +43,7 @@ class Layer(nn.Module):
 
 
 def layers(*stores: bool) -> nn.ModuleList:
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     return nn.ModuleList(Layer(one) for one in stores)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import vary
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,7 +45,7 @@ class Given:
 
 @pytest.fixture
 def weight() -> tuple[Given, LazyTensor]:
-    given = Given(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
+    given = Given(torch.randn(7, 5, generator=torch.Generator().manual_seed(vary(0))))
     return given, LazyTensor.of(given)
 
 

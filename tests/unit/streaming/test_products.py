@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from seeds import vary
 from torch import Tensor
 from torch.nn import functional
 
@@ -45,9 +46,11 @@ PRODUCTS = {
 @pytest.mark.parametrize("what", PRODUCTS)
 def test_values_and_gradients(what: str) -> None:
     function, width = PRODUCTS[what]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(vary(0))
     matrix = Streamed(torch.randn(7, 5, generator=generator))
-    x, y = (torch.randn(2, 3, width, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    x, y = (
+        torch.randn(2, 3, width, generator=torch.Generator().manual_seed(vary(1))).requires_grad_() for _ in range(2)
+    )
     found, expected = function(x, LazyTensor.of(matrix)), function(y, matrix.values)
     torch.testing.assert_close(found, expected)
     grad = torch.randn(expected.shape, generator=generator)

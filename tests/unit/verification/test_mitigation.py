@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from seeds import vary
 
 from streamer.verification.deltas import LowRankDelta
 from streamer.verification.mitigation import by_coefficients, coefficient_count
 
 
 def orthonormal(rows: int, columns: int, seed: int) -> np.ndarray:
-    return np.linalg.qr(np.random.default_rng(seed).standard_normal((rows, columns)))[0]
+    return np.linalg.qr(np.random.default_rng(vary(seed)).standard_normal((rows, columns)))[0]
 
 
 def delta(s: list[float], m: int = 40, n: int = 30) -> LowRankDelta:

@@ -1,0 +1,100 @@
+"""Every random number of the tests depends on the seed of the run, and a failure prints it."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+TESTS = ROOT / "tests"
+OTHERS = {"seeds.py", "fuzz.py", "survival.py", "survival_servers.py"}
+"""`seeds` itself, and scripts that take a seed of their own."""
+
+DRAWS = """
+import random, numpy, pytest, torch
+from hypothesis import given, strategies
+
+@pytest.fixture(scope="module")
+def shared():
+    return random.random(), numpy.random.rand(), torch.rand(1).item()
+
+def test_one(shared):
+    print("shared", *shared)
+
+def test_two(shared):
+    print("shared", *shared)
+    print("own", random.random(), numpy.random.rand(), torch.rand(1).item())
+    assert 0
+
+@given(strategies.integers(10**6, 10**9))
+def test_three(n):
+    print("example", n)
+"""
+
+
+def test_every_seed_varies_with_the_run() -> None:
+    fixed = []
+    for path in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())) if path.name not in OTHERS else ():
+            if isinstance(node, ast.Call) and re.fullmatch(
+                r"(.*\.)?(manual_seed|default_rng|RandomState|Random)", ast.unparse(node.func)
+            ):
+                (seed,) = node.args or [None]
+                if not (isinstance(seed, ast.Call) and ast.unparse(seed.func) == "vary"):
+                    fixed.append(f"{path.relative_to(TESTS)}:{node.lineno}")
+    assert fixed == []
+
+
+@pytest.fixture
+def draws(tmp_path: Path) -> Path:
+    (tmp_path / "tests" / "unit").mkdir(parents=True)
+    shutil.copy(TESTS / "conftest.py", tmp_path / "tests")
+    file = tmp_path / "tests" / "unit" / "test_draws.py"
+    file.write_text(DRAWS)
+    return file
+
+
+def printed(file: Path, *arguments: str) -> list[str]:
+    """The random numbers that the tests print, and the seed that their failures name."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-rP",
+        "--rootdir",
+        file.parents[2],
+        *arguments,
+        file,
+    ]
+    path = os.pathsep.join([str(TESTS / "support"), *sys.path])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout
+    return re.findall(r"^(?:(?:shared|own|example) \d|--seed).*", done.stdout, re.MULTILINE)
+
+
+def test_a_failure_prints_the_seed_that_draws_the_same_again(draws: Path) -> None:
+    first, again, other = (printed(draws, "--seed", seed) for seed in "334")
+    assert first == again
+    assert {line.split()[0] for line in first} == {"shared", "own", "example", "--seed"}
+    for kind in ("shared", "own", "example"):
+        assert [line for line in first if line.startswith(kind)] != [line for line in other if line.startswith(kind)]
+    assert "--seed 3 draws the same random numbers" in first
+
+
+def test_a_test_draws_the_same_alone_as_after_others(draws: Path) -> None:
+    """Fixtures that it shares with others draw the same too."""
+    together, alone = printed(draws), printed(draws, "-k", "test_two")
+    assert len(alone) == 3
+    assert set(alone) < set(together)
