@@ -124,8 +124,9 @@ def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.output.run import run_jobs
 
     adapters = named_adapters(_adapters(args))
-    given = findings_by_name(args.findings or None, adapters)
-    detection = _detection_options(args, load_findings(given[0]) if isinstance(given[0], Path) else None)
+    found = findings_by_name(args.findings or None, adapters)
+    given = [load_findings(one) if isinstance(one, Path) else one for one in found]
+    detection = _detection_options(args, given[0])
     mitigation = mitigation_options(
         args.mitigation_lambda, args.method, args.scale, args.coefficients, args.keep, args.amplify
     )

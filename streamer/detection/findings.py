@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 from streamer.detection.findings_file import (
     COEFFICIENTS,
     SCHEMA,
+    check_digest,
     matrix_entries,
     plan_findings_file,
     save_findings_file,
@@ -76,6 +77,11 @@ class Findings:
         return {m.tensor: m for m in self.matrices}
 
     @property
+    def name(self) -> str:
+        """Name them in messages: by their file, if they are from one."""
+        return str(self._file.path) if self._file else "findings"
+
+    @property
     def intruders(self) -> int:
         """Count the intruders in all matrices."""
         return sum(len(m.detection.intruders) for m in self.matrices)
@@ -114,20 +120,19 @@ class Findings:
         MismatchError
             Which of them differs, and how.
         """
-        where = self._file.path if self._file else "findings"
         pairs: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...]
         pairs = ("base", {**self.base}, {**base}), ("adapter", {**self.adapter}, {**adapter})
         for what, mine, theirs in pairs:
             if mine != theirs:
                 raise MismatchError(
-                    f"{where}: made with another {what} ({difference(mine, theirs)}); run detect again on this one"
+                    f"{self.name}: made with another {what} ({difference(mine, theirs)}); run detect again on this one"
                 )
         for name, value in (asdict(options) if options else {}).items():
             mine_value = getattr(self.options, name)
             # Which solver made them, in what memory, does not matter to who uses them, unless one was asked for.
             if value != mine_value and not ((name == "solver" and value == "auto") or name == "max_memory"):
                 raise MismatchError(
-                    f"{where}: made with {name}={mine_value!r}, asked for {value!r}; pass the same, or run detect again"
+                    f"{self.name}: made with {name}={mine_value!r}, asked for {value!r}; pass the same, or run detect again"
                 )
 
     def find(self, name: str) -> MatrixFinding:
@@ -269,7 +274,7 @@ def detection_digest(
 
 
 def load_findings(path: str | Path) -> Findings:
-    """Read a findings file; its vectors are read through a map, when they are used.
+    """Read a findings file and compare it with its digest; its vectors are read through a map when they are used.
 
     Parameters
     ----------
@@ -279,7 +284,7 @@ def load_findings(path: str | Path) -> Findings:
     Raises
     ------
     FormatError
-        If it is not one, or not whole.
+        If it is not one, or is damaged or incomplete.
     """
     if Path(path).is_dir():
         raise FormatError(f"{path}: expected a findings file, found a directory; name the findings file in it")
@@ -298,11 +303,12 @@ def load_findings(path: str | Path) -> Findings:
         data = file.data()  # one map for all: a map each would run out of descriptors
         matrices = tuple(read_matrix(figures, file, data) for figures in tree["matrices"])
         _check_identities(tree["base"], tree["adapter"])
-        return Findings(tree["base"], tree["adapter"], options, matrices, file, _sources(file))
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise FormatError(
             f"{path}: findings are not as {SCHEMA} has them ({type(e).__name__}: {e}); run detect again"
         ) from e
+    check_digest(file)
+    return Findings(tree["base"], tree["adapter"], options, matrices, file, _sources(file))
 
 
 def _sources(file: TensorFile) -> dict[str, dict[str, str]]:

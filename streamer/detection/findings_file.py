@@ -19,7 +19,7 @@ from torch import Tensor
 
 from streamer.detection.findings_records import MatrixFigures
 from streamer.detection.stamps import STAMP, detection_record, stamp
-from streamer.errors import InputError, OutputError, OutputExistsError, UsageError
+from streamer.errors import FormatError, InputError, OutputError, OutputExistsError, UsageError
 from streamer.plan.sources import Source
 from streamer.storage.atomic_file import Buffer, partial_name, remove_partials
 from streamer.storage.files import make_directory
@@ -136,6 +136,27 @@ def seal(shard: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]]) -> 
         for piece in source(info):
             digest.update(piece)
     return shard.with_metadata(DIGEST, digest.hexdigest())
+
+
+def check_digest(file: TensorFile) -> None:
+    """Compare an open findings file with the digest that it states of itself, which takes about 1 s for a gigabyte.
+
+    Raises
+    ------
+    FormatError
+        If they differ, or it states none, as files of versions before 0.2: whether such a file is intact cannot be known.
+    """
+    stated = file.header.metadata.get(DIGEST)
+    if stated is None:
+        raise FormatError(
+            f"{file.path}: expected a SHA-256 of the file in its metadata, found none, as in findings of versions before 0.2; "
+            "run detect again"
+        )
+    if (found := file.digest_without(stated)) != stated:
+        raise FormatError(
+            f"{file.path}: is damaged: expected SHA-256 {stated[:16]}… by its metadata, found {found[:16]}…; copy it again, or run detect "
+            "again"
+        )
 
 
 def is_findings_file(path: Path) -> bool:

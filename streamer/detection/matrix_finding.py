@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, cast, get_origin, get_type_hints
 
@@ -133,8 +134,10 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
     if not all_finite(arrays["S"]):
         raise ValueError(f"{figures['tensor']}/S holds NaN or Inf")
     numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ARRAYS[3:] if key in arrays}
-    if k == 0 or not all(type(j) is int and 0 <= j < k for j in (*numbers["intruders"], *figures["degenerate"])):
-        raise ValueError(f"{figures['tensor']}: its intruders are not among its {k} directions")
+    for what, ranks in (("intruders", numbers["intruders"]), ("degenerate", figures["degenerate"])):
+        among = k > 0 and all(type(j) is int and 0 <= j < k for j in ranks)
+        if not among or any(a >= b for a, b in itertools.pairwise(ranks)):
+            raise ValueError(f"{figures['tensor']}: {what} are no rising ranks below {k}")
     chosen: dict[str, Any] = {key: figures.get(key) for key in _DECISIONS} | {
         "degenerate": tuple(figures["degenerate"])
     }

@@ -14,7 +14,7 @@ from streamer.detection.findings import Findings, detection_digest, load_finding
 from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.matrices import cost
 from streamer.detection.options import DetectionOptions
-from streamer.errors import InputError, MismatchError, MissingInputError, UsageError
+from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UsageError
 from streamer.plan.batch import Batch
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
@@ -69,6 +69,8 @@ def finished_parts(plan: Plan, path: Path, options: DetectionOptions) -> list[Fi
     ------
     MissingInputError
         If some are there and some not.
+    FormatError
+        If one is damaged.
     MismatchError
         If one has findings of other inputs or options.
     """
@@ -111,12 +113,19 @@ def _there(path: Path) -> dict[int, set[int]]:
 
 
 def _checked(plan: Plan, part: Part, path: Path, options: DetectionOptions) -> Findings:
-    findings, tensors = load_findings(part.path(path)), [target.tensor for target in part.of(plan, options).targets]
+    where, advice = (
+        part.path(path),
+        (
+            f"run the same command with --part {part.number}/{part.count} --overwrite, or with --no-resume to detect without the parts"
+        ),
+    )
+    try:
+        findings = load_findings(where)
+    except FormatError as e:
+        raise FormatError(f"{where}: is damaged, or not findings that this version reads; {advice}") from e
+    tensors = [target.tensor for target in part.of(plan, options).targets]
     expected = detection_digest(plan.base_identity, plan.adapter_identity, options, tensors)
     made = detection_digest(findings.base, findings.adapter, findings.options, [m.tensor for m in findings])
     if made != expected:
-        raise MismatchError(
-            f"{part.path(path)}: holds findings of other inputs or options; run the same command with --part {part.number}/{part.count} "
-            "--overwrite, or with --no-resume to detect without the parts"
-        )
+        raise MismatchError(f"{where}: holds findings of other inputs or options; {advice}")
     return findings

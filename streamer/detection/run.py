@@ -181,17 +181,19 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
                 writers[i].add(finding)
                 seconds[writers[i].path, finding.tensor] = finding.seconds
         monitor.checkpoint()
-    for writer, (plan, path), joined in zip(writers, todo, parts, strict=True):
-        monitor.told(path, "resumed" if writer.resumed else "written")
-        if joined:
-            remove_parts(plan, path, options)
+    for writer in writers:
+        monitor.told(writer.path, "resumed" if writer.resumed else "written")
 
     def timed(path: Path) -> Findings:
         findings = load_findings(path)
         matrices = tuple(replace(m, seconds=seconds.get((path, m.tensor))) for m in findings)
         return replace(findings, matrices=matrices)
 
-    return [timed(path) if found is None else found for path, found in zip(paths, finished, strict=True)]
+    made = [timed(path) if found is None else found for path, found in zip(paths, finished, strict=True)]
+    for (plan, path), joined in zip(todo, parts, strict=True):
+        if joined:  # kept until here: the file that they are joined in has been read back and fits its digest
+            remove_parts(plan, path, options)
+    return made
 
 
 def inspect_detections(

@@ -95,9 +95,8 @@ def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence
         )
     batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
     fitting = []
-    for plan, found, given in zip(batch.plans, loaded, findings, strict=True):
-        name = given if isinstance(given, Path) else "findings"
-        fitting.append(None if found is None else _fitting_findings(plan, found, name, detection))
+    for plan, found in zip(batch.plans, loaded, strict=True):
+        fitting.append(None if found is None else _fitting_findings(plan, found, detection))
         if mitigation.coefficients is not None:
             check_coefficients(plan, mitigation.coefficients)
     sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in fitting]
@@ -183,10 +182,11 @@ def _fits(target: Target, coefficients: int | None) -> bool:
     return coefficients is not None if factors is None else coefficients == min(factors.rank, *target.module.shape)
 
 
-def _fitting_findings(plan: Plan, findings: Findings, name: str | Path, options: DetectionOptions) -> Findings:
+def _fitting_findings(plan: Plan, findings: Findings, options: DetectionOptions) -> Findings:
     """Check that findings are on the matrices of a plan; those on a model in memory get the names of the base's files."""
+    name = findings.name
     if findings.base.get("in_memory"):
-        findings = matched_findings(plan, findings, str(name))
+        findings = matched_findings(plan, findings, name)
     findings.check_matches(plan.base_identity, plan.adapter_identity, options)
     shapes = {m.tensor: m.shape for m in findings}
     missing = [t.tensor for t in plan.targets if shapes.get(t.tensor) != t.module.shape]

@@ -98,9 +98,8 @@ def findings_for(live: LivePlan, findings: Findings | str | Path | None, options
     """
     if findings is None:
         return detect_live(live, options, device, monitor)
-    where = "findings" if isinstance(findings, Findings) else str(findings)
     loaded = findings if isinstance(findings, Findings) else load_findings(findings)
-    matched = matched_findings(live.plan, loaded, where)
+    matched = matched_findings(live.plan, loaded, loaded.name)
     live.release()
     matched.check_matches(live.plan.base_identity, live.plan.adapter_identity, options)
     return matched

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import helpers
 import pytest
 from command_line import run_cli
 from several import Several
@@ -19,7 +20,7 @@ from streamer.detection.device import choose_device
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.parts import Part
 from streamer.detection.run import detect_many
-from streamer.errors import MismatchError, MissingInputError, UsageError
+from streamer.errors import FormatError, MismatchError, MissingInputError, OutputExistsError, UsageError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
 
@@ -92,8 +93,8 @@ def test_several_adapters_on_workers(tmp_path: Path) -> None:
         assert findings.digest() == streamer.load_findings(path).digest()
 
 
-def in_part(bench: WorkerBench, out: Path, part: Part | None, **options: float) -> None:
-    run = RunOptions(choose_device("cpu"))
+def in_part(bench: WorkerBench, out: Path, part: Part | None, overwrite: bool = False, **options: float) -> None:
+    run = RunOptions(choose_device("cpu"), overwrite=overwrite)
     chosen = DetectionOptions(solver="certified", **options)
     with threads(1):
         detect_many(bench.base, named_adapters(bench.adapter), out, chosen, run, part)
@@ -116,6 +117,28 @@ def test_parts_are_joined_to_the_same_bytes(bench: WorkerBench, tmp_path: Path) 
     in_part(bench, out, None)
     assert out.read_bytes() == bench.alone
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
+
+
+def test_a_damaged_part_is_not_joined(bench: WorkerBench, tmp_path: Path) -> None:
+    """It is refused before any is joined, all parts stay, and the whole is that of whole parts."""
+    out, parts = tmp_path / "f.safetensors", [Part(number, 2) for number in (1, 2)]
+    for part in parts:
+        in_part(bench, out, part)
+    last = parts[1].path(out)
+    good = last.read_bytes()
+    last.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+    before = helpers.tree_digest(tmp_path)
+    with pytest.raises(
+        FormatError, match=rf"^{last}: is damaged, .*; run the same command with --part 2/2 --overwrite"
+    ):
+        in_part(bench, out, None)
+    assert helpers.tree_digest(tmp_path) == before
+    with pytest.raises(OutputExistsError, match=r"holds findings that cannot be read; .* pass --overwrite"):
+        in_part(bench, out, parts[1])
+    in_part(bench, out, parts[1], overwrite=True)
+    in_part(bench, out, None)
+    assert out.read_bytes() == bench.alone
+    assert helpers.names(tmp_path) == [out.name]
 
 
 def test_more_parts_than_matrices_are_refused(bench: WorkerBench, tmp_path: Path) -> None:

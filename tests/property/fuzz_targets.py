@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fuzz_inputs import CPU, NAMES, Target, Trouble, adapter, config, header, index, quantized, small_job
-from helpers import tree_digest
+from helpers import sealed, tree_digest
 from mutate import journal_bytes, mutate_journal, mutate_json, mutate_safetensors, records_of
 
 from streamer.cli.tables import findings_table
@@ -61,7 +61,7 @@ def findings(home: Path) -> Target:
     detect_file(plan, path, DetectionOptions(0.1, 0.9, "dense"), Monitor())
 
     def run(data: bytes) -> None:
-        path.write_bytes(data)
+        path.write_bytes(sealed(data))
         found = load_findings(path)
         findings_table(found)
         json.dumps(found.record())

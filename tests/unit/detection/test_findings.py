@@ -162,6 +162,7 @@ def tamper(path: Path, home: Path, change: Callable[[dict, dict[str, torch.Tenso
     change(tree, tensors)
     out = home / "tampered.safetensors"
     save_file(tensors, out, metadata={**metadata, "findings": json.dumps(tree)})
+    out.write_bytes(helpers.sealed(out.read_bytes()))
     return out
 
 
@@ -186,6 +187,19 @@ TAMPERED: dict[str, tuple[Callable[[dict, dict[str, torch.Tensor]], object], str
         f"{Q}/base_singular_values: expected shape",
     ),
     "another dtype": (lambda _, a: a.update({f"{Q}/U": a[f"{Q}/U"].half()}), "F16"),
+    "ranks that repeat": (
+        lambda _, a: a.update(
+            {
+                f"{Q}/{key}": torch.cat([a[f"{Q}/{key}"]] * 2, -1 if key == "U" else 0)
+                for key in ("U", "S", "Vh", "intruders")
+            }
+        ),
+        "intruders are no rising ranks below 6",
+    ),
+    "ranks that fall": (
+        lambda t, _: t["matrices"][0].update(degenerate=[2, 1]),
+        "degenerate are no rising ranks below 6",
+    ),
     "another matrix shape": (lambda t, _: t["matrices"][0].update(shape=[3, 3]), "expected shape"),
 }
 
@@ -200,6 +214,31 @@ def test_tampering_is_refused(made: tuple[Path, Path, Path, Findings], tmp_path:
     assert words in str(e.value)
     assert str(e.value).endswith("; run detect again")
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "where", ["U", "S", "Vh", "similarity", "base_singular_values", "intruders", "the JSON", "its digest"]
+)
+def test_a_flipped_bit_is_refused(made: tuple[Path, Path, Path, Findings], tmp_path: Path, where: str) -> None:
+    raw = bytearray(made[2].read_bytes())
+    n = 8 + int.from_bytes(raw[:8], "little")
+    places = {"the JSON": raw.index(b"delta_norm") + 15, "its digest": raw.index(b'"sha256":') + 12}
+    entry = json.loads(raw[8:n]).get(f"{Q}/{where}")
+    raw[places[where] if entry is None else n + entry["data_offsets"][0]] ^= 1
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(raw)
+    with pytest.raises(FormatError, match=rf"^{path}: .*; (copy it again, or )?run detect again$") as e:
+        load_findings(path)
+    assert len(str(e.value)) < 300
+
+
+def test_findings_without_a_digest_are_refused(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    with safe_open(made[2], "pt") as f:
+        metadata = {key: value for key, value in f.metadata().items() if key != "sha256"}
+    save_file(load_file(made[2]), path, metadata)
+    with pytest.raises(FormatError, match=r"expected a SHA-256 .*, as in findings of versions before 0.2; run detect"):
+        load_findings(path)
 
 
 def test_untampered_copies_are_read(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
