@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from streamer.adapters.adapter_config import AdapterConfig
-from streamer.adapters.config_rules import is_residual
+from streamer.adapters.config_rules import is_residual, unknown_keys
 from streamer.adapters.modules import Module
-from streamer.adapters.target_parameters import Wrapped
+from streamer.adapters.target_parameters import Wrapped, stored_layout
 from streamer.adapters.tensor_names import Carried
-from streamer.storage.identities import AdapterIdentity
+from streamer.storage.identities import AdapterIdentity, StatedIdentity
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.base import StoredTensor
 
@@ -111,8 +111,16 @@ class PeftAdapter(DeltaSource):
             "modules": len(self.modules),
             "base_model_name_or_path": self.config.base_model,
         }
-        # Of a residual base, as the user has stated.
-        return {"base_is_residual": True, **identity} if is_residual(self.config) else identity
+        return {**self._stated(), **identity}
+
+    def _stated(self) -> StatedIdentity:
+        """Return what the user has stated of this adapter, if its files need it to be read."""
+        stated: StatedIdentity = {"base_is_residual": True} if is_residual(self.config) else {}
+        if self.wrapped and (layout := self.config.stated.lora_b_layout) and stored_layout(self.config) is None:
+            stated["lora_b_layout"] = layout
+        if ignored := [key for key in unknown_keys(self.config) if key in self.config.stated.ignore_keys]:
+            stated["ignored_keys"] = ignored
+        return stated
 
     def trains(self, module: str) -> bool:
         """Apply PEFT's rule: a module whose path ends in an entry of ``modules_to_save``, and what is below it, is trained."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamer.adapters.rank_patterns import first_match
+from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.errors import FormatError, InputError, MismatchError, MissingInputError, UnsupportedError
 from streamer.storage.checkpoint import read_json_object
 from streamer.units import listed
@@ -19,10 +20,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The values of an ``adapter_config.json``, and its path, for messages."""
+    """The values of an ``adapter_config.json``, its path for messages, and what the user states besides."""
 
     values: Mapping[str, Any]
     path: Path
+    stated: Stated = NOTHING_STATED
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a key's value, or the default where it is not stated."""
@@ -103,7 +105,7 @@ class AdapterConfig:
         return scaling
 
 
-def read_adapter_config(path: Path) -> AdapterConfig:
+def read_adapter_config(path: Path, stated: Stated) -> AdapterConfig:
     """Read the config of an adapter's directory.
 
     Raises
@@ -128,4 +130,4 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         raise MissingInputError(
             f"{path}: expected {WEIGHTS_NAME}, found none; finish the download", path / WEIGHTS_NAME
         )
-    return AdapterConfig(read_json_object(path / CONFIG_NAME), path / CONFIG_NAME)
+    return AdapterConfig(read_json_object(path / CONFIG_NAME), path / CONFIG_NAME, stated)

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.config_keys import KNOWN_KEYS
 from streamer.adapters.peft_methods import METHODS
-from streamer.units import quoted
+from streamer.adapters.target_parameters import layout_refusals
+from streamer.units import listed, quoted
 
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "default", "true", "false"}
@@ -65,15 +66,6 @@ CONFIG_RULES: tuple[ConfigRule, ...] = (
     ConfigRule("megatron_config", bool, "Megatron LoRA", "its tensors are split over ranks; convert it to plain PEFT first"),
 )  # fmt: skip
 
-# Keys that PEFT writes and that do not change what the tensors mean: where the adapter was put, how it was trained.
-_HARMLESS = frozenset({
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
-    "trainable_token_indices", "use_dora", "use_rslora",
-})  # fmt: skip
-
 NEVER_MERGED = frozenset({
     "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING",
     "SHADOW", "XLORA",
@@ -97,20 +89,31 @@ def peft_merges(config: AdapterConfig) -> bool:
     )
 
 
-def config_refusals(config: AdapterConfig, base_is_residual: bool = False) -> list[str]:
+def config_refusals(config: AdapterConfig) -> list[str]:
     """Return the reasons to refuse an adapter with this config, one phrase each; empty if it is handled."""
     peft_type = config.peft_type
     if isinstance(peft_type, str) and (method := METHODS.get(peft_type)) is not None:
-        known = method.options
         reasons = [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
     elif peft_type == "LORA":
-        known = _HARMLESS | {rule.key for rule in CONFIG_RULES}
-        rules = [rule for rule in CONFIG_RULES if not (rule.residual and base_is_residual)]
+        rules = [rule for rule in CONFIG_RULES if not (rule.residual and config.stated.base_is_residual)]
         reasons = [f"{rule.kind}: {rule.reason}" for rule in rules if rule.refuses(config.get(rule.key))]
+        reasons += layout_refusals(config)
     else:
         return [f"{peft_type} adapter: its change of the weights is not known here"]
-    for key, value in config.values.items():
-        # A later PEFT may know variants that we do not: one that is switched on is refused, anything else is ignored.
-        if value and key not in known and re.search(r"^use_|_config$|^is_|^layer_replication$", key):
-            reasons.append(f"unknown variant {key}={quoted(value)}: it may change what the tensors mean")
+    if unknown := [key for key in unknown_keys(config) if key not in config.stated.ignore_keys]:
+        what = listed(f"{quoted(key, 30)} ({quoted(config.values[key], 30)})" for key in unknown)
+        reasons.append(
+            f"unknown {'keys' if len(unknown) > 1 else 'key'} {what}, which may change the delta; pass --ignore-key KEY if KEY does not"
+        )
     return reasons
+
+
+def unknown_keys(config: AdapterConfig) -> list[str]:
+    """List the keys of a config that are not known and not empty, whether the user ignores them or not."""
+    ruled = {rule.key for rule in CONFIG_RULES} if config.peft_type == "LORA" else set()
+    known = KNOWN_KEYS.get(config.peft_type, {}).keys() | ruled
+    return [key for key, value in config.values.items() if key not in known and not _empty(value)]
+
+
+def _empty(value: object) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)

@@ -117,6 +117,8 @@ class LoraModule(Module):
         The kernel's dimensions.
     expert
         Index and number of experts, where a and b hold the factors of all of them (see `target_parameters`).
+    grouped
+        Whether their columns of b stand expert by expert.
     delta_transposed
         Δ is the transpose, ``scaling · (B @ A)ᵀ``.
     """
@@ -130,6 +132,7 @@ class LoraModule(Module):
     form: str = "linear"
     kernel: Shape = ()
     expert: tuple[int, int] | None = None
+    grouped: bool = False
     delta_transposed: bool = False
 
     low_rank = True
@@ -155,7 +158,14 @@ class LoraModule(Module):
         if self.expert is None:
             return (), ()
         e, experts = self.expert
-        return (slice(e * self.rank, (e + 1) * self.rank),), (slice(None), slice(e, None, experts))
+        own = slice(e * self.rank, (e + 1) * self.rank)
+        return (own,), (slice(None), own if self.grouped else slice(e, None, experts))
+
+    def regrouped(self, b: Tensor) -> Tensor:
+        """Put the columns of a lora_B of all experts into PEFT's order, rank by rank, if they stand expert by expert."""
+        if self.expert is None or not self.grouped:
+            return b
+        return b.reshape(len(b), self.expert[1], self.rank).transpose(1, 2).reshape(b.shape)
 
     @property
     def weight(self) -> Shape:

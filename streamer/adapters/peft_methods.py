@@ -53,8 +53,6 @@ class PeftMethod:
         Roles of tensors that stand in the file once, for all modules.
     low_rank
         Whether the delta comes in factors.
-    options
-        Keys of its config that look like unknown variants, and are none.
     refuses
         Config → why it cannot be computed, or nothing.
     matrices
@@ -68,7 +66,6 @@ class PeftMethod:
     scaled: bool = False
     shared: frozenset[str] = frozenset()
     low_rank: bool = False
-    options: frozenset[str] = frozenset()
     refuses: Callable[[AdapterConfig], str] = lambda config: ""
     matrices: int = 3
 
@@ -283,15 +280,13 @@ def _fan_in_fan_out(config: AdapterConfig) -> str:
 
 
 METHODS: dict[str, PeftMethod] = {
-    "LOHA": PeftMethod("LoHa", r"hada_(?:w[12]_[ab]|t[12])", _loha_fits, _loha, scaled=True, matrices=4,
-                   options=frozenset({"use_effective_conv2d"})),
-    "LOKR": PeftMethod("LoKr", r"lokr_(?:w[12](?:_[ab])?|t2)", _lokr_fits, _lokr, scaled=True, options=frozenset({"use_effective_conv2d"})),
+    "LOHA": PeftMethod("LoHa", r"hada_(?:w[12]_[ab]|t[12])", _loha_fits, _loha, scaled=True, matrices=4),
+    "LOKR": PeftMethod("LoKr", r"lokr_(?:w[12](?:_[ab])?|t2)", _lokr_fits, _lokr, scaled=True),
     "ADALORA": PeftMethod("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True,
                       refuses=lambda config: _no_number(config, "lora_alpha", "init_r")),
     "VERA": PeftMethod("VeRA", r"vera_lambda_[bd]", _vera_fits, _vera, shared=frozenset({"vera_A", "vera_B"}), low_rank=True,
                    refuses=_vera_refuses),
-    "OFT": PeftMethod("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft, options=frozenset({"use_cayley_neumann"}),
-                  refuses=_oft_refuses),
+    "OFT": PeftMethod("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft, refuses=_oft_refuses),
     "BOFT": PeftMethod("BOFT", r"boft_[Rs]", _boft_fits, _boft,
                    refuses=lambda config: _boft_refuses(config) or _fan_in_fan_out(config)),
     "FULL": PeftMethod("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full, matrices=2),

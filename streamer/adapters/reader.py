@@ -14,6 +14,7 @@ from streamer.adapters.config_rules import config_refusals, peft_merges
 from streamer.adapters.modules import DoraModule, LoraModule, MethodModule, Module
 from streamer.adapters.other_formats import refuse_other_formats
 from streamer.adapters.peft_methods import METHODS, PeftMethod
+from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.adapters.target_parameters import find_wrapped, targeted_parameters
 from streamer.adapters.tensor_names import FACTORS, Carried, carried_tensor, classify, normalize
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
@@ -30,13 +31,13 @@ UNMERGED = "PEFT does not merge it either: use it as it is"
 """Next step for kinds that no merge takes."""
 
 
-def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool = False) -> PeftAdapter:
+def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED) -> PeftAdapter:
     """Open a PEFT adapter's folder and account for every tensor in it.
 
     Parameters
     ----------
-    base_is_residual
-        The base that it is used with is the residual that it was trained on.
+    stated
+        Facts of it that the user states.
 
     Raises
     ------
@@ -52,14 +53,14 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", base_is_residual: bool =
         raise InputError(f"{path}: expected the adapter's directory, found a file; name the one with {CONFIG_NAME}")
     if not path.is_dir():
         raise absent(path, "adapter")
-    config = read_adapter_config(path)
-    refuse_kinds(config, base_is_residual)
+    config = read_adapter_config(path, stated)
+    refuse_kinds(config)
     return sorted_adapter(path, config, TensorFile(path / WEIGHTS_NAME, io))
 
 
-def refuse_kinds(config: AdapterConfig, base_is_residual: bool) -> None:
+def refuse_kinds(config: AdapterConfig) -> None:
     """Raise `UnsupportedError` if the config says that the adapter is of a kind that is not handled; all reasons are named."""
-    refusals = config_refusals(config, base_is_residual)
+    refusals = config_refusals(config)
     if refusals:
         instead = INSTEAD if peft_merges(config) else UNMERGED
         raise UnsupportedError(f"{config.path}: refused: {listed(refusals, separator='; ')}; {instead}")

@@ -2,16 +2,26 @@
 
 PEFT wraps the module once for each parameter, the one registered first innermost. The wrappers' factors stand under the module's
 name, the inner ones under ``base_layer`` once or more; which parameter each is of is not stored. lora_A is (E·r, in), its row
-e·r + k expert e's k-th; lora_B is (out, r·E), its column k·E + e expert e's k-th.
+e·r + k expert e's k-th; lora_B is (out, r·E), its column k·E + e expert e's k-th. Unsloth, until September 2026, stored that column as
+e·r + k: the shapes and norms are the same, so only the config or the user can tell.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
 
 from streamer.adapters.adapter_config import AdapterConfig
-from streamer.units import listed
+from streamer.adapters.config_keys import LAYOUT_DETAILS, LAYOUT_KEY
+from streamer.adapters.stated import LoraBLayout
+from streamer.errors import UnsupportedError
+from streamer.units import listed, quoted
+
+_LAYOUTS = get_args(LoraBLayout)
 
 INNER = ".base_layer"
 
@@ -94,3 +104,77 @@ def _names(target: str, module: str) -> bool:
     """Say whether an entry of target_parameters is a parameter of this module, by PEFT's rule."""
     name = f"{module}.{target.rpartition('.')[2]}"
     return name == target or name.endswith("." + target)
+
+
+def layout_refusals(config: AdapterConfig) -> list[str]:
+    """Return the reason to refuse what a config says of the order of lora_B's columns, if there is one."""
+    rows, columns = _layouts(config)
+    expected = f"expected {' or '.join(_LAYOUTS)}"
+    if rows - {"grouped_by_expert"}:
+        return [f"lora_A_layout is {listed(sorted(rows))}, expected grouped_by_expert"]
+    if len(columns) > 1 or columns - {*_LAYOUTS}:
+        return [f"{LAYOUT_KEY} is {listed(sorted(columns))}, {expected} for all experts"]
+    if (stated := config.stated.lora_b_layout) is not None and columns - {stated}:
+        return [f"{LAYOUT_KEY} is {columns.pop()}, and --lora-b-layout says {stated}; leave that option out"]
+    return []
+
+
+def stored_layout(config: AdapterConfig) -> str | None:
+    """Return the order of lora_B's columns that a config states; None if it states none."""
+    return next(iter(_layouts(config)[1]), None)
+
+
+def without_layout(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without the keys that state the order of lora_B's columns."""
+    return {key: value for key, value in config.items() if key not in (LAYOUT_KEY, LAYOUT_DETAILS)}
+
+
+def is_grouped(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -> bool:
+    """Say whether the columns of an adapter's lora_B are grouped by expert.
+
+    Parameters
+    ----------
+    path
+        The adapter's directory.
+    metadata
+        That of its weights file.
+
+    Raises
+    ------
+    UnsupportedError
+        If Unsloth may have written the adapter, and neither its config nor the user states the order.
+    """
+    layout = stored_layout(config) or config.stated.lora_b_layout
+    # What streamer wrote is in PEFT's order, though its card still names what trained it.
+    if layout is None and "streamer" not in metadata and (where := _naming_unsloth(config, path, metadata)):
+        raise UnsupportedError(
+            f"{config.path}: refused: LoRA on stacked experts, whose {where} names Unsloth: until September 2026 it stored lora_B "
+            "grouped by expert; pass --lora-b-layout grouped_by_expert if this one was trained with it before, else rank_major"
+        )
+    return layout == "grouped_by_expert"
+
+
+def _naming_unsloth(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -> str:
+    """Return which file of an adapter names Unsloth; empty if none does."""
+    card = path / "README.md"
+    texts = {
+        "config": json.dumps(dict(config.values)),
+        "metadata": json.dumps(dict(metadata)),
+        "README.md": card.read_text(errors="replace") if card.is_file() else "",
+    }
+    return next((where for where, text in texts.items() if re.search("unsloth", text, re.IGNORECASE)), "")
+
+
+def _layouts(config: AdapterConfig) -> tuple[set[str], set[str]]:
+    """Collect all orders that a config states of the rows of lora_A, and of the columns of lora_B."""
+    details = config.get(LAYOUT_DETAILS)
+    details = details if isinstance(details, dict) else {}
+    parameters = details.get("parameters")
+    each = [one for one in parameters.values() if isinstance(one, dict)] if isinstance(parameters, dict) else []
+    rows = [one.get("lora_A_layout") for one in (details, *each)]
+    columns = [config.get(LAYOUT_KEY), *(one.get(LAYOUT_KEY) for one in (details, *each))]
+    return {_said(r) for r in rows if r is not None}, {_said(c) for c in columns if c is not None}
+
+
+def _said(layout: object) -> str:
+    return layout if isinstance(layout, str) and layout in _LAYOUTS else quoted(layout, 30)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack, overload
 
 from streamer.adapters.batch import named_adapters
+from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import Detecting, Several, detection_options, run_options
 from streamer.detection.base_index import BaseIndex
 from streamer.detection.findings import Findings
@@ -38,6 +40,8 @@ def detect_intruder_dimensions(
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    lora_b_layout: LoraBLayout | None = None,
+    ignore_keys: Sequence[str] = (),
     architecture: str | None = None,
     remote: RemoteMode | None = None,
     resume: bool = True,
@@ -80,6 +84,11 @@ def detect_intruder_dimensions(
     base_is_residual
         True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
         these kinds are refused without it.
+    lora_b_layout
+        Order of the columns of ``lora_B`` on stacked experts, where the adapter's config does not state it: ``rank_major``, PEFT's, or
+        ``grouped_by_expert``, Unsloth's until September 2026.
+    ignore_keys
+        Keys of ``adapter_config.json`` that are not known and have no effect, as you say: they are refused otherwise.
     architecture
         Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
         known; the output's record names it.
@@ -118,7 +127,16 @@ def detect_intruder_dimensions(
         inputs, `FileExistsError` for an output that may not be replaced.
     """
     options = detection_options(top_k, threshold_epsilon, solver, max_memory)
-    run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
+    run = run_options(
+        device,
+        io,
+        Stated(base_is_residual, lora_b_layout, ignore_keys),
+        architecture,
+        on_event,
+        resume,
+        overwrite,
+        monitor,
+    )
     if executor is not None:
         run = replace(run, workers=Workers.of(executor))
     if base_index is not None:

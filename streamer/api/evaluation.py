@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import detection_options, read_coefficients, run_options
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
@@ -44,6 +45,8 @@ def evaluate_variants(
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    lora_b_layout: LoraBLayout | None = None,
+    ignore_keys: Sequence[str] = (),
     architecture: str | None = None,
     remote: RemoteMode | None = None,
     resume: bool = True,
@@ -94,7 +97,7 @@ def evaluate_variants(
     max_memory
         Anonymous memory of the whole process, in bytes or as a size like ``"4G"``; it decides how many sequences and variants go
         together. None takes what 4,096 tokens, of all variants together, or one sequence need.
-    io, base_is_residual, architecture, remote
+    io, base_is_residual, lora_b_layout, ignore_keys, architecture, remote
         How tensors are read, what the base is, its class, and how inputs at addresses are read, as `detect_intruder_dimensions` has them.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
@@ -123,7 +126,16 @@ def evaluate_variants(
         tuple(methods), tuple(lambdas), scale, sequences, length, keep, projected, dtype, given, amplify
     )
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
-    run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
+    run = run_options(
+        device,
+        io,
+        Stated(base_is_residual, lora_b_layout, ignore_keys),
+        architecture,
+        on_event,
+        resume,
+        overwrite,
+        monitor,
+    )
     found = findings if findings is None or isinstance(findings, Findings) else Path(findings)
     texts = {"general": Path(general), "task": Path(task)}
     base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)

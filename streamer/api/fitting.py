@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 
+from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import read_path, read_size, run_options
 from streamer.evaluation.options import ProductDtype
 from streamer.events import Monitor, OnEvent
@@ -36,6 +37,8 @@ def fit_coefficients(
     max_memory: int | str | None = None,
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    lora_b_layout: LoraBLayout | None = None,
+    ignore_keys: Sequence[str] = (),
     architecture: str | None = None,
     remote: RemoteMode | None = None,
     resume: bool = True,
@@ -81,7 +84,7 @@ def fit_coefficients(
         As `evaluate_variants` has it.
     max_memory
         Anonymous memory of the whole process, in bytes or as a size like ``"4G"``; it decides how many sequences go together.
-    io, base_is_residual, architecture, remote
+    io, base_is_residual, lora_b_layout, ignore_keys, architecture, remote
         How tensors are read, what the base is, its class, and how inputs at addresses are read, as `detect_intruder_dimensions` has them.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
@@ -108,7 +111,16 @@ def fit_coefficients(
     several = keep if isinstance(keep, Iterable) and not isinstance(keep, str) else [keep]
     shares = tuple(float(one) if isinstance(one, Real) else one for one in several)
     options = FitOptions(shares, objective, grain, holdout, sequences, length, seed, steps, dtype)
-    run = run_options("cpu", io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
+    run = run_options(
+        "cpu",
+        io,
+        Stated(base_is_residual, lora_b_layout, ignore_keys),
+        architecture,
+        on_event,
+        resume,
+        overwrite,
+        monitor,
+    )
     texts = {"general": read_path("general", general), "task": read_path("task", task)}
     written = None if output is None else read_path("output", output)
     for name, given in (("base", base), ("adapter", adapter)):

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypedDict, get_args
 
+from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.detection.device import choose_device
 from streamer.detection.intruders import Selection
 from streamer.detection.options import DetectionOptions, RunOptions, check_size
@@ -34,6 +35,8 @@ class Running(TypedDict, total=False):
     device: str
     io: IOMode
     base_is_residual: bool
+    lora_b_layout: LoraBLayout | None
+    ignore_keys: Sequence[str]
     architecture: str | None
     remote: RemoteMode | None
     resume: bool
@@ -129,7 +132,7 @@ def read_size(max_memory: int | str | None) -> int | None:
         raise UsageError(f"max_memory: {e}") from None
 
 
-def run_options(device: str, io: IOMode, base_is_residual: bool, architecture: str | None, on_event: OnEvent | None,
+def run_options(device: str, io: IOMode, stated: Stated, architecture: str | None, on_event: OnEvent | None,
                 resume: bool = True, overwrite: bool = False, monitor: Monitor | None = None) -> RunOptions:  # fmt: skip
     """Make the options of a run; its warnings go through the `warnings` module where nothing takes events.
 
@@ -147,4 +150,4 @@ def run_options(device: str, io: IOMode, base_is_residual: bool, architecture: s
     if monitor is not None and not isinstance(monitor, Monitor):
         raise UsageError(f"monitor: expected a Monitor, found {monitor!r}")
     monitor = monitor or Monitor(on_event or warn)
-    return RunOptions(choose_device(device), io, base_is_residual, architecture, resume, overwrite, monitor)
+    return RunOptions(choose_device(device), io, stated, architecture, resume, overwrite, monitor)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack, overload
 
 from torch import Tensor
 
 from streamer.adapters.batch import named_adapters
+from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import Merging, Several, detection_options, mitigation_options, run_options
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
@@ -54,6 +55,8 @@ def merge_with_reduced_intruder_dimensions(
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    lora_b_layout: LoraBLayout | None = None,
+    ignore_keys: Sequence[str] = (),
     architecture: str | None = None,
     remote: RemoteMode | None = None,
     resume: bool = True,
@@ -120,6 +123,11 @@ def merge_with_reduced_intruder_dimensions(
     base_is_residual
         True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
         these kinds are refused without it.
+    lora_b_layout
+        Order of the columns of ``lora_B`` on stacked experts, where the adapter's config does not state it: ``rank_major``, PEFT's, or
+        ``grouped_by_expert``, Unsloth's until September 2026.
+    ignore_keys
+        Keys of ``adapter_config.json`` that are not known and have no effect, as you say: they are refused otherwise.
     architecture
         Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
         known; the output's record names it.
@@ -152,7 +160,16 @@ def merge_with_reduced_intruder_dimensions(
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize, model_card=model_card)
-    run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
+    run = run_options(
+        device,
+        io,
+        Stated(base_is_residual, lora_b_layout, ignore_keys),
+        architecture,
+        on_event,
+        resume,
+        overwrite,
+        monitor,
+    )
     inputs = Remote(remote, monitor=run.monitor)
     base = inputs.path(base)
     adapters = named_adapters(inputs.path(adapter) if isinstance(adapter, str | Path) else inputs.paths(adapter))
@@ -180,6 +197,8 @@ def iter_merged(
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    lora_b_layout: LoraBLayout | None = None,
+    ignore_keys: Sequence[str] = (),
     architecture: str | None = None,
     remote: RemoteMode | None = None,
     on_event: OnEvent | None = None,
@@ -235,6 +254,11 @@ def iter_merged(
     base_is_residual
         True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
         these kinds are refused without it.
+    lora_b_layout
+        Order of the columns of ``lora_B`` on stacked experts, where the adapter's config does not state it: ``rank_major``, PEFT's, or
+        ``grouped_by_expert``, Unsloth's until September 2026.
+    ignore_keys
+        Keys of ``adapter_config.json`` that are not known and have no effect, as you say: they are refused otherwise.
     architecture
         Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
         known; the output's record names it.
@@ -260,7 +284,7 @@ def iter_merged(
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize)
-    run = run_options(device, io, base_is_residual, architecture, on_event)
+    run = run_options(device, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, on_event)
     base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
     adapters = {"": Path(adapter)}
     (job,) = open_jobs(base, adapters, findings_by_name(findings, adapters), mitigation, detection, form, run)

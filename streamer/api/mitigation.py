@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import detection_options, mitigation_options, run_options
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
@@ -38,6 +40,8 @@ def reduce_intruder_dimension(
     device: str = "auto",
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    lora_b_layout: LoraBLayout | None = None,
+    ignore_keys: Sequence[str] = (),
     architecture: str | None = None,
     remote: RemoteMode | None = None,
     resume: bool = True,
@@ -102,6 +106,11 @@ def reduce_intruder_dimension(
     base_is_residual
         True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
         these kinds are refused without it.
+    lora_b_layout
+        Order of the columns of ``lora_B`` on stacked experts, where the adapter's config does not state it: ``rank_major``, PEFT's, or
+        ``grouped_by_expert``, Unsloth's until September 2026.
+    ignore_keys
+        Keys of ``adapter_config.json`` that are not known and have no effect, as you say: they are refused otherwise.
     architecture
         Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
         known; the output's record names it.
@@ -134,7 +143,16 @@ def reduce_intruder_dimension(
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=False, to_lora=to_lora, model_card=model_card)
-    run = run_options(device, io, base_is_residual, architecture, on_event, resume, overwrite, monitor)
+    run = run_options(
+        device,
+        io,
+        Stated(base_is_residual, lora_b_layout, ignore_keys),
+        architecture,
+        on_event,
+        resume,
+        overwrite,
+        monitor,
+    )
     base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
     adapters = {"": Path(adapter)}
     given = findings_by_name(findings, adapters)

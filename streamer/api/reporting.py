@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import read_coefficients
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_records import FindingsRecord
@@ -24,6 +26,8 @@ def report_coefficients(
     keep: float | None = None,
     io: IOMode = "mmap",
     base_is_residual: bool = False,
+    lora_b_layout: LoraBLayout | None = None,
+    ignore_keys: Sequence[str] = (),
     architecture: str | None = None,
     remote: RemoteMode | None = None,
     on_event: OnEvent | None = None,
@@ -43,7 +47,7 @@ def report_coefficients(
         Those that findings and coefficients are of.
     coefficients, keep
         From `fit_coefficients`, or the path of their file, and which set of them.
-    io, base_is_residual, architecture, remote
+    io, base_is_residual, lora_b_layout, ignore_keys, architecture, remote
         How tensors are read, what the base is, its class, and how inputs at addresses are read, as `detect_intruder_dimensions` has them.
     on_event
         Called with an `Event` for each warning.
@@ -64,6 +68,6 @@ def report_coefficients(
     found = findings if isinstance(findings, Findings) else load_findings(findings)
     chosen = read_coefficients(coefficients).select(keep)
     base, adapter = Remote(remote, monitor=monitor).pair(base, adapter)
-    plan = make_plan(base, adapter, io, base_is_residual, architecture)
+    plan = make_plan(base, adapter, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture)
     monitor.warn(plan.warnings)
     return with_means(found.record(), chosen, findings_means(plan, found, chosen))

@@ -16,6 +16,7 @@ from streamer.errors import OutputExistsError
 from streamer.events import Monitor
 
 if TYPE_CHECKING:
+    from streamer.adapters.stated import Stated
     from streamer.detection.findings import Findings
     from streamer.detection.options import DetectionOptions, RunOptions
     from streamer.output.output_spec import Writer
@@ -36,7 +37,7 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.weights.model_config import read_model_config
 
     if args.adapter is not None:
-        plan = make_plan(args.base, args.adapter, args.io, args.base_is_residual, args.architecture)
+        plan = make_plan(args.base, args.adapter, args.io, _stated(args), args.architecture)
         monitor.warn(plan.warnings)
         tree = inspect_json(plan, forecast_commands(plan, choose_device("auto"), monitor))
         return tree, inspect_table(tree, screen(args.all))
@@ -87,7 +88,7 @@ def _dry_detect(
     from streamer.plan.memory import resident_bytes
     from streamer.plan.plan import make_batch
 
-    batch = make_batch(args.base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
+    batch = make_batch(args.base, list(adapters.values()), run.io, run.stated, run.architecture)
     run.monitor.warn(batch.warnings)
     paths, resident = [findings_of(args.output, name) for name in adapters], resident_bytes(batch)
     if run.workers is not None:
@@ -241,7 +242,13 @@ def _run_options(args: argparse.Namespace, monitor: Monitor) -> RunOptions:
     from streamer.detection.options import RunOptions
 
     device, resume = choose_device(args.device), not args.no_resume
-    return RunOptions(device, args.io, args.base_is_residual, args.architecture, resume, args.overwrite, monitor)
+    return RunOptions(device, args.io, _stated(args), args.architecture, resume, args.overwrite, monitor)
+
+
+def _stated(args: argparse.Namespace) -> Stated:
+    from streamer.adapters.stated import Stated
+
+    return Stated(args.base_is_residual, args.lora_b_layout, args.ignore_keys or ())
 
 
 def _adapters(args: argparse.Namespace) -> str | list[str]:

@@ -144,6 +144,11 @@ def build_parser() -> Parser:
                         "(if not given, cache from the hub, else stream)")  # fmt: skip
     g.add_argument("--base-is-residual", action="store_true",
                    help="BASE is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model, on which ADAPTER was trained")  # fmt: skip
+    g.add_argument("--lora-b-layout", choices=["rank_major", "grouped_by_expert"],
+                   help="order of lora_B's columns on stacked experts, where ADAPTER does not state it: rank_major is PEFT's, "
+                        "grouped_by_expert was Unsloth's until September 2026")  # fmt: skip
+    g.add_argument("--ignore-key", dest="ignore_keys", action="append", metavar="KEY",
+                   help="read ADAPTER although its config has KEY, which is not known and refused otherwise; can be repeated")  # fmt: skip
     g.add_argument("--architecture", metavar="NAME",
                    help="class of BASE in transformers, like GPT2LMHeadModel, where its config.json does not tell: it is asked for by "
                         "a message that names this option")  # fmt: skip

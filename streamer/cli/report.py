@@ -50,7 +50,8 @@ def _with_coefficients(args: argparse.Namespace, monitor: Monitor, screen: Scree
         )
     findings = load_findings(args.findings)
     record = report_coefficients(findings, args.base, args.adapter, args.coefficients, keep=args.keep, io=args.io,
-                                 base_is_residual=args.base_is_residual, architecture=args.architecture, monitor=monitor)  # fmt: skip
+                                 base_is_residual=args.base_is_residual, lora_b_layout=args.lora_b_layout,
+                                 ignore_keys=args.ignore_keys or (), architecture=args.architecture, monitor=monitor)  # fmt: skip
     return {**record}, findings_table(findings, screen, record=record)
 
 

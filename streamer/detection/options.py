@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.detection.findings_records import OptionsRecord
 from streamer.detection.solvers import SOLVERS
 from streamer.errors import UsageError
@@ -86,8 +87,8 @@ class RunOptions:
         That detection computes on.
     io
         How tensors are read.
-    base_is_residual
-        Whether the base is what an initialisation such as PiSSA's left of the model.
+    stated
+        Facts that the user states of the adapters.
     architecture
         The base's class, where its config does not tell.
     resume
@@ -104,7 +105,7 @@ class RunOptions:
 
     device: torch.device
     io: IOMode = "mmap"
-    base_is_residual: bool = False
+    stated: Stated = NOTHING_STATED
     architecture: str | None = None
     resume: bool = True
     overwrite: bool = False

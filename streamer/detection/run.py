@@ -93,7 +93,7 @@ def detect_many(base: str | Path, adapters: Mapping[str, Path], output: str | Pa
     dict
         Findings by the adapters' names.
     """
-    batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
+    batch = make_batch(base, list(adapters.values()), run.io, run.stated, run.architecture)
     run.monitor.warn(batch.warnings)
     resident = resident_bytes(batch)
     if run.workers is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from streamer import __version__
+from streamer.adapters.stated import Stated
 from streamer.detection.base_index import BaseIndex
 from streamer.detection.device import choose_device
 from streamer.detection.matrices import detect_in_turn
@@ -39,7 +40,7 @@ class Inputs:
     ----------
     base, adapters
         Paths, absolute.
-    io, base_is_residual, architecture
+    io, stated, architecture
         As in `RunOptions`.
     identities
         Those of the base and of each adapter, as JSON.
@@ -50,7 +51,7 @@ class Inputs:
     base: str
     adapters: tuple[str, ...]
     io: IOMode
-    base_is_residual: bool
+    stated: Stated
     architecture: str | None
     identities: tuple[str, ...]
     version: str = __version__
@@ -59,7 +60,7 @@ class Inputs:
     def of(cls, batch: Batch, run: RunOptions) -> Inputs:
         """State those of a batch."""
         paths = [os.path.abspath(plan.adapter.path) for plan in batch.plans]
-        return cls(os.path.abspath(batch.base.path), tuple(paths), run.io, run.base_is_residual, run.architecture,
+        return cls(os.path.abspath(batch.base.path), tuple(paths), run.io, run.stated, run.architecture,
                    _identities(batch))  # fmt: skip
 
     def open(self) -> Batch:
@@ -75,7 +76,7 @@ class Inputs:
                 f"{worker_name()}: has version {__version__}, expected {self.version} as where the run was started; install that"
             )
         try:
-            batch = make_batch(self.base, self.adapters, self.io, self.base_is_residual, self.architecture)
+            batch = make_batch(self.base, self.adapters, self.io, self.stated, self.architecture)
         except (InputError, StorageError) as e:
             raise MismatchError(f"{worker_name()}: {e} (where the run was started it opens)") from e
         paths = (self.base, *self.adapters)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from streamer.adapters.stated import stated_options
 from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, UnknownNameError
 from streamer.evaluation.statistics import SequenceSums, flat
@@ -196,7 +197,7 @@ class Evaluation:
 
 def input_options(facts: Mapping[str, Any]) -> list[str]:
     """List the options by which a command takes the inputs as those facts were made of them: as a residual, and of what class."""
-    words = ["--base-is-residual"] if facts["adapter"].get("base_is_residual") else []
+    words = stated_options(facts["adapter"])
     return words + (["--architecture", facts["base"]["architecture"]] if "architecture" in facts["base"] else [])
 
 

@@ -207,7 +207,7 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
         Paths of the ``general`` and the ``task`` text.
     """
     require_transformers()
-    plan = make_plan(base, adapter, run.io, run.base_is_residual, run.architecture)
+    plan = make_plan(base, adapter, run.io, run.stated, run.architecture)
     run.monitor.warn(plan.warnings)
     refuse_new_tokens(plan)
     variants = Variant(BASE, None), Variant("fitted", MitigationOptions(1.0, "shrink"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from streamer.adapters.target_parameters import without_layout
 from streamer.errors import UnsupportedError
 from streamer.output.job import Job
 from streamer.output.memory import mitigation_bytes
@@ -39,6 +41,9 @@ class AdapterWriter(Writer):
             )
         shard = like(WEIGHTS_NAME, plan.adapter.file.header, job.stamp("mitigate"))
         config = (plan.adapter.path / CONFIG_NAME).read_bytes()
+        values = plan.adapter.config.values
+        if (plain := without_layout(values)) != values:  # factors are written in PEFT's order
+            config = json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
         self.spec = adapter_spec(job, path, shard, config, plan.adapter.path)
         self._factors = MitigatedFactors(job)
         self._ready: dict[str, Tensor] = {}

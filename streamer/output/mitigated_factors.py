@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -47,12 +47,15 @@ class MitigatedFactors:
         """
         new = [(target.module.factors, self._factors(target, metrics)) for target in targets]
         module, factors = new[0]
-        if module is None or module.expert is None or not any(t.numel() for _, f in new for t in f.values()):
+        if module is None or module.expert is None:
             return factors
-        whole = {name: self.job.plan.adapter.tensors[name].whole().clone() for name in module.tensor_names}
+        if not (module.grouped or any(t.numel() for _, f in new for t in f.values())):
+            return factors
+        a, b = (self.job.plan.adapter.tensors[name].whole() for name in module.tensor_names)
+        whole = {module.a: a.clone(), module.b: module.regrouped(b).clone()}
         for expert, factors in new:
             assert expert is not None
-            for name, rows in zip(expert.tensor_names, expert.expert_slices, strict=True):
+            for name, rows in zip(expert.tensor_names, replace(expert, grouped=False).expert_slices, strict=True):
                 if factors[name].numel():
                     whole[name][rows] = factors[name]
         return whole

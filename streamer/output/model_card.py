@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamer.adapters.stated import stated_options
 from streamer.output.records import MitigatedMatrix, Record, Totals
 from streamer.plan.sources import Source
 
@@ -271,9 +272,7 @@ def command_line(record: Record) -> str:
         words.append("--amplify")
     if record["dequantize"]:
         words.append("--dequantize")
-    if record["adapter"].get("base_is_residual"):
-        words.append("--base-is-residual")
-    return shlex.join(words)
+    return shlex.join(words + stated_options(record["adapter"]))
 
 
 def longest_matrices(matrices: int) -> list[MitigatedMatrix]:

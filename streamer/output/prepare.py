@@ -93,7 +93,7 @@ def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence
             f"{mitigation.coefficients.name}: coefficients belong to one adapter, found {len(adapters)}: {listed(adapters)}; merge them "
             "one at a time, each with its own"
         )
-    batch = make_batch(base, list(adapters.values()), run.io, run.base_is_residual, run.architecture)
+    batch = make_batch(base, list(adapters.values()), run.io, run.stated, run.architecture)
     fitting = []
     for plan, found in zip(batch.plans, loaded, strict=True):
         fitting.append(None if found is None else _fitting_findings(plan, found, detection))

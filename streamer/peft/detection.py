@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from streamer.adapters.stated import NOTHING_STATED
 from streamer.api.keywords import detection_options, run_options
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_size import findings_head
@@ -28,6 +30,7 @@ def detect_intruder_dimensions(
     *,
     solver: str = "auto",
     device: str = "auto",
+    ignore_keys: Sequence[str] = (),
     on_event: OnEvent | None = None,
 ) -> Findings:
     """Find the intruder dimensions of every matrix that an adapter of a live model changes; the model stays as it is.
@@ -48,6 +51,8 @@ def detect_intruder_dimensions(
         ``certified``, ``dense`` or ``auto``, as `streamer.detect_intruder_dimensions` has them.
     device
         That is computed on, wherever the model is: ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
+    ignore_keys
+        Keys of the adapter's config that are not known, as those of a later PEFT, and have no effect, as you say.
     on_event
         Called with an `Event` at each step, warnings included. Without it warnings go through the `warnings` module.
 
@@ -64,8 +69,8 @@ def detect_intruder_dimensions(
     StreamerError
         Of the class that says what kind of fault it is (see `streamer.errors`).
     """
-    run = run_options(device, "mmap", True, None, on_event)
-    live = plan_live(peft_model, adapter_name)
+    run = run_options(device, "mmap", NOTHING_STATED, None, on_event)
+    live = plan_live(peft_model, adapter_name, ignore_keys)
     run.monitor.warn(live.plan.warnings)
     return named_as_files(
         live, detect_live(live, detection_options(top_k, threshold_epsilon, solver, None), run.device, run.monitor)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from streamer.adapters.stated import NOTHING_STATED
 from streamer.api.keywords import detection_options, mitigation_options, run_options
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
@@ -43,6 +44,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     amplify: bool = False,
     solver: str = "auto",
     device: str = "auto",
+    ignore_keys: Sequence[str] = (),
     on_event: OnEvent | None = None,
 ) -> nn.Module:
     """Merge an adapter, its intruders scaled by `mitigation_lambda`, into the base, and return the base without PEFT.
@@ -72,6 +74,8 @@ def merge_and_unload_with_reduced_intruder_dimensions(
         As `streamer.merge_with_reduced_intruder_dimensions` has them.
     solver, device
         As `detect_intruder_dimensions` has them.
+    ignore_keys
+        Keys of the adapter's config that are not known, as those of a later PEFT, and have no effect, as you say.
     on_event
         Called with an `Event` at each step, warnings included. Without it warnings go through the `warnings` module.
 
@@ -91,8 +95,8 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     """
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, None)
-    run = run_options(device, "mmap", True, None, on_event)
-    live = plan_live(peft_model, adapter_name)
+    run = run_options(device, "mmap", NOTHING_STATED, None, on_event)
+    live = plan_live(peft_model, adapter_name, ignore_keys)
     outputs = _checked(live, list(_changed(live)))
     job, _ = live_job(live, mitigation, detection, findings, run.device, run.monitor)
     # Once before the first is changed: coefficients of other values, or a sum that overflows, are refused here.

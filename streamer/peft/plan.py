@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import nn
 from streamer.adapters.adapter import DeltaSource, PeftAdapter
 from streamer.adapters.modules import MethodModule
 from streamer.adapters.reader import refuse_kinds, sorted_adapter
+from streamer.adapters.stated import Stated
 from streamer.errors import StreamerError, UnsupportedError
 from streamer.peft.model import LiveModel, layer_of, model_config, open_model, path_in_base
 from streamer.peft.tensors import LiveFile, LiveTensor
@@ -109,7 +110,7 @@ class LivePlan:
             file.release()
 
 
-def plan_live(peft_model: nn.Module, adapter_name: str) -> LivePlan:
+def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[str]) -> LivePlan:
     """Match an adapter of a live model with the model's matrices.
 
     The base in memory is what the adapter is added to, so that an adapter that was made relative to a residual, as PiSSA's, finds it there.
@@ -120,8 +121,9 @@ def plan_live(peft_model: nn.Module, adapter_name: str) -> LivePlan:
         What files of that kind are refused for as well, or because of the model's state.
     """
     live = open_model(peft_model, adapter_name)
-    config = live.adapter_config()
-    refuse_kinds(config, base_is_residual=True)
+    # PEFT's layers compute in PEFT's order, whatever trained the adapter.
+    config = replace(live.adapter_config(), stated=Stated(True, "rank_major", ignore_keys))
+    refuse_kinds(config)
     adapter_file = LiveFile(live.adapter_title, live.adapter_tensors())
     found = sorted_adapter(Path(live.adapter_title), config, adapter_file)
     adapter = LiveAdapter(found.path, found.config, found.files, found.modules, found.carried, found.wrapped)

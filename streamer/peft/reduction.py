@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from streamer.adapters.stated import NOTHING_STATED
 from streamer.api.keywords import detection_options, mitigation_options, run_options
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
@@ -45,6 +46,7 @@ def reduce_intruder_dimension(
     amplify: bool = False,
     solver: str = "auto",
     device: str = "auto",
+    ignore_keys: Sequence[str] = (),
     on_event: OnEvent | None = None,
 ) -> Findings | None:
     """Add an adapter whose delta has its intruders scaled by `mitigation_lambda`, and make it the active one.
@@ -78,6 +80,8 @@ def reduce_intruder_dimension(
         As `streamer.reduce_intruder_dimension` has them.
     solver, device
         As `detect_intruder_dimensions` has them.
+    ignore_keys
+        Keys of the adapter's config that are not known, as those of a later PEFT, and have no effect, as you say.
     on_event
         Called with an `Event` at each step, warnings included. Without it warnings go through the `warnings` module.
 
@@ -97,8 +101,8 @@ def reduce_intruder_dimension(
     """
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, None)
-    run = run_options(device, "mmap", True, None, on_event)
-    live = plan_live(peft_model, old_adapter_name)
+    run = run_options(device, "mmap", NOTHING_STATED, None, on_event)
+    live = plan_live(peft_model, old_adapter_name, ignore_keys)
     if new_adapter_name in live.live.configs:
         raise UsageError(
             f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or delete_adapter it"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.modules import LoraModule
-from streamer.adapters.target_parameters import Wrapped
+from streamer.adapters.target_parameters import Wrapped, is_grouped
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.architectures import Architecture
 from streamer.plan.name_matching import Match
@@ -265,6 +265,8 @@ def _targets(
     experts = len(stack.experts)
     rank = adapter.file.header.by_name[a].shape[0] // experts
     scaling = adapter.config.lora_scaling(name, rank)
+    # With one expert, or of rank 1, both orders are the same.
+    grouped = min(experts, rank) > 1 and is_grouped(adapter.config, adapter.path, adapter.file.header.metadata)
     return [
         Target(
             f"{stack.name}[{e}]",
@@ -277,6 +279,7 @@ def _targets(
                 stack.shape,
                 "expert",
                 expert=(e, experts),
+                grouped=grouped,
                 delta_transposed=delta_transposed,
             ),
             stack.transposed,

@@ -19,6 +19,7 @@ from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.finetuned import FinetunedModel, is_model, open_finetuned
 from streamer.adapters.modules import Module
 from streamer.adapters.reader import open_adapter
+from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.operators import Delta, all_finite
 from streamer.plan import tied_embeddings as tied
@@ -187,13 +188,13 @@ class Plan:
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", base_is_residual: bool = False,
+def make_plan(base: str | Path, adapter: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
               architecture: str | None = None) -> Plan:  # fmt: skip
     """Open and match a base and an adapter; see `make_batch`."""
-    return make_batch(base, [adapter], io, base_is_residual, architecture).plans[0]
+    return make_batch(base, [adapter], io, stated, architecture).plans[0]
 
 
-def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", base_is_residual: bool = False,
+def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
                architecture: str | None = None) -> Batch:  # fmt: skip
     """Open a base, once, and match each adapter with it.
 
@@ -211,7 +212,7 @@ def make_batch(base: str | Path, adapters: Sequence[str | Path], io: IOMode = "m
     """
     given = [Path(adapter) for adapter in adapters]
     # What is wrong with an adapter is said before what is wrong with the base.
-    opened = [None if is_model(path) else open_adapter(path, io, base_is_residual) for path in given]
+    opened = [None if is_model(path) else open_adapter(path, io, stated) for path in given]
     checkpoint = open_checkpoint(base, io)
     config = with_architecture(read_model_config(checkpoint.directory), architecture)
     weights, inputs = open_weights(checkpoint, config), (checkpoint.path, *given)

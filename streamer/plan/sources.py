@@ -48,6 +48,8 @@ class Source(TypedDict, total=False):
     modules: int
     base_model_name_or_path: str
     base_is_residual: bool
+    lora_b_layout: str
+    ignored_keys: list[str]
     architecture: str
 
 

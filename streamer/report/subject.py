@@ -17,7 +17,8 @@ from streamer.verification.record import RECORD_NAME, read_record
 
 SCHEMA = "streamer.report/1"
 
-IDENTIFYING = ("architecture", "files", "weights_sha256", "config_sha256", "base_is_residual")
+IDENTIFYING = ("architecture", "files", "weights_sha256", "config_sha256", "base_is_residual", "lora_b_layout",
+               "ignored_keys")  # fmt: skip
 """Keys of a base's or adapter's identity that tell it from another; both files have them."""
 
 

@@ -26,10 +26,16 @@ class BaseIdentity(TypedDict):
     files: list[FileIdentity]
 
 
-class AdapterIdentity(TypedDict):
-    """Identity of an adapter: SHA-256 (hex) of its weights and config; of a fine-tuned model those of its files."""
+class StatedIdentity(TypedDict):
+    """What the user has stated of an adapter, where its files leave it open: see `streamer.adapters.stated`."""
 
     base_is_residual: NotRequired[bool]
+    lora_b_layout: NotRequired[str]
+    ignored_keys: NotRequired[list[str]]
+
+
+class AdapterIdentity(StatedIdentity):
+    """Identity of an adapter: SHA-256 (hex) of its weights and config; of a fine-tuned model those of its files."""
 
     modules: int
     weights_sha256: NotRequired[str]

@@ -159,4 +159,4 @@ def test_all_reasons_are_told_at_once(llama_base: Path, tmp_path: Path) -> None:
     tree = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(tree | {"use_hyper": True, "init_lora_weights": "magic"}))
     refuse_everywhere(llama_base, adapter, tmp_path, 3, "QALoRA", "unknown initialisation",
-                      "unknown variant use_hyper=True: it may change what the tensors mean")  # fmt: skip
+                      "unknown key 'use_hyper' (True), which may change the delta; pass --ignore-key KEY")  # fmt: skip

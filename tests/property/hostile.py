@@ -180,7 +180,7 @@ CASES: tuple[Case, ...] = (
     Case("config: a pattern that is no pattern", config(rank_pattern={"(": 4}), 3, "not a regular expression"),
     Case("config: a pattern that takes for ever", config(rank_pattern={r"(([a-z._0-9])+)+#": 4}), 3, "pattern"),
     Case("config: patterns in a list", config(alpha_pattern=["q_proj"]), 3, "expected an object"),
-    Case("config: an unknown variant", config(use_quantum=True), 3, "unknown variant use_quantum"),
+    Case("config: an unknown variant", config(use_quantum=True), 3, "unknown key 'use_quantum'"),
     Case("config: an unknown method", config(peft_type="TELEPATHY"), 3, "TELEPATHY"),
     # The adapter's weights.
     Case("weights: empty", cut(WEIGHTS, 0), 3, WEIGHTS),

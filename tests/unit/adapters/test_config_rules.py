@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
+import helpers
+import peft
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_adapter import MODULE, factors, one_module, write_raw
 
 from streamer.adapters.adapter_config import AdapterConfig
-from streamer.adapters.config_rules import config_refusals
+from streamer.adapters.config_keys import KNOWN_KEYS
+from streamer.adapters.config_rules import CONFIG_RULES, config_refusals, unknown_keys
 from streamer.adapters.reader import open_adapter
-from streamer.errors import FormatError, InputError, MismatchError, StreamerError
+from streamer.adapters.stated import Stated, stated_options
+from streamer.errors import FormatError, InputError, MismatchError, StreamerError, UnsupportedError, UsageError
 
 # Scales ---------------------------------------------------------------------------------------------------------------
 
@@ -128,9 +133,17 @@ def test_any_config_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory
         ({"peft_type": ["LORA"]}, "adapter: its change of the weights is not known here"),
         ({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}, "BOFT: boft_n_butterfly_factor=2"),
         ({"peft_type": "OFT", "fan_in_fan_out": True}, "OFT: fan_in_fan_out=true"),
-        ({"peft_type": "LOKR", "use_tomorrow": True}, "unknown variant use_tomorrow=True"),
-        ({"use_tomorrow": True}, "unknown variant use_tomorrow=True"),
-        ({"tomorrow_config": {"x": 1}}, "unknown variant tomorrow_config"),
+        ({"peft_type": "LOKR", "use_tomorrow": True}, "unknown key 'use_tomorrow' (True)"),
+        ({"peft_type": "ADALORA", "use_rslora": True}, "unknown key 'use_rslora' (True)"),
+        (
+            {"use_tomorrow": True},
+            "unknown key 'use_tomorrow' (True), which may change the delta; pass --ignore-key KEY if KEY does not",
+        ),
+        (
+            {"tomorrow_config": {"x": 1}, "lora_scaling": 0},
+            "unknown keys 'tomorrow_config' ({'x': 1}), 'lora_scaling' (0)",
+        ),
+        ({"lora_B_layout": "mixed"}, "lora_B_layout is 'mixed'"),
     ],
 )
 def test_refused_by_config(config: dict, kind: str) -> None:
@@ -143,8 +156,70 @@ def test_refused_by_config(config: dict, kind: str) -> None:
     "config",
     [
         {"init_lora_weights": init} for init in (True, False, None, "gaussian", "eva", "orthogonal")
-    ] + [{"loftq_config": {}}, {"bias": None}, {"use_tomorrow": False}, {"tomorrow_config": None}, {"a_note": "x"},
+    ] + [{"loftq_config": {}}, {"bias": None}, {"use_tomorrow": False}, {"tomorrow_config": None}, {"a_note": ""},
+         {"tomorrow": []}, {"tomorrow_config": {}},
          {"target_modules": ["q"], "layers_to_transform": [1], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}],
 )  # fmt: skip
 def test_taken_by_config(config: dict) -> None:
     assert config_refusals(AdapterConfig(config, Path("adapter_config.json"))) == []
+
+
+# Keys -----------------------------------------------------------------------------------------------------------------
+
+METHODS = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig, "ADALORA": peft.AdaLoraConfig,
+           "VERA": peft.VeraConfig, "OFT": peft.OFTConfig, "BOFT": peft.BOFTConfig}  # fmt: skip
+
+# Fields of LoraConfig, by the first version from 0.11 that has them; none has gone since.
+FIELDS = {
+    "0.11": "r target_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform "
+            "layers_pattern rank_pattern alpha_pattern megatron_config megatron_core loftq_config use_dora layer_replication peft_type "
+            "auto_mapping base_model_name_or_path revision task_type inference_mode",
+    "0.12": "runtime_config", "0.14": "exclude_modules eva_config lora_bias", "0.15": "trainable_token_indices corda_config",
+    "0.16": "use_qalora qalora_group_size", "0.17": "target_parameters",
+    "0.18": "alora_invocation_tokens arrow_config ensure_weight_tying peft_version", "0.19": "lora_ga_config use_bdlora",
+    "0.20": "velora_config monteclora_config", "0.21": "kasa_config",
+}  # fmt: skip
+
+# What could change a delta, as variants of LoRA call their options.
+STRANGE = ["lora_scaling", "lora_variant", "block_diagonal", "shared_A", "qkv_fused", "enable_lora", "lora_scale", "scaling",
+           "lora_magnitude", "num_experts", "merged", "alpha", "use_new", "is_new", "new_config"]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [field for fields in FIELDS.values() for field in fields.split()])
+def test_every_field_of_lora_is_known(field: str) -> None:
+    assert field in KNOWN_KEYS["LORA"] or field in {rule.key for rule in CONFIG_RULES}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_installed_peft_writes_no_unknown_key(method: str) -> None:
+    """As it writes each config by default; and of LoRA, every field of it."""
+    config = METHODS[method](**({"total_step": 9} if method == "ADALORA" else {}))
+    values = json.loads(json.dumps({**config.to_dict(), "peft_version": peft.__version__}, default=list))
+    assert unknown_keys(AdapterConfig(values, Path())) == []
+    if method != "ADALORA":  # its class inherits fields of LoRA's, which PEFT refuses or ignores for it
+        assert unknown_keys(AdapterConfig({**dict.fromkeys(values, 1), "peft_type": method}, Path())) == []
+
+
+def test_every_known_key_has_a_reason() -> None:
+    assert all(reason for keys in KNOWN_KEYS.values() for reason in keys.values())
+    assert not KNOWN_KEYS["LORA"].keys() & {rule.key for rule in CONFIG_RULES if rule.key != "init_lora_weights"}
+
+
+@pytest.mark.parametrize("key", STRANGE)
+def test_an_unknown_key_is_refused_until_it_is_ignored(key: str, tmp_path: Path) -> None:
+    adapter = helpers.write_adapter(tmp_path, {MODULE: factors()}, r=4)
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**values, key: {"value": 2}}))
+    with pytest.raises(UnsupportedError, match=f"unknown key '{key}' .*--ignore-key KEY"):
+        open_adapter(adapter)
+    opened = open_adapter(adapter, stated=Stated(ignore_keys=[key, "another"]))
+    assert opened.identity()["ignored_keys"] == [key]
+    assert stated_options(opened.identity()) == ["--ignore-key", key]
+
+
+def test_what_cannot_be_ignored(tmp_path: Path) -> None:
+    """A key with a rule has its effect, whatever the user says; and keys come in a list."""
+    config = AdapterConfig({"kasa_config": {"x": 1}}, Path(), Stated(ignore_keys=["kasa_config"]))
+    assert len(config_refusals(config)) == 1
+    with pytest.raises(UsageError, match="ignore_keys: expected a list of keys, found 'lora_scaling'"):
+        Stated(ignore_keys="lora_scaling")

@@ -30,8 +30,9 @@ def job(home: Path, peft_type: str, tensors: dict[str, tuple[int, ...]], **confi
         {f"base_model.model.{n}": torch.randn(s) for n, s in tensors.items()},
         home / "adapter" / "adapter_model.safetensors",
     )
+    scale = {"alpha": 4} if peft_type in ("LOHA", "LOKR") else {}
     (home / "adapter" / "adapter_config.json").write_text(
-        json.dumps({"peft_type": peft_type, "r": 2, "alpha": 4, **config})
+        json.dumps({"peft_type": peft_type, "r": 2, **scale, **config})
     )
     return base, home / "adapter"
 

@@ -1,0 +1,55 @@
+"""Facts of adapters that their files leave open, as the user states them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from streamer.errors import UsageError
+
+LoraBLayout = Literal["rank_major", "grouped_by_expert"]
+"""Order of the columns of lora_B on stacked experts: rank by rank, as PEFT stores them, or expert by expert, as Unsloth did."""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Facts of the adapters of a run.
+
+    Attributes
+    ----------
+    base_is_residual
+        Whether the base is what an initialisation such as PiSSA's left of the model.
+    lora_b_layout
+        Order of the columns of lora_B on stacked experts, for adapters whose config does not state it.
+    ignore_keys
+        Keys of ``adapter_config.json`` that are not known, and that the user says have no effect.
+
+    Raises
+    ------
+    UsageError
+        If one of them is of another type.
+    """
+
+    base_is_residual: bool = False
+    lora_b_layout: LoraBLayout | None = None
+    ignore_keys: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        layouts = get_args(LoraBLayout)
+        if self.lora_b_layout not in (None, *layouts):
+            raise UsageError(f"lora_b_layout: expected {' or '.join(layouts)}, found {self.lora_b_layout!r}")
+        if isinstance(self.ignore_keys, str) or not all(isinstance(key, str) for key in self.ignore_keys):
+            raise UsageError(f"ignore_keys: expected a list of keys, found {self.ignore_keys!r}")
+        object.__setattr__(self, "ignore_keys", tuple(self.ignore_keys))
+
+
+NOTHING_STATED = Stated()
+
+
+def stated_options(identity: Mapping[str, Any]) -> list[str]:
+    """List the options of the command line that state what the identity of an adapter says was stated of it."""
+    words = ["--base-is-residual"] if identity.get("base_is_residual") else []
+    if layout := identity.get("lora_b_layout"):
+        words += ["--lora-b-layout", layout]
+    return words + [word for key in identity.get("ignored_keys", ()) for word in ("--ignore-key", key)]
