@@ -22,12 +22,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import sysconfig
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault(
+    "TRANSFORMERS_VERBOSITY", "error"
+)  # before it is imported: its notes on long texts and kernels are not about this
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
 

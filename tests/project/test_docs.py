@@ -1,4 +1,4 @@
-"""What the documentation says is so: its commands exist, its Python runs, its demo output is what the demo prints."""
+"""What the documentation says is so: its commands and options exist and run, and so does its Python."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from arguments import subparsers
-from command_line import run_cli
+from command_line import ENV, run_cli
 from paths import ROOT
 
 import streamer
@@ -77,32 +80,33 @@ def test_the_table_of_encodings_is_the_registrys() -> None:
     assert encodings_table() in PAGES["support.md"]
 
 
-def test_the_readmes_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every line, in order, in one directory; then the Python."""
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("streamer ")]
-    assert {line.split()[1] for line in lines} >= {"demo", "inspect", "detect", "report", "mitigate", "merge"}
-    for line in lines:
-        done = run_cli(*line.split()[1:], cwd=tmp_path)
+@pytest.mark.long
+def test_the_readmes_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line in one directory, with a tenth of the training; then the Python. The lines that install are run by .ci/run."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    trains = [line for line in lines if line.startswith("python tools/train_small.py")]
+    commands = [line for line in lines if line.startswith("streamer ")]
+    assert len(trains) == 1
+    assert {line.split()[1] for line in commands} >= set(subparsers()) - {"demo", "diff"}
+    tool, *options = trains[0].replace("--steps 400", "--steps 40").split()[1:]
+    subprocess.run([sys.executable, ROOT / tool, *options], cwd=tmp_path, env=ENV, check=True)
+    for line in commands:
+        done = run_cli(*shlex.split(line)[1:], cwd=tmp_path)
         assert done.returncode == 0, f"{line}: {done.stderr}"
-    assert (tmp_path / "mitigated" / "adapter_config.json").exists()
-    assert (tmp_path / "merged" / "model.safetensors.index.json").exists()
+    assert (tmp_path / "repaired" / "adapter_config.json").exists()
+    assert (tmp_path / "merged" / "model.safetensors").exists()
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
     exec(compile(code, "README.md", "exec"), {})
-    assert (tmp_path / "merged-0.5" / "model.safetensors.index.json").exists()
+    assert (tmp_path / "merged-0.5" / "model.safetensors").exists()
 
 
-@pytest.mark.long
-def test_the_demo_prints_what_the_readme_shows() -> None:
-    done = run_cli("demo")
-    assert done.returncode == 0, done.stderr
-    (shown,) = blocks("text")
-
-    def counts(text: str) -> list[tuple[str, ...]]:
-        return [tuple(line.split()[:4]) for line in text.splitlines() if line.startswith(("model.", "all "))]
-
-    assert counts(shown) == counts(done.stdout)
-    assert len(counts(shown)) > 10
+def test_the_readme_begins_with_two_commands_that_set_up_all() -> None:
+    """Each is one line that can be pasted: the first runs the demo, the second the tests; .ci/run runs them as they are."""
+    demo, tests = (block.splitlines() for block in blocks("sh")[:2])
+    assert len(demo) == len(tests) == 1
+    assert re.fullmatch(r"python3 -m venv \.venv && .* && \.venv/bin/streamer demo", demo[0])
+    assert re.fullmatch(r"python3 -m venv \.venv && .* && \.venv/bin/pytest .*", tests[0])
 
 
 @pytest.mark.long
