@@ -1,8 +1,29 @@
 """Find and scale down LoRA intruder dimensions, one weight matrix at a time, without building the model.
 
-The folders are the data's way, and imports point up this list only::
+Detect once, look at what was found, and write a mitigated adapter or a merged model::
 
-    errors, events, units
+    import streamer
+
+    findings = streamer.detect_intruder_dimensions("BASE", "ADAPTER", "findings.safetensors", progress=True)
+    print(findings)
+    table = findings.to_pandas()
+    streamer.reduce_intruder_dimension("BASE", "ADAPTER", "mitigated", findings=findings, mitigation_lambda=0.5)
+    streamer.merge_with_reduced_intruder_dimensions("BASE", "ADAPTER", "merged", findings=findings, mitigation_lambda=0.5)
+
+BASE is the directory of a model, ADAPTER that of a PEFT adapter; each may also be a name on the hub. Measure on your own texts what every
+method keeps and forgets, or fit a coefficient for each direction::
+
+    evaluation = streamer.evaluate_variants("BASE", "ADAPTER", general="general.txt", task="task.jsonl")
+    print(evaluation.table())
+    coefficients = streamer.fit_coefficients("BASE", "ADAPTER", general="general.txt", task="task.jsonl")
+    streamer.reduce_intruder_dimension("BASE", "ADAPTER", "fitted", coefficients=coefficients)
+
+Every error that is raised on purpose is a `StreamerError`. `streamer.peft` has the same functions for a model in memory. ``help`` on a
+function explains its parameters.
+
+The rest is for who reads the code. The folders follow the data, and a module imports only from what is above it in this list::
+
+    errors, events, progress, units
     storage/       bytes             safetensors in, crash-safe files out
     linalg/        mathematics       operators, Krylov processes, certified bounds
     weights/       logical weights   a base's tensors as float matrices, plain or quantized

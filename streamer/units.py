@@ -9,7 +9,7 @@ from collections.abc import Iterable
 MOST_LISTED = 3
 """Names that a message lists before it only counts the others."""
 
-_PLURALS = {"matrix": "matrices"}
+_PLURALS = {"matrix": "matrices", "pass": "passes"}
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -78,7 +78,12 @@ def counted(n: int, noun: str) -> str:
     >>> counted(1, "thread"), counted(2, "thread"), counted(2, "matrix")
     ('1 thread', '2 threads', '2 matrices')
     """
-    return f"{n} {noun if n == 1 else _PLURALS.get(noun, f'{noun}s')}"
+    return f"{n} {noun if n == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """Return the plural of a noun."""
+    return _PLURALS.get(noun, f"{noun}s")
 
 
 def quoted(value: object, most: int = 100) -> str:

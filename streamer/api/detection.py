@@ -16,6 +16,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.run import detect_many
 from streamer.detection.workers import Workers
 from streamer.events import Monitor, OnEvent
+from streamer.progress import monitoring
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
@@ -48,6 +49,7 @@ def detect_intruder_dimensions(
     overwrite: bool = False,
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
+    progress: bool | None = None,
     executor: Executor | None = None,
     base_index: str | Path | None = None,
 ) -> Findings | dict[str, Findings]:
@@ -104,6 +106,8 @@ def detect_intruder_dimensions(
         `warnings` module, as `StreamerWarning`.
     monitor
         In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+    progress
+        True draws tqdm bars. None draws them in a notebook if there is neither `on_event` nor `monitor`.
     executor
         Workers that detect in place of this process: any `concurrent.futures.Executor`, of threads, processes, or an engine such as
         ``dask.distributed.Client.get_executor()``. They read the inputs at the same paths. Findings are byte for byte those of this
@@ -127,22 +131,16 @@ def detect_intruder_dimensions(
         inputs, `FileExistsError` for an output that may not be replaced.
     """
     options = detection_options(top_k, threshold_epsilon, solver, max_memory)
-    run = run_options(
-        device,
-        io,
-        Stated(base_is_residual, lora_b_layout, ignore_keys),
-        architecture,
-        on_event,
-        resume,
-        overwrite,
-        monitor,
-    )
-    if executor is not None:
-        run = replace(run, workers=Workers.of(executor))
-    if base_index is not None:
-        run = replace(run, base_index=BaseIndex(Path(base_index)))
-    inputs = Remote(remote, monitor=run.monitor)
-    base = inputs.path(base)
-    adapters = named_adapters(inputs.path(adapter) if isinstance(adapter, str | Path) else inputs.paths(adapter))
-    found = detect_many(base, adapters, output, options, run)
-    return found[""] if "" in adapters else found
+    with monitoring(on_event, monitor, progress) as watcher:
+        run = run_options(
+            device, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, watcher, resume, overwrite
+        )
+        if executor is not None:
+            run = replace(run, workers=Workers.of(executor))
+        if base_index is not None:
+            run = replace(run, base_index=BaseIndex(Path(base_index)))
+        inputs = Remote(remote, monitor=run.monitor)
+        base = inputs.path(base)
+        adapters = named_adapters(inputs.path(adapter) if isinstance(adapter, str | Path) else inputs.paths(adapter))
+        found = detect_many(base, adapters, output, options, run)
+        return found[""] if "" in adapters else found

@@ -16,6 +16,7 @@ from streamer.evaluation.run import evaluate
 from streamer.events import Monitor, OnEvent
 from streamer.output.coefficients import Coefficients
 from streamer.output.mitigation import MitigationMethod
+from streamer.progress import monitoring
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
@@ -53,6 +54,7 @@ def evaluate_variants(
     overwrite: bool = False,
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
+    progress: bool | None = None,
 ) -> Evaluation:
     """Measure the losses of the base, the adapter as it is, and every method at every λ, on two texts, in passes over the base.
 
@@ -107,6 +109,8 @@ def evaluate_variants(
         Called with an `Event` at each step, warnings included.
     monitor
         In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+    progress
+        True draws tqdm bars. None draws them in a notebook if there is neither `on_event` nor `monitor`.
 
     Returns
     -------
@@ -126,18 +130,12 @@ def evaluate_variants(
         tuple(methods), tuple(lambdas), scale, sequences, length, keep, projected, dtype, given, amplify
     )
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
-    run = run_options(
-        device,
-        io,
-        Stated(base_is_residual, lora_b_layout, ignore_keys),
-        architecture,
-        on_event,
-        resume,
-        overwrite,
-        monitor,
-    )
-    found = findings if findings is None or isinstance(findings, Findings) else Path(findings)
-    texts = {"general": Path(general), "task": Path(task)}
-    base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
-    prepared = prepare(base, Path(adapter), texts, found, options, detection, run)
-    return evaluate(prepared, None if output is None else Path(output))
+    with monitoring(on_event, monitor, progress) as watcher:
+        run = run_options(
+            device, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, watcher, resume, overwrite
+        )
+        found = findings if findings is None or isinstance(findings, Findings) else Path(findings)
+        texts = {"general": Path(general), "task": Path(task)}
+        base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
+        prepared = prepare(base, Path(adapter), texts, found, options, detection, run)
+        return evaluate(prepared, None if output is None else Path(output))

@@ -14,6 +14,7 @@ from streamer.fitting.options import FitOptions, Grain, Objective
 from streamer.fitting.prepare import prepare_fit
 from streamer.fitting.run import fit
 from streamer.output.coefficients import Coefficients
+from streamer.progress import monitoring
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
@@ -45,6 +46,7 @@ def fit_coefficients(
     overwrite: bool = False,
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
+    progress: bool | None = None,
 ) -> Coefficients:
     """Fit a coefficient in [0, 1] for each singular direction of the adapter's own deltas, in passes over the base.
 
@@ -94,6 +96,8 @@ def fit_coefficients(
         Called with an `Event` at each step, warnings included.
     monitor
         In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+    progress
+        True draws tqdm bars. None draws them in a notebook if there is neither `on_event` nor `monitor`.
 
     Returns
     -------
@@ -111,20 +115,14 @@ def fit_coefficients(
     several = keep if isinstance(keep, Iterable) and not isinstance(keep, str) else [keep]
     shares = tuple(float(one) if isinstance(one, Real) else one for one in several)
     options = FitOptions(shares, objective, grain, holdout, sequences, length, seed, steps, dtype)
-    run = run_options(
-        "cpu",
-        io,
-        Stated(base_is_residual, lora_b_layout, ignore_keys),
-        architecture,
-        on_event,
-        resume,
-        overwrite,
-        monitor,
-    )
-    texts = {"general": read_path("general", general), "task": read_path("task", task)}
-    written = None if output is None else read_path("output", output)
-    for name, given in (("base", base), ("adapter", adapter)):
-        read_path(name, given)
-    base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
-    prepared = prepare_fit(Path(base), Path(adapter), texts, options, read_size(max_memory), run)
-    return fit(prepared, written)
+    with monitoring(on_event, monitor, progress) as watcher:
+        run = run_options(
+            "cpu", io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, watcher, resume, overwrite
+        )
+        texts = {"general": read_path("general", general), "task": read_path("task", task)}
+        written = None if output is None else read_path("output", output)
+        for name, given in (("base", base), ("adapter", adapter)):
+            read_path(name, given)
+        base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
+        prepared = prepare_fit(Path(base), Path(adapter), texts, options, read_size(max_memory), run)
+        return fit(prepared, written)

@@ -13,7 +13,7 @@ from streamer.detection.device import choose_device
 from streamer.detection.intruders import Selection
 from streamer.detection.options import DetectionOptions, RunOptions, check_size
 from streamer.errors import UsageError
-from streamer.events import Monitor, OnEvent, warn
+from streamer.events import Monitor, OnEvent
 from streamer.output.coefficients import Coefficients
 from streamer.output.coefficients_file import load_coefficients
 from streamer.output.mitigation import DEFAULT_LAMBDA, MitigationMethod, MitigationOptions
@@ -43,6 +43,7 @@ class Running(TypedDict, total=False):
     overwrite: bool
     on_event: OnEvent | None
     monitor: Monitor | None
+    progress: bool | None
 
 
 class Detecting(Running, total=False):
@@ -132,9 +133,9 @@ def read_size(max_memory: int | str | None) -> int | None:
         raise UsageError(f"max_memory: {e}") from None
 
 
-def run_options(device: str, io: IOMode, stated: Stated, architecture: str | None, on_event: OnEvent | None,
-                resume: bool = True, overwrite: bool = False, monitor: Monitor | None = None) -> RunOptions:  # fmt: skip
-    """Make the options of a run; its warnings go through the `warnings` module where nothing takes events.
+def run_options(device: str, io: IOMode, stated: Stated, architecture: str | None, monitor: Monitor,
+                resume: bool = True, overwrite: bool = False) -> RunOptions:  # fmt: skip
+    """Make the options of a run.
 
     Raises
     ------
@@ -145,9 +146,4 @@ def run_options(device: str, io: IOMode, stated: Stated, architecture: str | Non
         raise UsageError(f"io: expected one of {', '.join(get_args(IOMode))}, found {io!r}")
     if architecture is not None and not isinstance(architecture, str):
         raise UsageError(f"architecture: expected the name of a class, found {architecture!r}")
-    if on_event is not None and not callable(on_event):
-        raise UsageError(f"on_event: expected a function that takes an event, found {on_event!r}")
-    if monitor is not None and not isinstance(monitor, Monitor):
-        raise UsageError(f"monitor: expected a Monitor, found {monitor!r}")
-    monitor = monitor or Monitor(on_event or warn)
     return RunOptions(choose_device(device), io, stated, architecture, resume, overwrite, monitor)

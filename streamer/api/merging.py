@@ -20,6 +20,7 @@ from streamer.output.mitigation import MitigationMethod
 from streamer.output.prepare import OutputOptions, findings_by_name, open_jobs, prepare_outputs
 from streamer.output.records import Written
 from streamer.output.run import run_jobs
+from streamer.progress import monitoring
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
@@ -63,6 +64,7 @@ def merge_with_reduced_intruder_dimensions(
     overwrite: bool = False,
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
+    progress: bool | None = None,
 ) -> Written | dict[str, Written]:
     """Write the base with the mitigated delta merged in: ``W0 + Δ'``, summed in float32 and rounded once to the base's dtype.
 
@@ -144,6 +146,8 @@ def merge_with_reduced_intruder_dimensions(
         `warnings` module, as `StreamerWarning`.
     monitor
         In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+    progress
+        True draws tqdm bars. None draws them in a notebook if there is neither `on_event` nor `monitor`.
 
     Returns
     -------
@@ -160,22 +164,16 @@ def merge_with_reduced_intruder_dimensions(
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize, model_card=model_card)
-    run = run_options(
-        device,
-        io,
-        Stated(base_is_residual, lora_b_layout, ignore_keys),
-        architecture,
-        on_event,
-        resume,
-        overwrite,
-        monitor,
-    )
-    inputs = Remote(remote, monitor=run.monitor)
-    base = inputs.path(base)
-    adapters = named_adapters(inputs.path(adapter) if isinstance(adapter, str | Path) else inputs.paths(adapter))
-    given = findings_by_name(findings, adapters)
-    records = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)
-    return records[0] if "" in adapters else dict(zip(adapters, records, strict=True))
+    with monitoring(on_event, monitor, progress) as watcher:
+        run = run_options(
+            device, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, watcher, resume, overwrite
+        )
+        inputs = Remote(remote, monitor=run.monitor)
+        base = inputs.path(base)
+        adapters = named_adapters(inputs.path(adapter) if isinstance(adapter, str | Path) else inputs.paths(adapter))
+        given = findings_by_name(findings, adapters)
+        records = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)
+        return records[0] if "" in adapters else dict(zip(adapters, records, strict=True))
 
 
 def iter_merged(
@@ -284,7 +282,8 @@ def iter_merged(
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize)
-    run = run_options(device, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, on_event)
+    with monitoring(on_event, None, False) as monitor:
+        run = run_options(device, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, monitor)
     base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
     adapters = {"": Path(adapter)}
     (job,) = open_jobs(base, adapters, findings_by_name(findings, adapters), mitigation, detection, form, run)

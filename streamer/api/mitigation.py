@@ -15,6 +15,7 @@ from streamer.output.mitigation import MitigationMethod
 from streamer.output.prepare import OutputOptions, findings_by_name, prepare_outputs
 from streamer.output.records import Written
 from streamer.output.run import run_jobs
+from streamer.progress import monitoring
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
@@ -48,6 +49,7 @@ def reduce_intruder_dimension(
     overwrite: bool = False,
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
+    progress: bool | None = None,
 ) -> Written:
     """Write a new LoRA adapter whose delta has its intruders scaled by `mitigation_lambda`.
 
@@ -127,6 +129,8 @@ def reduce_intruder_dimension(
         `warnings` module, as `StreamerWarning`.
     monitor
         In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+    progress
+        True draws tqdm bars. None draws them in a notebook if there is neither `on_event` nor `monitor`.
 
     Returns
     -------
@@ -143,18 +147,12 @@ def reduce_intruder_dimension(
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=False, to_lora=to_lora, model_card=model_card)
-    run = run_options(
-        device,
-        io,
-        Stated(base_is_residual, lora_b_layout, ignore_keys),
-        architecture,
-        on_event,
-        resume,
-        overwrite,
-        monitor,
-    )
-    base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
-    adapters = {"": Path(adapter)}
-    given = findings_by_name(findings, adapters)
-    (record,) = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)
-    return record
+    with monitoring(on_event, monitor, progress) as watcher:
+        run = run_options(
+            device, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, watcher, resume, overwrite
+        )
+        base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
+        adapters = {"": Path(adapter)}
+        given = findings_by_name(findings, adapters)
+        (record,) = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)
+        return record

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from streamer.api.keywords import read_size
-from streamer.events import Monitor, OnEvent, warn
+from streamer.events import Monitor, OnEvent
+from streamer.progress import monitoring
 from streamer.remote.inputs import Remote
 from streamer.verification.result import Verification
 from streamer.verification.run import verify
@@ -21,6 +22,7 @@ def verify_output(
     max_memory: int | str | None = None,
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
+    progress: bool | None = None,
 ) -> Verification:
     """Compare an output with its record and, given its inputs, with what they give, by other code than wrote it.
 
@@ -41,6 +43,8 @@ def verify_output(
         Called with an `Event` at each step.
     monitor
         In place of `on_event`, a `Monitor`, for callers that also want to stop at the next safe point.
+    progress
+        True draws tqdm bars. None draws them in a notebook if there is neither `on_event` nor `monitor`.
 
     Returns
     -------
@@ -54,7 +58,7 @@ def verify_output(
     StreamerError
         If the output has no record, or the inputs are others than it was made from (see `streamer.errors`).
     """
-    monitor = monitor or Monitor(on_event or warn)
-    inputs = Remote("cache", monitor=monitor)  # it reads files, by code that knows no addresses
-    base, adapter = (None if given is None else inputs.path(given) for given in (base, adapter))
-    return verify(output, base, adapter, sample, read_size(max_memory), monitor)
+    with monitoring(on_event, monitor, progress) as watcher:
+        inputs = Remote("cache", monitor=watcher)  # it reads files, by code that knows no addresses
+        base, adapter = (None if given is None else inputs.path(given) for given in (base, adapter))
+        return verify(output, base, adapter, sample, read_size(max_memory), watcher)

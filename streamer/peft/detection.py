@@ -20,6 +20,7 @@ from streamer.events import Event, Monitor, OnEvent
 from streamer.peft.plan import LivePlan, plan_live
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
+from streamer.progress import monitoring
 
 
 def detect_intruder_dimensions(
@@ -32,6 +33,7 @@ def detect_intruder_dimensions(
     device: str = "auto",
     ignore_keys: Sequence[str] = (),
     on_event: OnEvent | None = None,
+    progress: bool | None = None,
 ) -> Findings:
     """Find the intruder dimensions of every matrix that an adapter of a live model changes; the model stays as it is.
 
@@ -55,6 +57,8 @@ def detect_intruder_dimensions(
         Keys of the adapter's config that are not known, as those of a later PEFT, and have no effect, as you say.
     on_event
         Called with an `Event` at each step, warnings included. Without it warnings go through the `warnings` module.
+    progress
+        True draws tqdm bars. None draws them in a notebook if there is no `on_event`.
 
     Returns
     -------
@@ -69,12 +73,13 @@ def detect_intruder_dimensions(
     StreamerError
         Of the class that says what kind of fault it is (see `streamer.errors`).
     """
-    run = run_options(device, "mmap", NOTHING_STATED, None, on_event)
-    live = plan_live(peft_model, adapter_name, ignore_keys)
-    run.monitor.warn(live.plan.warnings)
-    return named_as_files(
-        live, detect_live(live, detection_options(top_k, threshold_epsilon, solver, None), run.device, run.monitor)
-    )
+    with monitoring(on_event, None, progress) as monitor:
+        run = run_options(device, "mmap", NOTHING_STATED, None, monitor)
+        live = plan_live(peft_model, adapter_name, ignore_keys)
+        run.monitor.warn(live.plan.warnings)
+        return named_as_files(
+            live, detect_live(live, detection_options(top_k, threshold_epsilon, solver, None), run.device, run.monitor)
+        )
 
 
 def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor) -> Findings:

@@ -26,6 +26,7 @@ from streamer.output.mitigation import MitigationMethod
 from streamer.peft.job import live_job
 from streamer.peft.model import LiveModel, quiet_peft
 from streamer.peft.plan import LivePlan, plan_live
+from streamer.progress import monitoring
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
 
@@ -46,6 +47,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     device: str = "auto",
     ignore_keys: Sequence[str] = (),
     on_event: OnEvent | None = None,
+    progress: bool | None = None,
 ) -> nn.Module:
     """Merge an adapter, its intruders scaled by `mitigation_lambda`, into the base, and return the base without PEFT.
 
@@ -78,6 +80,8 @@ def merge_and_unload_with_reduced_intruder_dimensions(
         Keys of the adapter's config that are not known, as those of a later PEFT, and have no effect, as you say.
     on_event
         Called with an `Event` at each step, warnings included. Without it warnings go through the `warnings` module.
+    progress
+        True draws tqdm bars. None draws them in a notebook if there is no `on_event`.
 
     Returns
     -------
@@ -95,28 +99,29 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     """
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, None)
-    run = run_options(device, "mmap", NOTHING_STATED, None, on_event)
-    live = plan_live(peft_model, adapter_name, ignore_keys)
-    outputs = _checked(live, list(_changed(live)))
-    job, _ = live_job(live, mitigation, detection, findings, run.device, run.monitor)
-    # Once before the first is changed: coefficients of other values, or a sum that overflows, are refused here.
-    for output in outputs:
-        run.monitor.checkpoint()
-        _values(job, output)
-        live.release()
-    # Before a weight is changed, since it may fail: a model loaded in inference mode takes no gradients.
-    with quiet_peft():
-        live.live.activate(adapter_name)
-    total, done = sum(_nbytes(output) for output in outputs), 0
-    for items, output in enumerate(outputs):
-        run.monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
-        _write(live, output, _values(job, output))
-        live.release()
-        done += _nbytes(output)
-    run.monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
-    _say_untied(live)
-    with quiet_peft():
-        return unloaded(live.live)
+    with monitoring(on_event, None, progress) as monitor:
+        run = run_options(device, "mmap", NOTHING_STATED, None, monitor)
+        live = plan_live(peft_model, adapter_name, ignore_keys)
+        outputs = _checked(live, list(_changed(live)))
+        job, _ = live_job(live, mitigation, detection, findings, run.device, run.monitor)
+        # Once before the first is changed: coefficients of other values, or a sum that overflows, are refused here.
+        for output in outputs:
+            run.monitor.checkpoint()
+            _values(job, output)
+            live.release()
+        # Before a weight is changed, since it may fail: a model loaded in inference mode takes no gradients.
+        with quiet_peft():
+            live.live.activate(adapter_name)
+        total, done = sum(_nbytes(output) for output in outputs), 0
+        for items, output in enumerate(outputs):
+            run.monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
+            _write(live, output, _values(job, output))
+            live.release()
+            done += _nbytes(output)
+        run.monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
+        _say_untied(live)
+        with quiet_peft():
+            return unloaded(live.live)
 
 
 def _changed(live: LivePlan) -> Iterator[Output]:

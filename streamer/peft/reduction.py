@@ -25,6 +25,7 @@ from streamer.peft.job import live_job
 from streamer.peft.model import LiveModel, layer_of, quiet_peft, require_peft
 from streamer.peft.plan import LivePlan, plan_live
 from streamer.peft.tensors import LiveTensor
+from streamer.progress import monitoring
 
 LoggingSink = Callable[[str], Any]
 
@@ -48,6 +49,7 @@ def reduce_intruder_dimension(
     device: str = "auto",
     ignore_keys: Sequence[str] = (),
     on_event: OnEvent | None = None,
+    progress: bool | None = None,
 ) -> Findings | None:
     """Add an adapter whose delta has its intruders scaled by `mitigation_lambda`, and make it the active one.
 
@@ -84,6 +86,8 @@ def reduce_intruder_dimension(
         Keys of the adapter's config that are not known, as those of a later PEFT, and have no effect, as you say.
     on_event
         Called with an `Event` at each step, warnings included. Without it warnings go through the `warnings` module.
+    progress
+        True draws tqdm bars. None draws them in a notebook if there is no `on_event`.
 
     Returns
     -------
@@ -101,23 +105,24 @@ def reduce_intruder_dimension(
     """
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, None)
-    run = run_options(device, "mmap", NOTHING_STATED, None, on_event)
-    live = plan_live(peft_model, old_adapter_name, ignore_keys)
-    if new_adapter_name in live.live.configs:
-        raise UsageError(
-            f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or delete_adapter it"
-        )
-    _refuse_dense(live)
-    job, found = live_job(live, mitigation, detection, findings, run.device, run.monitor)
-    factors, new = MitigatedFactors(job), dict[str, Tensor]()
-    metrics: list[MitigatedMatrix] = []
-    for name, targets in factors.targets.items():
-        if name not in new:
-            new |= factors.tensors(targets, metrics)
-    _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values.numel()})
-    if logging_sink is not None:
-        _log(live, found, new_adapter_name, logging_sink)
-    return None if found is None else named_as_files(live, found)
+    with monitoring(on_event, None, progress) as monitor:
+        run = run_options(device, "mmap", NOTHING_STATED, None, monitor)
+        live = plan_live(peft_model, old_adapter_name, ignore_keys)
+        if new_adapter_name in live.live.configs:
+            raise UsageError(
+                f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or delete_adapter it"
+            )
+        _refuse_dense(live)
+        job, found = live_job(live, mitigation, detection, findings, run.device, run.monitor)
+        factors, new = MitigatedFactors(job), dict[str, Tensor]()
+        metrics: list[MitigatedMatrix] = []
+        for name, targets in factors.targets.items():
+            if name not in new:
+                new |= factors.tensors(targets, metrics)
+        _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values.numel()})
+        if logging_sink is not None:
+            _log(live, found, new_adapter_name, logging_sink)
+        return None if found is None else named_as_files(live, found)
 
 
 def _refuse_dense(live: LivePlan) -> None:

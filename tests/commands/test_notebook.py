@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,33 @@ def test_what_stands_below_its_cells_has_no_error() -> None:
     kinds = [output["output_type"] for cell in cells for output in cell["outputs"]]
     assert kinds
     assert set(kinds) <= {"display_data", "execute_result"}
+
+
+def run_notebook(directory: Path, *sources: str) -> tuple[list[Any], list[Any]]:
+    """Execute cells in a kernel, and return what each shows, and the widgets at the end."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("ipywidgets")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(directory)}}).execute()
+    widgets = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    return [cell.outputs for cell in notebook.cells], [one["state"] for one in widgets.values()]
+
+
+@pytest.mark.long
+def test_a_call_in_a_notebook_shows_a_bar(job: tuple[Path, Path], tmp_path: Path) -> None:
+    """By default; not if the caller takes the events, and not if it is declined."""
+    call = f"streamer.detect_intruder_dimensions({str(job[0])!r}, {str(job[1])!r}"
+    (default, heard, declined), widgets = run_notebook(
+        tmp_path, f"import streamer; _ = {call})", f"_ = {call}, on_event=print)", f"_ = {call}, progress=False)"
+    )
+    (bar,) = [output.data for output in default if output.output_type == "display_data"]
+    assert "application/vnd.jupyter.widget-view+json" in bar
+    assert re.match(r"detect \d/9 matrices +\d+%\|", bar["text/plain"])
+    (drawn,) = [one for one in widgets if one["_model_name"] == "FloatProgressModel"]
+    assert (drawn["value"], drawn["max"], drawn["bar_style"]) == (9, 9, "success")
+    texts = [re.sub(r"\s", " ", one["value"]) for one in widgets if one["_model_name"] == "HTMLModel"]
+    assert "detect 9/9 matrices 100%" in texts
+    assert any(re.fullmatch(r" 00:0\d&lt;00:00, +\S+matrix/s", text) for text in texts)
+    assert [output.output_type for output in heard] == ["stream"]
+    assert declined == []

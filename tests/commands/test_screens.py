@@ -15,7 +15,7 @@ from command_line import ENV
 from forks import server
 from helpers import intruding_factors, power_law, write_adapter, write_sharded
 
-BAR = re.compile(r"\d+/\d+ .*\|[█ ]+\|")
+BAR = re.compile(r"\d+/\d+ (matrices|tensors|files)(  *\d+%)?\|[█▉▊▋▌▍▎▏ ]+\| \d\d:\d\d<")
 WIDTHS = (40, 80, 200)
 
 
@@ -66,24 +66,24 @@ def test_the_last_screen_of_every_command(job: tuple[Path, Path], columns: int, 
         # A line as long as the terminal is wide might have wrapped; only a path, which stays whole, is longer.
         wide = [line for line in shown.last if len(line) >= columns and str(tmp_path)[:10] not in line]
         assert all(len(line) == columns for line in wide), wide
-        text = shown.drawn.decode().replace("\r\n", "\n")
-        result = re.sub(r"\r\x1b\[K[^\r\n]*(?=\r)", "", text)
-        long = [
-            line for line in re.sub(r"\r\x1b\[K", "", result).split("\n") if len(line) > columns and "/" not in line
-        ]
+        # What a bar overwrites ends with a bare carriage return; what is left are lines of results.
+        result = re.sub(r"[^\r\n]*\r(?!\n)|\x1b\[K", "", shown.drawn.decode()).replace("\r\n", "\n")
+        long = [line for line in result.split("\n") if len(line) > columns and "/" not in line]
         assert not long, long
         assert re.fullmatch(rf"streamer: {command}: done in \d.* s", shown.last[-1]), shown.last[-1]
 
 
-def test_the_bar_says_count_and_time_and_gives_up_the_name_first(many: tuple[Path, Path], tmp_path: Path) -> None:
-    for columns in (*WIDTHS, 24):
+def test_the_bar_names_its_unit_and_gives_up_the_name_first(many: tuple[Path, Path], tmp_path: Path) -> None:
+    for columns in (*WIDTHS, 36):
         shown = terminal.show(columns, "detect", *many, "-o", tmp_path / f"{columns}.safetensors")
         assert shown.code == 0, shown.last
-        bars = [line for line in shown.during if re.match(r"detect +\d+/60 ", line)]
+        bars = [line for line in shown.during if re.match(r"detect +\d+/60 matrices", line)]
         assert bars
-        assert all(("|" in line) == (columns >= 40) for line in bars)
-        assert all(("_proj" in line) == (columns >= 80) for line in bars)
-        assert all(re.search(r"\d:\d\d( left)?(  |$)", line) for line in bars), bars
+        assert all(("|" in line) == (columns > 36) for line in bars)
+        assert all(("matrix/s" in line) == (columns >= 80) for line in bars)
+        assert all(bool(re.search(r"_proj|…\S", line)) == (columns >= 80) for line in bars), bars
+        assert all(re.search(r"\d\d:\d\d<(\?|\d\d:\d\d)(,|$)", line) for line in bars), bars
+        assert all(len(line) <= columns - 2 for line in bars)  # so that a terminal's ^C does not wrap
 
 
 def test_several_adapters_are_named(tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_several_adapters_are_named(tmp_path: Path) -> None:
     (tmp_path / "several").mkdir()
     for name in ("poems", "legal"):
         os.symlink(adapter, tmp_path / "several" / name)
-    shown = terminal.show(100, "detect", base, tmp_path / "several", "-o", tmp_path / "found")
+    shown = terminal.show(120, "detect", base, tmp_path / "several", "-o", tmp_path / "found")
     assert shown.code == 0
-    assert [line for line in shown.during if re.search(r"detect +\d+/18 .*  (poems|legal): \S+_proj$", line)]
+    assert [line for line in shown.during if re.search(r"detect +\d+/18 .*, (poems|legal): \S+_proj$", line)]
     done = server().run("detect", base, tmp_path / "several", "-o", tmp_path / "again")
     assert done.code == 0, done.err
     assert done.last.startswith("streamer: detect: 2 adapters, 18 matrices, ")
@@ -114,7 +114,7 @@ def test_a_probe_shows_progress(job: tuple[Path, Path], tmp_path: Path) -> None:
     for argv in (["inspect", *job], ["merge", *job, "-o", tmp_path / "m", "--dry-run"]):
         shown = terminal.show(80, *argv)
         assert shown.code == 0, shown.last
-        assert [line for line in shown.during if re.match(r"probe \d:\d\d  \w+", line)], shown.during
+        assert [line for line in shown.during if re.match(r"probe: \w.* \d\d:\d\d$", line)], shown.during
 
 
 def test_warnings_stand_between_the_bars(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_progress_as_asked_for(job: tuple[Path, Path], mode: str, tmp_path: Path
     """A job of a second has nothing to say in a log but its last line; a bar can be forced into one."""
     done = server().run("detect", *job, "-o", tmp_path / "f.safetensors", "--progress", mode)
     assert done.code == 0
-    assert ("\x1b[K" in done.err) == (mode == "bar")
+    assert bool(BAR.search(done.err)) == (mode == "bar")
     assert mode == "bar" or done.err == ""
     assert re.fullmatch(r"streamer: detect: 9 matrices, \d+ intruders, \d certified, in 0\.\d s\n", done.last)
     shown = terminal.show(80, "detect", *job, "-o", tmp_path / "t.safetensors", "--progress", mode)
@@ -147,6 +147,7 @@ def test_progress_as_asked_for(job: tuple[Path, Path], mode: str, tmp_path: Path
 def test_a_dumb_terminal_has_no_bar(job: tuple[Path, Path], tmp_path: Path) -> None:
     shown = terminal.show(80, "detect", *job, "-o", tmp_path / "f.safetensors", env={"TERM": "dumb"})
     assert shown.code == 0, shown.last
+    assert not [line for line in shown.during if BAR.search(line)]
     assert b"\x1b" not in shown.drawn
 
 
@@ -167,8 +168,8 @@ progress.finish("4 matrices")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
     lines = done.stderr.splitlines()
-    assert lines[0] == "streamer: detect: after 0:00, 0 of 4 matrices, 0%, poems"
-    assert re.fullmatch(r"streamer: detect: after 0:0\d, 2 of 4 matrices, 50%, poems, 0:00 left", lines[1])
+    assert lines[0] == "streamer: detect: after 00:00, 0 of 4 matrices, 0%, poems"
+    assert re.fullmatch(r"streamer: detect: after 00:0\d, 2 of 4 matrices, 50%, poems, 00:00 left", lines[1])
     assert re.fullmatch(r"streamer: detect: 4 matrices, in 0\.\d s", lines[-1])
     assert len(lines) in (4, 5)
 
@@ -192,6 +193,58 @@ def test_a_log_reads_well(tmp_path: Path) -> None:
         *notes, last = (done.err + done.last).splitlines()
         assert all(re.fullmatch(r"streamer: note: .{20,300}", line) for line in notes), notes
         assert re.fullmatch(rf"streamer: {argv[0]}: .*in \d.* s", last), last
+
+
+# Calls in Python ------------------------------------------------------------------------------------------------------
+
+CALL = """
+import streamer
+def stop(event):
+    if event.items == 3:
+        raise KeyboardInterrupt
+try:
+    streamer.detect_intruder_dimensions({base!r}, {adapter!r}, progress={progress}, on_event={on_event})
+except KeyboardInterrupt:
+    pass
+print("after")
+"""
+
+WARNED = """
+from streamer.events import Event
+from streamer.progress import monitoring
+with monitoring(None, None, True) as monitor:
+    monitor.emit(Event("detect", "a.weight", 0, 4, 0, 4))
+    monitor.emit(Event("warning", "odd"))
+    monitor.emit(Event("detect", "b.weight", 1, 4, 1, 4))
+    monitor.emit(Event("detect", "", 4, 4, 4, 4))
+"""
+
+
+def called(job: tuple[Path, Path], progress: bool | None, on_event: str = "None") -> terminal.Shown:
+    code = CALL.format(base=str(job[0]), adapter=str(job[1]), progress=progress, on_event=on_event)
+    return terminal.show(100, "--version", code=code)
+
+
+def test_a_call_draws_bars_that_stay(job: tuple[Path, Path]) -> None:
+    """An interrupted call leaves its bar where it was; what is printed next is on a line of its own."""
+    shown = called(job, True)
+    assert re.fullmatch(r"detect 9/9 matrices 100%\|█+\| 00:0\d<00:00, +\S+matrix/s", shown.last[0])
+    assert shown.last[1] == "after"
+    shown = called(job, True, "stop")
+    assert re.match(r"detect 3/9 matrices +\d\d%\|█", shown.last[0])
+    assert shown.last[1] == "after"
+
+
+@pytest.mark.parametrize("progress", [False, None])
+def test_a_call_outside_of_a_notebook_draws_no_bar_unasked(job: tuple[Path, Path], progress: bool | None) -> None:
+    assert called(job, progress).last[0] == "after"
+
+
+def test_warnings_of_a_call_stand_between_its_bars() -> None:
+    shown = terminal.show(100, "--version", code=WARNED)
+    assert re.fullmatch(r"<string>:\d+: StreamerWarning: odd", shown.last[0])
+    assert re.match(r"detect 4/4 matrices 100%\|█", shown.last[-2])
+    assert [line for line in shown.during if line.startswith("detect 0/4 matrices   0%|")]
 
 
 # Many matrices --------------------------------------------------------------------------------------------------------

@@ -42,12 +42,12 @@ def test_only_the_command_line_prints_or_exits() -> None:
                 )
 
 
-def test_core_dependencies_are_the_four() -> None:
+def test_core_dependencies_are_the_five() -> None:
     import tomllib
 
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     names = {d.split(">")[0] for d in project["dependencies"]}
-    assert names == {"safetensors", "numpy", "scipy", "torch"}
+    assert names == {"safetensors", "numpy", "scipy", "torch", "tqdm"}
     allowed = names | {"streamer"} | set(sys.stdlib_module_names)
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())

@@ -15,7 +15,7 @@ from forks import server
 ROWS = 120
 """Rows of the terminal: more than any command here prints, so that nothing scrolls away."""
 
-REDRAWN = b"\r\x1b[K"
+REDRAWN = b"\r"
 """What each drawing of the bar begins with."""
 
 
@@ -39,8 +39,8 @@ class Shown:
     last: list[str]
 
 
-def show(columns: int, *argv: object, env: dict[str, str] | None = None) -> Shown:
-    """Run `streamer` on a terminal of so many columns, its stdin, stdout and stderr."""
+def show(columns: int, *argv: object, env: dict[str, str] | None = None, code: str = "") -> Shown:
+    """Run `streamer` on a terminal of so many columns, its stdin, stdout and stderr; `code` runs there before it."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (ROWS, columns))
     pieces: list[bytes] = []
@@ -53,7 +53,7 @@ def show(columns: int, *argv: object, env: dict[str, str] | None = None) -> Show
     reader = threading.Thread(target=read)
     reader.start()
     own = {"TERM": "xterm", **(env or {})}
-    done = server().run(*argv, before=TERMINAL.format(name=os.ttyname(theirs), env=own))
+    done = server().run(*argv, before=TERMINAL.format(name=os.ttyname(theirs), env=own) + code)
     os.close(theirs)
     reader.join()
     os.close(ours)

@@ -1,0 +1,168 @@
+"""Draw a run's events as tqdm bars, on the command line and for calls in Python; tqdm is imported when the first bar is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from streamer.errors import UsageError, printable
+from streamer.events import Event, Monitor, OnEvent, warn
+from streamer.units import plural
+
+ITEMS = {"detect": "matrix", "recompute": "matrix", "write": "tensor", "download": "file", "verify": "file",
+         "evaluate": "pass", "fit": "pass"}  # fmt: skip
+"""What `Event.items` counts, by stage."""
+
+IN_BYTES = ("download", "verify", "write")
+"""Stages whose `Event.total` is in bytes, unless it is the number of files."""
+
+FULL = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}"
+NARROW = "{desc}|{bar}| {elapsed}<{remaining}"
+NO_BAR = "{desc} {elapsed}<{remaining}"
+"""tqdm's formats, from the most columns to the fewest."""
+
+BESIDE, SHORTEST, ADAPTER = 46, 10, 20
+"""Columns of `FULL` without description and postfix, of the shortest name that helps, and of the longest name of an adapter."""
+
+ECHO = 2
+"""Columns that stay free for the ^C of an interrupt, which would otherwise wrap and leave the bar above it."""
+
+
+class Bars:
+    """Draw the stages of a run, one bar at a time.
+
+    Parameters
+    ----------
+    tqdm
+        Makes a bar: a class of tqdm, with the options that all bars have.
+    layout
+        Returns the bar's attributes that depend on an event.
+    """
+
+    def __init__(self, tqdm: Callable[..., Any], layout: Callable[[Event], dict[str, Any]]) -> None:
+        self._tqdm, self._layout = tqdm, layout
+        self._event = Event("probe", "")
+        self.bar: Any = None
+
+    def __call__(self, event: Event) -> None:
+        """Take an event of a stage that counts."""
+        ends = event.total > 0 and event.done >= event.total
+        if self.bar is not None and (event.stage != self._event.stage or event.done < self._event.done):
+            self.close()
+        if self.bar is None:
+            if ends:
+                return
+            self._open(event)
+        self._event = event
+        self._lay_out()
+        if event.total:  # a fit may turn out to need more: the bar's own total stays
+            self.bar.n = self.bar.total * event.done / event.total
+        if ends:
+            self.close()
+        else:
+            self.bar.update(0)
+
+    def refresh(self) -> None:
+        """Draw the bar again, as wide as the terminal is now."""
+        self._lay_out()
+        self.bar.refresh()
+
+    def close(self) -> None:
+        """Finish the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _open(self, event: Event) -> None:
+        if event.stage in IN_BYTES and event.total != event.of:
+            total, unit = event.total, {"unit": "B", "unit_scale": True}
+        else:
+            total, unit = event.of, {"unit": ITEMS.get(event.stage, "it")}
+        done = total * event.done / event.total if event.total else 0
+        self.bar = self._tqdm(total=total, initial=done, miniters=0, **unit, **self._layout(event))
+
+    def _lay_out(self) -> None:
+        for name, value in self._layout(self._event).items():
+            setattr(self.bar, name, value)
+
+
+def counts(event: Event, of: str = "/") -> str:
+    """Write how many items of how many are done, with their unit."""
+    width = len(str(event.of))
+    return f"{event.items:>{width}}{of}{event.of} {plural(ITEMS[event.stage])}"
+
+
+def layout(event: Event, columns: int | None) -> dict[str, Any]:
+    """Fit a bar to a terminal: without room the matrix's name goes first, then rate and share, the bar last."""
+    if not event.of:
+        return {"desc": f"{event.stage}: {printable(event.name)}", "bar_format": "{desc} {elapsed}"}
+    desc, ncols = f"{event.stage} {counts(event)}", None if columns is None else columns - ECHO
+    room = 1000 if ncols is None else ncols - len(desc) - BESIDE
+    narrow = NARROW if room + BESIDE >= len("|▌▌▌| 00:00<00:00") else NO_BAR
+    postfix = _name(event, room) if room >= SHORTEST else ""
+    return {"desc": desc, "bar_format": FULL if room >= 0 else narrow, "postfix": postfix, "ncols": ncols}
+
+
+def _name(event: Event, columns: int) -> str:
+    """Shorten the names of adapter and matrix to fit; of the matrix's its end stays."""
+    start = f"{event.adapter[:ADAPTER]}: " if event.adapter else ""
+    name, room = event.name.removesuffix(".weight"), columns - len(start)
+    return printable(start + (name if len(name) <= room else "…" + name[len(name) - room + 1 :].lstrip(".")))
+
+
+def columns() -> int | None:
+    """Return the columns of the terminal that stderr is, None if it is none."""
+    try:
+        return max(8, os.get_terminal_size(sys.stderr.fileno()).columns or 80)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook, as `tqdm.auto` decides it."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+@contextlib.contextmanager
+def monitoring(on_event: OnEvent | None, monitor: Monitor | None, progress: bool | None) -> Iterator[Monitor]:
+    """Make the monitor of a call in Python, and draw bars while the call runs if they are asked for.
+
+    Without a listener, warnings go through the `warnings` module.
+
+    Raises
+    ------
+    UsageError
+        If a keyword is of another type, or bars are asked for beside a monitor.
+    """
+    if on_event is not None and not callable(on_event):
+        raise UsageError(f"on_event: expected a function that takes an event, found {on_event!r}")
+    if monitor is not None and not isinstance(monitor, Monitor):
+        raise UsageError(f"monitor: expected a Monitor, found {monitor!r}")
+    if progress and monitor is not None:
+        raise UsageError("progress: a monitor takes the events; give it an on_event, or leave one of the two out")
+    if progress is None:
+        progress = on_event is None and monitor is None and in_notebook()
+    listener = on_event or warn
+    if not progress:
+        yield monitor or Monitor(listener)
+        return
+    from tqdm.auto import tqdm
+
+    width = (lambda: None) if in_notebook() else columns
+    bars = Bars(tqdm, lambda event: layout(event, width()))
+
+    def show(event: Event) -> None:
+        if event.stage in ("warning", "note"):
+            with tqdm.external_write_mode(file=sys.stderr):
+                listener(event)
+        else:
+            bars(event)
+            listener(event)
+
+    with contextlib.closing(bars):
+        yield Monitor(show)
