@@ -73,17 +73,18 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
     from streamer.evaluation import run
 
     torch.set_num_threads(arguments.pop("threads"))
-    check, measure, passes = run.check_logits, clocks.wrap(of_evaluation.measure, REST), []
+    check, measure, passes = run.padding_changes, clocks.wrap(of_evaluation.measure, REST), []
 
-    def checked(*args: Any) -> None:
-        check(*args)
+    def checked(*args: Any) -> bool:
+        changes = check(*args)
         install(clocks)  # the check counts as part of the start
+        return changes
 
     def counted(model: Any, text: Any, block: int) -> Any:
         passes.append(model.batch.variants * len(text.ids) * text.longest)
         return measure(model, text, block)
 
-    run.check_logits, of_evaluation.measure = checked, counted
+    run.padding_changes, of_evaluation.measure = checked, counted
     api.evaluate_variants(**arguments)
     with clock.stage(START):
         total = time.perf_counter() - began

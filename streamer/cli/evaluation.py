@@ -19,6 +19,7 @@ from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.evaluation.memory import measured_bytes
 from streamer.evaluation.options import EvaluationOptions, ProductDtype
+from streamer.evaluation.passes import checked_tokens
 from streamer.evaluation.prepare import Prepared, prepare
 from streamer.evaluation.records import inspect
 from streamer.evaluation.run import evaluate
@@ -85,13 +86,15 @@ def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
         (1 + len(one.variants)) * len(one.sequences) * max(len(prepared.texts[one.text].ids[i]) for i in one.sequences)
         for one in passes
     )
+    checked = checked_tokens(prepared.groups)
+    tokens, runs = tokens + checked, len(passes) + 2 * (checked > 0)
     pace = products_pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
-    seconds = pass_seconds(tokens * sum(size.products.values()), pace, len(prepared.model.modules) * len(passes))
+    seconds = pass_seconds(tokens * sum(size.products.values()), pace, len(prepared.model.modules) * runs)
     monitor.emit(Event("probe", "", 1, 1))
     variants, sequences = len(prepared.options.variants), sum(len(text.ids) for text in prepared.texts.values())
     writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (3 * variants + 1) * sequences
     writes += len(json.dumps(prepared.facts, indent=1))
-    read = size.read * len(passes)
+    read = size.read * runs
     peak = measured_bytes(prepared.passes, prepared.texts, size, prepared.resident)
     return Forecast(peak, peak, read, network_bytes(prepared.plan, read), writes, writes, seconds)
 

@@ -14,6 +14,7 @@ from streamer.cli.json_report import dry_run, dry_runs
 from streamer.cli.layout import Screen
 from streamer.cli.tables import stood
 from streamer.detection.options import RunOptions
+from streamer.evaluation.passes import checked_tokens
 from streamer.events import Event
 from streamer.fitting.costs import GRADIENT, expected_costs
 from streamer.fitting.options import FitOptions
@@ -59,9 +60,10 @@ def forecast_fit(prepared: PreparedFit) -> Forecast:
     pace = products_pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
     monitor.emit(Event("probe", "", 1, 1))
     peak = prepared.peak_bytes(costs.variants)
-    read = size.read * (GRADIENT * len(costs.gradients) + len(costs.passes))
-    runs = len(prepared.model.modules) * (GRADIENT * len(costs.gradients) + len(costs.passes))
-    seconds = pass_seconds(sum([*costs.gradients, *costs.passes]), pace, runs)
+    checked = checked_tokens(prepared.groups)
+    runs = GRADIENT * len(costs.gradients) + len(costs.passes) + 2 * (checked > 0)
+    read, products = size.read * runs, sum([*costs.gradients, *costs.passes, checked * sum(size.products.values())])
+    seconds = pass_seconds(products, pace, len(prepared.model.modules) * runs)
     count = sum(map(len, prepared.parameters.singular_values.values()))
     facts = len(json.dumps(prepared.facts)) + SET_BYTES * len(prepared.options.keep)
     names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in prepared.plan.targets)

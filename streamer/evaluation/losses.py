@@ -59,9 +59,7 @@ def measure(model: StreamingModel, text: TextSequences, block: int) -> SequenceS
     block
         Tokens of the vocabulary that are computed together.
     """
-    rows = model.batch.variants * len(text.ids)
     length = text.longest
-    length += length == rows
     ids, counted = map(torch.from_numpy, text.padded(length))
     labels = torch.roll(ids, -1, 1)
     sums = _Accumulator((model.batch.variants, len(text.ids), length))

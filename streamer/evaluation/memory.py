@@ -71,13 +71,18 @@ def measured_bytes(passes: Sequence[Pass], texts: Mapping[str, TextSequences], s
     """Estimate the peak memory of all passes; see `pass_bytes`."""
     most = 0
     for one in passes:
-        length = max(len(texts[one.text].ids[i]) for i in one.sequences) + 1
+        length = max(len(texts[one.text].ids[i]) for i in one.sequences)
         most = max(most, pass_bytes(size, resident, (1 + len(one.variants)) * len(one.sequences) * length, length))
     return most
 
 
 def plan_passes(
-    texts: Mapping[str, TextSequences], variants: int, size: ModelSize, resident: int, max_memory: int | None
+    texts: Mapping[str, TextSequences],
+    variants: int,
+    size: ModelSize,
+    resident: int,
+    max_memory: int | None,
+    one_length: bool,
 ) -> list[Pass]:
     """Divide sequences and variants into passes that fit the budget; long sequences go together, so that little is padded.
 
@@ -85,20 +90,22 @@ def plan_passes(
     ----------
     variants
         All of them, the base included.
+    one_length
+        Whether only sequences of one length run together, without padding.
 
     Raises
     ------
     UsageError
         If the budget does not hold one sequence under the base and one variant; it names the smallest that does.
     """
-    longest = max(text.longest for text in texts.values()) + 1
+    longest = max(text.longest for text in texts.values())
     if max_memory is None:
         most = ROWS
     else:
         least = pass_bytes(size, resident, 2 * longest, longest)
         if least > max_memory:
             raise UsageError(
-                f"max_memory: {max_memory >> 20}M is not enough for a sequence of {longest - 1} tokens under two variants; it takes "
+                f"max_memory: {max_memory >> 20}M is not enough for a sequence of {longest} tokens under two variants; it takes "
                 f"{-(-least >> 20)}M"
             )
         most = max(rows for rows in steps(2 * longest, ROWS) if pass_bytes(size, resident, rows, longest) <= max_memory)
@@ -108,7 +115,7 @@ def plan_passes(
     passes = []
     for name, text in texts.items():
         order = sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i]))
-        for part in parts(order, text, max(1, most // together), size.short, 1):
+        for part in parts(order, text, max(1, most // together), size.short, one_length):
             passes += [Pass(name, part, chunk) for chunk in chunks]
     return passes
 
@@ -120,21 +127,18 @@ def steps(first: int, last: int) -> Iterator[int]:
 
 
 def parts(
-    order: Sequence[int], text: TextSequences, tokens: int, short: int | None, padding: int
+    order: Sequence[int], text: TextSequences, tokens: int, short: int | None, one_length: bool
 ) -> Iterator[tuple[int, ...]]:
     """Divide sequences into groups of so many tokens at most; at least one a group.
 
-    Short ones are not padded to a length for which the model's rotary embeddings are others.
-
-    Parameters
-    ----------
-    padding
-        Tokens by which a group is padded beyond its longest sequence.
+    Short ones are not padded to a length for which the model's rotary embeddings are others; none are padded if a group has one length.
     """
     group: list[int] = []
     for i in order:
-        full = group and (len(group) + 1) * (len(text.ids[group[0]]) + padding) > tokens
-        if full or (group and short is not None and len(text.ids[i]) <= short < len(text.ids[group[0]])):
+        own, longest = len(text.ids[i]), len(text.ids[group[0]]) if group else 0
+        full = (len(group) + 1) * longest > tokens
+        apart = own != longest if one_length else short is not None and own <= short < longest
+        if group and (full or apart):
             yield tuple(group)
             group = []
         group.append(i)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streamer.errors import NumericError
 from streamer.evaluation.losses import measure
@@ -13,6 +14,8 @@ from streamer.evaluation.memory import Pass
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import MEASURES, SequenceSums
 from streamer.events import Monitor
+from streamer.plan.plan import Plan
+from streamer.streaming.logit_checks import changed_by_padding, check_logits
 from streamer.streaming.model import StreamingModel, vocabulary_block
 from streamer.streaming.run_time import RunTimeTensor
 
@@ -45,6 +48,46 @@ class Reading:
             self._tell(name, self._done)
             self._begun[name] += 1
             self._done += self._products[name]
+
+
+def longest_padded(groups: Iterable[TextSequences]) -> tuple[NDArray[np.int64], int] | None:
+    """Find the longest sequence that others are padded to, and the length of the longest of these.
+
+    Parameters
+    ----------
+    groups
+        Sequences that run together.
+
+    Returns
+    -------
+    tuple or None
+        None if nothing is padded.
+    """
+    found = None
+    for text in groups:
+        lengths = sorted({len(ids) for ids in text.ids})
+        if len(lengths) > 1 and (found is None or lengths[-1] > len(found[0])):
+            found = max(text.ids, key=len), lengths[-2]
+    return found
+
+
+def checked_tokens(groups: Iterable[TextSequences]) -> int:
+    """Count the tokens of the base alone by which `padding_changes` compares padded sequences, where any are."""
+    padded = longest_padded(groups)
+    return 0 if padded is None else len(padded[0]) + padded[1]
+
+
+def padding_changes(plan: Plan, groups: Sequence[TextSequences], on_read: Callable[[RunTimeTensor], None]) -> bool:
+    """Check the logits of a model, and test whether they change by the padding of sequences that are to run together.
+
+    Raises
+    ------
+    UnsupportedError
+        If losses would say nothing; see `check_logits`.
+    """
+    check_logits(plan, groups[0].ids[0], on_read)
+    padded = longest_padded(groups)
+    return padded is not None and changed_by_padding(plan, *padded, on_read)
 
 
 def run_pass(

@@ -41,6 +41,8 @@ class Prepared:
         ``general`` and ``task``.
     model
         Of all variants; deltas that need findings can be had of it only once these are there.
+    one_length
+        Whether only sequences of one length run together: padding would change the model's logits.
     """
 
     plan: Plan
@@ -50,13 +52,18 @@ class Prepared:
     findings: GivenFindings | None
     texts: Mapping[str, TextSequences]
     model: StreamingModel
+    one_length: bool
 
     @cached_property
     def passes(self) -> list[Pass]:
         """Divide the work."""
-        return plan_passes(
-            self.texts, len(self.options.variants), self.model.size, self.resident, self.detection.max_memory
-        )
+        size, budget = self.model.size, self.detection.max_memory
+        return plan_passes(self.texts, len(self.options.variants), size, self.resident, budget, self.one_length)
+
+    @property
+    def groups(self) -> list[TextSequences]:
+        """List the sequences that run together in each pass."""
+        return [self.texts[one.text].take(one.sequences) for one in self.passes]
 
     def check_budget(self) -> None:
         """Raise `UsageError` if the budget does not hold one sequence: the passes, once divided, are kept."""
@@ -120,7 +127,7 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     if options.coefficients is not None:
         _warn_of_fitted_texts(options.coefficients, read, texts, run.monitor)
     given = job.findings if isinstance(job.findings, GivenFindings) else None
-    return Prepared(plan, options, detection, run, given, read, model)
+    return Prepared(plan, options, detection, run, given, read, model, chooses_keys(model, read))
 
 
 def _warn_of_fitted_texts(
@@ -156,6 +163,12 @@ def refuse_new_tokens(plan: Plan) -> None:
             f"{plan.adapter.path}: gives the model {plan.edits.vocabulary} tokens, which the base does not have; evaluate and fit "
             "take adapters that keep the vocabulary"
         )
+
+
+def chooses_keys(model: StreamingModel, texts: Mapping[str, TextSequences]) -> bool:
+    """Test whether the model's config says that attention chooses some of the keys in a sequence of these texts."""
+    keys = model.size.keys
+    return keys is not None and any(text.longest > keys for text in texts.values())
 
 
 def read_texts(

@@ -34,11 +34,22 @@ def inspect(prepared: Prepared, output: Path) -> State:
 
 
 class InMemory:
-    """Sums of passes of this run alone."""
+    """Sums of passes of this run alone.
+
+    Attributes
+    ----------
+    one_length
+        Whether the passes have sequences of one length each; None until the logits have been checked.
+    """
 
     def __init__(self) -> None:
         self.threads = torch.get_num_threads()
+        self.one_length: bool | None = None
         self.sums: dict[int, SequenceSums] = {}
+
+    def decide(self, one_length: bool) -> None:
+        """Keep what the check of the logits has found."""
+        self.one_length = one_length
 
     def add(self, number: int, sums: SequenceSums) -> None:
         """Keep the sums of a pass."""
@@ -52,9 +63,17 @@ class Journalled(InMemory):
         super().__init__()
         self._journal, self.threads = own.journal, own.threads
         for record in map(json.loads, own.records()):
+            if "one_length" in record:
+                self.one_length = record["one_length"]
+                continue
             self.sums[record["pass"]] = SequenceSums(
                 *(np.array(record[key], np.float64) for key in ("tokens", *MEASURES))
             )
+
+    def decide(self, one_length: bool) -> None:
+        """Keep what the check of the logits has found, durably: a run that takes this one up divides the work alike."""
+        self._journal.append(json.dumps({"one_length": one_length}).encode())
+        super().decide(one_length)
 
     def add(self, number: int, sums: SequenceSums) -> None:
         """Keep the sums of a pass, durably; floats are written so that they are read as the same bits."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from streamer.detection.findings import Findings
 from streamer.detection.findings_file import lock_of, remove_leftovers
 from streamer.detection.run import detect_in_memory
 from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation, load_evaluation
-from streamer.evaluation.passes import Reading, run_pass, together
+from streamer.evaluation.passes import Reading, padding_changes, run_pass, together
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.records import InMemory, Journalled, inspect, result_file
 from streamer.evaluation.result_file import computing
@@ -18,7 +19,6 @@ from streamer.events import Event
 from streamer.plan.batch import Batch
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.lock import locked
-from streamer.streaming.logit_checks import check_logits
 from streamer.streaming.model import StreamingModel
 
 
@@ -53,10 +53,8 @@ def _standing(prepared: Prepared, output: Path) -> Evaluation:
 def _measured(prepared: Prepared, records: InMemory) -> Evaluation:
     """Run the passes that are missing, and put the sums of all together."""
     with computing(records.threads, prepared.run.monitor):
-        findings = None
-        if len(records.sums) < len(prepared.passes):
-            check_logits(prepared.plan, prepared.texts[GENERAL].ids[0], prepared.run.monitor)
-            findings = _findings(prepared)
+        prepared = _checked(prepared, records)
+        findings = _findings(prepared) if len(records.sums) < len(prepared.passes) else None
         models: dict[tuple[int, ...], StreamingModel] = {}
         for number, one in enumerate(prepared.passes):
             if number in records.sums:
@@ -74,6 +72,15 @@ def _measured(prepared: Prepared, records: InMemory) -> Evaluation:
     return Evaluation(variants, general, task, prepared.facts)
 
 
+def _checked(prepared: Prepared, records: InMemory) -> Prepared:
+    """Check the logits once, and divide the work anew if padding changes them."""
+    if records.one_length is None:
+        changed = padding_changes(prepared.plan, prepared.groups, _reading(prepared, 0, share=0))
+        records.decide(prepared.one_length or changed)
+    one_length = bool(records.one_length)
+    return prepared if one_length == prepared.one_length else replace(prepared, one_length=one_length)
+
+
 def _findings(prepared: Prepared) -> Findings | None:
     """Return the findings, detected now where none were given and some are needed."""
     if not prepared.needs_findings:
@@ -85,14 +92,18 @@ def _findings(prepared: Prepared) -> Findings | None:
 
 
 def _pass(prepared: Prepared, number: int, model: StreamingModel) -> SequenceSums:
-    """Run one pass; a request to stop is heeded before each parameter that is read."""
-    one, monitor = prepared.passes[number], prepared.run.monitor
+    """Run one pass."""
+    return run_pass(model, prepared.groups[number], prepared.passes[number].text, _reading(prepared, number))
+
+
+def _reading(prepared: Prepared, number: int, share: int = 1) -> Reading:
+    """Tell how far a pass is, and heed a request to stop, before each parameter that is read; what is no pass has a share of 0."""
+    monitor = prepared.run.monitor
 
     def tell(name: str, done: int) -> None:
-        monitor.emit(Event("evaluate", name, *_progress(prepared, number, done)))
+        monitor.emit(Event("evaluate", name, *_progress(prepared, number, share * done)))
 
-    reading = Reading(monitor, model.size.products, tell)
-    return run_pass(model, prepared.texts[one.text].take(one.sequences), one.text, reading)
+    return Reading(monitor, prepared.model.size.products, tell)
 
 
 def _progress(prepared: Prepared, number: int, done: int) -> tuple[int, int, int, int]:

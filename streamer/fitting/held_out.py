@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,18 +22,11 @@ from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 
 class HeldOut:
-    """Sums on the held-out sequences of both texts, of the base and of every θ that was asked about.
+    """Sums on the held-out sequences of both texts, of the base and of every θ that was asked about."""
 
-    Parameters
-    ----------
-    before
-        Called before a pass runs, for what is checked once.
-    """
-
-    def __init__(self, prepared: PreparedFit, parameters: Parameters, records: InMemory, progress: FitProgress,
-                 before: Callable[[], None]) -> None:  # fmt: skip
+    def __init__(self, prepared: PreparedFit, parameters: Parameters, records: InMemory, progress: FitProgress) -> None:
         self._prepared, self._parameters, self._records = prepared, parameters, records
-        self._progress, self._before = progress, before
+        self._progress = progress
         self._rows: dict[bytes, Mapping[str, SequenceSums]] = {}
         """By θ, in bytes: sums of one variant, by text; of the base under an empty key, which is also that of θ = 0 where this is the
         base."""
@@ -71,7 +64,6 @@ class HeldOut:
             name = key(request, number, new)
             found = self._records.find(name)
             if found is None:
-                self._before()
                 if one.variants not in models:
                     chosen = tuple(variants[v] for v in (0, *one.variants))
                     models[one.variants] = StreamingModel(

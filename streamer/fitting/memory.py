@@ -42,8 +42,15 @@ def gradient_bytes(size: ModelSize, resident: int, rows: int, length: int) -> in
     return resident + TRANSFORMERS_BYTES + max(layer, logits) + states + weights + size.dense + size.factors
 
 
-def plan_chunks(text: TextSequences, size: ModelSize, resident: int, max_memory: int | None) -> list[tuple[int, ...]]:
+def plan_chunks(
+    text: TextSequences, size: ModelSize, resident: int, max_memory: int | None, one_length: bool
+) -> list[tuple[int, ...]]:
     """Divide sequences into chunks that fit the budget; long ones go together, so that little is padded.
+
+    Parameters
+    ----------
+    one_length
+        Whether only sequences of one length run together, without padding.
 
     Returns
     -------
@@ -66,4 +73,4 @@ def plan_chunks(text: TextSequences, size: ModelSize, resident: int, max_memory:
             )
         most = max(r for r in steps(longest, ROWS) if gradient_bytes(size, resident, r, longest) <= max_memory)
     order = sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i]))
-    return list(parts(order, text, most, size.short, 0))
+    return list(parts(order, text, most, size.short, one_length))

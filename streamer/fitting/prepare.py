@@ -12,7 +12,7 @@ from streamer import __version__
 from streamer.detection.options import RunOptions
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
-from streamer.evaluation.prepare import is_factored, read_texts, refuse_new_tokens, stays_quantized
+from streamer.evaluation.prepare import chooses_keys, is_factored, read_texts, refuse_new_tokens, stays_quantized
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import telling
 from streamer.evaluation.texts import sample_digest
@@ -54,6 +54,8 @@ class PreparedFit:
         Digests of their files; see `sample_digest`.
     model
         Of the base and one variant, for its sizes.
+    one_length
+        See `evaluation.prepare.Prepared`.
     """
 
     plan: Plan
@@ -63,18 +65,25 @@ class PreparedFit:
     texts: Mapping[str, Division]
     files: Mapping[str, str]
     model: StreamingModel
+    one_length: bool
 
     @cached_property
     def chunks(self) -> Mapping[str, list[tuple[int, ...]]]:
         """Divide the sequences that are fitted on, of each text, into those that run together."""
         return {
-            name: plan_chunks(text.fitted, self.model.size, self.resident, self.max_memory)
+            name: plan_chunks(text.fitted, self.model.size, self.resident, self.max_memory, self.one_length)
             for name, text in self.texts.items()
         }
 
     def passes(self, variants: int) -> list[Pass]:
         """Divide the sequences that are held apart, under so many variants, the base among them."""
-        return plan_passes(self.held, variants, self.model.size, self.resident, self.max_memory)
+        return plan_passes(self.held, variants, self.model.size, self.resident, self.max_memory, self.one_length)
+
+    @property
+    def groups(self) -> list[TextSequences]:
+        """List the sequences that run together: in each pass under two variants, and in each chunk of a gradient."""
+        held = [self.held[one.text].take(one.sequences) for one in self.passes(2)]
+        return held + [self.texts[name].fitted.take(rows) for name, chunks in self.chunks.items() for rows in chunks]
 
     @property
     def held(self) -> dict[str, TextSequences]:
@@ -86,7 +95,7 @@ class PreparedFit:
         size, length = self.model.size, max(text.whole.longest for text in self.texts.values())
         least = max(
             gradient_bytes(size, self.resident, length, length),
-            pass_bytes(size, self.resident, 2 * (length + 1), length + 1),  # which is padded by one
+            pass_bytes(size, self.resident, 2 * length, length),
         )
         if self.max_memory is not None and least > self.max_memory:
             raise UsageError(
@@ -214,7 +223,8 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
     model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16"))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
     files = {name: sample_digest(path) for name, path in texts.items()}
-    prepared = PreparedFit(plan, options, run, max_memory, divide(read, texts, options), files, model)
+    divided, one_length = divide(read, texts, options), chooses_keys(model, read)
+    prepared = PreparedFit(plan, options, run, max_memory, divided, files, model, one_length)
     if prepared.unchanged:
         names = prepared.unchanged
         run.monitor.warn(

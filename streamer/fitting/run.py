@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from streamer.evaluation.evaluation import GENERAL, TASK
+from streamer.evaluation.passes import padding_changes
 from streamer.evaluation.result_file import computing
 from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting import algorithm
@@ -22,7 +24,6 @@ from streamer.fitting.result import adapter_facts, doubts, misses, set_facts, sh
 from streamer.output.coefficients import Coefficients, Floats
 from streamer.output.coefficients_file import load_coefficients
 from streamer.streaming.gradients import Against, GradientModel
-from streamer.streaming.logit_checks import check_logits
 
 
 def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
@@ -54,13 +55,11 @@ class _Run:
     """
 
     def __init__(self, prepared: PreparedFit, records: InMemory, directory: Path | None) -> None:
-        self.prepared, self.records, self.directory, self.monitor = prepared, records, directory, prepared.run.monitor
+        self.records, self.directory, self.monitor = records, directory, prepared.run.monitor
         self.parameters = prepared.parameters
-        self.progress = FitProgress(self.monitor, prepared.model.size)
-        self.held = HeldOut(prepared, self.parameters, records, self.progress, self._check_logits)
-        self._checked = False
         self.gradients = 0
         """Gradients that were asked for."""
+        self._divide(prepared)
 
     def result(self) -> Coefficients:
         """Run to the end, and give temporary files back, also where the run is interrupted."""
@@ -73,8 +72,8 @@ class _Run:
     def _result(self) -> Coefficients:
         self.prepared.warn()
         with computing(self.records.threads, self.monitor):
-            expected = expected_costs(self.prepared)
-            self.progress.expect([*expected.gradients, *expected.passes])
+            if (checked := self._checked()) is not self.prepared:
+                self._divide(checked)
             # First of all, so that what evaluate would refuse is refused, and doubted what is not worth the time.
             baseline = shrinks(self.parameters.count)
             self.held.measure(0, baseline)
@@ -118,7 +117,6 @@ class _Run:
             name = key(number, chunk, [theta])
             found = self.records.find(name)
             if found is None:
-                self._check_logits()
                 self.model.batch.on_read = self.progress.reading(cost, GRADIENT)
                 own = self.model.gradient(text.take(rows), self.parameters.coefficients(theta), against)
                 self.prepared.plan.check_unchanged()
@@ -145,8 +143,24 @@ class _Run:
         rounds = self.prepared.options.dtype == "bf16"
         return GradientModel(self.prepared.plan, rounds_products=rounds, directory=self.directory)
 
-    def _check_logits(self) -> None:
-        """Check once, before the first pass, that losses of this model tell something."""
-        if not self._checked:
-            check_logits(self.prepared.plan, self.prepared.texts[GENERAL].fitted.ids[0], self.monitor)
-            self._checked = True
+    def _divide(self, prepared: PreparedFit) -> None:
+        """Take the division of the work, and begin to count."""
+        self.prepared, self.progress = prepared, FitProgress(self.monitor, prepared.model.size)
+        expected = expected_costs(prepared)
+        self.progress.expect([*expected.gradients, *expected.passes])
+
+    def _checked(self) -> PreparedFit:
+        """Check the logits once, and divide the work anew if padding changes them."""
+        prepared, name = self.prepared, "one_length"
+        found = self.records.find(name)
+        if found is None:
+            changed = padding_changes(prepared.plan, prepared.groups, self.progress.reading(0, 1))
+            found = {name: np.array([float(prepared.one_length or changed)])}
+            self.records.add(name, found)
+        one_length = bool(found[name][0])
+        return prepared if one_length == prepared.one_length else replace(prepared, one_length=one_length)
+
+    @cached_property
+    def held(self) -> HeldOut:
+        """Measures of the sequences that are held apart, once the logits are checked."""
+        return HeldOut(self.prepared, self.parameters, self.records, self.progress)

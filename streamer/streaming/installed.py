@@ -39,7 +39,8 @@ class Batch:
     Attributes
     ----------
     variants, sequences, length
-        Rows are (variants · sequences, length) tokens.
+        Rows are (variants · sequences, length) tokens. If rows are as many as tokens, the first dimension is taken to be of rows:
+        `check_logits`, which runs before, has refused models in which it is not.
     vocabulary
         From and to: the head computes these rows of its weight; None: all.
     on_read

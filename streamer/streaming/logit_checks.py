@@ -1,63 +1,119 @@
-"""Refuse models whose losses would be others than theirs or tell nothing: tokens see those that follow, logits are changed by number."""
+"""Check what losses rely on: tokens do not see those that follow, logits come from the head alone, and padding changes nothing."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from streamer.errors import UnsupportedError
-from streamer.events import Monitor
+from streamer.output.mitigation import MitigationOptions
 from streamer.plan.plan import Plan
-from streamer.streaming.model import StreamingModel
+from streamer.streaming.model import StreamingModel, vocabulary_block
+from streamer.streaming.run_time import RunTimeTensor
 from streamer.streaming.values import Job
-from streamer.streaming.variants import BASE, Variant
+from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 LENGTH = 8
-"""Tokens that are tried; two sequences of them are read."""
+"""Tokens of the two sequences that `check_logits` runs; they run under two variants, so that rows and tokens differ in number."""
 
 TOLERANCE = 1e-3
 """Difference of logits, as a share of the largest, that rounding may make."""
 
+OnRead = Callable[[RunTimeTensor], None]
+Ids = NDArray[np.int64]
 
-def check_logits(plan: Plan, ids: NDArray[np.int64], monitor: Monitor) -> None:
-    """Compare the base's logits on two sequences that differ in their last token, and computed in one block with those in two.
+
+def check_logits(plan: Plan, ids: Ids, on_read: OnRead) -> None:
+    """Compare the base's logits on two short sequences that differ in their last token, and computed in one block with those in two.
+
+    The adapted model runs beside the base: a module in whose input variants cannot be told apart is refused before any pass.
 
     Parameters
     ----------
     ids
         Tokens of a text.
-    monitor
-        Asked for a stop before each parameter is read.
+    on_read
+        Called before each parameter is read; may raise to stop.
 
     Raises
     ------
     UnsupportedError
-        If they differ before it, or a block's depend on which tokens of the vocabulary are in it.
+        If the logits differ before the last token, or a block's depend on which tokens of the vocabulary are in it.
     """
-    model = StreamingModel(Job(plan, (Variant(BASE, None),), None))
-    model.batch.on_read = lambda tensor: monitor.checkpoint()
+    variants = Variant(BASE, None), Variant(ADAPTER, MitigationOptions(1.0, "shrink"))
+    model = StreamingModel(Job(plan, variants, None))
+    model.batch.on_read = on_read
     pair = torch.from_numpy(np.resize(ids, (2, LENGTH)))
     pair[1] = pair[0]
     pair[1, -1] = (pair[0, -1] + 1) % model.vocabulary
     cut = max(1, model.vocabulary // 3)
     try:
-        whole, *parts = [z for *_, z in model.logits(pair, [(0, model.vocabulary), (0, cut), (cut, model.vocabulary)])]
+        blocks = [(0, model.vocabulary), (0, cut), (cut, model.vocabulary)]
+        whole, *parts = [z[0].clone() for *_, z in model.logits(pair, blocks)]
         in_blocks = float((whole - torch.cat(parts, -1)).abs().max())
     except IndexError as e:  # of a token that is not in the block
         raise _changed_by_number(plan) from e
     largest = TOLERANCE * max(1.0, float(whole.abs().max()))
     if not in_blocks <= largest:
         raise _changed_by_number(plan)
-    if float((whole[0, 0, :-1] - whole[0, 1, :-1]).abs().max()) > largest:
-        raise UnsupportedError(
-            f"{plan.base.path}: in this model a token sees those that follow it, so that its losses say nothing of what it predicts; "
-            "evaluate and fit take causal language models"
-        )
+    if float((whole[0, :-1] - whole[1, :-1]).abs().max()) > largest:
+        raise _sees_what_follows(plan)
+
+
+def changed_by_padding(plan: Plan, ids: Ids, shorter: int, on_read: OnRead) -> bool:
+    """Test whether the base's logits of a sequence's first tokens change if the sequence ends after them.
+
+    They do in models whose attention chooses some of the keys and decides ties by the number of all. The sequence runs whole and cut,
+    which takes as long as a pass over both.
+
+    Parameters
+    ----------
+    ids
+        A sequence of a text.
+    shorter
+        Tokens of the sequence that is cut.
+
+    Raises
+    ------
+    UnsupportedError
+        If they depend on which tokens follow.
+    """
+    if not _differ(plan, ids, ids[:shorter], shorter, on_read):
+        return False
+    other = ids.copy()
+    other[shorter:] = (ids[shorter:] == 0).astype(ids.dtype)
+    if _differ(plan, ids, other, shorter, on_read):
+        raise _sees_what_follows(plan)
+    return True
+
+
+def _differ(plan: Plan, one: Ids, other: Ids, tokens: int, on_read: OnRead) -> bool:
+    """Test whether the base's logits of the first tokens of two sequences differ; each sequence runs alone."""
+    runs = []
+    for ids in (one, other):
+        model = StreamingModel(Job(plan, (Variant(BASE, None),), None))
+        model.batch.on_read = on_read
+        blocks = model.vocabulary_blocks(vocabulary_block(len(one) + len(other)))
+        runs.append(model.logits(torch.from_numpy(ids)[None], blocks))
+    off, largest = 0.0, 1.0
+    for (_, _, z), (_, _, z_other) in zip(*runs, strict=True):
+        a, b = z[0, 0, :tokens], z_other[0, 0, :tokens]
+        off, largest = max(off, float((a - b).abs().max())), max(largest, float(a.abs().max()))
+    return off > TOLERANCE * largest
 
 
 def _changed_by_number(plan: Plan) -> UnsupportedError:
     return UnsupportedError(
         f"{plan.base.path}: the model changes the logits of some tokens by their number: it computes them otherwise than by its head; "
         "evaluate and fit do not do it"
+    )
+
+
+def _sees_what_follows(plan: Plan) -> UnsupportedError:
+    return UnsupportedError(
+        f"{plan.base.path}: in this model a token sees those that follow it, so that its losses say nothing of what it predicts; "
+        "evaluate and fit take causal language models"
     )

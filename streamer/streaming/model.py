@@ -32,6 +32,9 @@ LOGIT_BYTES = 32 << 20
 MASK_VALUES = 2
 """Values of four bytes that a mask takes for each pair of tokens of a sequence: a byte, and a float that torch makes of it."""
 
+CHOSEN_KEYS = "index_topk", "keep_window_size"
+"""What configs call the number of keys that attention chooses."""
+
 FACTOR_BYTES = 24
 """Bytes for each value of a delta's factors: 4 as it is read, and 8 + 4 of up to twice as many of a variant's, rounded down."""
 
@@ -57,6 +60,8 @@ class ModelSize:
         Bytes of all weights on disk.
     short
         Longest sequence that rotary embeddings of two kinds (longrope) take for a short one, by its length with padding; None of others.
+    keys
+        Tokens that attention chooses among those of a longer sequence; None if it attends to all that it sees.
     layer_width
         Inputs and outputs of all matrices of one layer, for one token; of experts those of as many as it runs through.
     layer_factors
@@ -72,6 +77,7 @@ class ModelSize:
     products: Mapping[str, int]
     read: int
     short: int | None = None
+    keys: int | None = None
     layer_width: int = 0
     layer_factors: int = 0
 
@@ -157,6 +163,7 @@ class LoadedModel:
             products={t.name: math.prod(t.shape[t.stacked :]) * used(t) for t in inner},
             read=sum(self.values.plan.weights[weight].nbytes for weight in {w for t in tensors for w in t.weights}),
             short=_short_length(config),
+            keys=next((keys for name in CHOSEN_KEYS if (keys := getattr(config, name, None))), None),
             layer_width=self._in_one_layer(lambda t: (sum(t.shape[-2:]) if t.stacked else sum(t.shape)) * used(t)),
             layer_factors=self._in_one_layer(
                 lambda t: sum(4 * _factor_values(target) for target, _ in self.values.targets(t))
@@ -251,7 +258,7 @@ class StreamingModel(LoadedModel):
         Parameters
         ----------
         ids
-            Tokens (sequences, length); the number of sequences times variants is not the length (see `Batch.per_variant`).
+            Tokens (sequences, length).
         blocks
             Tokens of the vocabulary that are computed together: from, to; see `vocabulary_blocks`.
 
@@ -267,7 +274,6 @@ class StreamingModel(LoadedModel):
         """
         batch = self.batch
         batch.sequences, batch.length = ids.shape
-        assert batch.rows != batch.length
         ids = ids.repeat(batch.variants, 1)
         with self._captured() as results:
             for number, (i, j) in enumerate(blocks):

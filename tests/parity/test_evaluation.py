@@ -152,6 +152,20 @@ def test_products_of_bfloat16_move_the_means_little(name: str, tmp_path: Path) -
         assert 0 < moved.max() <= 2e-3
 
 
+def test_as_many_rows_as_tokens(tmp_path: Path) -> None:
+    """Three variants of two sequences of six tokens: no shape tells rows from tokens."""
+    cls, base = make_base("llama", tmp_path / "base"), tmp_path / "base"
+    adapter, ids = (
+        make_adapter(cls, base, tmp_path / "adapter", [*LINEAR, "lm_head", "embed_tokens"]),
+        token_ids(64, 2, 6),
+    )
+    variants = make_variants(("shrink",), (0.5,), "all")
+    together = streamed(base, adapter, variants, None, ids)
+    for i in range(2):
+        alone = streamed(base, adapter, variants, None, ids[i : i + 1])
+        np.testing.assert_allclose(together.loss[:, i], alone.loss[:, 0], rtol=1e-5)
+
+
 def test_it_makes_no_difference_what_runs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences of several lengths, all variants at once and one by one."""
     cls = make_base("llama", tmp_path / "base")

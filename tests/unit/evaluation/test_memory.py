@@ -9,6 +9,7 @@ import pytest
 
 from streamer.errors import UsageError
 from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
+from streamer.evaluation.passes import checked_tokens, longest_padded
 from streamer.evaluation.sequences import TextSequences
 from streamer.streaming.model import ModelSize
 
@@ -29,31 +30,48 @@ def check_complete(passes: list[Pass], variants: int, texts: dict[str, TextSeque
 
 def test_long_sequences_go_together() -> None:
     texts = {"general": text(10, 500, 20, 490, 30), "task": text(100)}
-    passes = plan_passes(texts, 8, LARGE, RESIDENT, None)
+    passes = plan_passes(texts, 8, LARGE, RESIDENT, None, False)
     check_complete(passes, 8, texts)
     assert [p.sequences for p in passes] == [(1,), (3,), (4, 2, 0), (0,)]
 
 
 def test_short_sequences_are_not_padded_to_where_rotary_embeddings_are_others() -> None:
     texts = {"general": text(10, 40, 16, 17), "task": text(12, 16)}
-    passes = plan_passes(texts, 8, replace(LARGE, short=16), RESIDENT, None)
+    passes = plan_passes(texts, 8, replace(LARGE, short=16), RESIDENT, None, False)
     check_complete(passes, 8, texts)
     assert [p.sequences for p in passes] == [(1, 3), (2, 0), (1, 0)]
+
+
+def test_sequences_of_one_length_go_together_if_padding_changes_the_model() -> None:
+    texts = {"general": text(10, 40, 10, 40, 16), "task": text(12, 12)}
+    passes = plan_passes(texts, 8, LARGE, RESIDENT, None, True)
+    check_complete(passes, 8, texts)
+    assert [p.sequences for p in passes] == [(1, 3), (4,), (0, 2), (0, 1)]
+    padded = plan_passes(texts, 8, LARGE, RESIDENT, None, False)
+    assert measured_bytes(passes, texts, LARGE, RESIDENT) < measured_bytes(padded, texts, LARGE, RESIDENT)
+
+
+def test_the_longest_padded_sequence_shows_what_padding_does() -> None:
+    groups = [text(64), text(40, 40), text(30, 12, 28, 28), text(9, 50, 3), text(50, 4)]
+    found = longest_padded(groups)
+    assert found is not None
+    assert (len(found[0]), found[1], checked_tokens(groups)) == (50, 9, 59)
+    assert checked_tokens(groups[:2]) == 0
 
 
 def test_a_budget_divides_the_variants_too() -> None:
     texts = {"general": text(*[512] * 3), "task": text(64)}
     for budget in (900 << 20, 1200 << 20, 2000 << 20):
-        passes = plan_passes(texts, 17, LARGE, RESIDENT, budget)
+        passes = plan_passes(texts, 17, LARGE, RESIDENT, budget, False)
         check_complete(passes, 17, texts)
         assert measured_bytes(passes, texts, LARGE, RESIDENT) <= budget
-    few, many = (len(plan_passes(texts, 17, LARGE, RESIDENT, budget)) for budget in (3000 << 20, 900 << 20))
+    few, many = (len(plan_passes(texts, 17, LARGE, RESIDENT, budget, False)) for budget in (3000 << 20, 900 << 20))
     assert few < many
 
 
 def test_a_budget_for_no_pass_names_the_smallest() -> None:
     texts = {"general": text(512), "task": text(64)}
-    least = pass_bytes(LARGE, RESIDENT, 2 * 513, 513)
+    least = pass_bytes(LARGE, RESIDENT, 2 * 512, 512)
     with pytest.raises(UsageError, match=rf"max_memory: 400M is not enough .* it takes {-(-least >> 20)}M"):
-        plan_passes(texts, 3, LARGE, RESIDENT, 400 << 20)
-    plan_passes(texts, 3, LARGE, RESIDENT, least)
+        plan_passes(texts, 3, LARGE, RESIDENT, 400 << 20, False)
+    plan_passes(texts, 3, LARGE, RESIDENT, least, False)

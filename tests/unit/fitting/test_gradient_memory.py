@@ -22,18 +22,22 @@ def text(*lengths: int) -> TextSequences:
 
 
 def test_long_sequences_go_together() -> None:
-    assert plan_chunks(text(10, 500, 20, 490, 30), LARGE, RESIDENT, None) == [(1, 3), (4, 2, 0)]
+    assert plan_chunks(text(10, 500, 20, 490, 30), LARGE, RESIDENT, None, False) == [(1, 3), (4, 2, 0)]
 
 
 def test_short_sequences_are_not_padded_to_where_rotary_embeddings_are_others() -> None:
-    assert plan_chunks(text(10, 40, 16), replace(LARGE, short=16), RESIDENT, None) == [(1,), (2, 0)]
+    assert plan_chunks(text(10, 40, 16), replace(LARGE, short=16), RESIDENT, None, False) == [(1,), (2, 0)]
+
+
+def test_sequences_of_one_length_go_together_if_padding_changes_the_model() -> None:
+    assert plan_chunks(text(10, 40, 16, 40), LARGE, RESIDENT, None, True) == [(1, 3), (2,), (0,)]
 
 
 def test_a_budget_makes_chunks_smaller_and_is_kept() -> None:
     sequences = text(*[128] * 8)
-    free = plan_chunks(sequences, LARGE, RESIDENT, None)
+    free = plan_chunks(sequences, LARGE, RESIDENT, None, False)
     budget = gradient_bytes(LARGE, RESIDENT, 300, 128)
-    chunks = plan_chunks(sequences, LARGE, RESIDENT, budget)
+    chunks = plan_chunks(sequences, LARGE, RESIDENT, budget, False)
     assert len(free) < len(chunks) == 4
     assert sorted(i for chunk in chunks for i in chunk) == list(range(8))
     assert all(gradient_bytes(LARGE, RESIDENT, 128 * len(chunk), 128) <= budget for chunk in chunks)
@@ -43,9 +47,9 @@ def test_a_budget_that_holds_no_sequence_is_refused_with_one_that_does() -> None
     with pytest.raises(
         UsageError, match=r"max_memory: 100M is not enough for the gradient .* of 512 tokens; it takes \d+M"
     ) as refused:
-        plan_chunks(text(512, 8), LARGE, RESIDENT, 100 << 20)
+        plan_chunks(text(512, 8), LARGE, RESIDENT, 100 << 20, False)
     enough = int(str(refused.value).rpartition(" ")[2].removesuffix("M")) << 20
-    assert plan_chunks(text(512, 8), LARGE, RESIDENT, enough) == [(0,), (1,)]
+    assert plan_chunks(text(512, 8), LARGE, RESIDENT, enough, False) == [(0,), (1,)]
 
 
 def test_it_grows_with_what_one_layer_needs() -> None:

@@ -1,0 +1,146 @@
+"""Models whose attention chooses some of the keys: a tie is decided by how many there are, padding included, so that nothing is padded."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenized_texts
+import torch
+import transformers
+import zoo
+from causal_models import make_adapter
+from evaluated import log_probabilities, sums_of
+from fitted_models import OBJECTIVES, assert_close, coefficients_of, oracle
+
+import streamer
+from streamer.detection.options import RunOptions
+from streamer.fitting.options import FitOptions
+from streamer.fitting.prepare import prepare_fit
+from streamer.streaming.gradients import GradientModel
+
+CHOOSING = {
+    "AXK2ForCausalLM": ["q_b_proj", "o_proj"],
+    "DeepseekV32ForCausalLM": ["q_b_proj", "o_proj"],
+    "DogeForCausalLM": ["q_proj", "down_proj"],
+    "GlmMoeDsaForCausalLM": ["q_b_proj", "o_proj"],
+    "HYV4ForCausalLM": ["q_b_proj", "o_proj"],
+}
+"""Class → modules of its adapter."""
+
+CHOSEN = 4
+"""Keys that attention chooses."""
+
+
+def make_choosing(name: str, path: Path) -> Any:
+    """A tiny model of one head of the indexer, where most scores are 0 and tie, and a tokenizer of words; returns its class."""
+    config = zoo.config_of(name)
+    values = {"index_topk": CHOSEN, "keep_window_size": CHOSEN, "index_n_heads": 1, "index_head_dim": 16}
+    for key in values.keys() & vars(config).keys():
+        setattr(config, key, values[key])
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(path)
+    tokenized_texts.save(path, "words", start=False)
+    return type(model)
+
+
+def make_text(path: Path, lengths: list[int], seed: int) -> Path:
+    rng = random.Random(seed)
+    lines = [{"text": " ".join(rng.choice(tokenized_texts.WORDS) for _ in range(length))} for length in lengths]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def make_inputs(name: str, path: Path) -> tuple[Any, Path, Path, dict[str, Path]]:
+    """The model's class, base, adapter and texts, whose sequences have several lengths."""
+    cls, base = make_choosing(name, path / "base"), path / "base"
+    adapter = make_adapter(cls, base, path / "adapter", CHOOSING[name], lora_alpha=4)
+    lengths = {"general": [40, 33, 33, 12, 7, 3], "task": [29, 11, 24, 11]}
+    texts = {text: make_text(path / f"{text}.jsonl", own, len(own)) for text, own in lengths.items()}
+    return cls, base, adapter, texts
+
+
+def assert_alone(found: streamer.Evaluation, cls: Any, base: Path, adapter: Path, texts: dict[str, Path]) -> None:
+    """The losses of the base, the adapter, and half of it are those of transformers with each sequence alone."""
+    models = [base]
+    for scale in (1.0, 0.5):
+        models.append(base.parent / f"merged-{scale}")
+        streamer.merge_with_reduced_intruder_dimensions(
+            base, adapter, models[-1], method="shrink", mitigation_lambda=scale
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    for text, path in texts.items():
+        ours = getattr(found, text)
+        for i, line in enumerate(map(json.loads, path.read_text().splitlines())):
+            ids = torch.tensor([tokenizer(line["text"]).input_ids])
+            of_base = log_probabilities(cls, base, ids)
+            for v, model in enumerate(models):
+                loss, kl, _ = sums_of(log_probabilities(cls, model, ids), of_base, ids)
+                assert abs(ours.loss[v, i] - float(loss)) <= 1e-5 * ids.numel(), (text, i, v)
+                assert abs(ours.kl[v, i] - float(kl)) <= 1e-5 * ids.numel(), (text, i, v)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_losses_are_those_of_each_sequence_alone(name: str, tmp_path: Path) -> None:
+    cls, base, adapter, texts = make_inputs(name, tmp_path)
+    found = streamer.evaluate_variants(base, adapter, methods=["shrink"], lambdas=(0.5,), **texts)
+    assert_alone(found, cls, base, adapter, texts)
+
+
+@pytest.mark.parametrize("name", ["DeepseekV32ForCausalLM", "DogeForCausalLM"])
+def test_the_check_of_logits_finds_a_class_whose_config_does_not_say_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamer.streaming.model.CHOSEN_KEYS", ())
+    cls, base, adapter, texts = make_inputs(name, tmp_path)
+    found = streamer.evaluate_variants(base, adapter, methods=["shrink"], lambdas=(0.5,), **texts)
+    assert_alone(found, cls, base, adapter, texts)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_gradients_are_those_of_sequences_without_padding(name: str, tmp_path: Path) -> None:
+    cls, base, adapter, texts = make_inputs(name, tmp_path)
+    prepared = prepare_fit(base, adapter, texts, FitOptions(), None, RunOptions(torch.device("cpu")))
+    model = GradientModel(prepared.plan)
+    coefficients = coefficients_of(model)
+    for own in prepared.groups[:4]:
+        ids = torch.tensor(np.stack(own.ids))
+        expected = oracle(cls, base, adapter, ids, coefficients)
+        for objective in OBJECTIVES:
+            assert_close(model.gradient(own, coefficients, objective), *expected[objective])
+
+
+def make_learned_text(cls: Any, base: Path, adapter: Path, path: Path) -> Path:
+    """Sequences of several lengths that the adapted model gives with its own probabilities."""
+    merged = path.parent / "merged"
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, method="shrink", mitigation_lambda=1)
+    model, tokenizer = cls.from_pretrained(merged).eval(), transformers.AutoTokenizer.from_pretrained(base)
+    words = torch.tensor([i for word, i in tokenizer.get_vocab().items() if word in tokenized_texts.WORDS])
+    ids, generator = words[torch.randint(len(words), (20, 1))], torch.Generator().manual_seed(4)
+    for _ in range(39):
+        with torch.no_grad():
+            p = model(input_ids=ids, use_cache=False).logits[:, -1, words].softmax(-1)
+        ids = torch.cat([ids, words[torch.multinomial(p, 1, generator=generator)]], 1)
+    lines = [{"text": tokenizer.decode(row[: 40 - i])} for i, row in enumerate(ids)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_fit_divides_its_sequences_by_length_if_the_check_of_logits_finds_that_it_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls, base, adapter, texts = make_inputs("GlmMoeDsaForCausalLM", tmp_path)
+    options: dict[str, Any] = {"steps": 1, "holdout": 0.5, "grain": "matrix", "on_event": str}
+    texts["task"] = make_learned_text(cls, base, adapter, tmp_path / "learned.jsonl")
+    stated = streamer.fit_coefficients(base, adapter, **texts, **options)
+    monkeypatch.setattr("streamer.streaming.model.CHOSEN_KEYS", ())
+    found = streamer.fit_coefficients(base, adapter, **texts, **options)
+    assert found.facts["sets"] == stated.facts["sets"]
