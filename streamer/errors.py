@@ -22,7 +22,7 @@
     ├── InputChangedError        8   an input changed since the plan was made
     └── Interrupted          128+N   stopped by signal N at a safe point; the same command resumes
 
-    StreamerWarning                  odd, but harmless; a UserWarning
+    StreamerWarning                  something to check; a UserWarning
 
 A message says where, what was expected and found, and what to do next, in one line.
 """
@@ -52,7 +52,7 @@ class StreamerError(Exception):
 
 
 class StreamerWarning(UserWarning):
-    """Odd, but harmless; issued through `warnings` by calls that have neither `on_event` nor `monitor`."""
+    """Something to check; issued through `warnings` by calls that have neither `on_event` nor `monitor`."""
 
 
 def one_line(text: str) -> str:

@@ -90,7 +90,7 @@ def evaluate_variants(
     keep
         Least share of what the adapter learned that the suggested variant keeps.
     projected
-        Evaluate what `reduce_intruder_dimension` writes, projected back onto the adapter's rank, in place of complete deltas.
+        Evaluate what `reduce_intruder_dimension` writes, projected onto the adapter's rank, in place of complete deltas.
     dtype
         ``bf16``: products of the base's weights with activations are of factors rounded to bfloat16, on a processor that is fast at it
         (AMX); means move by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.

@@ -53,8 +53,8 @@ def reduce_intruder_dimension(
 ) -> Written:
     """Write a new LoRA adapter whose delta has its intruders scaled by `mitigation_lambda`.
 
-    The mitigated delta is projected back onto ``lora_A``, ``lora_B`` at the adapter's own rank; the record says for each
-    matrix what relative norm that dropped. Tensors of matrices without intruders are copied bit for bit.
+    The mitigated delta is projected onto ``lora_A``, ``lora_B`` at the adapter's own rank. The record says for each matrix what share of
+    its norm is lost in projection (``dropped``); more than 1 % is a warning. Tensors of matrices without intruders are copied bit for bit.
 
     Parameters
     ----------

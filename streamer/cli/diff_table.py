@@ -5,11 +5,11 @@ from __future__ import annotations
 from streamer.cli.layout import Column, Screen, fit, table
 from streamer.cli.tables import MANY, SHOWN
 from streamer.plan.name_order import natural
-from streamer.report.diff import FATES, Direction, FindingsDiff, IntruderFate
+from streamer.report.diff import FATES, Direction, FindingsDiff, IntruderFate, fates_counted
 from streamer.units import counted, listed
 
 _MEANING = {
-    "kept": "kept: the same direction is an intruder in both",
+    "kept": "remains: the same direction is an intruder in both",
     "mixed": "mixed: most of it lies among the second's intruders, in none alone",
     "gone": "gone: no intruder of the second",
     "new": "new: no intruder of the first",
@@ -24,7 +24,7 @@ def diff_table(diff: FindingsDiff, screen: Screen) -> str:
     shown = sorted(changed, key=lambda one: -abs(_value(one.after) - _value(one.before)))[:SHOWN] if cut else every
     columns = [
         Column("matrix", [one.tensor for one in shown], left=True, names=True, among=[one.tensor for one in every]),
-        Column("fate", [one.fate for one in shown], keep=9, left=True),
+        Column("fate", ["remains" if one.fate == "kept" else one.fate for one in shown], keep=9, left=True),
         Column("rank", [_cell(one.before, "rank") for one in shown], "in the first findings; 1 is the largest", keep=5),
         Column("sigma", [_cell(one.before, "sigma") for one in shown], "its singular value there", keep=6),
         Column("after", [_cell(one.after, "rank") for one in shown], "its rank in the second", keep=4),
@@ -42,8 +42,7 @@ def diff_table(diff: FindingsDiff, screen: Screen) -> str:
     counts = [fate for fate in FATES if diff.count(fate)]
     lines = [
         f"{counted(diff.first['intruders'], 'intruder')} before, {diff.second['intruders']} after, "
-        f"in {counted(diff.matrices, 'matrix')} of both: "
-        + (", ".join(f"{diff.count(fate)} {fate}" for fate in FATES)),
+        f"in {counted(diff.matrices, 'matrix')} of both: " + fates_counted(diff.to_dict()["totals"]),
         *(_MEANING[fate] for fate in counts),
     ]
     for where, names in (("first", diff.only_first), ("second", diff.only_second)):

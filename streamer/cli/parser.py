@@ -291,7 +291,7 @@ def build_parser() -> Parser:
     sub.add_argument("--keep", dest="keep_learned", type=float, default=0.9, metavar="SHARE",
                      help="least share of what ADAPTER learned that the suggested variant keeps (default: 0.9)")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
-                     help="evaluate what `mitigate` writes, cut to the adapter's rank, in place of what `merge` writes")  # fmt: skip
+                     help="evaluate what `mitigate` writes, projected onto the adapter's rank, instead of what `merge` writes")  # fmt: skip
     out = writing("FILE", "coefficients to write, a .safetensors file")
     sub = command("fit", "fit a coefficient for each direction of an adapter to texts", out, reading)
     inputs(sub)

@@ -47,7 +47,9 @@ def _held(tree: Mapping[str, Any]) -> str:
         files = f", {counted(len(tree['files']), 'file')}" if "files" in tree else ""
         return f"{_held(tree['findings'] or tree['record'])}{files}"
     if schema == "streamer.diff":
-        return ", ".join(f"{totals[fate]} {fate}" for fate in ("kept", "mixed", "gone", "new"))
+        from streamer.report.diff import fates_counted
+
+        return fates_counted(totals)
     if schema == "streamer.fit":
         return f"{counted(tree['parameters'], 'coefficient')} in {counted(len(tree['sets']), 'set')}"
     if schema == "streamer.demo":

@@ -53,8 +53,8 @@ def findings_table(
         Column("sigma", [f"{d.singular_values[0]:#.4g}" for d in found], "largest singular value of base + adapter", keep=0),
         Column("|delta|", [f"{d.delta_norm:#.4g}" for d in found], "Frobenius norm of what the adapter adds", keep=3),
         Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in found], "the intruders' share of |delta|^2", keep=8),
-        Column("cut at 0", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
-               "what mitigate drops at lambda 0 with --method paper, to keep rank r", keep=5),
+        Column("lost", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
+               "lost in projection onto rank r by `mitigate --lambda 0 --method paper`", keep=5),
     ]  # fmt: skip
     if record is not None:
         means = {m["tensor"]: m["coefficients"] for m in record["matrices"]}
@@ -132,8 +132,8 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         scaled = [str(len(m["intruders"])) for m in chosen]
         columns.insert(1, Column("scaled", scaled, "intruders that were scaled", keep=2))
     if record["command"] == "mitigate":
-        about = "what back-projection to the adapter's rank left out of the mitigated delta"
-        columns.append(Column("dropped", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
+        about = "lost in projection: share of the mitigated delta that does not fit the adapter's rank"
+        columns.append(Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
     how = f"method {method}, lambda {lam}" if alone else f"method {method}, scale {record['scale']}, lambda {lam}"
     what = "each as a whole" if shrinks else f"{t['intruders']} intruders scaled"
     if lam == 1:
@@ -145,11 +145,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         f"{stood(where, record['state'])}: {len(record['files'])} files, {format_size(t['bytes'])}",
         f"{how}: {t['changed']} of {t['matrices']} matrices mitigated, {what}",
         f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}"
-        + (
-            ""
-            if shrinks
-            else f"; --method shrink --lambda {t['equal_norm_shrink']:.4f} gives the same norm: what to compare with"
-        ),
+        + ("" if shrinks else f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"),
     ]
     if record["left_out"]:
         names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
@@ -162,8 +158,8 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         lines.append("the tokenizer and its chat template are the adapter's own")
     if record["command"] == "mitigate":
         worst = max(matrices, key=lambda m: m["dropped"], default=None)
-        most = f"back-projection dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
-        lines.append(f"{most}, of {worst['tensor']}" if worst and worst["dropped"] else most)
+        most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
+        lines.append(f"{most}, in {worst['tensor']}" if worst and worst["dropped"] else most)
     return _sections(table(columns, screen.width) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
                      "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
 

@@ -64,7 +64,7 @@ class Detection:
     intruder_energy
         ``‖U_Iᵀ Δ‖_F² / ‖Δ‖_F²``: the share of the delta's energy on the intruders' side, in [0, 1].
     dropped_at_zero
-        Relative norm that back-projection to the adapter's rank would drop at λ = 0 with ``--method paper``; 0 for a dense delta.
+        Relative norm that would be lost in projection onto the adapter's rank at λ = 0 with ``--method paper``; 0 for a dense delta.
     """
 
     singular_values: tuple[float, ...]

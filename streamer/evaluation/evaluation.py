@@ -56,7 +56,7 @@ class Evaluation:
     facts
         What it was made of, as JSON has it (`FACTS`): versions, identities of base and adapter, whether all deltas are the
         product of LoRA's factors, whether a merge must write a quantized base plain, options of detection (or None), scale, whether deltas
-        are projected back, dtype of products, of both texts name, sequences, tokens, length and digest, and a digest of all that; no paths.
+        are projected, dtype of products, of both texts name, sequences, tokens, length and digest, and a digest of all that; no paths.
     """
 
     variants: tuple[EvaluatedVariant, ...]

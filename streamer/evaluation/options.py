@@ -38,7 +38,7 @@ class EvaluationOptions:
     keep
         Least share of what the adapter learned that the suggested variant keeps.
     projected
-        Whether deltas are projected back onto the adapter's rank, as `mitigate` writes them, and not complete, as `merge` does.
+        Whether deltas are projected onto the adapter's rank, as `mitigate` writes them, and not complete, as `merge` does.
     dtype
         ``bf16``: products of the base's weights with activations are of factors rounded to bfloat16, which is faster; see
         `linalg.torch_state.bfloat16_products`. All else stays float32, deltas among it.

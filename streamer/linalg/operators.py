@@ -166,7 +166,7 @@ class Dense:
         return Dense(torch.addmm(matrix, U * S, Vh, alpha=factor))
 
     def removal_error(self, U: Tensor, S: Tensor, Vh: Tensor, rank: int | None) -> float:
-        """Return 0: a dense delta is not projected back onto a rank, so that nothing is dropped."""
+        """Return 0: a dense delta is not projected onto a rank, so nothing is lost."""
         return 0.0
 
     def nearest(self, rank: int, leading: Leading) -> LowRank:

@@ -10,7 +10,7 @@ THIN = 48
 """Bytes for each row, column and rank of a mitigated delta: its factors in float64, those that it was made from, and their thin QRs."""
 
 PROJECTED = 80
-"""Bytes where it is also projected back, or made by coefficients, for which the singular vectors are formed."""
+"""Bytes where it is also projected onto a rank, or made by coefficients, for which the singular vectors are formed."""
 
 
 def mitigation_bytes(plan: Plan, target: Target, intruders: int, projected: bool = False) -> int:
@@ -21,7 +21,7 @@ def mitigation_bytes(plan: Plan, target: Target, intruders: int, projected: bool
     intruders
         Directions that Δ' takes up.
     projected
-        Whether Δ' is projected back onto the adapter's rank, or made from Δ's own singular vectors.
+        Whether Δ' is projected onto the adapter's rank, or made from Δ's own singular vectors.
     """
     module, itemsize = target.module, plan.weights[target.tensor].compute.itemsize
     m, n = module.shape

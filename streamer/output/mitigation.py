@@ -1,4 +1,4 @@
-"""Scale the intruders of one matrix's delta by λ, or its own directions by coefficients, and project back onto an adapter's rank.
+"""Scale the intruders of one matrix's delta by λ, or its own directions by coefficients, and project it onto an adapter's rank.
 
 Notation as in `detection.intruders`: Δ is the adapter's delta, and ``U_I Σ_I V_Iᵀ`` the intruders' triplets of ``W0 + Δ``.
 """
@@ -148,14 +148,14 @@ def mitigate(delta: Delta, detection: Detection | None, options: MitigationOptio
 
 
 def back_project(delta: LowRank, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
-    """Project Δ' onto adapter factors with ``scaling · B @ A ≈ Δ'``, and measure the relative Frobenius norm that is dropped.
+    """Project Δ' onto adapter factors with ``scaling · B @ A ≈ Δ'``, and measure the relative Frobenius norm that is lost.
 
     Parameters
     ----------
     delta
         Δ' = L Rᵀ, (m, n).
     rank
-        The adapter's rank r. Where Δ' has no more columns its factors are kept and nothing is dropped; else it is
+        The adapter's rank r. If Δ' has no more columns, its factors are kept and nothing is lost; else it is
         truncated to the nearest matrix of rank r, and ``√Σ`` is shared evenly between B and A.
     scaling
         LoRA's s, not zero.

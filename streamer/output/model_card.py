@@ -26,8 +26,8 @@ TAG = "intruder-dimensions"
 KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
 """Keys of a base's head that are true of a model merged from it. Results, data sets and widgets are of the base."""
 
-ADVICE_BYTES = 400
-"""Room for advice that is known only when an adapter is made."""
+WARNING_BYTES = 400
+"""Room for the warning of what is lost in projection, beside a tensor's name."""
 
 SCALED = (
     "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
@@ -61,7 +61,7 @@ class Card:
     pipeline
         The hub's name of the merged model's task, where it is another than the base's.
     longest
-        A record that is as long as it can get, the advice apart.
+        A record that is as long as it can get, but for the warning of what is lost in projection.
     tuned
         Whether the original is of a fine-tuned model in the adapter's place.
     """
@@ -77,7 +77,12 @@ class Card:
     @property
     def most_bytes(self) -> int:
         """Count the bytes that the card takes at most."""
-        return len(self.text(self.longest)) + (ADVICE_BYTES if self.command == "mitigate" else 0)
+        lost = (
+            WARNING_BYTES + len(repr(self.longest["matrices"][0]["tensor"]).encode())
+            if self.command == "mitigate"
+            else 0
+        )
+        return len(self.text(self.longest)) + lost
 
     def text(self, record: Record) -> bytes:
         """Write the card of an output with this record."""
@@ -229,7 +234,7 @@ def _facts(record: Record) -> str:
     rows += [("norm of the change", f"{totals['delta_norm']:.4g} before, {totals['delta_norm_after']:.4g} after"),
              ("baseline", f"scaling the whole adapter by {totals['equal_norm_shrink']:.4g} gives the same norm")]  # fmt: skip
     if record["command"] == "mitigate":
-        rows.append(("back-projection", f"dropped at most {100 * totals['dropped_max']:.2f} % of a matrix's change"))
+        rows.append(("lost in projection", f"at most {100 * totals['dropped_max']:.2f} % of a matrix's change"))
     rows.append(("made with", f"intruder-streamer {record['version']}"))
     table = "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows)
     command = f"```sh\n{command_line(record)}\n```\n"
@@ -275,10 +280,11 @@ def command_line(record: Record) -> str:
     return shlex.join(words + stated_options(record["adapter"]))
 
 
-def longest_matrices(matrices: int) -> list[MitigatedMatrix]:
-    """Make metrics of matrices that all have intruders."""
-    return [{"tensor": "", "module": "", "transposed": False, "intruders": [0], "certified": True, "delta_norm": 1.0,
-             "delta_norm_after": 1.0, "dropped": 1.0}] * matrices  # fmt: skip
+def longest_matrices(tensors: Sequence[str]) -> list[MitigatedMatrix]:
+    """Make metrics of matrices that all have intruders and the longest name."""
+    longest = max(tensors, key=lambda name: len(name.encode()))
+    return [{"tensor": longest, "module": "", "transposed": False, "intruders": [0], "certified": True, "delta_norm": 1.0,
+             "delta_norm_after": 1.0, "dropped": 1.0}] * len(tensors)  # fmt: skip
 
 
 def longest_totals(matrices: int, directions: int) -> Totals:

@@ -107,7 +107,7 @@ class OutputSpec:
             return self
         shapes = [t.module.shape for t in job.plan.targets]
         sums = longest_totals(len(shapes), sum(map(job.detection.directions, shapes)))
-        longest = self.record(len(shapes), sums, longest_matrices(len(shapes)))
+        longest = self.record(len(shapes), sums, longest_matrices([t.tensor for t in job.plan.targets]))
         card = Card(original, *job.plan.sources, self.command, pipeline, longest, job.plan.adapter.describes_model)
         return replace(self, card=card, copies=copies)
 

@@ -20,12 +20,12 @@ from streamer.detection.run import detect_to_files, naming_inputs
 from streamer.detection.sharing import ALONE, Sharing, sharing_memory
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
-from streamer.output.advice import advise
 from streamer.output.job import GivenFindings
 from streamer.output.metrics import journalled, totals
 from streamer.output.model_card import CARD_NAME
 from streamer.output.output_spec import OWN_FINDINGS, Writer
 from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
+from streamer.output.truncation import output_warnings
 from streamer.plan.batch import Batch
 from streamer.plan.memory import check_budget, resident_bytes
 from streamer.storage.atomic_file import AtomicFile, Buffer
@@ -109,10 +109,14 @@ def run_jobs(writers: Sequence[Writer], options: RunOptions) -> list[Written]:
         with threads():
             _in_step(runs)
     said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
-    return [
+    written = [
         cast(Written, {**finished_record(spec.output), "output": str(spec.path), "state": said[state]})
         for spec, state in zip(specs, states, strict=True)
     ]
+    monitor.warn(
+        w for spec, record in zip(specs, written, strict=True) for w in output_warnings(spec, record["matrices"])
+    )
+    return written
 
 
 class _Run:
@@ -195,8 +199,6 @@ class _Run:
         discard_own_findings(out.path)
         record = self._record(matrices, sum(out.entry(name)["bytes"] for name, _ in spec.output.files))
         out.commit(cast(dict[str, Any], record))
-        for line in record["advice"][len(spec.advice) :]:
-            self.monitor.emit(Event("note", line))
 
     def _matrices(self, last: list[MitigatedMatrix] | None = None) -> list[MitigatedMatrix]:
         """Collect the metrics of all matrices of finished files, and of the one in hand."""
@@ -205,7 +207,7 @@ class _Run:
 
     def _record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
         record = self.spec.record(certified_count(matrices), totals(matrices, nbytes), matrices)
-        record["advice"] = [*record["advice"], *advise(self.spec, matrices)]
+        record["warnings"] += output_warnings(self.spec, matrices)
         return record
 
     def _write_card(self, matrices: list[MitigatedMatrix]) -> None:

@@ -20,6 +20,7 @@ from streamer.output.coefficients import Coefficients
 from streamer.output.mitigated_factors import MitigatedFactors
 from streamer.output.mitigation import MitigationMethod
 from streamer.output.records import MitigatedMatrix
+from streamer.output.truncation import truncation_warnings
 from streamer.peft.detection import named_as_files
 from streamer.peft.job import live_job
 from streamer.peft.model import LiveModel, layer_of, quiet_peft, require_peft
@@ -53,7 +54,8 @@ def reduce_intruder_dimension(
 ) -> Findings | None:
     """Add an adapter whose delta has its intruders scaled by `mitigation_lambda`, and make it the active one.
 
-    The mitigated delta is projected back onto ``lora_A``, ``lora_B`` at the adapter's own rank; all that the old adapter has besides,
+    The mitigated delta is projected onto ``lora_A``, ``lora_B`` at the adapter's own rank, with a warning if more than 1 % of a
+    matrix's delta is lost in projection; all that the old adapter has besides,
     saved modules, biases and tokens, the new one has too. The old one stays as it is. Where something is refused or fails, the model is
     as it was.
 
@@ -119,6 +121,9 @@ def reduce_intruder_dimension(
         for name, targets in factors.targets.items():
             if name not in new:
                 new |= factors.tensors(targets, metrics)
+        way = 'method="project" or ' if mitigation.method == "paper" else ""
+        remedy = f"{way}merge_and_unload_with_reduced_intruder_dimensions loses nothing"
+        run.monitor.warn(truncation_warnings(metrics, lambda: remedy))
         _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values.numel()})
         if logging_sink is not None:
             _log(live, found, new_adapter_name, logging_sink)

@@ -27,6 +27,11 @@ Fate = Literal["kept", "mixed", "gone", "new"]
 FATES: tuple[Fate, ...] = ("kept", "mixed", "gone", "new")
 
 
+def fates_counted(totals: Mapping[str, int]) -> str:
+    """Write the number of intruders of each fate."""
+    return ", ".join(f"{totals[fate]} {'remain' if fate == 'kept' else fate}" for fate in FATES)
+
+
 @dataclass(frozen=True)
 class Direction:
     """An intruder in one of the findings.
@@ -116,8 +121,7 @@ class FindingsDiff:
         }  # fmt: skip
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{self.count(fate)} {fate}" for fate in FATES)
-        return f"<FindingsDiff: {counts}, in {self.matrices} matrices>"
+        return f"<FindingsDiff: {fates_counted(self.to_dict()['totals'])}, in {self.matrices} matrices>"
 
 
 def diff_findings(first: Findings, second: Findings) -> FindingsDiff:

@@ -151,8 +151,8 @@ function showFindings(tree) {
   ], tree.lambdas, { id: "lambdas" });
   const worst = matrices.reduce((a, b) => (b.dropped > a.dropped ? b : a));
   beside.append(html("p", { class: "note" }, worst.dropped > 0
-    ? `Written back at the adapter's rank, paper loses at λ = 0 up to ${percent(worst.dropped)} of a matrix's mitigated delta (${worst.name}); project and shrink lose nothing at any λ.`
-    : "Written back at the adapter's rank, no method loses anything at any λ."));
+    ? `Lost in projection onto the adapter's rank by paper at λ = 0: up to ${percent(worst.dropped)} of a matrix's mitigated delta (${worst.name}); project and shrink lose nothing at any λ.`
+    : "Nothing is lost in projection onto the adapter's rank, by any method at any λ."));
 
   const matter = section("Matrices that matter", "Those whose intruders have most of the energy: similarity of their directions to the base, as the interval that is "
     + `proven, and the singular values of base + adapter${tree.base_ratio ? ", beside those of the base alone" : ""}.`);
@@ -184,7 +184,7 @@ function showFindings(tree) {
     { head: "σ₁", about: "largest singular value of base + adapter", cell: (m) => text(short(m.sigma)), key: (m) => m.sigma },
     { head: "‖Δ‖", about: "norm of what the adapter adds", cell: (m) => text(short(m.norm)), key: (m) => m.norm },
     { head: "energy", about: "the intruders' share of its square", cell: (m) => text(percent(m.energy)), key: (m) => m.energy },
-    { head: "lost at 0", about: "what paper loses at λ = 0 at the adapter's rank", cell: (m) => text(percent(m.dropped)), key: (m) => m.dropped },
+    { head: "lost", about: "in projection onto the adapter's rank, by paper at λ = 0", cell: (m) => text(percent(m.dropped)), key: (m) => m.dropped },
     { head: "decided", about: "by which solver; open: not proven", up: true, cell: (m) => text(decided(m)), key: decided },
   ], matrices, { id: "matrices", limit: ROWS, by: 0 });
   choose(most[0]);
@@ -205,7 +205,7 @@ function showOutput(tree) {
   const mean = (key) => (cell) => sum(cell.matrices.map((m) => Math.max(0, m[key]))) / cell.matrices.length;
   if (tree.intruders) drawMap(where, "map of intruders", "Intruders that were scaled", grid, (cell) => sum(cell.matrices.map((m) => m.count)), (v) => String(Math.round(v)), pick);
   drawMap(where, "map of norms", "Fall of the norm of what the adapter adds", grid, mean("taken"), (v) => percent(v, 0), pick);
-  if (tree.dropped) drawMap(where, "map of losses", "Lost where it was written back at the adapter's rank", grid, mean("dropped"), (v) => percent(v), pick);
+  if (tree.dropped) drawMap(where, "map of losses", "Lost in projection onto the adapter's rank", grid, mean("dropped"), (v) => percent(v), pick);
   const every = section("All matrices", "A click on a head sorts.");
   every.append(html("div", { class: "tools screen" }, html("button", { type: "button", on: { click: () => table.show(rows) } }, "all matrices")));
   table = sortedTable(every, [
@@ -214,7 +214,7 @@ function showOutput(tree) {
     { head: "‖Δ‖", about: "norm of what the adapter adds", cell: (m) => text(short(m.norm)), key: (m) => m.norm },
     { head: "after", about: "norm of what was written", cell: (m) => text(short(m.after)), key: (m) => m.after },
     { head: "fall", about: "of the norm", cell: (m) => text(percent(m.taken)), key: (m) => m.taken },
-    tree.dropped && { head: "lost", about: "at the adapter's rank", cell: (m) => text(percent(m.dropped, 2)), key: (m) => m.dropped },
+    tree.dropped && { head: "lost", about: "in projection onto the adapter's rank", cell: (m) => text(percent(m.dropped, 2)), key: (m) => m.dropped },
   ].filter(Boolean), rows, { id: "matrices", limit: ROWS, by: 0 });
 }
 

@@ -102,8 +102,8 @@ def _of_findings(findings: Findings) -> list[str]:
     dropped = max(m.detection.dropped_at_zero for m in findings)
     weighs = (
         f"{carry} {100 * share:.1f}% of the energy of what the adapter adds: λ = 0.5 leaves {100 * half['norm_left']:.1f}% of its norm "
-        f"with the method project, and at λ = 0 the method paper loses up to {100 * dropped:.1f}% of a matrix's mitigated delta where it "
-        "is written back at the adapter's rank."
+        f"with the method project. With the method paper at λ = 0, up to {100 * dropped:.1f}% of a matrix's mitigated delta is lost in "
+        "projection onto the adapter's rank."
     )
     return [asked, found, weighs]
 
@@ -129,6 +129,6 @@ def _of_record(record: Mapping[str, Any]) -> list[str]:
         f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: that is what to compare with"
     )
     if record["command"] == "mitigate":
-        compare += f"; writing it back at the adapter's rank dropped at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
+        compare += f". At most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta was lost in projection onto the adapter's rank"
     compare += "."
     return [made, changed, compare]

@@ -34,7 +34,7 @@ class Job:
     findings
         Those on all matrices; None where no variant needs any.
     projected
-        Whether deltas are projected back onto the adapter's rank, as `mitigate` writes them, and not complete, as `merge` does.
+        Whether deltas are projected onto the adapter's rank, as `mitigate` writes them, and not complete, as `merge` does.
     rounds_products
         Whether products of the base's weights with activations are of factors rounded to bfloat16.
     """

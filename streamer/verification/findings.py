@@ -227,7 +227,7 @@ class FindingsCheck:
         return worst
 
     def _check_figures(self, row: dict[str, Any], arrays: dict[str, Array], W0: Matrix, delta: Delta) -> float:
-        """Compare the norm of the delta, the intruders' share of it, and what back-projection would drop."""
+        """Compare the norm of the delta, the intruders' share of it, and what would be lost in projection."""
         U, S, Vh = (arrays[key] for key in ARRAYS[:3])
         norm = delta.norm(W0)
         share = float(np.linalg.norm(delta.left_product(U, W0))) / norm if norm else 0.0

@@ -96,4 +96,4 @@ def test_diff(files: Path) -> None:
     assert done.code == 0
     assert f"9 intruders before, {tree['second']['intruders']} after, in 9 matrices of both" in done.out
     assert done.out.count("model.layers.") == len(tree["intruders"])
-    assert f"streamer: diff: {tree['totals']['kept']} kept, " in done.last
+    assert f"streamer: diff: {tree['totals']['kept']} remain, " in done.last

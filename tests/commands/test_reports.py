@@ -43,6 +43,9 @@ def test_json_is_one_object_on_a_silent_terminal(said: tuple[Path, Path, Path, d
     for name, done in said[3].items():
         assert (done.code, done.told) == (0, ""), name
         assert isinstance(json.loads(done.out), dict)
+    (lost,) = json.loads(said[3]["mitigate"].out)["warnings"]
+    assert lost.startswith("lost in projection: ")
+    assert f"streamer: warning: {lost}\n" in said[3]["mitigate"].err + said[3]["mitigate"].last
 
 
 def test_json_of_findings(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
@@ -131,7 +134,7 @@ def test_tables_for_people(said: tuple[Path, Path, Path, dict[str, Outcome]], tm
         (("report", findings), "of 9 matrices (top_k=10, epsilon=0.5)"),
         (("detect", base, adapter, "-o", tmp_path / "f.safetensors"), "of 9 matrices (top_k=10, epsilon=0.5)"),
         (("merge", base, adapter, "-o", tmp_path / "m"), f"wrote {tmp_path / 'm'}: 8 files"),
-        (("mitigate", base, adapter, "-o", tmp_path / "a"), "back-projection dropped at most"),
+        (("mitigate", base, adapter, "-o", tmp_path / "a"), "lost in projection: at most"),
         (
             ("merge", base, adapter, "-o", tmp_path / "d", "--dry-run"),
             f"dry run: would write {tmp_path / 'd'}: 8 files",
@@ -172,7 +175,7 @@ def test_quiet_leaves_warnings_and_twice_says_nothing(job: tuple[Path, Path], tm
         ("report", findings),
         ("merge", base, adapter, "-o", tmp_path / "m"),
         ("merge", base, adapter, "-o", tmp_path / "m"),
-        ("mitigate", base, adapter, "-o", tmp_path / "a"),
+        ("mitigate", base, adapter, "-o", tmp_path / "a", "--method", "project"),
         ("merge", base, adapter, "-o", tmp_path / "d", "--dry-run"),
     ]
     for argv in runs:
@@ -185,6 +188,9 @@ def test_quiet_leaves_warnings_and_twice_says_nothing(job: tuple[Path, Path], tm
         for options in (["-qq"], ["--quiet", "-q"]):
             done = server().run(*argv, *options)
             assert (done.code, done.out, done.err, done.last) == (0, "", "", ""), argv
+    lossy = ("mitigate", base, adapter, "-o", tmp_path / "lossy", "--lambda", "0")
+    assert server().run(*lossy, "-q").last.startswith("streamer: warning: lost in projection: more than 1 %")
+    assert server().run(*lossy, "-qq").err == ""
     refused = server().run("merge", base, adapter, "-o", base, "-qq")
     assert refused.code == 4
     assert refused.err.count("\n") == 1  # an error is told all the same

@@ -191,7 +191,7 @@ def test_a_log_reads_well(tmp_path: Path) -> None:
         done = server().run(*argv)
         assert done.code == 0, done.err
         *notes, last = (done.err + done.last).splitlines()
-        assert all(re.fullmatch(r"streamer: note: .{20,300}", line) for line in notes), notes
+        assert all(re.fullmatch(r"streamer: (note|warning): .{20,300}", line) for line in notes), notes
         assert re.fullmatch(rf"streamer: {argv[0]}: .*in \d.* s", last), last
 
 

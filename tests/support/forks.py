@@ -102,8 +102,9 @@ class Outcome:
 
     @property
     def told(self) -> str:
-        """What it printed on stderr, but for notes."""
-        return "".join(line for line in self.err.splitlines(True) if not line.startswith("streamer: note: "))
+        """What it printed on stderr, but for notes and what is lost in projection: small ranks lose much."""
+        aside = "streamer: note: ", "streamer: warning: lost in projection: "
+        return "".join(line for line in self.err.splitlines(True) if not line.startswith(aside))
 
 
 LAST = re.compile(r"streamer: [a-z]+(?: --dry-run)?: .*\bin \d[^\n]*\n\Z")

@@ -90,7 +90,7 @@ def test_a_mitigated_adapter_keeps_its_head(job: tuple[Path, Path], tmp_path: Pa
         "tags": ["lora", "intruder-dimensions"],
         "mine": 1,
     }
-    assert body.index("| back-projection | dropped at most") < body.index("# Mine")
+    assert body.index("| lost in projection | at most") < body.index("# Mine")
     assert "`--method project`" in body  # what was recommended
 
 

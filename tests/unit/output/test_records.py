@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from helpers import metadata, stamp
 
 import streamer
@@ -99,24 +100,36 @@ def test_what_a_base_is_not_called_is_said(single: tuple[Path, Path], tmp_path: 
         assert "data/llama" not in (tmp_path / f"out{n}" / "streamer.json").read_text()
 
 
-def test_what_drops_nothing_is_said_and_true(job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_what_is_lost_in_projection_is_a_warning_with_a_remedy_that_works(
+    job: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, adapter = job
     findings = streamer.detect_intruder_dimensions(base, adapter)
-    events: list[str] = []
+    events: list[tuple[str, str]] = []
     record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", findings=findings, mitigation_lambda=0.25,
-                                                on_event=lambda e: events.append(e.name))  # fmt: skip
+                                                on_event=lambda e: events.append((e.stage, e.name)))  # fmt: skip
     assert record["totals"]["dropped_max"] > 0.01
     q = max(len(m["intruders"]) for m in record["matrices"])
-    (line,) = record["advice"]
-    assert line in events
-    assert line.endswith(f"nothing is dropped with `--method project` or with `--to-lora {4 + q}`")
+    (line,) = record["warnings"]
+    assert events.count(("warning", line)) == 1
+    lossy = [m for m in record["matrices"] if m["dropped"] > 0.01]
+    worst = max(lossy, key=lambda m: m["dropped"])
+    assert line.startswith(
+        f"lost in projection: more than 1 % of the mitigated delta in {len(lossy)} of {len(record['matrices'])} matrices, most in "
+        f"{worst['tensor']!r} ({100 * worst['dropped']:.2f} %); "
+    )
+    assert line.endswith(f"; `--method project`, `--to-lora {4 + q}` or `streamer merge` loses nothing")
+    with pytest.warns(
+        streamer.StreamerWarning, match="^lost in projection: more than 1 %"
+    ):  # a finished output says so again
+        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", findings=findings, mitigation_lambda=0.25)
     assert line in (tmp_path / "a" / "README.md").read_text()
     for n, options in enumerate(({"method": "project"}, {"to_lora": 4 + q})):
         better = streamer.reduce_intruder_dimension(
             base, adapter, tmp_path / f"b{n}", findings=findings, mitigation_lambda=0.25, **options
         )
         assert better["totals"]["dropped_max"] < 1e-6
-        assert better["advice"] == []
+        assert better["warnings"] == []
     less = streamer.reduce_intruder_dimension(
         base, adapter, tmp_path / "c", findings=findings, mitigation_lambda=0.25, to_lora=4 + q - 1
     )

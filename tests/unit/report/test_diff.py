@@ -35,7 +35,7 @@ def test_findings_against_themselves_keep_all(findings: Findings) -> None:
     diff = diff_findings(findings, findings)
     assert [diff.count(fate) for fate in FATES] == [findings.intruders, 0, 0, 0]
     assert all(one.before == one.after and one.overlap == pytest.approx(1) for one in diff.intruders)
-    assert repr(diff) == "<FindingsDiff: 9 kept, 0 mixed, 0 gone, 0 new, in 9 matrices>"
+    assert repr(diff) == "<FindingsDiff: 9 remain, 0 mixed, 0 gone, 0 new, in 9 matrices>"
 
 
 def test_lambda_0_leaves_none_and_half_leaves_smaller_ones(pair: Pair, findings: Findings, tmp_path: Path) -> None:
