@@ -11,6 +11,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the oracles of numpy: as for torch below
 os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
 
+import streamer.plan.memory  # noqa: F401 - before what else the tests need: it measures the process that imports it
+
+# isort: split
 import helpers
 import pytest
 import seeds

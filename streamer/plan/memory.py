@@ -14,8 +14,19 @@ from streamer.plan.batch import Batch
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.remote_source import AHEAD_BYTES
+from streamer.storage.system import anonymous_bytes
 
-PROCESS_BYTES = 200 << 20
+
+def _process_bytes(least: int = 200 << 20, most: int = 600 << 20, later: int = 50 << 20, step: int = 10 << 20) -> int:
+    """Measure this process, which has imported torch: builds of torch for CUDA take 150 MB more than those for the CPU.
+
+    `later` is for other modules and their first use. The sum is rounded up, so that all runs of an installation decide alike. A process
+    that holds more than `most` belongs to a program with data of its own, which the budget does not count.
+    """
+    return min(max(-(-(anonymous_bytes() + later) // step) * step, least), most)
+
+
+PROCESS_BYTES = _process_bytes()
 """Anonymous memory of a process that has done nothing yet but import torch and read an adapter."""
 
 TENSOR_BYTES = 1500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -20,3 +21,10 @@ def run_cli(*args: object, timeout: float = 120, **kwargs) -> subprocess.Complet
         check=False,
         **kwargs,
     )
+
+
+@functools.cache
+def process_mib() -> int:
+    """Memory that every command takes, in MiB; none accepts a smaller budget."""
+    code = "from streamer.plan.memory import PROCESS_BYTES; print(PROCESS_BYTES >> 20)"
+    return int(subprocess.check_output([sys.executable, "-c", code], text=True, env=ENV))

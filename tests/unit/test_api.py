@@ -14,6 +14,9 @@ import pytest
 import streamer
 from streamer.errors import UsageError
 from streamer.events import Event, Monitor
+from streamer.plan.memory import PROCESS_BYTES
+
+PROCESS_MIB = PROCESS_BYTES >> 20
 
 # Warnings ---------------------------------------------------------------------------------------------------------------
 
@@ -83,10 +86,10 @@ def test_memory_is_given_as_in_the_shell(job: tuple[Path, Path]) -> None:
     ("given", "words"),
     [
         ("much", "max_memory: expected a size like 600M or 4G, found 'much'"),
-        ("100M", "max_memory: expected more than the 200M of Python and torch, found 100M"),
+        ("100M", f"max_memory: expected more than the {PROCESS_MIB}M of Python and torch, found 100M"),
         (4e9, "max_memory: expected a whole number of bytes, found 4000000000.0"),
         (True, "max_memory: expected a whole number of bytes, found True"),
-        ("201M", "max_memory: 201M is not enough for tensor "),
+        (f"{PROCESS_MIB + 1}M", f"max_memory: {PROCESS_MIB + 1}M is not enough for tensor "),
     ],
 )
 @pytest.mark.parametrize("name", CALLS)
