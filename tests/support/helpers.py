@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors.torch import save_file
 from seeds import vary
 
 from streamer.storage.checkpoint import Checkpoint
+
+Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 def view(checkpoint: Checkpoint, name: str) -> memoryview:
@@ -80,6 +83,19 @@ def intruding_factors(m: int, n: int, r: int, seed: int = 0, sigma: float = 0.8)
     return A, B
 
 
+def planted(m: int, n: int, r: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Factors]:
+    """A base in `dtype`, and factors that plant just one intruder among its ten leading directions, by an SVD in float64.
+
+    A random direction leans on some of the base's by chance: draws in which it does are left out.
+    """
+    for draw in itertools.count(seed, 100):
+        W0, (A, B) = power_law(m, n, seed=draw).to(dtype), intruding_factors(m, n, r, seed=draw)
+        before, after = (torch.linalg.svd(W.double(), full_matrices=False).U for W in (W0, W0.float() + B @ A))
+        if ((before.T @ after[:, :10]).abs().amax(0) < 0.5).sum() == 1:
+            return W0, (A, B)
+    raise AssertionError
+
+
 def write_adapter(
     directory: Path,
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]],
@@ -128,8 +144,7 @@ def three_shards(directory: Path, dtype: torch.dtype = torch.bfloat16, hidden: i
                 name, (hidden, hidden)
             )
             module = f"model.layers.{layer}.{name}"
-            tensors[f"{module}.weight"] = power_law(m, n, seed=10 * layer + i).to(dtype)
-            factors[module] = intruding_factors(m, n, 4, seed=10 * layer + i)
+            tensors[f"{module}.weight"], factors[module] = planted(m, n, 4, 10 * layer + i, dtype)
         tensors[f"model.layers.{layer}.input_layernorm.weight"] = torch.ones(hidden, dtype=dtype)
         tensors[f"model.layers.{layer}.counter"] = torch.arange(5)
         shards.append(tensors)

@@ -34,9 +34,10 @@ def test_findings_are_three_lines(findings: Findings) -> None:
 
 def test_a_matrix_and_a_detection_are_one_line(findings: Findings) -> None:
     m = findings[Q]
+    (rank,), least = m.detection.intruders, min(m.detection.similarity)
     assert (
         repr(m.detection)
-        == f"<Detection: intruders [1] (ranks from 0) of 6 directions, least similarity {min(m.detection.similarity):.3f}, dense>"
+        == f"<Detection: intruders [{rank}] (ranks from 0) of 6 directions, least similarity {least:.3f}, dense>"
     )
     assert repr(m) == f"<MatrixFinding {Q}.weight 48x48: {m.detection.summary()}>"
     assert len(repr(findings.matrices)) < 200 * len(findings)
@@ -79,7 +80,8 @@ def test_the_html_table(findings: Findings) -> None:
     assert len(parser.rows) == 1 + len(findings)
     assert {row[0] for row in parser.rows[1:]} == {m.tensor for m in findings}
     row = next(row for row in parser.rows if row[0] == f"{Q}.weight")
-    assert row[1:4] == ["48×48", "1", "2"]
+    (rank,) = findings[Q].detection.intruders
+    assert row[1:4] == ["48×48", "1", str(rank + 1)]
 
 
 def test_names_are_escaped_in_html(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import intruding_factors, power_law, three_shards, write_adapter
+from helpers import planted, three_shards, write_adapter
 from safetensors.torch import save_file
 
 import streamer
@@ -96,16 +96,15 @@ def test_a_mitigated_adapter_keeps_its_head(job: tuple[Path, Path], tmp_path: Pa
 
 def test_matrices_with_intruders_are_counted(tmp_path: Path) -> None:
     """Not all that were judged have some; where a card has room for all, it says how many do."""
-    tensors = {f"layers.{i}.weight": power_law(24, 20, seed=i).float() for i in range(12)}
-    factors = {f"layers.{i}": intruding_factors(24, 20, 3, seed=i) for i in range(12)}
-    for i in range(2, 12):
-        a, b = factors[f"layers.{i}"]
-        factors[f"layers.{i}"] = (a, 0 * b)
+    tensors, factors = {}, {}
+    for i in range(12):
+        tensors[f"layers.{i}.weight"], (a, b) = planted(24, 20, 3, seed=i)
+        factors[f"layers.{i}"] = (a, b if i < 2 else 0 * b)
     (tmp_path / "base").mkdir()
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     record = merge(tmp_path / "base", write_adapter(tmp_path / "adapter", factors, r=3), tmp_path / "out")
     scaled = [m for m in record["matrices"] if m["intruders"]]
-    assert 0 < len(scaled) <= 2
+    assert len(scaled) == 2
     text = (tmp_path / "out" / "README.md").read_text()
     intruders = record["totals"]["intruders"]
     assert f"| intruders | {intruders} scaled in {len(scaled)} of 12 matrices; {len(scaled)} changed |" in text
