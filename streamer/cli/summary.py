@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from streamer.cli.verification import left_out
 from streamer.units import counted, format_size
 
 
@@ -36,8 +37,10 @@ def _held(tree: Mapping[str, Any]) -> str:
             f"{counted(len(tree['files']), 'file')}, {format_size(totals['bytes'])}"
         )
     if schema == "streamer.verification":
-        recomputed = f", {counted(totals['recomputed'], 'matrix')} recomputed" if "inputs" in tree else ""
-        return f"{counted(totals['files'], 'file')}, {format_size(totals['bytes'])}, nothing differs{recomputed}"
+        compared = (
+            f", {counted(totals['recomputed'], 'matrix')} recomputed, {left_out(tree)}" if "inputs" in tree else ""
+        )
+        return f"{counted(totals['files'], 'file')}, {format_size(totals['bytes'])}, nothing differs{compared}"
     if schema == "streamer.evaluation":
         chosen = tree["suggestion"]
         return f"{counted(len(tree['variants']), 'variant')}" + (

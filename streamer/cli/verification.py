@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from streamer.units import counted, format_size
 
-if TYPE_CHECKING:
-    from streamer.verification.result import Verification
 
-
-def verification_text(found: Verification) -> str:
+def verification_text(found: Mapping[str, Any]) -> str:
     """Say what was compared, what was recomputed, and what was not and why."""
     totals = found["totals"]
     lines = [f"{found['output']}: {counted(totals['files'], 'file')}, {format_size(totals['bytes'])}, as recorded"]
-    if "inputs" in found:
-        lines.append(f"{totals['recomputed']} of {totals['matrices']} matrices recomputed, each within its rounding")
-        undecided = sum(not r["decisions"] for r in found["recomputed"])
-        if undecided and found["kind"] == "findings":
-            lines.append(f"{undecided} of them without their similarities, being too large")
-        reasons = Counter(skipped["reason"] for skipped in found["not_recomputed"])
-        lines += [f"not recomputed: {count}: {reason}" for reason, count in reasons.items()]
-    return "\n".join(lines)
+    if "inputs" not in found:
+        return "\n".join([*lines, "compared with its own record alone: give BASE ADAPTER to compare it with them"])
+    lines.append(f"{totals['recomputed']} of {totals['matrices']} matrices recomputed, each within its rounding")
+    undecided = sum(not r["decisions"] for r in found["recomputed"])
+    if undecided and found["kind"] == "findings":
+        lines.append(f"{undecided} of them without their similarities, being too large")
+    if totals["tensors"]:
+        lines.append(f"{totals['compared']} of {totals['tensors']} other tensors compared with the inputs'")
+    for what in ("not_recomputed", "not_compared"):
+        reasons = Counter(skipped["reason"] for skipped in found[what])
+        lines += [f"{what.replace('_', ' ')}: {count}: {reason}" for reason, count in reasons.items()]
+    return "\n".join([*lines, left_out(found)])
+
+
+def left_out(found: Mapping[str, Any]) -> str:
+    """Count the matrices and tensors that were not compared with the inputs."""
+    totals = found["totals"]
+    matrices, tensors = totals["matrices"] - totals["recomputed"], totals["tensors"] - totals["compared"]
+    counts = [counted(n, what) for n, what in ((matrices, "matrix"), (tensors, "other tensor")) if n]
+    tried = totals["not_recomputed"] + len(found["not_compared"]) >= totals["not_compared"]
+    return f"not compared: {' and '.join(counts) or 'nothing'}{'' if tried else '; --sample all compares everything'}"

@@ -82,10 +82,15 @@ class AdapterFiles:
         found: dict[str, dict[str, str]] = {}
         for names in self.files.names.values():
             for name in names:
-                plain = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
-                if match := _TENSOR.fullmatch(plain.removeprefix("base_model.model.")):
+                if match := _TENSOR.fullmatch(self.plain_name(name)):
                     found.setdefault(match["module"], {})[match["role"]] = name
         return found
+
+    @staticmethod
+    def plain_name(name: str) -> str:
+        """Strip a tensor's name of the prefixes of PEFT, DDP, torch.compile and FSDP."""
+        plain = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
+        return plain.removeprefix("base_model.model.")
 
     def factors(self, module: str) -> Factors:
         """Read a module's LoRA tensors.
@@ -119,13 +124,33 @@ class AdapterFiles:
         name = f"base_model.model.{module}.weight"
         return name if name in self.files else None
 
+    def rank(self, module: str) -> int:
+        """Return a module's rank by the config."""
+        return int(self._stated("rank_pattern", "r", module))
+
+    def bias_scaling(self, bias: str) -> float:
+        """Return the factor on a bias that LoRA adds (``lora_bias``): its module's."""
+        module = bias.removesuffix(".bias")
+        return self._scaling(module, self.files.stored(self.modules[module]["lora_A"]).shape[0])
+
+    def token_rows(self, weight: str) -> list[int]:
+        """Return the rows of a weight that trained tokens replace: those of its module, or of the input embedding."""
+        stated = self.config.get("trainable_token_indices")
+        if isinstance(stated, dict):
+            module = weight.removesuffix(".weight")
+            stated = next((rows for key, rows in stated.items() if f".{module}".endswith(f".{key}")), None)
+        return list(stated or ())
+
+    def _stated(self, pattern: str, default: str, module: str) -> Any:
+        patterns = self.config.get(pattern) or {}
+        fitting = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        return next(fitting, self.config[default])
+
     def _scaling(self, module: str, rank: int) -> float:
         # PEFT looks the alpha of a targeted parameter up by the parameter's name.
         if any(f".{module}.weight".endswith(f".{name}") for name in self.config.get("target_parameters") or ()):
             module = f"{module}.weight"
-        patterns = self.config.get("alpha_pattern") or {}
-        fitting = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        alpha = float(next(fitting, self.config["lora_alpha"]))
+        alpha = float(self._stated("alpha_pattern", "lora_alpha", module))
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def delta(self, tensor: str, module: str, transposed: bool, base: TensorFiles) -> tuple[Matrix, Delta, int]:

@@ -111,16 +111,12 @@ class Recomputation:
         epsilon, intruders = options["threshold_epsilon"], row["intruders"]
         judged = range(k) if self.record["scale"] == "all" or not intruders else range(intruders[0] + 1)
         for j in judged:
-            unsure = (
-                abs(similar[j] - epsilon) <= 2 * triplets.angle_errors()[j]
-                or covered[j] < epsilon <= similar[j]
-                or (not row["certified"] and j not in intruders)
-            )
+            unsure = abs(similar[j] - epsilon) <= 2 * triplets.angle_errors()[j] or covered[j] < epsilon <= similar[j]
             if not unsure and (similar[j] < epsilon) != (j in intruders):
                 verdict = "an intruder" if similar[j] < epsilon else "no intruder"
                 self.outcome.differ(
                     self.output / "streamer.json", f"direction {j} to be {verdict}, with a similarity of {similar[j]:.4f} to the base",
-                    f"intruders {intruders}", row["tensor"],
+                    f"intruders {intruders}{'' if row['certified'] else ', not certified: give detection more memory'}", row["tensor"],
                 )  # fmt: skip
         return triplets, True
 

@@ -33,7 +33,7 @@ _NESTED: dict[str, dict[str, type | tuple[type, ...]]] = {
         "tensor": str, "module": str, "intruders": list, "certified": (bool, type(None)), "delta_norm": (int, float),
         "delta_norm_after": (int, float), "dropped": (int, float),
     },
-    "carried": {"tensor": str},
+    "carried": {"tensor": str, "change": str, "by": str},
 }  # fmt: skip
 
 DIGEST = "sha256"

@@ -32,20 +32,23 @@ class RecomputedRecord(TypedDict):
 
 
 class SkippedRecord(TypedDict):
-    """Name one matrix of the sample that was not recomputed, and say why."""
+    """Name a matrix that was not recomputed, or another tensor that was not compared, and say why."""
 
     tensor: str
     reason: str
 
 
 class TotalsRecord(TypedDict):
-    """Count what was compared; `bytes` is of the files that were read whole."""
+    """Count what was compared: `bytes` of the files that were read whole; `tensors` besides the matrices; files are no tensors' here."""
 
     files: int
     bytes: int
     matrices: int
     recomputed: int
     not_recomputed: int
+    tensors: int
+    compared: int
+    not_compared: int
     differences: int
 
 
@@ -59,6 +62,7 @@ class Verification(TypedDict):
     totals: TotalsRecord
     recomputed: list[RecomputedRecord]
     not_recomputed: list[SkippedRecord]
+    not_compared: list[SkippedRecord]
     differences: list[DifferenceRecord]
     inputs: NotRequired[dict[str, str]]
 
@@ -79,8 +83,11 @@ class Outcome:
     files: int = 0
     nbytes: int = 0
     matrices: int = 0
+    tensors: int = 0
+    compared: int = 0
     recomputed: list[RecomputedRecord] = field(default_factory=list)
     not_recomputed: list[SkippedRecord] = field(default_factory=list)
+    not_compared: list[SkippedRecord] = field(default_factory=list)
     differences: list[DifferenceRecord] = field(default_factory=list)
 
     def differ(self, file: Path, expected: str, found: str, tensor: str | None = None) -> None:
@@ -108,10 +115,14 @@ class Outcome:
                 "matrices": self.matrices,
                 "recomputed": len(self.recomputed),
                 "not_recomputed": len(self.not_recomputed),
+                "tensors": self.tensors,
+                "compared": self.compared,
+                "not_compared": self.matrices - len(self.recomputed) + self.tensors - self.compared,
                 "differences": len(self.differences),
             },
             "recomputed": self.recomputed,
             "not_recomputed": self.not_recomputed,
+            "not_compared": self.not_compared,
             "differences": self.differences,
         }
         if inputs is not None:

@@ -40,8 +40,8 @@ def verify(
         verifying = _verify_directory if path.is_dir() else _verify_findings
         outcome = verifying(path, inputs, _Sample(sample, max_memory, monitor), opened)
     result = outcome.result(None if inputs is None else {"base": str(base), "adapter": str(adapter)})
-    if inputs is not None and not outcome.recomputed and not outcome.differences:
-        why = outcome.not_recomputed[0]["reason"] if outcome.not_recomputed else "it lists none"
+    if outcome.not_recomputed and not outcome.recomputed and not outcome.differences:
+        why = outcome.not_recomputed[0]["reason"]
         monitor.warn([f"{path}: none of its matrices could be recomputed: {why}"])
     if outcome.differences:
         first, *more = (difference["message"] for difference in outcome.differences)
@@ -50,14 +50,15 @@ def verify(
 
 
 class _Sample:
-    """Recompute matrices until as many are checked as were asked for."""
+    """Recompute matrices until as many are checked as were asked for; compare all other tensors if all of them were."""
 
     def __init__(self, size: int | Literal["all"], max_memory: int | None, monitor: Monitor) -> None:
         self._size, self._max_memory, self.monitor = size, max_memory, monitor
 
     def recompute(
-        self, outcome: Outcome, rows: Sequence[dict[str, Any]], seed: str, needs: Callable[[str], int], check: Check
-    ) -> None:
+        self, outcome: Outcome, rows: Sequence[dict[str, Any]], seed: str, needs: Callable[[str], int], check: Check,
+        others: Sequence[tuple[str, Callable[[], None]]] = (),
+    ) -> None:  # fmt: skip
         """Recompute a sample of rows, spread over kinds of matrices and drawn by the digests of their names.
 
         Parameters
@@ -68,15 +69,18 @@ class _Sample:
             Bytes that a tensor of the base takes while it is recomputed.
         check
             Recomputes one row; notes what differs.
+        others
+            All other tensors, each with its comparison, which notes what differs.
         """
         count = len(rows) if self._size == "all" else min(self._size, len(rows))
-        outcome.matrices = len(rows)
+        outcome.matrices, outcome.tensors = len(rows), len(others)
+        compared = others if self._size == "all" else ()
+        total = count + len(compared)
         for row in _spread(rows, seed):
             done = len(outcome.recomputed)
             if done >= count:
                 break
-            self.monitor.checkpoint()
-            self.monitor.emit(Event("recompute", row["tensor"], done, count, done, count))
+            self._step(row["tensor"], done, total)
             try:
                 if self._max_memory is not None and (need := needs(row["tensor"])) > self._max_memory:
                     raise NotRecomputed(
@@ -86,7 +90,18 @@ class _Sample:
                 outcome.recomputed.append({"tensor": row["tensor"], "error": min(error, 1e300), "decisions": decisions})
             except NotRecomputed as e:
                 outcome.not_recomputed.append({"tensor": row["tensor"], "reason": str(e)})
-        self.monitor.emit(Event("recompute", "", count, count, len(outcome.recomputed), count))
+        for done, (name, compare) in enumerate(compared, count):
+            self._step(name, done, total)
+            try:
+                compare()
+                outcome.compared += 1
+            except NotRecomputed as e:
+                outcome.not_compared.append({"tensor": name, "reason": str(e)})
+        self._step("", total, total)
+
+    def _step(self, name: str, done: int, total: int) -> None:
+        self.monitor.checkpoint()
+        self.monitor.emit(Event("recompute", name, done, total, done, total))
 
 
 def _spread(rows: Sequence[dict[str, Any]], seed: str) -> Iterator[dict[str, Any]]:
@@ -119,25 +134,47 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
     check_tensors(record, outcome, base)
     if base is None or adapter is None or outcome.differences:
         return outcome
+    from streamer.verification.configs import ModelConfigCheck, check_adapter_config, check_side_files
     from streamer.verification.formulas import AdapterFiles
+    from streamer.verification.inventory import check_carried, check_rows
     from streamer.verification.matrices import Recomputation
+    from streamer.verification.others import AdapterTensors, MergedTensors
     from streamer.verification.tensors import TensorFiles
 
-    names = [path / f["file"] for f in record["files"] if f["file"].endswith(".safetensors")]
-    files = (
-        opened.enter_context(AdapterFiles(path))
-        if outcome.kind == "adapter"
-        else opened.enter_context(TensorFiles(names, "pt"))
-    )
+    assert inputs is not None
+    check_rows(record["matrices"], adapter, base, path / RECORD_NAME, outcome)
+    carried = check_carried(record, adapter, base, outcome)
+    unknown = check_side_files(record, *inputs, outcome)
+    outcome.not_compared += [{"tensor": name, "reason": "a file that neither input has"} for name in unknown]
+    others: AdapterTensors | MergedTensors
+    files: TensorFiles | AdapterFiles
+    if outcome.kind == "adapter":
+        files = opened.enter_context(AdapterFiles(path))
+        check_adapter_config(record, adapter, files, outcome)
+        others = AdapterTensors(outcome, record, base, adapter, files)
+    else:
+        names = [path / f["file"] for f in record["files"] if f["file"].endswith(".safetensors")]
+        files = opened.enter_context(TensorFiles(names, "pt"))
+        source = adapter.directory if adapter.is_model else inputs[0]
+        ModelConfigCheck(outcome, record, source, adapter, base, files, carried).check()
+        others = MergedTensors(outcome, record, base, adapter, files, carried)
+    if outcome.differences:
+        return outcome
     recomputation = Recomputation(outcome, base, adapter, path, record)
     sample.recompute(
-        outcome, record["matrices"], record["plan"], _needs(base), lambda row: recomputation.check(row, files)
+        outcome,
+        record["matrices"],
+        record["plan"],
+        _needs(base),
+        lambda row: recomputation.check(row, files),
+        [*others.comparisons()],
     )
     return outcome
 
 
 def _verify_findings(path: Path, inputs: tuple[Path, Path] | None, sample: _Sample, opened: ExitStack) -> Outcome:
     from streamer.verification.findings import FindingsCheck, read_findings
+    from streamer.verification.inventory import check_rows
     from streamer.verification.tensors import TensorFiles
 
     outcome = Outcome(path, "findings")
@@ -152,6 +189,7 @@ def _verify_findings(path: Path, inputs: tuple[Path, Path] | None, sample: _Samp
     if inputs is not None:
         base, adapter = _open_inputs(inputs, tree["base"], tree["adapter"], path, opened)
         file = opened.enter_context(TensorFiles([path], "pt"))
+        check_rows(tree["matrices"], adapter, base, path, outcome)
         findings = FindingsCheck(outcome, tree, base, adapter, file)
         sample.recompute(outcome, tree["matrices"], "findings", _needs(base), findings.check)
     return outcome

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -18,6 +21,9 @@ Array = NDArray[np.float64]
 
 BLOCK_BYTES = 32 << 20
 """Of float64 rows that are compared at a time."""
+
+PIECE_BYTES = 1 << 20
+"""Of bytes that are compared at a time."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 FP8 = "F8_E4M3"
@@ -70,6 +76,11 @@ class TensorFiles:
     def __contains__(self, name: object) -> bool:
         return name in self._of
 
+    @property
+    def all_names(self) -> frozenset[str]:
+        """The names of all tensors."""
+        return frozenset(self._of)
+
     def stored(self, name: str) -> Stored:
         """Return dtype and shape of a tensor."""
         view = self._of[name].get_slice(name)
@@ -79,17 +90,55 @@ class TensorFiles:
         """Read a small tensor, float64 in its own shape."""
         return _float64(self._of[name].get_tensor(name))
 
-    def raw(self, name: str) -> Any:
-        """Read a tensor as the framework has it."""
-        return self._of[name].get_tensor(name)
+    def values(self, name: str) -> NDArray[Any]:
+        """Read a small tensor of a dtype that numpy has, as it is stored."""
+        return np.asarray(self._of[name].get_tensor(name))
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Path, int, int]]:
+        """Map each tensor's name → file, first byte and number of bytes."""
+        found = {}
+        for path in self.names:
+            with path.open("rb") as f:
+                length = int.from_bytes(f.read(8), "little")
+                tensors = json.loads(f.read(length))
+            for name in self.names[path]:
+                start, stop = tensors[name]["data_offsets"]
+                found[name] = path, 8 + length + start, stop - start
+        return found
+
+    def nbytes(self, name: str) -> int:
+        """Count the bytes of a tensor."""
+        return self._places[name][2]
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """Read the bytes of a tensor of any dtype, `PIECE_BYTES` at a time."""
+        path, start, left = self._places[name]
+        with path.open("rb") as f:
+            f.seek(start)
+            while left and (piece := f.read(min(left, PIECE_BYTES))):
+                left -= len(piece)
+                yield piece
 
     def rows(self, name: str, i: int, j: int) -> Array:
         """Read rows i to j of a tensor as a float64 matrix, a convolution's kernel set out along its input."""
         return _float64(self._of[name].get_slice(name)[i:j]).reshape(j - i, -1)
 
+    def some(self, name: str, i: int, j: int) -> Array:
+        """Read entries i to j along the first dimension, float64; the whole of a tensor that has none."""
+        view = self._of[name].get_slice(name)
+        return _float64(view[i:j]) if view.get_shape() else self.whole(name)
+
     def columns(self, name: str, i: int, j: int) -> Array:
         """Read columns i to j of a tensor of two dimensions, float64."""
         return _float64(self._of[name].get_slice(name)[:, i:j])
+
+
+def same_bytes(files: TensorFiles, name: str, others: TensorFiles, other: str) -> bool:
+    """Compare dtype, shape and bytes of two tensors."""
+    if files.stored(name) != others.stored(other):
+        return False
+    return all(a == b for a, b in zip_longest(files.pieces(name), others.pieces(other)))
 
 
 def _float64(tensor: Any) -> Array:

@@ -120,7 +120,8 @@ def test_what_no_formula_covers_is_said_and_not_counted(tmp_path: Path) -> None:
     ):
         found = streamer.verify_output(tmp_path / "model", base, adapter, sample="all")
     assert found["totals"] | {"files": 0, "bytes": 0} == {
-        "files": 0, "bytes": 0, "matrices": 6, "recomputed": 0, "not_recomputed": 6, "differences": 0,
+        "files": 0, "bytes": 0, "matrices": 6, "recomputed": 0, "not_recomputed": 6, "tensors": 0, "compared": 0, "not_compared": 6,
+        "differences": 0,
     }  # fmt: skip
     assert {s["tensor"] for s in found["not_recomputed"]} >= {"model.layers.0.mlp.experts.down_proj[0]"}
 
@@ -215,8 +216,8 @@ def test_a_base_of_other_values_is_refused(job: Job, tmp_path: Path) -> None:
 def test_findings_of_no_matrices(job: Job, tmp_path: Path) -> None:
     path = tmp_path / "none.safetensors"
     replace(streamer.load_findings(job.home / "findings.safetensors"), matrices=()).save(path)
-    with pytest.warns(streamer.StreamerWarning, match="none of its matrices could be recomputed: it lists none"):
-        assert lines(path, job.base, job.adapter) == []
+    assert lines(path) == []
+    assert len(lines(path, job.base, job.adapter)) == 9
 
 
 def test_decisions_with_a_cutoff(tmp_path: Path) -> None:
@@ -260,6 +261,10 @@ def test_a_decision_near_epsilon_is_checked_as_closely_as_it_was_made(tmp_path: 
     assert j not in row.detection.intruders
     other = streamer.detect_intruder_dimensions(base, adapter, threshold_epsilon=similarity + 1e-5)[tensor].detection
     assert j in other.intruders
+    # The wrong decision has an interval that permits it.
+    low, said = (tuple(near.options.threshold_epsilon - x if i == j else s for i, s in enumerate(other.similarity))
+                 for x in (1e-6, 5e-7))  # fmt: skip
+    other = replace(other, similarity_low=low, similarity=said, certified=False)
     for name, detection in (("right", row.detection), ("wrong", other)):
         path = tmp_path / f"{name}.safetensors"
         replace(near, matrices=tuple(replace(m, detection=detection) if m is row else m for m in near)).save(path)
@@ -284,10 +289,26 @@ def test_without_inputs_no_torch_is_loaded(job: Job) -> None:
 
 def test_the_text_for_people(job: Job) -> None:
     done = server().run("verify", job.home / "model", job.base, job.adapter)
-    first, second = done.out.splitlines()
-    assert first == f"{job.home / 'model'}: 8 files, 74.5 kB, as recorded"
-    assert second == "3 of 9 matrices recomputed, each within its rounding"
-    assert done.last.startswith("streamer: verify: 8 files, 74.5 kB, nothing differs, 3 matrices recomputed, in ")
+    rest = "not compared: 6 matrices and 6 other tensors; --sample all compares everything"
+    assert done.out.splitlines() == [
+        f"{job.home / 'model'}: 8 files, 74.5 kB, as recorded",
+        "3 of 9 matrices recomputed, each within its rounding",
+        "0 of 6 other tensors compared with the inputs'",
+        rest,
+    ]
+    assert done.last.startswith(
+        f"streamer: verify: 8 files, 74.5 kB, nothing differs, 3 matrices recomputed, {rest}, in "
+    )
+    done = server().run("verify", job.home / "model", job.base, job.adapter, "--sample", "all")
+    assert done.out.splitlines()[1:] == [
+        "9 of 9 matrices recomputed, each within its rounding",
+        "6 of 6 other tensors compared with the inputs'",
+        "not compared: nothing",
+    ]
+    done = server().run("verify", job.home / "model")
+    assert done.out.splitlines()[1:] == [
+        "compared with its own record alone: give BASE ADAPTER to compare it with them"
+    ]
 
 
 def test_progress_is_told_in_bytes_and_matrices(job: Job) -> None:

@@ -1,0 +1,169 @@
+"""Compare an output's config and its other small files with the inputs', but for what streamer changes on purpose."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamer.verification.directory import INDEX_NAME
+from streamer.verification.formulas import CONFIG_NAME, AdapterFiles
+from streamer.verification.inventory import Part, parts
+from streamer.verification.result import Outcome
+from streamer.verification.tensors import TensorFiles
+
+MODEL_CONFIG = "config.json"
+APART = (INDEX_NAME, "README.md", MODEL_CONFIG, CONFIG_NAME)
+"""Files that are checked elsewhere, and the card, which anyone may edit."""
+
+ABSENT = object()
+TIE_KEY = "tie_word_embeddings"
+LABEL_NAMES = ("id2label", "label2id")
+LABELS = (*LABEL_NAMES, "num_labels", "_num_labels", "problem_type")
+QUANTIZATION = ("quantization_config", "compression_config")
+
+KEPT = (
+    "base_model_name_or_path",
+    "modules_to_save",
+    "peft_version",
+    "revision",
+    "task_type",
+    "trainable_token_indices",
+)
+"""Keys of an adapter's config that stay when it is written as LoRA of another rank; all others describe the old factors."""
+
+READ_ONLY = ("lora_B_layout",)
+"""Keys that say how an input is stored, which an output is not."""
+
+
+def check_side_files(record: dict[str, Any], base: Path, adapter: Path, outcome: Outcome) -> list[str]:
+    """Compare every copied file byte by byte, and return the names of those that neither input has."""
+    unknown = []
+    for name in (entry["file"] for entry in record["files"]):
+        if name.endswith(".safetensors") or name in APART:
+            continue
+        sources = [path for directory in (adapter, base) if (path := directory / name).is_file()]
+        if not sources:
+            unknown.append(name)
+        elif not any(path.read_bytes() == (outcome.output / name).read_bytes() for path in sources):
+            outcome.differ(outcome.output / name, f"the bytes of {sources[-1]}", "others")
+    return unknown
+
+
+@dataclass(frozen=True)
+class ModelConfigCheck:
+    """Compare a merged model's ``config.json`` with that of the base, or of the fine-tuned model.
+
+    Attributes
+    ----------
+    outcome
+        Takes the differences.
+    record
+        The output's ``streamer.json``.
+    source
+        Directory of the model whose config the output has.
+    adapter, base, files
+        The adapter, and the tensors of the base and of the output.
+    carried
+        The model's tensor → the adapter's that edits it.
+    """
+
+    outcome: Outcome
+    record: dict[str, Any]
+    source: Path
+    adapter: AdapterFiles
+    base: TensorFiles
+    files: TensorFiles
+    carried: dict[str, Part]
+
+    def check(self) -> None:
+        """Note each key that differs and that no change of the tensors explains."""
+        path = self.outcome.output / MODEL_CONFIG
+        before, after = _tree(self.source / MODEL_CONFIG), _tree(path)
+        for keys, was, now in _changes(before, after, LABEL_NAMES):
+            if not self._is_explained(keys, now):
+                self.outcome.differ(path, f"{'.'.join(keys)} {_shown(was)}", _shown(now))
+        untied = any(part.role == "tied" for part in self.carried.values())
+        if untied and not any(keys[-1] == TIE_KEY and now is False for keys, _, now in _changes({}, after)):
+            self.outcome.differ(path, f"{TIE_KEY} false, since the output has a head of its own", "another value")
+
+    def _is_explained(self, keys: tuple[str, ...], now: Any) -> bool:
+        key = keys[-1]
+        rows = {self.files.stored(name).shape[0] for name in self.carried
+                if name in self.files and self.files.stored(name).shape}  # fmt: skip
+        if self.adapter.is_model:
+            return False
+        if key == TIE_KEY:
+            changed = (*self.carried, *(row["tensor"] for row in self.record["matrices"]))
+            return now is False and any(not re.search(r"\.\d+\.", name) for name in changed)
+        if "vocab" in key:
+            return now in rows
+        if key in LABEL_NAMES:
+            names = {str(i): f"LABEL_{i}" for i in range(len(now) if isinstance(now, dict) else 0)}
+            return len(names) in rows and now == (names if key == "id2label" else {v: int(k) for k, v in names.items()})
+        if key in LABELS:
+            return now is ABSENT
+        if key == "architectures":
+            return self.adapter.config.get("task_type") is not None and isinstance(now, list) and len(now) == 1
+        return key in QUANTIZATION and now is ABSENT and bool(self.record["dequantize"])
+
+
+def check_adapter_config(record: dict[str, Any], adapter: AdapterFiles, files: AdapterFiles, outcome: Outcome) -> None:
+    """Compare a written adapter's config with the input's, or with what its own tensors and the rank of ``--to-lora`` say."""
+    path, after = outcome.output / CONFIG_NAME, files.config
+    before = {key: value for key, value in adapter.config.items() if key not in READ_ONLY}
+    if record["to_lora"] is not None:
+        before = _of_lora(record, adapter, files)
+        after = {
+            key: sorted(value) if key in ("target_modules", "modules_to_save") else value
+            for key, value in after.items()
+        }
+    for keys, was, now in _changes(before, after):
+        outcome.differ(path, f"{'.'.join(keys)} {_shown(was)}", _shown(now))
+
+
+def _of_lora(record: dict[str, Any], adapter: AdapterFiles, files: AdapterFiles) -> dict[str, Any]:
+    """Make the config of an adapter of rank `to_lora`, as its tensors say."""
+    found = list(parts(files))
+    config = {key: adapter.config[key] for key in KEPT if key in adapter.config}
+    saved = {
+        part.target.rpartition(".")[0] for part in found if part.role == "saved" and ".base_layer." not in part.source
+    }
+    if adapter.is_model and saved:
+        config["modules_to_save"] = saved
+    if adapter.is_model and "ensure_weight_tying" in files.config:
+        config["ensure_weight_tying"] = True
+    if "modules_to_save" in config:
+        config["modules_to_save"] = sorted(config["modules_to_save"] or ())
+    embeddings = {part.target for part in found if "lora_embedding" in part.source}
+    inward = any(row["transposed"] and row["module"] not in embeddings for row in record["matrices"])
+    return config | {
+        "peft_type": "LORA", "fan_in_fan_out": inward, "r": record["to_lora"], "lora_alpha": record["to_lora"],
+        "target_modules": sorted({part.target for part in found if part.role == "factor"}),
+        "bias": "all" if any(part.source.endswith(".bias") for part in found) else "none",
+        "init_lora_weights": True, "inference_mode": True,
+    }  # fmt: skip
+
+
+def _tree(path: Path) -> Any:
+    return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
+def _changes(
+    before: Any, after: Any, whole: tuple[str, ...] = (), at: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Yield the path of each key whose value differs, with both values; objects under keys in `whole` are compared as one value."""
+    if isinstance(after, dict) and (isinstance(before, dict) or before is ABSENT) and (not at or at[-1] not in whole):
+        was: dict[str, Any] = before if isinstance(before, dict) else {}
+        for key in [*was, *(key for key in after if key not in was)]:
+            yield from _changes(was.get(key, ABSENT), after.get(key, ABSENT), whole, (*at, key))
+    elif before is ABSENT or after is ABSENT or json.dumps(before, sort_keys=True) != json.dumps(after, sort_keys=True):
+        yield at, before, after
+
+
+def _shown(value: Any) -> str:
+    text = "absent" if value is ABSENT else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"

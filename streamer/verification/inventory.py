@@ -1,0 +1,220 @@
+"""Compare what a record lists with what the adapter brings: a row for each module that it changes, an entry for each other tensor.
+
+An adapter's tensor is a factor of a module, or it edits one tensor of the model: ``saved`` replaces it, ``lora_bias`` is added to it times
+the module's scaling, ``tokens`` replaces rows of it. Without this comparison, a row that someone removed would never be recomputed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from streamer.verification.formulas import AdapterFiles
+from streamer.verification.record import RECORD_NAME
+from streamer.verification.result import Outcome
+from streamer.verification.tensors import TensorFiles, same_bytes
+
+STACKED = re.compile(r"(.+)\[(\d+)\]")
+"""Name of one matrix of a stack: the stack's, and the index."""
+
+
+def stored_name(name: str) -> str:
+    """Return the name of the tensor that holds a matrix: the stack of an expert's, else its own."""
+    return STACKED.sub(r"\1", name)
+
+
+_ADAPTER = r"(?:\.[^.]+)?"
+_FACTORS = r"lora_(?:embedding_)?[ABE]|lora_magnitude_vector|ranknum|hada_\w+|lokr_\w+|vera_lambda_[bd]|oft_(?:embedding_)?R|boft_[Rs]"
+_ROLES = tuple(
+    (role, re.compile(pattern))
+    for role, pattern in (
+        ("shared", r"(.+)\.vera_[AB]"),
+        ("lora_bias", rf"(.+)\.lora_B{_ADAPTER}\.bias"),
+        ("factor", rf"(.+)\.(?:{_FACTORS}){_ADAPTER}(?:\.weight)?"),
+        ("tokens", rf"(.+)\.token_adapter\.trainable_tokens_delta{_ADAPTER}"),
+        ("original", r"(.+)\.(?:trainable_tokens_original|original_module)(?:\..+)?"),
+        ("saved", r"(.+?)\.modules_to_save(?:\.[^.]+(?=\..))?\.(.+)"),
+        ("saved", r"(.+?)(?:\.token_adapter)?\.base_layer\.([^.]+)"),
+    )
+)  # fmt: skip
+
+
+class Part(NamedTuple):
+    """Say what a tensor of the adapter is: its role, and the module (of a factor) or the model's tensor that it concerns."""
+
+    role: str
+    target: str
+    source: str
+
+
+def parts(adapter: AdapterFiles) -> Iterator[Part]:
+    """Yield the role of every tensor of an adapter; a fine-tuned model's are all ``saved``."""
+    for source in (name for names in adapter.files.names.values() for name in names):
+        plain = source if adapter.is_model else adapter.plain_name(source)
+        found = ((role, pattern.fullmatch(plain)) for role, pattern in _ROLES if not adapter.is_model)
+        role, match = next(((role, match) for role, match in found if match), ("saved", None))
+        target = plain if match is None else match[1]
+        if match is not None and role == "saved":
+            target = f"{match[1]}.{match[2]}"
+        yield Part(role, target + {"lora_bias": ".bias", "tokens": ".weight"}.get(role, ""), source)
+
+
+class _Names:
+    """Find the names that are one with another but for a prefix that only one of them has."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        self._by_end: defaultdict[str, set[str]] = defaultdict(set)
+        for name in self._names:
+            for end in _ends(name):
+                self._by_end[end].add(name)
+
+    def like(self, name: str) -> set[str]:
+        return self._by_end.get(name, set()) | {end for end in _ends(name) if end in self._names}
+
+    def fit(self, name: str, other: str) -> bool:
+        """Tell whether `other`, one of the names, may be called `name`; of renamed tensors the layers' numbers are compared."""
+        if like := self.like(name):
+            return other in like
+        numbers = sorted(([c for c in re.split(r"[.\[\]]", n) if c.isdigit()] for n in (name, other)), key=len)
+        longer = iter(numbers[1])
+        return all(number in longer for number in numbers[0])
+
+
+def _ends(name: str) -> list[str]:
+    pieces = name.split(".")
+    return [".".join(pieces[i:]) for i in range(len(pieces))]
+
+
+def check_rows(
+    rows: list[dict[str, Any]], adapter: AdapterFiles, base: TensorFiles, path: Path, outcome: Outcome
+) -> None:
+    """Compare rows, of a record or of findings at `path`, with the modules that the adapter changes."""
+    modules: defaultdict[str, list[str]] = defaultdict(list)
+    for part in parts(adapter):
+        if part.role == "factor":
+            modules[part.target].append(part.source)
+    stacks: defaultdict[str, list[str]] = defaultdict(list)
+    for module in modules:
+        stacks[re.sub(r"(\.base_layer)+$", "", module)].append(module)
+    names = _Names({f"{module}.weight" for module in modules})
+    seen: set[str] = set()
+    matrices: defaultdict[str, defaultdict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for row in rows:
+        tensor, module = row["tensor"], row["module"]
+        if tensor in seen:
+            outcome.differ(path, "one row of its name", "several", tensor)
+        seen.add(tensor)
+        stacked = STACKED.fullmatch(module)
+        if stacked is not None and stacked[1].rpartition(".")[0] in stacks:
+            matrices[stacked[1].rpartition(".")[0]][stacked[1]].add(int(stacked[2]))
+        elif not adapter.is_model and (module not in modules or not names.fit(tensor, f"{module}.weight")):
+            outcome.differ(path, "a row of the module of the adapter that changes it", repr(module), tensor)
+    if adapter.is_model:
+        _check_kinds(rows, adapter, base, path, outcome)
+        return
+    for module in modules.keys() - {row["module"] for row in rows}:
+        owner = re.sub(r"(\.base_layer)+$", "", module)
+        if owner in matrices:
+            _check_stack(owner, matrices[owner], [modules[m] for m in stacks[owner]], adapter, path, outcome)
+        elif not _is_mirror(module, {row["module"] for row in rows}, adapter):
+            outcome.differ(path, f"a row for {module!r}, which the adapter changes", "none")
+
+
+def _check_kinds(
+    rows: list[dict[str, Any]], adapter: AdapterFiles, base: TensorFiles, path: Path, outcome: Outcome
+) -> None:
+    """Compare rows with the matrices of a fine-tuned model: one that changed has a row if its like in another layer has one."""
+    listed = {stored_name(row["tensor"]) for row in rows}
+    kinds = {re.sub(r"\d+", "N", name) for name in listed}
+    for name in sorted(adapter.files.all_names - listed):
+        matrix = name in base and base.stored(name) == adapter.files.stored(name) and len(base.stored(name).shape) == 2
+        if matrix and (not rows or re.sub(r"\d+", "N", name) in kinds) and not _is_in(base, name, adapter):
+            outcome.differ(path, "a row of this matrix, which the fine-tuned model changes", "none", name)
+
+
+def _check_stack(
+    module: str,
+    found: dict[str, set[int]],
+    factors: list[list[str]],
+    adapter: AdapterFiles,
+    path: Path,
+    outcome: Outcome,
+) -> None:
+    """Compare the rows of stacked experts with their factors: one parameter for each A, and of each all experts."""
+    heights = {adapter.files.stored(name).shape[0] for names in factors for name in names if ".lora_A" in name}
+    whole = (n == set(range(len(n))) and len(n) * adapter.rank(name) in heights for name, n in found.items())
+    if len(found) != len(factors) or not all(whole):
+        held = ", ".join(f"{len(indices)} of {parameter!r}" for parameter, indices in found.items())
+        outcome.differ(path, f"a row for each matrix of the experts that the adapter changes in {module!r}", held)
+
+
+def _is_mirror(module: str, listed: set[str], adapter: AdapterFiles) -> bool:
+    """Tell whether a module holds the factors of a listed one once more, transposed, as PEFT ties a head to its embedding."""
+    if not adapter.config.get("ensure_weight_tying"):
+        return False
+    mine = [adapter.files.whole(name) for name in adapter.modules.get(module, {}).values()]
+    others = ([adapter.files.whole(n) for n in adapter.modules.get(other, {}).values()] for other in listed)
+    return any(
+        len(mine) == len(other) == 2 and all(any(np.array_equal(a.T, b) for b in other) for a in mine)
+        for other in others
+    )
+
+
+def check_carried(
+    record: dict[str, Any], adapter: AdapterFiles, base: TensorFiles, outcome: Outcome
+) -> dict[str, Part]:
+    """Compare the record's list of other tensors with the adapter's.
+
+    Returns
+    -------
+    dict
+        The model's tensor → the adapter's that edits it; a head that is written beside the embedding it was tied to has the base's, with
+        the role ``tied``.
+    """
+    path = outcome.output / RECORD_NAME
+    brought = {p.source: p for p in parts(adapter) if p.role in ("saved", "lora_bias", "tokens")}
+    names = _Names(part.target for part in brought.values())
+    found: dict[str, Part] = {}
+    for entry in record["carried"]:
+        tensor, change, by = entry["tensor"], entry["change"], entry["by"]
+        if change == "dropped":
+            continue
+        part = brought.get(by)
+        if part is None and by in base and tensor not in base:
+            part = Part("tied", by, by)
+        elif part is None or tensor in found or not names.fit(tensor, part.target):
+            outcome.differ(path, "the adapter's tensor that changes it", repr(by), tensor)
+            continue
+        elif change != (wanted := _change(part, tensor in base, adapter)):
+            outcome.differ(path, f"{wanted!r} by {by!r}", repr(change), tensor)
+        found[tensor] = part
+    listed = {part.source for part in found.values()}
+    if adapter.is_model:
+        rows = {stored_name(row["module"]) for row in record["matrices"]}
+        listed |= {name for name in brought if name in rows or name.removesuffix(".weight") in rows}
+    done = {(brought[source].role, brought[source].target) for source in listed & brought.keys()}
+    for part in brought.values():
+        if (part.role, part.target) in done or (adapter.is_model and _is_in(base, part.source, adapter)):
+            continue
+        copies = (brought[source] for source in listed & brought.keys() if brought[source].role == part.role)
+        if not any(same_bytes(adapter.files, copy.source, adapter.files, part.source) for copy in copies):
+            outcome.differ(path, f"an entry for {part.source!r}, which the adapter brings", "none", part.target)
+    return found
+
+
+def _is_in(base: TensorFiles, name: str, adapter: AdapterFiles) -> bool:
+    return name in base and same_bytes(base, name, adapter.files, name)
+
+
+def _change(part: Part, in_base: bool, adapter: AdapterFiles) -> str:
+    if part.role == "lora_bias":
+        return f"plus {adapter.bias_scaling(part.target):g} times"
+    if part.role == "tokens":
+        return f"{len(adapter.token_rows(part.target))} rows replaced"
+    return "replaced" if in_base else "new"
