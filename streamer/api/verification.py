@@ -27,7 +27,8 @@ def verify_output(
     """Compare an output with its record and, given its inputs, with what they give, by other code than wrote it.
 
     Files are hashed, opened with the safetensors library and compared with ``streamer.json`` and the index; findings are compared
-    with the digest that they hold. Of base and adapter a sample of matrices is recomputed in float64 by numpy and scipy.
+    with the digest that they hold. Given base and adapter, configs, copied files and the record's rows are compared with them, and a
+    sample of matrices is recomputed in float64 by numpy and scipy; with ``sample="all"`` every tensor is compared.
 
     Parameters
     ----------
@@ -36,7 +37,8 @@ def verify_output(
     base, adapter
         What it was made from; both, or neither.
     sample
-        How many matrices are recomputed, spread over their kinds, the same of the same output; or ``all``.
+        How many matrices to recompute, spread over their kinds, the same of the same output; ``all``: every one of them, and all other
+        tensors byte by byte.
     max_memory
         Matrices that take more memory, in bytes or as a size like ``"4G"``, are not recomputed.
     on_event

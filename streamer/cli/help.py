@@ -107,8 +107,9 @@ examples:
       sizes, digests, index and shards against the record in it
   streamer verify findings.safetensors
   streamer verify merged BASE ADAPTER
-      3 matrices recomputed as well, by other code than wrote them
-  streamer verify merged BASE ADAPTER --sample all --json | jq .totals
+      its configs and files too, and 3 matrices recomputed by independent code
+  streamer verify merged BASE ADAPTER --sample all
+      every matrix, and every other tensor byte by byte
 """,
     "evaluate": """\
 examples:

@@ -258,11 +258,15 @@ def build_parser() -> Parser:
     sub = command("verify", "compare an output with its record and its inputs, by other code than wrote it")
     sub.add_argument("output", metavar="OUTPUT", help="merged model's or mitigated adapter's directory, or findings")
     sub.add_argument(
-        "base", metavar="BASE", nargs="?", help="what it was made from: a sample of its matrices is recomputed"
+        "base",
+        metavar="BASE",
+        nargs="?",
+        help="what it was made from: its config, files and a sample of its matrices are compared",
     )
     sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")
     sub.add_argument("--sample", type=_sample, default=3, metavar="N",
-                     help="how many matrices to recompute, spread over their kinds, or all (default: 3)")  # fmt: skip
+                     help="how many matrices to recompute, spread over their kinds (default: 3); all: every matrix, and every other "
+                          "tensor byte by byte")  # fmt: skip
     sub.add_argument("--max-memory", type=_size, metavar="SIZE",
                      help="do not recompute matrices that take more memory, like 4G (default: as much as it takes)")  # fmt: skip
     out = writing("FILE", "JSON file to write")

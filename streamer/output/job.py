@@ -202,7 +202,11 @@ class Job:
             return None
         return detection_record(self.findings.options, certified, len(self.plan.targets))
 
-    def stamp(self, command: str) -> dict[str, str]:
-        """Return what the metadata of the output's files says; before the findings are there, at its longest."""
-        certified = self.findings.certified(self.plan.targets) if self.options.needs_detection else 0
+    def stamp(self, command: str, written: Sequence[Target] | None = None) -> dict[str, str]:
+        """Return what the metadata of the output's files says; before the findings are there, at its longest.
+
+        `written` are the matrices that the output has; by default all.
+        """
+        targets = self.plan.targets if written is None else written
+        certified = self.findings.certified(targets) if self.options.needs_detection else 0
         return {STAMP: stamp(command, *self.plan.sources, self.detection_record(certified), self.options.as_json())}

@@ -70,7 +70,7 @@ class LoraWriter(Writer):
             entries += written
             self._targets |= dict.fromkeys((name for name, *_ in written), target)
         entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
-        shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate"))
+        shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate", self._written))
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files are not an adapter's.
         source = None if plan.adapter.describes_model else plan.adapter.path

@@ -68,7 +68,7 @@ class ModelConfigCheck:
     adapter, base, files
         The adapter, and the tensors of the base and of the output.
     carried
-        The model's tensor → the adapter's that edits it.
+        The model's tensor → the adapter's that edit it.
     """
 
     outcome: Outcome
@@ -77,7 +77,7 @@ class ModelConfigCheck:
     adapter: AdapterFiles
     base: TensorFiles
     files: TensorFiles
-    carried: dict[str, Part]
+    carried: dict[str, list[Part]]
 
     def check(self) -> None:
         """Note each key that differs and that no change of the tensors explains."""
@@ -86,7 +86,7 @@ class ModelConfigCheck:
         for keys, was, now in _changes(before, after, LABEL_NAMES):
             if not self._is_explained(keys, now):
                 self.outcome.differ(path, f"{'.'.join(keys)} {_shown(was)}", _shown(now))
-        untied = any(part.role == "tied" for part in self.carried.values())
+        untied = any(part.role == "tied" for edits in self.carried.values() for part in edits)
         if untied and not any(keys[-1] == TIE_KEY and now is False for keys, _, now in _changes({}, after)):
             self.outcome.differ(path, f"{TIE_KEY} false, since the output has a head of its own", "another value")
 
@@ -116,11 +116,8 @@ def check_adapter_config(record: dict[str, Any], adapter: AdapterFiles, files: A
     path, after = outcome.output / CONFIG_NAME, files.config
     before = {key: value for key, value in adapter.config.items() if key not in READ_ONLY}
     if record["to_lora"] is not None:
-        before = _of_lora(record, adapter, files)
-        after = {
-            key: sorted(value) if key in ("target_modules", "modules_to_save") else value
-            for key, value in after.items()
-        }
+        before, lists = _of_lora(record, adapter, files), ("target_modules", "modules_to_save")
+        before, after = ({k: sorted(v) if k in lists and v else v for k, v in tree.items()} for tree in (before, after))
     for keys, was, now in _changes(before, after):
         outcome.differ(path, f"{'.'.join(keys)} {_shown(was)}", _shown(now))
 
@@ -133,19 +130,22 @@ def _of_lora(record: dict[str, Any], adapter: AdapterFiles, files: AdapterFiles)
         part.target.rpartition(".")[0] for part in found if part.role == "saved" and ".base_layer." not in part.source
     }
     if adapter.is_model and saved:
-        config["modules_to_save"] = saved
+        config["modules_to_save"] = [*saved]
     if adapter.is_model and "ensure_weight_tying" in files.config:
         config["ensure_weight_tying"] = True
-    if "modules_to_save" in config:
-        config["modules_to_save"] = sorted(config["modules_to_save"] or ())
-    embeddings = {part.target for part in found if "lora_embedding" in part.source}
-    inward = any(row["transposed"] and row["module"] not in embeddings for row in record["matrices"])
+    # PEFT's names of a fine-tuned model's modules may begin otherwise than the record's.
+    linear = {_last(part.target) for part in found if ".lora_A." in part.source}
+    inward = any(row["transposed"] and _last(row["module"]) in linear for row in record["matrices"])
     return config | {
         "peft_type": "LORA", "fan_in_fan_out": inward, "r": record["to_lora"], "lora_alpha": record["to_lora"],
-        "target_modules": sorted({part.target for part in found if part.role == "factor"}),
+        "target_modules": [*{part.target for part in found if part.role == "factor"}],
         "bias": "all" if any(part.source.endswith(".bias") for part in found) else "none",
         "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _tree(path: Path) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from streamer.verification.formulas import AdapterFiles
 from streamer.verification.record import RECORD_NAME
 from streamer.verification.result import Outcome
-from streamer.verification.tensors import TensorFiles, same_bytes
+from streamer.verification.tensors import Array, TensorFiles, same_bytes
 
 STACKED = re.compile(r"(.+)\[(\d+)\]")
 """Name of one matrix of a stack: the stack's, and the index."""
@@ -158,8 +158,13 @@ def _is_mirror(module: str, listed: set[str], adapter: AdapterFiles) -> bool:
     """Tell whether a module holds the factors of a listed one once more, transposed, as PEFT ties a head to its embedding."""
     if not adapter.config.get("ensure_weight_tying"):
         return False
-    mine = [adapter.files.whole(name) for name in adapter.modules.get(module, {}).values()]
-    others = ([adapter.files.whole(n) for n in adapter.modules.get(other, {}).values()] for other in listed)
+
+    def factors(of: str) -> list[Array]:
+        return [
+            adapter.files.whole(name) for role, name in adapter.modules.get(of, {}).items() if role.startswith("lora_")
+        ]
+
+    mine, others = factors(module), map(factors, listed)
     return any(
         len(mine) == len(other) == 2 and all(any(np.array_equal(a.T, b) for b in other) for a in mine)
         for other in others
@@ -168,19 +173,19 @@ def _is_mirror(module: str, listed: set[str], adapter: AdapterFiles) -> bool:
 
 def check_carried(
     record: dict[str, Any], adapter: AdapterFiles, base: TensorFiles, outcome: Outcome
-) -> dict[str, Part]:
+) -> dict[str, list[Part]]:
     """Compare the record's list of other tensors with the adapter's.
 
     Returns
     -------
     dict
-        The model's tensor → the adapter's that edits it; a head that is written beside the embedding it was tied to has the base's, with
-        the role ``tied``.
+        The model's tensor → the adapter's that edit it, what replaces it first; a head that is written beside the embedding that it was
+        tied to has the base's, with the role ``tied``.
     """
     path = outcome.output / RECORD_NAME
     brought = {p.source: p for p in parts(adapter) if p.role in ("saved", "lora_bias", "tokens")}
     names = _Names(part.target for part in brought.values())
-    found: dict[str, Part] = {}
+    found: defaultdict[str, list[Part]] = defaultdict(list)
     for entry in record["carried"]:
         tensor, change, by = entry["tensor"], entry["change"], entry["by"]
         if change == "dropped":
@@ -188,13 +193,17 @@ def check_carried(
         part = brought.get(by)
         if part is None and by in base and tensor not in base:
             part = Part("tied", by, by)
-        elif part is None or tensor in found or not names.fit(tensor, part.target):
+        elif (
+            part is None
+            or not names.fit(tensor, part.target)
+            or {p.role for p in found[tensor]} & {part.role, "lora_bias", "tokens"}
+        ):
             outcome.differ(path, "the adapter's tensor that changes it", repr(by), tensor)
             continue
         elif change != (wanted := _change(part, tensor in base, adapter)):
             outcome.differ(path, f"{wanted!r} by {by!r}", repr(change), tensor)
-        found[tensor] = part
-    listed = {part.source for part in found.values()}
+        found[tensor].append(part)
+    listed = {part.source for edits in found.values() for part in edits}
     if adapter.is_model:
         rows = {stored_name(row["module"]) for row in record["matrices"]}
         listed |= {name for name in brought if name in rows or name.removesuffix(".weight") in rows}
@@ -205,7 +214,7 @@ def check_carried(
         copies = (brought[source] for source in listed & brought.keys() if brought[source].role == part.role)
         if not any(same_bytes(adapter.files, copy.source, adapter.files, part.source) for copy in copies):
             outcome.differ(path, f"an entry for {part.source!r}, which the adapter brings", "none", part.target)
-    return found
+    return dict(found)
 
 
 def _is_in(base: TensorFiles, name: str, adapter: AdapterFiles) -> bool:

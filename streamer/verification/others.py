@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ class MergedTensors:
     base, adapter, files
         The inputs and the output, opened.
     carried
-        The model's tensor → the adapter's that edits it (see `check_carried`).
+        The model's tensor → the adapter's that edit it (see `check_carried`).
     """
 
     outcome: Outcome
@@ -41,29 +42,43 @@ class MergedTensors:
     base: TensorFiles
     adapter: AdapterFiles
     files: TensorFiles
-    carried: dict[str, Part]
+    carried: dict[str, list[Part]]
 
     def comparisons(self) -> Iterator[tuple[str, Comparison]]:
         """Yield each tensor with its comparison, which raises `NotRecomputed` if nothing here can compare it."""
         rows = {stored_name(row["tensor"]) for row in self.record["matrices"]}
-        built = tuple(
-            _container(row["tensor"])
-            for row in self.record["matrices"]
-            if stored_name(row["tensor"]) not in self.base.all_names | self.carried.keys()
-        )
         scales = {f"{row}{end}" for row in rows if row in self.base and self.base.stored(row).dtype == FP8
                   for end in ("_scale_inv", "_scale")}  # fmt: skip
+        built = self._built(rows - self.base.all_names - self.carried.keys())
         for name in sorted(self.files.all_names - rows - scales):
-            yield name, partial(self._compare, name, name.startswith(built))
+            yield name, partial(self._compare, name, name in built)
         for name in sorted(self.base.all_names - self.files.all_names - rows - scales):
             yield name, partial(self._missing, name)
 
+    def _built(self, rows: set[str]) -> set[str]:
+        """Find the base's tensors that these matrices, which it does not have by name, may be built from: of one layer and one module.
+
+        ``model.layers.0.mlp.experts.gate_up_proj`` → ``model.layers.0.block_sparse_moe.experts.3.w1.weight``.
+        """
+        places: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
+        for name in self.base.all_names if rows else ():
+            pieces = name.split(".")
+            for i, piece in enumerate(pieces):
+                above = tuple(p for p in pieces[:i] if p.isdigit())
+                places[piece, *above].add(name)
+                places[above].add(name)
+        found: set[str] = set()
+        for row in rows:
+            *path, module = row.removesuffix(".weight").rpartition(".")[0].split(".")
+            numbers = tuple(piece for piece in path if piece.isdigit())
+            found |= places.get((module, *numbers)) or places.get(numbers) or set()
+        return found
+
     def _compare(self, name: str, built: bool) -> None:
-        part = self.carried.get(name)
-        if part is None and name in self.base and same_bytes(self.files, name, self.base, name):
+        if name in self.carried:
+            self._compare_carried(name, self.carried[name])
+        elif name in self.base and same_bytes(self.files, name, self.base, name):
             return
-        if part is not None:
-            self._compare_carried(name, part)
         elif built:
             raise NotRecomputed("a matrix of the record may be built from it")
         elif name in self.base and self.files.stored(name) == self.base.stored(name):
@@ -74,49 +89,53 @@ class MergedTensors:
             W0 = open_matrix(self.base, name, self.base.stored(name).shape, False)  # type: ignore[arg-type]
             written = open_matrix(self.files, name, W0.shape, False)
             for i, j in W0.blocks():
-                self._check_rounding(name, written.rows(i, j), W0.rows(i, j), 0.0)
+                self._check_rounding(name, written.rows(i, j), W0.rows(i, j))
         else:
             raise NotRecomputed("it is decoded from an encoding that is not decoded here")
 
-    def _compare_carried(self, name: str, part: Part) -> None:
-        source = self.base if part.role == "tied" else self.adapter.files
-        if part.role in ("saved", "tied"):
-            if same_bytes(self.files, name, source, part.source):
-                return
-            written, given = self.files.stored(name), source.stored(part.source)
-            if written.shape != given.shape or {written.dtype, given.dtype} - {*FLOATS} or written.dtype == given.dtype:
-                self._differ(name, f"the bytes of {part.source!r}")
-                return
-            for i, j in _blocks(written.shape):
-                self._check_rounding(name, self.files.some(name, i, j), source.some(part.source, i, j), 0.0)
-            return
-        base = self.base
-        if name not in base or base.stored(name) != self.files.stored(name):
-            self._differ(name, "dtype and shape as in the base")
-        elif part.role == "lora_bias":
-            added = self.adapter.bias_scaling(part.target) * source.whole(part.source)
-            exact = base.whole(name)
-            slack = 4 * computing_precision(base.stored(name).dtype) * (np.abs(exact) + np.abs(added))
+    def _compare_carried(self, name: str, edits: list[Part]) -> None:
+        """Compare a tensor with what the adapter puts in its place, or adds to it, or with the rows that it replaces."""
+        first, last = edits[0], edits[-1]
+        source, start = self.base, name
+        if first.role in ("saved", "tied"):
+            source, start = self.base if first.role == "tied" else self.adapter.files, first.source
+        written = self.files.stored(name)
+        if start not in source or source.stored(start).shape != written.shape:
+            self._differ(name, f"the shape of {start!r}")
+        elif last.role == "lora_bias":
+            added = self.adapter.bias_scaling(last.target) * self.adapter.files.whole(last.source)
+            exact = source.whole(start)
+            slack = 4 * computing_precision(source.stored(start).dtype) * (np.abs(exact) + np.abs(added))
             self._check_rounding(name, self.files.whole(name), exact + added, slack)
-        else:
-            self._compare_tokens(name, part)
+        elif last.role == "tokens":
+            rows = self.adapter.token_rows(last.target)
+            for at, row in enumerate(rows):
+                exact = self.adapter.files.some(last.source, at, at + 1)
+                self._check_rounding(name, self.files.some(name, row, row + 1), exact)
+            self._compare_rows(name, source, start, frozenset(rows))
+        elif not same_bytes(self.files, name, source, start):
+            if {written.dtype, source.stored(start).dtype} - {*FLOATS} or written.dtype == source.stored(start).dtype:
+                self._differ(name, f"the bytes of {start!r}")
+            else:
+                self._compare_rows(name, source, start, frozenset())
 
-    def _compare_tokens(self, name: str, part: Part) -> None:
-        """Compare trained rows with the adapter's, and all others byte by byte."""
-        rows, source = self.adapter.token_rows(part.target), self.adapter.files
-        shape = self.base.stored(name).shape
-        trained = np.zeros(shape[0], bool)
-        trained[rows] = True
-        for at, row in enumerate(rows):
-            self._check_rounding(name, self.files.some(name, row, row + 1), source.some(part.source, at, at + 1), 0.0)
-        width, start = -(-self.base.nbytes(name) // shape[0]), 0
-        for mine, theirs in zip_longest(self.files.pieces(name), self.base.pieces(name)):
-            apart = np.flatnonzero(np.frombuffer(mine, np.uint8) != np.frombuffer(theirs, np.uint8)) + start
-            if not trained[apart // width].all():
-                row = int(next(r for r in apart // width if not trained[r]))
-                self._differ(name, f"the base's bytes in row {row}, which no token replaces")
+    def _compare_rows(self, name: str, source: TensorFiles, start: str, apart: frozenset[int]) -> None:
+        """Compare all rows but those in `apart`: byte by byte, or within one rounding if they were cast."""
+        shape = self.files.stored(name).shape
+        if source.stored(start) != self.files.stored(name):
+            for i, j in _blocks(shape):
+                at: Any = [row - i for row in range(i, j) if row not in apart] if shape else ...
+                self._check_rounding(name, self.files.some(name, i, j)[at], source.some(start, i, j)[at])
+            return
+        width, begun = source.nbytes(start) // shape[0], 0
+        for mine, theirs in zip_longest(self.files.pieces(name), source.pieces(start)):
+            different = (
+                np.flatnonzero(np.frombuffer(mine, np.uint8) != np.frombuffer(theirs, np.uint8)) + begun
+            ) // width
+            if rows := {*different.tolist()} - apart:
+                self._differ(name, f"the bytes of {start!r} in row {min(rows)}")
                 return
-            start += len(mine)
+            begun += len(mine)
 
     def _missing(self, name: str) -> None:
         """Judge a tensor of the base that the output does not have."""
@@ -130,7 +149,7 @@ class MergedTensors:
             raise NotRecomputed("it belongs to quantized values")
         self._differ(name, "the base's tensor", "none")
 
-    def _check_rounding(self, name: str, written: Array, exact: Array, slack: Array | float) -> None:
+    def _check_rounding(self, name: str, written: Array, exact: Array, slack: Array | float = 0.0) -> None:
         """Compare values with exact ones within one rounding to the written dtype and what computing them in less precision adds."""
         permitted = half_spacing(np.abs(exact) + slack, self.files.stored(name).dtype) + slack
         if not (np.abs(written - exact) <= permitted).all():
@@ -202,11 +221,6 @@ class AdapterTensors:
 
     def _differ(self, name: str, expected: str, found: str = "others") -> None:
         self.outcome.differ(self.outcome.output / WEIGHTS_NAME, expected, found, name)
-
-
-def _container(tensor: str) -> str:
-    """Return how the names of all tensors begin that a matrix may be built from: those of its module's parent, or of all experts."""
-    return stored_name(tensor).removesuffix(".weight").rpartition(".")[0] + "."
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
