@@ -85,7 +85,7 @@ class ModelConfigCheck:
         before, after = _tree(self.source / MODEL_CONFIG), _tree(path)
         for keys, was, now in _changes(before, after, LABEL_NAMES):
             if not self._is_explained(keys, now):
-                self.outcome.differ(path, f"{'.'.join(keys)} {_shown(was)}", _shown(now))
+                self.outcome.differ(path, f"{'.'.join(keys)} {_shown(was)}, as the inputs say", _shown(now))
         untied = any(part.role == "tied" for edits in self.carried.values() for part in edits)
         if untied and not any(keys[-1] == TIE_KEY and now is False for keys, _, now in _changes({}, after)):
             self.outcome.differ(path, f"{TIE_KEY} false, since the output has a head of its own", "another value")
@@ -119,7 +119,7 @@ def check_adapter_config(record: dict[str, Any], adapter: AdapterFiles, files: A
         before, lists = _of_lora(record, adapter, files), ("target_modules", "modules_to_save")
         before, after = ({k: sorted(v) if k in lists and v else v for k, v in tree.items()} for tree in (before, after))
     for keys, was, now in _changes(before, after):
-        outcome.differ(path, f"{'.'.join(keys)} {_shown(was)}", _shown(now))
+        outcome.differ(path, f"{'.'.join(keys)} {_shown(was)}, as the inputs say", _shown(now))
 
 
 def _of_lora(record: dict[str, Any], adapter: AdapterFiles, files: AdapterFiles) -> dict[str, Any]:
