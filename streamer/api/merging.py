@@ -151,8 +151,9 @@ def merge_with_reduced_intruder_dimensions(
 
     Returns
     -------
-    dict
-        The record that stands in the output as ``streamer.json``; of several adapters a dict of records by name.
+    Written
+        The record, as ``streamer.json`` has it, with `output` and `state`: a dict that is shown in a few lines. Several adapters give a
+        dict of records by name.
 
     Raises
     ------

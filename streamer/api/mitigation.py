@@ -135,7 +135,8 @@ def reduce_intruder_dimension(
     Returns
     -------
     Written
-        The record, as ``streamer.json`` has it, with `output` (where) and `state` (``written``, ``resumed`` or ``present``).
+        The record, as ``streamer.json`` has it, with `output` (where) and `state` (``written``, ``resumed`` or ``present``): a dict that
+        is shown in a few lines.
 
     Raises
     ------

@@ -92,7 +92,7 @@ def demo_table(result: dict[str, Any], screen: Screen = NO_LIMIT) -> str:
     meaning = (
         "lambda 0 removes an intruder"
         if strength == 0
-        else f"lambda {strength:g}: an intruder keeps that share of its singular value"
+        else f"lambda {strength:g}: that share of an intruder's singular value is kept"
     )
     told = f"{t['planted']} planted, {t['found']} found, {t['gone']} gone, {t['left']} left; {meaning}"
     return "\n\n".join((table(columns, screen.width), fit(told, screen.width), fit(NEXT, screen.width, 6)))

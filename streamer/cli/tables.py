@@ -14,6 +14,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.findings_records import FindingsRecord
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import is_repeated
+from streamer.output.record_view import record_lines
 from streamer.plan.name_order import natural
 from streamer.units import format_size, listed
 
@@ -122,44 +123,16 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMIT) -> str:
     """Format a record: totals, and of more than a few matrices the ten that changed most."""
-    t, matrices = record["totals"], sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
+    matrices = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
     chosen, cut = _most(matrices, _removed, screen)
     columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, keep=1)]
-    method, lam, fitted = record["method"], record["lambda"], record.get("coefficients")
-    shrinks = method == "shrink"  # whole matrices
-    alone = shrinks or fitted is not None  # no intruders
-    if not alone:
+    if record["method"] not in ("shrink", "fitted"):
         scaled = [str(len(m["intruders"])) for m in chosen]
         columns.insert(1, Column("scaled", scaled, "intruders that were scaled", keep=2))
     if record["command"] == "mitigate":
         about = "lost in projection: share of the mitigated delta that does not fit the adapter's rank"
         columns.append(Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
-    how = f"method {method}, lambda {lam}" if alone else f"method {method}, scale {record['scale']}, lambda {lam}"
-    what = "each as a whole" if shrinks else f"{t['intruders']} intruders scaled"
-    if lam == 1:
-        what = "since lambda 1 takes the adapter as it is"
-    if fitted is not None:
-        how = f"method fitted, to keep {100 * fitted['keep']:g}% of what was learned"
-        what = "each direction of the adapter's own by its coefficient"
-    lines = [
-        f"{stood(where, record['state'])}: {len(record['files'])} files, {format_size(t['bytes'])}",
-        f"{how}: {t['changed']} of {t['matrices']} matrices mitigated, {what}",
-        f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}"
-        + ("" if shrinks else f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"),
-    ]
-    if record["left_out"]:
-        names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
-        lines.append(f"not taken along: {names} (weights or training state that would be stale)")
-    if record["carried"]:
-        lines.append(
-            f"carried along: {len(record['carried'])} tensors that are no factors, {record['carried'][0]['tensor']} first"
-        )
-    if record["command"] == "merge" and record["tokenizer"] == "adapter":
-        lines.append("the tokenizer and its chat template are the adapter's own")
-    if record["command"] == "mitigate":
-        worst = max(matrices, key=lambda m: m["dropped"], default=None)
-        most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
-        lines.append(f"{most}, in {worst['tensor']}" if worst and worst["dropped"] else most)
+    lines = record_lines(record, stood(where, record["state"]))
     return _sections(table(columns, screen.width) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
                      "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
 

@@ -24,6 +24,7 @@ from streamer.output.job import GivenFindings
 from streamer.output.metrics import journalled, totals
 from streamer.output.model_card import CARD_NAME
 from streamer.output.output_spec import OWN_FINDINGS, Writer
+from streamer.output.record_view import WrittenView
 from streamer.output.records import MitigatedMatrix, Record, Written, certified_count
 from streamer.output.truncation import output_warnings
 from streamer.plan.batch import Batch
@@ -110,7 +111,7 @@ def run_jobs(writers: Sequence[Writer], options: RunOptions) -> list[Written]:
             _in_step(runs)
     said: dict[str, OutputState] = {"new": "written", "resume": "resumed", "done": "present"}
     written = [
-        cast(Written, {**finished_record(spec.output), "output": str(spec.path), "state": said[state]})
+        cast(Written, WrittenView(finished_record(spec.output), output=str(spec.path), state=said[state]))
         for spec, state in zip(specs, states, strict=True)
     ]
     monitor.warn(

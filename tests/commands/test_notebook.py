@@ -55,7 +55,9 @@ def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.Monk
     moved = measured["moved from the base"]
     assert moved["base"] < moved["paper 0.5"] < moved["adapter"]
     for share in (0.75, 0.5, 0.3):  # what the text below the table says
-        assert measured["loss"][f"shrink {share}"] <= measured["loss"][f"paper {share}"] + 1e-3  # kernels differ by less
+        assert (
+            measured["loss"][f"shrink {share}"] <= measured["loss"][f"paper {share}"] + 1e-3
+        )  # kernels differ by less
         assert moved[f"shrink {share}"] < moved[f"paper {share}"]
 
 

@@ -10,6 +10,7 @@ from helpers import metadata, stamp
 
 import streamer
 from streamer.plan.sources import base_source
+from streamer.units import format_size
 from streamer.weights.model_config import ModelConfig
 
 
@@ -98,6 +99,22 @@ def test_what_a_base_is_not_called_is_said(single: tuple[Path, Path], tmp_path: 
         assert ("as its base" in card) == (named is not None)
         assert "data/llama" not in card
         assert "data/llama" not in (tmp_path / f"out{n}" / "streamer.json").read_text()
+
+
+def test_a_result_is_shown_in_a_few_lines(job: tuple[Path, Path], tmp_path: Path) -> None:
+    record = streamer.reduce_intruder_dimension(*job, tmp_path / "out", mitigation_lambda=0.5)
+    t = record["totals"]
+    assert repr(record).splitlines()[:3] == [
+        f"<Written: {tmp_path / 'out'} (mitigate, written): {len(record['files'])} files, {format_size(t['bytes'])}",
+        f" method paper, scale all, lambda 0.5: 9 of 9 matrices mitigated, {t['intruders']} intruders scaled",
+        f" |delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}; baseline of equal norm: --method shrink --lambda "
+        f"{t['equal_norm_shrink']:.4f}",
+    ]
+    assert repr(record).count("\n") == 3
+    assert json.loads(json.dumps(record)) == record
+    merged = streamer.merge_with_reduced_intruder_dimensions(*job, tmp_path / "merged", mitigation_lambda=1)
+    assert "lambda 1: 0 of 9 matrices mitigated, since lambda 1 takes the adapter as it is" in repr(merged)
+    assert "(merge, written): 8 files" in repr({"llama": merged})
 
 
 def test_what_is_lost_in_projection_is_a_warning_with_a_remedy_that_works(

@@ -1,0 +1,61 @@
+"""Show a record to people: a few lines in place of its hundreds of values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamer.errors import printable
+from streamer.units import counted, format_size
+
+
+class WrittenView(dict[str, Any]):
+    """A `Written` in Python's shells: the record as it is, shown as `record_lines`."""
+
+    def __repr__(self) -> str:
+        title = f"{self['output']} ({self['command']}, {self['state']})"
+        return "<Written: " + "\n ".join(record_lines(self, title)) + ">"
+
+
+def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
+    """Say in a line each what was written, how, what became of the delta's norm, and what was lost or left out.
+
+    Parameters
+    ----------
+    title
+        Begins the first line: where the output is.
+    """
+    t, method, lam, fitted = record["totals"], record["method"], record["lambda"], record.get("coefficients")
+    shrinks = method == "shrink"
+    if fitted is not None:
+        how = f"method fitted, to keep {100 * fitted['keep']:g}% of what was learned"
+        what = "each direction of the adapter's own by its coefficient"
+    else:
+        how = (
+            f"method {method}, lambda {lam:g}"
+            if shrinks
+            else f"method {method}, scale {record['scale']}, lambda {lam:g}"
+        )
+        what = "each as a whole" if shrinks else f"{counted(t['intruders'], 'intruder')} scaled"
+    if lam == 1:
+        what = "since lambda 1 takes the adapter as it is"
+    norms = f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}"
+    lines = [
+        f"{title}: {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}",
+        f"{how}: {t['changed']} of {t['matrices']} matrices mitigated, {what}",
+        norms if shrinks else f"{norms}; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}",
+    ]
+    if record["left_out"]:
+        names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
+        lines.append(f"not taken along: {names} (weights or training state that would be stale)")
+    if carried := record["carried"]:
+        lines.append(
+            f"carried along: {counted(len(carried), 'tensor')} beside the factors, {carried[0]['tensor']} first"
+        )
+    if record["command"] == "merge" and record["tokenizer"] == "adapter":
+        lines.append("the tokenizer and its chat template are the adapter's own")
+    if record["command"] == "mitigate":
+        most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
+        worst = max(record["matrices"], key=lambda m: m["dropped"], default={"dropped": 0.0})
+        lines.append(f"{most}, in {worst['tensor']}" if worst["dropped"] else most)
+    return [printable(line) for line in lines]
