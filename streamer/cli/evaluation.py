@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from streamer.cli.layout import Screen
 from streamer.cli.tables import stood
 from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions, RunOptions
+from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.memory import measured_bytes
 from streamer.evaluation.options import EvaluationOptions, ProductDtype
 from streamer.evaluation.passes import checked_tokens
 from streamer.evaluation.prepare import Prepared, prepare
-from streamer.evaluation.records import inspect
+from streamer.evaluation.records import inspect, measured_before
 from streamer.evaluation.run import evaluate
-from streamer.events import Event, Monitor
+from streamer.evaluation.steps import MOST_PLACED
+from streamer.evaluation.view import Names
+from streamer.events import Event
 from streamer.linalg.torch_state import bfloat16_products, full_float32
 from streamer.output.coefficients_file import load_coefficients
 
@@ -62,15 +66,19 @@ def run_evaluation(
     output = Path(args.output)
     if args.dry_run:
         state = inspect(prepared, output)
-        forecast = None if state == "done" else forecast_evaluation(prepared, run.monitor)
+        forecast = None if state == "done" else forecast_evaluation(prepared, measured_before(prepared, output))
         matrices = len(prepared.plan.targets)
         parts = {"": dry_run("evaluate", output, state, matrices, 1, None, forecast)}
         return dry_runs("evaluate", args.output, parts, forecast, screen)
     found = evaluate(prepared, output)
     done = run.monitor.outputs[output]
-    text = evaluation_table(found, options.keep, args.given, args.findings, screen, args.coefficients)
-    tree = {**found.to_dict(options.keep), "output": str(output), "state": done}
-    return tree, f"{text}\n{stood(output, done)}"
+    files = (
+        shlex.quote(file or "") for file in (args.general, args.task, args.output, args.findings, args.coefficients)
+    )
+    names = Names(shlex.join(args.given), *files)
+    return {**found.to_dict(), "output": str(output), "state": done}, evaluation_table(
+        found, names, screen, stood(output, done)
+    )
 
 
 def given_findings_options(args: argparse.Namespace) -> Any:
@@ -78,24 +86,28 @@ def given_findings_options(args: argparse.Namespace) -> Any:
     return load_findings(args.findings) if args.findings else None
 
 
-def forecast_evaluation(prepared: Prepared, monitor: Monitor) -> Forecast:
-    """Forecast what an evaluation takes; time for products by a short probe, a detection that runs first not counted."""
+def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecast:
+    """Forecast what an evaluation takes; time for products by a short probe, a detection that runs first not counted.
+
+    Parameters
+    ----------
+    known
+        What was measured before, which is not measured again.
+    """
+    monitor, size, passes = prepared.run.monitor, prepared.model.size, prepared.expected(known)
     monitor.emit(Event("probe", "a matrix product", 0, 1))
-    size, passes = prepared.model.size, prepared.passes
-    tokens = sum(
-        (1 + len(one.variants)) * len(one.sequences) * max(len(prepared.texts[one.text].ids[i]) for i in one.sequences)
-        for one in passes
-    )
-    checked = checked_tokens(prepared.groups)
-    tokens, runs = tokens + checked, len(passes) + 2 * (checked > 0)
     pace = products_pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
-    seconds = pass_seconds(tokens * sum(size.products.values()), pace, len(prepared.model.modules) * runs)
+    checked = checked_tokens(map(prepared.group, passes))
+    runs = len(passes) + 2 * (checked > 0)
+    products = sum(map(prepared.cost, passes)) + checked * sum(size.products.values())
+    seconds = pass_seconds(products, pace, len(prepared.model.modules) * runs)
     monitor.emit(Event("probe", "", 1, 1))
-    variants, sequences = len(prepared.options.variants), sum(len(text.ids) for text in prepared.texts.values())
+    variants = len(prepared.options.variants) + MOST_PLACED + (0 if known is None else len(known.variants))
+    sequences = sum(len(text.ids) for text in prepared.texts.values())
     writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (3 * variants + 1) * sequences
     writes += len(json.dumps(prepared.facts, indent=1))
     read = size.read * runs
-    peak = measured_bytes(prepared.passes, prepared.texts, size, prepared.resident)
+    peak = measured_bytes(passes, prepared.texts, size, prepared.resident)
     return Forecast(peak, peak, read, network_bytes(prepared.plan, read), writes, writes, seconds)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from streamer.cli.layout import Column, Screen, fit, table
 from streamer.cli.tables import NO_LIMIT
-from streamer.evaluation.evaluation import input_options
+from streamer.evaluation.identity import input_options
 from streamer.output.coefficients import share_name
 from streamer.units import counted
 

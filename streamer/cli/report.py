@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from streamer.cli.layout import Screen, fit
 from streamer.cli.tables import findings_table, record_table, stood
 from streamer.detection.findings import load_findings
 from streamer.errors import UsageError
-from streamer.evaluation.evaluation import KEEP
+from streamer.evaluation.view import Names
 from streamer.events import Monitor
 from streamer.report.diff import diff_findings
 from streamer.report.files import write_files
@@ -74,4 +75,4 @@ def _text(subject: Subject, where: str, screen: Screen) -> str:
     text = findings_table(subject.findings, screen)
     if subject.evaluation is None:
         return text
-    return f"{text}\n\n{evaluation_table(subject.evaluation, KEEP, ('BASE', 'ADAPTER'), where, screen)}"
+    return f"{text}\n\n{evaluation_table(subject.evaluation, Names(findings=shlex.quote(where)), screen)}"

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from streamer.adapters.stated import stated_options
 from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, UnknownNameError
+from streamer.evaluation.identity import input_options
 from streamer.evaluation.statistics import SequenceSums, flat
-from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, Suggestion, front, suggest
-from streamer.evaluation.view import table_text
+from streamer.evaluation.suggestion import Suggestion, front, suggest
+from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
+from streamer.evaluation.view import table_text, verdict
 from streamer.storage.files import open_regular
 from streamer.storage.strict_json import strict_json
 from streamer.units import quoted
@@ -28,13 +29,13 @@ GENERAL, TASK = "general", "task"
 """Names of the two texts: what the model could do before, and what the adapter was trained for."""
 
 FACTS = (
-    "version", "transformers", "base", "adapter", "factored", "quantized", "detection", "scale", "projected", "dtype", "texts",
-    "coefficients", "plan",
+    "version", "transformers", "base", "adapter", "factored", "quantized", "detection", "scale", "findings", "projected", "dtype",
+    "texts", "coefficients", "plan",
 )  # fmt: skip
 """Keys of an evaluation's JSON that say what it was made of."""
 
-OPTIONAL = ("coefficients",)
-"""Those of them that stand there only where they are needed."""
+OPTIONAL = ("findings", "coefficients")
+"""Those of them that are left out if there are none."""
 
 KEEP = 0.9
 """Share of what was learned that a suggested variant keeps, unless another is asked for."""
@@ -57,12 +58,15 @@ class Evaluation:
         What it was made of, as JSON has it (`FACTS`): versions, identities of base and adapter, whether all deltas are the
         product of LoRA's factors, whether a merge must write a quantized base plain, options of detection (or None), scale, whether deltas
         are projected, dtype of products, of both texts name, sequences, tokens, length and digest, and a digest of all that; no paths.
+    keep
+        Share of what was learned that the suggested variant keeps, unless another is asked for.
     """
 
     variants: tuple[EvaluatedVariant, ...]
     general: SequenceSums
     task: SequenceSums
     facts: Mapping[str, Any]
+    keep: float = KEEP
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         """Return the figures of the variant of this name, as the JSON has them."""
@@ -71,7 +75,7 @@ class Evaluation:
             raise UnknownNameError(f"evaluation: has no variant {name!r}; it has {', '.join(names)}")
         return self._variant_dict(names.index(name))
 
-    def best(self, keep: float = KEEP) -> Suggestion:
+    def best(self, keep: float | None = None) -> Suggestion:
         """Suggest the variant that forgets least of those that keep this share of what was learned; see `Suggestion`.
 
         Raises
@@ -79,31 +83,33 @@ class Evaluation:
         UsageError
             If `keep` is not in (0, 1].
         """
-        return suggest(self.variants, self.general, self.task, keep)
+        return suggest(self.variants, self.general, self.task, self.keep if keep is None else keep)
 
     def front(self) -> list[str]:
         """List the variants' names that no other one equals or excels in both loss on the task's text and divergence from the base."""
         return [self.variants[v].name for v in front(self.variants, self.general, self.task)]
 
-    def table(self, keep: float = KEEP) -> str:
-        """Format the variants as a table, and below it the suggestion."""
+    def table(self, keep: float | None = None) -> str:
+        """Format the verdict, the variants as a table, and why the suggested one is."""
         return table_text(self, self.best(keep))
 
     def __repr__(self) -> str:
         return f"<Evaluation: {len(self.variants)} variants, {len(self.general.tokens)} general and {len(self.task.tokens)} task sequences>"
 
-    def to_dict(self, keep: float = KEEP) -> dict[str, Any]:
+    def to_dict(self, keep: float | None = None) -> dict[str, Any]:
         """Make the JSON object (schema ``streamer.evaluation/1``); its sums of each sequence are all that `from_json` needs."""
+        best = self.best(keep)
         return {
             "schema": SCHEMA,
-            **self.facts,
+            "verdict": verdict(self, best),
+            **{key: self.facts[key] for key in FACTS if key in self.facts},
             "tokens": {"general": self.general.tokens.tolist(), "task": self.task.tokens.tolist()},
             "variants": [self._variant_dict(v) for v in range(len(self.variants))],
             "front": self.front(),
-            "suggestion": self._suggestion_dict(self.best(keep)),
+            "suggestion": self._suggestion_dict(best),
         }
 
-    def to_json(self, keep: float = KEEP) -> str:
+    def to_json(self, keep: float | None = None) -> str:
         """Write the JSON object as text."""
         return json.dumps(self.to_dict(keep), indent=1, allow_nan=False) + "\n"
 
@@ -124,7 +130,7 @@ class Evaluation:
                 EvaluatedVariant(v["name"], v["method"], v["lambda"], v.get("keep")) for v in tree["variants"]
             )
             facts = {key: tree[key] for key in FACTS if key in tree or key not in OPTIONAL}
-            return cls(variants, _sums(tree, "general"), _sums(tree, "task"), facts)
+            return cls(variants, _sums(tree, "general"), _sums(tree, "task"), facts, tree["suggestion"]["keep"])
         except (ValueError, KeyError, TypeError) as e:
             raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {quoted(str(e))}") from e
 
@@ -163,6 +169,7 @@ class Evaluation:
             "lambda": variant and variant.mitigation_lambda,
             "reason": s.reason,
             "keep": s.keep,
+            "swapped": s.swapped,
             "command": None if variant is None else self.command(variant),
             "least_loss": s.least_loss and s.least_loss.name,
             "shrink": shrink,
@@ -193,12 +200,6 @@ class Evaluation:
             words.append("--amplify")
         words += input_options(facts)
         return [*words, "--dequantize"] if facts["quantized"] and not mitigates else words
-
-
-def input_options(facts: Mapping[str, Any]) -> list[str]:
-    """List the options by which a command takes the inputs as those facts were made of them: as a residual, and of what class."""
-    words = stated_options(facts["adapter"])
-    return words + (["--architecture", facts["base"]["architecture"]] if "architecture" in facts["base"] else [])
 
 
 def load_evaluation(path: str | Path) -> Evaluation:

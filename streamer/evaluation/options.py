@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
@@ -25,7 +25,7 @@ METHODS: tuple[MitigationMethod, ...] = ("paper", "project", "shrink")
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Options of an evaluation: all but `keep` and `amplify` decide its measures.
+    """Options of an evaluation.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class EvaluationOptions:
     sequences, length
         Sequences of each text, and tokens of a sequence, at most; at least 2 of both.
     keep
-        Least share of what the adapter learned that the suggested variant keeps.
+        Share of what the adapter learned that the shrink which is placed keeps, and the suggested variant at least.
     projected
         Whether deltas are projected onto the adapter's rank, as `mitigate` writes them, and not complete, as `merge` does.
     dtype
@@ -76,13 +76,6 @@ class EvaluationOptions:
     def job(self, plan: Plan, variants: tuple[Variant, ...], findings: Findings | None) -> Job:
         """Say how these variants are computed."""
         return Job(plan, variants, findings, self.projected, self.dtype == "bf16")
-
-    def of_measures(self) -> dict[str, Any]:
-        """Return the options that decide the measures, as JSON."""
-        tree = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("keep", "coefficients", "amplify")
-        }
-        return tree if self.coefficients is None else {**tree, "coefficients": self.fitted_record()}
 
     def fitted_record(self) -> list[CoefficientsRecord]:
         """Say which coefficients are evaluated."""

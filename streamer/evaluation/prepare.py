@@ -11,10 +11,13 @@ from typing import Any
 from streamer import __version__
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import UnsupportedError
-from streamer.evaluation.evaluation import GENERAL, TASK
+from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation
+from streamer.evaluation.identity import with_digest
 from streamer.evaluation.memory import Pass, plan_passes
 from streamer.evaluation.options import EvaluationOptions
+from streamer.evaluation.progress import pass_cost
 from streamer.evaluation.sequences import TextSequences
+from streamer.evaluation.steps import EXPECTED_PLACED, missing, shrink_to_place, was_placed
 from streamer.evaluation.texts import read_text, sample_digest
 from streamer.evaluation.tokenizer import tokenizer_directory
 from streamer.events import Monitor
@@ -54,20 +57,34 @@ class Prepared:
     model: StreamingModel
     one_length: bool
 
-    @cached_property
-    def passes(self) -> list[Pass]:
-        """Divide the work."""
+    def passes(self, variants: int) -> list[Pass]:
+        """Divide the sequences into passes under so many variants, the base among them."""
         size, budget = self.model.size, self.detection.max_memory
-        return plan_passes(self.texts, len(self.options.variants), size, self.resident, budget, self.one_length)
+        return plan_passes(self.texts, variants, size, self.resident, budget, self.one_length)
 
-    @property
-    def groups(self) -> list[TextSequences]:
-        """List the sequences that run together in each pass."""
-        return [self.texts[one.text].take(one.sequences) for one in self.passes]
+    def group(self, one: Pass) -> TextSequences:
+        """Return the sequences of a pass."""
+        return self.texts[one.text].take(one.sequences)
 
-    def check_budget(self) -> None:
-        """Raise `UsageError` if the budget does not hold one sequence: the passes, once divided, are kept."""
-        _ = self.passes
+    def cost(self, one: Pass) -> int:
+        """Count the multiplications of a pass."""
+        return pass_cost(self.model.size, self.group(one), 1 + len(one.variants))
+
+    def expected(self, known: Evaluation | None) -> list[Pass]:
+        """List the passes of a whole run, with those that are expected to place the shrink.
+
+        Parameters
+        ----------
+        known
+            What was measured before.
+        """
+        variants, keep = self.options.variants, self.options.keep
+        new = missing(variants, known)
+        places = any(v.method == "shrink" for v in new) or (
+            known is not None and shrink_to_place(known, keep) is not None
+        )
+        placed = EXPECTED_PLACED if places and keep < 1 and not was_placed(known, keep) else 0
+        return [*(self.passes(1 + len(new)) if new else ()), *(self.passes(2) * placed)]
 
     @property
     def resident(self) -> int:
@@ -81,9 +98,10 @@ class Prepared:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Say what it is made of, as JSON; the digest `plan` tells whether two evaluations are one."""
+        """Say what it is made of, as JSON."""
         o, detection = self.options, self.findings.options if self.findings else self.detection
         tree = {
+            "version": __version__,
             "transformers": require_transformers().__version__,
             "base": self.plan.sources[0],
             "adapter": self.plan.sources[1],
@@ -95,13 +113,17 @@ class Prepared:
             "dtype": o.dtype,
             "texts": {name: text.facts() for name, text in self.texts.items()},
         }  # fmt: skip
+        if self.findings is not None and self.needs_findings:
+            tree["findings"] = self.findings.decisions()
         if o.coefficients is not None:
             tree["coefficients"] = o.fitted_record()
-        decisions = self.findings.decisions() if self.findings else None
-        digest = self.plan.digest(
-            **tree, options=o.of_measures(), max_memory=self.detection.max_memory, findings=decisions
-        )
-        return {"version": __version__, **tree, "plan": digest}
+        return with_digest(tree)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash all that decides the passes of a run, for its journal."""
+        variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in self.options.variants]
+        return self.plan.digest(facts=self.facts, variants=variants, max_memory=self.detection.max_memory)
 
 
 def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings: FindingsOrPath, options: EvaluationOptions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from streamer.storage.output_checks import (
     touch,
 )
 from streamer.storage.output_plan import refuse_within_output
-from streamer.units import counted
+from streamer.units import counted, listed
 
 State = Literal["new", "resume", "done"]
 
@@ -50,9 +50,10 @@ class ResultFile:
     plan, run
         Of the inputs that it is made from, and of the run.
     digest
-        Of all that decides it.
-    digest_of
-        Reads the digest of what stands at a path; raises `StreamerError` where it is no such file.
+        Of all that decides the run, for its journal.
+    is_whole
+        Tests whether the file at a path is the result, with nothing missing. Raises `StreamerError` if it is no such file, and
+        `OutputExistsError` if it is that of other inputs or options (see `of_others`).
     bits
         What tells inputs apart that differ in rounding alone.
     """
@@ -64,7 +65,7 @@ class ResultFile:
     plan: Plan
     run: RunOptions
     digest: str
-    digest_of: Callable[[Path], str | None]
+    is_whole: Callable[[Path], bool]
     bits: str = ""
 
     @property
@@ -103,20 +104,16 @@ class ResultFile:
 
     def _stands(self) -> bool:
         try:
-            digest = self.digest_of(self.path)
+            return self.is_whole(self.path) and not self.run.overwrite
+        except OutputExistsError:
+            if self.run.overwrite:
+                return False
+            raise
         except StreamerError:
             raise OutputExistsError(
                 f"{self.path}: exists and is not {self.one}, which is all that is replaced; choose another output",
                 self.path,
             ) from None
-        if self.run.overwrite:
-            return False
-        if digest != self.digest:
-            raise OutputExistsError(
-                f"{self.path}: holds {self.one} of other inputs or options; choose another output, or pass --overwrite",
-                self.path,
-            )
-        return True
 
     def _may_resume(self, found: Mapping[str, Any]) -> bool:
         ours = {"plan", "stamps"} <= found.keys()
@@ -154,6 +151,14 @@ class ResultFile:
         if fault := touch([self.path]):
             monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
         monitor.told(self.path, "present")
+
+
+def of_others(path: Path, one: str, differing: Sequence[str] = ()) -> OutputExistsError:
+    """Make the error of a file that holds a result of other inputs or options, with what differs."""
+    what = f" ({listed(differing)})" if differing else ""
+    return OutputExistsError(
+        f"{path}: holds {one} of other inputs or options{what}; choose another output, or pass --overwrite", path
+    )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Evaluate all variants, pass by pass, journalling each, so that a killed run resumes."""
+"""Evaluate variants: answer what the steps ask for, pass by pass, journalling each, so that a killed run resumes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,36 +10,49 @@ from streamer.detection.findings import Findings
 from streamer.detection.findings_file import lock_of, remove_leftovers
 from streamer.detection.run import detect_in_memory
 from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation, load_evaluation
-from streamer.evaluation.passes import Reading, padding_changes, run_pass, together
+from streamer.evaluation.identity import joined_facts
+from streamer.evaluation.passes import padding_changes, run_pass, together
 from streamer.evaluation.prepare import Prepared
-from streamer.evaluation.records import InMemory, Journalled, inspect, result_file
+from streamer.evaluation.progress import RunProgress
+from streamer.evaluation.records import InMemory, Journalled, inspect, measured_before, result_file
 from streamer.evaluation.result_file import computing
 from streamer.evaluation.statistics import SequenceSums
-from streamer.evaluation.suggestion import EvaluatedVariant
+from streamer.evaluation.steps import Sums, evaluation_steps
 from streamer.events import Event
 from streamer.plan.batch import Batch
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.lock import locked
 from streamer.streaming.model import StreamingModel
+from streamer.streaming.variants import Variant
 
 
 def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
-    """Measure all variants, into memory, or into a file where an output is named."""
+    """Measure the variants that are missing, into memory, or into a file if an output is named."""
     if output is None:
-        return _measured(prepared, InMemory())
-    if inspect(prepared, output) == "done":
-        return _standing(prepared, output)
-    with result_file(prepared, output).written() as journal:
-        evaluation = _measured(prepared, Journalled(journal))
-        prepared.plan.check_unchanged()
-        write_atomic(output, evaluation.to_json(prepared.options.keep).encode())
-    return evaluation
+        found = _Run(prepared, None, InMemory()).result()
+    elif inspect(prepared, output) == "done":
+        found = _standing(prepared, output)
+    else:
+        with result_file(prepared, output).written() as journal:
+            known = measured_before(prepared, output)
+            if known is not None:
+                prepared.run.monitor.emit(Event("note", f"{output}: adds to the {len(known.variants)} variants in it"))
+            found = _Run(prepared, known, Journalled(journal)).result()
+            prepared.plan.check_unchanged()
+            write_atomic(output, found.to_json().encode())
+    if found.best().swapped:
+        loss = found.task.loss_difference(1, 0)
+        prepared.run.monitor.warn(
+            (f"the adapter's loss on the task's text is above the base's, by {loss.value:.4f} ± {loss.error:.4f}: are the general and the "
+             "task's text swapped?",)
+        )  # fmt: skip
+    return found
 
 
 def _standing(prepared: Prepared, output: Path) -> Evaluation:
     """Load the measures that stand in a file, where the suggestion is made again if another share is to be kept."""
-    monitor, evaluation = prepared.run.monitor, load_evaluation(output)
-    text = evaluation.to_json(prepared.options.keep).encode()
+    monitor, evaluation = prepared.run.monitor, replace(load_evaluation(output), keep=prepared.options.keep)
+    text = evaluation.to_json().encode()
     if text == output.read_bytes():
         result_file(prepared, output).left()
         return evaluation
@@ -50,63 +64,84 @@ def _standing(prepared: Prepared, output: Path) -> Evaluation:
     return evaluation
 
 
-def _measured(prepared: Prepared, records: InMemory) -> Evaluation:
-    """Run the passes that are missing, and put the sums of all together."""
-    with computing(records.threads, prepared.run.monitor):
-        prepared = _checked(prepared, records)
-        findings = _findings(prepared) if len(records.sums) < len(prepared.passes) else None
+class _Run:
+    """One evaluation under way.
+
+    Parameters
+    ----------
+    known
+        What was measured before.
+    records
+        What an interrupted run recorded, and what this one does.
+    """
+
+    def __init__(self, prepared: Prepared, known: Evaluation | None, records: InMemory) -> None:
+        self.known, self.records, self.monitor = known, records, prepared.run.monitor
+        self._findings: Findings | None = None
+        self._divide(prepared)
+
+    def result(self) -> Evaluation:
+        """Run to the end."""
+        facts, options = self.prepared.facts, self.prepared.options
+        if self.known is not None:
+            facts = joined_facts(facts, self.known.facts)
+        steps = evaluation_steps(options.variants, self.known, facts, options.keep)
+        with computing(self.records.threads, self.monitor):
+            self._check()
+            try:
+                request = next(steps)
+                while True:
+                    request = steps.send(self._measured(request))
+            except StopIteration as end:
+                self.progress.finish()
+                found: Evaluation = end.value
+                return found
+
+    def _divide(self, prepared: Prepared) -> None:
+        """Take the division of the work, and begin to count."""
+        self.prepared, self.progress = prepared, RunProgress(self.monitor, prepared.model.size, "evaluate")
+        self.progress.expect([prepared.cost(one) for one in prepared.expected(self.known)])
+
+    def _check(self) -> None:
+        """Check the logits once, and divide the work anew if padding changes them."""
+        prepared, records = self.prepared, self.records
+        if records.one_length is None:
+            groups = [prepared.group(one) for one in prepared.expected(self.known)]
+            changed = padding_changes(prepared.plan, groups, self.progress.reading(0, 1))
+            records.decide(prepared.one_length or changed)
+        if records.one_length != prepared.one_length:
+            self._divide(replace(prepared, one_length=bool(records.one_length)))
+
+    def _measured(self, variants: Sequence[Variant]) -> Sums:
+        """Run the passes of a request that no interrupted run recorded, and put the sums of all together."""
+        prepared, names = self.prepared, [variant.name for variant in variants]
+        passes, sums = prepared.passes(len(variants)), dict[int, SequenceSums]()
         models: dict[tuple[int, ...], StreamingModel] = {}
-        for number, one in enumerate(prepared.passes):
-            if number in records.sums:
-                continue
-            if one.variants not in models:
-                chosen = tuple(prepared.options.variants[v] for v in (0, *one.variants))
-                models[one.variants] = StreamingModel(prepared.options.job(prepared.plan, chosen, findings))
-            records.add(number, _pass(prepared, number, models[one.variants]))
-    prepared.run.monitor.emit(Event("evaluate", "", *_progress(prepared, len(prepared.passes), 0)))
-    variants = tuple(EvaluatedVariant(v.name, v.method, v.mitigation_lambda, v.keep) for v in prepared.options.variants)
-    general, task = (
-        together(prepared.passes, records.sums, text, len(variants), len(prepared.texts[text].ids))
-        for text in (GENERAL, TASK)
-    )
-    return Evaluation(variants, general, task, prepared.facts)
+        for number, one in enumerate(passes):
+            cost, found = prepared.cost(one), self.records.find(number, names)
+            if found is None:
+                if one.variants not in models:
+                    chosen = tuple(variants[v] for v in (0, *one.variants))
+                    models[one.variants] = StreamingModel(
+                        prepared.options.job(prepared.plan, chosen, self._findings_for(variants))
+                    )
+                reading = self.progress.reading(cost, 1)
+                found = run_pass(models[one.variants], prepared.group(one), one.text, reading)
+                self.records.add(number, names, found)
+            sums[number] = found
+            self.progress.advance(cost)
+        return Sums(
+            *(together(passes, sums, text, len(variants), len(prepared.texts[text].ids)) for text in (GENERAL, TASK))
+        )
 
-
-def _checked(prepared: Prepared, records: InMemory) -> Prepared:
-    """Check the logits once, and divide the work anew if padding changes them."""
-    if records.one_length is None:
-        changed = padding_changes(prepared.plan, prepared.groups, _reading(prepared, 0, share=0))
-        records.decide(prepared.one_length or changed)
-    one_length = bool(records.one_length)
-    return prepared if one_length == prepared.one_length else replace(prepared, one_length=one_length)
-
-
-def _findings(prepared: Prepared) -> Findings | None:
-    """Return the findings, detected now where none were given and some are needed."""
-    if not prepared.needs_findings:
-        return None
-    if prepared.findings is not None:
-        return prepared.findings.findings
-    (found,) = detect_in_memory(Batch(prepared.plan.base, (prepared.plan,)), prepared.detection, prepared.run)
-    return found
-
-
-def _pass(prepared: Prepared, number: int, model: StreamingModel) -> SequenceSums:
-    """Run one pass."""
-    return run_pass(model, prepared.groups[number], prepared.passes[number].text, _reading(prepared, number))
-
-
-def _reading(prepared: Prepared, number: int, share: int = 1) -> Reading:
-    """Tell how far a pass is, and heed a request to stop, before each parameter that is read; what is no pass has a share of 0."""
-    monitor = prepared.run.monitor
-
-    def tell(name: str, done: int) -> None:
-        monitor.emit(Event("evaluate", name, *_progress(prepared, number, share * done)))
-
-    return Reading(monitor, prepared.model.size.products, tell)
-
-
-def _progress(prepared: Prepared, number: int, done: int) -> tuple[int, int, int, int]:
-    """Count multiplications for a token done and in all, and passes done and in all."""
-    size, of = sum(prepared.model.size.products.values()), len(prepared.passes)
-    return size * number + done, size * of, number, of
+    def _findings_for(self, variants: Sequence[Variant]) -> Findings | None:
+        """Return the findings, detected now if none were given and some are needed."""
+        prepared = self.prepared
+        if not any(v.mitigation is not None and v.mitigation.needs_detection for v in variants):
+            return None
+        if prepared.findings is not None:
+            return prepared.findings.findings
+        if self._findings is None:
+            batch = Batch(prepared.plan.base, (prepared.plan,))
+            (self._findings,) = detect_in_memory(batch, prepared.detection, prepared.run)
+        return self._findings

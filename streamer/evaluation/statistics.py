@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 Floats = NDArray[np.float64]
 
@@ -70,7 +69,9 @@ def telling(sequences: int) -> float:
     >>> [round(telling(S), 1) for S in (2, 4, 16)]
     [12.7, 3.2, 2.1]
     """
-    return float(stdtrit(sequences - 1, LEVEL))
+    from scipy.stats import t
+
+    return float(t.ppf(LEVEL, sequences - 1))
 
 
 def ratio(y: Floats, x: Floats) -> Estimate:
@@ -107,6 +108,16 @@ class SequenceSums:
     loss: Floats
     kl: Floats
     agree: Floats
+
+    def joined(self, *others: SequenceSums) -> SequenceSums:
+        """Put the variants of others, on the same sequences, after its own."""
+        return SequenceSums(
+            self.tokens, *(np.concatenate([getattr(one, name) for one in (self, *others)]) for name in MEASURES)
+        )
+
+    def take(self, variants: Sequence[int]) -> SequenceSums:
+        """Take some of the variants, by number."""
+        return SequenceSums(self.tokens, *(getattr(self, name)[list(variants)] for name in MEASURES))
 
     def mean(self, sums: Floats) -> Estimate:
         """Estimate the mean over tokens of one of the sums: (S,)."""

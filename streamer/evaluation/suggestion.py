@@ -9,74 +9,17 @@ distribution and not the one token that the text has. A variant must not be told
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
-import numpy as np
-
 from streamer.errors import UsageError
-from streamer.evaluation.statistics import Estimate, Floats, SequenceSums
+from streamer.evaluation.shrinks import ShrinkComparison, against_shrink, next_shrink
+from streamer.evaluation.statistics import SequenceSums
+from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 
-BASE_ROW, ADAPTER_ROW = 0, 1
-"""Numbers of the first two variants."""
-
-NODES = 4
-"""Shrinks that an interpolation is made from, the nearest ones: a cubic in λ."""
-
-BISECTIONS = 50
-"""Steps in which λ is found, to the last bit of a double."""
-
-Reason = Literal["not learned", "not forgotten", "none better", "forgets least"]
-
-
-@dataclass(frozen=True)
-class EvaluatedVariant:
-    """A model that was evaluated.
-
-    Attributes
-    ----------
-    name
-        ``base``, ``adapter``, or method and λ: ``paper 0.5``; of coefficients the share that they keep: ``fitted 0.9``.
-    method, mitigation_lambda
-        Method and λ; None for ``base`` and ``adapter``, and λ for ``fitted``.
-    keep
-        Share of the learning that coefficients were fitted to keep; None where there are none.
-    """
-
-    name: str
-    method: str | None
-    mitigation_lambda: float | None
-    keep: float | None = None
-
-
-@dataclass(frozen=True)
-class ShrinkComparison:
-    """A variant against the equal shrink: the whole adapter times λ, with λ such that it keeps the same share of what was learned.
-
-    Attributes
-    ----------
-    mitigation_lambda
-        λ of that shrink, interpolated.
-    between
-        The neighbouring λ that were evaluated; 1 is the adapter as it is.
-    loss, kl
-        Difference of the mean loss, and of the mean divergence, on general text: below 0 the variant forgets less. The error is paired, and
-        has in it what is uncertain about the share kept and the interpolation.
-    """
-
-    mitigation_lambda: float
-    between: tuple[float, float]
-    loss: Estimate
-    kl: Estimate
-
-    @property
-    def verdict(self) -> Literal["better", "worse", "not told apart"]:
-        """Say whether the variant is better or worse by both measures, each by more than its error tells."""
-        if self.loss.is_negative and self.kl.is_negative:
-            return "better"
-        return "worse" if self.loss.is_positive and self.kl.is_positive else "not told apart"
+Reason = Literal["not learned", "not forgotten", "none better", "forgets least", "a shrink is better"]
 
 
 @dataclass(frozen=True)
@@ -90,14 +33,17 @@ class Suggestion:
     reason
         ``not learned``: the adapter's loss on the task's text is not told below the base's, so that there is nothing to keep. ``not
         forgotten``: its loss on general text is not told above the base's; it is suggested as it is. ``none better``: no variant that
-        keeps enough forgets less than the adapter; it is suggested as it is. ``forgets least``: of the variants that keep enough.
+        keeps enough forgets less than the adapter; it is suggested as it is. ``forgets least``: of the variants that keep enough. ``a
+        shrink is better``: a shrink that was not measured yet is better than the one that forgets least; nothing is suggested before.
     keep
         The share of what was learned that was to be kept.
     least_loss
         The variant that keeps enough and has the least loss on general text, where that is another one.
     shrink
-        The variant against the equal shrink; None where it is a shrink itself or the adapter as it is, or where the shrinks that were
-        evaluated do not enclose the share that it keeps.
+        The variant that forgets least against the equal shrink; None if it is a shrink itself or the adapter as it is, or if the shrinks
+        that were evaluated do not enclose the share that it keeps.
+    swapped
+        Whether the adapter's loss on the task's text is above the base's, by more than the error tells: the texts may be swapped.
     """
 
     variant: EvaluatedVariant | None
@@ -105,6 +51,7 @@ class Suggestion:
     keep: float
     least_loss: EvaluatedVariant | None = None
     shrink: ShrinkComparison | None = None
+    swapped: bool = False
 
 
 def check_keep(keep: float) -> None:
@@ -127,8 +74,9 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
         If `keep` is outside of that.
     """
     check_keep(keep)
-    if not task.loss_difference(BASE_ROW, ADAPTER_ROW).is_positive:
-        return Suggestion(None, "not learned", keep)
+    learning = task.loss_difference(BASE_ROW, ADAPTER_ROW)
+    if not learning.is_positive:
+        return Suggestion(None, "not learned", keep, swapped=learning.is_negative)
     if not general.loss_difference(ADAPTER_ROW, BASE_ROW).is_positive:
         return Suggestion(variants[ADAPTER_ROW], "not forgotten", keep)
     keeping = [v for v in range(ADAPTER_ROW, len(variants)) if task.share(v).value >= keep]
@@ -140,9 +88,15 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     if not forgets_less:
         return Suggestion(variants[ADAPTER_ROW], "none better", keep)
     best = min(forgets_less, key=lambda v: general.kl[v].sum())
+    compared = against_shrink(variants, general, task, best)
+    if compared is not None and compared.verdict == "worse":
+        shrinks = [v for v in forgets_less if variants[v].method == "shrink"]
+        if not shrinks or next_shrink(variants, task, keep) is not None:
+            return Suggestion(None, "a shrink is better", keep, shrink=compared)
+        best, compared = min(shrinks, key=lambda v: general.kl[v].sum()), None
     least = min(keeping, key=lambda v: general.loss[v].sum())
     least_loss = None if least == best else variants[least]
-    return Suggestion(variants[best], "forgets least", keep, least_loss, against_shrink(variants, general, task, best))
+    return Suggestion(variants[best], "forgets least", keep, least_loss, compared)
 
 
 def front(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums) -> list[int]:
@@ -157,90 +111,3 @@ def front(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: Seq
             kept.append(v)
             least = kl
     return kept
-
-
-def against_shrink(
-    variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums, variant: int
-) -> ShrinkComparison | None:
-    """Compare a variant with the shrink that keeps the same share of what was learned; see `ShrinkComparison`.
-
-    The losses of that shrink are interpolated between those of the shrinks that were evaluated, as a cubic in λ through the four nearest.
-    Three things are uncertain of a difference on general text, and add up as independent ones do: its own error over sequences; the error
-    of the variant's loss on the task's text, times the slope of the one loss against the other along the shrink; and the interpolation,
-    by how much it changes without the farthest of its nodes.
-    """
-    if variants[variant].method in (None, "shrink"):
-        return None
-    nodes = [(1.0, ADAPTER_ROW)]
-    nodes += [
-        (v.mitigation_lambda, i)
-        for i, v in enumerate(variants)
-        if v.method == "shrink" and v.mitigation_lambda is not None
-    ]
-    nodes.sort()
-    losses = [float(task.loss[row].sum() - task.loss[variant].sum()) for _, row in nodes]
-    at = next((k for k in range(len(nodes) - 1) if losses[k] * losses[k + 1] <= 0), None)
-    if at is None or len(nodes) < 3:
-        return None
-    between = nodes[at][0], nodes[at + 1][0]
-    first = max(0, min(at - (NODES - 2) // 2, len(nodes) - NODES))
-    near = nodes[first : first + NODES]
-    lam, shrink, slope = _shrink_like(near, between, task, variant)
-    farthest = max((n for n in near if n[0] not in between), key=lambda n: abs(n[0] - lam))
-    _, fewer, _ = _shrink_like([n for n in near if n != farthest], between, task, variant)
-    own = np.eye(len(variants))[variant]
-    matched, by_lambda = task.loss_of(own - shrink).error, task.loss_of(slope).value
-
-    def estimate(of: Callable[[Floats], Estimate]) -> Estimate:
-        found, interpolated = of(own - shrink), of(shrink - fewer).value
-        return Estimate(
-            found.value, math.hypot(found.error, of(slope).value / by_lambda * matched, interpolated), found.sequences
-        )
-
-    return ShrinkComparison(lam, between, estimate(general.loss_of), estimate(general.kl_of))
-
-
-def _shrink_like(
-    nodes: Sequence[tuple[float, int]], between: tuple[float, float], task: SequenceSums, variant: int
-) -> tuple[float, Floats, Floats]:
-    """Find the shrink with a variant's loss on the task's text.
-
-    Parameters
-    ----------
-    nodes
-        λ and row of each shrink that is interpolated from.
-    between
-        The neighbouring λ, between which it lies.
-
-    Returns
-    -------
-    lambda, weights, slope
-        Its λ, and as weights of the variants (V,) any sum of it, and the sum's derivative by λ.
-    """
-    lambdas, rows = np.array([lam for lam, _ in nodes]), [row for _, row in nodes]
-    losses = task.loss.sum(axis=1)
-
-    def weights(lam: float) -> Floats:
-        out = np.zeros(len(losses))
-        out[rows] = _lagrange(lambdas, lam)
-        return out
-
-    low, high = between
-    below = weights(low) @ losses < losses[variant]
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if (weights(middle) @ losses < losses[variant]) == below:
-            low = middle
-        else:
-            high = middle
-    lam, step = (low + high) / 2, 1e-4
-    return lam, weights(lam), (weights(lam + step) - weights(lam - step)) / (2 * step)
-
-
-def _lagrange(nodes: Floats, at: float) -> Floats:
-    """Return the weights of values at the nodes in the polynomial through them, at a point: (n,).
-
-    >>> _lagrange(np.array([0.0, 1.0, 2.0]), 0.5).tolist()
-    [0.375, 0.75, -0.125]
-    """
-    return np.array([np.prod((at - np.delete(nodes, k)) / (x - np.delete(nodes, k))) for k, x in enumerate(nodes)])

@@ -1,4 +1,4 @@
-"""Format an evaluation for people: the cells of its table, and its suggestion in words."""
+"""Format an evaluation for people: the verdict, the cells of its table, the reasons, and the commands to run next."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from streamer.evaluation.identity import input_options
+from streamer.evaluation.shrinks import ShrinkComparison, next_shrink
 from streamer.evaluation.statistics import Estimate
-from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, ShrinkComparison, Suggestion
+from streamer.evaluation.suggestion import Suggestion
+from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 
 if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation
@@ -44,8 +47,28 @@ def figures(evaluation: Evaluation) -> list[Figures]:
     ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Names:
+    """Words of the commands that are shown, quoted for a shell.
+
+    Attributes
+    ----------
+    inputs, general, task, output
+        Base and adapter, the two texts, and the file of the evaluation.
+    findings, coefficients
+        Files of these; empty if none were given.
+    """
+
+    inputs: str = "BASE ADAPTER"
+    general: str = "GENERAL"
+    task: str = "TASK"
+    output: str = "EVALUATION"
+    findings: str = ""
+    coefficients: str = ""
+
+
 def table_text(evaluation: Evaluation, suggestion: Suggestion) -> str:
-    """Format the table, its legend and the suggestion as text of any width."""
+    """Format the verdict, the table, its legend, the reasons and the commands as text of any width."""
     columns = figures(evaluation)
     widths = [max(map(len, (c.head, *c.cells))) for c in columns]
     rows = [
@@ -56,73 +79,107 @@ def table_text(evaluation: Evaluation, suggestion: Suggestion) -> str:
     lines = ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     indent = max(len(c.head) for c in columns) + 2
     legend = [f"{c.head:<{indent}}{c.about}" for c in columns]
-    return "\n".join([*lines, "", *legend, "", *suggestion_lines(evaluation, suggestion)])
+    words = *reasons(evaluation, suggestion), *commands(evaluation, suggestion)
+    return "\n".join([verdict(evaluation, suggestion), "", *lines, "", *legend, "", *words])
 
 
-def suggestion_lines(
-    evaluation: Evaluation, suggestion: Suggestion, inputs: str = "BASE ADAPTER", more: str = ""
-) -> list[str]:
-    """Say what is suggested, why, what it costs, how it is made, and whether it is better than the equal shrink.
-
-    Parameters
-    ----------
-    inputs
-        Base and adapter as the command that is shown has them.
-    more
-        Its further options, such as ``--findings F``.
-    """
-    general, task, variant = evaluation.general, evaluation.task, suggestion.variant
-    share = f"{100 * suggestion.keep:g}%"
+def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
+    """Say in a line what to ship."""
+    variant, keep = suggestion.variant, f"{100 * suggestion.keep:g}%"
+    if suggestion.swapped:
+        return "no suggestion: the adapter's loss on the task's text is above the base's; are the two texts swapped?"
+    if suggestion.reason == "not learned":
+        return "no suggestion: there is no evidence that the adapter learned the task's text"
+    if suggestion.reason == "not forgotten":
+        return "ship the adapter as it is: there is no evidence that it forgets"
+    if suggestion.reason == "none better":
+        return f"ship the adapter as it is: no variant that keeps {keep} of what it learned forgets measurably less"
     if variant is None:
+        return "no suggestion yet: a shrink that was not measured is better than the variants that were"
+    v = evaluation.variants.index(variant)
+    kept, left = _percent(evaluation.task.share(v)), _percent(evaluation.general.share(v))
+    return f"ship {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its forgetting"
+
+
+def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
+    """Say why this is suggested, what it costs, and whether it is better than the equal shrink."""
+    general, task, variant = evaluation.general, evaluation.task, suggestion.variant
+    if suggestion.reason == "not learned":
         change = _cell(task.loss_difference(ADAPTER_ROW, BASE_ROW))
-        return [
-            f"no suggestion: it is not told that the adapter has learned the task's text (more text may tell): its loss there "
-            f"less the base's is {change}"
-        ]
+        return [f"the adapter's loss on the task's text less the base's is {change}; more text may tell"]
     if suggestion.reason == "not forgotten":
         change = _cell(general.loss_difference(ADAPTER_ROW, BASE_ROW))
-        return [
-            f"ship the adapter as it is: it is not told that it forgets (more text may tell): its loss on general text "
-            f"less the base's is {change}"
-        ]
-    if suggestion.reason == "none better":
-        return [
-            f"ship the adapter as it is: none that keeps {share} of what was learned forgets less by more than the error"
-        ]
-    v = evaluation.variants.index(variant)
-    command, *options = evaluation.command(variant)
-    cost = task.loss_difference(v, ADAPTER_ROW)
-    lines = [
-        f"of the variants that keep {share} of what was learned, {variant.name} forgets least, by its divergence from the base",
-        f"it leaves {_percent(general.share(v))} of the forgetting ({_percent(general.kl_share(v))} of the divergence), keeps "
-        f"{_percent(task.share(v))} of what was learned, and costs {_cell(cost)} of the task's loss",
-    ]
-    if suggestion.least_loss is not None:
-        difference = general.loss_difference(v, evaluation.variants.index(suggestion.least_loss))
+        return [f"the adapter's loss on general text less the base's is {change}; more text may tell"]
+    lines = []
+    if suggestion.reason == "forgets least" and variant is not None:
+        v = evaluation.variants.index(variant)
+        cost = task.loss_difference(v, ADAPTER_ROW)
         lines.append(
-            f"by its loss on general text {suggestion.least_loss.name} forgets least: {_cell(difference)} lower"
+            f"of the variants that keep {100 * suggestion.keep:g}% of what was learned, {variant.name} has the least divergence from the "
+            f"base, {_percent(general.kl_share(v))} of the adapter's; it costs {_cell(cost)} of the task's loss"
         )
-    lines.append(_shrink_line(variant, suggestion.shrink, share))
-    lines.append(f"made by: {' '.join(['streamer', command, inputs, '-o', 'OUTPUT', *options])}{more}")
-    return lines
+        if suggestion.least_loss is not None:
+            difference = general.loss_difference(v, evaluation.variants.index(suggestion.least_loss))
+            lines.append(
+                f"by its loss on general text, {suggestion.least_loss.name} forgets less: {_cell(difference)} lower"
+            )
+        if variant.method == "shrink":
+            lam = next_shrink(evaluation.variants, task, suggestion.keep)
+            also = "" if lam is None else f"; one at lambda {lam:g}, not measured, may keep enough and forget less"
+            return [
+                *lines,
+                f"it is a shrink of the whole adapter; nothing that was measured forgets less and keeps as much{also}",
+            ]
+        if suggestion.shrink is None:
+            lines.append(
+                "it was not compared with a shrink of the whole adapter: that needs --method shrink at two values of lambda"
+            )
+    return lines if suggestion.shrink is None else [*lines, _shrink_line(suggestion.shrink)]
 
 
-def _shrink_line(variant: EvaluatedVariant, found: ShrinkComparison | None, share: str) -> str:
-    if variant.method == "shrink":
-        return f"it is a shrink of the whole adapter: no variant that keeps {share} and scales intruders alone forgets less"
-    if found is None:
-        return "against a shrink of the whole adapter: not compared, which takes two at least that were evaluated and enclose what it keeps"
-    low, high = found.between
+def _shrink_line(found: ShrinkComparison) -> str:
     words = {
         "better": "it is better than",
-        "worse": "it is worse than",
-        "not told apart": "it is not told apart from",
-    }[found.verdict]
-    better = f"; evaluate that one too: --method shrink --lambda {found.mitigation_lambda:.2f}"
+        "worse": "the best of them is worse than",
+        "not told apart": "it cannot be told apart from",
+    }
+    low, high = found.between
     return (
-        f"{words} a shrink that keeps the same (lambda {found.mitigation_lambda:.3f}, interpolated between {low:g} and {high:g}): "
-        f"general loss {_cell(found.loss)}, KL {_cell(found.kl)}{better if found.verdict == 'worse' else ''}"
+        f"{words[found.verdict]} a shrink that keeps the same (lambda {found.mitigation_lambda:.3f}, interpolated between {low:g} and "
+        f"{high:g}): general loss {_cell(found.loss)}, KL {_cell(found.kl)}"
     )
+
+
+def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None = None) -> list[str]:
+    """Show the command that makes what is suggested, and at the end what to do next."""
+    names, variant, reason = names or Names(), suggestion.variant, suggestion.reason
+    options = "".join(f" {word}" for word in input_options(evaluation.facts))
+    evaluate = f"streamer evaluate {names.inputs} --general {{}} --task {{}} -o {{}}{options}"
+    if suggestion.swapped:
+        return [f"next: {evaluate.format(names.task, names.general, 'OTHER')}"]
+    if reason == "not learned":
+        return ["next: give --task text that the adapter was trained for, or more of it (--sequences)"]
+    if suggestion.shrink is not None and variant is None:
+        lam = math.ceil(1000 * suggestion.shrink.mitigation_lambda) / 1000
+        return [f"next: {evaluate.format(names.general, names.task, names.output)} --method shrink --lambda {lam:g}"]
+    assert variant is not None
+    command, *words = evaluation.command(variant)
+    made = " ".join(["streamer", command, names.inputs, "-o", "OUTPUT", *words])
+    if names.findings and variant.method in ("paper", "project"):
+        made += f" --findings {names.findings}"
+    elif names.coefficients and variant.method == "fitted":
+        made += f" --coefficients {names.coefficients}"
+    if reason == "not forgotten":
+        return ["use the adapter as it is, or merge it into the base", f"next: {made}"]
+    if any(v.method == "fitted" for v in evaluation.variants):
+        return [f"next: {made}"]
+    share = f" --keep {suggestion.keep:g}" if suggestion.keep < 1 else ""
+    fit = f"streamer fit {names.inputs} --general {names.general} --task {names.task}{share} -o coefficients.safetensors{options}"
+    return [
+        *([f"made by: {made}"] if reason == "forgets least" else []),
+        "fitted coefficients usually forget less than a shrink that keeps as much",
+        f"next: {fit}",
+    ]
 
 
 def _cell(estimate: Estimate) -> str:

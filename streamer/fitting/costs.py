@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from streamer.evaluation.evaluation import TASK
-from streamer.evaluation.sequences import TextSequences
+from streamer.evaluation.progress import pass_cost
 from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting.algorithm import Gradient, HeldOut, Slope, fit_steps
 from streamer.fitting.options import FitOptions
@@ -36,21 +36,16 @@ class Costs:
     variants: int
 
 
-def chunk_cost(prepared: PreparedFit, text: TextSequences, passes: int) -> int:
-    """Count the multiplications of so many passes over sequences that run together."""
-    return sum(prepared.model.size.products.values()) * passes * len(text.ids) * text.longest
-
-
 def gradient_costs(prepared: PreparedFit, text: str) -> list[int]:
     """Count those of each chunk of a gradient on a text."""
     fitted = prepared.texts[text].fitted
-    return [chunk_cost(prepared, fitted.take(rows), GRADIENT) for rows in prepared.chunks[text]]
+    return [pass_cost(prepared.model.size, fitted.take(rows), GRADIENT) for rows in prepared.chunks[text]]
 
 
 def pass_costs(prepared: PreparedFit, variants: int) -> list[int]:
     """Count those of each pass over the sequences held apart, under so many variants, the base among them."""
     return [
-        chunk_cost(prepared, prepared.texts[one.text].held.take(one.sequences), 1 + len(one.variants))
+        pass_cost(prepared.model.size, prepared.texts[one.text].held.take(one.sequences), 1 + len(one.variants))
         for one in prepared.passes(variants)
     ]
 

@@ -23,7 +23,8 @@ directions between them, and a step that is too short costs less than one too lo
 LOG_RANGE = 14.0
 """Weights μ are looked for between exp(−14) and exp(14) times the ratio of what the two texts can lose."""
 
-BISECTIONS = 30
+LOG_STEP = 1e-8
+"""Precision of log μ."""
 
 
 @dataclass(frozen=True)
@@ -124,16 +125,20 @@ class Front:
         return (nothing - self._task_value(anchor, coefficients)) / max(nothing - one.value, 1e-300)
 
     def at(self, kept: float) -> FrontPoint:
-        """Find the point of the front where the models expect this share of the learning to be kept, by bisection for log μ."""
+        """Find the point of the front where the models expect this share of the learning to be kept."""
+        from scipy.optimize import brentq
+
         ratio = _range(self.general) / max(_range(self.task), 1e-300)
+
+        def missing(log_weight: float) -> float:
+            weight = ratio * float(np.exp(log_weight))
+            return kept - self.kept(weight, self.coefficients(weight))
+
         low, high = -LOG_RANGE, LOG_RANGE
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            weight = ratio * float(np.exp(middle))
-            if self.kept(weight, self.coefficients(weight)) < kept:
-                low = middle
-            else:
-                high = middle
+        if missing(low) <= 0:
+            high = low
+        elif missing(high) < 0:
+            high = brentq(missing, low, high, xtol=LOG_STEP)
         weight = ratio * float(np.exp(high))
         c = self.coefficients(weight)
         return FrontPoint(weight, c, self.kept(weight, c))

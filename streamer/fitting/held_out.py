@@ -8,11 +8,10 @@ import numpy as np
 
 from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.passes import run_pass, together
+from streamer.evaluation.progress import RunProgress, pass_cost
 from streamer.evaluation.statistics import MEASURES, SequenceSums
-from streamer.fitting.costs import chunk_cost
 from streamer.fitting.parameters import Parameters
 from streamer.fitting.prepare import PreparedFit
-from streamer.fitting.progress import FitProgress
 from streamer.fitting.records import InMemory, key
 from streamer.output.coefficients import Floats
 from streamer.output.mitigation import MitigationOptions
@@ -24,7 +23,7 @@ from streamer.streaming.variants import ADAPTER, BASE, Variant
 class HeldOut:
     """Sums on the held-out sequences of both texts, of the base and of every θ that was asked about."""
 
-    def __init__(self, prepared: PreparedFit, parameters: Parameters, records: InMemory, progress: FitProgress) -> None:
+    def __init__(self, prepared: PreparedFit, parameters: Parameters, records: InMemory, progress: RunProgress) -> None:
         self._prepared, self._parameters, self._records = prepared, parameters, records
         self._progress = progress
         self._rows: dict[bytes, Mapping[str, SequenceSums]] = {}
@@ -60,7 +59,7 @@ class HeldOut:
         models: dict[tuple[int, ...], StreamingModel] = {}
         for number, one in enumerate(passes):
             text = prepared.texts[one.text].held.take(one.sequences)
-            cost = chunk_cost(prepared, text, 1 + len(one.variants))
+            cost = pass_cost(prepared.model.size, text, 1 + len(one.variants))
             name = key(request, number, new)
             found = self._records.find(name)
             if found is None:
@@ -79,15 +78,13 @@ class HeldOut:
             for text in (GENERAL, TASK)
         }
         for v, row in enumerate([b"", *map(self._key, new)]):
-            self._rows[row] = {text: _row(of, v) for text, of in whole.items()}
+            self._rows[row] = {text: of.take([v]) for text, of in whole.items()}
 
     def sums(self, text: str, asked: Sequence[Floats]) -> SequenceSums:
         """Return the sums of a text, of the base, the adapter as it is, and these parameters, which were measured."""
         keys = [b"", *map(self._key, [self.adapter, *asked])]
-        rows = [self._rows[one][text] for one in keys]
-        return SequenceSums(
-            rows[0].tokens, *(np.concatenate([getattr(row, name) for row in rows]) for name in MEASURES)
-        )
+        first, *others = (self._rows[one][text] for one in keys)
+        return first.joined(*others)
 
     def _key(self, theta: Floats) -> bytes:
         return b"" if not theta.any() and not self._prepared.unchanged else theta.tobytes()
@@ -98,7 +95,3 @@ class HeldOut:
         if (theta == theta[:1]).all():
             return ADAPTER if (theta == 1).all() else f"shrink {theta[0]:g}"
         return "fitted"
-
-
-def _row(sums: SequenceSums, v: int) -> SequenceSums:
-    return SequenceSums(sums.tokens, *(getattr(sums, name)[v : v + 1] for name in MEASURES))

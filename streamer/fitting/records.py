@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from streamer.evaluation.result_file import ResultFile, RunJournal, State
+from streamer.evaluation.result_file import ResultFile, RunJournal, State, of_others
 from streamer.fitting.prepare import PreparedFit
 from streamer.output.coefficients import Floats
 from streamer.output.coefficients_file import load_coefficients
@@ -21,8 +21,15 @@ Arrays = Mapping[str, Floats]
 
 def result_file(prepared: PreparedFit, output: Path) -> ResultFile:
     """Describe the file of coefficients that a fit writes."""
-    return ResultFile(output, "coefficients", "these very coefficients", "coefficients.safetensors", prepared.plan, prepared.run,
-                      prepared.facts["plan"], lambda path: load_coefficients(path).facts.get("plan"))  # fmt: skip
+    one, digest = "coefficients", prepared.facts["plan"]
+
+    def is_whole(path: Path) -> bool:
+        if load_coefficients(path).facts.get("plan") != digest:
+            raise of_others(path, one)
+        return True
+
+    return ResultFile(output, one, "these very coefficients", "coefficients.safetensors", prepared.plan, prepared.run, digest,
+                      is_whole)  # fmt: skip
 
 
 def inspect(prepared: PreparedFit, output: Path) -> State:

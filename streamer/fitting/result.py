@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from streamer.errors import MismatchError
+from streamer.evaluation.shrinks import against_shrink
 from streamer.evaluation.statistics import SequenceSums, flat
-from streamer.evaluation.suggestion import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, against_shrink
+from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.fitting.algorithm import FittedPoint
 from streamer.fitting.front import MISSED
 from streamer.output.coefficients import Floats, share_name

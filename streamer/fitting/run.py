@@ -11,6 +11,7 @@ import numpy as np
 
 from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.passes import padding_changes
+from streamer.evaluation.progress import RunProgress
 from streamer.evaluation.result_file import computing
 from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting import algorithm
@@ -18,7 +19,6 @@ from streamer.fitting.algorithm import FittedPoint, Gradient, Measure, Slope, fi
 from streamer.fitting.costs import GRADIENT, expected_costs, gradient_costs
 from streamer.fitting.held_out import HeldOut
 from streamer.fitting.prepare import PreparedFit
-from streamer.fitting.progress import FitProgress
 from streamer.fitting.records import InMemory, Journalled, inspect, key, result_file
 from streamer.fitting.result import adapter_facts, doubts, misses, set_facts, shrinks
 from streamer.output.coefficients import Coefficients, Floats
@@ -145,7 +145,7 @@ class _Run:
 
     def _divide(self, prepared: PreparedFit) -> None:
         """Take the division of the work, and begin to count."""
-        self.prepared, self.progress = prepared, FitProgress(self.monitor, prepared.model.size)
+        self.prepared, self.progress = prepared, RunProgress(self.monitor, prepared.model.size, "fit")
         expected = expected_costs(prepared)
         self.progress.expect([*expected.gradients, *expected.passes])
 

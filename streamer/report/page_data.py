@@ -11,8 +11,8 @@ import numpy as np
 
 from streamer.detection.findings import Findings
 from streamer.errors import printable
-from streamer.evaluation.evaluation import KEEP, Evaluation
-from streamer.evaluation.suggestion import EvaluatedVariant
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.variants import EvaluatedVariant
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
 from streamer.report.packing import pack, pack_names, pack_ratio, pack_share
@@ -112,7 +112,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     tree, best = evaluation.to_dict(), evaluation.best()
     keys = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
     return {
-        "keep": KEEP,
+        "keep": evaluation.keep,
         "suggested": best.variant and printable(best.variant.name),
         "front": [printable(name) for name in tree["front"]],
         "texts": {side: text["name"] for side, text in evaluation.facts["texts"].items()},

@@ -12,14 +12,11 @@ from typing import Any
 from streamer.detection.findings import Findings, load_findings
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
+from streamer.evaluation.identity import same_input
 from streamer.report.curves import lambda_curve, threshold_curve
 from streamer.verification.record import RECORD_NAME, read_record
 
 SCHEMA = "streamer.report/1"
-
-IDENTIFYING = ("architecture", "files", "weights_sha256", "config_sha256", "base_is_residual", "lora_b_layout",
-               "ignored_keys")  # fmt: skip
-"""Keys of a base's or adapter's identity that tell it from another; both files have them."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def make_subject(
     if evaluation is not None:
         for what, mine in (("base", findings.base), ("adapter", findings.adapter)):
             theirs = evaluation.facts[what]
-            if any(theirs.get(key) != mine.get(key) for key in IDENTIFYING):
+            if not same_input(mine, theirs):
                 raise MismatchError(
                     f"{where}: the evaluation is of another {what} ({theirs.get('name', 'unnamed')!r}); "
                     "run evaluate with these findings, or report without an evaluation"

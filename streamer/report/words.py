@@ -10,7 +10,7 @@ from typing import Any
 from streamer.detection.findings import Findings
 from streamer.errors import printable
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.view import suggestion_lines
+from streamer.evaluation.view import commands, reasons, verdict
 from streamer.report.curves import delta_energy, lambda_curve
 from streamer.report.packing import NUMBER
 from streamer.report.subject import Subject
@@ -57,7 +57,10 @@ def certificates(subject: Subject) -> str:
 
 def suggestion(evaluation: Evaluation) -> list[str]:
     """Say what an evaluation suggests, in lines."""
-    return [printable(line) for line in suggestion_lines(evaluation, evaluation.best())]
+    best = evaluation.best()
+    return [
+        printable(line) for line in (verdict(evaluation, best), *reasons(evaluation, best), *commands(evaluation, best))
+    ]
 
 
 def part_of(tensor: str) -> str:

@@ -17,6 +17,7 @@ from learned import make_learned
 from test_schemas import check
 
 import streamer
+from streamer.evaluation.options import LAMBDAS
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.output.coefficients import Coefficients
 
@@ -49,16 +50,22 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
     )
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0].split() == COLUMNS
+    assert lines[0].startswith("ship ")
+    assert lines[2].split() == COLUMNS
     names = [
         "base",
         "adapter",
         *(f"{method} {lam}" for method in ("paper", "project", "shrink") for lam in (0.75, 0.5)),
     ]
-    assert [line[:14].strip(" *") for line in lines[2:10]] == names
+    shown = [line[:14].strip(" *") for line in lines[4:]]
+    assert [name for name in shown if name in names] == names
     assert "of the variants that keep 50% of what was learned, " in done.out
-    assert f"wrote {tmp_path / 'e.json'}" in done.out
-    assert "8 variants, " in done.last
+    assert f"\nwrote {tmp_path / 'e.json'}\n" in done.out
+    assert lines[-1].startswith(
+        f"next: streamer fit {home / 'base'} {home / 'adapter'} --general {home / 'general.npy'} --task "
+    )
+    assert lines[-1].endswith(" --keep 0.5 -o coefficients.safetensors")
+    assert " suggested, " in done.last
     again = run(
         server, home, tmp_path / "e.json", "--findings", home / "f.safetensors", "--lambda", "0.75,0.5", "--keep", "0.5"
     )
@@ -66,6 +73,66 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
         0,
         done.out.replace(f"wrote {tmp_path / 'e.json'}", f"{tmp_path / 'e.json'} stands already"),
     )
+
+
+def test_a_lambda_joins_a_file_that_stands(server: Server, home: Path, tmp_path: Path) -> None:
+    """It alone is measured; the other variants, the texts and the suggestion's command stay."""
+    output = tmp_path / "e.json"
+    first = check(run(server, home, output, "--method", "shrink", "--json"), "streamer.evaluation/1")
+    tree = check(
+        run(server, home, output, "--method", "shrink", "--lambda", "0.62", "--dry-run", "--json"), "streamer.dry-run/1"
+    )
+    assert tree["state"] == "new"
+    assert 0 < tree["forecast"]["read_bytes"] == 2 * (tree["forecast"]["read_bytes"] // 2)
+    events = run(server, home, output, "--method", "shrink", "--lambda", "0.62", "--json-events").err.splitlines()
+    last = [e for e in map(json.loads, events) if e["event"] == "progress" and e["stage"] == "evaluate"][-1]
+    assert last["items"] == 2
+    tree = json.loads(output.read_text())
+    assert [v for v in tree["variants"] if v["name"] != "shrink 0.62"] == first["variants"]
+    lambdas = [v["lambda"] for v in tree["variants"][2:]]
+    assert 0.62 in lambdas
+    assert lambdas == sorted(lambdas, reverse=True)
+    # with intruders, which the file knows nothing of yet
+    tree = check(
+        run(server, home, output, "--findings", home / "f.safetensors", "--lambda", "0.62", "--json"),
+        "streamer.evaluation/1",
+    )
+    assert [v["name"] for v in tree["variants"][2:4]] == ["paper 0.62", "project 0.62"]
+    assert tree["detection"]["top_k"] == 4
+    stands = output.read_bytes()
+    for options, texts, differs in (
+        (["--findings", home / "f.safetensors", "--scale", "first"], {}, "--scale"),
+        (["--projected"], {}, "--projected, --top-k"),
+        (["--method", "shrink"], {"task": home / "all.npy"}, "task text"),
+    ):
+        done = run(server, home, output, *options, **texts)
+        assert (done.code, output.read_bytes()) == (4, stands)
+        assert done.err == (
+            f"streamer: {output}: holds an evaluation of other inputs or options ({differs}); choose another output, or pass --overwrite\n"
+        )
+
+
+def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Path) -> None:
+    swapped = {"general": home / "task.npy", "task": home / "general.npy"}
+    done = run(server, home, tmp_path / "e.json", "--method", "shrink", **swapped)
+    assert done.code == 0
+    (line,) = done.err.splitlines()
+    assert line.startswith("streamer: warning: the adapter's loss on the task's text is above the base's, by ")
+    assert line.endswith(": are the general and the task's text swapped?")
+    lines = done.out.splitlines()
+    assert lines[0].endswith("are the two texts swapped?")
+    words = lines[-1].removeprefix("next: streamer ").split()
+    assert words[:7] == [
+        "evaluate",
+        f"{home / 'base'}",
+        f"{home / 'adapter'}",
+        "--general",
+        f"{home / 'general.npy'}",
+        "--task",
+        f"{home / 'task.npy'}",
+    ]
+    tree = json.loads((tmp_path / "e.json").read_text())
+    assert (tree["suggestion"]["swapped"], tree["suggestion"]["name"]) == (True, None)
 
 
 def test_the_suggested_command_makes_what_was_measured(server: Server, home: Path, tmp_path: Path) -> None:
@@ -87,12 +154,13 @@ def test_the_suggested_command_makes_what_was_measured(server: Server, home: Pat
     assert {**json.loads(output.read_text()), "output": str(output), "state": "written"} == tree
     found = tree["suggestion"]
     enough = [v for v in tree["variants"] if v["name"] != "base" and v["kept"] >= 0.5]
+    assert min(v["kept"] for v in enough if v["method"] == "shrink") < 0.51, "one is placed"
     assert found["name"] == min(enough, key=lambda v: v["general"]["kl"])["name"]
     text = run(
         server, home, output, "--findings", home / "f.safetensors", "--keep", "0.5", "--method", "project,shrink"
     ).out
-    (line,) = [line for line in text.splitlines() if line.startswith("made by: streamer mitigate ")]
-    words = line.replace("OUTPUT", str(tmp_path / "made")).split()[3:]
+    (line,) = [line.partition(": ")[2] for line in text.splitlines() if "streamer mitigate " in line]
+    words = line.replace("OUTPUT", str(tmp_path / "made")).split()[1:]
     assert server.run(*words).code == 0
     record = json.loads((tmp_path / "made" / "streamer.json").read_text())
     assert (record["method"], record["lambda"]) == (found["method"], found["lambda"])
@@ -123,8 +191,9 @@ def test_coefficients_are_variants(server: Server, home: Path, tmp_path: Path) -
     found = tree["suggestion"]
     assert (found["method"], found["lambda"]) == ("fitted", None)
     text = run(server, home, output, *options).out
-    (line,) = [line for line in text.splitlines() if line.startswith("made by: streamer mitigate ")]
-    assert server.run(*line.replace("OUTPUT", str(tmp_path / "made")).split()[3:]).code == 0
+    line = text.splitlines()[-1].removeprefix("next: ")
+    assert line.startswith("streamer mitigate ")
+    assert server.run(*line.replace("OUTPUT", str(tmp_path / "made")).split()[1:]).code == 0
     record = json.loads((tmp_path / "made" / "streamer.json").read_text())
     assert f"fitted {record['coefficients']['keep']}" == found["name"]
     check(run(server, home, tmp_path / "o.json", *options, "--dry-run", "--json"), "streamer.dry-run/1")
@@ -150,10 +219,13 @@ def test_events(server: Server, home: Path, tmp_path: Path) -> None:
     progress = [e for e in events if e["event"] == "progress" and e["stage"] == "evaluate"]
     assert [e["done"] for e in progress] == sorted(e["done"] for e in progress)
     assert progress[-1]["done"] == progress[-1]["total"] > 0
+    lambdas = [v["lambda"] for v in json.loads((tmp_path / "e.json").read_text())["variants"][2:]]
+    placed = len(lambdas) - len(LAMBDAS)
+    assert 1 <= placed <= 3
     assert (progress[0]["name"], progress[0]["items"], progress[-1]["items"]) == (
         "model.layers.0.self_attn.q_proj.weight",
         0,
-        2,
+        2 * placed + 2,
     )
 
 

@@ -11,7 +11,7 @@ from seeds import vary
 from streamer.detection.findings import Findings
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.statistics import SequenceSums
-from streamer.evaluation.suggestion import EvaluatedVariant
+from streamer.evaluation.variants import EvaluatedVariant
 
 COLUMNS = ["variant", "general", "vs", "adapter", "forgetting", "KL", "same", "top", "task", "kept"]
 """Words that head the columns of the table."""

@@ -15,7 +15,8 @@ from streamer.cli.evaluation_table import evaluation_table
 from streamer.cli.layout import Screen
 from streamer.errors import FormatError
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.suggestion import EvaluatedVariant
+from streamer.evaluation.variants import EvaluatedVariant
+from streamer.evaluation.view import Names
 
 SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())
 
@@ -125,52 +126,89 @@ def test_the_command_that_makes_a_variant(variant: tuple[Any, ...], facts: dict[
 
 
 def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
-    lines = evaluation().table().splitlines()
-    assert lines[0].split() == COLUMNS
-    assert lines[2].startswith("base *")
-    assert "100.0% ± 0.0" in lines[3]
+    e = evaluation()
+    lines = e.table().splitlines()
+    assert lines[0].startswith("ship shrink 0.75: it keeps 9")
+    assert lines[0] == e.to_dict()["verdict"]
+    assert lines[2].split() == COLUMNS
+    assert lines[4].startswith("base *")
+    assert "100.0% ± 0.0" in lines[5]
     assert len([line for line in lines if line.startswith(("paper", "project", "shrink"))]) == 15
-    assert (
-        lines[-4]
-        == "of the variants that keep 90% of what was learned, shrink 0.75 forgets least, by its divergence from the base"
+    assert lines[-5].startswith(
+        "of the variants that keep 90% of what was learned, shrink 0.75 has the least divergence from the base, "
     )
-    assert lines[-1] == "made by: streamer mitigate BASE ADAPTER -o OUTPUT --method shrink --lambda 0.75"
+    assert lines[-3] == "made by: streamer mitigate BASE ADAPTER -o OUTPUT --method shrink --lambda 0.75"
+    assert lines[-1] == (
+        "next: streamer fit BASE ADAPTER --general GENERAL --task TASK --keep 0.9 -o coefficients.safetensors"
+    )
 
 
 @pytest.mark.parametrize(
-    ("options", "keep", "words"),
+    ("options", "keep", "verdict", "words"),
     [
-        ({"learns": 0.0}, 0.9, "no suggestion: it is not told that the adapter has learned the task's text"),
-        ({"forgets": 0.0}, 0.9, "ship the adapter as it is: it is not told that it forgets"),
-        ({"curves": {"paper": CURVES["paper"]}}, 0.95, "ship the adapter as it is: none that keeps 95%"),
+        (
+            {"learns": 0.0},
+            0.9,
+            "no suggestion: there is no evidence that the adapter learned the task's text",
+            "next: give --task text that the adapter was trained for, or more of it (--sequences)",
+        ),
+        (
+            {"learns": -0.4},
+            0.9,
+            "no suggestion: the adapter's loss on the task's text is above the base's; are the two texts swapped?",
+            "next: streamer evaluate BASE ADAPTER --general TASK --task GENERAL -o OTHER",
+        ),
+        (
+            {"forgets": 0.0},
+            0.9,
+            "ship the adapter as it is: there is no evidence that it forgets",
+            "next: streamer merge BASE ADAPTER -o OUTPUT --lambda 1",
+        ),
+        (
+            {"curves": {"paper": CURVES["paper"]}},
+            0.95,
+            "ship the adapter as it is: no variant that keeps 95% of what it learned forgets measurably less",
+            "next: streamer fit BASE ADAPTER --general GENERAL --task TASK --keep 0.95 -o",
+        ),
         (
             {"curves": {"project": CURVES["project"]}},
             0.9,
-            "not compared, which takes two at least that were evaluated and enclose",
+            "ship project 0.9: it keeps ",
+            "it was not compared with a shrink of the whole adapter: that needs --method shrink at two values of lambda",
         ),
         (
             {"curves": {**CURVES, "project": lambda x: (x**9, x**0.5)}},
             0.9,
-            "it is better than a shrink that keeps the same",
+            "ship project 0.9: it keeps ",
+            "it is better than a shrink that keeps the same (lambda 0.77",
         ),
         (
             {"curves": {**CURVES, "project": lambda x: (x**3, x**0.5)}, "noise": 0.0},
             0.94,
-            "; evaluate that one too: --method shrink --lambda 0.77",
+            "no suggestion yet: a shrink that was not measured is better than the variants that were",
+            "next: streamer evaluate BASE ADAPTER --general GENERAL --task TASK -o EVALUATION --method shrink --lambda 0.77",
         ),
+        ({"noise": 0.0}, 0.85, "ship shrink 0.75: it keeps ", "; one at lambda 0.61"),
     ],
 )
-def test_every_suggestion_in_words(options: dict[str, Any], keep: float, words: str) -> None:
-    assert words in evaluation(**options).table(keep)
+def test_every_suggestion_in_words(options: dict[str, Any], keep: float, verdict: str, words: str) -> None:
+    first, *rest = evaluation(**options).table(keep).splitlines()
+    assert first.startswith(verdict)
+    assert words in "\n".join(rest)
+    assert rest[-1].startswith("next: ")
 
 
 def test_the_table_fits_a_screen_and_names_the_inputs() -> None:
     e = evaluation({**CURVES, "project": lambda x: (x**9, x**0.5)})
     for width in (40, 80, 120, None):
-        text = evaluation_table(e, 0.9, ("my base", "adapter"), "f.safetensors", Screen(width))
+        text = evaluation_table(e, Names("'my base' adapter", findings="f.safetensors"), Screen(width), "wrote e.json")
         flat = " ".join(text.split())
-        assert "streamer mitigate 'my base' adapter -o OUTPUT --method project --lambda" in flat
-        assert flat.endswith("--findings f.safetensors")
+        assert (
+            "streamer mitigate 'my base' adapter -o OUTPUT --method project --lambda 0.9 --findings f.safetensors"
+            in flat
+        )
+        assert flat.startswith("ship project 0.9: it keeps ")
+        assert flat.index("wrote e.json") < flat.index("next: streamer fit 'my base' adapter --general")
         assert "forgetting" in text
         if width == 80:
             assert all(len(line) <= width for line in text.splitlines())

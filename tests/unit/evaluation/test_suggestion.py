@@ -1,16 +1,13 @@
-"""The variant that is suggested, and its comparison with the equal shrink, on losses that are known."""
+"""The variant that is suggested, on losses that are known."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 from evaluations import CURVES, evaluation
-from scipy.stats import binom, norm
 
 from streamer.errors import UsageError
-from streamer.evaluation.suggestion import EvaluatedVariant, ShrinkComparison, against_shrink, front
+from streamer.evaluation.suggestion import front
+from streamer.evaluation.variants import EvaluatedVariant
 
 ADAPTER = EvaluatedVariant("adapter", None, None)
 
@@ -30,7 +27,9 @@ def test_the_one_that_forgets_least_of_those_that_keep_enough() -> None:
 def test_where_nothing_was_learned_nothing_is_suggested() -> None:
     found = evaluation(learns=0.0).best()
     assert (found.variant, found.reason) == (None, "not learned")
-    assert evaluation(learns=-0.5).best().reason == "not learned"
+    assert not found.swapped
+    found = evaluation(learns=-0.5).best()
+    assert (found.variant, found.reason, found.swapped) == (None, "not learned", True)
 
 
 def test_an_adapter_that_does_not_forget_is_shipped_as_it_is() -> None:
@@ -64,54 +63,6 @@ def test_a_share_that_makes_no_sense(keep: float) -> None:
         evaluation().best(keep)
 
 
-def test_the_shrink_that_keeps_as_much_is_found_between_those_that_were_tried() -> None:
-    """Its λ and losses are known: what a shrink by x keeps, and what it forgets, are polynomials."""
-    e = evaluation(noise=0.0)
-    for v, variant in enumerate(e.variants):
-        if variant.method not in ("paper", "project") or not 0.02 < e.task.share(v).value < 0.98:
-            continue
-        found = against_shrink(e.variants, e.general, e.task, v)
-        assert found is not None
-        forgets, keeps = CURVES[variant.method](variant.mitigation_lambda)
-        x = 1 - np.sqrt(1 - keeps)
-        assert found.mitigation_lambda == pytest.approx(x, abs=1e-9)
-        assert found.between[0] <= x <= found.between[1]
-        rise = e.general.loss_difference(1, 0).value
-        assert found.loss.value == pytest.approx((forgets - x**2) * rise, abs=1e-9)
-        assert found.verdict == ("better" if forgets < x**2 else "worse")
-
-
-FALSE_ALARMS = 2 * norm.sf(2)
-"""Probability that a difference of zero is larger than two of its errors."""
-
-
-def test_what_is_uncertain_about_the_share_kept_is_in_the_error() -> None:
-    """A method on the shrink's own curve is told apart from it about as seldom as two errors permit."""
-    told, values, errors, trials = 0, [], [], 600
-    for seed in range(trials):
-        e = evaluation(
-            {"project": lambda x: CURVES["shrink"](x * 0.85), "shrink": CURVES["shrink"]}, noise=0.05, seed=seed
-        )
-        found = against_shrink(e.variants, e.general, e.task, 4)
-        assert found is not None
-        told += found.verdict != "not told apart"
-        values.append(found.loss.value)
-        errors.append(found.loss.error)
-    assert told <= binom.isf(1e-6, trials, FALSE_ALARMS)  # more are seen once in a million runs
-    # Five standard deviations, of a standard deviation from so many values, and of a mean.
-    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values), rel=5 / np.sqrt(2 * trials))
-    assert abs(np.mean(values)) < 5 * np.std(values) / np.sqrt(trials)
-
-
-def test_no_comparison_where_there_is_none() -> None:
-    e = evaluation({"project": CURVES["project"]})
-    assert against_shrink(e.variants, e.general, e.task, 3) is None
-    e = evaluation({"project": lambda x: (x, 2.0), "shrink": CURVES["shrink"]})
-    assert against_shrink(e.variants, e.general, e.task, 3) is None
-    assert against_shrink(e.variants, e.general, e.task, 1) is None
-    assert against_shrink(e.variants, e.general, e.task, 8) is None
-
-
 def test_the_front_has_what_no_other_excels() -> None:
     e = evaluation()
     found = front(e.variants, e.general, e.task)
@@ -123,28 +74,15 @@ def test_the_front_has_what_no_other_excels() -> None:
     assert found == sorted(found, key=lambda v: task[v])
 
 
-@pytest.mark.parametrize("left_out", [0.9, 0.75, 0.5, 0.25])
-def test_a_shrink_that_is_left_out_is_found_again_within_the_error(left_out: float) -> None:
-    """On a curve that no cubic follows: from neighbours twice as far apart as any that are used."""
-
-    def kept(x: float) -> float:
-        return np.sin(x * np.pi / 2) ** 0.8
-
-    def found_again(noise: float, seed: int) -> ShrinkComparison:
-        e = evaluation({"shrink": lambda x: (x**2.5, kept(x))}, noise=noise, seed=seed)
-        variants = tuple(replace(v, method="project") if v.mitigation_lambda == left_out else v for v in e.variants)
-        row = next(i for i, v in enumerate(variants) if v.method == "project")
-        found = against_shrink(variants, e.general, e.task, row)
-        assert found is not None
-        return found
-
-    interpolated = found_again(0.0, 0).mitigation_lambda
-    assert abs(interpolated - left_out) < 0.06
-    # A share's standard deviation is noise / √64 / 0.5, 6 % more because lengths differ. It is in the share sought, in that of the whole
-    # adapter, and in the interpolated curve, which has up to 1.4 times as much: twice as much in all. Five of these are allowed.
-    noise, trials = 0.01, 20
-    allowed = abs(kept(interpolated) - kept(left_out)) + 5 * 2 * 1.06 * noise / 8 / 0.5
-    found = [found_again(noise, seed) for seed in range(trials)]
-    assert all(abs(kept(one.mitigation_lambda) - kept(left_out)) < allowed for one in found)
-    told = sum(one.verdict != "not told apart" for one in found)
-    assert told <= binom.isf(1e-6, trials, FALSE_ALARMS)
+def test_nothing_is_suggested_that_is_known_to_be_worse_than_a_shrink() -> None:
+    """`project` has the least divergence of what was measured and keeps enough, and a shrink that keeps as much has less."""
+    curves = {"project": lambda x: (x**3, x**0.5), "shrink": CURVES["shrink"]}
+    found = evaluation(curves).best(0.94)
+    assert (found.variant, found.reason) == (None, "a shrink is better")
+    assert found.shrink is not None
+    assert found.shrink.verdict == "worse"
+    # as little as a shrink that is placed may keep beyond the share, it is the one
+    e = evaluation({"project": lambda x: (0.561, 0.9361), "shrink": CURVES["shrink"]}, noise=0.0)
+    found = e.best(0.936)
+    assert e["project 0.5"]["general"]["kl"] < e["shrink 0.75"]["general"]["kl"]
+    assert (found.reason, found.variant) == ("forgets least", EvaluatedVariant("shrink 0.75", "shrink", 0.75))

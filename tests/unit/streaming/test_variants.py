@@ -38,8 +38,7 @@ def test_each_set_of_coefficients_is_a_variant() -> None:
     alone = make_variants(("fitted",), (0.5,), "all", coefficients)
     assert [v.name for v in alone] == ["base", "adapter", "fitted 0.95", "fitted 0.9"]
     options = EvaluationOptions(coefficients=coefficients)
-    assert [tree["keep"] for tree in options.of_measures()["coefficients"]] == [0.95, 0.9]
-    assert "coefficients" not in EvaluationOptions().of_measures()
+    assert [tree["keep"] for tree in options.fitted_record()] == [0.95, 0.9]
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -1,36 +1,45 @@
-"""Tell how far a fit is, in multiplications, and heed requests to stop."""
+"""Tell how far a run over texts is, in multiplications, and heed requests to stop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from streamer.evaluation.passes import Reading
+from streamer.evaluation.sequences import TextSequences
 from streamer.events import Event, Monitor
 from streamer.streaming.model import ModelSize
 from streamer.streaming.run_time import RunTimeTensor
 
 
-class FitProgress:
-    """Progress over all chunks of a fit.
+def pass_cost(size: ModelSize, text: TextSequences, times: int) -> int:
+    """Count the multiplications of running sequences, padded to the longest, so many times: under so many variants, for example."""
+    return sum(size.products.values()) * times * len(text.ids) * text.longest
+
+
+class RunProgress:
+    """Progress over all passes of a run.
 
     Parameters
     ----------
     size
         Of the model.
+    stage
+        Stage of its events: ``evaluate`` or ``fit``.
     """
 
-    def __init__(self, monitor: Monitor, size: ModelSize) -> None:
-        self._monitor, self._products = monitor, size.products
+    def __init__(self, monitor: Monitor, size: ModelSize, stage: Literal["evaluate", "fit"]) -> None:
+        self._monitor, self._products, self._stage = monitor, size.products, stage
         self._pace = sum(size.products.values())
         self._done = self._total = self._items = self._of = 0
 
     def expect(self, costs: list[int]) -> None:
-        """Take the costs of chunks that are to come."""
+        """Take the costs of passes that are to come."""
         self._total += sum(costs)
         self._of += len(costs)
 
     def reading(self, cost: int, times: int) -> Callable[[RunTimeTensor], None]:
-        """Make the hook of a chunk that reads each parameter so many times."""
+        """Make the hook of a pass that reads each parameter so many times."""
 
         def tell(name: str, done: int) -> None:
             self._emit(name, self._done + cost * done // (self._pace * times))
@@ -38,7 +47,7 @@ class FitProgress:
         return Reading(self._monitor, self._products, tell, times)
 
     def advance(self, cost: int) -> None:
-        """Take a chunk as done."""
+        """Take a pass as done."""
         self._done += cost
         self._items += 1
 
@@ -48,8 +57,5 @@ class FitProgress:
         self._emit("", self._done)
 
     def _emit(self, name: str, done: int) -> None:
-        self._monitor.emit(
-            Event(
-                "fit", name, done, max(self._total, done + 1 if name else done), self._items, max(self._of, self._items)
-            )
-        )
+        total, of = max(self._total, done + 1 if name else done), max(self._of, self._items)
+        self._monitor.emit(Event(self._stage, name, done, total, self._items, of))

@@ -1,0 +1,165 @@
+"""Compare a variant with the shrink of the whole adapter that keeps as much, and choose the λ of the shrink to measure next.
+
+What a shrink keeps and forgets between the measured λ is interpolated by a cubic in λ through the four nearest. The interpolation is linear
+in the losses, so its weights serve every loss and every sequence, and errors stay paired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from streamer.evaluation.statistics import Estimate, Floats, SequenceSums
+from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
+
+NODES = 4
+"""Shrinks that an interpolation is made from, the nearest ones: a cubic in λ."""
+
+EXCESS = 0.002
+"""A shrink is well placed if it keeps the share asked for, and at most this much more: a fraction of the share's standard error."""
+
+LAST = 4
+"""How many times what the nearest shrink falls short of the share the last one goes beyond it: on a rough curve, the secants fall short."""
+
+DECIMALS = 3
+"""Digits of the λ that is placed, so that a command can name it."""
+
+Node = tuple[float, int]
+"""λ of a shrink, and its row."""
+
+
+@dataclass(frozen=True)
+class ShrinkComparison:
+    """A variant against the equal shrink: the whole adapter times λ, with λ such that it keeps the same share of what was learned.
+
+    Attributes
+    ----------
+    mitigation_lambda
+        λ of that shrink, interpolated.
+    between
+        The neighbouring λ that were evaluated; 1 is the adapter as it is.
+    loss, kl
+        Difference of the mean loss, and of the mean divergence, on general text: below 0 the variant forgets less. The error is paired, and
+        has in it what is uncertain about the share kept and the interpolation.
+    """
+
+    mitigation_lambda: float
+    between: tuple[float, float]
+    loss: Estimate
+    kl: Estimate
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "not told apart"]:
+        """Say whether the variant is better or worse by both measures, each by more than its error tells."""
+        if self.loss.is_negative and self.kl.is_negative:
+            return "better"
+        return "worse" if self.loss.is_positive and self.kl.is_positive else "not told apart"
+
+
+def against_shrink(
+    variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums, variant: int
+) -> ShrinkComparison | None:
+    """Compare a variant with the shrink that keeps the same share of what was learned; see `ShrinkComparison`.
+
+    Three things are uncertain of a difference on general text, and add up as independent ones do: its own error over sequences; the error
+    of the variant's loss on the task's text, times the slope of the one loss against the other along the shrink; and the interpolation,
+    by how much it changes without the farthest of its nodes.
+    """
+    if variants[variant].method in (None, "shrink"):
+        return None
+    nodes, losses = _shrinks(variants), task.loss.sum(axis=1)
+    above = [losses[row] - losses[variant] for _, row in nodes]
+    at = next((k for k in range(len(nodes) - 1) if above[k] * above[k + 1] <= 0), None)
+    if at is None or len(nodes) < 3:
+        return None
+    between, near = (nodes[at][0], nodes[at + 1][0]), _nearest(nodes, at)
+    lam = _crossing(near, between, losses, losses[variant])
+    farthest = max((n for n in near if n[0] not in between), key=lambda n: abs(n[0] - lam))
+    others = [n for n in near if n != farthest]
+    shrink, slope = _weights(near, lam, len(losses))
+    fewer, _ = _weights(others, _crossing(others, between, losses, losses[variant]), len(losses))
+    own = np.eye(len(variants))[variant]
+    matched, by_lambda = task.loss_of(own - shrink).error, task.loss_of(slope).value
+
+    def estimate(of: Callable[[Floats], Estimate]) -> Estimate:
+        found, interpolated = of(own - shrink), of(shrink - fewer).value
+        return Estimate(
+            found.value, math.hypot(found.error, of(slope).value / by_lambda * matched, interpolated), found.sequences
+        )
+
+    return ShrinkComparison(lam, between, estimate(general.loss_of), estimate(general.kl_of))
+
+
+def next_shrink(
+    variants: Sequence[EvaluatedVariant], task: SequenceSums, keep: float, last: bool = False
+) -> float | None:
+    """Choose the λ of the shrink to measure next, so that one is measured that keeps a share of what was learned and little more.
+
+    λ is where the losses that were measured say that a little more than the share is kept, rounded up. Measuring it and asking again is a
+    secant rule: the nodes come ever nearer, and with them the interpolation.
+
+    Parameters
+    ----------
+    last
+        Whether this is the last one: it goes beyond the share by some times what the nearest shrink below falls short of it.
+
+    Returns
+    -------
+    float or None
+        None if such a shrink was measured already, or no shrink at all.
+    """
+    nodes = [node for node in _shrinks(variants) if 0 <= node[0] <= 1]
+    if len(nodes) < 2:
+        return None
+    if nodes[0][0] > 0:  # what a shrink to nothing keeps is a guess: an adapter may bring more than deltas
+        nodes.insert(0, (0.0, BASE_ROW))
+    shares = [task.share(row).value for _, row in nodes]
+    first = next(k for k, share in enumerate(shares) if share >= keep)  # at λ = 1 all is kept
+    if first == 0 or shares[first] <= keep + EXCESS:
+        return None
+    beyond = max(EXCESS / 2, LAST * (keep - shares[first - 1])) if last else EXCESS / 2
+    aim = keep + min(beyond, (shares[first] - keep) / 2)
+    losses, between = task.loss.sum(axis=1), (nodes[first - 1][0], nodes[first][0])
+    target = losses[BASE_ROW] + aim * (losses[ADAPTER_ROW] - losses[BASE_ROW])
+    lam = _crossing(_nearest(nodes, first - 1), between, losses, target)
+    lam = math.ceil(lam * 10**DECIMALS - 1e-6) / 10**DECIMALS
+    return lam if lam < between[1] else None
+
+
+def _shrinks(variants: Sequence[EvaluatedVariant]) -> list[Node]:
+    """List the shrinks by λ, the adapter as it is among them."""
+    nodes = [(1.0, ADAPTER_ROW)]
+    nodes += [(v.mitigation_lambda, i) for i, v in enumerate(variants)
+              if v.method == "shrink" and v.mitigation_lambda is not None]  # fmt: skip
+    return sorted(nodes)
+
+
+def _nearest(nodes: Sequence[Node], at: int) -> Sequence[Node]:
+    """Choose the nodes that are nearest to the interval between number `at` and the next."""
+    first = max(0, min(at - (NODES - 2) // 2, len(nodes) - NODES))
+    return nodes[first : first + NODES]
+
+
+def _crossing(nodes: Sequence[Node], between: tuple[float, float], losses: Floats, target: float) -> float:
+    """Find the λ between two neighbouring nodes at which the interpolated loss is the target."""
+    from scipy.optimize import brentq
+
+    known = {lam: float(losses[row]) for lam, row in nodes}
+
+    def above(lam: float) -> float:
+        return (known[lam] if lam in known else float(_weights(nodes, lam, len(losses))[0] @ losses)) - target
+
+    return float(brentq(above, *between))
+
+
+def _weights(nodes: Sequence[Node], lam: float, count: int) -> tuple[Floats, Floats]:
+    """Return a shrink as weights of the variants (count,), which interpolate any sum of theirs, and the derivative of these by λ."""
+    from scipy.interpolate import KroghInterpolator
+
+    polynomial = KroghInterpolator([node for node, _ in nodes], np.eye(count)[[row for _, row in nodes]])
+    weights, slope = polynomial(lam), polynomial.derivative(lam)
+    return weights, slope

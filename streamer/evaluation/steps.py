@@ -1,0 +1,94 @@
+"""Decide what an evaluation measures: a generator that asks for variants, is given their sums, and returns the evaluation.
+
+It holds no model and reads no file; given the same answers it asks the same questions, so a journal of answers resumes it. It asks for:
+
+1. the variants that were asked for and are not measured yet, all together
+2. some times: a shrink of the whole adapter, by the λ at which the losses so far say that it keeps the share asked for (`next_shrink`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.shrinks import next_shrink
+from streamer.evaluation.statistics import SequenceSums
+from streamer.evaluation.variants import EvaluatedVariant
+from streamer.output.mitigation import MitigationOptions
+from streamer.streaming.variants import BASE, Variant
+
+MOST_PLACED, EXPECTED_PLACED = 3, 2
+"""Shrinks that are measured at most to place one, and those that forecasts and progress count; one or two are the rule."""
+
+
+class Sums(NamedTuple):
+    """Answers a request: sums on both texts, of the base and of the variants that were asked for."""
+
+    general: SequenceSums
+    task: SequenceSums
+
+
+Steps = Generator[tuple[Variant, ...], Sums, Evaluation]
+
+
+def evaluation_steps(
+    wanted: Sequence[Variant], known: Evaluation | None, facts: Mapping[str, Any], keep: float
+) -> Steps:
+    """Evaluate variants; yields those to measure, the base first, and is sent their sums.
+
+    Parameters
+    ----------
+    wanted
+        The variants that were asked for: ``base``, ``adapter`` and others.
+    known
+        What was measured before.
+    facts
+        Of the evaluation that is returned.
+    keep
+        Share of what was learned that the shrink which is placed keeps.
+    """
+    new = missing(wanted, known)
+    evaluation = known
+    if new:
+        evaluation = joined(known, new, (yield (wanted[0], *new)), facts, keep)
+    assert evaluation is not None
+    for left in reversed(range(0 if was_placed(known, keep) else MOST_PLACED)):
+        lam = shrink_to_place(evaluation, keep, last=left == 0)
+        if lam is None:
+            break
+        shrink = Variant(f"shrink {lam:g}", MitigationOptions(lam, "shrink"))
+        evaluation = joined(evaluation, [shrink], (yield (wanted[0], shrink)), facts, keep)
+    return evaluation
+
+
+def was_placed(known: Evaluation | None, keep: float) -> bool:
+    """Test whether an earlier run has placed the shrink for this share; another run would measure it no better."""
+    return known is not None and known.keep == keep and any(v.method == "shrink" for v in known.variants)
+
+
+def missing(wanted: Sequence[Variant], known: Evaluation | None) -> list[Variant]:
+    """List the variants to measure, without the base, which every pass has."""
+    measured = set() if known is None else set(known.variants)
+    return [variant for variant in wanted[1:] if EvaluatedVariant.of(variant) not in measured]
+
+
+def shrink_to_place(evaluation: Evaluation, keep: float, last: bool = False) -> float | None:
+    """Give the λ of the shrink to measure next, see `next_shrink`; None if one is placed, or there is no share to keep."""
+    if evaluation.best(keep).reason in ("not learned", "not forgotten"):
+        return None
+    return next_shrink(evaluation.variants, evaluation.task, keep, last)
+
+
+def joined(
+    known: Evaluation | None, new: Sequence[Variant], sums: Sums, facts: Mapping[str, Any], keep: float
+) -> Evaluation:
+    """Add variants that were measured to an evaluation, in the order of its table; the base's own sums stay."""
+    added, rows = [EvaluatedVariant.of(variant) for variant in new], range(1, 1 + len(new))
+    if known is None:
+        variants, (general, task) = [EvaluatedVariant(BASE, None, None), *added], sums
+    else:
+        variants = [*known.variants, *added]
+        general, task = known.general.joined(sums.general.take(rows)), known.task.joined(sums.task.take(rows))
+    order = sorted(range(len(variants)), key=lambda v: variants[v].order)
+    return Evaluation(tuple(variants[v] for v in order), general.take(order), task.take(order), facts, keep)

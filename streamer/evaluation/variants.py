@@ -1,0 +1,43 @@
+"""Name the models that an evaluation has measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamer.streaming.variants import Variant
+
+BASE_ROW, ADAPTER_ROW = 0, 1
+"""Numbers of the first two variants."""
+
+ORDER = (None, "paper", "project", "shrink", "fitted")
+
+
+@dataclass(frozen=True)
+class EvaluatedVariant:
+    """A model that was evaluated.
+
+    Attributes
+    ----------
+    name
+        ``base``, ``adapter``, or method and λ: ``paper 0.5``; of coefficients the share that they keep: ``fitted 0.9``.
+    method, mitigation_lambda
+        Method and λ; None for ``base`` and ``adapter``, and λ for ``fitted``.
+    keep
+        Share of the learning that coefficients were fitted to keep; None where there are none.
+    """
+
+    name: str
+    method: str | None
+    mitigation_lambda: float | None
+    keep: float | None = None
+
+    @classmethod
+    def of(cls, variant: Variant) -> EvaluatedVariant:
+        """Make the entry of a variant that was run."""
+        return cls(variant.name, variant.method, variant.mitigation_lambda, variant.keep)
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Give the place in a table: the base and the adapter come first, then each method from its mildest variant on."""
+        method = ORDER.index(self.method) if self.method in ORDER else len(ORDER)
+        return method, -(self.mitigation_lambda or self.keep or 0.0)

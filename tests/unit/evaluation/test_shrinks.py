@@ -1,0 +1,87 @@
+"""The comparison of a variant with the equal shrink, on losses that are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from evaluations import CURVES, evaluation
+from scipy.stats import binom, norm
+
+from streamer.evaluation.shrinks import ShrinkComparison, against_shrink
+
+
+def test_the_shrink_that_keeps_as_much_is_found_between_those_that_were_tried() -> None:
+    """Its λ and losses are known: what a shrink by x keeps, and what it forgets, are polynomials."""
+    e = evaluation(noise=0.0)
+    for v, variant in enumerate(e.variants):
+        if variant.method not in ("paper", "project") or not 0.02 < e.task.share(v).value < 0.98:
+            continue
+        found = against_shrink(e.variants, e.general, e.task, v)
+        assert found is not None
+        forgets, keeps = CURVES[variant.method](variant.mitigation_lambda)
+        x = 1 - np.sqrt(1 - keeps)
+        assert found.mitigation_lambda == pytest.approx(x, abs=1e-9)
+        assert found.between[0] <= x <= found.between[1]
+        rise = e.general.loss_difference(1, 0).value
+        assert found.loss.value == pytest.approx((forgets - x**2) * rise, abs=1e-9)
+        assert found.verdict == ("better" if forgets < x**2 else "worse")
+
+
+FALSE_ALARMS = 2 * norm.sf(2)
+"""Probability that a difference of zero is larger than two of its errors."""
+
+
+def test_what_is_uncertain_about_the_share_kept_is_in_the_error() -> None:
+    """A method on the shrink's own curve is told apart from it about as seldom as two errors permit."""
+    told, values, errors, trials = 0, [], [], 600
+    for seed in range(trials):
+        e = evaluation(
+            {"project": lambda x: CURVES["shrink"](x * 0.85), "shrink": CURVES["shrink"]}, noise=0.05, seed=seed
+        )
+        found = against_shrink(e.variants, e.general, e.task, 4)
+        assert found is not None
+        told += found.verdict != "not told apart"
+        values.append(found.loss.value)
+        errors.append(found.loss.error)
+    assert told <= binom.isf(1e-6, trials, FALSE_ALARMS)  # more are seen once in a million runs
+    # Five standard deviations, of a standard deviation from so many values, and of a mean.
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values), rel=5 / np.sqrt(2 * trials))
+    assert abs(np.mean(values)) < 5 * np.std(values) / np.sqrt(trials)
+
+
+def test_no_comparison_where_there_is_none() -> None:
+    e = evaluation({"project": CURVES["project"]})
+    assert against_shrink(e.variants, e.general, e.task, 3) is None
+    e = evaluation({"project": lambda x: (x, 2.0), "shrink": CURVES["shrink"]})
+    assert against_shrink(e.variants, e.general, e.task, 3) is None
+    assert against_shrink(e.variants, e.general, e.task, 1) is None
+    assert against_shrink(e.variants, e.general, e.task, 8) is None
+
+
+@pytest.mark.parametrize("left_out", [0.9, 0.75, 0.5, 0.25])
+def test_a_shrink_that_is_left_out_is_found_again_within_the_error(left_out: float) -> None:
+    """On a curve that no cubic follows: from neighbours twice as far apart as any that are used."""
+
+    def kept(x: float) -> float:
+        return np.sin(x * np.pi / 2) ** 0.8
+
+    def found_again(noise: float, seed: int) -> ShrinkComparison:
+        e = evaluation({"shrink": lambda x: (x**2.5, kept(x))}, noise=noise, seed=seed)
+        variants = tuple(replace(v, method="project") if v.mitigation_lambda == left_out else v for v in e.variants)
+        row = next(i for i, v in enumerate(variants) if v.method == "project")
+        found = against_shrink(variants, e.general, e.task, row)
+        assert found is not None
+        return found
+
+    interpolated = found_again(0.0, 0).mitigation_lambda
+    assert abs(interpolated - left_out) < 0.06
+    # A share's standard deviation is noise / √64 / 0.5, 6 % more because lengths differ. It is in the share sought, in that of the whole
+    # adapter, and in the interpolated curve, which has up to 1.4 times as much: twice as much in all. Five of these are allowed.
+    noise, trials = 0.01, 20
+    allowed = abs(kept(interpolated) - kept(left_out)) + 5 * 2 * 1.06 * noise / 8 / 0.5
+    found = [found_again(noise, seed) for seed in range(trials)]
+    assert all(abs(kept(one.mitigation_lambda) - kept(left_out)) < allowed for one in found)
+    told = sum(one.verdict != "not told apart" for one in found)
+    assert told <= binom.isf(1e-6, trials, FALSE_ALARMS)

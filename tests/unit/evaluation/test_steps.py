@@ -1,0 +1,160 @@
+"""What an evaluation measures, step by step, on losses that are known for every λ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from evaluations import FACTS
+
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.shrinks import EXCESS, against_shrink
+from streamer.evaluation.statistics import SequenceSums
+from streamer.evaluation.steps import MOST_PLACED, Sums, evaluation_steps
+from streamer.streaming.variants import ADAPTER, BASE, Variant, make_variants
+
+Shares = Callable[[float], float]
+
+LAMBDAS = (0.9, 0.75, 0.5, 0.25, 0.0)
+
+
+@dataclass
+class World:
+    """Models whose losses are shares, by method and λ, of what each sequence loses or gains."""
+
+    kept: dict[str, Shares]
+    learns: float = 0.5
+    forgets: float = 0.3
+    asked: list[list[str]] = field(default_factory=list)
+
+    def measure(self, variants: Sequence[Variant]) -> Sums:
+        self.asked.append([v.name for v in variants])
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(50, 100, 64).astype(float)
+        hard, gain, loss = rng.normal(4, 0.5, 64), rng.normal(1, 0.2, 64), rng.normal(1, 0.2, 64)
+        kept = np.array([self.share(v) for v in variants])
+        # A plain shrink by λ loses λ² of what is forgotten, any other variant as it keeps.
+        left = np.array(
+            [
+                (v.mitigation_lambda or 0.0) ** 2 if v.method == "shrink" else k
+                for v, k in zip(variants, kept, strict=True)
+            ]
+        )
+        general = (hard + self.forgets * np.outer(left, loss)) * tokens
+        task = (hard - self.learns * np.outer(kept, gain)) * tokens
+        return Sums(
+            *(SequenceSums(tokens, sums, np.outer(left, tokens), np.zeros_like(sums)) for sums in (general, task))
+        )
+
+    def share(self, variant: Variant) -> float:
+        if variant.method is None:
+            return float(variant.name == ADAPTER)
+        assert variant.mitigation_lambda is not None
+        return self.kept[variant.method](variant.mitigation_lambda)
+
+    def evaluate(self, wanted: Sequence[Variant], known: Evaluation | None = None, keep: float = 0.9) -> Evaluation:
+        steps = evaluation_steps(wanted, known, FACTS, keep)
+        try:
+            request = next(steps)
+            while True:
+                request = steps.send(self.measure(request))
+        except StopIteration as end:
+            found: Evaluation = end.value
+            return found
+
+
+SMOOTH: dict[str, Shares] = {
+    "concave": lambda x: 1 - (1 - x) ** 2,
+    "more so": lambda x: 1 - (1 - x) ** 4,
+    "straight": lambda x: x,
+    "an S": lambda x: x**2 * (3 - 2 * x),
+    "the adapter overshoots": lambda x: 3.2 * x - 2.2 * x**2,
+    "late": lambda x: x**3,
+}
+
+
+@pytest.mark.parametrize("keep", [0.99, 0.95, 0.9, 0.8, 0.5, 0.1])
+@pytest.mark.parametrize("curve", SMOOTH)
+@pytest.mark.parametrize("lambdas", [LAMBDAS, (0.5,)])
+def test_a_shrink_is_placed_that_keeps_the_share(lambdas: tuple[float, ...], curve: str, keep: float) -> None:
+    world = World({"shrink": SMOOTH[curve]})
+    e = world.evaluate(make_variants(("shrink",), lambdas, "all"), keep=keep)
+    assert len(world.asked) <= 1 + MOST_PLACED
+    kept = [e.task.share(v).value for v in range(1, len(e.variants))]
+    placed = min(k for k in kept if k >= keep)
+    lam = min((v.mitigation_lambda or 1.0) for v, k in zip(e.variants[1:], kept, strict=True) if k == placed)
+    step = SMOOTH[curve](lam) - SMOOTH[curve](lam - 0.001)  # λ has three digits
+    assert placed <= keep + (max(EXCESS, EXCESS / 2 + step) if lambdas == LAMBDAS else 0.005) + 1e-9
+    assert [v.order for v in e.variants] == sorted(v.order for v in e.variants)
+
+
+def test_the_suggestion_is_never_worse_than_a_shrink_that_keeps_the_same() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        a, b = rng.uniform(0.3, 2, 2)
+        world = World({"shrink": lambda x, b=b: 1 - (1 - x) ** (1 + b), "project": lambda x, a=a: x**a})
+        keep = float(rng.uniform(0.5, 0.97))
+        e = world.evaluate(make_variants(("project", "shrink"), LAMBDAS, "all"), keep=keep)
+        found = e.best()
+        assert (found.reason, found.keep) == ("forgets least", keep)
+        assert found.variant is not None
+        row = e.variants.index(found.variant)
+        assert e.task.share(row).value >= keep
+        compared = against_shrink(e.variants, e.general, e.task, row)
+        assert compared is None or compared.verdict != "worse"
+        assert e.general.kl_share(row).value <= (1 - (1 - keep - EXCESS) ** (1 / (1 + b))) ** 2 + 1e-3
+
+
+def test_on_a_rough_curve_the_last_one_goes_beyond() -> None:
+    """The share hardly rises where secants between smooth ends expect it."""
+    world = World(
+        {"shrink": lambda x: float(np.interp(x, [0, 0.5, 0.56, 0.6, 0.75, 1], [0, 0.86, 0.894, 0.899, 0.967, 1]))}
+    )
+    e = world.evaluate(make_variants(("shrink",), LAMBDAS, "all"))
+    kept = [e.task.share(v).value for v in range(1, len(e.variants))]
+    assert len(world.asked) == 1 + MOST_PLACED
+    assert min(k for k in kept if k >= 0.9) < 0.96
+
+
+def test_given_the_same_answers_it_asks_the_same() -> None:
+    first, again = (World({"shrink": SMOOTH["concave"], "paper": SMOOTH["late"]}) for _ in range(2))
+    wanted = make_variants(("paper", "shrink"), LAMBDAS, "all")
+    assert first.evaluate(wanted).to_json() == again.evaluate(wanted).to_json()
+    assert first.asked == again.asked
+
+
+def test_only_what_is_missing_is_measured() -> None:
+    world = World({"shrink": SMOOTH["concave"], "paper": SMOOTH["late"]})
+    known = world.evaluate(make_variants(("paper", "shrink"), LAMBDAS, "all"))
+    world.asked.clear()
+    assert world.evaluate(make_variants(("paper",), (0.5,), "all"), known) == known
+    assert world.asked == []
+    e = world.evaluate(make_variants(("paper",), (0.5, 0.8), "all"), known)
+    assert world.asked == [[BASE, "paper 0.8"]]
+    assert [v.name for v in e.variants if v not in known.variants] == ["paper 0.8"]
+    for row, variant in enumerate(known.variants):
+        at = e.variants.index(variant)
+        assert (e.general.loss[at] == known.general.loss[row]).all()
+        assert (e.task.kl[at] == known.task.kl[row]).all()
+    world.asked.clear()
+    world.evaluate(make_variants(("paper",), (0.5,), "all"), known, keep=0.7)
+    assert [names[1][:6] for names in world.asked] == ["shrink"] * len(world.asked) != []
+
+
+@pytest.mark.parametrize(
+    ("world", "methods", "keep"),
+    [
+        (World({"shrink": SMOOTH["concave"]}, learns=-0.5), ("shrink",), 0.9),
+        (World({"shrink": SMOOTH["concave"]}, forgets=-0.1), ("shrink",), 0.9),
+        (World({"shrink": SMOOTH["concave"]}), ("shrink",), 1.0),
+        (World({"paper": SMOOTH["concave"]}), ("paper",), 0.9),
+    ],
+)
+def test_where_no_shrink_is_to_be_placed_nothing_more_is_measured(
+    world: World, methods: tuple[str, ...], keep: float
+) -> None:
+    world.asked.clear()
+    world.evaluate(make_variants(methods, LAMBDAS, "all"), keep=keep)  # type: ignore[arg-type]
+    assert len(world.asked) == 1
