@@ -107,6 +107,7 @@ def reduce_intruder_dimension(
     """
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, None)
+    _check_name(new_adapter_name)
     with monitoring(on_event, None, progress) as monitor:
         run = run_options(device, "mmap", NOTHING_STATED, None, monitor)
         live = plan_live(peft_model, old_adapter_name, ignore_keys)
@@ -128,6 +129,16 @@ def reduce_intruder_dimension(
         if logging_sink is not None:
             _log(live, found, new_adapter_name, logging_sink)
         return None if found is None else named_as_files(live, found)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that torch takes for no module: PEFT keeps an adapter's tensors in modules of its name."""
+    try:
+        nn.ModuleDict().add_module(name, None)
+    except (KeyError, TypeError):
+        raise UsageError(
+            f"new_adapter_name: expected a name without dots that is no attribute of a torch module, found {name!r}"
+        ) from None
 
 
 def _refuse_dense(live: LivePlan) -> None:

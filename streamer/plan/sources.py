@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -75,7 +76,8 @@ def adapter_source(path: Path, identity: Mapping[str, Any]) -> Source:
 
 def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None) -> Source:
     cached = cached_model(path)
-    source: dict[str, Any] = {"name": path.resolve().name}
+    # JSON holds no bytes that are not UTF-8.
+    source: dict[str, Any] = {"name": os.fsencode(path.resolve().name).decode(errors="backslashreplace")}
     if cached is not None:
         model_id = cached[0]
         source["name"] = model_id.rpartition("/")[2]

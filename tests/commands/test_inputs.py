@@ -290,3 +290,21 @@ def test_report_of_what_is_no_findings(job: tuple[Path, Path]) -> None:
     done = server().run("report", base)
     assert done.code == 3
     assert done.err.count("\n") == 1
+
+
+def test_a_name_that_is_not_utf_8(job: tuple[Path, Path], tmp_path: Path) -> None:
+    """Linux takes any bytes for a name, and JSON does not: records call the adapter by the bytes in hexadecimal."""
+    base, adapter = job
+    odd = tmp_path / os.fsdecode(b"ad\xffapter")
+    try:
+        shutil.copytree(adapter, odd)
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    for command in ("inspect", "detect", "mitigate", "merge"):
+        words = [] if command == "inspect" else ["-o", tmp_path / f"{command}.safetensors"]
+        done = server().run(command, base, odd, *words, "--json")
+        assert done.code == 0, done
+        if command in ("mitigate", "merge"):
+            assert json.loads(done.out)["adapter"]["name"] == "ad\\xffapter"
+    findings = tmp_path / "detect.safetensors"
+    assert server().run("merge", base, odd, "-o", tmp_path / "again", "--findings", findings).code == 0
