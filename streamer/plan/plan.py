@@ -23,6 +23,7 @@ from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.operators import Delta, all_finite
 from streamer.plan import tied_embeddings as tied
+from streamer.plan.announced import check_announced
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
 from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_carried
@@ -63,6 +64,8 @@ class Plan:
         The base's ``config.json``.
     architecture
         Facts of the merged model's class; None where they are not known.
+    announced
+        Notes on what the adapter's config announces and its file lacks.
     extra_stamps
         Stamps of the small files that are copied or read whole, by path.
     inputs
@@ -77,6 +80,7 @@ class Plan:
     mirrors: Mapping[str, Module]
     config: ModelConfig
     architecture: Architecture | None
+    announced: tuple[str, ...] = ()
     extra_stamps: Mapping[str, Stamp] = field(default_factory=dict)
     inputs: tuple[Path, ...] = ()
 
@@ -84,7 +88,7 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """Notes on the inputs, printed as warnings and stored in the record; free of paths, so that outputs are reproducible."""
         stated = provenance_notes(self.adapter.config.base_model, self.config, self.base.path.resolve().name)
-        return *stated, *self.adapter.notes
+        return *stated, *self.announced, *self.adapter.notes
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -275,6 +279,11 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     # Of an adapter on stacks of experts alone, only these tell how its names begin in the base.
     placed = matched | {p: names[p].tensor for p in parameters if names[p].rule.startswith("prefix")}
     edits = match_carried(checkpoint, opened, placed, renames, aliases, weights.quantized_names, vocabulary)
+    announced: tuple[str, ...] = ()
+    if not opened.describes_model:
+        announced = check_announced(
+            opened, dict.fromkeys([*checkpoint.weight_map, *aliases]), renames, config, architecture, edits
+        )
     if opened.describes_model:
         edits = replace(edits, dropped=dropped)
         found = {*(match.tensor for match in names.values()), *edits.sources, *dropped}
@@ -295,7 +304,7 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     ]
     targets.sort(key=_file_order(weights))
     weights = weights.extended({t.tensor: partial(expert_weight, t) for t in targets if t.pieces})
-    return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, architecture)
+    return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, architecture, announced)
 
 
 def _refuse_unmatched(names: Mapping[str, Match], adapter: DeltaSource, weights: WeightView) -> None:

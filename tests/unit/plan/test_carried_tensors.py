@@ -94,7 +94,7 @@ def test_lora_bias_is_scaled_and_added_once(tmp_path: Path) -> None:
 def test_tokens_replace_their_rows_and_no_others(tmp_path: Path) -> None:
     rows = torch.randn(3, 8)
     name = "model.embed_tokens.token_adapter.trainable_tokens_delta"
-    merged, *_ = merge(tmp_path, {name: rows}, trainable_token_indices={"lm_head": [0], "embed_tokens": [5, 0, 2]})
+    merged, *_ = merge(tmp_path, {name: rows}, trainable_token_indices={"lm_head": [], "embed_tokens": [5, 0, 2]})
     expected = load_file(tmp_path / "base" / "model-00001-of-00002.safetensors")[EMBED]
     expected[[5, 0, 2]] = rows.to(torch.bfloat16)
     assert torch.equal(merged[EMBED], expected)

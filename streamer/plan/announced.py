@@ -1,0 +1,140 @@
+"""Compare what an adapter's config announces with the tensors that its file has.
+
+An adapter that was saved in part loads in PEFT with values that nobody trained. Tensors of ``modules_to_save`` and
+``trainable_token_indices`` and the biases of ``lora_bias`` are the adapter's alone, so it is refused without them; biases of
+``bias="all"`` and modules of ``target_modules`` may have been left out on purpose, so the base's stay, with a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from streamer.adapters.adapter import DeltaSource
+from streamer.adapters.adapter_config import CONFIG_NAME
+from streamer.adapters.modules import LoraModule
+from streamer.errors import FormatError
+from streamer.plan.architectures import Architecture, architecture_for
+from streamer.plan.carried_tensors import TensorEdits
+from streamer.plan.task_heads import LABEL_TASKS, auto_class
+from streamer.plan.transformers_renames import Renames
+from streamer.units import listed
+from streamer.weights.model_config import ModelConfig
+
+
+def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renames, config: ModelConfig,
+                    architecture: Architecture | None, edits: TensorEdits) -> tuple[str, ...]:  # fmt: skip
+    """Return notes on announced tensors that are missing, and that the base has as well.
+
+    Parameters
+    ----------
+    names
+        All names of the base's tensors, those of tied ones too, in the order of messages.
+    edits
+        The edits that the adapter's other tensors make.
+
+    Raises
+    ------
+    FormatError
+        If the adapter's file lacks tensors that only the adapter can bring; all are named.
+    """
+    announced = _Announced(adapter, names, renames, config, architecture, edits)
+    missing = [*announced.saved_modules(), *announced.tokens(), *announced.lora_biases()]
+    if missing:
+        raise FormatError(
+            f"{adapter.file.path}: lacks what {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save the adapter again "
+            "with PEFT's save_pretrained"
+        )
+    return (*announced.biases(), *announced.targets())
+
+
+class _Announced:
+    """Compares what an adapter's config announces of a base with what its file brings."""
+
+    def __init__(self, adapter: DeltaSource, names: Collection[str], renames: Renames, config: ModelConfig,
+                 architecture: Architecture | None, edits: TensorEdits) -> None:  # fmt: skip
+        self._adapter, self._config = adapter, config
+        self._brought = edits.sources.keys()
+        self._saved = {c.name for c in adapter.carried if c.role == "saved"}
+        known = architecture.has_tensor if architecture is not None else lambda name: False
+        # A file may hold more than the model loads, such as a mask that earlier versions called ``attn.bias``.
+        self._tensors = {
+            tensor: now
+            for tensor, now in renames.at_run_time(names).items()
+            if known(now) or f"{tensor.removesuffix('bias')}weight" in names or tensor.endswith(".weight")
+        }
+
+    def biases(self) -> Iterator[str]:
+        """Note the biases that ``bias="all"`` announces."""
+        biases = [t for t in self._tensors if t.endswith(".bias") and self._adapter.config.get("bias") == "all"]
+        if missing := [t for t in biases if not self._brings(t)]:
+            yield (
+                f"the adapter's bias is 'all', and its file lacks {len(missing)} of the base's {len(biases)} biases, {missing[0]!r} first: "
+                "the base's stay"
+            )
+
+    def targets(self) -> Iterator[str]:
+        """Note the modules that ``target_modules`` names by their full paths."""
+        adapter, config = self._adapter, self._adapter.config
+        if config.get("exclude_modules") or config.get("layers_to_transform"):
+            return
+        weights = {name for pair in self._tensors.items() for name in pair}
+        known = {*adapter.modules, *(name for w in adapter.wrapped for name in w.layers)}
+        named = [m for m in config.strings("target_modules") if f"{m}.weight" in weights and not adapter.trains(m)]
+        if missing := [m for m in named if m not in known]:
+            one = len(missing) == 1
+            yield (
+                f"the adapter's target_modules names {listed(map(repr, missing))}, and its file has no factors of "
+                f"{'it: the weight stays' if one else 'them: the weights stay'} the base's"
+            )
+
+    def _brings(self, tensor: str) -> bool:
+        return tensor in self._brought or self._tensors[tensor] in self._saved
+
+    def saved_modules(self) -> Iterator[str]:
+        """Name the entries of modules_to_save that the model has modules of, and the file no tensor, or not every one.
+
+        PEFT adds the names of common heads for a task, and the model has one of them: an entry alone announces nothing.
+        """
+        for entry in self._adapter.config.strings("modules_to_save"):
+            missing = [t for t, now in self._tensors.items() if _is_below(now, entry) and not self._brings(t)]
+            head = [name for name in self._task_head() if _is_below(name, entry)]
+            if not missing and not any(_is_below(name, entry) for name in (*self._saved, *self._tensors.values())):
+                missing = head
+            if missing:
+                yield f"modules_to_save names {entry!r}, and {_missing(missing)}"
+
+    def _task_head(self) -> list[str]:
+        """List the tensors outside of layers that the class of the adapter's task has."""
+        task = self._adapter.config.get("task_type")
+        cls = auto_class(self._config.model_type, task) if task in LABEL_TASKS else None
+        architecture = None if cls is None else architecture_for(self._config, cls)
+        return [] if architecture is None else sorted(name for name in architecture.tensors if "*" not in name)
+
+    def tokens(self) -> Iterator[str]:
+        stated = self._adapter.config.get("trainable_token_indices")
+        found = {c.module: list(c.indices) for c in self._adapter.carried if c.role == "tokens"}
+        if isinstance(stated, list) and stated and not found:
+            yield f"the rows of its {len(stated)} trainable_token_indices are missing"
+        for key, rows in stated.items() if isinstance(stated, dict) else ():
+            # Of tied modules with the same rows PEFT saves one.
+            if rows and not any(f".{module}".endswith(f".{key}") or found[module] == rows for module in found):
+                yield f"trainable_token_indices names {key!r}, and its rows are missing"
+
+    def lora_biases(self) -> Iterator[str]:
+        if not self._adapter.config.get("lora_bias"):
+            return
+        found = {c.module for c in self._adapter.carried if c.role == "lora_bias"}
+        modules = self._adapter.modules.items()
+        of_lora = [name for name, m in modules if isinstance(m, LoraModule) and m.form != "embedding"]
+        if missing := [f"{name}.lora_B.bias" for name in of_lora if name not in found]:
+            yield f"lora_bias is true, and {_missing(missing)}"
+
+
+def _missing(names: Sequence[str]) -> str:
+    return f"{listed(map(repr, names), 1)} {'is' if len(names) == 1 else 'are'} missing"
+
+
+def _is_below(tensor: str, entry: str) -> bool:
+    """Say whether a tensor is in a module that an entry of modules_to_save names: by the end of its path, as PEFT takes it."""
+    steps = tensor.split(".")[:-1]
+    return any(".".join(steps[:i]).endswith(entry) for i in range(1, len(steps) + 1))

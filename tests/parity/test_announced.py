@@ -1,0 +1,122 @@
+"""What an adapter's config announces and its file lacks: adapters that PEFT saved, with tensors taken out of their files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import kinds_cases
+import peft
+import pytest
+import torch
+from commands import edit_adapter, refuse_everywhere
+from kinds import KINDS, Kind, llama, lora, tied
+from kinds_cases import Made
+
+from streamer.plan.plan import make_plan
+
+LAYER = "base_model.model.model.layers"
+
+
+def make(kind: str | Kind, home: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    if isinstance(kind, Kind):
+        monkeypatch.setitem(KINDS, "made here", kind)
+    return kinds_cases.make(kind if isinstance(kind, str) else "made here", torch.float32, home)
+
+
+def without(adapter: Path, gone: Callable[[str], bool]) -> None:
+    """Take tensors out of an adapter's file: at least one."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        names = [name for name in tensors if gone(name)]
+        assert names
+        for name in names:
+            del tensors[name]
+
+    edit_adapter(adapter, change)
+
+
+def announce(adapter: Path, **config: Any) -> None:
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**values, **config}))
+
+
+REFUSED: dict[str, tuple[str | Kind, Callable[[str], bool], Sequence[str]]] = {
+    "a saved head": ("modules_to_save", lambda n: "lm_head" in n,
+                     ["modules_to_save names 'lm_head', and 'lm_head.weight' is missing"]),
+    "part of a saved layer": ("modules_to_save", lambda n: n == f"{LAYER}.1.mlp.up_proj.weight",
+                              ["modules_to_save names 'layers.1.mlp', and 'model.layers.1.mlp.up_proj.weight' is missing"]),
+    "all that was saved": ("modules_to_save", lambda n: "lora" not in n,
+                           ["'lm_head.weight' is missing; ", "and 2 more are missing"]),
+    "a new head": ("modules_to_save, new", lambda n: "score" in n, ["modules_to_save names 'score', and 'score.weight' is missing"]),
+    "a new head's bias": ("headless, new head", lambda n: "classifier" in n,
+                          ["modules_to_save names 'classifier', and 'classifier.bias' and 1 more are missing"]),
+    "beside a head that is tied": (Kind(tied, lora("q_proj", modules_to_save=["embed_tokens", "lm_head"])), lambda n: "lm_head" in n,
+                                   ["modules_to_save names 'lm_head', and 'lm_head.weight' is missing"]),
+    "of another method": (Kind(llama(), lambda: peft.LoHaConfig(target_modules=["q_proj"], modules_to_save=["norm"])),
+                          lambda n: ".norm." in n, ["modules_to_save names 'norm', and 'model.norm.weight' is missing"]),
+    "tokens": ("trainable tokens", lambda n: "token" in n, ["the rows of its 3 trainable_token_indices are missing"]),
+    "tokens by name": ("trainable tokens by name", lambda n: "trainable_tokens" in n,
+                       ["trainable_token_indices names 'embed_tokens', and its rows are missing"]),
+    "tokens of one of two": (Kind(llama(), lora("q_proj", trainable_token_indices={"embed_tokens": [1, 2], "lm_head": [1, 3]})),
+                             lambda n: "lm_head" in n, ["trainable_token_indices names 'lm_head', and its rows are missing"]),
+    "a bias of LoRA": ("lora_bias", lambda n: n == f"{LAYER}.0.self_attn.q_proj.lora_B.bias",
+                       ["lora_bias is true, and 'model.layers.0.self_attn.q_proj.lora_B.bias' is missing"]),
+    "all biases of LoRA": ("conv2d, lora_bias", lambda n: n.endswith("lora_B.bias"),
+                           ["lora_bias is true, and 'pointwise.lora_B.bias' and 1 more are missing"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_only_the_adapter_has_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, gone, words = REFUSED[case]
+    made = make(kind, tmp_path, monkeypatch)
+    assert make_plan(made.base, made.adapter).announced == ()
+    without(made.adapter, gone)
+    refuse_everywhere(made.base, made.adapter, tmp_path, 3, "lacks what adapter_config.json announces: ", *words)
+
+
+# Saved by PEFT with fewer tensors, or more entries, than a naive reading of the config expects.
+WHOLE = {
+    "tied tokens, saved once": Kind(tied, lora("q_proj", trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [3, 5]})),
+    "saved as one": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True)),
+    "an entry of no module": Kind(llama(), lora("q_proj", modules_to_save=["lm_head", "score", "no_such_module"])),
+    "full paths": Kind(llama(), lora("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "lm_head")),
+    "full paths, some excluded": Kind(llama(), lora("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj",
+                                                    exclude_modules=["up_proj"])),
+    "embeddings and a bias": Kind(llama(), lora("embed_tokens", "q_proj", bias="all")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_what_peft_saves_is_whole(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(WHOLE[case], tmp_path, monkeypatch)
+    assert make_plan(made.base, made.adapter).announced == ()
+
+
+def test_missing_biases_of_the_base_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make("bias=all", tmp_path, monkeypatch)
+    without(made.adapter, lambda n: n == f"{LAYER}.1.mlp.up_proj.base_layer.bias")
+    (note,) = make_plan(made.base, made.adapter).announced
+    assert "lacks 1 of the base's 14 biases, 'model.layers.1.mlp.up_proj.bias' first: the base's stay" in note
+    without(made.adapter, lambda n: n.endswith(".bias"))
+    plan = make_plan(made.base, made.adapter)
+    assert "lacks 14 of the base's 14 biases, 'model.layers.0.mlp.down_proj.bias' first" in plan.announced[0]
+    assert plan.announced[0] in plan.warnings
+
+
+def test_a_missing_module_that_a_full_path_names_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "lm_head"]
+    made = make(Kind(llama(), lora(*paths)), tmp_path, monkeypatch)
+    without(made.adapter, lambda n: "lora" in n and "up_proj" in n)
+    assert make_plan(made.base, made.adapter).announced == (
+        "the adapter's target_modules names 'model.layers.1.mlp.up_proj', and its file has no factors of it: the weight stays the base's",
+    )
+    without(made.adapter, lambda n: "lm_head" in n)
+    (note,) = make_plan(made.base, made.adapter).announced
+    assert "'lm_head'" in note
+    assert "'model.layers.1.mlp.up_proj'" in note
+    announce(made.adapter, exclude_modules=["lm_head", "up_proj"])
+    assert make_plan(made.base, made.adapter).announced == ()
