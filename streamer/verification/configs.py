@@ -35,7 +35,7 @@ KEPT = (
 )
 """Keys of an adapter's config that stay when it is written as LoRA of another rank; all others describe the old factors."""
 
-READ_ONLY = ("lora_B_layout",)
+READ_ONLY = ("lora_B_layout", "unsloth_fused_expert_lora")
 """Keys that say how an input is stored, which an output is not."""
 
 

@@ -12,7 +12,7 @@ from live import adapter_state, assert_equal, assert_same_findings, load_state, 
 
 import streamer
 import streamer.peft as live
-from streamer.errors import UnsupportedError
+from streamer.errors import UnsupportedError, UsageError
 
 # One of each way in which a live model is read or written; all the others are slow.
 CHOSEN = {
@@ -106,3 +106,11 @@ def check_outputs(made: kinds_cases.Made) -> None:
         expected = kinds_cases.values(model(*x))
         merged = live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0).eval()
         assert relative(kinds_cases.values(merged(*x)), expected) < 5e-6
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "forward", 3])
+def test_names_that_peft_cannot_use(name: object, tmp_path: Path) -> None:
+    model = loaded(kinds_cases.make("linear", torch.float32, tmp_path))
+    with pytest.raises(UsageError, match=rf"^new_adapter_name: expected a name .*, found {name!r}$"):
+        live.reduce_intruder_dimension(model, new_adapter_name=name)  # type: ignore[arg-type]
+    assert list(model.peft_config) == ["default"]
