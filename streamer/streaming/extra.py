@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from streamer.errors import StreamerError, UnsupportedError
 from streamer.packages import require_package
+
+ERROR_LENGTH = 120
+"""Characters of another library's message that ours quotes."""
 
 
 def require_transformers() -> Any:
@@ -18,6 +26,40 @@ def require_transformers() -> Any:
 def first_line(error: Exception) -> str:
     """Return the first line of what an exception of transformers says; its class where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
+    """Turn an error that a model's own code raises inside the context into one line that names the module.
+
+    Parameters
+    ----------
+    path
+        The base, for the message.
+
+    Raises
+    ------
+    UnsupportedError
+        If the error comes from outside of this package, and says neither that memory is short nor that a file cannot be read.
+    MemoryError
+        If torch has no memory, which it says by a `RuntimeError`.
+    """
+    try:
+        yield
+    except (StreamerError, OSError, MemoryError):
+        raise
+    except Exception as e:
+        frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
+        if frames[-1].f_globals.get("__name__", "").startswith("streamer."):  # a fault of ours keeps its traceback
+            raise
+        if "DefaultCPUAllocator" in str(e):
+            raise MemoryError(first_line(e)) from e
+        names = {id(module): name for name, module in model.named_modules()}
+        where = next((names[at] for frame in reversed(frames) if (at := id(frame.f_locals.get("self"))) in names), "")
+        raise UnsupportedError(
+            f"{path}: {f'module {where!r} of ' if where else ''}{type(model).__name__} raises {type(e).__name__}: "
+            f"{first_line(e)[:ERROR_LENGTH]}; give a smaller --length if it is the text's, else measure merged models"
+        ) from e
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from streamer.output.mitigation import MitigationOptions
 from streamer.plan.plan import Plan
 from streamer.streaming.coefficient_deltas import CoefficientDeltas
 from streamer.streaming.differentiable import DifferentiableReader, Setting
+from streamer.streaming.extra import refused_errors
 from streamer.streaming.installed import is_rounded
 from streamer.streaming.layers import SpooledLayer, layer_modules
 from streamer.streaming.lazy import LazyTensor
@@ -212,7 +213,8 @@ class GradientModel(LoadedModel):
             pairs = [(t, c.grad) for t, c in zip(out, cut, strict=True) if _has_gradient(t) and c.grad is not None]
             outer.__dict__.pop("forward", None)
             if pairs:
-                torch.autograd.backward([t for t, _ in pairs], [grad for _, grad in pairs])
+                with refused_errors(self.job.plan.base.path, self._model):
+                    torch.autograd.backward([t for t, _ in pairs], [grad for _, grad in pairs])
         return float((total * counted).sum())
 
     def _log_sum(self, ids: Tensor) -> Tensor:

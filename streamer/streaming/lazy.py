@@ -184,6 +184,12 @@ def _embedding(ids: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor | 
         or (len(args) > 1 and args[1] is not None)
     ):
         return None
+    count = weight.reader.shape[0]
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:  # files have other bytes there
+        raise UnsupportedError(
+            f"{weight.reader.name!r}: expected rows 0 to {count - 1}, found {int(ids.min())} to {int(ids.max())} looked up; give a "
+            "smaller --length if they are positions"
+        )
     return weight.reader.gather(ids)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from streamer.errors import NumericError, UnsupportedError
 from streamer.plan.targets import Target
-from streamer.streaming.extra import quiet_transformers, require_transformers
+from streamer.streaming.extra import quiet_transformers, refused_errors, require_transformers
 from streamer.streaming.installed import RUN_ALL_EXPERTS, Batch, InstalledModule
 from streamer.streaming.run_time import RunTimeTensor, match_run_time
 from streamer.streaming.skeleton import build_skeleton
@@ -133,8 +133,7 @@ class LoadedModel:
                 inner += [tensor for tensor in own.values() if len(tensor.shape) > 1]
         self.vocabulary = self._head.out_features
         config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]  # likewise
-        stated = getattr(config, "max_position_embeddings", None)
-        self.positions = stated if isinstance(stated, int) else None
+        self.positions = self._position_count(getattr(config, "max_position_embeddings", None))
         self.size = self._size(config, inner, tensors.values())
 
     def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
@@ -169,6 +168,13 @@ class LoadedModel:
                 lambda t: sum(4 * _factor_values(target) for target, _ in self.values.targets(t))
             ),
         )
+
+    def _position_count(self, stated: object) -> int | None:
+        """Count the tokens that a sequence may have; a table with a row for padding, as RoBERTa's, begins behind this row."""
+        if not isinstance(stated, int) or stated < 1:  # XLNet states -1: any number
+            return None
+        tables = (m for path, m in self._model.named_modules() if isinstance(m, nn.Embedding) and "position" in path)
+        return stated - max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
 
     def _in_one_layer(self, size: Callable[[RunTimeTensor], int]) -> int:
         """Add up the sizes of matrices by the layer that they are in, and return the largest sum."""
@@ -212,7 +218,7 @@ class LoadedModel:
     def _run(self, ids: Tensor, block: tuple[int, int]) -> Tensor:
         """Compute the logits of a block of the vocabulary: (rows, length, block)."""
         self.batch.vocabulary = i, j = block
-        with quiet_transformers():
+        with quiet_transformers(), refused_errors(self.job.plan.base.path, self._model):
             out: Tensor = self._model(input_ids=ids, use_cache=False).logits
         if out.shape != (*ids.shape, j - i):
             raise UnsupportedError(

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from streamer.errors import FormatError, MissingInputError, UnsupportedError
 from streamer.plan.plan import Plan
-from streamer.streaming.extra import first_line, quiet_transformers, require_transformers
+from streamer.streaming.extra import ERROR_LENGTH, first_line, quiet_transformers, require_transformers
 from streamer.weights.model_config import MODEL_CONFIG
 
 
@@ -56,8 +56,13 @@ def build_skeleton(plan: Plan) -> nn.Module:
             )
         config._experts_implementation = "eager"  # a loop over experts, of which one is in memory at a time
         config.use_cache = False
-        with _parameters_on_meta(), no_init_weights():
-            model: nn.Module = cls(config)
+        try:
+            with _parameters_on_meta(), no_init_weights():
+                model: nn.Module = cls(config)
+        except Exception as e:
+            raise UnsupportedError(
+                f"{directory / MODEL_CONFIG}: transformers cannot build {name} from it: {first_line(e)[:ERROR_LENGTH]}"
+            ) from e
     return model.eval()
 
 

@@ -117,8 +117,8 @@ class Weight(ABC):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(m, n) of the matrix of rows: the first dimension, and all others as one."""
-        return self.shape[0], math.prod(self.shape[1:])
+        """(m, n) of the matrix of rows: the first dimension, and all others as one; 1 if the array has none."""
+        return math.prod(self.shape[:1]), math.prod(self.shape[1:])
 
     @property
     def where(self) -> str:

@@ -35,7 +35,7 @@ from streamer.streaming.variants import make_variants
 ARCHITECTURES = [
     "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3-text", "gemma3-vision", "phi3", "gpt2", "gpt-neox", "falcon", "bloom", "opt",
     "mpt", "cohere", "olmo2", "mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3", "llama4-text", "qwen3-next", "jamba", "qwen2.5-vl",
-    "gemma3n", "gemma4",
+    "gemma3n", "gemma4", "apertus",
 ]  # fmt: skip
 
 

@@ -120,6 +120,7 @@ CAUSAL: dict[str, tuple[str, Callable[[], Any], list[str] | str]] = {
     "gemma3-vision": (*MODELS["gemma3"][:2], LANGUAGE),
     "llava": (*MODELS["llava"][:2], LANGUAGE),
     "qwen2.5-vl": (*MODELS["qwen2.5-vl"][:2], LANGUAGE),
+    "apertus": ("ApertusForCausalLM", text("Apertus"), ["q_proj", "o_proj", "up_proj", "down_proj"]),
     "mamba": ("MambaForCausalLM", lambda: config("Mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4, expand=2),
               ["in_proj", "x_proj", "embeddings"]),
     "mamba2": ("Mamba2ForCausalLM", lambda: config("Mamba2", hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=8, expand=2,
