@@ -16,6 +16,7 @@ import zoo
 from causal_models import make_adapter
 from evaluated import log_probabilities, sums_of
 from fitted_models import OBJECTIVES, assert_close, coefficients_of, oracle
+from seeds import vary
 
 import streamer
 from streamer.detection.options import RunOptions
@@ -42,7 +43,7 @@ def make_choosing(name: str, path: Path) -> Any:
     values = {"index_topk": CHOSEN, "keep_window_size": CHOSEN, "index_n_heads": 1, "index_head_dim": 16}
     for key in values.keys() & vars(config).keys():
         setattr(config, key, values[key])
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, name)(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,7 +54,7 @@ def make_choosing(name: str, path: Path) -> Any:
 
 
 def make_text(path: Path, lengths: list[int], seed: int) -> Path:
-    rng = random.Random(seed)
+    rng = random.Random(vary(seed))
     lines = [{"text": " ".join(rng.choice(tokenized_texts.WORDS) for _ in range(length))} for length in lengths]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -124,7 +125,7 @@ def make_learned_text(cls: Any, base: Path, adapter: Path, path: Path) -> Path:
     streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, method="shrink", mitigation_lambda=1)
     model, tokenizer = cls.from_pretrained(merged).eval(), transformers.AutoTokenizer.from_pretrained(base)
     words = torch.tensor([i for word, i in tokenizer.get_vocab().items() if word in tokenized_texts.WORDS])
-    ids, generator = words[torch.randint(len(words), (20, 1))], torch.Generator().manual_seed(4)
+    ids, generator = words[torch.randint(len(words), (20, 1))], torch.Generator().manual_seed(vary(4))
     for _ in range(39):
         with torch.no_grad():
             p = model(input_ids=ids, use_cache=False).logits[:, -1, words].softmax(-1)

@@ -148,11 +148,10 @@ def test_intervals_become_narrow_where_decisions_are_wanted(shape: tuple[int, in
     U0 = torch.linalg.svd(W0.double(), full_matrices=False).U
     U = torch.stack([U0[:, 0], leaning(U0, 1, 0.9), leaning(U0, 2, 0.7), directions(shape[0], 1)[:, 0]], 1)
     process = OverlapProcess(Dense(W0), U.float(), torch.Generator().manual_seed(vary(0)))
-    bounds = process.bounds(0.5)
-    while bounds.high[3] >= 0.5:  # 10 to 15 steps of 16 vectors, by the draw
+    process.step()
+    while (bounds := process.bounds(0.5)).high[3] >= 0.5:  # for 10 to 15 steps of 16 vectors, by the draw
         process.step()
-        bounds = process.bounds(0.5)
-    assert not process.exhausted  # earlier than any decomposition of the whole
+        assert not process.exhausted  # which a decomposition of the whole would be
     torch.testing.assert_close(bounds.low[:3], torch.tensor([1.0, 0.9, 0.7], dtype=torch.float64), rtol=0, atol=0.02)
     assert float(bounds.low[3]) <= float((U0.T @ U[:, 3]).abs().max())
 
