@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from streamer.cli.arguments import BadUsage
 from streamer.cli.commands import COMMANDS
 from streamer.cli.errors_json import error_entry, errors_object
 from streamer.cli.inputs import locate_inputs
 from streamer.cli.json_events import JsonEvents
-from streamer.cli.parser import BadUsage, build_parser, named_as_option
+from streamer.cli.parser import build_parser, named_as_option
 from streamer.cli.progress import Progress, say
 from streamer.cli.signals import stop_on_signals
 from streamer.cli.summary import summary
@@ -28,10 +29,11 @@ def run(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     _open_missing_streams()
     wait_passively()
+    given = sys.argv[1:] if argv is None else argv
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_args(given)
     except BadUsage as e:
-        _refuse(e, sys.argv[1:] if argv is None else argv)
+        _refuse(e.message, given)
         raise
     progress = JsonEvents() if args.json_events else _progress(args)
     try:
@@ -143,18 +145,11 @@ def _tell_differences(e: VerificationError, args: argparse.Namespace, progress: 
             say(f"streamer: {message}")
 
 
-def _refuse(e: BadUsage, argv: Sequence[str]) -> None:
+def _refuse(message: str, argv: Sequence[str]) -> None:
     """Say what is wrong with the arguments, in the form that those which could be read ask for."""
-    error = error_entry("UsageError", UsageError.exit_code, e.message.partition(": error: ")[2])
-    if "--json" in argv and sys.stdout is not None:
-        _print(json.dumps(errors_object([error]), indent=1))
-    if "--json-events" in argv:
-        events = JsonEvents()
-        events.error(error)
-        events.close()
-    else:
-        for line in (*e.usage.splitlines(), e.message):
-            say(line)
+    progress = JsonEvents() if "--json-events" in argv else Progress("none")
+    _tell(error_entry("UsageError", UsageError.exit_code, one_line(message)), "--json" in argv, progress, True)
+    progress.close()
 
 
 def _open_missing_streams() -> None:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from streamer import __version__
+from streamer.cli.arguments import Parser, number, numbers, sample, size, top_k
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
 from streamer.cli.text_options import add_fit, add_texts, add_threads
 from streamer.cli.worker_options import add_workers
-from streamer.units import parse_size
 
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
@@ -20,35 +20,6 @@ OPTIONS = {
         "objective", "scale", "seed", "sequences", "solver", "steps", "to_lora", "top_k")},
 }  # fmt: skip
 """The options of the library's keywords, by which its messages call them."""
-
-
-class BadUsage(SystemExit):
-    """Arguments that the parser does not understand: exit code 2, and what argparse would have printed.
-
-    Attributes
-    ----------
-    usage
-        The usage of the command, one or more lines.
-    message
-        What is wrong, one line.
-    """
-
-    def __init__(self, usage: str, message: str) -> None:
-        super().__init__(2)
-        self.usage = usage
-        self.message = message
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that leaves it to `cli.main` how an error is shown, and takes no abbreviations, which a new option would break."""
-
-    def __init__(self, **options: Any) -> None:
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(**{"allow_abbrev": False, "formatter_class": raw, **options})
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `BadUsage`."""
-        raise BadUsage(self.format_usage(), f"{self.prog}: error: {message}")
 
 
 class _PrintCompletion(argparse.Action):
@@ -67,35 +38,6 @@ class _PrintCompletion(argparse.Action):
                 f"{option_string}: needs shtab, which is not installed: pip install 'intruder-streamer[completion]'"
             )
         parser.exit()
-
-
-def _top_k(text: str) -> int | float:
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a count like 10 or a share like 0.1, found {text!r}") from None
-
-
-def _sample(text: str) -> int | str:
-    if text == "all":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a count from 1 or 'all', found {text!r}")
-    return int(text)
-
-
-def _lambdas(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers like 0.75,0.5, found {text!r}") from None
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def _not_a_directory(text: str) -> NoReturn:
@@ -155,13 +97,13 @@ def build_parser() -> Parser:
 
     computing = Parser(add_help=False)
     g = computing.add_argument_group("detection")
-    g.add_argument("--top-k", type=_top_k, metavar="K",
+    g.add_argument("--top-k", type=top_k, metavar="K",
                    help="judge the K largest singular directions: a count, or a share like 0.1 (default: 10)")  # fmt: skip
-    g.add_argument("--epsilon", type=float, metavar="E",
+    g.add_argument("--epsilon", type=number, metavar="E",
                    help="a direction whose similarity to the base is below E is an intruder (default: 0.5)")  # fmt: skip
     g.add_argument("--solver", choices=["auto", "certified", "dense"],
                    help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)")  # fmt: skip
-    g.add_argument("--max-memory", type=_size, metavar="SIZE",
+    g.add_argument("--max-memory", type=size, metavar="SIZE",
                    help="the most memory to take, like 600M or 4G, mapped files and a GPU's driver not counted: large matrices take "
                         "longer, what only a full SVD could settle stays open, and what does not fit is refused "
                         "(default: as much as it takes)")  # fmt: skip
@@ -181,7 +123,7 @@ def build_parser() -> Parser:
 
     mitigating = Parser(add_help=False)
     g = mitigating.add_argument_group("mitigation")
-    g.add_argument("--lambda", dest="mitigation_lambda", type=float, metavar="L",
+    g.add_argument("--lambda", dest="mitigation_lambda", type=number, metavar="L",
                    help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75)")  # fmt: skip
     add_amplify(g)
     g.add_argument("--method", choices=["paper", "project", "shrink", "fitted"],
@@ -190,7 +132,7 @@ def build_parser() -> Parser:
                         "coefficient; if not given, fitted with --coefficients, else paper")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",
                    help="from `streamer fit`, for the method fitted, which they stand for; no detection, and no lambda")  # fmt: skip
-    g.add_argument("--keep", type=float, metavar="SHARE",
+    g.add_argument("--keep", type=number, metavar="SHARE",
                    help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
     g.add_argument("--scale", choices=["all", "first"], default="all",
                    help="which intruders: all among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
@@ -239,7 +181,7 @@ def build_parser() -> Parser:
     sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")
     sub.add_argument("--coefficients", metavar="FILE",
                      help="from `streamer fit`: show what they leave of the intruders, beside the whole adapter")  # fmt: skip
-    sub.add_argument("--keep", type=float, metavar="SHARE",
+    sub.add_argument("--keep", type=number, metavar="SHARE",
                      help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
     sub.add_argument(
         "-o",
@@ -264,10 +206,10 @@ def build_parser() -> Parser:
         help="what it was made from: its config, files and a sample of its matrices are compared",
     )
     sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")
-    sub.add_argument("--sample", type=_sample, default=3, metavar="N",
+    sub.add_argument("--sample", type=sample, default=3, metavar="N",
                      help="how many matrices to recompute, spread over their kinds (default: 3); all: every matrix, and every other "
                           "tensor byte by byte")  # fmt: skip
-    sub.add_argument("--max-memory", type=_size, metavar="SIZE",
+    sub.add_argument("--max-memory", type=size, metavar="SIZE",
                      help="do not recompute matrices that take more memory, like 4G (default: as much as it takes)")  # fmt: skip
     out = writing("FILE", "JSON file to write")
     sub = command(
@@ -282,7 +224,7 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--findings", metavar="FILE", help="from `streamer detect`; without it detection runs first, into memory"
     )
-    sub.add_argument("--lambda", dest="lambdas", type=_lambdas, default=[0.9, 0.75, 0.5, 0.25, 0.0], metavar="L,L",
+    sub.add_argument("--lambda", dest="lambdas", type=numbers, default=(0.9, 0.75, 0.5, 0.25, 0.0), metavar="L,L",
                      help="shares of an intruder that are kept, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     add_amplify(sub)
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=["paper", "project", "shrink"], metavar="M,M",
@@ -292,7 +234,7 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--scale", choices=["all", "first"], default="all", help="which intruders of each matrix (default: all)"
     )
-    sub.add_argument("--keep", dest="keep_learned", type=float, default=0.9, metavar="SHARE",
+    sub.add_argument("--keep", dest="keep_learned", type=number, default=0.9, metavar="SHARE",
                      help="least share of what ADAPTER learned that the suggested variant keeps (default: 0.9)")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
                      help="evaluate what `mitigate` writes, projected onto the adapter's rank, instead of what `merge` writes")  # fmt: skip
@@ -302,13 +244,13 @@ def build_parser() -> Parser:
     add_texts(sub)
     add_fit(sub)
     g = sub.add_argument_group("computing")
-    g.add_argument("--max-memory", type=_size, metavar="SIZE",
+    g.add_argument("--max-memory", type=size, metavar="SIZE",
                    help="the most memory to take, like 600M or 4G, mapped files not counted; it decides how many sequences go together "
                         "(default: as much as gradients of 1,024 tokens and measures of 4,096 take)")  # fmt: skip
     add_threads(g)
     sub.set_defaults(device="cpu")
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
-    sub.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.0, metavar="L",
+    sub.add_argument("--lambda", dest="mitigation_lambda", type=number, default=0.0, metavar="L",
                      help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0)")  # fmt: skip
     add_amplify(sub)
     sub.add_argument("-o", "--output", metavar="DIR", help="write everything to DIR, which must not exist, and keep it")

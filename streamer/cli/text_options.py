@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from streamer.cli.arguments import number, numbers
 from streamer.cli.cores import available_cores
 
 
@@ -34,22 +35,15 @@ def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
 
 def add_fit(sub: argparse.ArgumentParser) -> None:
     """Add the options of `fit` alone."""
-    sub.add_argument("--keep", dest="keeps", type=_shares, default=(0.9,), metavar="SHARE,SHARE",
+    sub.add_argument("--keep", dest="keeps", type=numbers, default=(0.9,), metavar="SHARE,SHARE",
                      help="share of what ADAPTER learned that is to stay; several give several sets (default: 0.9)")  # fmt: skip
     sub.add_argument("--objective", choices=["divergence", "loss"], default="divergence",
                      help="divergence: from the base on general text, and from the adapter on the task's; loss: of both texts "
                           "(default: divergence)")  # fmt: skip
     sub.add_argument("--grain", choices=["direction", "matrix", "all"], default="direction",
                      help="a coefficient for each direction, for each matrix, or one for all: a shrink (default: direction)")  # fmt: skip
-    sub.add_argument("--holdout", type=float, default=0.25, metavar="SHARE",
+    sub.add_argument("--holdout", type=number, default=0.25, metavar="SHARE",
                      help="share of each text's sequences that is held apart, to choose by and to measure on (default: 0.25)")  # fmt: skip
     sub.add_argument("--steps", type=int, metavar="N",
                      help="points at which gradients are taken (default: two for each share, 3 at least)")  # fmt: skip
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="decides which those are (default: 0)")
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected shares like 0.95,0.9, found {text!r}") from None

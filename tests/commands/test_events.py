@@ -41,7 +41,7 @@ def test_wrong_arguments_are_an_object_too(argv: list[str]) -> None:
     done = server().run(*argv)
     (error,) = json.loads(done.out)["errors"]
     assert (done.code, error["kind"], error["exit_code"], error["path"]) == (2, "UsageError", 2, None)
-    assert done.err.splitlines()[-1].endswith(f"error: {error['message']}")
+    assert done.err == f"streamer: {error['message']}\n"
 
 
 def test_a_fault_of_ours_is_an_object_and_a_traceback(inputs: tuple[Path, Path]) -> None:
