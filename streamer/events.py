@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from streamer.errors import Interrupted, StreamerWarning, one_line
+from streamer.units import plural
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class Monitor:
         """Hand warnings to the caller, each once."""
         for warning in dict.fromkeys(warnings):
             self.emit(Event("warning", warning))
+
+    def resuming(self, done: int, of: int, noun: str) -> None:
+        """Tell the caller how much of an interrupted run this one takes up."""
+        self.emit(Event("note", f"resuming: {done} of {of} {plural(noun)} are done"))
 
     def told(self, output: Path, state: OutputState) -> None:
         """Note what the run did about an output that is finished.

@@ -167,6 +167,11 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
         for writer, finding in ((w, f) for w, mine in zip(writers, parts, strict=True) for part in mine for f in part):
             if finding.tensor not in writer:
                 writer.add(finding)
+        if begun is not None:
+            begun_by = [
+                (w, t.tensor) for w, (plan, _) in zip(writers, todo, strict=True) if w.resumed for t in plan.targets
+            ]
+            monitor.resuming(sum(tensor in writer for writer, tensor in begun_by), len(begun_by), "matrix")
         if todo:
             pending = Batch(batch.base, tuple(plan for plan, _ in todo))
             now = torch.get_num_threads()

@@ -38,6 +38,11 @@ class RunProgress:
         self._total += sum(costs)
         self._of += len(costs)
 
+    def resume(self, passes: int) -> None:
+        """Say how many passes an interrupted run has recorded, if any."""
+        if passes:
+            self._monitor.resuming(passes, max(self._of, passes), "pass")
+
     def reading(self, cost: int, times: int) -> Callable[[RunTimeTensor], None]:
         """Make the hook of a pass that reads each parameter so many times."""
 

@@ -62,7 +62,11 @@ class InMemory:
     ----------
     one_length
         Whether the passes have sequences of one length each; None until the logits have been checked.
+    taken_up
+        Passes that an interrupted run has recorded.
     """
+
+    taken_up = 0
 
     def __init__(self) -> None:
         self.threads = torch.get_num_threads()
@@ -94,6 +98,7 @@ class Journalled(InMemory):
             self._sums[record["pass"], tuple(record["variants"])] = SequenceSums(
                 *(np.array(record[key], np.float64) for key in ("tokens", *MEASURES))
             )
+        self.taken_up = len(self._sums)
 
     def decide(self, one_length: bool) -> None:
         """Keep what the check of the logits has found, durably: a run that takes this one up divides the work alike."""

@@ -88,6 +88,7 @@ class _Run:
         steps = evaluation_steps(options.variants, self.known, facts, options.keep)
         with computing(self.records.threads, self.monitor):
             self._check()
+            self.progress.resume(self.records.taken_up)
             try:
                 request = next(steps)
                 while True:

@@ -69,7 +69,15 @@ def unpack(payload: bytes) -> tuple[str, dict[str, Floats]]:
 
 
 class InMemory:
-    """Records of this run alone, none of which is asked for twice."""
+    """Records of this run alone, none of which is asked for twice.
+
+    Attributes
+    ----------
+    taken_up
+        Chunks that an interrupted run has recorded.
+    """
+
+    taken_up = 0
 
     def __init__(self) -> None:
         self.threads = torch.get_num_threads()
@@ -88,6 +96,7 @@ class Journalled(InMemory):
     def __init__(self, own: RunJournal) -> None:
         self._journal, self.threads = own.journal, own.threads
         self._at = {unpack(record)[0]: i for i, record in enumerate(own.records(), 1)}
+        self.taken_up = sum(name[0].isdigit() for name in self._at)
 
     def find(self, name: str) -> Arrays | None:
         """Find what was recorded under a key."""

@@ -74,6 +74,7 @@ class _Run:
         with computing(self.records.threads, self.monitor):
             if (checked := self._checked()) is not self.prepared:
                 self._divide(checked)
+            self.progress.resume(self.records.taken_up)
             # First of all, so that what evaluate would refuse is refused, and doubted what is not worth the time.
             baseline = shrinks(self.parameters.count)
             self.held.measure(0, baseline)

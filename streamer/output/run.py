@@ -106,6 +106,9 @@ def run_jobs(writers: Sequence[Writer], options: RunOptions) -> list[Written]:
             monitor.emit(Event("note", line))
         for run in runs:
             run.look()
+        if resumed := [run for run in runs if run.out.resumed]:
+            done, of = sum(run.finished_items for run in resumed), sum(run.item_count for run in resumed)
+            monitor.resuming(done, of, "tensor")
         _detect([run for run in runs if run.lacks_findings], options, resident_of(writers))
         with threads():
             _in_step(runs)
@@ -149,6 +152,11 @@ class _Run:
     def item_count(self) -> int:
         """Count the tensors of the shards, and other files, in all."""
         return sum(self._items(name) for name, _ in self.spec.output.files)
+
+    @property
+    def finished_items(self) -> int:
+        """Count those that an interrupted run has finished."""
+        return sum(map(self._items, self._finished))
 
     def _items(self, name: str) -> int:
         shards = self.spec.shards

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from forks import KILL, TORN, Server
 from learned import make_learned
-from stops import stopping_at
+from stops import check_resuming, stopping_at
 
 import streamer
 from streamer.errors import InputChangedError, Interrupted, LockedError, OutputError, OutputExistsError
@@ -86,6 +86,7 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
         job.run(output, monitor=monitor)
         assert output.read_bytes() == job.whole
         assert monitor.outputs[output] == "resumed"
+        check_resuming(events, "evaluate", "passes")
         assert sorted(p.name for p in tmp_path.glob(f"*{number}.json*")) == [output.name]
     assert {e.items for e in events if e.stage == "evaluate"} < passes
 

@@ -17,7 +17,7 @@ from command_line import ENV
 from forks import KILL, TORN, Server
 from learned import make_learned
 from safetensors.numpy import load_file, save_file
-from stops import stopping_at
+from stops import check_resuming, stopping_at
 
 import streamer
 from streamer.errors import (
@@ -102,6 +102,7 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
         job.run(output, monitor=monitor)
         assert output.read_bytes() == job.whole
         assert monitor.outputs[output] == "resumed"
+        check_resuming(events, "fit", "passes")
         assert sorted(p.name for p in tmp_path.glob(f"*{number}.safe*")) == [output.name]
     assert {e.items for e in events if e.stage == "fit"} < {e.items for e in steps}, "little was left to do"
 

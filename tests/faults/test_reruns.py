@@ -40,6 +40,22 @@ def test_a_finished_output_is_left_alone(bench: Bench, command: str, tmp_path: P
     } == stats  # their times are those of the last run, as `make` wants it
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_that_takes_up_another_says_so(bench: Bench, command: str, tmp_path: Path) -> None:
+    """How much of it is done is where its progress begins."""
+    case = bench.case(command)
+    out, stage = tmp_path / "out", "detect" if command == "detect" else "write"
+    at = len(case.calls) // 2 if command == "detect" else len(case.calls) - 12
+    assert case.run(out, at=at, code=KILL).code == -signal.SIGKILL
+    events = [json.loads(line) for line in case.run(out, "--json-events").err.splitlines()]
+    notes = [e["message"] for e in events if e["event"] == "note" and e["message"].startswith("resuming")]
+    first = next(e for e in events if e.get("stage") == stage)
+    items = "matrices" if command == "detect" else "tensors"
+    assert first["items"] > 0
+    assert f"resuming: {first['items']} of {first['of']} {items} are done" in notes
+    assert case.run(tmp_path / "fresh").told == ""
+
+
 OTHER = {"detect": ("--top-k", "3"), "merge": ("--lambda", "0.25"), "mitigate": ("--method", "project")}
 
 

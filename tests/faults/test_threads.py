@@ -41,7 +41,8 @@ def test_an_interrupted_detection_goes_on_with_its_threads(events: list[Event], 
     assert path.read_bytes() == whole.read_bytes()
     assert torch.get_num_threads() == second
     assert [e.name for e in events if e.stage == "note"] == [
-        f"goes on with 2 threads, as it began; --no-resume starts over with {second}"
+        "resuming: 2 of 3 matrices are done",
+        f"goes on with 2 threads, as it began; --no-resume starts over with {second}",
     ]
 
 

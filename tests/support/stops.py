@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 
 from streamer.events import Event, Monitor
 
@@ -19,3 +20,10 @@ def stopping_at(number: int, stage: str = "") -> Monitor:
 
     monitor = Monitor(on_event)
     return monitor
+
+
+def check_resuming(events: Sequence[Event], stage: str, items: str) -> None:
+    """Check that a resumed run says how much it takes up, which is where its progress begins."""
+    first = next(e for e in events if e.stage == stage)
+    said = [e.name for e in events if e.stage == "note" and e.name.startswith("resuming")]
+    assert said == ([f"resuming: {first.items} of {first.of} {items} are done"] if first.items else [])
