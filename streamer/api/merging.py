@@ -139,8 +139,8 @@ def merge_with_reduced_intruder_dimensions(
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
-        Whether to replace what stands at `output`: an output or an interrupted run of other inputs or options. Files that are not
-        its own are never replaced.
+        Whether to replace an output or an interrupted run of other inputs or options, or to write into a directory of other files.
+        Files that are not the output's own are never replaced.
     on_event
         Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
         `warnings` module, as `StreamerWarning`.

@@ -117,8 +117,8 @@ def build_parser() -> Parser:
         g.add_argument("--dry-run", action="store_true", help="check all, forecast memory, disk and time, and write nothing")  # fmt: skip
         g.add_argument("--no-resume", action="store_true", help="start over instead of taking up an interrupted run")
         g.add_argument("--overwrite", action="store_true",
-                       help="write anew where another output stands, or this one: its own files are replaced or removed, by its record; "
-                            "other files stay, and one at a name that is written, or that a loader would read, is refused")  # fmt: skip
+                       help="replace an existing output, whose files its record lists, or write into a directory of other files: "
+                            "these stay, and one at a name that is written, or that a loader would read, is refused")  # fmt: skip
         return parent
 
     mitigating = Parser(add_help=False)

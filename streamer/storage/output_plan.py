@@ -14,7 +14,7 @@ from streamer.storage.checkpoint import read_json_object
 from streamer.storage.journal import Journal, may_resume
 from streamer.storage.old_output import OwnFile, is_record, own_files, own_names, stands
 from streamer.storage.output_checks import allocated_bytes, check_output_path, check_space, is_placeholder, is_taken
-from streamer.units import format_sizes
+from streamer.units import format_sizes, listed
 
 RECORD_NAME = "streamer.json"
 JOURNAL_NAME = ".streamer.journal"
@@ -194,6 +194,13 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OwnFile], overwrite: bool) -
                 f"{path / name}: was changed since it was written, and a loader would take it for a part of this output; "
                 "choose another output, or move it away",
                 path / name,
+            )
+    if not overwrite and not any((path / name).exists() for name in (RECORD_NAME, JOURNAL_NAME)):
+        others = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and not is_placeholder(p))
+        if others:
+            raise OutputExistsError(
+                f"{path}: holds other files ({listed(others)}); choose another directory, or pass --overwrite, which leaves them there",
+                path,
             )
 
 

@@ -208,9 +208,19 @@ def test_a_foreign_file_is_kept(job: tuple[Path, Path], tmp_path: Path, command:
     assert f"{out / name}: exists and is not ours; choose another output, or move it away" in done.err
     assert tree_digest(out).keys() == {name}
     (out / name).unlink()
-    (out / "notes.txt").write_text("mine")
-    assert server().run(command, base, adapter, "-o", out).code == 0
-    assert (out / "notes.txt").read_text() == "mine"
+    others = ["a.txt", "b.txt", "data", "notes.txt"]
+    for other in others:
+        (out / other).write_text("mine")
+    done = server().run(command, base, adapter, "-o", out)
+    assert (done.code, done.calls) == (4, [])
+    assert done.err == (
+        f"streamer: {out}: holds other files (a.txt, b.txt, data and 1 more); choose another directory, or pass --overwrite, which leaves "
+        "them there\n"
+    )
+    assert server().run(command, base, adapter, "-o", out, "--overwrite").code == 0
+    assert {(out / other).read_text() for other in others} == {"mine"}
+    again = server().run(command, base, adapter, "-o", out)
+    assert (again.code, "holds this very output already" in again.err) == (0, True)
 
 
 def test_findings_over_a_foreign_file(job: tuple[Path, Path], tmp_path: Path) -> None:

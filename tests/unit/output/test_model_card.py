@@ -213,7 +213,7 @@ def test_a_card_that_stood_before_the_first_run(job: tuple[Path, Path], tmp_path
     words = r"README\.md: exists and is not ours; choose another output, move it away, or pass --no-card$"
     with pytest.raises(streamer.StreamerError, match=words):
         streamer.merge_with_reduced_intruder_dimensions(base, adapter, out)
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, model_card=False)
+    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, model_card=False, overwrite=True)
     assert (out / "README.md").read_text() == "mine"
 
 

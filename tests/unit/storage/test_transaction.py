@@ -85,10 +85,10 @@ def test_the_record_is_the_same_whatever_the_way(case: Case) -> None:
 
 def test_an_existing_empty_directory_is_taken(case: Case) -> None:
     case.out.mkdir()
-    (case.out / "notes.txt").write_text("mine")
+    (case.out / ".gitattributes").write_text("mine")
     assert inspect_output(case.plan) == "new"
     carry_out(case)
-    assert (case.out / "notes.txt").read_text() == "mine"
+    assert (case.out / ".gitattributes").read_text() == "mine"
 
 
 # Failures while writing ---------------------------------------------------------------------------------------------
