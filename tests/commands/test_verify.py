@@ -175,7 +175,7 @@ def test_refusals(job: Job, tmp_path: Path) -> None:
             (
                 (job.home / "model", job.base, job.adapter, "--sample", count),
                 2,
-                f"argument --sample: expected a count from 1 or 'all', found '{count}'",
+                f"--sample: expected a count from 1 or 'all', found '{count}'",
             )
             for count in ("0", "-1", "1.5", "some")
         ),
