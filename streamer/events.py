@@ -84,7 +84,15 @@ class Monitor:
             self.emit(Event("warning", warning))
 
     def resuming(self, done: int, of: int, noun: str) -> None:
-        """Tell the caller how much of an interrupted run this one takes up."""
+        """Tell the caller how much of an interrupted run this one takes up.
+
+        Parameters
+        ----------
+        done, of
+            Items that are done, and items in all.
+        noun
+            One of them.
+        """
         self.emit(Event("note", f"resuming: {done} of {of} {plural(noun)} are done"))
 
     def told(self, output: Path, state: OutputState) -> None:
