@@ -26,25 +26,21 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
         Begins the first line: where the output is.
     """
     t, method, lam, fitted = record["totals"], record["method"], record["lambda"], record.get("coefficients")
-    shrinks = method == "shrink"
+    mitigated, norms = f"{t['changed']} of {t['matrices']} matrices mitigated", f"|delta| {t['delta_norm']:.4g}"
     if fitted is not None:
-        how = f"method fitted, to keep {100 * fitted['keep']:g}% of what was learned"
-        what = "each direction of the adapter's own by its coefficient"
+        how = f"method fitted, to keep {100 * fitted['keep']:g}% of what was learned: {mitigated}, each direction by its coefficient"
+    elif lam == 1:
+        how = "lambda 1: the adapter as it is, nothing mitigated"
+    elif method == "shrink":
+        how = f"method shrink, lambda {lam:g}: {mitigated}, each as a whole"
     else:
-        how = (
-            f"method {method}, lambda {lam:g}"
-            if shrinks
-            else f"method {method}, scale {record['scale']}, lambda {lam:g}"
-        )
-        what = "each as a whole" if shrinks else f"{counted(t['intruders'], 'intruder')} scaled"
-    if lam == 1:
-        what = "since lambda 1 takes the adapter as it is"
-    norms = f"|delta| {t['delta_norm']:.4g} -> {t['delta_norm_after']:.4g}"
-    lines = [
-        f"{title}: {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}",
-        f"{how}: {t['changed']} of {t['matrices']} matrices mitigated, {what}",
-        norms if shrinks else f"{norms}; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}",
-    ]
+        how = f"method {method}, scale {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
+    if lam != 1:
+        norms += f" -> {t['delta_norm_after']:.4g}"
+    if lam != 1 and method != "shrink":
+        norms += f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"
+    rank = f"; written at rank {record['to_lora']}" if record["to_lora"] else ""
+    lines = [f"{title}: {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}", how + rank, norms]
     if record["left_out"]:
         names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
         lines.append(f"not taken along: {names} (weights or training state that would be stale)")
@@ -57,5 +53,5 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
     if record["command"] == "mitigate":
         most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
         worst = max(record["matrices"], key=lambda m: m["dropped"], default={"dropped": 0.0})
-        lines.append(f"{most}, in {worst['tensor']}" if worst["dropped"] else most)
+        lines.append(f"{most}, in {worst['tensor']}" if worst["dropped"] >= 5e-5 else most)  # not 0.00%
     return [printable(line) for line in lines]

@@ -25,7 +25,7 @@ def truncation_warnings(matrices: Sequence[MitigatedMatrix], remedy: Callable[[]
         return []
     worst = max(lost, key=lambda m: m["dropped"])
     return [
-        f"lost in projection: more than {100 * MOST_LOST:g} % of the mitigated delta in {len(lost)} of "
+        f"lost in projection: more than {100 * MOST_LOST:g} % of the delta in {len(lost)} of "
         f"{len(matrices)} matrices, most in {worst['tensor']!r} ({100 * worst['dropped']:.2f} %); {remedy()}"
     ]
 

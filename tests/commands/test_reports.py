@@ -241,7 +241,7 @@ def test_bars_on_a_terminal_only(said: tuple[Path, Path, Path, dict[str, Outcome
     assert json.loads(out)["command"] == "merge"
     assert b"detect" in drawn
     assert b"write" in drawn
-    assert b"% |" in drawn
+    assert b"%|" in drawn
     assert re.search(rb"\r\x1b\[Kstreamer: merge: [^\r\n]* in [^\r\n]* s\r\n\Z", drawn)
 
 

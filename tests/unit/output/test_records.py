@@ -113,7 +113,7 @@ def test_a_result_is_shown_in_a_few_lines(job: tuple[Path, Path], tmp_path: Path
     assert repr(record).count("\n") == 3
     assert json.loads(json.dumps(record)) == record
     merged = streamer.merge_with_reduced_intruder_dimensions(*job, tmp_path / "merged", mitigation_lambda=1)
-    assert "lambda 1: 0 of 9 matrices mitigated, since lambda 1 takes the adapter as it is" in repr(merged)
+    assert "\n lambda 1: the adapter as it is, nothing mitigated\n |delta| " in repr(merged)
     assert "(merge, written): 8 files" in repr({"llama": merged})
 
 
@@ -132,7 +132,7 @@ def test_what_is_lost_in_projection_is_a_warning_with_a_remedy_that_works(
     lossy = [m for m in record["matrices"] if m["dropped"] > 0.01]
     worst = max(lossy, key=lambda m: m["dropped"])
     assert line.startswith(
-        f"lost in projection: more than 1 % of the mitigated delta in {len(lossy)} of {len(record['matrices'])} matrices, most in "
+        f"lost in projection: more than 1 % of the delta in {len(lossy)} of {len(record['matrices'])} matrices, most in "
         f"{worst['tensor']!r} ({100 * worst['dropped']:.2f} %); "
     )
     assert line.endswith(f"; `--method project`, `--to-lora {4 + q}` or `streamer merge` loses nothing")
