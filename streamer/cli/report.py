@@ -28,6 +28,7 @@ def run_report(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tu
     if coefficients or (args.base is not None and Path(args.base).is_dir()):
         return _with_coefficients(args, monitor, screen)
     subject = open_subject(args.findings, args.base)
+    monitor.warn(() if subject.findings is None else subject.findings.warnings)
     text = _text(subject, args.findings, screen)
     if args.output is None:
         if subject.evaluation is not None:

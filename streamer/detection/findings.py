@@ -26,6 +26,7 @@ from streamer.detection.findings_records import FindingsRecord, TotalsRecord
 from streamer.detection.findings_view import (
     findings_frame,
     findings_html,
+    findings_text,
     index_of,
     indices_of,
     is_pattern,
@@ -33,6 +34,7 @@ from streamer.detection.findings_view import (
 )
 from streamer.detection.matrix_finding import MatrixFinding, read_matrix
 from streamer.detection.options import DetectionOptions
+from streamer.detection.random_overlaps import ANOTHER_BASE, look_random
 from streamer.detection.stamps import STAMP
 from streamer.errors import FormatError, MismatchError, UnknownNameError
 from streamer.storage.atomic_file import Buffer
@@ -85,6 +87,20 @@ class Findings:
     def intruders(self) -> int:
         """Count the intruders in all matrices."""
         return sum(len(m.detection.intruders) for m in self.matrices)
+
+    @property
+    def totals(self) -> TotalsRecord:
+        """Sum up all matrices, as `record` has it."""
+        found, timed = [m.detection for m in self.matrices], [m.seconds for m in self.matrices if m.seconds is not None]
+        return {"matrices": len(found), "intruders": self.intruders, "certified": sum(d.certified for d in found),
+                "escalated": sum(d.escalated for d in found), "degenerate": sum(bool(d.degenerate) for d in found),
+                "looks_like_another_base": look_random(self.matrices, self.options.threshold_epsilon),
+                "seconds": sum(timed) if timed else None}  # fmt: skip
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warn where the base does not look like the one that the adapter was trained on."""
+        return (ANOTHER_BASE,) if self.totals["looks_like_another_base"] else ()
 
     def digest(self) -> str:
         """Hash (SHA-256, hex) the decisions and factors of all matrices: what they would do to a delta, to the last bit.
@@ -203,16 +219,13 @@ class Findings:
 
         Names are added, never changed. Seconds are None where a file was read.
         """
-        matrices = [m.record() for m in self.matrices]
-        timed = [m["seconds"] for m in matrices if m["seconds"] is not None]
-        totals: TotalsRecord = {
-            "matrices": len(matrices), "intruders": self.intruders, "certified": sum(m["certified"] for m in matrices),
-            "escalated": sum(m["escalated"] for m in matrices), "degenerate": sum(bool(m["degenerate"]) for m in matrices),
-            "seconds": sum(timed) if timed else None,
-        }  # fmt: skip
         base, adapter = ({**self.sources.get(what, {})} for what in ("base", "adapter"))
         return {"schema": SCHEMA, "base": cast(BaseIdentity, base | self.base), "adapter": cast(AdapterIdentity, adapter | self.adapter),
-                "options": self.options.as_dict(), "totals": totals, "matrices": matrices}  # fmt: skip
+                "options": self.options.as_dict(), "totals": self.totals, "matrices": [m.record() for m in self.matrices]}  # fmt: skip
+
+    def table(self) -> str:
+        """Format a line for each matrix, and the totals, as text."""
+        return findings_text(self.record())
 
     def __repr__(self) -> str:
         return "<Findings: " + "\n ".join(summary_lines(self.record())) + ">"

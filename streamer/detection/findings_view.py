@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from streamer.detection.findings_records import FindingsRecord, MatrixRecord
-from streamer.errors import MissingPackageError, UnknownNameError, UsageError
+from streamer.errors import MissingPackageError, UnknownNameError, UsageError, printable
 from streamer.units import counted, format_size, listed
 
 if TYPE_CHECKING:
@@ -90,30 +90,32 @@ def summary_lines(tree: FindingsRecord) -> list[str]:
     ]
 
 
+HEAD = ("matrix", "shape", "intruders", "ranks (1 = largest)", "least similarity", "σ₁", "‖Δ‖", "energy", "certified")
+
+
+def _cells(m: MatrixRecord) -> tuple[str, ...]:
+    """Format a matrix, a cell for each of `HEAD`."""
+    return (printable(m["tensor"]), "×".join(map(str, m["shape"])), str(len(m["intruders"])),
+            " ".join(str(j + 1) for j in m["intruders"]), f"{min(m['similarity']):.3f}", f"{m['singular_values'][0]:.4g}",
+            f"{m['delta_norm']:.4g}", f"{m['intruder_energy']:.1%}", "yes" if m["certified"] else "no")  # fmt: skip
+
+
+def findings_text(tree: FindingsRecord) -> str:
+    """Make a table of all matrices as text of any width, and say what was found."""
+    rows = [HEAD, *map(_cells, tree["matrices"])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, "", *summary_lines(tree)[:2]])
+
+
 def findings_html(tree: FindingsRecord) -> str:
     """Make a small table of the matrices with the most intruders, for notebooks."""
     most = sorted(tree["matrices"], key=lambda m: (-len(m["intruders"]), -m["intruder_energy"]))[:SHOWN]
-    head = (
-        "matrix",
-        "shape",
-        "intruders",
-        "ranks (1 = largest)",
-        "least similarity",
-        "σ₁",
-        "‖Δ‖",
-        "energy",
-        "certified",
-    )
-    rows = [
-        (m["tensor"], "×".join(map(str, m["shape"])), str(len(m["intruders"])), " ".join(str(j + 1) for j in m["intruders"]),
-         f"{min(m['similarity']):.3f}", f"{m['singular_values'][0]:.4g}", f"{m['delta_norm']:.4g}", f"{m['intruder_energy']:.1%}",
-         "yes" if m["certified"] else "no")
-        for m in most
-    ]  # fmt: skip
+    rows = [_cells(m) for m in most]
     left = len(tree["matrices"]) - len(most)
     more = f"<p>and {counted(left, 'matrix')} more, with no more intruders than these</p>" if left else ""
     caption = "<br>".join(map(html.escape, summary_lines(tree)[:2]))
-    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in HEAD)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     return f"<table><caption>{caption}</caption><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>{more}"
 

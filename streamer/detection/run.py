@@ -115,10 +115,12 @@ def detect_in_memory(batch: Batch, options: DetectionOptions, run: RunOptions) -
     found: list[dict[str, MatrixFinding]] = [{} for _ in batch.plans]
     for i, finding in detect_all(batch, options, run, resident_bytes(batch) + kept):
         found[i][finding.tensor] = finding
-    return [
+    made = [
         replace(findings_head(p, options), matrices=tuple(mine[t.tensor] for t in p.targets))
         for p, mine in zip(batch.plans, found, strict=True)
     ]
+    run.monitor.warn(warning for findings in made for warning in findings.warnings)
+    return made
 
 
 def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptions, run: RunOptions, resident: int,
@@ -198,6 +200,7 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
     for (plan, path), joined in zip(todo, parts, strict=True):
         if joined:  # kept until here: the file that they are joined in has been read back and fits its digest
             remove_parts(plan, path, options)
+    monitor.warn(warning for findings in made for warning in findings.warnings)
     return made
 
 

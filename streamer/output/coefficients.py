@@ -19,7 +19,7 @@ import torch
 from streamer.errors import MismatchError, UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta
-from streamer.units import listed
+from streamer.units import counted, listed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +52,7 @@ class MatrixCoefficients:
     values: Floats
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CoefficientSet:
     """Coefficients of all matrices for one share of the learning that is kept.
 
@@ -94,6 +94,12 @@ class CoefficientSet:
             if fault := fault_of(tensor, matrix.singular_values, matrix.values):
                 raise UsageError(f"{self.name}: {fault}; give those of a fit")
 
+    def __repr__(self) -> str:
+        values = np.concatenate([np.zeros(0), *(matrix.values for matrix in self.matrices.values())])
+        mean = f" of mean {values.mean():.3f}" if len(values) else ""
+        count, matrices = counted(len(values), "coefficient"), counted(len(self.matrices), "matrix")
+        return f"<CoefficientSet: keep {share_name(self.keep)}, {count}{mean} in {matrices}>"
+
     def record(self) -> CoefficientsRecord:
         """Say which they are, as an output has it."""
         return {"keep": self.keep, "sha256": self.digest}
@@ -106,7 +112,7 @@ class CoefficientsRecord(TypedDict):
     sha256: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Coefficients:
     """Sets of coefficients, one for each share of the learning that is kept, and what they were fitted to.
 
@@ -129,6 +135,14 @@ class Coefficients:
     def name(self) -> str:
         """Name them in messages: by their file, if they are from one."""
         return "coefficients" if self.source is None else str(self.source)
+
+    def __repr__(self) -> str:
+        source = f" from {self.source}" if self.source else ""
+        return (
+            f"<Coefficients: {counted(len(self.sets), 'set')}{source}"
+            + "".join(f"\n {one!r}" for one in self.sets)
+            + ">"
+        )
 
     @property
     def keeps(self) -> list[float]:

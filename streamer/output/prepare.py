@@ -97,6 +97,7 @@ def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence
     fitting = []
     for plan, found in zip(batch.plans, loaded, strict=True):
         fitting.append(None if found is None else _fitting_findings(plan, found, detection))
+        run.monitor.warn(() if found is None else found.warnings)
         if mitigation.coefficients is not None:
             check_coefficients(plan, mitigation.coefficients)
     sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in fitting]

@@ -94,7 +94,9 @@ def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device,
         live.release()
         done += cost(target, options)
     monitor.emit(Event("detect", "", total, total, len(plan.targets), len(plan.targets)))
-    return replace(findings_head(plan, options), matrices=tuple(matrices))
+    findings = replace(findings_head(plan, options), matrices=tuple(matrices))
+    monitor.warn(findings.warnings)
+    return findings
 
 
 def findings_for(live: LivePlan, findings: Findings | str | Path | None, options: DetectionOptions, device: torch.device,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from streamer.weights.model_config import ModelConfig
@@ -29,6 +29,21 @@ NAMED = (
     (r"hqq|aqlm|eetq|exl[23]|quip|higgs|autoround", "another quantization"),
     (r"[348]-?bit|int[48]|w[48]a(?:8|16)", "integers of few bits"),
 )
+
+
+_SPARE = re.compile(
+    rf"(?:^|(?<=[-_.]))(?:{'|'.join(pattern for pattern, _ in NAMED)}|unsloth|quantized|dequantized|merged|hf|fp16|bf16|fp32)(?=$|[-_.])"
+)
+"""Words of a name that do not tell models apart: encodings, and what copies are called."""
+
+_VARIANT = re.compile(r"(?:^|(?<=[-_.]))(?:base|chat|instruct|it|pt|thinking|reasoning)(?=$|[-_.])")
+"""Words by which models of one name differ."""
+
+_SIZE = re.compile(r"(?<![a-z0-9.])(?:\d+x)?\d+(?:\.\d+)?[bm](?![a-z0-9])")
+"""Number of parameters in a name, such as 8B, 0.5B or 8x7B."""
+
+LEAST_CORE = 4
+"""Letters and digits of a name, at least, that is looked for in another."""
 
 
 def named_encoding(name: str) -> str:
@@ -72,6 +87,75 @@ def provenance_notes(trained_on: object, base_config: ModelConfig, base_name: st
         "the adapter on these weights, which differ from those it saw by the quantization error (if it saw them quantized on loading, "
         "as QLoRA does, its config does not say so)"
     ]
+
+
+def other_base_notes(trained_on: object, names: Iterable[object]) -> list[str]:
+    """Note that the adapter's config names plainly another model than the base that is used.
+
+    Names are of people's own making, so that few of them prove anything: an id on the hub, or a name that states a size. Case, owners,
+    encodings and words such as "merged" do not count, and neither does what one of two names has in addition, unless it is a variant
+    such as "instruct".
+
+    Parameters
+    ----------
+    trained_on
+        The base by the adapter's config.
+    names
+        Names of the base that is used: one that may mean the same model is enough.
+    """
+    stated = _plain(trained_on)
+    others = [name for name in map(_plain, names) if _core(name) and name.lower() not in DIRECTORIES]
+    telling = [name for name in others if _tells(name)]
+    if not _tells(stated) or not telling or any(_may_be_same(stated, name) for name in others):
+        return []
+    return [
+        f"the adapter's config names {stated!r} as its base, and the base used here is called {telling[0]!r}; check that the adapter was "
+        "trained on this model"
+    ]
+
+
+def _plain(stated: object) -> str:
+    """Return an id on the hub as it is, also of a path into the hub's cache, and of any other path its last part."""
+    text = stated.replace("\\", "/").rstrip("/") if isinstance(stated, str) else ""
+    cached = re.search(r"models--([^/]+)/snapshots/", text)
+    text = cached[1].replace("--", "/") if cached else text.partition("@")[0]
+    is_id = _ID.fullmatch(text) and text.partition("/")[0].lower() not in DIRECTORIES
+    return text if is_id else text.rpartition("/")[2]
+
+
+def _tells(name: str) -> bool:
+    """Test whether a name is one that its model has for everyone."""
+    return "/" in name or _SIZE.search(name.lower()) is not None
+
+
+def _core(name: str) -> str:
+    """Reduce a name to what tells its model from others."""
+    return re.sub("[^a-z0-9]", "", _SPARE.sub("", name.rpartition("/")[2].lower()))
+
+
+def _may_be_same(a: str, b: str) -> bool:
+    """Test whether one name is the other, or has it as a part, and both name the same variant."""
+    variants = [set(_VARIANT.findall(name.lower())) for name in (a, b)]
+    short, long = sorted((_core(a), _core(b)), key=len)
+    return variants[0] == variants[1] and (short == long or (len(short) >= LEAST_CORE and short in long))
+
+
+def base_names(path: Path, config: ModelConfig, metadata: Mapping[str, str]) -> list[object]:
+    """List the names of a base: its id if it lies in the hub's cache; else its directory's, its config's, and of a merged model its base's.
+
+    Parameters
+    ----------
+    metadata
+        Of one of the base's safetensors files.
+    """
+    if (cached := cached_model(path)) is not None:
+        return [cached[0]]
+    try:
+        merged = json.loads(metadata.get("streamer", "{}"))["base"]
+        earlier = [merged["name"], merged.get("model_id")]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        earlier = []  # made by another program
+    return [path.resolve().name, config.values.get("_name_or_path"), *earlier]
 
 
 def mitigated_before(metadata: Mapping[str, str]) -> list[str]:

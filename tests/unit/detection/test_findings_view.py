@@ -43,6 +43,22 @@ def test_a_matrix_and_a_detection_are_one_line(findings: Findings) -> None:
     assert len(repr(findings.matrices)) < 200 * len(findings)
 
 
+def test_the_table_and_the_totals(findings: Findings) -> None:
+    tree = findings.record()
+    assert findings.totals == tree["totals"]
+    head, *rows = findings.table().splitlines()
+    assert head.split()[:4] == ["matrix", "shape", "intruders", "ranks"]
+    assert len(rows) == len(findings) + 3
+    for row, m in zip(rows, tree["matrices"], strict=False):
+        assert row.split()[:3] == [
+            m["tensor"],
+            "×".join(map(str, m["shape"])).replace("x", "×"),
+            str(len(m["intruders"])),
+        ]
+    assert rows[-2].startswith(f"{findings.intruders} intruders in ")
+    assert findings[:0].table().splitlines()[0].startswith("matrix  shape")
+
+
 def test_a_part_without_matrices(findings: Findings) -> None:
     none = findings[:0]
     assert repr(none).startswith("<Findings: 0 intruders in 0 of 0 matrices")

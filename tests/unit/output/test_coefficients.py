@@ -40,6 +40,17 @@ def made(*keeps: float) -> Coefficients:
     return Coefficients(tuple(sets), FACTS)
 
 
+def test_they_print_in_a_few_lines(tmp_path: Path) -> None:
+    assert repr(made(0.9, 0.5)) == (
+        "<Coefficients: 2 sets\n <CoefficientSet: keep 0.9, 3 coefficients of mean 0.375 in 2 matrices>"
+        "\n <CoefficientSet: keep 0.5, 3 coefficients of mean 0.208 in 2 matrices>>"
+    )
+    made(0.9).save(tmp_path / "c.safetensors")
+    assert repr(load_coefficients(tmp_path / "c.safetensors")).startswith(
+        f"<Coefficients: 1 set from {tmp_path}/c.safe"
+    )
+
+
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (61, 67)])
 def test_fitted_is_its_formula(shape: tuple[int, int]) -> None:
     delta = problem(*shape)[1]

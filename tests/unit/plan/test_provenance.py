@@ -9,7 +9,14 @@ import pytest
 
 import streamer
 from streamer.cli.main import run
-from streamer.plan.provenance import mitigated_before, named_encoding, provenance_notes, stored_encoding
+from streamer.plan.provenance import (
+    base_names,
+    mitigated_before,
+    named_encoding,
+    other_base_notes,
+    provenance_notes,
+    stored_encoding,
+)
 from streamer.weights.model_config import ModelConfig
 
 
@@ -64,6 +71,76 @@ def test_what_is_said(trained_on: object, config: dict[str, object], base: str, 
     notes = provenance_notes(trained_on, ModelConfig(config), base)
     assert len(notes) == (says is not None)
     assert says is None or says in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "names", "differ"),
+    [
+        ("meta-llama/Llama-3.1-8B", ["Qwen/Qwen2.5-7B"], True),
+        ("meta-llama/Llama-3.1-8B", ["Llama-3.1-8B-Instruct"], True),
+        ("google/gemma-2-9b-it", ["gemma-2-9b"], True),
+        ("Qwen/Qwen3-8B", ["Qwen/Qwen3-8B-Base"], True),
+        ("mistralai/Mistral-7B-v0.1", ["Mistral-7B-v0.3"], True),
+        ("meta-llama/Llama-3-8B", ["base", "meta-llama/Llama-3.1-8B"], True),
+        ("/home/me/models/Qwen2.5-7B", ["llama-3-8b"], True),
+        ("/root/.cache/huggingface/hub/models--org--one/snapshots/0123", ["org/two"], True),
+        # The same model, or what cannot be known.
+        ("meta-llama/Llama-3.1-8B", ["llama-3.1-8b"], False),
+        ("meta-llama/Llama-3.1-8B", ["unsloth/Meta-Llama-3.1-8B"], False),
+        ("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit", ["meta-llama/Llama-3.2-1B-Instruct"], False),
+        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", ["Qwen2.5-7B-Instruct"], False),
+        ("casperhansen/llama-3-8b-awq", ["Meta-Llama-3-8B"], False),
+        ("org/Llama-2-7b-hf", ["Llama-2-7b-merged"], False),
+        ("org/llama-7b@main", ["llama-7b"], False),
+        ("meta-llama/Llama-3.1-8B", ["base"], False),
+        ("meta-llama/Llama-3.1-8B", ["my-llama", "final"], False),
+        ("meta-llama/Llama-3.1-8B", ["llama31"], False),
+        ("meta-llama/Llama-3.1-8B", ["Llama-3.1-8B-mine", "/fsx/runs/tmp-7b"], False),
+        ("/data/runs/base", ["meta-llama/Llama-3.1-8B"], False),
+        ("./out/checkpoint-500", ["meta-llama/Llama-3.1-8B"], False),
+        ("models/llama", ["org/other"], False),
+        ("/models/llama-3-8b/", ["Llama-3-8B"], False),
+        ("C:\\models\\llama-3-8b", ["Llama-3-8B"], False),
+        ("/root/.cache/huggingface/hub/models--org--one/snapshots/0123", ["org/One"], False),
+        (None, ["org/two"], False),
+        (7, ["org/two"], False),
+        ("org/one-1b", [None, 7], False),
+    ],
+)
+def test_a_base_of_another_name_is_told(trained_on: object, names: list[object], differ: bool) -> None:
+    assert len(other_base_notes(trained_on, names)) == differ
+
+
+def test_both_names_are_said(job: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = job
+    write(adapter / "adapter_config.json", base_model_name_or_path="/models/meta-llama/Llama-3.1-8B")
+    write(base / "config.json", _name_or_path="org/Qwen2.5-7B")
+    assert run(["detect", str(base), str(adapter), "-o", str(tmp_path / "f.safetensors"), "-q"]) == 0
+    assert (
+        "names 'Llama-3.1-8B' as its base, and the base used here is called 'org/Qwen2.5-7B'; check"
+        in capsys.readouterr().err
+    )
+    with pytest.warns(streamer.StreamerWarning, match="used here is called 'org/Qwen2.5-7B'"):
+        record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
+    assert len(record["warnings"]) == 1
+    # A merged model is named by its base too.
+    write(tmp_path / "out" / "config.json", _name_or_path="")
+    write(adapter / "adapter_config.json", base_model_name_or_path="org/base-7b")
+    assert run(["inspect", str(tmp_path / "out"), str(adapter)]) == 0
+    assert "used here is called" not in capsys.readouterr().err
+
+
+def test_names_of_a_base(tmp_path: Path) -> None:
+    stamp = {"streamer": json.dumps({"base": {"name": "llama", "model_id": "org/llama"}})}
+    config = ModelConfig({"_name_or_path": "org/x"})
+    assert base_names(tmp_path / "here", config, stamp) == ["here", "org/x", "llama", "org/llama"]
+    assert base_names(tmp_path / "models--a--b" / "snapshots" / "0", config, stamp) == ["a/b"]
+    for other in ({}, {"streamer": "{"}, {"streamer": "[]"}, {"streamer": '{"base": 3}'}):
+        assert base_names(tmp_path / "here", ModelConfig(), other) == ["here", None]
+
+
+def write(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def test_it_is_said_on_stderr_and_in_json(
