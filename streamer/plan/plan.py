@@ -87,11 +87,15 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes on the inputs, printed as warnings and stored in the record; free of paths, so that outputs are reproducible."""
-        trained_on, path = self.adapter.config.base_model, self.base.path
-        encodings = provenance_notes(trained_on, self.config, path.resolve().name)
-        metadata = next((file.header.metadata for file in self.base.files.values()), {})
-        names = other_base_notes(trained_on, base_names(path, self.config, metadata))
-        return *encodings, *names, *self.announced, *self.adapter.notes
+        trained_on, base = self.adapter.config.base_model, self.base
+        names = other_base_notes(trained_on, base_names(base.path, self.config, base.metadata))
+        return (
+            *provenance_notes(trained_on, self.config, base.path.resolve().name),
+            *names,
+            *names,
+            *self.announced,
+            *self.adapter.notes,
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:

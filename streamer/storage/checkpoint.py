@@ -67,6 +67,11 @@ class Checkpoint:
         return sum(f.header.data_bytes for f in self.files.values())
 
     @property
+    def metadata(self) -> Mapping[str, str]:
+        """Return the metadata of its first file."""
+        return next((file.header.metadata for file in self.files.values()), {})
+
+    @property
     def remote(self) -> bool:
         """Whether tensors are read from an address by ranges."""
         return any(f.remote for f in self.files.values())
