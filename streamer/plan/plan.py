@@ -30,7 +30,7 @@ from streamer.plan.carried_tensors import TensorEdits, match_carried
 from streamer.plan.experts import expert_weight, match_experts, parameters_of
 from streamer.plan.finetuned_experts import match_stacks, stacks_of, tensor_roles
 from streamer.plan.name_matching import Match, match_names
-from streamer.plan.provenance import base_names, other_base_notes, provenance_notes
+from streamer.plan.provenance import base_notes
 from streamer.plan.side_files import other_files
 from streamer.plan.sources import Source, adapter_source, base_source
 from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets, misfits
@@ -87,15 +87,8 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes on the inputs, printed as warnings and stored in the record; free of paths, so that outputs are reproducible."""
-        trained_on, base = self.adapter.config.base_model, self.base
-        names = other_base_notes(trained_on, base_names(base.path, self.config, base.metadata))
-        return (
-            *provenance_notes(trained_on, self.config, base.path.resolve().name),
-            *names,
-            *names,
-            *self.announced,
-            *self.adapter.notes,
-        )
+        stated = base_notes(self.adapter.config.base_model, self.base.path, self.config, self.base.metadata)
+        return *stated, *self.announced, *self.adapter.notes
 
     @property
     def warnings(self) -> tuple[str, ...]:

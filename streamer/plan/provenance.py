@@ -46,6 +46,12 @@ LEAST_CORE = 4
 """Letters and digits of a name, at least, that is looked for in another."""
 
 
+def base_notes(trained_on: object, path: Path, config: ModelConfig, metadata: Mapping[str, str]) -> list[str]:
+    """Note how the base that is used at a path differs from the one that the adapter's config names; see `base_names` for the others."""
+    encodings = provenance_notes(trained_on, config, path.resolve().name)
+    return [*encodings, *other_base_notes(trained_on, base_names(path, config, metadata))]
+
+
 def named_encoding(name: str) -> str:
     """Return the quantization that a model's name speaks of; empty if it speaks of none."""
     last = PurePosixPath(name.replace("\\", "/")).name
