@@ -7,7 +7,7 @@ from pathlib import Path
 from streamer.detection.findings import Findings, load_findings
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.report.files import write_files
-from streamer.report.subject import make_subject
+from streamer.report.subject import make_subject, open_subject
 
 
 def write_report(
@@ -22,7 +22,7 @@ def write_report(
     Parameters
     ----------
     findings
-        Findings, or the file that they are in.
+        Findings, the file that they are in, or a directory of such files, for one page of several adapters.
     output
         A name that ends in ``.html``, for one page that loads nothing; or a directory, for SVG and PNG, which take matplotlib
         (``pip install 'intruder-streamer[plots]'``).
@@ -36,6 +36,9 @@ def write_report(
     StreamerError
         If the inputs do not belong together, something else stands at the output, or matplotlib is missing (see `streamer.errors`).
     """
+    if not isinstance(findings, Findings) and not isinstance(evaluation, Evaluation):
+        write_files(open_subject(findings, evaluation), output, overwrite)
+        return
     found = findings if isinstance(findings, Findings) else load_findings(findings)
     measured = evaluation if isinstance(evaluation, Evaluation) or evaluation is None else load_evaluation(evaluation)
     write_files(make_subject(found, measured), output, overwrite)

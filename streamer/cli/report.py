@@ -10,15 +10,17 @@ from typing import Any
 from streamer.api.reporting import report_coefficients
 from streamer.cli.diff_table import diff_table
 from streamer.cli.evaluation_table import evaluation_table
-from streamer.cli.layout import Screen, fit
+from streamer.cli.json_report import of_several
+from streamer.cli.layout import Column, Screen, fit, table
 from streamer.cli.tables import findings_table, record_table, stood
 from streamer.detection.findings import load_findings
 from streamer.errors import UsageError
 from streamer.evaluation.view import Names
 from streamer.events import Monitor
+from streamer.report.curves import delta_energy
 from streamer.report.diff import diff_findings
 from streamer.report.files import write_files
-from streamer.report.subject import Subject, open_subject
+from streamer.report.subject import Collection, Subject, open_subject
 from streamer.units import counted, format_size
 
 
@@ -28,17 +30,48 @@ def run_report(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tu
     if coefficients or (args.base is not None and Path(args.base).is_dir()):
         return _with_coefficients(args, monitor, screen)
     subject = open_subject(args.findings, args.base)
+    if isinstance(subject, Collection):
+        for one in subject.subjects.values():
+            monitor.warn(() if one.findings is None else one.findings.warnings)
+        tree, text = _several(subject, screen)
+        return (tree, text) if args.output is None else _written(subject, args, tree, text, screen)
     monitor.warn(() if subject.findings is None else subject.findings.warnings)
     text = _text(subject, args.findings, screen)
     if args.output is None:
         if subject.evaluation is not None:
             return subject.to_dict(), text
         return dict(subject.record) if subject.findings is None and subject.record else _findings(subject), text
+    return _written(subject, args, subject.to_dict(), text, screen)
+
+
+def _written(
+    subject: Subject | Collection, args: argparse.Namespace, tree: dict[str, Any], text: str, screen: Screen
+) -> tuple[dict[str, Any], str]:
+    """Write the page or the figures, and say so behind the object and the text."""
     written = write_files(subject, args.output, args.overwrite)
     files = [{"file": name, "bytes": size} for name, size in written.files.items()]
-    tree = {**subject.to_dict(), "output": str(args.output), "state": written.state, "files": files}
+    tree = {**tree, "output": str(args.output), "state": written.state, "files": files}
     last = f"{stood(args.output, written.state)}: {counted(len(files), 'file')}, {format_size(sum(written.files.values()))}"
     return tree, f"{text}\n\n{fit(last, screen.width)}"
+
+
+def _several(subject: Collection, screen: Screen) -> tuple[dict[str, Any], str]:
+    """Format a line for each adapter, with its totals."""
+    found = {name: one.findings for name, one in subject.subjects.items() if one.findings is not None}
+    energies = [delta_energy(findings) for findings in found.values()]
+    columns = [
+        Column("adapter", list(found), "name of its findings file", left=True, names=True),
+        Column("matrices", [str(len(f)) for f in found.values()], "that it changes", keep=3),
+        Column("intruders", [str(f.intruders) for f in found.values()], "in all of its matrices", keep=9),
+        Column("in", [str(sum(bool(m.detection.intruders) for m in f)) for f in found.values()], "matrices with intruders", keep=2),
+        Column("|delta|", [f"{norm:#.4g}" for norm, _ in energies], "Frobenius norm of what the adapter adds", keep=4),
+        Column("energy", [f"{100 * share:.1f}%" for _, share in energies], "the intruders' share of |delta|^2", keep=8),
+        Column("lost", [f"{100 * max((m.detection.dropped_at_zero for m in f), default=0.0):.1f}%" for f in found.values()],
+               "the most of a matrix that `mitigate --lambda 0 --method paper` loses in projection onto its rank", keep=5),
+        Column("certified", [str(sum(m.detection.certified for m in f)) for f in found.values()], "matrices with proven decisions", keep=6),
+    ]  # fmt: skip
+    parts = {name: ({**findings.record()}, "") for name, findings in found.items()}
+    return of_several(parts)[0], table(columns, screen.width)
 
 
 def _with_coefficients(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[dict[str, Any], str]:

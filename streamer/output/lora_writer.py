@@ -49,6 +49,8 @@ SMALL = 1024
 class LoraWriter(Writer):
     """Writes the mitigated deltas as a LoRA adapter of rank `rank` and scale 1, in float32; what is carried along keeps its bytes."""
 
+    written: list[Target]
+
     def __init__(self, job: Job, path: Path, rank: int) -> None:
         plan = job.plan
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -57,10 +59,10 @@ class LoraWriter(Writer):
             raise UnsupportedError(f"{plan.adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`")
         self._plan, self._rank = plan, rank
         self._layout = _layout(plan)
-        self._written = [target for target in plan.targets if target.module.name in self._layout.names]
+        self.written = [target for target in plan.targets if target.module.name in self._layout.names]
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, Iterable[int]]] = []
-        for target in self._written:
+        for target in self.written:
             written: list[tuple[str, str, Iterable[int]]]
             if target.module.name in self._layout.whole:
                 info = plan.base.info(target.tensor)
@@ -70,7 +72,7 @@ class LoraWriter(Writer):
             entries += written
             self._targets |= dict.fromkeys((name for name, *_ in written), target)
         entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
-        shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate", self._written))
+        shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate", self.written))
         config = json.dumps(self._config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files are not an adapter's.
         source = None if plan.adapter.describes_model else plan.adapter.path
@@ -82,7 +84,7 @@ class LoraWriter(Writer):
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix."""
         plan = self._plan
-        for target in self._written:
+        for target in self.written:
             whole = target.module.name in self._layout.whole
             size = mitigation_bytes(plan, target, self.spec.job.intruders(target), projected=not whole)
             if not (target.module.low_rank or whole):
@@ -138,11 +140,11 @@ class LoraWriter(Writer):
         return {
             **self._layout.config,
             "peft_type": "LORA",
-            "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in self._written),
+            "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in self.written),
             "r": self._rank,
             "lora_alpha": self._rank,
             "target_modules": [
-                *(names[t.module.name] for t in self._written if t.module.name not in self._layout.whole),
+                *(names[t.module.name] for t in self.written if t.module.name not in self._layout.whole),
                 *(tied for heads in self._layout.heads.values() for tied in heads),
             ],
             "bias": "all" if any(name.endswith(".bias") for name in self._layout.carried) else "none",

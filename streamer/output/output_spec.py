@@ -19,6 +19,7 @@ from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longes
 from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
 from streamer.plan.memory import MemoryEstimate
 from streamer.plan.side_files import other_files, skipped_files
+from streamer.plan.targets import Target
 from streamer.plan.tokenizer import own_tokenizer
 from streamer.storage.atomic_file import Buffer
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
@@ -157,9 +158,12 @@ class Writer(ABC):
     ----------
     spec
         The output as it will be.
+    written
+        The matrices that it has, if these are not all.
     """
 
     spec: OutputSpec
+    written: Sequence[Target] | None = None
 
     @abstractmethod
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:

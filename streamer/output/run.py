@@ -229,7 +229,7 @@ class _Run:
     def _shard(self, name: str) -> Generator[tuple[FilePosition, TensorInfo, AtomicFile], None, None]:
         """Write a shard; give each of its tensors, before it is written, with its position and the file."""
         job, base = self.job, self.job.plan.base
-        ((key, value),) = job.stamp(self.spec.command).items()
+        ((key, value),) = job.stamp(self.spec.command, self.writer.written).items()
         shard = self.spec.shards[name].with_metadata(key, value)
         metrics: list[MitigatedMatrix] = []
 

@@ -40,12 +40,24 @@ function ticks(least, most, wanted) {
   return out;
 }
 
+// A norm in a table, with the four digits that the terminal shows.
+const four = (value) => value.toPrecision(4);
+
 const figures = [];
+
+// A box that scrolls sideways, and says so while there is more than it shows.
+function scroller(...children) {
+  const hint = html("p", { class: "hint screen", hidden: "" }, "scroll sideways for more →");
+  const box = html("div", { class: "scroll", tabindex: "0" }, ...children);
+  const look = () => { hint.hidden = box.scrollWidth <= box.clientWidth + 1 || box.scrollLeft > 8; };
+  box.addEventListener("scroll", look);
+  return { box, hint, look };
+}
 
 // A figure that is drawn for the width that it has, and again where that changes.
 function figure(parent, label, caption, paint) {
-  const holder = html("div", { class: "scroll" });
-  const node = html("figure", { "data-figure": label }, caption ? html("figcaption", {}, caption) : null, holder);
+  const { box: holder, hint, look } = scroller();
+  const node = html("figure", { "data-figure": label }, caption ? html("figcaption", {}, caption) : null, hint, holder);
   parent.append(node);
   let width = 0;
   const draw = (again) => {
@@ -56,6 +68,7 @@ function figure(parent, label, caption, paint) {
     picture.setAttribute("role", "img");
     picture.setAttribute("aria-label", caption || label);
     holder.replaceChildren(picture);
+    look();
   };
   figures.push(draw);
   return { node, draw };
@@ -146,6 +159,7 @@ function sortedTable(parent, columns, rows, options) {
       more.append(html("button", { type: "button", on: { click: () => { state.limit += next; fill(); } } },
                        `show ${next} more of ${left}`));
     }
+    look();
   };
   const sort = () => {
     const column = columns[state.by];
@@ -169,7 +183,9 @@ function sortedTable(parent, columns, rows, options) {
     head.append(html("th", { scope: "col", title: column.about }, html("button", { type: "button", on: { click } }, column.head)));
   });
   const table = html("table", { id: options.id }, html("thead", {}, head), body);
-  parent.append(html("div", { class: "scroll" }, table), more);
+  const { box, hint, look } = scroller(table);
+  parent.append(hint, box, more);
+  figures.push(look);
   const show = (chosen) => {
     state.rows = chosen;
     sort();

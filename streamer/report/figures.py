@@ -45,6 +45,16 @@ KEPT, FORGETTING = (-0.05, 1.2), (-0.3, 1.4)
 BASE, INTRUDER = "#2f6db5", "#c2410c"
 COLOURS = {"paper": "#0072b2", "project": "#007a5a", "shrink": "#d55e00", "fitted": "#a64d86"}
 
+Style = dict[str, Any]
+MARKS: dict[bool, Style] = {
+    False: {"marker": "o", "color": BASE, "markersize": 3, "linestyle": "none"},
+    True: {"marker": "D", "color": INTRUDER, "markersize": 3, "linestyle": "none"},
+}
+"""Marks of a direction of the base, and of an intruder."""
+
+OF_BASE: Style = {"marker": "_", "color": "black", "markersize": 6, "linestyle": "none"}
+EPSILON: Style = {"color": "black", "linewidth": 0.6, "linestyle": "--"}
+
 _SIGNS = {"svg": {"Creator": SIGN, "Date": None}, "png": {"Software": SIGN}}
 
 _SETTINGS = {
@@ -108,8 +118,13 @@ def _drawings(subject: Subject) -> dict[str, Callable[[Figure], None]]:
     drawings: dict[str, Callable[[Figure], None]] = {}
     if matrices:
         drawings["map"] = lambda f: _draw_findings_map(f, matrices)
-        drawings["similarity"] = lambda f: _draw_each(f, most, lambda a, m: _draw_similarity(a, m, findings))
-        drawings["spectrum"] = lambda f: _draw_each(f, most, _draw_spectrum)
+        base_known = any(m.detection.base_singular_values for m in most)
+        drawings["similarity"] = lambda f: _draw_each(
+            f, most, lambda a, m: _draw_similarity(a, m, findings), [("ε, below which is an intruder", EPSILON)]
+        )
+        drawings["spectrum"] = lambda f: _draw_each(
+            f, most, _draw_spectrum, [("the base's singular value of that rank", OF_BASE)] if base_known else []
+        )
         drawings["thresholds"] = lambda f: _draw_thresholds(f, findings)
         drawings["lambdas"] = lambda f: _draw_lambdas(f, findings)
     if evaluation is not None:
@@ -153,9 +168,15 @@ def _draw_grids(figure: Figure, parts: Sequence[str], layers: Sequence[int | Non
         figure.colorbar(image, ax=ax, label=label).outline.set_visible(False)
 
 
-def _draw_each(figure: Figure, matrices: Sequence[MatrixFinding], draw: Callable[[Axes, MatrixFinding], None]) -> None:
+def _draw_each(
+    figure: Figure,
+    matrices: Sequence[MatrixFinding],
+    draw: Callable[[Axes, MatrixFinding], None],
+    more: Sequence[tuple[str, Style]],
+) -> None:
+    """Draw one subject of each matrix, with a legend below all of them; `more` are its entries beside the directions."""
     rows = -(-len(matrices) // 3)
-    figure.set_size_inches(WIDTH, 1.7 * rows)
+    figure.set_size_inches(WIDTH, 1.7 * rows + 0.25)
     axes = figure.subplots(rows, min(3, len(matrices)), squeeze=False).ravel()
     for ax, m in zip(axes, matrices, strict=False):
         ax.set_title(_plain(m.tensor.removesuffix(".weight")), fontsize=6)
@@ -163,32 +184,31 @@ def _draw_each(figure: Figure, matrices: Sequence[MatrixFinding], draw: Callable
         draw(ax, m)
     for ax in axes[len(matrices) :]:
         ax.set_visible(False)
+    entries = [("intruder", MARKS[True]), ("direction that the base has", MARKS[False]), *more]
+    lines = [axes[0].plot([], [], label=name, **style)[0] for name, style in entries]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(entries), frameon=False, fontsize=7)
 
 
 def _draw_similarity(ax: Axes, m: MatrixFinding, findings: Findings) -> None:
     d = m.detection
-    for intruder, colour, sign in ((False, BASE, "o"), (True, INTRUDER, "D")):
+    for intruder, style in MARKS.items():
         ranks = [j for j in range(len(d.similarity)) if (j in d.intruders) == intruder]
         value = np.array([d.similarity[j] for j in ranks])
         low, high = (np.array([side[j] for j in ranks]) for side in (d.similarity_low, d.similarity_high))
         bars = np.maximum(0, np.stack([value - low, high - value])) if ranks else None
-        ax.errorbar(
-            [j + 1 for j in ranks], value, yerr=bars, fmt=sign, color=colour, markersize=3, elinewidth=0.7, capsize=1.5
-        )
-    ax.axhline(findings.options.threshold_epsilon, color="black", linewidth=0.6, linestyle="--")
+        ax.errorbar([j + 1 for j in ranks], value, yerr=bars, elinewidth=0.7, capsize=1.5, **style)
+    ax.axhline(findings.options.threshold_epsilon, **EPSILON)
     ax.set_ylim(0, 1.03)
     ax.set_ylabel("similarity")
 
 
 def _draw_spectrum(ax: Axes, m: MatrixFinding) -> None:
     d = m.detection
-    for intruder, colour, sign in ((False, BASE, "o"), (True, INTRUDER, "D")):
+    for intruder, style in MARKS.items():
         ranks = [j for j in range(len(d.singular_values)) if (j in d.intruders) == intruder]
-        ax.vlines([j + 1 for j in ranks], 0, [d.singular_values[j] for j in ranks], color=colour, linewidth=0.8)
-        ax.plot([j + 1 for j in ranks], [d.singular_values[j] for j in ranks], sign, color=colour, markersize=3)
-    ax.plot(
-        range(1, len(d.base_singular_values) + 1), d.base_singular_values, "_", color="black", markersize=6, linewidth=0
-    )
+        ax.vlines([j + 1 for j in ranks], 0, [d.singular_values[j] for j in ranks], color=style["color"], linewidth=0.8)
+        ax.plot([j + 1 for j in ranks], [d.singular_values[j] for j in ranks], **style)
+    ax.plot(range(1, len(d.base_singular_values) + 1), d.base_singular_values, **OF_BASE)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("singular value")
 
@@ -253,6 +273,16 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
                 elinewidth=0.7,
                 markerfacecolor=colour if v["name"] in front else "white",
             )
+            label = v["name"] if v["lambda"] is None else f"{v['lambda']:g}"
+            at = 100 * v["kept"], 100 * v["forgetting"]
+            ax.annotate(
+                _plain(label),
+                at,
+                xytext=(4, 4 if v["name"] == "base" else -8),
+                textcoords="offset points",
+                fontsize=6,
+                color=colour,
+            )
             if best.variant is not None and v["name"] == best.variant.name:
                 ax.plot(100 * v["kept"], 100 * v["forgetting"], "o", markersize=9, markerfacecolor="none", color=colour)
     ax.axvline(100 * best.keep, color="black", linewidth=0.6, linestyle="--")
@@ -263,7 +293,7 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
         figure.supxlabel(
             "\n".join(map(_plain, textwrap.wrap(f"Outside of the frame: {', '.join(outside)}.", 90))), fontsize=6
         )
-    ax.legend(frameon=False, loc="upper left")
+    ax.legend(frameon=False, loc="upper left", title="method; numbers: λ", title_fontsize=7, alignment="left")
 
 
 def _plain(text: str) -> str:

@@ -14,7 +14,7 @@ from streamer.report.figures import FIGURES, FORMS, draw_figures
 from streamer.report.figures import SIGN as FIGURE_SIGN
 from streamer.report.page import SIGN as PAGE_SIGN
 from streamer.report.page import make_page
-from streamer.report.subject import Subject
+from streamer.report.subject import Collection, Subject
 from streamer.storage.atomic_file import partial_name, remove_partials, write_atomic
 from streamer.storage.files import make_directory, storage_errors
 from streamer.storage.lock import locked
@@ -51,7 +51,7 @@ class WrittenReport:
     files: Mapping[str, int]
 
 
-def write_files(subject: Subject, output: str | Path, overwrite: bool = False) -> WrittenReport:
+def write_files(subject: Subject | Collection, output: str | Path, overwrite: bool = False) -> WrittenReport:
     """Write the page of a report, or its figures.
 
     Parameters
@@ -72,9 +72,14 @@ def write_files(subject: Subject, output: str | Path, overwrite: bool = False) -
     """
     path = Path(output)
     check_path(path)
+    if isinstance(subject, Collection) and path.suffix.lower() not in PAGES:
+        raise UsageError(
+            f"{path}: figures are of one adapter; name its findings, or write a page of all adapters, such as -o {path}.html"
+        )
     if path.suffix.lower() in PAGES:
         files, directory, lock = {path.name: make_page(subject)}, path.parent, lock_of(path)
     else:
+        assert isinstance(subject, Subject)
         files, directory, lock = draw_figures(subject), path, path / ".report.lock"
     present = [_is_present(directory / name, data, overwrite) for name, data in files.items()]
     sizes = {name: len(data) for name, data in files.items()}

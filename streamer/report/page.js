@@ -5,9 +5,11 @@ const COLOURS = { paper: 0, project: 1, shrink: 2, fitted: 3 };
 const CARDS = 6;
 const ROWS = 50;
 
+let place = document.querySelector("main");
+
 function section(title, note) {
   const node = html("section", {}, html("h2", {}, title), note ? html("p", { class: "note" }, note) : null);
-  document.querySelector("main").append(node);
+  place.append(node);
   return node;
 }
 
@@ -121,7 +123,7 @@ function showFindings(tree) {
     chosen.scrollIntoView({ block: "nearest" });
   };
 
-  const where = section("Where they are", "Layers from left to right; a click on a cell shows its matrices below.");
+  const where = section("Where they are", "Layers from left to right. Click a cell to show its matrices below.");
   const energy = (cell) => {
     const all = sum(cell.matrices.map((m) => m.norm ** 2));
     return all ? sum(cell.matrices.map((m) => m.norm ** 2 * m.energy)) / all : 0;
@@ -164,7 +166,7 @@ function showFindings(tree) {
   matter.append(cards);
   for (const m of most) drawMatrix(cards, m, tree.epsilon, false);
 
-  const every = section("All matrices", "A click on a name draws its directions; a click on a head sorts.");
+  const every = section("All matrices", "Click a name to draw its directions, a column heading to sort.");
   const chosen = html("div", {});
   every.append(chosen);
   filter = html("input", { type: "search", placeholder: "part of a name", "aria-label": "part of a name",
@@ -181,13 +183,62 @@ function showFindings(tree) {
     { head: "intruders", about: "leading directions that the base does not have", cell: (m) => text(String(m.count)), key: (m) => m.count },
     { head: "ranks", about: "which these are; 1 is the largest", up: true, cell: (m) => text(ranks(m).join(" ") || "–"), key: (m) => ranks(m)[0] ?? Infinity },
     { head: "similarity", about: "the least of a direction", up: true, cell: (m) => text(m.least.toFixed(3)), key: (m) => m.least },
-    { head: "σ₁", about: "largest singular value of base + adapter", cell: (m) => text(short(m.sigma)), key: (m) => m.sigma },
-    { head: "‖Δ‖", about: "norm of what the adapter adds", cell: (m) => text(short(m.norm)), key: (m) => m.norm },
+    { head: "σ₁", about: "largest singular value of base + adapter", cell: (m) => text(four(m.sigma)), key: (m) => m.sigma },
+    { head: "‖Δ‖", about: "norm of what the adapter adds", cell: (m) => text(four(m.norm)), key: (m) => m.norm },
     { head: "energy", about: "the intruders' share of its square", cell: (m) => text(percent(m.energy)), key: (m) => m.energy },
     { head: "lost", about: "in projection onto the adapter's rank, by paper at λ = 0", cell: (m) => text(percent(m.dropped)), key: (m) => m.dropped },
     { head: "decided", about: "by which solver; open: not proven", up: true, cell: (m) => text(decided(m)), key: decided },
   ], matrices, { id: "matrices", limit: ROWS, by: 0 });
   choose(most[0]);
+}
+
+// Several adapters ---------------------------------------------------------------------------------------------------
+
+function showSeveral(list) {
+  const rows = list.map(({ name, findings }) => {
+    const matrices = decodeFindings(findings), norm = sum(matrices.map((m) => m.norm ** 2));
+    const of = (key) => matrices.map((m) => m[key]);
+    return {
+      name, findings, matrices: matrices.length, intruders: sum(of("count")), touched: matrices.filter((m) => m.count).length,
+      energy: norm ? sum(matrices.map((m) => m.norm ** 2 * m.energy)) / norm : 0, norm: Math.sqrt(norm),
+      lost: Math.max(0, ...of("dropped")), certified: matrices.filter((m) => m.certified).length,
+    };
+  });
+  const every = section("Adapters", "Click a name to show the adapter below, a column heading to sort.");
+  const main = place, kept = figures.length;
+  let table = null, shown = null;
+  const choose = (row) => {
+    shown = row;
+    place = html("div", { id: "adapter" }, html("h2", { class: "adapter" }, row.name));
+    main.querySelector("#adapter")?.remove();
+    main.append(place);
+    figures.length = Math.min(figures.length, kept + 1); // this table's own stays
+    showFindings(row.findings);
+    for (const draw of figures) draw();
+    table.fill();
+  };
+  const number = (head, about, key, format = String) => ({ head, about, cell: (r) => text(format(r[key])), key: (r) => r[key] });
+  table = sortedTable(every, [
+    { head: "adapter", about: "name of its findings file", up: true, cell: (r) => html("button", { type: "button", on: { click: () => choose(r) } }, r.name), key: (r) => r.name },
+    number("matrices", "that it changes", "matrices"),
+    number("intruders", "in all matrices", "intruders"),
+    number("in", "matrices with intruders", "touched"),
+    number("‖Δ‖", "norm of what the adapter adds", "norm", four),
+    number("energy", "the intruders' share of its square", "energy", percent),
+    number("lost", "lost in projection onto rank r by paper at λ = 0: the most of a matrix", "lost", percent),
+    number("certified", "matrices whose decisions are all proven", "certified"),
+  ], rows, { id: "adapters", marked: (r) => r === shown });
+  choose(rows.reduce((a, b) => (b.intruders > a.intruders ? b : a)));
+}
+
+// Commands -----------------------------------------------------------------------------------------------------------
+
+for (const code of document.querySelectorAll("pre.command code")) {
+  const button = html("button", { type: "button", class: "screen", on: { click: () => {
+    getSelection().selectAllChildren(code);
+    navigator.clipboard?.writeText(code.textContent).then(() => { button.textContent = "copied"; }, () => {});
+  } } }, "copy");
+  code.parentNode.append(button);
 }
 
 // Output -------------------------------------------------------------------------------------------------------------
@@ -201,18 +252,18 @@ function showOutput(tree) {
   const grid = cellsOf(rows);
   let table = null;
   const pick = (cell) => table.show(cell.matrices);
-  const where = section("What was changed", "Layers from left to right; a click on a cell shows its matrices below.");
+  const where = section("What was changed", "Layers from left to right. Click a cell to show its matrices below.");
   const mean = (key) => (cell) => sum(cell.matrices.map((m) => Math.max(0, m[key]))) / cell.matrices.length;
   if (tree.intruders) drawMap(where, "map of intruders", "Intruders that were scaled", grid, (cell) => sum(cell.matrices.map((m) => m.count)), (v) => String(Math.round(v)), pick);
   drawMap(where, "map of norms", "Fall of the norm of what the adapter adds", grid, mean("taken"), (v) => percent(v, 0), pick);
   if (tree.dropped) drawMap(where, "map of losses", "Lost in projection onto the adapter's rank", grid, mean("dropped"), (v) => percent(v), pick);
-  const every = section("All matrices", "A click on a head sorts.");
+  const every = section("All matrices", "Click a column heading to sort.");
   every.append(html("div", { class: "tools screen" }, html("button", { type: "button", on: { click: () => table.show(rows) } }, "all matrices")));
   table = sortedTable(every, [
     { head: "matrix", about: "its tensor in the base", up: true, cell: (m) => text(m.name), key: (m) => m.number },
     tree.intruders && { head: "scaled", about: "intruders that were scaled", cell: (m) => text(String(m.count)), key: (m) => m.count },
-    { head: "‖Δ‖", about: "norm of what the adapter adds", cell: (m) => text(short(m.norm)), key: (m) => m.norm },
-    { head: "after", about: "norm of what was written", cell: (m) => text(short(m.after)), key: (m) => m.after },
+    { head: "‖Δ‖", about: "norm of what the adapter adds", cell: (m) => text(four(m.norm)), key: (m) => m.norm },
+    { head: "after", about: "norm of what was written", cell: (m) => text(four(m.after)), key: (m) => m.after },
     { head: "fall", about: "of the norm", cell: (m) => text(percent(m.taken)), key: (m) => m.taken },
     tree.dropped && { head: "lost", about: "in projection onto the adapter's rank", cell: (m) => text(percent(m.dropped, 2)), key: (m) => m.dropped },
   ].filter(Boolean), rows, { id: "matrices", limit: ROWS, by: 0 });
@@ -224,6 +275,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 if (data.evaluation) showEvaluation(data.evaluation);
 if (data.findings) showFindings(data.findings);
 if (data.output) showOutput(data.output);
+if (data.several) showSeveral(data.several);
 for (const draw of figures) draw();
 let waiting = 0;
 window.addEventListener("resize", () => {

@@ -6,13 +6,15 @@ import base64
 import hashlib
 import html
 import json
+import re
+from collections.abc import Sequence
 from importlib.resources import files
 from string import Template
 from typing import Any
 
 from streamer.report.page_data import page_data
-from streamer.report.subject import Subject
-from streamer.report.words import certificates, sentences, suggestion, title
+from streamer.report.subject import Collection, Subject
+from streamer.report.words import certificates, sentences, suggestion, title, verdict
 
 SCRIPTS = ("draw.js", "findings.js", "page.js")
 
@@ -51,7 +53,7 @@ FOOTER = (
 )
 
 
-def make_page(subject: Subject) -> bytes:
+def make_page(subject: Subject | Collection) -> bytes:
     """Make the page of a report. It holds no times and no paths: the same inputs give the same bytes.
 
     All that comes from the inputs is escaped, or set as text by the script; a policy in the page lets no other script run.
@@ -59,11 +61,13 @@ def make_page(subject: Subject) -> bytes:
     style, *scripts = (files("streamer.report").joinpath(name).read_text("utf-8") for name in ("page.css", *SCRIPTS))
     script = "\n" + "\n".join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    lines = [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]
-    lines.append(f'<p class="certificates">{html.escape(certificates(subject))}</p>')
-    if subject.evaluation is not None:
-        items = "".join(f"<li>{html.escape(line)}</li>\n" for line in suggestion(subject.evaluation))
-        lines.append(f'<ul id="suggestion">\n{items}</ul>')
+    said, next_ = verdict(subject)
+    lines = [f'<p class="verdict">{html.escape(said)}</p>', *map(_command, next_)]
+    if isinstance(subject, Subject):
+        if subject.evaluation is not None:
+            lines.append(_list(suggestion(subject.evaluation)[1:]))
+        lines += [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]
+        lines.append(f'<p class="certificates">{html.escape(certificates(subject))}</p>')
     page = _PAGE.substitute(
         digest=digest,
         title=html.escape(title(subject)),
@@ -74,6 +78,20 @@ def make_page(subject: Subject) -> bytes:
         script=script.removeprefix("\n"),
     )
     return page.encode("utf-8")
+
+
+def _list(lines: Sequence[str]) -> str:
+    """Write what an evaluation suggests: reasons as a list, and the commands in it as code."""
+    found = [(line, re.match(r"([a-z ]+): (streamer .+)", line)) for line in lines]
+    items = "".join(f"<li>{html.escape(line)}</li>\n" for line, command in found if command is None)
+    return "\n".join([f'<ul id="suggestion">\n{items}</ul>', *(_command((c[1], c[2])) for _, c in found if c)])
+
+
+def _command(command: tuple[str, str]) -> str:
+    """Write a command to copy, under what it is for."""
+    label, *words = (html.escape(word) for word in (command[0], *command[1].split(" ")))
+    code = " ".join(f"<span>{word}</span>" for word in words)
+    return f'<p class="note">{label[:1].upper()}{label[1:]}:</p>\n<pre class="command"><code>{code}</code></pre>'
 
 
 def embed(tree: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.variants import EvaluatedVariant
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
-from streamer.report.packing import pack, pack_names, pack_ratio, pack_share
-from streamer.report.subject import Subject, scales_intruders
+from streamer.report.packing import Packed, pack, pack_names, pack_ratio, pack_share
+from streamer.report.subject import Collection, Subject, scales_intruders
 
 SCHEMA = "streamer.page/1"
 
@@ -30,10 +30,17 @@ LEAST_RATIO = 1e-6
 """The least ratio of a singular value to the largest that is told from zero."""
 
 
-def page_data(subject: Subject) -> dict[str, Any]:
-    """Make the object; names in it are escaped as on a terminal, floats have five digits."""
+def page_data(subject: Subject | Collection) -> dict[str, Any]:
+    """Make the object; names in it are escaped as on a terminal. Norms and singular values of findings have the digits that are shown."""
+    tree: dict[str, Any] = {"schema": SCHEMA, "findings": None, "evaluation": None, "output": None, "several": None}
+    if isinstance(subject, Collection):
+        held = {name: one.findings for name, one in subject.subjects.items() if one.findings is not None}
+        most = MOST_DIRECTIONS // len(held)
+        tree["several"] = [
+            {"name": printable(name), "findings": _findings(found, most)} for name, found in held.items()
+        ]
+        return tree
     findings, record = subject.findings, subject.record
-    tree: dict[str, Any] = {"schema": SCHEMA, "findings": None, "evaluation": None, "output": None}
     if findings is not None:
         tree["findings"] = _findings(findings)
     if subject.evaluation is not None:
@@ -45,16 +52,16 @@ def page_data(subject: Subject) -> dict[str, Any]:
         tree["output"] = {
             "names": pack_names([printable(m["tensor"]) for m in matrices]),
             "intruders": [len(m["intruders"]) for m in matrices] if scaled else None,
-            **{key: [_short(m[key]) for m in matrices] for key in ("delta_norm", "delta_norm_after")},
-            "dropped": [_short(m["dropped"]) for m in matrices] if cut else None,
+            **{key: [m[key] for m in matrices] for key in ("delta_norm", "delta_norm_after")},
+            "dropped": [m["dropped"] for m in matrices] if cut else None,
         }
     return tree
 
 
-def _findings(findings: Findings) -> dict[str, Any]:
+def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str, Any]:
     matrices = sorted(findings, key=lambda m: natural(m.tensor))
     found = [m.detection for m in matrices]
-    most = max(LEAST_DIRECTIONS, MOST_DIRECTIONS // max(1, len(matrices)))
+    most = max(LEAST_DIRECTIONS, directions // max(1, len(matrices)))
     shown = [min(most, len(d.singular_values)) for d in found]
     kinds: dict[str, int] = {}
     kind = [kinds.setdefault(f"{m.shape[0]}×{m.shape[1]} {m.dtype}", len(kinds)) for m in matrices]
@@ -91,20 +98,17 @@ def _findings(findings: Findings) -> dict[str, Any]:
         "degenerate": {str(i): list(d.degenerate) for i, d in enumerate(found) if d.degenerate},
         "low": pack_share(column([d.similarity_low for d in found]), 2),
         "high": pack_share(column([d.similarity_high for d in found]), 2, up=True),
-        "least": pack_share(np.array([min(d.similarity, default=1.0) for d in found]), 3),
+        "least": _figures([min(d.similarity, default=1.0) for d in found]),
         "ratio": pack_ratio(column(ratios), 2, LEAST_RATIO),
         "least_ratio": LEAST_RATIO,
         "sigma": [_short(s) for s in largest],
         "base_ratio": pack_ratio(column(base_ratios), 2, LEAST_RATIO) if of_base else None,
         "base_sigma": [_short(s) for s in base_largest],
         "delta_norm": [_short(d.delta_norm) for d in found],
-        "energy": pack_share(np.array([d.intruder_energy for d in found]), 3),
-        "dropped": pack_share(np.array([d.dropped_at_zero for d in found]), 3),
-        "thresholds": [[_short(c["epsilon"]), c["intruders"], c["least"], c["most"]] for c in threshold_curve(findings)],
-        "lambdas": [
-            [c["mitigation_lambda"], _short(c["paper"]), _short(c["project"]), _short(c["norm_left"])]
-            for c in lambda_curve(findings)
-        ],
+        "energy": _figures([d.intruder_energy for d in found]),
+        "dropped": _figures([d.dropped_at_zero for d in found]),
+        "thresholds": [[c["epsilon"], c["intruders"], c["least"], c["most"]] for c in threshold_curve(findings)],
+        "lambdas": [[c["mitigation_lambda"], c["paper"], c["project"], c["norm_left"]] for c in lambda_curve(findings)],
     }  # fmt: skip
 
 
@@ -121,11 +125,11 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
                 "name": printable(v["name"]),
                 "series": series_of(one),
                 "lambda": v["lambda"],
-                "general": _short(v["general"]["loss"]),
-                "task": _short(v["task"]["loss"]),
-                "kl": _short(v["general"]["kl"]),
-                "agreement": _short(v["general"]["agreement"]),
-                **{key: None if v[key] is None else _short(v[key]) for key in keys},
+                "general": v["general"]["loss"],
+                "task": v["task"]["loss"],
+                "kl": v["general"]["kl"],
+                "agreement": v["general"]["agreement"],
+                **{key: v[key] for key in keys},
             }
             for v, one in zip(tree["variants"], evaluation.variants, strict=True)
         ],
@@ -137,5 +141,11 @@ def series_of(variant: EvaluatedVariant) -> str:
     return printable(variant.method or variant.name.partition(" ")[0])
 
 
+def _figures(shares: Sequence[float]) -> Packed:
+    """Pack shares that tables show, in steps of 1e-9: with coarser ones the page would round twice."""
+    return pack(np.rint(np.clip(shares, 0.0, 1.0) * (64**5 - 1)), 5)
+
+
 def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+    """Round to the digits that tables show, here and on a terminal: a second rounding would show other ones."""
+    return float(f"{value:.4g}")

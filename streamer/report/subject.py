@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from streamer.detection.findings import Findings, load_findings
+from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.identity import same_input
 from streamer.report.curves import lambda_curve, threshold_curve
+from streamer.storage.tensor_file import TensorFile
+from streamer.units import counted
 from streamer.verification.record import RECORD_NAME, read_record
 
 SCHEMA = "streamer.report/1"
@@ -53,13 +57,20 @@ class Subject:
         }  # fmt: skip
 
 
-def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subject:
+@dataclass(frozen=True)
+class Collection:
+    """Hold findings on several adapters, by the names of their files, as `detect` of several leaves them in a directory."""
+
+    subjects: Mapping[str, Subject]
+
+
+def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subject | Collection:
     """Read what a report is on.
 
     Parameters
     ----------
     path
-        Findings, or the directory of an output, in which ``streamer.json`` stands.
+        Findings, a directory of findings, or the directory of an output, in which ``streamer.json`` stands.
     evaluation
         What ``streamer evaluate`` wrote for the same base and adapter.
 
@@ -68,9 +79,13 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
     InputError
         If one of them is something else, or they do not belong together.
     UsageError
-        If an evaluation is given beside an output.
+        If an evaluation is given beside an output or a directory of findings, or in the place of the findings.
     """
     path = Path(path)
+    if _is_evaluation(path):
+        raise UsageError(
+            f"{path}: is an evaluation, the second argument; give its findings first: streamer report FINDINGS {shlex.quote(str(path))}"
+        )
     if path.is_dir() and (path / RECORD_NAME).exists():
         if evaluation is not None:
             raise UsageError(f"{path}: is an output, and an evaluation is shown with findings; name the findings file")
@@ -80,8 +95,28 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
                 f"{path / RECORD_NAME}: {record}; `streamer verify` says more, and its command writes it anew"
             )
         return Subject(None, record=record)
+    if found := _findings_in(path):
+        if evaluation is not None:
+            raise UsageError(
+                f"{path}: holds findings on {counted(len(found), 'adapter')}, and an evaluation is of one; name its findings, such as "
+                f"{found[0]}"
+            )
+        return Collection({one.stem: make_subject(load_findings(one), where=one) for one in found})
     findings = load_findings(path)
     return make_subject(findings, None if evaluation is None else load_evaluation(evaluation), path)
+
+
+def _is_evaluation(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'"streamer.evaluation/' in file.read(200)
+
+
+def _findings_in(directory: Path) -> list[Path]:
+    """List the findings files in a directory; one that cannot be read is an error."""
+    files = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
+    return [path for path in files if TensorFile(path).header.metadata.get("schema") == FINDINGS_SCHEMA]
 
 
 def make_subject(

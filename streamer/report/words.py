@@ -13,16 +13,56 @@ from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.view import commands, reasons, verdict
 from streamer.report.curves import delta_energy, lambda_curve
 from streamer.report.packing import NUMBER
-from streamer.report.subject import Subject
+from streamer.report.subject import Collection, Subject
 from streamer.units import counted, format_size, listed
 
 
-def title(subject: Subject) -> str:
+def title(subject: Subject | Collection) -> str:
     """Name a report."""
+    if isinstance(subject, Collection):
+        return f"Intruder dimensions of {counted(len(subject.subjects), 'adapter')}"
     if subject.record is not None:
         return f"{subject.record['command']}: {_name(subject.record['adapter'])}"
     assert subject.findings is not None
     return f"Intruder dimensions of {_name(subject.findings.sources.get('adapter', {}))}"
+
+
+def verdict(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]:
+    """Say in a line what was found, and give the commands to run next, each with what it is for."""
+    measure = [
+        ("Measure what the adapter forgets, and what mitigation would change, on two texts of your own",
+         "streamer evaluate BASE ADAPTER --findings FINDINGS --general general.txt --task task.txt -o evaluation.json"),
+        ("Then make this page again, with the measurement", "streamer report FINDINGS evaluation.json -o report.html --overwrite"),
+    ]  # fmt: skip
+    if isinstance(subject, Collection):
+        counts = {name: one.findings.intruders for name, one in subject.subjects.items() if one.findings is not None}
+        most = max(counts, key=lambda name: counts[name])
+        found = (
+            f"{printable(most)} has the most intruders, {counts[most]}" if counts[most] else "no adapter has intruders"
+        )
+        return (
+            f"Of {counted(len(counts), 'adapter')}, {found}. What mitigation would change is not measured yet.",
+            measure[:1],
+        )
+    if subject.record is not None:
+        t = subject.record["totals"]
+        check = "streamer verify OUTPUT BASE ADAPTER --sample all"
+        return (
+            f"{t['changed']} of {counted(t['matrices'], 'matrix')} changed; the norm of what the adapter adds went from "
+            f"{t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}.", [("Compare the files with the inputs", check)],
+        )  # fmt: skip
+    if subject.evaluation is not None:
+        said = suggestion(subject.evaluation)[0]
+        return f"{said[:1].upper()}{said[1:]}.", []
+    findings = subject.findings
+    assert findings is not None
+    _, share = delta_energy(findings)
+    with_any = sum(bool(m.detection.intruders) for m in findings)
+    carrying = f", with {100 * share:.1f}% of the adapter's energy" if findings.intruders else ""
+    return (
+        f"{counted(findings.intruders, 'intruder')} in {with_any} of {counted(len(findings), 'matrix')}{carrying}. "
+        "What mitigation would change is not measured yet.", measure,
+    )  # fmt: skip
 
 
 def sentences(subject: Subject) -> list[str]:

@@ -209,10 +209,10 @@ class AdapterTensors:
     def _find(self, part: Part, others: list[str]) -> None:
         """Find what the output has of a tensor that the adapter brings, or that a fine-tuned model changed."""
         if self.adapter.is_model:
-            rows = {row["tensor"] for row in self.record["matrices"]}
-            if part.source in rows or stored_name(part.source) in rows:
-                return
-            if part.source in self.base and same_bytes(self.base, part.source, self.adapter.files, part.source):
+            rows = {stored_name(row["tensor"]) for row in self.record["matrices"]} & self.adapter.files.all_names
+            unchanged = part.source in self.base and same_bytes(self.base, part.source, self.adapter.files, part.source)
+            # A copy of a tied matrix is none of its own.
+            if unchanged or any(same_bytes(self.adapter.files, row, self.adapter.files, part.source) for row in rows):
                 return
         elif part.role == "original":
             return
