@@ -88,6 +88,8 @@ examples:
   streamer report findings.safetensors --json | jq .totals
   streamer report findings.safetensors evaluation.json -o report.html
       a page with pictures, of findings alone too
+  streamer report DIR -o report.html
+      one page of all findings in DIR, as `detect` of several adapters writes them
   streamer report findings.safetensors -o figures
       the pictures as SVG and PNG, in a directory
   streamer report f.safetensors BASE ADAPTER --coefficients c.safetensors

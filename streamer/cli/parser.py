@@ -175,7 +175,11 @@ def build_parser() -> Parser:
     sub.add_argument("--dequantize", action="store_true",
                      help="write a plain model where the base is quantized, in the dtype of its config")  # fmt: skip
     sub = command("report", "show findings or an output as a table, as JSON, as a page, or as figures", reading)
-    sub.add_argument("findings", metavar="FINDINGS", help="file written by `streamer detect`; or an output's directory")
+    sub.add_argument(
+        "findings",
+        metavar="FINDINGS",
+        help="file written by `streamer detect`, a directory of such files, or an output's directory",
+    )
     sub.add_argument("base", metavar="EVALUATION", nargs="?",
                      help="file written by `streamer evaluate`, of the same adapter; or BASE, where coefficients are given")  # fmt: skip
     sub.add_argument("adapter", metavar="ADAPTER", nargs="?", help="the adapter, where BASE is given")

@@ -14,7 +14,7 @@ from typing import Any
 
 from streamer.report.page_data import page_data
 from streamer.report.subject import Collection, Subject
-from streamer.report.words import certificates, sentences, suggestion, title, verdict
+from streamer.report.words import certificates, headline, sentences, suggestion, title
 
 SCRIPTS = ("draw.js", "findings.js", "page.js")
 
@@ -61,11 +61,11 @@ def make_page(subject: Subject | Collection) -> bytes:
     style, *scripts = (files("streamer.report").joinpath(name).read_text("utf-8") for name in ("page.css", *SCRIPTS))
     script = "\n" + "\n".join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    said, next_ = verdict(subject)
+    said, next_ = headline(subject)
     lines = [f'<p class="verdict">{html.escape(said)}</p>', *map(_command, next_)]
     if isinstance(subject, Subject):
         if subject.evaluation is not None:
-            lines.append(_list(suggestion(subject.evaluation)[1:]))
+            lines.append(_list(suggestion(subject.evaluation)))
         lines += [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]
         lines.append(f'<p class="certificates">{html.escape(certificates(subject))}</p>')
     page = _PAGE.substitute(

@@ -13,7 +13,7 @@ from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.view import commands, reasons, verdict
 from streamer.report.curves import delta_energy, lambda_curve
 from streamer.report.packing import NUMBER
-from streamer.report.subject import Collection, Subject
+from streamer.report.subject import Collection, Subject, scales_intruders
 from streamer.units import counted, format_size, listed
 
 
@@ -27,7 +27,7 @@ def title(subject: Subject | Collection) -> str:
     return f"Intruder dimensions of {_name(subject.findings.sources.get('adapter', {}))}"
 
 
-def verdict(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]:
+def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]:
     """Say in a line what was found, and give the commands to run next, each with what it is for."""
     measure = [
         ("Measure what the adapter forgets, and what mitigation would change, on two texts of your own",
@@ -47,12 +47,13 @@ def verdict(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]:
     if subject.record is not None:
         t = subject.record["totals"]
         check = "streamer verify OUTPUT BASE ADAPTER --sample all"
+        scaled = f" and {counted(t['intruders'], 'intruder')} scaled" if scales_intruders(subject.record) else ""
         return (
-            f"{t['changed']} of {counted(t['matrices'], 'matrix')} changed; the norm of what the adapter adds went from "
+            f"{t['changed']} of {counted(t['matrices'], 'matrix')} changed{scaled}; the norm of what the adapter adds went from "
             f"{t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}.", [("Compare the files with the inputs", check)],
         )  # fmt: skip
     if subject.evaluation is not None:
-        said = suggestion(subject.evaluation)[0]
+        said = printable(verdict(subject.evaluation, subject.evaluation.best()))
         return f"{said[:1].upper()}{said[1:]}.", []
     findings = subject.findings
     assert findings is not None
@@ -66,7 +67,7 @@ def verdict(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]:
 
 
 def sentences(subject: Subject) -> list[str]:
-    """Say in three sentences what was asked and found, or what an output is."""
+    """Say in sentences what was asked and found, or what an output is."""
     if subject.record is not None:
         return _of_record(subject.record)
     assert subject.findings is not None
@@ -96,11 +97,9 @@ def certificates(subject: Subject) -> str:
 
 
 def suggestion(evaluation: Evaluation) -> list[str]:
-    """Say what an evaluation suggests, in lines."""
+    """Say why an evaluation suggests what it does, and the commands to run next, in lines."""
     best = evaluation.best()
-    return [
-        printable(line) for line in (verdict(evaluation, best), *reasons(evaluation, best), *commands(evaluation, best))
-    ]
+    return [printable(line) for line in (*reasons(evaluation, best), *commands(evaluation, best))]
 
 
 def part_of(tensor: str) -> str:
@@ -131,16 +130,12 @@ def _of_findings(findings: Findings) -> list[str]:
         least = min((min(m.detection.similarity) for m in findings if m.detection.similarity), default=None)
         found += "." if least is None else f": the least similar direction has {least:.2f}."
         return [asked, found, "Nothing is to be scaled down; a shrink of the whole adapter may still forget less."]
-    with_any = sum(bool(m.detection.intruders) for m in findings)
     parts: Counter[str] = Counter()
     for m in findings:
         parts[part_of(m.tensor)] += len(m.detection.intruders)
     most = listed((f"{printable(part)} ({n})" for part, n in parts.most_common(3) if n), 3)
-    be, carry = ("is", "It carries") if findings.intruders == 1 else ("are", "They carry")
-    found = (
-        f"There {be} {counted(findings.intruders, 'intruder')}, in {with_any} of {counted(len(findings), 'matrix')}; "
-    )
-    found += f"the most in {most}."
+    carry = "It carries" if findings.intruders == 1 else "They carry"
+    found = f"Intruders by part of a layer: {most}."
     half = next(c for c in lambda_curve(findings) if c["mitigation_lambda"] == 0.5)
     dropped = max(m.detection.dropped_at_zero for m in findings)
     weighs = (
@@ -163,15 +158,10 @@ def _of_record(record: Mapping[str, Any]) -> list[str]:
         f"This is {what} made of “{_name(record['adapter'])}” and “{_name(record['base'])}” by streamer {printable(record['version'])}: "
         f"{how}, {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}."
     )
-    scaled = f", {counted(t['intruders'], 'intruder')} scaled" if record["detection"] is not None else ""
-    changed = (
-        f"Of {counted(t['matrices'], 'matrix')} {t['changed']} were changed{scaled}; the norm of "
-        f"what the adapter adds fell from {t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}."
-    )
     compare = (
         f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: that is what to compare with"
     )
     if record["command"] == "mitigate":
         compare += f". At most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta was lost in projection onto the adapter's rank"
     compare += "."
-    return [made, changed, compare]
+    return [made, compare]

@@ -154,6 +154,51 @@ def test_a_click_draws_a_matrix_and_narrows_the_table(driver: Any, page: Path, f
     assert driver.get_log("browser") == []
 
 
+def test_a_table_that_scrolls_says_so(driver: Any, page: Path) -> None:
+    script = "return [...document.querySelectorAll('#matrices, #variants')].map((t) => !t.closest('.scroll').previousSibling.hidden)"
+    browser.look(driver, page, 400)
+    assert driver.execute_script(script) == [True, True]
+    driver.execute_script("document.querySelector('#matrices').closest('.scroll').scrollLeft = 100")
+    driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    assert driver.execute_script(script) == [True, False]
+    browser.look(driver, page, 1400)
+    assert driver.execute_script(script) == [False, False]
+
+
+def test_a_command_is_copied_whole(driver: Any, page: Path) -> None:
+    browser.look(driver, page)
+    click(driver, "pre.command button")
+    commands = driver.execute_script(
+        "return [...document.querySelectorAll('pre.command code')].map((c) => c.textContent)"
+    )
+    assert commands[0].startswith("streamer ")
+    assert driver.execute_script("return getSelection().toString()") == commands[0]
+
+
+def test_figures_of_the_page_are_rounded_as_the_terminals(driver: Any, page: Path, found: Findings) -> None:
+    browser.look(driver, page)
+    rounded = {m.tensor: (f"{m.detection.delta_norm:.4g}", f"{100 * m.detection.intruder_energy:.1f}%") for m in found}
+    assert [*zip(rows(driver, "matrices", 7), rows(driver, "matrices", 8), strict=True)] == [
+        (f"{float(norm):#.4g}", energy) for norm, energy in (rounded[name] for name in rows(driver, "matrices", 0))
+    ]
+
+
+def test_a_page_of_several_adapters(driver: Any, found: Findings, tmp_path: Path) -> None:
+    few = dataclasses.replace(found, matrices=tuple(found)[:3])
+    for name, findings in (("all", found), ("few", few)):
+        findings.save(tmp_path / f"{name}.safetensors")
+    streamer.write_report(tmp_path, tmp_path / "report.html")
+    assert browser.look(driver, tmp_path / "report.html") == []
+    assert rows(driver, "adapters", 0) == ["all", "few"]
+    assert rows(driver, "adapters", 1) == ["9", "3"]
+    assert len(rows(driver, "matrices", 0)) == 9
+    for count in (3, 9):
+        click(driver, f"#adapters tbody tr:nth-child({1 + (count == 3)}) button")
+        assert len(rows(driver, "matrices", 0)) == count
+        figures = driver.execute_script("return document.querySelectorAll('figure .scroll svg').length")
+        assert figures == driver.execute_script("return document.querySelectorAll('figure').length") > 8
+
+
 def test_hostile_names_are_text(driver: Any, found: Findings, tmp_path: Path) -> None:
     matrices = tuple(dataclasses.replace(m, tensor=f"{EVIL}.{i}.weight") for i, m in enumerate(found))
     evil = dataclasses.replace(found, matrices=matrices, sources={"base": {"name": EVIL}, "adapter": {"name": EVIL}})

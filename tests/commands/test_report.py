@@ -63,10 +63,43 @@ def test_an_output(files: Path, tmp_path: Path) -> None:
     assert (tree["record"], tree["findings"], tree["lambdas"]) == (record, None, [])
 
 
+def test_one_page_of_several_adapters(files: Path, inputs: Inputs, tmp_path: Path) -> None:
+    """Of the directory that `detect` of several adapters leaves."""
+    done = server().run("detect", inputs[0], inputs[1], files / "half", "-o", tmp_path / "found")
+    assert done.code == 0, done
+    names = sorted(path.stem for path in (tmp_path / "found").glob("*.safetensors"))
+    tree = check(server().run("report", tmp_path / "found", "--json"), "streamer.several/1")
+    assert [*tree["adapters"]] == names
+    out = tmp_path / "report.html"
+    done = server().run("report", tmp_path / "found", "-o", out)
+    lines = done.out.splitlines()
+    assert lines[0].split()[:3] == ["adapter", "matrices", "intruders"]
+    assert [line.split()[0] for line in lines[2:4]] == names
+    assert lines[-1] == f"wrote {out}: 1 file, {out.stat().st_size / 1000:.1f} kB"
+    written = check(server().run("report", tmp_path / "found", "-o", out, "--json"), "streamer.several/1")
+    assert (written["state"], written["files"]) == ("present", [{"file": "report.html", "bytes": out.stat().st_size}])
+
+
 def test_refusals(files: Path, inputs: Inputs, tmp_path: Path) -> None:
     f, e = files / "f.safetensors", files / "e.json"
     for line, code, words in [
         (("report", f, f), 3, "expected an evaluation"),
+        (
+            ("report", e),
+            2,
+            f"{e}: is an evaluation, the second argument; give its findings first: streamer report FINDINGS {e}",
+        ),
+        (("report", e, f), 2, f"{e}: is an evaluation, the second argument"),
+        (
+            ("report", files, e),
+            2,
+            f"{files}: holds findings on 2 adapters, and an evaluation is of one; name its findings, such as ",
+        ),
+        (
+            ("report", files, "-o", tmp_path / "figures"),
+            2,
+            "figures are of one adapter; name its findings, or write a page",
+        ),
         (("report", f, tmp_path / "no.json"), 3, "no such file"),
         (("report", files / "half", e), 2, "an evaluation is shown with findings"),
         (("report", files / "half", "-o", files / "half" / "r.html"), 4, "lies inside the output"),

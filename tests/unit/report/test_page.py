@@ -23,9 +23,10 @@ from streamer.detection.findings import Findings
 from streamer.detection.intruders import Detection
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.errors import FormatError, MismatchError, UsageError
+from streamer.evaluation.view import verdict
 from streamer.report.page import make_page
 from streamer.report.subject import Subject, make_subject, open_subject
-from streamer.report.words import certificates, sentences
+from streamer.report.words import certificates, headline, sentences
 
 EVIL = "</script><img src=x onerror=alert(1)>\x1b]0;&\u2028"
 
@@ -39,7 +40,8 @@ def test_the_sentences_and_data_of_findings(findings: Findings) -> None:
     subject = make_subject(findings)
     asked, found, weighs = sentences(subject)
     assert "the 9 matrices that “adapter” changes in “base”, the 10 leading" in asked
-    assert f"{findings.intruders} intruders, in 9 of 9 matrices" in found
+    assert headline(subject)[0].startswith(f"{findings.intruders} intruders in 9 of 9 matrices, with ")
+    assert found == "Intruders by part of a layer: down_proj (3), up_proj (3), q_proj (3)."
     assert "% of the energy" in weighs
     assert certificates(subject).startswith("Certificates: in 9 of 9 matrices every decision is proven")
     tree = embedded(make_page(subject))
@@ -85,6 +87,57 @@ def test_names_are_untrusted(findings: Findings) -> None:
     assert "\x1b" not in page
     assert "\u2028" not in page
     assert html.escape("</script><img src=x onerror=alert(1)>\\x1b]0;&\\u2028") in page
+
+
+def test_the_verdict_comes_first_and_commands_are_code(findings: Findings) -> None:
+    evaluation = of_findings(findings)
+    for subject in (make_subject(findings), make_subject(findings, evaluation)):
+        text = make_page(subject).decode()
+        said = html.escape(headline(subject)[0])
+        assert text.index(f'<p class="verdict">{said}</p>') < text.index("<h1>") + 200
+        commands = [
+            re.sub(r"</?span>", "", c) for c in re.findall(r'<pre class="command"><code>(.*?)</code></pre>', text)
+        ]
+        assert commands
+        assert all(command.startswith("streamer ") for command in commands)
+        assert not re.search(r"<(?:p|li)>[^<]*streamer (?:evaluate|mitigate|fit|report) ", text)
+    best = evaluation.best()
+    assert headline(make_subject(findings, evaluation))[0][1:-1] == verdict(evaluation, best)[1:]
+    assert "is not measured yet" in headline(make_subject(findings))[0]
+
+
+def test_numbers_are_rounded_once(findings: Findings) -> None:
+    """52.245 to five digits and then to four is 52.24, or 52.25 by chance: the page holds what the terminal shows."""
+    norms = [52.24501, 52.2549, 0.0123449, 123.449, 1.99995, *(m.detection.delta_norm for m in findings)][
+        : len(findings)
+    ]
+    matrices = tuple(
+        dataclasses.replace(m, detection=dataclasses.replace(m.detection, delta_norm=norm, intruder_energy=norm % 1))
+        for m, norm in zip(sorted(findings, key=lambda m: m.tensor), norms, strict=True)
+    )
+    tree = embedded(make_page(make_subject(dataclasses.replace(findings, matrices=matrices))))["findings"]
+    shown = {f"{m.detection.delta_norm:.4g}": f"{100 * m.detection.intruder_energy:.1f}" for m in matrices}
+    assert {f"{norm:.4g}" for norm in tree["delta_norm"]} == {*shown}
+    assert tree["delta_norm"] == [float(f"{norm:.4g}") for norm in tree["delta_norm"]]
+    assert tree["energy"]["digits"] == 5
+    evaluation = of_findings(findings)
+    variants = embedded(make_page(make_subject(findings, evaluation)))["evaluation"]["variants"]
+    assert [v["kept"] for v in variants] == [v["kept"] for v in evaluation.to_dict()["variants"]]
+
+
+def test_one_page_of_several_adapters(findings: Findings, tmp_path: Path) -> None:
+    findings.save(tmp_path / "one.safetensors")
+    dataclasses.replace(findings, matrices=findings.matrices[:3]).save(tmp_path / "two.safetensors")
+    (tmp_path / ".one.safetensors.partial").write_bytes(b"of an interrupted run")
+    several = open_subject(tmp_path)
+    page = make_page(several)
+    tree = embedded(page)["several"]
+    assert [one["name"] for one in tree] == ["one", "two"]
+    assert headline(several)[0].startswith(f"Of 2 adapters, one has the most intruders, {findings.intruders}.")
+    assert tree[0]["findings"] == embedded(make_page(make_subject(findings)))["findings"]
+    (tmp_path / "three.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(FormatError, match="three"):
+        open_subject(tmp_path)
 
 
 def test_an_evaluation_is_shown_with_its_suggestion(findings: Findings) -> None:
@@ -135,24 +188,26 @@ def test_findings_of_nothing_and_without_intruders(findings: Findings) -> None:
     make_page(make_subject(clean))
     one = dataclasses.replace(findings[0].detection, intruders=findings[0].detection.intruders[:1])
     single = dataclasses.replace(findings, matrices=(dataclasses.replace(findings[0], detection=one),))
-    _, found, weighs = sentences(make_subject(single))
+    weighs = sentences(make_subject(single))[2]
     assert "In the 1 matrix that" in sentences(make_subject(single))[0]
-    assert found.startswith("There is 1 intruder, in 1 of 1 matrix")
+    assert headline(make_subject(single))[0].startswith("1 intruder in 1 of 1 matrix, with ")
     assert weighs.startswith("It carries ")
 
 
 def test_the_record_of_an_output(pair: tuple[Path, Path], findings: Findings, tmp_path: Path) -> None:
     streamer.reduce_intruder_dimension(*pair, tmp_path / "out", findings=findings, mitigation_lambda=0.5)
     subject = open_subject(tmp_path / "out")
-    made, changed, compare = sentences(subject)
+    made, compare = sentences(subject)
     assert "an adapter made of “adapter” and “base”" in made
-    assert "Of 9 matrices 9 were changed" in changed
+    assert headline(subject)[0].startswith(
+        "9 of 9 matrices changed and 9 intruders scaled; the norm of what the adapter adds went from "
+    )
     assert "the same norm" in compare
     assert "mitigated delta was lost in projection" in compare
     streamer.merge_with_reduced_intruder_dimensions(
         *pair, tmp_path / "merged", findings=findings, mitigation_lambda=0.5
     )
-    assert sentences(open_subject(tmp_path / "merged"))[2].endswith("that is what to compare with.")
+    assert sentences(open_subject(tmp_path / "merged"))[1].endswith("that is what to compare with.")
     tree = embedded(make_page(subject))["output"]
     assert len(tree["delta_norm"]) == 9
     with pytest.raises(UsageError, match="an evaluation is shown with findings"):
