@@ -33,7 +33,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
 def on_engine(bench: WorkerBench, out: Path, engine: str) -> None:
     """Detect with an engine that runs, from the command line."""
     with bench.start(out, "--executor", engine, "-q") as process:
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=300)
     assert (process.returncode, stderr) == (0, "")
     assert out.read_bytes() == bench.alone
 

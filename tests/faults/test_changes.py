@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import helpers
@@ -27,9 +26,7 @@ def test_two_runs_at_once(bench: Bench, command: str, tmp_path: Path) -> None:
     first = case.run(out, at=len(case.calls) // 2, code=STOP)
     assert first.stopped
     before = tree_digest(out)
-    began = time.monotonic()
-    second = case.run(out)
-    assert time.monotonic() - began < 5
+    second = case.run(out)  # if it waited for the first, it would never end
     assert second.code == 5
     assert second.err.count("\n") == 1
     target = out / "findings.safetensors" if case.argv[0] == "detect" else out

@@ -76,9 +76,9 @@ def test_ctrl_c_ends_the_wait_that_a_server_asks_for(served: Path, tmp_path: Pat
             text=True,
             env=ENV | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
         ) as process:
-            assert asked.wait(60)
+            assert asked.wait(300)
             process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=60)
+            _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130
     assert stderr.endswith("streamer: stopped by signal 2; the same command resumes\n")
 

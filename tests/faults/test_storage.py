@@ -34,7 +34,7 @@ with open_outputs([plan]) as (out,):
     os.rename = rename
     out.write("model-1", bytes(range(100)), lambda: None)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=300, check=False)
     assert done.returncode == -9
     assert {p.name for p in case.out.iterdir()} == {"sub", "model-1", JOURNAL_NAME, LOCK_NAME}
     assert carry_out(case) == ["model-2", INDEX]
@@ -57,7 +57,7 @@ for size, reserved in ((2000, True), (500, False)):
     except StorageError as e:
         print(e)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
     advice = "File too large; free some space, then run the same command again"
     assert done.stdout.splitlines() == [
         f"{tmp_path}/f: cannot create: {advice}",
@@ -105,7 +105,7 @@ def test_the_lock_of_a_dead_process_does_not_hold(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with holder(path) as other:
         other.send_signal(signal.SIGKILL)
-        other.wait(10)
+        other.wait(300)
     assert path.exists()
     take(path)
     assert names(tmp_path) == []
@@ -126,6 +126,6 @@ try:
 except InputChangedError as e:
     print(e)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
     expected = f"{base / SHARDS[1]}: shrank to 0 B during the run; get the file again\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")

@@ -66,7 +66,7 @@ def test_the_tasks_of_a_killed_worker_are_done_again(bench: WorkerBench, tmp_pat
     with bench.start(out, "--workers", 2, "-q") as process:
         wait_until(lambda: has_begun(out))
         kill_a_worker(process)
-        _, stderr = process.communicate(timeout=90)
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "its worker was lost (BrokenProcessPool" in stderr
     assert out.read_bytes() == bench.alone
@@ -77,7 +77,7 @@ def test_workers_that_die_time_and_again_end_the_run(bench: WorkerBench, tmp_pat
     with bench.start(out, "--workers", 1, "-qq") as process:
         while process.poll() is None:
             kill_a_worker(process)
-        _, stderr = process.communicate(timeout=90)
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode == 6
     assert ".weight: its worker was lost (BrokenProcessPool" in stderr
     assert stderr.endswith("for the second time; the same command goes on from here\n")
@@ -96,7 +96,7 @@ def test_no_worker_outlives_its_run(bench: WorkerBench, signum: signal.Signals, 
             os.killpg(process.pid, signum)
         else:
             process.kill()
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
     wait_until(lambda: not workers_in(process.pid), 20)
     if signum == signal.SIGINT:
         assert process.returncode == 130
@@ -191,7 +191,7 @@ def test_a_scheduler_without_workers_is_waited_for_and_said(bench: WorkerBench, 
         assert process.stderr is not None
         assert process.stderr.readline() == said
         with dask_workers(file):
-            _, stderr = process.communicate(timeout=120)
+            _, stderr = process.communicate(timeout=300)
     assert (process.returncode, stderr) == (0, "")
     assert out.read_bytes() == bench.alone
 
@@ -205,7 +205,7 @@ def test_a_ray_task_that_fits_on_no_node_is_refused(
         ray_cluster(monkeypatch, 2) as address,
         bench.start(out, "--executor", f"ray:{address}", "--threads", 3) as run,
     ):
-        _, stderr = run.communicate(timeout=120)
+        _, stderr = run.communicate(timeout=300)
     assert run.returncode == 2
     assert stderr.splitlines()[-1] == (
         f"streamer: ray:{address}: a task takes 3 CPUs, one for each thread, and no node has so many: they have 2; "

@@ -10,7 +10,7 @@ import sys
 ENV = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
 
 
-def run_cli(*args: object, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess[str]:
+def run_cli(*args: object, timeout: float = 600, **kwargs) -> subprocess.CompletedProcess[str]:
     """Run `streamer` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "streamer", *map(str, args)],

@@ -169,7 +169,7 @@ class Server:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(300)
         self._process.stdout.close()
         self._home.cleanup()
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from helpers import intruding_factors, power_law
+from helpers import planted
 
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense
 
 
 def problem(m: int, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Dense, LowRank]:
-    A, B = intruding_factors(m, n, 4, seed)
-    return Dense(power_law(m, n, seed).to(dtype)), LowRank(B, A.T)
+    W0, (A, B) = planted(m, n, 4, seed, dtype)
+    return Dense(W0), LowRank(B, A.T)
 
 
 def oracle(base: torch.Tensor, delta: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import select
 import socket
 import struct
 import threading
@@ -63,7 +64,7 @@ class RangeServer:
     address: str = ""
     redirect: str = ""
     retry_after: float = 0
-    stall: float = 3.0
+    stall: float = 300.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _free: float = 0.0
     _known: dict[tuple[Path, int, int], str] = field(default_factory=dict)
@@ -168,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
                 request.sent += len(piece)
         if fault == "stall":
             self.wfile.flush()
-            time.sleep(state.stall)
+            select.select([self.connection], [], [], state.stall)  # until the client has given up
         if fault == "reset":
             self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -71,7 +71,7 @@ def engine(module: str, *args: object) -> Iterator[subprocess.Popen[bytes]]:
         finally:
             process.terminate()
             try:
-                process.wait(30)
+                process.wait(300)
             except subprocess.TimeoutExpired:
                 process.kill()
 
@@ -114,7 +114,7 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch, cpus: int) -> Iterator[str]:
         yield cluster.stdout.readline().strip()
 
 
-def wait_until(what: Callable[[], object], seconds: float = 90) -> None:
+def wait_until(what: Callable[[], object], seconds: float = 300) -> None:
     """Wait until something is so."""
     deadline = time.monotonic() + seconds
     while not what():

@@ -45,7 +45,7 @@ def test_warnings_go_through_warnings_in_the_callers_name(odd: tuple[Path, Path]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         CALLS[name](*odd, tmp_path)
-    (warning,) = caught
+    (warning,) = (w for w in caught if "lost in projection" not in str(w.message))
     assert warning.category is streamer.StreamerWarning
     assert issubclass(streamer.StreamerWarning, UserWarning)
     assert "total_size says 1" in str(warning.message)

@@ -23,10 +23,10 @@ from streamer.adapters.rank_patterns import first_match
     ],
 )
 def test_what_takes_for_ever_is_refused(pattern: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError, match=r"may take for ever to match: .*; write it without"):
         first_match([pattern], "a" * 60 + ".layers.0")
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_what_is_no_expression_is_refused() -> None:

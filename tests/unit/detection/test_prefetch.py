@@ -66,7 +66,7 @@ def test_so_many_are_read_ahead_and_no_more(depth: int) -> None:
     for i, (item, value) in enumerate(read_ahead(range(5), load, depth)):
         assert (item, value) == (i, 10 * i)
         with reached:
-            assert reached.wait_for(lambda i=i: len(begun) == min(5, i + 1 + depth), timeout=10)
+            assert reached.wait_for(lambda i=i: len(begun) == min(5, i + 1 + depth), timeout=300)
     assert begun == list(range(5))
 
 
@@ -77,12 +77,12 @@ def test_whoever_stops_early_waits_for_one_at_most() -> None:
         begun.append(item)
         if item:
             second.set()
-            assert go_on.wait(10)
+            assert go_on.wait(300)
         return item
 
     stream = read_ahead(range(9), load, 3)
     next(stream)
-    assert second.wait(10)
+    assert second.wait(300)
     threading.Timer(0.2, go_on.set).start()
     stream.close()
     assert begun == [0, 1]

@@ -83,13 +83,13 @@ def test_it_is_switched_back_by_the_last_thread_that_leaves() -> None:
     def hold() -> str:
         with full_float32():
             inside.set()
-            assert leave.wait(20)
+            assert leave.wait(300)
             return setting()
 
     with ThreadPoolExecutor(1) as pool:
         with full_float32():
             other = pool.submit(hold)
-            assert inside.wait(20)
+            assert inside.wait(300)
         leave.set()
         assert other.result() in ("ieee", "highest")
     assert setting() == before not in ("ieee", "highest")
@@ -108,7 +108,7 @@ def test_tasks_of_another_number_of_threads_wait() -> None:
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(compute, 2)
-        assert began.wait(20)
+        assert began.wait(300)
         others = [pool.submit(compute, 3), pool.submit(compute, 2)]
         for future in (first, *others):
             future.result()

@@ -103,13 +103,12 @@ def test_a_square_matrix_of_an_unknown_class(tmp_path: Path) -> None:
 
 def test_a_transposed_base_gives_transposed_findings_and_merges(tmp_path: Path) -> None:
     """A Conv1D base is the transpose of a linear one, in everything."""
-    W = helpers.power_law(64, 48).float()
-    factors = {"h.0.fc": helpers.intruding_factors(64, 48, 2)}
+    W, factors = helpers.planted(64, 48, 2)
     merged = {}
     for flag in (False, True):
         home = tmp_path / str(flag)
         base = helpers.write_sharded(home / "base", [{"h.0.fc.weight": W.T if flag else W}])
-        adapter = helpers.write_adapter(home / "adapter", factors, r=2, fan_in_fan_out=flag)
+        adapter = helpers.write_adapter(home / "adapter", {"h.0.fc": factors}, r=2, fan_in_fan_out=flag)
         findings = streamer.detect_intruder_dimensions(base, adapter, top_k=4)
         (matrix,) = findings
         assert matrix.shape == (64, 48)

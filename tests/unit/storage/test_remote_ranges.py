@@ -20,10 +20,9 @@ DATA = bytes(range(256)) * 16384
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
+def site(tmp_path: Path) -> Iterator[RangeServer]:
     (tmp_path / "file").write_bytes(DATA)
-    monkeypatch.setenv("STREAMER_REMOTE_TIMEOUT", "0.3")
-    with serving(tmp_path, stall=1.0) as state:
+    with serving(tmp_path) as state:
         yield state
 
 
@@ -50,12 +49,14 @@ def test_a_range(site: RangeServer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["stall", "reset", "429", "500", "short"])
-def test_what_passes_is_tried_again(site: RangeServer, kind: str) -> None:
+def test_what_passes_is_tried_again(site: RangeServer, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only what has not come is asked for again."""
     file, site.fault = opened(site), once(kind)
+    if kind == "stall":
+        monkeypatch.setenv("STREAMER_REMOTE_TIMEOUT", "0.3")
     assert read(file, 1000, 2_001_000) == DATA[1000:2_001_000]
     asked = [r for r in site.requests if r.range != "bytes=0-0"]
-    assert len(asked) == 2
+    assert len(asked) == 2 or (kind == "stall" and len(asked) > 2)  # a busy machine may be silent for as long, too
     if kind == "short":
         assert asked[1].range == "bytes=1001000-2000999"
         assert sum(r.sent for r in asked) == 2_000_000
