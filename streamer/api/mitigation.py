@@ -34,7 +34,7 @@ def reduce_intruder_dimension(
     scale: Selection = "all",
     coefficients: Coefficients | str | Path | None = None,
     keep: float | None = None,
-    to_lora: int | None = None,
+    to_lora: int | float | None = None,
     model_card: bool = True,
     solver: str = "auto",
     max_memory: int | str | None = None,
@@ -90,8 +90,10 @@ def reduce_intruder_dimension(
     keep
         Which coefficients, where there are several sets: those that keep this share of what the adapter learned.
     to_lora
-        Write a LoRA adapter of this rank, whatever the kind of the given one; the record says what relative norm the rank left out.
-        None writes the given adapter's own kind, which must be LoRA, and not DoRA.
+        Write a LoRA adapter of this rank, whatever the kind of the given one; the record says what relative norm the rank left out. A
+        float in (0, 1] is a share of the energy, the squared singular values, of each mitigated delta: each module gets the least rank
+        that keeps it, as in PEFT's ``convert_to_lora``. Methods that need findings must be given them then. None writes the given
+        adapter's own kind, which must be LoRA, and not DoRA.
     model_card
         Put how it was made in front of the ``README.md``, and base and tags into its head. False leaves that file as it is.
     solver

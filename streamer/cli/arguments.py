@@ -78,14 +78,17 @@ def numbers(text: str) -> Sequence[float]:
     return tuple(number(part) for part in text.split(","))
 
 
-def top_k(text: str) -> int | float:
+def top_k(text: str, expected: str = "a count like 10 or a share like 0.1") -> int | float:
     """Read a count or a share."""
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected a count like 10 or a share like 0.1, found {quoted(text)}"
-        ) from None
+        raise argparse.ArgumentTypeError(f"expected {expected}, found {quoted(text)}") from None
+
+
+def rank(text: str) -> int | float:
+    """Read a rank or a share of the energy."""
+    return top_k(text, "a rank like 16 or a share like 0.95")
 
 
 def sample(text: str) -> int | str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from streamer import __version__
-from streamer.cli.arguments import Parser, number, numbers, sample, size, top_k
+from streamer.cli.arguments import Parser, number, numbers, rank, sample, size, top_k
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
 from streamer.cli.text_options import add_fit, add_texts, add_threads
 from streamer.cli.worker_options import add_workers
@@ -167,8 +167,8 @@ def build_parser() -> Parser:
     out = writing("DIR", "adapter directory to write")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
     inputs(sub)
-    sub.add_argument("--to-lora", type=int, metavar="RANK", help="write a LoRA adapter of this rank, whatever kind ADAPTER is of; "
-                     "what the rank leaves out is reported")  # fmt: skip
+    sub.add_argument("--to-lora", type=rank, metavar="RANK", help="write a LoRA adapter of this rank, whatever kind ADAPTER is of; a "
+                     "share like 0.95 is of the energy of each delta, kept with the least rank; what is left out is reported")  # fmt: skip
     out = writing("DIR", "model directory to write; of several adapters a directory, for a model NAME each")
     sub = command("merge", "write the base with the mitigated adapter merged in", out, mitigating, computing, reading)
     inputs(sub, "+")

@@ -10,8 +10,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from streamer.adapters.adapter_config import AdapterConfig
 from streamer.adapters.tensor_names import normalize
 from streamer.output.job import Job
 from streamer.output.loadability import refuse
@@ -112,13 +114,14 @@ class _Check:
             yield from self._saved(name, factors)
 
     def _module(self, module: str, pair: Mapping[str, tuple[bool, Shape]]) -> Iterator[str]:
-        rank, targets = self.config.get("r"), self.config.get("target_modules") or []
+        rank = AdapterConfig(self.config, Path()).number("rank_pattern", "r", module)
+        targets = self.config.get("target_modules") or []
         if pair.keys() != {"A", "B"} or pair["A"][0] != pair["B"][0]:
             yield f"{module!r} does not have two factors"
             return
         (is_embedding, a), (_, b) = pair["A"], pair["B"]
         if a[0] != rank or b[1] != rank:
-            yield f"{module!r} has factors of shapes {list(a)} and {list(b)}, and the config says rank {rank}"
+            yield f"{module!r} has factors of shapes {list(a)} and {list(b)}, and the config says rank {rank:g}"
         if not any(module == target or module.endswith(f".{target}") for target in targets):
             yield f"{module!r} is named by no target_modules"
         if module not in self.model.own and not self.model.has(f"{module}.weight"):

@@ -19,6 +19,7 @@ from streamer.adapters.config_rules import is_residual
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.tensor_names import normalize
 from streamer.errors import UnsupportedError, UsageError
+from streamer.linalg.energy import energies, energies_bytes, least_rank
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense
 from streamer.linalg.svd import krylov_triplets
@@ -31,7 +32,8 @@ from streamer.output.metrics import matrix_metrics
 from streamer.output.output_spec import Writer, adapter_spec
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.architectures import architecture_for
-from streamer.plan.memory import MemoryEstimate
+from streamer.plan.batch import Batch
+from streamer.plan.memory import MemoryEstimate, check_budget, resident_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.plan.transformers_renames import renames_for
@@ -47,19 +49,32 @@ SMALL = 1024
 
 
 class LoraWriter(Writer):
-    """Writes the mitigated deltas as a LoRA adapter of rank `rank` and scale 1, in float32; what is carried along keeps its bytes."""
+    """Writes the mitigated deltas as a LoRA adapter of scale 1, in float32; what is carried along keeps its bytes.
+
+    Parameters
+    ----------
+    rank
+        The rank of all modules; or, as a float in (0, 1], the share of each delta's energy that its own rank is to keep.
+    """
 
     written: list[Target]
 
-    def __init__(self, job: Job, path: Path, rank: int) -> None:
+    def __init__(self, job: Job, path: Path, rank: int | float) -> None:
         plan = job.plan
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise UsageError(f"to_lora: expected a rank from 1, found {rank!r}")
+        good = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+        if not (good or (isinstance(rank, float) and 0 < rank <= 1)):
+            raise UsageError(
+                f"to_lora: expected a rank from 1, or a share in (0, 1] with a decimal point, found {rank!r}"
+            )
         if reason := refusal(job):
             raise UnsupportedError(f"{plan.adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`")
-        self._plan, self._rank = plan, rank
+        self._plan = plan
         self._layout = _layout(plan)
         self.written = [target for target in plan.targets if target.module.name in self._layout.names]
+        in_factors = [target for target in self.written if target.module.name not in self._layout.whole]
+        self._ranks = (
+            {t.module.name: rank for t in in_factors} if isinstance(rank, int) else _least_ranks(job, in_factors, rank)
+        )
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, Iterable[int]]] = []
         for target in self.written:
@@ -88,7 +103,9 @@ class LoraWriter(Writer):
             whole = target.module.name in self._layout.whole
             size = mitigation_bytes(plan, target, self.spec.job.intruders(target), projected=not whole)
             if not (target.module.low_rank or whole):
-                size += truncation_bytes(target.module.shape, self._rank, plan.weights[target.tensor].compute.itemsize)
+                size += truncation_bytes(
+                    target.module.shape, self._ranks[target.module.name], plan.weights[target.tensor].compute.itemsize
+                )
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
@@ -106,7 +123,7 @@ class LoraWriter(Writer):
 
     def _factors(self, job: Job, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
         delta, after, found = job.mitigated(target)
-        nearest = truncated(after, self._rank, target.tensor)
+        nearest = truncated(after, self._ranks[target.module.name], target.tensor)
         B, A = nearest.L.float(), nearest.R.T.float()
         written = LowRank(B.double(), A.double().T)
         error = _truncation_error(after, written)
@@ -118,8 +135,8 @@ class LoraWriter(Writer):
 
     def _tensors(self, target: Target) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name A and B as PEFT stores them, with their shapes and the factor of each; and those of modules that are tied to the target."""
-        shape, rank, name = target.module.shape, self._rank, target.module.name
-        stem = f"{PREFIX}{self._layout.names[name]}"
+        shape, name = target.module.shape, target.module.name
+        rank, stem = self._ranks[name], f"{PREFIX}{self._layout.names[name]}"
         if not target.is_embedding and name not in self._layout.embeddings:
             return _linear(stem, shape, rank, target.kernel, ("A", "B"))
         # An embedding's factors are those of its transpose.
@@ -136,21 +153,46 @@ class LoraWriter(Writer):
 
     def _config(self) -> dict[str, Any]:
         """Make a plain LoRA config: where it goes, what is carried along, and nothing of how the old adapter was trained."""
-        names = self._layout.names
+        names, heads = self._layout.names, self._layout.heads
+        ranks = {path: r for name, r in self._ranks.items() for path in (names[name], *heads.get(name, ()))}
+        largest = max(ranks.values(), default=1)
+        others = {path: r for path, r in ranks.items() if r != largest}
         return {
             **self._layout.config,
             "peft_type": "LORA",
             "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in self.written),
-            "r": self._rank,
-            "lora_alpha": self._rank,
-            "target_modules": [
-                *(names[t.module.name] for t in self.written if t.module.name not in self._layout.whole),
-                *(tied for heads in self._layout.heads.values() for tied in heads),
-            ],
+            "r": largest,
+            "lora_alpha": largest,
+            **({"rank_pattern": others, "alpha_pattern": others} if others else {}),
+            "target_modules": [*ranks],
             "bias": "all" if any(name.endswith(".bias") for name in self._layout.carried) else "none",
             "init_lora_weights": True,
             "inference_mode": True,
         }
+
+
+def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str, int]:
+    """Find for each module the least rank that keeps this share of the energy of its mitigated delta.
+
+    Raises
+    ------
+    UsageError
+        If the mitigated deltas follow from findings that are yet to be made: tensors have their shapes before anything is written.
+    """
+    if job.detects:
+        raise UsageError(
+            "to_lora: a share of the energy needs the findings before anything is written; run `streamer detect`, and pass them with "
+            "--findings, or pass a rank"
+        )
+    plan, resident = job.plan, resident_bytes(Batch(job.plan.base, (job.plan,)))
+    sizes = {
+        target.tensor: mitigation_bytes(plan, target, job.intruders(target), projected=False)
+        + (0 if target.module.low_rank else energies_bytes(target.module.shape))
+        for target in targets
+    }
+    estimates = (MemoryEstimate(t.tensor, t.module.shape, resident + sizes[t.tensor]) for t in targets)
+    check_budget(estimates, job.detection.max_memory)
+    return {target.module.name: least_rank(energies(job.mitigated(target)[1]), share) for target in targets}
 
 
 def _linear(

@@ -58,7 +58,7 @@ class OutputSpec:
     warnings, notes, advice
         A line each, printed and recorded; free of paths, so that outputs are reproducible.
     to_lora
-        The rank of a LoRA adapter that is made from deltas of any kind.
+        The rank of a LoRA adapter that is made from deltas of any kind, or the share of their energy that it keeps.
     card
         The card that is written with the last facts; None where none is, or where an input's is copied.
     norms
@@ -81,7 +81,7 @@ class OutputSpec:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
-    to_lora: int | None = None
+    to_lora: int | float | None = None
     card: Card | None = None
     norms: int = 3
     model_tensors: int = 0
@@ -189,7 +189,7 @@ class Writer(ABC):
 
 
 def adapter_spec(
-    job: Job, path: Path, shard: ShardPlan, config: bytes, source: Path | None, to_lora: int | None = None
+    job: Job, path: Path, shard: ShardPlan, config: bytes, source: Path | None, to_lora: int | float | None = None
 ) -> OutputSpec:
     """Describe an adapter of one file of tensors and a config, with the other files of the adapter in `source`, if it is one's."""
     copies = [] if source is None else [(name, p) for name, p in other_files(source) if name != CONFIG_NAME]

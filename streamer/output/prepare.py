@@ -37,7 +37,7 @@ class OutputOptions:
     merges
         Whether models are written; adapters otherwise.
     to_lora
-        The rank of an adapter that is written as LoRA, whatever its kind; None keeps the kind.
+        The rank of an adapter that is written as LoRA, whatever its kind, or the share of the energy that it keeps; None keeps the kind.
     dequantize
         Whether a model of a quantized base is written plain.
     model_card
@@ -45,7 +45,7 @@ class OutputOptions:
     """
 
     merges: bool
-    to_lora: int | None = None
+    to_lora: int | float | None = None
     dequantize: bool = False
     model_card: bool = True
 

@@ -39,7 +39,9 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
         norms += f" -> {t['delta_norm_after']:.4g}"
     if lam != 1 and method != "shrink":
         norms += f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"
-    rank = f"; written at rank {record['to_lora']}" if record["to_lora"] else ""
+    asked = record["to_lora"]
+    kept = f"; written at the least ranks that keep {100 * (asked or 0):g} % of the energy"
+    rank = kept if isinstance(asked, float) else f"; written at rank {asked}" if asked else ""
     lines = [f"{title}: {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}", how + rank, norms]
     if record["left_out"]:
         names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")

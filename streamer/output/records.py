@@ -77,7 +77,7 @@ Record = TypedDict(
         "scale": str,
         "lambda": float | None,
         "coefficients": CoefficientsRecord | None,
-        "to_lora": int | None,
+        "to_lora": int | float | None,
         "dequantize": bool,
         "totals": Totals,
         "warnings": list[str],

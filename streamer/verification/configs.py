@@ -123,7 +123,7 @@ def check_adapter_config(record: dict[str, Any], adapter: AdapterFiles, files: A
 
 
 def _of_lora(record: dict[str, Any], adapter: AdapterFiles, files: AdapterFiles) -> dict[str, Any]:
-    """Make the config of an adapter of rank `to_lora`, as its tensors say."""
+    """Make the config of an adapter of rank `to_lora`, or of a rank a module, as its tensors say."""
     found = list(parts(files))
     config = {key: adapter.config[key] for key in KEPT if key in adapter.config}
     saved = {
@@ -136,8 +136,14 @@ def _of_lora(record: dict[str, Any], adapter: AdapterFiles, files: AdapterFiles)
     # PEFT's names of a fine-tuned model's modules may begin otherwise than the record's.
     linear = {_last(part.target) for part in found if ".lora_A." in part.source}
     inward = any(row["transposed"] and _last(row["module"]) in linear for row in record["matrices"])
+    ranks = {module: files.files.stored(names[role])[1][0] for module, names in files.modules.items()
+             for role in ("lora_A", "lora_embedding_A") if role in names}  # fmt: skip
+    asked = record["to_lora"]
+    largest = asked if isinstance(asked, int) else max(ranks.values(), default=1)
+    if others := {module: rank for module, rank in ranks.items() if rank != largest}:
+        config |= {"rank_pattern": others, "alpha_pattern": others}
     return config | {
-        "peft_type": "LORA", "fan_in_fan_out": inward, "r": record["to_lora"], "lora_alpha": record["to_lora"],
+        "peft_type": "LORA", "fan_in_fan_out": inward, "r": largest, "lora_alpha": largest,
         "target_modules": [*{part.target for part in found if part.role == "factor"}],
         "bias": "all" if any(part.source.endswith(".bias") for part in found) else "none",
         "init_lora_weights": True, "inference_mode": True,

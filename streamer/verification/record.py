@@ -21,8 +21,9 @@ JOURNAL_NAME = ".streamer.journal"
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "command": str, "version": str, "base": dict, "adapter": dict, "detection": (dict, type(None)), "method": str, "scale": str,
-    "lambda": (int, float, type(None)), "to_lora": (int, type(None)), "dequantize": bool, "totals": dict, "warnings": list, "notes": list,
-    "advice": list, "left_out": list, "carried": list, "matrices": list, "plan": str, "files": list, "tokenizer": (str, type(None)),
+    "lambda": (int, float, type(None)), "to_lora": (int, float, type(None)), "dequantize": bool, "totals": dict, "warnings": list,
+    "notes": list, "advice": list, "left_out": list, "carried": list, "matrices": list, "plan": str, "files": list,
+    "tokenizer": (str, type(None)),
 }  # fmt: skip
 _OPTIONAL: dict[str, type | tuple[type, ...]] = {"coefficients": (dict, type(None))}
 """Keys that records of former versions lack."""

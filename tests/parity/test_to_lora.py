@@ -1,0 +1,176 @@
+"""`mitigate --to-lora`: ranks by a share of the energy as PEFT's conversion takes them, and the ways to other adapters that it opens."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from forks import server
+from kinds import KINDS, Kind, llama
+from kinds_cases import Made, by_disk, make, relative, stored
+from safetensors.torch import load_file
+
+import streamer
+from streamer.errors import UsageError
+from streamer.linalg.energy import energies, least_rank
+from streamer.linalg.low_rank import LowRank
+from streamer.linalg.operators import Dense
+
+LOKR = Kind(llama(), lambda: peft.LoKrConfig(r=40, alpha=8, target_modules=["q_proj", "up_proj"]))
+
+
+def made(kind: Kind | str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    monkeypatch.setitem(KINDS, "made here", KINDS[kind] if isinstance(kind, str) else kind)
+    return make("made here", torch.float32, home)
+
+
+def deltas(base: Path, merged: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Module → W' − W0, of those that changed, in float64."""
+    before = load_file(base / "model.safetensors")
+    found = {name.removesuffix(".weight"): (merged[name].double() - before[name].double()).numpy() for name in before}
+    return {name: delta for name, delta in found.items() if delta.any()}
+
+
+def ranks_by_svd(deltas: dict[str, np.ndarray], share: float) -> dict[str, int]:
+    """The least rank of each that keeps the share, by numpy's SVD; a share that a rank meets exactly would be decided by rounding."""
+    out = {}
+    for name, delta in deltas.items():
+        energy = np.linalg.svd(delta, compute_uv=False) ** 2
+        kept = np.cumsum(energy) / energy.sum()
+        assert np.abs(kept - share).min() > 1e-6, name
+        out[name] = int((kept < share).sum()) + 1
+    return out
+
+
+def stored_ranks(adapter: Path) -> dict[str, int]:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(tensor)
+        for name, tensor in tensors.items()
+        if "lora_A" in name
+    }
+
+
+@pytest.mark.parametrize("kind", ["linear", "LoHa", LOKR], ids=["LoRA", "LoHa", "LoKr"])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_ranks_are_those_of_pefts_conversion(
+    kind: Kind | str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one adapter by streamer, by numpy in float64, and by PEFT: equal ranks, the same delta, and PEFT loads it."""
+    job = made(kind, tmp_path, monkeypatch)
+    record = streamer.reduce_intruder_dimension(
+        job.base, job.adapter, tmp_path / "lora", mitigation_lambda=1.0, to_lora=share
+    )
+    exact = deltas(job.base, job.merged())
+    expected = ranks_by_svd(exact, share)
+    assert stored_ranks(tmp_path / "lora") == expected
+    assert len(set(expected.values())) > 1 or kind == "linear"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config, state = peft.convert_to_lora(job.peft(job.adapter, torch.float32), share)
+    theirs = {
+        k.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(t)
+        for k, t in state.items()
+        if "lora_A" in k
+    }
+    assert theirs == expected
+    assert all(config.rank_pattern.get(name, config.r) == rank for name, rank in expected.items())
+    merged = job.merged(tmp_path / "lora")  # by PEFT, which opens it with the ranks of its own config
+    for name, delta in exact.items():
+        stem = f"base_model.model.{name}"
+        ours = (
+            merged[f"{name}.weight"].double() - load_file(job.base / "model.safetensors")[f"{name}.weight"].double()
+        ).numpy()
+        of_peft = (state[f"{stem}.lora_B.weight"].double() @ state[f"{stem}.lora_A.weight"].double()).numpy()
+        size = np.linalg.norm(delta)
+        assert np.linalg.norm(ours - of_peft) < 1e-4 * size, name
+        assert np.linalg.norm(ours - delta) ** 2 <= (1 - share) * size**2 * (1 + 1e-6), name
+    assert record["to_lora"] == share
+    assert record["totals"]["dropped_max"] ** 2 <= (1 - share) * (1 + 1e-6)
+
+
+def test_the_share_is_of_the_mitigated_delta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = made("linear", tmp_path, monkeypatch)
+    options: dict[str, Any] = {"mitigation_lambda": 0.0, "method": "paper", "threshold_epsilon": 0.9}
+    with pytest.raises(
+        UsageError, match=r"^to_lora: a share .* run `streamer detect`, and pass them with --findings, or pass a rank$"
+    ):
+        streamer.reduce_intruder_dimension(job.base, job.adapter, tmp_path / "lora", to_lora=0.9, **options)
+    assert not (tmp_path / "lora").exists()
+    options["findings"] = streamer.detect_intruder_dimensions(job.base, job.adapter, threshold_epsilon=0.9)
+    streamer.reduce_intruder_dimension(job.base, job.adapter, tmp_path / "lora", to_lora=0.9, **options)
+    mitigated = deltas(job.base, dict(streamer.iter_merged(job.base, job.adapter, **options)))
+    assert stored_ranks(tmp_path / "lora") == ranks_by_svd(mitigated, 0.9)
+
+
+@pytest.mark.parametrize("share", [1.5, 0.0, -0.5, float("nan")])
+def test_what_is_no_share(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = made("linear", tmp_path, monkeypatch)
+    with pytest.raises(
+        UsageError, match=r"to_lora: expected a rank from 1, or a share in \(0, 1\] with a decimal point"
+    ):
+        streamer.reduce_intruder_dimension(
+            job.base, job.adapter, tmp_path / "lora", mitigation_lambda=1.0, to_lora=share
+        )
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (1500, 30)])
+@pytest.mark.parametrize("factored", [True, False])
+def test_energies(shape: tuple[int, int], factored: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    L, R = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in shape)
+    L *= torch.logspace(0, -5, 12, dtype=torch.float64)
+    delta = LowRank(L, R) if factored else Dense(L @ R.T)
+    expected = torch.from_numpy(np.linalg.svd((L @ R.T).numpy(), compute_uv=False) ** 2)[:12]
+    found = energies(delta)
+    torch.testing.assert_close(found[:12], expected, rtol=1e-9, atol=1e-14 * float(expected[0]))
+    assert least_rank(found, 1.0) <= 12
+    assert least_rank(torch.zeros(5), 0.9) == 1
+
+
+# Recipes ----------------------------------------------------------------------------------------------------------------
+
+
+def run(*words: object) -> dict[str, Any]:
+    done = server().run(*words, "--json")
+    assert done.code == 0, done
+    tree: dict[str, Any] = json.loads(done.out)
+    return tree
+
+
+@pytest.mark.parametrize("rank", ["2", "0.95"])
+def test_resize_a_lora(rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = made("linear", tmp_path, monkeypatch)
+    run("mitigate", job.base, job.adapter, "-o", tmp_path / "small", "--lambda", 1, "--to-lora", rank)
+    found = stored_ranks(tmp_path / "small")
+    assert found == (dict.fromkeys(found, 2) if rank == "2" else ranks_by_svd(deltas(job.base, job.merged()), 0.95))
+    assert f"--to-lora {rank}" in (tmp_path / "small/README.md").read_text()
+    verified = run("verify", tmp_path / "small", job.base, job.adapter, "--sample", "all")
+    assert verified["recomputed"]
+
+
+@pytest.mark.parametrize("share", [0.9, 1.0])
+def test_extract_a_lora_from_a_model(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose layers all changed a little, and two of them a lot; a share of 1 keeps it whole."""
+    job = made("linear", tmp_path, monkeypatch)
+    tuned, generator = tmp_path / "tuned", torch.Generator().manual_seed(1)
+    model = job.load(torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("q_proj.weight", "up_proj.weight")):
+                a, b = (torch.randn(n, 6, generator=generator) for n in p.shape)
+                p.add_(0.1 * (a * torch.logspace(0, -2, 6)) @ b.T)
+    model.save_pretrained(tuned)
+    run("mitigate", job.base, tuned, "-o", tmp_path / "lora", "--lambda", 1, "--to-lora", share)
+    exact = deltas(job.base, load_file(tuned / "model.safetensors"))
+    if share < 1:
+        assert stored_ranks(tmp_path / "lora") == ranks_by_svd(exact, share)
+        return
+    merged = by_disk(job.merged(tmp_path / "lora"), stored(tuned))
+    assert max(relative(t, merged[n]) for n, t in stored(tuned).items()) < 1e-5
