@@ -164,7 +164,7 @@ def several(home: Path) -> tuple[Path, Path]:
         f"base_model.model.{layer}.input_layernorm.weight": torch.full((48,), 1.5),
     }
     factors = {f"{layer}.{name}": helpers.intruding_factors(*shape, 3, seed=5) for name, shape in SHAPES.items()}
-    write_adapter(adapters / "saved", factors, r=3, more=own, modules_to_save=["input_layernorm"])
+    write_adapter(adapters / "saved", factors, r=3, more=own, modules_to_save=[f"{layer}.input_layernorm"])
     return base, adapters
 
 
