@@ -40,14 +40,14 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
         plan = make_plan(args.base, args.adapter, args.io, _stated(args), args.architecture)
         monitor.warn(plan.warnings)
         tree = inspect_json(plan, forecast_commands(plan, choose_device("auto"), monitor))
-        return tree, inspect_table(tree, screen(args.all))
+        return tree, inspect_table(tree, _screen(args))
     base = open_checkpoint(args.base, args.io)
     with_architecture(read_model_config(base.directory), args.architecture)
     monitor.warn(base.warnings)
     files = [(name, [(t.dtype, t.nbytes) for t in f.header.tensors]) for name, f in base.files.items()]
     tree = {"schema": "streamer.plan/1", "base": base.identity(), "warnings": list(base.warnings),
             "totals": {"tensors": len(base.weight_map), "base_bytes": base.data_bytes}}  # fmt: skip
-    return tree, dtype_table(files, screen(args.all))
+    return tree, dtype_table(files, _screen(args))
 
 
 def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -67,12 +67,13 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
         choose_threads(args.threads, monitor)
     if args.dry_run:
         return _dry_detect(args, adapters, options, run)
-    shown, parts, part = screen(args.all), {}, None if args.part is None else Part(*args.part)
+    shown, parts, part = _screen(args), {}, None if args.part is None else Part(*args.part)
     for name, found in detect_many(args.base, adapters, args.output, options, run, part).items():
         path = findings_of(args.output, name) if part is None else part.path(findings_of(args.output, name))
         tree = {**found.record(), "output": str(path), "state": monitor.outputs[path]}
         parts[name] = tree, findings_table(found, shown, path, monitor.outputs[path])
-    return _each(parts, args.output, shown)
+        shown = replace(shown, legend=False)  # one legend is enough
+    return _each(parts, args.output, _screen(args))
 
 
 def _dry_detect(
@@ -113,7 +114,7 @@ def _dry_detect(
         name: dry_run(args.command, path, state, len(plan.targets), 1, None, forecast)
         for name, plan, path, (state, _), forecast in zip(adapters, batch.plans, paths, states, forecasts, strict=True)
     }
-    return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_detections(todo)), screen(args.all))
+    return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_detections(todo)), _screen(args))
 
 
 def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -139,11 +140,11 @@ def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
     writers = prepare_outputs(args.base, adapters, args.output, given, mitigation, detection, form, run)
     if args.dry_run:
         return _dry_write(args, adapters, writers, run)
-    parts = {
-        name: (dict(record), record_table(record, record["output"], screen(args.all)))
-        for name, record in zip(adapters, run_jobs(writers, run), strict=True)
-    }
-    return _each(parts, args.output, screen(args.all))
+    shown, parts = _screen(args), {}
+    for name, record in zip(adapters, run_jobs(writers, run), strict=True):
+        parts[name] = dict(record), record_table(record, record["output"], shown)
+        shown = replace(shown, legend=False)  # one legend is enough
+    return _each(parts, args.output, _screen(args))
 
 
 def _dry_write(args: argparse.Namespace, adapters: Iterable[str], writers: Sequence[Writer], run: RunOptions) -> Result:
@@ -161,19 +162,19 @@ def _dry_write(args: argparse.Namespace, adapters: Iterable[str], writers: Seque
     for name, writer, state, forecast in zip(adapters, writers, states, forecasts, strict=True):
         out, matrices = writer.spec.output, len(writer.spec.job.plan.targets)
         parts[name] = dry_run(args.command, out.path, state, matrices, len(out.files), out.total_bytes, forecast)
-    return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo)), screen(args.all))
+    return dry_runs(args.command, args.output, parts, together(forecasts, shared_by_merges(todo)), _screen(args))
 
 
 def _report(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.report import run_report
 
-    return run_report(args, monitor, screen(args.all))
+    return run_report(args, monitor, _screen(args))
 
 
 def _diff(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.report import run_diff
 
-    return run_diff(args, monitor, screen(args.all))
+    return run_diff(args, monitor, _screen(args))
 
 
 def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -188,13 +189,13 @@ def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.evaluation import given_findings_options, run_evaluation
 
     detection = _detection_options(args, given_findings_options(args))
-    return run_evaluation(args, detection, _run_options(args, monitor), screen(args.all))
+    return run_evaluation(args, detection, _run_options(args, monitor), _screen(args))
 
 
 def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.fitting import run_fit
 
-    return run_fit(args, _run_options(args, monitor), screen(args.all))
+    return run_fit(args, _run_options(args, monitor), _screen(args))
 
 
 def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -210,7 +211,7 @@ def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
         with tempfile.TemporaryDirectory(prefix="streamer-demo-") as directory:
             result = run_demo(Path(directory), mitigation, monitor)
         result["directory"] = None  # is gone
-    return result, demo_table(result, screen(args.all))
+    return result, demo_table(result, _screen(args))
 
 
 COMMANDS = {
@@ -249,6 +250,12 @@ def _stated(args: argparse.Namespace) -> Stated:
     from streamer.adapters.stated import Stated
 
     return Stated(args.base_is_residual, args.lora_b_layout, args.ignore_keys or ())
+
+
+def _screen(args: argparse.Namespace) -> Screen:
+    """Describe what tables are shown on; beside a page, which explains its figures, they need no legend."""
+    page = args.command == "report" and args.output is not None
+    return screen(args.all, not args.no_legend and not page)
 
 
 def _adapters(args: argparse.Namespace) -> str | list[str]:

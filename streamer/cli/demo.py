@@ -95,4 +95,4 @@ def demo_table(result: dict[str, Any], screen: Screen = NO_LIMIT) -> str:
         else f"lambda {strength:g}: that share of an intruder's singular value is kept"
     )
     told = f"{t['planted']} planted, {t['found']} found, {t['gone']} gone, {t['left']} left; {meaning}"
-    return "\n\n".join((table(columns, screen.width), fit(told, screen.width), fit(NEXT, screen.width, 6)))
+    return "\n\n".join((table(columns, screen), fit(told, screen.width), fit(NEXT, screen.width, 6)))

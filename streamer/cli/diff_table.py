@@ -32,7 +32,7 @@ def diff_table(diff: FindingsDiff, screen: Screen) -> str:
         Column("overlap", [f"{one.overlap:.3f}" for one in shown], "with the nearest intruder of the other findings", keep=3),
         Column("share", [f"{100 * one.share:.0f}%" for one in shown], "of it in the span of the other's intruders", keep=2),
     ]  # fmt: skip
-    parts = [table(columns, screen.width)] if shown else []
+    parts = [table(columns, screen)] if shown else []
     if cut:
         words = f"of {len(every)} intruders none has changed"
         if changed:

@@ -28,7 +28,7 @@ def evaluation_table(evaluation: Evaluation, names: Names, screen: Screen = NO_L
     return "\n\n".join(
         [
             fit(verdict(evaluation, suggestion), screen.width),
-            table(columns, screen.width),
+            table(columns, screen),
             "\n".join(fit(line, screen.width) for line in lines if line),
         ]
     )

@@ -43,7 +43,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         *_verdicts(sets),
         *_commands(facts, shlex.join(inputs), shlex.quote(output)),
     ]
-    return "\n\n".join([table(columns, screen.width), "\n".join(fit(line, screen.width) for line in lines)])
+    return "\n\n".join([table(columns, screen), "\n".join(fit(line, screen.width) for line in lines)])
 
 
 def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int) -> list[Column]:

@@ -31,7 +31,7 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
         Column("written", cells[3], "--dry-run shows the free disk", keep=2),
         Column("time", cells[4], f"by a short probe of this machine{threads}, as busy as it is now, if the disk keeps up", keep=4),
     ]  # fmt: skip
-    return table(columns, screen.width)
+    return table(columns, screen)
 
 
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:

@@ -28,22 +28,25 @@ class Screen:
         Columns; None where lines may have any length.
     every
         Whether tables show all rows.
+    legend
+        Whether a legend stands below a table.
     """
 
     width: int | None = None
     every: bool = False
+    legend: bool = True
 
 
-def screen(every: bool = False) -> Screen:
+def screen(every: bool = False, legend: bool = True) -> Screen:
     """Describe stdout: as wide as `COLUMNS` says, or the terminal is; a pipe or file takes lines of any length."""
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns) > 0:
-        return Screen(max(20, int(columns)), every)
+        return Screen(max(20, int(columns)), every, legend)
     try:
         width = os.get_terminal_size(sys.stdout.fileno()).columns
     except (OSError, ValueError, AttributeError):
-        return Screen(None, every)
-    return Screen(max(20, width) if width else None, every)
+        return Screen(None, every, legend)
+    return Screen(max(20, width) if width else None, every, legend)
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,9 @@ class Column:
         return min(self.width, max(NAME_COLUMNS, len(self.head), len(self.foot))) if self.names else self.width
 
 
-def table(columns: Sequence[Column], width: int | None = None) -> str:
-    """Set columns side by side, two spaces apart, and under them a legend of those that are shown."""
+def table(columns: Sequence[Column], screen: Screen) -> str:
+    """Set columns side by side, two spaces apart, and under them a legend of the columns that are shown."""
+    width = screen.width
     shown = [replace(c, cells=[printable(text) for text in c.cells]) for c in columns]
     left_out: list[str] = []
     if width is not None:
@@ -112,7 +116,7 @@ def table(columns: Sequence[Column], width: int | None = None) -> str:
     for row in rows:
         cells = (f"{text:<{c.width}}" if c.left else f"{text:>{c.width}}" for c, text in zip(shown, row, strict=True))
         lines.append("  ".join(cells).rstrip())
-    legend = [(c.head, c.about) for c in shown if c.about]
+    legend = [(c.head, c.about) for c in shown if c.about and screen.legend]
     if legend:
         indent = max(len(head) for head, _ in legend) + 2
         lines += ["", *(fit(f"{head:<{indent}}{about}", width, indent) for head, about in legend)]

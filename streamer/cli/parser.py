@@ -76,6 +76,7 @@ def build_parser() -> Parser:
                         help="on stderr: a bar, or a line every 30 s (plain); auto: a bar on a terminal, else plain")  # fmt: skip
     g.add_argument("--all", action="store_true",
                         help="every row in the tables, which otherwise show what matters most where there are many")  # fmt: skip
+    g.add_argument("--no-legend", action="store_true", help="tables without the lines that explain their columns")
 
     reading = Parser(add_help=False)
     g = reading.add_argument_group("input")

@@ -88,7 +88,7 @@ def findings_table(
     if written is not None:
         summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
     return _sections(
-        table(columns, screen.width), _cut(cut, len(findings), "most energy", screen), fit(summary, screen.width)
+        table(columns, screen), _cut(cut, len(findings), "most energy", screen), fit(summary, screen.width)
     )
 
 
@@ -133,7 +133,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         about = "lost in projection: share of the mitigated delta that does not fit the adapter's rank"
         columns.append(Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, keep=4))
     lines = record_lines(record, stood(where, record["state"]))
-    return _sections(table(columns, screen.width) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
+    return _sections(table(columns, screen) if chosen else "", _cut(cut, len(matrices), "largest change", screen),
                      "\n".join(fit(line, screen.width) for line in lines))  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
             ),
             _summed("certified", [x["certified"] for x in t], "matrices in which every decision is proven", 4),
         ]
-    return _sections(table(columns, screen.width), fit("--all shows each adapter's matrices", screen.width))
+    return _sections(table(columns, screen), fit("--all shows each adapter's matrices", screen.width))
 
 
 def _summed(head: str, numbers: Sequence[int], about: str, keep: int) -> Column:
@@ -217,7 +217,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
             Column("carried along", [c["tensor"] for c in some], "tensors that are no factors", left=True, names=True),
             Column("change", [c["change"] for c in some], keep=2, left=True),
             Column("by", [c["by"] for c in some], "the adapter's tensor", keep=1, left=True, names=True),
-        ], screen.width)  # fmt: skip
+        ], screen)  # fmt: skip
         carried = _sections(carried, _cut(len(kept) - len(some), len(kept), "", screen))
     lines = [
         f"{t['matrices']} matrices of {t['tensors']} tensors; base {format_size(t['base_bytes'])}, "
@@ -228,7 +228,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     more = f"{sum(len(same) for _, same in rest)} matrices of {len(rest)} more kinds are not shown" if rest else ""
     note = f"{more}; --all shows each matrix".removeprefix("; ") if grouped else ""
     refused = "\n".join(fit(f"{command} is refused: {why}", screen.width) for command, why in tree["refused"].items())
-    return _sections(table(columns, screen.width), fit(note, screen.width), carried,
+    return _sections(table(columns, screen), fit(note, screen.width), carried,
                      "\n".join(fit(line, screen.width) for line in lines), forecast_table(tree["forecast"], screen), refused)  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], scr
         Column("dtypes", cells[3], keep=1, left=True),
     ]  # fmt: skip
     total = f"{len(rows)} files, {sum(int(row[1]) for row in rows)} tensors"
-    return _sections(table(columns, screen.width), _cut(len(rows) - len(some), len(rows), "", screen, "files"), total)
+    return _sections(table(columns, screen), _cut(len(rows) - len(some), len(rows), "", screen, "files"), total)
 
 
 def _most(items: Sequence[Any], weight: Any, screen: Screen) -> tuple[list[Any], int]:

@@ -104,6 +104,7 @@ def test_several_adapters_are_named(tmp_path: Path) -> None:
     full = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged", "--all")
     assert full.code == 0, full.err
     assert full.out.count("model.layers.") == 18
+    assert full.out.count("Frobenius norm of what the adapter adds") == 1, "a legend is shown once"
     short = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged2")
     assert short.code == 0, short.err
     assert "model.layers." not in short.out
@@ -293,6 +294,18 @@ def test_every_column_is_explained_or_says_it_itself(findings: Path) -> None:
     head = re.split(r"  +", done.out.splitlines()[0].strip())
     legend = {re.split(r"  +", line)[0] for line in done.out.split("\n\n")[1].splitlines()}
     assert set(head) - plain == legend
+
+
+def test_a_legend_is_shown_once(findings: Path, tmp_path: Path) -> None:
+    """Not with `--no-legend`, not beside a page, and not again for the next adapter."""
+    words = "the intruders' share of |delta|^2"
+    with_it = server().run("report", findings).out
+    assert with_it.count(words) == 1
+    for options in (["--no-legend"], ["-o", tmp_path / "page.html"]):
+        done = server().run("report", findings, *options)
+        assert done.code == 0, done.err
+        assert words not in done.out
+        assert done.out.startswith(with_it.split("\n\n")[0])
 
 
 # Streams that are not there -------------------------------------------------------------------------------------------

@@ -79,14 +79,14 @@ def test_columns_give_way_from_the_least_important() -> None:
     columns = [Column("matrix", names, left=True, names=True, foot="all 3"), Column("aa", ["1"] * 3, "of no use", keep=1),
                Column("bb", ["22"] * 3, "of use", keep=2, foot="66"), Column("cc", ["3"] * 3)]  # fmt: skip
     for width in (*range(20, 60), None):
-        text = table(columns, width)
+        text = table(columns, Screen(width))
         assert width is None or max(map(len, text.splitlines())) <= width, (width, text)
         head, left_out = text.splitlines()[0], text.rpartition("left out for want of")[2] if "left out" in text else ""
         assert ("of no use" in text) == ("aa" in head) == ("aa" not in left_out.replace("matrix", ""))
         assert "bb" in head or "aa" not in head
         assert "all 3" in text
-    assert "model.layers.0.mlp.up_proj.weight  " in table(columns, None)
-    assert table([Column("matrix", [], names=True)], 20) == "matrix\n------"
+    assert "model.layers.0.mlp.up_proj.weight  " in table(columns, Screen())
+    assert table([Column("matrix", [], names=True)], Screen(20)) == "matrix\n------"
 
 
 def test_text_is_wrapped_but_no_path_is_torn() -> None:
@@ -111,7 +111,7 @@ def test_ranks_are_counted_from_one() -> None:
 
 
 def test_a_name_does_not_steer_the_terminal() -> None:
-    text = table([Column("matrix", ["a.\x1b[31m.b\r", "é"], left=True, names=True)], 40)
+    text = table([Column("matrix", ["a.\x1b[31m.b\r", "é"], left=True, names=True)], Screen(40))
     assert r"a.\x1b[31m.b\r" in text
     assert "é" in text
     assert text.replace("\n", "").isprintable()
