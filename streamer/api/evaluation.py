@@ -68,7 +68,8 @@ def evaluate_variants(
     adapter
         Directory of a PEFT adapter, or of a fully fine-tuned model.
     output
-        File to write as JSON; passes are journalled beside it, so that a killed run resumes. None keeps the result in memory.
+        File to write as JSON; passes are journalled beside it, so that a killed run resumes. If it holds an evaluation of the same inputs,
+        texts and options, only the variants that it lacks are measured and added. None keeps the result in memory.
     general, task
         Texts: of what the model could do before, and of what the adapter was trained for; neither of them trained on. ``.txt``;
         ``.jsonl`` with an object a line that has ``text``, ``prompt`` and ``completion``, or ``messages``, of which the answers count;
@@ -77,7 +78,8 @@ def evaluate_variants(
         From `detect_intruder_dimensions`, or the path of their file. None detects first, into memory.
     methods, lambdas
         Every method is evaluated at every λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`).
-        ``fitted`` alone evaluates the coefficients, and no other method.
+        ``fitted`` alone evaluates the coefficients, and no other method. With ``shrink``, up to three more shrinks are measured to find
+        the λ that keeps the share `keep`.
     amplify
         Allow λ outside [0, 1].
     scale
@@ -88,7 +90,7 @@ def evaluate_variants(
     sequences, length
         Sequences of each text, and tokens of a sequence, at most.
     keep
-        Least share of what the adapter learned that the suggested variant keeps.
+        Share of what the adapter learned that the suggested variant keeps at least.
     projected
         Evaluate what `reduce_intruder_dimension` writes, projected onto the adapter's rank, in place of complete deltas.
     dtype

@@ -27,7 +27,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
     many = facts["parameters"]
     held = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
     columns = [
-        Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of what was learned that is to stay", keep=9),
+        Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of what was learned that was asked for", keep=9),
         Column("kept", [_share(one, "kept") for one in sets], "fall of the task's loss below the base's; 100% is the adapter's", keep=8),
         Column("forgetting", [_share(one, "forgetting") for one in sets],
                "rise of the general loss above the base's; 100% is the adapter's", keep=7),

@@ -118,6 +118,8 @@ examples:
   streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
   streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --dry-run
   streamer evaluate BASE ADAPTER --general g.npy --task t.npy -o e --keep 0.8
+  streamer evaluate BASE ADAPTER --general g --task t -o e.json --lambda 0.78
+      adds lambda 0.78 to an evaluation of the same texts
   streamer evaluate BASE ADAPTER --general g --task t -o e --coefficients c
 """,
     "fit": """\

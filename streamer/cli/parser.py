@@ -216,7 +216,9 @@ def build_parser() -> Parser:
                           "tensor byte by byte")  # fmt: skip
     sub.add_argument("--max-memory", type=size, metavar="SIZE",
                      help="do not recompute matrices that take more memory, like 4G (default: as much as it takes)")  # fmt: skip
-    out = writing("FILE", "JSON file to write")
+    out = writing(
+        "FILE", "JSON file to write; variants are added to an evaluation of the same inputs, texts and options"
+    )
     sub = command(
         "evaluate",
         "measure on texts what each method and lambda keeps and forgets",
@@ -240,7 +242,8 @@ def build_parser() -> Parser:
         "--scale", choices=["all", "first"], default="all", help="which intruders of each matrix (default: all)"
     )
     sub.add_argument("--keep", dest="keep_learned", type=number, default=0.9, metavar="SHARE",
-                     help="least share of what ADAPTER learned that the suggested variant keeps (default: 0.9)")  # fmt: skip
+                     help="share of what ADAPTER learned that the suggestion keeps at least; up to three more measurements find the "
+                          "lambda of the shrink that keeps it (default: 0.9)")  # fmt: skip
     sub.add_argument("--projected", action="store_true",
                      help="evaluate what `mitigate` writes, projected onto the adapter's rank, instead of what `merge` writes")  # fmt: skip
     out = writing("FILE", "coefficients to write, a .safetensors file")

@@ -36,7 +36,7 @@ def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
 def add_fit(sub: argparse.ArgumentParser) -> None:
     """Add the options of `fit` alone."""
     sub.add_argument("--keep", dest="keeps", type=numbers, default=(0.9,), metavar="SHARE,SHARE",
-                     help="share of what ADAPTER learned that is to stay; several give several sets (default: 0.9)")  # fmt: skip
+                     help="share of what ADAPTER learned to keep; several shares give several sets (default: 0.9)")  # fmt: skip
     sub.add_argument("--objective", choices=["divergence", "loss"], default="divergence",
                      help="divergence: from the base on general text, and from the adapter on the task's; loss: of both texts "
                           "(default: divergence)")  # fmt: skip
