@@ -27,10 +27,7 @@ def result_file(prepared: Prepared, output: Path) -> ResultFile:
     """Describe the file of an evaluation."""
 
     def is_whole(path: Path) -> bool:
-        standing = load_evaluation(path)
-        if differing := differences(prepared.facts, standing.facts):
-            raise of_others(path, ONE, differing)
-        wanted, keep = prepared.options.variants, prepared.options.keep
+        standing, wanted, keep = _load(prepared, path), prepared.options.variants, prepared.options.keep
         return not missing(wanted, standing) and (was_placed(standing, keep) or shrink_to_place(standing, keep) is None)
 
     # What an earlier run measured is not in the journal of this one.
@@ -42,7 +39,15 @@ def result_file(prepared: Prepared, output: Path) -> ResultFile:
 
 def measured_before(prepared: Prepared, output: Path) -> Evaluation | None:
     """Load the evaluation to which variants are added; None if the file is new or replaced."""
-    return load_evaluation(output) if is_taken(output) and not prepared.run.overwrite else None
+    return _load(prepared, output) if is_taken(output) and not prepared.run.overwrite else None
+
+
+def _load(prepared: Prepared, path: Path) -> Evaluation:
+    """Load an evaluation; refuse one whose variants are not comparable with those of this run."""
+    standing = load_evaluation(path)
+    if differing := differences(prepared.facts, standing.facts):
+        raise of_others(path, ONE, differing)
+    return standing
 
 
 def inspect(prepared: Prepared, output: Path) -> State:

@@ -2,8 +2,8 @@
 
 It holds no model and reads no file; given the same answers it asks the same questions, so a journal of answers resumes it. It asks for:
 
-1. the variants that were asked for and are not measured yet, all together
-2. some times: a shrink of the whole adapter, by the λ at which the losses so far say that it keeps the share asked for (`next_shrink`)
+1. the variants that the user asked for and that are not measured yet, all together
+2. up to `MOST_PLACED` times, a shrink of the whole adapter: its λ is where the losses so far say that it keeps the share (`next_shrink`)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from streamer.output.mitigation import MitigationOptions
 from streamer.streaming.variants import BASE, Variant
 
 MOST_PLACED, EXPECTED_PLACED = 3, 2
-"""Shrinks that are measured at most to place one, and those that forecasts and progress count; one or two are the rule."""
+"""How many shrinks are measured at most to place one, and how many forecasts and progress count; one or two are the rule."""
 
 
 class Sums(NamedTuple):
@@ -46,15 +46,15 @@ def evaluation_steps(
     facts
         Of the evaluation that is returned.
     keep
-        Share of what was learned that the shrink which is placed keeps.
+        Share of what was learned: a shrink is placed to keep it.
     """
     new = missing(wanted, known)
     evaluation = known
     if new:
         evaluation = joined(known, new, (yield (wanted[0], *new)), facts, keep)
     assert evaluation is not None
-    for left in reversed(range(0 if was_placed(known, keep) else MOST_PLACED)):
-        lam = shrink_to_place(evaluation, keep, last=left == 0)
+    for step in range(1, MOST_PLACED + 1):
+        lam = None if was_placed(known, keep) else shrink_to_place(evaluation, keep, last=step == MOST_PLACED)
         if lam is None:
             break
         shrink = Variant(f"shrink {lam:g}", MitigationOptions(lam, "shrink"))
