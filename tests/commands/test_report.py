@@ -48,6 +48,19 @@ def test_a_page_of_findings_and_an_evaluation(files: Path, tmp_path: Path) -> No
     assert server().run("report", files / "f.safetensors", "-o", out, "--overwrite", "-q").code == 0
 
 
+def test_a_legend_is_shown_once(files: Path, tmp_path: Path) -> None:
+    """Not with `--no-legend`, and not beside a page, which explains its figures."""
+    findings = files / "f.safetensors"
+    words = "the intruders' share of |delta|^2"
+    with_it = server().run("report", findings).out
+    assert with_it.count(words) == 1
+    for options in (["--no-legend"], ["-o", tmp_path / "page.html"]):
+        done = server().run("report", findings, *options)
+        assert done.code == 0, done.err
+        assert words not in done.out
+        assert done.out.startswith(with_it.split("\n\n")[0])
+
+
 def test_figures(files: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     tree = check(server().run("report", files / "half", "-o", tmp_path / "figures", "--json"), "streamer.report/1")

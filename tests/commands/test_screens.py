@@ -296,18 +296,6 @@ def test_every_column_is_explained_or_says_it_itself(findings: Path) -> None:
     assert set(head) - plain == legend
 
 
-def test_a_legend_is_shown_once(findings: Path, tmp_path: Path) -> None:
-    """Not with `--no-legend`, not beside a page, and not again for the next adapter."""
-    words = "the intruders' share of |delta|^2"
-    with_it = server().run("report", findings).out
-    assert with_it.count(words) == 1
-    for options in (["--no-legend"], ["-o", tmp_path / "page.html"]):
-        done = server().run("report", findings, *options)
-        assert done.code == 0, done.err
-        assert words not in done.out
-        assert done.out.startswith(with_it.split("\n\n")[0])
-
-
 # Streams that are not there -------------------------------------------------------------------------------------------
 
 SHELL = 'exec "$0" -m streamer "$@" '
