@@ -71,7 +71,7 @@ def _several(subject: Collection, screen: Screen) -> tuple[dict[str, Any], str]:
         Column("certified", [str(sum(m.detection.certified for m in f)) for f in found.values()], "matrices with proven decisions", keep=6),
     ]  # fmt: skip
     parts = {name: ({**findings.record()}, "") for name, findings in found.items()}
-    return of_several(parts)[0], table(columns, screen.width)
+    return of_several(parts)[0], table(columns, screen)
 
 
 def _with_coefficients(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[dict[str, Any], str]:

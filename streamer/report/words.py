@@ -54,7 +54,7 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
         )  # fmt: skip
     if subject.evaluation is not None:
         said = printable(verdict(subject.evaluation, subject.evaluation.best()))
-        return f"{said[:1].upper()}{said[1:]}.", []
+        return f"{said[:1].upper()}{said[1:]}{'' if said.endswith('?') else '.'}", []
     findings = subject.findings
     assert findings is not None
     _, share = delta_energy(findings)
