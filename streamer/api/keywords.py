@@ -53,8 +53,8 @@ class Detecting(Running, total=False):
     base_index: str | Path | None
 
 
-class Merging(Running, total=False):
-    """Keywords of `merge_with_reduced_intruder_dimensions`."""
+class Mitigating(Running, total=False):
+    """Keywords that mitigation and merging have in common."""
 
     mitigation_lambda: float | None
     amplify: bool
@@ -62,8 +62,19 @@ class Merging(Running, total=False):
     scale: Selection
     coefficients: Coefficients | str | Path | None
     keep: float | None
-    dequantize: bool
     model_card: bool
+
+
+class Merging(Mitigating, total=False):
+    """Keywords of `merge_with_reduced_intruder_dimensions`."""
+
+    dequantize: bool
+
+
+class Reducing(Mitigating, total=False):
+    """Keywords of `reduce_intruder_dimension`."""
+
+    to_lora: int | float | None
 
 
 def detection_options(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Unpack, overload
 
+from streamer.adapters.batch import named_adapters
 from streamer.adapters.stated import LoraBLayout, Stated
-from streamer.api.keywords import detection_options, mitigation_options, run_options
+from streamer.api.keywords import Reducing, Several, detection_options, mitigation_options, run_options
 from streamer.detection.findings import Findings
 from streamer.detection.intruders import Selection
 from streamer.events import Monitor, OnEvent
@@ -20,12 +22,22 @@ from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
 
+@overload
+def reduce_intruder_dimension(
+    base: str | Path, adapter: str | Path, output: str | Path, *, findings: Findings | str | Path | None = None,
+    **options: Unpack[Reducing],
+) -> Written: ...  # fmt: skip
+@overload
+def reduce_intruder_dimension(
+    base: str | Path, adapter: Several, output: str | Path, *, findings: Mapping[str, Findings] | str | Path | None = None,
+    **options: Unpack[Reducing],
+) -> dict[str, Written]: ...  # fmt: skip
 def reduce_intruder_dimension(
     base: str | Path,
-    adapter: str | Path,
+    adapter: str | Path | Several,
     output: str | Path,
     *,
-    findings: Findings | str | Path | None = None,
+    findings: Findings | Mapping[str, Findings] | str | Path | None = None,
     top_k: int | float = 10,
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float | None = None,
@@ -50,7 +62,7 @@ def reduce_intruder_dimension(
     on_event: OnEvent | None = None,
     monitor: Monitor | None = None,
     progress: bool | None = None,
-) -> Written:
+) -> Written | dict[str, Written]:
     """Write a new LoRA adapter whose delta has its intruders scaled by `mitigation_lambda`.
 
     The mitigated delta is projected onto ``lora_A``, ``lora_B`` at the adapter's own rank. The record says for each matrix what share of
@@ -61,12 +73,14 @@ def reduce_intruder_dimension(
     base
         Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
     adapter
-        Directory of a PEFT adapter, or of a fully fine-tuned model.
+        Directory of a PEFT adapter, or of a fully fine-tuned model; or several, in a list or tuple, where a directory of adapters
+        stands for those in it: detection then reads the base once for all.
     output
-        Directory to write: a PEFT adapter.
+        Directory to write: a PEFT adapter. For several adapters, a directory in which each is written under its name.
     findings
-        From `detect_intruder_dimensions`, or the path of their file: no SVD of a weight is done then. They must be of the same base,
-        adapter, `top_k` and `threshold_epsilon`. None detects first, into a findings file in the output.
+        From `detect_intruder_dimensions`, or the path of their file; for several adapters a dict by name, or the directory that was
+        written for them. No SVD of a weight is done then. They must be of the same base, adapter, `top_k` and `threshold_epsilon`.
+        None detects first, into a findings file in the output.
     top_k
         How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
         in (0, 1].
@@ -138,7 +152,7 @@ def reduce_intruder_dimension(
     -------
     Written
         The record, as ``streamer.json`` has it, with `output` (where) and `state` (``written``, ``resumed`` or ``present``): a dict that
-        is shown in a few lines.
+        is shown in a few lines. Several adapters give a dict of records by name.
 
     Raises
     ------
@@ -154,8 +168,9 @@ def reduce_intruder_dimension(
         run = run_options(
             device, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, watcher, resume, overwrite
         )
-        base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
-        adapters = {"": Path(adapter)}
+        inputs = Remote(remote, monitor=run.monitor)
+        base = inputs.path(base)
+        adapters = named_adapters(inputs.path(adapter) if isinstance(adapter, str | Path) else inputs.paths(adapter))
         given = findings_by_name(findings, adapters)
-        (record,) = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)
-        return record
+        records = run_jobs(prepare_outputs(base, adapters, output, given, mitigation, detection, form, run), run)
+        return records[0] if "" in adapters else dict(zip(adapters, records, strict=True))

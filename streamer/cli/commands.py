@@ -262,7 +262,7 @@ def _adapters(args: argparse.Namespace) -> str | list[str]:
     """Return the adapter; or a list, of several or of one directory of adapters."""
     from streamer.adapters.batch import holds_adapters
 
-    if args.command not in ("detect", "merge"):
+    if args.command not in ("detect", "merge", "mitigate"):
         return str(args.adapter)
     given: list[str] = args.adapter
     return given if len(given) > 1 or holds_adapters(given[0]) else given[0]

@@ -41,8 +41,9 @@ a first run:
       every byte as it was written, after a copy for example
 
 BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's
-directory; detect and merge take several, or a directory of adapters, and read
-the base once for all. Results go to stdout, progress to stderr.
+directory. detect, mitigate and merge take several, or a directory of adapters,
+and read the base once for all; inspect, evaluate, fit and verify take one.
+Results go to stdout, progress to stderr.
 
 """
     + EXIT_CODES
@@ -89,7 +90,7 @@ examples:
   streamer report findings.safetensors evaluation.json -o report.html
       a page with pictures, of findings alone too
   streamer report DIR -o report.html
-      one page of all findings in DIR, as `detect` of several adapters writes them
+      one page of all findings in DIR, which `detect` wrote for several adapters
   streamer report findings.safetensors -o figures
       the pictures as SVG and PNG, in a directory
   streamer report f.safetensors BASE ADAPTER --coefficients c.safetensors

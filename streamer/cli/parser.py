@@ -147,7 +147,7 @@ def build_parser() -> Parser:
                                    epilog=f"{EXAMPLES[name]}\n{EXIT_CODES}", parents=[*parents, saying])  # fmt: skip
 
     def inputs(sub: Parser, nargs: str | None = None) -> None:
-        several = "; several, or a directory of them, in one pass over the base" if nargs == "+" else ""
+        several = "; several, or a directory of them, in one pass over the base" if nargs == "+" else "; one only"
         sub.add_argument(
             "base", metavar="BASE", help="model directory, or one .safetensors file; a name on the hub, or an address"
         )
@@ -165,9 +165,9 @@ def build_parser() -> Parser:
     sub.add_argument("--base-index", metavar="DIR",
                      help="keep what is of the base alone here, for the next adapters on it; made on the way (docs/shell.md)")  # fmt: skip
     add_workers(sub)
-    out = writing("DIR", "adapter directory to write")
+    out = writing("DIR", "adapter directory to write; of several adapters a directory, for an adapter NAME each")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)
-    inputs(sub)
+    inputs(sub, "+")
     sub.add_argument("--to-lora", type=rank, metavar="RANK", help="write a LoRA adapter of this rank, whatever kind ADAPTER is of; a "
                      "share like 0.95 is of the energy of each delta, kept with the least rank; what is left out is reported")  # fmt: skip
     out = writing("DIR", "model directory to write; of several adapters a directory, for a model NAME each")
@@ -203,7 +203,9 @@ def build_parser() -> Parser:
         "second", metavar="FINDINGS", help="findings after: on the mitigated adapter, or a later checkpoint"
     )
     sub = command("verify", "compare an output with its record and its inputs, by other code than wrote it")
-    sub.add_argument("output", metavar="OUTPUT", help="merged model's or mitigated adapter's directory, or findings")
+    sub.add_argument(
+        "output", metavar="OUTPUT", help="one merged model's or mitigated adapter's directory, or findings"
+    )
     sub.add_argument(
         "base",
         metavar="BASE",

@@ -90,7 +90,7 @@ def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence
     loaded = [load_findings(one) if isinstance(one, Path) else one for one in findings]
     if mitigation.coefficients is not None and len(adapters) > 1:
         raise UsageError(
-            f"{mitigation.coefficients.name}: coefficients belong to one adapter, found {len(adapters)}: {listed(adapters)}; merge them "
+            f"{mitigation.coefficients.name}: coefficients belong to one adapter, found {len(adapters)}: {listed(adapters)}; take them "
             "one at a time, each with its own"
         )
     batch = make_batch(base, list(adapters.values()), run.io, run.stated, run.architecture)

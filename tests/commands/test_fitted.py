@@ -296,7 +296,7 @@ def test_several_adapters_take_none(inputs: tuple[Path, Path, Path], tmp_path: P
     done = server().run("merge", base, adapter, two, "-o", tmp_path / "out", "--coefficients", file, "--keep", "0.9")
     assert done.code == 2
     assert done.err == (
-        f"streamer: {file}: coefficients belong to one adapter, found 2: adapter, two; merge them one at a time, each with its own\n"
+        f"streamer: {file}: coefficients belong to one adapter, found 2: adapter, two; take them one at a time, each with its own\n"
     )
     assert not (tmp_path / "out").exists()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from arguments import subparsers
 from helpers import tree_digest
 from several import NAMES, WAYS, Several, run
 
@@ -197,13 +199,21 @@ def test_findings_are_a_directory_with_those_on_each(several: Several, tmp_path:
     assert not out.exists()
 
 
-def test_inspect_and_mitigate_take_one(several: Several, tmp_path: Path) -> None:
-    for line in (
-        ("inspect", several.base, several.adapters),
-        ("mitigate", several.base, several.adapters, "-o", tmp_path / "o"),
-    ):
-        assert f"{several.adapters}: expected adapter_config.json" in run(*line, code=3)
-        assert "name one of the adapters in it: 'dora', 'lora', 'saved'" in run(*line, code=3)
+def test_inspect_takes_one(several: Several) -> None:
+    line = run("inspect", several.base, several.adapters, code=3)
+    assert f"{several.adapters}: expected adapter_config.json" in line
+    assert "name one of the adapters in it: 'dora', 'lora', 'saved'" in line
+
+
+def test_the_help_says_which_commands_take_several() -> None:
+    helps = {command: " ".join(run(command, "--help").split()) for command in subparsers()}
+    assert [c for c, text in helps.items() if "several, or a directory of them" in text] == [
+        "detect",
+        "mitigate",
+        "merge",
+    ]
+    one = [c for c, text in helps.items() if re.search(r"; one only|\bone merged model", text)]
+    assert one == ["inspect", "verify", "evaluate", "fit"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -221,7 +231,8 @@ def test_json_holds_the_object_of_each(several: Several, way: str, tmp_path: Pat
         assert plan["matrices"] == done["totals"]["matrices"]
         if way != "detect":
             assert done["output"] == plan["output"]
-            assert 0 <= plan["bytes"] - done["totals"]["bytes"] < 100  # the card's size is known to a few figures
+            # The card's size is known to a few figures, and of an adapter to a line on what its rank leaves out.
+            assert 0 <= plan["bytes"] - done["totals"]["bytes"] < (300 if way.startswith("mitigate") else 100)
     again = json.loads(run(*several.line(way, out), "--dry-run", "--json"))
     assert {plan["state"] for plan in again["adapters"].values()} == {"done"}
     assert again["forecast"] is None
@@ -258,6 +269,11 @@ def test_the_library_gives_a_dict(several: Several, tmp_path: Path) -> None:
         out = tmp_path / "merged" / name
         stands = json.loads((out / "streamer.json").read_text())
         assert records[name] == {**stands, "output": str(out), "state": "written"}
+    reduced = streamer.reduce_intruder_dimension(
+        several.base, [several.adapters], tmp_path / "reduced", findings=found, mitigation_lambda=0.5, to_lora=3
+    )
+    assert list(reduced) == NAMES
+    assert tree_digest(tmp_path / "reduced") == tree_digest(several.single / WAYS[3])
     del found["saved"]
     with pytest.raises(UsageError, match="findings: has none for adapter 'saved'; run detect on it"):
         streamer.merge_with_reduced_intruder_dimensions(several.base, paths, tmp_path / "no", findings=found)

@@ -11,7 +11,7 @@ from forks import server
 NAMES = ["dora", "lora", "saved"]
 
 
-WAYS = ["detect", "merge --lambda 0.5", "merge --lambda 0.5 --findings"]
+WAYS = ["detect", "merge --lambda 0.5", "merge --lambda 0.5 --findings", "mitigate --lambda 0.5 --to-lora 3 --findings"]
 
 
 def run(*argv: object, code: int = 0) -> str:
