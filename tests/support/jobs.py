@@ -161,7 +161,7 @@ def several(home: Path) -> tuple[Path, Path]:
     layer = "model.layers.1"
     own = {
         f"base_model.model.{layer}.mlp.up_proj.base_layer.weight": helpers.power_law(96, 48, seed=7).float(),
-        f"base_model.model.{layer}.input_layernorm.weight": torch.full((48,), 1.5),
+        **{f"base_model.model.model.layers.{i}.input_layernorm.weight": torch.full((48,), 1.5) for i in range(3)},
     }
     factors = {f"{layer}.{name}": helpers.intruding_factors(*shape, 3, seed=5) for name, shape in SHAPES.items()}
     write_adapter(adapters / "saved", factors, r=3, more=own, modules_to_save=[f"{layer}.input_layernorm"])
