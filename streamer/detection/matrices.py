@@ -25,7 +25,7 @@ from streamer.detection.solvers import KnownSource
 from streamer.errors import NumericError
 from streamer.events import Event, Monitor
 from streamer.linalg.golub_kahan import KnownTriplets
-from streamer.linalg.operators import Dense, Matrix, RowBlocks
+from streamer.linalg.operators import Dense, Matrix, RowBlocks, all_finite
 from streamer.linalg.shared_products import NotSharedError, run_in_step
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import Plan
@@ -161,8 +161,10 @@ class _Step:
             return decide(self.oriented(base), delta, self.options, self.target.module.rank, self.target.tensor,
                           way == "dense", known or self.known)  # fmt: skip
         except NumericError as e:
+            # Of several adapters only one is at fault, unless it is the base.
+            where = self.plan.adapter.file.path if all(map(all_finite, base.pieces())) else weight.where
             names = f"tensor {self.target.tensor!r} with module {self.target.module.name!r}"
-            raise NumericError(f"{weight.where}: {names}: {e}") from e
+            raise NumericError(f"{where}: {names}: {e}") from e
 
 
 def _shared_decisions(steps: Sequence[_Step], checkpoint: Callable[[], None]) -> list[_SharedDecision]:

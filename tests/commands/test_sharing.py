@@ -190,9 +190,19 @@ def test_an_error_names_its_adapter_and_those_before_it_stand(base: Path, adapte
     events, out = [], tmp_path / "out"
     with pytest.raises(NumericError, match=r"module 'a.1': lora_A holds NaN or Inf") as e:
         detect(base, [adapters[0], bad, adapters[2]], out, on_event=events.append)
-    assert "tensor 'a.1.weight'" in str(e.value)
+    assert str(e.value).startswith(f"{bad / 'adapter_model.safetensors'}: tensor 'a.1.weight' with ")
     assert [(e.name, e.adapter) for e in events][-2:] == [("a.1.weight", "n0"), ("a.1.weight", "bad")]
     assert not list(out.glob("*.safetensors"))
+
+
+def test_an_error_of_the_base_names_the_base(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(base, tmp_path / "bad"))
+    tensors = load_file(bad / "model.safetensors")
+    tensors["a.1.weight"][0, 0] = float("nan")
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    for several in (adapters[:3], adapters[:1]):
+        with pytest.raises(NumericError, match=rf"^{bad / 'model.safetensors'}: tensor 'a.1.weight' .* the base matrix"):
+            detect(bad, several)
 
 
 def test_a_stop_comes_between_two_products(
