@@ -22,13 +22,13 @@ ANOTHER_BASE = (
 ALPHA = 0.01
 """Share of random vectors, at most, that are closer to the base than `random_overlap`."""
 
-# Shares of matrices that `_is_random` holds for, of adapters trained by PEFT at rates high enough for one to five intruders a matrix:
+# Shares of matrices that `_is_random` holds for, of adapters that PEFT trained:
 #   their own base, or that trained further     0.00 … 0.19   (a Llama of width 128 and 288, MiniLM)
 #   their own base, at a rate that destroys it  0.43          (MiniLM)
-#   the base of another seed                    0.89 … 1.00   (the Llama)
-#   the same, by deltas smaller than the base   0.14 … 0.38   (which is not recognised)
+#   the base of another seed                    0.89 … 1.00   (the Llama of width 128, four to six intruders a matrix)
+#   the same with two or three intruders        0.14 … 0.38   (the Llama of width 288; it is not recognised)
 # On any base a planted direction is random: adapters with one in a matrix have 0, since `_is_random` wants two.
-MOST = 0.75
+MOST = 0.6
 """Share of the matrices from which on the findings look like those on another base."""
 
 LEAST_MATRICES = 8

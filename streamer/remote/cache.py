@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from secrets import token_hex
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from streamer.errors import FormatError
 from streamer.events import Event, Monitor
 from streamer.remote.listing import Listing
 from streamer.storage.files import fsync_directory, storage_errors
@@ -19,6 +20,7 @@ from streamer.storage.remote_access import in_context, read_range
 from streamer.storage.remote_manifest import Manifest, RemoteFile, cache_directory, read_manifest
 from streamer.storage.remote_source import RemoteSource
 from streamer.storage.system import sync
+from streamer.units import quoted
 
 PIECE_BYTES = 8 << 20
 ASKED_AT_ONCE = 8
@@ -82,6 +84,8 @@ def download(directory: Path, files: Mapping[str, RemoteFile], monitor: Monitor)
                 for at in _copy(file, new):
                     monitor.checkpoint()
                     monitor.emit(Event("download", name, done + at, total, i, len(files)))
+                if path.suffix == ".json":
+                    parse_json(new.read_bytes(), file)
                 with storage_errors(path, "write"):
                     new.replace(path)
                     fsync_directory(path.parent)
@@ -90,6 +94,22 @@ def download(directory: Path, files: Mapping[str, RemoteFile], monitor: Monitor)
         done += file.size
     if total:
         monitor.emit(Event("download", "", total, total, len(files), len(files)))
+
+
+def parse_json(raw: bytes, file: RemoteFile) -> Any:
+    """Parse JSON as transformers writes it, with Infinity and NaN.
+
+    Raises
+    ------
+    FormatError
+        If it is something else, such as the page of a server that has no such file; the message names the address.
+    """
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise FormatError(
+            f"{file.shown}: expected JSON, found something else ({quoted(str(e))}); check the address"
+        ) from None
 
 
 def _remove_dead(directory: Path) -> None:

@@ -19,8 +19,8 @@ from streamer.events import Event, Monitor
 from streamer.packages import require_package
 from streamer.remote.addresses import HubName
 from streamer.remote.cache import at_once
-from streamer.remote.listing import Listing, needed_names
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from streamer.remote.listing import Listing, needed_names, shards_of
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, read_json_object
 from streamer.storage.remote_access import stat_remote, without_secrets
 from streamer.storage.remote_manifest import RemoteFile
 
@@ -93,11 +93,12 @@ def list_hub(name: HubName) -> HubFiles:
     start = found.start
     inside = [path.removeprefix(start) for path in listed if path.startswith(start)]
 
-    def read_index() -> Path:
+    def read_shards() -> list[str]:
         with _said(name), _quiet():
-            return Path(hub.hf_hub_download(name.repo, start + INDEX_NAME, revision=commit))
+            path = Path(hub.hf_hub_download(name.repo, start + INDEX_NAME, revision=commit))
+        return shards_of(read_json_object(path), f"{name.shown}/{INDEX_NAME}")
 
-    small, weights = needed_names(inside, read_index)
+    small, weights = needed_names(inside, read_shards)
     if not weights and CONFIG_NAME not in small:
         raise MissingInputError(
             f"{name.shown}: expected a model or an adapter in safetensors, found neither {SINGLE_NAME} nor {INDEX_NAME}; check its name",

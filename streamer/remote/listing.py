@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.plan.side_files import goes_along
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, check_shard_name, read_json_object
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, check_shard_name
 from streamer.storage.remote_manifest import RemoteFile
 
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -54,28 +54,28 @@ class Listing:
         return sum(file.size for file in self.files.values())
 
 
-def needed_names(names: Iterable[str], read_index: Callable[[], Path]) -> tuple[list[str], list[str]]:
+def needed_names(names: Iterable[str], read_shards: Callable[[], list[str]]) -> tuple[list[str], list[str]]:
     """Choose among the files of a model or adapter: the small ones that go along, and those that hold its tensors.
 
     Parameters
     ----------
-    read_index
-        Downloads the index of the shards, and returns where it is.
+    read_shards
+        Reads the names of the shards from their index.
     """
     there = set(names)
     small = sorted(name for name in there if goes_along(name) and _is_safe(name))
     weights = [name for name in (SINGLE_NAME, WEIGHTS_NAME) if name in there]
     if INDEX_NAME in there:
         small = sorted({*small, INDEX_NAME})
-        weights += [name for name in shards_of(read_index()) if name in there and name not in weights]
+        weights += [name for name in read_shards() if name in there and name not in weights]
     return small, weights
 
 
-def shards_of(index: Path) -> list[str]:
-    """Read the names of the shards from an index, each a plain name."""
-    weight_map = read_json_object(index).get("weight_map")
+def shards_of(index: Mapping[str, Any], where: str) -> list[str]:
+    """List the names of the shards in an index that was read from an address, each a plain name."""
+    weight_map = index.get("weight_map")
     values = weight_map.values() if isinstance(weight_map, dict) else ()
-    return [check_shard_name(name, index) for name in dict.fromkeys(map(str, values))]
+    return [check_shard_name(name, where) for name in dict.fromkeys(map(str, values))]
 
 
 def _is_safe(name: str) -> bool:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from secrets import token_hex
 from typing import Any
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
-from streamer.errors import InputError, MissingInputError
+from streamer.errors import FormatError, InputError, MissingInputError, UnsupportedError
 from streamer.remote.addresses import Url
-from streamer.remote.cache import at_once
+from streamer.remote.cache import at_once, parse_json
 from streamer.remote.listing import Listing, needed_names, shards_of
 from streamer.storage.checkpoint import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, check_shard_name
 from streamer.storage.remote_access import no_ranges, read_range, stat_remote
 from streamer.storage.remote_buckets import SCHEMES, list_files
 from streamer.storage.remote_manifest import RemoteFile
+from streamer.units import format_sizes
 
 KNOWN_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -41,6 +40,8 @@ def list_address(url: Url) -> Listing:
     if url.name.endswith(".safetensors"):
         return _one_file(url)
     listing = _bucket(url) if scheme in SCHEMES else _web(url)
+    for file in listing.small.values():
+        _check_small(file)
     if not listing.weights:
         raise MissingInputError(
             f"{url.shown}: expected a model or an adapter, found neither {SINGLE_NAME}, {INDEX_NAME} nor {WEIGHTS_NAME}; check the address",
@@ -55,42 +56,59 @@ def _one_file(url: Url) -> Listing:
         raise MissingInputError(f"{url.shown}: no such file; check the address", url.shown)
     if not stat.ranges:
         raise no_ranges(url.shown)
-    name = check_shard_name(url.name, Path(url.shown))
+    name = check_shard_name(url.name, url.shown)
     return Listing(name, url.shown, {}, {name: RemoteFile(url.text, url.shown, stat.size, stat.version)}, file=name)
 
 
 def _bucket(url: Url) -> Listing:
     files = list_files(url.text, url.shown)
-
-    def read_index() -> Path:
-        return _index(files[INDEX_NAME], directory)
-
-    with TemporaryDirectory(prefix="streamer-") as directory:
-        small, weights = needed_names(files, read_index)
+    small, weights = needed_names(files, lambda: _shards(files[INDEX_NAME]))
     return Listing(url.name, url.shown, {name: files[name] for name in small}, {name: files[name] for name in weights})
 
 
 def _web(url: Url) -> Listing:
     """Ask for each file by its name: there is no list."""
-    asked = [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES]
-    found, told = _ask(url, asked, {INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME}, 1)
+    asked, told = [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES], _tells_absent(url)
+    found, told = _ask(url, asked, {INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME}, 1, told)
     weights = {name: found.pop(name) for name in (SINGLE_NAME, WEIGHTS_NAME) if name in found}
-    with TemporaryDirectory(prefix="streamer-") as directory:
-        if INDEX_NAME in found:
-            shards = shards_of(_index(found[INDEX_NAME], directory))
-            there, _ = _ask(url, shards, set(shards), len(shards))
-            weights |= {name: there[name] for name in shards if name in there}
-        if "config.json" in found:
-            code = remote_code(_json(found["config.json"]))
-            found |= _ask(url, code, set(), 0, told)[0]
+    if INDEX_NAME in found:
+        shards = _shards(found[INDEX_NAME])
+        there, _ = _ask(url, shards, set(shards), len(shards), told)
+        weights |= {name: there[name] for name in shards if name in there}
+    if "config.json" in found:
+        code = remote_code(_json(found["config.json"]))
+        found |= _ask(url, code, set(), 0, told)[0]
     for file in weights.values():
         if not file.version:
             raise no_ranges(file.shown)
     return Listing(url.name, url.shown, dict(sorted(found.items())), weights)
 
 
+def _tells_absent(url: Url) -> bool:
+    """Ask for a file of a made-up name: whether the server says that it is absent, as against refusing it.
+
+    Raises
+    ------
+    UnsupportedError
+        If the server gives one: then it cannot be known which files exist.
+    """
+    name = f"no-such-file-{token_hex(8)}.json"
+    try:
+        stat = stat_remote(*url.below(name))
+    except UnsupportedError:
+        raise
+    except InputError:
+        return False
+    if stat is not None:
+        raise UnsupportedError(
+            f"{url.shown}: its server has something to give for every name, even {name}, so that it cannot be known which files exist; "
+            "download them and name the directory"
+        )
+    return True
+
+
 def _ask(
-    url: Url, names: Iterable[str], weights: set[str], least: int, told: bool = False
+    url: Url, names: Iterable[str], weights: set[str], least: int, told: bool
 ) -> tuple[dict[str, RemoteFile], bool]:
     """Ask which of some files are there.
 
@@ -108,14 +126,15 @@ def _ask(
         address, shown = url.below(name)
         try:
             stat = stat_remote(address, shown)
+        except UnsupportedError:
+            raise
         except InputError as e:
             return e
         if stat is None:
             return None
         return RemoteFile(address, shown, stat.size, stat.version if stat.ranges or name not in weights else "")
 
-    first = [ask(name) for name in names[:1]]  # where nothing answers, once is enough
-    answers = dict(zip(names, [*first, *at_once(ask, names[1:])], strict=True))
+    answers = dict(zip(names, at_once(ask, names), strict=True))
     found = {name: answer for name, answer in answers.items() if isinstance(answer, RemoteFile)}
     refusals = [answer for answer in answers.values() if isinstance(answer, InputError)]
     told = told or None in answers.values()
@@ -133,23 +152,22 @@ def remote_code(config: dict[str, Any]) -> list[str]:
     return [f"{module}.py" for module in modules if module.isidentifier()]
 
 
-def _index(file: RemoteFile, directory: str) -> Path:
-    path = Path(directory) / INDEX_NAME
-    path.write_bytes(_read(file))
-    return path
+def _shards(index: RemoteFile) -> list[str]:
+    return shards_of(_json(index), index.shown)
 
 
 def _json(file: RemoteFile) -> dict[str, Any]:
-    try:
-        tree = json.loads(_read(file))
-    except (ValueError, RecursionError):  # said where it is read
-        return {}
-    return tree if isinstance(tree, dict) else {}
-
-
-def _read(file: RemoteFile) -> bytes:
-    if file.size > MAX_INDEX_BYTES:
-        raise InputError(f"{file.shown}: is far too large for such a file; check the address")
+    """Read a JSON object from an address, which messages name."""
+    _check_small(file)
     out = memoryview(bytearray(file.size))
     read_range(file, out, 0)
-    return bytes(out)
+    tree = parse_json(bytes(out), file)
+    if not isinstance(tree, dict):
+        raise FormatError(f"{file.shown}: expected a JSON object, found {type(tree).__name__}; check the address")
+    return tree
+
+
+def _check_small(file: RemoteFile) -> None:
+    if file.size > MAX_INDEX_BYTES:
+        most, found = format_sizes(MAX_INDEX_BYTES, file.size)
+        raise InputError(f"{file.shown}: expected {most} at most of such a file, found {found}; check the address")

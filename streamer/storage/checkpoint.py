@@ -144,7 +144,7 @@ def read_json_object(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]
     return tree
 
 
-def check_shard_name(name: object, where: Path) -> str:
+def check_shard_name(name: object, where: str | Path) -> str:
     """Check that a weight_map entry is one plain relative ``.safetensors`` name, and return it.
 
     Raises

@@ -69,7 +69,7 @@ class Access(ABC):
 
     @abstractmethod
     def stat(self, url: str, shown: str, *, token: bool = False) -> RemoteStat | None:
-        """Ask for a file's size and version, once; None where there is no such file.
+        """Ask for a file's size and version, once; None if there is no such file, or a web page in its place.
 
         Raises
         ------

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 from streamer import __version__
-from streamer.errors import InputChangedError, StorageError
+from streamer.errors import InputChangedError, StorageError, UnsupportedError
 from streamer.packages import require_package
 from streamer.storage.remote_access import (
     Access,
@@ -62,6 +62,9 @@ class HttpAccess(Access):
                 raise refused(shown, status, token=token)
             if status not in (200, 206, 416):
                 _fail(response, shown)
+            if response.headers.get("Content-Type", "").lower().startswith("text/html"):
+                return None  # a page in place of a file: many servers have one for what they do not have
+            _refuse_encoded(response, shown)
             if total is None or not version:
                 raise StorageError(
                     f"{shown}: its server does not state size and ETag or time of change, so that a change could not be seen; download it "
@@ -87,6 +90,7 @@ class HttpAccess(Access):
                 raise InputChangedError(f"{file.shown}: vanished or shrank during the run; put it back and start again")
             if status not in (200, 206):
                 _fail(response, file.shown)
+            _refuse_encoded(response, file.shown)
             # What an address leads on to has a version in other words.
             check_version(file, version if url == file.url else "", _total(response))
             if status == 206:
@@ -199,6 +203,15 @@ def _total(response: Any) -> int | None:
         return int(found[1])
     length = response.headers.get("Content-Length", "")
     return int(length) if response.status == 200 and length.isdecimal() else None
+
+
+def _refuse_encoded(response: Any, shown: str) -> None:
+    """Refuse an answer that is compressed, though it was asked for as it is: its bytes are not the file's."""
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedError(
+            f"{shown}: expected the file's own bytes, its server sends them encoded ({encoding[:40]}); download it and name the directory"
+        )
 
 
 def _fail(response: Any, shown: str) -> NoReturn:

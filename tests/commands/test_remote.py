@@ -11,7 +11,7 @@ import helpers
 import pytest
 import remote_jobs
 from forks import server
-from range_server import RangeServer, serving
+from range_server import PEEK, RangeServer, serving
 from remote_jobs import cached, contents, run, run_all
 
 import streamer
@@ -112,6 +112,66 @@ def test_addresses_where_nothing_is(served: Path, tmp_path: Path, place: str, co
         done = run("detect", f"{site.address}/{place}", served / "adapter", tmp_path / "out")
     assert (done.code, done.err.count("\n")) == (code, 1)
     assert words in done.err
+
+
+@pytest.mark.parametrize("asked", ["peek", "data"])
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "tokenizer.json"])
+def test_what_is_compressed_on_the_way_is_refused(served: Path, tmp_path: Path, asked: str, name: str) -> None:
+    """It would be copied as weights, or as a tokenizer."""
+
+    def encoded(path: str, part: str) -> bool:
+        return path == f"base/{name}" and (part == PEEK) == (asked == "peek")
+
+    with serving(served, encoded=encoded) as site:
+        done = run("detect", f"{site.address}/base", f"{site.address}/adapter", tmp_path / "out")
+    assert (done.code, done.err.count("\n")) == (3, 1), done
+    assert (
+        f"{site.address}/base/{name}: expected the file's own bytes, its server sends them encoded (gzip); " in done.err
+    )
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert not list((tmp_path / "out-cache").rglob("tokenizer.json")) or name != "tokenizer.json"
+
+
+PAGE = ("text/html; charset=utf-8", b"<!doctype html><title>Not found</title>")
+
+
+def test_a_page_in_place_of_what_is_absent_is_none(served: Path, local: dict[str, str], tmp_path: Path) -> None:
+    with serving(served, page=PAGE) as site:
+        assert contents(run_all(f"{site.address}/base", f"{site.address}/adapter", tmp_path / "far")) == local
+        done = run("detect", f"{site.address}/nothing", served / "adapter", tmp_path / "out")
+        assert (done.code, "nothing: expected a model or an adapter, found neither" in done.err) == (3, True)
+
+
+def test_a_server_that_has_every_name_is_refused(served: Path, tmp_path: Path) -> None:
+    with serving(served, page=("application/json", b'{"error": "no such file"}')) as site:
+        done = run("detect", f"{site.address}/base", served / "adapter", tmp_path / "out")
+    assert (done.code, done.err.count("\n")) == (3, 1), done
+    assert f"{site.address}/base: its server has something to give for every name, even no-such-file-" in done.err
+    assert len(site.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("model.safetensors.index.json", b"<html>", "expected JSON, found something else ('Expecting value: line 1"),
+        ("model.safetensors.index.json", b"[]", "expected a JSON object, found list; check the address"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../x"}}', "weight_map names '../x': expected a plain"),
+        ("config.json", b"<html>", "expected JSON, found something else ("),
+        ("tokenizer.json", b"{", "expected JSON, found something else ("),
+        ("README.md", None, "expected 200.0 MB at most of such a file, found "),
+    ],
+)
+def test_small_files_that_are_none(served: Path, tmp_path: Path, name: str, data: bytes | None, words: str) -> None:
+    """The message names the address: no file of a cache, nor one that is gone."""
+    root = Path(shutil.copytree(served, tmp_path / "served"))
+    with (root / "base" / name).open("wb") as f:
+        f.write(data or b"")
+        f.truncate(300_000_000 if data is None else len(data))
+    with serving(root) as site:
+        done = run("detect", f"{site.address}/base", served / "adapter", tmp_path / "out")
+    assert (done.code, done.err.count("\n")) == (3, 1), done
+    assert f"streamer: {site.address}/base/{name}: {words}" in done.err
+    assert sum(request.sent for request in site.requests if request.path == "base/README.md") <= 1
 
 
 def test_manifests_elsewhere_are_not_read(served: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import re
 import select
@@ -53,6 +54,10 @@ class RangeServer:
         Address of a server that requests are led on to, below `LED`; empty for none.
     retry_after
         Seconds that a 429 asks to wait.
+    page
+        Content type and bytes that are given, with a status of 200, for what is absent; None for a 404.
+    encoded
+        Told a path and a range; says whether the answer is compressed, though it was asked for as it is.
     """
 
     root: Path
@@ -65,6 +70,8 @@ class RangeServer:
     redirect: str = ""
     retry_after: float = 0
     stall: float = 300.0
+    page: tuple[str, bytes] | None = None
+    encoded: Callable[[str, str], bool] = lambda path, part: False
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _free: float = 0.0
     _known: dict[tuple[Path, int, int], str] = field(default_factory=dict)
@@ -129,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         name = name.removeprefix(LED)
         path = state.root / name
         if not path.is_file():
-            return self.plain(404)
+            return self.plain(404) if state.page is None else self.give_page(*state.page)
         fault = (state.peek_fault if asked == PEEK else state.fault)(name, before)
         if fault in ("401", "403", "500"):
             return self.plain(int(fault))
@@ -145,6 +152,18 @@ class Handler(BaseHTTPRequestHandler):
             start, stop = 0, size
         if partial and start >= size:
             return self.plain(416, {"Content-Range": f"bytes */{size}"})
+        if state.encoded(name, asked):
+            with path.open("rb") as f:
+                f.seek(start)
+                body_bytes = gzip.compress(f.read(stop - start))
+            self.send_response(206 if partial else 200)
+            self.send_header("ETag", tag)
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+            self.send_header("Content-Length", str(len(body_bytes)))
+            self.end_headers()
+            self.wfile.write(body_bytes)
+            return None
         self.send_response(206 if partial else 200)
         self.send_header("ETag", tag)
         self.send_header("Content-Length", str(stop - start))
@@ -176,6 +195,14 @@ class Handler(BaseHTTPRequestHandler):
         if fault in ("short", "stall", "reset"):
             self.close_connection = True
         return None
+
+    def give_page(self, kind: str, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("ETag", '"page"')
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def plain(self, status: int, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
