@@ -75,9 +75,10 @@ class TieEditor:
             if parted and not still & tie.on_disk.keys():
                 edits = self._apart(tie, edits)
             elif tie in parted:
+                option = "trainable_token_indices" if self.edits.rows.keys() & {*tie.names} else "exclude_modules"
                 raise UnsupportedError(
                     f"{self.base.path}: {self.architecture.name} ties {listed(map(repr, tie.names))} whatever its config says, and "
-                    f"{self.adapter.path} changes them apart; train one that leaves them as they are (exclude_modules)"
+                    f"{self.adapter.path} changes them apart; train one that leaves them as they are ({option})"
                 )
             elif self._changed(tie):
                 edits = _together(tie, edits, self.base, self.deltas)
@@ -127,8 +128,8 @@ class TieEditor:
         return tie.on_disk.get(f"{self.architecture.input_embedding}.weight")
 
     def _shares_tokens(self, tie: TiedNames) -> bool:
-        """Whether PEFT gives all names the tokens that it trains: where the model's own config, and no nested one, ties them."""
-        return not tie.keys or any(len(key) == 1 for key in tie.keys)
+        """Test whether PEFT gives all names the tokens that it trains: if the class states ties, and its own config those names'."""
+        return self.architecture.states_ties and (not tie.keys or any(len(key) == 1 for key in tie.keys))
 
     def _apart(self, tie: TiedNames, edits: TensorEdits) -> TensorEdits:
         """Write all names, those that do not change with the values that the adapter knows the base by."""

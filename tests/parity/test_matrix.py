@@ -57,6 +57,7 @@ SAMPLE = [
     "ModernBertForMaskedLM/attention/lora/untied/file/unnamed",
     "ModernBertForMaskedLM/head/saved/tied/file/current",
     "MoonshineForConditionalGeneration/head/saved/default/file/current",
+    "MvpForSequenceClassification/embedding/tokens/default/file/current",
     "OlmoeForCausalLM/experts/saved/default/file/headed",
     "OpenAIGPTLMHeadModel/attention/grown/untied/shards/unnamed",
     "OpenAIGPTLMHeadModel/head/biases/untied/file/current",
@@ -98,6 +99,8 @@ REFUSALS = {
     "LayoutLMForMaskedLM/embedding/grown/untied/shards/current": "bias' has a value for each of 72 tokens",
     "DoryForCausalLM/attention/grown/tied/file/current": "'lm_head.logit_scale' has a value for each of 72 tokens",
     "MvpForConditionalGeneration/mlp/grown/tied/file/current": "'final_logits_bias' has a value for each of 72 tokens",
+    "PI0ForConditionalGeneration/mlp/grown/default/file/current": "saved without one of the embeddings",
+    "T5ForSequenceClassification/mlp/tokens/default/file/current": r"changes them apart; train one .*\(trainable_token_indices\)",
 }
 
 

@@ -94,10 +94,6 @@ def compare(case: Case, made: Made, findings: Any, out: Path) -> Result:
     notes: list[str] = []
     expected, why = answer(made)
     matrices_of, tied = adapted(made), tied_truth(made)
-    if tied and case.kind == "tokens" and (unread := trained_names(made)) <= made.idle:
-        # Mvp's classifier: nothing reads ``shared``, and its rows train to no effect; a merge gives them to all that are tied to it.
-        notes.append(f"PEFT answers in two ways: merged, with the tokens of {sorted(unread)}, which nothing reads")
-        tied = {}
     theirs, unmerged = merged_state(case, made)
     if expected is None:
         notes.append(f"no logits: {why}")
@@ -181,12 +177,6 @@ def tied_truth(made: Made) -> dict[str, Tensor]:
         if any(trained for trained, _ in found.values()):
             truth |= {name: value for name, (trained, value) in found.items() if trained or name not in made.idle}
     return truth
-
-
-def trained_names(made: Made) -> set[str]:
-    """Name the parameters with several names that PEFT trains."""
-    model = made.model.get_base_model()
-    return {name for names in made.shared for name in names if adapted_parameter(model, name)[0]}
 
 
 def adapted_parameter(model: nn.Module, name: str) -> tuple[bool, Tensor]:
