@@ -83,8 +83,6 @@ class Architecture:
         Patterns of parameters with a row a label.
     ties
         Those that hold, and those that the config could state.
-    states_ties
-        Whether the class itself states some, and not its parts alone.
     input_embedding, output_embedding
         Their modules; None where the class has none.
     embeddings, conv1d
@@ -111,7 +109,6 @@ class Architecture:
     vocabulary: Mapping[str, tuple[str, ...]]
     labels: frozenset[str]
     ties: tuple[Tie, ...]
-    states_ties: bool
     input_embedding: str | None
     output_embedding: str | None
     embeddings: frozenset[str]
@@ -295,7 +292,6 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         | {n: (*place, *keys) for n, keys in record.get("vocabulary", {}).items()},
         labels=frozenset(record.get("labels", ())),
         ties=tuple(ties.values()),
-        states_ties=bool(record.get("ties")),
         input_embedding=_embedding(record.get("input"), "input_embedding", inner),
         output_embedding=_embedding(record.get("output"), "output_embedding", inner),
         embeddings=_gathered(record, "embeddings", {path: a.embeddings for path, a in inner.items()}),

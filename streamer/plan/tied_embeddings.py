@@ -18,6 +18,7 @@ from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import Module
 from streamer.errors import UnsupportedError
+from streamer.plan.architecture_table import record
 from streamer.plan.architectures import TIE_KEY as KEY
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of
 from streamer.plan.carried_tensors import TensorEdits
@@ -129,7 +130,8 @@ class TieEditor:
 
     def _shares_tokens(self, tie: TiedNames) -> bool:
         """Test whether PEFT gives all names the tokens that it trains: if the class states ties, and its own config those names'."""
-        return self.architecture.states_ties and (not tie.keys or any(len(key) == 1 for key in tie.keys))
+        stated = (record(self.architecture.name) or {}).get("ties")
+        return bool(stated) and (not tie.keys or any(len(key) == 1 for key in tie.keys))
 
     def _apart(self, tie: TiedNames, edits: TensorEdits) -> TensorEdits:
         """Write all names, those that do not change with the values that the adapter knows the base by."""
