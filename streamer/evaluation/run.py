@@ -18,6 +18,7 @@ from streamer.evaluation.records import InMemory, Journalled, inspect, measured_
 from streamer.evaluation.result_file import computing
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.steps import Sums, evaluation_steps
+from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.events import Event
 from streamer.plan.batch import Batch
 from streamer.storage.atomic_file import write_atomic
@@ -41,7 +42,7 @@ def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
             prepared.plan.check_unchanged()
             write_atomic(output, found.to_json().encode())
     if found.best().swapped:
-        loss = found.task.loss_difference(1, 0)
+        loss = found.task.loss_difference(ADAPTER_ROW, BASE_ROW)
         prepared.run.monitor.warn(
             (f"the adapter's loss on the task's text is above the base's, by {loss.value:.4f} ± {loss.error:.4f}: are the general and the "
              "task's text swapped?",)
@@ -50,7 +51,7 @@ def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
 
 
 def _standing(prepared: Prepared, output: Path) -> Evaluation:
-    """Load the measures that stand in a file, where the suggestion is made again if another share is to be kept."""
+    """Load the measures in a file, and make the suggestion again if another share is asked for."""
     monitor, evaluation = prepared.run.monitor, replace(load_evaluation(output), keep=prepared.options.keep)
     text = evaluation.to_json().encode()
     if text == output.read_bytes():

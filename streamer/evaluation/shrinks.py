@@ -23,10 +23,10 @@ EXCESS = 0.002
 """A shrink is well placed if it keeps the share asked for, and at most this much more: a fraction of the share's standard error."""
 
 LAST = 4
-"""How many times what the nearest shrink falls short of the share the last one goes beyond it: on a rough curve, the secants fall short."""
+"""Where the curve is rough, the λ computed fall short of the share. The last one aims beyond it by so many times what is missing."""
 
-DECIMALS = 3
-"""Digits of the λ that is placed, so that a command can name it."""
+STEPS = 1000
+"""The λ that is placed is a multiple of 1 / STEPS, so that a command can name it."""
 
 Node = tuple[float, int]
 """λ of a shrink, and its row."""
@@ -125,9 +125,13 @@ def next_shrink(
     aim = keep + min(beyond, (shares[first] - keep) / 2)
     losses, between = task.loss.sum(axis=1), (nodes[first - 1][0], nodes[first][0])
     target = losses[BASE_ROW] + aim * (losses[ADAPTER_ROW] - losses[BASE_ROW])
-    lam = _crossing(_nearest(nodes, first - 1), between, losses, target)
-    lam = math.ceil(lam * 10**DECIMALS - 1e-6) / 10**DECIMALS
+    lam = rounded_up(_crossing(_nearest(nodes, first - 1), between, losses, target))
     return lam if lam < between[1] else None
+
+
+def rounded_up(lam: float) -> float:
+    """Round λ up to a multiple of 1 / `STEPS`: more is kept, not less."""
+    return math.ceil(lam * STEPS - 1e-6) / STEPS
 
 
 def _shrinks(variants: Sequence[EvaluatedVariant]) -> list[Node]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamer.evaluation.identity import input_options
-from streamer.evaluation.shrinks import ShrinkComparison, next_shrink
+from streamer.evaluation.shrinks import ShrinkComparison, next_shrink, rounded_up
 from streamer.evaluation.statistics import Estimate
 from streamer.evaluation.suggestion import Suggestion
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
@@ -106,10 +106,10 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
     general, task, variant = evaluation.general, evaluation.task, suggestion.variant
     if suggestion.reason == "not learned":
         change = _cell(task.loss_difference(ADAPTER_ROW, BASE_ROW))
-        return [f"the adapter's loss on the task's text less the base's is {change}; more text may tell"]
+        return [f"the adapter's loss on the task's text minus the base's is {change}; longer texts may show more"]
     if suggestion.reason == "not forgotten":
         change = _cell(general.loss_difference(ADAPTER_ROW, BASE_ROW))
-        return [f"the adapter's loss on general text less the base's is {change}; more text may tell"]
+        return [f"the adapter's loss on general text minus the base's is {change}; longer texts may show more"]
     lines = []
     if suggestion.reason == "forgets least" and variant is not None:
         v = evaluation.variants.index(variant)
@@ -140,7 +140,7 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
 def _shrink_line(found: ShrinkComparison) -> str:
     words = {
         "better": "it is better than",
-        "worse": "the best of them is worse than",
+        "worse": "the variant of least divergence is worse than",
         "not told apart": "it cannot be told apart from",
     }
     low, high = found.between
@@ -160,7 +160,7 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
     if reason == "not learned":
         return ["next: give --task text that the adapter was trained for, or more of it (--sequences)"]
     if suggestion.shrink is not None and variant is None:
-        lam = math.ceil(1000 * suggestion.shrink.mitigation_lambda) / 1000
+        lam = rounded_up(suggestion.shrink.mitigation_lambda)
         return [f"next: {evaluate.format(names.general, names.task, names.output)} --method shrink --lambda {lam:g}"]
     assert variant is not None
     command, *words = evaluation.command(variant)
