@@ -26,7 +26,7 @@ TAG = "intruder-dimensions"
 KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
 """Keys of a base's head that are true of a model merged from it. Results, data sets and widgets are of the base."""
 
-WARNING_BYTES = 400
+WARNING_BYTES = 250
 """Room for the warning of what is lost in projection, beside a tensor's name."""
 
 SCALED = (

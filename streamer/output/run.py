@@ -117,9 +117,9 @@ def run_jobs(writers: Sequence[Writer], options: RunOptions) -> list[Written]:
         cast(Written, WrittenView(finished_record(spec.output), output=str(spec.path), state=said[state]))
         for spec, state in zip(specs, states, strict=True)
     ]
-    monitor.warn(
-        w for spec, record in zip(specs, written, strict=True) for w in output_warnings(spec, record["matrices"])
-    )
+    for spec, record in zip(specs, written, strict=True):
+        whose = f" (adapter {spec.path.name!r})" if len(specs) > 1 else ""
+        monitor.warn(f"{line}{whose}" for line in output_warnings(spec, record["matrices"]))
     return written
 
 

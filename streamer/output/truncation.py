@@ -37,6 +37,8 @@ def output_warnings(spec: OutputSpec, matrices: Sequence[MitigatedMatrix]) -> li
     rank of r + q. The method ``project`` stays within the adapter's own columns.
     """
     job = spec.job
+    if isinstance(spec.to_lora, float):  # a share of the energy says what may be lost
+        return []
 
     def remedy() -> str:
         if not all(t.module.low_rank for t in job.plan.targets):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from arguments import subparsers
+from forks import server
 from helpers import tree_digest
 from several import NAMES, WAYS, Several, run
 
@@ -197,6 +198,17 @@ def test_findings_are_a_directory_with_those_on_each(several: Several, tmp_path:
     line = ["merge", several.base, several.adapters / "lora", "--findings", some, "-o", out]
     assert f"{some}: expected a findings file, found a directory; name the findings file in it" in run(*line, code=3)
     assert not out.exists()
+
+
+def test_what_is_lost_in_projection_is_said_of_each(several: Several, tmp_path: Path) -> None:
+    twice = tmp_path / "twice"
+    for name in ("first", "second"):
+        shutil.copytree(several.adapters / "lora", twice / name)
+    done = server().run("mitigate", several.base, twice, "-o", tmp_path / "out", "--lambda", "0", "-q")
+    lost = [
+        line for line in (done.err + done.last).splitlines() if line.startswith("streamer: warning: lost in projection")
+    ]
+    assert [line.partition(" loses nothing ")[2] for line in lost] == ["(adapter 'first')", "(adapter 'second')"]
 
 
 def test_inspect_takes_one(several: Several) -> None:

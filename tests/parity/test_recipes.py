@@ -101,6 +101,13 @@ def test_a_resized_adapter_is_the_nearest_of_its_rank(ran: tuple[Path, dict[str,
         np.testing.assert_allclose(after[name], nearest(delta, 4), atol=1e-5 * np.linalg.norm(delta))
 
 
+def test_a_share_of_the_energy_says_what_may_be_lost(ran: tuple[Path, dict[str, Outcome]]) -> None:
+    resized, smaller = (json.loads((ran[0] / name / "streamer.json").read_text()) for name in ("resized", "smaller"))
+    assert 0.01 < smaller["totals"]["dropped_max"] <= 0.05**0.5
+    assert smaller["warnings"] == []
+    assert [line.partition(":")[0] for line in resized["warnings"]] == ["lost in projection"]
+
+
 def test_an_extracted_adapter_is_the_nearest_to_what_fine_tuning_changed(ran: tuple[Path, dict[str, Outcome]]) -> None:
     home = ran[0]
     base, tuned = (load_file(home / name / "model.safetensors") for name in ("base", "tuned"))
