@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -39,9 +39,10 @@ class Stated:
         layouts = get_args(LoraBLayout)
         if self.lora_b_layout not in (None, *layouts):
             raise UsageError(f"lora_b_layout: expected {' or '.join(layouts)}, found {self.lora_b_layout!r}")
-        if isinstance(self.ignore_keys, str) or not all(isinstance(key, str) for key in self.ignore_keys):
-            raise UsageError(f"ignore_keys: expected a list of keys, found {self.ignore_keys!r}")
-        object.__setattr__(self, "ignore_keys", tuple(self.ignore_keys))
+        keys = self.ignore_keys
+        if isinstance(keys, str) or not (isinstance(keys, Collection) and all(isinstance(key, str) for key in keys)):
+            raise UsageError(f"ignore_keys: expected a list of keys, found {keys!r}")
+        object.__setattr__(self, "ignore_keys", tuple(keys))
 
 
 NOTHING_STATED = Stated()

@@ -72,6 +72,7 @@ class LoraWriter(Writer):
         self._layout = _layout(plan)
         self.written = [target for target in plan.targets if target.module.name in self._layout.names]
         in_factors = [target for target in self.written if target.module.name not in self._layout.whole]
+        self._least = rank if isinstance(rank, int) else 1
         self._ranks = (
             {t.module.name: rank for t in in_factors} if isinstance(rank, int) else _least_ranks(job, in_factors, rank)
         )
@@ -155,7 +156,7 @@ class LoraWriter(Writer):
         """Make a plain LoRA config: where it goes, what is carried along, and nothing of how the old adapter was trained."""
         names, heads = self._layout.names, self._layout.heads
         ranks = {path: r for name, r in self._ranks.items() for path in (names[name], *heads.get(name, ()))}
-        largest = max(ranks.values(), default=1)
+        largest = max(ranks.values(), default=self._least)
         others = {path: r for path, r in ranks.items() if r != largest}
         return {
             **self._layout.config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import helpers
@@ -207,5 +208,6 @@ def test_what_cannot_be_ignored(tmp_path: Path) -> None:
     """A key with a rule has its effect, whatever the user says; and keys come in a list."""
     config = AdapterConfig({"kasa_config": {"x": 1}}, Path(), Stated(ignore_keys=["kasa_config"]))
     assert len(config_refusals(config)) == 1
-    with pytest.raises(UsageError, match="ignore_keys: expected a list of keys, found 'lora_scaling'"):
-        Stated(ignore_keys="lora_scaling")
+    for keys in ("lora_scaling", 5, [5]):
+        with pytest.raises(UsageError, match=f"^ignore_keys: expected a list of keys, found {re.escape(repr(keys))}$"):
+            Stated(ignore_keys=keys)  # type: ignore[arg-type]
