@@ -64,6 +64,8 @@ def make_page(subject: Subject | Collection) -> bytes:
     said, next_ = headline(subject)
     lines = [f'<p class="verdict">{html.escape(said)}</p>', *map(_command, next_)]
     if isinstance(subject, Subject):
+        if subject.findings is not None:
+            lines += [f"<p>{html.escape(line)}</p>" for line in subject.findings.warnings]
         if subject.evaluation is not None:
             lines.append(_list(suggestion(subject.evaluation)))
         lines += [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]

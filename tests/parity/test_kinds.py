@@ -8,6 +8,7 @@ import kinds_cases
 import pytest
 import torch
 from helpers import tree_digest
+from verified import lines
 
 import streamer
 
@@ -40,6 +41,7 @@ CASES = [
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*none of its matrices could be recomputed")
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_a_kind(kind: str, dtype: str, tmp_path: Path) -> None:
     figures = kinds_cases.measure(kind, kinds_cases.DTYPES[dtype], tmp_path)
@@ -58,6 +60,9 @@ def test_a_kind(kind: str, dtype: str, tmp_path: Path) -> None:
         assert figures.mitigate <= 4 * eps  # the factors were rounded as well
     if figures.to_lora is not None:
         assert figures.to_lora <= max(4 * eps, 2e-5)
+    for name in ("merged", "merged-half", "same", "half", "lora"):
+        if (tmp_path / name).exists():
+            assert lines(tmp_path / name, tmp_path / "base", tmp_path / "adapter", sample="all") == []
 
 
 def test_several_kinds_together_are_what_each_is_alone(tmp_path: Path) -> None:

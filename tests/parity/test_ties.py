@@ -16,6 +16,7 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from seeds import vary
 from test_architectures_table import nest, plain
+from verified import lines
 from transformers.pytorch_utils import Conv1D
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -131,6 +132,7 @@ def merged(case: Case, home: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str
     peft = trained(cls.from_pretrained(home / "base"), case, home / "adapter")
     done = server().run("merge", home / "base", home / "adapter", "-o", home / "out", "--lambda", 1, "--json")
     assert done.code == 0, done.err
+    assert lines(home / "out", home / "base", home / "adapter", sample="all") == []
     loaded, info = cls.from_pretrained(home / "out", output_loading_info=True)
     return answer(peft), answer(loaded), info
 
@@ -236,6 +238,7 @@ def test_peft_opens_the_adapter_of_a_tuned_model(name: str, changed: str, tmp_pa
         "mitigate", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4
     )
     assert done.code == 0, done.err
+    assert lines(tmp_path / "out", tmp_path / "base", tmp_path / "tuned", sample="all") == []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         peft = PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "out")
