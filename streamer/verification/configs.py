@@ -25,6 +25,13 @@ LABEL_NAMES = ("id2label", "label2id")
 LABELS = (*LABEL_NAMES, "num_labels", "_num_labels", "problem_type")
 QUANTIZATION = ("quantization_config", "compression_config")
 
+CLASSES = {
+    "SEQ_CLS": r"\w+ForSequenceClassification", "TOKEN_CLS": r"\w+ForTokenClassification", "FEATURE_EXTRACTION": r"\w+",
+    "QUESTION_ANS": r"\w+ForQuestionAnswering(Simple)?", "SEQ_2_SEQ_LM": r"\w+(ForConditionalGeneration|ForTextToText|Model)",
+    "CAUSAL_LM": r"\w+(ForCausalLM|LMHeadModel|ModelWithLMHead|ForConditionalGeneration|Decoder)",
+}  # fmt: skip
+"""The class that a merged model gets by its adapter's task, if its base has another head or none."""
+
 KEPT = (
     "base_model_name_or_path",
     "modules_to_save",
@@ -84,30 +91,35 @@ class ModelConfigCheck:
         path = self.outcome.output / MODEL_CONFIG
         before, after = _tree(self.source / MODEL_CONFIG), _tree(path)
         for keys, was, now in _changes(before, after, LABEL_NAMES):
-            if not self._is_explained(keys, now):
+            if not self._is_explained(keys, was, now):
                 self.outcome.differ(path, f"{'.'.join(keys)} {_shown(was)}, as the inputs say", _shown(now))
         untied = any(part.role == "tied" for edits in self.carried.values() for part in edits)
         if untied and not any(keys[-1] == TIE_KEY and now is False for keys, _, now in _changes({}, after)):
             self.outcome.differ(path, f"{TIE_KEY} false, since the output has a head of its own", "another value")
 
-    def _is_explained(self, keys: tuple[str, ...], now: Any) -> bool:
-        key = keys[-1]
-        rows = {self.files.stored(name).shape[0] for name in self.carried
-                if name in self.files and self.files.stored(name).shape}  # fmt: skip
+    def _is_explained(self, keys: tuple[str, ...], was: Any, now: Any) -> bool:
+        key, shapes = keys[-1], {name: self.files.stored(name).shape for name in self.carried if name in self.files}
         if self.adapter.is_model:
             return False
         if key == TIE_KEY:
             changed = (*self.carried, *(row["tensor"] for row in self.record["matrices"]))
             return now is False and any(not re.search(r"\.\d+\.", name) for name in changed)
         if "vocab" in key:
-            return now in rows
+            return now in {
+                shape[0] for n, shape in shapes.items() if n in self.base and shape != self.base.stored(n).shape
+            }
         if key in LABEL_NAMES:
             names = {str(i): f"LABEL_{i}" for i in range(len(now) if isinstance(now, dict) else 0)}
-            return len(names) in rows and now == (names if key == "id2label" else {v: int(k) for k, v in names.items()})
+            heads = {shape[0] for shape in shapes.values() if shape}
+            return len(names) in heads and now == (
+                names if key == "id2label" else {v: int(k) for k, v in names.items()}
+            )
         if key in LABELS:
             return now is ABSENT
-        if key == "architectures":
-            return self.adapter.config.get("task_type") is not None and isinstance(now, list) and len(now) == 1
+        if key == "architectures" and isinstance(now, list) and len(now) == 1:
+            old = was[0] if isinstance(was, list) and was else now[0]
+            wanted = CLASSES.get(str(self.adapter.config.get("task_type")), "(?!)")
+            return re.fullmatch(wanted, str(now[0])) is not None and str(now[0])[:3].lower() == str(old)[:3].lower()
         return key in QUANTIZATION and now is ABSENT and bool(self.record["dequantize"])
 
 

@@ -92,8 +92,8 @@ class AdapterFiles:
         plain = _WRAPPERS.sub(r"\1", name).replace("..", ".").removeprefix(".").removeprefix("module.")
         return plain.removeprefix("base_model.model.")
 
-    def factors(self, module: str) -> Factors:
-        """Read a module's LoRA tensors.
+    def factors(self, module: str, replaced: bool = False) -> Factors:
+        """Read a module's LoRA tensors; `replaced` if what the adapter brings besides them is taken into account.
 
         Raises
         ------
@@ -104,7 +104,7 @@ class AdapterFiles:
         if kind != "LORA":
             raise NotRecomputed(f"it is changed by a {kind} adapter, of which no formula is here")
         names = self.modules.get(module, {})
-        if names.keys() & {"base_layer", "token_adapter"}:
+        if names.keys() & {"base_layer", "token_adapter"} and not replaced:
             raise NotRecomputed("the adapter brings values for it besides its factors")
         embedding = "lora_embedding_A" in names
         a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -153,22 +153,31 @@ class AdapterFiles:
         alpha = float(self._stated("alpha_pattern", "lora_alpha", module))
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
-    def delta(self, tensor: str, module: str, transposed: bool, base: TensorFiles) -> tuple[Matrix, Delta, int]:
+    def delta(
+        self,
+        tensor: str,
+        module: str,
+        transposed: bool,
+        base: TensorFiles,
+        source: tuple[TensorFiles, str] | None = None,
+    ) -> tuple[Matrix, Delta, int]:
         """Return W0 as (out, in), Δ, and the rank of its factors, 0 where it has none.
 
-        `transposed` is what the record says of the base's tensor, where its shape and its class leave that open.
+        `transposed` is what the record says of the base's tensor, where its shape and its class leave that open. `source` has W0 instead
+        of the base, where the adapter replaces it before it adds to it.
         """
-        if tensor not in base:
+        files, name = source or (base, tensor)
+        if name not in files:
             raise NotRecomputed("it is no tensor of the base by itself, but a part of one or built of several")
-        stored = base.stored(tensor)[1]
+        stored = files.stored(name)[1]
         if self.is_model:
             if tensor not in self.files or self.files.stored(tensor).shape != stored or len(stored) != 2:
                 raise NotRecomputed("it is no matrix of this name and shape in the fine-tuned model")
             m, n = stored[::-1] if transposed else stored
-            W0 = open_matrix(base, tensor, (m, n), transposed)
+            W0 = open_matrix(files, name, (m, n), transposed)
             return W0, TunedDelta(open_matrix(self.files, tensor, W0.shape, transposed)), 0
-        factors = self.factors(module)
-        W0 = open_matrix(base, tensor, factors.shape, self._transposed(factors, stored, transposed, module, tensor))
+        factors = self.factors(module, source is not None)
+        W0 = open_matrix(files, name, factors.shape, self._transposed(factors, stored, transposed, module, tensor))
         low_rank = LowRankDelta(factors.scaling * factors.B, factors.A.T)
         rank = len(factors.A)
         if factors.magnitude is None:

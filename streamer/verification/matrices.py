@@ -12,6 +12,7 @@ import numpy as np
 
 from streamer.verification.deltas import Delta
 from streamer.verification.formulas import WEIGHTS_NAME, AdapterFiles
+from streamer.verification.inventory import Part
 from streamer.verification.mitigation import Mitigated, by_coefficients, coefficient_count, mitigate
 from streamer.verification.result import Checked, NotRecomputed, Outcome
 from streamer.verification.rounding import LARGEST_FP8, computing_precision, half_spacing
@@ -45,6 +46,8 @@ class Recomputation:
         The output's directory.
     record
         Its ``streamer.json``.
+    carried
+        The model's tensor → the adapter's that edit it (see `check_carried`).
     """
 
     outcome: Outcome
@@ -52,6 +55,7 @@ class Recomputation:
     adapter: AdapterFiles
     output: Path
     record: dict[str, Any]
+    carried: dict[str, list[Part]]
 
     def check(self, row: dict[str, Any], files: TensorFiles | AdapterFiles) -> Checked:
         """Recompute the matrix of one row of the record.
@@ -68,10 +72,12 @@ class Recomputation:
         NotRecomputed
             If no plain formula covers it.
         """
-        tensor = row["tensor"]
-        if any(c["tensor"] == tensor for c in self.record["carried"]):
-            raise NotRecomputed("the adapter brings values for it besides its factors")
-        W0, delta, rank = self.adapter.delta(tensor, row["module"], bool(row.get("transposed")), self.base)
+        tensor, edits, source = row["tensor"], self.carried.get(row["tensor"], []), None
+        if edits and (len(edits) > 1 or edits[0].role not in ("saved", "tied")):
+            raise NotRecomputed("the adapter replaces rows of it besides its factors")
+        if edits:
+            source = (self.base if edits[0].role == "tied" else self.adapter.files), edits[0].source
+        W0, delta, rank = self.adapter.delta(tensor, row["module"], bool(row.get("transposed")), self.base, source)
         before = len(self.outcome.differences)
         triplets, decisions = self._decide(row, W0, delta)
         if len(self.outcome.differences) > before:  # all else of the matrix follows from its decisions
@@ -180,7 +186,7 @@ class Recomputation:
     def _check_factors(self, row: dict[str, Any], W0: Matrix, mitigated: Mitigated, files: AdapterFiles) -> float:
         """Compare ``s·B'·A'`` with Δ' at the written adapter's rank, and return the largest error as a share of the permitted."""
         path, tensor = self.output / WEIGHTS_NAME, row["tensor"]
-        factors = files.factors(row["module"])
+        factors = files.factors(row["module"], row["tensor"] in self.carried)
         if factors.shape != W0.shape:
             self.outcome.differ(path, f"factors of a matrix of {list(W0.shape)}", f"of {list(factors.shape)}", tensor)
             return math.inf

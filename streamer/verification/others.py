@@ -140,10 +140,14 @@ class MergedTensors:
     def _missing(self, name: str) -> None:
         """Judge a tensor of the base that the output does not have."""
         if any(c["tensor"] == name and c["change"] == "dropped" for c in self.record["carried"]):
-            zero = not any(any(piece) for piece in self.base.pieces(name))
-            copies = (other for other in self.base.all_names - {name} if same_bytes(self.base, name, self.base, other))
-            if not zero and not any(copies):
-                self._differ(name, "a copy of another tensor, or zeros, to be left out")
+            mine, shape = self.files.all_names & self.base.all_names, self.base.stored(name).shape
+            resized = {
+                self.base.stored(n).shape[:1] for n in mine if self.base.stored(n).shape != self.files.stored(n).shape
+            }
+            # Zeros of a token each, of a vocabulary that has another size; or a copy of a tensor that is tied to it.
+            stale = any((n,) in resized for n in shape) and not any(any(piece) for piece in self.base.pieces(name))
+            if not stale and not any(same_bytes(self.base, name, self.base, other) for other in mine):
+                self._differ(name, "the base's tensor, which is no copy of another", "none")
             return
         if self.record["dequantize"]:
             raise NotRecomputed("it belongs to quantized values")

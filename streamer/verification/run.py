@@ -160,7 +160,7 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
         others = MergedTensors(outcome, record, base, adapter, files, carried)
     if outcome.differences:
         return outcome
-    recomputation = Recomputation(outcome, base, adapter, path, record)
+    recomputation = Recomputation(outcome, base, adapter, path, record, carried)
     sample.recompute(
         outcome,
         record["matrices"],

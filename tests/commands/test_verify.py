@@ -130,12 +130,10 @@ def test_outputs_of_several_adapters(tmp_path: Path) -> None:
     base, adapters = jobs.several(tmp_path)
     out = tmp_path / "models"
     streamer.merge_with_reduced_intruder_dimensions(base, [adapters], out, mitigation_lambda=0.5)
-    for name, replaced in (("lora", 0), ("dora", 0), ("saved", 1)):
+    for name in ("lora", "dora", "saved"):
         found = streamer.verify_output(out / name, base, adapters / name, sample="all")
         assert found["totals"]["recomputed"] > 0
-        assert [s["reason"] for s in found["not_recomputed"]] == [
-            "the adapter brings values for it besides its factors"
-        ] * replaced
+        assert (found["totals"]["not_compared"], found["not_recomputed"]) == (0, [])
     with pytest.raises(streamer.StreamerError, match=r"name one of the outputs in it: dora, lora, saved") as e:
         streamer.verify_output(out)
     assert e.value.exit_code == 3

@@ -16,8 +16,8 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from seeds import vary
 from test_architectures_table import nest, plain
-from verified import lines
 from transformers.pytorch_utils import Conv1D
+from verified import lines
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
