@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,53 @@ def test_a_change_with_every_digest_right(job: Job, tmp_path: Path, name: str) -
     make_right(output)
     assert lines(output) == []
     told = lines(output, job.base, job.adapter, sample="all")
+    assert any(found in line for line in told), told
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A base whose head is its embedding, and an adapter that trains the head alone: the merged model has both."""
+    home = tmp_path_factory.mktemp("untied")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(home / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of the tie
+        lora = peft.LoraConfig(r=4, target_modules=["lm_head"])
+        model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(home / "base"), lora)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(home / "adapter", save_embedding_layers=False)
+    return make_all_outputs(home / "base", home / "adapter", home)
+
+
+UNTIED = {
+    "the head": (tensor(HEAD, lambda t: t[3].mul_(1.01)), "within one rounding"),
+    "the embedding": (tensor(EMBEDDING, lambda t: t.mul_(1.01)), f"tensor {EMBEDDING!r}: expected the base's bytes"),
+    "tied again": (config("config.json", tie_word_embeddings=True), "config.json: expected tie_word_embeddings false"),
+    "vocab_size": (config("config.json", vocab_size=48), "config.json: expected vocab_size 64"),
+    "the class": (
+        config("config.json", architectures=["LlamaForSequenceClassification"]),
+        "config.json: expected architectures ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNTIED)
+def test_a_changed_head_that_was_tied(untied: Job, tmp_path: Path, name: str) -> None:
+    attack, found = UNTIED[name]
+    output = untied.copy("model", tmp_path)
+    assert lines(output, untied.base, untied.adapter, sample="all") == []
+    attack(output, untied)
+    make_right(output)
+    assert lines(output) == []
+    told = lines(output, untied.base, untied.adapter, sample="all")
     assert any(found in line for line in told), told
 
 
