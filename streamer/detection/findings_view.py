@@ -82,12 +82,13 @@ def summary_lines(tree: FindingsRecord) -> list[str]:
     )
     trained_on = tree["adapter"].get("base_model_name_or_path")
     names = " … ".join(dict.fromkeys(m["tensor"] for m in (*matrices[:1], *matrices[-1:])))
-    return [
+    lines = [
         f"{counted(t['intruders'], 'intruder')} in {with_any} of {counted(len(matrices), 'matrix')}, {t['certified']} certified; "
         f"top_k={o['top_k']}, threshold_epsilon={o['threshold_epsilon']}, solver={o['solver']}",
         f"base {base}" + (f", adapter trained on {trained_on!r}" if trained_on else ""),
         names or "no matrices",
     ]
+    return [printable(line) for line in lines]
 
 
 HEAD = ("matrix", "shape", "intruders", "ranks (1 = largest)", "least similarity", "σ₁", "‖Δ‖", "energy", "certified")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamer.adapters.stated import stated_options
+from streamer.errors import printable
 from streamer.output.records import MitigatedMatrix, Record, Totals
 from streamer.plan.sources import Source
 
@@ -237,9 +238,9 @@ def _facts(record: Record) -> str:
         rows.append(("lost in projection", f"at most {100 * totals['dropped_max']:.2f} % of a matrix's change"))
     rows.append(("made with", f"intruder-streamer {record['version']}"))
     table = "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows)
-    command = f"```sh\n{command_line(record)}\n```\n"
+    command = f"```sh\n{printable(command_line(record))}\n```\n"
     says = [*record["warnings"], *record["advice"]]
-    advice = "Warnings and advice:\n\n" + "".join(f"- {line}\n" for line in says) if says else ""
+    advice = "Warnings and advice:\n\n" + "".join(f"- {printable(line)}\n" for line in says) if says else ""
     intro = FITTED if record["coefficients"] is not None else SCALED
     return "\n".join(part for part in (intro, table, command, advice) if part)
 

@@ -246,3 +246,14 @@ def test_without_pandas(findings: Findings, monkeypatch: pytest.MonkeyPatch) -> 
         findings.to_pandas()
     assert isinstance(e.value, MissingPackageError)
     assert e.value.name == "pandas"
+
+
+def test_names_do_not_break_lines(tmp_path: Path) -> None:
+    name = "layers.0.\u2028x\u202ey\x1b[31m"
+    base = helpers.write_sharded(tmp_path / "base", [{f"{name}.weight": helpers.power_law(16, 12).float()}])
+    adapter = helpers.write_adapter(tmp_path / "adapter", {name: helpers.intruding_factors(16, 12, 2)}, r=2)
+    found = streamer.detect_intruder_dimensions(base, adapter, top_k=3)
+    assert len(found.table().splitlines()) == 1 + len(found) + 3
+    for text in (found.table(), repr(found), found._repr_html_()):
+        assert all(line.isprintable() for line in text.split("\n"))
+        assert r"layers.0.\u2028x\u202ey\x1b[31m.weight" in text

@@ -231,3 +231,14 @@ def test_another_card_of_the_base_is_another_output(
         merge(base, adapter, out, **options)
     merge(base, adapter, out, overwrite=True, **options)
     assert "# Two" in (out / "README.md").read_text()
+
+
+def test_names_do_not_steer_a_terminal(tmp_path: Path) -> None:
+    """Directories and tensors come from downloads; the command is one line of its block, whatever they are called."""
+    base, adapter = three_shards(tmp_path)
+    base = base.rename(tmp_path / "ba\x1b[31m\u202e\u2028\n```se")
+    merge(base, adapter, tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8", errors="surrogateescape")
+    assert all(line.isprintable() for line in text.split("\n"))
+    _, block, _ = text.split("\n```", 2)
+    assert block.startswith("sh\nstreamer merge 'ba\\x1b[31m\\u202e\\u2028\\n```se' adapter -o OUTPUT")
