@@ -53,7 +53,7 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
 def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.adapters.batch import findings_of, named_adapters
     from streamer.cli.executors import workers_of
-    from streamer.cli.tables import findings_table
+    from streamer.cli.tables import findings_table, next_step
     from streamer.detection.base_index import BaseIndex
     from streamer.detection.parts import Part
     from streamer.detection.run import detect_many
@@ -68,12 +68,19 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     if args.dry_run:
         return _dry_detect(args, adapters, options, run)
     shown, parts, part = _screen(args), {}, None if args.part is None else Part(*args.part)
-    for name, found in detect_many(args.base, adapters, args.output, options, run, part).items():
+    made = detect_many(args.base, adapters, args.output, options, run, part)
+    for name, found in made.items():
         path = findings_of(args.output, name) if part is None else part.path(findings_of(args.output, name))
         tree = {**found.record(), "output": str(path), "state": monitor.outputs[path]}
         parts[name] = tree, findings_table(found, shown, path, monitor.outputs[path])
         shown = replace(shown, legend=False)  # one legend is enough
-    return _each(parts, args.output, _screen(args))
+    tree, text = _each(parts, args.output, _screen(args))
+    if part is not None:
+        return tree, text
+    (base, given), several = args.given, "" not in made
+    adapter = "ADAPTER" if several else given[0]
+    path = findings_of(args.output, adapter if several else "")
+    return tree, f"{text}\n\n{next_step(found, path, shown, base, adapter)}"
 
 
 def _dry_detect(

@@ -31,8 +31,10 @@ def locate_inputs(args: argparse.Namespace, monitor: Monitor) -> None:
 
 
 def _shown(given: Any) -> Any:
-    """Return an input as it may be printed: an address without the password or signature in it."""
+    """Return an input, or each of several, as it may be printed: an address without the password or signature in it."""
     from streamer.remote.addresses import parse_address
 
+    if isinstance(given, list):
+        return [_shown(one) for one in given]
     address = parse_address(given) if isinstance(given, str) else None
     return given if address is None else address.shown

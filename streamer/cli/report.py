@@ -12,7 +12,7 @@ from streamer.cli.diff_table import diff_table
 from streamer.cli.evaluation_table import evaluation_table
 from streamer.cli.json_report import of_several
 from streamer.cli.layout import Column, Screen, fit, table
-from streamer.cli.tables import findings_table, record_table, stood
+from streamer.cli.tables import findings_table, next_step, record_table, stood
 from streamer.detection.findings import load_findings
 from streamer.errors import UsageError
 from streamer.evaluation.view import Names
@@ -37,11 +37,15 @@ def run_report(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tu
         return (tree, text) if args.output is None else _written(subject, args, tree, text, screen)
     monitor.warn(() if subject.findings is None else subject.findings.warnings)
     text = _text(subject, args.findings, screen)
-    if args.output is None:
-        if subject.evaluation is not None:
-            return subject.to_dict(), text
-        return dict(subject.record) if subject.findings is None and subject.record else _findings(subject), text
-    return _written(subject, args, subject.to_dict(), text, screen)
+    if args.output is not None:
+        tree, text = _written(subject, args, subject.to_dict(), text, screen)
+    elif subject.evaluation is not None:
+        tree = subject.to_dict()
+    else:
+        tree = dict(subject.record) if subject.findings is None and subject.record else _findings(subject)
+    if subject.findings is None or subject.evaluation is not None:
+        return tree, text
+    return tree, f"{text}\n\n{next_step(subject.findings, args.findings, screen)}"
 
 
 def _written(

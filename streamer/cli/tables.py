@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.findings_records import FindingsRecord
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import is_repeated
+from streamer.evaluation.identity import input_options
 from streamer.output.record_view import record_lines
 from streamer.plan.name_order import natural
 from streamer.units import format_size, listed
@@ -95,6 +97,14 @@ def findings_table(
 def stood(where: object, state: str) -> str:
     """Say whether a run has written an output, found it there, or only reads it."""
     return {"read": f"{where}", "present": f"{where} stands already"}.get(state, f"wrote {where}")
+
+
+def next_step(findings: Findings, where: object, screen: Screen, base: str = "BASE", adapter: str = "ADAPTER") -> str:
+    """Give the command that measures what findings say nothing of: what the adapter forgets, and which mitigation helps."""
+    facts = {"base": findings.base, "adapter": findings.adapter}
+    words = ["streamer", "evaluate", base, adapter, "--general", "GENERAL", "--task", "TASK", "-o", "evaluation.json",
+             "--findings", str(where), *input_options(facts)]  # fmt: skip
+    return fit(f"next: {shlex.join(words)}", screen.width)
 
 
 def _wants_memory(m: MatrixFinding) -> bool:
