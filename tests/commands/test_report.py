@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from forks import server
 from test_schemas import check
 
 import streamer
+from streamer.cli.parser import build_parser
 
 Inputs = tuple[Path, Path]
 
@@ -46,6 +48,26 @@ def test_a_page_of_findings_and_an_evaluation(files: Path, tmp_path: Path) -> No
     assert (refused.code, refused.out) == (4, "")
     assert "holds another report; choose another output, or pass --overwrite" in refused.err
     assert server().run("report", files / "f.safetensors", "-o", out, "--overwrite", "-q").code == 0
+
+
+def test_the_last_line_is_the_command_to_run_next(files: Path, inputs: Inputs, tmp_path: Path) -> None:
+    base, adapter = map(str, inputs)
+    found = files / "f.safetensors"
+    for line, expected in (
+        (
+            ("detect", base, adapter, "-o", tmp_path / "it's.safetensors"),
+            (base, adapter, str(tmp_path / "it's.safetensors")),
+        ),
+        (("report", found), ("BASE", "ADAPTER", str(found))),
+        (("report", found, "-o", tmp_path / "page.html"), ("BASE", "ADAPTER", str(found))),
+    ):
+        *_, empty, last = server().run(*line).out.splitlines()
+        assert (empty, last.startswith("next: streamer evaluate ")) == ("", True)
+        args = build_parser().parse_args(shlex.split(last.removeprefix("next: streamer ")))
+        given = args.adapter if isinstance(args.adapter, list) else [args.adapter]
+        assert (args.base, *given, args.findings) == expected
+    for line in (("report", found, files / "e.json"), ("report", files / "half")):
+        assert f"--findings {found}" not in server().run(*line).out.splitlines()[-1]
 
 
 def test_a_legend_is_shown_once(files: Path, tmp_path: Path) -> None:

@@ -100,7 +100,8 @@ def test_several_adapters_are_named(tmp_path: Path) -> None:
     head, _, *rows = (line.split() for line in done.out.splitlines()[:5])
     assert head == ["adapter", "matrices", "with", "any", "intruders", "certified"]
     assert [row[:2] for row in rows] == [["legal", "9"], ["poems", "9"], ["all", "together"]]
-    assert done.out.endswith(f"\n--all shows each adapter's matrices\n\nwrote {tmp_path / 'again'}\n")
+    shown = f"\n--all shows each adapter's matrices\n\nwrote {tmp_path / 'again'}\n\nnext: streamer evaluate {base} ADAPTER "
+    assert shown in done.out
     full = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged", "--all")
     assert full.code == 0, full.err
     assert full.out.count("model.layers.") == 18
