@@ -54,10 +54,9 @@ def reduce_intruder_dimension(
 ) -> Findings | None:
     """Add an adapter whose delta has its intruders scaled by `mitigation_lambda`, and make it the active one.
 
-    The mitigated delta is projected onto ``lora_A``, ``lora_B`` at the adapter's own rank, with a warning if more than 1 % of a
-    matrix's delta is lost in projection; all that the old adapter has besides,
-    saved modules, biases and tokens, the new one has too. The old one stays as it is. Where something is refused or fails, the model is
-    as it was.
+    The mitigated delta is projected onto ``lora_A``, ``lora_B`` at the adapter's own rank, with a warning if more than 1 % of a matrix's
+    delta is lost in projection. The new adapter has the old one's saved modules, biases and tokens too. The old one stays as it is. If
+    anything is refused or fails, the model stays as it was.
 
     Parameters
     ----------

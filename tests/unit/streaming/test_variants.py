@@ -37,6 +37,10 @@ def test_each_set_of_coefficients_is_a_variant() -> None:
     assert [v.keep for v in variants[:3]] == [None, None, None]
     alone = make_variants(("fitted",), (0.5,), "all", coefficients)
     assert [v.name for v in alone] == ["base", "adapter", "fitted 0.95", "fitted 0.9"]
+    assert [v.mitigation_lambda for v in EvaluationOptions(("shrink",), (2, -0.5), amplify=True).variants[2:]] == [
+        2,
+        -0.5,
+    ]
     options = EvaluationOptions(coefficients=coefficients)
     assert [tree["keep"] for tree in options.fitted_record()] == [0.95, 0.9]
 
