@@ -51,6 +51,7 @@ class Bars:
         """Take an event of a stage that counts."""
         ends = event.total > 0 and event.done >= event.total
         if self.bar is not None and (event.stage != self._event.stage or event.done < self._event.done):
+            self.bar.total, self.bar.leave = None, False  # a stage within this one begins: nothing has failed
             self.close()
         if self.bar is None:
             if ends:

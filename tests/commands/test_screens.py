@@ -216,6 +216,7 @@ WARNED = """
 from streamer.events import Event
 from streamer.progress import monitoring
 with monitoring(None, None, True) as monitor:
+    monitor.emit(Event("evaluate", "a.weight", 0, 80, 0, 8))
     monitor.emit(Event("detect", "a.weight", 0, 4, 0, 4))
     monitor.emit(Event("warning", "odd"))
     monitor.emit(Event("detect", "b.weight", 1, 4, 1, 4))
@@ -244,7 +245,10 @@ def test_a_call_outside_of_a_notebook_draws_no_bar_unasked(job: tuple[Path, Path
 
 
 def test_warnings_of_a_call_stand_between_its_bars() -> None:
+    """The bar of a stage goes when another begins within it."""
     shown = terminal.show(100, "--version", code=WARNED)
+    assert [line for line in shown.during if line.startswith("evaluate 0/8 passes   0%|")]
+    assert not [line for line in shown.last if line.startswith("evaluate")]
     assert re.fullmatch(r"<string>:\d+: StreamerWarning: odd", shown.last[0])
     assert re.match(r"detect 4/4 matrices 100%\|█", shown.last[-2])
     assert [line for line in shown.during if line.startswith("detect 0/4 matrices   0%|")]
