@@ -101,7 +101,7 @@ def layout(event: Event, columns: int | None) -> dict[str, Any]:
     if not event.of:
         return {"desc": f"{event.stage}: {printable(event.name)}", "bar_format": "{desc} {elapsed}"}
     desc, ncols = f"{event.stage} {counts(event)}", None if columns is None else columns - ECHO
-    room = 1000 if ncols is None else ncols - len(desc) - BESIDE
+    room = 24 if ncols is None else ncols - len(desc) - BESIDE  # more would wrap in a notebook
     narrow = NARROW if room + BESIDE >= len("|▌▌▌| 00:00<00:00") else NO_BAR
     postfix = _name(event, room) if room >= SHORTEST else ""
     return {"desc": desc, "bar_format": FULL if room >= 0 else narrow, "postfix": postfix, "ncols": ncols}
