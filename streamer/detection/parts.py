@@ -113,12 +113,8 @@ def _there(path: Path) -> dict[int, set[int]]:
 
 
 def _checked(plan: Plan, part: Part, path: Path, options: DetectionOptions) -> Findings:
-    where, advice = (
-        part.path(path),
-        (
-            f"run the same command with --part {part.number}/{part.count} --overwrite, or with --no-resume to detect without the parts"
-        ),
-    )
+    where, run = part.path(path), f"run the same command with --part {part.number}/{part.count} --overwrite"
+    advice = f"{run}, or with --no-resume to detect without the parts"
     try:
         findings = load_findings(where)
     except FormatError as e:
