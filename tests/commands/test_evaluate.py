@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from architectures import ATTENTION
 from causal_models import make_adapter, make_base
+from command_line import process_mib
 from evaluations import COLUMNS
 from forks import Outcome, Server
 from learned import make_learned
@@ -283,10 +284,10 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
     yield ["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"
     yield ["--sequences", "1"], {}, 2, "--sequences: expected a whole number from 2, found 1"
     yield (
-        ["--max-memory", "300M"],
+        ["--max-memory", f"{process_mib() + 100}M"],
         {},
         2,
-        "--max-memory: 300M is not enough for a sequence of 8 tokens under two variants",
+        f"--max-memory: {process_mib() + 100}M is not enough for a sequence of 8 tokens under two variants",
     )
     yield ["--findings", home / "f.safetensors", "--top-k", "3"], {}, 3, "made with top_k=4, asked for 3"
 

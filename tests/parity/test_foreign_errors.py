@@ -14,6 +14,7 @@ import zoo
 from architectures import config
 from causal_models import make_adapter
 from evaluated import streamed, token_ids
+from seeds import vary
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import streamer
@@ -30,7 +31,7 @@ def make_inputs(name: str, target: str, path: Path, length: int = 12, **values: 
     made = zoo.config_of(name)
     for key, value in {"is_decoder": True, **values}.items():
         setattr(made, key, value)
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = getattr(transformers, name)(made)
     model.save_pretrained(path / "base")
     adapter = make_adapter(type(model), path / "base", path / "adapter", [target])
@@ -118,7 +119,7 @@ def test_positions_are_those_that_the_model_takes(name: str, tmp_path: Path) -> 
 
 
 def test_a_row_that_a_table_does_not_have_is_not_read_from_the_bytes_behind_it(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(vary(0))
     model = transformers.GPT2LMHeadModel(config("GPT2", n_embd=32, n_layer=1, n_head=4, vocab_size=64, n_positions=16))
     model.save_pretrained(tmp_path / "base")
     adapter = make_adapter(type(model), tmp_path / "base", tmp_path / "adapter", ["c_attn"])

@@ -15,6 +15,7 @@ from forks import server
 from kinds import KINDS, Kind, llama
 from kinds_cases import Made, by_disk, make, relative, stored
 from safetensors.torch import load_file
+from seeds import vary
 
 import streamer
 from streamer.errors import UsageError
@@ -123,7 +124,7 @@ def test_what_is_no_share(share: float, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (1500, 30)])
 @pytest.mark.parametrize("factored", [True, False])
 def test_energies(shape: tuple[int, int], factored: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(vary(0))
     L, R = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in shape)
     L *= torch.logspace(0, -5, 12, dtype=torch.float64)
     delta = LowRank(L, R) if factored else Dense(L @ R.T)
@@ -159,7 +160,7 @@ def test_resize_a_lora(rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_extract_a_lora_from_a_model(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model whose layers all changed a little, and two of them a lot; a share of 1 keeps it whole."""
     job = made("linear", tmp_path, monkeypatch)
-    tuned, generator = tmp_path / "tuned", torch.Generator().manual_seed(1)
+    tuned, generator = tmp_path / "tuned", torch.Generator().manual_seed(vary(1))
     model = job.load(torch.float32)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from evaluations import FACTS
+from seeds import vary
 
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.shrinks import EXCESS, against_shrink
@@ -31,7 +32,7 @@ class World:
 
     def measure(self, variants: Sequence[Variant]) -> Sums:
         self.asked.append([v.name for v in variants])
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(vary(0))
         tokens = rng.integers(50, 100, 64).astype(float)
         hard, gain, loss = rng.normal(4, 0.5, 64), rng.normal(1, 0.2, 64), rng.normal(1, 0.2, 64)
         kept = np.array([self.share(v) for v in variants])
@@ -91,7 +92,7 @@ def test_a_shrink_is_placed_that_keeps_the_share(lambdas: tuple[float, ...], cur
 
 
 def test_the_suggestion_is_never_worse_than_a_shrink_that_keeps_the_same() -> None:
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(vary(0))
     for _ in range(30):
         a, b = rng.uniform(0.3, 2, 2)
         world = World({"shrink": lambda x, b=b: 1 - (1 - x) ** (1 + b), "project": lambda x, a=a: x**a})

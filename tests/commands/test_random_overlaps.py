@@ -11,6 +11,7 @@ import pytest
 import torch
 from command_line import run_cli
 from safetensors.torch import save_file
+from seeds import vary
 
 import streamer
 from streamer.detection.random_overlaps import ALPHA, random_overlap
@@ -21,7 +22,7 @@ SAYS = "this looks like another base"
 
 def test_few_random_vectors_are_closer_than_the_bound() -> None:
     """Sampled: it is valid, and no looser than the union bound and the sample make it."""
-    numbers = np.random.default_rng(0)
+    numbers = np.random.default_rng(vary(0))
     for m, n in ((300, 300), (300, 50)):
         vectors = numbers.standard_normal((40_000, m))
         largest = np.abs(vectors[:, : min(m, n)]).max(1) / np.linalg.norm(vectors, axis=1)
@@ -50,7 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     factors, planted = {}, {}
     for i in range(MATRICES):
         W = helpers.power_law(M, M, seed=100 + i)
-        g = torch.Generator().manual_seed(i)
+        g = torch.Generator().manual_seed(vary(i))
         lean = torch.linalg.svd(W).U[:, 4 : 4 + STRONG]
         away = torch.linalg.qr(torch.cat([lean, torch.randn(M, STRONG, generator=g, dtype=torch.float64)], 1)).Q
         B = (0.42 * lean + (1 - 0.42**2) ** 0.5 * away[:, STRONG:]) * torch.tensor([3.0, 2.5, 2.0])
