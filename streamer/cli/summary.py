@@ -32,8 +32,9 @@ def _held(tree: Mapping[str, Any]) -> str:
     if schema == "streamer.output":
         alone = tree["method"] in ("shrink", "fitted")  # no intruders
         scaled = "" if alone else f"{counted(totals['intruders'], 'intruder')} scaled, "
+        merged = f"{counted(totals['matrices'], 'matrix')} merged, " if tree["command"] == "merge" else ""
         return (
-            f"{totals['changed']} of {totals['matrices']} matrices changed, {scaled}"
+            f"{merged}{totals['changed']} of {totals['matrices']} mitigated, {scaled}"
             f"{counted(len(tree['files']), 'file')}, {format_size(totals['bytes'])}"
         )
     if schema == "streamer.verification":

@@ -153,7 +153,9 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
     columns = [Column("adapter", list(trees), left=True, names=True, foot="all together"),
                _summed("matrices", [x["matrices"] for x in t], "", 1)]  # fmt: skip
     if all("method" in tree for tree in trees.values()):
-        columns.append(_summed("changed", [x["changed"] for x in t], "matrices that were changed", 3))
+        columns.append(
+            _summed("mitigated", [x["changed"] for x in t], "matrices whose delta differs from the adapter's", 3)
+        )
         if any(tree["method"] not in ("shrink", "fitted") for tree in trees.values()):
             columns.append(_summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5))
         columns += [

@@ -6,10 +6,12 @@ A recipe gives bytes of the dtype that the output has; what is computed is compu
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +32,9 @@ DECODED = 8
 
 Mitigated = Callable[[Target], tuple[Delta, Delta]]
 """Gives Δ and Δ' of one matrix; Δ' is Δ itself where nothing changes."""
+
+Kept = Callable[[Target, int, int], None]
+"""Takes of a matrix how many of its merged values, and of how many, have the base's bytes: what rounding leaves unchanged."""
 
 
 class Recipe(ABC):
@@ -53,8 +58,14 @@ class Recipe(ABC):
         return False
 
     @abstractmethod
-    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """Give its bytes, in order; each piece stays as it is until `QUEUE` more were given."""
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
+        """Give its bytes, in order; each piece stays as it is until `QUEUE` more were given.
+
+        Parameters
+        ----------
+        kept
+            Called at the end of each matrix that is summed whole and has a Δ' other than zero; None counts nothing.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +74,7 @@ class CopyBytes(Recipe):
 
     stored: StoredTensor
 
-    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
         """Give the file's own bytes."""
         return self.stored.file.chunks(self.stored.info)
 
@@ -83,7 +94,7 @@ class Rows(Recipe):
 class Cast(Rows):
     """Rounds the values of a weight once to the dtype that is written: the adapter's own, or decoded ones. They must be finite."""
 
-    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
         """Give the rows in the written dtype."""
         for _, _, raw, values, out in _rows(self.weight):
             if not all_finite(raw):
@@ -104,7 +115,7 @@ class AddDelta(Recipe):
     target: Target
     tuned: StoredTensor | None = None
 
-    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
         """Give the rows of the sum."""
         delta, after = mitigated(self.target)
         if after is delta and self.tuned is not None:
@@ -112,13 +123,18 @@ class AddDelta(Recipe):
             return
         change = (after.T if self.target.transposed else after).to(self.weight.compute)
         nothing = change.is_zero()
-        encoding = _encoding(self.weight)
+        encoding, count = _encoding(self.weight), 0
         for i, j, raw, values, out in _rows(self.weight):
             if nothing and raw.dtype == encoding.dtype:
                 yield as_bytes(raw)
             else:
                 change.add_rows(values, i, j)
-                yield as_bytes(encode(values, encoding, raw, self.weight.name, out))
+                encode(values, encoding, raw, self.weight.name, out)
+                if kept is not None and raw.dtype == out.dtype:
+                    count += _equal_count(raw, out)
+                yield as_bytes(out)
+        if kept is not None and not nothing and self.tuned is None and not self.weight.quantized:
+            kept(self.target, math.prod(self.weight.shape), count)
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,7 @@ class Requantize(Recipe):
         """Test whether these are the scales: the delta is counted with the quantized values."""
         return self.role != "weight"
 
-    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
         """Give the quantized values, or their scales. The sum is made again for each pass: it is never in memory whole."""
         (_, delta), weight = mitigated(self.target), self.weight.at_hand()
         change = (delta.T if self.target.transposed else delta).to(weight.compute)
@@ -173,8 +189,8 @@ class RowSlice(Recipe):
         """Test whether these are later rows: the delta is counted with the first."""
         return self.rows[0] > 0 or self.recipe.repeats
 
-    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
-        """Give the recipe's pieces."""
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
+        """Give the recipe's pieces; what rounding leaves unchanged is not counted in a part of a matrix."""
 
         def share(target: Target) -> tuple[Delta, Delta]:
             delta, after = mitigated(target)
@@ -199,9 +215,9 @@ class Stack(Recipe):
         """Test whether each does."""
         return self.recipes[0].repeats
 
-    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
         """Give those of each, one after the other."""
-        return itertools.chain.from_iterable(recipe.pieces(mitigated) for recipe in self.recipes)
+        return itertools.chain.from_iterable(recipe.pieces(mitigated, kept) for recipe in self.recipes)
 
 
 @dataclass(frozen=True)
@@ -216,7 +232,7 @@ class AddBias(Rows):
         """Count as copied: a bias is small."""
         return CopyBytes
 
-    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
         """Give the rows of the sum."""
         for i, j, raw, values, out in _rows(self.weight):
             values.add_(self.shift.rows(i, j).to(values.dtype), alpha=self.scaling)
@@ -235,7 +251,7 @@ class ReplaceRows(Rows):
         """Count as copied: few rows are computed."""
         return CopyBytes
 
-    def pieces(self, mitigated: Mitigated) -> Iterator[Buffer]:
+    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Buffer]:
         """Give the rows, the trained ones rounded once."""
         trained = {row: at for at, row in enumerate(self.indices)}
         for i, j, raw, values, out in _rows(self.weight):
@@ -253,6 +269,12 @@ def rows_bytes(weight: Weight) -> int:
     row = max(1, n * weight.compute.itemsize)
     block = max(row, min(m * row, max(BLOCK_BYTES, DECODED_BYTES)))
     return (3 + (DECODED if weight.quantized else 1)) * block + weight.held_bytes
+
+
+def _equal_count(a: Tensor, b: Tensor) -> int:
+    """Count the values of the same bytes; numpy compares integers faster than torch does floats."""
+    kind = f"i{a.itemsize}"
+    return int(np.count_nonzero(np.frombuffer(as_bytes(a), kind) == np.frombuffer(as_bytes(b), kind)))
 
 
 def _encoding(weight: Weight) -> Encoding:

@@ -83,5 +83,7 @@ def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:
         "delta_norm_after": after,
         "equal_norm_shrink": after / before if before > 0 else 1.0,
         "dropped_max": max((m["dropped"] for m in matrices), default=0.0),
+        "values": sum(m.get("values", 0) for m in matrices),
+        "rounded_away": sum(m.get("rounded_away", 0) for m in matrices),
         "bytes": nbytes,
     }

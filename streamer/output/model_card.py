@@ -227,11 +227,11 @@ def _facts(record: Record) -> str:
             ("judged", f"{_top(detection['top_k'])} of each matrix; an intruder has a similarity below "
                        f"ε = {_number(detection['threshold_epsilon'])}"),
             ("intruders", f"{totals['intruders']} scaled in {sum(bool(m['intruders']) for m in record['matrices'])} of {n} matrices; "
-                          f"{totals['changed']} changed"),
+                          f"{totals['changed']} mitigated"),
             ("certified", f"the decisions on {detection['certified']} of {n} matrices, solver {detection['solver']}"),
         ]  # fmt: skip
     else:
-        rows.append(("matrices", f"{totals['changed']} of {totals['matrices']} changed; no detection was needed"))
+        rows.append(("matrices", f"{totals['changed']} of {totals['matrices']} mitigated; no detection was needed"))
     rows += [("norm of the change", f"{totals['delta_norm']:.4g} before, {totals['delta_norm_after']:.4g} after"),
              ("baseline", f"scaling the whole adapter by {totals['equal_norm_shrink']:.4g} gives the same norm")]  # fmt: skip
     if record["command"] == "mitigate":
@@ -292,4 +292,4 @@ def longest_totals(matrices: int, directions: int) -> Totals:
     """Make totals whose numbers are as long as any may get."""
     long = -1.2345678e-100
     return {"matrices": matrices, "intruders": directions, "changed": matrices, "delta_norm": long, "delta_norm_after": long,
-            "equal_norm_shrink": long, "dropped_max": 1.0, "bytes": 0}  # fmt: skip
+            "equal_norm_shrink": long, "dropped_max": 1.0, "values": 0, "rounded_away": 0, "bytes": 0}  # fmt: skip

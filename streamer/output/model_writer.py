@@ -54,7 +54,10 @@ class ModelWriter(Writer):
         ]  # fmt: skip
 
     def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Buffer]:
-        """Give the bytes of a tensor by its recipe; metrics are of the first tensor that takes a matrix' delta."""
+        """Give the bytes of a tensor by its recipe; metrics are of the first tensor that takes a matrix' delta.
+
+        What rounding leaves unchanged is counted as the bytes are made, and is in the metrics once all have been given.
+        """
         recipe = self._outputs[info.name].recipe
 
         def mitigated(target: Target) -> tuple[Delta, Delta]:
@@ -63,7 +66,10 @@ class ModelWriter(Writer):
                 metrics.append(matrix_metrics(target, delta, after, found, job.options))
             return delta, after
 
-        return recipe.pieces(mitigated)
+        def kept(target: Target, values: int, count: int) -> None:
+            metrics[-1]["values"], metrics[-1]["rounded_away"] = values, count
+
+        return recipe.pieces(mitigated, kept)
 
 
 def merge_estimates(job: Job, model: MergedModel, resident: int) -> Iterator[MemoryEstimate]:

@@ -52,6 +52,11 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
         )
     if record["command"] == "merge" and record["tokenizer"] == "adapter":
         lines.append("the tokenizer and its chat template are the adapter's own")
+    if values := t.get("values"):  # former versions did not count them
+        share = f"{100 * t['rounded_away'] / values:.1f}%"
+        lines.append(
+            f"rounding left {share} of the values in these matrices unchanged: the result is not exactly base + delta"
+        )
     if record["command"] == "mitigate":
         most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
         worst = max(record["matrices"], key=lambda m: m["dropped"], default={"dropped": 0.0})

@@ -29,6 +29,9 @@ class MitigatedMatrix(TypedDict):
         ``‖Δ' − written‖_F / ‖Δ'‖_F``: what the rank of the adapter that was written leaves out; 0 for a merge.
     coefficients
         What is left of each direction of Δ, by falling singular value, or of a dense Δ as a whole; of the method ``fitted`` alone.
+    values, rounded_away
+        Values of a matrix that a merge sums in one tensor, in the base's dtype, and how many of them kept the base's bytes although Δ' is
+        not zero.
     """
 
     tensor: str
@@ -40,6 +43,8 @@ class MitigatedMatrix(TypedDict):
     delta_norm_after: float
     dropped: float
     coefficients: NotRequired[list[float]]
+    values: NotRequired[int]
+    rounded_away: NotRequired[int]
 
 
 class Totals(TypedDict):
@@ -52,6 +57,8 @@ class Totals(TypedDict):
     delta_norm_after: float
     equal_norm_shrink: float
     dropped_max: float
+    values: int
+    rounded_away: int
     bytes: int
 
 

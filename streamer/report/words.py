@@ -49,7 +49,7 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
         check = "streamer verify OUTPUT BASE ADAPTER --sample all"
         scaled = f" and {counted(t['intruders'], 'intruder')} scaled" if scales_intruders(subject.record) else ""
         return (
-            f"{t['changed']} of {counted(t['matrices'], 'matrix')} changed{scaled}; the norm of what the adapter adds went from "
+            f"{t['changed']} of {counted(t['matrices'], 'matrix')} mitigated{scaled}; the norm of what the adapter adds went from "
             f"{t['delta_norm']:.4g} to {t['delta_norm_after']:.4g}.", [("Compare the files with the inputs", check)],
         )  # fmt: skip
     if subject.evaluation is not None:

@@ -131,6 +131,8 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
         "dropped_max": max((m["dropped"] for m in rows), default=0.0),
         "bytes": sum(f["bytes"] for f in record["files"]),
     }
+    # Records of former versions lack these.
+    sums |= {key: sum(m.get(key, 0) for m in rows) for key in ("values", "rounded_away") if key in totals}
     for key, value in sums.items():
         found = totals.get(key)
         if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=1e-12):

@@ -69,7 +69,7 @@ def test_a_merged_model_is_not_passed_off_as_its_base(job: tuple[Path, Path], tm
     facts, _, rest = body.partition("# Card of the base model")
     assert "[some/base](https://huggingface.co/some/base), digest" in facts
     assert "| method | paper, λ = 0.5, scale all |" in facts
-    assert f"| intruders | {record['totals']['intruders']} scaled in 9 of 9 matrices; 9 changed |" in facts
+    assert f"| intruders | {record['totals']['intruders']} scaled in 9 of 9 matrices; 9 mitigated |" in facts
     assert "the decisions on 9 of 9 matrices" in facts
     assert "streamer merge base adapter -o OUTPUT --lambda 0.5 --method paper" in facts
     assert "It scores 99 %." in rest
@@ -107,7 +107,7 @@ def test_matrices_with_intruders_are_counted(tmp_path: Path) -> None:
     assert len(scaled) == 2
     text = (tmp_path / "out" / "README.md").read_text()
     intruders = record["totals"]["intruders"]
-    assert f"| intruders | {intruders} scaled in {len(scaled)} of 12 matrices; {len(scaled)} changed |" in text
+    assert f"| intruders | {intruders} scaled in {len(scaled)} of 12 matrices; {len(scaled)} mitigated |" in text
 
 
 def test_the_library_is_that_of_the_class(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_the_record_of_an_output(pair: tuple[Path, Path], findings: Findings, tm
     made, compare = sentences(subject)
     assert "an adapter made of “adapter” and “base”" in made
     assert headline(subject)[0].startswith(
-        "9 of 9 matrices changed and 9 intruders scaled; the norm of what the adapter adds went from "
+        "9 of 9 matrices mitigated and 9 intruders scaled; the norm of what the adapter adds went from "
     )
     assert "the same norm" in compare
     assert "mitigated delta was lost in projection" in compare
