@@ -102,7 +102,7 @@ def check_rows(
     stacks: defaultdict[str, list[str]] = defaultdict(list)
     for module in modules:
         stacks[re.sub(r"(\.base_layer)+$", "", module)].append(module)
-    names = _Names({f"{module}.weight" for module in modules})
+    names, stored = _Names({f"{module}.weight" for module in modules}), _Names(base.all_names)
     seen: set[str] = set()
     matrices: defaultdict[str, defaultdict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for row in rows:
@@ -113,7 +113,11 @@ def check_rows(
         stacked = STACKED.fullmatch(module)
         if stacked is not None and stacked[1].rpartition(".")[0] in stacks:
             matrices[stacked[1].rpartition(".")[0]][stacked[1]].add(int(stacked[2]))
-        elif not adapter.is_model and (module not in modules or not names.fit(tensor, f"{module}.weight")):
+        elif not adapter.is_model and not (
+            module in modules
+            and names.fit(tensor, f"{module}.weight")
+            and tensor in (stored.like(f"{module}.weight") or {tensor})
+        ):
             outcome.differ(path, "a row of the module of the adapter that changes it", repr(module), tensor)
     if adapter.is_model:
         _check_kinds(rows, adapter, base, path, outcome)

@@ -190,6 +190,11 @@ ATTACKS = {
         record(lambda tree: tree["matrices"][0].update(module="model.layers.1.self_attn.q_proj")),
         f"tensor {FIRST!r}: expected ",
     ),
+    "a row of another tensor": (
+        "model",
+        together(record(lambda tree: tree["matrices"][0].update(tensor=f"{NORM}[0]")), tensor(NORM, lambda t: t.mul_(2))),
+        f"tensor '{NORM}[0]': expected a row of the module of the adapter that changes it",
+    ),
     "no decision certified, and no intruders": ("model", undecided, "to be an intruder"),
     "rope_theta": ("model", config("config.json", rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
                    "config.json: expected rope_parameters.rope_theta 10000.0"),
