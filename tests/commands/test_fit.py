@@ -12,13 +12,13 @@ import pytest
 from command_line import process_mib
 from forks import Outcome, Server
 from learned import make_learned
-from seeds import vary
 from test_schemas import check
 
 import streamer
 from streamer.cli.evaluation import START_SECONDS
 from streamer.evaluation.shrinks import against_shrink
 from streamer.events import Event
+from streamer.fitting.options import FitOptions
 from streamer.fitting.result import SHRINKS
 
 HEADS = [
@@ -98,9 +98,9 @@ def test_the_object(server: Server, home: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(found.facts)
 
 
-def held_apart(home: Path, place: Path, seed: int = 0) -> dict[str, Path]:
+def held_apart(home: Path, place: Path) -> dict[str, Path]:
     """Write the sequences that a fit of 24 holds apart."""
-    rows = sorted(np.roll(np.arange(24), np.random.default_rng(vary(seed)).integers(24))[:6])
+    rows = sorted(np.roll(np.arange(24), np.random.default_rng(FitOptions.seed).integers(24))[:6])
     for name in ("general", "task"):
         np.save(place / f"{name}.npy", np.load(home / f"{name}.npy")[rows])
     return {name: place / f"{name}.npy" for name in ("general", "task")}
