@@ -15,20 +15,20 @@ from scipy.special import betaincinv
 from streamer.detection.matrix_finding import MatrixFinding
 
 ANOTHER_BASE = (
-    "this looks like another base: in most matrices the intruders are no closer to the base than random vectors; check that the adapter "
+    "this looks like another base: in most matrices the leading direction is no closer to it than a random vector; check that the adapter "
     "was trained on this base (one that was trained at far too high a rate can look the same)"
 )
 
 ALPHA = 0.01
 """Share of random vectors, at most, that are closer to the base than `random_overlap`."""
 
-# Shares of matrices that `_is_random` holds for, of adapters that PEFT trained:
-#   their own base, or that trained further     0.00 … 0.19   (a Llama of width 128 and 288, MiniLM)
-#   their own base, at a rate that destroys it  0.43          (MiniLM)
-#   the base of another seed                    0.89 … 1.00   (the Llama of width 128, four to six intruders a matrix)
-#   the same with two or three intruders        0.14 … 0.38   (the Llama of width 288; it is not recognised)
-# On any base a planted direction is random: adapters with one in a matrix have 0, since `_is_random` wants two.
-MOST = 0.6
+# Shares of matrices that `_is_random` holds for, of adapters that PEFT trained on a Llama of width 128 and 288, and on MiniLM:
+#   their own base, or that trained further      0.00 … 0.25
+#   their own base, at a rate that destroys it   0.54
+#   the base of another seed                     0.88 … 1.00   with three to six intruders a matrix
+#   the base of another seed                     0.36 … 0.57   with two or three: it is not recognised
+# A planted direction is random on any base: adapters with one in a matrix have 0, since `_is_random` wants two intruders.
+MOST = 2 / 3
 """Share of the matrices from which on the findings look like those on another base."""
 
 LEAST_MATRICES = 8
@@ -49,13 +49,12 @@ def random_overlap(shape: tuple[int, int]) -> float:
 
 
 def look_random(matrices: Sequence[MatrixFinding], epsilon: float) -> bool:
-    """Test whether the intruders of most matrices are no closer to the base than random vectors are."""
+    """Test whether the leading directions of most matrices are intruders that are no closer to the base than random vectors are."""
     judged = [m for m in matrices if random_overlap(m.shape) <= NARROW * epsilon]
     return len(judged) >= LEAST_MATRICES and sum(map(_is_random, judged)) >= MOST * len(judged)
 
 
 def _is_random(m: MatrixFinding) -> bool:
-    """Test whether a matrix has two intruders at least, half of which are not proven to be closer to the base than random vectors."""
-    intruders, low, limit = m.detection.intruders, m.detection.similarity_low, random_overlap(m.shape)
-    near = sum(low[j] <= limit for j in intruders)
-    return near >= 2 and 2 * near >= len(intruders)
+    """Test whether the leading direction is one of several intruders, and not proven to be closer to the base than a random vector."""
+    d = m.detection
+    return len(d.intruders) >= 2 and d.intruders[0] == 0 and d.similarity_low[0] <= random_overlap(m.shape)
