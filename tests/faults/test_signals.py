@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import time
@@ -91,5 +92,8 @@ def test_a_process_is_told_to_stop(long_bench: Bench, verb: str, signum: signal.
     with case.start(out) as process:
         _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0
-    assert LAST.fullmatch(stderr)
+    *notes, last = stderr.splitlines(keepends=True)
+    assert LAST.fullmatch(last)
+    assert all(re.fullmatch(r"streamer: note: resuming: \d+ of \d+ (matrices|tensors) are done\n", n) for n in notes)
+    assert notes
     assert tree_digest(out) == case.whole
