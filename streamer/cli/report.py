@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def _several(subject: Collection, screen: Screen) -> tuple[dict[str, Any], str]:
         Column("matrices", [str(len(f)) for f in found.values()], "that it changes", keep=3),
         Column("intruders", [str(f.intruders) for f in found.values()], "in all of its matrices", keep=9),
         Column("in", [str(sum(bool(m.detection.intruders) for m in f)) for f in found.values()], "matrices with intruders", keep=2),
-        Column("|delta|", [f"{norm:#.4g}" for norm, _ in energies], "Frobenius norm of what the adapter adds", keep=4),
+        Column("|delta|", [f"{math.sqrt(energy):#.4g}" for energy, _ in energies], "Frobenius norm of what the adapter adds", keep=4),
         Column("energy", [f"{100 * share:.1f}%" for _, share in energies], "the intruders' share of |delta|^2", keep=8),
         Column("lost", [f"{100 * max((m.detection.dropped_at_zero for m in f), default=0.0):.1f}%" for f in found.values()],
                "the most of a matrix that `mitigate --lambda 0 --method paper` loses in projection onto its rank", keep=5),

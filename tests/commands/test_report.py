@@ -110,6 +110,8 @@ def test_one_page_of_several_adapters(files: Path, inputs: Inputs, tmp_path: Pat
     lines = done.out.splitlines()
     assert lines[0].split()[:3] == ["adapter", "matrices", "intruders"]
     assert [line.split()[0] for line in lines[2:4]] == names
+    norms = [sum(m["delta_norm"] ** 2 for m in tree["adapters"][name]["matrices"]) ** 0.5 for name in names]
+    assert [line.split()[4] for line in lines[2:4]] == [f"{norm:#.4g}" for norm in norms]
     assert lines[-1] == f"wrote {out}: 1 file, {out.stat().st_size / 1000:.1f} kB"
     written = check(server().run("report", tmp_path / "found", "-o", out, "--json"), "streamer.several/1")
     assert (written["state"], written["files"]) == ("present", [{"file": "report.html", "bytes": out.stat().st_size}])
