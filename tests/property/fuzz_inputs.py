@@ -207,7 +207,10 @@ def _module(kind: str, r: int = 2) -> dict[str, list[Any]]:
 def _adapter(kind: str, config: Mapping[str, Any], more: Mapping[str, Any] = {}) -> bytes:
     prefix = "base_model.model."
     tensors = {f"{prefix}{name}{end}": what for name in NAMES[:2] for end, what in _module(kind).items()}
-    tree = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha": 4, "bias": "none", **config}
+    scale = {"lora": "lora_alpha", "dora": "lora_alpha", "adalora": "lora_alpha", "loha": "alpha", "lokr": "alpha"}.get(
+        kind
+    )
+    tree = {"peft_type": "LORA", "r": 2, **({scale: 4} if scale else {}), **config}
     return dump({"config": tree, "tensors": {**tensors, **{f"{prefix}{k}": v for k, v in more.items()}}})
 
 
