@@ -129,7 +129,7 @@ class TieEditor:
         return tie.on_disk.get(f"{self.architecture.input_embedding}.weight")
 
     def _shares_tokens(self, tie: TiedNames) -> bool:
-        """Test whether PEFT gives all names the tokens that it trains: if the class states ties, and its own config those names'."""
+        """Test whether PEFT gives all names the tokens that it trains: it does if the class itself, and its own config, ties them."""
         stated = (record(self.architecture.name) or {}).get("ties")
         return bool(stated) and (not tie.keys or any(len(key) == 1 for key in tie.keys))
 

@@ -58,7 +58,7 @@ def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
         where = next((names[at] for frame in reversed(frames) if (at := id(frame.f_locals.get("self"))) in names), "")
         raise UnsupportedError(
             f"{path}: {f'module {where!r} of ' if where else ''}{type(model).__name__} raises {type(e).__name__}: "
-            f"{first_line(e)[:ERROR_LENGTH]}; give a smaller --length if it is the text's, else measure merged models"
+            f"{first_line(e)[:ERROR_LENGTH]}; try a smaller --length, or measure merged models"
         ) from e
 
 

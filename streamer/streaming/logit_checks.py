@@ -69,8 +69,8 @@ def check_logits(plan: Plan, ids: Ids, on_read: OnRead) -> None:
 def changed_by_padding(plan: Plan, ids: Ids, shorter: int, on_read: OnRead) -> bool:
     """Test whether the base's logits of a sequence's first tokens change if the sequence ends after them.
 
-    They do in models whose attention chooses some of the keys and decides ties by the number of all. The sequence runs whole and cut,
-    which takes as long as a pass over both.
+    They do in models whose attention chooses some of the keys: the number of all keys decides ties. The sequence runs whole and cut, under
+    the base alone.
 
     Parameters
     ----------
