@@ -20,14 +20,16 @@ def main() -> int:
     """Run pytest once for each seed, and fail if a run does."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", default="1-50", help="the first and the last (default: %(default)s)")
-    parser.add_argument("paths", nargs="*", default=NUMERIC, help="tests to run (default: the numeric ones)")
-    args, options = parser.parse_known_args()
+    parser.add_argument("pytest", nargs="*", help="arguments of pytest, after -- (default: the numeric tests)")
+    args = parser.parse_args()
     first, last = map(int, args.seeds.split("-"))
     failed = False
     for seed in range(first, last + 1):
         began = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "--seed", str(seed), *options, *args.paths]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        options = ["-q", "-m", "not slow", "--seed", str(seed), *(args.pytest or NUMERIC)]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options], stdout=subprocess.PIPE, text=True, check=False
+        )
         print(done.stdout if done.returncode else done.stdout.splitlines()[-1])
         print(f"seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
         failed |= done.returncode != 0
