@@ -33,9 +33,9 @@ def run_demo(directory: Path, mitigation: MitigationOptions, monitor: Monitor) -
     found = detect_intruder_dimensions(model.base, model.adapter, findings_path, monitor=monitor)
     findings = load_findings(findings_path)
     reduce_intruder_dimension(model.base, model.adapter, adapter_path, findings=findings, monitor=monitor,
-                              mitigation_lambda=mitigation.mitigation_lambda, amplify=mitigation.amplify)  # fmt: skip
+                              method=mitigation.method, mitigation_lambda=mitigation.mitigation_lambda, amplify=mitigation.amplify)  # fmt: skip
     merge_with_reduced_intruder_dimensions(model.base, model.adapter, merged_path, findings=findings, monitor=monitor,
-                                           mitigation_lambda=mitigation.mitigation_lambda, amplify=mitigation.amplify)  # fmt: skip
+                                           method=mitigation.method, mitigation_lambda=mitigation.mitigation_lambda, amplify=mitigation.amplify)  # fmt: skip
     open_checkpoint(merged_path)  # a strict reader takes the result
     left = detect_intruder_dimensions(model.base, adapter_path, monitor=monitor).by_tensor
     rows: list[dict[str, Any]] = []
