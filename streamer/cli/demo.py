@@ -32,10 +32,11 @@ def run_demo(directory: Path, mitigation: MitigationOptions, monitor: Monitor) -
     )
     found = detect_intruder_dimensions(model.base, model.adapter, findings_path, monitor=monitor)
     findings = load_findings(findings_path)
+    lam, method, amplify = mitigation.mitigation_lambda, mitigation.method, mitigation.amplify
     reduce_intruder_dimension(model.base, model.adapter, adapter_path, findings=findings, monitor=monitor,
-                              method=mitigation.method, mitigation_lambda=mitigation.mitigation_lambda, amplify=mitigation.amplify)  # fmt: skip
+                              mitigation_lambda=lam, method=method, amplify=amplify)  # fmt: skip
     merge_with_reduced_intruder_dimensions(model.base, model.adapter, merged_path, findings=findings, monitor=monitor,
-                                           method=mitigation.method, mitigation_lambda=mitigation.mitigation_lambda, amplify=mitigation.amplify)  # fmt: skip
+                                           mitigation_lambda=lam, method=method, amplify=amplify)  # fmt: skip
     open_checkpoint(merged_path)  # a strict reader takes the result
     left = detect_intruder_dimensions(model.base, adapter_path, monitor=monitor).by_tensor
     rows: list[dict[str, Any]] = []
@@ -52,7 +53,7 @@ def run_demo(directory: Path, mitigation: MitigationOptions, monitor: Monitor) -
     keys = ("planted", "found", "left", "gone")
     return {
         "schema": "streamer.demo/1",
-        "lambda": mitigation.mitigation_lambda,
+        "lambda": lam,
         "totals": {"matrices": len(found)} | {k: sum(r[k] for r in rows) for k in keys},
         "matrices": rows,
         "directory": str(directory),

@@ -91,7 +91,7 @@ def build_parser() -> Parser:
                    help="order of lora_B's columns on stacked experts, where ADAPTER does not state it: rank_major is PEFT's, "
                         "grouped_by_expert was Unsloth's until September 2026")  # fmt: skip
     g.add_argument("--ignore-key", dest="ignore_keys", action="append", metavar="KEY",
-                   help="read ADAPTER although its config has KEY, which is not known and refused otherwise; can be repeated")  # fmt: skip
+                   help="accept the unknown key KEY of the adapter's config and ignore it; can be repeated")  # fmt: skip
     g.add_argument("--architecture", metavar="NAME",
                    help="class of BASE in transformers, like GPT2LMHeadModel, where its config.json does not tell: it is asked for by "
                         "a message that names this option")  # fmt: skip

@@ -137,7 +137,7 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
     for what, ranks in (("intruders", numbers["intruders"]), ("degenerate", figures["degenerate"])):
         among = k > 0 and all(type(j) is int and 0 <= j < k for j in ranks)
         if not among or any(a >= b for a, b in itertools.pairwise(ranks)):
-            raise ValueError(f"{figures['tensor']}: {what} are no rising ranks below {k}")
+            raise ValueError(f"{figures['tensor']}: {what} must be ascending ranks below {k}")
     chosen: dict[str, Any] = {key: figures.get(key) for key in _DECISIONS} | {
         "degenerate": tuple(figures["degenerate"])
     }

@@ -283,7 +283,7 @@ def command_line(record: Record) -> str:
 
 def longest_matrices(tensors: Sequence[str]) -> list[MitigatedMatrix]:
     """Make metrics of matrices that all have intruders and the longest name."""
-    longest = max(tensors, key=lambda name: len(name.encode()))
+    longest = max(tensors, key=lambda name: len(repr(name).encode()))  # as warnings quote it
     return [{"tensor": longest, "module": "", "transposed": False, "intruders": [0], "certified": True, "delta_norm": 1.0,
              "delta_norm_after": 1.0, "dropped": 1.0}] * len(tensors)  # fmt: skip
 

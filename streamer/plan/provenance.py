@@ -13,8 +13,9 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _NAME = re.compile(rf"{_ID.pattern}|[A-Za-z0-9][\w.-]*")
 
-DIRECTORIES = {"base", "checkpoint", "checkpoints", "ckpt", "ckpts", "data", "llms", "merged", "model", "models", "out", "output",
-               "outputs", "results", "runs", "tmp", "weights"}  # fmt: skip
+DIRECTORIES = {"base", "checkpoint", "checkpoints", "ckpt", "ckpts", "data", "exp", "experiments", "hf_models", "llms", "merged", "model",
+               "models", "my_models", "out", "output", "outputs", "pretrain", "pretrained", "results", "runs", "save", "saves", "tmp",
+               "weights"}  # fmt: skip
 """Names of directories in which models lie, as against owners on the hub."""
 
 # What a model's name says of its encoding, as quantized copies are named; a whole word of the name each.
@@ -36,11 +37,14 @@ _SPARE = re.compile(
 )
 """Words of a name that do not tell models apart: encodings, and what copies are called."""
 
-_VARIANT = re.compile(r"(?:^|(?<=[-_.]))(?:base|chat|instruct|it|pt|thinking|reasoning)(?=$|[-_.])")
+_VARIANT = re.compile(r"(?:^|(?<=[-_.]))(?:base|chat|instruct|it|thinking|reasoning)(?=$|[-_.])")
 """Words by which models of one name differ."""
 
 _SIZE = re.compile(r"(?<![a-z0-9.])(?:\d+x)?\d+(?:\.\d+)?[bm](?![a-z0-9])")
 """Number of parameters in a name, such as 8B, 0.5B or 8x7B."""
+
+_WORD = re.compile(r"\d+(?:x\d+)?(?:\.\d+)*[bm](?![a-z0-9])|\d+(?:\.\d+)*|[a-z]+")
+"""Word or number of a name: ``Llama3-8B`` has the same as ``Llama-3-8B``."""
 
 LEAST_CORE = 4
 """Letters and digits of a name, at least, that is looked for in another."""
@@ -115,7 +119,7 @@ def other_base_notes(trained_on: object, names: Iterable[object]) -> list[str]:
     if not _tells(stated) or not telling or any(_may_be_same(stated, name) for name in others):
         return []
     return [
-        f"the adapter's config names {stated!r} as its base, and the base used here is called {telling[0]!r}; check that the adapter was "
+        f"the adapter's config names {stated!r} as its base, and the base given here is {telling[0]!r}; check that the adapter was "
         "trained on this model"
     ]
 
@@ -134,16 +138,20 @@ def _tells(name: str) -> bool:
     return "/" in name or _SIZE.search(name.lower()) is not None
 
 
-def _core(name: str) -> str:
-    """Reduce a name to what tells its model from others."""
-    return re.sub("[^a-z0-9]", "", _SPARE.sub("", name.rpartition("/")[2].lower()))
+def _core(name: str) -> list[str]:
+    """Split a name into the words and numbers that tell its model from others."""
+    return _WORD.findall(_SPARE.sub("", name.rpartition("/")[2].lower()))
 
 
 def _may_be_same(a: str, b: str) -> bool:
-    """Test whether one name is the other, or has it as a part, and both name the same variant."""
-    variants = [set(_VARIANT.findall(name.lower())) for name in (a, b)]
-    short, long = sorted((_core(a), _core(b)), key=len)
-    return variants[0] == variants[1] and (short == long or (len(short) >= LEAST_CORE and short in long))
+    """Test whether one name has the words of the other, in their order; variants are equal, and so are sizes that both state."""
+    variants, sizes = ([set(pattern.findall(name.lower())) for name in (a, b)] for pattern in (_VARIANT, _SIZE))
+    if variants[0] != variants[1] or (all(sizes) and sizes[0] != sizes[1]):
+        return False
+    words = [[word for word in _core(name) if all(sizes) or not _SIZE.fullmatch(word)] for name in (a, b)]
+    short, long = sorted(words, key=len)
+    left = iter(long)
+    return short == long or (all(word in left for word in short) and sum(map(len, short)) >= LEAST_CORE)
 
 
 def base_names(path: Path, config: ModelConfig, metadata: Mapping[str, str]) -> list[object]:

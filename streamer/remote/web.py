@@ -101,7 +101,7 @@ def _tells_absent(url: Url) -> bool:
         return False
     if stat is not None:
         raise UnsupportedError(
-            f"{url.shown}: its server has something to give for every name, even {name}, so that it cannot be known which files exist; "
+            f"{url.shown}: the server answers every name, even {name}, so missing files cannot be detected; "
             "download them and name the directory"
         )
     return True

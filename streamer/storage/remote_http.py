@@ -210,7 +210,7 @@ def _refuse_encoded(response: Any, shown: str) -> None:
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ("", "identity"):
         raise UnsupportedError(
-            f"{shown}: expected the file's own bytes, its server sends them encoded ({encoding[:40]}); download it and name the directory"
+            f"{shown}: the server sent this file compressed ({encoding[:40]}), expected it uncompressed; download it and name the directory"
         )
 
 

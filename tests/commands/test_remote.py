@@ -126,7 +126,7 @@ def test_what_is_compressed_on_the_way_is_refused(served: Path, tmp_path: Path, 
         done = run("detect", f"{site.address}/base", f"{site.address}/adapter", tmp_path / "out")
     assert (done.code, done.err.count("\n")) == (3, 1), done
     assert (
-        f"{site.address}/base/{name}: expected the file's own bytes, its server sends them encoded (gzip); " in done.err
+        f"{site.address}/base/{name}: the server sent this file compressed (gzip), expected it uncompressed; " in done.err
     )
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert not list((tmp_path / "out-cache").rglob("tokenizer.json")) or name != "tokenizer.json"
@@ -146,7 +146,7 @@ def test_a_server_that_has_every_name_is_refused(served: Path, tmp_path: Path) -
     with serving(served, page=("application/json", b'{"error": "no such file"}')) as site:
         done = run("detect", f"{site.address}/base", served / "adapter", tmp_path / "out")
     assert (done.code, done.err.count("\n")) == (3, 1), done
-    assert f"{site.address}/base: its server has something to give for every name, even no-such-file-" in done.err
+    assert f"{site.address}/base: the server answers every name, even no-such-file-" in done.err
     assert len(site.requests) == 1
 
 

@@ -194,11 +194,11 @@ TAMPERED: dict[str, tuple[Callable[[dict, dict[str, torch.Tensor]], object], str
                 for key in ("U", "S", "Vh", "intruders")
             }
         ),
-        "intruders are no rising ranks below 6",
+        "intruders must be ascending ranks below 6",
     ),
     "ranks that fall": (
         lambda t, _: t["matrices"][0].update(degenerate=[2, 1]),
-        "degenerate are no rising ranks below 6",
+        "degenerate must be ascending ranks below 6",
     ),
     "another matrix shape": (lambda t, _: t["matrices"][0].update(shape=[3, 3]), "expected shape"),
 }

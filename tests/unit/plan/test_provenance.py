@@ -84,7 +84,15 @@ def test_what_is_said(trained_on: object, config: dict[str, object], base: str, 
         ("meta-llama/Llama-3-8B", ["base", "meta-llama/Llama-3.1-8B"], True),
         ("/home/me/models/Qwen2.5-7B", ["llama-3-8b"], True),
         ("/root/.cache/huggingface/hub/models--org--one/snapshots/0123", ["org/two"], True),
+        ("huggyllama/llama-7b", ["codellama/CodeLlama-7b-hf"], True),
+        ("facebook/opt-1.3b", ["facebook/opt-13b"], True),
+        ("Qwen/Qwen2.5-7B-Instruct-1M", ["Qwen/Qwen2.5-7B-Instruct"], True),
         # The same model, or what cannot be known.
+        ("google/gemma-3-4b-pt", ["gemma-3-4b"], False),
+        ("unsloth/tinyllama-chat-bnb-4bit", ["TinyLlama/TinyLlama-1.1B-Chat-v1.0"], False),
+        ("meta-llama/Meta-Llama-3-8B", ["Llama3-8B"], False),
+        ("saves/qwen7b", ["Qwen/Qwen2.5-7B"], False),
+        ("pretrained/llama-8b", ["meta-llama/Llama-3.1-8B"], False),
         ("meta-llama/Llama-3.1-8B", ["llama-3.1-8b"], False),
         ("meta-llama/Llama-3.1-8B", ["unsloth/Meta-Llama-3.1-8B"], False),
         ("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit", ["meta-llama/Llama-3.2-1B-Instruct"], False),
@@ -117,17 +125,17 @@ def test_both_names_are_said(job: tuple[Path, Path], tmp_path: Path, capsys: pyt
     write(base / "config.json", _name_or_path="org/Qwen2.5-7B")
     assert run(["detect", str(base), str(adapter), "-o", str(tmp_path / "f.safetensors"), "-q"]) == 0
     assert (
-        "names 'Llama-3.1-8B' as its base, and the base used here is called 'org/Qwen2.5-7B'; check"
+        "names 'Llama-3.1-8B' as its base, and the base given here is 'org/Qwen2.5-7B'; check"
         in capsys.readouterr().err
     )
-    with pytest.warns(streamer.StreamerWarning, match="used here is called 'org/Qwen2.5-7B'"):
+    with pytest.warns(streamer.StreamerWarning, match="given here is 'org/Qwen2.5-7B'"):
         record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
     assert len(record["warnings"]) == 1
     # A merged model is named by its base too.
     write(tmp_path / "out" / "config.json", _name_or_path="")
     write(adapter / "adapter_config.json", base_model_name_or_path="org/base-7b")
     assert run(["inspect", str(tmp_path / "out"), str(adapter)]) == 0
-    assert "used here is called" not in capsys.readouterr().err
+    assert "given here is" not in capsys.readouterr().err
 
 
 def test_names_of_a_base(tmp_path: Path) -> None:
