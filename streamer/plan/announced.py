@@ -52,7 +52,7 @@ class _Announced:
 
     def __init__(self, adapter: DeltaSource, names: Collection[str], renames: Renames, config: ModelConfig,
                  architecture: Architecture | None, edits: TensorEdits) -> None:  # fmt: skip
-        self._adapter, self._config = adapter, config
+        self._adapter, self._config, self._renames = adapter, config, renames
         self._brought = edits.sources.keys()
         self._saved = {c.name for c in adapter.carried if c.role == "saved"}
         known = architecture.has_tensor if architecture is not None else lambda name: False
@@ -77,10 +77,12 @@ class _Announced:
         adapter, config = self._adapter, self._adapter.config
         if config.get("exclude_modules") or config.get("layers_to_transform"):
             return
-        weights = {name for pair in self._tensors.items() for name in pair}
-        known = {*adapter.modules, *(name for w in adapter.wrapped for name in w.layers)}
-        named = [m for m in config.strings("target_modules") if f"{m}.weight" in weights and not adapter.trains(m)]
-        if missing := [m for m in named if m not in known]:
+        modules = {*adapter.modules, *(name for w in adapter.wrapped for name in w.layers)}
+        given = [f"{module}.weight" for module in modules]
+        known = {*given, *self._renames.at_run_time(given).values()}  # an earlier version named them otherwise
+        pairs = {name: pair for pair in self._tensors.items() for name in pair}
+        named = [m for m in config.strings("target_modules") if f"{m}.weight" in pairs and not adapter.trains(m)]
+        if missing := [m for m in named if known.isdisjoint(pairs[f"{m}.weight"])]:
             one = len(missing) == 1
             yield (
                 f"the adapter's target_modules names {listed(map(repr, missing))}, and its file has no factors of "
