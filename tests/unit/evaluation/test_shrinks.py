@@ -67,21 +67,26 @@ def test_a_shrink_that_is_left_out_is_found_again_within_the_error(left_out: flo
     def kept(x: float) -> float:
         return np.sin(x * np.pi / 2) ** 0.8
 
-    def found_again(noise: float, seed: int) -> ShrinkComparison:
+    def found_again(noise: float, seed: int) -> ShrinkComparison | None:
         e = evaluation({"shrink": lambda x: (x**2.5, kept(x))}, noise=noise, seed=seed)
         variants = tuple(replace(v, method="project") if v.mitigation_lambda == left_out else v for v in e.variants)
         row = next(i for i, v in enumerate(variants) if v.method == "project")
         found = against_shrink(variants, e.general, e.task, row)
-        assert found is not None
+        assert (found is None) == (
+            e.task.share(row).value > 1
+        )  # more than the whole adapter keeps: noise, and no shrink encloses it
         return found
 
-    interpolated = found_again(0.0, 0).mitigation_lambda
+    exact = found_again(0.0, 0)
+    assert exact is not None
+    interpolated = exact.mitigation_lambda
     assert abs(interpolated - left_out) < 0.06
     # A share's standard deviation is noise / √64 / 0.5, 6 % more because lengths differ. It is in the share sought, in that of the whole
     # adapter, and in the interpolated curve, which has up to 1.4 times as much: twice as much in all. Five of these are allowed.
     noise, trials = 0.01, 20
     allowed = abs(kept(interpolated) - kept(left_out)) + 5 * 2 * 1.06 * noise / 8 / 0.5
-    found = [found_again(noise, seed) for seed in range(trials)]
+    found = [one for seed in range(trials) if (one := found_again(noise, seed)) is not None]
+    assert len(found) > trials / 2
     assert all(abs(kept(one.mitigation_lambda) - kept(left_out)) < allowed for one in found)
     told = sum(one.verdict != "not told apart" for one in found)
     assert told <= binom.isf(1e-6, trials, FALSE_ALARMS)
