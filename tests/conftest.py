@@ -25,8 +25,11 @@ from hypothesis import HealthCheck, settings
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
 
-# The time that an example takes says nothing on a busy machine. No example is remembered: a run depends on its seed alone.
-settings.register_profile("seeded", deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+# The time that an example takes says nothing on a busy machine. No example is remembered, and none is fixed, as Hypothesis does by itself
+# if CI is set: a run depends on its seed alone.
+settings.register_profile(
+    "seeded", deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None, derandomize=False
+)
 settings.load_profile("seeded")
 
 
