@@ -136,7 +136,9 @@ def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_p
                                      grain="matrix", on_event=events.append)  # fmt: skip
     (one,), steps = made.facts["sets"], [event for event in events if event.stage == "fit"]
     assert made.facts["unchanged"][-1] == "model.norm.weight"
-    assert (steps[-1].done, steps[-1].items) == (steps[0].total, steps[0].of), "all that was expected was done"
+    assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
+    # As many points are expected as there may be: one that was measured already takes no pass.
+    assert steps[0].total * 0.9 < steps[-1].done <= steps[0].total
     (tmp_path / "held").mkdir()
     found = streamer.evaluate_variants(home / "base", home / "adapter", **held_apart(home, tmp_path / "held"), methods=["shrink"],
                                        lambdas=SHRINKS, coefficients=made, on_event=lambda event: None)  # fmt: skip
