@@ -126,7 +126,8 @@ def test_what_is_compressed_on_the_way_is_refused(served: Path, tmp_path: Path, 
         done = run("detect", f"{site.address}/base", f"{site.address}/adapter", tmp_path / "out")
     assert (done.code, done.err.count("\n")) == (3, 1), done
     assert (
-        f"{site.address}/base/{name}: the server sent this file compressed (gzip), expected it uncompressed; " in done.err
+        f"{site.address}/base/{name}: the server sent this file compressed (gzip), expected it uncompressed; "
+        in done.err
     )
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert not list((tmp_path / "out-cache").rglob("tokenizer.json")) or name != "tokenizer.json"

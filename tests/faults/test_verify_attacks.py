@@ -131,6 +131,7 @@ def right_sums(tree: dict[str, Any]) -> None:
         "changed": sum(m["delta_norm_after"] != m["delta_norm"] for m in rows), "equal_norm_shrink": after / before if before else 1.0,
         "dropped_max": max((m["dropped"] for m in rows), default=0.0),
     }  # fmt: skip
+    totals |= {key: sum(m.get(key, 0) for m in rows) for key in ("values", "rounded_away")}
     if tree["detection"]:
         tree["detection"] |= {"certified": sum(m["certified"] is True for m in rows)}
 
