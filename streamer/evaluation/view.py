@@ -56,7 +56,7 @@ class Names:
     inputs, general, task, output
         Base and adapter, the two texts, and the file of the evaluation.
     findings, coefficients
-        Files of these; empty if none were given.
+        Files of these; empty if they are not known.
     """
 
     inputs: str = "BASE ADAPTER"
@@ -167,8 +167,8 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
     made = " ".join(["streamer", command, names.inputs, "-o", "OUTPUT", *words])
     if names.findings and variant.method in ("paper", "project"):
         made += f" --findings {names.findings}"
-    elif names.coefficients and variant.method == "fitted":
-        made += f" --coefficients {names.coefficients}"
+    elif variant.method == "fitted":
+        made += f" --coefficients {names.coefficients or 'COEFFICIENTS'}"
     if reason == "not forgotten":
         return ["use the adapter as it is, or merge it into the base", f"next: {made}"]
     if any(v.method == "fitted" for v in evaluation.variants):
