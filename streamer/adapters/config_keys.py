@@ -49,6 +49,7 @@ _LORA = {
     "runtime_config": "where PEFT keeps the factors as it runs",
     "megatron_core": "a package, for megatron_config alone",
     "qalora_group_size": "for use_qalora alone",
+    "merge_weights": "whether PEFT before 0.3 kept the model merged as it ran",
     LAYOUT_KEY: "read: the order of lora_B's columns for stacked experts",
     LAYOUT_DETAILS: "read: the same for each parameter",
 }

@@ -43,7 +43,12 @@ def _unknown_init(value: object) -> bool:
     return isinstance(value, str) and not _residual_init(value) and value.lower() not in _PLAIN_INITS
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) and bool(value)
+
+
 _NOT_YET = "is not supported"
+_SOME_TOKENS = "acts on some tokens only, which no merged weight can express"
 
 CONFIG_RULES: tuple[ConfigRule, ...] = (
     ConfigRule("init_lora_weights", _residual_init, "residual-base initialisation",
@@ -52,8 +57,9 @@ CONFIG_RULES: tuple[ConfigRule, ...] = (
     ConfigRule("init_lora_weights", _unknown_init, "unknown initialisation", "it may have changed the base"),
     ConfigRule("loftq_config", bool, "LoftQ", "its delta is relative to a quantized base with its residual left out; give that one as "
                "the base and pass --base-is-residual", residual=True),
-    ConfigRule("alora_invocation_tokens", bool, "aLoRA", "acts on some tokens only, which no merged weight can express",
-               mergeable=False),
+    ConfigRule("alora_invocation_tokens", bool, "aLoRA", _SOME_TOKENS, mergeable=False),
+    ConfigRule("invocation_string", bool, "aLoRA", _SOME_TOKENS, mergeable=False),
+    ConfigRule("enable_lora", _is_list, "MergedLinear", "its delta is for some parts of a fused layer, and only PEFT before 0.3 reads it"),
     ConfigRule("arrow_config", bool, "Arrow", "routes between adapters at run time, which no merged weight can express",
                mergeable=False),
     ConfigRule("use_qalora", bool, "QALoRA", "pools its input, so lora_A does not have the base's width", mergeable=False),
@@ -110,7 +116,7 @@ def config_refusals(config: AdapterConfig) -> list[str]:
 
 def unknown_keys(config: AdapterConfig) -> list[str]:
     """List the keys of a config that are not known and not empty, whether the user ignores them or not."""
-    ruled = {rule.key for rule in CONFIG_RULES} if config.peft_type == "LORA" else set()
+    ruled = {r.key for r in CONFIG_RULES if r.refuses(config.get(r.key))} if config.peft_type == "LORA" else set()
     known = KNOWN_KEYS.get(config.peft_type, {}).keys() | ruled
     return [key for key, value in config.values.items() if key not in known and not _empty(value)]
 

@@ -7,6 +7,7 @@ An adapter that was saved in part loads in PEFT with values that nobody trained.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 
 from streamer.adapters.adapter import DeltaSource
@@ -60,7 +61,8 @@ class _Announced:
         self._tensors = {
             tensor: now
             for tensor, now in renames.at_run_time(names).items()
-            if known(now) or f"{tensor.removesuffix('bias')}weight" in names or tensor.endswith(".weight")
+            if (known(now) or f"{tensor.removesuffix('bias')}weight" in names or tensor.endswith(".weight"))
+            and not _is_behind(now, config)
         }
 
     def biases(self) -> Iterator[str]:
@@ -130,6 +132,12 @@ class _Announced:
         of_lora = [name for name, m in modules if isinstance(m, LoraModule) and m.form != "embedding"]
         if missing := [f"{name}.lora_B.bias" for name in of_lora if name not in found]:
             yield f"lora_bias is true, and {_missing(missing)}"
+
+
+def _is_behind(name: str, config: ModelConfig) -> bool:
+    """Say whether a tensor is of a layer behind the last that the config counts, as for multi-token prediction: no class loads it."""
+    layers, found = config.values.get("num_hidden_layers"), re.match(r"(?:model\.)?layers\.(\d+)\.", name)
+    return found is not None and type(layers) is int and int(found[1]) >= layers
 
 
 def _missing(names: Sequence[str]) -> str:

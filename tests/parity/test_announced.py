@@ -12,8 +12,10 @@ import peft
 import pytest
 import torch
 from commands import edit_adapter, refuse_everywhere
-from kinds import KINDS, Kind, llama, lora, tied
+from kinds import KINDS, VOCAB, Kind, llama, lora, tied
 from kinds_cases import Made
+from safetensors.torch import load_file, save_file
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from streamer.plan.plan import make_plan
 
@@ -120,3 +122,43 @@ def test_a_missing_module_that_a_full_path_names_is_warned_of(tmp_path: Path, mo
     assert "'model.layers.1.mlp.up_proj'" in note
     announce(made.adapter, exclude_modules=["lm_head", "up_proj"])
     assert make_plan(made.base, made.adapter).announced == ()
+
+
+# Of a layer for multi-token prediction, which the class does not load.
+DROPPED = {"embed_tokens.weight": (VOCAB, 48), "shared_head.head.weight": (VOCAB, 48), "input_layernorm.weight": (48,),
+           "self_attn.q_proj.weight": (48, 48), "self_attn.q_proj.bias": (48,)}  # fmt: skip
+
+
+def glm() -> Glm4MoeForCausalLM:
+    return Glm4MoeForCausalLM(Glm4MoeConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=80, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1, attention_bias=True,
+        pad_token_id=0,
+    ))  # fmt: skip
+
+
+def with_dropped_layer(saved: Sequence[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    made = make(Kind(glm, lora("o_proj", bias="all", modules_to_save=list(saved))), home, monkeypatch)
+    file = made.base / "model.safetensors"
+    extra = {f"model.layers.2.{name}": torch.ones(shape) for name, shape in DROPPED.items()}
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    return made
+
+
+def test_tensors_that_the_class_does_not_load_are_not_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = ["embed_tokens", "lm_head", "head", "input_layernorm", "layers.2.input_layernorm", "layers.2.embed_tokens"]
+    made = with_dropped_layer(saved, tmp_path, monkeypatch)
+    assert make_plan(made.base, made.adapter).announced == ()
+    kinds_cases.compare_merge(made, tmp_path / "merged", kinds_cases.Figures())
+    without(made.adapter, lambda n: "embed_tokens" in n)
+    refuse_everywhere(made.base, made.adapter, tmp_path, 3,
+                      "modules_to_save names 'embed_tokens', and 'model.embed_tokens.weight' is missing; save")  # fmt: skip
+
+
+def test_biases_that_the_class_does_not_load_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = with_dropped_layer(["norm"], tmp_path, monkeypatch)
+    without(made.adapter, lambda n: n.endswith(".1.self_attn.q_proj.bias"))
+    (note,) = make_plan(made.base, made.adapter).announced
+    assert "lacks 1 of the base's 6 biases, 'model.layers.1.self_attn.q_proj.bias' first" in note

@@ -129,6 +129,9 @@ def test_any_config_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory
         ({"kasa_config": {"x": 1}}, "KaSA"),
         ({"monteclora_config": {"x": 1}}, "MonteCLoRA"),
         ({"megatron_config": {"x": 1}}, "Megatron"),
+        ({"invocation_string": "<|start_of_role|>"}, "aLoRA: acts on some tokens only"),
+        ({"enable_lora": [True, False, True]}, "MergedLinear: its delta is for some parts of a fused layer"),
+        ({"enable_lora": True}, "unknown key 'enable_lora' (True)"),
         ({"peft_type": "HRA"}, "HRA adapter"),
         ({"peft_type": ["LORA"]}, "adapter: its change of the weights is not known here"),
         ({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}, "BOFT: boft_n_butterfly_factor=2"),
@@ -157,7 +160,8 @@ def test_refused_by_config(config: dict, kind: str) -> None:
     [
         {"init_lora_weights": init} for init in (True, False, None, "gaussian", "eva", "orthogonal")
     ] + [{"loftq_config": {}}, {"bias": None}, {"use_tomorrow": False}, {"tomorrow_config": None}, {"a_note": ""},
-         {"tomorrow": []}, {"tomorrow_config": {}},
+         {"tomorrow": []}, {"tomorrow_config": {}}, {"merge_weights": True}, {"merge_weights": False},
+         {"invocation_string": None}, {"invocation_string": False}, {"enable_lora": None}, {"enable_lora": False},
          {"target_modules": ["q"], "layers_to_transform": [1], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}],
 )  # fmt: skip
 def test_taken_by_config(config: dict) -> None:
