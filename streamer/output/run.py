@@ -18,6 +18,7 @@ from streamer.detection.memory import detection_estimates
 from streamer.detection.options import RunOptions
 from streamer.detection.run import detect_to_files, naming_inputs
 from streamer.detection.sharing import ALONE, Sharing, sharing_memory
+from streamer.errors import FormatError
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
 from streamer.output.job import GivenFindings
@@ -34,7 +35,7 @@ from streamer.storage.checkpoint import FilePosition
 from streamer.storage.header import TensorInfo
 from streamer.storage.lock import locked
 from streamer.storage.output_checks import check_space
-from streamer.storage.output_plan import LOCK_NAME, finished_record, inspect_output, missing_bytes
+from streamer.storage.output_plan import LOCK_NAME, RECORD_NAME, finished_record, inspect_output, missing_bytes
 from streamer.storage.shard_writer import shard_steps
 from streamer.storage.transaction import OutputDirectory, open_outputs, touch_output
 
@@ -119,7 +120,13 @@ def run_jobs(writers: Sequence[Writer], options: RunOptions) -> list[Written]:
     ]
     for spec, record in zip(specs, written, strict=True):
         whose = f" (adapter {spec.path.name!r})" if len(specs) > 1 else ""
-        monitor.warn(f"{line}{whose}" for line in output_warnings(spec, record["matrices"]))
+        try:
+            warnings = output_warnings(spec, record["matrices"])
+        except (KeyError, TypeError) as e:  # of an output that was there before, and whose record was changed since
+            raise FormatError(
+                f"{spec.path / RECORD_NAME}: its matrices are not as it was written; pass --overwrite to make it again"
+            ) from e
+        monitor.warn(f"{line}{whose}" for line in warnings)
     return written
 
 

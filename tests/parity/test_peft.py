@@ -140,7 +140,7 @@ def test_mitigated_delta_and_outputs_equal_pefts(trained: Trained, lam: float, t
 @pytest.mark.long
 @pytest.mark.parametrize("lam", [*LAMBDAS, 1.5])
 def test_project_is_exact_at_the_adapters_own_rank(trained: Trained, lam: float, tmp_path: Path) -> None:
-    options = {"findings": trained.findings, "mitigation_lambda": lam, "method": "project"}
+    options = {"findings": trained.findings, "mitigation_lambda": lam, "method": "project", "amplify": lam > 1}
     record = streamer.reduce_intruder_dimension(minilm.BASE, trained.adapter, tmp_path / "adapter", **options)
     streamer.merge_with_reduced_intruder_dimensions(minilm.BASE, trained.adapter, tmp_path / "merged", **options)
     assert record["totals"]["dropped_max"] == 0
