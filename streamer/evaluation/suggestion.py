@@ -24,7 +24,7 @@ Reason = Literal["not learned", "not forgotten", "none better", "forgets least",
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The variant to ship.
+    """The variant to use.
 
     Attributes
     ----------

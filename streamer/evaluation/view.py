@@ -84,21 +84,21 @@ def table_text(evaluation: Evaluation, suggestion: Suggestion) -> str:
 
 
 def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
-    """Say in a line what to ship."""
+    """Say in a line what to use."""
     variant, keep = suggestion.variant, f"{100 * suggestion.keep:g}%"
     if suggestion.swapped:
         return "no suggestion: the adapter's loss on the task's text is above the base's; are the two texts swapped?"
     if suggestion.reason == "not learned":
         return "no suggestion: there is no evidence that the adapter learned the task's text"
     if suggestion.reason == "not forgotten":
-        return "ship the adapter as it is: there is no evidence that it forgets"
+        return "use the adapter as it is: there is no evidence that it forgets"
     if suggestion.reason == "none better":
-        return f"ship the adapter as it is: no variant that keeps {keep} of what it learned forgets measurably less"
+        return f"use the adapter as it is: no variant that keeps {keep} of what it learned forgets measurably less"
     if variant is None:
         return "no suggestion yet: a shrink that was not measured is better than the variants that were"
     v = evaluation.variants.index(variant)
     kept, left = _percent(evaluation.task.share(v)), _percent(evaluation.general.share(v))
-    return f"ship {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its forgetting"
+    return f"use {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its forgetting"
 
 
 def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:

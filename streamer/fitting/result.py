@@ -46,7 +46,7 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> dict[
     forgetting = general.loss_difference(ADAPTER_ROW, BASE_ROW)
     if not learning.is_positive:
         raise MismatchError(
-            f"{name}: it is not told that the adapter has learned this text, so that there is nothing to keep: its loss less the base's is "
+            f"{name}: there is no evidence that the adapter learned this text, so there is nothing to keep: its loss less the base's is "
             f"{-learning.value:.4f} ± {learning.error:.4f} on the {learning.sequences} sequences held apart, of which "
             f"it takes {learning.telling:.1f} errors; give more text, or more of it by --sequences, or what the adapter was trained for"
         )
@@ -110,7 +110,7 @@ def doubts(facts: Mapping[str, Any]) -> list[str]:
     if facts["forgotten"]:
         return []
     return [
-        f"it is not told that the adapter forgets (more text may tell), so that it may be shipped as it is: its loss on general text "
+        f"there is no evidence that the adapter forgets, so it can be used as it is (more text may show more): its loss on general text "
         f"less the base's is {facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} on the sequences held apart"
     ]
 

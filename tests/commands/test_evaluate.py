@@ -51,7 +51,7 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
     )
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0].startswith("ship ")
+    assert lines[0].startswith("use ")
     assert lines[2].split() == COLUMNS
     names = [
         "base",

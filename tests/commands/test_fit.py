@@ -207,7 +207,7 @@ def test_an_adapter_that_does_not_forget_is_warned_of(server: Server, home: Path
     few = "the general text has 108 tokens to fit 16 coefficients on, 6.8 for each; give more, or --grain matrix"
     assert warnings[1] == f"streamer: warning: {few}"
     assert (
-        "it is not told that the adapter forgets (more text may tell), so that it may be shipped as it is"
+        "there is no evidence that the adapter forgets, so it can be used as it is (more text may show more)"
         in warnings[2]
     )
     again = run(server, home, tmp_path / "c.safetensors", "--length", "7", general=home / "task.npy")
@@ -234,7 +234,7 @@ def test_a_text_that_the_adapter_has_not_learned(server: Server, home: Path, tmp
     done = run(server, home, tmp_path / "c.safetensors", "-qq", task=home / "general.npy")
     assert (done.code, done.out) == (3, "")
     (line,) = done.err.splitlines()
-    assert line.startswith("streamer: general.npy: it is not told that the adapter has learned this text")
+    assert line.startswith("streamer: general.npy: there is no evidence that the adapter learned this text")
     assert list(tmp_path.iterdir()) == [], "nothing of it is to be taken up"
 
 

@@ -128,7 +128,7 @@ def test_the_command_that_makes_a_variant(variant: tuple[Any, ...], facts: dict[
 def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
     e = evaluation()
     lines = e.table().splitlines()
-    assert lines[0].startswith("ship shrink 0.75: it keeps 9")
+    assert lines[0].startswith("use shrink 0.75: it keeps 9")
     assert lines[0] == e.to_dict()["verdict"]
     assert lines[2].split() == COLUMNS
     assert lines[4].startswith("base *")
@@ -161,25 +161,25 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
         (
             {"forgets": 0.0},
             0.9,
-            "ship the adapter as it is: there is no evidence that it forgets",
+            "use the adapter as it is: there is no evidence that it forgets",
             "next: streamer merge BASE ADAPTER -o OUTPUT --lambda 1",
         ),
         (
             {"curves": {"paper": CURVES["paper"]}},
             0.95,
-            "ship the adapter as it is: no variant that keeps 95% of what it learned forgets measurably less",
+            "use the adapter as it is: no variant that keeps 95% of what it learned forgets measurably less",
             "next: streamer fit BASE ADAPTER --general GENERAL --task TASK --keep 0.95 -o",
         ),
         (
             {"curves": {"project": CURVES["project"]}},
             0.9,
-            "ship project 0.9: it keeps ",
+            "use project 0.9: it keeps ",
             "it was not compared with a shrink of the whole adapter: that needs --method shrink at two values of lambda",
         ),
         (
             {"curves": {**CURVES, "project": lambda x: (x**9, x**0.5)}},
             0.9,
-            "ship project 0.9: it keeps ",
+            "use project 0.9: it keeps ",
             "it is better than a shrink that keeps the same (lambda 0.77",
         ),
         (
@@ -188,7 +188,7 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
             "no suggestion yet: a shrink that was not measured is better than the variants that were",
             "next: streamer evaluate BASE ADAPTER --general GENERAL --task TASK -o EVALUATION --method shrink --lambda 0.77",
         ),
-        ({"noise": 0.0}, 0.85, "ship shrink 0.75: it keeps ", "; one at lambda 0.61"),
+        ({"noise": 0.0}, 0.85, "use shrink 0.75: it keeps ", "; one at lambda 0.61"),
     ],
 )
 def test_every_suggestion_in_words(options: dict[str, Any], keep: float, verdict: str, words: str) -> None:
@@ -207,7 +207,7 @@ def test_the_table_fits_a_screen_and_names_the_inputs() -> None:
             "streamer mitigate 'my base' adapter -o OUTPUT --method project --lambda 0.9 --findings f.safetensors"
             in flat
         )
-        assert flat.startswith("ship project 0.9: it keeps ")
+        assert flat.startswith("use project 0.9: it keeps ")
         assert flat.index("wrote e.json") < flat.index("next: streamer fit 'my base' adapter --general")
         assert "forgetting" in text
         if width == 80:
