@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,11 @@ def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_p
     assert {figure: found["fitted 0.9"][figure] for figure in FIGURES} == pytest.approx(
         {figure: one[figure] for figure in FIGURES}, rel=1e-3
     )
-    compared = against_shrink(found.variants, found.general, found.task, len(found.variants) - 1)
+    # The evaluation measures further shrinks, of its own choice: a fit interpolates between `SHRINKS` and the adapter alone.
+    others = {v.mitigation_lambda for v in found.variants if v.method == "shrink"} - set(SHRINKS)
+    variants = [replace(v, mitigation_lambda=None) if v.mitigation_lambda in others else v for v in found.variants]
+    same = len({value for matrix in made.select().matrices.values() for value in matrix.values}) == 1  # it is a shrink
+    compared = None if same else against_shrink(variants, found.general, found.task, len(variants) - 1)
     assert (compared is None) == (one["shrink"] is None)
     if compared is not None:
         assert one["shrink"]["lambda"] == pytest.approx(compared.mitigation_lambda, rel=1e-3)

@@ -13,7 +13,7 @@ import pytest
 import terminal
 from command_line import ENV
 from forks import server
-from helpers import intruding_factors, power_law, write_adapter, write_sharded
+from helpers import intruding_factors, planted, power_law, write_adapter, write_sharded
 
 BAR = re.compile(r"\d+/\d+ (matrices|tensors|files)(  *\d+%)?\|[█▉▊▋▌▍▎▏ ]+\| \d\d:\d\d<")
 WIDTHS = (40, 80, 200)
@@ -26,14 +26,18 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base of 60 matrices in 15 layers, and an adapter that brings more intruders into some than into others."""
+    """A base of 60 matrices in 15 layers, and an adapter that brings an intruder into each q_proj, and next to nothing into the others."""
     home = tmp_path_factory.mktemp("many")
     factors, tensors = {}, {}
     for layer in range(15):
         for j, name in enumerate(("mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj")):
             module = f"model.layers.{layer}.{name}"
-            tensors[f"{module}.weight"] = power_law(32, 24, seed=4 * layer + j).float()
-            factors[module] = intruding_factors(32, 24, 2, seed=4 * layer + j, sigma=0.8 if j == 3 else 0.01)
+            seed = 4 * layer + j
+            if name == "self_attn.q_proj":
+                tensors[f"{module}.weight"], factors[module] = planted(32, 24, 2, seed)
+            else:
+                tensors[f"{module}.weight"] = power_law(32, 24, seed=seed).float()
+                factors[module] = intruding_factors(32, 24, 2, seed=seed, sigma=0.01)
     return write_sharded(home / "base", [tensors]), write_adapter(home / "adapter", factors, 2)
 
 

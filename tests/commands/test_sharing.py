@@ -167,19 +167,24 @@ def test_progress_names_each_adapter_and_seconds_add_up(base: Path, adapters: li
 
 
 def test_what_needs_the_dense_solver_or_float64_gets_it_alone(base: Path, adapters: list[Path]) -> None:
-    """A threshold next to a similarity of one: neither a bound nor float32 settles that, nor some of others."""
-    close = detect_alone(base, adapters[0], solver="dense")
-    epsilon = close.matrices[0].detection.similarity[0] + 1e-6
-    together = detect(base, adapters[:4], threshold_epsilon=epsilon)
-    seen = set()
-    for adapter in adapters[:4]:
-        for one, shared in zip(
-            detect_alone(base, adapter, threshold_epsilon=epsilon), together[adapter.name], strict=True
-        ):
-            assert one.detection.intruders == shared.detection.intruders
-            assert not one.detection.escalated or one == shared
-            seen.add((shared.detection.solver, shared.detection.precision))
-    assert seen == {("certified", "float32"), ("dense", "float32"), ("dense", "float64")}
+    """A threshold next to a similarity: float32 does not settle that direction, nor bounds those of others that are less close."""
+    every = {("certified", "float32"), ("dense", "float32"), ("dense", "float64")}
+    # Most similarities are near 1: next to a large one every matrix has another, and no bound settles any. The smallest are tried first.
+    similarities = sorted(
+        s for a in adapters[:4] for m in detect_alone(base, a, solver="dense") for s in m.detection.similarity
+    )
+    for epsilon in (s + 1e-6 for s in similarities if s > 0.5):
+        together, seen = detect(base, adapters[:4], threshold_epsilon=epsilon), set()
+        for adapter in adapters[:4]:
+            for one, shared in zip(
+                detect_alone(base, adapter, threshold_epsilon=epsilon), together[adapter.name], strict=True
+            ):
+                assert one.detection.intruders == shared.detection.intruders
+                assert not one.detection.escalated or one == shared
+                seen.add((shared.detection.solver, shared.detection.precision))
+        if seen == every:
+            break
+    assert seen == every
 
 
 def test_an_error_names_its_adapter_and_those_before_it_stand(base: Path, adapters: list[Path], tmp_path: Path) -> None:

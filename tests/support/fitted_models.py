@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluated import sequences
+from evaluated import loaded, sequences
 from peft import PeftModel
 from seeds import vary
 from torch.func import functional_call
@@ -29,18 +29,12 @@ def coefficients_of(model: GradientModel, seed: int = 0) -> dict[str, np.ndarray
     return {t.tensor: generator.uniform(0.2, 0.9, len(directions(model.job.plan.delta(t)))) for t in targets}
 
 
-def loaded(cls: Any, path: Path) -> Any:
-    model = cls.from_pretrained(path, dtype=torch.float64).eval()
-    model.config.get_text_config()._experts_implementation = model.config._experts_implementation = "eager"  # float64
-    return model
-
-
 def adapted_values(cls: Any, base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """Parameters of the adapted model that differ from the base's, by PEFT in float64, each tied one by itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(loaded(cls, base), adapter)
-    before = dict(loaded(cls, base).named_parameters(remove_duplicate=False))
+        model = PeftModel.from_pretrained(loaded(cls, base, torch.float64), adapter)
+    before = dict(loaded(cls, base, torch.float64).named_parameters(remove_duplicate=False))
     changed = {}
     for path, module in model.base_model.model.named_modules():
         if hasattr(module, "get_delta_weight") and not getattr(module, "use_dora", {}).get("default"):
@@ -108,7 +102,7 @@ def oracle(
     cls: Any, base: Path, adapter: Path, ids: torch.Tensor, coefficients: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
     """Value and gradient of each objective."""
-    model = loaded(cls, base)
+    model = loaded(cls, base, torch.float64)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     once = {id(p): p.detach() for p in parameters.values()}  # tied ones stay one tensor
     before = {n: once[id(p)] for n, p in parameters.items()}
