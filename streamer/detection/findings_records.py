@@ -81,7 +81,7 @@ class TotalsRecord(TypedDict):
     certified: int
     escalated: int
     degenerate: int
-    looks_like_another_base: bool
+    looks_like_another_base: bool | None
     seconds: float | None
     coefficients: NotRequired[CoefficientTotals]
 

@@ -48,10 +48,10 @@ def random_overlap(shape: tuple[int, int]) -> float:
     return math.sqrt(betaincinv(0.5, (m - 1) / 2, 1 - ALPHA / p)) if m > 1 else 1.0
 
 
-def look_random(matrices: Sequence[MatrixFinding], epsilon: float) -> bool:
-    """Test whether the leading directions of most matrices are intruders that are no closer to the base than random vectors are."""
+def look_random(matrices: Sequence[MatrixFinding], epsilon: float) -> bool | None:
+    """Test whether the leading directions of most matrices are intruders no closer to the base than random vectors; None: too few."""
     judged = [m for m in matrices if random_overlap(m.shape) <= NARROW * epsilon]
-    return len(judged) >= LEAST_MATRICES and sum(map(_is_random, judged)) >= MOST * len(judged)
+    return sum(map(_is_random, judged)) >= MOST * len(judged) if len(judged) >= LEAST_MATRICES else None
 
 
 def _is_random(m: MatrixFinding) -> bool:

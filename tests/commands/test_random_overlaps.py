@@ -80,7 +80,7 @@ def test_the_base_of_another_seed_is_recognised(home: Path, solver: str, base: s
     assert all(len(m.detection.intruders) >= (STRONG if adapter == "adapter" else 1) for m in found)
     assert found.totals["looks_like_another_base"] is random
     assert [text.startswith(SAYS) for text in said] == [True] * random
-    assert found[: MATRICES - 1].totals["looks_like_another_base"] is False  # too few to tell
+    assert found[: MATRICES - 1].totals["looks_like_another_base"] is None  # too few to judge
 
 
 def test_every_command_says_so(home: Path, tmp_path: Path) -> None:
