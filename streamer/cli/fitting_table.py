@@ -63,12 +63,9 @@ def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int) -> list[Colum
 
 def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say whether each set is better than the equal shrink."""
-    words = {"better": "forgets less than", "worse": "forgets more than", "not told apart": "is not told apart from"}
-    return [
-        f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]} that shrink by loss and KL"
-        for one in sets
-        if one["shrink"] is not None
-    ]
+    words = {"better": "forgets less than that shrink by loss and KL", "worse": "forgets more than that shrink by loss or KL",
+             "not told apart": "is not told apart from that shrink by loss and KL"}  # fmt: skip
+    return [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
 
 
 def _commands(facts: Mapping[str, Any], inputs: str, output: str) -> list[str]:

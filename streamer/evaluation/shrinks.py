@@ -54,10 +54,14 @@ class ShrinkComparison:
 
     @property
     def verdict(self) -> Literal["better", "worse", "not told apart"]:
-        """Say whether the variant is better or worse by both measures, each by more than its error tells."""
-        if self.loss.is_negative and self.kl.is_negative:
-            return "better"
-        return "worse" if self.loss.is_positive and self.kl.is_positive else "not told apart"
+        """Say whether the variant is better by both measures, or worse by its loss, or by its divergence with a loss that is not better.
+
+        Only differences beyond the error count. The two are not symmetric: *better* is a claim, which one measure must not make against
+        the other, and *worse* is a doubt. Forgetting is a loss, so what has a higher one than a shrink forgets more, whatever else it has.
+        """
+        if self.loss.is_negative:
+            return "better" if self.kl.is_negative else "not told apart"
+        return "worse" if self.loss.is_positive or self.kl.is_positive else "not told apart"
 
 
 def against_shrink(

@@ -3,7 +3,8 @@
 What was learned is the fall of the loss on the task's text from the base to the adapter as it is; the share of it that a variant keeps is
 where its own loss lies between these. Forgetting is judged by the divergence from the base, ``KL(base ‖ variant)``, on general text: on the
 adapters that were tried it ranks variants as the rise of the loss does and tells more of them apart, since it takes each token's whole
-distribution and not the one token that the text has. A variant must not be told worse than the adapter by its loss either.
+distribution and not the one token that the text has. A variant must not be told worse than the adapter by its loss either, nor than the
+shrink that keeps as much (`ShrinkComparison.verdict`).
 """
 
 from __future__ import annotations

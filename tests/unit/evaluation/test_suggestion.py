@@ -81,6 +81,14 @@ def test_nothing_is_suggested_that_is_known_to_be_worse_than_a_shrink() -> None:
     assert (found.variant, found.reason) == (None, "a shrink is better")
     assert found.shrink is not None
     assert found.shrink.verdict == "worse"
+    # its loss alone tells that it forgets more
+    e = evaluation(curves)
+    row = e.variants.index(EvaluatedVariant("project 0.75", "project", 0.75))
+    e.general.kl[row] = e.general.kl[e.variants.index(EvaluatedVariant("shrink 0.5", "shrink", 0.5))]
+    found = e.best(0.85)
+    assert (found.variant, found.reason) == (None, "a shrink is better")
+    assert found.shrink is not None
+    assert not found.shrink.kl.is_positive
     # as little as a shrink that is placed may keep beyond the share, it is the one
     e = evaluation({"project": lambda x: (0.561, 0.9361), "shrink": CURVES["shrink"]}, noise=0.0)
     found = e.best(0.936)
