@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.adapter_config import CONFIG_NAME, AdapterConfig
 from streamer.adapters.config_rules import is_residual, unknown_keys
 from streamer.adapters.modules import Module
 from streamer.adapters.target_parameters import Wrapped, stored_layout
 from streamer.adapters.tensor_names import Carried
 from streamer.storage.identities import AdapterIdentity, StatedIdentity
 from streamer.storage.tensor_file import TensorFile
+from streamer.units import listed
 from streamer.weights.base import StoredTensor
 
 
@@ -121,6 +122,14 @@ class PeftAdapter(DeltaSource):
         if ignored := [key for key in unknown_keys(self.config) if key in self.config.stated.ignore_keys]:
             stated["ignored_keys"] = ignored
         return stated
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Warn of keys that the user ignores."""
+        ignored = self._stated().get("ignored_keys", [])
+        are, them = ("is", "it") if len(ignored) == 1 else ("are", "them")
+        line = f"{listed(map(repr, ignored))} of {CONFIG_NAME} {are} ignored: the result relies on {them} not changing the delta"
+        return (line,) if ignored else ()
 
     def trains(self, module: str) -> bool:
         """Apply PEFT's rule: a module whose path ends in an entry of ``modules_to_save``, and what is below it, is trained."""

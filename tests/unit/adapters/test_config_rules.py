@@ -206,6 +206,9 @@ def test_an_unknown_key_is_refused_until_it_is_ignored(key: str, tmp_path: Path)
     opened = open_adapter(adapter, stated=Stated(ignore_keys=[key, "another"]))
     assert opened.identity()["ignored_keys"] == [key]
     assert stated_options(opened.identity()) == ["--ignore-key", key]
+    assert opened.notes == (
+        f"{key!r} of adapter_config.json is ignored: the result relies on it not changing the delta",
+    )
 
 
 def test_what_cannot_be_ignored(tmp_path: Path) -> None:
