@@ -99,8 +99,8 @@ def evaluate_variants(
     top_k, threshold_epsilon, solver, device
         Options of a detection that runs first, as `detect_intruder_dimensions` has them.
     max_memory
-        Anonymous memory of the whole process, in bytes or as a size like ``"4G"``; it decides how many sequences and variants go
-        together. None takes what 4,096 tokens, of all variants together, or one sequence need.
+        Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
+        sequences and variants go together. None takes what 4,096 tokens, of all variants together, or one sequence need.
     io, base_is_residual, lora_b_layout, ignore_keys, architecture, remote
         How tensors are read, what the base is, its class, and how inputs at addresses are read, as `detect_intruder_dimensions` has them.
     resume

@@ -85,7 +85,8 @@ def fit_coefficients(
     dtype
         As `evaluate_variants` has it.
     max_memory
-        Anonymous memory of the whole process, in bytes or as a size like ``"4G"``; it decides how many sequences go together.
+        Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
+        sequences go together.
     io, base_is_residual, lora_b_layout, ignore_keys, architecture, remote
         How tensors are read, what the base is, its class, and how inputs at addresses are read, as `detect_intruder_dimensions` has them.
     resume

@@ -114,7 +114,8 @@ def reduce_intruder_dimension(
         ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
         SVD; ``auto``: the cheaper one for each matrix.
     max_memory
-        Anonymous memory of the whole process, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
+        Anonymous memory of Python, torch and streamer (200M of it, or 350M with a GPU's torch, before any matrix), without data that
+        your program holds, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
         is needed. Under a budget large matrices are multiplied as they are stored, and what only a full SVD could settle stays
         open. One that is too small is refused, with the smallest that would do.
     device

@@ -33,8 +33,8 @@ class DetectionOptions:
     solver
         ``auto`` or the name of a solver.
     max_memory
-        Bytes of anonymous memory for the whole process, or None. A matrix that does not fit in the computing dtype is multiplied as
-        it is stored; one that the dense solver has no room for stays open where bounds cannot settle it: `certified` is false then,
+        Bytes of anonymous memory for Python, torch and streamer, or None. A matrix that does not fit in the computing dtype is multiplied
+        as it is stored; one that the dense solver has no room for stays open where bounds cannot settle it: `certified` is false then,
         and nothing is an intruder that is not proven to be one.
     """
 

@@ -1,7 +1,7 @@
 """Estimate a run's memory from headers alone: the share that stays between two steps, and a module's tensors.
 
-Counted is anonymous memory of the whole process, an upper estimate: what the interpreter and torch take, the tables of all tensors, and
-the largest of the steps, of which one is under way at a time. Mapped files are not counted: the system drops their pages when it must.
+Counted is anonymous memory, an upper estimate: what the interpreter and torch take, the tables of all tensors, and the largest of the
+steps, of which one is under way at a time. Mapped files are not counted: the system drops their pages when it must.
 """
 
 from __future__ import annotations
@@ -9,25 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from streamer.errors import UsageError
 from streamer.plan.batch import Batch
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.remote_source import AHEAD_BYTES
-from streamer.storage.system import anonymous_bytes
 
+PROCESS_BYTES = (350 if torch.version.cuda or torch.version.hip else 200) << 20
+"""Anonymous memory of a process that has done nothing yet but import torch and read an adapter.
 
-def _process_bytes(least: int = 200 << 20, most: int = 600 << 20, later: int = 50 << 20, step: int = 10 << 20) -> int:
-    """Measure this process, which has imported torch: builds of torch for CUDA take 150 MB more than those for the CPU.
-
-    `later` is for other modules and their first use. The sum is rounded up, so that all runs of an installation decide alike. A process
-    that holds more than `most` belongs to a program with data of its own, which the budget does not count.
-    """
-    return min(max(-(-(anonymous_bytes() + later) // step) * step, least), most)
-
-
-PROCESS_BYTES = _process_bytes()
-"""Anonymous memory of a process that has done nothing yet but import torch and read an adapter."""
+Measured: 150 MB with torch for the CPU, 150 MB more with torch for CUDA, and up to 50 MB for modules that are imported later; a test
+measures the installed build. The running process is not: a Python program may hold data of its own, which the budget does not count.
+"""
 
 TENSOR_BYTES = 1500
 """Memory of a tensor's entries in the plan. Measured: 15,360 modules of three tensors each (base, lora_A, lora_B) took 4.2 kB each."""

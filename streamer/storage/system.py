@@ -72,15 +72,6 @@ def read_at(fd: int, out: memoryview, at: int) -> int:
     return len(piece)
 
 
-def anonymous_bytes() -> int:
-    """Return the anonymous memory of this process, or 0 where the system does not say."""
-    try:
-        with open("/proc/self/status") as f:
-            return next((int(line.split()[1]) << 10 for line in f if line.startswith("RssAnon:")), 0)
-    except OSError:
-        return 0
-
-
 def memory_file() -> IO[bytes]:
     """Open an unnamed, unbuffered file in memory; without `memfd_create` a temporary one, whose bytes go to the page cache first."""
     if hasattr(os, "memfd_create"):

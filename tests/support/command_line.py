@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -23,8 +22,8 @@ def run_cli(*args: object, timeout: float = 600, **kwargs) -> subprocess.Complet
     )
 
 
-@functools.cache
 def process_mib() -> int:
     """Memory that every command takes, in MiB; none accepts a smaller budget."""
-    code = "from streamer.plan.memory import PROCESS_BYTES; print(PROCESS_BYTES >> 20)"
-    return int(subprocess.check_output([sys.executable, "-c", code], text=True, env=ENV))
+    from streamer.plan.memory import PROCESS_BYTES
+
+    return PROCESS_BYTES >> 20
