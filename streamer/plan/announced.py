@@ -2,7 +2,7 @@
 
 An adapter that was saved in part loads in PEFT with values that nobody trained. Tensors of ``modules_to_save`` and
 ``trainable_token_indices`` and the biases of ``lora_bias`` are the adapter's alone, so it is refused without them; biases of
-``bias="all"`` and modules of ``target_modules`` may have been left out on purpose, so the base's stay, with a warning.
+``bias="all"`` and modules of ``target_modules`` may have been left out on purpose, so the base's values are kept, with a warning.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Announced:
         if missing := [t for t in biases if not self._brings(t)]:
             yield (
                 f"the adapter's bias is 'all', and its file lacks {len(missing)} of the base's {len(biases)} biases, {missing[0]!r} first: "
-                "the base's stay"
+                "the base's values are kept"
             )
 
     def targets(self) -> Iterator[str]:
@@ -88,7 +88,7 @@ class _Announced:
             one = len(missing) == 1
             yield (
                 f"the adapter's target_modules names {listed(map(repr, missing))}, and its file has no factors of "
-                f"{'it: the weight stays' if one else 'them: the weights stay'} the base's"
+                f"{'it' if one else 'them'}: the base's values are kept"
             )
 
     def _brings(self, tensor: str) -> bool:

@@ -110,8 +110,8 @@ def _differ(plan: Plan, one: Ids, other: Ids, tokens: int, on_read: OnRead) -> b
 
 def _changed_by_number(plan: Plan) -> UnsupportedError:
     return UnsupportedError(
-        f"{plan.base.path}: the model changes the logits of some tokens by their number: it computes them otherwise than by its head; "
-        "evaluate and fit do not do it"
+        f"{plan.base.path}: the model changes the logits of some tokens by their number: it does not compute some logits with its head "
+        "alone; not supported by evaluate and fit"
     )
 
 

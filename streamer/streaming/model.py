@@ -223,7 +223,7 @@ class LoadedModel:
         if out.shape != (*ids.shape, j - i):
             raise UnsupportedError(
                 f"{self.job.plan.base.path}: {type(self._model).__name__} gives logits {list(out.shape)} for {j - i} tokens of "
-                "the vocabulary: it computes them otherwise than by its head; evaluate and fit do not do it"
+                "the vocabulary: it does not compute some logits with its head alone; not supported by evaluate and fit"
             )
         return out
 
@@ -232,8 +232,8 @@ class LoadedModel:
         found: nn.Module | None = next((module for module in self._inner if module in results), None)
         if found is None:
             raise UnsupportedError(
-                f"{self.job.plan.base.path}: {type(self._model).__name__} computes its logits otherwise than by a model of its own and "
-                "its head; evaluate and fit do not do it"
+                f"{self.job.plan.base.path}: {type(self._model).__name__} does not compute its logits with a model of its own and its "
+                "head alone; not supported by evaluate and fit"
             )
         return found
 
@@ -276,7 +276,7 @@ class StreamingModel(LoadedModel):
         Raises
         ------
         UnsupportedError
-            If the model computes its logits otherwise than by its head, token by token.
+            If the model does not compute some logits with its head alone, token by token.
         """
         batch = self.batch
         batch.sequences, batch.length = ids.shape

@@ -102,7 +102,9 @@ def test_missing_biases_of_the_base_are_warned_of(tmp_path: Path, monkeypatch: p
     made = make("bias=all", tmp_path, monkeypatch)
     without(made.adapter, lambda n: n == f"{LAYER}.1.mlp.up_proj.base_layer.bias")
     (note,) = make_plan(made.base, made.adapter).announced
-    assert "lacks 1 of the base's 14 biases, 'model.layers.1.mlp.up_proj.bias' first: the base's stay" in note
+    assert (
+        "lacks 1 of the base's 14 biases, 'model.layers.1.mlp.up_proj.bias' first: the base's values are kept" in note
+    )
     without(made.adapter, lambda n: n.endswith(".bias"))
     plan = make_plan(made.base, made.adapter)
     assert "lacks 14 of the base's 14 biases, 'model.layers.0.mlp.down_proj.bias' first" in plan.announced[0]
@@ -114,7 +116,7 @@ def test_a_missing_module_that_a_full_path_names_is_warned_of(tmp_path: Path, mo
     made = make(Kind(llama(), lora(*paths)), tmp_path, monkeypatch)
     without(made.adapter, lambda n: "lora" in n and "up_proj" in n)
     assert make_plan(made.base, made.adapter).announced == (
-        "the adapter's target_modules names 'model.layers.1.mlp.up_proj', and its file has no factors of it: the weight stays the base's",
+        "the adapter's target_modules names 'model.layers.1.mlp.up_proj', and its file has no factors of it: the base's values are kept",
     )
     without(made.adapter, lambda n: "lm_head" in n)
     (note,) = make_plan(made.base, made.adapter).announced
