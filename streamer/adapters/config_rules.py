@@ -97,15 +97,25 @@ def peft_merges(config: AdapterConfig) -> bool:
 
 def config_refusals(config: AdapterConfig) -> list[str]:
     """Return the reasons to refuse an adapter with this config, one phrase each; empty if it is handled."""
+    return [*kind_refusals(config), *_key_refusals(config)]
+
+
+def kind_refusals(config: AdapterConfig) -> list[str]:
+    """Return the reasons that lie in the kind of adapter."""
     peft_type = config.peft_type
     if isinstance(peft_type, str) and (method := METHODS.get(peft_type)) is not None:
-        reasons = [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
-    elif peft_type == "LORA":
+        return [f"{method.title}: {reason}"] if (reason := method.refuses(config)) else []
+    if peft_type == "LORA":
         rules = [rule for rule in CONFIG_RULES if not (rule.residual and config.stated.base_is_residual)]
-        reasons = [f"{rule.kind}: {rule.reason}" for rule in rules if rule.refuses(config.get(rule.key))]
-        reasons += layout_refusals(config)
-    else:
-        return [f"{peft_type} adapter: its change of the weights is not known here"]
+        return [f"{rule.kind}: {rule.reason}" for rule in rules if rule.refuses(config.get(rule.key))]
+    return [f"{peft_type} adapter: its change of the weights is not known here"]
+
+
+def _key_refusals(config: AdapterConfig) -> list[str]:
+    """Return the reasons that lie in keys of other programs: PEFT drops them and reads the adapter without."""
+    if not isinstance(config.peft_type, str) or config.peft_type not in KNOWN_KEYS:
+        return []
+    reasons = layout_refusals(config) if config.peft_type == "LORA" else []
     if unknown := [key for key in unknown_keys(config) if key not in config.stated.ignore_keys]:
         what = listed(f"{quoted(key, 30)} ({quoted(config.values[key], 30)})" for key in unknown)
         reasons.append(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from streamer.adapters.adapter import PeftAdapter
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, read_adapter_config
-from streamer.adapters.config_rules import config_refusals, peft_merges
+from streamer.adapters.config_rules import config_refusals, kind_refusals, peft_merges
 from streamer.adapters.modules import DoraModule, LoraModule, MethodModule, Module
 from streamer.adapters.other_formats import refuse_other_formats
 from streamer.adapters.peft_methods import METHODS, PeftMethod
@@ -60,10 +60,10 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING
 
 def refuse_kinds(config: AdapterConfig) -> None:
     """Raise `UnsupportedError` if the config says that the adapter is of a kind that is not handled; all reasons are named."""
-    refusals = config_refusals(config)
+    refusals, kinds = config_refusals(config), kind_refusals(config)
     if refusals:
-        instead = INSTEAD if peft_merges(config) else UNMERGED
-        raise UnsupportedError(f"{config.path}: refused: {listed(refusals, separator='; ')}; {instead}")
+        steps = [UNMERGED] if not peft_merges(config) else [INSTEAD] if refusals == kinds else []
+        raise UnsupportedError("; ".join([f"{config.path}: refused: {listed(refusals, separator='; ')}", *steps]))
 
 
 def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftAdapter:

@@ -9,13 +9,12 @@ e·r + k: the shapes and norms are the same, so only the config or the user can 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from streamer.adapters.adapter_config import AdapterConfig
+from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
 from streamer.adapters.config_keys import LAYOUT_DETAILS, LAYOUT_KEY
 from streamer.adapters.stated import LoraBLayout
 from streamer.errors import UnsupportedError
@@ -148,21 +147,22 @@ def is_grouped(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -
     # What streamer wrote is in PEFT's order, though its card still names what trained it.
     if layout is None and "streamer" not in metadata and (where := _naming_unsloth(config, path, metadata)):
         raise UnsupportedError(
-            f"{config.path}: refused: LoRA on stacked experts, whose {where} names Unsloth: until September 2026 it stored lora_B "
-            "grouped by expert; pass --lora-b-layout grouped_by_expert if this one was trained with it before, else rank_major"
+            f"{config.path}: refused: LoRA on stacked experts, and {where} names Unsloth, which stored lora_B grouped by expert until "
+            "September 2026; pass --lora-b-layout grouped_by_expert if it wrote this one before then, else --lora-b-layout rank_major"
         )
     return layout == "grouped_by_expert"
 
 
 def _naming_unsloth(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -> str:
-    """Return which file of an adapter names Unsloth; empty if none does."""
+    """Return which key or line of an adapter's files names Unsloth; empty if none does."""
     card = path / "README.md"
+    lines = card.read_text(errors="replace").splitlines() if card.is_file() else []
     texts = {
-        "config": json.dumps(dict(config.values)),
-        "metadata": json.dumps(dict(metadata)),
-        "README.md": card.read_text(errors="replace") if card.is_file() else "",
+        **{f"{quoted(key, 40)} of {CONFIG_NAME}": json.dumps({key: value}) for key, value in config.values.items()},
+        **{f"{quoted(key, 40)} of the metadata of {WEIGHTS_NAME}": f"{key} {value}" for key, value in metadata.items()},
+        **{f"line {i} of README.md": line for i, line in enumerate(lines, 1)},
     }
-    return next((where for where, text in texts.items() if re.search("unsloth", text, re.IGNORECASE)), "")
+    return next((where for where, text in texts.items() if "unsloth" in text.lower()), "")
 
 
 def _layouts(config: AdapterConfig) -> tuple[set[str], set[str]]:

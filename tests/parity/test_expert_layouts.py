@@ -119,10 +119,11 @@ def test_the_layout_is_asked_for(tmp_path: Path) -> None:
     marked = stated(adapter, grouped(adapter, tmp_path / "c"))
     tensors = load_file(marked / "adapter_model.safetensors")
     save_file(tensors, marked / "adapter_model.safetensors", {"trainer": "unsloth 2026.7"})
-    for path, where in ((plain, "config"), (carded, "README.md"), (marked, "metadata")):
-        with pytest.raises(
-            UnsupportedError, match=rf"whose {where} names Unsloth: .* pass --lora-b-layout grouped_by_expert"
-        ) as e:
+    places = ("'base_model_name_or_path' of adapter_config.json", "line 3 of README.md",
+              "'trainer' of the metadata of adapter_model.safetensors")  # fmt: skip
+    options = "pass --lora-b-layout grouped_by_expert if .*, else --lora-b-layout rank_major$"
+    for path, where in zip((plain, carded, marked), places, strict=True):
+        with pytest.raises(UnsupportedError, match=rf"and {where} names Unsloth, .*; {options}") as e:
             streamer.detect_intruder_dimensions(base, path)
         assert len(str(e.value).replace(str(path), "")) < 300
     wanted = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))

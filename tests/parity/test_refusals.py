@@ -153,6 +153,31 @@ def test_what_dora_and_other_methods_cannot_write(llama_base: Path, tmp_path: Pa
         assert server().run("mitigate", llama_base, adapter, "-o", tmp_path / f"same-{name}", "--lambda", "1").code == 0
 
 
+def test_peft_is_no_way_out_of_a_key_that_it_drops(llama_base: Path, tmp_path: Path) -> None:
+    """It merges the adapter as if the key were not there, which is what the refusal prevents."""
+    adapter = save_peft(lora(), tmp_path / "adapter")
+    plain = merged(llama_base, adapter)
+    config = adapter / "adapter_config.json"
+    tree = json.loads(config.read_text())
+    for key, value, end in (
+        ("use_hyper", True, "(True), which may change the delta; pass --ignore-key KEY if KEY does not\n"),
+        ("lora_B_layout", "mixed", "expected rank_major or grouped_by_expert for all experts\n"),
+    ):
+        config.write_text(json.dumps(tree | {key: value}))
+        again = merged(llama_base, adapter)
+        assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
+        for command in ("detect", "mitigate", "merge"):
+            assert refuse(command, llama_base, adapter, tmp_path, 3).endswith(end)
+
+
+def merged(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """What PEFT merges."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of keys that it drops
+        model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter)
+    return model.merge_and_unload().state_dict()
+
+
 def test_all_reasons_are_told_at_once(llama_base: Path, tmp_path: Path) -> None:
     config = lora(use_qalora=True, init_lora_weights="gaussian")
     adapter = save_peft(config, tmp_path / "adapter")
