@@ -19,7 +19,7 @@ from streamer.events import Event, Monitor
 from streamer.packages import require_package
 from streamer.remote.addresses import HubName
 from streamer.remote.cache import at_once
-from streamer.remote.listing import Listing, needed_names, shards_of
+from streamer.remote.listing import Listing, check_small, needed_names, shards_of
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, read_json_object
 from streamer.storage.remote_access import stat_remote, without_secrets
 from streamer.storage.remote_manifest import RemoteFile
@@ -81,8 +81,10 @@ def list_hub(name: HubName) -> HubFiles:
     """
     hub = _hub(name.shown)
     with _said(name), _quiet():
-        info = hub.HfApi().model_info(name.repo, revision=name.revision)
-        listed = [str(sibling.rfilename) for sibling in info.siblings or ()]
+        info = hub.HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
+        listed = {
+            str(sibling.rfilename): sibling.size or 0 for sibling in info.siblings or ()
+        }  # a mirror may state no sizes
     if not re.fullmatch("[0-9a-f]{7,64}", str(info.sha)):
         raise InputError(f"{name.shown}: the hub states no commit, which tells its versions apart; check HF_ENDPOINT")
     commit, found = str(info.sha), HubFiles(name, str(info.sha), [], [])
@@ -94,11 +96,14 @@ def list_hub(name: HubName) -> HubFiles:
     inside = [path.removeprefix(start) for path in listed if path.startswith(start)]
 
     def read_shards() -> list[str]:
+        check_small(f"{name.shown}/{INDEX_NAME}", listed[start + INDEX_NAME])
         with _said(name), _quiet():
             path = Path(hub.hf_hub_download(name.repo, start + INDEX_NAME, revision=commit))
         return shards_of(read_json_object(path), f"{name.shown}/{INDEX_NAME}")
 
     small, weights = needed_names(inside, read_shards)
+    for one in small:
+        check_small(f"{name.shown}/{one}", listed[start + one])
     if not weights and CONFIG_NAME not in small:
         raise MissingInputError(
             f"{name.shown}: expected a model or an adapter in safetensors, found neither {SINGLE_NAME} nor {INDEX_NAME}; check its name",

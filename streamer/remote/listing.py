@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from streamer.errors import InputError
 from streamer.plan.side_files import goes_along
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, check_shard_name
+from streamer.storage.checkpoint import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, check_shard_name
 from streamer.storage.remote_manifest import RemoteFile
+from streamer.units import format_sizes
 
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 
@@ -76,6 +78,13 @@ def shards_of(index: Mapping[str, Any], where: str) -> list[str]:
     weight_map = index.get("weight_map")
     values = weight_map.values() if isinstance(weight_map, dict) else ()
     return [check_shard_name(name, where) for name in dict.fromkeys(map(str, values))]
+
+
+def check_small(shown: str, size: int) -> None:
+    """Refuse a file of this size that is no weights: it would be downloaded in any case."""
+    if size > MAX_INDEX_BYTES:
+        most, found = format_sizes(MAX_INDEX_BYTES, size)
+        raise InputError(f"{shown}: expected {most} at most of such a file, found {found}; check the address")
 
 
 def _is_safe(name: str) -> bool:

@@ -10,12 +10,11 @@ from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.errors import FormatError, InputError, MissingInputError, UnsupportedError
 from streamer.remote.addresses import Url
 from streamer.remote.cache import at_once, parse_json
-from streamer.remote.listing import Listing, needed_names, shards_of
-from streamer.storage.checkpoint import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, check_shard_name
+from streamer.remote.listing import Listing, check_small, needed_names, shards_of
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, check_shard_name
 from streamer.storage.remote_access import no_ranges, read_range, stat_remote
 from streamer.storage.remote_buckets import SCHEMES, list_files
 from streamer.storage.remote_manifest import RemoteFile
-from streamer.units import format_sizes
 
 KNOWN_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -41,7 +40,7 @@ def list_address(url: Url) -> Listing:
         return _one_file(url)
     listing = _bucket(url) if scheme in SCHEMES else _web(url)
     for file in listing.small.values():
-        _check_small(file)
+        check_small(file.shown, file.size)
     if not listing.weights:
         raise MissingInputError(
             f"{url.shown}: expected a model or an adapter, found neither {SINGLE_NAME}, {INDEX_NAME} nor {WEIGHTS_NAME}; check the address",
@@ -158,16 +157,10 @@ def _shards(index: RemoteFile) -> list[str]:
 
 def _json(file: RemoteFile) -> dict[str, Any]:
     """Read a JSON object from an address, which messages name."""
-    _check_small(file)
+    check_small(file.shown, file.size)
     out = memoryview(bytearray(file.size))
     read_range(file, out, 0)
     tree = parse_json(bytes(out), file)
     if not isinstance(tree, dict):
         raise FormatError(f"{file.shown}: expected a JSON object, found {type(tree).__name__}; check the address")
     return tree
-
-
-def _check_small(file: RemoteFile) -> None:
-    if file.size > MAX_INDEX_BYTES:
-        most, found = format_sizes(MAX_INDEX_BYTES, file.size)
-        raise InputError(f"{file.shown}: expected {most} at most of such a file, found {found}; check the address")

@@ -98,6 +98,18 @@ def test_what_the_hub_does_not_have(served: Path, tmp_path: Path, name: str, cod
     assert words in done.err
 
 
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "tokenizer.json"])
+def test_a_small_file_that_is_large_is_not_downloaded(served: Path, tmp_path: Path, name: str) -> None:
+    root = Path(shutil.copytree(served, tmp_path / "served"))
+    with (root / "owner" / "base" / name).open("wb") as f:
+        f.truncate(300_000_000)
+    with serving(root, HubHandler) as site:
+        done = hub_run(site, tmp_path, "detect", "owner/base", str(served / "owner" / "adapter"))
+    assert (done.code, done.err.count("\n")) == (3, 1), done
+    assert f"owner/base/{name}: expected 200.0 MB at most of such a file, found " in done.err
+    assert not any(request.path.endswith(name) for request in site.requests)
+
+
 def test_a_token_that_is_refused(served: Path, tmp_path: Path) -> None:
     with serving(served, HubHandler, fault=lambda path, n: "401" if path.startswith("info") else None) as site:
         done = hub_run(site, tmp_path, "detect", "owner/base", str(served / "owner" / "adapter"))

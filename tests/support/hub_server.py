@@ -42,9 +42,9 @@ class HubHandler(Handler):
             return self.plain(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         if revision not in (None, "main", "v1", COMMIT):
             return self.plain(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Revision not found"})
-        files = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+        sizes = {str(p.relative_to(root)): p.stat().st_size for p in sorted(root.rglob("*")) if p.is_file()}
         return self.json({"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0,
-                          "siblings": [{"rfilename": name} for name in files]})  # fmt: skip
+                          "siblings": [{"rfilename": name, "size": size} for name, size in sizes.items()]})  # fmt: skip
 
     def json(self, tree: Any) -> None:
         data = json.dumps(tree).encode()
