@@ -101,11 +101,20 @@ class _Announced:
         """
         for entry in self._adapter.config.strings("modules_to_save"):
             missing = [t for t, now in self._tensors.items() if _is_below(now, entry) and not self._brings(t)]
-            head = [name for name in self._task_head() if _is_below(name, entry)]
-            if not missing and not any(_is_below(name, entry) for name in (*self._saved, *self._tensors.values())):
-                missing = head
+            if not missing and not any(_is_below(name, entry) for name in self._tensors.values()):
+                missing = self._missing_of_head(entry)
             if missing:
                 yield f"modules_to_save names {entry!r}, and {_missing(missing)}"
+
+    def _missing_of_head(self, entry: str) -> list[str]:
+        """List the tensors that the file lacks of a head that the base has not: PEFT's loader wants each one.
+
+        A class may have a head in one of two forms, as LayoutLMv3 a ``classifier`` or a ``classifier.dense`` by the number of labels. So
+        what is inside a module that the file has tensors of, or around it, is not missing.
+        """
+        there = {name.rpartition(".")[0] for name in self._saved if _is_below(name, entry)}
+        lacking = [name for name in self._task_head() if _is_below(name, entry) and name not in self._saved]
+        return [name for name in lacking if not any(_is_nested(name.rpartition(".")[0], module) for module in there)]
 
     def _task_head(self) -> list[str]:
         """List the tensors outside of layers that the class of the adapter's task has."""
@@ -148,3 +157,8 @@ def _is_below(tensor: str, entry: str) -> bool:
     """Say whether a tensor is in a module that an entry of modules_to_save names: by the end of its path, as PEFT takes it."""
     steps = tensor.split(".")[:-1]
     return any(".".join(steps[:i]).endswith(entry) for i in range(1, len(steps) + 1))
+
+
+def _is_nested(a: str, b: str) -> bool:
+    """Say whether one of two modules is inside the other."""
+    return a.startswith(f"{b}.") or b.startswith(f"{a}.")

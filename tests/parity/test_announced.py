@@ -15,7 +15,16 @@ from commands import edit_adapter, refuse_everywhere
 from kinds import KINDS, VOCAB, Kind, llama, lora, tied
 from kinds_cases import Made
 from safetensors.torch import load_file, save_file
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LayoutLMv3Config,
+    LayoutLMv3ForTokenClassification,
+    LayoutLMv3Model,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+)
 
 from streamer.plan.plan import make_plan
 
@@ -45,6 +54,23 @@ def announce(adapter: Path, **config: Any) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({**values, **config}))
 
 
+SMALL = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+}
+
+
+def roberta() -> RobertaModel:
+    return RobertaModel(RobertaConfig(**SMALL))
+
+
+def roberta_classifier(base: Path, dtype: torch.dtype) -> RobertaForSequenceClassification:
+    return RobertaForSequenceClassification.from_pretrained(base, dtype=dtype, num_labels=3)
+
+
 REFUSED: dict[str, tuple[str | Kind, Callable[[str], bool], Sequence[str]]] = {
     "a saved head": ("modules_to_save", lambda n: "lm_head" in n,
                      ["modules_to_save names 'lm_head', and 'lm_head.weight' is missing"]),
@@ -55,6 +81,10 @@ REFUSED: dict[str, tuple[str | Kind, Callable[[str], bool], Sequence[str]]] = {
     "a new head": ("modules_to_save, new", lambda n: "score" in n, ["modules_to_save names 'score', and 'score.weight' is missing"]),
     "a new head's bias": ("headless, new head", lambda n: "classifier" in n,
                           ["modules_to_save names 'classifier', and 'classifier.bias' and 1 more are missing"]),
+    "part of a new head": ("headless, new head", lambda n: "classifier.bias" in n,
+                           ["modules_to_save names 'classifier', and 'classifier.bias' is missing"]),
+    "a layer of a new head": (Kind(roberta, lora("query", task_type="SEQ_CLS"), load=roberta_classifier), lambda n: "classifier.dense" in n,
+                              ["and 'classifier.dense.bias' and 1 more are missing"]),
     "beside a head that is tied": (Kind(tied, lora("q_proj", modules_to_save=["embed_tokens", "lm_head"])), lambda n: "lm_head" in n,
                                    ["modules_to_save names 'lm_head', and 'lm_head.weight' is missing"]),
     "of another method": (Kind(llama(), lambda: peft.LoHaConfig(target_modules=["q_proj"], modules_to_save=["norm"])),
@@ -78,6 +108,26 @@ def test_what_only_the_adapter_has_is_refused(case: str, tmp_path: Path, monkeyp
     assert make_plan(made.base, made.adapter).announced == ()
     without(made.adapter, gone)
     refuse_everywhere(made.base, made.adapter, tmp_path, 3, "lacks what adapter_config.json announces: ", *words)
+
+
+def test_peft_does_not_load_part_of_a_saved_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make("headless, new head", tmp_path, monkeypatch)
+    without(made.adapter, lambda n: "classifier.bias" in n)
+    with pytest.raises(KeyError, match=r"classifier\.bias"):
+        peft.PeftModel.from_pretrained(made.load(torch.float32), made.adapter)
+
+
+@pytest.mark.parametrize("labels", [3, 12])
+def test_a_head_of_either_form_is_whole(labels: int, tmp_path: Path) -> None:
+    """By the number of labels it is one layer or two."""
+    config = LayoutLMv3Config(**SMALL, coordinate_size=8, shape_size=8, input_size=32, max_2d_position_embeddings=16)
+    LayoutLMv3Model(config).save_pretrained(tmp_path / "base")
+    tuned = LayoutLMv3ForTokenClassification.from_pretrained(tmp_path / "base", num_labels=labels)
+    peft.get_peft_model(tuned, lora("query", task_type="TOKEN_CLS")()).save_pretrained(tmp_path / "adapter")
+    assert any("classifier.dense" in name for name in load_file(tmp_path / "adapter/adapter_model.safetensors")) == (
+        labels > 10
+    )
+    assert make_plan(tmp_path / "base", tmp_path / "adapter").announced == ()
 
 
 # Saved by PEFT with fewer tensors, or more entries, than a naive reading of the config expects.
