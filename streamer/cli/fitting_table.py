@@ -76,8 +76,9 @@ def _commands(facts: Mapping[str, Any], inputs: str, output: str) -> list[str]:
     plain = " --dequantize" if facts["quantized"] else ""
     made = "mitigate" if facts["factored"] else "merge"
     return [
-        f"applied by: streamer {made} {inputs} -o OUTPUT --coefficients {output}{keep}{more}{plain if made == 'merge' else ''}",
-        f"on other text: streamer evaluate {inputs} --general TEXT --task TEXT -o FILE --coefficients {output}{more}",
+        f"next: streamer {made} {inputs} -o OUTPUT --coefficients {output}{keep}{more}{plain if made == 'merge' else ''}",
+        f"then, on text that nothing was trained or fitted on: streamer evaluate {inputs} --general TEXT --task TEXT -o FILE "
+        f"--coefficients {output}{more}",
     ]
 
 

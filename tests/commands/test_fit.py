@@ -75,8 +75,11 @@ def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Pat
     assert "16 coefficients in 2 sets" in done.last
     again = run(server, home, output, "--keep", "0.9,0.6")
     assert (again.code, again.out) == (0, done.out.replace(f"wrote {output}", f"{output} stands already"))
-    (line,) = [line for line in lines if line.startswith("applied by: streamer mitigate ")]
-    assert server.run(*line.replace("OUTPUT", str(tmp_path / "made")).split()[3:]).code == 0
+    (line,) = [line for line in lines if line.startswith("next: streamer mitigate ")]
+    assert server.run(*line.replace("OUTPUT", str(tmp_path / "made")).split()[2:]).code == 0
+    (line,) = [line.partition(": streamer ")[2] for line in lines if line.startswith("then, on text that nothing ")]
+    line = line.replace("-o FILE", f"-o {tmp_path / 'e.json'}").replace("TEXT", str(home / "general.npy"), 1)
+    assert server.run(*line.replace("TEXT", str(home / "task.npy")).split()).code == 0
     record = json.loads((tmp_path / "made" / "streamer.json").read_text())
     assert (record["method"], record["lambda"], record["coefficients"]["keep"]) == ("fitted", None, 0.9)
     within = run(server, home, tmp_path / "made" / "c.safetensors")
