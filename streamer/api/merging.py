@@ -202,6 +202,7 @@ def iter_merged(
     architecture: str | None = None,
     remote: RemoteMode | None = None,
     on_event: OnEvent | None = None,
+    progress: bool | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time; nothing is written.
 
@@ -268,6 +269,8 @@ def iter_merged(
     on_event
         Called with an `Event` as each tensor is begun, which counts bytes, and for each warning. Without it warnings go
         through the `warnings` module, as `StreamerWarning`.
+    progress
+        True draws a tqdm bar. None draws it in a notebook if there is no `on_event`.
 
     Yields
     ------
@@ -285,7 +288,7 @@ def iter_merged(
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
     form = OutputOptions(merges=True, dequantize=dequantize)
-    with monitoring(on_event, None, False) as monitor:
+    with monitoring(on_event, None, progress) as monitor:  # its bar closes with the last tensor
         run = run_options(device, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, monitor)
     base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
     adapters = {"": Path(adapter)}

@@ -220,6 +220,12 @@ def test_a_call_draws_bars_that_stay(job: tuple[Path, Path]) -> None:
     assert shown.last[1] == "after"
 
 
+def test_an_iteration_draws_a_bar(job: tuple[Path, Path]) -> None:
+    code = f"import streamer; print(len(list(streamer.iter_merged({str(job[0])!r}, {str(job[1])!r}, method='shrink', progress=True))))"
+    bar, count = terminal.show(100, "--version", code=code).last[:2]
+    assert re.match(rf"write {count}/{count} tensors 100%\|█+\| 00:0\d<00:00, ", bar)
+
+
 @pytest.mark.parametrize("progress", [False, None])
 def test_a_call_outside_of_a_notebook_draws_no_bar_unasked(job: tuple[Path, Path], progress: bool | None) -> None:
     assert called(job, progress).last[0] == "after"
