@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
         raise StorageError(
             "stdout: is closed, and the result goes there; redirect it to a file or /dev/null, or pass --quiet"
         )
-    with stop_on_signals(monitor, progress.tell):
+    with stop_on_signals(monitor, progress.tell, progress.close):
         try:
             if args.command != "verify":
                 set_threads(getattr(args, "threads", None))

@@ -12,7 +12,7 @@ from streamer.events import Monitor
 
 
 @contextlib.contextmanager
-def stop_on_signals(monitor: Monitor, tell: Callable[[str], None]) -> Iterator[None]:
+def stop_on_signals(monitor: Monitor, tell: Callable[[str], None], close: Callable[[], None]) -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into a request to stop at the next safe point, which is said, and the second into an end at once.
 
     A thread waits for them, since Python runs handlers in the main thread alone, which may sit in LAPACK for a minute.
@@ -21,6 +21,8 @@ def stop_on_signals(monitor: Monitor, tell: Callable[[str], None]) -> Iterator[N
     ----------
     tell
         Prints a line on stderr.
+    close
+        Removes the bar.
     """
     watched = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
@@ -29,7 +31,11 @@ def stop_on_signals(monitor: Monitor, tell: Callable[[str], None]) -> Iterator[N
         first = signal.sigwait(watched)
         monitor.request_stop(first)
         tell(f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once")
-        os._exit(128 + signal.sigwait(watched))
+        second = signal.sigwait(watched)
+        closing = threading.Thread(target=close, daemon=True)
+        closing.start()
+        closing.join(0.5)  # a terminal that takes nothing must not keep the process
+        os._exit(128 + second)
 
     threading.Thread(target=watch, daemon=True, name="signals").start()
     try:

@@ -9,7 +9,9 @@ import subprocess
 import time
 from pathlib import Path
 
+import helpers
 import pytest
+import terminal
 from forks import LAST, partials, server
 from helpers import tree_digest
 from jobs import COMMANDS, Bench
@@ -49,6 +51,29 @@ def test_two_signals_stop_at_once(bench: Bench, signum: signal.Signals, tmp_path
     assert "stopped by signal" not in stopped.err  # as it would be at the safe point
     case.check_whole_files(tmp_path / "out")
     case.check_finishes(tmp_path / "out")
+
+
+STOPPED = """
+import os, signal, time
+from streamer.cli.progress import Progress
+show = Progress.__call__
+def stop(self, event):
+    show(self, event)
+    for _ in range(2 if event.items == 3 else 0):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+Progress.__call__ = stop
+"""
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_a_second_signal_leaves_no_bar(columns: int, tmp_path: Path) -> None:
+    job = helpers.three_shards(tmp_path)
+    shown = terminal.show(columns, "detect", *job, "-o", tmp_path / "f.safetensors", code=STOPPED)
+    assert shown.code == 130
+    assert [line for line in shown.during if line.startswith("detect 3/9 matrices")]
+    said = "streamer: signal 2: stopping at the next safe point; once more to stop at once"
+    assert " ".join(map(str.strip, shown.last)) == said
 
 
 @pytest.fixture(scope="module")
