@@ -53,9 +53,6 @@ ARRAYS = (
 )
 """The arrays of a matrix, in file order."""
 
-LATER = "base_singular_values"
-"""The array that earlier versions did not write."""
-
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
 Entry = tuple[str, str, tuple[int, ...]]

@@ -25,13 +25,13 @@ class MatrixFigures(TypedDict):
     dtype: str
     rank: int
     scale: float
-    transposed: bool | None
+    transposed: bool
     fingerprint: str | None
     certified: bool
     degenerate: list[int]
     solver: str
     escalated: bool
-    precision: str | None
+    precision: str
     steps: int
     products: int
     cutoff: float

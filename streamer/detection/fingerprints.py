@@ -87,8 +87,8 @@ def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
         mine = fingerprint(plan, target)
         if found.fingerprint is None or mine is None:
             raise MismatchError(
-                f"{where}: does not say by which values {found.tensor!r} was judged, being of an earlier version or on a fine-tuned "
-                "model, so that it cannot be told whether they are the same here; run detect again"
+                f"{where}: does not say by which values {found.tensor!r} was judged, as findings on a fine-tuned "
+                "model do not, so that it cannot be told whether they are the same here; run detect again"
             )
         if found.fingerprint != mine:
             raise MismatchError(

@@ -42,8 +42,7 @@ class Detection:
     similarity_low, similarity_high
         (k,) an interval around it.
     base_singular_values
-        (k,) the largest singular values of W0; from the certified solver Ritz values, which are at most those. Empty where a file does not
-        say.
+        (k,) the largest singular values of W0; from the certified solver Ritz values, which are at most those.
     intruders
         0-based ranks of the intruders, rising.
     U, S, Vh
@@ -56,7 +55,7 @@ class Detection:
     solver, escalated
         The solver that ran; whether the certified one had to give up for it.
     precision
-        ``float32`` or ``float64``, in which the decisions were computed; None where a file does not say.
+        ``float32`` or ``float64``, in which the decisions were computed.
     steps, products, cutoff
         What the certificate cost, and δ: base singular values below ``δ·σ⁰_1`` are not covered by it (0: all are).
     delta_norm
@@ -85,8 +84,8 @@ class Detection:
     delta_norm: float
     intruder_energy: float
     dropped_at_zero: float
-    precision: str | None = None
-    base_singular_values: tuple[float, ...] = ()
+    precision: str
+    base_singular_values: tuple[float, ...]
 
     def summary(self) -> str:
         """Say the decision in a line. Ranks count from 0."""

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any, cast, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from streamer.detection.findings_file import ARRAYS, DTYPE_NAMES, LATER
+from streamer.detection.findings_file import ARRAYS, DTYPE_NAMES
 from streamer.detection.findings_records import MatrixFigures, MatrixRecord
 from streamer.detection.intruders import Detection
 from streamer.linalg.operators import all_finite
 from streamer.storage.tensor_file import TensorFile
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
-_LATER: dict[str, set[type]] = {
-    "transposed": {bool, type(None)}, "precision": {str, type(None)}, "fingerprint": {str, type(None)},
-}  # fmt: skip
-"""Figures that earlier versions did not write."""
-
-_KINDS: dict[str, type] = {
-    key: get_origin(kind) or kind for key, kind in get_type_hints(MatrixFigures).items() if key not in _LATER
+_KINDS: dict[str, set[type]] = {
+    key: {int, float}
+    if kind is float
+    else set(get_args(kind))
+    if isinstance(kind, UnionType)
+    else {get_origin(kind) or kind}
+    for key, kind in get_type_hints(MatrixFigures).items()
 }
 
 _DECISIONS = tuple(key for key in get_type_hints(MatrixFigures) if key in Detection.__dataclass_fields__)
@@ -48,10 +49,9 @@ class MatrixFinding:
     seconds
         How long detection took; None where it was read from a file, which holds no times.
     transposed
-        Whether the base stores (in, out), as embeddings and Conv1D layers do; the output side is judged all the same. None where the
-        file that it was read from does not say.
+        Whether the base stores (in, out), as embeddings and Conv1D layers do; the output side is judged all the same.
     fingerprint
-        Digest of the values that it was made from (see `fingerprints.fingerprint`); None where that is not said.
+        Digest of the values that it was made from (see `fingerprints.fingerprint`); None on a fine-tuned model.
     """
 
     tensor: str
@@ -62,7 +62,7 @@ class MatrixFinding:
     scale: float
     detection: Detection
     seconds: float | None = field(default=None, compare=False)
-    transposed: bool | None = None
+    transposed: bool = False
     fingerprint: str | None = None
 
     def __repr__(self) -> str:
@@ -84,25 +84,18 @@ class MatrixFinding:
     def arrays(self) -> dict[str, Tensor]:
         """Return the arrays by key, in file order."""
         d = self.detection
-        numbers = {
-            name: torch.tensor(getattr(d, name), dtype=torch.float64)
-            for name in ARRAYS[3:8]
-            if name != LATER or d.base_singular_values
-        }
+        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in ARRAYS[3:8]}
         return {"U": d.U, "S": d.S, "Vh": d.Vh, **numbers, "intruders": torch.tensor(d.intruders, dtype=torch.int64)}
 
 
 def check_figures(figures: Any) -> None:
     """Check that the figures of a matrix are all there, each of its kind; `KeyError` or `TypeError` where not."""
-    for key, kind in _KINDS.items():
+    for key, kinds in _KINDS.items():
         value = figures[key]
-        fits = type(value) in ({int, float} if kind is float else {kind})
-        if kind is list:
+        fits = type(value) in kinds
+        if kinds == {list}:
             fits = fits and all(type(i) is int and i >= 0 for i in value)
         if not fits:
-            raise TypeError(f"{key} is {type(value).__name__}")
-    for key, kinds in _LATER.items():
-        if type(value := figures.get(key)) not in kinds:
             raise TypeError(f"{key} is {type(value).__name__}")
 
 
@@ -117,31 +110,25 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
     check_figures(figures)
     arrays: dict[str, Tensor] = {}
     for key in ARRAYS:
-        if key == LATER and f"{figures['tensor']}/{key}" not in file.header.by_name:
-            continue
         info = file.header.by_name[f"{figures['tensor']}/{key}"]
         if info.dtype not in DTYPE_NAMES.values():
             raise ValueError(f"tensor {info.name!r} is {info.dtype}")
         arrays[key] = as_tensor(data[info.start : info.end], TORCH_DTYPES[info.dtype], info.shape)
     m, n = figures["shape"]
     q, k = len(arrays["intruders"]), len(arrays["singular_values"])
-    expected = {"U": (m, q), "S": (q,), "Vh": (q, n)} | dict.fromkeys(
-        [key for key in ARRAYS[4:8] if key in arrays], (k,)
-    )
+    expected = {"U": (m, q), "S": (q,), "Vh": (q, n)} | dict.fromkeys(ARRAYS[4:8], (k,))
     for key, shape in expected.items():
         if tuple(arrays[key].shape) != shape:
             raise ValueError(f"{figures['tensor']}/{key}: expected shape {shape}, found {tuple(arrays[key].shape)}")
     if not all_finite(arrays["S"]):
         raise ValueError(f"{figures['tensor']}/S holds NaN or Inf")
-    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ARRAYS[3:] if key in arrays}
+    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ARRAYS[3:]}
     for what, ranks in (("intruders", numbers["intruders"]), ("degenerate", figures["degenerate"])):
         among = k > 0 and all(type(j) is int and 0 <= j < k for j in ranks)
         if not among or any(a >= b for a, b in itertools.pairwise(ranks)):
             raise ValueError(f"{figures['tensor']}: {what} must be ascending ranks below {k}")
-    chosen: dict[str, Any] = {key: figures.get(key) for key in _DECISIONS} | {
-        "degenerate": tuple(figures["degenerate"])
-    }
+    chosen: dict[str, Any] = {key: figures[key] for key in _DECISIONS} | {"degenerate": tuple(figures["degenerate"])}
     detection = Detection(U=arrays["U"], S=arrays["S"], Vh=arrays["Vh"], **numbers, **chosen)
     return MatrixFinding(figures["tensor"], figures["module"], (m, n), figures["dtype"],
-                         figures["rank"], figures["scale"], detection, transposed=figures.get("transposed"),
-                         fingerprint=figures.get("fingerprint"))  # fmt: skip
+                         figures["rank"], figures["scale"], detection, transposed=figures["transposed"],
+                         fingerprint=figures["fingerprint"])  # fmt: skip

@@ -118,12 +118,11 @@ def _drawings(subject: Subject) -> dict[str, Callable[[Figure], None]]:
     drawings: dict[str, Callable[[Figure], None]] = {}
     if matrices:
         drawings["map"] = lambda f: _draw_findings_map(f, matrices)
-        base_known = any(m.detection.base_singular_values for m in most)
         drawings["similarity"] = lambda f: _draw_each(
             f, most, lambda a, m: _draw_similarity(a, m, findings), [("ε, below which is an intruder", EPSILON)]
         )
         drawings["spectrum"] = lambda f: _draw_each(
-            f, most, _draw_spectrum, [("the base's singular value of that rank", OF_BASE)] if base_known else []
+            f, most, _draw_spectrum, [("the base's singular value of that rank", OF_BASE)]
         )
         drawings["thresholds"] = lambda f: _draw_thresholds(f, findings)
         drawings["lambdas"] = lambda f: _draw_lambdas(f, findings)

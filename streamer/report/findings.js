@@ -34,7 +34,7 @@ function decodeFindings(tree) {
   const columns = Object.fromEntries(["kind", "rank", "directions", "shown", "count", "intruder", "decider", "certified"].map((key) => [key, unpack(tree[key])]));
   const shares = Object.fromEntries(["low", "high", "least", "energy", "dropped"].map((key) => [key, unpackShare(tree[key])]));
   const ratio = unpackShare(tree.ratio).map((share) => (share === 1 ? 0 : tree.least_ratio ** share));
-  const baseRatio = tree.base_ratio && unpackShare(tree.base_ratio).map((share) => (share === 1 ? 0 : tree.least_ratio ** share));
+  const baseRatio = unpackShare(tree.base_ratio).map((share) => (share === 1 ? 0 : tree.least_ratio ** share));
   let start = 0;
   return unpackNames(tree.names).map((named, i) => {
     const end = start + columns.shown[i];
@@ -45,7 +45,7 @@ function decodeFindings(tree) {
       degenerate: tree.degenerate[i] || [], least: shares.least[i], sigma: tree.sigma[i], norm: tree.delta_norm[i],
       energy: shares.energy[i], dropped: shares.dropped[i],
       intruder: slice(columns.intruder), low: slice(shares.low), high: slice(shares.high), ratio: slice(ratio),
-      baseRatio: baseRatio ? slice(baseRatio) : [], baseSigma: baseRatio ? tree.base_sigma[i] : 0,
+      baseRatio: slice(baseRatio), baseSigma: tree.base_sigma[i],
     };
     start = end;
     return matrix;

@@ -76,11 +76,10 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
 
     largest = [max(d.singular_values, default=0.0) for d in found]
     ratios = [[s / top if top > 0 else 0.0 for s in d.singular_values] for d, top in zip(found, largest, strict=True)]
-    # None of findings of earlier versions, which have no such values.
-    of_base = [d.base_singular_values for d in found] if all(d.base_singular_values for d in found) else None
-    base_largest = [max(values) for values in of_base or ()]
+    base_largest = [max(d.base_singular_values) for d in found]
     base_ratios = [
-        [s / top if top > 0 else 0.0 for s in values] for values, top in zip(of_base or (), base_largest, strict=True)
+        [s / top if top > 0 else 0.0 for s in d.base_singular_values]
+        for d, top in zip(found, base_largest, strict=True)
     ]
     return {
         "epsilon": findings.options.threshold_epsilon,
@@ -102,7 +101,7 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
         "ratio": pack_ratio(column(ratios), 2, LEAST_RATIO),
         "least_ratio": LEAST_RATIO,
         "sigma": [_short(s) for s in largest],
-        "base_ratio": pack_ratio(column(base_ratios), 2, LEAST_RATIO) if of_base else None,
+        "base_ratio": pack_ratio(column(base_ratios), 2, LEAST_RATIO),
         "base_sigma": [_short(s) for s in base_largest],
         "delta_norm": [_short(d.delta_norm) for d in found],
         "energy": _figures([d.intruder_energy for d in found]),

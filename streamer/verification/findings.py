@@ -43,8 +43,6 @@ ARRAYS = (
     "base_singular_values",
     "intruders",
 )
-LATER = "base_singular_values"
-"""The array that earlier versions did not write."""
 
 FIGURE_ERROR = 1e-3
 """Relative difference of norms and shares: findings have them in float32, from vectors that are off by an angle."""
@@ -133,8 +131,7 @@ def _check_arrays(row: dict[str, Any], k: int, file: TensorFiles, outcome: Outco
     m, n = row["shape"]
     name = f"{row['tensor']}/intruders"
     q = file.stored(name).shape[0] if name in file else 0
-    there = [key for key in ARRAYS[3:8] if key != LATER or f"{row['tensor']}/{key}" in file]
-    shapes = dict.fromkeys(there, (k,)) | {"U": (m, q), "S": (q,), "Vh": (q, n), "intruders": (q,)}
+    shapes = dict.fromkeys(ARRAYS[3:8], (k,)) | {"U": (m, q), "S": (q,), "Vh": (q, n), "intruders": (q,)}
     for key, shape in shapes.items():
         name = f"{row['tensor']}/{key}"
         found = file.stored(name).shape if name in file else None
@@ -202,7 +199,7 @@ class FindingsCheck:
         NotRecomputed
             If no plain formula covers it.
         """
-        transposed = bool(row.get("transposed"))
+        transposed = row["transposed"]
         W0, delta, rank = self.adapter.delta(row["tensor"], row["module"], transposed, self.base)
         if (tuple(row["shape"]), row["rank"] if rank else 0) != (W0.shape, rank):
             self._differ(row, f"shape {list(W0.shape)} and rank {rank}", f"{row['shape']} and {row['rank']}")
@@ -217,7 +214,7 @@ class FindingsCheck:
     def _steps(self, row: dict[str, Any], W0: Matrix, delta: Delta) -> Iterator[Checked]:
         """Yield the result of each check of a matrix; an error above 1 has been noted as a difference."""
         names = {key: f"{row['tensor']}/{key}" for key in ARRAYS}
-        arrays = {key: self.file.whole(name) for key, name in names.items() if key != LATER or name in self.file}
+        arrays = {key: self.file.whole(name) for key, name in names.items()}
         W = delta.operator(W0)
         triplets = leading_triplets(W, len(arrays["singular_values"]))
         first = float(triplets.S[0]) or 1.0
@@ -237,8 +234,7 @@ class FindingsCheck:
         yield Checked(self._check_figures(row, arrays, W0, delta), False)
         vectors = base_vectors(W0)
         if vectors is not None:
-            if LATER in arrays:
-                yield Checked(self._check_base(row, arrays[LATER], vectors[1]), False)
+            yield Checked(self._check_base(row, arrays["base_singular_values"], vectors[1]), False)
             error = self._check_similarities(row, arrays, triplets, vectors)
             yield Checked(error, True)
 
@@ -287,7 +283,7 @@ class FindingsCheck:
         """Compare each direction's interval and decision with its similarity to the base's singular vectors."""
         base, S = vectors
         similar = similarities(triplets.U, base[:, row["cutoff"] * S[0] <= S])
-        exact = row.get("precision") == "float64" and row["solver"] == "dense"
+        exact = row["precision"] == "float64" and row["solver"] == "dense"
         errors = triplets.angle_errors(exact)
         defined = np.array([j not in row["degenerate"] for j in range(len(similar))])
         room = (DOUBLE_ROUNDINGS if exact else ROUNDINGS) + errors

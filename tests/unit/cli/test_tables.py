@@ -18,14 +18,12 @@ from streamer.cli.tables import findings_table
         ("dense", "float64", True, "dense, float64", False),
         ("dense", "float64", False, "dense, float64, open", False),
         ("dense", "float32", False, "dense, open", True),
-        ("dense", None, False, "dense, open", False),  # an earlier version's
         ("certified", "float32", False, "certified, open", True),
         ("certified", "float64", False, "certified, float64, open", True),  # no room for a full SVD
-        ("certified", None, False, "certified, open", True),
     ],
 )
 def test_who_decided_and_what_more_memory_may_settle(
-    job: tuple[Path, Path], solver: str, precision: str | None, certified: bool, decided: str, reason: bool
+    job: tuple[Path, Path], solver: str, precision: str, certified: bool, decided: str, reason: bool
 ) -> None:
     found = streamer.detect_intruder_dimensions(*job)
     # Whatever this seed's own matrices took to decide: one next to the threshold takes float64.
