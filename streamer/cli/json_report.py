@@ -43,7 +43,7 @@ def inspect_json(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError
         "warnings": list(plan.warnings),
         "names": _names_json(plan),
         "matrices": matrices,
-        "carried": plan.edits.listed(plan.base),
+        "carried": plan.edits.listed(plan.base, plan.adapter.describes_model),
         "forecast": {c: asdict(f) if isinstance(f, Forecast) else None for c, f in forecasts.items()},
         "refused": {c: str(f) for c, f in forecasts.items() if isinstance(f, UnsupportedError)},
     }

@@ -63,7 +63,7 @@ def check_merged(where: object, job: Job, model: MergedModel) -> None:
         Headers.of({name: base.info(name).shape for name in base.weight_map}, given, {}),
         plan.weights,
         plan.adapter.tensors.__contains__ if tuned else lambda name: plan.adapter.trains(name.rpartition(".")[0]),
-        {record["tensor"]: record["change"] for record in plan.edits.listed(base)},
+        {record["tensor"]: record["change"] for record in plan.edits.listed(base, False)},
     )
 
 

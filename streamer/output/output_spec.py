@@ -96,7 +96,8 @@ class OutputSpec:
                 "lambda": options["lambda"], "coefficients": options.get("coefficients"), "to_lora": self.to_lora,
                 "dequantize": job.dequantize, "totals": sums,
                 "warnings": [*job.plan.notes, *self.warnings], "notes": self.notes, "advice": self.advice, "left_out": self.skipped_files,
-                "carried": job.plan.edits.listed(job.plan.base), "tokenizer": self.tokenizer, "matrices": list(matrices)}  # fmt: skip
+                "carried": job.plan.edits.listed(job.plan.base, job.plan.adapter.describes_model), "tokenizer": self.tokenizer,
+                "matrices": list(matrices)}  # fmt: skip
 
     def with_card(self, pipeline: str = "") -> OutputSpec:
         """Return the same with its card in place of the input's, if it gets one; `pipeline` as in `Card`."""

@@ -22,7 +22,7 @@ from streamer.plan.transformers_renames import Renames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import StoredTensor
+from streamer.weights.base import StoredTensor, equal
 from streamer.weights.dtypes import encoding_of
 from streamer.weights.model_config import ModelConfig
 
@@ -88,9 +88,10 @@ class TensorEdits:
         """The vocabulary's new size, where it has another: of several the first."""
         return next(iter(self.vocabularies.values()), None)
 
-    def listed(self, base: Checkpoint) -> list[CarriedRecord]:
-        """List the edits as JSON values."""
-        lines = [(name, "replaced" if name in base.weight_map else "new", part) for name, part in self.sources.items()]
+    def listed(self, base: Checkpoint, of_model: bool) -> list[CarriedRecord]:
+        """List the edits as JSON values; those `of_model`, a fine-tuned one, only where they differ from the base."""
+        lines = [(name, "replaced" if name in base.weight_map else "new", part) for name, part in self.sources.items()
+                 if not (of_model and name in base.weight_map and equal(part, StoredTensor(*base.locate(name))))]  # fmt: skip
         lines += [(name, f"plus {scaling:g} times", part) for name, (part, scaling) in self.shifts.items()]
         lines += [(name, f"{len(indices)} rows replaced", part) for name, (part, indices) in self.rows.items()]
         listed: list[CarriedRecord] = [

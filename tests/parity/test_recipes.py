@@ -122,6 +122,10 @@ def test_an_extracted_adapter_is_the_nearest_to_what_fine_tuning_changed(ran: tu
         np.testing.assert_allclose(delta, nearest(change, 16), atol=1e-4 * np.linalg.norm(change))
     config = json.loads((home / "extracted" / "adapter_config.json").read_text())
     assert all("input_layernorm" in name for name in config["modules_to_save"])
+    record = json.loads((home / "extracted" / "streamer.json").read_text())
+    norms = [f"model.layers.{i}.input_layernorm.weight" for i in range(len(record["carried"]))]
+    assert norms
+    assert [c["tensor"] for c in record["carried"]] == norms  # and no norm that is the base's
 
 
 def test_a_server_s_adapters_are_plain_and_answer_as_the_given_ones(ran: tuple[Path, dict[str, Outcome]]) -> None:
