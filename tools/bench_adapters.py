@@ -1,11 +1,11 @@
-"""Detection of many adapters on one base: one alone, all one after the other, all in one pass, and each with a base index.
+"""Detection of many adapters on one base: one alone, all one after the other, and all in one pass.
 
     python tools/bench_adapters.py                                10 adapters on 2 matrices of 4096x4096 in bf16, one thread
     python tools/bench_adapters.py --shape 14336x4096 --adapters 8 --threads 2
     python tools/bench_adapters.py --json --rounds 5
 
 All run in this process, in turn, the files in the page cache: seconds are those of the processor, and the shares, of runs next to each
-other, say what a way costs against the adapters one after the other without an index. `equal` counts the matrices on which all ways
+other, say what a way costs against the adapters one after the other. `equal` counts the matrices on which all ways
 decide the same, which all should be.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -73,39 +72,31 @@ WAYS = {
     "one": "one alone",
     "in_turn": "one after the other",
     "in_one_pass": "in one pass",
-    "index_made": "one, and --base-index made",
-    "index_in_turn": "one after the other, --base-index there",
-    "index_in_one_pass": "in one pass, --base-index there",
 }
 """What is timed, in this order."""
 
 
 def measure(base: Path, adapters: list[Path], rounds: int) -> dict[str, Any]:
     """Seconds of each round by the ways, and their shares of the time of all adapters one after the other."""
-    index = base.parent / "index"
 
-    def in_turn(paths: Sequence[Path], **options: Any) -> Sequence[Findings]:
-        return [streamer.detect_intruder_dimensions(base, path, **options) for path in paths]
+    def in_turn(paths: Sequence[Path]) -> Sequence[Findings]:
+        return [streamer.detect_intruder_dimensions(base, path) for path in paths]
 
-    def in_one_pass(**options: Any) -> Sequence[Findings]:
-        return list(streamer.detect_intruder_dimensions(base, adapters, **options).values())
+    def in_one_pass() -> Sequence[Findings]:
+        return list(streamer.detect_intruder_dimensions(base, adapters).values())
 
     calls: dict[str, Callable[[], Sequence[Findings]]] = {
         "one": lambda: in_turn(adapters[:1]),
         "in_turn": lambda: in_turn(adapters),
         "in_one_pass": in_one_pass,
-        "index_made": lambda: in_turn(adapters[:1], base_index=index),
-        "index_in_turn": lambda: in_turn(adapters, base_index=index),
-        "index_in_one_pass": lambda: in_one_pass(base_index=index),
     }
     rows = []
     for _ in range(rounds):
-        shutil.rmtree(index, ignore_errors=True)
         row: dict[str, float] = {}
         found = {}
         for way, call in calls.items():
             found[way], row[way], row[f"{way}_wall"] = timed(call)
-        of_all = [decisions(found[way]) for way in ("in_turn", "in_one_pass", "index_in_turn", "index_in_one_pass")]
+        of_all = [decisions(found[way]) for way in ("in_turn", "in_one_pass")]
         row |= {f"{way}_share": row[way] / row["in_turn"] for way in calls}
         row |= {"equal": sum(len(set(each)) == 1 for each in zip(*of_all, strict=True)), "decided": len(of_all[0])}
         rows.append(row)

@@ -11,7 +11,6 @@ from typing import Unpack, overload
 from streamer.adapters.batch import named_adapters
 from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import Detecting, Several, detection_options, run_options
-from streamer.detection.base_index import BaseIndex
 from streamer.detection.findings import Findings
 from streamer.detection.run import detect_many
 from streamer.detection.workers import Workers
@@ -51,7 +50,6 @@ def detect_intruder_dimensions(
     monitor: Monitor | None = None,
     progress: bool | None = None,
     executor: Executor | None = None,
-    base_index: str | Path | None = None,
 ) -> Findings | dict[str, Findings]:
     """Find the intruder dimensions of ``W0 + s·B·A`` in every matrix that the adapter changes.
 
@@ -61,8 +59,7 @@ def detect_intruder_dimensions(
         Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
     adapter
         Directory of a PEFT adapter, or of a fully fine-tuned model; or several, in a list or tuple, where a directory of adapters
-        stands for those in it: each matrix of the base is then read once for all. Three and more on a matrix share the products with it,
-        on which the last bits of their findings depend, not the decisions.
+        stands for those in it: each matrix of the base is then read once for all.
     output
         Findings file to write as detection goes; a killed run resumes from the journal beside it. None keeps the findings in
         memory. Of several adapters a directory, where ``NAME.safetensors`` is written for the adapter in ``…/NAME``.
@@ -114,9 +111,6 @@ def detect_intruder_dimensions(
         ``dask.distributed.Client.get_executor()``. They read the inputs at the same paths. Findings are byte for byte those of this
         process with torch's present number of threads, which each task has, as it has `max_memory`. Where a worker dies its tasks
         are done again, once, if the executor replaces it; a `ProcessPoolExecutor` does not, and the run ends with `WorkerError`.
-    base_index
-        Directory where the leading singular triplets of the base's matrices are kept, made on the way, for all adapters on that base:
-        each further one costs less. Decisions are the same; last bits, and how narrow intervals are, may differ.
 
     Returns
     -------
@@ -138,8 +132,6 @@ def detect_intruder_dimensions(
         )
         if executor is not None:
             run = replace(run, workers=Workers.of(executor))
-        if base_index is not None:
-            run = replace(run, base_index=BaseIndex(Path(base_index)))
         inputs = Remote(remote, monitor=run.monitor)
         base = inputs.path(base)
         adapters = named_adapters(inputs.path(adapter) if isinstance(adapter, str | Path) else inputs.paths(adapter))

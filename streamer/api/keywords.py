@@ -50,7 +50,6 @@ class Detecting(Running, total=False):
     """Keywords of `detect_intruder_dimensions`."""
 
     executor: Executor | None
-    base_index: str | Path | None
 
 
 class Mitigating(Running, total=False):

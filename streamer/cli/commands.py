@@ -54,15 +54,13 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.adapters.batch import findings_of, named_adapters
     from streamer.cli.executors import workers_of
     from streamer.cli.tables import findings_table, next_step
-    from streamer.detection.base_index import BaseIndex
     from streamer.detection.parts import Part
     from streamer.detection.run import detect_many
 
     options = _detection_options(args, None)
     adapters = named_adapters(_adapters(args))
     run = _run_options(args, monitor)
-    index = None if args.base_index is None else BaseIndex(Path(args.base_index))
-    run = replace(run, workers=workers_of(args, monitor), base_index=index)
+    run = replace(run, workers=workers_of(args, monitor))
     if run.workers is None and args.part is None:  # other parts are to have as many
         choose_threads(args.threads, monitor)
     if args.dry_run:
@@ -91,7 +89,6 @@ def _dry_detect(
     from streamer.cli.json_report import dry_run, dry_runs
     from streamer.detection.parts import Part
     from streamer.detection.run import inspect_detections
-    from streamer.detection.sharing import sharing_memory
     from streamer.plan.batch import Batch
     from streamer.plan.memory import resident_bytes
     from streamer.plan.plan import make_batch
@@ -106,12 +103,11 @@ def _dry_detect(
     states = inspect_detections(batch, paths, options, run)
     pending = [plan for plan, (state, _) in zip(batch.plans, states, strict=True) if state != "done"]
     todo = Batch(batch.base, tuple(pending))
-    sharing = iter(sharing_memory(todo, options, run.device, resident))
     forecasts = [
         None
         if state == "done"
         else on_workers(
-            forecast_detection(plan, options, run.device, resident, size, run.monitor, next(sharing)),
+            forecast_detection(plan, options, run.device, resident, size, run.monitor),
             args.workers,
             resident,
         )
@@ -157,13 +153,13 @@ def _write(args: argparse.Namespace, monitor: Monitor) -> Result:
 def _dry_write(args: argparse.Namespace, adapters: Iterable[str], writers: Sequence[Writer], run: RunOptions) -> Result:
     from streamer.cli.forecast import forecast_output, shared_by_merges, together
     from streamer.cli.json_report import dry_run, dry_runs
-    from streamer.output.run import inspect_jobs, resident_of, sharing_of
+    from streamer.output.run import inspect_jobs, resident_of
 
     states, resident = inspect_jobs(writers, run), resident_of(writers)
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
-    sharing, parts = iter(sharing_of(todo, resident)), {}
+    parts = {}
     forecasts = [
-        None if state == "done" else forecast_output(writer, resident, monitor=run.monitor, sharing=next(sharing))
+        None if state == "done" else forecast_output(writer, resident, monitor=run.monitor)
         for writer, state in zip(writers, states, strict=True)
     ]
     for name, writer, state, forecast in zip(adapters, writers, states, forecasts, strict=True):

@@ -14,7 +14,6 @@ from streamer.detection.cost import chosen_solver, cost
 from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.memory import best_way, detection_bytes, float64_way
 from streamer.detection.options import DetectionOptions
-from streamer.detection.sharing import ALONE, Sharing, SharingMemory
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.linalg.operators import Delta
@@ -61,8 +60,8 @@ class Forecast:
     temporary_bytes
         What stands beside the output for a while, at most: a journal, findings that the command makes for itself.
     seconds
-        Estimated from a probe, for processors as busy as now, a disk that keeps up, no matrix that needs the dense solver after all,
-        and none that shares products. Other work on them makes it longer, as it does the run, though not by the same factor. None where
+        Estimated from a probe, for processors as busy as now, a disk that keeps up, and no matrix that needs the dense solver
+        after all. Other work on them makes it longer, as it does the run, though not by the same factor. None where
         it is not estimated. The start of the process and the checks of a dry run come on top.
     threads
         That the time is for.
@@ -79,7 +78,7 @@ class Forecast:
 
 
 def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int, size: FindingsSize,
-                       monitor: Monitor | None = None, sharing: Sharing = ALONE) -> Forecast:  # fmt: skip
+                       monitor: Monitor | None = None) -> Forecast:  # fmt: skip
     """Forecast what `detect` takes.
 
     Parameters
@@ -90,12 +89,10 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
         See `findings_bytes`.
     monitor
         Is told of the probe.
-    sharing
-        The memory of groups that share products, by the tensors of this plan that are in one; see `sharing_memory`.
     """
     monitor = monitor or Monitor()
     _tell(monitor, "memory of each matrix")
-    works = [_Work.of(plan, target, options, resident, sharing.get(target.tensor)) for target in plan.targets]
+    works = [_Work.of(plan, target, options, resident) for target in plan.targets]
     return Forecast(
         max(work.memory for work in works),
         max(work.escalated for work in works),
@@ -106,8 +103,7 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
     )
 
 
-def forecast_output(writer: Writer, resident: int, detects: bool | None = None, monitor: Monitor | None = None,
-                    sharing: Sharing = ALONE) -> Forecast:  # fmt: skip
+def forecast_output(writer: Writer, resident: int, detects: bool | None = None, monitor: Monitor | None = None) -> Forecast:  # fmt: skip
     """Forecast what `mitigate` or `merge` takes.
 
     Parameters
@@ -116,7 +112,7 @@ def forecast_output(writer: Writer, resident: int, detects: bool | None = None, 
         Bytes that stay in memory between two steps; see `resident_of`.
     detects
         Whether it detects first; by default what the job says. False asks for a forecast as if findings were there.
-    monitor, sharing
+    monitor
         As for `forecast_detection`.
     """
     monitor = monitor or Monitor()
@@ -129,7 +125,7 @@ def forecast_output(writer: Writer, resident: int, detects: bool | None = None, 
     network = writer.spec.base_bytes
     seconds = _writing_seconds(writer, monitor)
     if detects:
-        first = forecast_detection(plan, job.detection, job.device, resident, job.findings_size, monitor, sharing)
+        first = forecast_detection(plan, job.detection, job.device, resident, job.findings_size, monitor)
         memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
         read += _detected_bytes(plan)
         network += _base_bytes(plan)
@@ -203,21 +199,18 @@ class _Work:
     escalated: int
 
     @classmethod
-    def of(
-        cls, plan: Plan, target: Target, options: DetectionOptions, resident: int, group: SharingMemory | None
-    ) -> _Work:
+    def of(cls, plan: Plan, target: Target, options: DetectionOptions, resident: int) -> _Work:
         shape, module = target.module.shape, target.module
-        resident, peak = (resident + group.held, group.peak) if group else (resident, 0)
         k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
         way = best_way(plan, target, options, resident)
         solver = chosen_solver(shape, k, options.solver, allow_dense=way == "dense")
         if k + OVERSAMPLING >= min(shape):
             solver = "dense"
-        expected = max(ways["whole"] if way == "dense" and solver == "certified" else ways[way], peak)
+        expected = ways["whole"] if way == "dense" and solver == "certified" else ways[way]
         last = "dense" if way == "dense" else "certified"
         again = float64_way(plan, target, options, resident, last)
         rank = module.factor_rank if module.low_rank else None
-        return cls(target, k, rank, solver, way == "blocks", expected, max(ways[way], again[1] if again else 0, peak))
+        return cls(target, k, rank, solver, way == "blocks", expected, max(ways[way], again[1] if again else 0))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -162,8 +162,6 @@ def build_parser() -> Parser:
     )
     sub = command("detect", "find the intruder dimensions and write the findings", out, computing, reading)
     inputs(sub, "+")
-    sub.add_argument("--base-index", metavar="DIR",
-                     help="keep what is of the base alone here, for the next adapters on it; made on the way (docs/shell.md)")  # fmt: skip
     add_workers(sub)
     out = writing("DIR", "adapter directory to write; of several adapters a directory, for an adapter NAME each")
     sub = command("mitigate", "write a mitigated adapter", out, mitigating, computing, reading)

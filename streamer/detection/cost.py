@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from streamer.linalg.golub_kahan import block_width
 from streamer.linalg.operators import BLOCK_BYTES
 from streamer.linalg.overlap_bounds import PROVABLE
@@ -47,65 +45,22 @@ def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: in
     m, n = shape
     p = min(m, n)
     matrix = itemsize * m * n
-    factors = _factor_bytes(shape, k, rank) if rank is not None else 2 * matrix
+    factors = 8 * 6 * (m + n) * (rank + k) if rank is not None else 2 * matrix  # thin QRs in float64
     # The sum, LAPACK's copy, both factors, and its workspace, beside the matrix.
     dense = 3 * matrix + itemsize * ((m + n) * p + 4 * p * p) + factors
     if k + OVERSAMPLING >= p:
         return {"dense": dense}
 
-    def certified(way: str) -> int:
-        held, passing = _process_bytes(shape, k, itemsize, way)
-        return matrix_bytes(shape, itemsize, way) + held + passing + factors
-
-    whole = certified("whole")
-    ways = {"dense": max(dense, whole), "whole": whole}
-    return ways if rank is None else ways | {"blocks": certified("blocks")}
-
-
-def sharing_bytes(shape: tuple[int, int], k: int, ranks: Sequence[int], itemsize: int, way: str) -> int:
-    """Estimate from above the peak memory of certified detections that share the products with one matrix, beyond the process itself.
-
-    All hold their bases and factors; what a step takes besides, one has at a time. What the dense solver is left to comes after them.
-
-    Parameters
-    ----------
-    ranks
-        Those of the deltas.
-    way
-        As in `working_bytes`.
-    """
-    m, n = shape
-    held, passing = _process_bytes(shape, k, itemsize, way)
-    factors = [_factor_bytes(shape, k, rank) for rank in ranks]
-    # What is asked for, side by side; the product, cut in pieces, whole, and each one's share.
-    products = 4 * (m + n) * block_width(k, OVERSAMPLING) * len(ranks) * itemsize
-    return (
-        matrix_bytes(shape, itemsize, way) + len(ranks) * held + passing + sum(factors) // 2 + max(factors) + products
-    )
-
-
-def matrix_bytes(shape: tuple[int, int], itemsize: int, way: str) -> int:
-    """Count the bytes of a matrix in the computing dtype, or of the rows of it that are at hand."""
-    m, n = shape
-    matrix = itemsize * m * n
-    return 3 * min(matrix, BLOCK_BYTES) if way == "blocks" else matrix
-
-
-def _factor_bytes(shape: tuple[int, int], k: int, rank: int) -> int:
-    """Estimate the memory of a delta's factors: half of it in the computing dtype, for as long as detection takes, half for thin QRs."""
-    m, n = shape
-    return 8 * 6 * (m + n) * (rank + k)
-
-
-def _process_bytes(shape: tuple[int, int], k: int, itemsize: int, way: str) -> tuple[int, int]:
-    """Estimate the memory of the certified solver's processes: between two products, and what a step takes besides."""
-    m, n = shape
-    width = block_width(k, OVERSAMPLING)
-    columns = min(m, n, max(bounds_columns(shape, k, way != "blocks"), triplets_columns(k))) + width
     proof = 20 * n * n if n < m and n <= PROVABLE else 0
-    small = 4 * 8 * columns**2
-    # The successor of a basis while it grows is the largest thing that passes.
-    return (m + n) * columns * itemsize + small, max(m, n) * columns * itemsize + small + BOUNDS_BYTES + proof
+
+    def certified(allow_dense: bool) -> int:
+        columns = min(p, max(bounds_columns(shape, k, allow_dense), triplets_columns(k))) + block_width(k, OVERSAMPLING)
+        bases = (m + n + max(m, n)) * columns * itemsize  # and the successor of one, while it grows
+        return bases + BOUNDS_BYTES + 8 * columns**2 * 8 + proof + factors
+
+    whole = matrix + certified(True)
+    ways = {"dense": max(dense, whole), "whole": whole}
+    return ways if rank is None else ways | {"blocks": 3 * min(matrix, BLOCK_BYTES) + certified(False)}
 
 
 def cheaper(shape: tuple[int, int], k: int) -> str:

@@ -101,13 +101,6 @@ class FindingsWriter:
         count = json.loads(self._journal[0]).get("threads")
         self.threads = count if type(count) is int and count > 0 else torch.get_num_threads()
 
-    def take_threads(self, count: int) -> None:
-        """Compute on as many threads as another writer of the same run, where there is no matrix yet."""
-        if not self.resumed and count != self.threads:
-            self._start["threads"] = self.threads = count
-            self._journal.clear()
-            self._journal.append(json.dumps(self._start).encode())
-
     def _figures(self, i: int) -> MatrixFigures:
         header = _record_header(self._journal[i])
         try:

@@ -56,14 +56,6 @@ def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] 
     return digest.hexdigest()
 
 
-def matrix_digest(weight: Weight, transposed: bool) -> str:
-    """Hash (SHA-256, 32 hex digits) the shape and a sample of a matrix as (out, in): its values, whatever file and dtype they are in."""
-    m, n = weight.matrix
-    digest = hashlib.sha256(json.dumps([n, m] if transposed else [m, n]).encode())
-    _update(digest, _sample(weight, transposed))
-    return digest.hexdigest()[:32]
-
-
 def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
     """Give findings the names and identities of another place of the same model: of files, or of a model in memory.
 

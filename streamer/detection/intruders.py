@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streamer.detection.cost import chosen_solver
 from streamer.detection.options import DetectionOptions
-from streamer.detection.solvers import SOLVERS, KnownSource
+from streamer.detection.solvers import SOLVERS
 from streamer.errors import NumericError
 from streamer.linalg.operators import Delta, Matrix, all_finite
 from streamer.linalg.svd import DEGENERATE
@@ -128,7 +128,7 @@ def detect(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
 
 
 def decide(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | None, name: str,
-           allow_dense: bool, known: KnownSource | None = None) -> tuple[Detection, bool]:  # fmt: skip
+           allow_dense: bool) -> tuple[Detection, bool]:  # fmt: skip
     """Find the intruder dimensions of ``W0 + Δ``, and say whether a direction is open for rounding, so that more precision may settle it.
 
     Parameters
@@ -143,8 +143,6 @@ def decide(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
         Seeds the random start of the Krylov processes, so that a matrix gives the same bits in whatever order it comes.
     allow_dense
         Whether there is memory for the dense solver. Without it, what bounds cannot settle stays open.
-    known
-        Finds the base's leading triplets, for the certified solver to begin from.
 
     Raises
     ------
@@ -164,7 +162,7 @@ def decide(base: Matrix, delta: Delta, options: DetectionOptions, rank: int | No
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     try:
         with full_float32():
-            result = SOLVERS[solver](base, delta, k, options.threshold_epsilon, generator, allow_dense, known)
+            result = SOLVERS[solver](base, delta, k, options.threshold_epsilon, generator, allow_dense)
     except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # torch's stubs do not export it
         raise NumericError(f"the {solver} solver did not converge ({e}); the matrix may be badly scaled") from e
     triplets, low, high = result.triplets, result.low, result.high

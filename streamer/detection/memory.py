@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from streamer.detection.cost import sharing_bytes, working_bytes
+from streamer.detection.cost import working_bytes
 from streamer.detection.options import DetectionOptions
-from streamer.plan.batch import Use
 from streamer.plan.memory import MemoryEstimate, factor_bytes
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
@@ -43,29 +42,6 @@ def detection_bytes(
         ways = {"dense": ways["dense"]}
     fixed, making = resident + factor_bytes(plan, target, itemsize), module.peak_bytes(itemsize)
     return {way: fixed + max(size, making) + _read_bytes(weight, way) for way, size in ways.items()}
-
-
-def sharing_peak(plans: Sequence[Plan], uses: Sequence[Use], options: DetectionOptions, resident: int) -> int:
-    """Estimate the peak memory of detections that share the products with one matrix; see `sharing.share`.
-
-    Parameters
-    ----------
-    uses
-        The targets that are this matrix, all done in one way, with the numbers of their plans.
-    resident
-        Bytes that stay in memory between two steps, `held_bytes` among them.
-    """
-    i, target = uses[0]
-    shape, weight = target.module.shape, plans[i].weights[target.tensor]
-    way, ranks = best_way(plans[i], target, options, resident), [t.module.factor_rank for _, t in uses]
-    size = sharing_bytes(shape, options.directions(shape), ranks, weight.compute.itemsize, way)
-    return resident + size + _read_bytes(weight, way)
-
-
-def held_bytes(plans: Sequence[Plan], uses: Sequence[Use], options: DetectionOptions) -> int:
-    """Estimate the memory of what detections hold that share products, until the last one has ended: the adapters' tensors, findings."""
-    weight = plans[uses[0][0]].weights[uses[0][1].tensor]
-    return sum(kept_bytes(plans[i], t, options) + factor_bytes(plans[i], t, weight.compute.itemsize) for i, t in uses)
 
 
 def _read_bytes(weight: Weight, way: str) -> int:

@@ -16,7 +16,6 @@ from streamer.plan.memory import PROCESS_BYTES
 from streamer.storage.tensor_file import IOMode
 
 if TYPE_CHECKING:
-    from streamer.detection.base_index import BaseIndex
     from streamer.detection.workers import Workers
 
 
@@ -99,8 +98,6 @@ class RunOptions:
         Takes events, and asks for a stop.
     workers
         That detect in place of this process; None where it does itself.
-    base_index
-        What is kept of the base for all adapters; None where nothing is.
     """
 
     device: torch.device
@@ -111,4 +108,3 @@ class RunOptions:
     overwrite: bool = False
     monitor: Monitor = field(default_factory=Monitor)
     workers: Workers | None = None
-    base_index: BaseIndex | None = None

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from streamer.adapters.batch import findings_of
-from streamer.detection.cost import chosen_solver
 from streamer.detection.findings import Findings, detection_digest, load_findings
 from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.findings_size import FindingsSize, check_findings_space, findings_bytes, findings_head
@@ -20,7 +19,6 @@ from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.parts import Part, finished_parts, remove_parts
-from streamer.detection.sharing import share
 from streamer.errors import OutputExistsError
 from streamer.events import Event
 from streamer.plan.batch import Batch
@@ -49,30 +47,23 @@ def detect_all(batch: Batch, options: DetectionOptions, run: RunOptions, residen
     counts = [writer.threads for writer in writers] or [torch.get_num_threads()] * len(plans)
     _check_budgets(batch, options, resident)
 
-    def stands(i: int, target: Target) -> bool:
-        return bool(writers) and target.tensor in writers[i]
-
-    # A group is done again whole, where one of its findings is missing: last bits depend on who shares.
-    shared = [share(plans, uses, options, run.device, resident, counts) for uses in batch.matrices()]
-    todo = [[group for group in groups if not all(stands(*use) for use in group)] for groups in shared]
-    uses = [use for groups in todo for group in groups for use in group]
+    todo = [[(i, t) for i, t in uses if not writers or t.tensor not in writers[i]] for uses in batch.matrices()]
+    todo = [uses for uses in todo if uses]
     total, of = sum(cost(t, options) for plan in plans for t in plan.targets), batch.matrix_count
-    done, items = total - sum(cost(t, options) for _, t in uses), of - len(uses)
+    done, items = total - sum(cost(t, options) for uses in todo for _, t in uses), of - sum(map(len, todo))
     names = [plan.adapter.path.absolute().name if len(plans) > 1 else "" for plan in plans]
 
     def begin(i: int, target: Target) -> None:
         monitor.checkpoint()
         monitor.emit(Event("detect", target.tensor, done, total, items, of, names[i]))
 
-    todo = [groups for groups in todo if groups]
     if run.workers is None:
         stream = detect_in_turn(plans, todo, options, run, resident, counts, begin)
     else:
         stream = run.workers.detect(batch, todo, options, run, resident, counts, begin)
     with contextlib.closing(stream):
         for i, target, finding in stream:
-            if not stands(i, target):
-                yield i, finding
+            yield i, finding
             done, items = done + cost(target, options), items + 1
     monitor.emit(Event("detect", "", total, total, of, of))
 
@@ -110,7 +101,6 @@ def detect_many(base: str | Path, adapters: Mapping[str, Path], output: str | Pa
 
 def detect_in_memory(batch: Batch, options: DetectionOptions, run: RunOptions) -> list[Findings]:
     """Detect, and keep each plan's findings in memory, which the budget has to hold as well."""
-    _check_index(batch.plans, options, run)
     kept = sum(kept_bytes(plan, t, options) for plan in batch.plans for t in plan.targets)
     found: list[dict[str, MatrixFinding]] = [{} for _ in batch.plans]
     for i, finding in detect_all(batch, options, run, resident_bytes(batch) + kept):
@@ -141,7 +131,6 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
     finished = _finished(batch, paths, options, run.overwrite, resident)
     pairs = list(zip(plans, paths, strict=True))
     todo = [pair for pair, found in zip(pairs, finished, strict=True) if found is None]
-    _check_index([plan for plan, _ in todo], options, run)
     parts = [finished_parts(plan, path, options) if run.resume else [] for plan, path in todo]
     _checked_sizes(batch, paths, options, finished, sizes)
     for (plan, path), found in zip(pairs, finished, strict=True):
@@ -162,14 +151,10 @@ def detect_to_files(batch: Batch, paths: Sequence[Path], options: DetectionOptio
             writer = FindingsWriter(path, head, tensors, plan.detection_stamps(), resume=run.resume,
                                     overwrite=run.overwrite, before_rename=plan.check_unchanged)  # fmt: skip
             writers.append(stack.enter_context(writer))
-        begun = next((writer.threads for writer in writers if writer.resumed), None)
-        if begun is not None:  # those on one number share products, and last bits depend on who shares
-            for writer in writers:
-                writer.take_threads(begun)
         for writer, finding in ((w, f) for w, mine in zip(writers, parts, strict=True) for part in mine for f in part):
             if finding.tensor not in writer:
                 writer.add(finding)
-        if begun is not None:
+        if any(writer.resumed for writer in writers):
             begun_by = [
                 (w, t.tensor) for w, (plan, _) in zip(writers, todo, strict=True) if w.resumed for t in plan.targets
             ]
@@ -213,7 +198,6 @@ def inspect_detections(
     """
     states = []
     finished = _finished(batch, paths, options, run.overwrite, resident_bytes(batch))
-    _check_index([p for p, found in zip(batch.plans, finished, strict=True) if found is None], options, run)
     sizes = _checked_sizes(batch, paths, options, finished)
     for plan, path, found, size in zip(batch.plans, paths, finished, sizes, strict=True):
         state = "done"
@@ -262,19 +246,6 @@ def _finished(
             plan.refuse_overwriting([path])
         finished.append(found)
     return finished
-
-
-def _check_index(plans: Sequence[Plan], options: DetectionOptions, run: RunOptions) -> None:
-    """Check the directory of the base index, for what is still to be done."""
-    if run.base_index is None or not plans:
-        return
-    shapes = {t.tensor: t.module.shape for plan in plans for t in plan.targets}
-    may_get = {
-        tensor: shape
-        for tensor, shape in shapes.items()
-        if chosen_solver(shape, options.directions(shape), options.solver, options.max_memory is None) == "certified"
-    }
-    run.base_index.check([path for plan in plans for path in plan.inputs], may_get)
 
 
 def _check_budgets(batch: Batch, options: DetectionOptions, resident: int) -> None:

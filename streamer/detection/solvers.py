@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from streamer.detection.cost import bounds_columns, triplets_columns
-from streamer.linalg.golub_kahan import KnownTriplets, block_width
+from streamer.linalg.golub_kahan import block_width
 from streamer.linalg.operators import Delta, Matrix, Sum
 from streamer.linalg.overlap_bounds import OverlapBounds, OverlapProcess, dense_overlaps
 from streamer.linalg.svd import OVERSAMPLING, Triplets, dense_triplets, krylov_triplets
@@ -58,16 +58,12 @@ class SolverResult:
     limited: bool = False
 
 
-KnownSource = Callable[[Matrix], KnownTriplets | None]
-"""Finds the leading triplets that are known of the base."""
-
-Solver = Callable[[Matrix, Delta, int, float, torch.Generator, bool, KnownSource | None], SolverResult]
+Solver = Callable[[Matrix, Delta, int, float, torch.Generator, bool], SolverResult]
 
 
 def solve_dense(
-    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True,
-    known: KnownSource | None = None,
-) -> SolverResult:  # fmt: skip
+    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
+) -> SolverResult:
     """Decide by LAPACK's full SVDs of the sum and of the base, which are formed in any case."""
     scale, base_scale = _scales(base, delta)
     triplets = dense_triplets(Sum(base.scaled(scale), delta.scaled(scale)), k)
@@ -78,16 +74,13 @@ def solve_dense(
 
 
 def solve_certified(
-    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True,
-    known: KnownSource | None = None,
-) -> SolverResult:  # fmt: skip
+    base: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
+) -> SolverResult:
     """Decide by block Krylov triplets, then by bounds on the overlaps until each lies on one side of ε; else by the dense solver.
 
     A matrix with a direction that is degenerate goes to the dense solver at once: no bound on its overlaps would settle it. Where the
     matrix may not be formed, what is open stays open: the interval says so, and the similarity is its upper end, so that nothing is
     called an intruder that is not proven to be one.
-
-    Bounds begin from the base's leading triplets, where `known` finds some; what is open then is done without them.
     """
     scale, base_scale = _scales(base, delta)
     if k + OVERSAMPLING >= min(base.shape) or (base_scale == 0 and allow_dense):
@@ -100,29 +93,20 @@ def solve_certified(
     distance = triplets.distance_estimate
     if not allow_dense or (found.converged and bool((distance < 2).all())):
         # A zero base has any singular vectors.
-        unknown, process, settled = torch.zeros_like(distance), None, False
+        unknown, process = torch.zeros_like(distance), None
         bounds = OverlapBounds(unknown, torch.ones_like(distance), 0, 0, 0.0, unknown)
-        for told in _begun(base, known) if base_scale else ():
-            given = None if told is None else told.scaled(base_scale)
-            process = OverlapProcess(base.scaled(base_scale), triplets.U, generator, distance, given)
+        if base_scale:
+            process = OverlapProcess(base.scaled(base_scale), triplets.U, generator, distance)
             bounds = _settle(process, epsilon, columns)
-            steps, products = steps + bounds.steps, products + bounds.products
-            settled = bool(((bounds.low >= epsilon) | (bounds.high < epsilon)).all())
-            if settled:
-                break
         low, high = bounds.low, bounds.high
+        steps, products = steps + bounds.steps, products + bounds.products
+        settled = bool(((low >= epsilon) | (high < epsilon)).all())
         if not allow_dense or settled:
             similarity = torch.where(low >= epsilon, low, high)
             exact = settled or (found.converged and process is not None and process.settles_without_rounding(epsilon))
             return SolverResult(_unscaled(triplets, scale), similarity, low, high, bounds.values / (base_scale or 1.0), "certified",
                                 steps=steps, products=products, cutoff=bounds.cutoff, limited=not exact)  # fmt: skip
     return replace(solve_dense(base, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)
-
-
-def _begun(base: Matrix, known: KnownSource | None) -> list[KnownTriplets | None]:
-    """List what bounds are to begin from, in turn: triplets that are known of the base, and none."""
-    told = None if known is None else known(base)
-    return [None] if told is None or not len(told.S) else [told.to(base.like), None]
 
 
 def _settle(process: OverlapProcess, epsilon: float, columns: int) -> OverlapBounds:
@@ -150,12 +134,6 @@ def _steps_to(epsilon: float, before: tuple[int, float], now: tuple[int, float])
     (n0, reach0), (n1, reach1) = before, now
     grown = (reach1**-2 - reach0**-2) / (n1 - n0)
     return max(1, math.ceil(min((epsilon**-2 - reach1**-2) / grown if grown > 0 else 2, n1 / 2)))
-
-
-def matrix_scale(base: Matrix) -> float:
-    """Choose a power of two as `_scales` does for a base alone: 0 for a matrix that is zero or not finite."""
-    sizes = _sizes(base)
-    return _power(max(sizes), base.like.dtype) if all(map(math.isfinite, sizes)) else 0.0
 
 
 def _sizes(base: Matrix) -> list[float]:
@@ -190,5 +168,4 @@ def _unscaled(t: Triplets, scale: float) -> Triplets:
 
 
 SOLVERS: dict[str, Solver] = {"certified": solve_certified, "dense": solve_dense}
-"""Solvers by name: base, delta, k, ε, source of randomness, whether the base may be formed for the dense one, source of
-triplets that are known of the base → `SolverResult`."""
+"""Solvers by name: base, delta, k, ε, source of randomness, whether the base may be formed for the dense one → `SolverResult`."""

@@ -10,12 +10,10 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from streamer import __version__
 from streamer.adapters.stated import Stated
-from streamer.detection.base_index import BaseIndex
 from streamer.detection.device import choose_device
 from streamer.detection.matrices import detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
@@ -95,23 +93,20 @@ class Task:
 
     Attributes
     ----------
-    groups
-        For each matrix the targets that share products with it, as in `sharing.share`, each by its plan's number and its tensor.
+    uses
+        For each matrix its targets, each by its plan's number and its tensor.
     options, device, resident
         See `detect_in_turn`; the device by its name.
     threads
         How many of torch's threads.
-    base_index
-        Path, absolute, of what is kept of the base for all adapters.
     """
 
     inputs: Inputs
-    groups: tuple[tuple[tuple[tuple[int, str], ...], ...], ...]
+    uses: tuple[tuple[tuple[int, str], ...], ...]
     options: DetectionOptions
     device: str
     resident: int
     threads: int
-    base_index: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,10 +140,9 @@ def detect_task(task: Task) -> TaskResult:
 def _detect(task: Task, batch: Batch, monitor: Monitor) -> list[tuple[int, MatrixFinding]]:
     plans = batch.plans
     targets = [{target.tensor: target for target in plan.targets} for plan in plans]
-    todo = [[tuple((i, targets[i][tensor]) for i, tensor in group) for group in groups] for groups in task.groups]
+    todo = [[(i, targets[i][tensor]) for i, tensor in uses] for uses in task.uses]
     counts = [task.threads] * len(plans)
-    index = None if task.base_index is None else BaseIndex(Path(task.base_index))
-    run = RunOptions(choose_device(task.device), monitor=monitor, base_index=index)
+    run = RunOptions(choose_device(task.device), monitor=monitor)
     stream = detect_in_turn(plans, todo, task.options, run, task.resident, counts, lambda _plan, _target: None)
     with contextlib.closing(stream):
         found = [(i, finding) for i, _, finding in stream]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import time
 from abc import ABC, abstractmethod
@@ -16,11 +15,10 @@ from streamer.detection.matrices import cost
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
-from streamer.detection.sharing import Group
 from streamer.detection.task import Inputs, Task, TaskResult, detect_task
 from streamer.errors import WorkerError
 from streamer.events import Event, Monitor
-from streamer.plan.batch import Batch
+from streamer.plan.batch import Batch, Use
 from streamer.plan.memory import MemoryEstimate, check_budget, resident_bytes
 from streamer.plan.targets import Target
 
@@ -97,7 +95,7 @@ class Workers:
         check_budget(needs, options.max_memory)
         return replace(options, max_memory=(options.max_memory - own) // n >> 20 << 20)
 
-    def detect(self, batch: Batch, todo: Sequence[Sequence[Group]], options: DetectionOptions, run: RunOptions, resident: int,
+    def detect(self, batch: Batch, todo: Sequence[Sequence[Use]], options: DetectionOptions, run: RunOptions, resident: int,
                counts: Sequence[int], begin: Callable[[int, Target], None],
                ) -> Generator[tuple[int, Target, MatrixFinding], None, None]:  # fmt: skip
         """Detect as `detect_in_turn` does, on workers; findings come as they are made.
@@ -140,7 +138,7 @@ class Workers:
                         future = _submitted(executor, task)
                         given[future] = task
                         future.add_done_callback(arrived.put)
-                    begin(*next(iter(given.values())).groups[0][0][0])
+                    begin(*next(iter(given.values())).uses[0][0])
                     future = _next(arrived, executor, monitor)
                     task, fault = given.pop(future), _fault(future)
                     if fault is None:
@@ -152,7 +150,7 @@ class Workers:
                         continue
                     monitor.checkpoint()  # what ended the worker may have asked this process to stop as well
                     _lacks(executor)
-                    said = f"{task.groups[0][0][0][1]}: its worker was lost ({type(fault).__name__}: {fault})"
+                    said = f"{task.uses[0][0][1]}: its worker was lost ({type(fault).__name__}: {fault})"
                     if task in lost:
                         raise WorkerError(f"{said} for the second time; the same command goes on from here") from fault
                     if not broken:  # one loss for all that it had
@@ -165,23 +163,22 @@ class Workers:
                     future.cancel()
 
 
-def _tasks(inputs: Inputs, todo: Sequence[Sequence[Group]], options: DetectionOptions, run: RunOptions, resident: int,
+def _tasks(inputs: Inputs, todo: Sequence[Sequence[Use]], options: DetectionOptions, run: RunOptions, resident: int,
            counts: Sequence[int], at_once: int) -> list[Task]:  # fmt: skip
     """Group matrices into tasks, each on one number of threads, in the base's file order."""
-    index = None if run.base_index is None else os.path.abspath(run.base_index.directory)
-    total = sum(cost(target, options) for groups in todo for group in groups for _, target in group)
+    total = sum(cost(target, options) for uses in todo for _, target in uses)
     enough = min(TASK_COST, total // (4 * at_once))
     tasks: list[Task] = []
     for threads in sorted(set(counts)):
-        matrices: list[tuple[tuple[tuple[int, str], ...], ...]] = []
+        matrices: list[tuple[tuple[int, str], ...]] = []
         work = 0
-        for groups in todo:
-            mine = [group for group in groups if counts[group[0][0]] == threads]
+        for uses in todo:
+            mine = [(i, target) for i, target in uses if counts[i] == threads]
             if mine:
-                matrices.append(tuple(tuple((i, target.tensor) for i, target in group) for group in mine))
-                work += sum(cost(target, options) for group in mine for _, target in group)
-            if matrices and (work >= enough or len(matrices) == TASK_MATRICES or groups is todo[-1]):
-                tasks.append(Task(inputs, tuple(matrices), options, str(run.device), resident, threads, index))
+                matrices.append(tuple((i, target.tensor) for i, target in mine))
+                work += sum(cost(target, options) for _, target in mine)
+            if matrices and (work >= enough or len(matrices) == TASK_MATRICES or uses is todo[-1]):
+                tasks.append(Task(inputs, tuple(matrices), options, str(run.device), resident, threads))
                 matrices, work = [], 0
     return tasks
 

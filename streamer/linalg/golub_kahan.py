@@ -40,33 +40,6 @@ class RitzBasis(NamedTuple):
     tail: Tensor
 
 
-class KnownTriplets(NamedTuple):
-    """Leading singular triplets of a matrix M (m, n) that are known beforehand: ``M V ≈ U diag(S)`` and ``Mᵀ U ≈ V diag(S)``.
-
-    Attributes
-    ----------
-    U, S, V
-        (m, q), (q,) float64 on the CPU, (n, q); S in falling order, U and V orthonormal.
-    """
-
-    U: Tensor
-    S: Tensor
-    V: Tensor
-
-    @property
-    def T(self) -> KnownTriplets:
-        """Those of the transpose."""
-        return KnownTriplets(self.V, self.S, self.U)
-
-    def scaled(self, factor: float) -> KnownTriplets:
-        """Those of ``factor · M``, for a factor above 0."""
-        return self._replace(S=self.S * factor)
-
-    def to(self, like: Tensor) -> KnownTriplets:
-        """Cast the vectors to a dtype and move them to a device."""
-        return KnownTriplets(self.U.to(like), self.S, self.V.to(like))
-
-
 class GolubKahan:
     """``M P = Q B`` and ``Mᵀ Q = P Bᵀ + P₊ L Eᵀ``, with orthonormal ``[P, P₊]`` and ``Q``, growing by a block a step.
 
@@ -85,11 +58,7 @@ class GolubKahan:
     op
         M. Its values must be of a size whose squares neither overflow nor vanish: scale it first.
     start
-        (n, b) start block; ``start = [P, P₊] @ start_coefficients`` at first, and ``P[:, :len(start_coefficients)] @
-        start_coefficients`` from the first step until the first `restart`.
-    known
-        Triplets of M that the bases begin with, so that no step is spent on them. They are not believed: their residuals are a part
-        of what `defect_estimate` measures.
+        (n, b) start block; ``start = P[:, :b'] @ start_coefficients`` until the first `restart`.
 
     Attributes
     ----------
@@ -99,21 +68,20 @@ class GolubKahan:
         Frobenius norm of all that was dropped: its share in the F of ``Mᵀ Q = P Bᵀ + P₊ L Eᵀ + F``.
     """
 
-    def __init__(self, op: Operator, start: Tensor, known: KnownTriplets | None = None) -> None:
+    def __init__(self, op: Operator, start: Tensor) -> None:
         m, n = op.shape
-        if known is None:
-            known = KnownTriplets(start.new_empty((m, 0)), torch.zeros(0, dtype=torch.float64), start.new_empty((n, 0)))
         self.op = op
-        self.P, self.Q, self.B = known.V, known.U, known.S.diag()
+        self.P = start.new_empty((n, 0))
+        self.Q = start.new_empty((m, 0))
+        self.B = torch.zeros((0, 0), dtype=torch.float64)
         self.L = torch.zeros((0, 0), dtype=torch.float64)
         self.steps = 0
         self.products = 0
-        self.norm = float(known.S[0]) if len(known.S) else 0.0
+        self.norm = 0.0
         self._last = 0
         self.deflated = 0.0
         self._eps = torch.finfo(start.dtype).eps
-        self.following, R, C = self._orthonormal(start, self.P, _norm(start))
-        self.start_coefficients = torch.cat([C, R])
+        self.following, self.start_coefficients, _ = self._orthonormal(start, self.P, _norm(start))
         self.deflated = 0.0  # what the start block lacked is no part of M
 
     @property

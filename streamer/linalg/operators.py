@@ -39,31 +39,6 @@ class Operator(Protocol):
         """Transpose, sharing memory."""
 
 
-class Matrix(Operator, Protocol):
-    """A weight matrix ``scale · M``: in memory (`Dense`), on disk (`RowBlocks`), or shared by computations (`shared_products`)."""
-
-    @property
-    def scale(self) -> float:
-        """The power of two."""
-
-    @property
-    def like(self) -> Tensor:
-        """An empty tensor of the dtype and device of the products."""
-
-    @property
-    def T(self) -> Matrix:
-        """Transpose, sharing memory."""
-
-    def scaled(self, factor: float) -> Matrix:
-        """``factor · scale · M``, sharing memory."""
-
-    def pieces(self) -> Iterator[Tensor]:
-        """Iterate over values of M, unscaled, in pieces of any shape: the extreme ones and one that is not finite among them."""
-
-    def rows(self) -> Iterator[Tensor] | None:
-        """Iterate over the rows of M in order, unscaled, a few at a time; None where that takes all of them."""
-
-
 @dataclass(frozen=True)
 class Dense:
     """``scale · matrix``: a matrix in memory, (m, n).
@@ -260,6 +235,9 @@ class RowBlocks:
             out += skinny_product(block.T, Y[i : i + len(block)])
         return out
 
+
+Matrix = Dense | RowBlocks
+"""A weight matrix, in memory or on disk."""
 
 Delta = LowRank | Dense
 """Δ (m, n), what an adapter adds to a weight."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from streamer.linalg.christoffel import MARGIN, christoffel_bound, samples, window
-from streamer.linalg.golub_kahan import GolubKahan, KnownTriplets, RitzBasis, block_width
+from streamer.linalg.golub_kahan import GolubKahan, RitzBasis, block_width
 from streamer.linalg.operators import Matrix
 
 CUTOFF = 1e-4
@@ -139,8 +139,6 @@ class OverlapProcess:
     distance
         (k,) float64: how far each column may be from the vector that is meant, of which the interval is to hold; one with 2 is left
         open, whatever the process finds. By default 0.
-    known
-        Leading triplets of W0, where they are known: the process need not find them.
 
     Attributes
     ----------
@@ -149,8 +147,7 @@ class OverlapProcess:
         ``low < ε`` will be settled.
     """
 
-    def __init__(self, base: Matrix, U: Tensor, generator: torch.Generator, distance: Tensor | None = None,
-                 known: KnownTriplets | None = None) -> None:  # fmt: skip
+    def __init__(self, base: Matrix, U: Tensor, generator: torch.Generator, distance: Tensor | None = None) -> None:
         m, n = base.shape
         self.tall = m > n
         self.cutoff = CUTOFF if self.tall else 0.0
@@ -163,12 +160,10 @@ class OverlapProcess:
         width = min(block_width(k, 4), m, n)
         extra = torch.randn(min(m, n), max(0, width - k), generator=generator, dtype=torch.float32).to(start)
         extra *= torch.linalg.vector_norm(start) / max(1.0, float(torch.linalg.vector_norm(extra)))
-        if known is not None and not self.tall:
-            known = known.T
-        gk = self.process = GolubKahan(base if self.tall else base.T, torch.cat([start, extra], 1), known)
+        gk = self.process = GolubKahan(base if self.tall else base.T, torch.cat([start, extra], 1))
         self._distance = torch.zeros(k, dtype=torch.float64) if distance is None else distance
         # Deflation and rounding of the start block: what the process is about is not quite what was given.
-        kept = torch.cat([gk.P, gk.following], 1).double().cpu() @ gk.start_coefficients[:, :k]
+        kept = gk.following.double().cpu() @ gk.start_coefficients[:, :k]
         self._lost = torch.linalg.vector_norm(start.double().cpu() - kept, dim=0)
 
     def step(self) -> None:

@@ -119,22 +119,3 @@ def task_threads(count: int) -> Iterator[None]:
     with _THREADS.hold(count, lambda: threads(count)):
         torch.set_num_threads(count)  # the other part is the thread's own
         yield
-
-
-def thread_state() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Capture what of torch's state is the calling thread's own, on the CPU: number of threads, gradients, inference mode.
-
-    Returns
-    -------
-    callable
-        Enters the same state in another thread.
-    """
-    count, grad, inference = torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-    @contextlib.contextmanager
-    def entered() -> Iterator[None]:
-        torch.set_num_threads(count)
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-            yield
-
-    return entered

@@ -17,7 +17,6 @@ from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.memory import detection_estimates
 from streamer.detection.options import RunOptions
 from streamer.detection.run import detect_to_files, naming_inputs
-from streamer.detection.sharing import ALONE, Sharing, sharing_memory
 from streamer.errors import FormatError
 from streamer.events import Event, Monitor, OutputState
 from streamer.linalg.torch_state import threads
@@ -49,17 +48,6 @@ def batch_of(writers: Sequence[Writer]) -> Batch:
 def resident_of(writers: Sequence[Writer]) -> int:
     """Estimate the memory between any two steps of outputs that are written together."""
     return resident_bytes(batch_of(writers), sum(writer.spec.model_tensors for writer in writers))
-
-
-def sharing_of(writers: Sequence[Writer], resident: int) -> list[Sharing]:
-    """Estimate the memory of detections that share products, for each output that is yet to be written; see `sharing_memory`."""
-    jobs = [writer.spec.job for writer in writers]
-    detecting = [job.plan for job in jobs if job.detects]
-    if not detecting:
-        return [ALONE for _ in jobs]
-    batch = Batch(detecting[0].base, tuple(detecting))
-    found = iter(sharing_memory(batch, jobs[0].detection, jobs[0].device, resident))
-    return [next(found) if job.detects else ALONE for job in jobs]
 
 
 def inspect_jobs(writers: Sequence[Writer], options: RunOptions) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Several adapters on one base: byte for byte what each alone gives, where they share no products, and the base is read once."""
+"""Several adapters on one base: byte for byte what each alone gives, and the base is read once."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_a_file_stays_readable_in_one_sitting() -> None:
     assert long == {}
 
 
-BUDGET = 41_100
+BUDGET = 40_300
 """Lines of the package. It falls as code goes: what a feature adds, it takes elsewhere."""
 
 

@@ -1,4 +1,4 @@
-"""Adapters on one base whose detections share the products with its matrices."""
+"""A base of a tall and a wide matrix, and adapters on it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,3 @@ def make_adapter(path: Path, seed: int, r: int = 4, modules: Sequence[str] = tup
     """An adapter on some modules."""
     factors = {name: intruding_factors(*SHAPES[name], r, seed=seed, sigma=0.7 + 0.05 * seed) for name in modules}
     return write_adapter(path, factors, r, **config)
-
-
-def make_dora(path: Path, seed: int, r: int = 4) -> Path:
-    """An adapter whose deltas are dense."""
-    more = {
-        f"base_model.model.{name}.lora_magnitude_vector": torch.linspace(0.5, 1.5, m) for name, (m, _) in SHAPES.items()
-    }
-    return make_adapter(path, seed, r, more=more, use_dora=True)
