@@ -146,7 +146,9 @@ def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_p
     (tmp_path / "held").mkdir()
     found = streamer.evaluate_variants(home / "base", home / "adapter", **held_apart(home, tmp_path / "held"), methods=["shrink"],
                                        lambdas=SHRINKS, coefficients=made, on_event=lambda event: None)  # fmt: skip
-    assert abs(found["shrink 0"]["kept"]) > 0.05
+    assert (
+        found["shrink 0"]["divergence"] > 1e-3
+    )  # a sum of what cannot be negative, whereas differences of losses may cancel
     assert {figure: found["fitted 0.9"][figure] for figure in FIGURES} == pytest.approx(
         {figure: one[figure] for figure in FIGURES}, rel=1e-3
     )

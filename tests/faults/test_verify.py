@@ -277,7 +277,9 @@ def test_a_wrong_tensor_with_a_consistent_digest(job: Job, tmp_path: Path) -> No
 def test_a_wrong_factor_with_a_consistent_digest(job: Job, tmp_path: Path) -> None:
     output = job.copy("adapter", tmp_path)
     name = "base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"
-    edit_tensor(output / "adapter_model.safetensors", name, lambda t: t[0].mul_(1.01))
+    edit_tensor(
+        output / "adapter_model.safetensors", name, lambda t: t.mul_(1.01)
+    )  # one row may have next to nothing of it
     agree(output, "adapter_model.safetensors")
     assert lines(output) == []
     found = lines(output, job.base, job.adapter, sample="all")

@@ -23,6 +23,12 @@ from streamer.linalg.energy import energies, least_rank
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense
 
+LOHA = Kind(
+    llama(),
+    lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 1}),
+    mitigate=False,
+)
+"""Deltas of rank 1 and 16, so that no share is kept by one rank in all modules."""
 LOKR = Kind(llama(), lambda: peft.LoKrConfig(r=40, alpha=8, target_modules=["q_proj", "up_proj"]))
 
 
@@ -58,7 +64,7 @@ def stored_ranks(adapter: Path) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("kind", ["linear", "LoHa", LOKR], ids=["LoRA", "LoHa", "LoKr"])
+@pytest.mark.parametrize("kind", ["linear", LOHA, LOKR], ids=["LoRA", "LoHa", "LoKr"])
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 def test_ranks_are_those_of_pefts_conversion(
     kind: Kind | str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
