@@ -83,20 +83,13 @@ def assert_sums(loss: Any, kl: Any, own: Answer, base: Answer, ids: torch.Tensor
     assert abs(float(kl - exact_kl.sum())) <= ROUNDINGS * (room + (by_base * base.moved).sum()), what
 
 
-def by_token(
-    own: torch.Tensor, base: torch.Tensor, ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, KL and agreement of each token."""
-    loss = -own.gather(-1, ids[:, 1:, None])[..., 0]
-    return loss, (base.exp() * (base - own)).sum(-1), (own.argmax(-1) == base.argmax(-1)).double()
-
-
 def sums_of(
     own: torch.Tensor, base: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, KL and agreement of each sequence, added up over its tokens."""
-    loss, kl, agreement = (tokens.sum(-1) for tokens in by_token(own, base, ids))
-    return loss, kl, agreement
+    loss = -own.gather(-1, ids[:, 1:, None])[..., 0]
+    kl = (base.exp() * (base - own)).sum(-1)
+    return loss.sum(-1), kl.sum(-1), (own.argmax(-1) == base.argmax(-1)).double().sum(-1)
 
 
 def streamed(
