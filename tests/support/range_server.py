@@ -179,13 +179,15 @@ class Handler(BaseHTTPRequestHandler):
             while start < cut:
                 piece = f.read(min(1 << 18, cut - start))
                 state.wait(len(piece))
+                # First: on a busy machine the client has the bytes, and the test asks, before this thread goes on.
+                request.sent += len(piece)
                 try:
                     self.wfile.write(piece)
                 except OSError:
+                    request.sent -= len(piece)
                     self.close_connection = True
                     return None
                 start += len(piece)
-                request.sent += len(piece)
         if fault == "stall":
             self.wfile.flush()
             select.select([self.connection], [], [], state.stall)  # until the client has given up
