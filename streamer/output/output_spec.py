@@ -18,7 +18,7 @@ from streamer.output.merged_tensors import CopyBytes, Recipe
 from streamer.output.model_card import CARD_NAME, Card, longest_matrices, longest_totals, take_original
 from streamer.output.records import SCHEMA, MitigatedMatrix, Record, Totals
 from streamer.plan.memory import MemoryEstimate
-from streamer.plan.side_files import other_files, skipped_files
+from streamer.plan.side_files import other_files, read_beside, skipped_files
 from streamer.plan.targets import Target
 from streamer.plan.tokenizer import own_tokenizer
 from streamer.storage.atomic_file import Buffer
@@ -134,7 +134,8 @@ class OutputSpec:
         # A run that is taken up under other names of its inputs, by way of links, would write both names.
         stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
         instead = {CARD_NAME: "pass --no-card"} if self.card is not None and not self.card.original else {}
-        return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, self.conflicting_names, self._temporary(files),
+        conflicting = (*self.conflicting_names, *read_beside(self.path, {name for name, _ in files}))
+        return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, conflicting, self._temporary(files),
                           frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, self.job.bits, __version__)  # fmt: skip
 
     def _original_card(self) -> bytes:

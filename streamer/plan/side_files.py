@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 # Weights in other formats would be the old ones beside the new; training state belongs to the old adapter.
@@ -13,6 +13,12 @@ _STALE = re.compile(
 _SKIPPED_DIRECTORIES = re.compile(
     r"^(\.git|\.cache|__pycache__|checkpoint-\d+|global_step\d+|runs|onnx|openvino|original|coreml|metal)$"
 )
+
+READ = (
+    "*config*.json", "tokenizer*.json", "*vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.json", "modules.json", "tekken.json", "params.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.py",
+)  # fmt: skip
+"""Patterns of the files beside the weights that loaders read, by names of their own or because a config or a class names them."""
 
 
 def goes_along(name: str) -> bool:
@@ -34,6 +40,12 @@ def other_files(directory: Path, apart: Path | None = None) -> list[tuple[str, P
 def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:
     """List what `other_files` leaves out, by relative name: files, and directories as a whole."""
     return [str(p.relative_to(directory)) for p, stays in _walk(directory, apart) if stays]
+
+
+def read_beside(directory: Path, names: Collection[str]) -> list[str]:
+    """List the files at the top of a directory that a loader would read beside those of an output, an adapter's ``config.json`` apart."""
+    found = {p.name for pattern in READ for p in directory.glob(pattern) if p.is_file() and not p.name.startswith(".")}
+    return sorted(found - {*names, *(["config.json"] if "adapter_config.json" in names else [])})
 
 
 def _walk(directory: Path, apart: Path | None) -> Iterator[tuple[Path, bool]]:

@@ -1,4 +1,4 @@
-"""Compare an output's config and its other small files with the inputs', but for what streamer changes on purpose."""
+"""Compare an output's config with the inputs', but for what streamer changes on purpose."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamer.verification.directory import INDEX_NAME
 from streamer.verification.formulas import CONFIG_NAME, AdapterFiles
 from streamer.verification.inventory import Part, parts
 from streamer.verification.result import Outcome
-from streamer.verification.tensors import TensorFiles
-
-MODEL_CONFIG = "config.json"
-APART = (INDEX_NAME, "README.md", MODEL_CONFIG, CONFIG_NAME)
-"""Files that are checked elsewhere, and the card, which anyone may edit."""
+from streamer.verification.side_files import MODEL_CONFIG
+from streamer.verification.tensors import TensorFiles, same_bytes
 
 ABSENT = object()
 TIE_KEY = "tie_word_embeddings"
@@ -44,20 +40,6 @@ KEPT = (
 
 READ_ONLY = ("lora_B_layout", "unsloth_fused_expert_lora")
 """Keys that say how an input is stored, which an output is not."""
-
-
-def check_side_files(record: dict[str, Any], base: Path, adapter: Path, outcome: Outcome) -> list[str]:
-    """Compare every copied file byte by byte, and return the names of those that neither input has."""
-    unknown = []
-    for name in (entry["file"] for entry in record["files"]):
-        if name.endswith(".safetensors") or name in APART:
-            continue
-        sources = [path for directory in (adapter, base) if (path := directory / name).is_file()]
-        if not sources:
-            unknown.append(name)
-        elif not any(path.read_bytes() == (outcome.output / name).read_bytes() for path in sources):
-            outcome.differ(outcome.output / name, f"the bytes of {sources[-1]}", "others")
-    return unknown
 
 
 @dataclass(frozen=True)
@@ -94,16 +76,33 @@ class ModelConfigCheck:
             if not self._is_explained(keys, was, now):
                 self.outcome.differ(path, f"{'.'.join(keys)} {_shown(was)}, as the inputs say", _shown(now))
         untied = any(part.role == "tied" for edits in self.carried.values() for part in edits)
+        # Copies in the base, of which the output changes one.
+        if not self.adapter.is_model and any(
+            keys[-1] == TIE_KEY and value is True for keys, _, value in _changes({}, before)
+        ):
+            untied |= any(
+                {one, other} <= self.base.all_names
+                and same_bytes(self.base, one, self.base, other)
+                and not same_bytes(self.files, one, self.files, other)
+                for one, other in self._pairs()
+            )
         if untied and not any(keys[-1] == TIE_KEY and now is False for keys, _, now in _changes({}, after)):
             self.outcome.differ(path, f"{TIE_KEY} false, since the output has a head of its own", "another value")
+
+    def _pairs(self) -> Iterator[tuple[str, str]]:
+        """Yield each changed matrix outside of layers with every other of its shape, as a head and its embedding are."""
+        outer = [name for name in self.files.all_names if not re.search(r"\.\d+\.", name)]
+        changed = {*self.carried, *(row["tensor"] for row in self.record["matrices"])}
+        shapes = {name: self.files.stored(name).shape for name in outer}
+        for one in (name for name in outer if name in changed and len(shapes[name]) == 2):
+            yield from ((one, other) for other in outer if other != one and shapes[other] == shapes[one])
 
     def _is_explained(self, keys: tuple[str, ...], was: Any, now: Any) -> bool:
         key, shapes = keys[-1], {name: self.files.stored(name).shape for name in self.carried if name in self.files}
         if self.adapter.is_model:
             return False
         if key == TIE_KEY:
-            changed = (*self.carried, *(row["tensor"] for row in self.record["matrices"]))
-            return now is False and any(not re.search(r"\.\d+\.", name) for name in changed)
+            return now is False and any(self._pairs())
         if "vocab" in key:
             return now in {
                 shape[0] for n, shape in shapes.items() if n in self.base and shape != self.base.stored(n).shape

@@ -8,14 +8,23 @@ from typing import Any
 
 from streamer.events import Monitor
 from streamer.verification.hashing import hash_files
-from streamer.verification.record import RECORD_NAME
+from streamer.verification.record import RECORD_NAME, shards
 from streamer.verification.result import Outcome
 from streamer.verification.tensors import TensorFiles
 
 INDEX_NAME = "model.safetensors.index.json"
 
 LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
-"""Names of files that a loader takes for weights, or for a sign of them; none may stand beside those of the record."""
+"""Names of files that a loader takes for weights, or for a sign of them; none may stand beside those of the record, nor any of `READ`."""
+
+READ = (
+    "*config*.json", "tokenizer*.json", "*vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.json", "modules.json", "tekken.json", "params.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.py",
+)  # fmt: skip
+"""Names of other files that a loader reads: of configs, of tokenizers and their chat templates, and code that a config may name."""
+
+TEMPLATES = "additional_chat_templates"
+"""A directory in which transformers looks for chat templates."""
 
 BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "BF16": 16}
 """Bits of an element, of dtypes whose names do not end in them."""
@@ -38,8 +47,13 @@ def check_files(record: dict[str, Any], outcome: Outcome, monitor: Monitor) -> N
             outcome.differ(path, f"{entry['bytes']} bytes by {RECORD_NAME}", f"{size}")
         else:
             present[path] = size
-    beside = {path for pattern in LOADED for path in outcome.output.glob(pattern)} - listed.keys()
-    for path in sorted(path for path in beside if not path.name.startswith(".")):
+    folders = {outcome.output, outcome.output / TEMPLATES, *(path.parent for path in listed)}
+    beside = {
+        path for folder in folders for pattern in (*LOADED, *READ) for path in folder.glob(pattern)
+    } - listed.keys()
+    if outcome.kind == "adapter":  # PEFT asks for its own config
+        beside -= {outcome.output / "config.json"}
+    for path in sorted(path for path in beside if path.is_file() and not path.name.startswith(".")):
         outcome.differ(path, f"no such file by {RECORD_NAME}", "one")
     for path, digest in hash_files(present, monitor).items():
         if digest != listed[path]["sha256"]:
@@ -49,8 +63,7 @@ def check_files(record: dict[str, Any], outcome: Outcome, monitor: Monitor) -> N
 
 def check_tensors(record: dict[str, Any], outcome: Outcome, base: TensorFiles | None) -> None:
     """Compare the headers of an output's files with the record, with its index, and with the base's where that is given."""
-    names = [f["file"] for f in record["files"] if f["file"].endswith(".safetensors")]
-    paths = [outcome.output / name for name in names]
+    paths = [outcome.output / name for name in shards(record)]
     if any(map(outcome.differing, paths)):
         return
     with TensorFiles(paths) as files:

@@ -126,7 +126,9 @@ def check_rows(
         owner = re.sub(r"(\.base_layer)+$", "", module)
         if owner in matrices:
             _check_stack(owner, matrices[owner], [modules[m] for m in stacks[owner]], adapter, path, outcome)
-        elif not _is_mirror(module, {row["module"] for row in rows}, adapter):
+        elif not (
+            adapter.config.get("ensure_weight_tying") and is_mirror(module, {row["module"] for row in rows}, adapter)
+        ):
             outcome.differ(path, f"a row for {module!r}, which the adapter changes", "none")
 
 
@@ -158,10 +160,19 @@ def _check_stack(
         outcome.differ(path, f"a row for each matrix of the experts that the adapter changes in {module!r}", held)
 
 
-def _is_mirror(module: str, listed: set[str], adapter: AdapterFiles) -> bool:
+def check_mirrors(rows: list[dict[str, Any]], files: AdapterFiles, path: Path, outcome: Outcome) -> None:
+    """Compare the factors of an embedding's head that is tied to it, which no row has, with the embedding's."""
+    outer = {part.target for part in parts(files) if part.role == "factor" and not re.search(r"\d", part.target)}
+    listed = {row["module"] for row in rows if not re.search(r"\d", row["module"])}
+    names = _Names(listed)
+    more = {module for module in outer if not names.like(module)}
+    for module in sorted(more if len(outer) > len(listed) else ()):
+        if not is_mirror(module, outer - {module}, files):
+            outcome.differ(path, "the factors of the embedding that it is tied to", "others", module)
+
+
+def is_mirror(module: str, listed: set[str], adapter: AdapterFiles) -> bool:
     """Tell whether a module holds the factors of a listed one once more, transposed, as PEFT ties a head to its embedding."""
-    if not adapter.config.get("ensure_weight_tying"):
-        return False
 
     def factors(of: str) -> list[Array]:
         return [
@@ -170,7 +181,8 @@ def _is_mirror(module: str, listed: set[str], adapter: AdapterFiles) -> bool:
 
     mine, others = factors(module), map(factors, listed)
     return any(
-        len(mine) == len(other) == 2 and all(any(np.array_equal(a.T, b) for b in other) for a in mine)
+        len(mine) == len(other) == 2
+        and (all(any(np.array_equal(a.T, b) for b in other) for a in mine) or all(map(np.array_equal, mine, other)))
         for other in others
     )
 

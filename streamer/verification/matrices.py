@@ -108,6 +108,10 @@ class Recomputation:
         if min(W0.shape) > DENSE_SIDE and not row["intruders"]:
             return None, False
         k = directions(options["top_k"], W0.shape)
+        if max(row["intruders"], default=0) >= k:
+            path = self.output / "streamer.json"
+            self.outcome.differ(path, f"intruders among the first {k} directions", f"{row['intruders']}", row["tensor"])
+            return None, False
         triplets = leading_triplets(delta.operator(W0), k)
         vectors = base_vectors(W0)
         if vectors is None:
@@ -190,6 +194,10 @@ class Recomputation:
         if factors.shape != W0.shape:
             self.outcome.differ(path, f"factors of a matrix of {list(W0.shape)}", f"of {list(factors.shape)}", tensor)
             return math.inf
+        asked, rank = self.record["to_lora"], files.rank(row["module"])
+        if len(factors.A) != rank or (isinstance(asked, int) and rank != asked):
+            self.outcome.differ(path, f"factors of rank {asked or rank}", f"of {len(factors.A)}", tensor)
+            return math.inf
         whole = mitigated.in_factors(W0)
         truncated = whole.truncated(len(factors.A))
         role = ("lora_embedding_A", "lora_embedding_B") if factors.embedding else ("lora_A", "lora_B")
@@ -214,6 +222,8 @@ class Recomputation:
             )  # fmt: skip
             return share
         self._check_norms(row, mitigated.delta.norm(W0), math.sqrt(norm), permitted)
+        if isinstance(asked, float) and 1 - truncated.dropped**2 < asked - 1e-3:
+            self.outcome.differ(path, f"{asked:g} of the energy of Δ'", f"{1 - truncated.dropped**2:.4g}", tensor)
         if not abs(row["dropped"] - truncated.dropped) <= 1e-3:
             self.outcome.differ(
                 self.output / "streamer.json", f"dropped {truncated.dropped:.4g}", f"{row['dropped']:.4g}", tensor

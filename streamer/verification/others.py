@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from streamer.verification.formulas import WEIGHTS_NAME, AdapterFiles
-from streamer.verification.inventory import Part, parts, stored_name
+from streamer.verification.inventory import Part, check_mirrors, parts, stored_name
 from streamer.verification.result import NotRecomputed, Outcome
 from streamer.verification.rounding import computing_precision, half_spacing
 from streamer.verification.tensors import BLOCK_BYTES, FLOATS, FP8, Array, TensorFiles, open_matrix, same_bytes
@@ -178,6 +178,7 @@ class AdapterTensors:
     def comparisons(self) -> Iterator[tuple[str, Comparison]]:
         """Yield each tensor with its comparison."""
         theirs = self.adapter.files
+        check_mirrors(self.record["matrices"], self.files, self.outcome.output / WEIGHTS_NAME, self.outcome)
         rewritten = self.record["to_lora"] is not None
         # A method without factors to write back is written as it was read.
         copied = not rewritten and self.adapter.config.get("peft_type", "LORA") != "LORA"

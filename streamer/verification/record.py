@@ -144,6 +144,7 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
         outcome.differ(
             path, "detection.certified to count its certified matrices", repr(record["detection"].get("certified"))
         )
+    _check_method(record, outcome)
     if record["method"] == "fitted":
         _check_coefficients(record, outcome)
     for key in ("base", "adapter"):
@@ -151,6 +152,26 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         if record[key].get("digest") != digest:
             outcome.differ(path, f"{key}.digest {digest}, of what it says of it", repr(record[key].get("digest")))
+
+
+def _check_method(record: dict[str, Any], outcome: Outcome) -> None:
+    """Compare what the record says of detection, λ and intruders with what its method takes."""
+    path, method, lam = outcome.output / RECORD_NAME, record["method"], record["lambda"]
+    detects = method in ("paper", "project") and lam != 1
+    taken = {"method": method, "lambda": lam, "detection": record["detection"] is not None, "scale": record["scale"]}
+    if (
+        method not in ("paper", "project", "shrink", "fitted")
+        or (lam is None) != (method == "fitted")
+        or taken["detection"] != detects
+        or record["scale"] not in ("all", "first")
+    ):
+        outcome.differ(path, "method, lambda, detection and scale that belong together", f"{taken}")
+    most = 0 if not detects else 1 if record["scale"] == "first" else math.inf
+    for row in record["matrices"]:
+        ranks = row["intruders"]
+        rising = all(type(j) is int for j in ranks) and ranks == sorted({*ranks}) and min(ranks, default=0) >= 0
+        if not rising or len(ranks) > most:
+            outcome.differ(path, f"rising ranks of intruders, {most} at most", f"{ranks}", row["tensor"])
 
 
 def _check_coefficients(record: dict[str, Any], outcome: Outcome) -> None:
@@ -169,11 +190,16 @@ def _check_coefficients(record: dict[str, Any], outcome: Outcome) -> None:
         outcome.differ(path, f"coefficients.sha256 {digest.hexdigest()}, of those of its matrices", repr(found))
 
 
+def shards(record: dict[str, Any]) -> list[str]:
+    """List the files of the output's own tensors; below its directory are those of other modules, which are copied."""
+    return [f["file"] for f in record["files"] if f["file"].endswith(".safetensors") and "/" not in f["file"]]
+
+
 def check_stamps(record: dict[str, Any], outcome: Outcome) -> None:
     """Compare the record with what the metadata of each of its safetensors files says of how it was made; missing files are passed over."""
     from safetensors import SafetensorError
 
-    for path in (outcome.output / f["file"] for f in record["files"] if f["file"].endswith(".safetensors")):
+    for path in (outcome.output / name for name in shards(record)):
         if not path.is_file() or outcome.differing(path):
             continue
         try:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from streamer.errors import FormatError, MissingInputError, UsageError, VerificationError
 from streamer.events import Event, Monitor
 from streamer.verification.directory import check_files, check_tensors
-from streamer.verification.record import RECORD_NAME, check_digest, check_record, check_stamps, read_record
+from streamer.verification.record import RECORD_NAME, check_digest, check_record, check_stamps, read_record, shards
 from streamer.verification.result import Checked, NotRecomputed, Outcome, Verification
 
 Check = Callable[[dict[str, Any]], Checked]
@@ -134,18 +134,18 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
     check_tensors(record, outcome, base)
     if base is None or adapter is None or outcome.differences:
         return outcome
-    from streamer.verification.configs import ModelConfigCheck, check_adapter_config, check_side_files
+    from streamer.verification.configs import ModelConfigCheck, check_adapter_config
     from streamer.verification.formulas import AdapterFiles
     from streamer.verification.inventory import check_carried, check_rows
     from streamer.verification.matrices import Recomputation
     from streamer.verification.others import AdapterTensors, MergedTensors
+    from streamer.verification.side_files import check_side_files
     from streamer.verification.tensors import TensorFiles
 
     assert inputs is not None
     check_rows(record["matrices"], adapter, base, path / RECORD_NAME, outcome)
     carried = check_carried(record, adapter, base, outcome)
-    unknown = check_side_files(record, *inputs, outcome)
-    outcome.not_compared += [{"tensor": name, "reason": "a file that neither input has"} for name in unknown]
+    check_side_files(record, inputs[0], adapter, outcome)
     others: AdapterTensors | MergedTensors
     files: TensorFiles | AdapterFiles
     if outcome.kind == "adapter":
@@ -153,8 +153,7 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
         check_adapter_config(record, adapter, files, outcome)
         others = AdapterTensors(outcome, record, base, adapter, files)
     else:
-        names = [path / f["file"] for f in record["files"] if f["file"].endswith(".safetensors")]
-        files = opened.enter_context(TensorFiles(names, "pt"))
+        files = opened.enter_context(TensorFiles([path / name for name in shards(record)], "pt"))
         source = adapter.directory if adapter.is_model else inputs[0]
         ModelConfigCheck(outcome, record, source, adapter, base, files, carried).check()
         others = MergedTensors(outcome, record, base, adapter, files, carried)
