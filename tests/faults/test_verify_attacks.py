@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from attacks import Output, config, found, record, tensor, together, weights
+from attacks import Attack, Output, config, found, make_right, record, tensor, together, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from verified import Job, edit_record, edit_tensor, lines, make_all_outputs, reseal
+
+import streamer
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 BIAS = "model.layers.0.self_attn.q_proj.bias"
@@ -161,90 +162,70 @@ def test_a_change_with_every_digest_right(job: Job, tmp_path: Path, name: str) -
     assert any(said in line for line in told), told
 
 
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A base whose head is its embedding, and an adapter that trains the head alone: the merged model has both."""
-    home = tmp_path_factory.mktemp("untied")
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(home / "base")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of the tie
-        lora = peft.LoraConfig(r=4, target_modules=["lm_head"])
-        model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(home / "base"), lora)
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(home / "adapter", save_embedding_layers=False)
-    return make_all_outputs(home / "base", home / "adapter", home)
+def first_row(**values: Any) -> Attack:
+    return record(lambda tree: tree["matrices"][0].update(values))
 
 
-UNTIED = {
-    "the head": (tensor(HEAD, lambda t: t[3].mul_(1.01)), "within one rounding"),
-    "the embedding": (tensor(EMBEDDING, lambda t: t.mul_(1.01)), f"tensor {EMBEDDING!r}: expected the base's bytes"),
-    "tied again": (config("config.json", tie_word_embeddings=True), "config.json: expected tie_word_embeddings false"),
-    "vocab_size": (config("config.json", vocab_size=48), "config.json: expected vocab_size 64"),
-    "the class": (
-        config("config.json", architectures=["LlamaForSequenceClassification"]),
-        "config.json: expected architectures ",
+CONTRADICTIONS = {
+    "an intruder twice": (first_row(intruders=[1, 1]), f"tensor {FIRST!r}: expected rising ranks of intruders"),
+    "a rank below the first": (first_row(intruders=[-1]), f"tensor {FIRST!r}: expected rising ranks of intruders"),
+    "two intruders, and only the first scaled": (
+        together(first_row(intruders=[0, 1]), record(lambda tree: tree.update(scale="first"))),
+        f"tensor {FIRST!r}: expected rising ranks of intruders, 1 at most",
     ),
-}
+    "a method without its detection": (record(lambda tree: tree.update(detection=None)), "expected method, lambda, detection and scale "),
+    "an unknown method": (record(lambda tree: tree.update(method="other")), "expected method, lambda, detection and scale "),
+    "no lambda": (record(lambda tree: tree.update({"lambda": None})), "expected method, lambda, detection and scale "),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", UNTIED)
-def test_a_changed_head_that_was_tied(untied: Job, tmp_path: Path, name: str) -> None:
-    attack, said = UNTIED[name]
-    told = found(untied.copy("model", tmp_path), untied, attack)
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_record_that_contradicts_itself(job: Job, tmp_path: Path, name: str) -> None:
+    attack, said = CONTRADICTIONS[name]
+    output = job.copy("model", tmp_path)
+    attack(output, job)
+    make_right(output)
+    told = lines(output)
     assert any(said in line for line in told), told
 
 
-def untie(output: Output, job: Job) -> None:
-    """Say in the config that the head is no more the embedding."""
-    config("config.json", tie_word_embeddings=False)(output, job)
+def test_an_intruder_beyond_those_that_are_judged(job: Job, tmp_path: Path) -> None:
+    told = found(job.copy("model", tmp_path), job, first_row(intruders=[40]))
+    assert any(
+        f"tensor {FIRST!r}: expected intruders among the first 10 directions, found [40]" in line for line in told
+    ), told
 
 
-def trained_embedding(home: Path, copied: bool, **options: Any) -> Job:
-    """A base whose head is its embedding, with a copy of it if so asked, and an adapter of the embedding."""
-    shape = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=True, **shape)).save_pretrained(home / "base")
-    if copied:
-        tensors = load_file(home / "base" / "model.safetensors")
-        save_file(tensors | {HEAD: tensors[EMBEDDING].clone()}, home / "base" / "model.safetensors", {"format": "pt"})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of the tie
-        model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(home / "base"), peft.LoraConfig(r=4, **options))
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(home / "trained", save_embedding_layers=False)
-    return make_all_outputs(home / "base", home / "trained", home)
+@pytest.mark.parametrize("rank", [2, 0.9])
+def test_factors_of_a_lower_rank_than_was_asked_for(job: Job, tmp_path: Path, rank: float) -> None:
+    output, module = tmp_path / "out", "model.layers.0.self_attn.q_proj"
 
+    def attack(output: Output, job: Job) -> None:
+        tensors, path = load_file(weights(output)), weights(output)
+        a, b = (f"base_model.model.{module}.lora_{letter}.weight" for letter in "AB")
+        B, S, A = torch.linalg.svd(tensors[b] @ tensors[a], full_matrices=False)
+        norm, whole = float(S[0]), float(S.norm())
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata()
+        save_file(tensors | {a: A[:1].contiguous(), b: B[:, :1] * norm}, path, metadata)
+        tree = json.loads((output / "adapter_config.json").read_text())
+        patterns = {key: tree.get(key, {}) | {module: 1} for key in ("rank_pattern", "alpha_pattern")}
+        config("adapter_config.json", **patterns)(output, job)
 
-def test_a_head_that_stays_tied_and_is_said_to_be_none(tmp_path: Path) -> None:
-    """A loader would make one of random values."""
-    job = trained_embedding(tmp_path, False, target_modules=["embed_tokens"], ensure_weight_tying=True)
-    told = found(job.home / "model", job, untie)
-    assert any("config.json: expected tie_word_embeddings true" in line for line in told), told
+        def change(tree: dict[str, Any]) -> None:
+            row = next(row for row in tree["matrices"] if row["tensor"] == ROW)
+            full = whole / (1 - row["dropped"] ** 2) ** 0.5
+            row |= {"delta_norm_after": norm, "dropped": max(0.0, 1 - (norm / full) ** 2) ** 0.5}
 
+        edit_record(output, change)
 
-def test_a_copy_of_the_embedding_that_is_no_more_one(tmp_path: Path) -> None:
-    """A loader that ties them would lose the delta of one of the two."""
-    job = trained_embedding(tmp_path, True, target_modules=["lm_head"])
-    told = found(job.home / "model", job, config("config.json", tie_word_embeddings=True))
-    assert any("config.json: expected tie_word_embeddings false" in line for line in told), told
-
-
-@pytest.mark.parametrize("name", ["lm_head.lora_A.weight", "lm_head.lora_B.weight"])
-def test_the_factors_of_a_tied_head(tmp_path: Path, name: str) -> None:
-    job = trained_embedding(tmp_path, False, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
-    told = found(job.home / "adapter", job, tensor(name, lambda t: t.mul_(1.01)))
-    assert any("tensor 'lm_head': expected the factors of the embedding that it is tied to" in line for line in told), (
-        told
+    streamer.reduce_intruder_dimension(
+        job.base, job.adapter, output, method="shrink", mitigation_lambda=0.5, to_lora=rank
     )
+    told = found(output, job, attack)
+    assert any(
+        f"tensor {ROW!r}: expected {'factors of rank 2' if rank == 2 else '0.9 of the energy'}" in line for line in told
+    ), told
 
 
 def edit_findings(path: Path, tensor: str, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:

@@ -184,7 +184,7 @@ def test_an_output_over_files_that_a_loader_would_read_is_refused(
         (out / name).write_text("{}")
         with pytest.raises(streamer.StreamerError, match=f"{name}: exists and is not ours"):
             write(job.base, job.adapter, out, **shrink)
-        (out / name).rename(out / "notes.txt")
+        (out / name).rename(out / "other.txt")
         write(job.base, job.adapter, out, **shrink)
         assert lines(out, job.base, job.adapter, sample="all") == []
 
