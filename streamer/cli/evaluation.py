@@ -75,7 +75,9 @@ def run_evaluation(
     files = (
         shlex.quote(file or "") for file in (args.general, args.task, args.output, args.findings, args.coefficients)
     )
-    names = Names(shlex.join(args.given), *files)
+    read = {name: getattr(options, name) for name in ("sequences", "length")}
+    reading = (f" --{name} {most}" for name, most in read.items() if most != getattr(EvaluationOptions, name))
+    names = Names(shlex.join(args.given), *files, reading="".join(reading))
     return {**found.to_dict(), "output": str(output), "state": done}, evaluation_table(
         found, names, screen, stood(output, done)
     )

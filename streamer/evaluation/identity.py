@@ -33,9 +33,11 @@ def input_options(facts: Mapping[str, Any]) -> list[str]:
 def differences(mine: Facts, theirs: Facts) -> list[str]:
     """Name what differs between two evaluations whose variants would not be comparable."""
     found = [what for what in ("base", "adapter") if not same_input(mine[what], theirs[what])]
-    found += [
-        f"{text} text" for text in mine["texts"] if mine["texts"][text]["sha256"] != theirs["texts"][text]["sha256"]
-    ]
+    for name, text in mine["texts"].items():
+        other = theirs["texts"][name]
+        if text["sha256"] != other["sha256"]:
+            here, there = (f"{one['sequences']} sequences of {one['length']} tokens" for one in (text, other))
+            found.append(f"{name} text" + (f": {here}, not {there}" if here != there else ""))
     found += [f"--{option}" for option in ("projected", "dtype") if mine[option] != theirs[option]]
     found += ["version of transformers"] if mine["transformers"] != theirs["transformers"] else []
     if mine["detection"] is not None and theirs["detection"] is not None:

@@ -57,6 +57,8 @@ class Names:
         Base and adapter, the two texts, and the file of the evaluation.
     findings, coefficients
         Files of these; empty if they are not known.
+    reading
+        Options that decide how much of the texts is read, with a space before each.
     """
 
     inputs: str = "BASE ADAPTER"
@@ -65,6 +67,7 @@ class Names:
     output: str = "EVALUATION"
     findings: str = ""
     coefficients: str = ""
+    reading: str = ""
 
 
 def table_text(evaluation: Evaluation, suggestion: Suggestion) -> str:
@@ -153,8 +156,11 @@ def _shrink_line(found: ShrinkComparison) -> str:
 def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None = None) -> list[str]:
     """Show the command that makes what is suggested, and at the end what to do next."""
     names, variant, reason = names or Names(), suggestion.variant, suggestion.reason
-    options = "".join(f" {word}" for word in input_options(evaluation.facts))
-    evaluate = f"streamer evaluate {names.inputs} --general {{}} --task {{}} -o {{}}{options}"
+    facts = evaluation.facts
+    options = names.reading + (f" --dtype {facts['dtype']}" if facts["dtype"] != "float32" else "")
+    options += "".join(f" {word}" for word in input_options(facts))
+    projected = " --projected" if facts["projected"] else ""
+    evaluate = f"streamer evaluate {names.inputs} --general {{}} --task {{}} -o {{}}{options}{projected}"
     if suggestion.swapped:
         return [f"next: {evaluate.format(names.task, names.general, 'OTHER')}"]
     if reason == "not learned":

@@ -101,10 +101,12 @@ def test_a_lambda_joins_a_file_that_stands(server: Server, home: Path, tmp_path:
     assert [v["name"] for v in tree["variants"][2:4]] == ["paper 0.62", "project 0.62"]
     assert tree["detection"]["top_k"] == 4
     stands = output.read_bytes()
+    fewer, more = (f"{count} sequences of 8 tokens, not 24 sequences of 8 tokens" for count in (4, 64))
     for options, texts, differs in (
         (["--findings", home / "f.safetensors", "--scale", "first"], {}, "--scale"),
         (["--projected"], {}, "--projected, --top-k"),
-        (["--method", "shrink"], {"task": home / "all.npy"}, "task text"),
+        (["--method", "shrink"], {"task": home / "all.npy"}, f"task text: {more}"),
+        (["--sequences", "4"], {}, f"general text: {fewer}, task text: {fewer}, --top-k"),
     ):
         done = run(server, home, output, *options, **texts)
         assert (done.code, output.read_bytes()) == (4, stands)
@@ -115,7 +117,7 @@ def test_a_lambda_joins_a_file_that_stands(server: Server, home: Path, tmp_path:
 
 def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Path) -> None:
     swapped = {"general": home / "task.npy", "task": home / "general.npy"}
-    done = run(server, home, tmp_path / "e.json", "--method", "shrink", **swapped)
+    done = run(server, home, tmp_path / "e.json", "--method", "shrink", "--length", "11", **swapped)
     assert done.code == 0
     (line,) = done.err.splitlines()
     assert line.startswith("streamer: warning: the adapter's loss on the task's text is above the base's, by ")
@@ -132,6 +134,7 @@ def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Pat
         "--task",
         f"{home / 'task.npy'}",
     ]
+    assert words[7:] == ["-o", "OTHER", "--length", "11"]  # as much of the texts
     tree = json.loads((tmp_path / "e.json").read_text())
     assert (tree["suggestion"]["swapped"], tree["suggestion"]["name"]) == (True, None)
 
