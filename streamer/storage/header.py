@@ -207,11 +207,12 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
 def check_length(n: int, file_bytes: int, where: str, head: Callable[[], bytes]) -> None:
     """Raise `FormatError` where a header of N bytes is too long for the format or the file; `head` gives the file's first bytes."""
     if n > MAX_HEADER_BYTES or 8 + n > file_bytes:
-        hint = _guess_content(head())
+        if other := _guess_content(head()):
+            raise FormatError(f"{where}: expected a safetensors file, found {other}")
         stated, found = format_sizes(n, file_bytes)
         raise FormatError(
             f"{where}: not a safetensors file, or truncated: its length field says {stated} of header, "
-            f"the file has {found}{hint}; get it again"
+            f"the file has {found}; get it again"
         )
 
 
@@ -233,13 +234,15 @@ def read_header(fd: int, where: str) -> Header:
 
 
 def _guess_content(head: bytes) -> str:
-    """Guess from a file's first bytes what was downloaded in a shard's place."""
+    """Guess from a file's first bytes what was given or downloaded in place of a safetensors file, and say what to do."""
     if head.startswith(b"version https://git-lfs"):
-        return " (a Git LFS pointer: run `git lfs pull`)"
+        return "a Git LFS pointer: run `git lfs pull`"
     if head.lstrip()[:1] == b"<":
-        return " (a web page)"
+        return "a web page; get it again"
+    if head.lstrip()[:1] in (b"{", b"["):
+        return "JSON; check the path"
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return " (a pickle: convert it to safetensors)"
+        return "a pickle: convert it to safetensors"
     return ""
 
 

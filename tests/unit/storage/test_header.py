@@ -159,6 +159,7 @@ def test_a_length_over_the_limit_is_not_read(tmp_path: Path) -> None:
         ),
         (b"<!DOCTYPE html><html><body>401</body></html>", "a web page"),
         (b"\n  <?xml version='1.0'?><Error/>", "a web page"),
+        (b'{\n "schema": "streamer.evaluation/1"}', "JSON; check the path"),
         (b"PK\x03\x04" + bytes(60), "a pickle: convert it to safetensors"),
         (b"\x80\x02}q\x00(X\x01\x00\x00\x00a" + bytes(60), "a pickle: convert it to safetensors"),
     ],
@@ -166,7 +167,7 @@ def test_a_length_over_the_limit_is_not_read(tmp_path: Path) -> None:
 def test_what_stands_where_a_shard_should_be(tmp_path: Path, content: bytes, hint: str) -> None:
     with pytest.raises(FormatError) as caught:
         read(tmp_path / "model.safetensors", content)
-    assert f"({hint})" in str(caught.value)
+    assert f": expected a safetensors file, found {hint}" in str(caught.value)
 
 
 def test_short_reads_are_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
