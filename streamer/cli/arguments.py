@@ -45,7 +45,10 @@ class Parser(argparse.ArgumentParser):
             name = arg.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
                 self.error(f"unknown option {quoted(name)}{_closest(name, self._option_string_actions)}")
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        if rest and self._subparsers is None:
+            self.error(f"{'unknown option' if rest[0].startswith('-') else 'unexpected argument'} {quoted(rest[0])}")
+        return found, rest
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -76,6 +79,14 @@ def number(text: str) -> float:
 def numbers(text: str) -> Sequence[float]:
     """Read numbers between commas."""
     return tuple(number(part) for part in text.split(","))
+
+
+def integer(text: str) -> int:
+    """Read a whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {quoted(text)}") from None
 
 
 def top_k(text: str, expected: str = "a count like 10 or a share like 0.1") -> int | float:

@@ -76,7 +76,7 @@ def demo_table(result: dict[str, Any], screen: Screen = NO_LIMIT) -> str:
     counts = {
         "planted": "intruders that the generated adapter brings into this matrix",
         "found": f"intruders among the {top_k} largest directions, by `streamer detect`",
-        "gone": f"no longer found in the adapter that `streamer mitigate --lambda {strength:g}` wrote",
+        "gone": f"no longer found in the adapter that `streamer mitigate --method project --lambda {strength:g}` wrote",
     }
     columns = [
         Column("matrix", [r["tensor"] for r in rows], left=True, names=True, foot=f"all {t['matrices']} matrices")

@@ -34,7 +34,7 @@ def _held(tree: Mapping[str, Any]) -> str:
         scaled = "" if alone else f"{counted(totals['intruders'], 'intruder')} scaled, "
         merged = f"{counted(totals['matrices'], 'matrix')} merged, " if tree["command"] == "merge" else ""
         return (
-            f"{merged}{totals['changed']} of {totals['matrices']} mitigated, {scaled}"
+            f"{merged}{totals['changed']} of {counted(totals['matrices'], 'matrix')} mitigated, {scaled}"
             f"{counted(len(tree['files']), 'file')}, {format_size(totals['bytes'])}"
         )
     if schema == "streamer.verification":

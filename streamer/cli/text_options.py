@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from streamer.cli.arguments import number, numbers
+from streamer.cli.arguments import integer, number, numbers
 from streamer.cli.cores import available_cores
 
 
@@ -17,10 +17,10 @@ def add_texts(sub: argparse.ArgumentParser) -> None:
         "--task", required=True, metavar="TEXT", help="text of what ADAPTER was trained for, held out of training"
     )
     sub.add_argument(
-        "--sequences", type=int, default=64, metavar="N", help="sequences of each text, at most (default: 64)"
+        "--sequences", type=integer, default=64, metavar="N", help="sequences of each text, at most (default: 64)"
     )
     sub.add_argument(
-        "--length", type=int, default=512, metavar="N", help="tokens of a sequence, at most (default: 512)"
+        "--length", type=integer, default=512, metavar="N", help="tokens of a sequence, at most (default: 512)"
     )
     sub.add_argument("--dtype", choices=["float32", "bf16"], default="float32",
                      help="bf16 multiplies the base's weights faster, on a processor made for it (default: float32)")  # fmt: skip
@@ -30,7 +30,7 @@ def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
     """Add the number of threads; `more` is said of it at the end."""
     cores = available_cores()
     default = f"OMP_NUM_THREADS, or one for each core of this process, {cores} here"
-    group.add_argument("--threads", type=int, metavar="N", help=f"CPU threads (default: {default}{more})")
+    group.add_argument("--threads", type=integer, metavar="N", help=f"CPU threads (default: {default}{more})")
 
 
 def add_fit(sub: argparse.ArgumentParser) -> None:
@@ -44,6 +44,6 @@ def add_fit(sub: argparse.ArgumentParser) -> None:
                      help="a coefficient for each direction, for each matrix, or one for all: a shrink (default: direction)")  # fmt: skip
     sub.add_argument("--holdout", type=number, default=0.25, metavar="SHARE",
                      help="share of each text's sequences that is held apart, to choose by and to measure on (default: 0.25)")  # fmt: skip
-    sub.add_argument("--steps", type=int, metavar="N",
+    sub.add_argument("--steps", type=integer, metavar="N",
                      help="points at which gradients are taken (default: two for each share, 3 at least)")  # fmt: skip
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="decides which those are (default: 0)")
+    sub.add_argument("--seed", type=integer, default=0, metavar="N", help="decides which those are (default: 0)")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from streamer.cli.arguments import integer
+
 
 def add_workers(sub: argparse.ArgumentParser) -> None:
     """Add the workers of this machine, those of an engine, and the part of a job array."""
     g = sub.add_argument_group("workers (docs/workers.md)")
-    g.add_argument("--workers", type=int, metavar="N",
+    g.add_argument("--workers", type=integer, metavar="N",
                    help="detect in N processes, which share the cores and --max-memory (default: in this one)")  # fmt: skip
     g.add_argument("--executor", metavar="ENGINE:ADDRESS",
                    help="detect on the workers of a cluster: dask:HOST:PORT, dask:FILE.json of its scheduler, ray:auto, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,8 +48,9 @@ class DetectionOptions:
         good = not isinstance(k, bool) and ((isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k <= 1))
         if not good:
             raise UsageError(f"top_k: expected a count from 1, or a share in (0, 1] with a decimal point, found {k!r}")
-        if not 0 < self.threshold_epsilon <= 1:
-            raise UsageError(f"threshold_epsilon: expected a number in (0, 1], found {self.threshold_epsilon!r}")
+        epsilon = self.threshold_epsilon
+        if isinstance(epsilon, bool) or not isinstance(epsilon, Real) or not 0 < epsilon <= 1:
+            raise UsageError(f"threshold_epsilon: expected a number in (0, 1], found {epsilon!r}")
         if self.solver not in ("auto", *SOLVERS):
             raise UsageError(f"solver: expected one of auto, {', '.join(SOLVERS)}, found {self.solver!r}")
         memory = self.max_memory

@@ -75,7 +75,9 @@ def test_lambda_is_finite(job: tuple[Path, Path], tmp_path: Path, command: str, 
         ),
         (["merge", "b", "a", "-o", "x", "--method", "paperr"], "shrink, fitted, found 'paperr'; did you mean paper?"),
         (["detect", "b", "a", "-o", "x", "--lambda", "1"], "unknown option '--lambda'; see `streamer detect --help`"),
-        (["demo", "more"], "unrecognized arguments: more; see `streamer --help`"),
+        (["demo", "more"], "streamer: unexpected argument 'more'; see `streamer demo --help`"),
+        (["merge", "b", "a", "-m", "paper", "-o", "x"], "streamer: unknown option '-m'; see `streamer merge --help`"),
+        (["detect", "b", "a", "-o", "x", "--threads", "two"], "--threads: expected a whole number, found 'two'; see"),
     ],
 )
 def test_usage(argv: list[str], words: str) -> None:

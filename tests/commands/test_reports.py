@@ -160,7 +160,7 @@ def test_a_shrunk_adapter_has_no_intruders_to_count(job: tuple[Path, Path], tmp_
         assert done.code == 0, done.err
         assert "scaled" not in done.out + done.last
         assert "9 of 9 matrices mitigated, each as a whole" in done.out or adapter == several
-        assert "18 matrices merged, 18 of 18 mitigated, 16 files" in done.last or adapter != several
+        assert "18 matrices merged, 18 of 18 matrices mitigated, 16 files" in done.last or adapter != several
 
 
 def test_quiet_leaves_warnings_and_twice_says_nothing(job: tuple[Path, Path], tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def test_top_k_as_a_count_or_a_share() -> None:
         (lambda: DetectionOptions(top_k=True), "top_k"),
         (lambda: DetectionOptions(threshold_epsilon=0), r"threshold_epsilon: expected a number in \(0, 1\]"),
         (lambda: DetectionOptions(threshold_epsilon=float("nan")), "threshold_epsilon"),
+        (lambda: DetectionOptions(threshold_epsilon="0.5"), r"threshold_epsilon: expected a number in .*, found '0.5'"),
         (lambda: DetectionOptions(solver="magic"), "solver: expected one of auto, certified, dense"),
         (lambda: MitigationOptions(0.5, "papre"), "method: expected one of paper, project, shrink"),
         (lambda: MitigationOptions(0.5, "paper", "some"), "scale: expected one of all, first"),
