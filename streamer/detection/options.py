@@ -13,7 +13,6 @@ from streamer.detection.findings_records import OptionsRecord
 from streamer.detection.solvers import SOLVERS
 from streamer.errors import UsageError
 from streamer.events import Monitor
-from streamer.plan.memory import PROCESS_BYTES
 from streamer.storage.tensor_file import IOMode
 
 if TYPE_CHECKING:
@@ -53,12 +52,7 @@ class DetectionOptions:
             raise UsageError(f"threshold_epsilon: expected a number in (0, 1], found {epsilon!r}")
         if self.solver not in ("auto", *SOLVERS):
             raise UsageError(f"solver: expected one of auto, {', '.join(SOLVERS)}, found {self.solver!r}")
-        memory = self.max_memory
-        check_size(memory)
-        if memory is not None and memory <= PROCESS_BYTES:
-            raise UsageError(
-                f"max_memory: expected more than the {PROCESS_BYTES >> 20}M of Python and torch, found {memory >> 20}M"
-            )
+        check_size(self.max_memory)
 
     def directions(self, shape: tuple[int, int]) -> int:
         """Count the directions that are judged in a matrix of this shape: at least one, at most min(m, n)."""

@@ -86,7 +86,7 @@ def test_memory_is_given_as_in_the_shell(job: tuple[Path, Path]) -> None:
     ("given", "words"),
     [
         ("much", "max_memory: expected a size like 600M or 4G, found 'much'"),
-        ("100M", f"max_memory: expected more than the {PROCESS_MIB}M of Python and torch, found 100M"),
+        ("100M", "max_memory: 100M is not enough for tensor "),
         (4e9, "max_memory: expected a whole number of bytes, found 4000000000.0"),
         (True, "max_memory: expected a whole number of bytes, found True"),
         (f"{PROCESS_MIB + 1}M", f"max_memory: {PROCESS_MIB + 1}M is not enough for tensor "),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import helpers
@@ -85,6 +86,14 @@ def test_no_intruders_at_all(tmp_path: Path) -> None:
     before, after = ((path / name).read_bytes() for path in (adapter, tmp_path / "out"))
     data = sum(4 * t.numel() for t in (A, B))
     assert after[-data:] == before[-data:]
+
+
+def test_findings_made_with_less_memory_than_this_build_of_torch_takes_are_read(
+    made: tuple[Path, Path, Path, Findings], tmp_path: Path
+) -> None:
+    small = replace(made[3], options=replace(made[3].options, max_memory=1 << 20))
+    small.save(tmp_path / "f.safetensors")
+    assert load_findings(tmp_path / "f.safetensors").options.max_memory == 1 << 20
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
