@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
 
@@ -83,7 +83,7 @@ class MergedTensors:
             raise NotRecomputed("a matrix of the record may be built from it")
         elif name in self.base and self.files.stored(name) == self.base.stored(name):
             self._differ(name, "the base's bytes")
-        elif not self.record["dequantize"]:
+        elif (name in self.base and self.base.stored(name).dtype in FLOATS) or not self._is_decoded(name):
             self._differ(name, "a tensor of the base, or one that the adapter brings")
         elif name in self.base and self.base.stored(name).dtype == FP8:
             W0 = open_matrix(self.base, name, self.base.stored(name).shape, False)  # type: ignore[arg-type]
@@ -149,9 +149,20 @@ class MergedTensors:
             if not stale and not any(same_bytes(self.base, name, self.base, other) for other in mine):
                 self._differ(name, "the base's tensor, which is no copy of another", "none")
             return
-        if self.record["dequantize"]:
+        if self._is_decoded(name):
             raise NotRecomputed("it belongs to quantized values")
         self._differ(name, "the base's tensor", "none")
+
+    def _is_decoded(self, name: str) -> bool:
+        """Test whether the base holds quantized values in this tensor's module, which a merge with ``--dequantize`` decodes."""
+        home = name.rpartition(".")[0]
+        return bool(self.record["dequantize"]) and home in self._quantized
+
+    @cached_property
+    def _quantized(self) -> frozenset[str]:
+        """Collect the base's tensors of codes, and the modules that hold them."""
+        codes = [name for name in self.base.all_names if self.base.stored(name).dtype not in FLOATS]
+        return frozenset((*codes, *(name.rpartition(".")[0] for name in codes)))
 
     def _check_rounding(self, name: str, written: Array, exact: Array, slack: Array | float = 0.0) -> None:
         """Compare values with exact ones within one rounding to the written dtype and what computing them in less precision adds."""

@@ -66,6 +66,19 @@ def bases_weights(output: Output, job: Job) -> None:
     save_file(base, weights(output), metadata)
 
 
+def retyped(name: str, dtype: torch.dtype | None) -> Attack:
+    """Write other values of another dtype in a tensor's place, or nothing."""
+
+    def attack(output: Output, job: Job) -> None:
+        tensors = load_file(weights(output))
+        with safe_open(weights(output), "pt") as f:
+            metadata = f.metadata()
+        old = tensors.pop(name)
+        save_file(tensors if dtype is None else {**tensors, name: 2 * old.to(dtype)}, weights(output), metadata)
+
+    return attack
+
+
 def undecided(output: Output, job: Job) -> None:
     """Say that no decision is certified and that there is no intruder, and write ``W0 + Δ`` unmitigated."""
     import streamer
@@ -139,6 +152,16 @@ ATTACKS = {
                            "config.json: expected tie_word_embeddings false"),
     "a key that is not the base's": ("model", config("config.json", attention_multiplier=2.0),
                                      "config.json: expected attention_multiplier "),
+    "a norm of another dtype, as if it had been quantized": (
+        "model",
+        together(record(lambda tree: tree.update(dequantize=True)), retyped("model.layers.1.input_layernorm.weight", torch.float32)),
+        "tensor 'model.layers.1.input_layernorm.weight': expected a tensor of the base",
+    ),
+    "a norm taken out, as if it had been quantized": (
+        "model",
+        together(record(lambda tree: tree.update(dequantize=True)), retyped("model.layers.1.input_layernorm.weight", None)),
+        "tensor 'model.layers.1.input_layernorm.weight': expected the base's tensor, found none",
+    ),
     "generation_config.json": ("model", config("generation_config.json", bos_token_id=9), "generation_config.json: expected "),
     "use_dora": ("adapter", config("adapter_config.json", use_dora=True), "adapter_config.json: expected use_dora false"),
     "fan_in_fan_out": ("adapter", config("adapter_config.json", fan_in_fan_out=True), "adapter_config.json: expected fan_in_fan_out "),
