@@ -14,16 +14,7 @@ LoraBLayout = Literal["rank_major", "grouped_by_expert"]
 
 @dataclass(frozen=True)
 class Stated:
-    """Facts of the adapters of a run.
-
-    Attributes
-    ----------
-    base_is_residual
-        Whether the base is what an initialisation such as PiSSA's left of the model.
-    lora_b_layout
-        Order of the columns of lora_B on stacked experts, for adapters whose config does not state it.
-    ignore_keys
-        Keys of ``adapter_config.json`` that are not known, and that the user says have no effect.
+    """Facts of the adapters of a run: keywords of `api.detect_intruder_dimensions`, which explains them.
 
     Raises
     ------

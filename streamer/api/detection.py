@@ -64,44 +64,37 @@ def detect_intruder_dimensions(
         Findings file to write as detection goes; a killed run resumes from the journal beside it. None keeps the findings in
         memory. Of several adapters a directory, where ``NAME.safetensors`` is written for the adapter in ``…/NAME``.
     top_k
-        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
-        in (0, 1].
+        Leading singular directions of each matrix that are judged: a count from 1, or a share of min(rows, columns), a float in (0, 1].
     threshold_epsilon
-        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
-        in (0, 1].
+        An intruder is a direction whose similarity, its largest |cosine| to a left singular vector of the base, is below this, in (0, 1].
     solver
         ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
         SVD; ``auto``: the cheaper one for each matrix.
     max_memory
-        Anonymous memory of Python, torch and streamer (200M of it, or 350M with a GPU's torch, before any matrix), without data that
-        your program holds, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
-        is needed. Under a budget large matrices are multiplied as they are stored, and what only a full SVD could settle stays
-        open. One that is too small is refused, with the smallest that would do.
+        Anonymous memory of Python, torch and streamer (200M, or 350M with a GPU's torch, before any matrix), without your program's data,
+        in bytes or as a size like ``"4G"`` (powers of 1024); None takes what is needed. Under a budget large matrices are multiplied as
+        they are stored, and what only a full SVD could settle stays open. Too small a one is refused.
     device
         ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
     io
         How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
     base_is_residual
-        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
-        these kinds are refused without it.
+        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model; their adapters are refused without it.
     lora_b_layout
-        Order of the columns of ``lora_B`` on stacked experts, where the adapter's config does not state it: ``rank_major``, PEFT's, or
-        ``grouped_by_expert``, Unsloth's until September 2026.
+        Order of ``lora_B``'s columns on stacked experts, if not in the config: ``rank_major`` (PEFT) or ``grouped_by_expert`` (older
+        Unsloth).
     ignore_keys
         Keys of ``adapter_config.json`` that are not known and have no effect, as you say: they are refused otherwise.
     architecture
-        Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
-        known; the output's record names it.
+        Class of the base in transformers, like ``"GPT2LMHeadModel"``, if its ``config.json`` is missing or names one that is not known.
     remote
-        Of names on the hub and addresses: ``cache`` downloads what is needed first, ``stream`` reads by ranges and keeps nothing; None:
-        the first from the hub, else the second.
+        For inputs at addresses: ``cache`` downloads them first, ``stream`` reads ranges; None: ``cache`` from the hub, else ``stream``.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
         Whether to replace what stands at `output`: findings or an interrupted run of other inputs or options, and nothing else.
     on_event
-        Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
-        `warnings` module, as `StreamerWarning`.
+        Called with an `Event` at each step, warnings included. Without it and `monitor`, Python warns, with `StreamerWarning`.
     monitor
         In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
     progress
@@ -121,9 +114,8 @@ def detect_intruder_dimensions(
     Raises
     ------
     StreamerError
-        Of the class that says what kind of fault it is, with a message of one line (see `streamer.errors`). Some are Python's own
-        kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
-        inputs, `FileExistsError` for an output that may not be replaced.
+        Its class says what kind of fault it is (see `streamer.errors`), and may be one of Python's: `ValueError` for options and inputs,
+        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that may not be replaced.
     """
     options = detection_options(top_k, threshold_epsilon, solver, max_memory)
     with monitoring(on_event, monitor, progress) as watcher:

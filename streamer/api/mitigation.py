@@ -82,25 +82,21 @@ def reduce_intruder_dimension(
         written for them. No SVD of a weight is done then. They must be of the same base, adapter, `top_k` and `threshold_epsilon`.
         None detects first, into a findings file in the output.
     top_k
-        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
-        in (0, 1].
+        Leading singular directions of each matrix that are judged: a count from 1, or a share of min(rows, columns), a float in (0, 1].
     threshold_epsilon
-        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
-        in (0, 1].
+        An intruder is a direction whose similarity, its largest |cosine| to a left singular vector of the base, is below this, in (0, 1].
     mitigation_lambda
         Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, and no λ if there are `coefficients`.
     amplify
         Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
     method
-        ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put
-        there, ``Δ' = (I − (1 − λ) U Uᵀ) Δ``; ``shrink`` the whole adapter, ``Δ' = λ Δ``, without detection; ``fitted`` each singular
-        direction of the adapter's own Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``, without detection and without λ. None is
-        ``fitted`` where there are coefficients, else ``paper``.
+        ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put there,
+        ``Δ' = (I − (1 − λ) U Uᵀ) Δ``. Without detection ``shrink`` scales the whole adapter, ``Δ' = λ Δ``, and ``fitted`` each singular
+        direction of Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``. None is ``fitted`` where there are coefficients, else ``paper``.
     scale
         ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
     coefficients
-        From `fit_coefficients`, or the path of their file: of the method ``fitted``, for the base and the adapter that they were
-        fitted to.
+        From `fit_coefficients`, or the path of their file, for the method ``fitted``: fitted to this base and adapter.
     keep
         Which coefficients, where there are several sets: those that keep this share of what the adapter learned.
     to_lora
@@ -114,36 +110,31 @@ def reduce_intruder_dimension(
         ``certified``: block Krylov with proven bounds, and the dense solver where these settle nothing; ``dense``: LAPACK's full
         SVD; ``auto``: the cheaper one for each matrix.
     max_memory
-        Anonymous memory of Python, torch and streamer (200M of it, or 350M with a GPU's torch, before any matrix), without data that
-        your program holds, in bytes or as a size like ``"600M"`` or ``"4G"`` (powers of 1024); None takes what
-        is needed. Under a budget large matrices are multiplied as they are stored, and what only a full SVD could settle stays
-        open. One that is too small is refused, with the smallest that would do.
+        Anonymous memory of Python, torch and streamer (200M, or 350M with a GPU's torch, before any matrix), without your program's data,
+        in bytes or as a size like ``"4G"`` (powers of 1024); None takes what is needed. Under a budget large matrices are multiplied as
+        they are stored, and what only a full SVD could settle stays open. Too small a one is refused.
     device
         ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
     io
         How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
     base_is_residual
-        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model when the adapter was initialised. Adapters of
-        these kinds are refused without it.
+        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model; their adapters are refused without it.
     lora_b_layout
-        Order of the columns of ``lora_B`` on stacked experts, where the adapter's config does not state it: ``rank_major``, PEFT's, or
-        ``grouped_by_expert``, Unsloth's until September 2026.
+        Order of ``lora_B``'s columns on stacked experts, if not in the config: ``rank_major`` (PEFT) or ``grouped_by_expert`` (older
+        Unsloth).
     ignore_keys
         Keys of ``adapter_config.json`` that are not known and have no effect, as you say: they are refused otherwise.
     architecture
-        Class of the base in transformers, like ``"GPT2LMHeadModel"``, where its ``config.json`` is missing or names one that is not
-        known; the output's record names it.
+        Class of the base in transformers, like ``"GPT2LMHeadModel"``, if its ``config.json`` is missing or names one that is not known.
     remote
-        Of names on the hub and addresses: ``cache`` downloads what is needed first, ``stream`` reads by ranges and keeps nothing; None:
-        the first from the hub, else the second.
+        For inputs at addresses: ``cache`` downloads them first, ``stream`` reads ranges; None: ``cache`` from the hub, else ``stream``.
     resume
         Whether to take up an interrupted run with the same inputs and options; False starts it over.
     overwrite
         Whether to replace an output or an interrupted run of other inputs or options, or to write into a directory of other files.
         Files that are not the output's own are never replaced.
     on_event
-        Called with an `Event` at each step, warnings included. Where neither this nor `monitor` is given, warnings go through the
-        `warnings` module, as `StreamerWarning`.
+        Called with an `Event` at each step, warnings included. Without it and `monitor`, Python warns, with `StreamerWarning`.
     monitor
         In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
     progress
@@ -158,9 +149,8 @@ def reduce_intruder_dimension(
     Raises
     ------
     StreamerError
-        Of the class that says what kind of fault it is, with a message of one line (see `streamer.errors`). Some are Python's own
-        kinds as well: `ValueError` for options, broken files and inputs that do not belong together, `FileNotFoundError` for missing
-        inputs, `FileExistsError` for an output that may not be replaced.
+        Its class says what kind of fault it is (see `streamer.errors`), and may be one of Python's: `ValueError` for options and inputs,
+        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that may not be replaced.
     """
     mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
     detection = detection_options(top_k, threshold_epsilon, solver, max_memory)

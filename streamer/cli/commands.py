@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from streamer.cli.layout import Screen, screen
 from streamer.cli.threads import choose_threads
@@ -17,12 +17,15 @@ from streamer.events import Monitor
 
 if TYPE_CHECKING:
     from streamer.adapters.stated import Stated
+    from streamer.cli.json_report import PlanRecord
     from streamer.detection.findings import Findings
+    from streamer.detection.findings_records import FindingsRecord
     from streamer.detection.options import DetectionOptions, RunOptions
     from streamer.output.output_spec import Writer
+    from streamer.plan.sources import BaseSource
 
 
-Result = tuple[dict[str, Any], str]
+Result = tuple[Mapping[str, Any], str]
 """The object that `--json` prints, and the text for people."""
 
 
@@ -45,9 +48,9 @@ def _inspect(args: argparse.Namespace, monitor: Monitor) -> Result:
     with_architecture(read_model_config(base.directory), args.architecture)
     monitor.warn(base.warnings)
     files = [(name, [(t.dtype, t.nbytes) for t in f.header.tensors]) for name, f in base.files.items()]
-    tree = {"schema": "streamer.plan/1", "base": base.identity(), "warnings": list(base.warnings),
+    part: PlanRecord = {"schema": "streamer.plan/1", "base": cast("BaseSource", base.identity()), "warnings": list(base.warnings),
             "totals": {"tensors": len(base.weight_map), "base_bytes": base.data_bytes}}  # fmt: skip
-    return tree, dtype_table(files, _screen(args))
+    return part, dtype_table(files, _screen(args))
 
 
 def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
@@ -69,8 +72,8 @@ def _detect(args: argparse.Namespace, monitor: Monitor) -> Result:
     made = detect_many(args.base, adapters, args.output, options, run, part)
     for name, found in made.items():
         path = findings_of(args.output, name) if part is None else part.path(findings_of(args.output, name))
-        tree = {**found.record(), "output": str(path), "state": monitor.outputs[path]}
-        parts[name] = tree, findings_table(found, shown, path, monitor.outputs[path])
+        record: FindingsRecord = {**found.record(), "output": str(path), "state": monitor.outputs[path]}
+        parts[name] = record, findings_table(found, shown, path, monitor.outputs[path])
         shown = replace(shown, legend=False)  # one legend is enough
     tree, text = _each(parts, args.output, _screen(args))
     if part is not None:
@@ -107,9 +110,7 @@ def _dry_detect(
         None
         if state == "done"
         else on_workers(
-            forecast_detection(plan, options, run.device, resident, size, run.monitor),
-            args.workers,
-            resident,
+            forecast_detection(plan, options, run.device, resident, size, run.monitor), args.workers, resident
         )
         for plan, (state, size) in zip(batch.plans, states, strict=True)
     ]

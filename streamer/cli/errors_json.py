@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Final
 
-SCHEMA = "streamer.error/1"
+if TYPE_CHECKING:
+    from streamer.cli.event_records import ErrorEntry, ErrorsRecord
+
+SCHEMA: Final = "streamer.error/1"
 
 
 def error_entry(
     kind: str, exit_code: int, message: str, path: str | None = None, given: Collection[str] = ()
-) -> dict[str, Any]:
+) -> ErrorEntry:
     """Describe one error.
 
     Parameters
@@ -29,7 +32,7 @@ def error_entry(
     return {"kind": kind, "exit_code": exit_code, "message": message, "path": where}
 
 
-def errors_object(errors: list[dict[str, Any]]) -> dict[str, Any]:
+def errors_object(errors: list[ErrorEntry]) -> ErrorsRecord:
     """Put errors into the object that `--json` prints."""
     return {"schema": SCHEMA, "errors": errors}
 

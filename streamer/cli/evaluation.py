@@ -6,6 +6,8 @@ import argparse
 import json
 import shlex
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ VALUE_BYTES, VARIANT_BYTES = 26, 1600
 
 def run_evaluation(
     args: argparse.Namespace, detection: DetectionOptions, run: RunOptions, screen: Screen
-) -> tuple[dict[str, Any], str]:
+) -> tuple[Mapping[str, Any], str]:
     """Evaluate, or forecast it, and return the object and the text that are printed."""
     options = EvaluationOptions(
         tuple(args.methods),
@@ -77,7 +79,7 @@ def run_evaluation(
     )
     read = {name: getattr(options, name) for name in ("sequences", "length")}
     reading = (f" --{name} {most}" for name, most in read.items() if most != getattr(EvaluationOptions, name))
-    names = Names(shlex.join(args.given), *files, reading="".join(reading))
+    names = replace(Names(shlex.join(args.given), *files), reading="".join(reading))
     return {**found.to_dict(), "output": str(output), "state": done}, evaluation_table(
         found, names, screen, stood(output, done)
     )

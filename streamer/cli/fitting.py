@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from streamer.cli.evaluation import pass_seconds, products_pace
 from streamer.cli.fitting_table import fitting_table
@@ -20,9 +21,8 @@ from streamer.fitting.costs import GRADIENT, expected_costs
 from streamer.fitting.options import FitOptions
 from streamer.fitting.prepare import PreparedFit, prepare_fit
 from streamer.fitting.records import inspect
+from streamer.fitting.result import FitRecord
 from streamer.fitting.run import fit
-
-SCHEMA = "streamer.fit/1"
 
 SET_BYTES, TENSOR_BYTES = 2500, 120
 """Bytes of the figures of a set of coefficients in the file, at most, and of an array's entry in its header beside the matrix' name."""
@@ -31,7 +31,7 @@ RECORD_BYTES, PASS_BYTES = 300, 4000
 """Bytes of a record of the journal beside its gradient, and of the sums of a pass, about."""
 
 
-def run_fit(args: argparse.Namespace, run: RunOptions, screen: Screen) -> tuple[dict[str, Any], str]:
+def run_fit(args: argparse.Namespace, run: RunOptions, screen: Screen) -> tuple[Mapping[str, Any], str]:
     """Fit, or forecast it, and return the object and the text that are printed."""
     options = FitOptions(args.keeps, args.objective, args.grain, args.holdout, args.sequences, args.length, args.seed,
                          args.steps, args.dtype)  # fmt: skip
@@ -49,8 +49,8 @@ def run_fit(args: argparse.Namespace, run: RunOptions, screen: Screen) -> tuple[
     found = fit(prepared, output)
     done = run.monitor.outputs[output]
     text = fitting_table(found.facts, args.given, args.output, screen)
-    tree = {"schema": SCHEMA, **found.facts, "output": str(output), "state": done}
-    return tree, f"{text}\n{stood(output, done)}"
+    tree = {"schema": "streamer.fit/1", **found.facts, "output": str(output), "state": done}
+    return cast(FitRecord, tree), f"{text}\n{stood(output, done)}"
 
 
 def forecast_fit(prepared: PreparedFit) -> Forecast:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 
@@ -16,6 +17,7 @@ from streamer.detection.memory import best_way, detection_bytes, float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
+from streamer.json_types import Amount, Count, Keywords
 from streamer.linalg.operators import Delta
 from streamer.linalg.svd import OVERSAMPLING
 from streamer.output.adapter_writer import AdapterWriter
@@ -43,38 +45,27 @@ NORMS = 2
 class Forecast:
     """Forecast of one command, from its beginning.
 
-    Attributes
-    ----------
-    peak_memory_bytes
-        Anonymous memory of the whole process at its peak, an upper estimate, where no matrix is left to the dense solver that
-        another one is meant for, and none is done once more in float64.
-    escalated_memory_bytes
-        The same where the dense solver must decide the largest matrix after all, or float64; within the budget, if there is one.
-    read_bytes
-        Of base, adapter and findings: headers, the samples and digests that tell them from others, and the tensors, as often as
-        they are read: by a merge that detects first, those that it detects in twice. Small files are left out.
-    network_bytes
-        Of them, those that cross the network: of a base at an address, which is read by ranges or downloaded first.
-    write_bytes
-        Of the output: exact for models and adapters (without the record ``streamer.json``), for findings at most.
-    temporary_bytes
-        What stands beside the output for a while, at most: a journal, findings that the command makes for itself.
-    seconds
-        Estimated from a probe, for processors as busy as now, a disk that keeps up, and no matrix that needs the dense solver
-        after all. Other work on them makes it longer, as it does the run, though not by the same factor. None where
-        it is not estimated. The start of the process and the checks of a dry run come on top.
-    threads
-        That the time is for.
+    Reads are headers, the samples and digests that tell inputs from others, and the tensors, as often as they are read: by a merge that
+    detects first, those that it detects in twice. Small files are left out, and the record of an output. Time is for processors as busy as
+    now, a disk that keeps up, and no matrix that needs the dense solver after all; the start of the process and the checks of a dry run
+    come on top.
     """
 
-    peak_memory_bytes: int
-    escalated_memory_bytes: int
-    read_bytes: int
-    network_bytes: int
-    write_bytes: int
-    temporary_bytes: int
-    seconds: float | None
-    threads: int = field(default_factory=torch.get_num_threads)
+    # fmt: off
+    peak_memory_bytes: Annotated[Count, "Most anonymous memory of the process in bytes, if no matrix needs the dense solver or float64 "
+        "after all."]
+    escalated_memory_bytes: Annotated[Count, "The same if the largest matrix needs the dense solver or float64."]
+    read_bytes: Annotated[Count, "Bytes to read of base, adapter and findings."]
+    network_bytes: Annotated[Count, "Of them, bytes that cross the network: of a base at an address."]
+    write_bytes: Annotated[Count, "Bytes to write: exact for models and adapters, for findings at most."]
+    temporary_bytes: Annotated[Count, "Bytes at most that stand beside the output for a while."]
+    seconds: Annotated[Amount | None, "Wall time in s, estimated from a probe of this machine; null where it is not estimated."]
+    threads: Annotated[int, Keywords(minimum=1), "CPU threads that the time is for."] = field(default_factory=torch.get_num_threads)
+    # fmt: on
+
+
+ForecastRecord = Annotated[dict[str, Any], Forecast]
+"""A forecast as JSON."""
 
 
 def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int, size: FindingsSize,

@@ -6,10 +6,13 @@ import json
 import time
 import warnings
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamer.cli.progress import write_line
 from streamer.events import Event
+
+if TYPE_CHECKING:
+    from streamer.cli.event_records import ErrorEntry
 
 SCHEMA = "streamer.event/1"
 
@@ -33,7 +36,7 @@ class JsonEvents:
         """Take a line for stderr that is no event of the library."""
         self.say("note", message=text.removeprefix("streamer: "))
 
-    def error(self, error: dict[str, Any]) -> None:
+    def error(self, error: ErrorEntry) -> None:
         """Take what `cli.errors_json.error_entry` says of the error that ended the run."""
         self.say("error", **error)
 

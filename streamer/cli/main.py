@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from streamer.cli.arguments import BadUsage
 from streamer.cli.commands import COMMANDS
@@ -23,6 +23,9 @@ from streamer.cli.summary import summary
 from streamer.cli.threads import set_threads, wait_passively
 from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, one_line
 from streamer.events import Monitor
+
+if TYPE_CHECKING:
+    from streamer.cli.event_records import ErrorEntry
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -46,7 +49,7 @@ def run(argv: list[str] | None = None) -> int:
         _tell(error or error_entry(type(e).__name__, 1, str(e)), args.json, progress, error is not None)
         if error is None:  # a fault of ours: its traceback is printed as it goes up
             raise
-        return int(error["exit_code"])
+        return error["exit_code"]
     finally:
         progress.close()
     return 0
@@ -86,22 +89,12 @@ def _paths(args: argparse.Namespace) -> list[str]:
     """Collect the paths that the command was given."""
     values = [*getattr(args, "given", ())] + [
         getattr(args, name, None)
-        for name in (
-            "base",
-            "adapter",
-            "output",
-            "findings",
-            "first",
-            "second",
-            "keep",
-            "general",
-            "task",
-        )
+        for name in ("base", "adapter", "output", "findings", "first", "second", "keep", "general", "task")
     ]
     return [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
 
 
-def _described(e: Exception, given: Sequence[str]) -> dict[str, Any] | None:
+def _described(e: Exception, given: Sequence[str]) -> ErrorEntry | None:
     """Describe an error, in a command that was given these paths; None of one that nobody foresaw."""
     kind = type(e).__name__
     if isinstance(e, StreamerError):
@@ -121,7 +114,7 @@ def _described(e: Exception, given: Sequence[str]) -> dict[str, Any] | None:
     return None
 
 
-def _tell(error: dict[str, Any], as_json: bool, progress: Progress | JsonEvents, foreseen: bool) -> None:
+def _tell(error: ErrorEntry, as_json: bool, progress: Progress | JsonEvents, foreseen: bool) -> None:
     """Say on stderr what went wrong, in a line, and to programs on stdout as well; for people, a traceback says what nobody foresaw."""
     if as_json and sys.stdout is not None:
         with contextlib.suppress(StorageError):  # stdout is what failed

@@ -219,13 +219,7 @@ def build_parser() -> Parser:
     out = writing(
         "FILE", "JSON file to write; variants are added to an evaluation of the same inputs, texts and options"
     )
-    sub = command(
-        "evaluate",
-        "measure on texts what each method and lambda keeps and forgets",
-        out,
-        computing,
-        reading,
-    )
+    sub = command("evaluate", "measure on texts what each method and lambda keeps and forgets", out, computing, reading)
     inputs(sub)
     add_texts(sub)
     sub.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from streamer.cli.json_report import of_several
 from streamer.cli.layout import Column, Screen, fit, table
 from streamer.cli.tables import findings_table, next_step, record_table, stood
 from streamer.detection.findings import load_findings
+from streamer.detection.findings_records import FindingsRecord
 from streamer.errors import UsageError
 from streamer.evaluation.view import Names
 from streamer.events import Monitor
@@ -25,7 +27,7 @@ from streamer.report.subject import Collection, Subject, open_subject
 from streamer.units import counted, format_size
 
 
-def run_report(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[dict[str, Any], str]:
+def run_report(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[Mapping[str, Any], str]:
     """Show findings, with an evaluation beside them, or an output's record; with ``-o`` write the page or the figures."""
     coefficients = args.coefficients is not None or args.adapter is not None or args.keep is not None
     if coefficients or (args.base is not None and Path(args.base).is_dir()):
@@ -50,8 +52,8 @@ def run_report(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tu
 
 
 def _written(
-    subject: Subject | Collection, args: argparse.Namespace, tree: dict[str, Any], text: str, screen: Screen
-) -> tuple[dict[str, Any], str]:
+    subject: Subject | Collection, args: argparse.Namespace, tree: Mapping[str, Any], text: str, screen: Screen
+) -> tuple[Mapping[str, Any], str]:
     """Write the page or the figures, and say so behind the object and the text."""
     written = write_files(subject, args.output, args.overwrite)
     files = [{"file": name, "bytes": size} for name, size in written.files.items()]
@@ -60,7 +62,7 @@ def _written(
     return tree, f"{text}\n\n{fit(last, screen.width)}"
 
 
-def _several(subject: Collection, screen: Screen) -> tuple[dict[str, Any], str]:
+def _several(subject: Collection, screen: Screen) -> tuple[Mapping[str, Any], str]:
     """Format a line for each adapter, with its totals."""
     found = {name: one.findings for name, one in subject.subjects.items() if one.findings is not None}
     energies = [delta_energy(findings) for findings in found.values()]
@@ -79,7 +81,7 @@ def _several(subject: Collection, screen: Screen) -> tuple[dict[str, Any], str]:
     return of_several(parts)[0], table(columns, screen)
 
 
-def _with_coefficients(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[dict[str, Any], str]:
+def _with_coefficients(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[Mapping[str, Any], str]:
     if args.coefficients is None or args.adapter is None:
         raise UsageError(
             "report: expected --coefficients, BASE and ADAPTER together; as `streamer report FINDINGS BASE ADAPTER --coefficients FILE`"
@@ -92,19 +94,19 @@ def _with_coefficients(args: argparse.Namespace, monitor: Monitor, screen: Scree
     record = report_coefficients(findings, args.base, args.adapter, args.coefficients, keep=args.keep, io=args.io,
                                  base_is_residual=args.base_is_residual, lora_b_layout=args.lora_b_layout,
                                  ignore_keys=args.ignore_keys or (), architecture=args.architecture, monitor=monitor)  # fmt: skip
-    return {**record}, findings_table(findings, screen, record=record)
+    return record, findings_table(findings, screen, record=record)
 
 
-def run_diff(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[dict[str, Any], str]:
+def run_diff(args: argparse.Namespace, monitor: Monitor, screen: Screen) -> tuple[Mapping[str, Any], str]:
     """Show what became of each intruder between two findings."""
     found = diff_findings(load_findings(args.first), load_findings(args.second))
     monitor.warn(found.notes)
     return found.to_dict(), diff_table(found, screen)
 
 
-def _findings(subject: Subject) -> dict[str, Any]:
+def _findings(subject: Subject) -> FindingsRecord:
     assert subject.findings is not None
-    return {**subject.findings.record()}
+    return subject.findings.record()
 
 
 def _text(subject: Subject, where: str, screen: Screen) -> str:

@@ -37,6 +37,7 @@ from streamer.detection.options import DetectionOptions
 from streamer.detection.random_overlaps import ANOTHER_BASE, look_random
 from streamer.detection.stamps import STAMP
 from streamer.errors import FormatError, MismatchError, UnknownNameError
+from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.storage.atomic_file import Buffer
 from streamer.storage.header import TensorInfo
 from streamer.storage.identities import AdapterIdentity, BaseIdentity, difference
@@ -220,7 +221,7 @@ class Findings:
         Names are added, never changed. Seconds are None where a file was read.
         """
         base, adapter = ({**self.sources.get(what, {})} for what in ("base", "adapter"))
-        return {"schema": SCHEMA, "base": cast(BaseIdentity, base | self.base), "adapter": cast(AdapterIdentity, adapter | self.adapter),
+        return {"schema": SCHEMA, "base": cast(BaseSource, base | self.base), "adapter": cast(AdapterSource, adapter | self.adapter),
                 "options": self.options.as_dict(), "totals": self.totals, "matrices": [m.record() for m in self.matrices]}  # fmt: skip
 
     def table(self) -> str:

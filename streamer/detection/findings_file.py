@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from streamer.storage.tensor_file import TensorFile
 if TYPE_CHECKING:
     from streamer.detection.findings import Findings
 
-SCHEMA = "streamer.findings/1"
+SCHEMA: Final = "streamer.findings/1"
 
 COEFFICIENTS = "streamer.coefficients"
 """Key in the metadata of files of coefficients, which are named where one is given in place of findings."""

@@ -76,24 +76,7 @@ def check_size(memory: object) -> None:
 class RunOptions:
     """Options of a run that leave its result as it is, up to last bits; the memory allowed decides it, and is in `DetectionOptions`.
 
-    Attributes
-    ----------
-    device
-        That detection computes on.
-    io
-        How tensors are read.
-    stated
-        Facts that the user states of the adapters.
-    architecture
-        The base's class, where its config does not tell.
-    resume
-        Whether an interrupted run with the same inputs and options is taken up.
-    overwrite
-        Whether what stands at the output is replaced.
-    monitor
-        Takes events, and asks for a stop.
-    workers
-        That detect in place of this process; None where it does itself.
+    They are keywords of `api.detect_intruder_dimensions`, which explains them; `workers`, if any, detect in place of this process.
     """
 
     device: torch.device

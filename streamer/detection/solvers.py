@@ -22,7 +22,7 @@ from streamer.linalg.svd import OVERSAMPLING, Triplets, dense_triplets, krylov_t
 
 @dataclass(frozen=True)
 class SolverResult:
-    """Triplets and similarities from a solver.
+    """Triplets and similarities from a solver; what is not explained here is as `Detection` has it.
 
     Attributes
     ----------
@@ -31,14 +31,6 @@ class SolverResult:
     similarity, low, high
         (k,) float64: the best estimate, and an interval that holds for the true singular vectors: it is widened by the angle
         error of the triplets.
-    solver
-        The solver that ran last.
-    escalated
-        The certified solver gave up and the dense one answered.
-    steps, products
-        Block steps of both Krylov processes, and columns multiplied; 0 for the dense solver alone.
-    cutoff
-        δ: base singular values below ``δ·σ⁰_1`` are not covered by the interval; 0 where all are.
     base_values
         (k,) float64: the largest singular values of the base, none above the true one; see `OverlapBounds.values`.
     limited

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Annotated, Any
 
 from streamer import __version__
+from streamer.detection.findings_records import DecidingOptions
 from streamer.detection.options import DetectionOptions
+from streamer.json_types import Count
 from streamer.plan.sources import Source, in_short
 
 STAMP = "streamer"
 """The key of the stamp in a file's metadata."""
 
 
-class DetectionRecord(TypedDict):
-    """Options and certificates of a detection; `certified` of the `matrices` have decisions that are certified."""
+class DetectionRecord(DecidingOptions):
+    """How the intruders of an output were found."""
 
-    top_k: int | float
-    threshold_epsilon: float
-    solver: str
-    certified: int
-    matrices: int
+    certified: Annotated[Count, "Matrices whose decisions are all certified."]
+    matrices: Annotated[Count, "Matrices in all."]
 
 
 def detection_record(options: DetectionOptions, certified: int, matrices: int) -> DetectionRecord:

@@ -8,12 +8,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, cast
 
 import numpy as np
 
 from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, UnknownNameError
+from streamer.evaluation.evaluation_records import EvaluationFacts, EvaluationRecord, SuggestionRecord, VariantRecord
 from streamer.evaluation.identity import input_options
 from streamer.evaluation.statistics import SequenceSums, flat
 from streamer.evaluation.suggestion import Suggestion, front, suggest
@@ -23,15 +24,12 @@ from streamer.storage.files import open_regular
 from streamer.storage.strict_json import strict_json
 from streamer.units import quoted
 
-SCHEMA = "streamer.evaluation/1"
+SCHEMA: Final = "streamer.evaluation/1"
 
 GENERAL, TASK = "general", "task"
 """Names of the two texts: what the model could do before, and what the adapter was trained for."""
 
-FACTS = (
-    "version", "transformers", "base", "adapter", "factored", "quantized", "detection", "scale", "findings", "projected", "dtype",
-    "texts", "coefficients", "plan",
-)  # fmt: skip
+FACTS = tuple(EvaluationFacts.__annotations__)
 """Keys of an evaluation's JSON that say what it was made of."""
 
 OPTIONAL = ("findings", "coefficients")
@@ -55,9 +53,7 @@ class Evaluation:
     general, task
         Sums over each sequence of the two texts, for each variant.
     facts
-        What it was made of, as JSON has it (`FACTS`): versions, identities of base and adapter, whether all deltas are the
-        product of LoRA's factors, whether a merge must write a quantized base plain, options of detection (or None), scale, whether deltas
-        are projected, dtype of products, of both texts name, sequences, tokens, length and digest, and a digest of all that; no paths.
+        What it was made of, as JSON: `EvaluationFacts`.
     keep
         Share of what was learned that the suggested variant keeps, unless another is asked for.
     """
@@ -68,7 +64,7 @@ class Evaluation:
     facts: Mapping[str, Any]
     keep: float = KEEP
 
-    def __getitem__(self, name: str) -> dict[str, Any]:
+    def __getitem__(self, name: str) -> VariantRecord:
         """Return the figures of the variant of this name, as the JSON has them."""
         names = [v.name for v in self.variants]
         if name not in names:
@@ -96,10 +92,10 @@ class Evaluation:
     def __repr__(self) -> str:
         return f"<Evaluation: {len(self.variants)} variants, {len(self.general.tokens)} general and {len(self.task.tokens)} task sequences>"
 
-    def to_dict(self, keep: float | None = None) -> dict[str, Any]:
+    def to_dict(self, keep: float | None = None) -> EvaluationRecord:
         """Make the JSON object (schema ``streamer.evaluation/1``); its sums of each sequence are all that `from_json` needs."""
         best = self.best(keep)
-        return {
+        return cast(EvaluationRecord, {
             "schema": SCHEMA,
             "verdict": verdict(self, best),
             **{key: self.facts[key] for key in FACTS if key in self.facts},
@@ -107,7 +103,7 @@ class Evaluation:
             "variants": [self._variant_dict(v) for v in range(len(self.variants))],
             "front": self.front(),
             "suggestion": self._suggestion_dict(best),
-        }
+        })  # fmt: skip
 
     def to_json(self, keep: float | None = None) -> str:
         """Write the JSON object as text."""
@@ -134,9 +130,9 @@ class Evaluation:
         except (ValueError, KeyError, TypeError) as e:
             raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {quoted(str(e))}") from e
 
-    def _variant_dict(self, v: int) -> dict[str, Any]:
+    def _variant_dict(self, v: int) -> VariantRecord:
         variant = self.variants[v]
-        return {
+        return cast(VariantRecord, {
             "name": variant.name,
             "method": variant.method,
             "lambda": variant.mitigation_lambda,
@@ -148,30 +144,30 @@ class Evaluation:
             **flat("divergence", self.general.kl_share(v)),
             "against_adapter": self._against(v, ADAPTER_ROW),
             "against_base": self._against(v, BASE_ROW),
-        }
+        })  # fmt: skip
 
-    def _against(self, v: int, other: int) -> dict[str, Any]:
+    def _against(self, v: int, other: int) -> dict[str, float | None]:
         return {
             **flat("general_loss", self.general.loss_difference(v, other)),
             **flat("general_kl", self.general.kl_difference(v, other)),
             **flat("task_loss", self.task.loss_difference(v, other)),
         }
 
-    def _suggestion_dict(self, s: Suggestion) -> dict[str, Any]:
+    def _suggestion_dict(self, s: Suggestion) -> SuggestionRecord:
         variant = s.variant
-        shrink = None if s.shrink is None else {
+        shrink: Any = None if s.shrink is None else {
             "lambda": s.shrink.mitigation_lambda, "between": list(s.shrink.between), **flat("loss", s.shrink.loss),
             **flat("kl", s.shrink.kl), "verdict": s.shrink.verdict,
         }  # fmt: skip
         return {
-            "name": variant and variant.name,
-            "method": variant and variant.method,
-            "lambda": variant and variant.mitigation_lambda,
+            "name": None if variant is None else variant.name,
+            "method": None if variant is None else variant.method,
+            "lambda": None if variant is None else variant.mitigation_lambda,
             "reason": s.reason,
             "keep": s.keep,
             "swapped": s.swapped,
             "command": None if variant is None else self.command(variant),
-            "least_loss": s.least_loss and s.least_loss.name,
+            "least_loss": None if s.least_loss is None else s.least_loss.name,
             "shrink": shrink,
         }
 

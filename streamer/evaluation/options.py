@@ -25,28 +25,7 @@ METHODS: tuple[MitigationMethod, ...] = ("paper", "project", "shrink")
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Options of an evaluation.
-
-    Attributes
-    ----------
-    methods, lambdas
-        Every method is evaluated at every λ.
-    scale
-        ``all`` intruders among the top k, or only the ``first`` (highest-ranked) of each matrix.
-    sequences, length
-        Sequences of each text, and tokens of a sequence, at most; at least 2 of both.
-    keep
-        Share of what the adapter learned that the shrink which is placed keeps, and the suggested variant at least.
-    projected
-        Whether deltas are projected onto the adapter's rank, as `mitigate` writes them, and not complete, as `merge` does.
-    dtype
-        ``bf16``: products of the base's weights with activations are of factors rounded to bfloat16, which is faster; see
-        `linalg.torch_state.bfloat16_products`. All else stays float32, deltas among it.
-    coefficients
-        Coefficients whose sets are evaluated as well, each as one more variant.
-    amplify
-        Allow λ outside [0, 1].
-    """
+    """Options of an evaluation: keywords of `api.evaluate_variants`, which explains them; for `dtype` see also `bfloat16_products`."""
 
     methods: tuple[MitigationMethod, ...] = METHODS
     lambdas: tuple[float, ...] = LAMBDAS

@@ -36,15 +36,7 @@ Node = tuple[float, int]
 class ShrinkComparison:
     """A variant against the equal shrink: the whole adapter times λ, with λ such that it keeps the same share of what was learned.
 
-    Attributes
-    ----------
-    mitigation_lambda
-        λ of that shrink, interpolated.
-    between
-        The neighbouring λ that were evaluated; 1 is the adapter as it is.
-    loss, kl
-        Difference of the mean loss, and of the mean divergence, on general text: below 0 the variant forgets less. The error is paired, and
-        has in it what is uncertain about the share kept and the interpolation.
+    See `ShrinkRecord`: λ is interpolated, and the errors of both differences are paired.
     """
 
     mitigation_lambda: float

@@ -25,27 +25,7 @@ Reason = Literal["not learned", "not forgotten", "none better", "forgets least",
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The variant to use.
-
-    Attributes
-    ----------
-    variant
-        None where nothing can be suggested.
-    reason
-        ``not learned``: the adapter's loss on the task's text is not told below the base's, so that there is nothing to keep. ``not
-        forgotten``: its loss on general text is not told above the base's; it is suggested as it is. ``none better``: no variant that
-        keeps enough forgets less than the adapter; it is suggested as it is. ``forgets least``: of the variants that keep enough. ``a
-        shrink is better``: a shrink that was not measured yet is better than the one that forgets least; nothing is suggested before.
-    keep
-        The share of what was learned that was to be kept.
-    least_loss
-        The variant that keeps enough and has the least loss on general text, where that is another one.
-    shrink
-        The variant that forgets least against the equal shrink; None if it is a shrink itself or the adapter as it is, or if the shrinks
-        that were evaluated do not enclose the share that it keeps.
-    swapped
-        Whether the adapter's loss on the task's text is above the base's, by more than the error tells: the texts may be swapped.
-    """
+    """The variant to use; see `SuggestionRecord`, whose `name`, `method` and `lambda` are those of `variant`."""
 
     variant: EvaluatedVariant | None
     reason: Reason

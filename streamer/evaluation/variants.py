@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from streamer.output.mitigation import MitigationMethod
 from streamer.streaming.variants import Variant
 
 BASE_ROW, ADAPTER_ROW = 0, 1
@@ -14,20 +15,10 @@ ORDER = (None, "paper", "project", "shrink", "fitted")
 
 @dataclass(frozen=True)
 class EvaluatedVariant:
-    """A model that was evaluated.
-
-    Attributes
-    ----------
-    name
-        ``base``, ``adapter``, or method and λ: ``paper 0.5``; of coefficients the share that they keep: ``fitted 0.9``.
-    method, mitigation_lambda
-        Method and λ; None for ``base`` and ``adapter``, and λ for ``fitted``.
-    keep
-        Share of the learning that coefficients were fitted to keep; None where there are none.
-    """
+    """A model that was evaluated, as `VariantRecord` names it."""
 
     name: str
-    method: str | None
+    method: MitigationMethod | None
     mitigation_lambda: float | None
     keep: float | None = None
 

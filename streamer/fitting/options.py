@@ -30,27 +30,7 @@ LEAST = 2
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Options of a fit, all of which decide its result.
-
-    Attributes
-    ----------
-    keep
-        Shares of what the adapter learned that are to stay, below 1, one for each set of coefficients.
-    objective
-        ``divergence``: ``KL(base ‖ fitted)`` on the general text and ``KL(adapter ‖ fitted)`` on the task's; ``loss``: the losses there.
-    grain
-        ``direction``: a coefficient for each singular direction of each matrix' delta; ``matrix``: for each matrix; ``all``: one.
-    holdout
-        Share of each text's sequences that is held apart: by them the weight of the two texts is chosen, and figures are measured.
-    sequences, length
-        Sequences of each text, and tokens of a sequence, at most.
-    seed
-        Decides which sequences are held apart.
-    steps
-        Points at which gradients are taken, beside the base and the adapter as it is; None takes two for each share, 3 at least.
-    dtype
-        See `EvaluationOptions`.
-    """
+    """Options of a fit, all of which decide its result: keywords of `api.fit_coefficients`, which explains them."""
 
     keep: tuple[float, ...] = (0.9,)
     objective: Objective = "divergence"

@@ -94,8 +94,7 @@ class PreparedFit:
         """Raise `UsageError` if the budget does not hold one sequence; it names the smallest that does."""
         size, length = self.model.size, max(text.whole.longest for text in self.texts.values())
         least = max(
-            gradient_bytes(size, self.resident, length, length),
-            pass_bytes(size, self.resident, 2 * length, length),
+            gradient_bytes(size, self.resident, length, length), pass_bytes(size, self.resident, 2 * length, length)
         )
         if self.max_memory is not None and least > self.max_memory:
             raise UsageError(

@@ -61,9 +61,7 @@ class Curvature:
     def with_columns(self, columns: Floats, signs: Floats) -> Curvature:
         """Make ``self + columns · diag(signs) · columnsᵀ``."""
         return Curvature(
-            self.diagonal,
-            np.concatenate([self.columns, columns], axis=1),
-            np.concatenate([self.signs, signs]),
+            self.diagonal, np.concatenate([self.columns, columns], axis=1), np.concatenate([self.signs, signs])
         )
 
     def solve(self, b: Floats, free: NDArray[np.bool_]) -> Floats:

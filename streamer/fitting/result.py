@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 
 from streamer.errors import MismatchError
+from streamer.evaluation.evaluation_records import TextFacts
+from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.shrinks import against_shrink
 from streamer.evaluation.statistics import SequenceSums, flat
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.fitting.algorithm import FittedPoint
 from streamer.fitting.front import MISSED
+from streamer.fitting.options import Grain, Objective
+from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
 from streamer.output.coefficients import Floats, share_name
+from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.streaming.variants import ADAPTER, BASE
 
 SHRINKS = (0.85, 0.7, 0.5, 0.25, 0.0)
@@ -24,12 +29,101 @@ NEAR = 0.05
 """A coefficient within this of 0 or 1 is near it."""
 
 
+# fmt: off
+class _TextPart(TypedDict):
+    sequences: Annotated[Count, "Sequences of it."]
+    tokens: Annotated[Count, "Tokens of them whose losses count."]
+
+class FittedText(TextFacts):
+    """A text, and its two parts."""
+    sample_sha256: Annotated[Sha256, "SHA-256 (hexadecimal) of the file's size and a sample of its bytes, whatever was cut from it."]
+    fitted: Annotated[_TextPart, "The part that coefficients are fitted on."]
+    held: Annotated[_TextPart, "The part that is held apart: by it mu is chosen, and figures are measured."]
+
+class _FittedTexts(TypedDict):
+    general: Annotated[FittedText, "What the base can do and should not forget."]
+    task: Annotated[FittedText, "What the adapter was trained for."]
+
+class _CoefficientFigures(TypedDict):
+    mean: Annotated[float, Keywords(minimum=0, maximum=1), "Their mean."]
+    near_0: Annotated[Count, "Those of 0.05 at most."]
+    near_1: Annotated[Count, "Those of 0.95 at least."]
+
+FittedShrink = TypedDict("FittedShrink", {
+    "lambda": Annotated[float, "Lambda of that shrink."],
+    "forgetting": Annotated[float, "Share of what was forgotten that it leaves."],
+    "divergence": Annotated[float, "Its mean divergence on the general text as a share of the adapter's."],
+    "loss": Annotated[float, "Mean loss of the fitted model on the general text less the shrink's; below 0 the fitted one forgets less."],
+    "loss_se": Annotated[PairedError, "The uncertainty of the share kept and of the interpolation is in it."],
+    "kl": Annotated[float, "Mean divergence of the fitted model on the general text less the shrink's."],
+    "kl_se": Annotated[Amount, "Its standard error, in the same way."],
+    "verdict": Annotated[Literal["better", "worse", "not told apart"], "By more than two standard errors: better by both, "
+        "worse by the loss, or by the divergence unless the loss is better."],
+})
+FittedShrink.__doc__ = "A shrink of the whole adapter."
+
+class SetRecord(TypedDict):
+    """A set of coefficients."""
+    keep: Annotated[KeptShare, "Share of what was learned that was to be kept."]
+    missed: NotRequired[Annotated[bool, "Whether it keeps less than was wanted, by more than 0.01; absent from files of earlier versions."]]
+    mu: Annotated[Amount | None, "Weight of the task's text against the general one; null with one coefficient, or if all are 0 or 1."]
+    kept: Annotated[float | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined."]
+    kept_se: StandardError | None
+    forgetting: Annotated[float | None, "Share of the forgetting: (fitted - base) / (adapter - base) of the general losses; null if "
+        "undefined."]
+    forgetting_se: StandardError | None
+    divergence: Annotated[float | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0."]
+    divergence_se: StandardError | None
+    coefficients: Annotated[_CoefficientFigures, "The coefficients in numbers, each parameter counted once."]
+    shrink: Annotated[FittedShrink | None, "The shrink of the whole adapter that keeps the same share, interpolated; null if it is one, or "
+        "none that was measured keeps as little, or as much."]
+
+class FitFacts(TypedDict):
+    """What a fit is made of."""
+    version: Version
+    transformers: Annotated[str, "Version of transformers."]
+    base: Annotated[BaseSource, "What tells the base model from another, wherever it lies."]
+    adapter: Annotated[AdapterSource, "What tells the adapter, or the fine-tuned model in its place, from another."]
+    factored: Annotated[bool, "Whether all deltas are the product of LoRA's factors, so that mitigate can write them back."]
+    quantized: Annotated[bool, "Whether a merge must write a quantized base plain (--dequantize)."]
+    objective: Annotated[Objective, "What was made small: divergences (from the base on general text, the adapter on the task's) or "
+        "losses."]
+    grain: Annotated[Grain, "What has a coefficient of its own: each direction, each matrix, or all together."]
+    holdout: Annotated[float, "Share of each text's sequences that was held apart."]
+    seed: Annotated[Count, "Decides which those are."]
+    steps: Annotated[Count, "Points at which gradients of both texts were taken, beside those of the base and the adapter as it is."]
+    dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; all else is float32."]
+    texts: Annotated[_FittedTexts, "The two texts."]
+    unchanged: Annotated[list[str], "Tensors that the adapter changes otherwise than by deltas, which stay as it has them."]
+    plan: Annotated[Sha256, "Digest of all that decides the coefficients (SHA-256, hexadecimal)."]
+    parameters: Annotated[Count, "Coefficients that were fitted, those that are shared counted once."]
+    gradients: Annotated[Count, "Gradients that were computed, each over all sequences of a text that are fitted on."]
+
+class AdapterFacts(TypedDict):
+    """What the adapter as it is has learned and forgotten, on the sequences held apart."""
+    forgotten: Annotated[bool, "Whether the adapter's loss on the general text is told above the base's, on the sequences held apart."]
+    learning: Annotated[float, "Loss of the base on the task's text less the adapter's, in nats a token."]
+    learning_se: PairedError
+    forgetting: Annotated[float, "Loss of the adapter on the general text less the base's, in nats a token."]
+    forgetting_se: PairedError
+    divergence: Annotated[float, "Mean divergence KL(base ‖ adapter) on the general text, in nats a token."]
+    divergence_se: StandardError
+
+class FitRecord(FitFacts, AdapterFacts):
+    """What `streamer fit --json` prints: what coefficients were fitted to, and how they do on text that they were not fitted on."""
+    schema: Literal["streamer.fit/1"]
+    sets: Annotated[list[SetRecord], Keywords(minItems=1), "The sets of coefficients, one a share, measured on the sequences held apart."]
+    output: Annotated[str, "Path of the output, as it was given."]
+    state: State
+# fmt: on
+
+
 def shrinks(count: int) -> list[Floats]:
     """Return the parameters of the shrinks that are measured."""
     return [np.full(count, lam) for lam in SHRINKS]
 
 
-def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> dict[str, Any]:
+def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> AdapterFacts:
     """Say as JSON what the adapter as it is has learned and forgotten, on the sequences held apart.
 
     Parameters
@@ -50,15 +144,15 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> dict[
             f"{-learning.value:.4f} ± {learning.error:.4f} on the {learning.sequences} sequences held apart, of which "
             f"it takes {learning.telling:.1f} errors; give more text, or more of it by --sequences, or what the adapter was trained for"
         )
-    return {
+    return cast(AdapterFacts, {
         "forgotten": forgetting.is_positive,
         **flat("learning", learning),
         **flat("forgetting", forgetting),
         **flat("divergence", general.mean(general.kl[ADAPTER_ROW])),
-    }
+    })  # fmt: skip
 
 
-def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FittedPoint]) -> list[dict[str, Any]]:
+def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FittedPoint]) -> list[SetRecord]:
     """Return the figures of all sets as JSON.
 
     Parameters
@@ -74,22 +168,22 @@ def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FittedP
 
 
 def _set(one: FittedPoint, variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums,
-         v: int) -> dict[str, Any]:  # fmt: skip
+         v: int) -> SetRecord:  # fmt: skip
     """Return the figures of one set, a variant by its number."""
     same = (one.coefficients == one.coefficients[:1]).all()  # it is a shrink
     compared, shrink = None if same else against_shrink(variants, general, task, v), None
     if compared is not None:
         loss, kl = general.loss_difference(ADAPTER_ROW, BASE_ROW), general.mean(general.kl[ADAPTER_ROW])
-        shrink = {
+        shrink = cast(FittedShrink, {
             "lambda": compared.mitigation_lambda,
             "forgetting": general.share(v).value - compared.loss.value / loss.value,
             "divergence": general.kl_share(v).value - compared.kl.value / kl.value,
             **flat("loss", compared.loss),
             **flat("kl", compared.kl),
             "verdict": compared.verdict,
-        }
+        })  # fmt: skip
     theta = one.coefficients
-    return {
+    return cast(SetRecord, {
         "keep": one.keep,
         "missed": task.share(v).value < one.keep - MISSED,
         "mu": one.weight if math.isfinite(one.weight) else None,
@@ -102,10 +196,10 @@ def _set(one: FittedPoint, variants: Sequence[EvaluatedVariant], general: Sequen
             "near_1": int((theta >= 1 - NEAR).sum()),
         },
         "shrink": shrink,
-    }
+    })  # fmt: skip
 
 
-def doubts(facts: Mapping[str, Any]) -> list[str]:
+def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
     """Warn of an adapter of which it is not told that it forgets."""
     if facts["forgotten"]:
         return []

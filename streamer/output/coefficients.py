@@ -10,13 +10,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from streamer.errors import MismatchError, UsageError
+from streamer.json_types import Sha256
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta
 from streamer.units import counted, listed
@@ -106,10 +107,10 @@ class CoefficientSet:
 
 
 class CoefficientsRecord(TypedDict):
-    """Coefficients of an output: what they were fitted to keep, and their `CoefficientSet.digest`."""
+    """A set of coefficients."""
 
-    keep: float
-    sha256: str
+    keep: Annotated[float, "Share of what the adapter learned that they were fitted to keep."]
+    sha256: Annotated[Sha256, "Digest of the values of all matrices' coefficients (SHA-256, hexadecimal)."]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -30,19 +30,7 @@ FindingsOrPath = Findings | Path | None
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Options that decide the form of what is written.
-
-    Attributes
-    ----------
-    merges
-        Whether models are written; adapters otherwise.
-    to_lora
-        The rank of an adapter that is written as LoRA, whatever its kind, or the share of the energy that it keeps; None keeps the kind.
-    dequantize
-        Whether a model of a quantized base is written plain.
-    model_card
-        Whether the output's ``README.md`` says how it was made.
-    """
+    """Options that decide the form of what is written, models or adapters; the others are keywords in `api`, which explains them."""
 
     merges: bool
     to_lora: int | float | None = None

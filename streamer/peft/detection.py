@@ -44,11 +44,9 @@ def detect_intruder_dimensions(
     adapter_name
         The adapter, active or not; others are passed over.
     top_k
-        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
-        in (0, 1].
+        Leading singular directions of each matrix that are judged: a count from 1, or a share of min(rows, columns), a float in (0, 1].
     threshold_epsilon
-        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
-        in (0, 1].
+        An intruder is a direction whose similarity, its largest |cosine| to a left singular vector of the base, is below this, in (0, 1].
     solver
         ``certified``, ``dense`` or ``auto``, as `streamer.detect_intruder_dimensions` has them.
     device

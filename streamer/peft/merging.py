@@ -63,11 +63,9 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     adapter_name
         An adapter of any kind that ``streamer merge`` takes.
     top_k
-        How many leading singular directions of each matrix are judged: a count from 1, or a share of min(rows, columns) as a float
-        in (0, 1].
+        Leading singular directions of each matrix that are judged: a count from 1, or a share of min(rows, columns), a float in (0, 1].
     threshold_epsilon
-        A direction is an intruder if its similarity, the largest |cosine| to any left singular vector of the base, is below this;
-        in (0, 1].
+        An intruder is a direction whose similarity, its largest |cosine| to a left singular vector of the base, is below this, in (0, 1].
     mitigation_lambda
         Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, and no λ if there are `coefficients`.
     findings

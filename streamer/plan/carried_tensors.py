@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple, TypedDict
+from typing import Annotated, NamedTuple, TypedDict
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME
@@ -28,11 +28,11 @@ from streamer.weights.model_config import ModelConfig
 
 
 class CarriedRecord(TypedDict):
-    """A carried tensor, by name, and its effect on a tensor of the base."""
+    """A carried tensor."""
 
-    tensor: str
-    change: str
-    by: str
+    tensor: Annotated[str, "The tensor of the base that it concerns."]
+    change: Annotated[str, "What becomes of that tensor: replaced, new, rows replaced, …"]
+    by: Annotated[str, "The adapter's tensor."]
 
 
 class VocabularyTensor(NamedTuple):

@@ -32,7 +32,7 @@ from streamer.plan.finetuned_experts import match_stacks, stacks_of, tensor_role
 from streamer.plan.name_matching import Match, match_names
 from streamer.plan.provenance import base_notes
 from streamer.plan.side_files import other_files
-from streamer.plan.sources import Source, adapter_source, base_source
+from streamer.plan.sources import AdapterSource, BaseSource, adapter_source, base_source
 from streamer.plan.targets import Orientation, Target, TensorSlice, match_targets, misfits
 from streamer.plan.task_heads import merged_architecture
 from streamer.plan.tied_names import find_ties, vocabulary_tensors, without_stale_values
@@ -152,7 +152,7 @@ class Plan:
         return self.adapter.identity()
 
     @cached_property
-    def sources(self) -> tuple[Source, Source]:
+    def sources(self) -> tuple[BaseSource, AdapterSource]:
         """Names and identities of base and adapter as an output states them; no paths."""
         base, adapter = self.base, self.adapter
         of_base = base_source(base.path, self.config, adapter.config.base_model, self.base_identity)

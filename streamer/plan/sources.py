@@ -11,9 +11,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Annotated, Any, TypedDict, cast
 
+from streamer.json_types import Keywords
 from streamer.plan.provenance import cached_model, hub_id, named_encoding, stated_name, stored_encoding
+from streamer.storage.identities import AdapterIdentity, BaseIdentity
 from streamer.storage.remote_manifest import read_manifest
 from streamer.weights.model_config import ModelConfig
 
@@ -21,40 +23,26 @@ DIGEST_CHARACTERS = 16
 """Hexadecimal characters of an input's digest: enough to tell any two apart, and short enough to be read out."""
 
 
+# fmt: off
 class Source(TypedDict, total=False):
-    """An input: its name, and what tells it from others.
-
-    Attributes
-    ----------
-    name
-        Of its directory or file; of a model in the hub's cache, the last part of its id.
-    address
-        That it was read from, as the user gave it, without secrets; of the hub the next two say it.
-    model_id, revision
-        On the hub, where they are known.
-    digest
-        The first characters of the SHA-256 of the identity.
-    base_model_name_or_path
-        What an adapter's config calls its base, where that is no path.
-    """
-
-    name: str
-    address: str
-    model_id: str
-    revision: str
-    digest: str
-    files: list[dict[str, Any]]
-    weights_sha256: str
-    config_sha256: str
-    modules: int
-    base_model_name_or_path: str
-    base_is_residual: bool
-    lora_b_layout: str
-    ignored_keys: list[str]
-    architecture: str
+    """An input's name, beside what tells it from others."""
+    name: Annotated[str, "Name of the directory or file; of a model in the hub's cache the last part of its id. Never a path."]
+    address: Annotated[str, "Address that it was read from, as it was given, without secrets; of the hub the next two say it."]
+    model_id: Annotated[str, "Id on the hub, if known: from the cache that it lies in, or a config's name for it that ends in its name."]
+    revision: Annotated[str, "Revision on the hub, where it is known."]
+    digest: Annotated[str, Keywords(pattern="^[0-9a-f]{16}$"), "The first 16 digits of a SHA-256 over what tells this input from another."]
+# fmt: on
 
 
-def base_source(path: Path, config: ModelConfig, stated: object, identity: Mapping[str, Any]) -> Source:
+class BaseSource(Source, BaseIdentity):
+    """The base model: its name, and what tells it from another, wherever it lies."""
+
+
+class AdapterSource(Source, AdapterIdentity):
+    """The adapter, or the fine-tuned model in its place, in the same way."""
+
+
+def base_source(path: Path, config: ModelConfig, stated: object, identity: Mapping[str, Any]) -> BaseSource:
     """Name a base; `stated` is the adapter's config's name for its base.
 
     Its id is that of the cache that it lies in, or what the adapter's config or its own calls it, where that is by its last part the
@@ -62,19 +50,20 @@ def base_source(path: Path, config: ModelConfig, stated: object, identity: Mappi
     in another encoding is another.
     """
     model_id = None if bool(named_encoding(str(stated))) != bool(stored_encoding(config)) else hub_id(stated, path)
-    return _source(path, identity, model_id or hub_id(config.values.get("_name_or_path"), path))
+    return cast(BaseSource, _source(path, identity, model_id or hub_id(config.values.get("_name_or_path"), path)))
 
 
-def adapter_source(path: Path, identity: Mapping[str, Any]) -> Source:
+def adapter_source(path: Path, identity: Mapping[str, Any]) -> AdapterSource:
     """Name an adapter, or a fine-tuned model in its place."""
     # A config may call its base by a path.
-    source = _source(path, {k: v for k, v in identity.items() if k != "base_model_name_or_path"})
+    unnamed = {k: v for k, v in identity.items() if k != "base_model_name_or_path"}
+    source = cast(AdapterSource, _source(path, unnamed))
     if named := stated_name(identity.get("base_model_name_or_path")):
         source["base_model_name_or_path"] = named
     return source
 
 
-def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None) -> Source:
+def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None) -> dict[str, Any]:
     cached = cached_model(path)
     # JSON holds no bytes that are not UTF-8.
     source: dict[str, Any] = {"name": os.fsencode(path.resolve().name).decode(errors="backslashreplace")}
@@ -88,7 +77,7 @@ def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None
     if cached is not None:
         source["revision"] = cached[1]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return cast(Source, {**source, "digest": digest[:DIGEST_CHARACTERS], **identity})
+    return {**source, "digest": digest[:DIGEST_CHARACTERS], **identity}
 
 
 def in_short(source: Source) -> dict[str, str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import chain
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamer.detection.findings import Findings
+from streamer.json_types import Count
 
 LAMBDAS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)
 """λ of which a report shows what they take away."""
@@ -18,41 +19,27 @@ THRESHOLDS = tuple(i / 50 for i in range(1, 51))
 """Thresholds ε at which intruders are counted, beside that of the findings."""
 
 
+# fmt: off
 class ThresholdRecord(TypedDict):
-    """Directions below a threshold, over all matrices.
+    """A threshold, and the directions below it; what the bounds leave open is between `least` and `most`."""
+    epsilon: Annotated[float, "The threshold."]
+    intruders: Annotated[Count, "Directions whose similarity, as the decision took it, is below it, over all matrices."]
+    least: Annotated[Count, "Directions whose interval lies below it."]
+    most: Annotated[Count, "Directions whose interval begins below it."]
 
-    Attributes
-    ----------
-    intruders
-        Directions whose similarity, as the decision took it, is below `epsilon`.
-    least, most
-        Directions whose interval lies below it, or begins below it: what the bounds leave open is between the two.
-    """
+# `lambda` is a keyword of the language, so this is no class.
+LambdaRecord = TypedDict("LambdaRecord", {
+    "lambda": Annotated[float, "What is left of an intruder."],
+    "paper": Annotated[float, "Norm that --method paper takes away, as a share of the delta's; above 1 if much of it is the base's own."],
+    "project": Annotated[float, "The same of --method project."],
+    "norm_left": Annotated[float, "Norm of the delta that project leaves, as a share: the shrink of the same norm."],
+})
+LambdaRecord.__doc__ = """What a λ takes away, over all matrices.
 
-    epsilon: float
-    intruders: int
-    least: int
-    most: int
-
-
-class LambdaRecord(TypedDict):
-    """What a λ takes away, over all matrices, as shares of the norm of the adapter's delta.
-
-    Attributes
-    ----------
-    paper
-        ``‖Δ' − Δ‖ / ‖Δ‖ = (1 − λ) ‖Σ_I‖ / ‖Δ‖`` of the method ``paper``; it may exceed 1, since a part of ``Σ_I`` is the base's own.
-    project
-        The same of the method ``project``: ``(1 − λ) √e``, with the intruders' share e of the delta's energy.
-    norm_left
-        ``‖Δ'‖ / ‖Δ‖`` of ``project``, which is also the equal-norm shrink: ``√(1 − (1 − λ²) e)``.
-    """
-
-    # `lambda` is a keyword of the language
-    mitigation_lambda: float
-    paper: float
-    project: float
-    norm_left: float
+``paper``: ``‖Δ' − Δ‖ / ‖Δ‖ = (1 − λ) ‖Σ_I‖ / ‖Δ‖``; ``project``: ``(1 − λ) √e``, with the intruders' share e of the delta's energy;
+``norm_left``: ``√(1 − (1 − λ²) e)``.
+"""
+# fmt: on
 
 
 def delta_energy(findings: Findings) -> tuple[float, float]:
@@ -83,7 +70,7 @@ def lambda_curve(findings: Findings) -> list[LambdaRecord]:
     intruding = math.fsum(m.detection.singular_values[j] ** 2 for m in findings for j in m.detection.intruders)
     paper, project = math.sqrt(intruding / total) if total > 0 else 0.0, math.sqrt(share)
     return [
-        {"mitigation_lambda": lam, "paper": (1 - lam) * paper, "project": (1 - lam) * project,
+        {"lambda": lam, "paper": (1 - lam) * paper, "project": (1 - lam) * project,
          "norm_left": math.sqrt(max(0.0, 1 - (1 - lam * lam) * share))}
         for lam in LAMBDAS
     ]  # fmt: skip

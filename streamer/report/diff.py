@@ -7,18 +7,20 @@ where ``⟨u, u'⟩² > 1/2``: more than half of either lies along the other, so
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Final, Literal, TypedDict
 
 import torch
 
 from streamer.detection.findings import Findings
+from streamer.detection.findings_records import OptionsRecord
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.errors import MismatchError
+from streamer.json_types import Count, Share
 from streamer.units import counted
 
-SCHEMA = "streamer.diff/1"
+SCHEMA: Final = "streamer.diff/1"
 
 MATCHED = 0.5
 """Squared overlap above which two directions are one."""
@@ -27,53 +29,54 @@ Fate = Literal["kept", "mixed", "gone", "new"]
 FATES: tuple[Fate, ...] = ("kept", "mixed", "gone", "new")
 
 
-def fates_counted(totals: Mapping[str, int]) -> str:
+def fates_counted(totals: _DiffTotals) -> str:
     """Write the number of intruders of each fate."""
     return ", ".join(f"{totals[fate]} {'remain' if fate == 'kept' else fate}" for fate in FATES)
 
 
+# fmt: off
 @dataclass(frozen=True)
 class Direction:
-    """An intruder in one of the findings.
-
-    Attributes
-    ----------
-    rank
-        0-based, among the singular directions of its base + delta.
-    singular_value, similarity
-        As the findings have them.
-    """
-
-    rank: int
-    singular_value: float
-    similarity: float
-
+    """An intruder in one of the findings."""
+    rank: Annotated[Count, "0-based, among the singular directions of base + delta."]
+    singular_value: Annotated[float, "Its singular value."]
+    similarity: Annotated[float, "Its similarity to the base, as the decision took it."]
 
 @dataclass(frozen=True)
 class IntruderFate:
-    """What became of an intruder.
+    """What became of an intruder."""
+    tensor: Annotated[str, "Name of the matrix in the base."]
+    fate: Annotated[Fate, "What became of it; see `totals`."]
+    before: Annotated[Direction | None, "It in the first findings; null of a new one."]
+    after: Annotated[Direction | None, "It in the second findings; null where none matches."]
+    overlap: Annotated[Share, "Absolute inner product with the nearest intruder of the other findings in this matrix, or 0."]
+    share: Annotated[Share, "Part of it, as a square, that lies in the span of the other's intruders of this matrix."]
 
-    Attributes
-    ----------
-    tensor
-        Name of the matrix in the base.
-    fate
-        ``kept``: it is matched; ``mixed``: it is not, but more than half of it lies in the span of the other's intruders, as where two
-        singular values have come close; ``gone``: the second findings have no intruder there; ``new``: the first had none.
-    before, after
-        In the first and in the second findings; None where there is no match.
-    overlap
-        ``|⟨u, u'⟩|`` with the nearest intruder of the other findings; 0 where there is none.
-    share
-        ``‖U'ᵀ u‖²``: the part of it that lies in the span of the other's intruders of this matrix.
-    """
+class DiffSide(TypedDict):
+    """One of the two findings."""
+    adapter: Annotated[str | None, "Name of the adapter; null where findings of an earlier version do not say."]
+    options: Annotated[OptionsRecord, "What decided the findings, as in streamer.findings/1."]
+    intruders: Annotated[Count, "Intruders in all of its matrices."]
 
-    tensor: str
-    fate: Fate
-    before: Direction | None
-    after: Direction | None
-    overlap: float
-    share: float
+class _DiffTotals(TypedDict):
+    matrices: Annotated[Count, "Matrices that both have."]
+    kept: Annotated[Count, "Intruders of the first that are matched by one of the second."]
+    mixed: Annotated[Count, "Intruders of the first that are not, but of which more than half lies in the span of the second's."]
+    gone: Annotated[Count, "Intruders of the first where the second has none."]
+    new: Annotated[Count, "Intruders of the second where the first has none."]
+
+class DiffRecord(TypedDict):
+    """What `streamer diff --json` prints: what became of each intruder between two findings on one base."""
+    schema: Literal["streamer.diff/1"]
+    first: Annotated[DiffSide, "The first findings."]
+    second: Annotated[DiffSide, "The second findings."]
+    totals: Annotated[_DiffTotals, "Counts over the matrices that both findings have."]
+    notes: Annotated[list[str], "What is to be kept in mind: other options, decisions that are not certified."]
+    only_first: Annotated[list[str], "Matrices that the first findings alone have."]
+    only_second: Annotated[list[str], "Matrices that the second findings alone have."]
+    intruders: Annotated[list[dict[str, Any]], IntruderFate, "Each intruder, by matrix, new ones last; `before` and `after` have 0-based "
+        "ranks."]
+# fmt: on
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,7 +93,7 @@ class FindingsDiff:
     only_first, only_second
         Matrices that one of them has alone: their intruders are not listed.
     first, second
-        Adapter, options and number of intruders of the two findings, as JSON values.
+        Adapter, options and number of intruders of the two findings.
     notes
         What is to be kept in mind: other options, decisions that are not certified.
     """
@@ -99,25 +102,22 @@ class FindingsDiff:
     matrices: int
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
-    first: Mapping[str, Any]
-    second: Mapping[str, Any]
+    first: DiffSide
+    second: DiffSide
     notes: tuple[str, ...]
 
     def count(self, fate: Fate) -> int:
         """Count the intruders of a fate."""
         return Counter(one.fate for one in self.intruders)[fate]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> DiffRecord:
         """Make the JSON object (schema ``streamer.diff/1``)."""
         return {
-            "schema": SCHEMA, "first": dict(self.first), "second": dict(self.second),
-            "totals": {"matrices": self.matrices, **{fate: self.count(fate) for fate in FATES}},
+            "schema": SCHEMA, "first": self.first, "second": self.second,
+            "totals": {"matrices": self.matrices, "kept": self.count("kept"), "mixed": self.count("mixed"),
+                       "gone": self.count("gone"), "new": self.count("new")},
             "notes": list(self.notes), "only_first": list(self.only_first), "only_second": list(self.only_second),
-            "intruders": [
-                {"tensor": one.tensor, "fate": one.fate, "before": one.before and vars(one.before), "after": one.after and vars(one.after),
-                 "overlap": one.overlap, "share": one.share}
-                for one in self.intruders
-            ],
+            "intruders": [asdict(one) for one in self.intruders],
         }  # fmt: skip
 
     def __repr__(self) -> str:
@@ -189,7 +189,7 @@ def _only(mine: Findings, other: Findings) -> Iterable[str]:
     return (m.tensor for m in mine if m.tensor not in other.by_tensor)
 
 
-def _side(findings: Findings) -> dict[str, Any]:
+def _side(findings: Findings) -> DiffSide:
     name = findings.sources.get("adapter", {}).get("name")
     return {"adapter": name, "options": findings.options.as_dict(), "intruders": findings.intruders}
 

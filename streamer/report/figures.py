@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -223,7 +223,7 @@ def _draw_thresholds(figure: Figure, findings: Findings) -> None:
 
 def _draw_lambdas(figure: Figure, findings: Findings) -> None:
     rows, ax = lambda_curve(findings), figure.subplots()
-    x = [r["mitigation_lambda"] for r in rows]
+    x = [r["lambda"] for r in rows]
     ax.plot(x, [100 * r["paper"] for r in rows], color=COLOURS["paper"], label="paper")
     ax.plot(x, [100 * r["project"] for r in rows], color=COLOURS["project"], linestyle="--", label="project")
     ax.set(xlabel="λ", ylabel="taken away, % of the delta's norm", xlim=(0, 1), ylim=(0, None))
@@ -237,9 +237,10 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
     """
     ax, best, tree = figure.subplots(), evaluation.best(), evaluation.to_dict()
     figure.set_size_inches(WIDTH / 1.5, 3.4)
-    series: dict[str, list[dict[str, Any]]] = {}
+    variants: Sequence[Mapping[str, Any]] = tree["variants"]
+    series: dict[str, list[Mapping[str, Any]]] = {}
     outside: list[str] = []
-    for v, variant in zip(tree["variants"], evaluation.variants, strict=True):
+    for v, variant in zip(variants, evaluation.variants, strict=True):
         if v["kept"] is None or v["forgetting"] is None:
             continue
         if KEPT[0] <= v["kept"] <= KEPT[1] and FORGETTING[0] <= v["forgetting"] <= FORGETTING[1]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import getitem
 from typing import Any
@@ -107,12 +107,13 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
         "energy": _figures([d.intruder_energy for d in found]),
         "dropped": _figures([d.dropped_at_zero for d in found]),
         "thresholds": [[c["epsilon"], c["intruders"], c["least"], c["most"]] for c in threshold_curve(findings)],
-        "lambdas": [[c["mitigation_lambda"], c["paper"], c["project"], c["norm_left"]] for c in lambda_curve(findings)],
+        "lambdas": [[c["lambda"], c["paper"], c["project"], c["norm_left"]] for c in lambda_curve(findings)],
     }  # fmt: skip
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     tree, best = evaluation.to_dict(), evaluation.best()
+    variants: Sequence[Mapping[str, Any]] = tree["variants"]
     keys = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
     return {
         "keep": evaluation.keep,
@@ -130,7 +131,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
                 "agreement": v["general"]["agreement"],
                 **{key: v[key] for key in keys},
             }
-            for v, one in zip(tree["variants"], evaluation.variants, strict=True)
+            for v, one in zip(variants, evaluation.variants, strict=True)
         ],
     }
 

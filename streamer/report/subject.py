@@ -8,19 +8,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, cast
 
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
+from streamer.detection.findings_records import FindingsRecord
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
+from streamer.evaluation.evaluation_records import EvaluationRecord
 from streamer.evaluation.identity import same_input
-from streamer.report.curves import lambda_curve, threshold_curve
+from streamer.json_types import ReportFile
+from streamer.output.records import Written
+from streamer.report.curves import LambdaRecord, ThresholdRecord, lambda_curve, threshold_curve
 from streamer.storage.tensor_file import TensorFile
 from streamer.units import counted
 from streamer.verification.record import RECORD_NAME, read_record
 
-SCHEMA = "streamer.report/1"
+SCHEMA: Final = "streamer.report/1"
+
+
+# fmt: off
+class ReportRecord(TypedDict):
+    """What `streamer report --json` prints with an evaluation or with -o: all that a page or its figures draw."""
+    schema: Literal["streamer.report/1"]
+    findings: Annotated[FindingsRecord | None, "The findings, streamer.findings/1; null of an output."]
+    evaluation: Annotated[EvaluationRecord | None, "The evaluation, streamer.evaluation/1; null where none was given."]
+    record: Annotated[Written | None, "The record of an output, streamer.output/2; null of findings."]
+    thresholds: Annotated[list[ThresholdRecord], "Directions below each threshold, rising; of an output none."]
+    lambdas: Annotated[list[LambdaRecord], "What each lambda takes away, over all matrices; of an output none."]
+    output: NotRequired[Annotated[str, "Path of the page or directory, as it was given. With -o only."]]
+    state: NotRequired[Annotated[Literal["written", "present"], "Whether the run wrote the files, or found the same bytes. -o only."]]
+    files: NotRequired[Annotated[list[ReportFile], "The files of the report. With -o only."]]
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -41,20 +60,17 @@ class Subject:
     evaluation: Evaluation | None = None
     record: Mapping[str, Any] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ReportRecord:
         """Make the JSON object (schema ``streamer.report/1``), which has all that is drawn."""
         findings, evaluation = self.findings, self.evaluation
         return {
             "schema": SCHEMA,
-            "findings": None if findings is None else {**findings.record()},
+            "findings": None if findings is None else findings.record(),
             "evaluation": None if evaluation is None else evaluation.to_dict(),
-            "record": None if self.record is None else dict(self.record),
+            "record": None if self.record is None else cast(Written, dict(self.record)),
             "thresholds": [] if findings is None else threshold_curve(findings),
-            "lambdas": [] if findings is None else [
-                {"lambda": c["mitigation_lambda"], "paper": c["paper"], "project": c["project"], "norm_left": c["norm_left"]}
-                for c in lambda_curve(findings)
-            ],
-        }  # fmt: skip
+            "lambdas": [] if findings is None else lambda_curve(findings),
+        }
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def _of_findings(findings: Findings) -> list[str]:
     most = listed((f"{printable(part)} ({n})" for part, n in parts.most_common(3) if n), 3)
     carry = "It carries" if findings.intruders == 1 else "They carry"
     found = f"Intruders by part of a layer: {most}."
-    half = next(c for c in lambda_curve(findings) if c["mitigation_lambda"] == 0.5)
+    half = next(c for c in lambda_curve(findings) if c["lambda"] == 0.5)
     dropped = max(m.detection.dropped_at_zero for m in findings)
     weighs = (
         f"{carry} {100 * share:.1f}% of the energy of what the adapter adds: λ = 0.5 leaves {100 * half['norm_left']:.1f}% of its norm "

@@ -3,45 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from streamer.json_types import Count, Sha256
 
 
+# fmt: off
 class FileIdentity(TypedDict):
-    """Identity of a safetensors file: its name, size, and SHA-256 (hex) of its header and of a sample of each tensor."""
-
-    file: str
-    bytes: int
-    header_sha256: str
-    sample_sha256: str
-
+    """A safetensors file of an input."""
+    file: Annotated[str, "Its name."]
+    bytes: Annotated[Count, "Its size in bytes."]
+    header_sha256: Annotated[Sha256, "Digest of its safetensors header (SHA-256, hexadecimal)."]
+    sample_sha256: Annotated[Sha256, "Digest of a sample of every tensor (SHA-256, hexadecimal)."]
 
 class BaseIdentity(TypedDict):
-    """Identity of a base model: those of its files, and its class where the user named it.
+    """What tells a base from another."""
+    files: Annotated[list[FileIdentity], "Its safetensors files."]
+    architecture: NotRequired[Annotated[str, "Class of the base, where the user named it (--architecture)."]]
+    in_memory: NotRequired[Annotated[bool, "True if the model was in memory; its tensors stand for a file. Left out otherwise."]]
 
-    Of a model in memory its tensors stand for a file, and `in_memory` is True.
-    """
-
-    architecture: NotRequired[str]
-    in_memory: NotRequired[bool]
-    files: list[FileIdentity]
-
+class DigestedAdapter(TypedDict):
+    """What tells an adapter, or a fine-tuned model in its place, from another."""
+    weights_sha256: NotRequired[Annotated[Sha256, "Digest of all tensors of an adapter (SHA-256, hexadecimal)."]]
+    config_sha256: NotRequired[Annotated[Sha256, "Digest of its adapter_config.json (SHA-256, hexadecimal)."]]
+    modules: Annotated[Count, "Modules that it changes."]
+    base_model_name_or_path: NotRequired[Annotated[str | None, "What its config calls its base; in findings it may be a path."]]
 
 class StatedIdentity(TypedDict):
     """What the user has stated of an adapter, where its files leave it open: see `streamer.adapters.stated`."""
+    base_is_residual: NotRequired[Annotated[bool, "True if --base-is-residual stated that the base is the adapter's residual."]]
+    lora_b_layout: NotRequired[Annotated[Literal["rank_major", "grouped_by_expert"], "Order of lora_B's columns on stacked experts."]]
+    ignored_keys: NotRequired[Annotated[list[str], "Unknown keys of adapter_config.json that the user ignored (--ignore-key)."]]
 
-    base_is_residual: NotRequired[bool]
-    lora_b_layout: NotRequired[str]
-    ignored_keys: NotRequired[list[str]]
-
-
-class AdapterIdentity(StatedIdentity):
-    """Identity of an adapter: SHA-256 (hex) of its weights and config; of a fine-tuned model those of its files."""
-
-    modules: int
-    weights_sha256: NotRequired[str]
-    config_sha256: NotRequired[str]
-    base_model_name_or_path: NotRequired[str | None]
-    files: NotRequired[list[FileIdentity]]
+class AdapterIdentity(DigestedAdapter, StatedIdentity):
+    """Identity of an adapter, or of a fine-tuned model in its place."""
+    files: NotRequired[Annotated[list[FileIdentity], "Its safetensors files; of a fine-tuned model only."]]
+# fmt: on
 
 
 def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

@@ -4,67 +4,66 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Final, Literal, NamedTuple, NotRequired, TypedDict
 
-SCHEMA = "streamer.verification/1"
+from streamer.json_types import Amount, Count
+
+SCHEMA: Final = "streamer.verification/1"
 
 
 class NotRecomputed(Exception):  # a reason, and no fault of anyone
     """Say why a matrix is not recomputed: a kind, a size or an encoding that no plain formula here covers."""
 
 
+# fmt: off
 class DifferenceRecord(TypedDict):
-    """State one difference; `message` is ``FILE: expected EXPECTED, found FOUND``, `tensor` the tensor's name or null."""
-
-    file: str
-    tensor: str | None
-    expected: str
-    found: str
-    message: str
-
+    """A difference."""
+    file: Annotated[str, "Path of the file that differs, or that says otherwise."]
+    tensor: Annotated[str | None, "The tensor that it is about, or null."]
+    expected: Annotated[str, "What the record, the index, the other file or the inputs give."]
+    found: Annotated[str, "What stands there."]
+    message: Annotated[str, "The line that goes to stderr: file, tensor, expected and found."]
 
 class RecomputedRecord(TypedDict):
-    """State how one matrix was recomputed; `error` as a share of what rounding permits, `decisions` whether similarities were as well."""
-
-    tensor: str
-    error: float
-    decisions: bool
-
+    """A matrix that was recomputed."""
+    tensor: Annotated[str, "Name of the tensor in the base."]
+    error: Annotated[Amount, "The largest error found, as a share of what rounding permits: at most 1 where nothing differs."]
+    decisions: Annotated[bool, "Whether its similarities were recomputed too, by a full SVD: up to 2048 on the base matrix's short side."]
 
 class SkippedRecord(TypedDict):
-    """Name a matrix that was not recomputed, or another tensor that was not compared, and say why."""
-
-    tensor: str
-    reason: str
-
+    """A matrix that was not recomputed, or a tensor or file that was not compared."""
+    tensor: Annotated[str, "Its name; of a matrix that of the tensor in the base, with [N] behind it in a stack of experts."]
+    reason: Annotated[str, "Why not."]
 
 class TotalsRecord(TypedDict):
-    """Count what was compared: `bytes` of the files that were read whole; `tensors` besides the matrices; files are no tensors' here."""
+    """Counts."""
+    files: Annotated[Count, "Files that the record lists; 1 for findings."]
+    bytes: Annotated[Count, "Bytes of those that were hashed."]
+    matrices: Annotated[Count, "Matrices that the record or the findings list."]
+    recomputed: Annotated[Count, "Matrices that were recomputed."]
+    not_recomputed: Annotated[Count, "Matrices that were tried and cannot be recomputed here."]
+    tensors: Annotated[Count, "Other tensors of the output, and those of the base that it lacks; 0 without inputs and of findings."]
+    compared: Annotated[Count, "`tensors` that were compared with the inputs', byte by byte or within a rounding; 0 without --sample all."]
+    not_compared: Annotated[Count, "Matrices that were not recomputed, and other tensors that were not compared."]
+    differences: Annotated[Count, "Differences."]
 
-    files: int
-    bytes: int
-    matrices: int
-    recomputed: int
-    not_recomputed: int
-    tensors: int
-    compared: int
-    not_compared: int
-    differences: int
-
+class _Inputs(TypedDict):
+    base: Annotated[str, "The base."]
+    adapter: Annotated[str, "The adapter."]
 
 class Verification(TypedDict):
-    """Hold what `streamer verify --json` prints."""
-
-    schema: str
-    output: str
-    kind: Literal["model", "adapter", "findings"]
-    verified: bool
-    totals: TotalsRecord
-    recomputed: list[RecomputedRecord]
-    not_recomputed: list[SkippedRecord]
-    not_compared: list[SkippedRecord]
-    differences: list[DifferenceRecord]
-    inputs: NotRequired[dict[str, str]]
+    """What `streamer verify --json` prints, whether anything differs (exit code 7) or not."""
+    schema: Literal["streamer.verification/1"]
+    output: Annotated[str, "Path of the output, as it was given."]
+    kind: Annotated[Literal["model", "adapter", "findings"], "What it is: a merged model, a mitigated adapter, or findings."]
+    verified: Annotated[bool, "Whether nothing differs."]
+    inputs: NotRequired[Annotated[_Inputs, "Paths of base and adapter, as they were given; absent where they were not."]]
+    totals: Annotated[TotalsRecord, "Counts."]
+    recomputed: Annotated[list[RecomputedRecord], "The matrices that were recomputed; of one that differs too."]
+    not_recomputed: Annotated[list[SkippedRecord], "The matrices of the sample that were not; only their digests are verified."]
+    not_compared: Annotated[list[SkippedRecord], "Other tensors, and files of neither input, that --sample all could not compare."]
+    differences: Annotated[list[DifferenceRecord], "What differs, each thing once; empty where nothing does."]
+# fmt: on
 
 
 class Checked(NamedTuple):
@@ -102,7 +101,7 @@ class Outcome:
         """Tell whether a difference of this file was noted."""
         return any(d["file"] == str(file) for d in self.differences)
 
-    def result(self, inputs: dict[str, str] | None) -> Verification:
+    def result(self, inputs: _Inputs | None) -> Verification:
         """Return the object that is printed."""
         result: Verification = {
             "schema": SCHEMA,

@@ -34,15 +34,15 @@ def test_what_a_lambda_takes_away_is_what_the_formulas_do(pair: tuple[Path, Path
         total["left"] += float(project.square().sum())
         total["project"] += float((project - D).square().sum())
         total["paper"] += float((paper - D).square().sum())
-    found = next(c for c in lambda_curve(findings) if c["mitigation_lambda"] == lam)
+    found = next(c for c in lambda_curve(findings) if c["lambda"] == lam)
     for key, square in (("norm_left", "left"), ("project", "project"), ("paper", "paper")):
         assert found[key] == pytest.approx(math.sqrt(total[square] / total["before"]), rel=1e-5)  # type: ignore[literal-required]
 
 
 def test_lambda_1_takes_nothing_away(findings: Findings) -> None:
     first = lambda_curve(findings)[0]
-    assert first == {"mitigation_lambda": 1.0, "paper": 0.0, "project": 0.0, "norm_left": 1.0}
-    assert [c["mitigation_lambda"] for c in lambda_curve(findings)] == list(LAMBDAS)
+    assert first == {"lambda": 1.0, "paper": 0.0, "project": 0.0, "norm_left": 1.0}
+    assert [c["lambda"] for c in lambda_curve(findings)] == list(LAMBDAS)
 
 
 def test_findings_without_a_delta() -> None:

@@ -1,0 +1,139 @@
+"""Types of the JSON of an evaluation (schema ``streamer.evaluation/1``)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NotRequired, TypedDict
+
+from streamer.detection.findings_records import OptionsRecord
+from streamer.detection.intruders import Selection
+from streamer.evaluation.options import ProductDtype
+from streamer.evaluation.suggestion import Reason
+from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
+from streamer.output.coefficients import CoefficientsRecord
+from streamer.output.mitigation import MitigationMethod
+from streamer.plan.sources import AdapterSource, BaseSource
+
+
+# fmt: off
+class TextFacts(TypedDict):
+    """A text."""
+    name: Annotated[str, "Name of the file; never a path."]
+    sequences: Annotated[Count, "Sequences that were taken."]
+    tokens: Annotated[Count, "Tokens of them whose losses count."]
+    length: Annotated[Count, "Tokens of the longest sequence."]
+    sha256: Annotated[Sha256, "Digest of the token ids and of which of them count (SHA-256, hexadecimal)."]
+
+class _Texts(TypedDict):
+    general: Annotated[TextFacts, "What the base can do and should not forget."]
+    task: Annotated[TextFacts, "What the adapter was trained for."]
+
+class _SequenceTokens(TypedDict):
+    general: Annotated[list[float], "Of the general text."]
+    task: Annotated[list[float], "Of the task's text."]
+
+class _SumsRecord(TypedDict):
+    loss: Annotated[list[float], "Of the negative log likelihood, in nats."]
+    kl: Annotated[list[float], "Of the divergence from the base, in nats."]
+    agree: Annotated[list[float], "Counts of tokens where the likeliest is the base's."]
+
+class TextFigures(TypedDict):
+    """Figures of a variant on one text."""
+    loss: Annotated[float, "Mean over counted tokens of the negative log likelihood, in nats."]
+    loss_se: StandardError
+    perplexity: Annotated[float | None, "exp(loss); null where it is beyond a double."]
+    kl: Annotated[float, "Mean divergence KL(base || variant) of the next token's distribution, in nats."]
+    kl_se: StandardError
+    agreement: Annotated[float, "Share of counted tokens where the likeliest next token is the base's."]
+    agreement_se: StandardError
+    sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the text's order: they give all other figures."]
+
+class Against(TypedDict):
+    """Differences to another variant."""
+    general_loss: Annotated[float, "Difference of the mean losses on the general text."]
+    general_loss_se: PairedError
+    general_kl: Annotated[float, "Difference of the mean divergences on the general text."]
+    general_kl_se: PairedError
+    task_loss: Annotated[float, "Difference of the mean losses on the task's text."]
+    task_loss_se: PairedError
+
+VariantRecord = TypedDict("VariantRecord", {
+    "name": Annotated[str, "`base`, `adapter`, or method and lambda: `paper 0.5`; of coefficients the share that they keep: `fitted 0.9`."],
+    "method": Annotated[MitigationMethod | None, "How intruders are scaled; null for base and adapter."],
+    "lambda": Annotated[float | None, "What is left of an intruder; null for base, adapter and fitted."],
+    "keep": NotRequired[Annotated[float, "Of the method fitted: share of the learning that its coefficients were fitted to keep."]],
+    "general": Annotated[TextFigures, "On the general text."],
+    "task": Annotated[TextFigures, "On the task's text."],
+    "kept": Annotated[float | None, "Share of the learning: (base - variant) / (base - adapter) of the task's losses; null if undefined."],
+    "kept_se": StandardError | None,
+    "forgetting": Annotated[float | None, "Share of the forgetting: (variant - base) / (adapter - base) of the general losses; null if "
+        "undefined."],
+    "forgetting_se": StandardError | None,
+    "divergence": Annotated[float | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0."],
+    "divergence_se": StandardError | None,
+    "against_adapter": Annotated[Against, "Differences to the adapter as it is."],
+    "against_base": Annotated[Against, "Differences to the base."],
+})
+VariantRecord.__doc__ = "A variant that was evaluated."
+
+ShrinkRecord = TypedDict("ShrinkRecord", {
+    "lambda": Annotated[float, "Lambda of that shrink."],
+    "between": Annotated[list[float], "The neighbouring lambdas that were evaluated; 1 is the adapter."],
+    "loss": Annotated[float, "Difference of the mean losses on the general text; below 0 the variant forgets less."],
+    "loss_se": Annotated[PairedError, "The uncertainty of the share kept and of the interpolation is in it."],
+    "kl": Annotated[float, "Difference of the mean divergences on the general text."],
+    "kl_se": Annotated[Amount, "Its standard error, in the same way."],
+    "verdict": Annotated[Literal["better", "worse", "not told apart"], "By more than two standard errors: better by both, "
+        "worse by the loss, or by the divergence unless the loss is better."],
+})
+ShrinkRecord.__doc__ = "A shrink of the whole adapter."
+
+SuggestionRecord = TypedDict("SuggestionRecord", {
+    "name": Annotated[str | None, "Its name; null where nothing can be suggested."],
+    "method": Annotated[MitigationMethod | None, "How intruders are scaled; null for base and adapter."],
+    "lambda": Annotated[float | None, "What is left of an intruder; null for base, adapter and fitted."],
+    "reason": Annotated[Reason, "not learned: the adapter's loss on the task's text is not below the base's by two standard errors "
+        "(Student's quantile: more where sequences are few), and nothing is suggested; not forgotten: its loss on the general text is not "
+        "above the base's by two, so it is suggested as it is; none better: nor does any variant that keeps enough forget less; forgets "
+        "least: of those that keep enough; a shrink is better: a shrink that was not measured is better than that one, and nothing is "
+        "suggested before it is."],
+    "keep": Annotated[KeptShare, "Share of what was learned that was to be kept."],
+    "swapped": Annotated[bool, "Whether the adapter's loss on the task's text is above the base's by two standard errors (swapped "
+        "texts?)."],
+    "command": Annotated[list[str] | None, "Command that makes it, and its options; add base, adapter, output and findings."],
+    "least_loss": Annotated[str | None, "Name of the variant that keeps enough with the least loss on the general text, if another."],
+    "shrink": Annotated[ShrinkRecord | None, "The variant that forgets least against the shrink of the whole adapter that keeps the same "
+        "share, interpolated; null if it is a shrink or the adapter, or if the shrinks that were evaluated do not enclose that share."],
+})
+SuggestionRecord.__doc__ = "The variant to use."
+
+class EvaluationHead(TypedDict):
+    """What comes first."""
+    schema: Literal["streamer.evaluation/1"]
+    verdict: Annotated[str, "What to use, in a line for people."]
+
+class EvaluationFacts(TypedDict):
+    """What an evaluation was made of."""
+    version: Version
+    transformers: Annotated[str, "Version of transformers."]
+    base: Annotated[BaseSource, "The base model: its name, and what tells it from another, wherever it lies."]
+    adapter: Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, in the same way."]
+    factored: Annotated[bool, "Whether all deltas are the product of LoRA's factors, so that mitigate can write them back."]
+    quantized: Annotated[bool, "Whether a merge must write a quantized base plain (--dequantize)."]
+    detection: Annotated[OptionsRecord | None, "How the intruders were found; null where none were needed (method shrink alone)."]
+    scale: Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."]
+    findings: NotRequired[Annotated[Sha256, "Digest of the decisions of the findings, if some were given (SHA-256, hexadecimal)."]]
+    projected: Annotated[bool, "Whether deltas were projected onto the adapter's rank, as mitigate writes them, or complete, as by merge."]
+    dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; all else is float32."]
+    texts: Annotated[_Texts, "The two texts."]
+    coefficients: NotRequired[Annotated[list[CoefficientsRecord], "The sets of coefficients that were evaluated, if any."]]
+    plan: Annotated[Sha256, "Digest of the keys from `transformers` on: what compared variants have in common (SHA-256, hexadecimal)."]
+
+class EvaluationRecord(EvaluationHead, EvaluationFacts):
+    """What `streamer evaluate` writes and prints: losses of base, adapter and variants, on a general text and on the task's."""
+    tokens: Annotated[_SequenceTokens, "Counted tokens of each sequence."]
+    variants: Annotated[list[VariantRecord], Keywords(minItems=2), "The base, the adapter as it is, each method from its largest lambda "
+        "on, then each set of coefficients. Among the shrinks is the one that was placed to keep the share asked for."]
+    front: Annotated[list[str], "Names of variants that no other one equals or excels in both the task's loss and the divergence."]
+    suggestion: Annotated[SuggestionRecord, "The variant to use."]
+    output: NotRequired[Annotated[str, "Path of the output, as it was given. Printed only."]]
+    state: NotRequired[Annotated[State, "Printed only."]]

@@ -1,0 +1,258 @@
+"""Write the JSON Schemas in ``streamer/schemas`` and the tables of ``docs/formats.md`` from the types of the records.
+
+``--check`` compares them with what is there instead. `streamer.json_types` says what the types' annotations mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import types
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
+
+from streamer.cli.demo import DemoRecord
+from streamer.cli.event_records import ErrorsRecord, EventRecord
+from streamer.cli.forecast import Forecast
+from streamer.cli.json_report import DryRun, PlanRecord, SeveralRecord
+from streamer.detection.findings_records import FindingsRecord
+from streamer.evaluation.evaluation_records import EvaluationRecord
+from streamer.fitting.result import FitRecord
+from streamer.json_types import Keywords
+from streamer.output.records import Written
+from streamer.plan.sources import AdapterSource, BaseSource
+from streamer.report.diff import DiffRecord
+from streamer.report.subject import ReportRecord
+from streamer.verification.result import Verification
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMAS, FORMATS = ROOT / "streamer" / "schemas", ROOT / "docs" / "formats.md"
+
+Schema = dict[str, Any]
+
+PRINTED = {"dependentRequired": {"output": ["state"], "state": ["output"]}}
+
+
+def when(events: Schema, *keys: str) -> Schema:
+    """Require keys of a line with one of the events."""
+    return {"if": {"properties": {"event": events}}, "then": {"required": list(keys)}}
+
+
+RECORDS: dict[type, tuple[str, Schema]] = {
+    DemoRecord: ("Demo", {}),
+    DiffRecord: ("Difference of two findings", {}),
+    DryRun: ("Dry run", {}),
+    ErrorsRecord: ("Errors", {}),
+    EvaluationRecord: ("Evaluation", PRINTED),
+    EventRecord: ("Event", {"allOf": [
+        when({"const": "progress"}, "stage", "name", "done", "total", "items", "of", "adapter"),
+        when({"const": "error"}, "kind", "exit_code", "message", "path"),
+        when({"enum": ["warning", "note", "done"]}, "message"),
+    ]}),
+    FindingsRecord: ("Findings", PRINTED),
+    FitRecord: ("Fit", {}),
+    PlanRecord: ("Plan", {"dependentRequired": {"adapter": ["names", "matrices", "carried", "forecast", "refused"]}}),
+    ReportRecord: ("Report", {}),
+    SeveralRecord: ("Several adapters", {}),
+    Verification: ("Verification", {}),
+    Written: ("Output", PRINTED),
+}  # fmt: skip
+"""What is printed or written: its title, and what no type says, which is that some keys need others."""
+
+APART = {BaseSource: "Inputs", AdapterSource: "Inputs", Forecast: "Forecasts"}
+"""Objects whose keys have a section of their own in the docs."""
+
+PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+
+NAMED = "The name of this schema; names of keys are added under it, never changed."
+
+MARK = "<!-- made by tools/make_schemas.py -->"
+
+
+def schema_name(record: type) -> str:
+    """Return the value of a record's key `schema`, as ``streamer.plan/1``."""
+    (name,) = get_args(get_type_hints(record)["schema"])
+    return str(name)
+
+
+def urn(record: type) -> str:
+    return "urn:intruder-streamer:" + schema_name(record).removeprefix("streamer.").replace("/", ":")
+
+
+class Maker:
+    """Make the schema of a record: objects that occur more than once are under ``$defs``."""
+
+    def __init__(self, root: type) -> None:
+        self.root, self.uses, self.defs, self.shared = root, Counter[type](), {}, set[type]()
+        self.fields(root)  # to count
+        self.shared = {one for one, count in self.uses.items() if count > 1 or one in APART}
+        self.uses.clear()
+
+    def schema(self) -> Schema:
+        """Make the whole schema."""
+        title, more = RECORDS[self.root]
+        head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": urn(self.root), "title": title}
+        tree = self.fields(self.root)
+        tree["properties"]["schema"]["description"] = NAMED
+        return head | tree | more | ({"$defs": self.defs} if self.defs else {})
+
+    def fields(self, record: type) -> Schema:
+        """Describe an object by its keys."""
+        hints = get_type_hints(record, include_extras=True)
+        always = getattr(record, "__required_keys__", hints)
+        required = [key for key, hint in hints.items() if key in always and get_origin(hint) is not NotRequired]
+        keys = sorted(hints, key=lambda key: key != "schema")  # which is the first, whatever a record inherits
+        text = " ".join((record.__doc__ or "").split("\n\n")[0].split())
+        return {"type": "object", **({"description": text} if text else {}), "properties": {key: self.value(hints[key]) for key in keys},
+                "required": sorted(required, key=keys.index)}  # fmt: skip
+
+    def value(self, hint: Any, made_from: type | None = None) -> Schema:
+        """Describe the values of a type."""
+        if get_origin(hint) is NotRequired:
+            (hint,) = get_args(hint)
+        text, more = "", {}
+        if get_origin(hint) is Annotated:
+            hint, *metadata = get_args(hint)
+            text = " ".join(one for one in metadata if isinstance(one, str))
+            more = {key: value for one in metadata if isinstance(one, Keywords) for key, value in one.keywords.items()}
+            made_from = next((one for one in metadata if isinstance(one, type)), made_from)
+        tree = self.plain(hint, made_from)
+        if "enum" in more:
+            kinds = tree.pop("type")
+            more["enum"] = [*more["enum"], *([None] if "null" in kinds else [])]
+        told = {"type": tree.pop("type")} if "type" in tree else {}
+        return told | tree | more if not text else told | {"description": text} | (tree | more | {"description": text})
+
+    def plain(self, hint: Any, made_from: type | None) -> Schema:
+        """Describe the values of a type without annotations."""
+        origin, args = get_origin(hint), get_args(hint)
+        if origin in (types.UnionType, Union):
+            return self.union([self.value(one, made_from) for one in args])
+        if origin is Literal:
+            return {"const": args[0]} if len(args) == 1 else {"enum": list(args)}
+        if origin is list:
+            return {"type": "array", "items": self.value(args[0], made_from)}
+        if origin is dict and made_from is None:
+            return {"type": "object", "additionalProperties": self.value(args[1])}
+        return {"type": PLAIN[hint]} if hint in PLAIN else self.object(made_from or hint)
+
+    def union(self, parts: list[Schema]) -> Schema:
+        """Describe one of several; a type that may be null has a list of types, an enumeration null among its values."""
+        *some, last = parts
+        if last != {"type": "null"} or len(some) > 1 or "$ref" in some[0]:
+            return {"anyOf": parts}
+        (one,) = some
+        return one | ({"enum": [*one["enum"], None]} if "enum" in one else {"type": [one["type"], "null"]})
+
+    def object(self, record: type) -> Schema:
+        """Describe an object, or name the schema that does."""
+        if record in RECORDS and record is not self.root:
+            return {"$ref": urn(record)}
+        self.uses[record] += 1
+        if record not in self.shared:
+            return self.fields(record) if self.uses[record] == 1 else {"type": "object"}
+        name = record.__name__.lstrip("_")
+        if name not in self.defs:
+            self.defs[name] = {}  # its place, before those of the objects in it
+            self.defs[name] = self.fields(record)
+        return {"$ref": f"#/$defs/{name}"}
+
+
+def printed(tree: Any, indent: int = 0, broken: bool = False) -> str:
+    """Print a schema: a key on one line, but for objects with keys of their own."""
+    if not (isinstance(tree, dict) and (broken or has_keys(tree))):
+        return json.dumps(tree, ensure_ascii=False)
+    lines: list[str] = []
+    for key, value in tree.items():
+        item = f"{json.dumps(key)}: {printed(value, indent + 1, key in ('properties', '$defs'))}"
+        if lines and not broken and "\n" not in item and "\n" not in lines[-1]:
+            lines[-1] += f", {item}"
+        else:
+            lines.append(item)
+    return "{\n" + ",\n".join(" " * (indent + 1) + line for line in lines) + "\n" + " " * indent + "}"
+
+
+def has_keys(tree: Schema) -> bool:
+    """Test whether an object's keys are described in a schema, however deep."""
+    return "properties" in tree or any(isinstance(one, dict) and has_keys(one) for one in tree.values())
+
+
+def kind(tree: Schema) -> str:
+    """Name the type of a key in the docs."""
+    if "anyOf" in tree:
+        return " \\| ".join(map(kind, tree["anyOf"]))
+    if "const" in tree or "enum" in tree:
+        return " \\| ".join("null" if one is None else f"`{one}`" for one in tree.get("enum", [tree.get("const")]))
+    if "$ref" in tree:
+        return "object"
+    if tree["type"] == "array":
+        one, *null = kind(tree["items"]).split(" ", 1)
+        return f"list of {one}s" + "".join(f" {rest}" for rest in null)
+    return " \\| ".join([tree["type"]] if isinstance(tree["type"], str) else tree["type"]).replace("array", "list")
+
+
+def rows(tree: Schema, defs: Schema, prefix: str = "", seen: dict[str, str] | None = None) -> Iterator[str]:
+    """Write the lines of a table on an object's keys, with those of the objects in it, each once."""
+    seen = {} if seen is None else seen
+    for key, value in tree["properties"].items():
+        if key == "schema":
+            continue
+        name, inner = f"{prefix}{key}", value.get("items", value)
+        inner = inner.get("anyOf", [inner])[0]
+        path, ref = f"{name}[]" if "items" in value else name, inner.get("$ref", "").removeprefix("#/$defs/")
+        again = f" Keys as in `{seen[ref]}`." if ref in seen else ""
+        yield f"| `{name}` | {kind(value)} | {value['description']}{again} |\n"
+        inner = defs.get(ref, inner)
+        if "properties" in inner and not again and ref not in {record.__name__ for record in APART}:
+            seen |= {ref: path} if ref else {}
+            yield from rows(inner, defs, f"{path}.", seen)
+
+
+def table(text: str, section: str, tree: Schema, defs: Schema) -> str:
+    """Put a table in the place of the one in a section of the docs, behind its mark."""
+    head = rf"(^### `?{re.escape(section)}`?\n(?:(?!^#).*\n)*?{MARK}\n)(?:\|.*\n)*"
+    lines = ["| key | type | meaning |\n", "|---|---|---|\n", *rows(tree, defs)]
+    found, count = re.subn(head, lambda match: match[1] + "".join(lines), text, flags=re.MULTILINE)
+    if count != 1:
+        sys.exit(f"{FORMATS}: expected one section {section!r} with the line {MARK}, found {count}")
+    return found
+
+
+def made() -> dict[Path, str]:
+    """Make all schemas, and the docs with their tables."""
+    files, text = {}, FORMATS.read_text()
+    apart: dict[str, Schema] = {}
+    for record in RECORDS:
+        tree = Maker(record).schema()
+        name, defs = schema_name(record), tree.get("$defs", {})
+        files[SCHEMAS / f"{name.removeprefix('streamer.').replace('/', '-')}.json"] = printed(tree) + "\n"
+        text = table(text, name, tree, defs)
+        for one, section in APART.items():
+            if one.__name__ in defs:
+                apart.setdefault(section, {"properties": {}, "$defs": {}})
+                apart[section]["properties"] |= defs[one.__name__]["properties"]
+                apart[section]["$defs"] |= defs
+    for section, tree in apart.items():
+        text = table(text, section, tree, tree["$defs"])
+    return {**files, FORMATS: text}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, and name the files that differ")
+    check, differ = parser.parse_args(argv).check, 0
+    for path, text in made().items():
+        if not path.exists() or path.read_text() != text:
+            print(f"{path.relative_to(ROOT)}: {'differs' if check else 'written'}")
+            differ = 1
+            if not check:
+                path.write_text(text)
+    return differ if check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
