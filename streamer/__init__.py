@@ -16,7 +16,7 @@ method keeps and forgets, or fit a coefficient for each direction::
     evaluation = streamer.evaluate_variants("BASE", "ADAPTER", general="general.txt", task="task.jsonl")
     print(evaluation.table())
     coefficients = streamer.fit_coefficients("BASE", "ADAPTER", general="general.txt", task="task.jsonl")
-    streamer.reduce_intruder_dimension("BASE", "ADAPTER", "fitted", coefficients=coefficients)
+    streamer.reduce_intruder_dimension("BASE", "ADAPTER", "repaired", coefficients=coefficients)
 
 Every error that is raised on purpose is a `StreamerError`. `streamer.peft` has the same functions for a model in memory. ``help`` on a
 function explains its parameters.
@@ -54,7 +54,7 @@ __version__ = "0.2.0"
 
 # Where each public name lives. They are resolved when first used: importing streamer loads no torch.
 _HOMES = {
-    "Coefficients": "output.coefficients",
+    "Coefficients": "methods.coefficients",
     "Detection": "detection.intruders",
     "DetectionOptions": "detection.options",
     "Evaluation": "evaluation.evaluation",
@@ -62,7 +62,6 @@ _HOMES = {
     "Findings": "detection.findings",
     "FindingsDiff": "report.diff",
     "MatrixFinding": "detection.matrix_finding",
-    "MitigationOptions": "output.mitigation",
     "Monitor": "events",
     "StreamerError": "errors",
     "StreamerWarning": "errors",
@@ -72,7 +71,7 @@ _HOMES = {
     "evaluate_variants": "api",
     "fit_coefficients": "api",
     "iter_merged": "api",
-    "load_coefficients": "output.coefficients_file",
+    "load_coefficients": "methods.coefficients_file",
     "load_evaluation": "evaluation.evaluation",
     "load_findings": "detection.findings",
     "merge_with_reduced_intruder_dimensions": "api",
@@ -91,7 +90,6 @@ __all__ = [
     "Findings",
     "FindingsDiff",
     "MatrixFinding",
-    "MitigationOptions",
     "Monitor",
     "StreamerError",
     "StreamerWarning",
@@ -130,9 +128,8 @@ if TYPE_CHECKING:
     from streamer.errors import StreamerError, StreamerWarning, VerificationError
     from streamer.evaluation.evaluation import Evaluation, load_evaluation
     from streamer.events import Event, Monitor
-    from streamer.output.coefficients import Coefficients
-    from streamer.output.coefficients_file import load_coefficients
-    from streamer.output.mitigation import MitigationOptions
+    from streamer.methods.coefficients import Coefficients
+    from streamer.methods.coefficients_file import load_coefficients
     from streamer.report.diff import FindingsDiff, diff_findings
 
 

@@ -48,7 +48,8 @@ from streamer.linalg.allocation import empty_matrix
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense, RowBlocks, Sum
 from streamer.linalg.svd import krylov_triplets, residuals
-from streamer.output.mitigation import MitigationOptions, back_project, mitigate
+from streamer.methods import Paper
+from streamer.output.back_projection import back_project
 
 SLOW = 5.0
 TOP = 64
@@ -108,7 +109,7 @@ def run_ours(case: Case, solver: str, k: int, epsilon: float) -> Detection:
     base = row_blocks(case.weight) if solver == "blocks" else upcast(case.weight)
     options = DetectionOptions(k, epsilon, "certified" if solver == "blocks" else solver)
     found = detect(base, case.delta, options, name="bench")
-    mitigated = mitigate(LowRank(*(t.cpu() for t in (case.delta.L, case.delta.R))), found, MitigationOptions())
+    mitigated = Paper(0.75).mitigated(LowRank(*(t.cpu() for t in (case.delta.L, case.delta.R))), found)
     back_project(mitigated, case.A.shape[0], SCALE)
     return found
 

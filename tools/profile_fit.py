@@ -93,12 +93,12 @@ def gradient_passes(plan: Any, text: Any, coefficients: Any, directory: Path) ->
 def measure_passes(plan: Any, text: Any, coefficients: Any) -> list[Callable[[], Any]]:
     """One pass of the base, the adapter as it is, and a fitted variant."""
     from streamer.evaluation.losses import measure
-    from streamer.output.mitigation import MitigationOptions
+    from streamer.methods import UNCHANGED, Fitted
     from streamer.streaming.model import StreamingModel, vocabulary_block
     from streamer.streaming.values import Job
     from streamer.streaming.variants import BASE, Variant
 
-    options = MitigationOptions(1.0, "shrink"), MitigationOptions.fitted(coefficients)
+    options = UNCHANGED, Fitted.of(coefficients)
     variants = Variant(BASE, None), *(Variant(o.method, o) for o in options)
     model = StreamingModel(Job(plan, variants, None))
     return [lambda: measure(model, text, vocabulary_block(3 * len(text.ids) * text.longest))]
@@ -112,7 +112,7 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from streamer.evaluation.sequences import TextSequences
-    from streamer.output.coefficients import CoefficientSet, MatrixCoefficients, directions
+    from streamer.methods.coefficients import CoefficientSet, MatrixCoefficients, directions
     from streamer.plan.plan import make_plan
 
     torch.set_num_threads(request["threads"])

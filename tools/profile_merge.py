@@ -80,10 +80,10 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
         from streamer.detection.device import choose_device
         from streamer.detection.findings import load_findings
         from streamer.detection.options import RunOptions
+        from streamer.methods import Paper
         from streamer.output import model_writer
         from streamer.output import run as outputs
         from streamer.output.job import Job
-        from streamer.output.mitigation import MitigationOptions
         from streamer.output.prepare import OutputOptions, prepare_outputs
         from streamer.storage import atomic_file, page_cache, system, tensor_file
 
@@ -135,7 +135,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     tensor_file.TensorFile.view = clocks.wrap(tensor_file.TensorFile.view, "read and upcast")
     with clock.stage("plan and identity"):
         found = load_findings(findings)
-        mitigation, run = MitigationOptions(float(mitigation_lambda)), RunOptions(choose_device("cpu"))
+        mitigation, run = Paper(float(mitigation_lambda)), RunOptions(choose_device("cpu"))
         form, adapters = OutputOptions(merges=True), {"": Path(adapter)}
         writers = prepare_outputs(base, adapters, out, [found], mitigation, found.options, form, run)
     with Blocks():

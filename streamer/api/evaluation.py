@@ -8,14 +8,14 @@ from pathlib import Path
 from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import detection_options, read_coefficients, run_options
 from streamer.detection.findings import Findings
-from streamer.detection.intruders import Selection
+from streamer.detection.selection import Selection
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.options import LAMBDAS, METHODS, EvaluationOptions, ProductDtype
+from streamer.evaluation.options import LAMBDAS, EvaluationOptions, ProductDtype
 from streamer.evaluation.prepare import prepare
 from streamer.evaluation.run import evaluate
 from streamer.events import Monitor, OnEvent
-from streamer.output.coefficients import Coefficients
-from streamer.output.mitigation import MitigationMethod
+from streamer.methods import BY_LAMBDA, MethodName
+from streamer.methods.coefficients import Coefficients
 from streamer.progress import monitoring
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
@@ -29,7 +29,7 @@ def evaluate_variants(
     general: str | Path,
     task: str | Path,
     findings: Findings | str | Path | None = None,
-    methods: Sequence[MitigationMethod] = METHODS,
+    methods: Sequence[MethodName] = BY_LAMBDA,
     lambdas: Sequence[float] = LAMBDAS,
     amplify: bool = False,
     scale: Selection = "all",

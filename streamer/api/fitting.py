@@ -13,7 +13,7 @@ from streamer.events import Monitor, OnEvent
 from streamer.fitting.options import FitOptions, Grain, Objective
 from streamer.fitting.prepare import prepare_fit
 from streamer.fitting.run import fit
-from streamer.output.coefficients import Coefficients
+from streamer.methods.coefficients import Coefficients
 from streamer.progress import monitoring
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode

@@ -10,13 +10,14 @@ from typing import TypedDict, get_args
 
 from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.detection.device import choose_device
-from streamer.detection.intruders import Selection
 from streamer.detection.options import DetectionOptions, RunOptions, check_size
+from streamer.detection.selection import Selection
 from streamer.errors import UsageError
 from streamer.events import Monitor, OnEvent
-from streamer.output.coefficients import Coefficients
-from streamer.output.coefficients_file import load_coefficients
-from streamer.output.mitigation import DEFAULT_LAMBDA, MitigationMethod, MitigationOptions
+from streamer.methods import MethodName, make_method
+from streamer.methods.coefficients import Coefficients
+from streamer.methods.coefficients_file import load_coefficients
+from streamer.methods.method import Method
 from streamer.remote.inputs import RemoteMode
 from streamer.storage.tensor_file import IOMode
 from streamer.units import parse_size
@@ -57,7 +58,7 @@ class Mitigating(Running, total=False):
 
     mitigation_lambda: float | None
     amplify: bool
-    method: MitigationMethod | None
+    method: MethodName | None
     scale: Selection
     coefficients: Coefficients | str | Path | None
     keep: float | None
@@ -84,17 +85,17 @@ def detection_options(
 
 
 def mitigation_options(
-    mitigation_lambda: float | None, method: MitigationMethod | None, scale: Selection,
+    mitigation_lambda: float | None, method: MethodName | None, scale: Selection,
     coefficients: Coefficients | str | Path | None, keep: float | None, amplify: bool,
-) -> MitigationOptions:  # fmt: skip
+) -> Method:  # fmt: skip
     """Make the options of a mitigation, of coefficients or of a λ.
 
     Parameters
     ----------
     mitigation_lambda
-        None: `DEFAULT_LAMBDA`, except for ``fitted``, which has no λ.
+        None: the method's own default.
     method
-        None: ``fitted`` if coefficients are given, else ``paper``.
+        None: see `make_method`.
     coefficients, keep
         Coefficients, or the path of their file, and which set of them; see `Coefficients.select`.
     amplify
@@ -108,10 +109,7 @@ def mitigation_options(
     if coefficients is None and keep is not None:
         raise UsageError(f"keep: chooses among coefficients, found {keep!r} and none; give them, or leave it out")
     fitted = None if coefficients is None else read_coefficients(coefficients).select(keep)
-    method = method or ("paper" if fitted is None else "fitted")
-    if mitigation_lambda is None and method != "fitted":
-        mitigation_lambda = DEFAULT_LAMBDA
-    return MitigationOptions(mitigation_lambda, method, scale, fitted, amplify)
+    return make_method(method, mitigation_lambda, scale, fitted, amplify)
 
 
 def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:

@@ -12,11 +12,11 @@ from streamer.adapters.batch import named_adapters
 from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import Merging, Several, detection_options, mitigation_options, run_options
 from streamer.detection.findings import Findings
-from streamer.detection.intruders import Selection
+from streamer.detection.selection import Selection
 from streamer.events import Monitor, OnEvent
-from streamer.output.coefficients import Coefficients
+from streamer.methods import MethodName
+from streamer.methods.coefficients import Coefficients
 from streamer.output.iterate import merged_tensors
-from streamer.output.mitigation import MitigationMethod
 from streamer.output.prepare import OutputOptions, findings_by_name, open_jobs, prepare_outputs
 from streamer.output.records import Written
 from streamer.output.run import run_jobs
@@ -45,7 +45,7 @@ def merge_with_reduced_intruder_dimensions(
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float | None = None,
     amplify: bool = False,
-    method: MitigationMethod | None = None,
+    method: MethodName | None = None,
     scale: Selection = "all",
     coefficients: Coefficients | str | Path | None = None,
     keep: float | None = None,
@@ -177,7 +177,7 @@ def iter_merged(
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float | None = None,
     amplify: bool = False,
-    method: MitigationMethod | None = None,
+    method: MethodName | None = None,
     scale: Selection = "all",
     coefficients: Coefficients | str | Path | None = None,
     keep: float | None = None,

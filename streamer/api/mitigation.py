@@ -10,10 +10,10 @@ from streamer.adapters.batch import named_adapters
 from streamer.adapters.stated import LoraBLayout, Stated
 from streamer.api.keywords import Reducing, Several, detection_options, mitigation_options, run_options
 from streamer.detection.findings import Findings
-from streamer.detection.intruders import Selection
+from streamer.detection.selection import Selection
 from streamer.events import Monitor, OnEvent
-from streamer.output.coefficients import Coefficients
-from streamer.output.mitigation import MitigationMethod
+from streamer.methods import MethodName
+from streamer.methods.coefficients import Coefficients
 from streamer.output.prepare import OutputOptions, findings_by_name, prepare_outputs
 from streamer.output.records import Written
 from streamer.output.run import run_jobs
@@ -42,7 +42,7 @@ def reduce_intruder_dimension(
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float | None = None,
     amplify: bool = False,
-    method: MitigationMethod | None = None,
+    method: MethodName | None = None,
     scale: Selection = "all",
     coefficients: Coefficients | str | Path | None = None,
     keep: float | None = None,

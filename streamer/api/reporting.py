@@ -10,7 +10,7 @@ from streamer.api.keywords import read_coefficients
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_records import FindingsRecord
 from streamer.events import Monitor, OnEvent, warn
-from streamer.output.coefficients import Coefficients
+from streamer.methods.coefficients import Coefficients
 from streamer.output.intruder_coefficients import findings_means, with_means
 from streamer.plan.plan import make_plan
 from streamer.remote.inputs import Remote, RemoteMode

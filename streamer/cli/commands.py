@@ -204,9 +204,9 @@ def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
 
 def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.demo import demo_table, run_demo
-    from streamer.output.mitigation import MitigationOptions
+    from streamer.methods import Project
 
-    mitigation = MitigationOptions(args.mitigation_lambda, "project", amplify=args.amplify)
+    mitigation = Project(args.mitigation_lambda, amplify=args.amplify)
     if args.output:
         if os.path.lexists(args.output):
             raise OutputExistsError(f"{args.output}: exists; name a directory that does not", Path(args.output))

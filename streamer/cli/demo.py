@@ -13,7 +13,7 @@ from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions
 from streamer.events import Monitor
 from streamer.json_types import Amount, Count, TensorName
-from streamer.output.mitigation import MitigationOptions
+from streamer.methods.method import Method
 from streamer.plan.name_order import natural
 from streamer.storage.checkpoint import open_checkpoint
 
@@ -47,7 +47,7 @@ DemoRecord.__doc__ = "What `streamer demo --json` prints."
 # fmt: on
 
 
-def run_demo(directory: Path, mitigation: MitigationOptions, monitor: Monitor) -> DemoRecord:
+def run_demo(directory: Path, mitigation: Method, monitor: Monitor) -> DemoRecord:
     """Detect, mitigate, merge, and detect again on what is left of the adapter."""
     model = make_demo(directory)
     findings_path, adapter_path, merged_path = (
@@ -56,7 +56,7 @@ def run_demo(directory: Path, mitigation: MitigationOptions, monitor: Monitor) -
     found = detect_intruder_dimensions(model.base, model.adapter, findings_path, monitor=monitor)
     findings = load_findings(findings_path)
     assert mitigation.mitigation_lambda is not None
-    lam, method, amplify = mitigation.mitigation_lambda, mitigation.method, mitigation.amplify
+    lam, method, amplify = mitigation.mitigation_lambda, mitigation.name, mitigation.amplify
     reduce_intruder_dimension(model.base, model.adapter, adapter_path, findings=findings, monitor=monitor,
                               mitigation_lambda=lam, method=method, amplify=amplify)  # fmt: skip
     merge_with_reduced_intruder_dimensions(model.base, model.adapter, merged_path, findings=findings, monitor=monitor,

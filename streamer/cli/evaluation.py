@@ -31,7 +31,7 @@ from streamer.evaluation.steps import MOST_PLACED
 from streamer.evaluation.view import Names
 from streamer.events import Event
 from streamer.linalg.torch_state import bfloat16_products, full_float32
-from streamer.output.coefficients_file import load_coefficients
+from streamer.methods.coefficients_file import load_coefficients
 
 OVERHEAD = 1.3
 """Time of a pass over that of its products: attention, norms, the softmax, and reading the weights."""

@@ -9,7 +9,7 @@ from typing import Any
 from streamer.cli.layout import Column, Screen, fit, table
 from streamer.cli.tables import NO_LIMIT
 from streamer.evaluation.identity import input_options
-from streamer.output.coefficients import share_name
+from streamer.methods.coefficients import share_name
 from streamer.units import counted
 
 

@@ -12,6 +12,7 @@ from streamer.cli.arguments import Parser, number, numbers, rank, sample, size, 
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
 from streamer.cli.text_options import add_fit, add_texts, add_threads
 from streamer.cli.worker_options import add_workers
+from streamer.methods import BY_LAMBDA, DEFAULT, METHODS, Fitted
 
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
@@ -127,10 +128,9 @@ def build_parser() -> Parser:
     g.add_argument("--lambda", dest="mitigation_lambda", type=number, metavar="L",
                    help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75)")  # fmt: skip
     add_amplify(g)
-    g.add_argument("--method", choices=["paper", "project", "shrink", "fitted"],
-                   help="paper: scale the whole direction; project: only the adapter's part of it; "
-                        "shrink: the whole adapter, no detection, the baseline; fitted: each of the adapter's own directions by its "
-                        "coefficient; if not given, fitted with --coefficients, else paper")  # fmt: skip
+    g.add_argument("--method", choices=list(METHODS),
+                   help="; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
+                        + f"; if not given, {Fitted.name} with --coefficients, else {DEFAULT.name}")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",
                    help="from `streamer fit`, for the method fitted, which they stand for; no detection, and no lambda")  # fmt: skip
     g.add_argument("--keep", type=number, metavar="SHARE",
@@ -228,7 +228,7 @@ def build_parser() -> Parser:
     sub.add_argument("--lambda", dest="lambdas", type=numbers, default=(0.9, 0.75, 0.5, 0.25, 0.0), metavar="L,L",
                      help="shares of an intruder that are kept, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     add_amplify(sub)
-    sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=["paper", "project", "shrink"], metavar="M,M",
+    sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(BY_LAMBDA), metavar="M,M",
                      help="paper, project or shrink, several (default: all three); fitted: the coefficients alone")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="from `streamer fit`: each set in FILE is one more variant; give text they were not fitted to")  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamer.cli.verification import left_out
+from streamer.methods import takes_findings
 from streamer.units import counted, format_size
 
 
@@ -30,8 +31,7 @@ def _held(tree: Mapping[str, Any]) -> str:
     if schema == "streamer.findings":
         return f"{counted(totals['matrices'], 'matrix')}, {counted(totals['intruders'], 'intruder')}, {totals['certified']} certified"
     if schema == "streamer.output":
-        alone = tree["method"] in ("shrink", "fitted")  # no intruders
-        scaled = "" if alone else f"{counted(totals['intruders'], 'intruder')} scaled, "
+        scaled = f"{counted(totals['intruders'], 'intruder')} scaled, " if takes_findings(tree["method"]) else ""
         merged = f"{counted(totals['matrices'], 'matrix')} merged, " if tree["command"] == "merge" else ""
         return (
             f"{merged}{totals['changed']} of {counted(totals['matrices'], 'matrix')} mitigated, {scaled}"

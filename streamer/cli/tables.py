@@ -16,6 +16,7 @@ from streamer.detection.findings_records import FindingsRecord
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import is_repeated
 from streamer.evaluation.identity import input_options
+from streamer.methods import takes_findings
 from streamer.output.record_view import record_lines
 from streamer.plan.name_order import natural
 from streamer.units import format_size, listed
@@ -136,7 +137,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     matrices = sorted(record["matrices"], key=lambda m: natural(m["tensor"]))
     chosen, cut = _most(matrices, _removed, screen)
     columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, keep=1)]
-    if record["method"] not in ("shrink", "fitted"):
+    if takes_findings(record["method"]):
         scaled = [str(len(m["intruders"])) for m in chosen]
         columns.insert(1, Column("scaled", scaled, "intruders that were scaled", keep=2))
     if record["command"] == "mitigate":
@@ -156,7 +157,7 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
         columns.append(
             _summed("mitigated", [x["changed"] for x in t], "matrices whose delta differs from the adapter's", 3)
         )
-        if any(tree["method"] not in ("shrink", "fitted") for tree in trees.values()):
+        if any(takes_findings(tree["method"]) for tree in trees.values()):
             columns.append(_summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5))
         columns += [
             *_norms(t, keep=2),

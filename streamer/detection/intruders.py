@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +18,12 @@ from torch import Tensor
 
 from streamer.detection.cost import chosen_solver
 from streamer.detection.options import DetectionOptions
+from streamer.detection.selection import Selection
 from streamer.detection.solvers import SOLVERS
 from streamer.errors import NumericError
 from streamer.linalg.operators import Delta, Matrix, all_finite
 from streamer.linalg.svd import DEGENERATE
 from streamer.linalg.torch_state import full_float32
-
-Selection = Literal["all", "first"]
-"""The intruders of a matrix that are scaled: all, or the highest-ranked one."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -20,6 +20,7 @@ from streamer.evaluation.statistics import SequenceSums, flat
 from streamer.evaluation.suggestion import Suggestion, front, suggest
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.evaluation.view import table_text, verdict
+from streamer.methods import METHODS, Fitted, takes_findings
 from streamer.storage.files import open_regular
 from streamer.storage.strict_json import strict_json
 from streamer.units import quoted
@@ -177,16 +178,16 @@ class Evaluation:
         It is `mitigate` where the adapter can be written back and that drops nothing of what was evaluated, else `merge`.
         """
         facts, lam = self.facts, variant.mitigation_lambda
-        exact = facts["projected"] or variant.method in ("project", "shrink", "fitted")
+        exact = facts["projected"] or (variant.method in METHODS and METHODS[variant.method].keeps_rank)
         mitigates = variant.method is not None and exact and facts["factored"]
         words = ["mitigate" if mitigates else "merge"]
         if variant.keep is not None:
-            words += ["--method", "fitted", "--keep", f"{variant.keep!r}"]
+            words += ["--method", Fitted.name, "--keep", f"{variant.keep!r}"]
         elif lam is None:
             words += ["--lambda", "1"]
         else:
             words += ["--method", str(variant.method), "--lambda", f"{lam!r}"]
-        if variant.method in ("paper", "project"):
+        if takes_findings(variant.method):
             words += ["--scale", "first"] if facts["scale"] == "first" else []
             default, used = DetectionOptions(), facts["detection"]
             words += ["--top-k", f"{used['top_k']}"] if used["top_k"] != default.top_k else []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Literal, NotRequired, TypedDict
 
 from streamer.detection.findings_records import OptionsRecord
-from streamer.detection.intruders import Selection
+from streamer.detection.selection import Selection
 from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.suggestion import Reason
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
-from streamer.output.coefficients import CoefficientsRecord
-from streamer.output.mitigation import MitigationMethod
+from streamer.methods import MethodName
+from streamer.methods.coefficients import CoefficientsRecord
 from streamer.plan.sources import AdapterSource, BaseSource
 
 
@@ -58,7 +58,7 @@ class Against(TypedDict):
 
 VariantRecord = TypedDict("VariantRecord", {
     "name": Annotated[str, "`base`, `adapter`, or method and lambda: `paper 0.5`; of coefficients the share that they keep: `fitted 0.9`."],
-    "method": Annotated[MitigationMethod | None, "How intruders are scaled; null for base and adapter."],
+    "method": Annotated[MethodName | None, "How intruders are scaled; null for base and adapter."],
     "lambda": Annotated[float | None, "What is left of an intruder; null for base, adapter and fitted."],
     "keep": NotRequired[Annotated[float, "Of the method fitted: share of the learning that its coefficients were fitted to keep."]],
     "general": Annotated[TextFigures, "On the general text."],
@@ -89,7 +89,7 @@ ShrinkRecord.__doc__ = "A shrink of the whole adapter."
 
 SuggestionRecord = TypedDict("SuggestionRecord", {
     "name": Annotated[str | None, "Its name; null where nothing can be suggested."],
-    "method": Annotated[MitigationMethod | None, "How intruders are scaled; null for base and adapter."],
+    "method": Annotated[MethodName | None, "How intruders are scaled; null for base and adapter."],
     "lambda": Annotated[float | None, "What is left of an intruder; null for base, adapter and fitted."],
     "reason": Annotated[Reason, "not learned: the adapter's loss on the task's text is not below the base's by two standard errors "
         "(Student's quantile: more where sequences are few), and nothing is suggested; not forgotten: its loss on the general text is not "

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from streamer.detection.findings import Findings
-from streamer.detection.intruders import Selection
+from streamer.detection.selection import Selection
 from streamer.errors import UsageError
 from streamer.evaluation.suggestion import check_keep
 from streamer.linalg.torch_state import has_fast_bfloat16
-from streamer.output.coefficients import Coefficients, CoefficientsRecord
-from streamer.output.mitigation import MitigationMethod
+from streamer.methods import BY_LAMBDA, MethodName
+from streamer.methods.coefficients import Coefficients, CoefficientsRecord
 from streamer.plan.plan import Plan
 from streamer.streaming.values import Job
 from streamer.streaming.variants import Variant, make_variants
@@ -20,14 +20,13 @@ ProductDtype = Literal["float32", "bf16"]
 """Dtype that the factors of a product of a base's weight with activations are rounded to; the product is float32."""
 
 LAMBDAS = (0.9, 0.75, 0.5, 0.25, 0.0)
-METHODS: tuple[MitigationMethod, ...] = ("paper", "project", "shrink")
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
     """Options of an evaluation: keywords of `api.evaluate_variants`, which explains them; for `dtype` see also `bfloat16_products`."""
 
-    methods: tuple[MitigationMethod, ...] = METHODS
+    methods: tuple[MethodName, ...] = BY_LAMBDA
     lambdas: tuple[float, ...] = LAMBDAS
     scale: Selection = "all"
     sequences: int = 64

@@ -21,9 +21,10 @@ from streamer.evaluation.steps import EXPECTED_PLACED, missing, shrink_to_place,
 from streamer.evaluation.texts import read_text, sample_digest
 from streamer.evaluation.tokenizer import tokenizer_directory
 from streamer.events import Monitor
-from streamer.output.coefficients import Coefficients
+from streamer.methods import UNCHANGED
+from streamer.methods.coefficients import Coefficients
+from streamer.methods.shrink import Shrink
 from streamer.output.job import GivenFindings
-from streamer.output.mitigation import MitigationOptions
 from streamer.output.prepare import FindingsOrPath, OutputOptions, check_coefficients, open_jobs
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
@@ -80,7 +81,7 @@ class Prepared:
         """
         variants, keep = self.options.variants, self.options.keep
         new = missing(variants, known)
-        places = any(v.method == "shrink" for v in new) or (
+        places = any(v.method == Shrink.name for v in new) or (
             known is not None and shrink_to_place(known, keep) is not None
         )
         placed = EXPECTED_PLACED if places and keep < 1 and not was_placed(known, keep) else 0
@@ -137,7 +138,7 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     """
     require_transformers()
     form = OutputOptions(merges=True)
-    (job,) = open_jobs(base, {"": adapter}, [findings], MitigationOptions(1.0, "shrink"), detection, form, run)
+    (job,) = open_jobs(base, {"": adapter}, [findings], UNCHANGED, detection, form, run)
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
     refuse_new_tokens(plan)

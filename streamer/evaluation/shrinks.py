@@ -15,6 +15,7 @@ import numpy as np
 
 from streamer.evaluation.statistics import Estimate, Floats, SequenceSums
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
+from streamer.methods.shrink import Shrink
 
 NODES = 4
 """Shrinks that an interpolation is made from, the nearest ones: a cubic in λ."""
@@ -65,7 +66,7 @@ def against_shrink(
     of the variant's loss on the task's text, times the slope of the one loss against the other along the shrink; and the interpolation,
     by how much it changes without the farthest of its nodes.
     """
-    if variants[variant].method in (None, "shrink"):
+    if variants[variant].method in (None, Shrink.name):
         return None
     nodes, losses = _shrinks(variants), task.loss.sum(axis=1)
     above = [losses[row] - losses[variant] for _, row in nodes]
@@ -134,7 +135,7 @@ def _shrinks(variants: Sequence[EvaluatedVariant]) -> list[Node]:
     """List the shrinks by λ, the adapter as it is among them."""
     nodes = [(1.0, ADAPTER_ROW)]
     nodes += [(v.mitigation_lambda, i) for i, v in enumerate(variants)
-              if v.method == "shrink" and v.mitigation_lambda is not None]  # fmt: skip
+              if v.method == Shrink.name and v.mitigation_lambda is not None]  # fmt: skip
     return sorted(nodes)
 
 

@@ -15,7 +15,7 @@ from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.shrinks import next_shrink
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.variants import EvaluatedVariant
-from streamer.output.mitigation import MitigationOptions
+from streamer.methods.shrink import Shrink
 from streamer.streaming.variants import BASE, Variant
 
 MOST_PLACED, EXPECTED_PLACED = 3, 2
@@ -57,14 +57,14 @@ def evaluation_steps(
         lam = None if was_placed(known, keep) else shrink_to_place(evaluation, keep, last=step == MOST_PLACED)
         if lam is None:
             break
-        shrink = Variant(f"shrink {lam:g}", MitigationOptions(lam, "shrink"))
+        shrink = Variant.of(Shrink(lam))
         evaluation = joined(evaluation, [shrink], (yield (wanted[0], shrink)), facts, keep)
     return evaluation
 
 
 def was_placed(known: Evaluation | None, keep: float) -> bool:
     """Test whether an earlier run has placed the shrink for this share; another run would measure it no better."""
-    return known is not None and known.keep == keep and any(v.method == "shrink" for v in known.variants)
+    return known is not None and known.keep == keep and any(v.method == Shrink.name for v in known.variants)
 
 
 def missing(wanted: Sequence[Variant], known: Evaluation | None) -> list[Variant]:

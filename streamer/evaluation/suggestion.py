@@ -19,6 +19,7 @@ from streamer.errors import UsageError
 from streamer.evaluation.shrinks import ShrinkComparison, against_shrink, next_shrink
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
+from streamer.methods.shrink import Shrink
 
 Reason = Literal["not learned", "not forgotten", "none better", "forgets least", "a shrink is better"]
 
@@ -71,7 +72,7 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     best = min(forgets_less, key=lambda v: general.kl[v].sum())
     compared = against_shrink(variants, general, task, best)
     if compared is not None and compared.verdict == "worse":
-        shrinks = [v for v in forgets_less if variants[v].method == "shrink"]
+        shrinks = [v for v in forgets_less if variants[v].method == Shrink.name]
         if not shrinks or next_shrink(variants, task, keep) is not None:
             return Suggestion(None, "a shrink is better", keep, shrink=compared)
         best, compared = min(shrinks, key=lambda v: general.kl[v].sum()), None

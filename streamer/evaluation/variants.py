@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from streamer.output.mitigation import MitigationMethod
+from streamer.methods import METHODS, MethodName
 from streamer.streaming.variants import Variant
 
 BASE_ROW, ADAPTER_ROW = 0, 1
 """Numbers of the first two variants."""
 
-ORDER = (None, "paper", "project", "shrink", "fitted")
+ORDER = (None, *METHODS)
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class EvaluatedVariant:
     """A model that was evaluated, as `VariantRecord` names it."""
 
     name: str
-    method: MitigationMethod | None
+    method: MethodName | None
     mitigation_lambda: float | None
     keep: float | None = None
 

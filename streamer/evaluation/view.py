@@ -12,6 +12,7 @@ from streamer.evaluation.shrinks import ShrinkComparison, next_shrink, rounded_u
 from streamer.evaluation.statistics import Estimate
 from streamer.evaluation.suggestion import Suggestion
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
+from streamer.methods import Fitted, Shrink, takes_findings
 
 if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation
@@ -126,7 +127,7 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
             lines.append(
                 f"by its loss on general text, {suggestion.least_loss.name} forgets less: {_cell(difference)} lower"
             )
-        if variant.method == "shrink":
+        if variant.method == Shrink.name:
             lam = next_shrink(evaluation.variants, task, suggestion.keep)
             also = "" if lam is None else f"; one at lambda {lam:g}, not measured, may keep enough and forget less"
             return [
@@ -171,13 +172,13 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
     assert variant is not None
     command, *words = evaluation.command(variant)
     made = " ".join(["streamer", command, names.inputs, "-o", "OUTPUT", *words])
-    if names.findings and variant.method in ("paper", "project"):
+    if names.findings and takes_findings(variant.method):
         made += f" --findings {names.findings}"
-    elif variant.method == "fitted":
+    elif variant.method == Fitted.name:
         made += f" --coefficients {names.coefficients or 'COEFFICIENTS'}"
     if reason == "not forgotten":
         return ["use the adapter as it is, or merge it into the base", f"next: {made}"]
-    if any(v.method == "fitted" for v in evaluation.variants):
+    if any(v.method == Fitted.name for v in evaluation.variants):
         return [f"next: {made}"]
     share = f" --keep {suggestion.keep:g}" if suggestion.keep < 1 else ""
     fit = f"streamer fit {names.inputs} --general {names.general} --task {names.task}{share} -o coefficients.safetensors{options}"

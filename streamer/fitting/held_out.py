@@ -13,8 +13,8 @@ from streamer.evaluation.statistics import MEASURES, SequenceSums
 from streamer.fitting.parameters import Parameters
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.records import InMemory, key
-from streamer.output.coefficients import Floats
-from streamer.output.mitigation import MitigationOptions
+from streamer.methods import Fitted, Shrink
+from streamer.methods.coefficients import Floats
 from streamer.streaming.model import StreamingModel
 from streamer.streaming.values import Job
 from streamer.streaming.variants import ADAPTER, BASE, Variant
@@ -54,7 +54,7 @@ class HeldOut:
         names = [BASE, *(self._name(theta) for theta in new)]
         sets = [self._parameters.coefficient_set(1.0, theta) for theta in new]
         variants = [Variant(BASE, None)]
-        variants += [Variant(name, MitigationOptions.fitted(one)) for name, one in zip(names[1:], sets, strict=True)]
+        variants += [Variant(name, Fitted.of(one)) for name, one in zip(names[1:], sets, strict=True)]
         passes, sums = prepared.passes(len(variants)), {}
         models: dict[tuple[int, ...], StreamingModel] = {}
         for number, one in enumerate(passes):
@@ -93,5 +93,5 @@ class HeldOut:
     def _name(theta: Floats) -> str:
         """Name a model, for messages."""
         if (theta == theta[:1]).all():
-            return ADAPTER if (theta == 1).all() else f"shrink {theta[0]:g}"
-        return "fitted"
+            return ADAPTER if (theta == 1).all() else Shrink(float(theta[0])).label
+        return Fitted.name

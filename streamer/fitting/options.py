@@ -16,7 +16,7 @@ from streamer.evaluation.options import ProductDtype, check_dtype
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.suggestion import check_keep
 from streamer.fitting import algorithm
-from streamer.output.coefficients import share_name
+from streamer.methods.coefficients import share_name
 
 Objective = Literal["divergence", "loss"]
 """What is made small: divergences from the base and from the adapter as it is, or the losses of both texts."""

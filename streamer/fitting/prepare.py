@@ -20,7 +20,8 @@ from streamer.fitting import algorithm
 from streamer.fitting.memory import gradient_bytes, plan_chunks
 from streamer.fitting.options import LEAST, Division, FitOptions, divide
 from streamer.fitting.parameters import Parameters, singular_values_of
-from streamer.output.mitigation import MitigationOptions
+from streamer.methods import UNCHANGED
+from streamer.methods.fitted import Fitted
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan, make_plan
@@ -218,7 +219,7 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
     plan = make_plan(base, adapter, run.io, run.stated, run.architecture)
     run.monitor.warn(plan.warnings)
     refuse_new_tokens(plan)
-    variants = Variant(BASE, None), Variant("fitted", MitigationOptions(1.0, "shrink"))
+    variants = Variant(BASE, None), Variant(Fitted.name, UNCHANGED)
     model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16"))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
     files = {name: sample_digest(path) for name, path in texts.items()}

@@ -12,8 +12,8 @@ import torch
 
 from streamer.evaluation.result_file import ResultFile, RunJournal, State, of_others
 from streamer.fitting.prepare import PreparedFit
-from streamer.output.coefficients import Floats
-from streamer.output.coefficients_file import load_coefficients
+from streamer.methods.coefficients import Floats
+from streamer.methods.coefficients_file import load_coefficients
 
 Arrays = Mapping[str, Floats]
 """Sums of a chunk, by name."""

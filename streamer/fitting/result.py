@@ -18,7 +18,8 @@ from streamer.fitting.algorithm import FittedPoint
 from streamer.fitting.front import MISSED
 from streamer.fitting.options import Grain, Objective
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
-from streamer.output.coefficients import Floats, share_name
+from streamer.methods import Fitted, Shrink
+from streamer.methods.coefficients import Floats, share_name
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.streaming.variants import ADAPTER, BASE
 
@@ -161,8 +162,8 @@ def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FittedP
         Sums on the sequences held apart: of the base, the adapter as it is, each of `SHRINKS`, and each set.
     """
     variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
-    variants += [EvaluatedVariant(f"shrink {lam:g}", "shrink", lam) for lam in SHRINKS]
-    variants += [EvaluatedVariant(f"fitted {share_name(one.keep)}", "fitted", None) for one in found]
+    variants += [EvaluatedVariant(Shrink(lam).label, Shrink.name, lam) for lam in SHRINKS]
+    variants += [EvaluatedVariant(f"{Fitted.name} {share_name(one.keep)}", Fitted.name, None) for one in found]
     first = 2 + len(SHRINKS)
     return [_set(one, variants, general, task, first + i) for i, one in enumerate(found)]
 

@@ -21,8 +21,8 @@ from streamer.fitting.held_out import HeldOut
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.records import InMemory, Journalled, inspect, key, result_file
 from streamer.fitting.result import adapter_facts, doubts, misses, set_facts, shrinks
-from streamer.output.coefficients import Coefficients, Floats
-from streamer.output.coefficients_file import load_coefficients
+from streamer.methods.coefficients import Coefficients, Floats
+from streamer.methods.coefficients_file import load_coefficients
 from streamer.streaming.gradients import Against, GradientModel
 
 

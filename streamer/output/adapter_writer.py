@@ -34,7 +34,7 @@ class AdapterWriter(Writer):
                 "and --to-lora RANK its difference to the base as a LoRA adapter"
             )
         dense = [t.module.name for t in plan.targets if t.module.factors is None]
-        if dense and job.options.mitigation_lambda != 1:
+        if dense and job.method.mitigation_lambda != 1:
             raise UnsupportedError(
                 f"{plan.adapter.path}: the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of "
                 "adapter; `streamer merge` writes it into the base, and --to-lora RANK as a LoRA adapter"

@@ -19,7 +19,7 @@ from streamer.errors import NumericError
 from streamer.events import Monitor
 from streamer.linalg.operators import Delta, all_finite
 from streamer.linalg.torch_state import threads
-from streamer.output.mitigation import MitigationOptions, mitigate
+from streamer.methods.method import Method
 from streamer.output.records import SCHEMA
 from streamer.plan.plan import Plan
 from streamer.plan.provenance import mitigated_before
@@ -145,7 +145,7 @@ class Job:
     """
 
     plan: Plan
-    options: MitigationOptions
+    method: Method
     detection: DetectionOptions
     device: torch.device
     findings: FindingsSource
@@ -160,33 +160,33 @@ class Job:
     @property
     def detects(self) -> bool:
         """Test whether the job makes findings of its own."""
-        return self.options.needs_detection and not self.findings.given
+        return self.method.needs_detection and not self.findings.given
 
     @property
     def warnings(self) -> list[str]:
         """Warn of an adapter whose intruders were scaled before."""
-        if self.options.mitigation_lambda == 1:
+        if self.method.mitigation_lambda == 1:
             return []
         return mitigated_before(self.plan.adapter.files[0].header.metadata)
 
     def intruders(self, target: Target) -> int:
         """Count the directions that Δ' takes up, at most."""
-        return self.findings.most_intruders(target) if self.options.needs_detection else 0
+        return self.findings.most_intruders(target) if self.method.needs_detection else 0
 
     def mitigated(self, target: Target) -> tuple[Delta, Delta, Detection | None]:
         """Return Δ, Δ' and the findings of one matrix: Δ itself twice where nothing changes, no findings where none are needed."""
         delta = self.plan.finite_delta(target)
-        found = self.findings.detection(target) if self.options.needs_detection else None
+        found = self.findings.detection(target) if self.method.needs_detection else None
         if found is not None and not (all_finite(found.U) and all_finite(found.Vh)):
             raise NumericError(f"findings: those on {target.tensor!r} hold NaN or Inf; run detect again")
-        return delta, mitigate(delta, found, self.options, target.tensor), found
+        return delta, self.method.mitigated(delta, found, target.tensor), found
 
     def decisions(self) -> dict[str, Any]:
         """Return everything besides the inputs that decides the output's bytes, last bits of given findings apart."""
         return {
             "schema": SCHEMA,
-            "mitigation": self.options.as_dict(),
-            "detection": self.findings.decisions() if self.options.needs_detection else None,
+            "mitigation": self.method.as_dict(),
+            "detection": self.findings.decisions() if self.method.needs_detection else None,
             "dequantize": self.dequantize,
             "card": self.card,
         }
@@ -194,11 +194,11 @@ class Job:
     @property
     def bits(self) -> str:
         """Return the digest of the last bits that the output's are made of; see `GivenFindings.bits`."""
-        return self.findings.bits if self.options.needs_detection else ""
+        return self.findings.bits if self.method.needs_detection else ""
 
     def detection_record(self, certified: int) -> DetectionRecord | None:
         """Return how intruders are found; None where that does not matter."""
-        if not self.options.needs_detection:
+        if not self.method.needs_detection:
             return None
         return detection_record(self.findings.options, certified, len(self.plan.targets))
 
@@ -208,5 +208,5 @@ class Job:
         `written` are the matrices that the output has; by default all.
         """
         targets = self.plan.targets if written is None else written
-        certified = self.findings.certified(targets) if self.options.needs_detection else 0
-        return {STAMP: stamp(command, *self.plan.sources, self.detection_record(certified), self.options.as_json())}
+        certified = self.findings.certified(targets) if self.method.needs_detection else 0
+        return {STAMP: stamp(command, *self.plan.sources, self.detection_record(certified), self.method.as_json())}

@@ -116,7 +116,7 @@ class LoraWriter(Writer):
         target = self._targets[info.name]
         if target.module.name in self._layout.whole:
             delta, after, found = job.mitigated(target)
-            metrics.append(matrix_metrics(target, delta, after, found, job.options))
+            metrics.append(matrix_metrics(target, delta, after, found, job.method))
             return AddDelta(self._plan.weights[target.tensor], target).pieces(lambda _: (delta, after))
         if info.name not in self._ready:
             self._ready |= self._factors(job, target, metrics)
@@ -128,7 +128,7 @@ class LoraWriter(Writer):
         B, A = nearest.L.float(), nearest.R.T.float()
         written = LowRank(B.double(), A.double().T)
         error = _truncation_error(after, written)
-        metrics.append(matrix_metrics(target, delta, written, found, job.options, error))
+        metrics.append(matrix_metrics(target, delta, written, found, job.method, error))
         factors = {"A": A, "B": B, "Aᵀ": A.T, "Bᵀ": B.T}
         return {
             name: factors[factor].reshape(shape).contiguous() for name, (shape, factor) in self._tensors(target).items()

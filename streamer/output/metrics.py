@@ -9,7 +9,7 @@ from typing import Any
 from streamer.detection.intruders import Detection
 from streamer.errors import OutputError
 from streamer.linalg.operators import Delta
-from streamer.output.mitigation import MitigationOptions
+from streamer.methods.method import Method
 from streamer.output.records import MitigatedMatrix, Totals
 from streamer.plan.targets import Target
 
@@ -19,7 +19,7 @@ def matrix_metrics(
     delta: Delta,
     after: Delta,
     found: Detection | None,
-    options: MitigationOptions,
+    method: Method,
     truncation_error: float = 0.0,
 ) -> MitigatedMatrix:
     """Measure the mitigation of one matrix, as JSON values.
@@ -28,13 +28,13 @@ def matrix_metrics(
     ----------
     after
         Δ' as it is written.
-    options
+    method
         How it was mitigated.
     truncation_error
         ``‖Δ' − written‖_F / ‖Δ'‖_F``.
     """
     before = delta.norm()
-    scaled = () if found is None else found.intruders if options.scale == "all" else found.intruders[:1]
+    scaled = () if found is None else found.intruders if method.scale == "all" else found.intruders[:1]
     metrics: MitigatedMatrix = {
         "tensor": target.tensor,
         "module": target.module.name,
@@ -45,8 +45,8 @@ def matrix_metrics(
         "delta_norm_after": before if after is delta else after.norm(),
         "dropped": truncation_error,
     }
-    if options.coefficients is not None:
-        metrics["coefficients"] = options.coefficients.matrices[target.tensor].values.tolist()
+    if method.coefficients is not None:
+        metrics["coefficients"] = method.coefficients.matrices[target.tensor].values.tolist()
     return metrics
 
 

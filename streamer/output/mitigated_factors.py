@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from streamer.linalg.low_rank import LowRank
+from streamer.output.back_projection import back_project
 from streamer.output.job import Job
 from streamer.output.metrics import matrix_metrics
-from streamer.output.mitigation import back_project
 from streamer.output.records import MitigatedMatrix
 from streamer.plan.targets import Target
 from streamer.weights.dtypes import ENCODINGS, encode
@@ -64,7 +64,7 @@ class MitigatedFactors:
         job, module = self.job, target.module.factors
         delta, after, found = job.mitigated(target)
         if after is delta:
-            metrics.append(matrix_metrics(target, delta, after, found, job.options))
+            metrics.append(matrix_metrics(target, delta, after, found, job.method))
             return {name: torch.empty(0) for name in self.names(target)}
         assert isinstance(after, LowRank)
         assert module is not None
@@ -76,5 +76,5 @@ class MitigatedFactors:
             encoding = ENCODINGS[job.plan.adapter.file.header.by_name[name].dtype]
             out[name] = encode(factor, encoding, factor, name)
         written = module.product(out[module.a].double(), out[module.b].double())
-        metrics.append(matrix_metrics(target, delta, written, found, job.options, error))
+        metrics.append(matrix_metrics(target, delta, written, found, job.method, error))
         return out

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.linalg.operators import Delta
+from streamer.methods.method import Needs
 from streamer.output.job import Job
 from streamer.output.loadability import check_merged
 from streamer.output.memory import mitigation_bytes
@@ -63,7 +64,7 @@ class ModelWriter(Writer):
         def mitigated(target: Target) -> tuple[Delta, Delta]:
             delta, after, found = job.mitigated(target)
             if not recipe.repeats:
-                metrics.append(matrix_metrics(target, delta, after, found, job.options))
+                metrics.append(matrix_metrics(target, delta, after, found, job.method))
             return delta, after
 
         def kept(target: Target, values: int, count: int) -> None:
@@ -75,7 +76,7 @@ class ModelWriter(Writer):
 def merge_estimates(job: Job, model: MergedModel, resident: int) -> Iterator[MemoryEstimate]:
     """Estimate the peak memory for each tensor of a merged model, `resident` bytes being in use already."""
     for target in job.plan.targets:
-        delta = mitigation_bytes(job.plan, target, job.intruders(target), job.options.method == "fitted")
+        delta = mitigation_bytes(job.plan, target, job.intruders(target), job.method.needs is Needs.COEFFICIENTS)
         rows = rows_bytes(job.plan.weights[target.tensor])
         yield MemoryEstimate(target.tensor, target.module.shape, resident + delta + rows)
     for output in (o for outputs in model.files.values() for o in outputs):
@@ -101,5 +102,5 @@ def _spec(job: Job, path: Path, model: MergedModel) -> OutputSpec:
     return OutputSpec(
         job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base.data_bytes, model.texts, tokenizer,
         warnings=[*job.warnings, *lost], notes=[*plan.edits.notes, *model.head.notes, *says], advice=list(model.head.advice),
-        norms=3 if job.options.method == "fitted" else 2, model_tensors=model.tensor_count,
+        norms=3 if job.method.needs is Needs.COEFFICIENTS else 2, model_tensors=model.tensor_count,
     ).with_card(model.head.pipeline)  # fmt: skip

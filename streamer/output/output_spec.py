@@ -90,7 +90,7 @@ class OutputSpec:
         """Return the record of the output, without its files."""
         job = self.job
         base, adapter = job.plan.sources
-        options = job.options.as_json()
+        options = job.method.as_json()
         return {"schema": SCHEMA, "command": self.command, "version": __version__, "base": base, "adapter": adapter,
                 "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
                 "lambda": options["lambda"], "coefficients": options.get("coefficients"), "to_lora": self.to_lora,

@@ -11,11 +11,11 @@ from streamer.detection.findings import Findings, load_findings
 from streamer.detection.fingerprints import matched_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import MismatchError, UsageError
+from streamer.methods.coefficients import CoefficientSet
+from streamer.methods.method import Method
 from streamer.output.adapter_writer import AdapterWriter
-from streamer.output.coefficients import CoefficientSet
 from streamer.output.job import GivenFindings, Job, OwnFile
 from streamer.output.lora_writer import LoraWriter
-from streamer.output.mitigation import MitigationOptions
 from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
 from streamer.output.run import batch_of
@@ -39,7 +39,7 @@ class OutputOptions:
 
 
 def prepare_outputs(base: str | Path, adapters: Mapping[str, Path], output: str | Path, findings: Sequence[FindingsOrPath],
-                    mitigation: MitigationOptions, detection: DetectionOptions, form: OutputOptions,
+                    mitigation: Method, detection: DetectionOptions, form: OutputOptions,
                     run: RunOptions) -> list[Writer]:  # fmt: skip
     """Plan the output of each adapter, and hand on the warnings of the inputs.
 
@@ -64,7 +64,7 @@ def _writer(job: Job, path: Path, form: OutputOptions) -> Writer:
     return AdapterWriter(job, path) if form.to_lora is None else LoraWriter(job, path, form.to_lora)
 
 
-def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence[FindingsOrPath], mitigation: MitigationOptions,
+def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence[FindingsOrPath], mitigation: Method,
               detection: DetectionOptions, form: OutputOptions, run: RunOptions) -> list[Job]:  # fmt: skip
     """Open and check everything that mitigations read.
 

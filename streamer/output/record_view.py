@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamer.errors import printable
+from streamer.methods import Shrink
 from streamer.units import counted, format_size
 
 
@@ -31,13 +32,13 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
         how = f"method fitted, to keep {100 * fitted['keep']:g}% of what was learned: {mitigated}, each direction by its coefficient"
     elif lam == 1:
         how = "lambda 1: the adapter as it is, nothing mitigated"
-    elif method == "shrink":
+    elif method == Shrink.name:
         how = f"method shrink, lambda {lam:g}: {mitigated}, each as a whole"
     else:
         how = f"method {method}, scale {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
     if lam != 1:
         norms += f" -> {t['delta_norm_after']:.4g}"
-    if lam != 1 and method != "shrink":
+    if lam != 1 and method != Shrink.name:
         norms += f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"
     asked = record["to_lora"]
     kept = f"; written at the least ranks that keep {100 * (asked or 0):g} % of the energy"

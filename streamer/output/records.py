@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Annotated, Final, Literal, NotRequired, TypedDict
 
 from streamer.detection.findings_records import Ranks
-from streamer.detection.intruders import Selection
+from streamer.detection.selection import Selection
 from streamer.detection.stamps import DetectionRecord
 from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Sha256, Share, State, TensorName
-from streamer.output.coefficients import CoefficientsRecord
-from streamer.output.mitigation import MitigationMethod
+from streamer.methods import MethodName
+from streamer.methods.coefficients import CoefficientsRecord
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.sources import AdapterSource, BaseSource
 
@@ -62,7 +62,7 @@ Record = TypedDict("Record", {
     "base": Annotated[BaseSource, "The base model: its name, and what tells it from another, wherever it lies."],
     "adapter": Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, in the same way."],
     "detection": Annotated[DetectionRecord | None, "How the intruders were found; null if none were needed (method shrink, lambda 1)."],
-    "method": Annotated[MitigationMethod, "How an intruder is scaled: the whole direction, only the adapter's part of it, or the whole "
+    "method": Annotated[MethodName, "How an intruder is scaled: the whole direction, only the adapter's part of it, or the whole "
         "adapter with no detection; fitted: each of the adapter's own directions by its coefficient."],
     "scale": Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."],
     "lambda": Annotated[float | None, "Share of an intruder that is kept: 1 changes nothing, 0 removes it; null of the method fitted."],

@@ -43,7 +43,7 @@ def output_warnings(spec: OutputSpec, matrices: Sequence[MitigatedMatrix]) -> li
     def remedy() -> str:
         if not all(t.module.low_rank for t in job.plan.targets):
             return "a larger --to-lora loses less, and `streamer merge` nothing"
-        paper = job.options.method == "paper"
+        paper = not job.method.keeps_rank
         q = {m["tensor"]: len(m["intruders"]) if paper else 0 for m in matrices}
         rank = max(t.module.rank + q.get(t.tensor, 0) for t in job.plan.targets)
         ways = ["`--method project`"] if paper and spec.to_lora is None else []

@@ -11,16 +11,16 @@ from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions
 from streamer.errors import MismatchError
 from streamer.events import Monitor
-from streamer.output.coefficients import CoefficientSet
+from streamer.methods.coefficients import CoefficientSet
+from streamer.methods.method import Method
 from streamer.output.job import GivenFindings, Job, OwnFile
-from streamer.output.mitigation import MitigationOptions
 from streamer.output.prepare import check_counts
 from streamer.peft.detection import findings_for
 from streamer.peft.plan import LivePlan
 
 
 def live_job(
-    live: LivePlan, mitigation: MitigationOptions, detection: DetectionOptions, findings: Findings | str | Path | None,
+    live: LivePlan, mitigation: Method, detection: DetectionOptions, findings: Findings | str | Path | None,
     device: torch.device, monitor: Monitor,
 ) -> tuple[Job, Findings | None]:  # fmt: skip
     """Detect, or take the findings given, where the mitigation needs them.

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from streamer.adapters.stated import NOTHING_STATED
 from streamer.api.keywords import detection_options, mitigation_options, run_options
 from streamer.detection.findings import Findings
-from streamer.detection.intruders import Selection
+from streamer.detection.selection import Selection
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, OnEvent
 from streamer.linalg.operators import all_finite
 from streamer.linalg.torch_state import threads
-from streamer.output.coefficients import Coefficients
+from streamer.methods import MethodName
+from streamer.methods.coefficients import Coefficients
 from streamer.output.job import Job
 from streamer.output.merge_plan import Output, plan_merged
 from streamer.output.merged_tensors import AddBias, Cast, CopyBytes
-from streamer.output.mitigation import MitigationMethod
 from streamer.peft.job import live_job
 from streamer.peft.model import LiveModel, quiet_peft
 from streamer.peft.plan import LivePlan, plan_live
@@ -38,7 +38,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     mitigation_lambda: float | None = None,
     *,
     findings: Findings | str | Path | None = None,
-    method: MitigationMethod | None = None,
+    method: MethodName | None = None,
     scale: Selection = "all",
     coefficients: Coefficients | str | Path | None = None,
     keep: float | None = None,

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from streamer.adapters.stated import NOTHING_STATED
 from streamer.api.keywords import detection_options, mitigation_options, run_options
 from streamer.detection.findings import Findings
-from streamer.detection.intruders import Selection
+from streamer.detection.selection import Selection
 from streamer.errors import UnsupportedError, UsageError
 from streamer.events import OnEvent
-from streamer.output.coefficients import Coefficients
+from streamer.methods import MethodName, Project
+from streamer.methods.coefficients import Coefficients
 from streamer.output.mitigated_factors import MitigatedFactors
-from streamer.output.mitigation import MitigationMethod
 from streamer.output.records import MitigatedMatrix
 from streamer.output.truncation import truncation_warnings
 from streamer.peft.detection import named_as_files
@@ -41,7 +41,7 @@ def reduce_intruder_dimension(
     logging_sink: LoggingSink | None = None,
     *,
     findings: Findings | str | Path | None = None,
-    method: MitigationMethod | None = None,
+    method: MethodName | None = None,
     scale: Selection = "all",
     coefficients: Coefficients | str | Path | None = None,
     keep: float | None = None,
@@ -119,7 +119,7 @@ def reduce_intruder_dimension(
         for name, targets in factors.targets.items():
             if name not in new:
                 new |= factors.tensors(targets, metrics)
-        way = 'method="project" or ' if mitigation.method == "paper" else ""
+        way = f'method="{Project.name}" or ' if not mitigation.keeps_rank else ""
         remedy = f"{way}merge_and_unload_with_reduced_intruder_dimensions loses nothing"
         run.monitor.warn(truncation_warnings(metrics, lambda: remedy))
         _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values.numel()})

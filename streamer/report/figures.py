@@ -14,6 +14,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.errors import MissingPackageError, printable
 from streamer.evaluation.evaluation import Evaluation
+from streamer.methods import METHODS, Paper, Project
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
 from streamer.report.grid import make_grid
@@ -43,7 +44,6 @@ KEPT, FORGETTING = (-0.05, 1.2), (-0.3, 1.4)
 """Shares that the trade-off shows, as the page does; variants outside of them are named below it."""
 
 BASE, INTRUDER = "#2f6db5", "#c2410c"
-COLOURS = {"paper": "#0072b2", "project": "#007a5a", "shrink": "#d55e00", "fitted": "#a64d86"}
 
 Style = dict[str, Any]
 MARKS: dict[bool, Style] = {
@@ -224,8 +224,8 @@ def _draw_thresholds(figure: Figure, findings: Findings) -> None:
 def _draw_lambdas(figure: Figure, findings: Findings) -> None:
     rows, ax = lambda_curve(findings), figure.subplots()
     x = [r["lambda"] for r in rows]
-    ax.plot(x, [100 * r["paper"] for r in rows], color=COLOURS["paper"], label="paper")
-    ax.plot(x, [100 * r["project"] for r in rows], color=COLOURS["project"], linestyle="--", label="project")
+    ax.plot(x, [100 * r["paper"] for r in rows], color=Paper.colour, label=Paper.name)
+    ax.plot(x, [100 * r["project"] for r in rows], color=Project.colour, linestyle="--", label=Project.name)
     ax.set(xlabel="λ", ylabel="taken away, % of the delta's norm", xlim=(0, 1), ylim=(0, None))
     ax.legend(frameon=False)
 
@@ -250,7 +250,7 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
     adapter, front = series.pop("adapter", []), set(tree["front"])
     base = series.pop("base", [])
     for name, own in [*series.items(), ("", [*base, *adapter])]:
-        colour = COLOURS.get(name, "#555555")
+        colour = METHODS[name].colour if name in METHODS else "#555555"
         line = sorted(own, key=lambda v: -v["kept"] if v["lambda"] is None else -v["lambda"])
         line = [*adapter, *line] if name and all(v["lambda"] is not None for v in own) else line
         if name:

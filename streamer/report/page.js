@@ -1,7 +1,6 @@
 "use strict";
 // Puts the page together, from the data that it embeds.
 
-const COLOURS = { paper: 0, project: 1, shrink: 2, fitted: 3 };
 const CARDS = 6;
 const ROWS = 50;
 
@@ -19,7 +18,7 @@ const last = (value) => (value === null ? -Infinity : value);
 
 // Evaluation ---------------------------------------------------------------------------------------------------------
 
-function seriesOf(variants) {
+function seriesOf(variants, methods) {
   const ends = variants.filter((v) => v.series === "base" || v.series === "adapter");
   const series = new Map();
   for (const v of variants) {
@@ -31,13 +30,14 @@ function seriesOf(variants) {
   return [...series].map(([name, own], i) => {
     const strengths = own.every((v) => v.lambda !== null);
     own.sort(strengths ? (a, b) => b.lambda - a.lambda : (a, b) => b.kept - a.kept);
-    return { name, colour: `var(--s${COLOURS[name] ?? 4 + (i % 2)})`, variants: strengths && adapter ? [adapter, ...own] : own };
+    const known = methods.indexOf(name); // the first four colours are those of the methods, in their order
+    return { name, colour: `var(--s${known < 0 ? 4 + (i % 2) : known})`, variants: strengths && adapter ? [adapter, ...own] : own };
   });
 }
 
 function drawTradeoff(parent, tree, key, label, caption) {
   const points = tree.variants.filter((v) => v.kept !== null && v[key] !== null);
-  const series = seriesOf(points);
+  const series = seriesOf(points, tree.methods);
   const inside = (v) => v.kept >= -0.05 && v.kept <= 1.2 && v[key] >= -0.3 && v[key] <= 1.4;
   const shown = points.filter(inside), outside = points.filter((v) => !inside(v));
   const drawn = figure(parent, `trade-off ${key}`, caption, (width) => {

@@ -13,6 +13,7 @@ from streamer.detection.findings import Findings
 from streamer.errors import printable
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.variants import EvaluatedVariant
+from streamer.methods import METHODS
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
 from streamer.report.packing import Packed, pack, pack_names, pack_ratio, pack_share
@@ -117,6 +118,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     keys = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
     return {
         "keep": evaluation.keep,
+        "methods": list(METHODS),
         "suggested": best.variant and printable(best.variant.name),
         "front": [printable(name) for name in tree["front"]],
         "texts": {side: text["name"] for side, text in evaluation.facts["texts"].items()},

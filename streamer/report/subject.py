@@ -18,6 +18,7 @@ from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.evaluation_records import EvaluationRecord
 from streamer.evaluation.identity import same_input
 from streamer.json_types import ReportFile
+from streamer.methods import takes_findings
 from streamer.output.records import Written
 from streamer.report.curves import LambdaRecord, ThresholdRecord, lambda_curve, threshold_curve
 from streamer.storage.tensor_file import TensorFile
@@ -176,4 +177,4 @@ def make_subject(
 
 def scales_intruders(record: Mapping[str, Any]) -> bool:
     """Test whether an output was made by scaling intruders; a shrink scales whole deltas, coefficients each direction."""
-    return record["method"] in ("paper", "project")
+    return takes_findings(record["method"])

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from streamer.errors import NumericError, UnsupportedError
-from streamer.output.coefficients import CoefficientSet
-from streamer.output.mitigation import MitigationOptions
+from streamer.methods import UNCHANGED
+from streamer.methods.coefficients import CoefficientSet
 from streamer.plan.plan import Plan
 from streamer.streaming.coefficient_deltas import CoefficientDeltas
 from streamer.streaming.differentiable import DifferentiableReader, Setting
@@ -101,7 +101,7 @@ class GradientModel(LoadedModel):
 
     def __init__(self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None,
                  block: int | None = None) -> None:  # fmt: skip
-        variants = Variant(BASE, None), Variant(ADAPTER, MitigationOptions(1.0, "shrink"))
+        variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
         super().__init__(Job(plan, variants, None, rounds_products=rounds_products), together=1)
         self.block = block
         self.setting = Setting(self.values, CoefficientDeltas(plan, directory), self.batch)

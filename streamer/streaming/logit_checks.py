@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from streamer.errors import UnsupportedError
-from streamer.output.mitigation import MitigationOptions
+from streamer.methods import UNCHANGED
 from streamer.plan.plan import Plan
 from streamer.streaming.model import StreamingModel, vocabulary_block
 from streamer.streaming.run_time import RunTimeTensor
@@ -43,7 +43,7 @@ def check_logits(plan: Plan, ids: Ids, on_read: OnRead) -> None:
     UnsupportedError
         If the logits differ before the last token, or a block's depend on which tokens of the vocabulary are in it.
     """
-    variants = Variant(BASE, None), Variant(ADAPTER, MitigationOptions(1.0, "shrink"))
+    variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = StreamingModel(Job(plan, variants, None))
     model.batch.on_read = on_read
     pair = torch.from_numpy(np.resize(ids, (2, LENGTH)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from streamer.detection.findings import Findings
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta
-from streamer.output.mitigation import back_project, mitigate
+from streamer.output.back_projection import back_project
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target, TensorSlice
 from streamer.streaming.lazy import BLOCK_BYTES
@@ -112,12 +112,12 @@ class Values:
         """Compute Δ' (out, in) of one variant; Δ is kept for the variants to come."""
         if self._last is None or self._last[0] != target.tensor:
             self._last = target.tensor, self.plan.finite_delta(target)
-        options, findings = self.job.variants[variant].mitigation, self.job.findings
-        assert options is not None
+        method, findings = self.job.variants[variant].mitigation, self.job.findings
+        assert method is not None
         detection = (
-            findings.by_tensor[target.tensor].detection if findings is not None and options.needs_detection else None
+            findings.by_tensor[target.tensor].detection if findings is not None and method.needs_detection else None
         )
-        after = mitigate(self._last[1], detection, options, target.tensor)
+        after = method.mitigated(self._last[1], detection, target.tensor)
         factors = target.module.factors
         if self.job.projected and factors is not None and isinstance(after, LowRank) and factors.scaling:
             B, A, _ = back_project(after, factors.rank, factors.scaling)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamer.detection.intruders import Selection
+from streamer.detection.selection import Selection
 from streamer.errors import UsageError
-from streamer.output.coefficients import Coefficients, share_name
-from streamer.output.mitigation import MitigationMethod, MitigationOptions
+from streamer.methods import BY_LAMBDA, UNCHANGED, Fitted, MethodName, make_method
+from streamer.methods.coefficients import Coefficients
+from streamer.methods.method import Method
 
 BASE, ADAPTER = "base", "adapter"
 """Names of the first two variants: the model without the adapter, and with the adapter as it is."""
@@ -27,12 +28,17 @@ class Variant:
     """
 
     name: str
-    mitigation: MitigationOptions | None
+    mitigation: Method | None
+
+    @classmethod
+    def of(cls, method: Method) -> Variant:
+        """Name the variant that a method makes."""
+        return cls(method.label, method)
 
     @property
-    def method(self) -> MitigationMethod | None:
+    def method(self) -> MethodName | None:
         """Method of mitigation; None for ``base`` and ``adapter``."""
-        return self.mitigation.method if self.mitigation and self.name != ADAPTER else None
+        return self.mitigation.name if self.mitigation and self.name != ADAPTER else None
 
     @property
     def mitigation_lambda(self) -> float | None:
@@ -47,7 +53,7 @@ class Variant:
 
 
 def make_variants(
-    methods: Sequence[MitigationMethod],
+    methods: Sequence[MethodName],
     lambdas: Sequence[float],
     scale: Selection,
     coefficients: Coefficients | None = None,
@@ -70,19 +76,10 @@ def make_variants(
             raise UsageError(f"{what}: expected different values, found {list(values)}")
     if 1 in lambdas:
         raise UsageError("lambda: 1 is the adapter as it is, which is always evaluated; leave it out")
-    if "fitted" in methods and coefficients is None:
-        raise UsageError("method 'fitted' needs coefficients; make them with `streamer fit`")
-    options = [
-        MitigationOptions(lam, method, scale, amplify=amplify)
-        for method in methods
-        if method != "fitted"
-        for lam in lambdas
-    ]
-    fitted = [] if coefficients is None else [coefficients.select(keep) for keep in coefficients.keeps]
-    unchanged = MitigationOptions(1.0, "shrink", scale)
-    return (
-        Variant(BASE, None),
-        Variant(ADAPTER, unchanged),
-        *(Variant(f"{o.method} {o.mitigation_lambda:g}", o) for o in options),
-        *(Variant(f"fitted {share_name(one.keep)}", MitigationOptions.fitted(one)) for one in fitted),
-    )
+    for name in methods:
+        if name not in BY_LAMBDA and coefficients is None:
+            make_method(name)  # refuses the name, or the lack of coefficients
+    made = [make_method(name, lam, scale, amplify=amplify) for name in methods if name in BY_LAMBDA for lam in lambdas]
+    if coefficients is not None:
+        made += [Fitted.of(coefficients.select(keep)) for keep in coefficients.keeps]
+    return (Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *map(Variant.of, made))

@@ -74,6 +74,10 @@ def coefficient_count(delta: Delta) -> int:
     return min(*delta.L.shape, len(delta.R)) if isinstance(delta, LowRankDelta) else 1
 
 
+WITNESSED = {"paper": "findings", "project": "findings", "shrink": "nothing", "fitted": "coefficients"}
+"""What each method of a record takes beside λ, for all that are computed here."""
+
+
 def mitigate(
     base: Matrix, delta: Delta, triplets: Triplets | None, intruders: Sequence[int], record: dict[str, Any]
 ) -> Mitigated:
@@ -110,6 +114,8 @@ def mitigate(
     if record["method"] == "paper":
         left, right, sizes = (lam - 1) * U * S, V.T, S
         columns = np.abs(V) @ (angles * S)
+    elif record["method"] != "project":
+        raise NotRecomputed(f"no formula of method {record['method']!r} is here")
     else:
         right = delta.left_product(U, base)
         left, sizes = (lam - 1) * U, np.full(len(S), delta.norm(base))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from streamer.errors import FormatError, MissingInputError
+from streamer.verification.mitigation import WITNESSED
 from streamer.verification.result import Outcome
 from streamer.verification.tensors import TensorFiles
 
@@ -157,11 +158,12 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
 def _check_method(record: dict[str, Any], outcome: Outcome) -> None:
     """Compare what the record says of detection, λ and intruders with what its method takes."""
     path, method, lam = outcome.output / RECORD_NAME, record["method"], record["lambda"]
-    detects = method in ("paper", "project") and lam != 1
+    takes = WITNESSED.get(method)
+    detects = takes == "findings" and lam != 1
     taken = {"method": method, "lambda": lam, "detection": record["detection"] is not None, "scale": record["scale"]}
     if (
-        method not in ("paper", "project", "shrink", "fitted")
-        or (lam is None) != (method == "fitted")
+        takes is None
+        or (lam is None) != (takes == "coefficients")
         or taken["detection"] != detects
         or record["scale"] not in ("all", "first")
     ):

@@ -20,7 +20,7 @@ from test_schemas import check
 import streamer
 from streamer.evaluation.options import LAMBDAS
 from streamer.linalg.torch_state import has_fast_bfloat16
-from streamer.output.coefficients import Coefficients
+from streamer.methods.coefficients import Coefficients
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.run import detect_to_files
 from streamer.events import Event, Monitor
+from streamer.methods import UNCHANGED, Method, Paper
 from streamer.output.job import Job
-from streamer.output.mitigation import MitigationOptions
 from streamer.output.model_writer import ModelWriter
 from streamer.output.prepare import OutputOptions, open_jobs
 from streamer.output.run import run_jobs
@@ -32,7 +32,7 @@ from streamer.plan.plan import Plan, make_plan
 OPTIONS = DetectionOptions(3, 0.5)
 
 
-HALF = MitigationOptions(0.5)
+HALF = Paper(0.5)
 
 
 def detect_file(plan: Plan, path: Path, options: DetectionOptions, monitor: Monitor) -> None:
@@ -41,9 +41,7 @@ def detect_file(plan: Plan, path: Path, options: DetectionOptions, monitor: Moni
     detect_to_files(batch, [path], options, RunOptions(CPU, monitor=monitor), resident_bytes(batch))
 
 
-def open_job(
-    base: Path, adapter: Path, mitigation: MitigationOptions, options: DetectionOptions, findings: Path | None
-) -> Job:
+def open_job(base: Path, adapter: Path, mitigation: Method, options: DetectionOptions, findings: Path | None) -> Job:
     """Open a merge."""
     form = OutputOptions(merges=True)
     (job,) = open_jobs(base, {"": adapter}, [findings], mitigation, options, form, RunOptions(CPU))
@@ -121,7 +119,7 @@ def detection_journal(home: Path) -> Target:
 def output_journal(home: Path) -> Target:
     """The journal of an interrupted merge: taken up to the very same files, or refused."""
     base, directory = small_job(home)
-    job = open_job(base, directory, MitigationOptions(1.0), OPTIONS, None)
+    job = open_job(base, directory, UNCHANGED, OPTIONS, None)
     out, half = home / "out", home / "half"
     try:
         run_jobs([ModelWriter(job, half)], RunOptions(CPU, monitor=_stop_after(4)))
@@ -144,7 +142,7 @@ def output_journal(home: Path) -> Target:
 def record(home: Path) -> Target:
     """The record of a finished output: known, or refused."""
     base, directory = small_job(home)
-    job = open_job(base, directory, MitigationOptions(1.0), OPTIONS, None)
+    job = open_job(base, directory, UNCHANGED, OPTIONS, None)
     out = home / "out"
     run_jobs([ModelWriter(job, out)], RunOptions(CPU, monitor=Monitor()))
     path = out / "streamer.json"

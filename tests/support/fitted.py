@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from seeds import vary
 
-from streamer.output.coefficients import Coefficients, CoefficientSet, MatrixCoefficients, directions, groups
+from streamer.methods.coefficients import Coefficients, CoefficientSet, MatrixCoefficients, directions, groups
 from streamer.plan.plan import make_plan
 
 

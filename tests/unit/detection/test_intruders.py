@@ -13,7 +13,7 @@ from streamer.detection.options import DetectionOptions
 from streamer.errors import NumericError, UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense
-from streamer.output.mitigation import MitigationOptions
+from streamer.methods import make_method
 
 SHAPES = [(96, 64), (64, 96), (80, 80), (61, 67)]
 
@@ -113,8 +113,8 @@ def test_top_k_as_a_count_or_a_share() -> None:
         (lambda: DetectionOptions(threshold_epsilon=float("nan")), "threshold_epsilon"),
         (lambda: DetectionOptions(threshold_epsilon="0.5"), r"threshold_epsilon: expected a number in .*, found '0.5'"),
         (lambda: DetectionOptions(solver="magic"), "solver: expected one of auto, certified, dense"),
-        (lambda: MitigationOptions(0.5, "papre"), "method: expected one of paper, project, shrink"),
-        (lambda: MitigationOptions(0.5, "paper", "some"), "scale: expected one of all, first"),
+        (lambda: make_method("papre", 0.5), "method: expected one of paper, project, shrink"),
+        (lambda: make_method("paper", 0.5, "some"), "scale: expected one of all, first"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, words: str) -> None:

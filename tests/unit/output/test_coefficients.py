@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from streamer.errors import FormatError, MismatchError, OutputExistsError, UsageError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Dense
-from streamer.output.coefficients import (
+from streamer.methods import METHODS, Fitted, make_method
+from streamer.methods.coefficients import (
     Coefficients,
     CoefficientSet,
     MatrixCoefficients,
@@ -22,8 +23,7 @@ from streamer.output.coefficients import (
     fitted_delta,
     groups,
 )
-from streamer.output.coefficients_file import KEY, load_coefficients
-from streamer.output.mitigation import MitigationOptions, mitigate
+from streamer.methods.coefficients_file import KEY, load_coefficients
 
 FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "options": {"grain": "direction"}}
 
@@ -105,8 +105,8 @@ def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
     delta = problem(30, 20)[1]
     s = directions(delta)
     one = CoefficientSet(0.9, {"x": MatrixCoefficients(s, np.full(4, 0.5))})
-    options = MitigationOptions.fitted(one)
-    torch.testing.assert_close(mitigate(delta, None, options, "x").dense(), 0.5 * delta.precise().dense())
+    options = Fitted.of(one)
+    torch.testing.assert_close(options.mitigated(delta, None, "x").dense(), 0.5 * delta.precise().dense())
     assert not options.needs_detection
     record = {"keep": 0.9, "sha256": one.digest}
     assert options.as_json() == {"method": "fitted", "scale": "all", "lambda": None, "coefficients": record}
@@ -116,14 +116,14 @@ def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
 def test_options_that_make_no_sense() -> None:
     one = made(0.9).select()
     with pytest.raises(UsageError, match=r"^method 'fitted' needs coefficients; make them with `streamer fit`$"):
-        MitigationOptions(None, "fitted")
+        make_method("fitted")
     with pytest.raises(UsageError, match=r"^lambda: method 'fitted' uses coefficients instead, got 0.5; leave it out"):
-        MitigationOptions(0.5, "fitted", coefficients=one)
+        make_method("fitted", 0.5, coefficients=one)
     with pytest.raises(UsageError, match=r"^coefficients: belong to method 'fitted', found 'paper'"):
-        MitigationOptions(0.5, "paper", coefficients=one)
+        make_method("paper", 0.5, coefficients=one)
     for no_number in (None, True, float("nan"), -float("inf")):
         with pytest.raises(UsageError, match=f"^lambda must be a finite number, got {no_number}$"):
-            MitigationOptions(no_number, "paper", amplify=True)
+            METHODS["paper"](no_number, amplify=True)
 
 
 def test_a_set_is_selected_by_what_it_keeps() -> None:

@@ -18,12 +18,12 @@ from seeds import vary
 from streamer.cli.main import run
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import UnloadableError
+from streamer.methods import UNCHANGED
 from streamer.output import lora_writer, model_writer
 from streamer.output.adapter_loadability import check_lora
 from streamer.output.job import Job
 from streamer.output.loadability import check_loadable, check_merged
 from streamer.output.merge_plan import MergedModel, Output, plan_merged
-from streamer.output.mitigation import MitigationOptions
 from streamer.output.model_headers import Headers
 from streamer.output.prepare import OutputOptions, open_jobs
 from streamer.storage.checkpoint import open_checkpoint
@@ -151,7 +151,7 @@ def job_of(base: Path, adapter: Path, **form: Any) -> Job:
         base,
         {"": adapter},
         [None],
-        MitigationOptions(1.0),
+        UNCHANGED,
         detection,
         OutputOptions(**{"merges": True, **form}),
         RunOptions(torch.device("cpu")),

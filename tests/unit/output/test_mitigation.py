@@ -13,7 +13,8 @@ from planted import oracle, problem
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense
-from streamer.output.mitigation import MitigationOptions, back_project, mitigate
+from streamer.methods import METHODS, Paper, Project, Shrink
+from streamer.output.back_projection import back_project
 
 SHAPES = [(96, 64), (64, 96), (80, 80), (61, 67)]
 
@@ -27,14 +28,14 @@ def test_paper_and_project_are_their_formulas(shape: tuple[int, int], lam: float
     U, S, Vh, _ = oracle(base.matrix, delta.dense(), 10)
     I = list(found.intruders)  # noqa: E741
     D = delta.dense().double().numpy()
-    paper = mitigate(delta, found, MitigationOptions(lam, amplify=True))
+    paper = Paper(lam, amplify=True).mitigated(delta, found)
     np.testing.assert_allclose(paper.dense(), D + (lam - 1) * (U[:, I] * S[I]) @ Vh[I], atol=2e-5)
-    project = mitigate(delta, found, MitigationOptions(lam, "project", amplify=True))
+    project = Project(lam, amplify=True).mitigated(delta, found)
     np.testing.assert_allclose(project.dense(), D - (1 - lam) * U[:, I] @ (U[:, I].T @ D), atol=2e-5)
     assert project.rank == delta.rank
     assert project.R is not delta.L
     torch.testing.assert_close(project.R, delta.R.double(), rtol=0, atol=0)
-    shrink = mitigate(delta, None, MitigationOptions(lam, "shrink", amplify=True))
+    shrink = Shrink(lam, amplify=True).mitigated(delta, None)
     np.testing.assert_allclose(shrink.dense(), lam * D, rtol=1e-6, atol=1e-7)  # D was formed in float32
 
 
@@ -42,10 +43,10 @@ def test_lambda_one_and_no_intruders_give_the_delta_itself() -> None:
     base, delta = problem(64, 64)
     found = detect(base, delta, DetectionOptions())
     for method in ("paper", "project", "shrink"):
-        assert mitigate(delta, found, MitigationOptions(1.0, method)) is delta  # type: ignore[arg-type]
+        assert METHODS[method](1.0).mitigated(delta, found) is delta
     quiet = detect(base, delta.scaled(1e-6), DetectionOptions())
     assert quiet.intruders == ()
-    assert mitigate(delta, quiet, MitigationOptions(0.0)) is delta
+    assert Paper(0.0).mitigated(delta, quiet) is delta
 
 
 def test_first_scales_only_the_highest_ranked() -> None:
@@ -56,7 +57,7 @@ def test_first_scales_only_the_highest_ranked() -> None:
     assert len(found.intruders) == 2
     U, S, Vh, _ = oracle(base.matrix, delta.dense(), 10)
     j = found.intruders[0]
-    after = mitigate(delta, found, MitigationOptions(0.0, "paper", "first"))
+    after = Paper(0.0, "first").mitigated(delta, found)
     np.testing.assert_allclose(after.dense(), delta.dense().numpy() - S[j] * np.outer(U[:, j], Vh[j]), atol=2e-5)
 
 
@@ -64,7 +65,7 @@ def test_first_scales_only_the_highest_ranked() -> None:
 def test_back_projection_is_the_nearest_of_its_rank_and_says_what_it_dropped(rank: int) -> None:
     base, delta = problem(96, 64)
     found = detect(base, delta, DetectionOptions(), rank=rank)
-    after = mitigate(delta, found, MitigationOptions(0.0))
+    after = Paper(0.0).mitigated(delta, found)
     B, A, dropped = back_project(after, rank, scaling=2.5)
     D = after.dense().numpy()
     U, S, Vh = np.linalg.svd(D, full_matrices=False)

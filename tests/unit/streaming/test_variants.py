@@ -8,7 +8,7 @@ import pytest
 
 from streamer.errors import UsageError
 from streamer.evaluation.options import EvaluationOptions
-from streamer.output.coefficients import Coefficients, CoefficientSet
+from streamer.methods.coefficients import Coefficients, CoefficientSet
 from streamer.streaming.variants import make_variants
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from streamer.detection.findings_file import COEFFICIENTS as KEY
 from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
 from streamer.errors import FormatError, OutputError, OutputExistsError
-from streamer.output.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients, fault_of, share_name
+from streamer.methods.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients, fault_of, share_name
 from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_checks import refuse_address, refuse_symlink

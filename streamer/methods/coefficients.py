@@ -194,7 +194,7 @@ class Coefficients:
         """
         from pathlib import Path
 
-        from streamer.output.coefficients_file import save_coefficients
+        from streamer.methods.coefficients_file import save_coefficients
 
         save_coefficients(self, Path(path), overwrite)
 

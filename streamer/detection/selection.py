@@ -1,0 +1,8 @@
+"""Say which intruders of a matrix are scaled."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Selection = Literal["all", "first"]
+"""The intruders of a matrix that are scaled: all, or the highest-ranked one."""

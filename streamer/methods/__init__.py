@@ -1,0 +1,69 @@
+"""Methods of mitigation: what becomes of an adapter's delta. A new method is a file here and an entry in `METHODS`.
+
+Everything else reads this table: the command line, the library, evaluations, reports and figures. `verification` has a formula of its own
+for each name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from streamer.errors import UsageError
+from streamer.methods.fitted import Fitted
+from streamer.methods.method import Method, MethodName, Needs
+from streamer.methods.paper import Paper
+from streamer.methods.project import Project
+from streamer.methods.shrink import Shrink
+
+if TYPE_CHECKING:
+    from streamer.detection.selection import Selection
+    from streamer.methods.coefficients import CoefficientSet
+
+__all__ = [
+    "BY_LAMBDA", "DEFAULT", "METHODS", "UNCHANGED", "Fitted", "Method", "MethodName", "Needs", "Paper", "Project", "Shrink", "make_method",
+    "takes_findings",
+]  # fmt: skip
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Paper, Project, Shrink, Fitted)}
+"""Methods by name, in the order in which help and tables show them."""
+
+DEFAULT = Paper
+"""The method where none is named and no coefficients are given."""
+
+BY_LAMBDA = tuple(method.name for method in METHODS.values() if method.needs is not Needs.COEFFICIENTS)
+"""Names of the methods that take a λ."""
+
+
+UNCHANGED = Shrink(1.0)
+"""The adapter as it is."""
+
+
+def takes_findings(name: str | None) -> bool:
+    """Test whether a method of this name scales intruders; a record's name may be unknown, and None is no method."""
+    return name in METHODS and METHODS[name].needs is Needs.FINDINGS
+
+
+def make_method(name: str | None, mitigation_lambda: float | None = None, scale: Selection = "all",
+                coefficients: CoefficientSet | None = None, amplify: bool = False) -> Method:  # fmt: skip
+    """Make a method with its options.
+
+    Parameters
+    ----------
+    name
+        None: `DEFAULT`, or ``fitted`` if coefficients are given.
+    mitigation_lambda
+        None: the method's own default.
+
+    Raises
+    ------
+    UsageError
+        If there is no method of this name, or it refuses an option.
+    """
+    if name is None:
+        name = DEFAULT.name if coefficients is None else Fitted.name
+    if name not in METHODS:
+        raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {name!r}")
+    method = METHODS[name]
+    return method(
+        method.default_lambda if mitigation_lambda is None else mitigation_lambda, scale, coefficients, amplify
+    )

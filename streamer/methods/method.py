@@ -1,0 +1,154 @@
+"""What a method of mitigation is: a formula for the mitigated delta, and what it needs.
+
+Notation as in `detection.intruders`: Δ (m, n) is the adapter's delta, and ``U_I Σ_I V_Iᵀ`` the intruders' triplets of ``W0 + Δ``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from streamer.detection.selection import Selection
+from streamer.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streamer.detection.intruders import Detection
+    from streamer.linalg.operators import Delta
+    from streamer.methods.coefficients import CoefficientSet
+
+
+MethodName = Literal["paper", "project", "shrink", "fitted"]
+"""Names of the methods, for type checkers; `METHODS` has the methods."""
+
+
+class Needs(Enum):
+    """What a method needs beside the adapter."""
+
+    NOTHING = "nothing"
+    FINDINGS = "findings"
+    COEFFICIENTS = "coefficients"
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A method with its options, which decide the mitigated delta Δ' (given the findings).
+
+    Attributes
+    ----------
+    mitigation_lambda
+        Share that is kept, of each intruder or of the whole delta: 1 changes nothing, 0 removes it. None for a method without λ.
+    scale
+        ``all`` intruders among the top k, or only the ``first`` (highest-ranked) of each matrix.
+    coefficients
+        Those of a method that needs them; None for the others.
+    amplify
+        Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
+    name
+        On the command line, in records and in tables.
+    needs
+        What it needs beside the adapter.
+    keeps_rank
+        Whether Δ' has the rank of Δ, so that the adapter's own factors can hold it.
+    colour, about
+        In figures; what it does, in help.
+    default_lambda
+        λ where none is given.
+    """
+
+    mitigation_lambda: float | None = None
+    scale: Selection = "all"
+    coefficients: CoefficientSet | None = None
+    amplify: bool = False
+
+    name: ClassVar[MethodName]
+    needs: ClassVar[Needs]
+    keeps_rank: ClassVar[bool]
+    colour: ClassVar[str]
+    about: ClassVar[str]
+    default_lambda: ClassVar[float | None] = 0.75
+
+    def __post_init__(self) -> None:
+        if self.scale not in get_args(Selection):
+            raise UsageError(f"scale: expected one of {', '.join(get_args(Selection))}, found {self.scale!r}")
+        self.check()
+
+    def check(self) -> None:
+        """Refuse a λ that is no share, and coefficients."""
+        lam = self.mitigation_lambda
+        if self.coefficients is not None:
+            raise UsageError(f"coefficients: belong to method 'fitted', found {self.name!r}; pass one or the other")
+        if not isinstance(lam, Real) or isinstance(lam, bool) or not math.isfinite(lam):
+            raise UsageError(f"lambda must be a finite number, got {lam!r}; {_share_meant(lam)}".rstrip("; "))
+        object.__setattr__(self, "mitigation_lambda", float(lam))
+        if not (self.amplify or 0 <= lam <= 1):
+            raise UsageError(
+                f"lambda must be between 0 (remove) and 1 (keep), got {self.mitigation_lambda:g}; {_share_meant(lam)}"
+                "`amplify=True` allows other values"
+            )
+
+    @property
+    def needs_detection(self) -> bool:
+        """Test whether the result depends on findings at all."""
+        return self.needs is Needs.FINDINGS and self.mitigation_lambda != 1
+
+    @property
+    def label(self) -> str:
+        """Name it with its λ, or with what its coefficients keep, for tables and figures: ``paper 0.75``."""
+        return f"{self.name} {self.mitigation_lambda:g}"
+
+    def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
+        """Compute the mitigated delta Δ'; the delta itself, as it is, if nothing changes.
+
+        Parameters
+        ----------
+        delta
+            Δ, (m, n), in factors or dense.
+        detection
+            The findings on this matrix; may be None if they are not needed.
+        tensor
+            The matrix's name, by which its coefficients are found.
+
+        Returns
+        -------
+        LowRank or Dense
+            Factors are in float64; a dense Δ' has the dtype of Δ.
+        """
+        if self.mitigation_lambda == 1:
+            return delta
+        if self.needs is not Needs.FINDINGS:
+            return self.formula(delta.precise())
+        if detection is None:
+            raise UsageError(f"method {self.name!r} at lambda {self.mitigation_lambda} needs findings")
+        triplets = detection.factors(self.scale)
+        return self.formula(delta.precise(), *triplets) if len(triplets[1]) else delta
+
+    @abstractmethod
+    def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
+        """Compute Δ' of Δ in float64, and of ``U_I`` (m, q), ``Σ_I`` (q,), ``V_Iᵀ`` (q, n) if the method needs findings."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what decides the mitigated delta, given the findings, as JSON values; digests of plans are made of it."""
+        tree = self.as_json()
+        return {"mitigation_lambda": tree.pop("lambda"), **tree}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the options by the names that are written and printed."""
+        fitted = {} if self.coefficients is None else {"coefficients": self.coefficients.record()}
+        return {"method": self.name, "scale": self.scale, "lambda": self.mitigation_lambda, **fitted}
+
+
+def _share_meant(lam: object) -> str:
+    """Ask whether a percentage, or a number in a string, was meant as a share; return an empty string if neither is likely."""
+    text = str(lam)
+    try:
+        number = float(text.rstrip("% "))
+    except ValueError:
+        return ""
+    share = number / 100 if "%" in text or number >= 2 else number
+    return f"did you mean {share:g}? " if 0 <= share <= 1 else ""

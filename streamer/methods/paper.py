@@ -1,0 +1,28 @@
+"""The paper's method: scale each intruder's singular value, and with it the base's own share of that direction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from streamer.methods.method import Method, MethodName, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streamer.linalg.operators import Delta
+
+
+class Paper(Method):
+    """``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``, of rank r + q (Shuttleworth et al., arXiv 2410.21228)."""
+
+    name: ClassVar[MethodName] = "paper"
+    needs: ClassVar[Needs] = Needs.FINDINGS
+    keeps_rank: ClassVar[bool] = False
+    colour: ClassVar[str] = "#0072b2"
+    about: ClassVar[str] = "scale the whole direction"
+
+    def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
+        """Compute Δ'."""
+        assert self.mitigation_lambda is not None
+        U, S, Vh = triplets
+        return delta.plus_triplets(U, S, Vh, self.mitigation_lambda - 1)

@@ -1,0 +1,27 @@
+"""Scale what the adapter put into an intruder's direction; the base's own share of it stays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from streamer.methods.method import Method, MethodName, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streamer.linalg.operators import Delta
+
+
+class Project(Method):
+    """``Δ' = (I − (1 − λ) U_I U_Iᵀ) Δ``, of rank r."""
+
+    name: ClassVar[MethodName] = "project"
+    needs: ClassVar[Needs] = Needs.FINDINGS
+    keeps_rank: ClassVar[bool] = True
+    colour: ClassVar[str] = "#007a5a"
+    about: ClassVar[str] = "only the adapter's part of it"
+
+    def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
+        """Compute Δ'."""
+        assert self.mitigation_lambda is not None
+        return delta.plus_projection(triplets[0], self.mitigation_lambda - 1)

@@ -1,0 +1,27 @@
+"""Scale the whole delta: the baseline that every other method is compared with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from streamer.methods.method import Method, MethodName, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streamer.linalg.operators import Delta
+
+
+class Shrink(Method):
+    """``Δ' = λ Δ``; no detection."""
+
+    name: ClassVar[MethodName] = "shrink"
+    needs: ClassVar[Needs] = Needs.NOTHING
+    keeps_rank: ClassVar[bool] = True
+    colour: ClassVar[str] = "#d55e00"
+    about: ClassVar[str] = "the whole adapter, no detection, the baseline"
+
+    def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
+        """Compute Δ'."""
+        assert self.mitigation_lambda is not None
+        return delta.scaled(self.mitigation_lambda)

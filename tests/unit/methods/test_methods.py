@@ -1,0 +1,59 @@
+"""The table of methods, and that everything that needs an entry for each method has one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import streamer
+from streamer.errors import UsageError
+from streamer.methods import BY_LAMBDA, METHODS, UNCHANGED, Fitted, MethodName, Needs, make_method, takes_findings
+from streamer.verification.mitigation import WITNESSED
+
+PACKAGE = Path(streamer.__file__).parent
+
+
+def test_each_name_is_one_of_a_method_and_has_a_witness() -> None:
+    assert list(METHODS) == list(get_args(MethodName)) == [method.name for method in METHODS.values()]
+    assert {name: method.needs.value for name, method in METHODS.items()} == WITNESSED
+    assert len({method.colour for method in METHODS.values()}) == len(METHODS)
+    assert [name for name in METHODS if takes_findings(name)] == [
+        name for name, method in METHODS.items() if method.needs is Needs.FINDINGS
+    ]
+    assert not takes_findings(None)
+
+
+def test_the_page_has_the_figures_colours_in_the_order_of_the_table() -> None:
+    light = re.findall(r"--s(\d): (#\w+);", (PACKAGE / "report" / "page.css").read_text().split("@media")[0])
+    assert [colour for _, colour in light][: len(METHODS)] == [method.colour for method in METHODS.values()]
+
+
+@pytest.mark.parametrize("name", BY_LAMBDA)
+def test_a_method_has_its_default_and_a_label(name: MethodName) -> None:
+    method = make_method(name)
+    assert (method.mitigation_lambda, method.label) == (0.75, f"{name} 0.75")
+    assert method == METHODS[name](0.75)
+    assert method != UNCHANGED
+
+
+def test_no_method_is_the_default_unless_coefficients_are_given() -> None:
+    assert make_method(None).name == "paper"
+    with pytest.raises(UsageError, match="method 'fitted' needs coefficients"):
+        make_method(Fitted.name)
+
+
+def test_methods_are_named_in_few_other_files() -> None:
+    """A new method is a file and an entry. These files name keys of JSON that are called like a method."""
+    quoted = re.compile(rf"""["'](?:{"|".join(METHODS)})["']""")
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).parts[0] not in ("methods", "verification") and quoted.search(path.read_text())
+    }
+    assert found == {
+        "evaluation/evaluation.py", "evaluation/evaluation_records.py", "fitting/prepare.py", "fitting/result.py", "report/curves.py",
+        "report/figures.py", "report/page_data.py", "cli/fitting_table.py",
+    }  # fmt: skip
