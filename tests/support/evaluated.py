@@ -124,7 +124,7 @@ def merged_variants(
             findings=found,
             top_k=TOP_K,
             mitigation_lambda=options.mitigation_lambda,
-            method=options.method,
+            method=options.name,
             amplify=True,
         )
         yield merged
