@@ -242,7 +242,7 @@ def test_bars_on_a_terminal_only(said: tuple[Path, Path, Path, dict[str, Outcome
     assert b"detect" in drawn
     assert b"write" in drawn
     assert b"%|" in drawn
-    assert re.search(rb"\r *\rstreamer: merge: [^\r\n]* in [^\r\n]* s\r\n\Z", drawn)
+    assert re.search(rb"\r *\rstreamer: merge: [^\r\n]*(?:\r\n )? in [^\r\n]* s\r\n\Z", drawn)
 
 
 def test_threads_and_io_do_not_matter_for_what_is_found(

@@ -37,7 +37,9 @@ def test_one_flipped_bit_anywhere_is_one_line(job: Job, tmp_path: Path, kind: st
             changed = bytearray(whole)
             changed[at] ^= 1 << int(generator.integers(8))
             path.write_bytes(changed)
-            (line,) = lines(output)
+            found = lines(output)
+            assert len(found) == 1, (at, found)
+            (line,) = found
             assert line.startswith(f"{path}: "), (at, line)
             assert ": expected " in line
             assert ", found " in line
