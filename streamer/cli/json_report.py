@@ -146,7 +146,7 @@ def dry_run(command: str, output: Path, state: str, matrices: int, files: int, n
     nbytes
         Of the output; None where they are not known.
     """
-    says = {"new": "would write", "resume": "would resume", "done": "nothing to do: already stands"}[state]
+    says = {"new": "would write", "resume": "would resume", "done": "nothing to do: it exists already"}[state]
     written = "" if nbytes is None else f", {format_size(nbytes)}"
     tree: DryRun = {"schema": "streamer.dry-run/1", "command": command, "output": str(output), "state": state,
             "matrices": matrices, "files": files, "bytes": nbytes,

@@ -171,7 +171,9 @@ def _print(text: str = "") -> None:
         os.dup2(silent, sys.stdout.fileno())
         os.close(silent)
         if not isinstance(e, BrokenPipeError):
-            message = f"stdout: {e.strerror or e}; the result could not be printed, what was written to files stands"
+            message = (
+                f"stdout: {e.strerror or e}; the result could not be printed, the files that were written are complete"
+            )
             raise StorageError(message) from e
 
 

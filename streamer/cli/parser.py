@@ -192,9 +192,7 @@ def build_parser() -> Parser:
         metavar="PAGE",
         help="page to write, a name that ends in .html; or a directory, for SVG and PNG",
     )
-    sub.add_argument(
-        "--overwrite", action="store_true", help="replace another report that stands there; nothing else ever is"
-    )
+    sub.add_argument("--overwrite", action="store_true", help="replace another report; no other file is ever replaced")
     sub = command("diff", "show what became of each intruder between two findings on one base")
     sub.add_argument("first", metavar="FINDINGS", help="findings before: on an adapter, or an earlier checkpoint")
     sub.add_argument(

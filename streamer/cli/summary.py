@@ -16,7 +16,7 @@ def summary(tree: Mapping[str, Any]) -> str:
     present = sum(part.get("state") == "present" for part in parts)
     if not present:
         return _held(tree)
-    return f"{_held(tree)}, {'stands' if len(parts) == 1 else f'{present} of {len(parts)} stand'} already"
+    return f"{_held(tree)}, {'exists' if len(parts) == 1 else f'{present} of {len(parts)} exist'} already"
 
 
 def _held(tree: Mapping[str, Any]) -> str:

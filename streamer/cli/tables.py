@@ -97,7 +97,7 @@ def findings_table(
 
 def stood(where: object, state: str) -> str:
     """Say whether a run has written an output, found it there, or only reads it."""
-    return {"read": f"{where}", "present": f"{where} stands already"}.get(state, f"wrote {where}")
+    return {"read": f"{where}", "present": f"{where} exists already"}.get(state, f"wrote {where}")
 
 
 def next_step(findings: Findings, where: object, screen: Screen, base: str = "BASE", adapter: str = "ADAPTER") -> str:

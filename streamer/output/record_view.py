@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamer.errors import printable
-from streamer.methods import Shrink
+from streamer.methods import Shrink, takes_findings
 from streamer.units import counted, format_size
 
 
@@ -32,8 +32,8 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
         how = f"method fitted, to keep {100 * fitted['keep']:g}% of what was learned: {mitigated}, each direction by its coefficient"
     elif lam == 1:
         how = "lambda 1: the adapter as it is, nothing mitigated"
-    elif method == Shrink.name:
-        how = f"method shrink, lambda {lam:g}: {mitigated}, each as a whole"
+    elif not takes_findings(method):
+        how = f"method {method}, lambda {lam:g}: {mitigated}, each as a whole"
     else:
         how = f"method {method}, scale {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
     if lam != 1:

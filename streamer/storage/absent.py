@@ -22,5 +22,9 @@ def absent(path: Path, what: str) -> MissingInputError:
     text = os.fspath(path)
     if _ADDRESS.fullmatch(text):
         return MissingInputError(f"{text}: is an address as a path; pass it as a string", path)
-    hint = "; a name on the hub is OWNER/NAME, where no directory OWNER is" if not path.is_absolute() else ""
+    hint = (
+        "; a hub name has the form OWNER/NAME and is used only if no directory OWNER exists here"
+        if not path.is_absolute()
+        else ""
+    )
     return MissingInputError(f"{text}: no such directory; check the path of the {what}{hint}", path)

@@ -72,7 +72,7 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
     )
     assert (again.code, again.out) == (
         0,
-        done.out.replace(f"wrote {tmp_path / 'e.json'}", f"{tmp_path / 'e.json'} stands already"),
+        done.out.replace(f"wrote {tmp_path / 'e.json'}", f"{tmp_path / 'e.json'} exists already"),
     )
 
 

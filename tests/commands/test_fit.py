@@ -74,7 +74,7 @@ def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Pat
     assert lines[-1] == f"wrote {output}"
     assert "16 coefficients in 2 sets" in done.last
     again = run(server, home, output, "--keep", "0.9,0.6")
-    assert (again.code, again.out) == (0, done.out.replace(f"wrote {output}", f"{output} stands already"))
+    assert (again.code, again.out) == (0, done.out.replace(f"wrote {output}", f"{output} exists already"))
     (line,) = [line for line in lines if line.startswith("next: streamer mitigate ")]
     assert server.run(*line.replace("OUTPUT", str(tmp_path / "made")).split()[2:]).code == 0
     (line,) = [line.partition(": streamer ")[2] for line in lines if line.startswith("then, on text that nothing ")]

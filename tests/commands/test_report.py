@@ -42,7 +42,7 @@ def test_a_page_of_findings_and_an_evaluation(files: Path, tmp_path: Path) -> No
     assert written == tree
     done = server().run(*line, "-o", out)
     assert done.code == 0
-    assert done.out.endswith(f"{out} stands already: 1 file, {out.stat().st_size / 1000:.1f} kB\n")
+    assert done.out.endswith(f"{out} exists already: 1 file, {out.stat().st_size / 1000:.1f} kB\n")
     assert "variant" in done.out
     refused = server().run("report", files / "f.safetensors", "-o", out)
     assert (refused.code, refused.out) == (4, "")

@@ -121,7 +121,8 @@ def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
     assert job.run(output, monitor=monitor).to_dict() == json.loads(job.whole)
     assert monitor.outputs[output] == "present"
     with pytest.raises(
-        OutputExistsError, match=r"holds an evaluation of other inputs or options \(general text: 3 sequences of 12 tokens, not 6"
+        OutputExistsError,
+        match=r"holds an evaluation of other inputs or options \(general text: 3 sequences of 12 tokens, not 6",
     ):
         job.run(output, sequences=3)
     with pytest.raises(
