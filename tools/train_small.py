@@ -34,6 +34,9 @@ os.environ.setdefault(
     "TRANSFORMERS_VERBOSITY", "error"
 )  # before it is imported: its notes on long texts and kernels are not about this
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # spinning threads and other busy processes slow each other many times over
 
 import torch
 
@@ -129,7 +132,7 @@ def train(model: torch.nn.Module, ids: torch.Tensor, steps: int, rate: float, se
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == steps:
+        if step in (10, steps) or step % 50 == 0:
             print(f"{what}: step {step}/{steps}, loss {loss.item():.3f}, {time.perf_counter() - began:.0f} s",
                   file=sys.stderr)  # fmt: skip
     model.eval()

@@ -57,7 +57,7 @@ def choose_threads(count: int | None, monitor: Monitor) -> None:
 
     if (times := threads_pace(cores)) > WORTHLESS:
         torch.set_num_threads(1)
-        text = f"{cores} threads take {times:.1f} times as long as one here, beside other work: using one; --threads {cores} insists"
+        text = f"the machine is busy, and {cores} threads take {times:.1f} times as long as one: using one (`--threads {cores}` overrides)"
         monitor.emit(Event("note", text))
 
 

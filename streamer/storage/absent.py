@@ -22,9 +22,5 @@ def absent(path: Path, what: str) -> MissingInputError:
     text = os.fspath(path)
     if _ADDRESS.fullmatch(text):
         return MissingInputError(f"{text}: is an address as a path; pass it as a string", path)
-    hint = (
-        "; a hub name has the form OWNER/NAME and is used only if no directory OWNER exists here"
-        if not path.is_absolute()
-        else ""
-    )
+    hint = "" if path.is_absolute() else "; a hub name has the form OWNER/NAME, and no directory OWNER may exist here"
     return MissingInputError(f"{text}: no such directory; check the path of the {what}{hint}", path)

@@ -75,7 +75,7 @@ def test_threads_that_do_not_help_are_not_used(
     choose_threads(None, Monitor(three_threads.append))
     assert torch.get_num_threads() == threads
     assert [e.name for e in three_threads] == (
-        ["3 threads take 1.7 times as long as one here, beside other work: using one; --threads 3 insists"]
+        ["the machine is busy, and 3 threads take 1.7 times as long as one: using one (`--threads 3` overrides)"]
         if threads == 1
         else []
     )
