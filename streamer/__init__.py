@@ -30,7 +30,8 @@ The rest is for who reads the code. The folders follow the data, and a module im
     adapters/      deltas            a PEFT adapter or a fine-tuned model, module by module
     plan/          matching          the base tensor that each module changes; all refusals
     detection/     decisions         the leading directions of each matrix, and the findings file
-    output/        results           mitigated deltas, output tensors, files
+    methods/       mitigated deltas  one file for each method, and their table
+    output/        results           output tensors, files, records
     streaming/     the model         run from its files: each weight read when its module runs, for several variants at once
     verification/  witnesses         an output against its record and inputs, by other code
     evaluation/    measures          losses of every variant on a user's text, in passes over the base

@@ -20,7 +20,7 @@ from streamer.events import Event, Monitor
 from streamer.json_types import Amount, Count, Keywords
 from streamer.linalg.operators import Delta
 from streamer.linalg.svd import OVERSAMPLING
-from streamer.methods import DEFAULT
+from streamer.methods import make_method
 from streamer.output.adapter_writer import AdapterWriter
 from streamer.output.job import Job, OwnFile
 from streamer.output.model_writer import ModelWriter
@@ -130,7 +130,7 @@ def forecast_commands(
 ) -> dict[str, Forecast | UnsupportedError]:
     """Say what each command takes with its defaults, `mitigate` and `merge` from findings; or with which error it is refused."""
     detection = DetectionOptions()
-    job = Job(plan, DEFAULT(DEFAULT.default_lambda), detection, device, OwnFile(detection))
+    job = Job(plan, make_method(None), detection, device, OwnFile(detection))
     resident = resident_bytes(Batch(plan.base, (plan,)))
     first = forecast_detection(plan, detection, device, resident, findings_bytes(plan, detection), monitor)
     commands: dict[str, Forecast | UnsupportedError] = {"detect": first}

@@ -89,7 +89,7 @@ def _paths(args: argparse.Namespace) -> list[str]:
     """Collect the paths that the command was given."""
     values = [*getattr(args, "given", ())] + [
         getattr(args, name, None)
-        for name in ("base", "adapter", "output", "findings", "first", "second", "keep", "general", "task")
+        for name in ("base", "adapter", "output", "findings", "first", "second", "general", "task")
     ]
     return [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
 

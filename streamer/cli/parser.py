@@ -227,7 +227,7 @@ def build_parser() -> Parser:
                      help="shares of an intruder that are kept, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     add_amplify(sub)
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(BY_LAMBDA), metavar="M,M",
-                     help="paper, project or shrink, several (default: all three); fitted: the coefficients alone")  # fmt: skip
+                     help=f"of {', '.join(BY_LAMBDA)} one or several (default: all); {Fitted.name}: the coefficients alone")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="from `streamer fit`: each set in FILE is one more variant; give text they were not fitted to")  # fmt: skip
     sub.add_argument(

@@ -15,7 +15,8 @@ Ranks = Annotated[list[Count], "0-based ranks of singular directions of base + d
 
 class DecidingOptions(TypedDict):
     """Options that decide which directions are intruders."""
-    top_k: Annotated[float, Keywords(exclusiveMinimum=0), "Leading directions that are judged: their number, or a share of the short side."]
+    top_k: Annotated[float, Keywords(exclusiveMinimum=0), "Leading directions that are judged: "
+        "an integer counts them, any other number is a share of the short side."]
     threshold_epsilon: Annotated[float, Keywords(exclusiveMinimum=0, maximum=1), "A direction whose similarity to the base is below this "
         "is an intruder."]
     solver: Annotated[str, Keywords(enum=["auto", "certified", "dense"]), "The solver that was asked for."]
@@ -50,8 +51,8 @@ class MatrixFigures(MatrixHead):
     cutoff: Annotated[Amount, "Base singular values below this share of the largest are not covered by the certificate; 0: all are."]
     delta_norm: Annotated[Amount, "Frobenius norm of the delta."]
     intruder_energy: Annotated[Share, "The intruders' share of the delta's squared norm."]
-    dropped_at_zero: Annotated[Amount, "Share of the delta's norm that projection onto the adapter's rank would lose at lambda 0, --method "
-        "paper."]
+    dropped_at_zero: Annotated[Amount, "Share of the mitigated delta's norm that projection to the adapter's rank would lose at lambda 0, "
+        "--method paper."]
 
 class CoefficientMeans(TypedDict):
     """Mean coefficients of a matrix."""

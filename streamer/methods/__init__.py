@@ -61,7 +61,7 @@ def make_method(name: str | None, mitigation_lambda: float | None = None, scale:
     """
     if name is None:
         name = DEFAULT.name if coefficients is None else Fitted.name
-    if name not in METHODS:
+    if name not in tuple(METHODS):  # what has no hash is no name either
         raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {name!r}")
     method = METHODS[name]
     return method(

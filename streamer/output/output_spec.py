@@ -134,9 +134,11 @@ class OutputSpec:
         # A run that is taken up under other names of its inputs, by way of links, would write both names.
         stamps = {**plan.stamps(), " and ".join(source["name"] for source in plan.sources): ()}
         instead = {CARD_NAME: "pass --no-card"} if self.card is not None and not self.card.original else {}
-        conflicting = (*self.conflicting_names, *read_beside(self.path, {name for name, _ in files}))
-        return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, conflicting, self._temporary(files),
-                          frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, self.job.bits, __version__)  # fmt: skip
+        read = read_beside(self.path, {name for name, _ in files})
+        beside = tuple(name for name in read if name not in self.conflicting_names)
+        return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, self.conflicting_names, self._temporary(files),
+                          frozenset(name for name, _ in card), frozenset({CARD_NAME}), instead, self.job.bits, __version__,
+                          beside)  # fmt: skip
 
     def _original_card(self) -> bytes:
         """Find the card of an input that the output's is made from, or that is copied; empty where there is none."""

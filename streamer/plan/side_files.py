@@ -15,8 +15,9 @@ _SKIPPED_DIRECTORIES = re.compile(
 )
 
 READ = (
-    "*config*.json", "tokenizer*.json", "*vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.json", "modules.json", "tekken.json", "params.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.py",
+    "config.json", "generation_config.json", "*processor_config.json", "*quant*config*.json", "*sentence*.json", "adapter_config.json",
+    "tokenizer*.json", "*vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
+    "modules.json", "tekken.json", "params.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.py",
 )  # fmt: skip
 """Patterns of the files beside the weights that loaders read, by names of their own or because a config or a class names them."""
 
@@ -43,9 +44,10 @@ def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:
 
 
 def read_beside(directory: Path, names: Collection[str]) -> list[str]:
-    """List the files at the top of a directory that a loader would read beside those of an output, an adapter's ``config.json`` apart."""
+    """List the files at the top of a directory that a loader would read beside an output's; of an adapter no code or ``config.json``."""
     found = {p.name for pattern in READ for p in directory.glob(pattern) if p.is_file() and not p.name.startswith(".")}
-    return sorted(found - {*names, *(["config.json"] if "adapter_config.json" in names else [])})
+    of_model = {name for name in found if name == "config.json" or name.endswith(".py")}
+    return sorted(found - {*names, *(of_model if "adapter_config.json" in names else ())})
 
 
 def _walk(directory: Path, apart: Path | None) -> Iterator[tuple[Path, bool]]:

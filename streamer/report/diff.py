@@ -54,7 +54,7 @@ class IntruderFate:
 
 class DiffSide(TypedDict):
     """One of the two findings."""
-    adapter: Annotated[str | None, "Name of the adapter; null where findings of an earlier version do not say."]
+    adapter: Annotated[str | None, "Name of the adapter; null if the findings do not say."]
     options: Annotated[OptionsRecord, "What decided the findings, as in streamer.findings/1."]
     intruders: Annotated[Count, "Intruders in all of its matrices."]
 

@@ -237,12 +237,14 @@ def _guess_content(head: bytes) -> str:
     """Guess from a file's first bytes what was given or downloaded in place of a safetensors file, and say what to do."""
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer: run `git lfs pull`"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "a pickle: convert it to safetensors"
+    if not head[:8].isascii() or b"\0" in head[:8]:  # the length of a header, whose first bytes may look like text
+        return ""
     if head.lstrip()[:1] == b"<":
         return "a web page; get it again"
     if head.lstrip()[:1] in (b"{", b"["):
         return "JSON; check the path"
-    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return "a pickle: convert it to safetensors"
     return ""
 
 

@@ -32,7 +32,8 @@ class DigestedAdapter(TypedDict):
 class StatedIdentity(TypedDict):
     """What the user has stated of an adapter, where its files leave it open: see `streamer.adapters.stated`."""
     base_is_residual: NotRequired[Annotated[bool, "True if --base-is-residual stated that the base is the adapter's residual."]]
-    lora_b_layout: NotRequired[Annotated[Literal["rank_major", "grouped_by_expert"], "Order of lora_B's columns on stacked experts."]]
+    lora_b_layout: NotRequired[Annotated[Literal["rank_major", "grouped_by_expert"], "Order of lora_B's columns on "
+        "stacked experts, if the user stated it."]]
     ignored_keys: NotRequired[Annotated[list[str], "Unknown keys of adapter_config.json that the user ignored (--ignore-key)."]]
 
 class AdapterIdentity(DigestedAdapter, StatedIdentity):

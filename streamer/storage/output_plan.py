@@ -51,6 +51,9 @@ class OutputPlan:
     conflicting_names
         Names that a loader might prefer to ours, such as ``model.safetensors`` beside an index; they must not be there, unless they
         are an old output's, and go with it.
+    beside_names
+        Names of other files there that a loader would read as parts of the output; an old output's go with it, and any other, an
+        empty one too, is refused and stays.
     temporary
         (relative name, bytes at most) of what stands there only while the run is under way.
     late
@@ -78,6 +81,7 @@ class OutputPlan:
     instead: Mapping[str, str] = field(default_factory=dict)
     bits: str = ""
     version: str = ""
+    beside_names: tuple[str, ...] = ()
 
     @property
     def head(self) -> dict[str, Any]:
@@ -184,11 +188,13 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OwnFile], overwrite: bool) -
     for name, _ in plan.files:
         if name not in names and is_taken(path / name):
             raise _foreign(path / name, plan.instead.get(name, ""))
-    for name in plan.conflicting_names:
-        if not (path / name).exists() or (overwrite and is_placeholder(path / name)):
+    for name in (*plan.conflicting_names, *plan.beside_names):
+        removable = overwrite and name in plan.conflicting_names and is_placeholder(path / name)
+        if not (path / name).exists() or removable:
             continue
         if name not in names:
-            raise _foreign(path / name)
+            read = "exists, and a loader would read it as a part of the output"
+            raise _foreign(path / name, what=read) if name in plan.beside_names else _foreign(path / name)
         if not any(stands(path, file) for file in own if file.name == name):
             raise OutputExistsError(
                 f"{path / name}: was changed since it was written, and a loader would take it for a part of this output; "

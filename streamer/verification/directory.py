@@ -18,8 +18,9 @@ LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "ad
 """Names of files that a loader takes for weights, or for a sign of them; none may stand beside those of the record, nor any of `READ`."""
 
 READ = (
-    "*config*.json", "tokenizer*.json", "*vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.json", "modules.json", "tekken.json", "params.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.py",
+    "config.json", "generation_config.json", "*processor_config.json", "*quant*config*.json", "*sentence*.json", "adapter_config.json",
+    "tokenizer*.json", "*vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
+    "modules.json", "tekken.json", "params.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.py",
 )  # fmt: skip
 """Names of other files that a loader reads: of configs, of tokenizers and their chat templates, and code that a config may name."""
 
@@ -51,8 +52,8 @@ def check_files(record: dict[str, Any], outcome: Outcome, monitor: Monitor) -> N
     beside = {
         path for folder in folders for pattern in (*LOADED, *READ) for path in folder.glob(pattern)
     } - listed.keys()
-    if outcome.kind == "adapter":  # PEFT asks for its own config
-        beside -= {outcome.output / "config.json"}
+    if outcome.kind == "adapter":  # PEFT asks for its own config and runs no code
+        beside -= {path for path in beside if path.name == "config.json" or path.suffix == ".py"}
     for path in sorted(path for path in beside if path.is_file() and not path.name.startswith(".")):
         outcome.differ(path, f"no such file by {RECORD_NAME}", "one")
     for path, digest in hash_files(present, monitor).items():

@@ -85,7 +85,7 @@ def test_a_file_that_loaders_read_and_no_record_lists(
     output = jobs[kind].copy(kind, tmp_path)
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text("{}")
-    read = kind == "model" or not name.startswith("2_Dense")
+    read = kind == "model" or not name.startswith(("2_Dense", "modeling"))
     assert lines(output) == [f"{output / name}: expected no such file by streamer.json, found one"] * read
 
 
@@ -178,15 +178,32 @@ def test_an_output_over_files_that_a_loader_would_read_is_refused(
     job = jobs["plain"]
     shrink: Any = {"method": "shrink", "mitigation_lambda": 0.5, "overwrite": True}
     write = streamer.merge_with_reduced_intruder_dimensions if kind == "merge" else streamer.reduce_intruder_dimension
-    for name in ("added_tokens.json", "train.py"):
+    read = {"added_tokens.json": "{}", "merges.txt": "", **({"train.py": "pass"} if kind == "merge" else {})}
+    for name, text in read.items():
         out = tmp_path / Path(name).stem
         out.mkdir()
-        (out / name).write_text("{}")
-        with pytest.raises(streamer.StreamerError, match=f"{name}: exists and is not ours"):
+        (out / name).write_text(text)
+        with pytest.raises(
+            streamer.StreamerError, match=f"{name}: exists, and a loader would read it as a part of the output"
+        ):
             write(job.base, job.adapter, out, **shrink)
+        assert (out / name).read_text() == text
         (out / name).rename(out / "other.txt")
         write(job.base, job.adapter, out, **shrink)
         assert lines(out, job.base, job.adapter, sample="all") == []
+
+
+def test_files_that_no_loader_reads_stay_empty_or_not(jobs: dict[str, Job], tmp_path: Path) -> None:
+    job, out = jobs["plain"], tmp_path / "out"
+    out.mkdir()
+    names = ("train.py", "__init__.py", "training_config.json", "notes.txt")
+    for name in names:
+        (out / name).touch()
+    streamer.reduce_intruder_dimension(
+        job.base, job.adapter, out, method="shrink", mitigation_lambda=0.5, overwrite=True
+    )
+    assert all((out / name).read_bytes() == b"" for name in names)
+    assert lines(out, job.base, job.adapter, sample="all") == []
 
 
 def test_the_tables_are_those_of_the_writer() -> None:

@@ -83,7 +83,7 @@ BUDGET = {
     "output": 2_440,
     "plan": 2_290,
     "verification": 2_190,
-    "storage": 2_120,
+    "storage": 2_130,
     "detection": 1_930,
     "evaluation": 1_840,
     "streaming": 1_630,

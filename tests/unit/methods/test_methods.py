@@ -57,3 +57,9 @@ def test_methods_are_named_in_few_other_files() -> None:
         "evaluation/evaluation.py", "evaluation/evaluation_records.py", "fitting/prepare.py", "fitting/result.py", "report/curves.py",
         "report/figures.py", "report/page_data.py", "cli/fitting_table.py",
     }  # fmt: skip
+
+
+def test_what_is_no_name_is_refused() -> None:
+    for name in ("papr", ["paper"], 1):
+        with pytest.raises(UsageError, match=r"^method: expected one of paper, project, shrink, fitted, found "):
+            make_method(name)  # type: ignore[arg-type]

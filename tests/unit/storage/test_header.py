@@ -170,6 +170,12 @@ def test_what_stands_where_a_shard_should_be(tmp_path: Path, content: bytes, hin
     assert f": expected a safetensors file, found {hint}" in str(caught.value)
 
 
+def test_a_length_that_looks_like_text_is_a_length(tmp_path: Path) -> None:
+    with pytest.raises(FormatError) as caught:
+        read(tmp_path / "model.safetensors", (31_520).to_bytes(8, "little") + b'{"a":' + bytes(60))  # b" {" and zeros
+    assert "JSON" not in str(caught.value)
+
+
 def test_short_reads_are_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, n, at: real(fd, min(n, 5) if at >= 8 else n, at))

@@ -66,3 +66,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         EvaluationOptions(**options)
+
+
+def test_names_and_scale_are_checked_beside_coefficients() -> None:
+    coefficients = Coefficients((CoefficientSet(0.9, {}),), {"base": {"files": []}})
+    with pytest.raises(UsageError, match="method: expected one of paper, project, shrink, fitted, found 'papr'"):
+        make_variants(("papr", "shrink"), (0.5,), "all", coefficients)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="scale: expected one of all, first, found 'some'"):
+        make_variants(("fitted",), (0.5,), "some", coefficients)  # type: ignore[arg-type]
