@@ -22,7 +22,7 @@ def test_small_matrices_give_every_figure() -> None:
     assert len(tree["rounds"]) == 2
     for row in tree["rounds"]:
         assert row["equal"] == row["decided"] == 3
-        assert row["index_in_one_pass_share"] == pytest.approx(row["index_in_one_pass"] / row["in_turn"])
+        assert row["in_one_pass_share"] == pytest.approx(row["in_one_pass"] / row["in_turn"])
         assert min(row.values()) > 0
     assert set(tree["spread"]) == set(tree["rounds"][0])
 

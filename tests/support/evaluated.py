@@ -60,9 +60,21 @@ def precisions(cls: Any, path: Path) -> list[Any]:
     return models
 
 
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    try:
+        return model(input_ids=ids).logits
+    except RuntimeError:  # XGLM makes the least value of its mask in torch's default dtype
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return model(input_ids=ids).logits
+        finally:
+            torch.set_default_dtype(before)
+
+
 def answer(models: list[Any], ids: torch.Tensor) -> Answer:
     with torch.no_grad():
-        exact, *rounded = (model(input_ids=ids).logits.double().log_softmax(-1)[:, :-1] for model in models)
+        exact, *rounded = (logits_of(model, ids).double().log_softmax(-1)[:, :-1] for model in models)
     return Answer(exact, torch.stack([(other - exact).abs().amax(-1) for other in rounded]).amax(0))
 
 
