@@ -8,8 +8,6 @@ from streamer.errors import UsageError
 from streamer.methods.method import Method, MethodName, Needs
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from streamer.detection.intruders import Detection
     from streamer.linalg.operators import Delta
     from streamer.methods.coefficients import CoefficientSet
@@ -49,7 +47,3 @@ class Fitted(Method):
 
         assert self.coefficients is not None
         return fitted_delta(delta, self.coefficients.matrices[tensor], tensor)
-
-    def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
-        """Raise: the formula depends on the tensor."""
-        raise NotImplementedError

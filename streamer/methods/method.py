@@ -78,30 +78,16 @@ class Method(ABC):
             raise UsageError(f"scale: expected one of {', '.join(get_args(Selection))}, found {self.scale!r}")
         self.check()
 
+    @abstractmethod
     def check(self) -> None:
-        """Refuse a λ that is no share, and coefficients."""
-        lam = self.mitigation_lambda
-        if self.coefficients is not None:
-            raise UsageError(f"coefficients: belong to method 'fitted', found {self.name!r}; pass one or the other")
-        if not isinstance(lam, Real) or isinstance(lam, bool) or not math.isfinite(lam):
-            raise UsageError(f"lambda must be a finite number, got {lam!r}; {_share_meant(lam)}".rstrip("; "))
-        object.__setattr__(self, "mitigation_lambda", float(lam))
-        if not (self.amplify or 0 <= lam <= 1):
-            raise UsageError(
-                f"lambda must be between 0 (remove) and 1 (keep), got {self.mitigation_lambda:g}; {_share_meant(lam)}"
-                "`amplify=True` allows other values"
-            )
+        """Raise `UsageError` if an option makes no sense."""
 
     @property
-    def needs_detection(self) -> bool:
-        """Test whether the result depends on findings at all."""
-        return self.needs is Needs.FINDINGS and self.mitigation_lambda != 1
-
-    @property
+    @abstractmethod
     def label(self) -> str:
         """Name it with its λ, or with what its coefficients keep, for tables and figures: ``paper 0.75``."""
-        return f"{self.name} {self.mitigation_lambda:g}"
 
+    @abstractmethod
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
         """Compute the mitigated delta Δ'; the delta itself, as it is, if nothing changes.
 
@@ -119,6 +105,47 @@ class Method(ABC):
         LowRank or Dense
             Factors are in float64; a dense Δ' has the dtype of Δ.
         """
+
+    @property
+    def needs_detection(self) -> bool:
+        """Test whether the result depends on findings at all."""
+        return self.needs is Needs.FINDINGS and self.mitigation_lambda != 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what decides the mitigated delta, given the findings, as JSON values; digests of plans are made of it."""
+        tree = self.as_json()
+        return {"mitigation_lambda": tree.pop("lambda"), **tree}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the options by the names that are written and printed."""
+        fitted = {} if self.coefficients is None else {"coefficients": self.coefficients.record()}
+        return {"method": self.name, "scale": self.scale, "lambda": self.mitigation_lambda, **fitted}
+
+
+class ByLambda(Method):
+    """A method that scales something by λ."""
+
+    def check(self) -> None:
+        """Refuse a λ that is no share, and coefficients."""
+        lam = self.mitigation_lambda
+        if self.coefficients is not None:
+            raise UsageError(f"coefficients: belong to method 'fitted', found {self.name!r}; pass one or the other")
+        if not isinstance(lam, Real) or isinstance(lam, bool) or not math.isfinite(lam):
+            raise UsageError(f"lambda must be a finite number, got {lam!r}; {_share_meant(lam)}".rstrip("; "))
+        object.__setattr__(self, "mitigation_lambda", float(lam))
+        if not (self.amplify or 0 <= lam <= 1):
+            raise UsageError(
+                f"lambda must be between 0 (remove) and 1 (keep), got {self.mitigation_lambda:g}; {_share_meant(lam)}"
+                "`amplify=True` allows other values"
+            )
+
+    @property
+    def label(self) -> str:
+        """Name it with its λ."""
+        return f"{self.name} {self.mitigation_lambda:g}"
+
+    def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
+        """Compute Δ' by the formula; see `Method.mitigated`."""
         if self.mitigation_lambda == 1:
             return delta
         if self.needs is not Needs.FINDINGS:
@@ -131,16 +158,6 @@ class Method(ABC):
     @abstractmethod
     def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
         """Compute Δ' of Δ in float64, and of ``U_I`` (m, q), ``Σ_I`` (q,), ``V_Iᵀ`` (q, n) if the method needs findings."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what decides the mitigated delta, given the findings, as JSON values; digests of plans are made of it."""
-        tree = self.as_json()
-        return {"mitigation_lambda": tree.pop("lambda"), **tree}
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the options by the names that are written and printed."""
-        fitted = {} if self.coefficients is None else {"coefficients": self.coefficients.record()}
-        return {"method": self.name, "scale": self.scale, "lambda": self.mitigation_lambda, **fitted}
 
 
 def _share_meant(lam: object) -> str:
