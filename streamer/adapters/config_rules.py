@@ -127,7 +127,7 @@ def _key_refusals(config: AdapterConfig) -> list[str]:
 def unknown_keys(config: AdapterConfig) -> list[str]:
     """List the keys of a config that are not known and not empty, whether the user ignores them or not."""
     ruled = {r.key for r in CONFIG_RULES if r.refuses(config.get(r.key))} if config.peft_type == "LORA" else set()
-    known = KNOWN_KEYS.get(config.peft_type, {}).keys() | ruled
+    known = KNOWN_KEYS.get(config.peft_type, set()) | ruled
     return [key for key, value in config.values.items() if key not in known and not _empty(value)]
 
 

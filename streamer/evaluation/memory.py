@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamer.errors import UsageError
@@ -99,42 +99,49 @@ def plan_passes(
         If the budget does not hold one sequence under the base and one variant; it names the smallest that does.
     """
     longest = max(text.longest for text in texts.values())
-    if max_memory is None:
-        most = ROWS
-    else:
-        least = pass_bytes(size, resident, 2 * longest, longest)
-        if least > max_memory:
-            raise UsageError(
-                f"max_memory: {max_memory >> 20}M is not enough for a sequence of {longest} tokens under two variants; it takes "
-                f"{-(-least >> 20)}M"
-            )
-        most = max(rows for rows in steps(2 * longest, ROWS) if pass_bytes(size, resident, rows, longest) <= max_memory)
+    most = rows_within(max_memory, 2 * longest, ROWS, lambda rows: pass_bytes(size, resident, rows, longest),
+                       f"a sequence of {longest} tokens under two variants")  # fmt: skip
     together = variants if max_memory is None else max(2, min(variants, most // longest))
     others = range(1, variants)
     chunks = [tuple(others[i : i + together - 1]) for i in range(0, variants - 1, together - 1)]
     passes = []
     for name, text in texts.items():
-        order = sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i]))
-        for part in parts(order, text, max(1, most // together), size.short, one_length):
+        for part in parts(text, max(1, most // together), size.short, one_length):
             passes += [Pass(name, part, chunk) for chunk in chunks]
     return passes
 
 
-def steps(first: int, last: int) -> Iterator[int]:
-    """Iterate over the numbers of rows that are tried."""
-    yield first
-    yield from range(first + 64, max(first, last) + 1, 64)
+def rows_within(max_memory: int | None, least: int, most: int, needed: Callable[[int], int], what: str) -> int:
+    """Find how many rows run together: as many as the budget holds, up to `most`, and `least` in any case.
+
+    Parameters
+    ----------
+    needed
+        Bytes that so many rows take.
+    what
+        The least rows, for a message.
+
+    Raises
+    ------
+    UsageError
+        If the budget does not hold the least; it names the smallest that does.
+    """
+    if max_memory is None:
+        return most
+    if needed(least) > max_memory:
+        raise UsageError(
+            f"max_memory: {max_memory >> 20}M is not enough for {what}; it takes {-(-needed(least) >> 20)}M"
+        )
+    return max(rows for rows in range(least, max(least, most) + 1, 64) if needed(rows) <= max_memory)
 
 
-def parts(
-    order: Sequence[int], text: TextSequences, tokens: int, short: int | None, one_length: bool
-) -> Iterator[tuple[int, ...]]:
-    """Divide sequences into groups of so many tokens at most; at least one a group.
+def parts(text: TextSequences, tokens: int, short: int | None, one_length: bool) -> Iterator[tuple[int, ...]]:
+    """Divide sequences, the longest first, into groups of so many tokens at most; at least one a group.
 
     Short ones are not padded to a length for which the model's rotary embeddings are others; none are padded if a group has one length.
     """
     group: list[int] = []
-    for i in order:
+    for i in sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i])):
         own, longest = len(text.ids[i]), len(text.ids[group[0]]) if group else 0
         full = (len(group) + 1) * longest > tokens
         apart = own != longest if one_length else short is not None and own <= short < longest

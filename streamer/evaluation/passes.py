@@ -1,9 +1,9 @@
-"""Run a pass of the model over some sequences under some variants, and put the sums of several passes together."""
+"""Run passes of the model over some sequences under some variants, record each, and put the sums of several together."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,43 +11,20 @@ from numpy.typing import NDArray
 from streamer.errors import NumericError
 from streamer.evaluation.losses import measure
 from streamer.evaluation.memory import Pass
+from streamer.evaluation.progress import RunProgress, pass_cost
+from streamer.evaluation.result_file import Records
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import MEASURES, SequenceSums
-from streamer.events import Monitor
 from streamer.plan.plan import Plan
 from streamer.streaming.logit_checks import changed_by_padding, check_logits
 from streamer.streaming.model import StreamingModel, vocabulary_block
 from streamer.streaming.run_time import RunTimeTensor
+from streamer.streaming.values import Job
+from streamer.streaming.variants import Variant
 
-
-class Reading:
-    """Heed a request to stop before each parameter that a pass reads, and tell how far the pass is.
-
-    Parameters
-    ----------
-    products
-        Multiplications for a token of each parameter that counts, by name.
-    tell
-        Called with a parameter's name and the multiplications done before it.
-    times
-        How often the pass reads each parameter.
-    """
-
-    def __init__(
-        self, monitor: Monitor, products: Mapping[str, int], tell: Callable[[str, int], None], times: int = 1
-    ) -> None:
-        self._monitor, self._products, self._tell, self._times = monitor, products, tell, times
-        self._begun = Counter[str]()
-        self._done = 0
-
-    def __call__(self, tensor: RunTimeTensor) -> None:
-        """Take the parameter that is read next."""
-        self._monitor.checkpoint()
-        name = tensor.name
-        if name in self._products and self._begun[name] < self._times:
-            self._tell(name, self._done)
-            self._begun[name] += 1
-            self._done += self._products[name]
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+Found = TypeVar("Found")
 
 
 def longest_padded(groups: Iterable[TextSequences]) -> tuple[NDArray[np.int64], int] | None:
@@ -137,3 +114,63 @@ def together(
                 values = getattr(own, name)
                 arrays[name][at] = values if one.variants[0] == 1 else values[1:]
     return SequenceSums(tokens, **arrays)
+
+
+def answered(steps: Generator[Request, Answer, Found], answer: Callable[[Request], Answer]) -> Found:
+    """Answer the requests of steps until they have what they want; return that."""
+    request = next(steps)
+    while True:
+        reply = answer(request)
+        try:
+            request = steps.send(reply)
+        except StopIteration as end:
+            found: Found = end.value
+            return found
+
+
+def needs_one_length(
+    plan: Plan, chosen: bool, groups: Sequence[TextSequences], records: Records, progress: RunProgress
+) -> bool:
+    """Check the logits once, and tell whether sequences that run together must be of one length.
+
+    Parameters
+    ----------
+    chosen
+        Whether they must whatever the logits say.
+    groups
+        Sequences that are to run together.
+    """
+    found = records.find("one_length")
+    if found is None:
+        changed = padding_changes(plan, groups, progress.reading(0, 1))
+        found = {"one_length": np.array([float(chosen or changed)])}
+        records.add("one_length", found)
+    return bool(found["one_length"][0])
+
+
+def measure_variants(passes: Sequence[Pass], texts: Mapping[str, TextSequences], variants: Sequence[Variant],
+                     job: Callable[[tuple[Variant, ...]], Job], key: Callable[[int], str], records: Records,
+                     progress: RunProgress) -> dict[str, SequenceSums]:  # fmt: skip
+    """Run the passes of a request that no interrupted run recorded, and put the sums of all together, by text.
+
+    Parameters
+    ----------
+    job
+        Describes the model of some of the variants.
+    key
+        Names a pass by its number, for the records.
+    """
+    sums: dict[int, SequenceSums] = {}
+    models: dict[tuple[int, ...], StreamingModel] = {}
+    for number, one in enumerate(passes):
+        text = texts[one.text].take(one.sequences)
+        cost, found = pass_cost(progress.size, text, 1 + len(one.variants)), records.find(key(number))
+        if found is None:
+            if one.variants not in models:
+                models[one.variants] = StreamingModel(job(tuple(variants[v] for v in (0, *one.variants))))
+            done = run_pass(models[one.variants], text, one.text, progress.reading(cost, 1))
+            found = {name: getattr(done, name) for name in ("tokens", *MEASURES)}
+            records.add(key(number), found)
+        sums[number] = SequenceSums(**found)
+        progress.advance(cost)
+    return {name: together(passes, sums, name, len(variants), len(text.ids)) for name, text in texts.items()}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
-from streamer.evaluation.passes import Reading
 from streamer.evaluation.sequences import TextSequences
 from streamer.events import Event, Monitor
 from streamer.streaming.model import ModelSize
@@ -29,8 +29,7 @@ class RunProgress:
     """
 
     def __init__(self, monitor: Monitor, size: ModelSize, stage: Literal["evaluate", "fit"]) -> None:
-        self._monitor, self._products, self._stage = monitor, size.products, stage
-        self._pace = sum(size.products.values())
+        self._monitor, self.size, self._stage = monitor, size, stage
         self._done = self._total = self._items = self._of = 0
 
     def expect(self, costs: list[int]) -> None:
@@ -44,12 +43,23 @@ class RunProgress:
             self._monitor.resuming(passes, max(self._of, passes), "pass")
 
     def reading(self, cost: int, times: int) -> Callable[[RunTimeTensor], None]:
-        """Make the hook of a pass that reads each parameter so many times."""
+        """Make the hook of a pass that reads each parameter so many times: before each it tells how far the pass is, in multiplications.
 
-        def tell(name: str, done: int) -> None:
-            self._emit(name, self._done + cost * done // (self._pace * times))
+        A request to stop is heeded there as well.
+        """
+        products, begun, done = self.size.products, Counter[str](), 0
+        whole = sum(products.values()) * times
 
-        return Reading(self._monitor, self._products, tell, times)
+        def on_read(tensor: RunTimeTensor) -> None:
+            nonlocal done
+            self._monitor.checkpoint()
+            name = tensor.name
+            if name in products and begun[name] < times:
+                self._emit(name, self._done + cost * done // whole)
+                begun[name] += 1
+                done += products[name]
+
+        return on_read
 
     def advance(self, cost: int) -> None:
         """Take a pass as done."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from streamer import __version__
@@ -16,6 +17,7 @@ from streamer.detection.findings_file import journal_of, lock_of, remove_leftove
 from streamer.detection.options import RunOptions
 from streamer.detection.run import naming_inputs
 from streamer.errors import InputError, NumericError, OutputError, OutputExistsError, StreamerError
+from streamer.evaluation.statistics import Floats
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import full_float32, threads
 from streamer.plan.plan import Plan
@@ -35,6 +37,9 @@ from streamer.storage.output_plan import refuse_within_output
 from streamer.units import counted, listed
 
 State = Literal["new", "resume", "done"]
+
+Arrays = Mapping[str, Floats]
+"""Sums of a pass, by name."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,8 @@ class ResultFile:
                                                        journal=journal_of(self.path))  # fmt: skip
 
     @contextlib.contextmanager
-    def written(self) -> Iterator[RunJournal]:
-        """Lock the file, open the journal, and remove it at the end, by when the caller has written the file.
+    def written(self) -> Iterator[JournalRecords]:
+        """Lock the file, open the journal, give its records, and remove it at the end, by when the caller has written the file.
 
         If that raises, the journal stays, unless it is the inputs' fault.
         """
@@ -136,7 +141,7 @@ class ResultFile:
                 journal.append(json.dumps(found).encode())
             remove_partials(self.path.parent, {self.path.name})
             try:
-                yield RunJournal(journal, found["threads"])
+                yield JournalRecords(journal, found["threads"])
             except (InputError, NumericError):  # the same run would end there again: nothing is to be taken up
                 journal.remove()
                 raise
@@ -161,22 +166,67 @@ def of_others(path: Path, one: str, differing: Sequence[str] = ()) -> OutputExis
     )
 
 
-@dataclass(frozen=True)
-class RunJournal:
-    """The journal of a run that is under way.
+def pack(name: str, arrays: Arrays) -> bytes:
+    """Write arrays as a line of JSON with their shapes, and their bytes, so that they are read as the same bits."""
+    head = {"key": name, "shapes": {array: list(values.shape) for array, values in arrays.items()}}
+    return b"\n".join(
+        [json.dumps(head).encode(), b"".join(values.astype("<f8").tobytes() for values in arrays.values())]
+    )
+
+
+def unpack(payload: bytes) -> tuple[str, dict[str, Floats]]:
+    """Read what `pack` wrote."""
+    line, _, raw = payload.partition(b"\n")
+    head, values, at = json.loads(line), np.frombuffer(raw, "<f8").astype(np.float64), 0
+    arrays = {}
+    for name, shape in head["shapes"].items():
+        size = int(np.prod(shape, dtype=int))
+        arrays[name] = values[at : at + size].reshape(shape)
+        at += size
+    return head["key"], arrays
+
+
+class Records:
+    """Records of this run alone, none of which is asked for twice.
 
     Attributes
     ----------
+    taken_up
+        Passes that an interrupted run has recorded; their keys begin with a digit.
     threads
         Torch's threads, with which the run began.
     """
 
-    journal: Journal
-    threads: int
+    taken_up = 0
 
-    def records(self) -> Iterator[bytes]:
-        """Read what the run, or the one that it takes up, has recorded."""
-        return (self.journal[i] for i in range(1, len(self.journal)))
+    def __init__(self) -> None:
+        self.threads = torch.get_num_threads()
+
+    def find(self, name: str) -> Arrays | None:
+        """Find what an interrupted run recorded under a key."""
+        return None
+
+    def add(self, name: str, arrays: Arrays) -> None:
+        """Record what a pass gave."""
+
+
+class JournalRecords(Records):
+    """Records that a journal keeps, those of an interrupted run among them; they are read when they are asked for."""
+
+    def __init__(self, journal: Journal, threads: int) -> None:
+        self._journal, self.threads = journal, threads
+        self._at = {unpack(journal[i])[0]: i for i in range(1, len(journal))}
+        self.taken_up = sum(name[0].isdigit() for name in self._at)
+
+    def find(self, name: str) -> Arrays | None:
+        """Find what was recorded under a key."""
+        at = self._at.get(name)
+        return None if at is None else unpack(self._journal[at])[1]
+
+    def add(self, name: str, arrays: Arrays) -> None:
+        """Record what a pass gave, durably."""
+        self._at[name] = len(self._journal)
+        self._journal.append(pack(name, arrays))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,36 +10,35 @@ from pathlib import Path
 from streamer.detection.findings import Findings
 from streamer.detection.findings_file import lock_of, remove_leftovers
 from streamer.detection.run import detect_in_memory
-from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation, load_evaluation
+from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.identity import joined_facts
-from streamer.evaluation.passes import padding_changes, run_pass, together
+from streamer.evaluation.passes import answered, measure_variants, needs_one_length
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.progress import RunProgress
-from streamer.evaluation.records import InMemory, Journalled, inspect, measured_before, result_file
-from streamer.evaluation.result_file import computing
-from streamer.evaluation.statistics import SequenceSums
+from streamer.evaluation.records import inspect, measured_before, result_file
+from streamer.evaluation.result_file import Records, computing
 from streamer.evaluation.steps import Sums, evaluation_steps
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.events import Event
 from streamer.plan.batch import Batch
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.lock import locked
-from streamer.streaming.model import StreamingModel
+from streamer.streaming.values import Job
 from streamer.streaming.variants import Variant
 
 
 def evaluate(prepared: Prepared, output: Path | None) -> Evaluation:
     """Measure the variants that are missing, into memory, or into a file if an output is named."""
     if output is None:
-        found = _Run(prepared, None, InMemory()).result()
+        found = _Run(prepared, None, Records()).result()
     elif inspect(prepared, output) == "done":
         found = _standing(prepared, output)
     else:
-        with result_file(prepared, output).written() as journal:
+        with result_file(prepared, output).written() as records:
             known = measured_before(prepared, output)
             if known is not None:
                 prepared.run.monitor.emit(Event("note", f"{output}: adds to the {len(known.variants)} variants in it"))
-            found = _Run(prepared, known, Journalled(journal)).result()
+            found = _Run(prepared, known, records).result()
             prepared.plan.check_unchanged()
             write_atomic(output, found.to_json().encode())
     if found.best().swapped:
@@ -76,7 +76,7 @@ class _Run:
         What an interrupted run recorded, and what this one does.
     """
 
-    def __init__(self, prepared: Prepared, known: Evaluation | None, records: InMemory) -> None:
+    def __init__(self, prepared: Prepared, known: Evaluation | None, records: Records) -> None:
         self.known, self.records, self.monitor = known, records, prepared.run.monitor
         self._findings: Findings | None = None
         self._divide(prepared)
@@ -90,14 +90,9 @@ class _Run:
         with computing(self.records.threads, self.monitor):
             self._check()
             self.progress.resume(self.records.taken_up)
-            try:
-                request = next(steps)
-                while True:
-                    request = steps.send(self._measured(request))
-            except StopIteration as end:
-                self.progress.finish()
-                found: Evaluation = end.value
-                return found
+            found = answered(steps, self._measured)
+            self.progress.finish()
+        return found
 
     def _divide(self, prepared: Prepared) -> None:
         """Take the division of the work, and begin to count."""
@@ -105,36 +100,23 @@ class _Run:
         self.progress.expect([prepared.cost(one) for one in prepared.expected(self.known)])
 
     def _check(self) -> None:
-        """Check the logits once, and divide the work anew if padding changes them."""
-        prepared, records = self.prepared, self.records
-        if records.one_length is None:
-            groups = [prepared.group(one) for one in prepared.expected(self.known)]
-            changed = padding_changes(prepared.plan, groups, self.progress.reading(0, 1))
-            records.decide(prepared.one_length or changed)
-        if records.one_length != prepared.one_length:
-            self._divide(replace(prepared, one_length=bool(records.one_length)))
+        """Check the logits, and divide the work anew if padding changes them."""
+        prepared = self.prepared
+        groups = [prepared.group(one) for one in prepared.expected(self.known)]
+        one_length = needs_one_length(prepared.plan, prepared.one_length, groups, self.records, self.progress)
+        if one_length != prepared.one_length:
+            self._divide(replace(prepared, one_length=one_length))
 
     def _measured(self, variants: Sequence[Variant]) -> Sums:
-        """Run the passes of a request that no interrupted run recorded, and put the sums of all together."""
-        prepared, names = self.prepared, [variant.name for variant in variants]
-        passes, sums = prepared.passes(len(variants)), dict[int, SequenceSums]()
-        models: dict[tuple[int, ...], StreamingModel] = {}
-        for number, one in enumerate(passes):
-            cost, found = prepared.cost(one), self.records.find(number, names)
-            if found is None:
-                if one.variants not in models:
-                    chosen = tuple(variants[v] for v in (0, *one.variants))
-                    models[one.variants] = StreamingModel(
-                        prepared.options.job(prepared.plan, chosen, self._findings_for(variants))
-                    )
-                reading = self.progress.reading(cost, 1)
-                found = run_pass(models[one.variants], prepared.group(one), one.text, reading)
-                self.records.add(number, names, found)
-            sums[number] = found
-            self.progress.advance(cost)
-        return Sums(
-            *(together(passes, sums, text, len(variants), len(prepared.texts[text].ids)) for text in (GENERAL, TASK))
-        )
+        """Measure the variants of a request on both texts."""
+        prepared, names = self.prepared, json.dumps([variant.name for variant in variants])
+
+        def job(chosen: tuple[Variant, ...]) -> Job:
+            return prepared.options.job(prepared.plan, chosen, self._findings_for(variants))
+
+        passes = prepared.passes(len(variants))
+        return Sums(**measure_variants(passes, prepared.texts, variants, job, lambda i: f"{i} {names}", self.records,
+                                       self.progress))  # fmt: skip
 
     def _findings_for(self, variants: Sequence[Variant]) -> Findings | None:
         """Return the findings, detected now if none were given and some are needed."""

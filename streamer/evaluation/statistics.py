@@ -48,19 +48,14 @@ class Estimate:
     sequences: int
 
     @property
-    def telling(self) -> float:
-        """Count the standard errors beyond which a difference is told from none; see `telling`."""
-        return telling(self.sequences)
-
-    @property
     def is_positive(self) -> bool:
         """Test whether it is told from zero, and above."""
-        return self.value > self.telling * self.error
+        return self.value > telling(self.sequences) * self.error
 
     @property
     def is_negative(self) -> bool:
         """Test whether it is told from zero, and below."""
-        return -self.value > self.telling * self.error
+        return -self.value > telling(self.sequences) * self.error
 
 
 def telling(sequences: int) -> float:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
 from streamer.evaluation.evaluation import TASK
+from streamer.evaluation.passes import answered
 from streamer.evaluation.progress import pass_cost
 from streamer.evaluation.statistics import SequenceSums
-from streamer.fitting.algorithm import Gradient, HeldOut, Slope, fit_steps
+from streamer.fitting.algorithm import Answer, Gradient, HeldOut, Request, Slope, fit_steps
 from streamer.fitting.options import FitOptions
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.result import SHRINKS
@@ -74,28 +74,21 @@ def expected_requests(options: FitOptions, several: bool, base_at_zero: bool) ->
     base_at_zero
         Whether coefficients of 0 give the base.
     """
-    return tuple(_requests(options, several, base_at_zero))
+    asked: list[str | int] = []
 
-
-def _requests(options: FitOptions, several: bool, base_at_zero: bool) -> Iterator[str | int]:
-    """Drive the algorithm on quadratic functions of one or two coefficients."""
-    steps = fit_steps(options.of_algorithm(2 if several else 1, base_at_zero))
-    request = next(steps)
-    while True:
-        answer: Slope | HeldOut
+    def answer(request: Request) -> Answer:
+        """Answer as quadratic functions of one or two coefficients do."""
         if isinstance(request, Gradient):
-            yield request.text
+            asked.append(request.text)
             c = request.coefficients - (request.text == TASK)
-            answer = Slope(float(c @ c) / 2, c)
-        else:
-            # That of coefficients of 0 is the base, or was measured among the shrinks.
-            yield sum(bool(c.any()) for c in request.coefficients)
-            rows = [np.zeros(1), np.ones(1), *request.coefficients]
-            answer = HeldOut(_sums([row.mean() ** 2 for row in rows]), _sums([(row.mean() - 1) ** 2 for row in rows]))
-        try:
-            request = steps.send(answer)
-        except StopIteration:
-            return
+            return Slope(float(c @ c) / 2, c)
+        # That of coefficients of 0 is the base, or was measured among the shrinks.
+        asked.append(sum(bool(c.any()) for c in request.coefficients))
+        rows = [np.zeros(1), np.ones(1), *request.coefficients]
+        return HeldOut(_sums([row.mean() ** 2 for row in rows]), _sums([(row.mean() - 1) ** 2 for row in rows]))
+
+    answered(fit_steps(options.of_algorithm(2 if several else 1, base_at_zero)), answer)
+    return tuple(asked)
 
 
 def _sums(losses: list[float]) -> SequenceSums:

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from streamer.evaluation.evaluation import GENERAL, TASK
-from streamer.evaluation.passes import run_pass, together
-from streamer.evaluation.progress import RunProgress, pass_cost
-from streamer.evaluation.statistics import MEASURES, SequenceSums
+from streamer.evaluation.passes import measure_variants
+from streamer.evaluation.progress import RunProgress
+from streamer.evaluation.result_file import Records
+from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting.parameters import Parameters
 from streamer.fitting.prepare import PreparedFit
-from streamer.fitting.records import InMemory, key
+from streamer.fitting.records import key
 from streamer.methods import Fitted, Shrink
 from streamer.methods.coefficients import Floats
-from streamer.streaming.model import StreamingModel
 from streamer.streaming.values import Job
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
@@ -23,7 +22,7 @@ from streamer.streaming.variants import ADAPTER, BASE, Variant
 class HeldOut:
     """Sums on the held-out sequences of both texts, of the base and of every θ that was asked about."""
 
-    def __init__(self, prepared: PreparedFit, parameters: Parameters, records: InMemory, progress: RunProgress) -> None:
+    def __init__(self, prepared: PreparedFit, parameters: Parameters, records: Records, progress: RunProgress) -> None:
         self._prepared, self._parameters, self._records = prepared, parameters, records
         self._progress = progress
         self._rows: dict[bytes, Mapping[str, SequenceSums]] = {}
@@ -51,32 +50,14 @@ class HeldOut:
         prepared, new = self._prepared, self.missing([self.adapter, *asked])
         if not new:
             return
-        names = [BASE, *(self._name(theta) for theta in new)]
-        sets = [self._parameters.coefficient_set(1.0, theta) for theta in new]
-        variants = [Variant(BASE, None)]
-        variants += [Variant(name, Fitted.of(one)) for name, one in zip(names[1:], sets, strict=True)]
-        passes, sums = prepared.passes(len(variants)), {}
-        models: dict[tuple[int, ...], StreamingModel] = {}
-        for number, one in enumerate(passes):
-            text = prepared.texts[one.text].held.take(one.sequences)
-            cost = pass_cost(prepared.model.size, text, 1 + len(one.variants))
-            name = key(request, number, new)
-            found = self._records.find(name)
-            if found is None:
-                if one.variants not in models:
-                    chosen = tuple(variants[v] for v in (0, *one.variants))
-                    models[one.variants] = StreamingModel(
-                        Job(prepared.plan, chosen, None, rounds_products=prepared.options.dtype == "bf16")
-                    )
-                done = run_pass(models[one.variants], text, one.text, self._progress.reading(cost, 1))
-                found = {"tokens": done.tokens, **{measure: getattr(done, measure) for measure in MEASURES}}
-                self._records.add(name, found)
-            sums[number] = SequenceSums(*(np.asarray(found[array]) for array in ("tokens", *MEASURES)))
-            self._progress.advance(cost)
-        whole = {
-            text: together(passes, sums, text, len(variants), len(prepared.texts[text].held.ids))
-            for text in (GENERAL, TASK)
-        }
+        fitted = (Fitted.of(self._parameters.coefficient_set(1.0, theta)) for theta in new)
+        variants = [Variant(BASE, None), *map(Variant, map(self._name, new), fitted)]
+
+        def job(chosen: tuple[Variant, ...]) -> Job:
+            return Job(prepared.plan, chosen, None, rounds_products=prepared.options.dtype == "bf16")
+
+        whole = measure_variants(prepared.passes(len(variants)), prepared.held, variants, job,
+                                 lambda i: key(request, i, new), self._records, self._progress)  # fmt: skip
         for v, row in enumerate([b"", *map(self._key, new)]):
             self._rows[row] = {text: of.take([v]) for text, of in whole.items()}
 

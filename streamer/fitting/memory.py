@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from streamer.errors import UsageError
-from streamer.evaluation.memory import TRANSFORMERS_BYTES, parts, steps
+from streamer.evaluation.memory import TRANSFORMERS_BYTES, parts, rows_within
 from streamer.evaluation.sequences import TextSequences
 from streamer.streaming.gradients import GRADIENT_LOGIT_BYTES
 from streamer.streaming.lazy import BLOCK_BYTES
@@ -63,14 +62,6 @@ def plan_chunks(
         If the budget does not hold the longest sequence; it names the smallest that does.
     """
     longest = text.longest
-    most = ROWS
-    if max_memory is not None:
-        least = gradient_bytes(size, resident, longest, longest)
-        if least > max_memory:
-            raise UsageError(
-                f"max_memory: {max_memory >> 20}M is not enough for the gradient on a sequence of {longest} tokens; it takes "
-                f"{-(-least >> 20)}M"
-            )
-        most = max(r for r in steps(longest, ROWS) if gradient_bytes(size, resident, r, longest) <= max_memory)
-    order = sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i]))
-    return list(parts(order, text, most, size.short, one_length))
+    most = rows_within(max_memory, longest, ROWS, lambda rows: gradient_bytes(size, resident, rows, longest),
+                       f"the gradient on a sequence of {longest} tokens")  # fmt: skip
+    return list(parts(text, most, size.short, one_length))

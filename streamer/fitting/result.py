@@ -12,7 +12,7 @@ from streamer.errors import MismatchError
 from streamer.evaluation.evaluation_records import TextFacts
 from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.shrinks import against_shrink
-from streamer.evaluation.statistics import SequenceSums, flat
+from streamer.evaluation.statistics import SequenceSums, flat, telling
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.fitting.algorithm import FittedPoint
 from streamer.fitting.front import MISSED
@@ -142,8 +142,8 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> Adapt
     if not learning.is_positive:
         raise MismatchError(
             f"{name}: there is no evidence that the adapter learned this text, so there is nothing to keep: its loss less the base's is "
-            f"{-learning.value:.4f} ± {learning.error:.4f} on the {learning.sequences} sequences held apart, of which "
-            f"it takes {learning.telling:.1f} errors; give more text, or more of it by --sequences, or what the adapter was trained for"
+            f"{-learning.value:.4f} ± {learning.error:.4f} on the {learning.sequences} sequences held apart, of which it takes "
+            f"{telling(learning.sequences):.1f} errors; give more text, or more of it by --sequences, or what the adapter was trained for"
         )
     return cast(AdapterFacts, {
         "forgotten": forgetting.is_positive,

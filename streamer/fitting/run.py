@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -10,16 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from streamer.evaluation.evaluation import GENERAL, TASK
-from streamer.evaluation.passes import padding_changes
+from streamer.evaluation.passes import answered, needs_one_length
 from streamer.evaluation.progress import RunProgress
-from streamer.evaluation.result_file import computing
+from streamer.evaluation.result_file import Records, computing
 from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting import algorithm
-from streamer.fitting.algorithm import FittedPoint, Gradient, Measure, Slope, fit_steps
+from streamer.fitting.algorithm import Answer, Gradient, Measure, Request, Slope, fit_steps
 from streamer.fitting.costs import GRADIENT, expected_costs, gradient_costs
 from streamer.fitting.held_out import HeldOut
 from streamer.fitting.prepare import PreparedFit
-from streamer.fitting.records import InMemory, Journalled, inspect, key, result_file
+from streamer.fitting.records import inspect, key, result_file
 from streamer.fitting.result import adapter_facts, doubts, misses, set_facts, shrinks
 from streamer.methods.coefficients import Coefficients, Floats
 from streamer.methods.coefficients_file import load_coefficients
@@ -29,15 +30,15 @@ from streamer.streaming.gradients import Against, GradientModel
 def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
     """Fit all sets of coefficients, into memory, or into a file where an output is named."""
     if output is None:
-        return _Run(prepared, InMemory(), None).result()
+        return _Run(prepared, Records(), None).result()
     file = result_file(prepared, output)
     if inspect(prepared, output) == "done":
         file.left()
         standing = load_coefficients(output)
         prepared.run.monitor.warn([*doubts(standing.facts), *misses(standing.facts)])
         return standing
-    with file.written() as journal:
-        made = _Run(prepared, Journalled(journal), output.parent).result()
+    with file.written() as records:
+        made = _Run(prepared, records, output.parent).result()
         prepared.plan.check_unchanged()
         made.save(output, overwrite=True)  # of what stands there, `inspect` has permitted it
     return made
@@ -54,7 +55,7 @@ class _Run:
         Where temporary files have their blocks; None for the system's.
     """
 
-    def __init__(self, prepared: PreparedFit, records: InMemory, directory: Path | None) -> None:
+    def __init__(self, prepared: PreparedFit, records: Records, directory: Path | None) -> None:
         self.records, self.directory, self.monitor = records, directory, prepared.run.monitor
         self.parameters = prepared.parameters
         self.gradients = 0
@@ -72,17 +73,22 @@ class _Run:
     def _result(self) -> Coefficients:
         self.prepared.warn()
         with computing(self.records.threads, self.monitor):
-            if (checked := self._checked()) is not self.prepared:
-                self._divide(checked)
+            self._check()
             self.progress.resume(self.records.taken_up)
             # First of all, so that what evaluate would refuse is refused, and doubted what is not worth the time.
             baseline = shrinks(self.parameters.count)
             self.held.measure(0, baseline)
             of_adapter = adapter_facts(*self._held_sums([]), self.prepared.texts[TASK].whole.name)
             self.monitor.warn(doubts(of_adapter))
-            requests, found = self._drive()
+            numbers = itertools.count(1)
+
+            def answer(request: Request) -> Answer:
+                number = next(numbers)
+                return self._slope(number, request) if isinstance(request, Gradient) else self._losses(number, request)
+
+            found = answered(fit_steps(self.prepared.of_algorithm), answer)
             thetas = [one.coefficients for one in found]
-            self.held.measure(requests, thetas)
+            self.held.measure(next(numbers), thetas)
         self.progress.finish()
         facts = {
             **self.prepared.facts,
@@ -94,19 +100,6 @@ class _Run:
         self.monitor.warn(misses(facts))
         sets = tuple(self.parameters.coefficient_set(one.keep, one.coefficients) for one in found)
         return Coefficients(sets, facts)
-
-    def _drive(self) -> tuple[int, Sequence[FittedPoint]]:
-        """Answer the algorithm's requests until it has what it wants; return the number of the next one, and what it found."""
-        steps, number = fit_steps(self.prepared.of_algorithm), 1
-        request = next(steps)
-        while True:
-            answer = self._slope(number, request) if isinstance(request, Gradient) else self._losses(number, request)
-            number += 1
-            try:
-                request = steps.send(answer)
-            except StopIteration as end:
-                points: tuple[FittedPoint, ...] = end.value
-                return number, points
 
     def _slope(self, number: int, request: Gradient) -> Slope:
         """Compute the mean over a text's tokens of what is made small there, and its gradient."""
@@ -150,16 +143,12 @@ class _Run:
         expected = expected_costs(prepared)
         self.progress.expect([*expected.gradients, *expected.passes])
 
-    def _checked(self) -> PreparedFit:
-        """Check the logits once, and divide the work anew if padding changes them."""
-        prepared, name = self.prepared, "one_length"
-        found = self.records.find(name)
-        if found is None:
-            changed = padding_changes(prepared.plan, prepared.groups, self.progress.reading(0, 1))
-            found = {name: np.array([float(prepared.one_length or changed)])}
-            self.records.add(name, found)
-        one_length = bool(found[name][0])
-        return prepared if one_length == prepared.one_length else replace(prepared, one_length=one_length)
+    def _check(self) -> None:
+        """Check the logits, and divide the work anew if padding changes them."""
+        prepared = self.prepared
+        one_length = needs_one_length(prepared.plan, prepared.one_length, prepared.groups, self.records, self.progress)
+        if one_length != prepared.one_length:
+            self._divide(replace(prepared, one_length=one_length))
 
     @cached_property
     def held(self) -> HeldOut:

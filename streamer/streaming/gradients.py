@@ -121,7 +121,7 @@ class GradientModel(LoadedModel):
         for path, layer in layers.items():
             inside = [t for at, _, own in self.modules if f"{at}.".startswith(f"{path}.") for t in own.values()]
             adapted = any(self.values.targets(tensor) for tensor in inside)
-            SpooledLayer(path, layer, self.spool, self._anchored if adapted else _nothing)
+            SpooledLayer(path, layer, self.spool, self._anchored if adapted else lambda: None)
 
     def close(self) -> None:
         """Give the blocks of temporary files back; no gradient is computed afterwards."""
@@ -158,7 +158,7 @@ class GradientModel(LoadedModel):
         }
         self.batch.sequences, self.batch.length = ids.shape
         reference = None if against == "labels" else self._reference(ids, text.digest(), against)
-        self.spool.rewind()
+        self.spool.end = 0  # what was kept for the last one is spent
         self.setting.variant, self.setting.deltas.coefficients = 1, leaves
         try:
             value = self._backward(ids, counted, leaves, reference, _variant_of(against))
@@ -281,7 +281,3 @@ def _probabilities(z: Tensor, log_sum: Tensor) -> Tensor:
 
 def _has_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def _nothing() -> None:
-    return None

@@ -21,7 +21,7 @@ from streamer.errors import UnsupportedError
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.torch_state import bfloat16_products
 from streamer.plan.targets import Target
-from streamer.streaming.lazy import LazyTensor
+from streamer.streaming.lazy import LazyTensor, Reader
 from streamer.streaming.run_time import RunTimeTensor
 from streamer.streaming.values import Values, same_values
 
@@ -173,7 +173,7 @@ def is_rounded(values: Values, module: nn.Module, weight: RunTimeTensor) -> bool
     return not dense and not values.edited(weight)
 
 
-class _Reader:
+class _Reader(Reader):
     """Reads one parameter of an installed module for the variants whose turn it is."""
 
     def __init__(self, owner: InstalledModule, tensor: RunTimeTensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,60 +17,41 @@ BLOCK_BYTES = 64 << 20
 """Rows of this many bytes of a matrix are read and multiplied at a time."""
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """Reads the values of one parameter, in float32, as they are for the variant whose turn it is."""
 
     name: str
     shape: tuple[int, ...]
-    has_rows: bool
-    """Whether `rows` can be asked for."""
-
-    def read(self) -> Tensor:
-        """Read all values."""
-
-    def rows(self, i: int, j: int) -> Tensor:
-        """Read rows i to j of a matrix."""
-
-    def row_range(self) -> tuple[int, int]:
-        """Return the rows that are computed with: all, or a block of the vocabulary."""
-
-    def matrix(self, index: int) -> Tensor | None:
-        """Read one matrix of a stack; None where the parameter is none."""
-
-    def gather(self, ids: Tensor) -> Tensor | None:
-        """Read a row for each id, (*ids, columns); None where that is not to be done row by row."""
-
-
-class Multiplier(ABC):
-    """Reads the values of one parameter, and multiplies with it such that gradients pass."""
-
-    name: str
-    shape: tuple[int, ...]
     has_rows = False
+    """Whether `rows` reads no others."""
 
     @abstractmethod
     def read(self) -> Tensor:
         """Read all values."""
-
-    @abstractmethod
-    def product(self, x: Tensor, transposed: bool) -> Tensor:
-        """``x Wᵀ``, or `transposed`, ``x W``."""
 
     def rows(self, i: int, j: int) -> Tensor:
         """Read rows i to j of a matrix."""
         return self.read()[i:j]
 
     def row_range(self) -> tuple[int, int]:
-        """Return the rows that are computed with."""
+        """Return the rows that are computed with: all, or a block of the vocabulary."""
         return 0, self.shape[0]
 
     def matrix(self, index: int) -> Tensor | None:
-        """Stand in for one matrix of a stack; None where the parameter is none."""
+        """Read one matrix of a stack, or stand in for it; None where the parameter is none."""
         return None
 
     def gather(self, ids: Tensor) -> Tensor | None:
-        """Read a row for each id; None where that is not to be done row by row."""
+        """Read a row for each id, (*ids, columns); None where that is not to be done row by row."""
         return None
+
+
+class Multiplier(Reader):
+    """Reads the values of one parameter, and multiplies with it such that gradients pass."""
+
+    @abstractmethod
+    def product(self, x: Tensor, transposed: bool) -> Tensor:
+        """``x Wᵀ``, or `transposed`, ``x W``."""
 
 
 class _Transpose(Multiplier):

@@ -156,7 +156,11 @@ class LoadedModel:
                 default=0,
             ),
             factors=max(
-                (_factor_bytes(target) for targets in self.values.plan.by_weight.values() for target, _ in targets),
+                (
+                    FACTOR_BYTES * _factor_values(target)
+                    for targets in self.values.plan.by_weight.values()
+                    for target, _ in targets
+                ),
                 default=0,
             ),
             products={t.name: math.prod(t.shape[t.stacked :]) * used(t) for t in inner},
@@ -315,11 +319,6 @@ def _short_length(config: Any) -> int | None:
         (n for n in stated if n), getattr(config, "original_max_position_embeddings", None) if stated else None
     )
     return None if length is None else int(length)
-
-
-def _factor_bytes(target: Target) -> int:
-    """Estimate the bytes of a delta's factors: Δ as read, and of one variant Δ', to which intruders may be appended, in two dtypes."""
-    return FACTOR_BYTES * _factor_values(target)
 
 
 def _factor_values(target: Target) -> int:

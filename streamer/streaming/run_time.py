@@ -15,10 +15,8 @@ from streamer.plan.architectures import architecture_for, architectures_for
 from streamer.plan.plan import Plan
 from streamer.plan.targets import TensorSlice
 from streamer.plan.tied_names import TiedNames, find_ties
-from streamer.plan.transformers_renames import CONCATENATE, MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, renames_for
+from streamer.plan.transformers_renames import MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, renames_for
 from streamer.units import listed
-
-STACKED = ((MERGE,), (MERGE, CONCATENATE), (CONCATENATE,), (TRANSPOSE,), (TRANSPOSE_IF,))
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class _Names:
         """Take the pieces of a tensor that loading builds: of each expert's tensors, or of stacks."""
         by = loaded[0].by
         assert by is not None
-        if by.by not in STACKED or len(by.to) != 1 or len(shape) != 3:
+        if not by.stacks or len(shape) != 3:
             raise UnsupportedError(
                 f"{self.plan.base.path}: {name!r} is built on loading by {' and '.join(by.by)} from {loaded[0].tensor!r}, "
                 "which is not supported by evaluate and fit; save the base again with the transformers that is installed"

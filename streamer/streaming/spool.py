@@ -89,10 +89,6 @@ class Spool:
         advise(self._fd, place.start, place.nbytes, "DONTNEED")
         return out
 
-    def rewind(self, end: int = 0) -> None:
-        """Give up all that lies from a position on: what is written next lies there."""
-        self.end = end
-
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer

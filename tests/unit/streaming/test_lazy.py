@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from streamer.errors import UnsupportedError
 from streamer.streaming import lazy
-from streamer.streaming.lazy import LazyTensor
+from streamer.streaming.lazy import LazyTensor, Reader
 
 
-class Given:
+class Given(Reader):
     """Values in memory, and what was asked for."""
 
     has_rows, name = True, "w"
@@ -30,9 +30,6 @@ class Given:
     def rows(self, i: int, j: int) -> Tensor:
         self.asked.append((i, j))
         return self.values[i:j]
-
-    def row_range(self) -> tuple[int, int]:
-        return 0, self.shape[0]
 
     def matrix(self, index: int) -> Tensor | None:
         self.asked.append(index)

@@ -32,7 +32,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 def test_what_is_written_after_a_rewind_lies_where_the_first_did(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     before = spool.write([torch.ones(100)])
-    spool.rewind()
+    spool.end = 0
     assert spool.write([torch.zeros(100)]) == before
     assert not spool.read(before)[0].any()
 

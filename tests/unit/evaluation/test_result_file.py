@@ -1,4 +1,4 @@
-"""Records of a fit are read as the same bits, and found by what was asked."""
+"""Records of a run are read as the same bits, and found by what was asked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from streamer.evaluation.result_file import RunJournal
-from streamer.fitting.records import InMemory, Journalled, key, pack, unpack
+from streamer.evaluation.result_file import JournalRecords, Records, pack, unpack
+from streamer.fitting.records import key
 from streamer.storage.journal import Journal
 
 ARRAYS = {"sums": np.array([0.1 + 0.2, np.pi]), "gradient": np.array([[1e-300, -0.0], [np.nextafter(1, 2), 5e-324]])}
@@ -31,11 +31,11 @@ def test_a_key_tells_requests_chunks_and_parameters_apart() -> None:
     assert key(0, 0, [theta]) == key(0, 0, [theta.copy()])
 
 
-def opened(path: Path) -> tuple[Journal, Journalled]:
+def opened(path: Path) -> tuple[Journal, JournalRecords]:
     journal = Journal(path)
     if not len(journal):
         journal.append(b"{}")
-    return journal, Journalled(RunJournal(journal, 3))
+    return journal, JournalRecords(journal, 3)
 
 
 def test_a_journal_keeps_them(tmp_path: Path) -> None:
@@ -59,6 +59,6 @@ def test_a_journal_keeps_them(tmp_path: Path) -> None:
 
 
 def test_in_memory_there_is_nothing_to_find() -> None:
-    records = InMemory()
+    records = Records()
     records.add("0.0 a", ARRAYS)
     assert records.find("0.0 a") is None
