@@ -35,8 +35,7 @@ def install(clocks: Clocks) -> None:
     from torch.nn import functional
 
     from streamer.streaming import gradients
-    from streamer.streaming.coefficient_deltas import CoefficientDeltas, FactoredChange
-    from streamer.streaming.differentiable import DifferentiableReader
+    from streamer.streaming.differentiable import CoefficientDeltas, DifferentiableReader, FactoredChange
     from streamer.streaming.products import StreamedMatrix
     from streamer.streaming.spool import Spool
 

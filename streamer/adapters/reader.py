@@ -18,7 +18,7 @@ from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.adapters.target_parameters import find_wrapped, targeted_parameters
 from streamer.adapters.tensor_names import FACTORS, Carried, carried_tensor, classify, normalize
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
-from streamer.storage.absent import absent
+from streamer.storage.files import absent
 from streamer.storage.header import TensorInfo
 from streamer.storage.tensor_file import IOMode, TensorFile
 from streamer.units import listed

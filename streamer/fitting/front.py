@@ -13,8 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from streamer.fitting.quadratic import Curvature, Floats, dot, minimize_in_box
-from streamer.fitting.secants import secant_curvature
+from streamer.fitting.quadratic import Curvature, Floats, dot, minimize_in_box, secant_curvature
 
 PROXIMITY = 0.2
 """Share of the curvature's diagonal that is added to it, around the point that a model begins from: a few secants tell too little of the

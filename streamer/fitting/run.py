@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,20 +11,82 @@ from pathlib import Path
 import numpy as np
 
 from streamer.evaluation.evaluation import GENERAL, TASK
-from streamer.evaluation.passes import answered, needs_one_length
+from streamer.evaluation.passes import answered, measure_variants, needs_one_length
 from streamer.evaluation.progress import RunProgress
 from streamer.evaluation.result_file import Records, computing
 from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting import algorithm
 from streamer.fitting.algorithm import Answer, Gradient, Measure, Request, Slope, fit_steps
 from streamer.fitting.costs import GRADIENT, expected_costs, gradient_costs
-from streamer.fitting.held_out import HeldOut
+from streamer.fitting.parameters import Parameters
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.records import inspect, key, result_file
 from streamer.fitting.result import adapter_facts, doubts, misses, set_facts, shrinks
+from streamer.methods import Fitted, Shrink
 from streamer.methods.coefficients import Coefficients, Floats
 from streamer.methods.coefficients_file import load_coefficients
 from streamer.streaming.gradients import Against, GradientModel
+from streamer.streaming.values import Job
+from streamer.streaming.variants import ADAPTER, BASE, Variant
+
+
+class HeldOut:
+    """Sums on the held-out sequences of both texts, of the base and of every θ that was asked about."""
+
+    def __init__(self, prepared: PreparedFit, parameters: Parameters, records: Records, progress: RunProgress) -> None:
+        self._prepared, self._parameters, self._records = prepared, parameters, records
+        self._progress = progress
+        self._rows: dict[bytes, Mapping[str, SequenceSums]] = {}
+        """By θ, in bytes: sums of one variant, by text; of the base under an empty key, which is also that of θ = 0 where this is the
+        base."""
+
+    @property
+    def adapter(self) -> Floats:
+        """Parameters of the adapter as it is: 1."""
+        return np.ones(self._parameters.count)
+
+    def missing(self, asked: Sequence[Floats]) -> list[Floats]:
+        """List those that were not measured yet, each once."""
+        measured = {b"", *self._rows}
+        return list({self._key(theta): theta for theta in asked if self._key(theta) not in measured}.values())
+
+    def measure(self, request: int, asked: Sequence[Floats]) -> None:
+        """Measure those of the parameters that were not measured before; they run together.
+
+        Parameters
+        ----------
+        request
+            Number of the request, for the records.
+        """
+        prepared, new = self._prepared, self.missing([self.adapter, *asked])
+        if not new:
+            return
+        fitted = (Fitted.of(self._parameters.coefficient_set(1.0, theta)) for theta in new)
+        variants = [Variant(BASE, None), *map(Variant, map(self._name, new), fitted)]
+
+        def job(chosen: tuple[Variant, ...]) -> Job:
+            return Job(prepared.plan, chosen, None, rounds_products=prepared.options.dtype == "bf16")
+
+        whole = measure_variants(prepared.passes(len(variants)), prepared.held, variants, job,
+                                 lambda i: key(request, i, new), self._records, self._progress)  # fmt: skip
+        for v, row in enumerate([b"", *map(self._key, new)]):
+            self._rows[row] = {text: of.take([v]) for text, of in whole.items()}
+
+    def sums(self, text: str, asked: Sequence[Floats]) -> SequenceSums:
+        """Return the sums of a text, of the base, the adapter as it is, and these parameters, which were measured."""
+        keys = [b"", *map(self._key, [self.adapter, *asked])]
+        first, *others = (self._rows[one][text] for one in keys)
+        return first.joined(*others)
+
+    def _key(self, theta: Floats) -> bytes:
+        return b"" if not theta.any() and not self._prepared.unchanged else theta.tobytes()
+
+    @staticmethod
+    def _name(theta: Floats) -> str:
+        """Name a model, for messages."""
+        if (theta == theta[:1]).all():
+            return ADAPTER if (theta == 1).all() else Shrink(float(theta[0])).label
+        return Fitted.name
 
 
 def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:

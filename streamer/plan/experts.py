@@ -26,10 +26,9 @@ from streamer.plan.name_matching import Match
 from streamer.plan.targets import Target, TensorSlice, misfits
 from streamer.plan.transformers_renames import CONCATENATE, MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, Renames
 from streamer.units import listed
-from streamer.weights.base import Weight
+from streamer.weights.base import RowConcat, Weight
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig
-from streamer.weights.row_concat import RowConcat
 
 # The order in which transformers' modules register their parameters; PEFT wraps them in that order.
 REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "down_proj", "w2")

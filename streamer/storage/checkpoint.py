@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamer.errors import FormatError, InputError, MissingInputError, StorageError, UnsupportedError
-from streamer.storage.absent import absent
-from streamer.storage.files import open_regular
+from streamer.storage.files import absent, open_regular
 from streamer.storage.header import TensorInfo
 from streamer.storage.identities import BaseIdentity
 from streamer.storage.remote_manifest import read_manifest

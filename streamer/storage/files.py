@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,3 +101,21 @@ def advice(e: OSError) -> str:
     if e.errno == errno.ENAMETOOLONG:
         return "choose a shorter name"
     return "run the same command again once the cause is gone"
+
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/+.*")
+
+
+def absent(path: Path, what: str) -> MissingInputError:
+    """Make the error for an input directory that is not there; `what` it should have been.
+
+    Parameters
+    ----------
+    path
+        As the user gave it. Of an address a `Path` has only one slash left.
+    """
+    text = os.fspath(path)
+    if _ADDRESS.fullmatch(text):
+        return MissingInputError(f"{text}: is an address as a path; pass it as a string", path)
+    hint = "" if path.is_absolute() else "; a hub name has the form OWNER/NAME, and no directory OWNER may exist here"
+    return MissingInputError(f"{text}: no such directory; check the path of the {what}{hint}", path)

@@ -22,8 +22,7 @@ from streamer.errors import NumericError, UnsupportedError
 from streamer.methods import UNCHANGED
 from streamer.methods.coefficients import CoefficientSet
 from streamer.plan.plan import Plan
-from streamer.streaming.coefficient_deltas import CoefficientDeltas
-from streamer.streaming.differentiable import DifferentiableReader, Setting
+from streamer.streaming.differentiable import CoefficientDeltas, DifferentiableReader, Setting
 from streamer.streaming.extra import refused_errors
 from streamer.streaming.installed import is_rounded
 from streamer.streaming.layers import SpooledLayer, layer_modules

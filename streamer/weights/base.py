@@ -1,14 +1,15 @@
 """One logical weight of a base, read from disk a few rows at a time, or whole.
 
 A logical weight is what the model computes with: in a plain checkpoint one tensor, in a quantized one several (quantized values, scales,
-tables) under names of their own. The rest of the package asks for logical names and shapes, and gets floating-point values.
+tables) under names of their own, or several below each other, as the gate and up projections of an expert. The rest of the package asks for
+logical names and shapes, and gets floating-point values.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -204,3 +205,36 @@ class QuantizedWeight(Weight):
         if len(self.shape) == 2:
             return self.decode(i, j)
         return torch.stack([self.slice(k).whole(torch.device("cpu")).flatten() for k in range(i, j)])
+
+
+@dataclass(frozen=True)
+class RowConcat(Weight):
+    """Matrices of one width and encoding, concatenated by rows."""
+
+    pieces: tuple[Weight, ...]
+
+    @classmethod
+    def of(cls, name: str, pieces: Sequence[Weight]) -> Self:
+        """Concatenate weights of one width and encoding."""
+        first = pieces[0]
+        tensors = {f"{at}.{role}": stored for at, piece in enumerate(pieces) for role, stored in piece.tensors.items()}
+        shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
+        return cls(name, shape, tensors, first.label, first.compute, first.encoding, tuple(pieces))
+
+    def load(self) -> Self:
+        """Read the bytes of all pieces ahead."""
+        return replace(self, pieces=tuple(piece.load() for piece in self.pieces))
+
+    def at_hand(self) -> Self:
+        """Prepare all pieces for a loop over the rows."""
+        return replace(self, pieces=tuple(piece.at_hand() for piece in self.pieces))
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Read rows i to j from the pieces that hold them."""
+        found, start = [], 0
+        for piece in self.pieces:
+            stop = start + piece.shape[0]
+            if i < stop and start < j:
+                found.append(piece.rows(max(i, start) - start, min(j, stop) - start))
+            start = stop
+        return found[0] if len(found) == 1 else torch.cat(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from seeds import vary
 
-from streamer.fitting.secants import FLOOR, secant_curvature, secant_diagonal, secant_pairs
+from streamer.fitting.quadratic import FLOOR, secant_curvature, secant_diagonal, secant_pairs
 
 
 def dense(points: list, gradients: list) -> np.ndarray:
