@@ -37,9 +37,10 @@ The rest is for who reads the code. The folders follow the data, and a module im
     evaluation/    measures          losses of every variant on a user's text, in passes over the base
     fitting/       coefficients      one for each direction of an adapter, fitted to the user's text
     report/        pictures          a page and figures of what was found and measured; what became of intruders
-    api/           the library       one function for each command
+    forecast/      forecasts         memory, bytes and time of a command, before it runs
+    api/           the library       one request and one function for each command
     peft/          in memory         the same on a PEFT model that is loaded
-    cli/           commands          arguments, progress, tables, forecasts, demo
+    cli/           commands          arguments, progress, tables
 
 >>> import streamer
 >>> streamer.DetectionOptions(top_k=0.1).directions((4096, 1024))
@@ -67,19 +68,19 @@ _HOMES = {
     "StreamerError": "errors",
     "StreamerWarning": "errors",
     "VerificationError": "errors",
-    "detect_intruder_dimensions": "api",
+    "detect_intruder_dimensions": "api.detection",
     "diff_findings": "report.diff",
-    "evaluate_variants": "api",
-    "fit_coefficients": "api",
-    "iter_merged": "api",
+    "evaluate_variants": "api.evaluation",
+    "fit_coefficients": "api.fitting",
+    "iter_merged": "api.writing",
     "load_coefficients": "methods.coefficients_file",
     "load_evaluation": "evaluation.evaluation",
     "load_findings": "detection.findings",
-    "merge_with_reduced_intruder_dimensions": "api",
-    "reduce_intruder_dimension": "api",
-    "report_coefficients": "api",
-    "verify_output": "api",
-    "write_report": "api",
+    "merge_with_reduced_intruder_dimensions": "api.writing",
+    "reduce_intruder_dimension": "api.writing",
+    "report_coefficients": "api.reporting",
+    "verify_output": "api.verification",
+    "write_report": "api.report",
 }
 
 __all__ = [
@@ -111,17 +112,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from streamer.api import (
-        detect_intruder_dimensions,
-        evaluate_variants,
-        fit_coefficients,
-        iter_merged,
-        merge_with_reduced_intruder_dimensions,
-        reduce_intruder_dimension,
-        report_coefficients,
-        verify_output,
-        write_report,
-    )
+    from streamer.api.detection import detect_intruder_dimensions
+    from streamer.api.evaluation import evaluate_variants
+    from streamer.api.fitting import fit_coefficients
+    from streamer.api.report import write_report
+    from streamer.api.reporting import report_coefficients
+    from streamer.api.verification import verify_output
+    from streamer.api.writing import iter_merged, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
     from streamer.detection.findings import Findings, load_findings
     from streamer.detection.intruders import Detection
     from streamer.detection.matrix_finding import MatrixFinding

@@ -230,3 +230,14 @@ class Interrupted(StreamerError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.exit_code - 128,)
+
+
+def advice(e: OSError) -> str:
+    """Say what to do about an error of the system's."""
+    if e.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return "free some space, then run the same command again"
+    if e.errno in {errno.EMFILE, errno.ENFILE}:
+        return "take fewer adapters at once, or raise `ulimit -n`"
+    if e.errno == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    return "run the same command again once the cause is gone"

@@ -40,7 +40,7 @@ import torch
 from measure import kilobytes, machine
 from torch import Tensor
 
-from streamer.cli.synthetic import power_law
+from streamer.api.synthetic import power_law
 from streamer.detection.cost import triplets_columns
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions

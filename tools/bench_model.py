@@ -48,7 +48,7 @@ def instrumented(base: str, adapter: str, work: str, device: str, threads: str, 
     """Detect in this process, as the command does, and leave the times of its events and of its reading in `work`."""
     import torch
 
-    from streamer import api
+    import streamer
     from streamer.detection import matrices as pipeline
     from streamer.detection.cost import cost
 
@@ -79,7 +79,7 @@ def instrumented(base: str, adapter: str, work: str, device: str, threads: str, 
                 del following  # as `read_ahead` does
 
     pipeline.read_ahead = clocked  # type: ignore[assignment]  # what it hands out is the same
-    found = api.detect_intruder_dimensions(
+    found = streamer.detect_intruder_dimensions(
         base, adapter, Path(work) / "findings.safetensors", device=device,
         on_event=lambda e: events.append((since(), e.name, e.done, e.total)) if e.stage == "detect" else None,
     )  # fmt: skip

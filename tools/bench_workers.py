@@ -30,7 +30,7 @@ import torch
 from measure import machine
 
 import streamer
-from streamer.cli.executors import RayExecutor, processes
+from streamer.api.executors import RayExecutor, processes
 from streamer.detection.device import choose_device
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.task import Inputs, Task, detect_task

@@ -26,7 +26,7 @@ import torch
 from shapes import KNOWN, Known, Mixture
 from torch import Tensor
 
-from streamer.cli.synthetic import (
+from streamer.api.synthetic import (
     PLANTED,
     DemoModel,
     lora_shapes,

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
 
-from streamer.cli.demo import DemoRecord
-from streamer.cli.event_records import ErrorsRecord, EventRecord
-from streamer.cli.forecast import Forecast
-from streamer.cli.json_report import DryRun, PlanRecord, SeveralRecord
+from streamer.api.demo import DemoRecord
+from streamer.api.event_records import ErrorsRecord, EventRecord
+from streamer.api.records import DryRun, PlanRecord, SeveralRecord
 from streamer.detection.findings_records import FindingsRecord
 from streamer.evaluation.evaluation_records import EvaluationRecord
 from streamer.fitting.result import FitRecord
+from streamer.forecast.forecast import Forecast
 from streamer.json_types import Keywords
 from streamer.output.records import Written
 from streamer.plan.sources import AdapterSource, BaseSource

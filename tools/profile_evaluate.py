@@ -68,7 +68,7 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
     clock = clocks.clock
     import torch
 
-    from streamer import api
+    import streamer
     from streamer.evaluation import passes as of_evaluation
     from streamer.evaluation import run
 
@@ -85,7 +85,7 @@ def profile(arguments: dict[str, Any]) -> dict[str, Any]:
         return measure(model, text, block)
 
     run.padding_changes, of_evaluation.measure = checked, counted
-    api.evaluate_variants(**arguments)
+    streamer.evaluate_variants(**arguments)
     with clock.stage(START):
         total = time.perf_counter() - began
     stages = {

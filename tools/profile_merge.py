@@ -77,6 +77,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     with clock.stage("import"):
         from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+        from streamer.adapters.one_or_several import One
         from streamer.detection.device import choose_device
         from streamer.detection.findings import load_findings
         from streamer.detection.options import RunOptions
@@ -136,7 +137,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     with clock.stage("plan and identity"):
         found = load_findings(findings)
         mitigation, run = Paper(float(mitigation_lambda)), RunOptions(choose_device("cpu"))
-        form, adapters = OutputOptions(merges=True), {"": Path(adapter)}
+        form, adapters = OutputOptions(merges=True), One(Path(adapter))
         writers = prepare_outputs(base, adapters, out, [found], mitigation, found.options, form, run)
     with Blocks():
         outputs.run_jobs(writers, run)

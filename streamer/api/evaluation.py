@@ -2,25 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Unpack
 
-from streamer.adapters.stated import LoraBLayout, Stated
-from streamer.api.keywords import detection_options, read_coefficients, run_options
+from streamer.adapters.one_or_several import One
+from streamer.api.keywords import EvaluateKeywords, explained, watched
+from streamer.api.options import Judged, Settings, read_coefficients, read_path, take
+from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
-from streamer.detection.selection import Selection
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.options import LAMBDAS, EvaluationOptions, ProductDtype
-from streamer.evaluation.prepare import prepare
+from streamer.evaluation.options import EvaluationOptions
+from streamer.evaluation.prepare import Prepared, prepare
+from streamer.evaluation.records import inspect, measured_before
 from streamer.evaluation.run import evaluate
-from streamer.events import Monitor, OnEvent
-from streamer.methods import BY_LAMBDA, MethodName
-from streamer.methods.coefficients import Coefficients
-from streamer.progress import monitoring
-from streamer.remote.inputs import Remote, RemoteMode
-from streamer.storage.tensor_file import IOMode
+from streamer.events import Monitor
+from streamer.forecast.passes import forecast_evaluation
+from streamer.output.prepare import load_given
 
 
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """An evaluation as it is asked for.
+
+    Attributes
+    ----------
+    output
+        Its file; None keeps it in memory.
+    texts
+        Paths of the ``general`` and the ``task`` text.
+    """
+
+    base: str | Path
+    adapter: str | Path
+    output: Path | None
+    texts: Mapping[str, Path]
+    findings: Findings | str | Path | None
+    options: EvaluationOptions
+    judged: Judged
+    settings: Settings
+
+    @classmethod
+    def of(
+        cls, base: str | Path, adapter: str | Path, output: str | Path | None, keywords: Mapping[str, Any]
+    ) -> EvaluateRequest:
+        """Make it of keywords of `evaluate_variants`, or of the command line's options."""
+        given = keywords.get("coefficients")
+        fitted = None if given is None else read_coefficients(given)
+        several = {name: tuple(keywords[name]) for name in ("methods", "lambdas") if name in keywords}
+        options = take(EvaluationOptions, keywords, coefficients=fitted, **several)
+        texts = {name: read_path(name, keywords[name]) for name in ("general", "task")}
+        where = None if output is None else read_path("output", output)
+        judged, settings = take(Judged, keywords), take(Settings, keywords)
+        return cls(base, adapter, where, texts, keywords.get("findings"), options, judged, settings)
+
+    def run(self, monitor: Monitor) -> Evaluation:
+        """Evaluate."""
+        return evaluate(self._prepared(monitor), self.output)
+
+    def forecast(self, monitor: Monitor) -> DryRun:
+        """Check all, and say what a run would do and take; nothing is written."""
+        assert self.output is not None
+        prepared = self._prepared(monitor, peek=True)
+        state = inspect(prepared, self.output)
+        known = None if state == "done" else measured_before(prepared, self.output)
+        forecast = None if state == "done" else forecast_evaluation(prepared, known)
+        return dry_run("evaluate", self.output, state, len(prepared.plan.targets), 1, None, forecast)
+
+    def _prepared(self, monitor: Monitor, peek: bool = False) -> Prepared:
+        base, adapter = self.settings.located(monitor, peek).pair(self.base, self.adapter)
+        run = self.settings.run_options(monitor)
+        (found,) = load_given(self.findings, One(Path(adapter)))
+        detection = self.judged.options(self.settings.memory, found)
+        return prepare(base, Path(adapter), self.texts, found, self.options, detection, run)
+
+
+@explained(EvaluateKeywords, Settings, EvaluationOptions)
 def evaluate_variants(
     base: str | Path,
     adapter: str | Path,
@@ -28,33 +86,7 @@ def evaluate_variants(
     *,
     general: str | Path,
     task: str | Path,
-    findings: Findings | str | Path | None = None,
-    methods: Sequence[MethodName] = BY_LAMBDA,
-    lambdas: Sequence[float] = LAMBDAS,
-    amplify: bool = False,
-    scale: Selection = "all",
-    coefficients: Coefficients | str | Path | None = None,
-    sequences: int = 64,
-    length: int = 512,
-    keep: float = 0.9,
-    projected: bool = False,
-    dtype: ProductDtype = "float32",
-    top_k: int | float = 10,
-    threshold_epsilon: float = 0.5,
-    solver: str = "auto",
-    max_memory: int | str | None = None,
-    device: str = "auto",
-    io: IOMode = "mmap",
-    base_is_residual: bool = False,
-    lora_b_layout: LoraBLayout | None = None,
-    ignore_keys: Sequence[str] = (),
-    architecture: str | None = None,
-    remote: RemoteMode | None = None,
-    resume: bool = True,
-    overwrite: bool = False,
-    on_event: OnEvent | None = None,
-    monitor: Monitor | None = None,
-    progress: bool | None = None,
+    **options: Unpack[EvaluateKeywords],
 ) -> Evaluation:
     """Measure the losses of the base, the adapter as it is, and every method at every λ, on two texts, in passes over the base.
 
@@ -80,10 +112,6 @@ def evaluate_variants(
         Every method is evaluated at every λ: ``paper``, ``project``, ``shrink`` (see `merge_with_reduced_intruder_dimensions`).
         ``fitted`` alone evaluates the coefficients, and no other method. With ``shrink``, up to three more shrinks are measured to find
         the λ that keeps the share `keep`.
-    amplify
-        Allow λ outside [0, 1].
-    scale
-        ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
     coefficients
         From `fit_coefficients`, or the path of their file: each set of them is one more variant, ``fitted 0.9``. Of text that they were
         fitted to there is a warning.
@@ -96,23 +124,9 @@ def evaluate_variants(
     dtype
         ``bf16``: products of the base's weights with activations are of factors rounded to bfloat16, on a processor that is fast at it
         (AMX); means move by up to 1e-3. Deltas, norms, the softmax and all sums stay float32.
-    top_k, threshold_epsilon, solver, device
-        Options of a detection that runs first, as `detect_intruder_dimensions` has them.
     max_memory
         Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
         sequences and variants go together. None takes what 4,096 tokens, of all variants together, or one sequence need.
-    io, base_is_residual, lora_b_layout, ignore_keys, architecture, remote
-        How tensors are read, what the base is, its class, and how inputs at addresses are read, as `detect_intruder_dimensions` has them.
-    resume
-        Whether to take up an interrupted run with the same inputs and options; False starts it over.
-    overwrite
-        Whether to replace an evaluation, or an interrupted one, of other inputs or options.
-    on_event
-        Called with an `Event` at each step, warnings included.
-    monitor
-        In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
-    progress
-        True draws tqdm bars. None draws them in a notebook if there is neither `on_event` nor `monitor`.
 
     Returns
     -------
@@ -127,17 +141,6 @@ def evaluate_variants(
         Of the class that says what kind of fault it is (see `streamer.errors`): `UnsupportedError` for a model or adapter that this
         cannot evaluate, `NumericError` where a pass did not use all that the adapter changes.
     """
-    given = None if coefficients is None else read_coefficients(coefficients)
-    options = EvaluationOptions(
-        tuple(methods), tuple(lambdas), scale, sequences, length, keep, projected, dtype, given, amplify
-    )
-    detection = detection_options(top_k, threshold_epsilon, solver, max_memory)
-    with monitoring(on_event, monitor, progress) as watcher:
-        run = run_options(
-            device, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, watcher, resume, overwrite
-        )
-        found = findings if findings is None or isinstance(findings, Findings) else Path(findings)
-        texts = {"general": Path(general), "task": Path(task)}
-        base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
-        prepared = prepare(base, Path(adapter), texts, found, options, detection, run)
-        return evaluate(prepared, None if output is None else Path(output))
+    request = EvaluateRequest.of(base, adapter, output, {**options, "general": general, "task": task})
+    with watched(options) as monitor:
+        return request.run(monitor)

@@ -2,23 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from typing import Any, Unpack
 
-from streamer.adapters.stated import LoraBLayout, Stated
-from streamer.api.keywords import read_path, read_size, run_options
-from streamer.evaluation.options import ProductDtype
-from streamer.events import Monitor, OnEvent
-from streamer.fitting.options import FitOptions, Grain, Objective
-from streamer.fitting.prepare import prepare_fit
+from streamer.api.keywords import FitKeywords, explained, watched
+from streamer.api.options import Settings, read_path, take
+from streamer.api.records import DryRun, dry_run
+from streamer.events import Monitor
+from streamer.fitting.options import FitOptions
+from streamer.fitting.prepare import PreparedFit, prepare_fit
+from streamer.fitting.records import inspect
 from streamer.fitting.run import fit
+from streamer.forecast.passes import forecast_fit
 from streamer.methods.coefficients import Coefficients
-from streamer.progress import monitoring
-from streamer.remote.inputs import Remote, RemoteMode
-from streamer.storage.tensor_file import IOMode
 
 
+@dataclass(frozen=True)
+class FitRequest:
+    """A fit as it is asked for.
+
+    Attributes
+    ----------
+    output
+        File of coefficients; None keeps them in memory.
+    texts
+        Paths of the ``general`` and the ``task`` text.
+    """
+
+    base: str | Path
+    adapter: str | Path
+    output: Path | None
+    texts: Mapping[str, Path]
+    options: FitOptions
+    settings: Settings
+
+    @classmethod
+    def of(
+        cls, base: str | Path, adapter: str | Path, output: str | Path | None, keywords: Mapping[str, Any]
+    ) -> FitRequest:
+        """Make it of keywords of `fit_coefficients`, or of the command line's options."""
+        keep = keywords.get("keep", FitOptions.keep)
+        several = keep if isinstance(keep, Iterable) and not isinstance(keep, str) else [keep]
+        shares = tuple(float(one) if isinstance(one, Real) else one for one in several)
+        texts = {name: read_path(name, keywords[name]) for name in ("general", "task")}
+        where = None if output is None else read_path("output", output)
+        for name, given in (("base", base), ("adapter", adapter)):
+            read_path(name, given)
+        settings = take(Settings, keywords, device="cpu")
+        return cls(base, adapter, where, texts, take(FitOptions, keywords, keep=shares), settings)
+
+    def run(self, monitor: Monitor) -> Coefficients:
+        """Fit."""
+        return fit(self._prepared(monitor), self.output)
+
+    def forecast(self, monitor: Monitor) -> DryRun:
+        """Check all, and say what a run would do and take; nothing is written."""
+        assert self.output is not None
+        prepared = self._prepared(monitor, peek=True)
+        state = inspect(prepared, self.output)
+        if state != "done":
+            prepared.warn()
+        forecast = None if state == "done" else forecast_fit(prepared)
+        return dry_run("fit", self.output, state, len(prepared.plan.targets), 1, None, forecast)
+
+    def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedFit:
+        base, adapter = self.settings.located(monitor, peek).pair(self.base, self.adapter)
+        run, memory = self.settings.run_options(monitor), self.settings.memory
+        return prepare_fit(Path(base), Path(adapter), self.texts, self.options, memory, run)
+
+
+@explained(FitKeywords, Settings, FitOptions)
 def fit_coefficients(
     base: str | Path,
     adapter: str | Path,
@@ -26,27 +82,7 @@ def fit_coefficients(
     *,
     general: str | Path,
     task: str | Path,
-    keep: float | Sequence[float] = 0.9,
-    objective: Objective = "divergence",
-    grain: Grain = "direction",
-    holdout: float = 0.25,
-    sequences: int = 64,
-    length: int = 512,
-    seed: int = 0,
-    steps: int | None = None,
-    dtype: ProductDtype = "float32",
-    max_memory: int | str | None = None,
-    io: IOMode = "mmap",
-    base_is_residual: bool = False,
-    lora_b_layout: LoraBLayout | None = None,
-    ignore_keys: Sequence[str] = (),
-    architecture: str | None = None,
-    remote: RemoteMode | None = None,
-    resume: bool = True,
-    overwrite: bool = False,
-    on_event: OnEvent | None = None,
-    monitor: Monitor | None = None,
-    progress: bool | None = None,
+    **options: Unpack[FitKeywords],
 ) -> Coefficients:
     """Fit a coefficient in [0, 1] for each singular direction of the adapter's own deltas, in passes over the base.
 
@@ -87,18 +123,6 @@ def fit_coefficients(
     max_memory
         Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``; it decides how many
         sequences go together.
-    io, base_is_residual, lora_b_layout, ignore_keys, architecture, remote
-        How tensors are read, what the base is, its class, and how inputs at addresses are read, as `detect_intruder_dimensions` has them.
-    resume
-        Whether to take up an interrupted run with the same inputs and options; False starts it over.
-    overwrite
-        Whether to replace coefficients, or an interrupted fit, of other inputs or options.
-    on_event
-        Called with an `Event` at each step, warnings included.
-    monitor
-        In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
-    progress
-        True draws tqdm bars. None draws them in a notebook if there is neither `on_event` nor `monitor`.
 
     Returns
     -------
@@ -113,17 +137,6 @@ def fit_coefficients(
         Of the class that says what kind of fault it is (see `streamer.errors`): `UnsupportedError` for a model or adapter that this
         cannot fit, `FormatError` for a text too short to hold sequences apart, `NumericError` where a loss is NaN.
     """
-    several = keep if isinstance(keep, Iterable) and not isinstance(keep, str) else [keep]
-    shares = tuple(float(one) if isinstance(one, Real) else one for one in several)
-    options = FitOptions(shares, objective, grain, holdout, sequences, length, seed, steps, dtype)
-    with monitoring(on_event, monitor, progress) as watcher:
-        run = run_options(
-            "cpu", io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture, watcher, resume, overwrite
-        )
-        texts = {"general": read_path("general", general), "task": read_path("task", task)}
-        written = None if output is None else read_path("output", output)
-        for name, given in (("base", base), ("adapter", adapter)):
-            read_path(name, given)
-        base, adapter = Remote(remote, monitor=run.monitor).pair(base, adapter)
-        prepared = prepare_fit(Path(base), Path(adapter), texts, options, read_size(max_memory), run)
-        return fit(prepared, written)
+    request = FitRequest.of(base, adapter, output, {**options, "general": general, "task": task})
+    with watched(options) as monitor:
+        return request.run(monitor)

@@ -1,157 +1,323 @@
-"""Make options of the keywords that the library's functions have in common."""
+"""Explain once the keywords that functions of the library have in common.
+
+Each function names its own keywords, and those of PEFT's function; it takes the others as ``**options``, typed by one of the classes here.
+`explained` completes its signature and its docstring. Nothing here imports torch, which verification does without.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from concurrent.futures import Executor
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
-from typing import TypedDict, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
-from streamer.adapters.stated import LoraBLayout, Stated
-from streamer.detection.device import choose_device
-from streamer.detection.options import DetectionOptions, RunOptions, check_size
-from streamer.detection.selection import Selection
+from streamer.api.progress import monitoring
 from streamer.errors import UsageError
 from streamer.events import Monitor, OnEvent
-from streamer.methods import MethodName, make_method
-from streamer.methods.coefficients import Coefficients
-from streamer.methods.coefficients_file import load_coefficients
-from streamer.methods.method import Method
-from streamer.remote.inputs import RemoteMode
-from streamer.storage.tensor_file import IOMode
 from streamer.units import parse_size
 
-Several = Sequence[Path] | list[str] | list[str | Path] | tuple[str | Path, ...]
-"""Adapters on one base; a directory of adapters among them stands for those in it."""
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from streamer.adapters.stated import LoraBLayout
+    from streamer.detection.findings import Findings
+    from streamer.detection.selection import Selection
+    from streamer.evaluation.options import ProductDtype
+    from streamer.fitting.options import Grain, Objective
+    from streamer.methods import MethodName
+    from streamer.methods.coefficients import Coefficients
+    from streamer.output.prepare import FindingsOrPath
+    from streamer.remote.inputs import RemoteMode
+    from streamer.storage.tensor_file import IOMode
 
 
-class Running(TypedDict, total=False):
-    """Keywords that detection and merging have in common."""
+class WatchKeywords(TypedDict, total=False):
+    """Keywords for who watches a call.
 
-    top_k: int | float
-    threshold_epsilon: float
-    solver: str
-    max_memory: int | str | None
-    device: str
+    on_event
+        Called with an `Event` at each step, warnings included. Without it and `monitor`, Python warns, with `StreamerWarning`.
+    monitor
+        In place of `on_event`, a `Monitor`, for callers that also want to stop a run at its next safe point.
+    progress
+        True draws tqdm bars. None draws them in a notebook if there is neither `on_event` nor `monitor`.
+    """
+
+    on_event: OnEvent | None
+    monitor: Monitor | None
+    progress: bool | None
+
+
+class ReadKeywords(WatchKeywords, total=False):
+    """Keywords that say how inputs are read, and what they do not say themselves.
+
+    io
+        How tensors are read: ``mmap``, or ``pread`` for network file systems, where it takes a copy of each matrix in memory.
+    base_is_residual
+        True if `base` is what PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left of the model; their adapters are refused without it.
+    lora_b_layout
+        Order of ``lora_B``'s columns on stacked experts, if not in the config: ``rank_major`` (PEFT) or ``grouped_by_expert`` (older
+        Unsloth).
+    ignore_keys
+        Unknown keys of ``adapter_config.json`` to accept because you know that they have no effect; others are refused.
+    architecture
+        Class of the base in transformers, like ``"GPT2LMHeadModel"``, if its ``config.json`` is missing or names one that is not known.
+    remote
+        For inputs at addresses: ``cache`` downloads them first, ``stream`` reads ranges; None: ``cache`` from the hub, else ``stream``.
+    """
+
     io: IOMode
     base_is_residual: bool
     lora_b_layout: LoraBLayout | None
     ignore_keys: Sequence[str]
     architecture: str | None
     remote: RemoteMode | None
+
+
+class RunKeywords(ReadKeywords, total=False):
+    """Keywords of functions that write.
+
+    resume
+        Whether to continue an interrupted run with the same inputs and options; False starts it over.
+    overwrite
+        Whether to replace an output or an interrupted run of other inputs or options, or to write into a directory of other files.
+        Files that are not the output's own are never replaced.
+    """
+
     resume: bool
     overwrite: bool
-    on_event: OnEvent | None
-    monitor: Monitor | None
-    progress: bool | None
 
 
-class Detecting(Running, total=False):
-    """Keywords of `detect_intruder_dimensions`."""
+class JudgeKeywords(ReadKeywords, total=False):
+    """Keywords that say what an intruder is, and how detection computes.
+
+    top_k
+        Leading singular directions of each matrix that are judged: a count from 1, or a share of min(rows, columns), a float in (0, 1].
+        None: as in the findings given, else 10.
+    threshold_epsilon
+        An intruder is a direction whose similarity, its largest |cosine| to a left singular vector of the base, is below this, in (0, 1].
+        None: as in the findings given, else 0.5.
+    solver
+        ``certified``: block Krylov with proven bounds, and the dense solver if the bounds do not settle a decision; ``dense``: LAPACK's
+        full SVD; ``auto``: the cheaper one for each matrix. None: as in the findings given, else ``auto``.
+    max_memory
+        Anonymous memory of Python, torch and streamer (200M, or 350M with a GPU's torch, before any matrix), without your program's data,
+        in bytes or as a size like ``"4G"`` (powers of 1024); None takes what is needed. Under a budget large matrices are multiplied as
+        they are stored, and what only a full SVD could settle stays open. Too small a one is refused.
+    device
+        ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA if a GPU is there.
+    """
+
+    top_k: int | float | None
+    threshold_epsilon: float | None
+    solver: str | None
+    max_memory: int | str | None
+    device: str
+
+
+class DetectKeywords(JudgeKeywords, RunKeywords, total=False):
+    """Keywords of `streamer.detect_intruder_dimensions`."""
 
     executor: Executor | None
 
 
-class Mitigating(Running, total=False):
-    """Keywords that mitigation and merging have in common."""
+class MethodKeywords(TypedDict, total=False):
+    """Keywords that choose a method of mitigation.
 
-    mitigation_lambda: float | None
-    amplify: bool
+    method
+        ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put there,
+        ``Δ' = (I − (1 − λ) U Uᵀ) Δ``. Without detection ``shrink`` scales the whole adapter, ``Δ' = λ Δ``, and ``fitted`` each singular
+        direction of Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``. None is ``fitted`` if there are coefficients, else ``paper``.
+    scale
+        ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
+    coefficients
+        From `fit_coefficients`, or the path of their file, for the method ``fitted``: fitted to this base and adapter.
+    keep
+        Which coefficients, if there are several sets: those that keep this share of what the adapter learned.
+    amplify
+        Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
+    """
+
     method: MethodName | None
     scale: Selection
     coefficients: Coefficients | str | Path | None
     keep: float | None
-    model_card: bool
+    amplify: bool
 
 
-class Merging(Mitigating, total=False):
-    """Keywords of `merge_with_reduced_intruder_dimensions`."""
+class MitigateKeywords(MethodKeywords, JudgeKeywords, total=False):
+    """Keywords of functions that mitigate files, and detect first unless findings are given.
+
+    mitigation_lambda
+        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, and no λ if there are `coefficients`.
+    """
+
+    mitigation_lambda: float | None
+    findings: FindingsOrPath
+
+
+class IterateKeywords(MitigateKeywords, total=False):
+    """Keywords of `streamer.iter_merged`."""
 
     dequantize: bool
 
 
-class Reducing(Mitigating, total=False):
-    """Keywords of `reduce_intruder_dimension`."""
+class ReduceKeywords(MitigateKeywords, RunKeywords, total=False):
+    """Keywords of `streamer.reduce_intruder_dimension`.
+
+    model_card
+        Put how it was made in front of the ``README.md``, and base and tags into its head. False leaves that file as it is.
+    """
 
     to_lora: int | float | None
+    model_card: bool
 
 
-def detection_options(
-    top_k: int | float, threshold_epsilon: float, solver: str, max_memory: int | str | None
-) -> DetectionOptions:
-    """Make the options of detection, a budget read as the command line does."""
-    return DetectionOptions(top_k, threshold_epsilon, solver, read_size(max_memory))
+class MergeKeywords(IterateKeywords, RunKeywords, total=False):
+    """Keywords of `streamer.merge_with_reduced_intruder_dimensions`."""
+
+    model_card: bool
 
 
-def mitigation_options(
-    mitigation_lambda: float | None, method: MethodName | None, scale: Selection,
-    coefficients: Coefficients | str | Path | None, keep: float | None, amplify: bool,
-) -> Method:  # fmt: skip
-    """Make the options of a mitigation, of coefficients or of a λ.
+class EvaluateKeywords(JudgeKeywords, RunKeywords, total=False):
+    """Keywords of `streamer.evaluate_variants`."""
+
+    findings: Findings | str | Path | None
+    methods: Sequence[MethodName]
+    lambdas: Sequence[float]
+    amplify: bool
+    scale: Selection
+    coefficients: Coefficients | str | Path | None
+    sequences: int
+    length: int
+    keep: float
+    projected: bool
+    dtype: ProductDtype
+
+
+class FitKeywords(RunKeywords, total=False):
+    """Keywords of `streamer.fit_coefficients`."""
+
+    keep: float | Sequence[float]
+    objective: Objective
+    grain: Grain
+    holdout: float
+    sequences: int
+    length: int
+    seed: int
+    steps: int | None
+    dtype: ProductDtype
+    max_memory: int | str | None
+
+
+class LiveDetectKeywords(TypedDict, total=False):
+    """Keywords of `streamer.peft.detect_intruder_dimensions`."""
+
+    solver: str | None
+    device: str
+    ignore_keys: Sequence[str]
+    on_event: OnEvent | None
+    progress: bool | None
+
+
+class LiveKeywords(MethodKeywords, LiveDetectKeywords, total=False):
+    """Keywords of functions that mitigate a model in memory."""
+
+    findings: Findings | str | Path | None
+
+
+class _Named(TypedDict, total=False):
+    """Keywords that functions name themselves.
+
+    base
+        Directory of the base model, with ``model.safetensors`` or an index and its shards; or one ``.safetensors`` file.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model; or several, in a list or tuple, in which a directory of adapters
+        means all of those in it.
+    peft_model
+        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
+    """
+
+
+def watched(keywords: WatchKeywords | LiveDetectKeywords) -> AbstractContextManager[Monitor]:
+    """Make the monitor of a call from its keywords."""
+    given = cast(Mapping[str, Any], keywords)
+    return monitoring(given.get("on_event"), given.get("monitor"), given.get("progress"))
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_CLASSES = (
+    WatchKeywords, ReadKeywords, RunKeywords, JudgeKeywords, MethodKeywords, MitigateKeywords, ReduceKeywords, _Named,
+)  # fmt: skip
+_TEXTS = {
+    name: text
+    for kind in _CLASSES
+    for name, text in re.findall(r"^(\w+)\n((?:    .*\n?)+)", inspect.cleandoc(kind.__doc__ or ""), re.MULTILINE)
+}
+
+
+def explained(keywords: type, *options: Any) -> Callable[[Function], Function]:
+    """Complete the signature and the docstring of a function by the keywords that it takes as ``**options``; refuse others.
+
+    Parameters of its own that its docstring leaves out are explained here as well.
 
     Parameters
     ----------
-    mitigation_lambda
-        None: the method's own default.
-    method
-        None: see `make_method`.
-    coefficients, keep
-        Coefficients, or the path of their file, and which set of them; see `Coefficients.select`.
-    amplify
-        Allow λ outside [0, 1].
-
-    Raises
-    ------
-    UsageError
-        If a λ or another method comes with coefficients, a share to keep comes without them, or λ is refused.
+    keywords
+        Type of its ``**options``.
+    options
+        Dataclasses whose fields have the defaults of these; that of others is None.
     """
-    if coefficients is None and keep is not None:
-        raise UsageError(f"keep: chooses among coefficients, found {keep!r} and none; give them, or leave it out")
-    fitted = None if coefficients is None else read_coefficients(coefficients).select(keep)
-    return make_method(method, mitigation_lambda, scale, fitted, amplify)
+    defaults = {f.name: f.default for kind in options for f in fields(kind)}
+
+    def complete(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(name),
+                annotation=getattr(annotation, "__forward_arg__", annotation),
+            )
+            for name, annotation in keywords.__annotations__.items()
+        ]
+        names = [p.name for p in (*own, *more)]
+
+        @functools.wraps(function)
+        def checked(*args: Any, **given: Any) -> Any:
+            for name in given.keys() - set(names):
+                near = difflib.get_close_matches(name, names, 1)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{meant}")
+            return function(*args, **given)
+
+        head, mark, rest = inspect.cleandoc(function.__doc__ or "").partition("Parameters\n----------\n")
+        at = re.search(r"^\S+\n-+\n", rest, re.MULTILINE)
+        said, tail = (rest[: at.start()], rest[at.start() :]) if at else (rest, "")
+        stated = re.findall(r"^(\w[\w, ]*)\n((?:    .*\n?|\n(?=    ))+)", said, re.MULTILINE)
+        texts = {name: f"{name}\n{text}" for name, text in _TEXTS.items()}
+        texts |= {name: f"{line}\n{text}" for line, text in stated for name in line.split(", ")}
+        paragraphs = dict.fromkeys(texts[name].rstrip() for name in names)  # several names may share one
+        checked.__doc__ = "\n".join([f"{head}{mark}".rstrip(), *paragraphs, "", tail])
+        checked.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return cast(Function, checked)
+
+    return complete
 
 
-def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:
-    """Return coefficients, read where a path is given."""
-    return coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
-
-
-def read_path(name: str, value: str | Path) -> Path:
-    """Read a path, of the keyword of this name.
-
-    Raises
-    ------
-    UsageError
-        If it is none.
-    """
-    if not isinstance(value, str | os.PathLike):
-        raise UsageError(f"{name}: expected a path, found {value!r}")
-    return Path(value)
-
-
-def read_size(max_memory: int | str | None) -> int | None:
-    """Read a budget as the command line does."""
-    if not isinstance(max_memory, str):
-        check_size(max_memory)
-        return max_memory
-    try:
-        return parse_size(max_memory)
-    except ValueError as e:
-        raise UsageError(f"max_memory: {e}") from None
-
-
-def run_options(device: str, io: IOMode, stated: Stated, architecture: str | None, monitor: Monitor,
-                resume: bool = True, overwrite: bool = False) -> RunOptions:  # fmt: skip
-    """Make the options of a run.
-
-    Raises
-    ------
-    UsageError
-        If a keyword is of another type.
-    """
-    if io not in get_args(IOMode):
-        raise UsageError(f"io: expected one of {', '.join(get_args(IOMode))}, found {io!r}")
-    if architecture is not None and not isinstance(architecture, str):
-        raise UsageError(f"architecture: expected the name of a class, found {architecture!r}")
-    return RunOptions(choose_device(device), io, stated, architecture, resume, overwrite, monitor)
+def read_size(max_memory: object) -> int | None:
+    """Read a budget, in bytes or as a size like ``4G``."""
+    if isinstance(max_memory, str):
+        try:
+            return parse_size(max_memory)
+        except ValueError as e:
+            raise UsageError(f"max_memory: {e}") from None
+    if max_memory is not None and (isinstance(max_memory, bool) or not isinstance(max_memory, int)):
+        raise UsageError(f"max_memory: expected a whole number of bytes, found {max_memory!r}")
+    return max_memory

@@ -1,13 +1,83 @@
-"""Offer the page and the figures of a report as a function of the library."""
+"""Offer reports on findings and outputs, and what became of intruders, as functions of the library."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from streamer.api.records import several as record_of_several
 from streamer.detection.findings import Findings, load_findings
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
-from streamer.report.files import write_files
-from streamer.report.subject import make_subject, open_subject
+from streamer.events import Monitor
+from streamer.report.curves import delta_energy
+from streamer.report.diff import FindingsDiff, diff_findings
+from streamer.report.files import WrittenReport, write_files
+from streamer.report.subject import Collection, Subject, make_subject, open_subject
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report is on, one or several, and the files that were written of it.
+
+    Attributes
+    ----------
+    one
+        Findings, with an evaluation beside them, or the record of an output.
+    several
+        Findings on several adapters, by name.
+    """
+
+    one: Subject | None
+    several: Mapping[str, Findings] | None
+    output: str | Path | None = None
+    written: WrittenReport | None = None
+
+    def energies(self) -> list[tuple[float, float]]:
+        """Compute for each of several adapters the energy of its delta, and the intruders' share of it."""
+        return [delta_energy(findings) for findings in (self.several or {}).values()]
+
+    def record(self) -> dict[str, Any]:
+        """Make the object that `streamer report --json` prints: what it is on as it is, or all that is drawn."""
+        if self.written is None:
+            return self._subject()
+        files = [{"file": name, "bytes": size} for name, size in self.written.files.items()]
+        return {**self._subject(), "output": str(self.output), "state": self.written.state, "files": files}
+
+    def _subject(self) -> dict[str, Any]:
+        if self.one is None:
+            return {**record_of_several({name: findings.record() for name, findings in (self.several or {}).items()})}
+        if self.written is not None or self.one.evaluation is not None:
+            return {**self.one.to_dict()}
+        return {**self.one.record} if self.one.record is not None else {**self.one.found.record()}
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """A report as it is asked for; see `write_report`. Without an output nothing is written."""
+
+    findings: Findings | str | Path
+    evaluation: Evaluation | str | Path | None = None
+    output: str | Path | None = None
+    overwrite: bool = False
+
+    def run(self, monitor: Monitor) -> Report:
+        """Open what it is on, and write the page or the figures."""
+        subject = self._subject()
+        several = subject.findings if isinstance(subject, Collection) else None
+        one = None if isinstance(subject, Collection) else subject
+        for findings in (several or {}).values() if one is None else [one.findings]:
+            monitor.warn(() if findings is None else findings.warnings)
+        written = None if self.output is None else write_files(subject, self.output, self.overwrite)
+        return Report(one, several, self.output, written)
+
+    def _subject(self) -> Subject | Collection:
+        findings, evaluation = self.findings, self.evaluation
+        if not isinstance(findings, Findings) and not isinstance(evaluation, Evaluation):
+            return open_subject(findings, evaluation)
+        found = findings if isinstance(findings, Findings) else load_findings(findings)
+        return make_subject(found, load_evaluation(evaluation) if isinstance(evaluation, str | Path) else evaluation)
 
 
 def write_report(
@@ -36,9 +106,11 @@ def write_report(
     StreamerError
         If the inputs do not belong together, something else stands at the output, or matplotlib is missing (see `streamer.errors`).
     """
-    if not isinstance(findings, Findings) and not isinstance(evaluation, Evaluation):
-        write_files(open_subject(findings, evaluation), output, overwrite)
-        return
-    found = findings if isinstance(findings, Findings) else load_findings(findings)
-    measured = evaluation if isinstance(evaluation, Evaluation) or evaluation is None else load_evaluation(evaluation)
-    write_files(make_subject(found, measured), output, overwrite)
+    ReportRequest(findings, evaluation, output, overwrite).run(Monitor())
+
+
+def diff_files(first: str | Path, second: str | Path, monitor: Monitor) -> FindingsDiff:
+    """Compare the findings of two files; see `diff_findings`."""
+    found = diff_findings(load_findings(first), load_findings(second))
+    monitor.warn(found.notes)
+    return found

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
-from streamer.adapters.stated import LoraBLayout, Stated
-from streamer.api.keywords import read_coefficients
+from streamer.api.keywords import ReadKeywords, explained, watched
+from streamer.api.options import Settings, read_coefficients, take
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_records import FindingsRecord
-from streamer.events import Monitor, OnEvent, warn
+from streamer.events import Monitor
 from streamer.methods.coefficients import Coefficients
 from streamer.output.intruder_coefficients import findings_means, with_means
 from streamer.plan.plan import make_plan
-from streamer.remote.inputs import Remote, RemoteMode
-from streamer.storage.tensor_file import IOMode
 
 
+@dataclass(frozen=True)
+class CoefficientsRequest:
+    """A report on coefficients as it is asked for; see `report_coefficients`."""
+
+    findings: Findings | str | Path
+    base: str | Path
+    adapter: str | Path
+    coefficients: Coefficients | str | Path
+    keep: float | None
+    settings: Settings
+
+    def run(self, monitor: Monitor) -> tuple[Findings, FindingsRecord]:
+        """Return the findings, and their record with the means of the coefficients."""
+        settings = self.settings
+        found = self.findings if isinstance(self.findings, Findings) else load_findings(self.findings)
+        chosen = read_coefficients(self.coefficients).select(self.keep)
+        base, adapter = settings.located(monitor).pair(self.base, self.adapter)
+        plan = make_plan(base, adapter, settings.io, settings.stated, settings.architecture)
+        monitor.warn(plan.warnings)
+        return found, with_means(found.record(), chosen, findings_means(plan, found, chosen))
+
+
+@explained(ReadKeywords, Settings)
 def report_coefficients(
     findings: Findings | str | Path,
     base: str | Path,
@@ -24,14 +46,7 @@ def report_coefficients(
     coefficients: Coefficients | str | Path,
     *,
     keep: float | None = None,
-    io: IOMode = "mmap",
-    base_is_residual: bool = False,
-    lora_b_layout: LoraBLayout | None = None,
-    ignore_keys: Sequence[str] = (),
-    architecture: str | None = None,
-    remote: RemoteMode | None = None,
-    on_event: OnEvent | None = None,
-    monitor: Monitor | None = None,
+    **options: Unpack[ReadKeywords],
 ) -> FindingsRecord:
     """Say what coefficients leave of the intruders, and of the whole delta, for each matrix and in all.
 
@@ -47,12 +62,6 @@ def report_coefficients(
         Those that findings and coefficients are of.
     coefficients, keep
         From `fit_coefficients`, or the path of their file, and which set of them.
-    io, base_is_residual, lora_b_layout, ignore_keys, architecture, remote
-        How tensors are read, what the base is, its class, and how inputs at addresses are read, as `detect_intruder_dimensions` has them.
-    on_event
-        Called with an `Event` for each warning.
-    monitor
-        In place of `on_event`, a `Monitor`.
 
     Returns
     -------
@@ -64,10 +73,6 @@ def report_coefficients(
     MismatchError
         If findings or coefficients are of another base or adapter.
     """
-    monitor = monitor or Monitor(on_event or warn)
-    found = findings if isinstance(findings, Findings) else load_findings(findings)
-    chosen = read_coefficients(coefficients).select(keep)
-    base, adapter = Remote(remote, monitor=monitor).pair(base, adapter)
-    plan = make_plan(base, adapter, io, Stated(base_is_residual, lora_b_layout, ignore_keys), architecture)
-    monitor.warn(plan.warnings)
-    return with_means(found.record(), chosen, findings_means(plan, found, chosen))
+    request = CoefficientsRequest(findings, base, adapter, coefficients, keep, take(Settings, options))
+    with watched(options) as monitor:
+        return request.run(monitor)[1]

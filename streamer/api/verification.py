@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
-from streamer.api.keywords import read_size
-from streamer.events import Monitor, OnEvent
-from streamer.progress import monitoring
+from streamer.api.keywords import WatchKeywords, explained, read_size, watched
 from streamer.remote.inputs import Remote
 from streamer.verification.result import Verification
 from streamer.verification.run import verify
 
 
+@explained(WatchKeywords)
 def verify_output(
     output: str | Path,
     base: str | Path | None = None,
@@ -20,9 +19,7 @@ def verify_output(
     *,
     sample: int | Literal["all"] = 3,
     max_memory: int | str | None = None,
-    on_event: OnEvent | None = None,
-    monitor: Monitor | None = None,
-    progress: bool | None = None,
+    **options: Unpack[WatchKeywords],
 ) -> Verification:
     """Compare an output with its record and, given its inputs, with what they give, by other code than wrote it.
 
@@ -41,12 +38,6 @@ def verify_output(
         tensors byte by byte.
     max_memory
         Matrices that take more memory, in bytes or as a size like ``"4G"``, are not recomputed.
-    on_event
-        Called with an `Event` at each step.
-    monitor
-        In place of `on_event`, a `Monitor`, for callers that also want to stop at the next safe point.
-    progress
-        True draws tqdm bars. None draws them in a notebook if there is neither `on_event` nor `monitor`.
 
     Returns
     -------
@@ -60,7 +51,7 @@ def verify_output(
     StreamerError
         If the output has no record, or the inputs are others than it was made from (see `streamer.errors`).
     """
-    with monitoring(on_event, monitor, progress) as watcher:
-        inputs = Remote("cache", monitor=watcher)  # it reads files, by code that knows no addresses
+    with watched(options) as monitor:
+        inputs = Remote("cache", monitor=monitor)  # it reads files, by code that knows no addresses
         base, adapter = (None if given is None else inputs.path(given) for given in (base, adapter))
-        return verify(output, base, adapter, sample, read_size(max_memory), watcher)
+        return verify(output, base, adapter, sample, read_size(max_memory), monitor)

@@ -111,6 +111,11 @@ def sample(text: str) -> int | str:
     return int(text)
 
 
+def path(text: str) -> str | None:
+    """Read a path; an empty one, as of a shell variable that is not set, is none."""
+    return text or None
+
+
 def size(text: str) -> int:
     """Read a size like 4G."""
     try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from streamer.cli.layout import Column
-from streamer.detection.findings_records import CoefficientMeans, CoefficientTotals
+
+if TYPE_CHECKING:
+    from streamer.detection.findings_records import CoefficientMeans, CoefficientTotals
 
 
 def mean_columns(means: Sequence[CoefficientMeans]) -> list[Column]:

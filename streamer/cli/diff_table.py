@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from streamer.api.views import FATES, fates_counted, natural
 from streamer.cli.layout import Column, Screen, fit, table
 from streamer.cli.tables import MANY, SHOWN
-from streamer.plan.name_order import natural
-from streamer.report.diff import FATES, Direction, FindingsDiff, IntruderFate, fates_counted
 from streamer.units import counted, listed
+
+if TYPE_CHECKING:
+    from streamer.report.diff import Direction, FindingsDiff, IntruderFate
 
 _MEANING = {
     "kept": "remains: the same direction is an intruder in both",

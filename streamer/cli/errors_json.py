@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from streamer.cli.event_records import ErrorEntry, ErrorsRecord
+    from streamer.api.event_records import ErrorEntry, ErrorsRecord
 
 SCHEMA: Final = "streamer.error/1"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from streamer.api.views import Names, commands, figures, reasons, verdict
 from streamer.cli.layout import Column, Screen, fit, table
 from streamer.cli.tables import NO_LIMIT
-from streamer.evaluation.view import Names, commands, figures, reasons, verdict
 
 if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation

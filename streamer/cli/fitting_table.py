@@ -6,10 +6,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from streamer.api.views import input_options, share_name
 from streamer.cli.layout import Column, Screen, fit, table
 from streamer.cli.tables import NO_LIMIT
-from streamer.evaluation.identity import input_options
-from streamer.methods.coefficients import share_name
 from streamer.units import counted
 
 

@@ -12,7 +12,7 @@ from streamer.cli.progress import write_line
 from streamer.events import Event
 
 if TYPE_CHECKING:
-    from streamer.cli.event_records import ErrorEntry
+    from streamer.api.event_records import ErrorEntry
 
 SCHEMA = "streamer.event/1"
 

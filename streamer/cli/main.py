@@ -11,21 +11,21 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from streamer.api.choices import shown
+from streamer.api.threads import set_threads, wait_passively
 from streamer.cli.arguments import BadUsage
 from streamer.cli.commands import COMMANDS
 from streamer.cli.errors_json import error_entry, errors_object
-from streamer.cli.inputs import locate_inputs
 from streamer.cli.json_events import JsonEvents
 from streamer.cli.parser import build_parser, named_as_option
 from streamer.cli.progress import Progress, say
 from streamer.cli.signals import stop_on_signals
 from streamer.cli.summary import summary
-from streamer.cli.threads import set_threads, wait_passively
-from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, one_line
+from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, advice, one_line
 from streamer.events import Monitor
 
 if TYPE_CHECKING:
-    from streamer.cli.event_records import ErrorEntry
+    from streamer.api.event_records import ErrorEntry
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -74,7 +74,6 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
                 set_threads(getattr(args, "threads", None))
             else:  # needs no torch to hash files, and computes by numpy, whose idle threads spin: beside other work one is faster
                 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-            locate_inputs(args, monitor)
             tree, text = COMMANDS[args.command](args, monitor)
         finally:
             progress.close()
@@ -86,12 +85,13 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
 
 
 def _paths(args: argparse.Namespace) -> list[str]:
-    """Collect the paths that the command was given."""
-    values = [*getattr(args, "given", ())] + [
-        getattr(args, name, None)
-        for name in ("base", "adapter", "output", "findings", "first", "second", "general", "task")
-    ]
-    return [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
+    """Collect the paths that the command was given, addresses as they may be printed too."""
+    names = ("base", "adapter", "output", "findings", "first", "second", "general", "task")
+    values = [getattr(args, name, None) for name in names]
+    paths = [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
+    with contextlib.suppress(UsageError):  # an address that cannot be read stays as it is
+        paths += [shown(path) for path in paths]
+    return paths
 
 
 def _described(e: Exception, given: Sequence[str]) -> ErrorEntry | None:
@@ -103,8 +103,6 @@ def _described(e: Exception, given: Sequence[str]) -> ErrorEntry | None:
             message = named_as_option(message)
         return error_entry(kind, e.exit_code, message, getattr(e, "filename", None), given)
     if isinstance(e, OSError):
-        from streamer.storage.files import advice
-
         code = UsageError.exit_code if e.errno == errno.ENAMETOOLONG else StorageError.exit_code
         where = None if e.filename is None else os.fsdecode(e.filename)
         return error_entry(kind, code, one_line(f"{where or 'I/O'}: {e.strerror or e}; {advice(e)}"), where)

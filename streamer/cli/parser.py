@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from streamer import __version__
-from streamer.cli.arguments import Parser, number, numbers, rank, sample, size, top_k
+from streamer.api.choices import ABOUT, BY_LAMBDA, COEFFICIENTS_METHOD, DEFAULT_METHOD
+from streamer.cli.arguments import Parser, number, numbers, path, rank, sample, size, top_k
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
 from streamer.cli.text_options import add_fit, add_texts, add_threads
 from streamer.cli.worker_options import add_workers
-from streamer.methods import BY_LAMBDA, DEFAULT, METHODS, Fitted
 
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
@@ -77,7 +77,9 @@ def build_parser() -> Parser:
                         help="on stderr: a bar, or a line every 30 s (plain); auto: a bar on a terminal, else plain")  # fmt: skip
     g.add_argument("--all", action="store_true",
                         help="every row in the tables, which otherwise show what matters most where there are many")  # fmt: skip
-    g.add_argument("--no-legend", action="store_true", help="tables without the lines that explain their columns")
+    g.add_argument(
+        "--no-legend", dest="legend", action="store_false", help="tables without the lines that explain their columns"
+    )
 
     reading = Parser(add_help=False)
     g = reading.add_argument_group("input")
@@ -91,7 +93,7 @@ def build_parser() -> Parser:
     g.add_argument("--lora-b-layout", choices=["rank_major", "grouped_by_expert"],
                    help="order of lora_B's columns on stacked experts, where ADAPTER does not state it: rank_major is PEFT's, "
                         "grouped_by_expert was Unsloth's until September 2026")  # fmt: skip
-    g.add_argument("--ignore-key", dest="ignore_keys", action="append", metavar="KEY",
+    g.add_argument("--ignore-key", dest="ignore_keys", action="append", default=[], metavar="KEY",
                    help="accept the unknown key KEY of the adapter's config and ignore it; can be repeated")  # fmt: skip
     g.add_argument("--architecture", metavar="NAME",
                    help="class of BASE in transformers, like GPT2LMHeadModel, where its config.json does not tell: it is asked for by "
@@ -101,7 +103,7 @@ def build_parser() -> Parser:
     g = computing.add_argument_group("detection")
     g.add_argument("--top-k", type=top_k, metavar="K",
                    help="judge the K largest singular directions: a count, or a share like 0.1 (default: 10)")  # fmt: skip
-    g.add_argument("--epsilon", type=number, metavar="E",
+    g.add_argument("--epsilon", dest="threshold_epsilon", type=number, metavar="E",
                    help="a direction whose similarity to the base is below E is an intruder (default: 0.5)")  # fmt: skip
     g.add_argument("--solver", choices=["auto", "certified", "dense"],
                    help="certified: Krylov with bounds; dense: LAPACK's full SVD; auto: the cheaper one (default: auto)")  # fmt: skip
@@ -117,7 +119,12 @@ def build_parser() -> Parser:
         g = parent.add_argument_group("output")
         g.add_argument("-o", "--output", required=True, metavar=metavar, help=text)
         g.add_argument("--dry-run", action="store_true", help="check all, forecast memory, disk and time, and write nothing")  # fmt: skip
-        g.add_argument("--no-resume", action="store_true", help="start over instead of taking up an interrupted run")
+        g.add_argument(
+            "--no-resume",
+            dest="resume",
+            action="store_false",
+            help="start over instead of taking up an interrupted run",
+        )
         g.add_argument("--overwrite", action="store_true",
                        help="replace an existing output, whose files its record lists, or write into a directory of other files: "
                             "these stay, and one at a name that is written, or that a loader would read, is refused")  # fmt: skip
@@ -128,18 +135,18 @@ def build_parser() -> Parser:
     g.add_argument("--lambda", dest="mitigation_lambda", type=number, metavar="L",
                    help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75)")  # fmt: skip
     add_amplify(g)
-    g.add_argument("--method", choices=list(METHODS),
-                   help="; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
-                        + f"; if not given, {Fitted.name} with --coefficients, else {DEFAULT.name}")  # fmt: skip
+    g.add_argument("--method", choices=list(ABOUT),
+                   help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
+                        + f"; if not given, {COEFFICIENTS_METHOD} with --coefficients, else {DEFAULT_METHOD}")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",
                    help="from `streamer fit`, for the method fitted, which they stand for; no detection, and no lambda")  # fmt: skip
     g.add_argument("--keep", type=number, metavar="SHARE",
                    help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
     g.add_argument("--scale", choices=["all", "first"], default="all",
                    help="which intruders: all among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
-    g.add_argument("--no-card", action="store_true",
+    g.add_argument("--no-card", dest="model_card", action="store_false",
                    help="do not say in the output's model card, README.md, how it was made")  # fmt: skip
-    g.add_argument("--findings", metavar="FILE",
+    g.add_argument("--findings", type=path, metavar="FILE",
                    help="from `streamer detect` (of several adapters, its directory); without it detection runs first")  # fmt: skip
 
     def command(name: str, text: str, *parents: Parser) -> Parser:
@@ -221,19 +228,23 @@ def build_parser() -> Parser:
     inputs(sub)
     add_texts(sub)
     sub.add_argument(
-        "--findings", metavar="FILE", help="from `streamer detect`; without it detection runs first, into memory"
+        "--findings",
+        type=path,
+        metavar="FILE",
+        help="from `streamer detect`; without it detection runs first, into memory",
     )
     sub.add_argument("--lambda", dest="lambdas", type=numbers, default=(0.9, 0.75, 0.5, 0.25, 0.0), metavar="L,L",
                      help="shares of an intruder that are kept, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     add_amplify(sub)
-    sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(BY_LAMBDA), metavar="M,M",
-                     help=f"of {', '.join(BY_LAMBDA)} one or several (default: all); {Fitted.name}: the coefficients alone")  # fmt: skip
+    sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(BY_LAMBDA),
+                     metavar="M,M", help=f"of {', '.join(BY_LAMBDA)} one or several (default: all); {COEFFICIENTS_METHOD}: the "
+                                         "coefficients alone")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="from `streamer fit`: each set in FILE is one more variant; give text they were not fitted to")  # fmt: skip
     sub.add_argument(
         "--scale", choices=["all", "first"], default="all", help="which intruders of each matrix (default: all)"
     )
-    sub.add_argument("--keep", dest="keep_learned", type=number, default=0.9, metavar="SHARE",
+    sub.add_argument("--keep", type=number, default=0.9, metavar="SHARE",
                      help="share of what ADAPTER learned that the suggestion keeps at least; up to three more measurements find the "
                           "lambda of the shrink that keeps it (default: 0.9)")  # fmt: skip
     sub.add_argument("--projected", action="store_true",

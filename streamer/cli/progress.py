@@ -10,10 +10,10 @@ import time
 from functools import partial
 from typing import Any, Literal
 
+from streamer.api.progress import Bars, columns, counts, layout
 from streamer.cli.layout import fit
 from streamer.errors import printable
 from streamer.events import Event
-from streamer.progress import Bars, columns, counts, layout
 from streamer.units import format_duration
 
 Mode = Literal["auto", "bar", "plain", "none"]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamer.cli.verification import left_out
-from streamer.methods import takes_findings
 from streamer.units import counted, format_size
 
 
@@ -31,6 +30,8 @@ def _held(tree: Mapping[str, Any]) -> str:
     if schema == "streamer.findings":
         return f"{counted(totals['matrices'], 'matrix')}, {counted(totals['intruders'], 'intruder')}, {totals['certified']} certified"
     if schema == "streamer.output":
+        from streamer.api.views import takes_findings
+
         scaled = f"{counted(totals['intruders'], 'intruder')} scaled, " if takes_findings(tree["method"]) else ""
         merged = f"{counted(totals['matrices'], 'matrix')} merged, " if tree["command"] == "merge" else ""
         return (
@@ -51,7 +52,7 @@ def _held(tree: Mapping[str, Any]) -> str:
         files = f", {counted(len(tree['files']), 'file')}" if "files" in tree else ""
         return f"{_held(tree['findings'] or tree['record'])}{files}"
     if schema == "streamer.diff":
-        from streamer.report.diff import fates_counted
+        from streamer.api.views import fates_counted
 
         return fates_counted(totals)
     if schema == "streamer.fit":

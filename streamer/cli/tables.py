@@ -6,20 +6,18 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from streamer.api.views import input_options, is_repeated, natural, record_lines, takes_findings
 from streamer.cli.coefficients_table import mean_columns, mean_line
 from streamer.cli.forecast_table import forecast_table
 from streamer.cli.layout import Column, Screen, fit, shorten, table
-from streamer.detection.findings import Findings
-from streamer.detection.findings_records import FindingsRecord
-from streamer.detection.matrix_finding import MatrixFinding
-from streamer.detection.memory import is_repeated
-from streamer.evaluation.identity import input_options
-from streamer.methods import takes_findings
-from streamer.output.record_view import record_lines
-from streamer.plan.name_order import natural
 from streamer.units import format_size, listed
+
+if TYPE_CHECKING:
+    from streamer.detection.findings import Findings
+    from streamer.detection.findings_records import FindingsRecord
+    from streamer.detection.matrix_finding import MatrixFinding
 
 MANY, SHOWN = 20, 10
 """A table of more rows than `MANY` shows the `SHOWN` that matter most, unless all are asked for."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from streamer.api.choices import available_cores
 from streamer.cli.arguments import integer, number, numbers
-from streamer.cli.cores import available_cores
 
 
 def add_texts(sub: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
 
 def add_fit(sub: argparse.ArgumentParser) -> None:
     """Add the options of `fit` alone."""
-    sub.add_argument("--keep", dest="keeps", type=numbers, default=(0.9,), metavar="SHARE,SHARE",
+    sub.add_argument("--keep", type=numbers, default=(0.9,), metavar="SHARE,SHARE",
                      help="share of what ADAPTER learned to keep; several shares give several sets (default: 0.9)")  # fmt: skip
     sub.add_argument("--objective", choices=["divergence", "loss"], default="divergence",
                      help="divergence: from the base on general text, and from the adapter on the task's; loss: of both texts "

@@ -52,7 +52,9 @@ class DetectionOptions:
             raise UsageError(f"threshold_epsilon: expected a number in (0, 1], found {epsilon!r}")
         if self.solver not in ("auto", *SOLVERS):
             raise UsageError(f"solver: expected one of auto, {', '.join(SOLVERS)}, found {self.solver!r}")
-        check_size(self.max_memory)
+        memory = self.max_memory
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
+            raise UsageError(f"max_memory: expected a whole number of bytes, found {memory!r}")
 
     def directions(self, shape: tuple[int, int]) -> int:
         """Count the directions that are judged in a matrix of this shape: at least one, at most min(m, n)."""
@@ -64,12 +66,6 @@ class DetectionOptions:
         """Return the options as JSON values."""
         return {"top_k": self.top_k, "threshold_epsilon": self.threshold_epsilon, "solver": self.solver,
                 "max_memory": self.max_memory}  # fmt: skip
-
-
-def check_size(memory: object) -> None:
-    """Refuse a budget that is no whole number of bytes; None is none."""
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
-        raise UsageError(f"max_memory: expected a whole number of bytes, found {memory!r}")
 
 
 @dataclass(frozen=True)

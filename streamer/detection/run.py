@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from streamer.adapters.batch import findings_of
 from streamer.detection.findings import Findings, detection_digest, load_findings
 from streamer.detection.findings_file import remove_leftovers
 from streamer.detection.findings_size import FindingsSize, check_findings_space, findings_bytes, findings_head
@@ -18,12 +17,12 @@ from streamer.detection.matrices import cost, detect_in_turn
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.detection.memory import detection_estimates, kept_bytes
 from streamer.detection.options import DetectionOptions, RunOptions
-from streamer.detection.parts import Part, finished_parts, remove_parts
+from streamer.detection.parts import finished_parts, remove_parts
 from streamer.errors import OutputExistsError
 from streamer.events import Event
 from streamer.plan.batch import Batch
 from streamer.plan.memory import check_budget, resident_bytes
-from streamer.plan.plan import Plan, make_batch
+from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.storage.files import make_directory
 from streamer.storage.output_checks import touch
@@ -66,37 +65,6 @@ def detect_all(batch: Batch, options: DetectionOptions, run: RunOptions, residen
             yield i, finding
             done, items = done + cost(target, options), items + 1
     monitor.emit(Event("detect", "", total, total, of, of))
-
-
-def detect_many(base: str | Path, adapters: Mapping[str, Path], output: str | Path | None, options: DetectionOptions,
-                run: RunOptions, part: Part | None = None) -> dict[str, Findings]:  # fmt: skip
-    """Detect in adapters on one base, into memory, or into files where an output is named.
-
-    Parameters
-    ----------
-    adapters
-        By name; see `named_adapters`.
-    part
-        Of the matrices, whose findings go into files of their own.
-
-    Returns
-    -------
-    dict
-        Findings by the adapters' names.
-    """
-    batch = make_batch(base, list(adapters.values()), run.io, run.stated, run.architecture)
-    run.monitor.warn(batch.warnings)
-    resident = resident_bytes(batch)
-    if run.workers is not None:
-        options = run.workers.shared(batch, options, resident)
-    if output is None:
-        found = detect_in_memory(batch, options, run)
-    else:
-        paths = [findings_of(output, name) for name in adapters]
-        if part is not None:
-            batch, paths = part.take(batch, paths, options)
-        found = detect_to_files(batch, paths, options, run, resident)
-    return dict(zip(adapters, found, strict=True))
 
 
 def detect_in_memory(batch: Batch, options: DetectionOptions, run: RunOptions) -> list[Findings]:

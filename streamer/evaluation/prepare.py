@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from streamer import __version__
+from streamer.adapters.one_or_several import One
+from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import UnsupportedError
 from streamer.evaluation.evaluation import GENERAL, TASK, Evaluation
@@ -25,7 +27,7 @@ from streamer.methods import UNCHANGED
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.shrink import Shrink
 from streamer.output.job import GivenFindings
-from streamer.output.prepare import FindingsOrPath, OutputOptions, check_coefficients, open_jobs
+from streamer.output.prepare import OutputOptions, check_coefficients, open_jobs
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan
@@ -127,7 +129,7 @@ class Prepared:
         return self.plan.digest(facts=self.facts, variants=variants, max_memory=self.detection.max_memory)
 
 
-def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings: FindingsOrPath, options: EvaluationOptions,
+def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluationOptions,
             detection: DetectionOptions, run: RunOptions) -> Prepared:  # fmt: skip
     """Open and check everything that an evaluation reads, and hand on the warnings of the inputs.
 
@@ -138,7 +140,7 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     """
     require_transformers()
     form = OutputOptions(merges=True)
-    (job,) = open_jobs(base, {"": adapter}, [findings], UNCHANGED, detection, form, run)
+    (job,) = open_jobs(base, One(adapter), [findings], UNCHANGED, detection, form, run)
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
     refuse_new_tokens(plan)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamer.adapters.batch import given_findings, model_of
+from streamer.adapters.one_or_several import One, Several
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.fingerprints import matched_findings
 from streamer.detection.options import DetectionOptions, RunOptions
@@ -24,8 +24,8 @@ from streamer.plan.targets import Target
 from streamer.storage.identities import difference
 from streamer.units import listed
 
-FindingsOrPath = Findings | Path | None
-"""Findings on an adapter, or where their file is; None where there are none yet."""
+FindingsOrPath = Findings | Mapping[str, Findings] | str | Path | None
+"""Findings as a user gives them: those on one adapter, or those on several by name, themselves or the path of their file or directory."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,19 @@ class OutputOptions:
     model_card: bool = True
 
 
-def prepare_outputs(base: str | Path, adapters: Mapping[str, Path], output: str | Path, findings: Sequence[FindingsOrPath],
-                    mitigation: Method, detection: DetectionOptions, form: OutputOptions,
-                    run: RunOptions) -> list[Writer]:  # fmt: skip
+def prepare_outputs(base: str | Path, adapters: One | Several, output: Path, findings: Sequence[Findings | None],
+                    method: Method, detection: DetectionOptions, form: OutputOptions, run: RunOptions) -> list[Writer]:  # fmt: skip
     """Plan the output of each adapter, and hand on the warnings of the inputs.
 
     Parameters
     ----------
-    adapters
-        By name; see `named_adapters`.
     output
-        The output of one adapter, or the directory of those of several; see `model_of`.
+        The output of one adapter, or the directory of those of several.
     findings
         See `open_jobs`.
     """
-    jobs = open_jobs(base, adapters, findings, mitigation, detection, form, run)
-    writers = [_writer(job, model_of(output, name), form) for job, name in zip(jobs, adapters, strict=True)]
+    jobs = open_jobs(base, adapters, findings, method, detection, form, run)
+    writers = [_writer(job, path, form) for job, path in zip(jobs, adapters.directories(output), strict=True)]
     run.monitor.warn(batch_of(writers).warnings)
     return writers
 
@@ -64,61 +61,59 @@ def _writer(job: Job, path: Path, form: OutputOptions) -> Writer:
     return AdapterWriter(job, path) if form.to_lora is None else LoraWriter(job, path, form.to_lora)
 
 
-def open_jobs(base: str | Path, adapters: Mapping[str, Path], findings: Sequence[FindingsOrPath], mitigation: Method,
+def open_jobs(base: str | Path, adapters: One | Several, findings: Sequence[Findings | None], method: Method,
               detection: DetectionOptions, form: OutputOptions, run: RunOptions) -> list[Job]:  # fmt: skip
     """Open and check everything that mitigations read.
 
     Parameters
     ----------
-    adapters
-        By name; see `named_adapters`.
     findings
-        Those on each adapter; without them its job detects. See `findings_by_name`.
+        Those on each adapter, see `load_given`; None: its job detects.
     """
-    loaded = [load_findings(one) if isinstance(one, Path) else one for one in findings]
-    if mitigation.coefficients is not None and len(adapters) > 1:
+    if method.coefficients is not None and isinstance(adapters, Several) and len(adapters.paths) > 1:
         raise UsageError(
-            f"{mitigation.coefficients.name}: coefficients belong to one adapter, found {len(adapters)}: {listed(adapters)}; take them "
-            "one at a time, each with its own"
+            f"{method.coefficients.name}: coefficients belong to one adapter, found {len(adapters.paths)}: "
+            f"{listed(adapters.by_name)}; take them one at a time, each with its own"
         )
-    batch = make_batch(base, list(adapters.values()), run.io, run.stated, run.architecture)
+    batch = make_batch(base, adapters.paths, run.io, run.stated, run.architecture)
     fitting = []
-    for plan, found in zip(batch.plans, loaded, strict=True):
+    for plan, found in zip(batch.plans, findings, strict=True):
         fitting.append(None if found is None else _fitting_findings(plan, found, detection))
         run.monitor.warn(() if found is None else found.warnings)
-        if mitigation.coefficients is not None:
-            check_coefficients(plan, mitigation.coefficients)
+        if method.coefficients is not None:
+            check_coefficients(plan, method.coefficients)
     sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in fitting]
     return [
-        Job(plan, mitigation, detection, run.device, source, form.dequantize, form.model_card)
+        Job(plan, method, detection, run.device, source, form.dequantize, form.model_card)
         for plan, source in zip(batch.plans, sources, strict=True)
     ]
 
 
-def findings_by_name(
-    findings: Findings | Mapping[str, Findings] | str | Path | None, adapters: Iterable[str]
-) -> list[FindingsOrPath]:
-    """Find the findings on each adapter by its name: those given, or where their file is.
+def load_given(findings: FindingsOrPath, adapters: One | Several) -> list[Findings | None]:
+    """Load the findings on each adapter; None for each if none are given.
 
     Raises
     ------
     UsageError
         If some are lacking, or are not of that form.
     """
-    names = list(adapters)
     if findings is None:
-        return [None for _ in names]
-    if names == [""] and not isinstance(findings, Mapping):
-        return [findings if isinstance(findings, Findings) else Path(findings)]
+        return [None for _ in adapters.paths]
+    if isinstance(adapters, One):
+        if isinstance(findings, Mapping):
+            raise UsageError(
+                f"findings: expected those on one adapter, found a dict of {len(findings)}; give one of them"
+            )
+        return [findings if isinstance(findings, Findings) else load_findings(findings)]
     if isinstance(findings, Mapping):
-        lacking = [name for name in names if name not in findings]
+        lacking = [name for name in adapters.by_name if name not in findings]
         if lacking:
             raise UsageError(f"findings: has none for adapter {lacking[0]!r}; run detect on it")
-        return [findings[name] for name in names]
+        return [findings[name] for name in adapters.by_name]
     if isinstance(findings, Findings) or not Path(findings).is_dir():
         where = "findings" if isinstance(findings, Findings) else findings
         raise UsageError(f"{where}: expected findings on several adapters: the directory that detect wrote for them")
-    return [given_findings(findings, name) for name in names]
+    return [load_findings(Path(findings) / f"{name}.safetensors") for name in adapters.by_name]
 
 
 def check_coefficients(plan: Plan, coefficients: CoefficientSet) -> None:

@@ -2,61 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import nn
 
-from streamer.adapters.stated import NOTHING_STATED
-from streamer.api.keywords import detection_options, run_options
+from streamer.api.keywords import LiveDetectKeywords, explained, watched
+from streamer.api.options import Judged, Settings, take
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_size import findings_head
 from streamer.detection.fingerprints import matched_findings
 from streamer.detection.matrices import cost, detect_matrix
 from streamer.detection.options import DetectionOptions
-from streamer.events import Event, Monitor, OnEvent
+from streamer.events import Event, Monitor
 from streamer.peft.plan import LivePlan, plan_live
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
-from streamer.progress import monitoring
 
 
+@explained(LiveDetectKeywords, Settings, Judged)
 def detect_intruder_dimensions(
     peft_model: nn.Module,
     adapter_name: str = "default",
-    top_k: int | float = 10,
-    threshold_epsilon: float = 0.5,
-    *,
-    solver: str = "auto",
-    device: str = "auto",
-    ignore_keys: Sequence[str] = (),
-    on_event: OnEvent | None = None,
-    progress: bool | None = None,
+    top_k: int | float | None = None,
+    threshold_epsilon: float | None = None,
+    **options: Unpack[LiveDetectKeywords],
 ) -> Findings:
     """Find the intruder dimensions of every matrix that an adapter of a live model changes; the model stays as it is.
 
     Parameters
     ----------
-    peft_model
-        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     adapter_name
         The adapter, active or not; others are passed over.
-    top_k
-        Leading singular directions of each matrix that are judged: a count from 1, or a share of min(rows, columns), a float in (0, 1].
-    threshold_epsilon
-        An intruder is a direction whose similarity, its largest |cosine| to a left singular vector of the base, is below this, in (0, 1].
-    solver
-        ``certified``, ``dense`` or ``auto``, as `streamer.detect_intruder_dimensions` has them.
-    device
-        That is computed on, wherever the model is: ``cpu``, ``cuda``, ``cuda:i``, or ``auto``: CUDA where there is one.
-    ignore_keys
-        Keys of the adapter's config that are not known, as those of a later PEFT, and have no effect, as you say.
-    on_event
-        Called with an `Event` at each step, warnings included. Without it warnings go through the `warnings` module.
-    progress
-        True draws tqdm bars. None draws them in a notebook if there is no `on_event`.
 
     Returns
     -------
@@ -71,13 +50,12 @@ def detect_intruder_dimensions(
     StreamerError
         Of the class that says what kind of fault it is (see `streamer.errors`).
     """
-    with monitoring(on_event, None, progress) as monitor:
-        run = run_options(device, "mmap", NOTHING_STATED, None, monitor)
-        live = plan_live(peft_model, adapter_name, ignore_keys)
-        run.monitor.warn(live.plan.warnings)
-        return named_as_files(
-            live, detect_live(live, detection_options(top_k, threshold_epsilon, solver, None), run.device, run.monitor)
-        )
+    judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
+    with watched(options) as monitor:
+        live = plan_live(peft_model, adapter_name, settings.ignore_keys)
+        monitor.warn(live.plan.warnings)
+        device = settings.run_options(monitor).device
+        return named_as_files(live, detect_live(live, judged.options(), device, monitor))
 
 
 def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor) -> Findings:
@@ -97,8 +75,9 @@ def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device,
     return findings
 
 
-def findings_for(live: LivePlan, findings: Findings | str | Path | None, options: DetectionOptions, device: torch.device,
-                 monitor: Monitor) -> Findings:  # fmt: skip
+def findings_for(
+    live: LivePlan, findings: Findings | str | Path | None, judged: Judged, device: torch.device, monitor: Monitor
+) -> Findings:
     """Check given findings against the model, or detect; the result has the names in memory.
 
     Raises
@@ -107,11 +86,11 @@ def findings_for(live: LivePlan, findings: Findings | str | Path | None, options
         If given findings are not on this model and adapter, or were made with other options.
     """
     if findings is None:
-        return detect_live(live, options, device, monitor)
+        return detect_live(live, judged.options(), device, monitor)
     loaded = findings if isinstance(findings, Findings) else load_findings(findings)
     matched = matched_findings(live.plan, loaded, loaded.name)
     live.release()
-    matched.check_matches(live.plan.base_identity, live.plan.adapter_identity, options)
+    matched.check_matches(live.plan.base_identity, live.plan.adapter_identity, judged.options(None, loaded))
     return matched
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from streamer.api.options import Judged
 from streamer.detection.findings import Findings
-from streamer.detection.options import DetectionOptions
 from streamer.errors import MismatchError
 from streamer.events import Monitor
 from streamer.methods.coefficients import CoefficientSet
@@ -20,10 +20,10 @@ from streamer.peft.plan import LivePlan
 
 
 def live_job(
-    live: LivePlan, mitigation: Method, detection: DetectionOptions, findings: Findings | str | Path | None,
+    live: LivePlan, method: Method, judged: Judged, findings: Findings | str | Path | None,
     device: torch.device, monitor: Monitor,
 ) -> tuple[Job, Findings | None]:  # fmt: skip
-    """Detect, or take the findings given, where the mitigation needs them.
+    """Detect, or take the findings given, if the method needs them.
 
     Returns
     -------
@@ -31,13 +31,14 @@ def live_job(
         The findings have the names in memory; None where none are needed.
     """
     monitor.warn(live.plan.warnings)
-    if mitigation.coefficients is not None:
-        mitigation = replace(mitigation, coefficients=_named_in_memory(live, mitigation.coefficients))
+    if method.coefficients is not None:
+        method = replace(method, coefficients=_named_in_memory(live, method.coefficients))
     found = None
-    if mitigation.needs_detection:
-        found = findings_for(live, findings, detection, device, monitor)
+    if method.needs_detection:
+        found = findings_for(live, findings, judged, device, monitor)
+    detection = judged.options()
     source = OwnFile(detection) if found is None else GivenFindings(found)
-    return Job(live.plan, mitigation, detection, device, source), found
+    return Job(live.plan, method, detection, device, source), found
 
 
 def _named_in_memory(live: LivePlan, coefficients: CoefficientSet) -> CoefficientSet:

@@ -3,51 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from streamer.adapters.stated import NOTHING_STATED
-from streamer.api.keywords import detection_options, mitigation_options, run_options
-from streamer.detection.findings import Findings
-from streamer.detection.selection import Selection
+from streamer.api.keywords import LiveKeywords, explained, watched
+from streamer.api.options import Judged, MethodChoice, Settings, take
 from streamer.errors import NumericError, UnsupportedError
-from streamer.events import Event, OnEvent
+from streamer.events import Event
 from streamer.linalg.operators import all_finite
 from streamer.linalg.torch_state import threads
-from streamer.methods import MethodName
-from streamer.methods.coefficients import Coefficients
 from streamer.output.job import Job
 from streamer.output.merge_plan import Output, plan_merged
 from streamer.output.merged_tensors import AddBias, Cast, CopyBytes
 from streamer.peft.job import live_job
 from streamer.peft.model import LiveModel, quiet_peft
 from streamer.peft.plan import LivePlan, plan_live
-from streamer.progress import monitoring
 from streamer.weights.dtypes import TORCH_DTYPES, as_tensor
 
 
+@explained(LiveKeywords, Settings, MethodChoice)
 def merge_and_unload_with_reduced_intruder_dimensions(
     peft_model: nn.Module,
     adapter_name: str = "default",
-    top_k: int | float = 10,
-    threshold_epsilon: float = 0.5,
+    top_k: int | float | None = None,
+    threshold_epsilon: float | None = None,
     mitigation_lambda: float | None = None,
-    *,
-    findings: Findings | str | Path | None = None,
-    method: MethodName | None = None,
-    scale: Selection = "all",
-    coefficients: Coefficients | str | Path | None = None,
-    keep: float | None = None,
-    amplify: bool = False,
-    solver: str = "auto",
-    device: str = "auto",
-    ignore_keys: Sequence[str] = (),
-    on_event: OnEvent | None = None,
-    progress: bool | None = None,
+    **options: Unpack[LiveKeywords],
 ) -> nn.Module:
     """Merge an adapter, its intruders scaled by `mitigation_lambda`, into the base, and return the base without PEFT.
 
@@ -58,28 +42,10 @@ def merge_and_unload_with_reduced_intruder_dimensions(
 
     Parameters
     ----------
-    peft_model
-        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
     adapter_name
         An adapter of any kind that ``streamer merge`` takes.
-    top_k
-        Leading singular directions of each matrix that are judged: a count from 1, or a share of min(rows, columns), a float in (0, 1].
-    threshold_epsilon
-        An intruder is a direction whose similarity, its largest |cosine| to a left singular vector of the base, is below this, in (0, 1].
-    mitigation_lambda
-        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, and no λ if there are `coefficients`.
     findings
         From `detect_intruder_dimensions`, of this module or on the files, or the path of their file: no SVD of a weight is done then.
-    method, scale, coefficients, keep, amplify
-        As `streamer.merge_with_reduced_intruder_dimensions` has them.
-    solver, device
-        As `detect_intruder_dimensions` has them.
-    ignore_keys
-        Keys of the adapter's config that are not known, as those of a later PEFT, and have no effect, as you say.
-    on_event
-        Called with an `Event` at each step, warnings included. Without it warnings go through the `warnings` module.
-    progress
-        True draws tqdm bars. None draws them in a notebook if there is no `on_event`.
 
     Returns
     -------
@@ -95,16 +61,16 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     StreamerError
         Of the class that says what kind of fault it is (see `streamer.errors`).
     """
-    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
-    detection = detection_options(top_k, threshold_epsilon, solver, None)
-    with monitoring(on_event, None, progress) as monitor:
-        run = run_options(device, "mmap", NOTHING_STATED, None, monitor)
-        live = plan_live(peft_model, adapter_name, ignore_keys)
+    method = take(MethodChoice, options, mitigation_lambda=mitigation_lambda).make()
+    judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
+    with watched(options) as monitor:
+        device = settings.run_options(monitor).device
+        live = plan_live(peft_model, adapter_name, settings.ignore_keys)
         outputs = _checked(live, list(_changed(live)))
-        job, _ = live_job(live, mitigation, detection, findings, run.device, run.monitor)
+        job, _ = live_job(live, method, judged, options.get("findings"), device, monitor)
         # Once before the first is changed: coefficients of other values, or a sum that overflows, are refused here.
         for output in outputs:
-            run.monitor.checkpoint()
+            monitor.checkpoint()
             _values(job, output)
             live.release()
         # Before a weight is changed, since it may fail: a model loaded in inference mode takes no gradients.
@@ -112,11 +78,11 @@ def merge_and_unload_with_reduced_intruder_dimensions(
             live.live.activate(adapter_name)
         total, done = sum(_nbytes(output) for output in outputs), 0
         for items, output in enumerate(outputs):
-            run.monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
+            monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
             _write(live, output, _values(job, output))
             live.release()
             done += _nbytes(output)
-        run.monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
+        monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
         _say_untied(live)
         with quiet_peft():
             return unloaded(live.live)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from streamer.adapters.stated import NOTHING_STATED
-from streamer.api.keywords import detection_options, mitigation_options, run_options
+from streamer.api.keywords import LiveKeywords, explained, watched
+from streamer.api.options import Judged, MethodChoice, Settings, take
 from streamer.detection.findings import Findings
-from streamer.detection.selection import Selection
 from streamer.errors import UnsupportedError, UsageError
-from streamer.events import OnEvent
-from streamer.methods import MethodName, Project
-from streamer.methods.coefficients import Coefficients
+from streamer.methods import Project
 from streamer.output.mitigated_factors import MitigatedFactors
 from streamer.output.records import MitigatedMatrix
 from streamer.output.truncation import truncation_warnings
@@ -26,31 +22,20 @@ from streamer.peft.job import live_job
 from streamer.peft.model import LiveModel, layer_of, quiet_peft, require_peft
 from streamer.peft.plan import LivePlan, plan_live
 from streamer.peft.tensors import LiveTensor
-from streamer.progress import monitoring
 
 LoggingSink = Callable[[str], Any]
 
 
+@explained(LiveKeywords, Settings, MethodChoice)
 def reduce_intruder_dimension(
     peft_model: nn.Module,
     old_adapter_name: str = "default",
     new_adapter_name: str = "intruder_reduced",
-    top_k: int | float = 10,
-    threshold_epsilon: float = 0.5,
+    top_k: int | float | None = None,
+    threshold_epsilon: float | None = None,
     mitigation_lambda: float | None = None,
     logging_sink: LoggingSink | None = None,
-    *,
-    findings: Findings | str | Path | None = None,
-    method: MethodName | None = None,
-    scale: Selection = "all",
-    coefficients: Coefficients | str | Path | None = None,
-    keep: float | None = None,
-    amplify: bool = False,
-    solver: str = "auto",
-    device: str = "auto",
-    ignore_keys: Sequence[str] = (),
-    on_event: OnEvent | None = None,
-    progress: bool | None = None,
+    **options: Unpack[LiveKeywords],
 ) -> Findings | None:
     """Add an adapter whose delta has its intruders scaled by `mitigation_lambda`, and make it the active one.
 
@@ -60,33 +45,14 @@ def reduce_intruder_dimension(
 
     Parameters
     ----------
-    peft_model
-        A `PeftModel`, or a model with injected adapters (PEFT's ``inject_adapter_in_model``, which transformers' ``add_adapter`` calls).
-        What ``torch.compile`` made of one is compiled anew when it is next used.
     old_adapter_name
         A LoRA adapter, active or not.
     new_adapter_name
         The name of the new one, which the model must not have yet.
-    top_k
-        Leading singular directions of each matrix that are judged: a count from 1, or a share of min(rows, columns), a float in (0, 1].
-    threshold_epsilon
-        An intruder is a direction whose similarity, its largest |cosine| to a left singular vector of the base, is below this, in (0, 1].
-    mitigation_lambda
-        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, and no λ if there are `coefficients`.
     logging_sink
         Called with a line for each of PEFT's layers, as PEFT's function prints them; None says nothing.
     findings
         From `detect_intruder_dimensions`, of this module or on the files, or the path of their file: no SVD of a weight is done then.
-    method, scale, coefficients, keep, amplify
-        As `streamer.reduce_intruder_dimension` has them.
-    solver, device
-        As `detect_intruder_dimensions` has them.
-    ignore_keys
-        Keys of the adapter's config that are not known, as those of a later PEFT, and have no effect, as you say.
-    on_event
-        Called with an `Event` at each step, warnings included. Without it warnings go through the `warnings` module.
-    progress
-        True draws tqdm bars. None draws them in a notebook if there is no `on_event`.
 
     Returns
     -------
@@ -102,26 +68,26 @@ def reduce_intruder_dimension(
     StreamerError
         Of the class that says what kind of fault it is (see `streamer.errors`).
     """
-    mitigation = mitigation_options(mitigation_lambda, method, scale, coefficients, keep, amplify)
-    detection = detection_options(top_k, threshold_epsilon, solver, None)
+    method = take(MethodChoice, options, mitigation_lambda=mitigation_lambda).make()
+    judged, settings = take(Judged, options, top_k=top_k, threshold_epsilon=threshold_epsilon), take(Settings, options)
     _check_name(new_adapter_name)
-    with monitoring(on_event, None, progress) as monitor:
-        run = run_options(device, "mmap", NOTHING_STATED, None, monitor)
-        live = plan_live(peft_model, old_adapter_name, ignore_keys)
+    with watched(options) as monitor:
+        device = settings.run_options(monitor).device
+        live = plan_live(peft_model, old_adapter_name, settings.ignore_keys)
         if new_adapter_name in live.live.configs:
             raise UsageError(
                 f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or delete_adapter it"
             )
         _refuse_dense(live)
-        job, found = live_job(live, mitigation, detection, findings, run.device, run.monitor)
+        job, found = live_job(live, method, judged, options.get("findings"), device, monitor)
         factors, new = MitigatedFactors(job), dict[str, Tensor]()
         metrics: list[MitigatedMatrix] = []
         for name, targets in factors.targets.items():
             if name not in new:
                 new |= factors.tensors(targets, metrics)
-        way = f'method="{Project.name}" or ' if not mitigation.keeps_rank else ""
+        way = f'method="{Project.name}" or ' if not method.keeps_rank else ""
         remedy = f"{way}merge_and_unload_with_reduced_intruder_dimensions loses nothing"
-        run.monitor.warn(truncation_warnings(metrics, lambda: remedy))
+        monitor.warn(truncation_warnings(metrics, lambda: remedy))
         _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values.numel()})
         if logging_sink is not None:
             _log(live, found, new_adapter_name, logging_sink)

@@ -35,7 +35,7 @@ def page_data(subject: Subject | Collection) -> dict[str, Any]:
     """Make the object; names in it are escaped as on a terminal. Norms and singular values of findings have the digits that are shown."""
     tree: dict[str, Any] = {"schema": SCHEMA, "findings": None, "evaluation": None, "output": None, "several": None}
     if isinstance(subject, Collection):
-        held = {name: one.findings for name, one in subject.subjects.items() if one.findings is not None}
+        held = subject.findings
         most = MOST_DIRECTIONS // len(held)
         tree["several"] = [
             {"name": printable(name), "findings": _findings(found, most)} for name, found in held.items()

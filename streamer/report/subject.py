@@ -61,6 +61,12 @@ class Subject:
     evaluation: Evaluation | None = None
     record: Mapping[str, Any] | None = None
 
+    @property
+    def found(self) -> Findings:
+        """Return the findings, of a report on findings."""
+        assert self.findings is not None
+        return self.findings
+
     def to_dict(self) -> ReportRecord:
         """Make the JSON object (schema ``streamer.report/1``), which has all that is drawn."""
         findings, evaluation = self.findings, self.evaluation
@@ -78,7 +84,7 @@ class Subject:
 class Collection:
     """Hold findings on several adapters, by the names of their files, as `detect` of several leaves them in a directory."""
 
-    subjects: Mapping[str, Subject]
+    findings: Mapping[str, Findings]
 
 
 def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subject | Collection:
@@ -118,7 +124,7 @@ def open_subject(path: str | Path, evaluation: str | Path | None = None) -> Subj
                 f"{path}: holds findings on {counted(len(found), 'adapter')}, and an evaluation is of one; name its findings, such as "
                 f"{found[0]}"
             )
-        return Collection({one.stem: make_subject(load_findings(one), where=one) for one in found})
+        return Collection({one.stem: make_subject(load_findings(one), where=one).found for one in found})
     findings = load_findings(path)
     return make_subject(findings, None if evaluation is None else load_evaluation(evaluation), path)
 

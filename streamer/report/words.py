@@ -20,7 +20,7 @@ from streamer.units import counted, format_size, listed
 def title(subject: Subject | Collection) -> str:
     """Name a report."""
     if isinstance(subject, Collection):
-        return f"Intruder dimensions of {counted(len(subject.subjects), 'adapter')}"
+        return f"Intruder dimensions of {counted(len(subject.findings), 'adapter')}"
     if subject.record is not None:
         return f"{subject.record['command']}: {_name(subject.record['adapter'])}"
     assert subject.findings is not None
@@ -35,7 +35,7 @@ def headline(subject: Subject | Collection) -> tuple[str, list[tuple[str, str]]]
         ("Then make this page again, with the measurement", "streamer report FINDINGS evaluation.json -o report.html --overwrite"),
     ]  # fmt: skip
     if isinstance(subject, Collection):
-        counts = {name: one.findings.intruders for name, one in subject.subjects.items() if one.findings is not None}
+        counts = {name: found.intruders for name, found in subject.findings.items()}
         most = max(counts, key=lambda name: counts[name])
         found = (
             f"{printable(most)} has the most intruders, {counts[most]}" if counts[most] else "no adapter has intruders"

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from streamer.errors import FormatError, MissingInputError, OutputError, StorageError
+from streamer.errors import FormatError, MissingInputError, OutputError, StorageError, advice
 from streamer.storage.system import MAX_CALL_BYTES, sync
 
 Stamp = tuple[int, int, int, int]
@@ -90,17 +90,6 @@ def storage_errors(path: Path, action: str) -> Iterator[None]:
         yield
     except OSError as e:
         raise storage_error(path, action, e) from e
-
-
-def advice(e: OSError) -> str:
-    """Say what to do about an error of the system's."""
-    if e.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        return "free some space, then run the same command again"
-    if e.errno in {errno.EMFILE, errno.ENFILE}:
-        return "take fewer adapters at once, or raise `ulimit -n`"
-    if e.errno == errno.ENAMETOOLONG:
-        return "choose a shorter name"
-    return "run the same command again once the cause is gone"
 
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/+.*")

@@ -32,7 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    made = Server(modules=("streamer.cli.evaluation", "transformers.models.llama.modeling_llama"))
+    made = Server(modules=("streamer.api.evaluation", "transformers.models.llama.modeling_llama"))
     yield made
     made.close()
 

@@ -16,11 +16,11 @@ from learned import make_learned
 from test_schemas import check
 
 import streamer
-from streamer.cli.evaluation import START_SECONDS
 from streamer.evaluation.shrinks import against_shrink
 from streamer.events import Event
 from streamer.fitting.options import FitOptions
 from streamer.fitting.result import SHRINKS
+from streamer.forecast.passes import START_SECONDS
 
 HEADS = [
     "keep",
@@ -50,7 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    made = Server(modules=("streamer.cli.fitting", "transformers.models.llama.modeling_llama"))
+    made = Server(modules=("streamer.api.fitting", "transformers.models.llama.modeling_llama"))
     yield made
     made.close()
 

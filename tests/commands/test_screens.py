@@ -195,7 +195,7 @@ print("after")
 
 WARNED = """
 from streamer.events import Event
-from streamer.progress import monitoring
+from streamer.api.progress import monitoring
 with monitoring(None, None, True) as monitor:
     monitor.emit(Event("evaluate", "a.weight", 0, 80, 0, 8))
     monitor.emit(Event("detect", "a.weight", 0, 4, 0, 4))

@@ -17,7 +17,7 @@ from helpers import tree_digest
 from several import NAMES, WAYS, Several, run
 
 import streamer
-from streamer.adapters.batch import named_adapters
+from streamer.adapters.one_or_several import named_adapters
 from streamer.errors import StorageError, UsageError
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_batch

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import ENV, run_cli
 
-from streamer.cli.cores import available_cores
+from streamer.forecast.cores import available_cores
 
 SAY = "import os, torch; print(os.environ.get('OMP_WAIT_POLICY'), torch.get_num_threads())"
 

@@ -15,14 +15,15 @@ from several import Several
 from worker_runs import WorkerBench, dask_scheduler, dask_workers, ray_cluster, worker_bench
 
 import streamer
-from streamer.adapters.batch import named_adapters
 from streamer.detection.device import choose_device
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.detection.parts import Part
-from streamer.detection.run import detect_many
+from streamer.detection.run import detect_to_files
 from streamer.errors import FormatError, MismatchError, MissingInputError, OutputExistsError, UsageError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
+from streamer.plan.memory import resident_bytes
+from streamer.plan.plan import make_batch
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,10 @@ def in_part(bench: WorkerBench, out: Path, part: Part | None, overwrite: bool = 
     run = RunOptions(choose_device("cpu"), overwrite=overwrite)
     chosen = DetectionOptions(solver="certified", **options)
     with threads(1):
-        detect_many(bench.base, named_adapters(bench.adapter), out, chosen, run, part)
+        batch, paths = make_batch(bench.base, [bench.adapter]), [out]
+        if part is not None:
+            batch, paths = part.take(batch, paths, chosen)
+        detect_to_files(batch, paths, chosen, run, resident_bytes(batch))
 
 
 def test_parts_are_joined_to_the_same_bytes(bench: WorkerBench, tmp_path: Path) -> None:

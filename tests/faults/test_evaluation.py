@@ -22,7 +22,7 @@ from streamer.storage.lock import locked
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    made = Server(modules=("streamer.cli.evaluation", "transformers.models.llama.modeling_llama"))
+    made = Server(modules=("streamer.api.evaluation", "transformers.models.llama.modeling_llama"))
     yield made
     made.close()
 

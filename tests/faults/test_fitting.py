@@ -38,7 +38,7 @@ KEEP = (0.9, 0.6)
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    made = Server(modules=("streamer.cli.fitting", "transformers.models.llama.modeling_llama"))
+    made = Server(modules=("streamer.api.fitting", "transformers.models.llama.modeling_llama"))
     yield made
     made.close()
 

@@ -14,8 +14,8 @@ from mutate import Mutator, dump, mutate_json, mutate_safetensors, with_header
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from streamer.api import iter_merged
-from streamer.cli.json_report import inspect_json
+from streamer.api.inspection import inspection_record
+from streamer.api.writing import iter_merged
 from streamer.cli.tables import inspect_table
 from streamer.errors import FormatError, StreamerError
 from streamer.output.merge_plan import plan_merged
@@ -135,7 +135,7 @@ def config(home: Path) -> Target:
 def use(base: Path, adapter: Path) -> None:
     """Everything that the commands do with inputs short of writing: the plan and its table, findings, merged tensors, both ways."""
     plan = make_plan(base, adapter)
-    inspect_table(inspect_json(plan, {}))
+    inspect_table(inspection_record(plan, {}))
     plan.digest()
     refused = 0
     for dequantize in (False, True):

@@ -15,6 +15,7 @@ from fuzz_inputs import CPU, NAMES, Target, Trouble, adapter, config, header, in
 from helpers import sealed, tree_digest
 from mutate import journal_bytes, mutate_journal, mutate_json, mutate_safetensors, records_of
 
+from streamer.adapters.one_or_several import One
 from streamer.cli.tables import findings_table
 from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions, RunOptions
@@ -44,7 +45,8 @@ def detect_file(plan: Plan, path: Path, options: DetectionOptions, monitor: Moni
 def open_job(base: Path, adapter: Path, mitigation: Method, options: DetectionOptions, findings: Path | None) -> Job:
     """Open a merge."""
     form = OutputOptions(merges=True)
-    (job,) = open_jobs(base, {"": adapter}, [findings], mitigation, options, form, RunOptions(CPU))
+    found = None if findings is None else load_findings(findings)
+    (job,) = open_jobs(base, One(adapter), [found], mitigation, options, form, RunOptions(CPU))
     return job
 
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from streamer.plan.memory import PROCESS_BYTES
-import streamer.cli.commands, streamer.api.merging
+import streamer.cli.commands, streamer.api.writing
 
 print(PROCESS_BYTES, re.search(r"RssAnon:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
 """

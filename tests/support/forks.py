@@ -24,7 +24,7 @@ SERVER = """
 import errno, importlib, json, os, resource, signal, sys, time
 import torch
 torch.set_num_threads(1)
-import streamer.cli.main, streamer.api, streamer.cli.json_report
+import streamer.cli.main, streamer.api.detection, streamer.api.writing, streamer.api.report, streamer.cli.tables
 from streamer.cli.main import run
 
 home, calls = sys.argv[1], sys.argv[2].split(",")

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from streamer.cli.json_report import dry_run
+from streamer.api.records import dry_run
+from streamer.cli.dry_run import dry_run_text
+from streamer.cli.layout import Screen
 
 
 @pytest.mark.parametrize(("number", "words"), [(1, "1 file; 1 matrix"), (2, "2 files; 2 matrices")])
 def test_one_file_and_one_matrix_are_singular(tmp_path: Path, number: int, words: str) -> None:
-    tree, line = dry_run("fit", tmp_path / "c", "new", number, number, None, None)
-    assert line == f"dry run: would write {tmp_path / 'c'}: {words}"
+    tree = dry_run("fit", tmp_path / "c", "new", number, number, None, None)
+    assert dry_run_text(tree, "fit", Screen()) == f"dry run: would write {tmp_path / 'c'}: {words}"
     assert (tree["files"], tree["matrices"]) == (number, number)

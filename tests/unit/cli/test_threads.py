@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamer.cli import calibration
-from streamer.cli.cores import available_cores
-from streamer.cli.threads import COUNTS, choose_threads
+from streamer.api.threads import COUNTS, choose_threads
 from streamer.events import Event, Monitor
+from streamer.forecast import calibration
+from streamer.forecast.cores import available_cores
 
 
 def groups(directory: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:

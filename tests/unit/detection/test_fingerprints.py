@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import three_shards
 from safetensors.torch import load_file, save_file
 
+import streamer
 from streamer.detection.findings import Findings
 from streamer.detection.fingerprints import fingerprint, matched_findings
-from streamer.detection.options import DetectionOptions, RunOptions
-from streamer.detection.run import detect_many
 from streamer.errors import MismatchError
 from streamer.plan.plan import Plan, make_plan
 
@@ -29,8 +27,7 @@ def prints(plan: Plan) -> list[str | None]:
 
 
 def findings(base: Path, adapter: Path) -> Findings:
-    found = detect_many(base, {"": adapter}, None, DetectionOptions(), RunOptions(torch.device("cpu")))
-    return found[""]
+    return streamer.detect_intruder_dimensions(base, adapter)
 
 
 def test_a_wider_dtype_and_other_shards_keep_it(inputs: tuple[Path, Path], tmp_path: Path) -> None:

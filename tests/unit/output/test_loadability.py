@@ -15,6 +15,7 @@ import pytest
 import torch
 from seeds import vary
 
+from streamer.adapters.one_or_several import One
 from streamer.cli.main import run
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import UnloadableError
@@ -149,7 +150,7 @@ def job_of(base: Path, adapter: Path, **form: Any) -> Job:
     detection = DetectionOptions()
     (job,) = open_jobs(
         base,
-        {"": adapter},
+        One(adapter),
         [None],
         UNCHANGED,
         detection,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from streamer.cli.cores import available_cores
 from streamer.errors import UsageError
 from streamer.events import Event, Monitor
+from streamer.forecast.cores import available_cores
 
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """By any of these the user says how OpenMP's threads wait."""
@@ -53,7 +53,7 @@ def choose_threads(count: int | None, monitor: Monitor) -> None:
 
     if count is not None or is_count_chosen() or (cores := torch.get_num_threads()) == 1:
         return
-    from streamer.cli.calibration import threads_pace
+    from streamer.forecast.calibration import threads_pace
 
     if (times := threads_pace(cores)) > WORTHLESS:
         torch.set_num_threads(1)

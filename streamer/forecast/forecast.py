@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import torch
 
-from streamer.cli.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
 from streamer.detection.cost import chosen_solver, cost
 from streamer.detection.findings_size import FindingsSize, findings_bytes
 from streamer.detection.memory import best_way, detection_bytes, float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Event, Monitor
+from streamer.forecast.calibration import decoding_pace, detection_pace, factor_cost, factor_pace, writing_pace
 from streamer.json_types import Amount, Count, Keywords
 from streamer.linalg.operators import Delta
 from streamer.linalg.svd import OVERSAMPLING

@@ -1,20 +1,21 @@
-"""Run the whole job on a small generated model with planted intruders, in a directory of the caller's."""
+"""Run the whole job on a small generated model with planted intruders."""
 
 from __future__ import annotations
 
+import os
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
-from streamer.api import detect_intruder_dimensions, merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
-from streamer.cli.layout import Column, Screen, fit, table
-from streamer.cli.synthetic import make_demo
-from streamer.cli.tables import NO_LIMIT
+from streamer.api.detection import detect_intruder_dimensions
+from streamer.api.synthetic import make_demo
+from streamer.api.writing import merge_with_reduced_intruder_dimensions, reduce_intruder_dimension
 from streamer.detection.findings import load_findings
-from streamer.detection.options import DetectionOptions
+from streamer.errors import OutputExistsError
 from streamer.events import Monitor
 from streamer.json_types import Amount, Count, TensorName
-from streamer.methods.method import Method
-from streamer.plan.name_order import natural
+from streamer.methods import Method, Project
 from streamer.storage.checkpoint import open_checkpoint
 
 
@@ -47,8 +48,32 @@ DemoRecord.__doc__ = "What `streamer demo --json` prints."
 # fmt: on
 
 
-def run_demo(directory: Path, mitigation: Method, monitor: Monitor) -> DemoRecord:
-    """Detect, mitigate, merge, and detect again on what is left of the adapter."""
+@dataclass(frozen=True)
+class DemoRequest:
+    """A demo as it is asked for.
+
+    Attributes
+    ----------
+    output
+        Directory to write, which must not exist; None: one that is removed at the end.
+    """
+
+    mitigation_lambda: float
+    amplify: bool
+    output: Path | None
+
+    def run(self, monitor: Monitor) -> DemoRecord:
+        """Detect, mitigate, merge, and detect again on what is left of the adapter."""
+        method = Project(self.mitigation_lambda, amplify=self.amplify)
+        if self.output is None:
+            with tempfile.TemporaryDirectory(prefix="streamer-demo-") as directory:
+                return {**_run(Path(directory), method, monitor), "directory": None}
+        if os.path.lexists(self.output):
+            raise OutputExistsError(f"{self.output}: exists; name a directory that does not", self.output)
+        return _run(self.output, method, monitor)
+
+
+def _run(directory: Path, mitigation: Method, monitor: Monitor) -> DemoRecord:
     model = make_demo(directory)
     findings_path, adapter_path, merged_path = (
         directory / name for name in ("findings.safetensors", "mitigated", "merged")
@@ -82,42 +107,3 @@ def run_demo(directory: Path, mitigation: Method, monitor: Monitor) -> DemoRecor
         "matrices": rows,
         "directory": str(directory),
     }  # fmt: skip
-
-
-NEXT = """\
-next: streamer inspect BASE ADAPTER   shows what would be done with yours, and
-      streamer detect BASE ADAPTER -o findings.safetensors   finds its intruders"""
-
-
-def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:
-    """Format the demo's result for people."""
-
-    def number(x: float | None) -> str:
-        return "-" if x is None else f"{x:.3f}"
-
-    t, strength, top_k = result["totals"], result["lambda"], DetectionOptions().top_k
-    rows = sorted(result["matrices"], key=lambda r: natural(r["tensor"]))
-    counts: dict[Literal["planted", "found", "gone"], str] = {
-        "planted": "intruders that the generated adapter brings into this matrix",
-        "found": f"intruders among the {top_k} largest directions, by `streamer detect`",
-        "gone": f"no longer found in the adapter that `streamer mitigate --method project --lambda {strength:g}` wrote",
-    }
-    columns = [
-        Column("matrix", [r["tensor"] for r in rows], left=True, names=True, foot=f"all {t['matrices']} matrices")
-    ]
-    for key, about in counts.items():
-        columns.append(Column(key, [str(r[key]) for r in rows], about, keep=9, foot=str(t[key])))
-    before = [number(r["sigma_before"]) for r in rows]
-    columns.append(Column("sigma", before, "singular value of the largest one; the base's own largest is 1", keep=3))
-    if t["left"]:
-        after = [number(r["sigma_after"]) for r in rows]
-        columns.append(
-            Column("sigma left", after, "the same of what is found in the new adapter, `-` where none is", keep=5)
-        )
-    meaning = (
-        "lambda 0 removes an intruder"
-        if strength == 0
-        else f"lambda {strength:g}: that share of an intruder's singular value is kept"
-    )
-    told = f"{t['planted']} planted, {t['found']} found, {t['gone']} gone, {t['left']} left; {meaning}"
-    return "\n\n".join((table(columns, screen), fit(told, screen.width), fit(NEXT, screen.width, 6)))

@@ -1,8 +1,7 @@
-"""Open the workers that a command line names: processes here, or those of Dask or Ray."""
+"""Open workers: processes on this machine, or those of Dask or Ray."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import logging
@@ -18,34 +17,44 @@ from typing import Any
 
 import torch
 
-from streamer.cli.cores import available_cores
-from streamer.cli.threads import is_count_chosen
+from streamer.api.threads import is_count_chosen
 from streamer.detection.workers import Cluster, Workers
 from streamer.errors import MissingPackageError, UsageError, WorkerError
 from streamer.events import Event, Monitor
+from streamer.forecast.cores import available_cores
 from streamer.units import counted, listed
 
 WAITED = 30
 """Seconds until an engine that does not answer is given up."""
 
 
-def workers_of(args: argparse.Namespace, monitor: Monitor) -> Workers | None:
-    """Make the workers that the arguments name, and give torch the number of threads that each has; None where they name none."""
-    if args.executor is not None and args.workers is not None:
+def open_workers(count: int | None, executor: str | None, threads: int | None, monitor: Monitor) -> Workers | None:
+    """Make the workers that options name, and give torch the number of threads that each has; None if they name none.
+
+    Parameters
+    ----------
+    count
+        Processes on this machine.
+    executor
+        ``dask:ADDRESS`` or ``ray:ADDRESS``.
+    threads
+        Threads of each; None: a share of the cores, or one for a task of an engine.
+    """
+    if executor is not None and count is not None:
         raise UsageError("--workers: starts processes here, --executor takes those of an engine; give one of them")
-    if args.executor is not None:
-        engine, _, address = args.executor.partition(":")
+    if executor is not None:
+        engine, _, address = executor.partition(":")
         if engine not in ENGINES or not address:
-            raise UsageError(f"--executor: expected dask:ADDRESS or ray:ADDRESS, found {args.executor!r}")
-        _give_threads(args.threads, 1, f"{engine} tasks have", monitor)
+            raise UsageError(f"--executor: expected dask:ADDRESS or ray:ADDRESS, found {executor!r}")
+        _give_threads(threads, 1, f"{engine} tasks have", monitor)
         return Workers(partial(ENGINES[engine], address))
-    if args.workers is None:
+    if count is None:
         return None
-    if args.workers < 1:
-        raise UsageError(f"--workers: expected a number from 1, found {args.workers}")
-    each = max(1, available_cores() // args.workers)
-    _give_threads(args.threads, each, f"{counted(args.workers, 'worker')} with", monitor)
-    return Workers(partial(processes, args.workers), 2 * args.workers, args.workers)
+    if count < 1:
+        raise UsageError(f"--workers: expected a number from 1, found {count}")
+    each = max(1, available_cores() // count)
+    _give_threads(threads, each, f"{counted(count, 'worker')} with", monitor)
+    return Workers(partial(processes, count), 2 * count, count)
 
 
 def _give_threads(count: int | None, default: int, what: str, monitor: Monitor) -> None:

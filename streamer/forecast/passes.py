@@ -1,37 +1,23 @@
-"""Run `streamer evaluate`, and forecast it."""
+"""Forecast what an evaluation and a fit take: the time of their passes by a short probe of this machine."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
 import time
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from streamer.cli.evaluation_table import evaluation_table
-from streamer.cli.forecast import Forecast, network_bytes
-from streamer.cli.json_report import dry_run, dry_runs
-from streamer.cli.layout import Screen
-from streamer.cli.tables import stood
-from streamer.detection.findings import load_findings
-from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.memory import measured_bytes
-from streamer.evaluation.options import EvaluationOptions, ProductDtype
+from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.passes import checked_tokens
-from streamer.evaluation.prepare import Prepared, prepare
-from streamer.evaluation.records import inspect, measured_before
-from streamer.evaluation.run import evaluate
+from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.steps import MOST_PLACED
-from streamer.evaluation.view import Names
 from streamer.events import Event
+from streamer.fitting.costs import GRADIENT, expected_costs
+from streamer.fitting.prepare import PreparedFit
+from streamer.forecast.forecast import Forecast, network_bytes
 from streamer.linalg.torch_state import bfloat16_products, full_float32
-from streamer.methods.coefficients_file import load_coefficients
 
 OVERHEAD = 1.3
 """Time of a pass over that of its products: attention, norms, the softmax, and reading the weights."""
@@ -45,49 +31,11 @@ READ_SECONDS = 4e-4
 VALUE_BYTES, VARIANT_BYTES = 26, 1600
 """Bytes in JSON of a sequence's sum, at most, and of a variant's other figures."""
 
+SET_BYTES, TENSOR_BYTES = 2500, 120
+"""Bytes of the figures of a set of coefficients in the file, at most, and of an array's entry in its header beside the matrix' name."""
 
-def run_evaluation(
-    args: argparse.Namespace, detection: DetectionOptions, run: RunOptions, screen: Screen
-) -> tuple[Mapping[str, Any], str]:
-    """Evaluate, or forecast it, and return the object and the text that are printed."""
-    options = EvaluationOptions(
-        tuple(args.methods),
-        tuple(args.lambdas),
-        args.scale,
-        args.sequences,
-        args.length,
-        args.keep_learned,
-        args.projected,
-        args.dtype,
-        load_coefficients(args.coefficients) if args.coefficients else None,
-        args.amplify,
-    )
-    texts = {"general": Path(args.general), "task": Path(args.task)}
-    findings = Path(args.findings) if args.findings else None
-    prepared = prepare(args.base, Path(args.adapter), texts, findings, options, detection, run)
-    output = Path(args.output)
-    if args.dry_run:
-        state = inspect(prepared, output)
-        forecast = None if state == "done" else forecast_evaluation(prepared, measured_before(prepared, output))
-        matrices = len(prepared.plan.targets)
-        parts = {"": dry_run("evaluate", output, state, matrices, 1, None, forecast)}
-        return dry_runs("evaluate", args.output, parts, forecast, screen)
-    found = evaluate(prepared, output)
-    done = run.monitor.outputs[output]
-    files = (
-        shlex.quote(file or "") for file in (args.general, args.task, args.output, args.findings, args.coefficients)
-    )
-    read = {name: getattr(options, name) for name in ("sequences", "length")}
-    reading = (f" --{name} {most}" for name, most in read.items() if most != getattr(EvaluationOptions, name))
-    names = replace(Names(shlex.join(args.given), *files), reading="".join(reading))
-    return {**found.to_dict(), "output": str(output), "state": done}, evaluation_table(
-        found, names, screen, stood(output, done)
-    )
-
-
-def given_findings_options(args: argparse.Namespace) -> Any:
-    """Load the findings that are given, whose options hold; None where there are none."""
-    return load_findings(args.findings) if args.findings else None
+RECORD_BYTES, PASS_BYTES = 300, 4000
+"""Bytes of a record of the journal beside its gradient, and of the sums of a pass, about."""
 
 
 def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecast:
@@ -141,3 +89,26 @@ def products_pace(inputs: int, outputs: int, dtype: ProductDtype) -> float:
             torch.nn.functional.linear(x, w)
         best = min(best, time.perf_counter() - start)
     return best / (len(x) * w.numel())
+
+
+def forecast_fit(prepared: PreparedFit) -> Forecast:
+    """Forecast what a fit takes that does all that is expected of it; time for products by a short probe."""
+    monitor, size, costs = prepared.run.monitor, prepared.model.size, expected_costs(prepared)
+    monitor.emit(Event("probe", "a matrix product", 0, 1))
+    pace = products_pace(size.hidden, min(size.widest, 4096), prepared.options.dtype)
+    monitor.emit(Event("probe", "", 1, 1))
+    peak = prepared.peak_bytes(costs.variants)
+    checked = checked_tokens(prepared.groups)
+    runs = GRADIENT * len(costs.gradients) + len(costs.passes) + 2 * (checked > 0)
+    read, products = size.read * runs, sum([*costs.gradients, *costs.passes, checked * sum(size.products.values())])
+    seconds = pass_seconds(products, pace, len(prepared.model.modules) * runs)
+    count = sum(map(len, prepared.parameters.singular_values.values()))
+    facts = len(json.dumps(prepared.facts)) + SET_BYTES * len(prepared.options.keep)
+    names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in prepared.plan.targets)
+    writes = 8 * count * (1 + len(prepared.options.keep)) + names + facts
+    journal = len(costs.gradients) * (RECORD_BYTES + 8 * prepared.parameters.count) + len(costs.passes) * (
+        RECORD_BYTES + PASS_BYTES
+    )
+    return Forecast(
+        peak, peak, read, network_bytes(prepared.plan, read), writes, journal + prepared.spool_bytes, seconds
+    )

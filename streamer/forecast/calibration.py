@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from streamer.cli.cores import available_cores
 from streamer.detection.cost import cost
 from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
+from streamer.forecast.cores import available_cores
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta, Dense, Matrix, RowBlocks
 from streamer.linalg.torch_state import threads

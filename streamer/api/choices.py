@@ -1,0 +1,18 @@
+"""Offer what a command line needs without importing torch: choices, cores, and inputs as they may be printed."""
+
+from __future__ import annotations
+
+from streamer.forecast.cores import available_cores
+from streamer.methods import BY_LAMBDA, DEFAULT, METHODS, Fitted
+from streamer.remote.addresses import parse_address
+
+__all__ = ["ABOUT", "BY_LAMBDA", "COEFFICIENTS_METHOD", "DEFAULT_METHOD", "available_cores", "shown"]
+
+ABOUT = {name: method.about for name, method in METHODS.items()}
+DEFAULT_METHOD, COEFFICIENTS_METHOD = DEFAULT.name, Fitted.name
+
+
+def shown(given: str) -> str:
+    """Return an input as it may be printed: an address without the password or signature in it."""
+    address = parse_address(given)
+    return given if address is None else address.shown

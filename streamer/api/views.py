@@ -1,0 +1,18 @@
+"""Offer what tables say of results, beside the results themselves."""
+
+from __future__ import annotations
+
+from streamer.detection.memory import is_repeated
+from streamer.detection.options import DetectionOptions
+from streamer.evaluation.identity import input_options
+from streamer.evaluation.view import Names, commands, figures, reasons, verdict
+from streamer.methods import takes_findings
+from streamer.methods.coefficients import share_name
+from streamer.output.record_view import record_lines
+from streamer.plan.name_order import natural
+from streamer.report.diff import FATES, fates_counted
+
+__all__ = [
+    "FATES", "DetectionOptions", "Names", "commands", "fates_counted", "figures", "input_options", "is_repeated", "natural", "reasons",
+    "record_lines", "share_name", "takes_findings", "verdict",
+]  # fmt: skip

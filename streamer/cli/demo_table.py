@@ -1,0 +1,50 @@
+"""Format the demo's result for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from streamer.api.views import DetectionOptions, natural
+from streamer.cli.layout import Column, Screen, fit, table
+from streamer.cli.tables import NO_LIMIT
+
+if TYPE_CHECKING:
+    from streamer.api.demo import DemoRecord
+
+NEXT = """\
+next: streamer inspect BASE ADAPTER   shows what would be done with yours, and
+      streamer detect BASE ADAPTER -o findings.safetensors   finds its intruders"""
+
+
+def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:
+    """Format the demo's result for people."""
+
+    def number(x: float | None) -> str:
+        return "-" if x is None else f"{x:.3f}"
+
+    t, strength, top_k = result["totals"], result["lambda"], DetectionOptions().top_k
+    rows = sorted(result["matrices"], key=lambda r: natural(r["tensor"]))
+    counts: dict[Literal["planted", "found", "gone"], str] = {
+        "planted": "intruders that the generated adapter brings into this matrix",
+        "found": f"intruders among the {top_k} largest directions, by `streamer detect`",
+        "gone": f"no longer found in the adapter that `streamer mitigate --method project --lambda {strength:g}` wrote",
+    }
+    columns = [
+        Column("matrix", [r["tensor"] for r in rows], left=True, names=True, foot=f"all {t['matrices']} matrices")
+    ]
+    for key, about in counts.items():
+        columns.append(Column(key, [str(r[key]) for r in rows], about, keep=9, foot=str(t[key])))
+    before = [number(r["sigma_before"]) for r in rows]
+    columns.append(Column("sigma", before, "singular value of the largest one; the base's own largest is 1", keep=3))
+    if t["left"]:
+        after = [number(r["sigma_after"]) for r in rows]
+        columns.append(
+            Column("sigma left", after, "the same of what is found in the new adapter, `-` where none is", keep=5)
+        )
+    meaning = (
+        "lambda 0 removes an intruder"
+        if strength == 0
+        else f"lambda {strength:g}: that share of an intruder's singular value is kept"
+    )
+    told = f"{t['planted']} planted, {t['found']} found, {t['gone']} gone, {t['left']} left; {meaning}"
+    return "\n\n".join((table(columns, screen), fit(told, screen.width), fit(NEXT, screen.width, 6)))
