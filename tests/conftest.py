@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
 import streamer.plan.memory  # noqa: F401 - before what else the tests need: it measures the process that imports it
 
 # isort: split
+import forks
 import helpers
 import pytest
 import seeds
@@ -91,6 +93,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (rank.get(str(paths[item]), len(HEAVY)), FOLDERS.index(paths[item].parts[0])))
 
 
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of garbage collection, a tenth of the time of tests that build models."""
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> None:
     """Seed a fixture that several tests share by its own name: it draws the same, whichever test asks for it first."""
@@ -129,3 +136,9 @@ def single(tmp_path: Path) -> tuple[Path, Path]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A sharded base and its adapter, which no test changes."""
     return helpers.three_shards(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def server() -> forks.Server:
+    """The server of commands that run a model."""
+    return forks.server("streamer.api.evaluation", "streamer.api.fitting", "transformers.models.llama.modeling_llama")

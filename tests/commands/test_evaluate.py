@@ -30,13 +30,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server(modules=("streamer.api.evaluation", "transformers.models.llama.modeling_llama"))
-    yield made
-    made.close()
-
-
 def run(server: Server, home: Path, output: object, *options: object, before: str = "", **texts: Path) -> Outcome:
     line = ["evaluate", home / "base", home / "adapter", "-o", output, *options]
     for name in ("general", "task"):

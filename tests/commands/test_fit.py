@@ -48,13 +48,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_learned(tmp_path_factory.mktemp("fit"))
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server(modules=("streamer.api.fitting", "transformers.models.llama.modeling_llama"))
-    yield made
-    made.close()
-
-
 def run(server: Server, home: Path, output: object, *options: object, before: str = "", **inputs: Path) -> Outcome:
     line = ["fit", inputs.get("base", home / "base"), inputs.get("adapter", home / "adapter"), "-o", output, *options]
     for name in ("general", "task"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import run_cli
+from forks import server
 
 WARNING = (
     "'use_tomorrow', 'use_hyper' of adapter_config.json are ignored: the result relies on them not changing the delta"
@@ -24,9 +24,9 @@ def inputs(job: tuple[Path, Path]) -> tuple[Path, Path]:
 
 def run(*args: object) -> dict[str, Any]:
     """Run a command that ignores both keys, and look for the one warning; with -q it is on stderr, with -qq nothing is."""
-    done = run_cli(*args, *IGNORE, "--json", "-q")
-    assert (done.returncode, done.stderr) == (0, f"streamer: warning: {WARNING}\n")
-    found: dict[str, Any] = json.loads(done.stdout)
+    done = server().run(*args, *IGNORE, "--json", "-q")
+    assert (done.code, done.err, done.last) == (0, f"streamer: warning: {WARNING}\n", "")
+    found: dict[str, Any] = json.loads(done.out)
     return found
 
 
@@ -39,4 +39,5 @@ def test_ignored_keys_are_a_warning(inputs: tuple[Path, Path], tmp_path: Path) -
         made = output / command
         assert WARNING in run(command, base, adapter, "-o", made, "--method", "shrink")["warnings"]
         assert WARNING in json.loads((made / "streamer.json").read_text())["warnings"]
-    assert run_cli("inspect", base, adapter, *IGNORE, "-qq").stderr == ""
+    silent = server().run("inspect", base, adapter, *IGNORE, "-qq")
+    assert (silent.code, silent.err + silent.last) == (0, "")

@@ -9,7 +9,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from command_line import run_cli
+from forks import server
 from safetensors.torch import save_file
 from seeds import vary
 
@@ -85,9 +85,9 @@ def test_the_base_of_another_seed_is_recognised(home: Path, solver: str, base: s
 
 def test_every_command_says_so(home: Path, tmp_path: Path) -> None:
     base, adapter, path = home / "other", home / "adapter", tmp_path / "f.safetensors"
-    done = run_cli("detect", base, adapter, "-o", path, "--json", "-q")
-    assert json.loads(done.stdout)["totals"]["looks_like_another_base"] is True
-    again = run_cli("report", path, "-q")
-    merged = run_cli("merge", base, adapter, "-o", tmp_path / "out", "--findings", path, "-q")
+    done = server().run("detect", base, adapter, "-o", path, "--json", "-q")
+    assert json.loads(done.out)["totals"]["looks_like_another_base"] is True
+    again = server().run("report", path, "-q")
+    merged = server().run("merge", base, adapter, "-o", tmp_path / "out", "--findings", path, "-q")
     for shown in (done, again, merged):
-        assert (shown.returncode, shown.stderr.count(SAYS)) == (0, 1)
+        assert (shown.code, shown.err.count(SAYS)) == (0, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,6 @@ import streamer
 from streamer.errors import InputChangedError, Interrupted, LockedError, OutputError, OutputExistsError
 from streamer.events import Event, Monitor
 from streamer.storage.lock import locked
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server(modules=("streamer.api.evaluation", "transformers.models.llama.modeling_llama"))
-    yield made
-    made.close()
 
 
 class Job(NamedTuple):

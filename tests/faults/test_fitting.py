@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +34,6 @@ from streamer.linalg.torch_state import threads
 from streamer.storage.lock import locked
 
 KEEP = (0.9, 0.6)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server(modules=("streamer.api.fitting", "transformers.models.llama.modeling_llama"))
-    yield made
-    made.close()
 
 
 class Job(NamedTuple):

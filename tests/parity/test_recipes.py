@@ -143,6 +143,7 @@ def test_a_server_s_adapters_are_plain_and_answer_as_the_given_ones(ran: tuple[P
     assert (record["totals"]["dropped_max"] > 0.01) == bool(record["warnings"])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 def test_a_script_acts_on_what_is_lost(ran: tuple[Path, dict[str, Outcome]], tmp_path: Path) -> None:
     (script,) = re.findall(r"  ```sh\n(  streamer mitigate .*?)  ```", PAGE, re.DOTALL)

@@ -187,7 +187,7 @@ def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tool", ["make_checkpoint.py", "bench_merge.py"])
 def test_help_teaches(tool: str) -> None:
-    done = run_tool(tool, "--help")
+    done = call_tool(tool.removesuffix(".py"), "--help")
     assert done.returncode == 0, done.stderr
     assert f"python tools/{tool} " in done.stdout  # an example
     assert "--size-gb" in done.stdout

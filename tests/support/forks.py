@@ -21,15 +21,18 @@ from command_line import ENV
 CALLS = ("write", "pwrite", "fsync", "rename", "unlink", "ftruncate")
 
 SERVER = """
-import errno, importlib, json, os, resource, signal, sys, time
+import errno, gc, importlib, json, os, resource, signal, sys, time
 import torch
 torch.set_num_threads(1)
 import streamer.cli.main, streamer.api.detection, streamer.api.writing, streamer.api.report, streamer.cli.tables
 from streamer.cli.main import run
+from streamer.plan.architecture_table import conv1d_names
 
 home, calls = sys.argv[1], sys.argv[2].split(",")
 for module in sys.argv[3:]:
     importlib.import_module(module)
+conv1d_names()  # what most runs look up, and no run changes
+gc.freeze()  # a collection in a run would copy every page of what is imported
 real = {name: getattr(os, name) for name in calls}
 log = []
 
@@ -82,6 +85,7 @@ for line in sys.stdin:
     _, status = os.waitpid(pid, os.WUNTRACED if "SIGSTOP" in ask.get("code", "") else 0)
     stopped = os.WIFSTOPPED(status)
     print(json.dumps({"pid": pid, "stopped": stopped, "code": 0 if stopped else os.waitstatus_to_exitcode(status)}), flush=True)
+os._exit(0)  # at once: taking down what is imported takes a second
 """
 
 
@@ -175,9 +179,9 @@ class Server:
 
 
 @functools.cache
-def server() -> Server:
-    """The one server of a test session."""
-    made = Server()
+def server(*modules: str) -> Server:
+    """The one server of a test session that has imported these besides."""
+    made = Server(modules=modules)
     atexit.register(made.close)
     return made
 

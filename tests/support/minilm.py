@@ -53,7 +53,7 @@ def outputs(model: torch.nn.Module) -> torch.Tensor:
         return model(**tokens(SENTENCES[::50])).last_hidden_state
 
 
-def train(directory: Path, rank: int, steps: int = 150, lr: float = 4e-3, seed: int = 0, **config) -> Path:
+def train(directory: Path, rank: int, steps: int = 40, lr: float = 6e-3, seed: int = 0, **config) -> Path:
     """Train a LoRA adapter to tell the verbs apart, and save it with PEFT."""
     torch.manual_seed(vary(seed))
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "key", "value", "dense"], **config)
@@ -62,7 +62,7 @@ def train(directory: Path, rank: int, steps: int = 150, lr: float = 4e-3, seed: 
     optimizer = torch.optim.AdamW([*(p for p in model.parameters() if p.requires_grad), *head.parameters()], lr=lr)
     batch, labels = tokens(SENTENCES), torch.tensor(LABELS)
     for _ in range(steps):
-        rows = torch.randint(len(labels), (32,))
+        rows = torch.randint(len(labels), (8,))
         hidden = model(**{k: v[rows] for k, v in batch.items()}).last_hidden_state.mean(1)
         loss = torch.nn.functional.cross_entropy(head(hidden), labels[rows])
         optimizer.zero_grad()

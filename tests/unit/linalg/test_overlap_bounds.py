@@ -163,8 +163,9 @@ def bulk() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return U, V, torch.linspace(2, 1, 1024, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("form", ["square", "transposed"])
-@pytest.mark.parametrize("times", [10, 300, 3000, 30000])
+@pytest.mark.parametrize(
+    ("times", "form"), [(10, "square"), (300, "square"), (300, "transposed"), (30000, "transposed")]
+)
 def test_an_outlier_does_not_hide_the_bulk(bulk: tuple[torch.Tensor, ...], times: float, form: str) -> None:
     """On the Gram matrix, without a term for rounding, the bound was 0.08 at 30,000 times the bulk where 0.61 is true."""
     U0, V0, S = bulk
