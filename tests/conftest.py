@@ -15,7 +15,6 @@ os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
 import streamer.plan.memory  # noqa: F401 - before what else the tests need: it measures the process that imports it
 
 # isort: split
-import forks
 import helpers
 import pytest
 import seeds
@@ -136,9 +135,3 @@ def single(tmp_path: Path) -> tuple[Path, Path]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A sharded base and its adapter, which no test changes."""
     return helpers.three_shards(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="session")
-def server() -> forks.Server:
-    """The server of commands that run a model."""
-    return forks.server("streamer.api.evaluation", "streamer.api.fitting", "transformers.models.llama.modeling_llama")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from forks import model_server
 from remote_jobs import local, served
 
-__all__ = ["local", "served"]
+__all__ = ["local", "model_server", "served"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from forks import server
+from forks import model_server, server
 from jobs import Bench
 from remote_jobs import local, served
 
-__all__ = ["bench", "local", "served"]
+__all__ = ["bench", "local", "model_server", "served"]
 
 
 @pytest.fixture(scope="session")

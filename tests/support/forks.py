@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from command_line import ENV
 
 CALLS = ("write", "pwrite", "fsync", "rename", "unlink", "ftruncate")
@@ -184,6 +185,12 @@ def server(*modules: str) -> Server:
     made = Server(modules=modules)
     atexit.register(made.close)
     return made
+
+
+@pytest.fixture(scope="session", name="server")
+def model_server() -> Server:
+    """The server of commands that run a model."""
+    return server("streamer.api.evaluation", "streamer.api.fitting", "transformers.models.llama.modeling_llama")
 
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
