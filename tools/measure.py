@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streamer.storage.system import advise
+from streamer.storage.system import drop_cached
 
 POLL_SECONDS = 0.01
 
@@ -84,7 +84,7 @@ def cold(*paths: Path) -> float:
     os.sync()
     for path in files_of(paths):
         with path.open("rb") as f:
-            advise(f.fileno(), 0, 0, "DONTNEED")
+            drop_cached(f.fileno(), 0, 0)
     return resident(files_of(paths))
 
 

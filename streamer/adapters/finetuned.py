@@ -169,16 +169,6 @@ def _stack(info: TensorInfo, transposed: bool, config: AdapterConfig) -> ExpertS
     experts, *stored = info.shape
     m, n = reversed(stored) if transposed else stored
     role = "conv1d" if transposed else "weight"
-    modules = (
-        MethodModule(
-            f"{info.name}[{e}]",
-            METHODS[METHOD],
-            config,
-            {role: info.name},
-            {role: tuple(stored)},
-            shape=(m, n),
-            expert=e,
-        )
-        for e in range(experts)
-    )
+    whole = MethodModule(info.name, METHODS[METHOD], config, {role: info.name}, {role: tuple(stored)}, shape=(m, n))
+    modules = (replace(whole, name=f"{info.name}[{e}]", expert=e) for e in range(experts))
     return ExpertStack(info.name, info.shape, transposed, tuple(modules))

@@ -158,10 +158,8 @@ def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 def _vera(p: MethodInputs, base: Tensor) -> Delta:
     """``diag(b) B · diag(d) A``, with the first rows and columns of projections that all modules share."""
     (m, n), t = p.shape, p.tensors
-    L, R = (
-        t["vera_lambda_b"].flatten()[:, None] * t["vera_B"][:m],
-        t["vera_lambda_d"].flatten()[:, None] * t["vera_A"][:, :n],
-    )
+    L = t["vera_lambda_b"].flatten()[:, None] * t["vera_B"][:m]
+    R = t["vera_lambda_d"].flatten()[:, None] * t["vera_A"][:, :n]
     return LowRank(L, R.T)
 
 

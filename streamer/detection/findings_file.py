@@ -40,17 +40,9 @@ COEFFICIENTS = "streamer.coefficients"
 DIGEST = "sha256"
 """The key in the metadata of a digest over all of the file."""
 
-ARRAYS = (
-    "U",
-    "S",
-    "Vh",
-    "singular_values",
-    "similarity",
-    "similarity_low",
-    "similarity_high",
-    "base_singular_values",
-    "intruders",
-)
+FACTORS = ("U", "S", "Vh")
+NUMBERS = ("singular_values", "similarity", "similarity_low", "similarity_high", "base_singular_values")
+ARRAYS = (*FACTORS, *NUMBERS, "intruders")
 """The arrays of a matrix, in file order."""
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}

@@ -75,11 +75,8 @@ def summary_lines(tree: FindingsRecord) -> list[str]:
     t, o, matrices = tree["totals"], tree["options"], tree["matrices"]
     with_any = sum(bool(m["intruders"]) for m in matrices)
     files = tree["base"].get("files", [])
-    base = (
-        f"{listed((f['file'] for f in files), 1)} ({format_size(sum(f['bytes'] for f in files))})"
-        if files
-        else "unknown"
-    )
+    size = format_size(sum(f["bytes"] for f in files))
+    base = f"{listed((f['file'] for f in files), 1)} ({size})" if files else "unknown"
     trained_on = tree["adapter"].get("base_model_name_or_path")
     names = " … ".join(dict.fromkeys(m["tensor"] for m in (*matrices[:1], *matrices[-1:])))
     lines = [

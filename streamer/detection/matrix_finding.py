@@ -10,7 +10,7 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from streamer.detection.findings_file import ARRAYS, DTYPE_NAMES
+from streamer.detection.findings_file import ARRAYS, DTYPE_NAMES, NUMBERS
 from streamer.detection.findings_records import MatrixFigures, MatrixRecord
 from streamer.detection.intruders import Detection
 from streamer.linalg.operators import all_finite
@@ -78,13 +78,13 @@ class MatrixFinding:
     def record(self) -> MatrixRecord:
         """Return all but the vectors, as JSON values: what `streamer report --json` has of a matrix."""
         d = self.detection
-        numbers = {name: list(getattr(d, name)) for name in (*ARRAYS[3:], "degenerate")}
+        numbers = {name: list(getattr(d, name)) for name in (*NUMBERS, "intruders", "degenerate")}
         return cast("MatrixRecord", {**self.figures(), **numbers, "seconds": self.seconds})
 
     def arrays(self) -> dict[str, Tensor]:
         """Return the arrays by key, in file order."""
         d = self.detection
-        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in ARRAYS[3:8]}
+        numbers = {name: torch.tensor(getattr(d, name), dtype=torch.float64) for name in NUMBERS}
         return {"U": d.U, "S": d.S, "Vh": d.Vh, **numbers, "intruders": torch.tensor(d.intruders, dtype=torch.int64)}
 
 
@@ -116,13 +116,13 @@ def read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) -> 
         arrays[key] = as_tensor(data[info.start : info.end], TORCH_DTYPES[info.dtype], info.shape)
     m, n = figures["shape"]
     q, k = len(arrays["intruders"]), len(arrays["singular_values"])
-    expected = {"U": (m, q), "S": (q,), "Vh": (q, n)} | dict.fromkeys(ARRAYS[4:8], (k,))
+    expected = {"U": (m, q), "S": (q,), "Vh": (q, n)} | dict.fromkeys(NUMBERS, (k,))
     for key, shape in expected.items():
         if tuple(arrays[key].shape) != shape:
             raise ValueError(f"{figures['tensor']}/{key}: expected shape {shape}, found {tuple(arrays[key].shape)}")
     if not all_finite(arrays["S"]):
         raise ValueError(f"{figures['tensor']}/S holds NaN or Inf")
-    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in ARRAYS[3:]}
+    numbers: dict[str, Any] = {key: tuple(arrays[key].tolist()) for key in (*NUMBERS, "intruders")}
     for what, ranks in (("intruders", numbers["intruders"]), ("degenerate", figures["degenerate"])):
         among = k > 0 and all(type(j) is int and 0 <= j < k for j in ranks)
         if not among or any(a >= b for a, b in itertools.pairwise(ranks)):

@@ -231,13 +231,9 @@ def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
 
 def _sums(tree: Mapping[str, Any], text: str) -> SequenceSums:
     tokens = np.array(tree["tokens"][text], np.float64)
-    loss, kl, agree = (
-        np.array([v[text]["sums"][name] for v in tree["variants"]], np.float64) for name in ("loss", "kl", "agree")
-    )
-    if (
-        len(loss) < 2
-        or len(tokens) < 2
-        or not loss.shape == kl.shape == agree.shape == (len(tree["variants"]), len(tokens))
-    ):
+    sums = [v[text]["sums"] for v in tree["variants"]]
+    loss, kl, agree = (np.array([one[name] for one in sums], np.float64) for name in ("loss", "kl", "agree"))
+    whole = loss.shape == kl.shape == agree.shape == (len(sums), len(tokens))
+    if not whole or len(loss) < 2 or len(tokens) < 2:
         raise ValueError(f"sums of {text} are {loss.shape}, {kl.shape}, {agree.shape}")
     return SequenceSums(tokens, loss, kl, agree)

@@ -57,14 +57,8 @@ def pass_bytes(size: ModelSize, resident: int, rows: int, length: int) -> int:
     activations = 4 * rows * (WIDTHS * (size.widest + size.hidden) + size.attention * length)
     logits = LOGIT_COPIES * 4 * rows * min(size.vocabulary, vocabulary_block(rows))
     weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, size.vocabulary) * size.hidden)
-    return (
-        resident
-        + TRANSFORMERS_BYTES
-        + max(activations, logits + 8 * rows * size.hidden)
-        + weights
-        + size.dense
-        + size.factors
-    )
+    computed = max(activations, logits + 8 * rows * size.hidden)
+    return resident + TRANSFORMERS_BYTES + computed + weights + size.dense + size.factors
 
 
 def measured_bytes(passes: Sequence[Pass], texts: Mapping[str, TextSequences], size: ModelSize, resident: int) -> int:

@@ -139,11 +139,7 @@ class Coefficients:
 
     def __repr__(self) -> str:
         source = f" from {self.source}" if self.source else ""
-        return (
-            f"<Coefficients: {counted(len(self.sets), 'set')}{source}"
-            + "".join(f"\n {one!r}" for one in self.sets)
-            + ">"
-        )
+        return "\n ".join([f"<Coefficients: {counted(len(self.sets), 'set')}{source}", *map(repr, self.sets)]) + ">"
 
     @property
     def keeps(self) -> list[float]:

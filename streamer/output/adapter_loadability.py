@@ -46,10 +46,7 @@ def check_lora(where: object, job: Job, shard: ShardPlan, config: bytes) -> None
     shapes = {name: plan.base.info(name).shape if name in plan.base.weight_map and name not in plan.weights.quantized_names
               else plan.weights[name].shape for name in plan.weights.stored}  # fmt: skip
     shapes_read = {info.name: info.shape for info in shard.header.tensors}
-    _refuse(where, list(_Check(shapes_read, json.loads(config), _Class.of(plan, shapes)).faults()))
-
-
-def _refuse(where: object, faults: list[str]) -> None:
+    faults = list(_Check(shapes_read, json.loads(config), _Class.of(plan, shapes)).faults())
     refuse(where, "PEFT would not load the adapter", faults, "`streamer merge` writes the mitigated model")
 
 

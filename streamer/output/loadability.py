@@ -50,13 +50,11 @@ def check_merged(where: object, job: Job, model: MergedModel) -> None:
     if MODEL_CONFIG in model.texts:
         config = replace(given, values=json.loads(model.texts[MODEL_CONFIG]))
     contents: dict[str, Hashable] = {}
-    for output in (o for outputs in model.files.values() for o in outputs):
-        copied = output.recipe.stored if isinstance(output.recipe, CopyBytes) else None
-        own = (
-            copied is not None and output.name in base.weight_map and copied == StoredTensor(*base.locate(output.name))
-        )
-        if not own:
-            contents[output.name] = output.name if copied is None else (str(copied.file.path), copied.info.name)
+    for name, recipe in ((o.name, o.recipe) for outputs in model.files.values() for o in outputs):
+        if not isinstance(recipe, CopyBytes):
+            contents[name] = name
+        elif name not in base.weight_map or recipe.stored != StoredTensor(*base.locate(name)):
+            contents[name] = str(recipe.stored.file.path), recipe.stored.info.name
     check_loadable(
         where,
         Headers.of(shapes, config, contents),

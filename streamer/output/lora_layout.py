@@ -126,12 +126,8 @@ def lora_layout(
     for c in changed.values():
         if (c.module in matched and c.parameter == "bias") or biases.get(c.source) in owners:
             continue
-        if (
-            not c.module
-            or c.module in matched
-            or c.source not in now
-            or any(f"{i}.".startswith(f"{c.module}.") for i in inner)
-        ):
+        placed = c.module and c.module not in matched and c.source in now
+        if not placed or any(f"{i}.".startswith(f"{c.module}.") for i in inner):
             raise UnsupportedError(
                 f"{tuned.path}: {c.source!r} has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter; "
                 "use `streamer merge`"

@@ -78,11 +78,8 @@ class Card:
     @property
     def most_bytes(self) -> int:
         """Count the bytes that the card takes at most."""
-        lost = (
-            WARNING_BYTES + len(repr(self.longest["matrices"][0]["tensor"]).encode())
-            if self.command == "mitigate"
-            else 0
-        )
+        tensor = self.longest["matrices"][0]["tensor"]
+        lost = WARNING_BYTES + len(repr(tensor).encode()) if self.command == "mitigate" else 0
         return len(self.text(self.longest)) + lost
 
     def text(self, record: Record) -> bytes:
@@ -212,15 +209,12 @@ def _facts(record: Record) -> str:
     base, adapter, totals = record["base"], record["adapter"], record["totals"]
     detection, named = record["detection"], adapter.get("base_model_name_or_path")
     rows = [
-        ("base", f"{_name(base)}, digest `{base['digest']}`"),
-        ("adapter", f"{_name(adapter)}, digest `{adapter['digest']}`"),
-        *(
-            [("trained on", f"the adapter's config names `{named}` as its base")]
-            if named not in (None, base["name"], base.get("model_id"))
-            else []
-        ),
-        ("method", _method(record)),
+        (what, f"{_name(source)}, digest `{source['digest']}`")
+        for what, source in (("base", base), ("adapter", adapter))
     ]
+    if named not in (None, base["name"], base.get("model_id")):
+        rows.append(("trained on", f"the adapter's config names `{named}` as its base"))
+    rows.append(("method", _method(record)))
     if detection is not None:
         n = detection["matrices"]
         rows += [

@@ -22,9 +22,8 @@ from streamer.units import listed
 from streamer.weights.model_config import ModelConfig
 
 
-def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renames, config: ModelConfig,
-                    architecture: Architecture | None, edits: TensorEdits) -> tuple[str, ...]:  # fmt: skip
-    """Return notes on announced tensors that are missing, and that the base has as well.
+class Announced:
+    """Compares what an adapter's config announces of a base with what its file brings.
 
     Parameters
     ----------
@@ -32,24 +31,7 @@ def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renam
         All names of the base's tensors, those of tied ones too, in the order of messages.
     edits
         The edits that the adapter's other tensors make.
-
-    Raises
-    ------
-    FormatError
-        If the adapter's file lacks tensors that only the adapter can bring; all are named.
     """
-    announced = _Announced(adapter, names, renames, config, architecture, edits)
-    missing = [*announced.saved_modules(), *announced.tokens(), *announced.lora_biases()]
-    if missing:
-        raise FormatError(
-            f"{adapter.file.path}: lacks what {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save the adapter again "
-            "with PEFT's save_pretrained"
-        )
-    return (*announced.biases(), *announced.targets())
-
-
-class _Announced:
-    """Compares what an adapter's config announces of a base with what its file brings."""
 
     def __init__(self, adapter: DeltaSource, names: Collection[str], renames: Renames, config: ModelConfig,
                  architecture: Architecture | None, edits: TensorEdits) -> None:  # fmt: skip
@@ -65,7 +47,23 @@ class _Announced:
             and not _is_behind(now, config)
         }
 
-    def biases(self) -> Iterator[str]:
+    def check(self) -> tuple[str, ...]:
+        """Return notes on announced tensors that are missing, and that the base has as well.
+
+        Raises
+        ------
+        FormatError
+            If the adapter's file lacks tensors that only the adapter can bring; all are named.
+        """
+        missing = [*self._saved_modules(), *self._tokens(), *self._lora_biases()]
+        if missing:
+            raise FormatError(
+                f"{self._adapter.file.path}: lacks what {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save the adapter "
+                "again with PEFT's save_pretrained"
+            )
+        return (*self._biases(), *self._targets())
+
+    def _biases(self) -> Iterator[str]:
         """Note the biases that ``bias="all"`` announces."""
         biases = [t for t in self._tensors if t.endswith(".bias") and self._adapter.config.get("bias") == "all"]
         if missing := [t for t in biases if not self._brings(t)]:
@@ -74,7 +72,7 @@ class _Announced:
                 "the base's values are kept"
             )
 
-    def targets(self) -> Iterator[str]:
+    def _targets(self) -> Iterator[str]:
         """Note the modules that ``target_modules`` names by their full paths."""
         adapter, config = self._adapter, self._adapter.config
         if config.get("exclude_modules") or config.get("layers_to_transform"):
@@ -94,7 +92,7 @@ class _Announced:
     def _brings(self, tensor: str) -> bool:
         return tensor in self._brought or self._tensors[tensor] in self._saved
 
-    def saved_modules(self) -> Iterator[str]:
+    def _saved_modules(self) -> Iterator[str]:
         """Name the entries of modules_to_save that the model has modules of, and the file no tensor, or not every one.
 
         PEFT adds the names of common heads for a task, and the model has one of them: an entry alone announces nothing.
@@ -123,7 +121,7 @@ class _Announced:
         architecture = None if cls is None else architecture_for(self._config, cls)
         return [] if architecture is None else sorted(name for name in architecture.tensors if "*" not in name)
 
-    def tokens(self) -> Iterator[str]:
+    def _tokens(self) -> Iterator[str]:
         stated = self._adapter.config.get("trainable_token_indices")
         found = {c.module: list(c.indices) for c in self._adapter.carried if c.role == "tokens"}
         if isinstance(stated, list) and stated and not found:
@@ -133,7 +131,7 @@ class _Announced:
             if rows and not any(f".{module}".endswith(f".{key}") or found[module] == rows for module in found):
                 yield f"trainable_token_indices names {key!r}, and its rows are missing"
 
-    def lora_biases(self) -> Iterator[str]:
+    def _lora_biases(self) -> Iterator[str]:
         if not self._adapter.config.get("lora_bias"):
             return
         found = {c.module for c in self._adapter.carried if c.role == "lora_bias"}

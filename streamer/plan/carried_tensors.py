@@ -173,14 +173,9 @@ def match_carried(
         raise MismatchError(
             f"{adapter.file.path}: {listed(problems, separator='; ')}; is {base.path} the base that the adapter was trained on?"
         )
-    return TensorEdits(
-        sources,
-        shifts,
-        rows,
-        frozenset(trained),
-        _vocabularies(known, {n: p for n, p in sources.items() if n not in quantized}, adapter, vocabulary),
-        notes=tuple(matcher.notes.values()),
-    )
+    plain = {name: part for name, part in sources.items() if name not in quantized}
+    resized, notes = _vocabularies(known, plain, adapter, vocabulary), tuple(matcher.notes.values())
+    return TensorEdits(sources, shifts, rows, frozenset(trained), resized, notes=notes)
 
 
 class CarriedMatcher:
@@ -254,11 +249,8 @@ def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo, is_vocabulary: bool,
     may_grow = is_vocabulary or LABEL_HEAD.search(base.name)
     resized = c.role == "saved" and mine.shape[1:] == base.shape[1:] and mine.shape and mine.shape[0]
     if mine.shape != base.shape and not (resized and may_grow):
-        ask = (
-            ""
-            if has_vocabulary or not resized
-            else " (if its rows are the vocabulary, name the base's class with --architecture NAME)"
-        )
+        unnamed = resized and not has_vocabulary
+        ask = " (if its rows are the vocabulary, name the base's class with --architecture NAME)" if unnamed else ""
         return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(mine.shape)}{ask}"
     return ""
 
@@ -282,10 +274,8 @@ def _vocabularies(
         for other in vocabulary.keys() & known.keys() - follow:
             # Values of a token each, as a head's bias, are no embedding (see `tied_names.without_stale_values`).
             info, rows = known[other].info, sources.get(other, known[other]).info.shape[0]
-            of_this = (
-                vocabulary[other].keys == vocabulary[name].keys and other.endswith(".weight") and len(info.shape) == 2
-            )
-            if of_this and rows != after and info.shape[0] == before:
+            embedding = other.endswith(".weight") and len(info.shape) == 2 and info.shape[0] == before
+            if embedding and vocabulary[other].keys == vocabulary[name].keys and rows != after:
                 raise MismatchError(
                     f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {rows}: the vocabulary grew, and the adapter "
                     "was saved without one of the embeddings; save it again with save_embedding_layers=True and both, or neither, targeted"

@@ -161,11 +161,8 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
         sources[part.source][(part.number if numbered else 0) or 0] = part.tensor
     experts = len(sources[0])
     shapes = {tuple(weights[s[e]].shape for s in sources) for e in range(experts) if all(e in s for s in sources)}
-    if (
-        sum(map(len, sources)) != len(loaded)
-        or any(sorted(s) != list(range(experts)) for s in sources)
-        or len(shapes) != 1
-    ):
+    whole = all(sorted(s) == list(range(experts)) for s in sources)
+    if not whole or sum(map(len, sources)) != len(loaded) or len(shapes) != 1:
         return (
             f"is built on loading from {loaded[0].tensor!r} and its like, which are not one of a shape for each expert"
         )
@@ -266,24 +263,11 @@ def _targets(
     scaling = adapter.config.lora_scaling(name, rank)
     # With one expert, or of rank 1, both orders are the same.
     grouped = min(experts, rank) > 1 and is_grouped(adapter.config, adapter.path, adapter.file.header.metadata)
-    return [
-        Target(
-            f"{stack.name}[{e}]",
-            LoraModule(
-                f"{name}[{e}]",
-                a,
-                b,
-                rank,
-                scaling,
-                stack.shape,
-                "expert",
-                expert=(e, experts),
-                grouped=grouped,
-                delta_transposed=delta_transposed,
-            ),
-            stack.transposed,
-            match,
-            pieces=slices,
-        )
-        for e, slices in enumerate(stack.experts)
-    ]
+    whole = LoraModule(
+        name, a, b, rank, scaling, stack.shape, "expert", grouped=grouped, delta_transposed=delta_transposed
+    )
+    targets = []
+    for e, slices in enumerate(stack.experts):
+        module = replace(whole, name=f"{name}[{e}]", expert=(e, experts))
+        targets.append(Target(f"{stack.name}[{e}]", module, stack.transposed, match, pieces=slices))
+    return targets

@@ -23,7 +23,7 @@ from streamer.adapters.stated import NOTHING_STATED, Stated
 from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, StorageError, UnsupportedError
 from streamer.linalg.operators import Delta, all_finite
 from streamer.plan import tied_embeddings as tied
-from streamer.plan.announced import check_announced
+from streamer.plan.announced import Announced
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
 from streamer.plan.batch import Batch
 from streamer.plan.carried_tensors import TensorEdits, match_carried
@@ -281,9 +281,8 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     edits = match_carried(checkpoint, opened, placed, renames, aliases, weights.quantized_names, vocabulary)
     announced: tuple[str, ...] = ()
     if not opened.describes_model:
-        announced = check_announced(
-            opened, dict.fromkeys([*checkpoint.weight_map, *aliases]), renames, config, architecture, edits
-        )
+        present = dict.fromkeys([*checkpoint.weight_map, *aliases])
+        announced = Announced(opened, present, renames, config, architecture, edits).check()
     if opened.describes_model:
         edits = replace(edits, dropped=dropped)
         found = {*(match.tensor for match in names.values()), *edits.sources, *dropped}

@@ -157,11 +157,8 @@ def implied_head(
                 f"config.json says {cls}, by the adapter's task {task}" + (f", in place of {old}" if old else "")
             )
     elif cls is None and labels is not None and not re.search(r"Classification|QuestionAnswering", old):
-        why = (
-            "the adapter's config names no task"
-            if not task
-            else f"no class for {config.model_type!r} and {task} is known"
-        )
+        unknown = f"no class for {config.model_type!r} and {task} is known"
+        why = unknown if task else "the adapter's config names no task"
         advice.append(
             f"{why}: load the model by the class that the adapter was trained with; config.json keeps {old or 'none'}"
         )
@@ -207,11 +204,8 @@ def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
     modules = tuple(f"{name.partition('.')[0]}." for name in (head, *architecture.disk_patterns(f"{head}.weight")))
     ties, model_type = table()["ties"][task], config.model_type
     # Where a config states nothing, its class's default holds.
-    tied = (
-        model_type in ties["default"]
-        if config.tied is None
-        else config.tied and any(model_type in t for t in ties.values())
-    )
+    default, possible = model_type in ties["default"], any(model_type in types for types in ties.values())
+    tied = default if config.tied is None else config.tied and possible
     return tied or any(name.startswith(modules) for name in names)
 
 

@@ -256,10 +256,8 @@ def refuse_unknown_ties(
     """
     if config.tied is False:
         return
-    in_layers = (
-        base.info(name).shape for name in base.weight_map if "*" in pattern_of(name) and name.endswith(".weight")
-    )
-    widths = {n for shape in in_layers if len(shape) == 2 for n in shape}
+    in_layers = [name for name in base.weight_map if "*" in pattern_of(name) and name.endswith(".weight")]
+    widths = {n for shape in (base.info(name).shape for name in in_layers) if len(shape) == 2 for n in shape}
     linear = {name for module, name in matched.items() if adapter.modules[module].form == "linear"}
     outer = {name: base.info(name).shape for name in base.weight_map if not pattern_of(name).count("*")}
     for name in dict.fromkeys([*matched.values(), *edits.sources, *edits.rows]):

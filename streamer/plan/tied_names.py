@@ -174,14 +174,13 @@ def without_stale_values(
         for name, part in edits.sources.items()
         if name in vocabulary and name in base.weight_map and part.info.shape != base.info(name).shape
     }
+    patterns = () if architecture is None else architecture.may_be_missing
     stale = {}
     for name in sorted(vocabulary.keys() & base.weight_map.keys() - edits.dropped.keys()):
         keys, saved = vocabulary[name].keys, edits.sources.get(name)
         if before.get(keys) not in (base.info(name) if saved is None else saved.info).shape:
             continue
-        spare = (
-            saved is None and architecture is not None and any(re.search(p, name) for p in architecture.may_be_missing)
-        )
+        spare = saved is None and any(re.search(pattern, name) for pattern in patterns)
         if not spare or StoredTensor(*base.locate(name)).whole().any():
             raise UnsupportedError(
                 f"{base.path}: {name!r} has a value for each of {before[keys]} tokens, and the adapter gives the model "

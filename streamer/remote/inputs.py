@@ -134,13 +134,8 @@ class Remote:
                     make_private((directory / inside).parent)
                     _link(directory / inside, there / inside)
 
-        shadow(
-            listing,
-            files.directory(root),
-            put_small,
-            to_download,
-            [path.removeprefix(files.start) for path in files.small],
-        )
+        small = [path.removeprefix(files.start) for path in files.small]
+        shadow(listing, files.directory(root), put_small, to_download, small)
         return root
 
 

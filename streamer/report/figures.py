@@ -254,37 +254,19 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
         line = sorted(own, key=lambda v: -v["kept"] if v["lambda"] is None else -v["lambda"])
         line = [*adapter, *line] if name and all(v["lambda"] is not None for v in own) else line
         if name:
-            ax.plot(
-                [100 * v["kept"] for v in line],
-                [100 * v["forgetting"] for v in line],
-                color=colour,
-                linewidth=0.8,
-                label=name,
-            )
+            x, y = ([100 * v[key] for v in line] for key in ("kept", "forgetting"))
+            ax.plot(x, y, color=colour, linewidth=0.8, label=name)
         for v in own:
-            ax.errorbar(
-                100 * v["kept"],
-                100 * v["forgetting"],
-                xerr=100 * v["kept_se"],
-                yerr=100 * v["forgetting_se"],
-                fmt="o",
-                color=colour,
-                markersize=3.5,
-                elinewidth=0.7,
-                markerfacecolor=colour if v["name"] in front else "white",
-            )
-            label = v["name"] if v["lambda"] is None else f"{v['lambda']:g}"
             at = 100 * v["kept"], 100 * v["forgetting"]
+            errors = {"xerr": 100 * v["kept_se"], "yerr": 100 * v["forgetting_se"]}
+            face = colour if v["name"] in front else "white"
+            ax.errorbar(*at, **errors, fmt="o", color=colour, markersize=3.5, elinewidth=0.7, markerfacecolor=face)
+            label, below = v["name"] if v["lambda"] is None else f"{v['lambda']:g}", v["name"] != "base"
             ax.annotate(
-                _plain(label),
-                at,
-                xytext=(4, 4 if v["name"] == "base" else -8),
-                textcoords="offset points",
-                fontsize=6,
-                color=colour,
+                _plain(label), at, (4, -8 if below else 4), textcoords="offset points", fontsize=6, color=colour
             )
             if best.variant is not None and v["name"] == best.variant.name:
-                ax.plot(100 * v["kept"], 100 * v["forgetting"], "o", markersize=9, markerfacecolor="none", color=colour)
+                ax.plot(*at, "o", markersize=9, markerfacecolor="none", color=colour)
     ax.axvline(100 * best.keep, color="black", linewidth=0.6, linestyle="--")
     ax.update_datalim([(0, 0), (103, 105)])
     ax.autoscale_view()

@@ -75,13 +75,11 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
     def column(values: Iterable[Sequence[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:
         return np.fromiter(chain.from_iterable(map(getitem, values, map(slice, shown))), np.float64)
 
-    largest = [max(d.singular_values, default=0.0) for d in found]
-    ratios = [[s / top if top > 0 else 0.0 for s in d.singular_values] for d, top in zip(found, largest, strict=True)]
-    base_largest = [max(d.base_singular_values) for d in found]
-    base_ratios = [
-        [s / top if top > 0 else 0.0 for s in d.base_singular_values]
-        for d, top in zip(found, base_largest, strict=True)
-    ]
+    def shares(values: Sequence[float]) -> list[float]:
+        """Divide the singular values of a matrix by the largest."""
+        largest = max(values, default=0.0)
+        return [s / largest if largest > 0 else 0.0 for s in values]
+
     return {
         "epsilon": findings.options.threshold_epsilon,
         "names": pack_names([printable(m.tensor) for m in matrices]),
@@ -99,11 +97,11 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
         "low": pack_share(column([d.similarity_low for d in found]), 2),
         "high": pack_share(column([d.similarity_high for d in found]), 2, up=True),
         "least": _figures([min(d.similarity, default=1.0) for d in found]),
-        "ratio": pack_ratio(column(ratios), 2, LEAST_RATIO),
+        "ratio": pack_ratio(column([shares(d.singular_values) for d in found]), 2, LEAST_RATIO),
         "least_ratio": LEAST_RATIO,
-        "sigma": [_short(s) for s in largest],
-        "base_ratio": pack_ratio(column(base_ratios), 2, LEAST_RATIO),
-        "base_sigma": [_short(s) for s in base_largest],
+        "sigma": [_short(max(d.singular_values, default=0.0)) for d in found],
+        "base_ratio": pack_ratio(column([shares(d.base_singular_values) for d in found]), 2, LEAST_RATIO),
+        "base_sigma": [_short(max(d.base_singular_values)) for d in found],
         "delta_norm": [_short(d.delta_norm) for d in found],
         "energy": _figures([d.intruder_energy for d in found]),
         "dropped": _figures([d.dropped_at_zero for d in found]),

@@ -13,8 +13,7 @@ from typing import ClassVar, Literal
 from streamer.errors import InputChangedError, StorageError
 from streamer.storage.files import Stamp, file_stamp, open_regular
 from streamer.storage.header import Header, read_header
-from streamer.storage.page_cache import Readahead
-from streamer.storage.system import read_at
+from streamer.storage.system import drop_cached, read_at
 from streamer.units import format_size
 
 IOMode = Literal["mmap", "pread"]
@@ -53,13 +52,11 @@ class ByteSource(ABC):
     def read_into(self, out: memoryview, at: int) -> None:
         """Read bytes from offset `at` until `out` is full."""
 
-    @abstractmethod
-    def prefetch(self, start: int, stop: int, end: int) -> None:
+    def prefetch(self, start: int, stop: int, end: int) -> None:  # noqa: B027  # of a disk the kernel does it
         """Have ``[start, stop)`` read, which the caller asks for next, and what follows it; from `end` on nothing may be wanted."""
 
-    @abstractmethod
-    def release(self, stop: int) -> None:
-        """Drop what was read before `stop` from the system's cache."""
+    def release(self, start: int, stop: int) -> None:  # noqa: B027  # what a server gives is in no cache
+        """Drop ``[start, stop)``, which was read, from the system's cache."""
 
     @abstractmethod
     def check_unchanged(self) -> None:
@@ -80,7 +77,6 @@ class LocalSource(ByteSource):
         self.io = io
         self._fd, st = open_regular(path, "a safetensors file")
         self.stamp = file_stamp(st)
-        self._readahead = Readahead(self._fd)
 
     def header(self) -> Header:
         """Read and validate the header."""
@@ -154,13 +150,10 @@ class LocalSource(ByteSource):
                 raise StorageError(f"{self.path}: the file ended early at byte {at + done}")
             done += n
 
-    def prefetch(self, start: int, stop: int, end: int) -> None:
-        """Have the disk read ahead, beyond `end` too: most files are read through, and the pages of others go unused."""
-        self._readahead.prefetch(start, stop)
-
-    def release(self, stop: int) -> None:
-        """Drop pages from the system's cache."""
-        self._readahead.release(stop)
+    def release(self, start: int, stop: int) -> None:
+        """Drop pages from the system's cache, with the one at `start`, of which the piece before has read the rest."""
+        start -= start % mmap.PAGESIZE
+        drop_cached(self._fd, start, stop - start)
 
     def _check_size(self, wanted: int) -> None:
         have = os.fstat(self._fd).st_size

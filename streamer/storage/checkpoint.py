@@ -23,6 +23,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 200_000_000
 
+_PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors")
+"""Names of files: not hidden, without a drive, a directory or control characters."""
+
 
 class FilePosition(NamedTuple):
     """Position of a tensor in a model: the index of its file among the model's, and its first byte in that file's data."""
@@ -151,20 +154,11 @@ def check_shard_name(name: object, where: str | Path) -> str:
     FormatError
         For anything else, such as ``../x.safetensors``: these names come from a download, and a path out of the directory is an attack.
     """
-    plain = (
-        isinstance(name, str)
-        and name.endswith(".safetensors")
-        and not re.search(r"[/\\\x00-\x1f]", name)
-        and not re.match(r"[A-Za-z]:", name)
-        and not name.startswith(".")
-        and len(os.fsencode(name)) <= 255
+    if isinstance(name, str) and _PLAIN.fullmatch(name) and len(os.fsencode(name)) <= 255:
+        return name
+    raise FormatError(
+        f"{where}: weight_map names {quoted(name)}: expected a plain .safetensors file name; do not trust this file"
     )
-    if not plain:
-        raise FormatError(
-            f"{where}: weight_map names {quoted(name)}: expected a plain .safetensors file name; do not trust this file"
-        )
-    assert isinstance(name, str)
-    return name
 
 
 def open_checkpoint(path: str | Path, io: IOMode = "mmap") -> Checkpoint:

@@ -1,7 +1,4 @@
-"""Read ahead, write behind, and drop the pages of large files from the system's cache.
-
-The kernel does it, as advised through `system.advise`; where it takes no advice, everything is only slower.
-"""
+"""Write behind, and leave no pages of large files in the system's cache."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from streamer.storage.system import MAX_CALL_BYTES, advise
+from streamer.storage.system import MAX_CALL_BYTES, drop_cached
 
 QUEUE = 3
 """Pieces being written and hashed at most. A maker that uses its buffers again takes them by turns from one more than these."""
@@ -20,12 +17,6 @@ THREADED_BYTES = 1 << 18
 
 LAG_BYTES = 64 << 20
 """Written pages are dropped when the file has grown this much further: by then the disk has them."""
-
-AHEAD_BYTES = 32 << 20
-"""Bytes that the disk reads ahead of the caller."""
-
-STEP_BYTES = 1 << 20
-"""Bytes asked for at a time; of a longer range Linux reads no more than the device takes in one request."""
 
 
 class Appender:
@@ -85,7 +76,7 @@ class Appender:
     def drop_pages(self) -> None:
         """Drop the last pages of a large file from the cache, after its fsync."""
         if self._at > LAG_BYTES:
-            advise(self._fd, 0, self._at, "DONTNEED")
+            drop_cached(self._fd, 0, self._at)
 
     def _write(self, view: memoryview) -> None:
         done = 0
@@ -94,29 +85,6 @@ class Appender:
         begun, self._at = self._at, self._at + len(view)
         if len(view) >= THREADED_BYTES:
             # Still dirty, these pages stay, but Linux begins to write them.
-            advise(self._fd, begun, len(view), "DONTNEED")
+            drop_cached(self._fd, begun, len(view))
             if begun >= LAG_BYTES:
-                advise(self._fd, begun - LAG_BYTES, len(view), "DONTNEED")
-
-
-class Readahead:
-    """Have the disk read what a caller will ask for next, from front to back, and drop the pages that the caller has read."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._next = 0
-        self._dropped = 0
-
-    def prefetch(self, start: int, stop: int) -> None:
-        """Have the disk read ``[start, stop)``, which the caller asks for next, and `AHEAD_BYTES` more."""
-        if not start <= self._next <= stop + AHEAD_BYTES:  # somewhere else in the file
-            self._next = self._dropped = start
-        while self._next < stop + AHEAD_BYTES:
-            advise(self._fd, self._next, STEP_BYTES, "WILLNEED")
-            self._next += STEP_BYTES
-
-    def release(self, stop: int) -> None:
-        """Drop the pages before `stop`, which the caller has read."""
-        if stop - self._dropped >= STEP_BYTES:
-            advise(self._fd, self._dropped, stop - self._dropped, "DONTNEED")
-            self._dropped = stop
+                drop_cached(self._fd, begun - LAG_BYTES, len(view))

@@ -109,9 +109,6 @@ class RemoteSource(ByteSource):
                 ahead.append(_Range(following, data, _submitted(self.file, data, following)))
                 following += len(data)
 
-    def release(self, stop: int) -> None:
-        """Do nothing: what was read is in no cache."""
-
     def check_unchanged(self) -> None:
         """Ask once more for size and version."""
         file = self.file

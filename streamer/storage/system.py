@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from typing import IO, Literal
+from typing import IO
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY}
 """Errors by which a file system says that it has no such call."""
@@ -53,11 +53,11 @@ def sync(fd: int) -> None:
     os.fsync(fd)
 
 
-def advise(fd: int, at: int, length: int, advice: Literal["WILLNEED", "DONTNEED"]) -> None:
-    """Tell the page cache that bytes will be needed, or no longer are; where it takes no advice, all is only slower."""
+def drop_cached(fd: int, at: int, length: int) -> None:
+    """Drop bytes of a file from the page cache; where the system does not take that advice, they stay there."""
     if hasattr(os, "posix_fadvise"):
         try:
-            os.posix_fadvise(fd, at, length, getattr(os, f"POSIX_FADV_{advice}"))
+            os.posix_fadvise(fd, at, length, os.POSIX_FADV_DONTNEED)
         except OSError:
             return
 

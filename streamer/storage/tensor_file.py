@@ -101,7 +101,7 @@ class TensorFile:
             source.prefetch(at, at + len(piece), end)
             source.read_into(piece, at)
             if not self._keeps_pages:
-                source.release(at + len(piece))
+                source.release(at, at + len(piece))
             yield piece
 
     @contextlib.contextmanager
@@ -124,7 +124,7 @@ class TensorFile:
 
     def release_pages(self, stop: int) -> None:
         """Drop from the page cache what stands before `stop`, counted from the first tensor: all readers have had it."""
-        self.source.release(self.header.data_start + stop)
+        self.source.release(0, self.header.data_start + stop)
 
     def digest_without(self, text: str) -> str:
         """Compute the SHA-256 (hex) of the whole file, with as many zeros in place of the first `text` in its header.

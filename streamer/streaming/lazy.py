@@ -159,11 +159,8 @@ def _linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
 
 def _embedding(ids: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor | None:
     """Look rows up; what else the function takes is about gradients or norms."""
-    if (
-        not isinstance(weight, LazyTensor)
-        or kwargs.get("max_norm") is not None
-        or (len(args) > 1 and args[1] is not None)
-    ):
+    renormed = kwargs.get("max_norm") is not None or (len(args) > 1 and args[1] is not None)
+    if not isinstance(weight, LazyTensor) or renormed:
         return None
     count = weight.reader.shape[0]
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:  # files have other bytes there

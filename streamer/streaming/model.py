@@ -146,23 +146,15 @@ class LoadedModel:
 
         layers = [t for t in inner if t.shape != self._head.weight.shape]
         whole = [t for t in tensors if self.values.targets(t) and self.values.low_rank_target(t) is None]
+        whole += [t for t in inner if t.stacked]
+        targets = [target for pairs in self.values.plan.by_weight.values() for target, _ in pairs]
         return ModelSize(
             widest=max((max(t.shape[-2:]) * (used(t) if t.name in run_all else 1) for t in layers), default=0),
             hidden=int(getattr(config, "hidden_size", 0)),
             vocabulary=self.vocabulary,
             attention=_attention_values(config),
-            dense=max(
-                (16 * math.prod(t.shape[1 if t.stacked else 0 :]) for t in (*whole, *(t for t in inner if t.stacked))),
-                default=0,
-            ),
-            factors=max(
-                (
-                    FACTOR_BYTES * _factor_values(target)
-                    for targets in self.values.plan.by_weight.values()
-                    for target, _ in targets
-                ),
-                default=0,
-            ),
+            dense=16 * max((math.prod(t.shape[t.stacked :]) for t in whole), default=0),
+            factors=FACTOR_BYTES * max(map(_factor_values, targets), default=0),
             products={t.name: math.prod(t.shape[t.stacked :]) * used(t) for t in inner},
             read=sum(self.values.plan.weights[weight].nbytes for weight in {w for t in tensors for w in t.weights}),
             short=_short_length(config),

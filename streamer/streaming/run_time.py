@@ -142,20 +142,14 @@ class _Names:
             return None
         stands, tied_to = mine in self.plan.weights.stored, mine if tie is None else tie.stored
         own = mine in self.edited or (stands and mine not in self.plan.edits.dropped)
-        base, adapted = (
-            self._direct(weight, shape) for weight in (mine if stands else tied_to, mine if own else tied_to)
-        )
-        return RunTimeTensor(
-            name, shape, base, adapted, stacked=len(shape) == 3 and adapted[0].slices[0].index is not None
-        )
+        base, adapted = self._direct(mine if stands else tied_to, shape), self._direct(mine if own else tied_to, shape)
+        stacked = len(shape) == 3 and adapted[0].slices[0].index is not None
+        return RunTimeTensor(name, shape, base, adapted, stacked)
 
     def _direct(self, weight: str, shape: tuple[int, ...]) -> tuple[Source, ...]:
         """Take a weight as it is: a stack of matrices one by one."""
-        stored = (
-            self.plan.weights[weight].shape
-            if weight in self.plan.weights
-            else self.plan.edits.sources[weight].info.shape
-        )
+        weights, sources = self.plan.weights, self.plan.edits.sources
+        stored = weights[weight].shape if weight in weights else sources[weight].info.shape
         if stored != shape:
             raise MismatchError(
                 f"{self.plan.base.path}: {weight!r} has shape {list(stored)}, and its class expects {list(shape)}; is it of another class, "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamer.errors import StorageError
 from streamer.storage.files import storage_errors
-from streamer.storage.system import MAX_CALL_BYTES, advise, read_at
+from streamer.storage.system import MAX_CALL_BYTES, drop_cached, read_at
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Spool:
                     )
                 at, data = at + done, data[done:]
             out.append(tensor)
-        advise(self._fd, place.start, place.nbytes, "DONTNEED")
+        drop_cached(self._fd, place.start, place.nbytes)
         return out
 
 

@@ -114,10 +114,9 @@ class Values:
             self._last = target.tensor, self.plan.finite_delta(target)
         method, findings = self.job.variants[variant].mitigation, self.job.findings
         assert method is not None
-        detection = (
-            findings.by_tensor[target.tensor].detection if findings is not None and method.needs_detection else None
-        )
-        after = method.mitigated(self._last[1], detection, target.tensor)
+        needed = findings if method.needs_detection else None
+        found = None if needed is None else needed.by_tensor[target.tensor].detection
+        after = method.mitigated(self._last[1], found, target.tensor)
         factors = target.module.factors
         if self.job.projected and factors is not None and isinstance(after, LowRank) and factors.scaling:
             B, A, _ = back_project(after, factors.rank, factors.scaling)

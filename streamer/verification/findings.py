@@ -32,17 +32,9 @@ from streamer.verification.spectrum import (
 from streamer.verification.tensors import Array, Matrix, TensorFiles
 
 SCHEMA = "streamer.findings/1"
-ARRAYS = (
-    "U",
-    "S",
-    "Vh",
-    "singular_values",
-    "similarity",
-    "similarity_low",
-    "similarity_high",
-    "base_singular_values",
-    "intruders",
-)
+FACTORS = ("U", "S", "Vh")
+NUMBERS = ("singular_values", "similarity", "similarity_low", "similarity_high", "base_singular_values")
+ARRAYS = (*FACTORS, *NUMBERS, "intruders")
 
 FIGURE_ERROR = 1e-3
 """Relative difference of norms and shares: findings have them in float32, from vectors that are off by an angle."""
@@ -131,7 +123,7 @@ def _check_arrays(row: dict[str, Any], k: int, file: TensorFiles, outcome: Outco
     m, n = row["shape"]
     name = f"{row['tensor']}/intruders"
     q = file.stored(name).shape[0] if name in file else 0
-    shapes = dict.fromkeys(ARRAYS[3:8], (k,)) | {"U": (m, q), "S": (q,), "Vh": (q, n), "intruders": (q,)}
+    shapes = dict.fromkeys(NUMBERS, (k,)) | {"U": (m, q), "S": (q,), "Vh": (q, n), "intruders": (q,)}
     for key, shape in shapes.items():
         name = f"{row['tensor']}/{key}"
         found = file.stored(name).shape if name in file else None
@@ -141,27 +133,21 @@ def _check_arrays(row: dict[str, Any], k: int, file: TensorFiles, outcome: Outco
 
 def _check_intervals(row: dict[str, Any], epsilon: float, file: TensorFiles, outcome: Outcome) -> None:
     """Compare a matrix's decisions with its own intervals: what is an intruder, and whether that is certified."""
-    low, similar, high, intruders = (
-        file.values(f"{row['tensor']}/{key}")
-        for key in ("similarity_low", "similarity", "similarity_high", "intruders")
-    )
+    keys = "similarity_low", "similarity", "similarity_high", "intruders"
+    low, similar, high, intruders = (file.values(f"{row['tensor']}/{key}") for key in keys)
     room, clusters = 1e-6, row["degenerate"]
     outside = np.flatnonzero(~((low - room <= similar) & (similar <= high + room) & (low >= 0) & (high <= 1)))
     certain = (low >= epsilon) | (high < epsilon)
     decided = np.flatnonzero(similar < epsilon).tolist()
     if len(outside):
         j = int(outside[0])
-        expected, found = (
-            f"similarity {similar[j]:.4f} of direction {j} in its interval",
-            f"[{low[j]:.4f}, {high[j]:.4f}]",
-        )
+        expected = f"similarity {similar[j]:.4f} of direction {j} in its interval"
+        found = f"[{low[j]:.4f}, {high[j]:.4f}]"
     elif decided != intruders.tolist():
         expected, found = f"intruders {decided}, by its similarities", f"{intruders.tolist()}"
     elif bool(row["certified"]) != (bool(certain.all()) and not clusters):
-        expected, found = (
-            f"certified {str(not row['certified']).lower()}, by its intervals",
-            str(row["certified"]).lower(),
-        )
+        expected = f"certified {str(not row['certified']).lower()}, by its intervals"
+        found = str(row["certified"]).lower()
     else:
         return
     outcome.differ(outcome.output, expected, found, row["tensor"])
@@ -254,7 +240,7 @@ class FindingsCheck:
 
     def _check_figures(self, row: dict[str, Any], arrays: dict[str, Array], W0: Matrix, delta: Delta) -> float:
         """Compare the norm of the delta, the intruders' share of it, and what would be lost in projection."""
-        U, S, Vh = (arrays[key] for key in ARRAYS[:3])
+        U, S, Vh = (arrays[key] for key in FACTORS)
         norm = delta.norm(W0)
         share = float(np.linalg.norm(delta.left_product(U, W0))) / norm if norm else 0.0
         figures = {"delta_norm": norm, "intruder_energy": min(1.0, share**2)}

@@ -202,10 +202,8 @@ class Recomputation:
         whole = mitigated.in_factors(W0)
         truncated = whole.truncated(len(factors.A))
         role = ("lora_embedding_A", "lora_embedding_B") if factors.embedding else ("lora_A", "lora_B")
-        half_A, half_B = (
-            half_spacing(f, files.files.stored(factors.names[r]).dtype)
-            for f, r in zip((factors.A, factors.B), role, strict=True)
-        )
+        dtype_A, dtype_B = (files.files.stored(factors.names[r]).dtype for r in role)
+        half_A, half_B = half_spacing(factors.A, dtype_A), half_spacing(factors.B, dtype_B)
         permitted = truncated.sensitivity * mitigated.error + 1e-6 * whole.norm()
         A, B, s = np.abs(factors.A), np.abs(factors.B), abs(factors.scaling)
         excess = norm = 0.0

@@ -129,10 +129,8 @@ class MergedTensors:
             return
         width, begun = source.nbytes(start) // shape[0], 0
         for mine, theirs in zip_longest(self.files.pieces(name), source.pieces(start)):
-            different = (
-                np.flatnonzero(np.frombuffer(mine, np.uint8) != np.frombuffer(theirs, np.uint8)) + begun
-            ) // width
-            if rows := {*different.tolist()} - apart:
+            different = np.flatnonzero(np.frombuffer(mine, np.uint8) != np.frombuffer(theirs, np.uint8)) + begun
+            if rows := {*(different // width).tolist()} - apart:
                 self._differ(name, f"the bytes of {start!r} in row {min(rows)}")
                 return
             begun += len(mine)

@@ -57,11 +57,7 @@ def read_record(output: Path) -> dict[str, Any] | str:
     """
     path = output / RECORD_NAME
     if not path.is_file():
-        found = (
-            "the journal of an interrupted run; run its command again"
-            if (output / JOURNAL_NAME).exists()
-            else _found(output)
-        )
+        found = _found(output)
         raise MissingInputError(
             f"{output}: expected {RECORD_NAME}, the record of a finished output, found {found}", path
         )
@@ -89,12 +85,11 @@ def read_record(output: Path) -> dict[str, Any] | str:
 
 
 def _found(output: Path) -> str:
+    if (output / JOURNAL_NAME).exists():
+        return "the journal of an interrupted run; run its command again"
     inside = sorted(p.parent.name for p in output.glob(f"*/{RECORD_NAME}"))
-    return (
-        f"none; name one of the outputs in it: {', '.join(inside[:3])}"
-        if inside
-        else "none; is this an output of streamer?"
-    )
+    named = f"name one of the outputs in it: {', '.join(inside[:3])}" if inside else "is this an output of streamer?"
+    return f"none; {named}"
 
 
 def _wrong_key(entry: object, types: Mapping[str, type | tuple[type, ...]]) -> str:
@@ -161,12 +156,8 @@ def _check_method(record: dict[str, Any], outcome: Outcome) -> None:
     takes = WITNESSED.get(method)
     detects = takes == "findings" and lam != 1
     taken = {"method": method, "lambda": lam, "detection": record["detection"] is not None, "scale": record["scale"]}
-    if (
-        takes is None
-        or (lam is None) != (takes == "coefficients")
-        or taken["detection"] != detects
-        or record["scale"] not in ("all", "first")
-    ):
+    known = takes is not None and record["scale"] in ("all", "first")
+    if not known or (lam is None) != (takes == "coefficients") or taken["detection"] != detects:
         outcome.differ(path, "method, lambda, detection and scale that belong together", f"{taken}")
     most = 0 if not detects else 1 if record["scale"] == "first" else math.inf
     for row in record["matrices"]:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -159,15 +160,9 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
         others = MergedTensors(outcome, record, base, adapter, files, carried)
     if outcome.differences:
         return outcome
-    recomputation = Recomputation(outcome, base, adapter, path, record, carried)
-    sample.recompute(
-        outcome,
-        record["matrices"],
-        record["plan"],
-        _needs(base),
-        lambda row: recomputation.check(row, files),
-        [*others.comparisons()],
-    )
+    recomputation, comparisons = Recomputation(outcome, base, adapter, path, record, carried), [*others.comparisons()]
+    check = partial(recomputation.check, files=files)
+    sample.recompute(outcome, record["matrices"], record["plan"], _needs(base), check, comparisons)
     return outcome
 
 

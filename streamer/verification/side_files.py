@@ -48,9 +48,9 @@ def check_side_files(record: dict[str, Any], base: Path, adapter: AdapterFiles, 
     folders = {".", TEMPLATES, *(str(PurePath(name).parent) for name in listed)}
     wanted, tokenizer = _wanted(record, base, adapter, folders, outcome)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamer"
-    partly = any(str(record[key].get("address")).startswith("http") for key in ("base", "adapter")) or any(
-        path.is_file() or cache.resolve() in path.resolve().parents for path in (base, adapter.directory)
-    )
+    remote = any(str(record[key].get("address")).startswith("http") for key in ("base", "adapter"))
+    inputs = base, adapter.directory
+    partly = remote or any(path.is_file() or cache.resolve() in path.resolve().parents for path in inputs)
     if outcome.kind == "model" and record["tokenizer"] != tokenizer and not partly:
         expected = f"the tokenizer of {tokenizer or 'neither input'}"
         outcome.differ(outcome.output / RECORD_NAME, expected, f"that of {record['tokenizer'] or 'neither'}")
@@ -77,9 +77,8 @@ def _wanted(
     stays = any(map(_is_tokenizer, found))
     if adapter.is_model:
         return found, "adapter" if stays else None
-    brought = (
-        {} if base.resolve() == adapter.directory.resolve() else _files(adapter.directory, {".", TEMPLATES}, apart)
-    )
+    same = base.resolve() == adapter.directory.resolve()
+    brought = {} if same else _files(adapter.directory, {".", TEMPLATES}, apart)
     own = {name for name in brought if _is_tokenizer(name)}
     rows, tokens = _rows(outcome.output / MODEL_CONFIG), _token_count(adapter.directory / "tokenizer.json")
     fewer = tokens > rows if rows else record["tokenizer"] == "base"

@@ -149,7 +149,7 @@ def test_a_forecast_counts_what_is_read(tmp_path: Path) -> None:
 
 
 class Cache:
-    """The system's page cache, as it is told to read ahead and to drop: which pages come from the disk, and how often."""
+    """The system's page cache, as it is told to drop: which pages come from the disk, and how often."""
 
     PAGE = 1 << 12
 
@@ -166,10 +166,8 @@ class Cache:
             self.held[ino] |= pages
 
     def advise(self, fd: int, at: int, length: int, what: int) -> None:
-        ino = os.fstat(fd).st_ino
-        if ino in self.files and what == os.POSIX_FADV_WILLNEED:
-            self.read(fd, at, length)
-        elif ino in self.files:
+        assert what == os.POSIX_FADV_DONTNEED
+        if (ino := os.fstat(fd).st_ino) in self.files:
             self.held[ino] -= set(range(-(-at // self.PAGE), (at + length) // self.PAGE))
 
 

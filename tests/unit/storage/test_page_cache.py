@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 
 from streamer.errors import StorageError
-from streamer.storage import page_cache
+from streamer.storage import page_cache, system
 from streamer.storage.atomic_file import AtomicFile
-from streamer.storage.page_cache import LAG_BYTES, QUEUE, STEP_BYTES, THREADED_BYTES, Readahead
+from streamer.storage.byte_source import LocalSource
+from streamer.storage.page_cache import LAG_BYTES, QUEUE, THREADED_BYTES
 from streamer.storage.tensor_file import TensorFile
 
 LARGE = 2 * THREADED_BYTES
+STEP_BYTES = 1 << 20
 
 
 def writers() -> list[str]:
@@ -170,23 +172,19 @@ def cold(tmp_path: Path) -> Path:
 
 
 def test_what_is_read_is_dropped_behind(cold: Path) -> None:
-    fd = os.open(cold, os.O_RDONLY)
-    ahead, piece = Readahead(fd), STEP_BYTES // 2
-    for at in range(0, 16 * STEP_BYTES, piece):
-        ahead.prefetch(at, at + piece)
-        os.pread(fd, piece, at)
-        ahead.release(at + piece)
-    os.close(fd)
+    source, piece = LocalSource(cold, "pread"), memoryview(bytearray(STEP_BYTES // 2 - 1))
+    for at in range(0, 16 * STEP_BYTES, len(piece)):
+        part = piece[: 16 * STEP_BYTES - at]
+        source.read_into(part, at)
+        source.release(at, at + len(part))
+    source.close()
     assert not any(cached(cold))
 
 
 def test_advice_that_is_refused_is_no_error(cold: Path) -> None:
     fd = os.open(cold, os.O_RDONLY)
-    ahead = Readahead(fd)
     os.close(fd)
-    for at in (9 * STEP_BYTES, 0, 3 * STEP_BYTES + 1):
-        ahead.prefetch(at, at + 10)
-        ahead.release(at + 2 * STEP_BYTES)
+    system.drop_cached(fd, 0, STEP_BYTES)
 
 
 def test_a_large_file_is_not_left_in_the_cache(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
