@@ -23,7 +23,8 @@ from streamer.output.records import Written
 from streamer.report.curves import LambdaRecord, ThresholdRecord, lambda_curve, threshold_curve
 from streamer.storage.tensor_file import TensorFile
 from streamer.units import counted
-from streamer.verification.record import RECORD_NAME, read_record
+from streamer.verification.record import read_record
+from streamer.verification.result import RECORD_NAME
 
 SCHEMA: Final = "streamer.report/1"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from streamer.events import Monitor
 from streamer.verification.hashing import hash_files
-from streamer.verification.record import RECORD_NAME, shards
-from streamer.verification.result import Outcome
+from streamer.verification.record import shards
+from streamer.verification.result import RECORD_NAME, Outcome
 from streamer.verification.tensors import TensorFiles
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -37,7 +38,7 @@ def check_files(record: dict[str, Any], outcome: Outcome, monitor: Monitor) -> N
     for entry in record["files"]:
         name = Path(entry["file"])
         if name.is_absolute() or ".." in name.parts or not name.parts:
-            outcome.differ(outcome.output / RECORD_NAME, "names of files below it", repr(entry["file"]))
+            outcome.misrecorded("names of files below it", repr(entry["file"]))
         else:
             listed[outcome.output / name] = entry
     present = {}
@@ -71,13 +72,9 @@ def check_tensors(record: dict[str, Any], outcome: Outcome, base: TensorFiles | 
         index = outcome.output / INDEX_NAME
         if any(f["file"] == INDEX_NAME for f in record["files"]) and not outcome.differing(index):
             _check_index(index, files, outcome)
-        twice = [
-            n
-            for n in {n: 0 for held in files.names.values() for n in held}
-            if sum(n in h for h in files.names.values()) > 1
-        ]
-        for name in twice:
-            outcome.differ(outcome.output, "a tensor in one shard", "it in several", name)
+        for name, count in Counter(name for held in files.names.values() for name in held).items():
+            if count > 1:
+                outcome.differ(outcome.output, "a tensor in one shard", "it in several", name)
         if base is not None and record["command"] == "merge" and not record["dequantize"]:
             _check_shapes(record, files, base, outcome)
 

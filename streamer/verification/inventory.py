@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from streamer.verification.formulas import AdapterFiles
-from streamer.verification.record import RECORD_NAME
 from streamer.verification.result import Outcome
 from streamer.verification.tensors import Array, TensorFiles, same_bytes
 
@@ -198,7 +197,6 @@ def check_carried(
         The model's tensor → the adapter's that edit it, what replaces it first; a head that is written beside the embedding that it was
         tied to has the base's, with the role ``tied``.
     """
-    path = outcome.output / RECORD_NAME
     brought = {p.source: p for p in parts(adapter) if p.role in ("saved", "lora_bias", "tokens")}
     names = _Names(part.target for part in brought.values())
     found: defaultdict[str, list[Part]] = defaultdict(list)
@@ -214,10 +212,10 @@ def check_carried(
             or not names.fit(tensor, part.target)
             or {p.role for p in found[tensor]} & {part.role, "lora_bias", "tokens"}
         ):
-            outcome.differ(path, "the adapter's tensor that changes it", repr(by), tensor)
+            outcome.misrecorded("the adapter's tensor that changes it", repr(by), tensor)
             continue
         elif change != (wanted := _change(part, tensor in base, adapter)):
-            outcome.differ(path, f"{wanted!r} by {by!r}", repr(change), tensor)
+            outcome.misrecorded(f"{wanted!r} by {by!r}", repr(change), tensor)
         found[tensor].append(part)
     listed = {part.source for edits in found.values() for part in edits}
     if adapter.is_model:
@@ -229,7 +227,7 @@ def check_carried(
             continue
         copies = (brought[source] for source in listed & brought.keys() if brought[source].role == part.role)
         if not any(same_bytes(adapter.files, copy.source, adapter.files, part.source) for copy in copies):
-            outcome.differ(path, f"an entry for {part.source!r}, which the adapter brings", "none", part.target)
+            outcome.misrecorded(f"an entry for {part.source!r}, which the adapter brings", "none", part.target)
     return dict(found)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,10 +41,8 @@ class Recomputation:
         Takes the differences.
     base, adapter
         The inputs, opened.
-    output
-        The output's directory.
     record
-        Its ``streamer.json``.
+        The output's ``streamer.json``.
     carried
         The model's tensor → the adapter's that edit it (see `check_carried`).
     """
@@ -53,7 +50,6 @@ class Recomputation:
     outcome: Outcome
     base: TensorFiles
     adapter: AdapterFiles
-    output: Path
     record: dict[str, Any]
     carried: dict[str, list[Part]]
 
@@ -85,9 +81,7 @@ class Recomputation:
         if self.record["method"] == "fitted":
             coefficients = row["coefficients"]
             if len(coefficients) != (count := coefficient_count(delta)):
-                self.outcome.differ(
-                    self.output / "streamer.json", f"{count} coefficients", f"{len(coefficients)}", tensor
-                )
+                self.outcome.misrecorded(f"{count} coefficients", f"{len(coefficients)}", tensor)
                 return Checked(math.inf, decisions)
             mitigated = by_coefficients(W0, delta, coefficients)
         else:
@@ -109,8 +103,7 @@ class Recomputation:
             return None, False
         k = directions(options["top_k"], W0.shape)
         if max(row["intruders"], default=0) >= k:
-            path = self.output / "streamer.json"
-            self.outcome.differ(path, f"intruders among the first {k} directions", f"{row['intruders']}", row["tensor"])
+            self.outcome.misrecorded(f"intruders among the first {k} directions", f"{row['intruders']}", row["tensor"])
             return None, False
         triplets = leading_triplets(delta.operator(W0), k)
         vectors = base_vectors(W0)
@@ -124,8 +117,8 @@ class Recomputation:
             unsure = abs(similar[j] - epsilon) <= 2 * triplets.angle_errors()[j] or covered[j] < epsilon <= similar[j]
             if not unsure and (similar[j] < epsilon) != (j in intruders):
                 verdict = "an intruder" if similar[j] < epsilon else "no intruder"
-                self.outcome.differ(
-                    self.output / "streamer.json", f"direction {j} to be {verdict}, with a similarity of {similar[j]:.4f} to the base",
+                self.outcome.misrecorded(
+                    f"direction {j} to be {verdict}, with a similarity of {similar[j]:.4f} to the base",
                     f"intruders {intruders}{'' if row['certified'] else ', not certified: give detection more memory'}", row["tensor"],
                 )  # fmt: skip
         return triplets, True
@@ -136,7 +129,7 @@ class Recomputation:
         """Compare ``W0 + Δ'`` with the written tensor, and return the largest error as a share of what rounding permits."""
         if tensor not in files or math.prod(files.stored(tensor).shape) != math.prod(W0.shape):
             found = f"shape {list(files.stored(tensor).shape)}" if tensor in files else "no such tensor"
-            self.outcome.differ(self.output, f"a matrix of {list(W0.shape)}", found, tensor)
+            self.outcome.differ(self.outcome.output, f"a matrix of {list(W0.shape)}", found, tensor)
             return math.inf
         path = next(path for path, names in files.names.items() if tensor in names)
         written = open_matrix(files, tensor, W0.shape, W0.transposed)
@@ -183,13 +176,11 @@ class Recomputation:
         """Compare the record's norms of Δ and Δ'."""
         for key, norm, more in (("delta_norm", before, 0.0), ("delta_norm_after", after, error)):
             if not abs(row[key] - norm) <= NORM_ERROR * max(norm, before) + more:
-                self.outcome.differ(
-                    self.output / "streamer.json", f"{key} {norm:.6g}", f"{row[key]:.6g}", row["tensor"]
-                )
+                self.outcome.misrecorded(f"{key} {norm:.6g}", f"{row[key]:.6g}", row["tensor"])
 
     def _check_factors(self, row: dict[str, Any], W0: Matrix, mitigated: Mitigated, files: AdapterFiles) -> float:
         """Compare ``s·B'·A'`` with Δ' at the written adapter's rank, and return the largest error as a share of the permitted."""
-        path, tensor = self.output / WEIGHTS_NAME, row["tensor"]
+        path, tensor = self.outcome.output / WEIGHTS_NAME, row["tensor"]
         factors = files.factors(row["module"], row["tensor"] in self.carried)
         if factors.shape != W0.shape:
             self.outcome.differ(path, f"factors of a matrix of {list(W0.shape)}", f"of {list(factors.shape)}", tensor)
@@ -224,9 +215,7 @@ class Recomputation:
         if isinstance(asked, float) and 1 - truncated.dropped**2 < asked - 1e-3:
             self.outcome.differ(path, f"{asked:g} of the energy of Δ'", f"{1 - truncated.dropped**2:.4g}", tensor)
         if not abs(row["dropped"] - truncated.dropped) <= 1e-3:
-            self.outcome.differ(
-                self.output / "streamer.json", f"dropped {truncated.dropped:.4g}", f"{row['dropped']:.4g}", tensor
-            )
+            self.outcome.misrecorded(f"dropped {truncated.dropped:.4g}", f"{row['dropped']:.4g}", tensor)
         return share
 
 

@@ -13,10 +13,9 @@ import numpy as np
 
 from streamer.errors import FormatError, MissingInputError
 from streamer.verification.mitigation import WITNESSED
-from streamer.verification.result import Outcome
+from streamer.verification.result import RECORD_NAME, Outcome
 from streamer.verification.tensors import TensorFiles
 
-RECORD_NAME = "streamer.json"
 SCHEMA = "streamer.output/2"
 JOURNAL_NAME = ".streamer.journal"
 
@@ -104,7 +103,7 @@ def check_digest(record: dict[str, Any], outcome: Outcome) -> None:
     if DIGEST in record and record[DIGEST] != (found := _digest(path, record)):
         check_stamps(record, outcome)
         if not outcome.differing(path):
-            outcome.differ(path, f"SHA-256 {record[DIGEST]} by itself", found)
+            outcome.misrecorded(f"SHA-256 {record[DIGEST]} by itself", found)
 
 
 def _digest(path: Path, record: Mapping[str, Any]) -> str:
@@ -114,7 +113,6 @@ def _digest(path: Path, record: Mapping[str, Any]) -> str:
 
 def check_record(record: dict[str, Any], outcome: Outcome) -> None:
     """Compare the record's sums and digests with what they are made of."""
-    path = outcome.output / RECORD_NAME
     rows, totals = record["matrices"], record["totals"]
     before, after = (math.sqrt(sum(m[key] * m[key] for m in rows)) for key in ("delta_norm", "delta_norm_after"))
     sums = {
@@ -132,14 +130,12 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
     for key, value in sums.items():
         found = totals.get(key)
         if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=1e-12):
-            outcome.differ(path, f"totals.{key} {value!r}, the sum over its entries", repr(found))
+            outcome.misrecorded(f"totals.{key} {value!r}, the sum over its entries", repr(found))
             break  # others may be made from it
-    if record["detection"] is not None and record["detection"].get("certified") != sum(
-        m["certified"] is True for m in rows
-    ):
-        outcome.differ(
-            path, "detection.certified to count its certified matrices", repr(record["detection"].get("certified"))
-        )
+    if record["detection"] is not None:
+        certified = record["detection"].get("certified")
+        if certified != sum(m["certified"] is True for m in rows):
+            outcome.misrecorded("detection.certified to count its certified matrices", repr(certified))
     _check_method(record, outcome)
     if record["method"] == "fitted":
         _check_coefficients(record, outcome)
@@ -147,40 +143,39 @@ def check_record(record: dict[str, Any], outcome: Outcome) -> None:
         identity = {k: v for k, v in record[key].items() if k not in (*IN_SHORT, "address", "base_model_name_or_path")}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         if record[key].get("digest") != digest:
-            outcome.differ(path, f"{key}.digest {digest}, of what it says of it", repr(record[key].get("digest")))
+            outcome.misrecorded(f"{key}.digest {digest}, of what it says of it", repr(record[key].get("digest")))
 
 
 def _check_method(record: dict[str, Any], outcome: Outcome) -> None:
     """Compare what the record says of detection, λ and intruders with what its method takes."""
-    path, method, lam = outcome.output / RECORD_NAME, record["method"], record["lambda"]
+    method, lam = record["method"], record["lambda"]
     takes = WITNESSED.get(method)
     detects = takes == "findings" and lam != 1
     taken = {"method": method, "lambda": lam, "detection": record["detection"] is not None, "scale": record["scale"]}
     known = takes is not None and record["scale"] in ("all", "first")
     if not known or (lam is None) != (takes == "coefficients") or taken["detection"] != detects:
-        outcome.differ(path, "method, lambda, detection and scale that belong together", f"{taken}")
+        outcome.misrecorded("method, lambda, detection and scale that belong together", f"{taken}")
     most = 0 if not detects else 1 if record["scale"] == "first" else math.inf
     for row in record["matrices"]:
         ranks = row["intruders"]
         rising = all(type(j) is int for j in ranks) and ranks == sorted({*ranks}) and min(ranks, default=0) >= 0
         if not rising or len(ranks) > most:
-            outcome.differ(path, f"rising ranks of intruders, {most} at most", f"{ranks}", row["tensor"])
+            outcome.misrecorded(f"rising ranks of intruders, {most} at most", f"{ranks}", row["tensor"])
 
 
 def _check_coefficients(record: dict[str, Any], outcome: Outcome) -> None:
     """Compare the digest of all coefficients with those of the matrices."""
-    path = outcome.output / RECORD_NAME
     digest = hashlib.sha256()
     for row in sorted(record["matrices"], key=lambda row: str(row["tensor"])):
         values = row.get("coefficients")
         numbers = isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
         if not numbers:
-            outcome.differ(path, "coefficients from 0 to 1", repr(values), row["tensor"])
+            outcome.misrecorded("coefficients from 0 to 1", repr(values), row["tensor"])
             return
         digest.update(f"{row['tensor']}\n".encode() + np.array(values, "<f8").tobytes())
     found = (record.get("coefficients") or {}).get("sha256")
     if found != digest.hexdigest():
-        outcome.differ(path, f"coefficients.sha256 {digest.hexdigest()}, of those of its matrices", repr(found))
+        outcome.misrecorded(f"coefficients.sha256 {digest.hexdigest()}, of those of its matrices", repr(found))
 
 
 def shards(record: dict[str, Any]) -> list[str]:
@@ -216,6 +211,4 @@ def _check_stamp(record: dict[str, Any], file: Path, metadata: Mapping[str, str]
         if key in ("base", "adapter"):
             mine = {k: str(mine[k]) for k in IN_SHORT if k in mine} if isinstance(mine, dict) else mine
         if mine != value:
-            outcome.differ(
-                outcome.output / RECORD_NAME, f"{key} {value!r}, as the metadata of {file.name} have it", repr(mine)
-            )
+            outcome.misrecorded(f"{key} {value!r}, as the metadata of {file.name} have it", repr(mine))

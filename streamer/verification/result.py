@@ -9,6 +9,8 @@ from typing import Annotated, Final, Literal, NamedTuple, NotRequired, TypedDict
 from streamer.json_types import Amount, Count
 
 SCHEMA: Final = "streamer.verification/1"
+RECORD_NAME = "streamer.json"
+"""Of the record of an output, in its directory."""
 
 
 class NotRecomputed(Exception):  # a reason, and no fault of anyone
@@ -96,6 +98,10 @@ class Outcome:
         self.differences.append(
             {"file": str(file), "tensor": tensor, "expected": expected, "found": found, "message": line}
         )
+
+    def misrecorded(self, expected: str, found: str, tensor: str | None = None) -> None:
+        """Note that the output's record says otherwise."""
+        self.differ(self.output / RECORD_NAME, expected, found, tensor)
 
     def differing(self, file: Path) -> bool:
         """Tell whether a difference of this file was noted."""

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from streamer.errors import FormatError, MissingInputError, UsageError, VerificationError
 from streamer.events import Event, Monitor
 from streamer.verification.directory import check_files, check_tensors
-from streamer.verification.record import RECORD_NAME, check_digest, check_record, check_stamps, read_record, shards
-from streamer.verification.result import Checked, NotRecomputed, Outcome, Verification
+from streamer.verification.record import check_digest, check_record, check_stamps, read_record, shards
+from streamer.verification.result import RECORD_NAME, Checked, NotRecomputed, Outcome, Verification
 
 Check = Callable[[dict[str, Any]], Checked]
 
@@ -119,7 +119,7 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
     record = read_record(path)
     if isinstance(record, str):
         outcome = Outcome(path, "model")
-        outcome.differ(path / RECORD_NAME, "the record of an output", record)
+        outcome.misrecorded("the record of an output", record)
         return outcome
     outcome = Outcome(path, "model" if record["command"] == "merge" else "adapter", matrices=len(record["matrices"]))
     check_record(record, outcome)
@@ -144,7 +144,7 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
     from streamer.verification.tensors import TensorFiles
 
     assert inputs is not None
-    check_rows(record["matrices"], adapter, base, path / RECORD_NAME, outcome)
+    check_rows(record["matrices"], adapter, base, outcome.output / RECORD_NAME, outcome)
     carried = check_carried(record, adapter, base, outcome)
     check_side_files(record, inputs[0], adapter, outcome)
     others: AdapterTensors | MergedTensors
@@ -160,7 +160,7 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
         others = MergedTensors(outcome, record, base, adapter, files, carried)
     if outcome.differences:
         return outcome
-    recomputation, comparisons = Recomputation(outcome, base, adapter, path, record, carried), [*others.comparisons()]
+    recomputation, comparisons = Recomputation(outcome, base, adapter, record, carried), [*others.comparisons()]
     check = partial(recomputation.check, files=files)
     sample.recompute(outcome, record["matrices"], record["plan"], _needs(base), check, comparisons)
     return outcome

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamer.verification.directory import INDEX_NAME, LOADED, READ, TEMPLATES
 from streamer.verification.formulas import CONFIG_NAME, AdapterFiles
-from streamer.verification.record import RECORD_NAME, shards
+from streamer.verification.record import shards
 from streamer.verification.result import Outcome
 
 MODEL_CONFIG = "config.json"
@@ -53,7 +53,7 @@ def check_side_files(record: dict[str, Any], base: Path, adapter: AdapterFiles, 
     partly = remote or any(path.is_file() or cache.resolve() in path.resolve().parents for path in inputs)
     if outcome.kind == "model" and record["tokenizer"] != tokenizer and not partly:
         expected = f"the tokenizer of {tokenizer or 'neither input'}"
-        outcome.differ(outcome.output / RECORD_NAME, expected, f"that of {record['tokenizer'] or 'neither'}")
+        outcome.misrecorded(expected, f"that of {record['tokenizer'] or 'neither'}")
     for name in sorted(listed | wanted.keys()):
         path = outcome.output / name
         if name in listed and name in wanted:

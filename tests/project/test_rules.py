@@ -84,7 +84,7 @@ BUDGET = {
     "cli": 1_750,
     "output": 2_420,
     "plan": 2_250,
-    "verification": 2_160,
+    "verification": 2_140,
     "storage": 2_090,
     "detection": 1_920,
     "evaluation": 1_830,
