@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from command_line import ENV
+from helpers import one_file
 
 CALLS = ("write", "pwrite", "fsync", "rename", "unlink", "ftruncate")
 
@@ -27,12 +28,11 @@ import torch
 torch.set_num_threads(1)
 import streamer.cli.main, streamer.api.detection, streamer.api.writing, streamer.api.report, streamer.cli.tables
 from streamer.cli.main import run
-from streamer.plan.architecture_table import conv1d_names
 
 home, calls = sys.argv[1], sys.argv[2].split(",")
 for module in sys.argv[3:]:
     importlib.import_module(module)
-conv1d_names()  # what most runs look up, and no run changes
+streamer.detect_intruder_dimensions(home + "/one", home + "/few", solver="dense")  # runs find its look-ups done
 gc.freeze()  # a collection in a run would copy every page of what is imported
 real = {name: getattr(os, name) for name in calls}
 log = []
@@ -128,6 +128,7 @@ class Server:
 
     def __init__(self, preload: Path | None = None, modules: tuple[str, ...] = ()) -> None:
         self._home = tempfile.TemporaryDirectory(prefix="forks-")
+        one_file(Path(self._home.name))
         env = {**ENV, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         if preload is not None:
             env["LD_PRELOAD"] = str(preload)

@@ -32,18 +32,15 @@ def job(home: Path, **config: object) -> tuple[Path, Path]:
     )
 
 
-@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (1500, 1100)])
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (1100, 1030)])
 @pytest.mark.parametrize("factored", [True, False])
 def test_truncation_is_the_nearest(shape: tuple[int, int], factored: bool) -> None:
     """Eckart-Young, by LAPACK and by the Krylov solver."""
     p = min(shape)
-    matrix = helpers.spectrum_matrix(
-        *shape, torch.cat([torch.tensor([9.0, 5.0, 4.0, 1.0, 0.5]), torch.full((p - 5,), 1e-3)])
-    )
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    delta: LowRank | Dense = LowRank(U * S, Vh.T) if factored else Dense(matrix.float())
+    sigma = torch.cat([torch.tensor([9.0, 5.0, 4.0, 1.0, 0.5]), torch.full((p - 5,), 1e-3)])
+    matrix, expected = (helpers.spectrum_matrix(*shape, s) for s in (sigma, sigma * (torch.arange(p) < 4)))
+    delta: LowRank | Dense = LowRank(matrix, torch.eye(shape[1]).double()) if factored else Dense(matrix.float())
     found = truncated(delta, 4, "x").dense()
-    expected = (U[:, :4] * S[:4]) @ Vh[:4]
     assert (found - expected).norm() < 2e-5 * matrix.norm()
 
 

@@ -166,22 +166,30 @@ def test_the_figure_of_a_shrink_has_no_map_of_intruders(
         assert sum(node.attrib["id"].startswith("axes_") for node in axes) == 2 * maps, "each with its scale"
 
 
-def test_figures_that_a_report_has_not_are_removed_with_the_old_ones(findings: Findings, tmp_path: Path) -> None:
+def test_figures_that_a_report_has_not_are_removed_with_the_old_ones(
+    findings: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
-    few = findings.select("*layers.0.*")
-    streamer.write_report(few, tmp_path / "f", evaluation=of_findings(findings))
+    from streamer.report.figures import draw_figures
+
+    few = make_subject(findings.select("*layers.0.*"))
+    drawn = draw_figures(few)
+    monkeypatch.setattr("streamer.report.files.draw_figures", lambda _: drawn)
+    (tmp_path / "f").mkdir()
+    for name, data in {**drawn, "tradeoff.svg": drawn["spectrum.svg"], "tradeoff.png": drawn["spectrum.png"]}.items():
+        (tmp_path / "f" / name).write_bytes(data)
     (tmp_path / "f" / "notes.svg").write_text("mine")
     before = tree_digest(tmp_path)
     with pytest.raises(
         OutputExistsError, match=r"tradeoff\.svg: is of another report, and this one has no such figure;"
     ):
-        write_files(make_subject(few), tmp_path / "f")
+        write_files(few, tmp_path / "f")
     assert tree_digest(tmp_path) == before
-    assert write_files(make_subject(few), tmp_path / "f", overwrite=True).state == "written"
+    assert write_files(few, tmp_path / "f", overwrite=True).state == "written"
     assert "notes.svg" in names(tmp_path / "f")
     assert not any("tradeoff" in name for name in names(tmp_path / "f"))
     (tmp_path / "f" / "tradeoff.png").write_text("mine too")
-    assert write_files(make_subject(few), tmp_path / "f").state == "present"
+    assert write_files(few, tmp_path / "f").state == "present"
 
 
 @pytest.mark.parametrize("name", ["r.html", "figures", "new/r.html", "new/figures"])
