@@ -31,6 +31,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
     return worker_bench(tmp_path_factory.mktemp("workers"))
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> WorkerBench:
+    """Where no memory is divided and nothing has to last, size adds nothing."""
+    return worker_bench(tmp_path_factory.mktemp("small"), shape=(150, 170))
+
+
 def on_engine(bench: WorkerBench, out: Path, engine: str) -> None:
     """Detect with an engine that runs, from the command line."""
     with bench.start(out, "--executor", engine, "-q") as process:
@@ -39,31 +45,31 @@ def on_engine(bench: WorkerBench, out: Path, engine: str) -> None:
     assert out.read_bytes() == bench.alone
 
 
-def test_threads_give_the_same_bytes(bench: WorkerBench, tmp_path: Path) -> None:
+def test_threads_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None:
     events: list[Event] = []
     with ThreadPoolExecutor(3) as pool, threads(1):
         streamer.detect_intruder_dimensions(
-            bench.base,
-            bench.adapter,
+            small.base,
+            small.adapter,
             tmp_path / "f.safetensors",
             solver="certified",
             executor=pool,
             on_event=events.append,
         )
-        inside = streamer.detect_intruder_dimensions(bench.base, bench.adapter, solver="certified", executor=pool)
-    assert (tmp_path / "f.safetensors").read_bytes() == bench.alone
+        inside = streamer.detect_intruder_dimensions(small.base, small.adapter, solver="certified", executor=pool)
+    assert (tmp_path / "f.safetensors").read_bytes() == small.alone
     assert inside.digest() == streamer.load_findings(tmp_path / "f.safetensors").digest()
     steps = [e for e in events if e.stage == "detect"]
     assert [e.done for e in steps] == sorted(e.done for e in steps)
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, 10)
 
 
-def test_processes_give_the_same_bytes(bench: WorkerBench, tmp_path: Path) -> None:
+def test_processes_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool, threads(1):
         streamer.detect_intruder_dimensions(
-            bench.base, bench.adapter, tmp_path / "f.safetensors", solver="certified", executor=pool
+            small.base, small.adapter, tmp_path / "f.safetensors", solver="certified", executor=pool
         )
-    assert (tmp_path / "f.safetensors").read_bytes() == bench.alone
+    assert (tmp_path / "f.safetensors").read_bytes() == small.alone
 
 
 @pytest.mark.long
@@ -104,30 +110,30 @@ def in_part(bench: WorkerBench, out: Path, part: Part | None, overwrite: bool = 
         detect_to_files(batch, paths, chosen, run, resident_bytes(batch))
 
 
-def test_parts_are_joined_to_the_same_bytes(bench: WorkerBench, tmp_path: Path) -> None:
+def test_parts_are_joined_to_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None:
     out = tmp_path / "f.safetensors"
     for number in (3, 1):
-        in_part(bench, out, Part(number, 3))
+        in_part(small, out, Part(number, 3))
     with pytest.raises(MissingInputError, match=r"parts 2 of 3 are missing; run the same command with --part 2/3") as e:
-        in_part(bench, out, None)
+        in_part(small, out, None)
     assert e.value.filename == str(tmp_path / "f.part-2-of-3.safetensors")
-    in_part(bench, out, Part(2, 3), threshold_epsilon=0.4)
+    in_part(small, out, Part(2, 3), threshold_epsilon=0.4)
     with pytest.raises(MismatchError, match=r"f.part-2-of-3.safetensors: holds findings of other inputs or options"):
-        in_part(bench, out, None)
+        in_part(small, out, None)
     (tmp_path / "f.part-2-of-3.safetensors").unlink()
-    in_part(bench, out, Part(2, 3))
+    in_part(small, out, Part(2, 3))
     found = [streamer.load_findings(Part(n, 3).path(out)) for n in (1, 2, 3)]
     assert sorted(len(f) for f in found) == [3, 3, 4]
-    in_part(bench, out, None)
-    assert out.read_bytes() == bench.alone
+    in_part(small, out, None)
+    assert out.read_bytes() == small.alone
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
 
 
-def test_a_damaged_part_is_not_joined(bench: WorkerBench, tmp_path: Path) -> None:
+def test_a_damaged_part_is_not_joined(small: WorkerBench, tmp_path: Path) -> None:
     """It is refused before any is joined, all parts stay, and the whole is that of whole parts."""
     out, parts = tmp_path / "f.safetensors", [Part(number, 2) for number in (1, 2)]
     for part in parts:
-        in_part(bench, out, part)
+        in_part(small, out, part)
     last = parts[1].path(out)
     good = last.read_bytes()
     last.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
@@ -135,19 +141,19 @@ def test_a_damaged_part_is_not_joined(bench: WorkerBench, tmp_path: Path) -> Non
     with pytest.raises(
         FormatError, match=rf"^{last}: is damaged, .*; run the same command with --part 2/2 --overwrite"
     ):
-        in_part(bench, out, None)
+        in_part(small, out, None)
     assert helpers.tree_digest(tmp_path) == before
     with pytest.raises(OutputExistsError, match=r"holds findings that cannot be read; .* pass --overwrite"):
-        in_part(bench, out, parts[1])
-    in_part(bench, out, parts[1], overwrite=True)
-    in_part(bench, out, None)
-    assert out.read_bytes() == bench.alone
+        in_part(small, out, parts[1])
+    in_part(small, out, parts[1], overwrite=True)
+    in_part(small, out, None)
+    assert out.read_bytes() == small.alone
     assert helpers.names(tmp_path) == [out.name]
 
 
-def test_more_parts_than_matrices_are_refused(bench: WorkerBench, tmp_path: Path) -> None:
+def test_more_parts_than_matrices_are_refused(small: WorkerBench, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--part: expected 10 parts at most"):
-        in_part(bench, tmp_path / "f.safetensors", Part(1, 11))
+        in_part(small, tmp_path / "f.safetensors", Part(1, 11))
 
 
 @pytest.mark.long
@@ -167,9 +173,9 @@ def test_options_that_make_no_sense(bench: WorkerBench, options: list[str], said
     assert not list(tmp_path.iterdir())
 
 
-def test_findings_pickle_by_value(bench: WorkerBench, tmp_path: Path) -> None:
+def test_findings_pickle_by_value(small: WorkerBench, tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
-    path.write_bytes(bench.alone)
+    path.write_bytes(small.alone)
     for matrix in streamer.load_findings(path):
         data = pickle.dumps(matrix)
         assert len(data) < 20_000

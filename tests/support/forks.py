@@ -191,7 +191,8 @@ def server(*modules: str) -> Server:
 @pytest.fixture(scope="session", name="server")
 def model_server() -> Server:
     """The server of commands that run a model."""
-    return server("streamer.api.evaluation", "streamer.api.fitting", "transformers.models.llama.modeling_llama")
+    modules = "streamer.api.evaluation", "streamer.api.fitting", "scipy.special"
+    return server(*modules, "transformers.models.llama.modeling_llama")
 
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"

@@ -46,9 +46,9 @@ class WorkerBench:
                 process.kill()
 
 
-def worker_bench(directory: Path, matrices: int = 10) -> WorkerBench:
+def worker_bench(directory: Path, matrices: int = 10, shape: tuple[int, int] = (600, 700)) -> WorkerBench:
     """Make the inputs."""
-    shape, tensors, factors = (600, 700), {}, {}
+    tensors, factors = {}, {}
     for i in range(matrices):
         tensors[f"a.{i}.weight"] = power_law(*shape, seed=i).float()
         factors[f"a.{i}"] = intruding_factors(*shape, 4, seed=i)
