@@ -78,6 +78,7 @@ _HOMES = {
     "load_findings": "detection.findings",
     "merge_with_reduced_intruder_dimensions": "api.writing",
     "reduce_intruder_dimension": "api.writing",
+    "repair_adapter": "api.repair",
     "report_coefficients": "api.reporting",
     "verify_output": "api.verification",
     "write_report": "api.report",
@@ -106,6 +107,7 @@ __all__ = [
     "load_findings",
     "merge_with_reduced_intruder_dimensions",
     "reduce_intruder_dimension",
+    "repair_adapter",
     "report_coefficients",
     "verify_output",
     "write_report",
@@ -115,6 +117,7 @@ if TYPE_CHECKING:
     from streamer.api.detection import detect_intruder_dimensions
     from streamer.api.evaluation import evaluate_variants
     from streamer.api.fitting import fit_coefficients
+    from streamer.api.repair import repair_adapter
     from streamer.api.report import write_report
     from streamer.api.reporting import report_coefficients
     from streamer.api.verification import verify_output

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_or
 from streamer.api.demo import DemoRecord
 from streamer.api.event_records import ErrorsRecord, EventRecord
 from streamer.api.records import DryRun, PlanRecord, SeveralRecord
+from streamer.api.repair import RepairRecord
 from streamer.detection.findings_records import FindingsRecord
 from streamer.evaluation.evaluation_records import EvaluationRecord
 from streamer.fitting.result import FitRecord
@@ -55,6 +56,7 @@ RECORDS: dict[type, tuple[str, Schema]] = {
     ]}),
     FindingsRecord: ("Findings", PRINTED),
     FitRecord: ("Fit", {}),
+    RepairRecord: ("Repair", {}),
     PlanRecord: ("Plan", {"dependentRequired": {"adapter": ["names", "matrices", "carried", "forecast", "refused"]}}),
     ReportRecord: ("Report", {}),
     SeveralRecord: ("Several adapters", {}),

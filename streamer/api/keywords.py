@@ -214,6 +214,15 @@ class FitKeywords(RunKeywords, total=False):
     max_memory: int | str | None
 
 
+class RepairKeywords(FitKeywords, total=False):
+    """Keywords of `streamer.repair_adapter`."""
+
+    general: str | Path | None
+    merge: bool
+    dequantize: bool
+    model_card: bool
+
+
 class LiveDetectKeywords(TypedDict, total=False):
     """Keywords of `streamer.peft.detect_intruder_dimensions`."""
 

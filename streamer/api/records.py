@@ -74,9 +74,9 @@ class PlanRecord(TypedDict):
     refused: NotRequired[Annotated[dict[str, str], "Of the commands whose forecast is null: why each is refused, in one line."]]
 
 class DryRun(TypedDict):
-    """What `--dry-run --json` prints of detect, mitigate, merge, evaluate and fit: all checks passed, nothing written."""
+    """What `--dry-run --json` prints of detect, mitigate, merge, evaluate, fit and repair: all checks passed, nothing written."""
     schema: Literal["streamer.dry-run/1"]
-    command: Annotated[str, Keywords(enum=["detect", "mitigate", "merge", "evaluate", "fit"]), "The command."]
+    command: Annotated[str, Keywords(enum=["detect", "mitigate", "merge", "evaluate", "fit", "repair"]), "The command."]
     output: OutputPath
     state: Annotated[str, Keywords(enum=["new", "resume", "done"]), "What a run would do: write it, finish an interrupted run, or nothing."]
     matrices: Annotated[Count, "Matrices that the adapter changes."]

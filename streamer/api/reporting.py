@@ -10,8 +10,9 @@ from streamer.api.keywords import ReadKeywords, explained, watched
 from streamer.api.options import Settings, read_coefficients, take
 from streamer.detection.findings import Findings, load_findings
 from streamer.detection.findings_records import FindingsRecord
+from streamer.errors import UsageError
 from streamer.events import Monitor
-from streamer.methods.coefficients import Coefficients
+from streamer.methods.coefficients import Coefficients, CoefficientSet
 from streamer.output.intruder_coefficients import findings_means, with_means
 from streamer.plan.plan import make_plan
 
@@ -32,6 +33,10 @@ class CoefficientsRequest:
         settings = self.settings
         found = self.findings if isinstance(self.findings, Findings) else load_findings(self.findings)
         chosen = read_coefficients(self.coefficients).select(self.keep)
+        if not isinstance(chosen, CoefficientSet):
+            raise UsageError(
+                f"{chosen.name}: holds new factors, which leave no share of each direction; fit coefficients with --grain direction"
+            )
         base, adapter = settings.located(monitor).pair(self.base, self.adapter)
         plan = make_plan(base, adapter, settings.io, settings.stated, settings.architecture)
         monitor.warn(plan.warnings)

@@ -19,6 +19,7 @@ def verify_output(
     *,
     sample: int | Literal["all"] = 3,
     max_memory: int | str | None = None,
+    coefficients: str | Path | None = None,
     **options: Unpack[WatchKeywords],
 ) -> Verification:
     """Compare an output with its record and, given its inputs, with what they give, by other code than wrote it.
@@ -38,6 +39,8 @@ def verify_output(
         tensors byte by byte.
     max_memory
         Matrices that take more memory, in bytes or as a size like ``"4G"``, are not recomputed.
+    coefficients
+        File of the fit that it was made with, if that gave new factors (method ``regmean``): the output has their digest alone.
 
     Returns
     -------
@@ -54,4 +57,4 @@ def verify_output(
     with watched(options) as monitor:
         inputs = Remote("cache", monitor=monitor)  # it reads files, by code that knows no addresses
         base, adapter = (None if given is None else inputs.path(given) for given in (base, adapter))
-        return verify(output, base, adapter, sample, read_size(max_memory), monitor)
+        return verify(output, base, adapter, sample, read_size(max_memory), monitor, coefficients)

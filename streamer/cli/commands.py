@@ -129,8 +129,9 @@ def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.cli.verification import verification_text
 
     found = verify_output(
-        args.output, args.base, args.adapter, sample=args.sample, max_memory=args.max_memory, monitor=monitor
-    )
+        args.output, args.base, args.adapter, sample=args.sample, max_memory=args.max_memory,
+        coefficients=args.coefficients, monitor=monitor,
+    )  # fmt: skip
     return {**found}, verification_text(found)
 
 
@@ -176,6 +177,20 @@ def _fit(args: argparse.Namespace, monitor: Monitor) -> Result:
     return tree, f"{text}\n{stood(output, state)}"
 
 
+def _repair(args: argparse.Namespace, monitor: Monitor) -> Result:
+    from streamer.api.repair import RepairRequest
+    from streamer.cli.dry_run import dry_run_text
+    from streamer.cli.repair_table import repair_table
+
+    request = RepairRequest.of(args.base, args.adapter, args.output, vars(args))
+    if args.dry_run:
+        record = request.forecast(monitor)
+        return record, dry_run_text(record, args.command, _screen(args))
+    found = request.run(monitor)
+    inputs = shown(args.base), shown(args.adapter)
+    return found.record, repair_table(found.record, found.written, inputs, _screen(args))
+
+
 def _demo(args: argparse.Namespace, monitor: Monitor) -> Result:
     from streamer.api.demo import DemoRequest
     from streamer.cli.demo_table import demo_table
@@ -195,6 +210,7 @@ COMMANDS = {
     "verify": _verify,
     "evaluate": _evaluate,
     "fit": _fit,
+    "repair": _repair,
     "demo": _demo,
 }
 

@@ -23,7 +23,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         Base, adapter and the file of coefficients, as they were given.
     """
     sets: Sequence[Mapping[str, Any]] = facts["sets"]
-    many = facts["parameters"]
+    many = facts.get("parameters")
     held = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
     columns = [
         Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of what was learned that was asked for", keep=9),
@@ -45,19 +45,24 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
     return "\n\n".join([table(columns, screen), "\n".join(fit(line, screen.width) for line in lines)])
 
 
-def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int) -> list[Column]:
-    """Make the columns of so many coefficients, and of the shrink that keeps as much as each set of them."""
+def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None) -> list[Column]:
+    """Make the columns of the shrink that keeps as much as each set, and of so many coefficients; None: of factors."""
     shrinks = [one["shrink"] for one in sets]
-    return [
+    columns = [
         Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
                "lambda of the shrink of the whole adapter that keeps the same", keep=3),
         Column("its forgetting", ["-" if s is None else _percent(s["forgetting"]) for s in shrinks], "that shrink's forgetting", keep=5),
         Column("its KL", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL", keep=4),
-        Column("mean", [f"{one['coefficients']['mean']:.2f}" for one in sets], f"mean of {counted(many, 'coefficient')}", keep=2),
-        Column("near 0", [str(one["coefficients"]["near_0"]) for one in sets], "coefficients of 0.05 at most", keep=1),
-        Column("near 1", [str(one["coefficients"]["near_1"]) for one in sets], "coefficients of 0.95 at least", keep=1),
-        Column("mu", ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets], "weight of the task's text", keep=0),
     ]  # fmt: skip
+    if many is not None:
+        columns += [
+            Column("mean", [f"{one['coefficients']['mean']:.2f}" for one in sets], f"mean of {counted(many, 'coefficient')}", keep=2),
+            Column("near 0", [str(one["coefficients"]["near_0"]) for one in sets], "coefficients of 0.05 at most", keep=1),
+            Column("near 1", [str(one["coefficients"]["near_1"]) for one in sets], "coefficients of 0.95 at least", keep=1),
+        ]  # fmt: skip
+    which = "task's" if many is not None else "general"
+    mu = ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets]
+    return [*columns, Column("mu", mu, f"weight of the {which} text", keep=0)]
 
 
 def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -35,14 +35,17 @@ a first run:
       a plain model with the mitigated adapter merged in
   streamer evaluate BASE ADAPTER --general TEXT --task TEXT -o FILE
       what each method and lambda keeps and forgets, on your text
+  streamer repair BASE ADAPTER --task TEXT --general TEXT -o DIR
+      an adapter that forgets less, as far as that is measured
   streamer fit BASE ADAPTER --general TEXT --task TEXT -o FILE
-      a coefficient for each direction, fitted to your text
+      what repair uses: the adapter fitted to your text
   streamer verify DIR
       every byte as it was written, after a copy for example
 
 BASE is a model directory (or one .safetensors file), ADAPTER a PEFT adapter's
 directory. detect, mitigate and merge take several, or a directory of adapters,
-and read the base once for all; inspect, evaluate, fit and verify take one.
+and read the base once for all; inspect, evaluate,
+fit, repair and verify take one.
 Results go to stdout, progress to stderr.
 
 """
@@ -129,6 +132,12 @@ examples:
   streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --keep 0.95,0.9
       two sets in one file
   streamer fit BASE ADAPTER --general g.npy --task t.npy -o c --dry-run
+""",
+    "repair": """\
+examples:
+  streamer repair BASE ADAPTER --task t.jsonl -o repaired
+  streamer repair BASE ADAPTER --task t.jsonl --general g.txt -o repaired
+  streamer repair BASE ADAPTER --task t.npy --general g.npy -o model --merge
 """,
     "demo": """\
 examples:

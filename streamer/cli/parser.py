@@ -139,7 +139,7 @@ def build_parser() -> Parser:
                    help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
                         + f"; if not given, {COEFFICIENTS_METHOD} with --coefficients, else {DEFAULT_METHOD}")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",
-                   help="from `streamer fit`, for the method fitted, which they stand for; no detection, and no lambda")  # fmt: skip
+                   help="from `streamer fit`; detection and --lambda are not used")  # fmt: skip
     g.add_argument("--keep", type=number, metavar="SHARE",
                    help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
     g.add_argument("--scale", choices=["all", "first"], default="all",
@@ -221,6 +221,8 @@ def build_parser() -> Parser:
                           "tensor byte by byte")  # fmt: skip
     sub.add_argument("--max-memory", type=size, metavar="SIZE",
                      help="do not recompute matrices that take more memory, like 4G (default: as much as it takes)")  # fmt: skip
+    sub.add_argument("--coefficients", metavar="FILE",
+                     help="from `streamer fit`: what OUTPUT was made with, if that is method regmean, to recompute it")  # fmt: skip
     out = writing(
         "FILE", "JSON file to write; variants are added to an evaluation of the same inputs, texts and options"
     )
@@ -260,6 +262,21 @@ def build_parser() -> Parser:
                         "(default: as much as gradients of 1,024 tokens and measures of 4,096 take)")  # fmt: skip
     add_threads(g)
     sub.set_defaults(device="cpu")
+    out = writing("DIR", "directory to write: an adapter, or with --merge a model")
+    sub = command("repair", "write an adapter that forgets less, if that is measured", out, reading)
+    inputs(sub)
+    add_texts(sub, built_in=True)
+    add_fit(sub, several=False)
+    sub.add_argument("--merge", action="store_true", help="write the model with the repaired adapter merged in")
+    sub.add_argument(
+        "--dequantize", action="store_true", help="with --merge: write a plain model where the base is quantized"
+    )
+    sub.add_argument("--no-card", dest="model_card", action="store_false",
+                     help="do not say in the output's model card, README.md, how it was made")  # fmt: skip
+    g = sub.add_argument_group("computing")
+    g.add_argument("--max-memory", type=size, metavar="SIZE",
+                   help="the most memory to take, like 600M or 4G, mapped files not counted (default: as much as it takes)")  # fmt: skip
+    add_threads(g)
     sub = command("demo", "run the whole job on a small generated model with planted intruders")
     sub.add_argument("--lambda", dest="mitigation_lambda", type=number, default=0.0, metavar="L",
                      help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0)")  # fmt: skip

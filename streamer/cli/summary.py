@@ -56,7 +56,14 @@ def _held(tree: Mapping[str, Any]) -> str:
 
         return fates_counted(totals)
     if schema == "streamer.fit":
-        return f"{counted(tree['parameters'], 'coefficient')} in {counted(len(tree['sets']), 'set')}"
+        sets = counted(len(tree["sets"]), "set")
+        return (
+            f"{counted(tree['parameters'], 'coefficient')} in {sets}"
+            if "parameters" in tree
+            else f"{sets} of new factors"
+        )
+    if schema == "streamer.repair":
+        return f"{tree['chosen']} written"
     if schema == "streamer.demo":
         return f"{totals['planted']} intruders planted, {totals['found']} found, {totals['gone']} gone"
     if schema == "streamer.dry-run":

@@ -8,10 +8,14 @@ from streamer.api.choices import available_cores
 from streamer.cli.arguments import integer, number, numbers
 
 
-def add_texts(sub: argparse.ArgumentParser) -> None:
-    """Add the two texts, how much of them is read, and the dtype of products."""
+def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
+    """Add the two texts, how much of them is read, and the dtype of products; `built_in` if there is a general one anyhow."""
+    more = " (default: what Python's help says of its topics; your own is better)" if built_in else ""
     sub.add_argument(
-        "--general", required=True, metavar="TEXT", help="text of what the model could do before: .txt, .jsonl or .npy"
+        "--general",
+        required=not built_in,
+        metavar="TEXT",
+        help=f"text of what the model could do before: .txt, .jsonl or .npy{more}",
     )
     sub.add_argument(
         "--task", required=True, metavar="TEXT", help="text of what ADAPTER was trained for, held out of training"
@@ -33,17 +37,27 @@ def add_threads(group: argparse._ActionsContainer, more: str = "") -> None:
     group.add_argument("--threads", type=integer, metavar="N", help=f"CPU threads (default: {default}{more})")
 
 
-def add_fit(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `fit` alone."""
-    sub.add_argument("--keep", type=numbers, default=(0.9,), metavar="SHARE,SHARE",
-                     help="share of what ADAPTER learned to keep; several shares give several sets (default: 0.9)")  # fmt: skip
+def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
+    """Add the options of a fit, of `several` shares or of one."""
+    if several:
+        sub.add_argument("--keep", type=numbers, default=(0.9,), metavar="SHARE,SHARE",
+                         help="share of what ADAPTER learned to keep; several shares give several sets (default: 0.9)")  # fmt: skip
+    else:
+        sub.add_argument(
+            "--keep",
+            type=number,
+            default=0.9,
+            metavar="SHARE",
+            help="share of what ADAPTER learned to keep (default: 0.9)",
+        )
     sub.add_argument("--objective", choices=["divergence", "loss"], default="divergence",
-                     help="divergence: from the base on general text, and from the adapter on the task's; loss: of both texts "
-                          "(default: divergence)")  # fmt: skip
-    sub.add_argument("--grain", choices=["direction", "matrix", "all"], default="direction",
-                     help="a coefficient for each direction, for each matrix, or one for all: a shrink (default: direction)")  # fmt: skip
+                     help="what coefficients make small: divergence from the base on general text, and from the adapter on the task's; "
+                          "or the loss of both texts (default: divergence)")  # fmt: skip
+    sub.add_argument("--grain", choices=["inputs", "direction", "matrix", "all"],
+                     help="inputs: lora_A by what each module is given on both texts; direction, matrix, all: a coefficient for each of "
+                          "them, all is a shrink (default: inputs; direction for deltas without factors)")  # fmt: skip
     sub.add_argument("--holdout", type=number, default=0.25, metavar="SHARE",
                      help="share of each text's sequences that is held apart, to choose by and to measure on (default: 0.25)")  # fmt: skip
     sub.add_argument("--steps", type=integer, metavar="N",
-                     help="points at which gradients are taken (default: two for each share, 3 at least)")  # fmt: skip
+                     help="points at which gradients are taken for coefficients (default: two for each share, 3 at least)")  # fmt: skip
     sub.add_argument("--seed", type=integer, default=0, metavar="N", help="decides which those are (default: 0)")

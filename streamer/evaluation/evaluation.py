@@ -20,7 +20,7 @@ from streamer.evaluation.statistics import SequenceSums, flat
 from streamer.evaluation.suggestion import Suggestion, front, suggest
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.evaluation.view import table_text, verdict
-from streamer.methods import METHODS, Fitted, takes_findings
+from streamer.methods import METHODS, takes_findings
 from streamer.storage.files import open_regular
 from streamer.storage.strict_json import strict_json
 from streamer.units import quoted
@@ -182,7 +182,7 @@ class Evaluation:
         mitigates = variant.method is not None and exact and facts["factored"]
         words = ["mitigate" if mitigates else "merge"]
         if variant.keep is not None:
-            words += ["--method", Fitted.name, "--keep", f"{variant.keep!r}"]
+            words += ["--method", str(variant.method), "--keep", f"{variant.keep!r}"]
         elif lam is None:
             words += ["--lambda", "1"]
         else:

@@ -10,7 +10,7 @@ from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.suggestion import Reason
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
 from streamer.methods import MethodName
-from streamer.methods.coefficients import CoefficientsRecord
+from streamer.methods.fit_set import CoefficientsRecord
 from streamer.plan.sources import AdapterSource, BaseSource
 
 

@@ -11,7 +11,8 @@ from streamer.errors import UsageError
 from streamer.evaluation.suggestion import check_keep
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.methods import BY_LAMBDA, MethodName
-from streamer.methods.coefficients import Coefficients, CoefficientsRecord
+from streamer.methods.coefficients import Coefficients
+from streamer.methods.fit_set import CoefficientsRecord
 from streamer.plan.plan import Plan
 from streamer.streaming.values import Job
 from streamer.streaming.variants import Variant, make_variants

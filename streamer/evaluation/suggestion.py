@@ -17,7 +17,7 @@ from typing import Literal
 
 from streamer.errors import UsageError
 from streamer.evaluation.shrinks import ShrinkComparison, against_shrink, next_shrink
-from streamer.evaluation.statistics import SequenceSums
+from streamer.evaluation.statistics import Estimate, SequenceSums
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
 
@@ -42,6 +42,12 @@ def check_keep(keep: float) -> None:
         raise UsageError(f"keep: expected a share in (0, 1], found {keep!r}")
 
 
+def _keeps(variant: EvaluatedVariant, share: Estimate, keep: float) -> bool:
+    """Test whether a variant keeps a share; of one that was fitted to keep it on other text, whether it is not told to keep less."""
+    fitted = variant.keep is not None and variant.keep >= keep
+    return share.value + (2 * share.error if fitted else 0.0) >= keep
+
+
 def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums, keep: float) -> Suggestion:
     """Suggest a variant.
 
@@ -61,7 +67,7 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
         return Suggestion(None, "not learned", keep, swapped=learning.is_negative)
     if not general.loss_difference(ADAPTER_ROW, BASE_ROW).is_positive:
         return Suggestion(variants[ADAPTER_ROW], "not forgotten", keep)
-    keeping = [v for v in range(ADAPTER_ROW, len(variants)) if task.share(v).value >= keep]
+    keeping = [v for v in range(ADAPTER_ROW, len(variants)) if _keeps(variants[v], task.share(v), keep)]
     forgets_less = [
         v
         for v in keeping

@@ -12,7 +12,7 @@ from streamer.evaluation.shrinks import ShrinkComparison, next_shrink, rounded_u
 from streamer.evaluation.statistics import Estimate
 from streamer.evaluation.suggestion import Suggestion
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
-from streamer.methods import Fitted, Shrink, takes_findings
+from streamer.methods import Shrink, takes_coefficients, takes_findings
 
 if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation
@@ -174,17 +174,19 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
     made = " ".join(["streamer", command, names.inputs, "-o", "OUTPUT", *words])
     if names.findings and takes_findings(variant.method):
         made += f" --findings {names.findings}"
-    elif variant.method == Fitted.name:
+    elif takes_coefficients(variant.method):
         made += f" --coefficients {names.coefficients or 'COEFFICIENTS'}"
     if reason == "not forgotten":
         return ["use the adapter as it is, or merge it into the base", f"next: {made}"]
-    if any(v.method == Fitted.name for v in evaluation.variants):
+    if any(takes_coefficients(v.method) for v in evaluation.variants):
         return [f"next: {made}"]
     share = f" --keep {suggestion.keep:g}" if suggestion.keep < 1 else ""
-    fit = f"streamer fit {names.inputs} --general {names.general} --task {names.task}{share} -o coefficients.safetensors{options}"
+    fit = (
+        f"streamer fit {names.inputs} --general {names.general} --task {names.task}{share} -o fit.safetensors{options}"
+    )
     return [
         *([f"made by: {made}"] if reason == "forgets least" else []),
-        "fitted coefficients usually forget less than a shrink that keeps as much",
+        "a fit to the texts usually forgets less than a shrink that keeps as much",
         f"next: {fit}",
     ]
 

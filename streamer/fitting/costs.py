@@ -8,11 +8,12 @@ from functools import cache
 import numpy as np
 
 from streamer.evaluation.evaluation import TASK
+from streamer.evaluation.memory import parts
 from streamer.evaluation.passes import answered
 from streamer.evaluation.progress import pass_cost
 from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting.algorithm import Answer, Gradient, HeldOut, Request, Slope, fit_steps
-from streamer.fitting.options import FitOptions
+from streamer.fitting.options import WEIGHTS, FitOptions
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.result import SHRINKS
 
@@ -52,6 +53,8 @@ def pass_costs(prepared: PreparedFit, variants: int) -> list[int]:
 
 def expected_costs(prepared: PreparedFit) -> Costs:
     """Count those of a whole fit."""
+    if prepared.by_inputs:
+        return _costs_of_inputs(prepared)
     several, base_at_zero = prepared.parameters.count > 1, not prepared.unchanged
     measured = [2 + len(SHRINKS) - base_at_zero]
     gradients: list[int] = []
@@ -61,6 +64,18 @@ def expected_costs(prepared: PreparedFit) -> Costs:
         elif asked:
             measured.append(1 + asked)
     return Costs(gradients, [cost for count in measured for cost in pass_costs(prepared, count)], max(measured))
+
+
+def _costs_of_inputs(prepared: PreparedFit) -> Costs:
+    """Count one pass that collects inputs, and those that measure shrinks, the grid of weights, and each share twice."""
+    size = prepared.model.size
+    collected = [
+        pass_cost(size, text.fitted.take(rows), 1)
+        for text in prepared.texts.values()
+        for rows in parts(text.fitted, prepared.rows_of_inputs, size.short, True)
+    ]
+    measured = [2 + len(SHRINKS), 1 + len(WEIGHTS), *[1 + len(prepared.options.keep)] * 2]
+    return Costs(collected, [cost for count in measured for cost in pass_costs(prepared, count)], max(measured))
 
 
 @cache

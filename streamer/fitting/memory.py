@@ -41,6 +41,23 @@ def gradient_bytes(size: ModelSize, resident: int, rows: int, length: int) -> in
     return resident + TRANSFORMERS_BYTES + max(layer, logits) + states + weights + size.dense + size.factors
 
 
+def inputs_bytes(size: ModelSize, resident: int, rows: int, length: int, tokens: int) -> int:
+    """Estimate the peak memory of collecting inputs, and of solving for a layer's factors.
+
+    Parameters
+    ----------
+    rows
+        Tokens that run together.
+    length
+        Tokens of a sequence.
+    tokens
+        Tokens of both texts, of which a layer's outputs stay.
+    """
+    layer = 4 * rows * (ACTIVATIONS * size.layer_width + 2 * size.attention * length) + 3 * size.layer_factors
+    weights = 2 * min(BLOCK_BYTES, 4 * size.widest * size.hidden)
+    return resident + TRANSFORMERS_BYTES + layer + weights + 8 * tokens * size.hidden + size.moments + size.factors
+
+
 def plan_chunks(
     text: TextSequences, size: ModelSize, resident: int, max_memory: int | None, one_length: bool
 ) -> list[tuple[int, ...]]:

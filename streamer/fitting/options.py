@@ -21,11 +21,14 @@ from streamer.methods.coefficients import share_name
 Objective = Literal["divergence", "loss"]
 """What is made small: divergences from the base and from the adapter as it is, or the losses of both texts."""
 
-Grain = Literal["direction", "matrix", "all"]
-"""What shares a coefficient: nothing, the directions of a matrix, or all of them."""
+Grain = Literal["inputs", "direction", "matrix", "all"]
+"""What is fitted: right factors, to the inputs of each module; or coefficients, one a direction, one a matrix, or one for all."""
 
 LEAST = 2
 """Sequences that each part of a text has at least."""
+
+WEIGHTS = (0.05, 0.2, 0.6, 2.0, 6.0)
+"""Each weight μ of the general text that is measured with grain ``inputs``; between neighbours Δ' is interpolated."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class FitOptions:
 
     keep: tuple[float, ...] = (0.9,)
     objective: Objective = "divergence"
-    grain: Grain = "direction"
+    grain: Grain | None = None
     holdout: float = 0.25
     sequences: int = 64
     length: int = 512
@@ -52,7 +55,7 @@ class FitOptions:
         if len({share_name(share) for share in self.keep}) < len(self.keep):
             raise UsageError(f"keep: expected shares that differ in six digits, found {list(self.keep)}")
         for name, choices in (("objective", Objective), ("grain", Grain)):
-            if getattr(self, name) not in get_args(choices):
+            if getattr(self, name) not in (*get_args(choices), *([None] if name == "grain" else [])):
                 raise UsageError(
                     f"{name}: expected one of {', '.join(get_args(choices))}, found {getattr(self, name)!r}"
                 )
@@ -65,6 +68,10 @@ class FitOptions:
             if type(value) is not int or value < least:
                 raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
         check_dtype(self.dtype)
+        if self.grain == "inputs" and self.steps is not None:
+            raise UsageError(
+                f"steps: are of gradients, which grain 'inputs' does not take, found {self.steps!r}; leave it out"
+            )
 
     def of_algorithm(self, count: int, base_at_zero: bool = True) -> algorithm.FitOptions:
         """Make the options of the algorithm, for so many parameters; see `algorithm.FitOptions`."""
@@ -73,7 +80,10 @@ class FitOptions:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""
-        return {**asdict(self), "keep": list(self.keep), "steps": self.of_algorithm(1).step_count}
+        tree = {**asdict(self), "keep": list(self.keep)}
+        if self.grain == "inputs":
+            return {name: value for name, value in tree.items() if name not in ("objective", "steps")}
+        return {**tree, "steps": self.of_algorithm(1).step_count}
 
 
 @dataclass(frozen=True)

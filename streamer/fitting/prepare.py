@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,24 @@ from typing import Any
 from streamer import __version__
 from streamer.detection.options import RunOptions
 from streamer.errors import UnsupportedError, UsageError
-from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes
+from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes, rows_within
 from streamer.evaluation.prepare import chooses_keys, is_factored, read_texts, refuse_new_tokens, stays_quantized
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import telling
 from streamer.evaluation.texts import sample_digest
+from streamer.events import Event, Monitor
 from streamer.fitting import algorithm
-from streamer.fitting.memory import gradient_bytes, plan_chunks
-from streamer.fitting.options import LEAST, Division, FitOptions, divide
+from streamer.fitting.memory import ROWS, gradient_bytes, inputs_bytes, plan_chunks
+from streamer.fitting.options import LEAST, WEIGHTS, Division, FitOptions, Grain, divide
 from streamer.fitting.parameters import Parameters, singular_values_of
 from streamer.methods import UNCHANGED
-from streamer.methods.fitted import Fitted
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan, make_plan
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
 from streamer.streaming.values import Job
-from streamer.streaming.variants import BASE, Variant
+from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import counted, listed
 
 TOKENS = 10
@@ -36,6 +36,9 @@ TOKENS = 10
 
 FEW = 5
 """Sequences held apart, below which there is a warning: by Student's distribution, it takes over three errors to tell a difference."""
+
+OF_OPTIONS = ("objective", "grain", "holdout", "seed", "steps", "dtype")
+"""Options that the facts of a fit state."""
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Keys of configs that state the number of layers."""
@@ -76,6 +79,25 @@ class PreparedFit:
             for name, text in self.texts.items()
         }
 
+    @property
+    def by_inputs(self) -> bool:
+        """Test whether right factors are fitted to inputs, and no coefficients."""
+        return self.grain == "inputs"
+
+    @property
+    def grain(self) -> Grain:
+        """Return what is fitted, which `prepare_fit` has decided."""
+        assert self.options.grain is not None
+        return self.options.grain
+
+    @cached_property
+    def rows_of_inputs(self) -> int:
+        """Count the tokens that run together as inputs are collected."""
+        size, tokens = self.model.size, sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
+        longest = max(text.fitted.longest for text in self.texts.values())
+        return rows_within(self.max_memory, longest, ROWS, lambda rows: inputs_bytes(size, self.resident, rows, longest, tokens),
+                           f"the inputs of a sequence of {longest} tokens")  # fmt: skip
+
     def passes(self, variants: int) -> list[Pass]:
         """Divide the sequences that are held apart, under so many variants, the base among them."""
         return plan_passes(self.held, variants, self.model.size, self.resident, self.max_memory, self.one_length)
@@ -84,6 +106,8 @@ class PreparedFit:
     def groups(self) -> list[TextSequences]:
         """List the sequences that run together: in each pass under two variants, and in each chunk of a gradient."""
         held = [self.held[one.text].take(one.sequences) for one in self.passes(2)]
+        if self.by_inputs:  # whose groups are not padded
+            return held
         return held + [self.texts[name].fitted.take(rows) for name, chunks in self.chunks.items() for rows in chunks]
 
     @property
@@ -93,6 +117,10 @@ class PreparedFit:
 
     def check_budget(self) -> None:
         """Raise `UsageError` if the budget does not hold one sequence; it names the smallest that does."""
+        if self.by_inputs:
+            self.passes(2)
+            _ = self.rows_of_inputs
+            return
         size, length = self.model.size, max(text.whole.longest for text in self.texts.values())
         least = max(
             gradient_bytes(size, self.resident, length, length), pass_bytes(size, self.resident, 2 * length, length)
@@ -107,6 +135,10 @@ class PreparedFit:
         """Estimate the memory of the largest step, with so many variants in a pass over what is held apart."""
         size = self.model.size
         most = measured_bytes(self.passes(variants), self.held, size, self.resident)
+        if self.by_inputs:
+            tokens = sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
+            longest = max(text.fitted.longest for text in self.texts.values())
+            return max(most, inputs_bytes(size, self.resident, self.rows_of_inputs, longest, tokens))
         for name, chunks in self.chunks.items():
             for rows in chunks:
                 text = self.texts[name].fitted.take(rows)
@@ -116,6 +148,8 @@ class PreparedFit:
     @property
     def spool_bytes(self) -> int:
         """Estimate the bytes of temporary files: a chunk's activations between layers, last hidden states, factors of deltas."""
+        if self.by_inputs:
+            return 4 * len(WEIGHTS) * sum(t.module.factor_rank * t.module.shape[1] for t in self.plan.targets)
         rows = [
             len(part) * text.fitted.take(part).longest
             for name, text in self.texts.items()
@@ -142,7 +176,7 @@ class PreparedFit:
         UnsupportedError
             If there is none to fit: all deltas are zero.
         """
-        found = Parameters.of(singular_values_of(self.plan, self.run.monitor), self.options.grain)
+        found = Parameters.of(singular_values_of(self.plan, self.run.monitor), self.grain)
         if found.count == 0:
             raise UnsupportedError(f"{self.plan.adapter.path}: changes nothing by its deltas, all of which are zero")
         return found
@@ -165,9 +199,17 @@ class PreparedFit:
                     )
                 )
         count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
+        if self.by_inputs:
+            widest = max(target.module.shape[1] for target in self.plan.targets if target.module.form != "embedding")
+            if count < widest:
+                self.run.monitor.warn(
+                    (f"the {name} text has {count} tokens to fit on, fewer than the {widest} inputs of the widest matrix: what it does not "
+                     "show is left to the ridge; more text may forget less",)
+                )  # fmt: skip
+            return
         if count < TOKENS * self.parameters.count:
             many, each = counted(self.parameters.count, "coefficient"), count / self.parameters.count
-            fewer = {"direction": ", or --grain matrix", "matrix": ", or --grain all", "all": ""}[self.options.grain]
+            fewer = {"direction": ", or --grain matrix", "matrix": ", or --grain all", "all": ""}[self.grain]
             self.run.monitor.warn(
                 (f"the {name} text has {count} tokens to fit {many} on, {each:.1f} for each; give more{fewer}",)
             )
@@ -188,7 +230,7 @@ class PreparedFit:
             "adapter": self.plan.adapter_identity,
             "factored": is_factored(self.plan),
             "quantized": stays_quantized(self.plan),
-            **{name: options[name] for name in ("objective", "grain", "holdout", "seed", "steps", "dtype")},
+            **{name: options[name] for name in OF_OPTIONS if name in options},
             "texts": {name: _text_facts(text, self.files[name]) for name, text in self.texts.items()},
             "unchanged": self.unchanged,
         }
@@ -219,7 +261,8 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
     plan = make_plan(base, adapter, run.io, run.stated, run.architecture)
     run.monitor.warn(plan.warnings)
     refuse_new_tokens(plan)
-    variants = Variant(BASE, None), Variant(Fitted.name, UNCHANGED)
+    options = replace(options, grain=_grain(plan, options, run.monitor))
+    variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16"))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
     files = {name: sample_digest(path) for name, path in texts.items()}
@@ -233,3 +276,24 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
             )
         )
     return prepared
+
+
+def _grain(plan: Plan, options: FitOptions, monitor: Monitor) -> Grain:
+    """Choose what is fitted, if it is not said: right factors, to inputs; of deltas without factors, coefficients.
+
+    Raises
+    ------
+    UnsupportedError
+        If inputs are asked for, and a delta has no factors.
+    """
+    dense = [target.tensor for target in plan.targets if not target.module.low_rank]
+    if not dense:
+        return options.grain or "inputs"
+    what = f"the deltas of {counted(len(dense), 'matrix')} have no factors, {dense[0]!r} first"
+    if options.grain == "inputs":
+        raise UnsupportedError(
+            f"{plan.adapter.path}: {what}, and grain 'inputs' changes factors; take grain 'direction'"
+        )
+    if options.grain is None:
+        monitor.emit(Event("note", f"{what}: coefficients by direction are fitted"))
+    return options.grain or "direction"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
@@ -14,12 +15,12 @@ from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.shrinks import against_shrink
 from streamer.evaluation.statistics import SequenceSums, flat, telling
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
-from streamer.fitting.algorithm import FittedPoint
 from streamer.fitting.front import MISSED
 from streamer.fitting.options import Grain, Objective
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
-from streamer.methods import Fitted, Shrink
+from streamer.methods import Shrink
 from streamer.methods.coefficients import Floats, share_name
+from streamer.methods.method import MethodName
 from streamer.plan.sources import AdapterSource, BaseSource
 from streamer.streaming.variants import ADAPTER, BASE
 
@@ -67,7 +68,8 @@ class SetRecord(TypedDict):
     """A set of coefficients."""
     keep: Annotated[KeptShare, "Share of what was learned that was to be kept."]
     missed: NotRequired[Annotated[bool, "Whether it keeps less than was wanted, by more than 0.01; absent from files of earlier versions."]]
-    mu: Annotated[Amount | None, "Weight of the task's text against the general one; null with one coefficient, or if all are 0 or 1."]
+    mu: Annotated[Amount | None, "Weight of the task's text against the general one, of grain inputs of the general one against the "
+        "task's; null with one coefficient, or if all are 0 or 1."]
     kept: Annotated[float | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined."]
     kept_se: StandardError | None
     forgetting: Annotated[float | None, "Share of the forgetting: (fitted - base) / (adapter - base) of the general losses; null if "
@@ -75,7 +77,7 @@ class SetRecord(TypedDict):
     forgetting_se: StandardError | None
     divergence: Annotated[float | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0."]
     divergence_se: StandardError | None
-    coefficients: Annotated[_CoefficientFigures, "The coefficients in numbers, each parameter counted once."]
+    coefficients: NotRequired[Annotated[_CoefficientFigures, "The coefficients in numbers, each counted once; absent of grain inputs."]]
     shrink: Annotated[FittedShrink | None, "The shrink of the whole adapter that keeps the same share, interpolated; null if it is one, or "
         "none that was measured keeps as little, or as much."]
 
@@ -87,18 +89,23 @@ class FitFacts(TypedDict):
     adapter: Annotated[AdapterSource, "What tells the adapter, or the fine-tuned model in its place, from another."]
     factored: Annotated[bool, "Whether all deltas are the product of LoRA's factors, so that mitigate can write them back."]
     quantized: Annotated[bool, "Whether a merge must write a quantized base plain (--dequantize)."]
-    objective: Annotated[Objective, "What was made small: divergences (from the base on general text, the adapter on the task's) or "
-        "losses."]
-    grain: Annotated[Grain, "What has a coefficient of its own: each direction, each matrix, or all together."]
+    objective: NotRequired[Annotated[Objective, "What was made small: divergences (from the base on general text, the adapter on the "
+        "task's) or losses; absent of grain inputs."]]
+    grain: Annotated[Grain, "What is fitted: right factors to inputs, or a coefficient for each direction, each matrix, or all."]
     holdout: Annotated[float, "Share of each text's sequences that was held apart."]
     seed: Annotated[Count, "Decides which those are."]
-    steps: Annotated[Count, "Points at which gradients of both texts were taken, beside those of the base and the adapter as it is."]
+    steps: NotRequired[Annotated[Count, "Points at which gradients of both texts were taken, beside those of the base and the adapter as "
+        "it is; absent of grain inputs."]]
     dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; all else is float32."]
     texts: Annotated[_FittedTexts, "The two texts."]
     unchanged: Annotated[list[str], "Tensors that the adapter changes otherwise than by deltas, which stay as it has them."]
     plan: Annotated[Sha256, "Digest of all that decides the coefficients (SHA-256, hexadecimal)."]
-    parameters: Annotated[Count, "Coefficients that were fitted, those that are shared counted once."]
-    gradients: Annotated[Count, "Gradients that were computed, each over all sequences of a text that are fitted on."]
+    parameters: NotRequired[Annotated[Count, "Coefficients that were fitted, those that are shared counted once; absent of grain inputs."]]
+    gradients: NotRequired[Annotated[Count, "Gradients that were computed, each over all sequences of a text that are fitted on; absent of "
+        "grain inputs."]]
+    ridge: NotRequired[Annotated[float, "Of grain inputs: share of the mean diagonal that is added to the task's second moments."]]
+    raised: NotRequired[Annotated[list[str], "Of grain inputs: matrices for which the ridge was raised, the texts being short for them."]]
+    unseen: NotRequired[Annotated[list[str], "Of grain inputs: matrices that no token came to, whose delta stays."]]
 
 class AdapterFacts(TypedDict):
     """What the adapter as it is has learned and forgotten, on the sequences held apart."""
@@ -117,6 +124,16 @@ class FitRecord(FitFacts, AdapterFacts):
     output: Annotated[str, "Path of the output, as it was given."]
     state: State
 # fmt: on
+
+
+@dataclass(frozen=True)
+class FoundSet:
+    """What was found for a share: the weight of one text against the other, the method, and coefficients if there are any."""
+
+    keep: float
+    weight: float
+    method: MethodName
+    coefficients: Floats | None = None
 
 
 def shrinks(count: int) -> list[Floats]:
@@ -153,7 +170,7 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> Adapt
     })  # fmt: skip
 
 
-def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FittedPoint]) -> list[SetRecord]:
+def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FoundSet]) -> list[SetRecord]:
     """Return the figures of all sets as JSON.
 
     Parameters
@@ -163,15 +180,16 @@ def set_facts(general: SequenceSums, task: SequenceSums, found: Sequence[FittedP
     """
     variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
     variants += [EvaluatedVariant(Shrink(lam).label, Shrink.name, lam) for lam in SHRINKS]
-    variants += [EvaluatedVariant(f"{Fitted.name} {share_name(one.keep)}", Fitted.name, None) for one in found]
+    variants += [EvaluatedVariant(f"{one.method} {share_name(one.keep)}", one.method, None) for one in found]
     first = 2 + len(SHRINKS)
     return [_set(one, variants, general, task, first + i) for i, one in enumerate(found)]
 
 
-def _set(one: FittedPoint, variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums,
+def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceSums, task: SequenceSums,
          v: int) -> SetRecord:  # fmt: skip
     """Return the figures of one set, a variant by its number."""
-    same = (one.coefficients == one.coefficients[:1]).all()  # it is a shrink
+    theta = one.coefficients
+    same = theta is not None and (theta == theta[:1]).all()  # it is a shrink
     compared, shrink = None if same else against_shrink(variants, general, task, v), None
     if compared is not None:
         loss, kl = general.loss_difference(ADAPTER_ROW, BASE_ROW), general.mean(general.kl[ADAPTER_ROW])
@@ -183,7 +201,6 @@ def _set(one: FittedPoint, variants: Sequence[EvaluatedVariant], general: Sequen
             **flat("kl", compared.kl),
             "verdict": compared.verdict,
         })  # fmt: skip
-    theta = one.coefficients
     return cast(SetRecord, {
         "keep": one.keep,
         "missed": task.share(v).value < one.keep - MISSED,
@@ -191,11 +208,11 @@ def _set(one: FittedPoint, variants: Sequence[EvaluatedVariant], general: Sequen
         **flat("kept", task.share(v)),
         **flat("forgetting", general.share(v)),
         **flat("divergence", general.kl_share(v)),
-        "coefficients": {
+        **({} if theta is None else {"coefficients": {
             "mean": float(theta.mean()),
             "near_0": int((theta <= NEAR).sum()),
             "near_1": int((theta >= 1 - NEAR).sum()),
-        },
+        }}),
         "shrink": shrink,
     })  # fmt: skip
 

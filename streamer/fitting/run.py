@@ -18,10 +18,11 @@ from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting import algorithm
 from streamer.fitting.algorithm import Answer, Gradient, Measure, Request, Slope, fit_steps
 from streamer.fitting.costs import GRADIENT, expected_costs, gradient_costs
+from streamer.fitting.inputs import InputsRun
 from streamer.fitting.parameters import Parameters
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.records import inspect, key, result_file
-from streamer.fitting.result import adapter_facts, doubts, misses, set_facts, shrinks
+from streamer.fitting.result import FoundSet, adapter_facts, doubts, misses, set_facts, shrinks
 from streamer.methods import Fitted, Shrink
 from streamer.methods.coefficients import Coefficients, Floats
 from streamer.methods.coefficients_file import load_coefficients
@@ -61,7 +62,7 @@ class HeldOut:
         prepared, new = self._prepared, self.missing([self.adapter, *asked])
         if not new:
             return
-        fitted = (Fitted.of(self._parameters.coefficient_set(1.0, theta)) for theta in new)
+        fitted = (Fitted(coefficients=self._parameters.coefficient_set(1.0, theta)) for theta in new)
         variants = [Variant(BASE, None), *map(Variant, map(self._name, new), fitted)]
 
         def job(chosen: tuple[Variant, ...]) -> Job:
@@ -92,7 +93,7 @@ class HeldOut:
 def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
     """Fit all sets of coefficients, into memory, or into a file where an output is named."""
     if output is None:
-        return _Run(prepared, Records(), None).result()
+        return _run(prepared, Records(), None).result()
     file = result_file(prepared, output)
     if inspect(prepared, output) == "done":
         file.left()
@@ -100,14 +101,18 @@ def fit(prepared: PreparedFit, output: Path | None) -> Coefficients:
         prepared.run.monitor.warn([*doubts(standing.facts), *misses(standing.facts)])
         return standing
     with file.written() as records:
-        made = _Run(prepared, records, output.parent).result()
+        made = _run(prepared, records, output.parent).result()
         prepared.plan.check_unchanged()
         made.save(output, overwrite=True)  # of what stands there, `inspect` has permitted it
     return made
 
 
+def _run(prepared: PreparedFit, records: Records, directory: Path | None) -> InputsRun | _Run:
+    return (InputsRun if prepared.by_inputs else _Run)(prepared, records, directory)
+
+
 class _Run:
-    """One fit under way.
+    """One fit of coefficients under way.
 
     Parameters
     ----------
@@ -152,16 +157,17 @@ class _Run:
             thetas = [one.coefficients for one in found]
             self.held.measure(next(numbers), thetas)
         self.progress.finish()
+        sets = [FoundSet(one.keep, one.weight, Fitted.name, one.coefficients) for one in found]
         facts = {
             **self.prepared.facts,
             "parameters": self.parameters.count,
             "gradients": self.gradients,
             **of_adapter,
-            "sets": set_facts(*self._held_sums([*baseline, *thetas]), found),
+            "sets": set_facts(*self._held_sums([*baseline, *thetas]), sets),
         }
         self.monitor.warn(misses(facts))
-        sets = tuple(self.parameters.coefficient_set(one.keep, one.coefficients) for one in found)
-        return Coefficients(sets, facts)
+        made = tuple(self.parameters.coefficient_set(one.keep, one.coefficients) for one in found)
+        return Coefficients(made, facts)
 
     def _slope(self, number: int, request: Gradient) -> Slope:
         """Compute the mean over a text's tokens of what is made small there, and its gradient."""

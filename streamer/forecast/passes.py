@@ -15,6 +15,7 @@ from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.steps import MOST_PLACED
 from streamer.events import Event
 from streamer.fitting.costs import GRADIENT, expected_costs
+from streamer.fitting.options import WEIGHTS
 from streamer.fitting.prepare import PreparedFit
 from streamer.forecast.forecast import Forecast, network_bytes
 from streamer.linalg.torch_state import bfloat16_products, full_float32
@@ -99,16 +100,22 @@ def forecast_fit(prepared: PreparedFit) -> Forecast:
     monitor.emit(Event("probe", "", 1, 1))
     peak = prepared.peak_bytes(costs.variants)
     checked = checked_tokens(prepared.groups)
-    runs = GRADIENT * len(costs.gradients) + len(costs.passes) + 2 * (checked > 0)
+    runs = (1 if prepared.by_inputs else GRADIENT) * len(costs.gradients) + len(costs.passes) + 2 * (checked > 0)
     read, products = size.read * runs, sum([*costs.gradients, *costs.passes, checked * sum(size.products.values())])
-    seconds = pass_seconds(products, pace, len(prepared.model.modules) * runs)
-    count = sum(map(len, prepared.parameters.singular_values.values()))
-    facts = len(json.dumps(prepared.facts)) + SET_BYTES * len(prepared.options.keep)
+    shapes, sets = [target.module.shape for target in prepared.plan.targets], len(prepared.options.keep)
     names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in prepared.plan.targets)
-    writes = 8 * count * (1 + len(prepared.options.keep)) + names + facts
-    journal = len(costs.gradients) * (RECORD_BYTES + 8 * prepared.parameters.count) + len(costs.passes) * (
-        RECORD_BYTES + PASS_BYTES
-    )
+    facts = len(json.dumps(prepared.facts)) + SET_BYTES * sets
+    journal = len(costs.passes) * (RECORD_BYTES + PASS_BYTES)
+    if prepared.by_inputs:
+        tokens = sum(len(ids) for text in prepared.texts.values() for ids in text.fitted.ids)
+        # In float64, half as fast: moments, and a Cholesky factor for each weight. Matrices that share inputs are counted each.
+        products += sum(2 * tokens * n * n + len(WEIGHTS) * n**3 // 3 for _, n in shapes)
+        writes = 4 * sets * sum(t.module.factor_rank * t.module.shape[1] for t in prepared.plan.targets) + names + facts
+    else:
+        count = sum(map(len, prepared.parameters.singular_values.values()))
+        writes = 8 * count * (1 + sets) + names + facts
+        journal += len(costs.gradients) * (RECORD_BYTES + 8 * prepared.parameters.count)
+    seconds = pass_seconds(products, pace, len(prepared.model.modules) * runs)
     return Forecast(
         peak, peak, read, network_bytes(prepared.plan, read), writes, journal + prepared.spool_bytes, seconds
     )

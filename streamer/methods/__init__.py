@@ -13,18 +13,19 @@ from streamer.methods.fitted import Fitted
 from streamer.methods.method import Method, MethodName, Needs
 from streamer.methods.paper import Paper
 from streamer.methods.project import Project
+from streamer.methods.regmean import RegMean
 from streamer.methods.shrink import Shrink
 
 if TYPE_CHECKING:
     from streamer.detection.selection import Selection
-    from streamer.methods.coefficients import CoefficientSet
+    from streamer.methods.fit_set import FitSet
 
 __all__ = [
-    "BY_LAMBDA", "DEFAULT", "METHODS", "UNCHANGED", "Fitted", "Method", "MethodName", "Needs", "Paper", "Project", "Shrink", "make_method",
-    "takes_findings",
+    "BY_LAMBDA", "DEFAULT", "METHODS", "UNCHANGED", "Fitted", "Method", "MethodName", "Needs", "Paper", "Project", "RegMean", "Shrink",
+    "make_method", "takes_coefficients", "takes_findings",
 ]  # fmt: skip
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Paper, Project, Shrink, Fitted)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Paper, Project, Shrink, Fitted, RegMean)}
 """Methods by name, in the order in which help and tables show them."""
 
 DEFAULT = Paper
@@ -43,14 +44,19 @@ def takes_findings(name: str | None) -> bool:
     return name in METHODS and METHODS[name].needs is Needs.FINDINGS
 
 
+def takes_coefficients(name: str | None) -> bool:
+    """Test whether a method of this name uses what a fit gave."""
+    return name in METHODS and METHODS[name].needs is Needs.COEFFICIENTS
+
+
 def make_method(name: str | None, mitigation_lambda: float | None = None, scale: Selection = "all",
-                coefficients: CoefficientSet | None = None, amplify: bool = False) -> Method:  # fmt: skip
+                coefficients: FitSet | None = None, amplify: bool = False) -> Method:  # fmt: skip
     """Make a method with its options.
 
     Parameters
     ----------
     name
-        None: `DEFAULT`, or ``fitted`` if coefficients are given.
+        None: `DEFAULT`, or the method of the coefficients that are given.
     mitigation_lambda
         None: the method's own default.
 
@@ -60,7 +66,7 @@ def make_method(name: str | None, mitigation_lambda: float | None = None, scale:
         If there is no method of this name, or it refuses an option.
     """
     if name is None:
-        name = DEFAULT.name if coefficients is None else Fitted.name
+        name = DEFAULT.name if coefficients is None else coefficients.method
     if name not in tuple(METHODS):  # what has no hash is no name either
         raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {name!r}")
     method = METHODS[name]

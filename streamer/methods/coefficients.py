@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from streamer.errors import MismatchError, UsageError
-from streamer.json_types import Sha256
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.operators import Delta
+from streamer.methods.fit_set import FitSet
 from streamer.units import counted, listed
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from streamer.plan.targets import Target
 
 Floats = npt.NDArray[np.float64]
 
@@ -54,25 +56,11 @@ class MatrixCoefficients:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CoefficientSet:
-    """Coefficients of all matrices for one share of the learning that is kept.
+class CoefficientSet(FitSet):
+    """Coefficients of all matrices; see `FitSet`."""
 
-    Attributes
-    ----------
-    keep
-        The share of what the adapter learned that they were fitted to keep.
-    matrices
-        By `Target.tensor`.
-    facts
-        What they were fitted to; see `Coefficients`, whose `select` puts them here.
-    name
-        Name them in messages.
-    """
-
-    keep: float
     matrices: Mapping[str, MatrixCoefficients]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    name: str = "coefficients"
+    method: ClassVar[str] = "fitted"
 
     @cached_property
     def digest(self) -> str:
@@ -101,16 +89,21 @@ class CoefficientSet:
         count, matrices = counted(len(values), "coefficient"), counted(len(self.matrices), "matrix")
         return f"<CoefficientSet: keep {share_name(self.keep)}, {count}{mean} in {matrices}>"
 
-    def record(self) -> CoefficientsRecord:
-        """Say which they are, as an output has it."""
-        return {"keep": self.keep, "sha256": self.digest}
+    def fits(self, target: Target) -> bool:
+        """Test whether a matrix has as many directions; a dense delta has one."""
+        matrix = self.matrices.get(target.tensor)
+        if matrix is None or not target.module.low_rank:
+            return matrix is not None and len(matrix.values) == 1
+        factors = target.module.factors
+        return factors is None or len(matrix.values) == min(factors.rank, *target.module.shape)
 
+    def mitigated(self, delta: Delta, tensor: str) -> Delta:
+        """Compute Δ' by the coefficients of a matrix; see `fitted_delta`."""
+        return fitted_delta(delta, self.matrices[tensor], tensor)
 
-class CoefficientsRecord(TypedDict):
-    """A set of coefficients."""
-
-    keep: Annotated[float, "Share of what the adapter learned that they were fitted to keep."]
-    sha256: Annotated[Sha256, "Digest of the values of all matrices' coefficients (SHA-256, hexadecimal)."]
+    def row(self, tensor: str) -> dict[str, Any]:
+        """Return the coefficients of a matrix."""
+        return {"coefficients": self.matrices[tensor].values.tolist()}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,7 +121,7 @@ class Coefficients:
         The file that they were read from, for messages.
     """
 
-    sets: tuple[CoefficientSet, ...]
+    sets: tuple[FitSet, ...]
     facts: Mapping[str, Any]
     source: Path | None = None
 
@@ -146,7 +139,7 @@ class Coefficients:
         """List the shares kept, in the order of the sets."""
         return [one.keep for one in self.sets]
 
-    def select(self, keep: float | None = None) -> CoefficientSet:
+    def select(self, keep: float | None = None) -> FitSet:
         """Select the set that keeps a share, or the only one. A share is what `share_name` prints of it.
 
         Raises
@@ -168,7 +161,7 @@ class Coefficients:
             )
         return self._bound(found[0])
 
-    def _bound(self, one: CoefficientSet) -> CoefficientSet:
+    def _bound(self, one: FitSet) -> FitSet:
         return replace(one, facts=self.facts, name=self.name)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

@@ -1,23 +1,28 @@
 """Write and read a file of coefficients.
 
 It is one safetensors file. For each `Target.tensor` ``T`` it holds ``T.singular_values`` (p,) and ``T.coefficients`` (K, p), float64, K
-being the number of sets. The metadata's ``streamer.coefficients`` is JSON: the schema, the shares that the sets keep, a digest of the
-arrays, and the facts.
+being the number of sets; or, fitted to inputs, ``T.right_factor`` (K, n, r), float32. The metadata's ``streamer.coefficients`` is JSON: the
+schema, the shares that the sets keep, a digest of the arrays, and the facts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from streamer.detection.findings_file import COEFFICIENTS as KEY
 from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
 from streamer.errors import FormatError, OutputError, OutputExistsError
 from streamer.methods.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients, fault_of, share_name
+from streamer.methods.factors import FactorSet
+from streamer.methods.fit_set import FitSet
 from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
 from streamer.storage.output_checks import refuse_address, refuse_symlink
@@ -25,10 +30,15 @@ from streamer.storage.shard_writer import plan_shard, write_shard
 from streamer.storage.strict_json import strict_json
 from streamer.storage.tensor_file import TensorFile
 
-SCHEMA = "streamer.coefficients/1"
+Array = npt.NDArray[Any]
 
-VALUES, SINGULAR_VALUES = ".coefficients", ".singular_values"
+SCHEMA, OF_FACTORS = "streamer.coefficients/1", "streamer.coefficients/2"
+"""Schemas of files that hold coefficients, and right factors."""
+
+VALUES, SINGULAR_VALUES, FACTOR = ".coefficients", ".singular_values", ".right_factor"
 """Ends of the arrays' names."""
+
+DTYPES = {"F64": "<f8", "F32": "<f4"}
 
 OWN = ("schema", "keeps", "sha256")
 """Keys of the JSON that are the file's; the others are `Coefficients.facts`."""
@@ -65,10 +75,17 @@ def save_coefficients(coefficients: Coefficients, path: Path, overwrite: bool = 
                 f"{path}: exists and is not coefficients, which is all that is replaced; choose another output", path
             )
     make_directory(path.parent)
-    arrays = _arrays(coefficients)
-    tree = {**coefficients.facts, "schema": SCHEMA, "keeps": coefficients.keeps, "sha256": _digest(arrays)}
+    arrays, factors = _arrays(coefficients), isinstance(coefficients.sets[0], FactorSet)
+    tree = {
+        **coefficients.facts,
+        "schema": OF_FACTORS if factors else SCHEMA,
+        "keeps": coefficients.keeps,
+        "sha256": _digest(arrays),
+    }
     metadata = {"format": "pt", KEY: json.dumps(tree, sort_keys=True, ensure_ascii=False, allow_nan=False)}
-    shard = plan_shard(path.name, [(name, "F64", array.shape) for name, array in arrays.items()], metadata)
+    shard = plan_shard(
+        path.name, [(name, "F32" if factors else "F64", array.shape) for name, array in arrays.items()], metadata
+    )
     write_shard(path.parent, shard, lambda info: [arrays[info.name].tobytes()], lambda _size, _sha256: None)
 
 
@@ -97,25 +114,19 @@ def load_coefficients(path: str | Path) -> Coefficients:
         raise FormatError(f"{path}: expected coefficients ({SCHEMA}), found {_kind(file)}")
     try:
         tree = strict_json(text.encode())
-        if not isinstance(tree, dict) or tree.get("schema") != SCHEMA:
-            raise ValueError(f"expected the schema {SCHEMA}")
+        if not isinstance(tree, dict) or tree.get("schema") not in (SCHEMA, OF_FACTORS):
+            raise ValueError(f"expected the schema {SCHEMA} or {OF_FACTORS}")
         keeps = tree["keeps"]
         if not (isinstance(keeps, list) and keeps and all(map(_is_share, keeps)) and _all_differ(keeps)):
             raise ValueError("keeps are not different shares in (0, 1]")
         arrays = {info.name: _array(file, info) for info in file.header.tensors}
-        matrices = _matrices(arrays, len(keeps))
+        made = _factor_sets if tree["schema"] == OF_FACTORS else _coefficient_sets
+        sets = made(arrays, [float(keep) for keep in keeps])
         if tree["sha256"] != _digest(arrays):
             raise ValueError("the arrays differ from their digest")
     except (KeyError, TypeError, ValueError) as e:
         says = f"lacks {e}" if isinstance(e, KeyError) else str(e)
         raise FormatError(f"{path}: coefficients are not as {SCHEMA} has them ({says}); fit them again") from e
-    sets = tuple(
-        CoefficientSet(
-            float(keep),
-            {tensor: MatrixCoefficients(s, np.ascontiguousarray(c[k])) for tensor, (s, c) in matrices.items()},
-        )
-        for k, keep in enumerate(keeps)
-    )
     return Coefficients(sets, {key: value for key, value in tree.items() if key not in OWN}, path)
 
 
@@ -126,16 +137,20 @@ def _kind(file: TensorFile) -> str:
     return "another safetensors file; make them with `streamer fit`"
 
 
-def _arrays(coefficients: Coefficients) -> dict[str, Floats]:
+def _arrays(coefficients: Coefficients) -> dict[str, Array]:
     """Return the arrays by their names in the file, little-endian."""
-    out: dict[str, Floats] = {}
+    out: dict[str, Array] = {}
     for tensor, matrix in coefficients.sets[0].matrices.items():
-        out[tensor + SINGULAR_VALUES] = matrix.singular_values
-        out[tensor + VALUES] = np.stack([one.matrices[tensor].values for one in coefficients.sets])
-    return {name: array.astype("<f8") for name, array in out.items()}
+        own = [one.matrices[tensor] for one in coefficients.sets]
+        if isinstance(matrix, MatrixCoefficients):
+            out[tensor + SINGULAR_VALUES] = matrix.singular_values.astype("<f8")
+            out[tensor + VALUES] = np.stack([one.values for one in own]).astype("<f8")
+        else:
+            out[tensor + FACTOR] = np.stack([one.contiguous().numpy() for one in own]).astype("<f4")
+    return out
 
 
-def _digest(arrays: dict[str, Floats]) -> str:
+def _digest(arrays: dict[str, Array]) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):  # programs that copy the file may order it anew
         digest.update(f"{name}{list(arrays[name].shape)}\n".encode())
@@ -143,18 +158,44 @@ def _digest(arrays: dict[str, Floats]) -> str:
     return digest.hexdigest()
 
 
-def _array(file: TensorFile, info: TensorInfo) -> Floats:
-    if info.dtype != "F64":
-        raise ValueError(f"{info.name!r} is {info.dtype}, not F64")
-    return np.frombuffer(bytes(file.view(info)), dtype="<f8").astype(np.float64).reshape(info.shape)
+def _array(file: TensorFile, info: TensorInfo) -> Array:
+    if info.dtype not in DTYPES:
+        raise ValueError(f"{info.name!r} is {info.dtype}, not {' or '.join(DTYPES)}")
+    return np.frombuffer(bytes(file.view(info)), dtype=DTYPES[info.dtype]).reshape(info.shape)
 
 
-def _matrices(arrays: dict[str, Floats], sets: int) -> dict[str, tuple[Floats, Floats]]:
+def _coefficient_sets(arrays: dict[str, Array], keeps: Sequence[float]) -> tuple[FitSet, ...]:
+    if narrow := [name for name, array in arrays.items() if array.dtype != "<f8"]:
+        raise ValueError(f"{narrow[0]!r} is F32, not F64")
+    matrices = _matrices(arrays, len(keeps))
+    return tuple(
+        CoefficientSet(
+            keep, {tensor: MatrixCoefficients(s, np.ascontiguousarray(c[k])) for tensor, (s, c) in matrices.items()}
+        )
+        for k, keep in enumerate(keeps)
+    )
+
+
+def _factor_sets(arrays: dict[str, Array], keeps: Sequence[float]) -> tuple[FitSet, ...]:
+    for name, array in arrays.items():
+        if not name.endswith(FACTOR) or array.dtype != "<f4" or array.ndim != 3 or len(array) != len(keeps):
+            raise ValueError(f"{name!r} is no {len(keeps)} factors in float32")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name!r} has a value that is NaN or Inf")
+    if not arrays:
+        raise ValueError("it has no factors")
+    own = {name.removesuffix(FACTOR): torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    return tuple(
+        FactorSet(keep, {tensor: factors[k] for tensor, factors in own.items()}) for k, keep in enumerate(keeps)
+    )
+
+
+def _matrices(arrays: dict[str, Array], sets: int) -> dict[str, tuple[Floats, Floats]]:
     """Pair singular values (p,) and coefficients (K, p) by tensor, and check them."""
     out = {}
     names = [name.removesuffix(VALUES) for name in arrays if name.endswith(VALUES)]
     for tensor in names:
-        s, c = arrays[tensor + SINGULAR_VALUES], arrays[tensor + VALUES]
+        s, c = (arrays[tensor + end].astype(np.float64) for end in (SINGULAR_VALUES, VALUES))
         if c.shape[:-1] != (sets,):
             raise ValueError(
                 f"{tensor!r} has {list(s.shape)} singular values, and coefficients of shape {list(c.shape)}"

@@ -1,4 +1,4 @@
-"""Scale each singular direction of the delta by a coefficient of its own, fitted to text."""
+"""Use what a fit gave: a coefficient for each singular direction of the delta, or new right factors."""
 
 from __future__ import annotations
 
@@ -10,40 +10,48 @@ from streamer.methods.method import Method, MethodName, Needs
 if TYPE_CHECKING:
     from streamer.detection.intruders import Detection
     from streamer.linalg.operators import Delta
-    from streamer.methods.coefficients import CoefficientSet
 
 
-class Fitted(Method):
-    """``Δ' = U diag(c) Uᵀ Δ`` with the singular vectors U of Δ itself, of rank r; no λ and no detection."""
+class ByFit(Method):
+    """A method that uses what a fit gave; no λ and no detection."""
 
-    name: ClassVar[MethodName] = "fitted"
     needs: ClassVar[Needs] = Needs.COEFFICIENTS
     keeps_rank: ClassVar[bool] = True
-    colour: ClassVar[str] = "#a64d86"
-    about: ClassVar[str] = "each of the adapter's own directions by its coefficient"
     default_lambda: ClassVar[float | None] = None
-
-    @classmethod
-    def of(cls, coefficients: CoefficientSet) -> Fitted:
-        """Take one set of coefficients."""
-        return cls(coefficients=coefficients)
+    changes: ClassVar[str]
+    """What it changes of each matrix, in a line."""
 
     def check(self) -> None:
-        """Refuse a λ, and a lack of coefficients."""
+        """Refuse a λ, and a lack of coefficients, or those of another method."""
         if self.coefficients is None:
             raise UsageError(f"method {self.name!r} needs coefficients; make them with `streamer fit`")
+        if self.coefficients.method != self.name:
+            raise UsageError(
+                f"{self.coefficients.name}: was fitted for method {self.coefficients.method!r}, found {self.name!r}; leave the method out"
+            )
         if (lam := self.mitigation_lambda) is not None:
             raise UsageError(f"lambda: method {self.name!r} uses coefficients instead, got {lam!r}; leave it out")
 
     @property
     def label(self) -> str:
-        """Name it with the share of the learning that its coefficients keep: ``fitted 0.9``."""
+        """Name it with the share of the learning that it keeps: ``fitted 0.9``."""
         assert self.coefficients is not None
         return f"{self.name} {self.coefficients.keep:g}"
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
-        """Compute Δ' by the coefficients of this tensor."""
-        from streamer.methods.coefficients import fitted_delta  # it needs torch, and the command line's help does not
-
+        """Compute Δ' by what was fitted to this tensor."""
         assert self.coefficients is not None
-        return fitted_delta(delta, self.coefficients.matrices[tensor], tensor)
+        return self.coefficients.mitigated(delta, tensor)
+
+
+class Fitted(ByFit):
+    """``Δ' = U diag(c) Uᵀ Δ`` with the singular vectors U of Δ itself, of rank r."""
+
+    name: ClassVar[MethodName] = "fitted"
+    colour: ClassVar[str] = "#a64d86"
+    about: ClassVar[str] = "each of the adapter's own directions by its coefficient"
+    card: ClassVar[str] = (
+        "Each singular direction of what the adapter adds to a weight has a coefficient, fitted to text of the task and to text of what "
+        "the base could do before: 1 leaves the direction as it is, 0 removes it.\n"
+    )
+    changes: ClassVar[str] = "each direction by its coefficient"

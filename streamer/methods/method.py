@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from streamer.detection.intruders import Detection
     from streamer.linalg.operators import Delta
-    from streamer.methods.coefficients import CoefficientSet
+    from streamer.methods.fit_set import FitSet
 
 
-MethodName = Literal["paper", "project", "shrink", "fitted"]
+MethodName = Literal["paper", "project", "shrink", "fitted", "regmean"]
 """Names of the methods, for type checkers; `METHODS` has the methods."""
 
 
@@ -55,22 +55,26 @@ class Method(ABC):
         What it needs beside the adapter.
     keeps_rank
         Whether Δ' has the rank of Δ, so that the adapter's own factors can hold it.
-    colour, about
-        In figures; what it does, in help.
+    keeps_left
+        Whether the left factor stays as it is, so that only ``lora_A`` is written anew.
+    colour, about, card
+        In figures; what it does, in help, and at the head of a model card.
     default_lambda
         λ where none is given.
     """
 
     mitigation_lambda: float | None = None
     scale: Selection = "all"
-    coefficients: CoefficientSet | None = None
+    coefficients: FitSet | None = None
     amplify: bool = False
 
     name: ClassVar[MethodName]
     needs: ClassVar[Needs]
     keeps_rank: ClassVar[bool]
+    keeps_left: ClassVar[bool] = False
     colour: ClassVar[str]
     about: ClassVar[str]
+    card: ClassVar[str]
     default_lambda: ClassVar[float | None] = 0.75
 
     def __post_init__(self) -> None:
@@ -125,11 +129,18 @@ class Method(ABC):
 class ByLambda(Method):
     """A method that scales something by λ."""
 
+    card: ClassVar[str] = (
+        "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
+        "directions that fine-tuning adds and the base does not have; here they are scaled by λ: 1 leaves them, 0 removes them.\n"
+    )
+
     def check(self) -> None:
         """Refuse a λ that is no share, and coefficients."""
         lam = self.mitigation_lambda
         if self.coefficients is not None:
-            raise UsageError(f"coefficients: belong to method 'fitted', found {self.name!r}; pass one or the other")
+            raise UsageError(
+                f"coefficients: belong to method {self.coefficients.method!r}, found {self.name!r}; pass one or the other"
+            )
         if not isinstance(lam, Real) or isinstance(lam, bool) or not math.isfinite(lam):
             raise UsageError(f"lambda must be a finite number, got {lam!r}; {_share_meant(lam)}".rstrip("; "))
         object.__setattr__(self, "mitigation_lambda", float(lam))

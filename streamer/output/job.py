@@ -142,6 +142,8 @@ class Job:
         Whether a merged model is written plain where the base is quantized.
     card
         Whether the output's ``README.md`` says how it was made.
+    measured
+        What was measured of it, a line each, for the record and the card.
     """
 
     plan: Plan
@@ -151,6 +153,7 @@ class Job:
     findings: FindingsSource
     dequantize: bool = False
     card: bool = True
+    measured: tuple[str, ...] = ()
 
     @cached_property
     def findings_size(self) -> FindingsSize:
@@ -189,6 +192,7 @@ class Job:
             "detection": self.findings.decisions() if self.method.needs_detection else None,
             "dequantize": self.dequantize,
             "card": self.card,
+            **({"measured": list(self.measured)} if self.measured else {}),
         }
 
     @property

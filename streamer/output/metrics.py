@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from streamer.detection.intruders import Detection
 from streamer.errors import OutputError
@@ -45,9 +45,8 @@ def matrix_metrics(
         "delta_norm_after": before if after is delta else after.norm(),
         "dropped": truncation_error,
     }
-    if method.coefficients is not None:
-        metrics["coefficients"] = method.coefficients.matrices[target.tensor].values.tolist()
-    return metrics
+    fitted = {} if method.coefficients is None else method.coefficients.row(target.tensor)
+    return cast(MitigatedMatrix, {**metrics, **fitted})
 
 
 def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:

@@ -71,10 +71,13 @@ class MitigatedFactors:
         B, A, error = back_project(after, module.rank, module.scaling)
         if module.delta_transposed:
             A, B = B.T, A.T
+        lefts = (0, 3) if module.delta_transposed else (1, 2)  # of names, those of the left factor of Δ
         out = {}
-        for name, factor in zip(self.names(target), (A, B, B.T, A.T), strict=False):
-            encoding = ENCODINGS[job.plan.adapter.file.header.by_name[name].dtype]
-            out[name] = encode(factor, encoding, factor, name)
-        written = module.product(out[module.a].double(), out[module.b].double())
+        for number, (name, factor) in enumerate(zip(self.names(target), (A, B, B.T, A.T), strict=False)):
+            stored = job.plan.adapter.file.header.by_name[name]
+            kept = job.method.keeps_left and number in lefts
+            out[name] = torch.empty(0) if kept else encode(factor, ENCODINGS[stored.dtype], factor, name)
+        a, b = (out[name] if out[name].numel() else factor for name, factor in ((module.a, A), (module.b, B)))
+        written = module.product(a.double(), b.double())
         metrics.append(matrix_metrics(target, delta, written, found, job.method, error))
         return out

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from streamer.adapters.stated import stated_options
 from streamer.errors import printable
+from streamer.methods import METHODS
 from streamer.output.records import MitigatedMatrix, Record, Totals
 from streamer.plan.sources import Source
 
@@ -29,16 +30,6 @@ KEPT = ("license", "license_name", "license_link", "language", "library_name", "
 
 WARNING_BYTES = 250
 """Room for the warning of what is lost in projection, beside a tensor's name."""
-
-SCALED = (
-    "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
-    "directions that fine-tuning adds and the base does not have; here they are scaled by λ: 1 leaves them, 0 removes them.\n"
-)
-
-FITTED = (
-    "Each singular direction of what the adapter adds to a weight has a coefficient, fitted to text of the task and to text of what the "
-    "base could do before: 1 leaves the direction as it is, 0 removes it.\n"
-)
 
 _HEAD = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?=\s)")
@@ -235,13 +226,15 @@ def _facts(record: Record) -> str:
     command = f"```sh\n{printable(command_line(record))}\n```\n"
     says = [*record["warnings"], *record["advice"]]
     advice = "Warnings and advice:\n\n" + "".join(f"- {printable(line)}\n" for line in says) if says else ""
-    intro = FITTED if record["coefficients"] is not None else SCALED
-    return "\n".join(part for part in (intro, table, command, advice) if part)
+    lines = "".join(f"- {printable(line)}\n" for line in record.get("measured", ()))
+    measured = f"Measured on sequences that nothing was fitted on:\n\n{lines}" if lines else ""
+    intro = METHODS[record["method"]].card
+    return "\n".join(part for part in (intro, table, measured, command, advice) if part)
 
 
 def _method(record: Record) -> str:
     if (fitted := record["coefficients"]) is not None:
-        return f"fitted, to keep {100 * fitted['keep']:g} % of what was learned, coefficients `{fitted['sha256'][:16]}`"
+        return f"{record['method']}, to keep {100 * fitted['keep']:g} % of what was learned, coefficients `{fitted['sha256'][:16]}`"
     assert record["lambda"] is not None
     return f"{record['method']}, λ = {_number(record['lambda'])}, scale {record['scale']}"
 

@@ -91,13 +91,16 @@ class OutputSpec:
         job = self.job
         base, adapter = job.plan.sources
         options = job.method.as_json()
-        return {"schema": SCHEMA, "command": self.command, "version": __version__, "base": base, "adapter": adapter,
+        found: Record = {"schema": SCHEMA, "command": self.command, "version": __version__, "base": base, "adapter": adapter,
                 "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
                 "lambda": options["lambda"], "coefficients": options.get("coefficients"), "to_lora": self.to_lora,
                 "dequantize": job.dequantize, "totals": sums,
                 "warnings": [*job.plan.notes, *self.warnings], "notes": self.notes, "advice": self.advice, "left_out": self.skipped_files,
                 "carried": job.plan.edits.listed(job.plan.base, job.plan.adapter.describes_model), "tokenizer": self.tokenizer,
                 "matrices": list(matrices)}  # fmt: skip
+        if job.measured:
+            found["measured"] = list(job.measured)
+        return found
 
     def with_card(self, pipeline: str = "") -> OutputSpec:
         """Return the same with its card in place of the input's, if it gets one; `pipeline` as in `Card`."""

@@ -11,7 +11,7 @@ from streamer.detection.findings import Findings, load_findings
 from streamer.detection.fingerprints import matched_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import MismatchError, UsageError
-from streamer.methods.coefficients import CoefficientSet
+from streamer.methods.fit_set import FitSet
 from streamer.methods.method import Method
 from streamer.output.adapter_writer import AdapterWriter
 from streamer.output.job import GivenFindings, Job, OwnFile
@@ -20,7 +20,6 @@ from streamer.output.model_writer import ModelWriter
 from streamer.output.output_spec import Writer
 from streamer.output.run import batch_of
 from streamer.plan.plan import Plan, make_batch
-from streamer.plan.targets import Target
 from streamer.storage.identities import difference
 from streamer.units import listed
 
@@ -36,6 +35,7 @@ class OutputOptions:
     to_lora: int | float | None = None
     dequantize: bool = False
     model_card: bool = True
+    measured: tuple[str, ...] = ()
 
 
 def prepare_outputs(base: str | Path, adapters: One | Several, output: Path, findings: Sequence[Findings | None],
@@ -84,7 +84,7 @@ def open_jobs(base: str | Path, adapters: One | Several, findings: Sequence[Find
             check_coefficients(plan, method.coefficients)
     sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in fitting]
     return [
-        Job(plan, method, detection, run.device, source, form.dequantize, form.model_card)
+        Job(plan, method, detection, run.device, source, form.dequantize, form.model_card, form.measured)
         for plan, source in zip(batch.plans, sources, strict=True)
     ]
 
@@ -116,7 +116,7 @@ def load_given(findings: FindingsOrPath, adapters: One | Several) -> list[Findin
     return [load_findings(Path(findings) / f"{name}.safetensors") for name in adapters.by_name]
 
 
-def check_coefficients(plan: Plan, coefficients: CoefficientSet) -> None:
+def check_coefficients(plan: Plan, coefficients: FitSet) -> None:
     """Refuse coefficients that were fitted to another base or adapter, or not to all of its matrices.
 
     Raises
@@ -124,7 +124,7 @@ def check_coefficients(plan: Plan, coefficients: CoefficientSet) -> None:
     MismatchError
         Which of them differs, and how.
     UsageError
-        If they are none; see `CoefficientSet.check`.
+        If they are none; see `FitSet.check`.
     """
     coefficients.check()
     name, facts = coefficients.name, coefficients.facts
@@ -140,7 +140,7 @@ def check_coefficients(plan: Plan, coefficients: CoefficientSet) -> None:
     check_counts(plan, coefficients)
 
 
-def check_counts(plan: Plan, coefficients: CoefficientSet) -> None:
+def check_counts(plan: Plan, coefficients: FitSet) -> None:
     """Refuse coefficients of other matrices than an adapter's, or of another number of directions.
 
     Raises
@@ -148,22 +148,13 @@ def check_counts(plan: Plan, coefficients: CoefficientSet) -> None:
     MismatchError
         How many matrices they do not fit, and the first.
     """
-    found = {tensor: len(matrix.values) for tensor, matrix in coefficients.matrices.items()}
-    wrong = [target.tensor for target in plan.targets if not _fits(target, found.get(target.tensor))]
-    wrong += found.keys() - {target.tensor for target in plan.targets}
+    wrong = [target.tensor for target in plan.targets if not coefficients.fits(target)]
+    wrong += coefficients.matrices.keys() - {target.tensor for target in plan.targets}
     if wrong:
         raise MismatchError(
             f"{coefficients.name}: coefficients do not fit {len(wrong)} of the adapter's matrices, {wrong[0]!r} first; fit them to this "
             "adapter with `streamer fit`"
         )
-
-
-def _fits(target: Target, coefficients: int | None) -> bool:
-    """Test whether a matrix has so many directions, as far as its adapter's headers tell."""
-    if not target.module.low_rank:
-        return coefficients == 1
-    factors = target.module.factors
-    return coefficients is not None if factors is None else coefficients == min(factors.rank, *target.module.shape)
 
 
 def _fitting_findings(plan: Plan, findings: Findings, options: DetectionOptions) -> Findings:

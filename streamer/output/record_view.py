@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamer.errors import printable
-from streamer.methods import Shrink, takes_findings
+from streamer.methods import METHODS, Shrink, takes_findings
+from streamer.methods.fitted import ByFit
 from streamer.units import counted, format_size
 
 
@@ -29,7 +30,10 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
     t, method, lam, fitted = record["totals"], record["method"], record["lambda"], record.get("coefficients")
     mitigated, norms = f"{t['changed']} of {t['matrices']} matrices mitigated", f"|delta| {t['delta_norm']:.4g}"
     if fitted is not None:
-        how = f"method fitted, to keep {100 * fitted['keep']:g}% of what was learned: {mitigated}, each direction by its coefficient"
+        each = {name: kind.changes for name, kind in METHODS.items() if issubclass(kind, ByFit)}.get(
+            method, "as it was fitted"
+        )
+        how = f"method {method}, to keep {100 * fitted['keep']:g}% of what was learned: {mitigated}, {each}"
     elif lam == 1:
         how = "lambda 1: the adapter as it is, nothing mitigated"
     elif not takes_findings(method):

@@ -10,7 +10,7 @@ from streamer.detection.selection import Selection
 from streamer.detection.stamps import DetectionRecord
 from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Sha256, Share, State, TensorName
 from streamer.methods import MethodName
-from streamer.methods.coefficients import CoefficientsRecord
+from streamer.methods.fit_set import CoefficientsRecord
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.sources import AdapterSource, BaseSource
 
@@ -73,6 +73,7 @@ Record = TypedDict("Record", {
     "warnings": Annotated[list[str], "What may make the result differ from what was trained or asked for, a line each."],
     "notes": Annotated[list[str], "What else happened, a line each."],
     "advice": Annotated[list[str], "What would be better, a line each."],
+    "measured": NotRequired[Annotated[list[str], "What `streamer repair` measured of it, a line each."]],
     "left_out": Annotated[list[str], "Files beside the input that were not taken along: weights in other formats, training state."],
     "carried": Annotated[list[CarriedRecord], "Tensors of the adapter that are no factors; of a fine-tuned model those that differ from "
         "the base."],

@@ -11,7 +11,7 @@ from streamer.api.options import Judged
 from streamer.detection.findings import Findings
 from streamer.errors import MismatchError
 from streamer.events import Monitor
-from streamer.methods.coefficients import CoefficientSet
+from streamer.methods.fit_set import FitSet
 from streamer.methods.method import Method
 from streamer.output.job import GivenFindings, Job, OwnFile
 from streamer.output.prepare import check_counts
@@ -41,7 +41,7 @@ def live_job(
     return Job(live.plan, method, detection, device, source), found
 
 
-def _named_in_memory(live: LivePlan, coefficients: CoefficientSet) -> CoefficientSet:
+def _named_in_memory(live: LivePlan, coefficients: FitSet) -> FitSet:
     """Give coefficients the names in memory; that they are of this adapter is checked by its singular values, matrix by matrix.
 
     Raises

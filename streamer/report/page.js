@@ -30,8 +30,8 @@ function seriesOf(variants, methods) {
   return [...series].map(([name, own], i) => {
     const strengths = own.every((v) => v.lambda !== null);
     own.sort(strengths ? (a, b) => b.lambda - a.lambda : (a, b) => b.kept - a.kept);
-    const known = methods.indexOf(name); // the first four colours are those of the methods, in their order
-    return { name, colour: `var(--s${known < 0 ? 4 + (i % 2) : known})`, variants: strengths && adapter ? [adapter, ...own] : own };
+    const known = methods.indexOf(name); // the first five colours are those of the methods, in their order
+    return { name, colour: `var(--s${known < 0 ? 5 + (i % 2) : known})`, variants: strengths && adapter ? [adapter, ...own] : own };
   });
 }
 

@@ -35,6 +35,9 @@ MASK_VALUES = 2
 CHOSEN_KEYS = "index_topk", "keep_window_size"
 """What configs call the number of keys that attention chooses."""
 
+MOMENT_BYTES = 40
+"""Bytes for each pair of inputs: two moments in float64, the system that is solved, its factor, and what is added."""
+
 FACTOR_BYTES = 24
 """Bytes for each value of a delta's factors: 4 as it is read, and 8 + 4 of up to twice as many of a variant's, rounded down."""
 
@@ -66,6 +69,8 @@ class ModelSize:
         Inputs and outputs of all matrices of one layer, for one token; of experts those of as many as it runs through.
     layer_factors
         Bytes of the factors of all deltas in one layer, in float32.
+    moments
+        Bytes of the second moments of the inputs of a layer's matrices that the adapter changes, on two texts, and of solving with them.
     """
 
     widest: int
@@ -80,6 +85,7 @@ class ModelSize:
     keys: int | None = None
     layer_width: int = 0
     layer_factors: int = 0
+    moments: int = 0
 
 
 class LoadedModel:
@@ -162,6 +168,9 @@ class LoadedModel:
             layer_width=self._in_one_layer(lambda t: (sum(t.shape[-2:]) if t.stacked else sum(t.shape)) * used(t)),
             layer_factors=self._in_one_layer(
                 lambda t: sum(4 * _factor_values(target) for target, _ in self.values.targets(t))
+            ),
+            moments=self._in_one_layer(
+                lambda t: max((MOMENT_BYTES * one.module.shape[1] ** 2 for one, _ in self.values.targets(t)), default=0)
             ),
         )
 

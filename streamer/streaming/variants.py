@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from streamer.detection.selection import Selection
 from streamer.errors import UsageError
-from streamer.methods import BY_LAMBDA, METHODS, UNCHANGED, Fitted, MethodName, Shrink, make_method
+from streamer.methods import BY_LAMBDA, METHODS, UNCHANGED, MethodName, Shrink, make_method
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.method import Method
 
@@ -82,5 +82,5 @@ def make_variants(
     make_method(Shrink.name, scale=scale)  # refuses a scale, whatever the methods
     made = [make_method(name, lam, scale, amplify=amplify) for name in methods if name in BY_LAMBDA for lam in lambdas]
     if coefficients is not None:
-        made += [Fitted.of(coefficients.select(keep)) for keep in coefficients.keeps]
+        made += [make_method(None, coefficients=coefficients.select(keep)) for keep in coefficients.keeps]
     return (Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *map(Variant.of, made))

@@ -12,7 +12,7 @@ import numpy as np
 from streamer.verification.deltas import Delta
 from streamer.verification.formulas import WEIGHTS_NAME, AdapterFiles
 from streamer.verification.inventory import Part
-from streamer.verification.mitigation import Mitigated, by_coefficients, coefficient_count, mitigate
+from streamer.verification.mitigation import Mitigated, by_coefficients, by_factor, coefficient_count, mitigate
 from streamer.verification.result import Checked, NotRecomputed, Outcome
 from streamer.verification.rounding import LARGEST_FP8, computing_precision, half_spacing
 from streamer.verification.spectrum import (
@@ -45,6 +45,8 @@ class Recomputation:
         The output's ``streamer.json``.
     carried
         The model's tensor → the adapter's that edit it (see `check_carried`).
+    factors
+        Right factors of a fit, by matrix; None if they were not given.
     """
 
     outcome: Outcome
@@ -52,6 +54,7 @@ class Recomputation:
     adapter: AdapterFiles
     record: dict[str, Any]
     carried: dict[str, list[Part]]
+    factors: dict[str, Array] | None = None
 
     def check(self, row: dict[str, Any], files: TensorFiles | AdapterFiles) -> Checked:
         """Recompute the matrix of one row of the record.
@@ -84,6 +87,10 @@ class Recomputation:
                 self.outcome.misrecorded(f"{count} coefficients", f"{len(coefficients)}", tensor)
                 return Checked(math.inf, decisions)
             mitigated = by_coefficients(W0, delta, coefficients)
+        elif self.record["method"] == "regmean":
+            if self.factors is None or tensor not in self.factors:
+                raise NotRecomputed("its factors are in the file of the fit; pass it as --coefficients")
+            mitigated = by_factor(delta, self.factors[tensor])
         else:
             mitigated = mitigate(W0, delta, triplets, row["intruders"], self.record)
         if isinstance(files, TensorFiles):

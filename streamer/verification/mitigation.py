@@ -2,7 +2,8 @@
 
 ``paper``: ``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``. ``project``: ``Δ' = Δ − (1 − λ) U_I U_Iᵀ Δ``. ``shrink``: ``Δ' = λ Δ``. U_I, Σ_I, V_I are the
 singular triplets of ``W0 + Δ`` that the record calls intruders. ``fitted``: ``Δ' = U diag(c) Uᵀ Δ``, U the left singular vectors of Δ
-itself and c the record's coefficients; of a Δ that is no product of factors ``Δ' = c Δ``.
+itself and c the record's coefficients; of a Δ that is no product of factors ``Δ' = c Δ``. ``regmean``: ``Δ' = L R'ᵀ`` of ``Δ = L Rᵀ``,
+with R' from the file of the fit.
 """
 
 from __future__ import annotations
@@ -69,12 +70,32 @@ def by_coefficients(base: Matrix, delta: Delta, coefficients: Sequence[float]) -
     return Mitigated(delta, 1.0, U * (c - 1), delta.left_product(U, base), rows, columns, mixed)
 
 
+def by_factor(delta: Delta, R: Array) -> Mitigated:
+    """Compute Δ' of one matrix by the method ``regmean``, ``L R'ᵀ`` with the right factor R' (n, r) that a fit gave.
+
+    Raises
+    ------
+    NotRecomputed
+        If the delta has no factors of that form.
+    """
+    if not isinstance(delta, LowRankDelta) or R.shape != delta.R.shape:
+        raise NotRecomputed("the right factor is not of its form")
+    m, n = len(delta.L), len(R)
+    return Mitigated(delta, 0.0, delta.L, R.T, np.zeros(m), np.zeros(n), 0.0)
+
+
 def coefficient_count(delta: Delta) -> int:
     """Count the directions of Δ that have a coefficient each: min(r, m, n); 1 where it is no product of factors."""
     return min(*delta.L.shape, len(delta.R)) if isinstance(delta, LowRankDelta) else 1
 
 
-WITNESSED = {"paper": "findings", "project": "findings", "shrink": "nothing", "fitted": "coefficients"}
+WITNESSED = {
+    "paper": "findings",
+    "project": "findings",
+    "shrink": "nothing",
+    "fitted": "coefficients",
+    "regmean": "factors",
+}
 """What each method of a record takes beside λ, for all that are computed here."""
 
 

@@ -25,7 +25,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "notes": list, "advice": list, "left_out": list, "carried": list, "matrices": list, "plan": str, "files": list,
     "tokenizer": (str, type(None)),
 }  # fmt: skip
-_OPTIONAL: dict[str, type | tuple[type, ...]] = {"coefficients": (dict, type(None))}
+_OPTIONAL: dict[str, type | tuple[type, ...]] = {"coefficients": (dict, type(None)), "measured": list}
 """Keys that records of former versions lack."""
 
 _NESTED: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -153,7 +153,7 @@ def _check_method(record: dict[str, Any], outcome: Outcome) -> None:
     detects = takes == "findings" and lam != 1
     taken = {"method": method, "lambda": lam, "detection": record["detection"] is not None, "scale": record["scale"]}
     known = takes is not None and record["scale"] in ("all", "first")
-    if not known or (lam is None) != (takes == "coefficients") or taken["detection"] != detects:
+    if not known or (lam is None) != (takes in ("coefficients", "factors")) or taken["detection"] != detects:
         outcome.misrecorded("method, lambda, detection and scale that belong together", f"{taken}")
     most = 0 if not detects else 1 if record["scale"] == "first" else math.inf
     for row in record["matrices"]:

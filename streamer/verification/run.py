@@ -27,6 +27,7 @@ def verify(
     sample: int | Literal["all"],
     max_memory: int | None,
     monitor: Monitor,
+    coefficients: str | Path | None = None,
 ) -> Verification:
     """Verify an output; see `streamer.verify_output`, whose parameters these are."""
     if (base is None) != (adapter is None):
@@ -39,7 +40,7 @@ def verify(
         raise MissingInputError(f"{path}: expected an output of streamer, found nothing; check the path", path)
     with ExitStack() as opened:
         verifying = _verify_directory if path.is_dir() else _verify_findings
-        outcome = verifying(path, inputs, _Sample(sample, max_memory, monitor), opened)
+        outcome = verifying(path, inputs, _Sample(sample, max_memory, monitor, coefficients), opened)
     result = outcome.result(None if inputs is None else {"base": str(base), "adapter": str(adapter)})
     if outcome.not_recomputed and not outcome.recomputed and not outcome.differences:
         why = outcome.not_recomputed[0]["reason"]
@@ -53,8 +54,11 @@ def verify(
 class _Sample:
     """Recompute matrices until as many are checked as were asked for; compare all other tensors if all of them were."""
 
-    def __init__(self, size: int | Literal["all"], max_memory: int | None, monitor: Monitor) -> None:
+    def __init__(
+        self, size: int | Literal["all"], max_memory: int | None, monitor: Monitor, coefficients: str | Path | None
+    ) -> None:
         self._size, self._max_memory, self.monitor = size, max_memory, monitor
+        self.coefficients = None if coefficients is None else Path(coefficients)
 
     def recompute(
         self, outcome: Outcome, rows: Sequence[dict[str, Any]], seed: str, needs: Callable[[str], int], check: Check,
@@ -136,6 +140,7 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
     if base is None or adapter is None or outcome.differences:
         return outcome
     from streamer.verification.configs import ModelConfigCheck, check_adapter_config
+    from streamer.verification.fitted import read_factors
     from streamer.verification.formulas import AdapterFiles
     from streamer.verification.inventory import check_carried, check_rows
     from streamer.verification.matrices import Recomputation
@@ -160,9 +165,12 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
         others = MergedTensors(outcome, record, base, adapter, files, carried)
     if outcome.differences:
         return outcome
-    recomputation, comparisons = Recomputation(outcome, base, adapter, record, carried), [*others.comparisons()]
+    fitted = None
+    if sample.coefficients is not None and record["method"] == "regmean":
+        fitted = read_factors(sample.coefficients, record["coefficients"]["sha256"])
+    recomputation = Recomputation(outcome, base, adapter, record, carried, fitted)
     check = partial(recomputation.check, files=files)
-    sample.recompute(outcome, record["matrices"], record["plan"], _needs(base), check, comparisons)
+    sample.recompute(outcome, record["matrices"], record["plan"], _needs(base), check, [*others.comparisons()])
     return outcome
 
 

@@ -58,7 +58,7 @@ def test_the_table_and_the_suggestion(server: Server, home: Path, tmp_path: Path
     assert lines[-1].startswith(
         f"next: streamer fit {home / 'base'} {home / 'adapter'} --general {home / 'general.npy'} --task "
     )
-    assert lines[-1].endswith(" --keep 0.5 -o coefficients.safetensors")
+    assert lines[-1].endswith(" --keep 0.5 -o fit.safetensors")
     assert " suggested, " in done.last
     again = run(
         server, home, tmp_path / "e.json", "--findings", home / "f.safetensors", "--lambda", "0.75,0.5", "--keep", "0.5"
@@ -263,7 +263,12 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
         "lambda must be between 0 (remove) and 1 (keep), got 2; did you mean 0.02? `--amplify` allows other values",
     )
     yield ["--lambda", "0.5,1"], {}, 2, "--lambda: 1 is the adapter as it is"
-    yield ["--method", "average"], {}, 2, "--method: expected one of paper, project, shrink, fitted, found 'average'"
+    yield (
+        ["--method", "average"],
+        {},
+        2,
+        "--method: expected one of paper, project, shrink, fitted, regmean, found 'average'",
+    )
     yield ["--method", "fitted"], {}, 2, "method 'fitted' needs coefficients; make them with `streamer fit`"
     yield (
         ["--coefficients", home / "f.safetensors"],

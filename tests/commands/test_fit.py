@@ -50,6 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(server: Server, home: Path, output: object, *options: object, before: str = "", **inputs: Path) -> Outcome:
     line = ["fit", inputs.get("base", home / "base"), inputs.get("adapter", home / "adapter"), "-o", output, *options]
+    line += [] if "--grain" in options else ["--grain", "direction"]
     for name in ("general", "task"):
         line += [f"--{name}", inputs.get(name, home / f"{name}.npy")]
     return server.run(*line, before=before)

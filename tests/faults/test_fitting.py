@@ -44,13 +44,14 @@ class Job(NamedTuple):
 
     def run(self, output: Path | None, **options: Any) -> streamer.Coefficients:
         home = self.home
-        given = {"general": home / "general.npy", "task": home / "task.npy", "keep": KEEP, "sequences": 16, "length": 8}
+        given = {"general": home / "general.npy", "task": home / "task.npy", "keep": KEEP, "sequences": 16, "length": 8,
+                 "grain": "direction"}  # fmt: skip
         return streamer.fit_coefficients(home / "base", home / "adapter", output, **{**given, **options})
 
     def line(self, output: Path) -> list[object]:
         home = self.home
         return ["fit", home / "base", home / "adapter", "--general", home / "general.npy", "--task", home / "task.npy", "-o", output,
-                "--keep", ",".join(map(str, KEEP)), "--sequences", 16, "--length", 8]  # fmt: skip
+                "--keep", ",".join(map(str, KEEP)), "--sequences", 16, "--length", 8, "--grain", "direction"]  # fmt: skip
 
 
 def few_rows(patch: pytest.MonkeyPatch) -> None:
@@ -254,13 +255,14 @@ def spoilt(job: Job, adapter: Path, spoil: Callable[[dict[str, np.ndarray]], Non
     return adapter
 
 
-def test_losses_that_are_nan(job: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("grain", ["inputs", "direction"])
+def test_losses_that_are_nan(job: Job, tmp_path: Path, grain: Any) -> None:
     def much(values: dict[str, np.ndarray]) -> None:
         values.update({name: value * np.float32(1e19) for name, value in values.items()})
 
     adapter = spoilt(job, tmp_path / "adapter", much)
     with pytest.raises(NumericError, match="NaN or Inf"):
-        streamer.fit_coefficients(job.home / "base", adapter, tmp_path / "c.safetensors", general=job.home / "general.npy",
+        streamer.fit_coefficients(job.home / "base", adapter, tmp_path / "c.safetensors", general=job.home / "general.npy", grain=grain,
                                   task=job.home / "task.npy", sequences=16, length=8, on_event=lambda event: None)  # fmt: skip
     assert not (tmp_path / "c.safetensors").exists()
 

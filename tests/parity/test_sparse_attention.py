@@ -115,7 +115,7 @@ def test_the_check_of_logits_finds_a_class_whose_config_does_not_say_so(
 @pytest.mark.parametrize("name", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.long) for c in CHOOSING])
 def test_gradients_are_those_of_sequences_without_padding(name: str, tmp_path: Path) -> None:
     cls, base, adapter, texts = make_inputs(name, tmp_path)
-    prepared = prepare_fit(base, adapter, texts, FitOptions(), None, RunOptions(torch.device("cpu")))
+    prepared = prepare_fit(base, adapter, texts, FitOptions(grain="direction"), None, RunOptions(torch.device("cpu")))
     model = GradientModel(prepared.plan)
     coefficients = coefficients_of(model)
     for own in prepared.groups[:4]:

@@ -138,9 +138,7 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
         "of the variants that keep 90% of what was learned, shrink 0.75 has the least divergence from the base, "
     )
     assert lines[-3] == "made by: streamer mitigate BASE ADAPTER -o OUTPUT --method shrink --lambda 0.75"
-    assert lines[-1] == (
-        "next: streamer fit BASE ADAPTER --general GENERAL --task TASK --keep 0.9 -o coefficients.safetensors"
-    )
+    assert lines[-1] == ("next: streamer fit BASE ADAPTER --general GENERAL --task TASK --keep 0.9 -o fit.safetensors")
 
 
 @pytest.mark.parametrize(

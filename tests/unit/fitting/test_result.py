@@ -7,8 +7,7 @@ import pytest
 
 from streamer.errors import MismatchError
 from streamer.evaluation.statistics import SequenceSums
-from streamer.fitting.algorithm import FittedPoint
-from streamer.fitting.result import SHRINKS, adapter_facts, misses, set_facts
+from streamer.fitting.result import SHRINKS, FoundSet, adapter_facts, misses, set_facts
 
 
 def sums(falls: list[float]) -> SequenceSums:
@@ -34,7 +33,7 @@ def test_a_set_that_keeps_less_than_was_wanted_says_so(left: float, missed: bool
     falls = [0.0, 1.0, *(1 - lam for lam in SHRINKS), 1 - left]
     loss = np.stack([np.linspace(40, 60, 6) - 10 * fall for fall in falls])
     own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), np.zeros_like(loss))
-    point = FittedPoint(0.9, np.array([0.5, 0.7]), 1.0, own.share(7), own.share(7))
+    point = FoundSet(0.9, 1.0, "fitted", np.array([0.5, 0.7]))
     (one,) = set_facts(own, own, [point])
     assert one["missed"] is missed
     lines = misses({"sets": [one]})

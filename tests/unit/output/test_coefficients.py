@@ -105,7 +105,7 @@ def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
     delta = problem(30, 20)[1]
     s = directions(delta)
     one = CoefficientSet(0.9, {"x": MatrixCoefficients(s, np.full(4, 0.5))})
-    options = Fitted.of(one)
+    options = Fitted(coefficients=one)
     torch.testing.assert_close(options.mitigated(delta, None, "x").dense(), 0.5 * delta.precise().dense())
     assert not options.needs_detection
     record = {"keep": 0.9, "sha256": one.digest}

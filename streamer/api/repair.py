@@ -1,0 +1,219 @@
+"""Offer the repair of an adapter as a function of the library: fit, measure, and write what is better than a shrink."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict, Unpack, cast
+
+from streamer.api.fitting import FitRequest
+from streamer.api.inputs import Inputs
+from streamer.api.keywords import RepairKeywords, explained, watched
+from streamer.api.options import Judged, MethodChoice, Settings, read_path, take
+from streamer.api.records import DryRun
+from streamer.api.writing import OutputRequest
+from streamer.errors import UsageError
+from streamer.evaluation.evaluation import GENERAL, TASK
+from streamer.events import Event, Monitor
+from streamer.fitting.options import FitOptions
+from streamer.json_types import State
+from streamer.methods import UNCHANGED, Method, Shrink
+from streamer.methods.coefficients import Coefficients
+from streamer.output.prepare import OutputOptions
+from streamer.output.records import Written
+from streamer.storage.atomic_file import write_atomic
+
+BUILT_IN = "python-help.txt"
+"""Name of the general text that is read if none is given: what Python's own help says of its topics."""
+
+
+# fmt: off
+class RepairRow(TypedDict):
+    """A model that was measured on the sequences held apart."""
+    what: Annotated[Literal["adapter", "shrink", "repair"], "The adapter as it is, the shrink that keeps as much, or the repair."]
+    name: Annotated[str, "Its method, with its lambda or its share."]
+    kept: Annotated[float, "Share of what was learned that it keeps."]
+    forgetting: Annotated[float, "Share of what was forgotten that it leaves."]
+    divergence: Annotated[float, "Its divergence from the base on general text, as a share of the adapter's."]
+
+class RepairRecord(TypedDict):
+    """What `streamer repair --json` prints: what was measured, what was chosen by it, and where that is."""
+    schema: Literal["streamer.repair/1"]
+    chosen: Annotated[Literal["repair", "shrink", "adapter"], "What was written."]
+    why: Annotated[str, "Why, in a line."]
+    rows: Annotated[list[RepairRow], "What was measured: the adapter, the equal shrink if there is one, the repair."]
+    fit: Annotated[str, "The file of the fit, beside the output."]
+    output: Annotated[str, "Path of the output, as it was given."]
+    state: State
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What was chosen, and the record of what was written."""
+
+    record: RepairRecord
+    written: Written
+
+
+@dataclass(frozen=True)
+class RepairRequest:
+    """A repair as it is asked for.
+
+    Attributes
+    ----------
+    general
+        Path of the general text; None: what Python's help says of its topics.
+    form
+        A model or an adapter, and how it is written.
+    """
+
+    fit: FitRequest
+    output: Path
+    general: Path | None
+    form: OutputOptions
+
+    @classmethod
+    def of(
+        cls, base: str | Path, adapter: str | Path, output: str | Path, keywords: Mapping[str, Any]
+    ) -> RepairRequest:
+        """Make it of keywords of `repair_adapter`, or of the command line's options."""
+        where = read_path("output", output)
+        general = keywords.get("general")
+        given = {**keywords, "general": general or BUILT_IN}
+        fit = FitRequest.of(base, adapter, where.with_name(f"{where.name}.fit.safetensors"), given)
+        if len(fit.options.keep) > 1:
+            raise UsageError(f"keep: expected one share, found {len(fit.options.keep)}; repair writes one output")
+        form = take(OutputOptions, keywords, merges=bool(keywords.get("merge")))
+        return cls(fit, where, None if general is None else read_path("general", general), form)
+
+    def run(self, monitor: Monitor) -> Repaired:
+        """Fit, choose, and write."""
+        with self._texts() as fit:
+            found = fit.run(monitor)
+        chosen, why, method = _choice(found)
+        monitor.emit(Event("note", why))
+        rows = _rows(found)
+        form = replace(self.form, measured=tuple(_line(row) for row in rows))
+        settings = replace(self.fit.settings, device="cpu")
+        inputs = Inputs(self.fit.base, self.fit.adapter)
+        request = OutputRequest(inputs, self.output, None, Judged(), method, form, settings)
+        written = cast(Written, request.run(monitor))  # of one adapter: a fit has refused several
+        record: RepairRecord = {
+            "schema": "streamer.repair/1", "chosen": chosen, "why": why, "rows": rows, "fit": str(self.fit.output),
+            "output": str(self.output), "state": written["state"],
+        }  # fmt: skip
+        return Repaired(record, written)
+
+    def forecast(self, monitor: Monitor) -> DryRun:
+        """Check all, and say what the fit would take, which is nearly all of it; nothing is written."""
+        with self._texts() as fit:
+            return {**fit.forecast(monitor), "command": "repair", "output": str(self.output)}
+
+    @contextlib.contextmanager
+    def _texts(self) -> Iterator[FitRequest]:
+        """Give the fit with a general text: that of the user, or Python's own in a temporary file."""
+        if self.general is not None:
+            yield self.fit
+            return
+        with tempfile.TemporaryDirectory(prefix="streamer-") as directory:
+            path = Path(directory) / BUILT_IN
+            write_atomic(path, built_in_text().encode())
+            yield replace(self.fit, texts={**self.fit.texts, GENERAL: path, TASK: self.fit.texts[TASK]})
+
+
+def built_in_text() -> str:
+    """Return what Python's help says of its topics: half a megabyte of English prose about programming."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], str, Method]:
+    """Choose by what was measured: the repair if it is better than the shrink that keeps as much, else that shrink, or the adapter."""
+    (one,) = found.facts["sets"]
+    shrink = one["shrink"]
+    if not found.facts["forgotten"]:
+        return "adapter", "the adapter as it is: there is no evidence that it forgets", UNCHANGED
+    if shrink is None:
+        return (
+            "adapter",
+            "the adapter as it is: no shrink that was measured keeps as much, so nothing is known to be better",
+            UNCHANGED,
+        )
+    if shrink["verdict"] == "better":
+        method = MethodChoice(coefficients=found).make()
+        return "repair", f"{method.label}: it forgets less than the shrink that keeps as much, by loss and KL", method
+    lam = round(shrink["lambda"], 4)
+    why = f"shrink {lam:g}: the repair is not better than the shrink that keeps as much, by more than two standard errors of loss and KL"
+    return "shrink", why, Shrink(lam)
+
+
+def _rows(found: Coefficients) -> list[RepairRow]:
+    (one,) = found.facts["sets"]
+    rows: list[RepairRow] = [{"what": "adapter", "name": "adapter", "kept": 1.0, "forgetting": 1.0, "divergence": 1.0}]
+    if (shrink := one["shrink"]) is not None:
+        rows.append({"what": "shrink", "name": f"shrink {shrink['lambda']:.3f}", "kept": one["kept"],
+                     "forgetting": shrink["forgetting"], "divergence": shrink["divergence"]})  # fmt: skip
+    name = found.select().method
+    rows.append({"what": "repair", "name": f"{name} {one['keep']:g}", "kept": one["kept"], "forgetting": one["forgetting"],
+                 "divergence": one["divergence"]})  # fmt: skip
+    return rows
+
+
+def _line(row: RepairRow) -> str:
+    kept, left, kl = (f"{100 * row[key]:.1f} %" for key in ("kept", "forgetting", "divergence"))
+    return f"{row['name']}: keeps {kept} of what was learned, leaves {left} of the forgetting, and {kl} of the divergence from the base"
+
+
+@explained(RepairKeywords, Settings, FitOptions, OutputOptions)
+def repair_adapter(
+    base: str | Path, adapter: str | Path, output: str | Path, *, task: str | Path, **options: Unpack[RepairKeywords]
+) -> Written:
+    """Write an adapter that forgets less: fit it to the inputs of its modules, measure it, and choose what is better than a shrink.
+
+    It is never worse than the shrink of the whole adapter that keeps as much, by what was measured on sequences held apart: if the repair
+    is not better by two standard errors of loss and KL, that shrink is written; if the adapter does not forget, the adapter as it is. The
+    fit is in ``OUTPUT.fit.safetensors`` beside the output. It takes transformers: ``pip install 'intruder-streamer[evaluate]'``.
+
+    Parameters
+    ----------
+    base
+        Directory of the base model: its ``config.json``, its weights and, unless texts are token ids, its tokenizer.
+    adapter
+        Directory of a PEFT adapter, or of a fully fine-tuned model.
+    output
+        Directory to write: a PEFT adapter, or with `merge` a model.
+    task
+        Text of what the adapter was trained for, not trained on, in the forms that `evaluate_variants` takes.
+    general
+        Text of what the model could do before. None: what Python's help says of its topics; your own is better.
+    keep
+        Share of what the adapter learned that is to stay, below 1.
+    merge
+        Write the model with the repaired adapter merged in, in place of an adapter.
+    dequantize
+        With `merge`: write all that is quantized as plain tensors of the config's dtype.
+    grain, objective, holdout, sequences, length, seed, steps, dtype
+        How the fit is made, as `fit_coefficients` has them.
+    max_memory
+        Anonymous memory as `detect_intruder_dimensions` counts it, in bytes or as a size like ``"4G"``.
+
+    Returns
+    -------
+    Written
+        The record of what was written; its ``measured`` says what was measured.
+
+    Raises
+    ------
+    MissingPackageError
+        If transformers is not installed.
+    StreamerError
+        Of the class that says what kind of fault it is (see `streamer.errors`).
+    """
+    request = RepairRequest.of(base, adapter, output, {**options, "task": task})
+    with watched(options) as monitor:
+        return request.run(monitor).written

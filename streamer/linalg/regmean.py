@@ -1,0 +1,99 @@
+"""Keep what a delta answers to the inputs of one text, and take away what it answers to those of another.
+
+With ``C = Σ x xᵀ / N`` the second moments (n, n) of a module's inputs on task and general text,
+
+    Δ' = argmin  E_t ‖(Δ' − Δ) x‖² + μ E_g ‖Δ' x‖²  =  Δ C̃_t (C̃_t + μ C_g)⁻¹,      C̃_t = C_t + ε tr(C_t) / n · I
+
+the regression mean (Jin, Ren, Preotiuc-Pietro and Cheng, Dataless Knowledge Fusion by Merging Weights of Language Models, ICLR 2023) of the
+delta and nothing. Of factors ``Δ = L Rᵀ`` only R changes: ``R' = (C̃_t + μ C_g)⁻¹ C̃_t R``, so that the rank stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from streamer.errors import NumericError
+
+RIDGE = 0.1
+"""ε: from 0.01 to 0.3 as much is forgotten for as much that is kept of text that was not seen. With a small one less is kept of such text
+than of what was fitted to: of 90 % that were asked for, 87 % at 0.01, 88 % at 0.03, 89 % at 0.1."""
+
+GROWTH = 30.0
+"""‖Δ'‖ may be so many times ‖Δ‖; beyond it ε is raised. Trained adapters grow 2 to 7 times, along inputs that neither text has much of."""
+
+RAISE = 10**0.5
+"""Factor by which ε is raised at a time."""
+
+MOST_RIDGE = 12.0
+"""ε at most; ``C̃_t`` is then nearly a multiple of I."""
+
+RESIDUAL = 1e-8
+"""Relative residual of the solution, at most."""
+
+
+def answers(
+    factors: Sequence[tuple[Tensor, Tensor]], task: Tensor, general: Tensor, weights: Sequence[float], name: str
+) -> tuple[list[list[Tensor]], float]:
+    """Compute ``R' = (C̃_t + μ C_g)⁻¹ C̃_t R`` of deltas with the same inputs.
+
+    Parameters
+    ----------
+    factors
+        L (m, r) and R (n, r) of each delta.
+    task, general
+        C_t and C_g, (n, n), or their diagonals (n,) if inputs are one-hot; float64. C_t is not zero.
+    weights
+        Each μ > 0.
+    name
+        Of the first matrix, for messages.
+
+    Returns
+    -------
+    right, ridge
+        R' of each delta for each μ, float64; and ε, which is raised until no delta grows.
+
+    Raises
+    ------
+    NumericError
+        If no ridge gives a solution that is exact, and deltas that do not grow.
+    """
+    ranks = [R.shape[1] for _, R in factors]
+    whole = torch.cat([R.double() for _, R in factors], 1)
+    cores = [torch.linalg.qr(L.double())[1] for L, _ in factors]
+
+    def own(rights: Tensor) -> list[Tensor]:
+        return list(torch.split(rights, ranks, 1))
+
+    def sizes(rights: Tensor) -> list[float]:
+        return [float(torch.linalg.matrix_norm(core @ R.T)) for core, R in zip(cores, own(rights), strict=True)]
+
+    most, ridge = [GROWTH * size for size in sizes(whole)], RIDGE
+    while ridge <= MOST_RIDGE:
+        found = _solved(whole, task, general, weights, ridge)
+        if found is not None and all(a <= b for right in found for a, b in zip(sizes(right), most, strict=True)):
+            return [list(rights) for rights in zip(*map(own, found), strict=True)], ridge
+        ridge *= RAISE
+    raise NumericError(f"{name}: its inputs give no delta that can be computed; give more text, or another --grain")
+
+
+def _solved(R: Tensor, task: Tensor, general: Tensor, weights: Sequence[float], ridge: float) -> list[Tensor] | None:
+    """Solve for each μ; None if the system is not solved to `RESIDUAL`."""
+    if task.ndim == 1:
+        kept = task + ridge * task.mean()
+        return [R * (kept / (kept + mu * general))[:, None] for mu in weights]
+    kept = task + torch.eye(len(task), dtype=task.dtype) * (ridge * float(task.diagonal().mean()))
+    wanted, found = kept @ R, []
+    for mu in weights:
+        system = kept + mu * general
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if failed:
+            return None
+        right = torch.cholesky_solve(wanted, factor)
+        residual = torch.linalg.matrix_norm(system @ right - wanted) / torch.linalg.matrix_norm(wanted)
+        if not residual <= RESIDUAL:
+            return None
+        found.append(right)
+    return found

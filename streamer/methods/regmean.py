@@ -1,0 +1,22 @@
+"""Keep what the delta answers to the task's inputs, and take away what it answers to general ones; see `linalg.regmean`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from streamer.methods.fitted import ByFit
+from streamer.methods.method import MethodName
+
+
+class RegMean(ByFit):
+    """``Δ' = Δ C̃_t (C̃_t + μ C_g)⁻¹``, of which a fit holds the right factors: the left ones stay as they are."""
+
+    name: ClassVar[MethodName] = "regmean"
+    keeps_left: ClassVar[bool] = True
+    colour: ClassVar[str] = "#6b5b00"
+    about: ClassVar[str] = "answers the task's inputs alone, by `streamer fit`"
+    card: ClassVar[str] = (
+        "What the adapter adds to a weight answers the task's inputs as it did, and what it answered to general text is taken away: its "
+        "right factors (`lora_A`) were fitted to the inputs of each module, the others stay.\n"
+    )
+    changes: ClassVar[str] = "lora_A by the inputs"

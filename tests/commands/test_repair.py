@@ -1,0 +1,192 @@
+"""`streamer repair` and `streamer fit` by inputs from outside: what they write, what they choose, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from forks import Server
+from learned import make_learned
+from safetensors.torch import load_file
+from test_schemas import check
+
+import streamer
+from streamer.api import repair
+from streamer.errors import UsageError
+
+SHARES = "0.9,0.7"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_learned(tmp_path_factory.mktemp("repair"), sequences=48)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server(modules=("streamer.api.fitting", "transformers.models.llama.modeling_llama"))
+    yield made
+    made.close()
+
+
+def texts(home: Path) -> list[object]:
+    return ["--general", home / "general.npy", "--task", home / "task.npy"]
+
+
+@pytest.fixture(scope="module")
+def fitted(server: Server, home: Path) -> Path:
+    """A fit by inputs, which is the default."""
+    path = home / "f.safetensors"
+    tree = check(
+        server.run("fit", home / "base", home / "adapter", *texts(home), "-o", path, "--keep", SHARES, "--json"),
+        "streamer.fit/1",
+    )
+    assert tree["grain"] == "inputs"
+    assert not {"objective", "steps", "parameters", "gradients"} & tree.keys()
+    assert [abs(one["kept"] - one["keep"]) < 0.1 for one in tree["sets"]] == [True, True]
+    return path
+
+
+def test_an_adapter_of_new_right_factors(server: Server, home: Path, fitted: Path, tmp_path: Path) -> None:
+    """lora_B is the adapter's to the bit, PEFT loads it, and it is measured as the fit said."""
+    out = tmp_path / "out"
+    line = [home / "base", home / "adapter", "-o", out, "--coefficients", fitted, "--keep", 0.9]
+    record = check(server.run("mitigate", *line, "--json"), "streamer.output/2")
+    assert (record["method"], record["lambda"], record["detection"], record["totals"]["changed"]) == (
+        "regmean",
+        None,
+        None,
+        8,
+    )
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (home / "adapter", out))
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == ("lora_B" in name), name
+    found = streamer.load_coefficients(fitted).select(0.9)
+    for name, tensor in after.items():
+        if "lora_A" in name:
+            matrix = name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+            torch.testing.assert_close(tensor, found.matrices[matrix].T)
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(home / "base"), out)
+    assert model.active_adapter == "default"
+    held = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "general.npy", task=home / "task.npy",
+                                      coefficients=fitted, methods=["fitted"], on_event=lambda event: None)  # fmt: skip
+    assert [v.name for v in held.variants] == ["base", "adapter", "regmean 0.9", "regmean 0.7"]
+
+
+def test_verify_takes_the_file_of_the_fit(server: Server, home: Path, fitted: Path, tmp_path: Path) -> None:
+    inputs = home / "base", home / "adapter"
+    for command, out in (("mitigate", tmp_path / "a"), ("merge", tmp_path / "m")):
+        assert server.run(command, *inputs, "-o", out, "--coefficients", fitted, "--keep", 0.7, "-q").code == 0
+        alone = server.run("verify", out, *inputs, "--sample", "all")
+        assert "not recomputed: 8: its factors are in the file of the fit; pass it as --coefficients" in alone.out
+        whole = server.run("verify", out, *inputs, "--sample", "all", "--coefficients", fitted)
+        assert "8 of 8 matrices recomputed" in whole.out
+        other = server.run("verify", out, *inputs, "--coefficients", home / "task.npy")
+        assert (other.code, "give the one that the output was made with" in other.err) == (3, True)
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    name = next(name for name in weights if "lora_A" in name)
+    path, data = tmp_path / "a" / "adapter_model.safetensors", b""
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert server.run("verify", tmp_path / "a", *inputs, "--coefficients", fitted).code == 7, name
+
+
+def test_a_live_model_takes_them(home: Path, fitted: Path) -> None:
+    from streamer.peft import reduce_intruder_dimension
+
+    model = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(home / "base"), home / "adapter"
+    )
+    reduce_intruder_dimension(model, new_adapter_name="new", coefficients=fitted, keep=0.9)
+    found = streamer.load_coefficients(fitted).select(0.9)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    torch.testing.assert_close(layer.lora_A["new"].weight, found.matrices["model.layers.0.self_attn.q_proj.weight"].T)
+    assert torch.equal(layer.lora_B["new"].weight, layer.lora_B["default"].weight)
+
+
+def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    done = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out, "--json")
+    tree = check(done, "streamer.repair/1")
+    facts = streamer.load_coefficients(tree["fit"]).facts
+    verdict = facts["sets"][0]["shrink"]["verdict"]
+    assert tree["chosen"] == ("repair" if verdict == "better" else "shrink")
+    record = json.loads((out / "streamer.json").read_text())
+    assert record["method"] == ("regmean" if verdict == "better" else "shrink")
+    assert [row["what"] for row in tree["rows"]] == ["adapter", "shrink", "repair"]
+    assert len(record["measured"]) == 3
+    card = (out / "README.md").read_text()
+    assert all(line in card for line in record["measured"])
+    peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(home / "base"), out)
+    again = check(
+        server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out, "--json"), "streamer.repair/1"
+    )
+    assert again == {**tree, "state": "present"}
+    shown = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out)
+    assert [line.split()[0] for line in shown.out.splitlines()[2:5]] == ["adapter", "shrink", "regmean"]
+    assert server.run("verify", out, home / "base", home / "adapter", "--coefficients", tree["fit"]).code == 0
+
+
+@pytest.mark.parametrize(("verdict", "forgotten", "chosen", "method"), [
+    ("better", True, "repair", "regmean"), ("not told apart", True, "shrink", "shrink"), ("worse", True, "shrink", "shrink"),
+    ("better", False, "adapter", "shrink"),
+])  # fmt: skip
+def test_the_choice(fitted: Path, verdict: str, forgotten: bool, chosen: str, method: str) -> None:
+    found = streamer.load_coefficients(fitted)
+    one: Any = {
+        **found.facts["sets"][0],
+        "shrink": {**found.facts["sets"][0]["shrink"], "verdict": verdict, "lambda": 0.5},
+    }
+    facts = {**found.facts, "forgotten": forgotten, "sets": [one]}
+    what, why, made = repair._choice(streamer.Coefficients(found.sets[:1], facts))
+    assert (what, made.name) == (chosen, method)
+    assert (made.mitigation_lambda == 1) == (chosen == "adapter")
+    assert why
+
+
+def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) -> None:
+    tree = check(server.run("repair", home / "base", home / "adapter", *texts(home), "-o", tmp_path / "r", "--dry-run", "--json"),
+                 "streamer.dry-run/1")  # fmt: skip
+    assert (tree["command"], tree["state"], tree["output"]) == ("repair", "new", str(tmp_path / "r"))
+    assert tree["forecast"]["write_bytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_every_python_has() -> None:
+    text = repair.built_in_text()
+    assert len(text) > 300_000
+    assert text == repair.built_in_text()
+
+
+def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path, tmp_path: Path) -> None:
+    inputs = home / "base", home / "adapter"
+    done = server.run("fit", *inputs, *texts(home), "-o", tmp_path / "c", "--grain", "inputs", "--steps", 3)
+    assert (
+        done.code,
+        "--steps: are of gradients, which grain 'inputs' does not take, found 3; leave it out" in done.err,
+    ) == (2, True)
+    done = server.run(
+        "mitigate", *inputs, "-o", tmp_path / "x", "--coefficients", fitted, "--keep", 0.9, "--method", "fitted"
+    )
+    assert (done.code, "was fitted for method 'regmean', found 'fitted'; leave the method out" in done.err) == (2, True)
+    found = streamer.detect_intruder_dimensions(*inputs)
+    with pytest.raises(
+        UsageError,
+        match=r"holds new factors, which leave no share of each direction; fit coefficients with --grain dir",
+    ):
+        streamer.report_coefficients(found, *inputs, fitted, keep=0.9)
+    same = np.load(home / "general.npy")
+    np.save(tmp_path / "same.npy", same)
+    done = server.run(
+        "repair", *inputs, "--general", tmp_path / "same.npy", "--task", tmp_path / "same.npy", "-o", tmp_path / "y"
+    )
+    assert done.code == 3
+    assert "there is no evidence that the adapter learned this text" in done.err
+    assert not (tmp_path / "y").exists()

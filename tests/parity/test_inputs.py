@@ -1,0 +1,202 @@
+"""Moments of modules' inputs: those that PEFT's layers are given, over architectures and kinds of adapters."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from causal_models import ADAPTERS, CAUSAL, make_adapter, make_base
+from evaluated import loaded, sequences, token_ids
+from peft.tuners.lora import LoraLayer
+
+import streamer
+from streamer.errors import UnsupportedError
+from streamer.fitting.options import WEIGHTS
+from streamer.linalg.regmean import RIDGE, answers
+from streamer.linalg.torch_state import threads
+from streamer.plan.plan import make_plan
+from streamer.plan.targets import Target
+from streamer.streaming.inputs import GENERAL_AS, TASK_AS, Group, InputModel
+
+ARCHITECTURES = [
+    "llama",
+    "gpt2",
+    "gemma2",
+    "phi3",
+    "opt",
+    "bloom",
+    "gpt-neox",
+    "qwen3-moe",
+    "mixtral",
+    "deepseek-v3",
+    "gemma3n",
+]
+
+Moments = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def collected(base: Path, adapter: Path, general: list[torch.Tensor], task: list[torch.Tensor]) -> Moments:
+    """Sums over the tokens of both texts, each sequence a group of its own, by the module's name in the adapter."""
+    found: Moments = {}
+
+    def take(targets: list[Target], of_general: torch.Tensor, of_task: torch.Tensor) -> None:
+        for target in targets:
+            assert target.module.name not in found
+            found[target.module.name] = of_general, of_task
+
+    groups = [
+        Group(sequences(ids[None]), variant, lambda tensor: None)
+        for variant, texts in ((GENERAL_AS, general), (TASK_AS, task))
+        for ids in texts
+    ]
+    model = InputModel(make_plan(base, adapter))
+    with threads():
+        model.collect(groups, take)
+    assert model.unseen == []
+    return found
+
+
+def of_peft(cls: Any, base: Path, adapter: Path, general: list[torch.Tensor], task: list[torch.Tensor]) -> Moments:
+    """The same sums of what PEFT's layers are given, in float64."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a tied embedding that an adapter changes
+        model = peft.PeftModel.from_pretrained(loaded(cls, base, torch.float64), adapter).eval().double()
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    sums: dict[str, list[torch.Tensor]] = {name: [torch.zeros(()), torch.zeros(())] for name in layers}
+    at = 0
+
+    def hook(name: str) -> Any:
+        def take(module: Any, args: Any, kwargs: Any) -> None:
+            x = (args[0] if args else kwargs["x"]).detach()
+            if x.is_floating_point():
+                x = x.reshape(-1, x.shape[-1])
+                sums[name][at] = sums[name][at] + x.T @ x
+            else:
+                count = module.get_base_layer().num_embeddings
+                sums[name][at] = sums[name][at] + torch.bincount(x.flatten(), minlength=count).double()
+
+        return take
+
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(hook(name), with_kwargs=True)
+    with torch.no_grad():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with model.disable_adapter():
+                for ids in general:
+                    model(input_ids=ids[None])
+        at = 1
+        for ids in task:
+            model(input_ids=ids[None])
+    return {name: (a, b) for name, (a, b) in sums.items()}
+
+
+def assert_alike(cls: Any, base: Path, adapter: Path) -> None:
+    *general, long, short = token_ids(64, 5)
+    task = [long[:9], short[:7]]
+    found, expected = collected(base, adapter, general, task), of_peft(cls, base, adapter, general, task)
+    assert found.keys() == expected.keys()
+    for name, pair in expected.items():
+        for own, theirs in zip(found[name], pair, strict=True):
+            torch.testing.assert_close(
+                own, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()), msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name: str, tmp_path: Path) -> None:
+    cls = make_base(name, tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL[name][2], lora_alpha=4)
+    assert_alike(cls, tmp_path / "base", adapter)
+
+
+# As `ADAPTERS`: those whose deltas have factors, on layers that PEFT wraps one by one.
+KINDS = ["saved head and norms", "saved embedding, tied", "LoRA on a tied head", "LoRA on a tied embedding", "LoRA's own biases",
+         "embeddings of positions"]  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind: str, tmp_path: Path) -> None:
+    name, targets, options = ADAPTERS[kind]
+    cls = make_base(name, tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **{"lora_alpha": 4, **options})
+    assert_alike(cls, tmp_path / "base", adapter)
+
+
+@pytest.mark.parametrize("kind", ["experts, one tensor each", "experts, stacked", "router"])
+def test_experts_are_given_the_tokens_that_are_routed_to_them(kind: str, tmp_path: Path) -> None:
+    """The moments of all experts of a layer add up to those of as many tokens as there are experts for each."""
+    name, targets, options = ADAPTERS[kind]
+    cls = make_base(name, tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **{"lora_alpha": 4, **options})
+    plan, found = make_plan(tmp_path / "base", adapter), dict[str, torch.Tensor]()
+
+    def take(given: list[Target], of_general: torch.Tensor, of_task: torch.Tensor) -> None:
+        found.update({target.tensor: of_general for target in given})
+
+    ids = token_ids(64)
+    model = InputModel(plan)
+    with threads():
+        model.collect([Group(sequences(ids), v, lambda tensor: None) for v in (GENERAL_AS, TASK_AS)], take)
+    assert {*found, *model.unseen} == {target.tensor for target in plan.targets}
+    layer = {t.tensor: t for t in plan.targets if ".0." in t.tensor and "q_proj" not in t.tensor and t.tensor in found}
+    assert layer
+    for tensor, target in layer.items():
+        own = found[tensor]
+        assert own.shape == (target.module.shape[1],) * 2
+        torch.testing.assert_close(own, own.T)
+        assert float(torch.linalg.eigvalsh(own)[0]) >= -1e-6 * float(own.diagonal().max())
+        assert int(torch.linalg.matrix_rank(own, rtol=1e-9)) <= ids.numel()
+
+
+def test_deltas_without_factors_are_refused_by_name(tmp_path: Path) -> None:
+    name, targets, options = ADAPTERS["DoRA"]
+    cls = make_base(name, tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **{"lora_alpha": 4, **options})
+    ids = token_ids(64, 16)
+    np.save(tmp_path / "t.npy", ids.numpy())
+    with pytest.raises(
+        UnsupportedError, match=r"have no factors, .* first, and grain 'inputs' changes factors; take grain 'direction'"
+    ):
+        streamer.fit_coefficients(
+            tmp_path / "base", adapter, general=tmp_path / "t.npy", task=tmp_path / "t.npy", grain="inputs"
+        )
+
+
+def test_the_product_is_the_formula_on_what_peft_gives(tmp_path: Path) -> None:
+    """Factors of every weight, of all matrices: those of numpy in float64 from the inputs of PEFT's layers."""
+    cls = make_base("llama", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL["llama"][2], lora_alpha=4)
+    general, task = list(token_ids(64, 12)), list(token_ids(64, 24)[12:])
+    plan, tokens = make_plan(tmp_path / "base", adapter), 12 * 12
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def take(targets: list[Target], of_general: torch.Tensor, of_task: torch.Tensor) -> None:
+        own = [plan.finite_delta(target) for target in targets]
+        rights, ridge = answers([(d.L, d.R) for d in own], of_task / tokens, of_general / tokens, WEIGHTS, "q")
+        assert ridge == RIDGE
+        found.update(
+            {t.module.name: [d.L.double() @ r.T for r in mine] for t, d, mine in zip(targets, own, rights, strict=True)}
+        )
+
+    model = InputModel(plan)
+    groups = [
+        Group(sequences(torch.stack(ids)), v, lambda tensor: None)
+        for v, ids in ((GENERAL_AS, general), (TASK_AS, task))
+    ]
+    with threads():
+        model.collect(groups, take)
+    moments = of_peft(cls, tmp_path / "base", adapter, general, task)
+    deltas = {target.module.name: plan.finite_delta(target).precise().dense().numpy() for target in plan.targets}
+    for name, own in found.items():
+        of_general, of_task = (moment.numpy() / tokens for moment in moments[name])
+        kept = of_task + RIDGE * np.trace(of_task) / len(of_task) * np.eye(len(of_task))
+        for mu, product in zip(WEIGHTS, own, strict=True):
+            expected = deltas[name] @ kept @ np.linalg.inv(kept + mu * of_general)
+            assert np.linalg.norm(product.numpy() - expected) <= 1e-4 * np.linalg.norm(expected), (name, mu)
