@@ -84,10 +84,11 @@ def fit_coefficients(
     task: str | Path,
     **options: Unpack[FitKeywords],
 ) -> Coefficients:
-    """Fit a coefficient in [0, 1] for each singular direction of the adapter's own deltas, in passes over the base.
+    """Fit an adapter to texts, in passes over the base: new right factors, or a coefficient for each of its own directions.
 
-    With ``Δ = U diag(s) Vᵀ`` the SVD of a matrix' delta, the fitted one is ``Δ' = U diag(c·s) Vᵀ``: as much of what the adapter learned as
-    is to be kept, by its loss on the task's text, with as little forgetting as that allows, by the divergence from the base on general
+    As much of what the adapter learned as is to be kept, by its loss on the task's text, with as little forgetting as that allows. With
+    ``Δ = L Rᵀ`` new right factors R' make ``Δ' = L R'ᵀ`` answer the task's inputs as Δ does, and general ones as little as possible; with
+    ``Δ = U diag(s) Vᵀ`` its SVD, coefficients c in [0, 1] make it ``Δ' = U diag(c·s) Vᵀ``, by the divergence from the base on general
     text. No model is built: each weight is read when its module runs, and once more where the gradient passes through it. It takes
     transformers, with its tokenizers: ``pip install 'intruder-streamer[evaluate]'``. All is on the CPU.
 
@@ -107,8 +108,9 @@ def fit_coefficients(
         ``divergence``: ``KL(base ‖ fitted)`` on the general text and ``KL(adapter ‖ fitted)`` on the task's are made small, which takes
         no labels; ``loss``: the losses of the two.
     grain
-        ``direction``: a coefficient for each direction; ``matrix``: for each matrix; ``all``: one, a shrink whose λ is chosen by data. A
-        delta that comes without factors, of DoRA or a fine-tuned model, has one coefficient in any case.
+        ``inputs``: right factors. ``direction``: a coefficient for each direction; ``matrix``: for each matrix; ``all``: one, a shrink
+        whose λ is chosen by data. A delta that comes without factors, of DoRA or a fine-tuned model, has one coefficient in any case.
+        None: inputs, or direction if a delta has no factors.
     holdout
         Share of each text's sequences that is held apart: by them the weight between the texts is chosen, and figures are measured.
     sequences, length

@@ -131,11 +131,12 @@ class MethodKeywords(TypedDict, total=False):
     method
         ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put there,
         ``Δ' = (I − (1 − λ) U Uᵀ) Δ``. Without detection ``shrink`` scales the whole adapter, ``Δ' = λ Δ``, and ``fitted`` each singular
-        direction of Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``. None is ``fitted`` if there are coefficients, else ``paper``.
+        direction of Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``; ``regmean`` takes new right factors, ``Δ' = L R'ᵀ``. None is the method
+        of the coefficients, if there are any, else ``paper``.
     scale
         ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
     coefficients
-        From `fit_coefficients`, or the path of their file, for the method ``fitted``: fitted to this base and adapter.
+        From `fit_coefficients`, or the path of their file: what was fitted to this base and adapter, for ``fitted`` or ``regmean``.
     keep
         Which coefficients, if there are several sets: those that keep this share of what the adapter learned.
     amplify
@@ -203,7 +204,7 @@ class FitKeywords(RunKeywords, total=False):
     """Keywords of `streamer.fit_coefficients`."""
 
     keep: float | Sequence[float]
-    objective: Objective
+    objective: Objective | None
     grain: Grain
     holdout: float
     sequences: int

@@ -15,16 +15,17 @@ from streamer.api.keywords import RepairKeywords, explained, watched
 from streamer.api.options import Judged, MethodChoice, Settings, read_path, take
 from streamer.api.records import DryRun
 from streamer.api.writing import OutputRequest
-from streamer.errors import UsageError
+from streamer.errors import OutputExistsError, UnsupportedError, UsageError
 from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.events import Event, Monitor
 from streamer.fitting.options import FitOptions
 from streamer.json_types import State
 from streamer.methods import UNCHANGED, Method, Shrink
-from streamer.methods.coefficients import Coefficients
+from streamer.methods.coefficients import Coefficients, MatrixCoefficients
 from streamer.output.prepare import OutputOptions
 from streamer.output.records import Written
 from streamer.storage.atomic_file import write_atomic
+from streamer.storage.output_plan import RECORD_NAME
 
 BUILT_IN = "python-help.txt"
 """Name of the general text that is read if none is given: what Python's own help says of its topics."""
@@ -32,7 +33,7 @@ BUILT_IN = "python-help.txt"
 
 # fmt: off
 class RepairRow(TypedDict):
-    """A model that was measured on the sequences held apart."""
+    """A model: as it was measured on the sequences held apart, of the shrink as it is interpolated between those that were."""
     what: Annotated[Literal["adapter", "shrink", "repair"], "The adapter as it is, the shrink that keeps as much, or the repair."]
     name: Annotated[str, "Its method, with its lambda or its share."]
     kept: Annotated[float, "Share of what was learned that it keeps."]
@@ -83,35 +84,63 @@ class RepairRequest:
         """Make it of keywords of `repair_adapter`, or of the command line's options."""
         where = read_path("output", output)
         general = keywords.get("general")
-        given = {**keywords, "general": general or BUILT_IN}
+        given = {**keywords, "general": BUILT_IN if general is None else general}
         fit = FitRequest.of(base, adapter, where.with_name(f"{where.name}.fit.safetensors"), given)
         if len(fit.options.keep) > 1:
             raise UsageError(f"keep: expected one share, found {len(fit.options.keep)}; repair writes one output")
         form = take(OutputOptions, keywords, merges=bool(keywords.get("merge")))
+        if form.dequantize and not form.merges:
+            raise UsageError(
+                "dequantize: is of a model, and `merge=True` writes one, found dequantize alone; pass both, or neither"
+            )
         return cls(fit, where, None if general is None else read_path("general", general), form)
 
     def run(self, monitor: Monitor) -> Repaired:
         """Fit, choose, and write."""
+        self._check(monitor)
         with self._texts() as fit:
             found = fit.run(monitor)
         chosen, why, method = _choice(found)
         monitor.emit(Event("note", why))
         rows = _rows(found)
-        form = replace(self.form, measured=tuple(_line(row) for row in rows))
-        settings = replace(self.fit.settings, device="cpu")
-        inputs = Inputs(self.fit.base, self.fit.adapter)
-        request = OutputRequest(inputs, self.output, None, Judged(), method, form, settings)
-        written = cast(Written, request.run(monitor))  # of one adapter: a fit has refused several
+        written = cast(
+            Written, self._output(method, (f"this is {why}", *map(_line, rows))).run(monitor)
+        )  # of one adapter
         record: RepairRecord = {
             "schema": "streamer.repair/1", "chosen": chosen, "why": why, "rows": rows, "fit": str(self.fit.output),
             "output": str(self.output), "state": written["state"],
         }  # fmt: skip
         return Repaired(record, written)
 
+    def _output(self, method: Method, measured: tuple[str, ...] = ()) -> OutputRequest:
+        inputs, form = Inputs(self.fit.base, self.fit.adapter), replace(self.form, measured=measured)
+        return OutputRequest(
+            inputs, self.output, None, Judged(), method, form, replace(self.fit.settings, device="cpu")
+        )
+
+    def _check(self, monitor: Monitor) -> None:
+        """Refuse before the fit what could not be written after it."""
+        try:
+            self._output(Shrink(0.5)).open(monitor)
+        except UnsupportedError as e:
+            more = "" if self.form.merges else "; with --merge `repair` writes a model"
+            raise UnsupportedError(f"{e}{more}") from e
+        fitted, settings = self.fit.output, self.fit.settings
+        stands = self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir()))
+        if stands and not settings.overwrite and not (fitted is not None and fitted.exists()):
+            raise OutputExistsError(
+                f"{self.output}: exists, and {fitted}, its fit, does not; choose another output, or pass --overwrite",
+                self.output,
+            )
+
     def forecast(self, monitor: Monitor) -> DryRun:
         """Check all, and say what the fit would take, which is nearly all of it; nothing is written."""
+        self._check(monitor)
         with self._texts() as fit:
-            return {**fit.forecast(monitor), "command": "repair", "output": str(self.output)}
+            found = fit.forecast(monitor)
+        if found["state"] == "done" and not (self.output / RECORD_NAME).exists():
+            found["state"] = "resume"  # the fit is there, and what is made of it is not
+        return {**found, "command": "repair", "output": str(self.output)}
 
     @contextlib.contextmanager
     def _texts(self) -> Iterator[FitRequest]:
@@ -138,12 +167,12 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     shrink = one["shrink"]
     if not found.facts["forgotten"]:
         return "adapter", "the adapter as it is: there is no evidence that it forgets", UNCHANGED
+    values = [m.values for m in found.sets[0].matrices.values() if isinstance(m, MatrixCoefficients)]
+    if values and all((c == values[0][0]).all() for c in values):  # it is a shrink
+        lam = round(float(values[0][0]), 4)
+        return "shrink", f"shrink {lam:g}: one coefficient for all", Shrink(lam)
     if shrink is None:
-        return (
-            "adapter",
-            "the adapter as it is: no shrink that was measured keeps as much, so nothing is known to be better",
-            UNCHANGED,
-        )
+        return "adapter", "the adapter as it is: no shrink that was measured keeps as much, to compare with", UNCHANGED
     if shrink["verdict"] == "better":
         method = MethodChoice(coefficients=found).make()
         return "repair", f"{method.label}: it forgets less than the shrink that keeps as much, by loss and KL", method
@@ -166,7 +195,8 @@ def _rows(found: Coefficients) -> list[RepairRow]:
 
 def _line(row: RepairRow) -> str:
     kept, left, kl = (f"{100 * row[key]:.1f} %" for key in ("kept", "forgetting", "divergence"))
-    return f"{row['name']}: keeps {kept} of what was learned, leaves {left} of the forgetting, and {kl} of the divergence from the base"
+    interpolated = " (interpolated)" if row["what"] == "shrink" else ""
+    return f"{row['name']}{interpolated}: keeps {kept} of what was learned, leaves {left} of the forgetting and {kl} of the KL"
 
 
 @explained(RepairKeywords, Settings, FitOptions, OutputOptions)

@@ -59,6 +59,10 @@ class OutputRequest:
         """Test whether detection runs first."""
         return self.method.needs_detection and self.findings is None
 
+    def open(self, monitor: Monitor) -> None:
+        """Open the inputs and plan the outputs, which refuses what cannot be written."""
+        self._opened(monitor, peek=True)
+
     def run(self, monitor: Monitor) -> Written | ByName[Written]:
         """Write the output of each adapter, and return its record."""
         adapters, writers, run = self._opened(monitor)

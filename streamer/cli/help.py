@@ -36,7 +36,7 @@ a first run:
   streamer evaluate BASE ADAPTER --general TEXT --task TEXT -o FILE
       what each method and lambda keeps and forgets, on your text
   streamer repair BASE ADAPTER --task TEXT --general TEXT -o DIR
-      an adapter that forgets less, as far as that is measured
+      an adapter that forgets less, if measurements show it
   streamer fit BASE ADAPTER --general TEXT --task TEXT -o FILE
       what repair uses: the adapter fitted to your text
   streamer verify DIR

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from streamer import __version__
-from streamer.api.choices import ABOUT, BY_LAMBDA, COEFFICIENTS_METHOD, DEFAULT_METHOD
+from streamer.api.choices import ABOUT, BY_LAMBDA, DEFAULT_METHOD
 from streamer.cli.arguments import Parser, number, numbers, path, rank, sample, size, top_k
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
 from streamer.cli.text_options import add_fit, add_texts, add_threads
@@ -137,7 +137,7 @@ def build_parser() -> Parser:
     add_amplify(g)
     g.add_argument("--method", choices=list(ABOUT),
                    help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
-                        + f"; if not given, {COEFFICIENTS_METHOD} with --coefficients, else {DEFAULT_METHOD}")  # fmt: skip
+                        + f"; if not given, that of --coefficients, else {DEFAULT_METHOD}")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",
                    help="from `streamer fit`; detection and --lambda are not used")  # fmt: skip
     g.add_argument("--keep", type=number, metavar="SHARE",
@@ -239,8 +239,8 @@ def build_parser() -> Parser:
                      help="shares of an intruder that are kept, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     add_amplify(sub)
     sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(BY_LAMBDA),
-                     metavar="M,M", help=f"of {', '.join(BY_LAMBDA)} one or several (default: all); {COEFFICIENTS_METHOD}: the "
-                                         "coefficients alone")  # fmt: skip
+                     metavar="M,M", help=f"of {', '.join(BY_LAMBDA)} one or several (default: all); the method of FILE: "
+                                         "the coefficients alone")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="from `streamer fit`: each set in FILE is one more variant; give text they were not fitted to")  # fmt: skip
     sub.add_argument(
@@ -252,7 +252,7 @@ def build_parser() -> Parser:
     sub.add_argument("--projected", action="store_true",
                      help="evaluate what `mitigate` writes, projected onto the adapter's rank, instead of what `merge` writes")  # fmt: skip
     out = writing("FILE", "coefficients to write, a .safetensors file")
-    sub = command("fit", "fit a coefficient for each direction of an adapter to texts", out, reading)
+    sub = command("fit", "fit an adapter to texts: new factors, or a coefficient for each direction", out, reading)
     inputs(sub)
     add_texts(sub)
     add_fit(sub)
@@ -261,9 +261,8 @@ def build_parser() -> Parser:
                    help="the most memory to take, like 600M or 4G, mapped files not counted; it decides how many sequences go together "
                         "(default: as much as gradients of 1,024 tokens and measures of 4,096 take)")  # fmt: skip
     add_threads(g)
-    sub.set_defaults(device="cpu")
     out = writing("DIR", "directory to write: an adapter, or with --merge a model")
-    sub = command("repair", "write an adapter that forgets less, if that is measured", out, reading)
+    sub = command("repair", "write an adapter that forgets less, if measurements show it", out, reading)
     inputs(sub)
     add_texts(sub, built_in=True)
     add_fit(sub, several=False)

@@ -10,7 +10,7 @@ from streamer.cli.arguments import integer, number, numbers
 
 def add_texts(sub: argparse.ArgumentParser, built_in: bool = False) -> None:
     """Add the two texts, how much of them is read, and the dtype of products; `built_in` if there is a general one anyhow."""
-    more = " (default: what Python's help says of its topics; your own is better)" if built_in else ""
+    more = " (default: what Python's help says of its topics; your own text works better)" if built_in else ""
     sub.add_argument(
         "--general",
         required=not built_in,
@@ -50,7 +50,7 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
             metavar="SHARE",
             help="share of what ADAPTER learned to keep (default: 0.9)",
         )
-    sub.add_argument("--objective", choices=["divergence", "loss"], default="divergence",
+    sub.add_argument("--objective", choices=["divergence", "loss"],
                      help="what coefficients make small: divergence from the base on general text, and from the adapter on the task's; "
                           "or the loss of both texts (default: divergence)")  # fmt: skip
     sub.add_argument("--grain", choices=["inputs", "direction", "matrix", "all"],
@@ -60,4 +60,6 @@ def add_fit(sub: argparse.ArgumentParser, several: bool = True) -> None:
                      help="share of each text's sequences that is held apart, to choose by and to measure on (default: 0.25)")  # fmt: skip
     sub.add_argument("--steps", type=integer, metavar="N",
                      help="points at which gradients are taken for coefficients (default: two for each share, 3 at least)")  # fmt: skip
-    sub.add_argument("--seed", type=integer, default=0, metavar="N", help="decides which those are (default: 0)")
+    sub.add_argument(
+        "--seed", type=integer, default=0, metavar="N", help="decides which sequences are held apart (default: 0)"
+    )

@@ -20,6 +20,7 @@ from streamer.evaluation.memory import parts
 from streamer.evaluation.passes import measure_variants, needs_one_length
 from streamer.evaluation.progress import RunProgress, pass_cost
 from streamer.evaluation.result_file import Records, computing
+from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.fitting.costs import expected_costs
@@ -38,6 +39,9 @@ from streamer.streaming.spool import Spool, Spooled
 from streamer.streaming.values import Job
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import counted, listed
+
+LENGTHS = 32
+"""Lengths that the sequences of a text have at most as inputs are collected: a group of each length runs in a thread."""
 
 ROUNDS = 3
 """Interpolations that are measured for a share, at most: a secant rule."""
@@ -133,6 +137,16 @@ def factors_of(plan: Plan, target: Target) -> LowRank:
     return delta
 
 
+def of_few_lengths(text: TextSequences) -> TextSequences:
+    """Cut the ends of sequences, if need be, so that they have no more than `LENGTHS` lengths: those of one length run together."""
+    step = 1
+    while len({len(ids) // step for ids in text.ids}) > LENGTHS:
+        step *= 2
+    sizes = [max(2, len(ids) // step * step) for ids in text.ids]
+    cut = tuple(ids[:n] for ids, n in zip(text.ids, sizes, strict=True))
+    return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, sizes, strict=True)), text.name)
+
+
 class InputsRun:
     """One fit under way.
 
@@ -203,7 +217,7 @@ class InputsRun:
         def complete(targets: list[Target], general: Tensor, task: Tensor) -> None:
             self.monitor.checkpoint()
             own = [factors_of(plan, target) for target in targets]
-            tokens = {name: sum(map(len, text.ids)) for name, text in texts.items()}
+            tokens = {name: sum(map(len, of_few_lengths(text).ids)) for name, text in texts.items()}
             rights, ridge = answers(
                 [(delta.L, delta.R) for delta in own],
                 task / tokens[TASK],
@@ -219,8 +233,9 @@ class InputsRun:
         model = InputModel(plan, rounds_products=prepared.options.dtype == "bf16")
         groups = []
         for name, variant in ((GENERAL, GENERAL_AS), (TASK, TASK_AS)):
-            for rows in parts(texts[name], prepared.rows_of_inputs, prepared.model.size.short, True):
-                text = texts[name].take(rows)
+            even = of_few_lengths(texts[name])
+            for rows in parts(even, prepared.rows_of_inputs, prepared.model.size.short, True):
+                text = even.take(rows)
                 cost = pass_cost(prepared.model.size, text, 1)
                 groups.append(Group(text, variant, self.progress.reading(cost, 1)))
         model.collect(groups, complete)
@@ -228,8 +243,12 @@ class InputsRun:
             self.progress.advance(pass_cost(prepared.model.size, group.text, 1))
         plan.check_unchanged()
         if model.unseen:
-            self.monitor.warn((f"no token of both texts came to {counted(len(model.unseen), 'matrix')}, {listed(map(repr, model.unseen))}; "
-                               "what the adapter adds there stays as it is",))  # fmt: skip
+            count, first = counted(len(model.unseen), "matrix"), listed(map(repr, model.unseen))
+            self.monitor.warn(
+                (
+                    f"no token of the general text, or none of the task's, reached {count}, {first}; what the adapter adds there stays",
+                )
+            )
         if self.raised:
             self.monitor.warn((f"the texts are short for the inputs of {counted(len(self.raised), 'matrix')}, "
                                f"{listed(map(repr, self.raised))}: the ridge was raised; more text may forget less",))  # fmt: skip
@@ -261,6 +280,8 @@ class InputsRun:
                 kept, own = self._kept(point), known[keep]
                 at = next((i for i, (_, other) in enumerate(own) if other.weight > point.weight), len(own) - 1)
                 own.insert(at, (kept, point))
+        for keep, own in known.items():  # where the curve is rough the last one is not always the nearest
+            found[keep] = min((abs(kept - keep), i, point) for i, (kept, point) in enumerate(own[1:]))[2]
         return [(keep, found[keep]) for keep in keeps]
 
     def _variant(self, point: Point) -> Variant:
@@ -268,8 +289,10 @@ class InputsRun:
 
     def _kept(self, point: Point) -> float:
         """Return the share of what was learned that a point keeps."""
-        if point.weight in (0.0, math.inf):
-            return float(point.weight == 0)
+        if point.weight == 0:
+            return 1.0
+        if point.weight == math.inf:  # what the adapter brings besides deltas stays
+            return self._sums([Variant.of(Shrink(0.0)).name])[1].share(ADAPTER_ROW + 1).value
         return self._sums([point.name])[1].share(ADAPTER_ROW + 1).value
 
     def _measure(self, variants: Sequence[Variant]) -> None:

@@ -36,7 +36,7 @@ class FitOptions:
     """Options of a fit, all of which decide its result: keywords of `api.fit_coefficients`, which explains them."""
 
     keep: tuple[float, ...] = (0.9,)
-    objective: Objective = "divergence"
+    objective: Objective | None = None
     grain: Grain | None = None
     holdout: float = 0.25
     sequences: int = 64
@@ -55,7 +55,7 @@ class FitOptions:
         if len({share_name(share) for share in self.keep}) < len(self.keep):
             raise UsageError(f"keep: expected shares that differ in six digits, found {list(self.keep)}")
         for name, choices in (("objective", Objective), ("grain", Grain)):
-            if getattr(self, name) not in (*get_args(choices), *([None] if name == "grain" else [])):
+            if getattr(self, name) not in (None, *get_args(choices)):
                 raise UsageError(
                     f"{name}: expected one of {', '.join(get_args(choices))}, found {getattr(self, name)!r}"
                 )
@@ -68,19 +68,25 @@ class FitOptions:
             if type(value) is not int or value < least:
                 raise UsageError(f"{name}: expected a whole number from {least}, found {value!r}")
         check_dtype(self.dtype)
-        if self.grain == "inputs" and self.steps is not None:
-            raise UsageError(
-                f"steps: are of gradients, which grain 'inputs' does not take, found {self.steps!r}; leave it out"
-            )
+        for name in ("steps", "objective"):
+            if self.grain == "inputs" and getattr(self, name) is not None:
+                raise UsageError(
+                    f"{name}: is of coefficients, and grain 'inputs' fits none, found {getattr(self, name)!r}; leave it out"
+                )
+
+    @property
+    def made_small(self) -> Objective:
+        """Return what coefficients make small."""
+        return self.objective or "divergence"
 
     def of_algorithm(self, count: int, base_at_zero: bool = True) -> algorithm.FitOptions:
         """Make the options of the algorithm, for so many parameters; see `algorithm.FitOptions`."""
-        objective: Literal["kl", "loss"] = "kl" if self.objective == "divergence" else "loss"
+        objective: Literal["kl", "loss"] = "kl" if self.made_small == "divergence" else "loss"
         return algorithm.FitOptions(count, self.keep, objective, self.steps, base_at_zero)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""
-        tree = {**asdict(self), "keep": list(self.keep)}
+        tree = {**asdict(self), "keep": list(self.keep), "objective": self.made_small}
         if self.grain == "inputs":
             return {name: value for name, value in tree.items() if name not in ("objective", "steps")}
         return {**tree, "steps": self.of_algorithm(1).step_count}

@@ -156,7 +156,7 @@ class PreparedFit:
             for part in self.chunks[name]
         ]
         layers = max(self.plan.config.stated(*LAYERS), default=0)
-        states = sum(rows) if self.options.objective == "divergence" else 0
+        states = sum(rows) if self.options.made_small == "divergence" else 0
         factors = sum(t.module.factor_rank * sum(t.module.shape) for t in self.plan.targets if t.module.low_rank)
         return 4 * (self.model.size.hidden * (max(rows) * layers + states) + factors)
 
@@ -200,7 +200,7 @@ class PreparedFit:
                 )
         count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
         if self.by_inputs:
-            widest = max(target.module.shape[1] for target in self.plan.targets if target.module.form != "embedding")
+            widest = max((t.module.shape[1] for t in self.plan.targets if t.module.form != "embedding"), default=0)
             if count < widest:
                 self.run.monitor.warn(
                     (f"the {name} text has {count} tokens to fit on, fewer than the {widest} inputs of the widest matrix: what it does not "

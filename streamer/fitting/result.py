@@ -231,7 +231,7 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
     """Warn of sets that keep less than was wanted; files of earlier versions do not say."""
     return [
         f"{100 * one['keep']:g}% was to be kept, and {100 * one['kept']:.1f}% is, on the sequences held apart; ask for a larger share, or "
-        "give more text or --steps"
+        f"give more text{'' if facts.get('grain') == 'inputs' else ' or --steps'}"
         for one in facts["sets"]
         if one.get("missed")
     ]

@@ -171,7 +171,7 @@ class _Run:
 
     def _slope(self, number: int, request: Gradient) -> Slope:
         """Compute the mean over a text's tokens of what is made small there, and its gradient."""
-        text, objective = self.prepared.texts[request.text].fitted, self.prepared.options.objective
+        text, objective = self.prepared.texts[request.text].fitted, self.prepared.options.made_small
         against: Against = "labels" if objective == "loss" else "base" if request.text == GENERAL else "adapter"
         theta, chunks = request.coefficients, self.prepared.chunks[request.text]
         value, tokens, gradient = 0.0, 0.0, np.zeros(self.parameters.count)

@@ -92,8 +92,8 @@ def _solved(R: Tensor, task: Tensor, general: Tensor, weights: Sequence[float], 
         if failed:
             return None
         right = torch.cholesky_solve(wanted, factor)
-        residual = torch.linalg.matrix_norm(system @ right - wanted) / torch.linalg.matrix_norm(wanted)
-        if not residual <= RESIDUAL:
+        residual = torch.linalg.matrix_norm(system @ right - wanted)
+        if not residual <= RESIDUAL * torch.linalg.matrix_norm(wanted):
             return None
         found.append(right)
     return found

@@ -111,7 +111,7 @@ def load_coefficients(path: str | Path) -> Coefficients:
     file = TensorFile(path)
     text = file.header.metadata.get(KEY)
     if text is None:
-        raise FormatError(f"{path}: expected coefficients ({SCHEMA}), found {_kind(file)}")
+        raise FormatError(f"{path}: expected coefficients ({SCHEMA} or {OF_FACTORS}), found {_kind(file)}")
     try:
         tree = strict_json(text.encode())
         if not isinstance(tree, dict) or tree.get("schema") not in (SCHEMA, OF_FACTORS):

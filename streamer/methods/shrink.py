@@ -20,6 +20,9 @@ class Shrink(ByLambda):
     keeps_rank: ClassVar[bool] = True
     colour: ClassVar[str] = "#d55e00"
     about: ClassVar[str] = "the whole adapter, no detection, the baseline"
+    card: ClassVar[str] = (
+        "What the adapter adds to each weight is scaled by λ as a whole: 1 leaves it as it is, 0 removes it.\n"
+    )
 
     def formula(self, delta: Delta, *triplets: Tensor) -> Delta:
         """Compute Δ'."""

@@ -227,7 +227,11 @@ def _facts(record: Record) -> str:
     says = [*record["warnings"], *record["advice"]]
     advice = "Warnings and advice:\n\n" + "".join(f"- {printable(line)}\n" for line in says) if says else ""
     lines = "".join(f"- {printable(line)}\n" for line in record.get("measured", ()))
-    measured = f"Measured on sequences that nothing was fitted on:\n\n{lines}" if lines else ""
+    measured = (
+        f"Measured on sequences that nothing was fitted on, but by which the weight between the texts was chosen:\n\n{lines}"
+        if lines
+        else ""
+    )
     intro = METHODS[record["method"]].card
     return "\n".join(part for part in (intro, table, measured, command, advice) if part)
 

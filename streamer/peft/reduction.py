@@ -57,7 +57,7 @@ def reduce_intruder_dimension(
     Returns
     -------
     Findings or None
-        What was found; None where nothing had to be detected (``shrink``, ``fitted``, λ = 1).
+        What was found; None where nothing had to be detected (``shrink``, what a fit gave, λ = 1).
 
     Raises
     ------

@@ -87,7 +87,7 @@ class InputModel(LoadedModel):
     Attributes
     ----------
     unseen
-        Names of the matrices that no token of one of the texts came to, after a pass.
+        Names of the matrices that no token of the general text, or none of the task's, reached in a pass.
     """
 
     def __init__(self, plan: Plan, *, rounds_products: bool = False) -> None:
@@ -132,6 +132,12 @@ class InputModel(LoadedModel):
                 self._turns.run(begin, lambda: self._collected.hand_on(complete, path))
         finally:
             self.batch.vocabulary, self._turns = None, None
+        self.setting.deltas.spool.close()
+        if whole := sorted(self._collected.whole - self._collected.complete):
+            raise UnsupportedError(
+                f"{path}: the weights of {len(whole)} matrices are used otherwise than by products and look-ups, as by a convolution, "
+                f"{whole[0]!r} first, so that their inputs are not seen; take grain 'direction'"
+            )
         self.unseen = sorted({t.tensor for t in self.job.plan.targets} - self._collected.complete)
         self.check_all_used()
 
@@ -148,17 +154,20 @@ class InputModel(LoadedModel):
 
 @dataclass
 class _Collected:
-    """Moments that are being collected, by the first matrix that has the inputs, and variant."""
+    """Moments that are being collected, by the first matrix that has the inputs, and variant; `whole` are matrices that were read whole."""
 
     setting: Setting
     moments: dict[str, dict[int, Moments]] = field(default_factory=dict)
     targets: dict[str, list[Target]] = field(default_factory=dict)
     complete: set[str] = field(default_factory=set)
+    whole: set[str] = field(default_factory=set)
     _first: dict[str, str] = field(default_factory=dict)
     _inputs: list[tuple[Tensor, str]] = field(default_factory=list)
 
     def take(self, target: Target, x: Tensor) -> None:
         """Take inputs (t, n) of a matrix; those that another matrix had just now are not counted again."""
+        if len(x) == 0:  # of an expert that no token is routed to
+            return
         first = next((name for seen, name in self._inputs if _same(seen, x)), None)
         if first is None:
             first = target.tensor
@@ -234,6 +243,11 @@ class _CollectingReader(DifferentiableReader):
             at += size
         return super().multiply(x, source, transposed, rows)
 
+    def values_of(self, source: Source) -> Tensor:
+        """Read a source whole, and note that its inputs are not seen."""
+        self._collected.whole.update(target.tensor for target, _ in self.setting.values.targets(self.tensor))
+        return super().values_of(source)
+
     def gather(self, ids: Tensor) -> Tensor | None:
         """Look rows up, which are the inputs of an embedding's target."""
         found = super().gather(ids)
@@ -272,9 +286,9 @@ class _Turns:
             threading.Thread(target=self._thread, args=(i,), name=f"group {i}", daemon=True)
             for i in range(len(self._runs))
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             while len(self._ended) < len(threads):
                 for number in range(len(threads)):
                     if number not in self._ended:
@@ -290,7 +304,8 @@ class _Turns:
             for semaphore in self._go:
                 semaphore.release()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # it was started
+                    thread.join()
 
     def pause(self) -> None:
         """End the turn of the run that calls it."""

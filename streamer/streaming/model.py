@@ -35,8 +35,8 @@ MASK_VALUES = 2
 CHOSEN_KEYS = "index_topk", "keep_window_size"
 """What configs call the number of keys that attention chooses."""
 
-MOMENT_BYTES = 40
-"""Bytes for each pair of inputs: two moments in float64, the system that is solved, its factor, and what is added."""
+MOMENT_BYTES, SOLVE_BYTES = 16, 24
+"""Bytes for each pair of inputs: of two moments in float64; and of the system that is solved, its factor, and what is added."""
 
 FACTOR_BYTES = 24
 """Bytes for each value of a delta's factors: 4 as it is read, and 8 + 4 of up to twice as many of a variant's, rounded down."""
@@ -169,10 +169,15 @@ class LoadedModel:
             layer_factors=self._in_one_layer(
                 lambda t: sum(4 * _factor_values(target) for target, _ in self.values.targets(t))
             ),
-            moments=self._in_one_layer(
-                lambda t: max((MOMENT_BYTES * one.module.shape[1] ** 2 for one, _ in self.values.targets(t)), default=0)
-            ),
+            moments=self._in_one_layer(self._moment_bytes)
+            + SOLVE_BYTES
+            * max((target.module.shape[1] ** 2 for t in layers for target, _ in self.values.targets(t)), default=0),
         )
+
+    def _moment_bytes(self, tensor: RunTimeTensor) -> int:
+        """Estimate the bytes of the moments of a tensor's inputs: those of an expert each, if it is a stack."""
+        pairs = [MOMENT_BYTES * target.module.shape[1] ** 2 for target, _ in self.values.targets(tensor)]
+        return sum(pairs) if tensor.stacked else max(pairs, default=0)
 
     def _position_count(self, stated: object) -> int | None:
         """Count the tokens that a sequence may have; a table with a row for padding, as RoBERTa's, begins behind this row."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from streamer.detection.selection import Selection
 from streamer.errors import UsageError
-from streamer.methods import BY_LAMBDA, METHODS, UNCHANGED, MethodName, Shrink, make_method
+from streamer.methods import BY_LAMBDA, UNCHANGED, MethodName, Shrink, make_method
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.method import Method
 
@@ -77,8 +77,8 @@ def make_variants(
     if 1 in lambdas:
         raise UsageError("lambda: 1 is the adapter as it is, which is always evaluated; leave it out")
     for name in methods:
-        if name not in METHODS or (name not in BY_LAMBDA and coefficients is None):
-            make_method(name)  # refuses the name, or the lack of coefficients
+        if name not in BY_LAMBDA:  # refuses what is no name, a lack of coefficients, and those of another method
+            make_method(name, coefficients=None if coefficients is None else coefficients.sets[0])
     make_method(Shrink.name, scale=scale)  # refuses a scale, whatever the methods
     made = [make_method(name, lam, scale, amplify=amplify) for name in methods if name in BY_LAMBDA for lam in lambdas]
     if coefficients is not None:

@@ -29,7 +29,7 @@ def read_factors(path: Path, sha256: str) -> dict[str, Array]:
             arrays = {name.removesuffix(FACTOR): file.get_tensor(name) for name in file.keys() if name.endswith(FACTOR)}  # noqa: SIM118  # no mapping
     except (OSError, SafetensorError) as e:
         raise MismatchError(
-            f"{path}: is no file of coefficients ({e}); give the one that the output was made with"
+            f"{path}: is not a coefficients file ({e}); give the one that the output was made with"
         ) from e
     for k in range(min((len(array) for array in arrays.values()), default=0)):
         digest = hashlib.sha256()

@@ -166,7 +166,11 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
     if outcome.differences:
         return outcome
     fitted = None
-    if sample.coefficients is not None and record["method"] == "regmean":
+    if sample.coefficients is not None:
+        if record["method"] != "regmean":
+            raise UsageError(
+                f"coefficients: are not needed for an output of method {record['method']!r}; leave them out"
+            )
         fitted = read_factors(sample.coefficients, record["coefficients"]["sha256"])
     recomputation = Recomputation(outcome, base, adapter, record, carried, fitted)
     check = partial(recomputation.check, files=files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import peft
 import pytest
 import torch
 import transformers
+from causal_models import make_adapter
 from forks import Server
 from learned import make_learned
 from safetensors.torch import load_file
+from seeds import vary
 from test_schemas import check
 
 import streamer
@@ -76,7 +79,7 @@ def test_an_adapter_of_new_right_factors(server: Server, home: Path, fitted: Pat
     model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(home / "base"), out)
     assert model.active_adapter == "default"
     held = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "general.npy", task=home / "task.npy",
-                                      coefficients=fitted, methods=["fitted"], on_event=lambda event: None)  # fmt: skip
+                                      coefficients=fitted, methods=["regmean"], on_event=lambda event: None)  # fmt: skip
     assert [v.name for v in held.variants] == ["base", "adapter", "regmean 0.9", "regmean 0.7"]
 
 
@@ -121,7 +124,7 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     record = json.loads((out / "streamer.json").read_text())
     assert record["method"] == ("regmean" if verdict == "better" else "shrink")
     assert [row["what"] for row in tree["rows"]] == ["adapter", "shrink", "repair"]
-    assert len(record["measured"]) == 3
+    assert len(record["measured"]) == 4
     card = (out / "README.md").read_text()
     assert all(line in card for line in record["measured"])
     peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(home / "base"), out)
@@ -131,7 +134,11 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     assert again == {**tree, "state": "present"}
     shown = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out)
     assert [line.split()[0] for line in shown.out.splitlines()[2:5]] == ["adapter", "shrink", "regmean"]
-    assert server.run("verify", out, home / "base", home / "adapter", "--coefficients", tree["fit"]).code == 0
+    more = ["--coefficients", tree["fit"]] if tree["chosen"] == "repair" else []
+    assert server.run("verify", out, home / "base", home / "adapter", *more).code == 0
+    if not more:
+        done = server.run("verify", out, home / "base", home / "adapter", "--coefficients", tree["fit"])
+        assert (done.code, "are not needed for an output of method 'shrink'" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize(("verdict", "forgotten", "chosen", "method"), [
@@ -170,7 +177,7 @@ def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path, tmp
     done = server.run("fit", *inputs, *texts(home), "-o", tmp_path / "c", "--grain", "inputs", "--steps", 3)
     assert (
         done.code,
-        "--steps: are of gradients, which grain 'inputs' does not take, found 3; leave it out" in done.err,
+        "--steps: is of coefficients, and grain 'inputs' fits none, found 3; leave it out" in done.err,
     ) == (2, True)
     done = server.run(
         "mitigate", *inputs, "-o", tmp_path / "x", "--coefficients", fitted, "--keep", 0.9, "--method", "fitted"
@@ -190,3 +197,86 @@ def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path, tmp
     assert done.code == 3
     assert "there is no evidence that the adapter learned this text" in done.err
     assert not (tmp_path / "y").exists()
+
+
+def adapted(home: Path, path: Path, **options: Any) -> Path:
+    """Another kind of adapter on the base."""
+    return make_adapter(transformers.LlamaForCausalLM, home / "base", path, **options)
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("embeddings alone", {"targets": ["embed_tokens"]}),
+    ("saved modules", {"targets": ["q_proj", "down_proj"], "lora_alpha": 64, "modules_to_save": ["lm_head"]}),
+    ("rsLoRA, ranks", {"targets": ["q_proj", "v_proj"], "use_rslora": True, "rank_pattern": {"v_proj": 1}}),
+    ("head and embedding", {"targets": ["lm_head", "embed_tokens", "down_proj"]}),
+])  # fmt: skip
+def test_kinds_of_adapters(server: Server, home: Path, tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    """The fit runs, PEFT loads what is written, and independent code recomputes it."""
+    adapter = adapted(home, tmp_path / "adapter", **options)
+    ids = torch.from_numpy(np.random.default_rng(vary(5)).integers(3, 64, (1500, 8)))
+    model = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(home / "base"), adapter)
+
+    def losses() -> torch.Tensor:
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        return (
+            torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(len(ids), -1).mean(1)
+        )
+
+    after = losses()
+    with warnings.catch_warnings(), model.disable_adapter():
+        gain = losses() - after
+    order = gain.argsort()
+    np.save(tmp_path / "general.npy", ids[order[:32]].numpy())
+    np.save(tmp_path / "task.npy", ids[order[-32:]].numpy())
+    fit = tmp_path / "f.safetensors"
+    line = [
+        "--general",
+        tmp_path / "general.npy",
+        "--task",
+        tmp_path / "task.npy",
+        "-o",
+        fit,
+        "--grain",
+        "inputs",
+        "-q",
+    ]
+    assert server.run("fit", home / "base", adapter, *line).code == 0, kind
+    out = tmp_path / "out"
+    assert server.run("mitigate", home / "base", adapter, "-o", out, "--coefficients", fit, "-q").code == 0
+    done = server.run("verify", out, home / "base", adapter, "--sample", "all", "--coefficients", fit)
+    assert (done.code, "not compared: nothing" in done.out) == (0, True)
+    peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(home / "base"), out)
+
+
+def test_what_cannot_be_written_is_refused_before_the_fit(server: Server, home: Path, tmp_path: Path) -> None:
+    inputs = home / "base", home / "adapter"
+    dora = adapted(home, tmp_path / "dora", targets=["q_proj"], use_dora=True)
+    done = server.run("repair", home / "base", dora, *texts(home), "-o", tmp_path / "d")
+    assert (done.code, "with --merge `repair` writes a model" in done.err) == (3, True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    done = server.run("repair", *inputs, *texts(home), "-o", tmp_path / "full")
+    assert (done.code, "its fit, does not; choose another output, or pass --overwrite" in done.err) == (4, True)
+    done = server.run("repair", *inputs, *texts(home), "-o", tmp_path / "q", "--dequantize")
+    assert (done.code, "is of a model, and `--merge` writes one" in done.err) == (2, True)
+    assert not [p for p in tmp_path.iterdir() if "fit" in p.name]
+
+
+def test_one_coefficient_for_all_is_written_as_the_shrink_that_it_is(
+    server: Server, home: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "r"
+    tree = check(
+        server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out, "--grain", "all", "--json"),
+        "streamer.repair/1",
+    )
+    record = json.loads((out / "streamer.json").read_text())
+    assert (tree["chosen"], record["method"]) == ("shrink", "shrink")
+    assert 0 < record["lambda"] < 1
+
+
+def test_without_a_general_text_pythons_help_serves(home: Path, tmp_path: Path) -> None:
+    """Of a base without a tokenizer it is refused by name."""
+    with pytest.raises(streamer.StreamerError, match="tokenizer"):
+        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "r", task=home / "task.npy")

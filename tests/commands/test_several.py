@@ -225,7 +225,7 @@ def test_the_help_says_which_commands_take_several() -> None:
         "merge",
     ]
     one = [c for c, text in helps.items() if re.search(r"; one only|\bone merged model", text)]
-    assert one == ["inspect", "verify", "evaluate", "fit"]
+    assert one == ["inspect", "verify", "evaluate", "fit", "repair"]
 
 
 @pytest.mark.parametrize("way", WAYS)

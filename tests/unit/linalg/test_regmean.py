@@ -95,6 +95,17 @@ def test_a_delta_that_would_grow_has_its_ridge_raised(monkeypatch: pytest.Monkey
     assert ridge > RIDGE
 
 
+def test_a_factor_of_zeros_stays() -> None:
+    rng = np.random.default_rng(vary(6))
+    C = torch.tensor(moments(rng, 12, 100))
+    L, zero, R = torch.ones(4, 2), torch.zeros(12, 2), torch.tensor(rng.standard_normal((12, 2)))
+    (alone,), _ = answers([(L, zero)], C, C, [0.5], "q")
+    (first, second), _ = answers([(L, zero), (L, R)], C, C, [0.5], "q")
+    assert not alone[0].any()
+    assert not first[0].any()
+    assert second[0].any()
+
+
 def test_what_cannot_be_solved_is_refused() -> None:
     L, R = torch.ones(4, 1), torch.ones(6, 1)
     with pytest.raises(NumericError, match=r"q: its inputs give no delta that can be computed; give more text"):
