@@ -1,4 +1,4 @@
-"""Compare what fitted coefficients forget with the shrink and the paper's scaling, on models that it trains and text not fitted on.
+"""Compare what the fits forget with the shrink and the paper's scaling, on models that it trains and text not fitted on.
 
     python tools/compare_fits.py DIR                        trains 3 bases and 18 adapters, or takes those in DIR; within an hour on a core
     python tools/compare_fits.py DIR --kinds llama --adapters high --seeds 1 --figure passes.svg
@@ -44,9 +44,9 @@ LAMBDAS = {
     "project": (0.8, 0.6, 0.4, 0.2, 0.0),
     "paper": (0.8, 0.6, 0.4, 0.2, 0.0),
 }
-GRAINS = ("direction", "matrix", "all")
-COLUMNS = {"direction": "by direction", "matrix": "by matrix", "all": "one for all", "shrink": "shrink", "project": "project",
-           "paper": "paper"}  # fmt: skip
+GRAINS = ("inputs", "direction", "matrix", "all")
+COLUMNS = {"inputs": "by inputs", "direction": "by direction", "matrix": "by matrix", "all": "one for all", "shrink": "shrink",
+           "project": "project", "paper": "paper"}  # fmt: skip
 KEEP = (0.95, 0.9, 0.8)
 PASSES = (2, 3, 4, 5, 7, 9)
 
@@ -127,9 +127,8 @@ def compared(home: Path, name: str, seed: int, args: argparse.Namespace) -> dict
             points[grain] = []
             continue
         held[grain] = found.facts["sets"]
-        points[grain] = evaluated(
-            home, adapter, grain, args, methods=("fitted",), coefficients=found, findings=findings
-        )
+        methods = ("regmean",) if grain == "inputs" else ("fitted",)
+        points[grain] = evaluated(home, adapter, grain, args, methods=methods, coefficients=found, findings=findings)
     return {"kind": home.name, "adapter": name, "seed": seed, "points": points, "held": held}
 
 
@@ -173,9 +172,10 @@ def table(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> str:
         lines.append(
             f"| mean | | {share:.0%} | " + " | ".join("–" if x is None else f"{x:.0f}" for x in mean.values()) + " |"
         )
-        if mean["direction"] is not None and mean["shrink"]:
-            ratio = mean["direction"] / mean["shrink"]
-            lines.append(f"| by direction / shrink | | {share:.0%} | {ratio:.2f} |" + " |" * (len(COLUMNS) - 1))
+        for grain in ("inputs", "direction"):
+            if mean[grain] is not None and mean["shrink"]:
+                ratio = mean[grain] / mean["shrink"]
+                lines.append(f"| {COLUMNS[grain]} / shrink | | {share:.0%} | {ratio:.2f} |" + " |" * (len(COLUMNS) - 1))
     return "\n".join(lines)
 
 
@@ -197,7 +197,7 @@ def worth_of_passes(home: Path, name: str, args: argparse.Namespace) -> dict[str
     shrink = curve(home, adapter, "shrink", findings, args)
     line = []
     for passes in PASSES:
-        found = fitted(home, adapter, 0, 0.9, f"passes-{passes}", args, steps=passes - 1)
+        found = fitted(home, adapter, 0, 0.9, f"passes-{passes}", args, grain="direction", steps=passes - 1)
         ((kept, left),) = evaluated(
             home, adapter, f"passes-{passes}", args, methods=("fitted",), coefficients=found, findings=findings
         )
@@ -240,6 +240,9 @@ def main() -> int:
         lines: dict[str, Points] = {}
         for kind in args.kinds:
             lines |= worth_of_passes(args.directory / kind, args.adapters[0], args)
+        if not lines:
+            print("no fit keeps what a measured shrink keeps: there is no figure", file=sys.stderr)
+            return 1
         args.figure.write_text(
             line_figure(
                 lines, "gradient passes over the base", "forgetting left, the shrink's at equal learning kept = 1"

@@ -97,7 +97,7 @@ def measure_passes(plan: Any, text: Any, coefficients: Any) -> list[Callable[[],
     from streamer.streaming.values import Job
     from streamer.streaming.variants import BASE, Variant
 
-    options = UNCHANGED, Fitted.of(coefficients)
+    options = UNCHANGED, Fitted(coefficients=coefficients)
     variants = Variant(BASE, None), *map(Variant.of, options)
     model = StreamingModel(Job(plan, variants, None))
     return [lambda: measure(model, text, vocabulary_block(3 * len(text.ids) * text.longest))]

@@ -138,7 +138,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
         found = load_findings(findings)
         mitigation, run = Paper(float(mitigation_lambda)), RunOptions(choose_device("cpu"))
         form, adapters = OutputOptions(merges=True), One(Path(adapter))
-        writers = prepare_outputs(base, adapters, out, [found], mitigation, found.options, form, run)
+        writers = prepare_outputs(Path(base), adapters, Path(out), [found], mitigation, found.options, form, run)
     with Blocks():
         outputs.run_jobs(writers, run)
     with clock.stage("other"):

@@ -30,17 +30,20 @@ def test_the_table_has_means_with_errors_over_seeds() -> None:
         return {"kind": "llama", "adapter": "high", "seed": seed, "points": points}
 
     lines = compare_fits.table([one(0, 0.2), one(1, 0.3)], (0.9,)).splitlines()
-    assert lines[2] == "| llama | high | 90% | 25 ± 5 | 25 ± 5 | 25 ± 5 | 50 ± 10 | 25 ± 5 | – |"
-    assert lines[3].startswith("| mean | | 90% | 25 | 25 | 25 | 50 | 25 | – |")
-    assert lines[4].startswith("| by direction / shrink | | 90% | 0.50 |")
+    assert lines[2] == "| llama | high | 90% | 25 ± 5 | 25 ± 5 | 25 ± 5 | 25 ± 5 | 50 ± 10 | 25 ± 5 | – |"
+    assert lines[3].startswith("| mean | | 90% | 25 | 25 | 25 | 25 | 50 | 25 | – |")
+    assert lines[4].startswith("| by inputs / shrink | | 90% | 0.50 |")
+    assert lines[5].startswith("| by direction / shrink | | 90% | 0.50 |")
     words = compare_fits.kept_on_test([one(0, 0.2), one(1, 0.3)], (0.9,))
-    assert words.startswith("asked to keep 90%, on the test text they keep, in percent: by direction 90.0 (90 to 90)")
+    assert words.startswith(
+        "asked to keep 90%, on the test text they keep, in percent: by inputs 90.0 (90 to 90), by direction"
+    )
 
 
 def test_an_adapter_that_was_refused_is_a_row_without_figures() -> None:
     points = {method: [] for method in compare_fits.COLUMNS}
     result = [{"kind": "qwen", "adapter": "mild", "seed": 0, "points": points}]
-    assert "| qwen | mild | 90% | – | – | – | – | – | – |" in compare_fits.table(result, (0.9,))
+    assert "| qwen | mild | 90% | – | – | – | – | – | – | – |" in compare_fits.table(result, (0.9,))
     assert compare_fits.kept_on_test(result, (0.9,)).endswith("in percent: ")
 
 
@@ -61,10 +64,10 @@ def test_lines_are_drawn_within_the_picture() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_all_is_trained_fitted_measured_and_drawn(tmp_path: Path) -> None:
-    arguments = ("--tiny", "--kinds", "mixture", "--adapters", "high", "--seeds", 1, "--sequences", 16, "--length", 64)
+    arguments = ("--tiny", "--kinds", "llama", "--adapters", "high", "--seeds", 1, "--sequences", 16, "--length", 64)
     done = call_tool("compare_fits", tmp_path / "made", *arguments, "--figure", tmp_path / "passes.svg")
     assert done.returncode == 0, done.stderr
-    assert "| mixture | high | 90% |" in done.stdout
+    assert "| llama | high | 90% |" in done.stdout
     assert "by direction" in done.stdout
     assert ET.parse(tmp_path / "passes.svg").getroot().get("width")
     again = call_tool("compare_fits", tmp_path / "made", *arguments)
