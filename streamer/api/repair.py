@@ -167,9 +167,9 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     shrink = one["shrink"]
     if not found.facts["forgotten"]:
         return "adapter", "the adapter as it is: there is no evidence that it forgets", UNCHANGED
-    values = [m.values for m in found.sets[0].matrices.values() if isinstance(m, MatrixCoefficients)]
-    if values and all((c == values[0][0]).all() for c in values):  # it is a shrink
-        lam = round(float(values[0][0]), 4)
+    values = {float(c) for m in found.sets[0].matrices.values() if isinstance(m, MatrixCoefficients) for c in m.values}
+    if len(values) == 1:  # it is a shrink
+        lam = round(values.pop(), 4)
         return "shrink", f"shrink {lam:g}: one coefficient for all", Shrink(lam)
     if shrink is None:
         return "adapter", "the adapter as it is: no shrink that was measured keeps as much, to compare with", UNCHANGED
