@@ -55,9 +55,10 @@ def sync(fd: int) -> None:
 
 def drop_cached(fd: int, at: int, length: int) -> None:
     """Drop bytes of a file from the page cache; where the system does not take that advice, they stay there."""
-    if hasattr(os, "posix_fadvise"):
+    advice: int | None = getattr(os, "POSIX_FADV_DONTNEED", None)
+    if hasattr(os, "posix_fadvise") and advice is not None:
         try:
-            os.posix_fadvise(fd, at, length, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, at, length, advice)
         except OSError:
             return
 
