@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,13 +17,12 @@ from torch import Tensor
 from streamer.errors import UnsupportedError
 from streamer.evaluation.evaluation import GENERAL, TASK
 from streamer.evaluation.memory import parts
-from streamer.evaluation.passes import measure_variants, needs_one_length
-from streamer.evaluation.progress import RunProgress, pass_cost
+from streamer.evaluation.progress import pass_cost
 from streamer.evaluation.result_file import Records, computing
 from streamer.evaluation.sequences import TextSequences
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
-from streamer.fitting.costs import expected_costs
+from streamer.fitting.division import DividedFit
 from streamer.fitting.options import WEIGHTS
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.result import SHRINKS, FoundSet, adapter_facts, doubts, misses, set_facts
@@ -36,7 +35,6 @@ from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.streaming.inputs import GENERAL_AS, TASK_AS, Group, InputModel
 from streamer.streaming.spool import Spool, Spooled
-from streamer.streaming.values import Job
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import counted, listed
 
@@ -116,18 +114,13 @@ class _Scaled(Mapping[str, Tensor]):
     by: float
 
     def __getitem__(self, tensor: str) -> Tensor:
-        return right_factor(self.plan, self.targets[tensor]).to(torch.float32) * self.by
+        return factors_of(self.plan, self.targets[tensor]).R.to(torch.float32) * self.by
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.targets)
 
     def __len__(self) -> int:
         return len(self.targets)
-
-
-def right_factor(plan: Plan, target: Target) -> Tensor:
-    """Read R (n, r) of a delta."""
-    return factors_of(plan, target).R
 
 
 def factors_of(plan: Plan, target: Target) -> LowRank:
@@ -147,7 +140,7 @@ def of_few_lengths(text: TextSequences) -> TextSequences:
     return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, sizes, strict=True)), text.name)
 
 
-class InputsRun:
+class InputsRun(DividedFit):
     """One fit under way.
 
     Parameters
@@ -159,11 +152,8 @@ class InputsRun:
     """
 
     def __init__(self, prepared: PreparedFit, records: Records, directory: Path | None) -> None:
-        self.prepared, self.records, self.directory = prepared, records, directory
-        self.monitor = prepared.run.monitor
-        self.progress = RunProgress(self.monitor, prepared.model.size, "fit")
-        expected = expected_costs(prepared)
-        self.progress.expect([*expected.gradients, *expected.passes])
+        super().__init__(prepared, records)
+        self.directory = directory
         self.raised: list[str] = []
         self._requests = 0
         self._rows: dict[str, Mapping[str, SequenceSums]] = {}
@@ -177,10 +167,10 @@ class InputsRun:
         spool = Spool(self.directory)
         try:
             with computing(self.records.threads, self.monitor):
-                self._check()
+                self.check()
                 self.progress.resume(self.records.taken_up)
                 baseline = [Variant.of(Shrink(lam)) for lam in SHRINKS]
-                self._measure([Variant(ADAPTER, UNCHANGED), *baseline])
+                self._measure_new([Variant(ADAPTER, UNCHANGED), *baseline])
                 of_adapter = adapter_facts(*self._sums([]), prepared.texts[TASK].whole.name)
                 self.monitor.warn(doubts(of_adapter))
                 points, unseen = self._solved(spool)
@@ -202,22 +192,16 @@ class InputsRun:
             spool.close()
         return Coefficients(made, facts)
 
-    def _check(self) -> None:
-        """Check the logits, and divide the work anew if padding changes them."""
-        prepared = self.prepared
-        one_length = needs_one_length(prepared.plan, prepared.one_length, prepared.groups, self.records, self.progress)
-        self.prepared = replace(prepared, one_length=one_length)
-
     def _solved(self, spool: Spool) -> tuple[list[Point], list[str]]:
         """Collect the inputs' moments, and solve for each weight; list what no text came to, whose delta stays."""
         prepared, plan = self.prepared, self.prepared.plan
-        texts = {name: text.fitted for name, text in prepared.texts.items()}
+        texts = {name: of_few_lengths(text.fitted) for name, text in prepared.texts.items()}
+        tokens = {name: sum(map(len, text.ids)) for name, text in texts.items()}
         places: dict[str, Sequence[Spooled]] = {}
 
         def complete(targets: list[Target], general: Tensor, task: Tensor) -> None:
             self.monitor.checkpoint()
             own = [factors_of(plan, target) for target in targets]
-            tokens = {name: sum(map(len, of_few_lengths(text).ids)) for name, text in texts.items()}
             rights, ridge = answers(
                 [(delta.L, delta.R) for delta in own],
                 task / tokens[TASK],
@@ -233,9 +217,8 @@ class InputsRun:
         model = InputModel(plan, rounds_products=prepared.options.dtype == "bf16")
         groups = []
         for name, variant in ((GENERAL, GENERAL_AS), (TASK, TASK_AS)):
-            even = of_few_lengths(texts[name])
-            for rows in parts(even, prepared.rows_of_inputs, prepared.model.size.short, True):
-                text = even.take(rows)
+            for rows in parts(texts[name], prepared.rows_of_inputs, prepared.model.size.short, True):
+                text = texts[name].take(rows)
                 cost = pass_cost(prepared.model.size, text, 1)
                 groups.append(Group(text, variant, self.progress.reading(cost, 1)))
         model.collect(groups, complete)
@@ -262,7 +245,7 @@ class InputsRun:
     def _interpolated(self, points: Sequence[Point]) -> list[tuple[float, Point]]:
         """Find for each share the point that keeps it: between two that were measured, and measured itself."""
         keeps = self.prepared.options.keep
-        self._measure([self._variant(point) for point in points[1:-1]])
+        self._measure_new([self._variant(point) for point in points[1:-1]])
         known = {keep: [(self._kept(point), point) for point in points] for keep in keeps}
         found: dict[float, Point] = {}
         for _ in range(ROUNDS):
@@ -275,7 +258,7 @@ class InputsRun:
                     asked[keep] = found[keep] = a.towards(b, t)
             if not asked:
                 break
-            self._measure([self._variant(point) for point in asked.values()])
+            self._measure_new([self._variant(point) for point in asked.values()])
             for keep, point in asked.items():
                 kept, own = self._kept(point), known[keep]
                 at = next((i for i, (_, other) in enumerate(own) if other.weight > point.weight), len(own) - 1)
@@ -295,19 +278,14 @@ class InputsRun:
             return self._sums([Variant.of(Shrink(0.0)).name])[1].share(ADAPTER_ROW + 1).value
         return self._sums([point.name])[1].share(ADAPTER_ROW + 1).value
 
-    def _measure(self, variants: Sequence[Variant]) -> None:
-        """Measure variants on the sequences held apart, together."""
-        prepared, new = self.prepared, [Variant(BASE, None), *(v for v in variants if v.name not in self._rows)]
+    def _measure_new(self, variants: Sequence[Variant]) -> None:
+        """Measure those of the variants that were not measured yet, together."""
+        new = [Variant(BASE, None), *(v for v in variants if v.name not in self._rows)]
         if len(new) == 1:
             return
         self._requests += 1
         names = json.dumps([variant.name for variant in new])
-
-        def job(chosen: tuple[Variant, ...]) -> Job:
-            return Job(prepared.plan, chosen, None, rounds_products=prepared.options.dtype == "bf16")
-
-        whole = measure_variants(prepared.passes(len(new)), prepared.held, new, job, lambda i: f"{self._requests}.{i} {names}",
-                                 self.records, self.progress)  # fmt: skip
+        whole = self.measure(new, lambda i: f"{self._requests}.{i} {names}")
         for row, variant in enumerate(new):
             self._rows.setdefault(variant.name, {text: of.take([row]) for text, of in whole.items()})
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from streamer.evaluation.evaluation import GENERAL, TASK
-from streamer.evaluation.passes import answered, measure_variants, needs_one_length
-from streamer.evaluation.progress import RunProgress
+from streamer.evaluation.passes import answered
 from streamer.evaluation.result_file import Records, computing
 from streamer.evaluation.statistics import SequenceSums
 from streamer.fitting import algorithm
 from streamer.fitting.algorithm import Answer, Gradient, Measure, Request, Slope, fit_steps
-from streamer.fitting.costs import GRADIENT, expected_costs, gradient_costs
+from streamer.fitting.costs import GRADIENT, gradient_costs
+from streamer.fitting.division import DividedFit
 from streamer.fitting.inputs import InputsRun
 from streamer.fitting.parameters import Parameters
 from streamer.fitting.prepare import PreparedFit
@@ -27,16 +26,14 @@ from streamer.methods import Fitted, Shrink
 from streamer.methods.coefficients import Coefficients, Floats
 from streamer.methods.coefficients_file import load_coefficients
 from streamer.streaming.gradients import Against, GradientModel
-from streamer.streaming.values import Job
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 
 class HeldOut:
     """Sums on the held-out sequences of both texts, of the base and of every θ that was asked about."""
 
-    def __init__(self, prepared: PreparedFit, parameters: Parameters, records: Records, progress: RunProgress) -> None:
-        self._prepared, self._parameters, self._records = prepared, parameters, records
-        self._progress = progress
+    def __init__(self, divided: DividedFit, parameters: Parameters) -> None:
+        self._divided, self._parameters = divided, parameters
         self._rows: dict[bytes, Mapping[str, SequenceSums]] = {}
         """By θ, in bytes: sums of one variant, by text; of the base under an empty key, which is also that of θ = 0 where this is the
         base."""
@@ -59,17 +56,12 @@ class HeldOut:
         request
             Number of the request, for the records.
         """
-        prepared, new = self._prepared, self.missing([self.adapter, *asked])
+        new = self.missing([self.adapter, *asked])
         if not new:
             return
         fitted = (Fitted(coefficients=self._parameters.coefficient_set(1.0, theta)) for theta in new)
         variants = [Variant(BASE, None), *map(Variant, map(self._name, new), fitted)]
-
-        def job(chosen: tuple[Variant, ...]) -> Job:
-            return Job(prepared.plan, chosen, None, rounds_products=prepared.options.dtype == "bf16")
-
-        whole = measure_variants(prepared.passes(len(variants)), prepared.held, variants, job,
-                                 lambda i: key(request, i, new), self._records, self._progress)  # fmt: skip
+        whole = self._divided.measure(variants, lambda i: key(request, i, new))
         for v, row in enumerate([b"", *map(self._key, new)]):
             self._rows[row] = {text: of.take([v]) for text, of in whole.items()}
 
@@ -80,7 +72,7 @@ class HeldOut:
         return first.joined(*others)
 
     def _key(self, theta: Floats) -> bytes:
-        return b"" if not theta.any() and not self._prepared.unchanged else theta.tobytes()
+        return b"" if not theta.any() and not self._divided.prepared.unchanged else theta.tobytes()
 
     @staticmethod
     def _name(theta: Floats) -> str:
@@ -111,7 +103,7 @@ def _run(prepared: PreparedFit, records: Records, directory: Path | None) -> Inp
     return (InputsRun if prepared.by_inputs else _Run)(prepared, records, directory)
 
 
-class _Run:
+class _Run(DividedFit):
     """One fit of coefficients under way.
 
     Parameters
@@ -123,11 +115,10 @@ class _Run:
     """
 
     def __init__(self, prepared: PreparedFit, records: Records, directory: Path | None) -> None:
-        self.records, self.directory, self.monitor = records, directory, prepared.run.monitor
-        self.parameters = prepared.parameters
+        super().__init__(prepared, records)
+        self.directory, self.parameters = directory, prepared.parameters
         self.gradients = 0
         """Gradients that were asked for."""
-        self._divide(prepared)
 
     def result(self) -> Coefficients:
         """Run to the end, and give temporary files back, also where the run is interrupted."""
@@ -140,7 +131,7 @@ class _Run:
     def _result(self) -> Coefficients:
         self.prepared.warn()
         with computing(self.records.threads, self.monitor):
-            self._check()
+            self.check()
             self.progress.resume(self.records.taken_up)
             # First of all, so that what evaluate would refuse is refused, and doubted what is not worth the time.
             baseline = shrinks(self.parameters.count)
@@ -205,20 +196,7 @@ class _Run:
         rounds = self.prepared.options.dtype == "bf16"
         return GradientModel(self.prepared.plan, rounds_products=rounds, directory=self.directory)
 
-    def _divide(self, prepared: PreparedFit) -> None:
-        """Take the division of the work, and begin to count."""
-        self.prepared, self.progress = prepared, RunProgress(self.monitor, prepared.model.size, "fit")
-        expected = expected_costs(prepared)
-        self.progress.expect([*expected.gradients, *expected.passes])
-
-    def _check(self) -> None:
-        """Check the logits, and divide the work anew if padding changes them."""
-        prepared = self.prepared
-        one_length = needs_one_length(prepared.plan, prepared.one_length, prepared.groups, self.records, self.progress)
-        if one_length != prepared.one_length:
-            self._divide(replace(prepared, one_length=one_length))
-
     @cached_property
     def held(self) -> HeldOut:
         """Measures of the sequences that are held apart, once the logits are checked."""
-        return HeldOut(self.prepared, self.parameters, self.records, self.progress)
+        return HeldOut(self, self.parameters)

@@ -1,0 +1,51 @@
+"""Divide a fit into passes: anew, if the logits show that sequences that run together must be of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from streamer.evaluation.passes import measure_variants, needs_one_length
+from streamer.evaluation.progress import RunProgress
+from streamer.evaluation.result_file import Records
+from streamer.evaluation.statistics import SequenceSums
+from streamer.fitting.costs import expected_costs
+from streamer.fitting.prepare import PreparedFit
+from streamer.streaming.values import Job
+from streamer.streaming.variants import Variant
+
+
+class DividedFit:
+    """A fit that is divided into passes, and how far it is.
+
+    Parameters
+    ----------
+    records
+        What an interrupted run recorded, and what this one does.
+    """
+
+    def __init__(self, prepared: PreparedFit, records: Records) -> None:
+        self.records, self.monitor = records, prepared.run.monitor
+        self._divide(prepared)
+
+    def check(self) -> None:
+        """Check the logits, and divide the work anew if padding changes them."""
+        own = self.prepared
+        one_length = needs_one_length(own.plan, own.one_length, own.groups, self.records, self.progress)
+        if one_length != own.one_length:
+            self._divide(replace(own, one_length=one_length))
+
+    def measure(self, variants: Sequence[Variant], key: Callable[[int], str]) -> dict[str, SequenceSums]:
+        """Measure variants together on the sequences held apart; return their sums by text."""
+        own = self.prepared
+
+        def job(chosen: tuple[Variant, ...]) -> Job:
+            return Job(own.plan, chosen, None, rounds_products=own.options.dtype == "bf16")
+
+        return measure_variants(own.passes(len(variants)), own.held, variants, job, key, self.records, self.progress)
+
+    def _divide(self, prepared: PreparedFit) -> None:
+        """Take the division of the work, and begin to count."""
+        self.prepared, self.progress = prepared, RunProgress(self.monitor, prepared.model.size, "fit")
+        expected = expected_costs(prepared)
+        self.progress.expect([*expected.gradients, *expected.passes])
