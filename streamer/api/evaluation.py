@@ -90,7 +90,7 @@ def evaluate_variants(
 ) -> Evaluation:
     """Measure the losses of the base, the adapter as it is, and every method at every λ, on two texts, in passes over the base.
 
-    No merged model is built: each weight is read when its module runs, and used for all variants at once. It takes transformers, with
+    No merged model is built: each weight is read when its module runs, and used for all variants at once. It needs transformers, with
     its tokenizers: ``pip install 'intruder-streamer[evaluate]'``. All but a detection that runs first is on the CPU.
 
     Parameters

@@ -89,7 +89,7 @@ def fit_coefficients(
     As much of what the adapter learned as is to be kept, by its loss on the task's text, with as little forgetting as that allows. With
     ``Δ = L Rᵀ`` new right factors R' make ``Δ' = L R'ᵀ`` answer the task's inputs as Δ does, and general ones as little as possible; with
     ``Δ = U diag(s) Vᵀ`` its SVD, coefficients c in [0, 1] make it ``Δ' = U diag(c·s) Vᵀ``, by the divergence from the base on general
-    text. No model is built: each weight is read when its module runs, and once more where the gradient passes through it. It takes
+    text. No model is built: each weight is read when its module runs, and once more where the gradient passes through it. It needs
     transformers, with its tokenizers: ``pip install 'intruder-streamer[evaluate]'``. All is on the CPU.
 
     Parameters

@@ -315,7 +315,7 @@ def explained(keywords: type, *options: Any) -> Callable[[Function], Function]:
         texts |= {name: f"{line}\n{text}" for line, text in stated for name in line.split(", ")}
         paragraphs = dict.fromkeys(texts[name].rstrip() for name in names)  # several names may share one
         checked.__doc__ = "\n".join([f"{head}{mark}".rstrip(), *paragraphs, "", tail])
-        checked.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        checked.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]  # where inspect.signature looks for it
         return cast(Function, checked)
 
     return complete

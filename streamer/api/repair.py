@@ -206,8 +206,9 @@ def repair_adapter(
     """Write an adapter that forgets less: fit it to the inputs of its modules, measure it, and choose what is better than a shrink.
 
     It is never worse than the shrink of the whole adapter that keeps as much, by what was measured on sequences held apart: if the repair
-    is not better by two standard errors of loss and KL, that shrink is written; if the adapter does not forget, the adapter as it is. The
-    fit is in ``OUTPUT.fit.safetensors`` beside the output. It takes transformers: ``pip install 'intruder-streamer[evaluate]'``.
+    is not better by two standard errors of loss and KL, that shrink is written; if the adapter does not forget, or no measured shrink keeps
+    as much, the adapter as it is. The fit is in ``OUTPUT.fit.safetensors`` beside the output. It needs transformers:
+    ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ def result_file(prepared: PreparedFit, output: Path) -> ResultFile:
             raise of_others(path, one)
         return True
 
-    return ResultFile(output, one, "these very coefficients", "coefficients.safetensors", prepared.plan, prepared.run, digest,
+    return ResultFile(output, one, "this very fit", "coefficients.safetensors", prepared.plan, prepared.run, digest,
                       is_whole)  # fmt: skip
 
 

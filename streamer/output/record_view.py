@@ -42,7 +42,7 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
         how = f"method {method}, scale {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
     if lam != 1:
         norms += f" -> {t['delta_norm_after']:.4g}"
-    if lam != 1 and method != Shrink.name:
+    if lam != 1 and method != Shrink.name and t["equal_norm_shrink"] <= 1:  # no shrink makes a delta grow
         norms += f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"
     asked = record["to_lora"]
     kept = f"; written at the least ranks that keep {100 * (asked or 0):g} % of the energy"
