@@ -17,7 +17,7 @@ from streamer.api.records import DryRun
 from streamer.api.writing import OutputRequest
 from streamer.errors import OutputExistsError, UnsupportedError, UsageError
 from streamer.evaluation.evaluation import GENERAL, TASK
-from streamer.events import Event, Monitor
+from streamer.events import Monitor
 from streamer.fitting.options import FitOptions
 from streamer.json_types import State
 from streamer.methods import UNCHANGED, Method, Shrink
@@ -101,7 +101,6 @@ class RepairRequest:
         with self._texts() as fit:
             found = fit.run(monitor)
         chosen, why, method = _choice(found)
-        monitor.emit(Event("note", why))
         rows = _rows(found)
         written = cast(
             Written, self._output(method, (f"this is {why}", *map(_line, rows))).run(monitor)

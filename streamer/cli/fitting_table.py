@@ -30,7 +30,7 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         Column("kept", [_share(one, "kept") for one in sets], "fall of the task's loss below the base's; 100% is the adapter's", keep=8),
         Column("forgetting", [_share(one, "forgetting") for one in sets],
                "rise of the general loss above the base's; 100% is the adapter's", keep=7),
-        Column("KL", [_share(one, "divergence") for one in sets], "divergence from the base on general text, of the adapter's", keep=6),
+        Column("KL", [_share(one, "divergence") for one in sets], "its divergence from the base; 100% is the adapter's", keep=6),
     ]  # fmt: skip
     if many == 1:
         chosen, means = "lambda", [f"{one['coefficients']['mean']:.3f}" for one in sets]

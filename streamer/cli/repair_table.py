@@ -27,7 +27,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
         Column("model", [row["name"] + (" *" if row["what"] == record["chosen"] else "") for row in rows], "* is written", 9, left=True),
         Column("kept", [f"{100 * row['kept']:.1f}%" for row in rows], "share of what was learned that it keeps", 8),
         Column("forgetting", [f"{100 * row['forgetting']:.1f}%" for row in rows], "share of what was forgotten that it leaves", 8),
-        Column("KL", [f"{100 * row['divergence']:.1f}%" for row in rows], "divergence from the base on general text, of the adapter's", 5),
+        Column("KL", [f"{100 * row['divergence']:.1f}%" for row in rows], "its divergence from the base; 100% is the adapter's", 5),
     ]  # fmt: skip
     more = "".join(f" {word}" for word in input_options(written))
     words = shlex.join([*inputs, "--general", "TEXT", "--task", "TEXT", "-o", "FILE", "--coefficients", record["fit"]])

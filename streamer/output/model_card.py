@@ -217,8 +217,9 @@ def _facts(record: Record) -> str:
         ]  # fmt: skip
     else:
         rows.append(("matrices", f"{totals['changed']} of {totals['matrices']} mitigated; no detection was needed"))
-    rows += [("norm of the change", f"{totals['delta_norm']:.4g} before, {totals['delta_norm_after']:.4g} after"),
-             ("baseline", f"scaling the whole adapter by {totals['equal_norm_shrink']:.4g} gives the same norm")]  # fmt: skip
+    rows.append(("norm of the change", f"{totals['delta_norm']:.4g} before, {totals['delta_norm_after']:.4g} after"))
+    if totals["equal_norm_shrink"] <= 1:  # no shrink makes a delta grow
+        rows.append(("baseline", f"scaling the whole adapter by {totals['equal_norm_shrink']:.4g} gives the same norm"))
     if record["command"] == "mitigate":
         rows.append(("lost in projection", f"at most {100 * totals['dropped_max']:.2f} % of a matrix's change"))
     rows.append(("made with", f"intruder-streamer {record['version']}"))

@@ -158,10 +158,7 @@ def _of_record(record: Mapping[str, Any]) -> list[str]:
         f"This is {what} made of “{_name(record['adapter'])}” and “{_name(record['base'])}” by streamer {printable(record['version'])}: "
         f"{how}, {counted(len(record['files']), 'file')}, {format_size(t['bytes'])}."
     )
-    compare = (
-        f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: that is what to compare with"
-    )
-    if record["command"] == "mitigate":
-        compare += f". At most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta was lost in projection onto the adapter's rank"
-    compare += "."
-    return [made, compare]
+    same = f"A shrink of the whole adapter by {t['equal_norm_shrink']:.4f} has the same norm: that is what to compare with."
+    lost = f"At most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta was lost in projection onto the adapter's rank."
+    said = [(made, True), (same, t["equal_norm_shrink"] <= 1), (lost, record["command"] == "mitigate")]
+    return [sentence for sentence, holds in said if holds]  # no shrink makes a delta grow
