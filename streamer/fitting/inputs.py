@@ -28,6 +28,7 @@ from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.result import SHRINKS, FoundSet, adapter_facts, doubts, misses, set_facts
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.regmean import RIDGE, answers
+from streamer.linalg.second_moments import Moments
 from streamer.methods import UNCHANGED, RegMean, Shrink
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.factors import FactorSet
@@ -196,25 +197,18 @@ class InputsRun(DividedFit):
         """Collect the inputs' moments, and solve for each weight; list what no text came to, whose delta stays."""
         prepared, plan = self.prepared, self.prepared.plan
         texts = {name: of_few_lengths(text.fitted) for name, text in prepared.texts.items()}
-        tokens = {name: sum(map(len, text.ids)) for name, text in texts.items()}
         places: dict[str, Sequence[Spooled]] = {}
 
-        def complete(targets: list[Target], general: Tensor, task: Tensor) -> None:
+        def complete(targets: list[Target], moments: Mapping[int, Moments]) -> None:
             self.monitor.checkpoint()
-            own = [factors_of(plan, target) for target in targets]
-            rights, ridge = answers(
-                [(delta.L, delta.R) for delta in own],
-                task / tokens[TASK],
-                general / tokens[GENERAL],
-                WEIGHTS,
-                targets[0].tensor,
-            )
+            factors = [(delta.L, delta.R) for delta in (factors_of(plan, target) for target in targets)]
+            rights, ridge = answers(factors, moments[TASK_AS], moments[GENERAL_AS], WEIGHTS, targets[0].tensor)
             if ridge > RIDGE:
                 self.raised += [target.tensor for target in targets]
             for target, mine in zip(targets, rights, strict=True):
                 places[target.tensor] = [spool.write([right.to(torch.float32)]) for right in mine]
 
-        model = InputModel(plan, rounds_products=prepared.options.dtype == "bf16")
+        model = InputModel(plan, rounds_products=prepared.options.dtype == "bf16", directory=self.directory)
         groups = []
         for name, variant in ((GENERAL, GENERAL_AS), (TASK, TASK_AS)):
             for rows in parts(texts[name], prepared.rows_of_inputs, prepared.model.size.short, True):

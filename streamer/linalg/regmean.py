@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from streamer.errors import NumericError
+from streamer.linalg.second_moments import Moments, OneHotMoments, RowMoments
 
 RIDGE = 0.1
 """ε: from 0.01 to 0.3 as much is forgotten for as much that is kept of text that was not seen. With a small one less is kept of such text
@@ -35,7 +36,7 @@ RESIDUAL = 1e-8
 
 
 def answers(
-    factors: Sequence[tuple[Tensor, Tensor]], task: Tensor, general: Tensor, weights: Sequence[float], name: str
+    factors: Sequence[tuple[Tensor, Tensor]], task: Moments, general: Moments, weights: Sequence[float], name: str
 ) -> tuple[list[list[Tensor]], float]:
     """Compute ``R' = (C̃_t + μ C_g)⁻¹ C̃_t R`` of deltas with the same inputs.
 
@@ -44,7 +45,7 @@ def answers(
     factors
         L (m, r) and R (n, r) of each delta.
     task, general
-        C_t and C_g, (n, n), or their diagonals (n,) if inputs are one-hot; float64. C_t is not zero.
+        C_t and C_g, neither of which is zero.
     weights
         Each μ > 0.
     name
@@ -70,30 +71,56 @@ def answers(
     def sizes(rights: Tensor) -> list[float]:
         return [float(torch.linalg.matrix_norm(core @ R.T)) for core, R in zip(cores, own(rights), strict=True)]
 
+    system = _system(task, general)
     most, ridge = [GROWTH * size for size in sizes(whole)], RIDGE
     while ridge <= MOST_RIDGE:
-        found = _solved(whole, task, general, weights, ridge)
+        found = system.solved(whole, weights, ridge)
         if found is not None and all(a <= b for right in found for a, b in zip(sizes(right), most, strict=True)):
             return [list(rights) for rights in zip(*map(own, found), strict=True)], ridge
         ridge *= RAISE
     raise NumericError(f"{name}: its inputs give no delta that can be computed; give more text, or another --grain")
 
 
-def _solved(R: Tensor, task: Tensor, general: Tensor, weights: Sequence[float], ridge: float) -> list[Tensor] | None:
-    """Solve for each μ; None if the system is not solved to `RESIDUAL`."""
-    if task.ndim == 1:
-        kept = task + ridge * task.mean()
-        return [R * (kept / (kept + mu * general))[:, None] for mu in weights]
-    kept = task + torch.eye(len(task), dtype=task.dtype) * (ridge * float(task.diagonal().mean()))
-    wanted, found = kept @ R, []
-    for mu in weights:
-        system = kept + mu * general
-        factor, failed = torch.linalg.cholesky_ex(system)
-        if failed:
-            return None
-        right = torch.cholesky_solve(wanted, factor)
-        residual = torch.linalg.matrix_norm(system @ right - wanted)
-        if not residual <= RESIDUAL * torch.linalg.matrix_norm(wanted):
-            return None
-        found.append(right)
-    return found
+class _OneHot:
+    """The system of one-hot inputs, which is diagonal."""
+
+    def __init__(self, task: Tensor, general: Tensor) -> None:
+        self.task, self.general = task, general
+
+    def solved(self, R: Tensor, weights: Sequence[float], ridge: float) -> list[Tensor]:
+        """Solve for each μ."""
+        kept = self.task + ridge * self.task.mean()
+        return [R * (kept / (kept + mu * self.general))[:, None] for mu in weights]
+
+
+class _Direct:
+    """The system as a matrix."""
+
+    def __init__(self, task: RowMoments, general: RowMoments) -> None:
+        self.task, self.general = task.matrix(), general.matrix()
+        self.diagonal, self.mean = self.task.diagonal().clone(), task.trace / task.size
+
+    def solved(self, R: Tensor, weights: Sequence[float], ridge: float) -> list[Tensor] | None:
+        """Solve for each μ; return None if the system is not solved to `RESIDUAL`."""
+        self.task.diagonal().copy_(self.diagonal + ridge * self.mean)
+        wanted, found = self.task @ R, []
+        for mu in weights:
+            system = torch.add(self.task, self.general, alpha=mu)
+            factor, failed = torch.linalg.cholesky_ex(system)
+            if failed:
+                return None
+            right = torch.cholesky_solve(wanted, factor)
+            residual = torch.linalg.matrix_norm(system @ right - wanted)
+            if not residual <= RESIDUAL * torch.linalg.matrix_norm(wanted):
+                return None
+            found.append(right)
+        return found
+
+
+def _system(task: Moments, general: Moments) -> _OneHot | _Direct:
+    """Choose the way to solve."""
+    if isinstance(task, OneHotMoments):
+        assert isinstance(general, OneHotMoments)
+        return _OneHot(task.diagonal, general.diagonal)
+    assert isinstance(general, RowMoments)
+    return _Direct(task, general)

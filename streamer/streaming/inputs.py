@@ -1,22 +1,25 @@
-"""Collect second moments of the inputs of the modules that an adapter changes, in a pass over the base.
+"""Collect the inputs of the modules that an adapter changes, in a pass over the base.
 
 General text runs as the base, the task's as base + adapter. Sequences run in groups, by turns: each group runs one layer, then the next
-group does, so that a layer's moments are complete when all have, and are handed on and dropped before the next layer begins. Memory is that
-of one layer's moments, and of the layer's outputs on all tokens; a layer's weights are read once for each group.
+group does, so that a layer's inputs are complete when all have; their second moments are handed on, and the inputs dropped before the next
+layer begins. The inputs lie in a temporary file; memory is that of the layer's outputs on all tokens. A layer's weights are read once for
+each group.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from streamer.errors import NumericError, UnsupportedError
+from streamer.linalg.second_moments import Moments, OneHotMoments, RowMoments
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
@@ -27,6 +30,8 @@ from streamer.streaming.layers import layer_modules
 from streamer.streaming.lazy import LazyTensor
 from streamer.streaming.model import LoadedModel
 from streamer.streaming.run_time import RunTimeTensor, Source
+from streamer.streaming.spool import Spool, Spooled
+from streamer.streaming.turns import Turns
 from streamer.streaming.values import Job
 from streamer.streaming.variants import ADAPTER, BASE, Variant
 
@@ -36,28 +41,46 @@ if TYPE_CHECKING:
 GENERAL_AS, TASK_AS = 0, 1
 """Variants that general and task text run as: the base, and base + adapter."""
 
-ROWS = 1024
-"""Inputs whose products are added to a moment at a time."""
+ROWS = 512
+"""Inputs that are written together, and read."""
 
 
-@dataclass
-class Moments:
-    """``Σ x xᵀ`` (n, n) over inputs x of one text, float64; of one-hot inputs the diagonal (n,), their counts."""
+class Inputs:
+    """Inputs of a module on one text, in a spool; of one-hot inputs how many there are of each."""
 
-    total: Tensor | None = None
+    def __init__(self, spool: Spool) -> None:
+        self.spool, self.places = spool, list[Spooled]()
+        self.squares = 0.0
+        """Sum of the squares of all inputs."""
+        self.counts: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Add inputs (t, n)."""
-        if self.total is None:
-            self.total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-        for i in range(0, len(x), ROWS):
-            exact = x[i : i + ROWS].double()
-            self.total.addmm_(exact.T, exact)
+        self.places += [self.spool.write([x[i : i + ROWS]]) for i in range(0, len(x), ROWS)]
+        self.squares += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
     def count(self, ids: Tensor, size: int) -> None:
         """Add one-hot inputs by their numbers, of `size` that there are."""
         counts = torch.bincount(ids.flatten(), minlength=size).double()
-        self.total = counts if self.total is None else self.total + counts
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.squares += ids.numel()
+
+    def moments(self, tokens: int) -> Moments:
+        """Return their moments as means over so many tokens, which may be read as long as the spool holds the inputs."""
+        if self.counts is not None:
+            return OneHotMoments(self.counts / tokens)
+        return RowMoments(self.places[0].shapes[0][1], tokens, self.squares / tokens, self._read)
+
+    def _read(self) -> Iterator[Tensor]:
+        """Read them, few as they were added at a time, as those of an expert are, as many as are read together."""
+        rows, count = list[Tensor](), 0
+        for place in self.places:
+            if count + place.shapes[0][0] > ROWS:
+                yield torch.cat(rows)
+                rows, count = [], 0
+            rows.append(self.spool.read(place, again=True)[0])
+            count += len(rows[-1])
+        yield torch.cat(rows)
 
 
 @dataclass(frozen=True)
@@ -77,12 +100,18 @@ class Group:
     on_read: Callable[[RunTimeTensor], None]
 
 
-Complete = Callable[[list[Target], Tensor, Tensor], None]
-"""Takes targets that have the same inputs, and the moments of these on general and on task text, sums over tokens."""
+Complete = Callable[[list[Target], Mapping[int, Moments]], None]
+"""Takes targets that have the same inputs, and the moments of these, means over the tokens of each text, by the variant that it runs as.
+They may be read until it returns."""
 
 
 class InputModel(LoadedModel):
     """The model of a base with an adapter, which hands on the moments of its modules' inputs.
+
+    Parameters
+    ----------
+    directory
+        Where a layer's inputs have their blocks; None for the system's.
 
     Attributes
     ----------
@@ -90,13 +119,13 @@ class InputModel(LoadedModel):
         Names of the matrices that no token of the general text, or none of the task's, reached in a pass.
     """
 
-    def __init__(self, plan: Plan, *, rounds_products: bool = False) -> None:
+    def __init__(self, plan: Plan, *, rounds_products: bool = False, directory: Path | None = None) -> None:
         variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
         super().__init__(Job(plan, variants, None, rounds_products=rounds_products), together=1)
         self.setting = Setting(self.values, CoefficientDeltas(plan, None), self.batch)
         self.unseen: list[str] = []
-        self._collected = _Collected(self.setting)
-        self._turns: _Turns | None = None
+        self._collected = _Collected(self.setting, Spool(directory))
+        self._turns: Turns | None = None
         for _, module, own in self.modules:
             for name, tensor in own.items():
                 rounded = name == "weight" and is_rounded(self.values, module, tensor)
@@ -108,7 +137,7 @@ class InputModel(LoadedModel):
             layer.register_forward_hook(self._end_of_layer)
 
     def collect(self, groups: Sequence[Group], complete: Complete) -> None:
-        """Run all groups, and hand on the moments of each module's inputs as soon as all are there.
+        """Run all groups, and hand on the moments of each module's inputs as soon as all are there, if every text has any.
 
         Raises
         ------
@@ -118,9 +147,11 @@ class InputModel(LoadedModel):
             If a module that the adapter changes multiplies inputs in a way that is not seen here, or runs in several layers.
         """
         self.setting.deltas.coefficients = None
-        self._turns = _Turns([partial(self._run_group, group) for group in groups])
+        self._turns = Turns([partial(self._run_group, group) for group in groups])
         self.batch.vocabulary = 0, 1
-        path = self.job.plan.base.path
+        path, tokens = self.job.plan.base.path, dict[int, int]()
+        for group in groups:
+            tokens[group.variant] = tokens.get(group.variant, 0) + sum(map(len, group.text.ids))
 
         def begin(number: int) -> None:
             group = groups[number]
@@ -129,10 +160,11 @@ class InputModel(LoadedModel):
 
         try:
             with quiet_transformers(), refused_errors(path, self._model):
-                self._turns.run(begin, lambda: self._collected.hand_on(complete, path))
+                self._turns.run(begin, lambda: self._collected.hand_on(complete, tokens, path))
         finally:
             self.batch.vocabulary, self._turns = None, None
-        self.setting.deltas.spool.close()
+            self.setting.deltas.spool.close()
+            self._collected.spool.close()
         if whole := sorted(self._collected.whole - self._collected.complete):
             raise UnsupportedError(
                 f"{path}: the weights of {len(whole)} matrices are used otherwise than by products and look-ups, as by a convolution, "
@@ -154,24 +186,25 @@ class InputModel(LoadedModel):
 
 @dataclass
 class _Collected:
-    """Moments that are being collected, by the first matrix that has the inputs, and variant; `whole` are matrices that were read whole."""
+    """Inputs that are being collected, by the first matrix that has them, and variant; `whole` are matrices that were read whole."""
 
     setting: Setting
-    moments: dict[str, dict[int, Moments]] = field(default_factory=dict)
+    spool: Spool
+    inputs: dict[str, dict[int, Inputs]] = field(default_factory=dict)
     targets: dict[str, list[Target]] = field(default_factory=dict)
     complete: set[str] = field(default_factory=set)
     whole: set[str] = field(default_factory=set)
     _first: dict[str, str] = field(default_factory=dict)
-    _inputs: list[tuple[Tensor, str]] = field(default_factory=list)
+    _latest: list[tuple[Tensor, str]] = field(default_factory=list)
 
     def take(self, target: Target, x: Tensor) -> None:
         """Take inputs (t, n) of a matrix; those that another matrix had just now are not counted again."""
         if len(x) == 0:  # of an expert that no token is routed to
             return
-        first = next((name for seen, name in self._inputs if _same(seen, x)), None)
+        first = next((name for seen, name in self._latest if _same(seen, x)), None)
         if first is None:
             first = target.tensor
-            self._inputs.append((x, first))
+            self._latest.append((x, first))
             self._of(first).add(x)
         self._join(target, first)
 
@@ -182,22 +215,21 @@ class _Collected:
 
     def forget_inputs(self) -> None:
         """Let go of the inputs by which modules that share them are told."""
-        self._inputs.clear()
+        self._latest.clear()
 
-    def hand_on(self, complete: Complete, path: object) -> None:
-        """Hand on all moments that have been collected, and drop them."""
-        for first in list(self.moments):
-            own, targets = self.moments.pop(first), self.targets.pop(first)
-            general, task = (own.get(variant, Moments()).total for variant in (GENERAL_AS, TASK_AS))
-            for total in (general, task):
-                if total is not None and not bool(torch.isfinite(total).all()):
-                    raise NumericError(f"{path}: the inputs of {targets[0].tensor!r} are NaN or Inf on the texts")
-            if general is not None and task is not None and bool(task.any()):
-                complete(targets, general, task)
+    def hand_on(self, complete: Complete, tokens: Mapping[int, int], path: object) -> None:
+        """Hand on the moments of all inputs that have been collected, and drop these."""
+        for first in list(self.inputs):
+            own, targets = self.inputs.pop(first), self.targets.pop(first)
+            if not all(math.isfinite(inputs.squares) for inputs in own.values()):
+                raise NumericError(f"{path}: the inputs of {targets[0].tensor!r} are NaN or Inf on the texts")
+            if own.keys() == tokens.keys() and all(inputs.squares for inputs in own.values()):
+                complete(targets, {variant: inputs.moments(tokens[variant]) for variant, inputs in own.items()})
                 self.complete.update(target.tensor for target in targets)
+        self.spool.clear()
 
-    def _of(self, name: str) -> Moments:
-        return self.moments.setdefault(name, {}).setdefault(self.setting.variant, Moments())
+    def _of(self, name: str) -> Inputs:
+        return self.inputs.setdefault(name, {}).setdefault(self.setting.variant, Inputs(self.spool))
 
     def _join(self, target: Target, first: str) -> None:
         tensor = target.tensor
@@ -256,78 +288,3 @@ class _CollectingReader(DifferentiableReader):
                 if target.transposed and part.rows is None:
                     self._collected.take_ids(target, ids)
         return found
-
-
-class _Turns:
-    """Functions that run by turns, one at a time, each until it pauses; a thread each, so that they keep their place.
-
-    A round is over when each has paused once more, or ended.
-    """
-
-    def __init__(self, runs: Sequence[Callable[[], None]]) -> None:
-        self._runs = runs
-        self._go = [threading.Semaphore(0) for _ in runs]
-        self._back = threading.Semaphore(0)
-        self._running, self._stopped = 0, False
-        self._error: BaseException | None = None
-        self._ended: set[int] = set()
-
-    def run(self, begin: Callable[[int], None], between: Callable[[], None]) -> None:
-        """Run all to their ends.
-
-        Parameters
-        ----------
-        begin
-            Called with a run's number before each of its turns.
-        between
-            Called after each round.
-        """
-        threads = [
-            threading.Thread(target=self._thread, args=(i,), name=f"group {i}", daemon=True)
-            for i in range(len(self._runs))
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            while len(self._ended) < len(threads):
-                for number in range(len(threads)):
-                    if number not in self._ended:
-                        begin(number)
-                        self._running = number
-                        self._go[number].release()
-                        self._back.acquire()
-                        if self._error is not None:
-                            raise self._error
-                between()
-        finally:
-            self._stopped = True
-            for semaphore in self._go:
-                semaphore.release()
-            for thread in threads:
-                if thread.ident is not None:  # it was started
-                    thread.join()
-
-    def pause(self) -> None:
-        """End the turn of the run that calls it."""
-        number = self._running
-        self._back.release()
-        self._go[number].acquire()
-        if self._stopped:
-            raise _Stopped
-
-    def _thread(self, number: int) -> None:
-        self._go[number].acquire()
-        try:
-            if not self._stopped:
-                self._runs[number]()
-        except _Stopped:
-            return
-        except BaseException as e:  # handed to the caller, who raises it
-            self._error = e
-        finally:
-            self._ended.add(number)
-            self._back.release()
-
-
-class _Stopped(BaseException):
-    """Ends a run whose turns are over because another failed."""

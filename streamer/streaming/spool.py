@@ -71,8 +71,14 @@ class Spool:
         self.end = at
         return Spooled(start, at - start, tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors))
 
-    def read(self, place: Spooled) -> list[Tensor]:
-        """Read tensors into memory of their own."""
+    def clear(self) -> None:
+        """Drop all tensors, and give their blocks back."""
+        with storage_errors(self.directory, "shorten a temporary file"):
+            os.ftruncate(self._fd, 0)
+        self.end = 0
+
+    def read(self, place: Spooled, *, again: bool = False) -> list[Tensor]:
+        """Read tensors into memory of their own; those that are read `again` stay in the page cache."""
         at, out = place.start, []
         for shape, dtype in zip(place.shapes, place.dtypes, strict=True):
             tensor = torch.empty(shape, dtype=dtype)
@@ -86,7 +92,8 @@ class Spool:
                     )
                 at, data = at + done, data[done:]
             out.append(tensor)
-        drop_cached(self._fd, place.start, place.nbytes)
+        if not again:
+            drop_cached(self._fd, place.start, place.nbytes)
         return out
 
 

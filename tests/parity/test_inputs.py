@@ -1,8 +1,9 @@
-"""Moments of modules' inputs: those that PEFT's layers are given, over architectures and kinds of adapters."""
+"""Inputs of modules: their second moments are those that PEFT's layers are given, over architectures and kinds of adapters."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import streamer
 from streamer.errors import UnsupportedError
 from streamer.fitting.options import WEIGHTS
 from streamer.linalg.regmean import RIDGE, answers
+from streamer.linalg.second_moments import Moments as SecondMoments
+from streamer.linalg.second_moments import OneHotMoments
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target
@@ -40,11 +43,25 @@ ARCHITECTURES = [
 Moments = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
+def formed(moments: SecondMoments) -> torch.Tensor:
+    """Form them, those of one-hot inputs as the diagonal; of others products must agree."""
+    if isinstance(moments, OneHotMoments):
+        return moments.diagonal
+    C, V = moments.matrix(), torch.randn(moments.size, 3, dtype=torch.float64)
+    torch.testing.assert_close(moments.products(V), C @ V, rtol=0, atol=1e-12 * float(C.norm() * V.norm()))
+    torch.testing.assert_close(
+        moments.products(V.float()), (C @ V).float(), rtol=0, atol=1e-5 * float(C.norm() * V.norm())
+    )
+    assert moments.trace == pytest.approx(float(C.trace()), rel=1e-12)
+    return C
+
+
 def collected(base: Path, adapter: Path, general: list[torch.Tensor], task: list[torch.Tensor]) -> Moments:
-    """Sums over the tokens of both texts, each sequence a group of its own, by the module's name in the adapter."""
+    """Means over the tokens of both texts, each sequence a group of its own, by the module's name in the adapter."""
     found: Moments = {}
 
-    def take(targets: list[Target], of_general: torch.Tensor, of_task: torch.Tensor) -> None:
+    def take(targets: list[Target], moments: Mapping[int, SecondMoments]) -> None:
+        of_general, of_task = (formed(moments[variant]) for variant in (GENERAL_AS, TASK_AS))
         for target in targets:
             assert target.module.name not in found
             found[target.module.name] = of_general, of_task
@@ -62,7 +79,7 @@ def collected(base: Path, adapter: Path, general: list[torch.Tensor], task: list
 
 
 def of_peft(cls: Any, base: Path, adapter: Path, general: list[torch.Tensor], task: list[torch.Tensor]) -> Moments:
-    """The same sums of what PEFT's layers are given, in float64."""
+    """The same of what PEFT's layers are given, in float64."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a tied embedding that an adapter changes
         model = peft.PeftModel.from_pretrained(loaded(cls, base, torch.float64), adapter).eval().double()
@@ -93,7 +110,8 @@ def of_peft(cls: Any, base: Path, adapter: Path, general: list[torch.Tensor], ta
         at = 1
         for ids in task:
             model(input_ids=ids[None])
-    return {name: (a, b) for name, (a, b) in sums.items()}
+    tokens = [sum(map(len, texts)) for texts in (general, task)]
+    return {name: (a / tokens[0], b / tokens[1]) for name, (a, b) in sums.items()}
 
 
 def assert_alike(cls: Any, base: Path, adapter: Path) -> None:
@@ -137,8 +155,9 @@ def test_experts_are_given_the_tokens_that_are_routed_to_them(kind: str, tmp_pat
     adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", targets, **{"lora_alpha": 4, **options})
     plan, found = make_plan(tmp_path / "base", adapter), dict[str, torch.Tensor]()
 
-    def take(given: list[Target], of_general: torch.Tensor, of_task: torch.Tensor) -> None:
-        found.update({target.tensor: of_general for target in given})
+    def take(given: list[Target], moments: Mapping[int, SecondMoments]) -> None:
+        own = formed(moments[GENERAL_AS])
+        found.update({target.tensor: own for target in given})
 
     ids = token_ids(64)
     model = InputModel(plan)
@@ -174,12 +193,12 @@ def test_the_product_is_the_formula_on_what_peft_gives(tmp_path: Path) -> None:
     cls = make_base("llama", tmp_path / "base")
     adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL["llama"][2], lora_alpha=4)
     general, task = list(token_ids(64, 12)), list(token_ids(64, 24)[12:])
-    plan, tokens = make_plan(tmp_path / "base", adapter), 12 * 12
+    plan = make_plan(tmp_path / "base", adapter)
     found: dict[str, list[torch.Tensor]] = {}
 
-    def take(targets: list[Target], of_general: torch.Tensor, of_task: torch.Tensor) -> None:
+    def take(targets: list[Target], moments: Mapping[int, SecondMoments]) -> None:
         own = [plan.finite_delta(target) for target in targets]
-        rights, ridge = answers([(d.L, d.R) for d in own], of_task / tokens, of_general / tokens, WEIGHTS, "q")
+        rights, ridge = answers([(d.L, d.R) for d in own], moments[TASK_AS], moments[GENERAL_AS], WEIGHTS, "q")
         assert ridge == RIDGE
         found.update(
             {t.module.name: [d.L.double() @ r.T for r in mine] for t, d, mine in zip(targets, own, rights, strict=True)}
@@ -195,7 +214,7 @@ def test_the_product_is_the_formula_on_what_peft_gives(tmp_path: Path) -> None:
     moments = of_peft(cls, tmp_path / "base", adapter, general, task)
     deltas = {target.module.name: plan.finite_delta(target).precise().dense().numpy() for target in plan.targets}
     for name, own in found.items():
-        of_general, of_task = (moment.numpy() / tokens for moment in moments[name])
+        of_general, of_task = (moment.numpy() for moment in moments[name])
         kept = of_task + RIDGE * np.trace(of_task) / len(of_task) * np.eye(len(of_task))
         for mu, product in zip(WEIGHTS, own, strict=True):
             expected = deltas[name] @ kept @ np.linalg.inv(kept + mu * of_general)

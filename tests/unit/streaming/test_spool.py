@@ -37,6 +37,15 @@ def test_what_is_written_after_a_rewind_lies_where_the_first_did(tmp_path: Path)
     assert not spool.read(before)[0].any()
 
 
+def test_a_cleared_spool_has_no_blocks(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    place = spool.write([torch.randn(1000)])
+    assert torch.equal(*(spool.read(place, again=again)[0] for again in (True, False)))
+    spool.clear()
+    assert os.fstat(spool._fd).st_size == 0
+    assert spool.write([torch.ones(3)]).start == 0
+
+
 def test_a_full_disk_is_told_from_other_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = Spool(tmp_path)
 

@@ -1,0 +1,73 @@
+"""Second moments ``C = Σ x xᵀ / N`` (n, n) of inputs x, by rows that are read for each product, or by the counts of one-hot inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowMoments:
+    """Those of inputs that are read a few at a time.
+
+    Attributes
+    ----------
+    size
+        n.
+    count
+        N, which may be more than there are inputs: those of an expert are some of the text's tokens.
+    trace
+        Of C.
+    blocks
+        Reads all inputs in order, (t, n) at a time, in float32.
+    """
+
+    size: int
+    count: int
+    trace: float
+    blocks: Callable[[], Iterator[Tensor]]
+
+    def products(self, V: Tensor) -> Tensor:
+        """``C V`` (n, k) for V (n, k), computed in the type of V."""
+        out = torch.zeros_like(V)
+        for rows in self.blocks():
+            x = rows.to(V.dtype)
+            out.addmm_(x.T, x @ V)
+        return out.div_(self.count)
+
+    def matrix(self) -> Tensor:
+        """Form C in float64."""
+        out = torch.zeros(self.size, self.size, dtype=torch.float64)
+        for rows in self.blocks():
+            exact = rows.double()
+            out.addmm_(exact.T, exact)
+        return out.div_(self.count)
+
+
+@dataclass(frozen=True)
+class OneHotMoments:
+    """Those of one-hot inputs.
+
+    Attributes
+    ----------
+    diagonal
+        Of C (n,), in float64; the rest is 0.
+    """
+
+    diagonal: Tensor
+
+    @property
+    def size(self) -> int:
+        """Return n."""
+        return len(self.diagonal)
+
+    @property
+    def trace(self) -> float:
+        """Sum the diagonal."""
+        return float(self.diagonal.sum())
+
+
+Moments = RowMoments | OneHotMoments
