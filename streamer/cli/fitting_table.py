@@ -23,35 +23,48 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         Base, adapter and the file of coefficients, as they were given.
     """
     sets: Sequence[Mapping[str, Any]] = facts["sets"]
-    many = facts.get("parameters")
+    many, reliable = facts.get("parameters"), facts.get("reliable", {})
     held = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
     columns = [
         Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of what was learned that was asked for", keep=9),
-        Column("kept", [_share(one, "kept") for one in sets], "fall of the task's loss below the base's; 100% is the adapter's", keep=8),
-        Column("forgetting", [_share(one, "forgetting") for one in sets],
+        Column("kept", [_share(one, "kept", reliable) for one in sets],
+               "fall of the task's loss below the base's; 100% is the adapter's", keep=8),
+        Column("forgetting", [_share(one, "forgetting", reliable) for one in sets],
                "rise of the general loss above the base's; 100% is the adapter's", keep=7),
-        Column("KL", [_share(one, "divergence") for one in sets], "its divergence from the base; 100% is the adapter's", keep=6),
+        Column("KL", [_share(one, "divergence", reliable) for one in sets], "its divergence from the base; 100% is the adapter's", keep=6),
     ]  # fmt: skip
     if many == 1:
         chosen, means = "lambda", [f"{one['coefficients']['mean']:.3f}" for one in sets]
         columns.append(Column(chosen, means, "of this shrink of the whole adapter", keep=9))
     else:
-        chosen, columns = "the set", columns + _against_shrinks(sets, many)
+        chosen, columns = "the set", columns + _against_shrinks(sets, many, reliable)
     lines = [
         f"measured on {held[0]} general and {held[1]} task sequences that nothing was fitted on, but by which {chosen} was chosen",
         *_verdicts(sets),
+        *unreliable(facts),
         *_commands(facts, shlex.join(inputs), shlex.quote(output)),
     ]
     return "\n\n".join([table(columns, screen), "\n".join(fit(line, screen.width) for line in lines)])
 
 
-def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None) -> list[Column]:
+def unreliable(facts: Mapping[str, Any]) -> list[str]:
+    """Say which shares are not shown, and why."""
+    return [
+        f"{share} is not shown: what the adapter {what}, {facts[of]:.4f} ± {facts[f'{of}_se']:.4f} nats a token, is small beside its "
+        "error; more text may show more"
+        for share, what, of in (("kept", "has learned", "learning"), ("forgetting", "has forgotten", "forgetting"))
+        if not facts.get("reliable", {}).get(share, True)
+    ]
+
+
+def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliable: Mapping[str, bool]) -> list[Column]:
     """Make the columns of the shrink that keeps as much as each set, and of so many coefficients; None: of factors."""
     shrinks = [one["shrink"] for one in sets]
     columns = [
         Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
                "lambda of the shrink of the whole adapter that keeps the same", keep=3),
-        Column("its forgetting", ["-" if s is None else _percent(s["forgetting"]) for s in shrinks], "that shrink's forgetting", keep=5),
+        Column("its forgetting", ["-" if s is None or not reliable.get("forgetting", True) else _percent(s["forgetting"]) for s in shrinks],
+               "that shrink's forgetting", keep=5),
         Column("its KL", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL", keep=4),
     ]  # fmt: skip
     if many is not None:
@@ -86,9 +99,9 @@ def _commands(facts: Mapping[str, Any], inputs: str, output: str) -> list[str]:
     ]
 
 
-def _share(one: Mapping[str, Any], name: str) -> str:
+def _share(one: Mapping[str, Any], name: str, reliable: Mapping[str, bool]) -> str:
     value, error = one[name], one[f"{name}_se"]
-    return "-" if value is None else f"{_percent(value)} ± {100 * error:.1f}"
+    return "-" if value is None or not reliable.get(name, True) else f"{_percent(value)} ± {100 * error:.1f}"
 
 
 def _percent(value: float) -> str:

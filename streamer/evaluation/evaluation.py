@@ -14,10 +14,16 @@ import numpy as np
 
 from streamer.detection.options import DetectionOptions
 from streamer.errors import FormatError, UnknownNameError
-from streamer.evaluation.evaluation_records import EvaluationFacts, EvaluationRecord, SuggestionRecord, VariantRecord
+from streamer.evaluation.evaluation_records import (
+    EvaluationFacts,
+    EvaluationRecord,
+    ReliableRecord,
+    SuggestionRecord,
+    VariantRecord,
+)
 from streamer.evaluation.identity import input_options
 from streamer.evaluation.statistics import SequenceSums, flat
-from streamer.evaluation.suggestion import Suggestion, front, suggest
+from streamer.evaluation.suggestion import WORTH, Suggestion, Trade, front, suggest
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.evaluation.view import table_text, verdict
 from streamer.methods import METHODS, takes_findings
@@ -33,7 +39,7 @@ GENERAL, TASK = "general", "task"
 FACTS = tuple(EvaluationFacts.__annotations__)
 """Keys of an evaluation's JSON that say what it was made of."""
 
-OPTIONAL = ("findings", "coefficients")
+OPTIONAL = ("findings", "intruders", "coefficients")
 """Those of them that are left out if there are none."""
 
 KEEP = 0.9
@@ -82,6 +88,10 @@ class Evaluation:
         """
         return suggest(self.variants, self.general, self.task, self.keep if keep is None else keep)
 
+    def reliable(self) -> ReliableRecord:
+        """Say which shares are of a change that is large enough, beside its error, to divide by."""
+        return {"kept": self.task.change.divides, "forgetting": self.general.change.divides}
+
     def front(self) -> list[str]:
         """List the variants' names that no other one equals or excels in both loss on the task's text and divergence from the base."""
         return [self.variants[v].name for v in front(self.variants, self.general, self.task)]
@@ -102,6 +112,7 @@ class Evaluation:
             **{key: self.facts[key] for key in FACTS if key in self.facts},
             "tokens": {"general": self.general.tokens.tolist(), "task": self.task.tokens.tolist()},
             "variants": [self._variant_dict(v) for v in range(len(self.variants))],
+            "reliable": self.reliable(),
             "front": self.front(),
             "suggestion": self._suggestion_dict(best),
         })  # fmt: skip
@@ -160,6 +171,11 @@ class Evaluation:
             "lambda": s.shrink.mitigation_lambda, "between": list(s.shrink.between), **flat("loss", s.shrink.loss),
             **flat("kl", s.shrink.kl), "verdict": s.shrink.verdict,
         }  # fmt: skip
+        judged = s.declined or (variant if s.reason == "forgets least" else None)
+        trade = None if judged is None else Trade.of(self.general, self.task, self.variants.index(judged))
+        traded: Any = None if judged is None or trade is None else {
+            "name": judged.name, **flat("regained", trade.regained), **flat("given_up", trade.given_up), "worth": WORTH,
+        }  # fmt: skip
         return {
             "name": None if variant is None else variant.name,
             "method": None if variant is None else variant.method,
@@ -170,6 +186,7 @@ class Evaluation:
             "command": None if variant is None else self.command(variant),
             "least_loss": None if s.least_loss is None else s.least_loss.name,
             "shrink": shrink,
+            "trade": traded,
         }
 
     def command(self, variant: EvaluatedVariant) -> list[str]:

@@ -87,15 +87,29 @@ ShrinkRecord = TypedDict("ShrinkRecord", {
 })
 ShrinkRecord.__doc__ = "A shrink of the whole adapter."
 
+class TradeRecord(TypedDict):
+    """What a variant gives up and regains against the adapter as it is."""
+    name: Annotated[str, "Its name."]
+    regained: Annotated[float, "Mean loss on the general text by which the adapter is above it, in nats a token."]
+    regained_se: PairedError
+    given_up: Annotated[float, "Mean loss on the task's text by which it is above the adapter, in nats a token."]
+    given_up_se: PairedError
+    worth: Annotated[float, "It is worth it if it regains over this times what it gives up, by two standard errors."]
+
+class ReliableRecord(TypedDict):
+    """Whether shares say anything: what they divide by is over four standard errors (more of few sequences); tables show no others."""
+    kept: Annotated[bool, "Those of the learning."]
+    forgetting: Annotated[bool, "Those of the forgetting."]
+
 SuggestionRecord = TypedDict("SuggestionRecord", {
     "name": Annotated[str | None, "Its name; null where nothing can be suggested."],
     "method": Annotated[MethodName | None, "How intruders are scaled; null for base and adapter."],
     "lambda": Annotated[float | None, "What is left of an intruder; null for base, adapter and fitted."],
     "reason": Annotated[Reason, "not learned: the adapter's loss on the task's text is not below the base's by two standard errors "
         "(Student's quantile: more where sequences are few), and nothing is suggested; not forgotten: its loss on the general text is not "
-        "above the base's by two, so it is suggested as it is; none better: nor does any variant that keeps enough forget less; forgets "
-        "least: of those that keep enough; a shrink is better: a shrink that was not measured is better than that one, and nothing is "
-        "suggested before it is."],
+        "above the base's by two, so it is suggested as it is; none better: nor does any variant that keeps enough forget less; not worth "
+        "it: of those that do none regains enough for what it gives up; forgets least: of those that do; a shrink is better: a shrink "
+        "that was not measured is better than that one, and nothing is suggested before it is."],
     "keep": Annotated[KeptShare, "Share of what was learned that was to be kept."],
     "swapped": Annotated[bool, "Whether the adapter's loss on the task's text is above the base's by two standard errors (swapped "
         "texts?)."],
@@ -103,6 +117,7 @@ SuggestionRecord = TypedDict("SuggestionRecord", {
     "least_loss": Annotated[str | None, "Name of the variant that keeps enough with the least loss on the general text, if another."],
     "shrink": Annotated[ShrinkRecord | None, "The variant that forgets least against the shrink of the whole adapter that keeps the same "
         "share, interpolated; null if it is a shrink or the adapter, or if the shrinks that were evaluated do not enclose that share."],
+    "trade": Annotated[TradeRecord | None, "What the suggested variant, or the one that is not worth it, gives up and regains; else null."],
 })
 SuggestionRecord.__doc__ = "The variant to use."
 
@@ -122,6 +137,7 @@ class EvaluationFacts(TypedDict):
     detection: Annotated[OptionsRecord | None, "How the intruders were found; null where none were needed (method shrink alone)."]
     scale: Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."]
     findings: NotRequired[Annotated[Sha256, "Digest of the decisions of the findings, if some were given (SHA-256, hexadecimal)."]]
+    intruders: NotRequired[Annotated[Count, "Intruders that were found, if variants were to scale them; if 0, these are not run."]]
     projected: Annotated[bool, "Whether deltas were projected onto the adapter's rank, as mitigate writes them, or complete, as by merge."]
     dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; all else is float32."]
     texts: Annotated[_Texts, "The two texts."]
@@ -133,6 +149,7 @@ class EvaluationRecord(EvaluationHead, EvaluationFacts):
     tokens: Annotated[_SequenceTokens, "Counted tokens of each sequence."]
     variants: Annotated[list[VariantRecord], Keywords(minItems=2), "The base, the adapter as it is, each method from its largest lambda "
         "on, then each set of coefficients. Among the shrinks is the one that was placed to keep the share asked for."]
+    reliable: Annotated[ReliableRecord, "Whether what shares divide by is large enough."]
     front: Annotated[list[str], "Names of variants that no other one equals or excels in both the task's loss and the divergence."]
     suggestion: Annotated[SuggestionRecord, "The variant to use."]
     output: NotRequired[Annotated[str, "Path of the output, as it was given. Printed only."]]

@@ -15,7 +15,7 @@ IDENTIFYING = ("architecture", "files", "weights_sha256", "config_sha256", "base
                "ignored_keys")  # fmt: skip
 """Keys of a base's or adapter's identity that tell it from another; findings and evaluations have them."""
 
-DETECTION = ("detection", "scale", "findings")
+DETECTION = ("detection", "scale", "findings", "intruders")
 """Keys that matter only to variants that scale intruders; without such variants `detection` is null."""
 
 
@@ -52,7 +52,7 @@ def differences(mine: Facts, theirs: Facts) -> list[str]:
 
 def joined_facts(mine: Facts, theirs: Facts) -> dict[str, Any]:
     """Say what an evaluation is made of to which variants were added; both are the same but for detection and coefficients."""
-    tree = {key: value for key, value in {**theirs, "version": mine["version"]}.items() if key != "plan"}
+    tree = {**theirs, "version": mine["version"]}
     if theirs["detection"] is None:
         tree |= {key: mine[key] for key in DETECTION if key in mine}
     sets = {one["keep"]: one for one in [*theirs.get("coefficients", ()), *mine.get("coefficients", ())]}
@@ -63,5 +63,5 @@ def joined_facts(mine: Facts, theirs: Facts) -> dict[str, Any]:
 
 def with_digest(facts: Facts) -> dict[str, Any]:
     """Add to facts a digest of them all, the version of streamer apart."""
-    told = json.dumps({key: value for key, value in facts.items() if key != "version"}, sort_keys=True)
+    told = json.dumps({key: value for key, value in facts.items() if key not in ("version", "plan")}, sort_keys=True)
     return {**facts, "plan": hashlib.sha256(told.encode()).hexdigest()}

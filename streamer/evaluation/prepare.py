@@ -19,7 +19,7 @@ from streamer.evaluation.memory import Pass, plan_passes
 from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.progress import pass_cost
 from streamer.evaluation.sequences import TextSequences
-from streamer.evaluation.steps import EXPECTED_PLACED, missing, shrink_to_place, was_placed
+from streamer.evaluation.steps import EXPECTED_PLACED, missing, shrink_to_place, was_placed, without_scaling
 from streamer.evaluation.texts import read_text, sample_digest
 from streamer.evaluation.tokenizer import tokenizer_directory
 from streamer.events import Monitor
@@ -33,6 +33,7 @@ from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan
 from streamer.streaming.extra import require_transformers
 from streamer.streaming.model import StreamingModel
+from streamer.streaming.variants import Variant
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +82,8 @@ class Prepared:
         known
             What was measured before.
         """
-        variants, keep = self.options.variants, self.options.keep
-        new = missing(variants, known)
+        keep = self.options.keep
+        new = missing(self.wanted, known)
         places = any(v.method == Shrink.name for v in new) or (
             known is not None and shrink_to_place(known, keep) is not None
         )
@@ -97,7 +98,12 @@ class Prepared:
     @property
     def needs_findings(self) -> bool:
         """Test whether a variant depends on findings."""
-        return any(v.mitigation is not None and v.mitigation.needs_detection for v in self.options.variants)
+        return any(variant.scales_intruders for variant in self.options.variants)
+
+    @property
+    def wanted(self) -> list[Variant]:
+        """List the variants to measure: those asked for, without what given findings say to be the adapter as it is."""
+        return without_scaling(self.options.variants, self.facts)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -117,7 +123,7 @@ class Prepared:
             "texts": {name: text.facts() for name, text in self.texts.items()},
         }  # fmt: skip
         if self.findings is not None and self.needs_findings:
-            tree["findings"] = self.findings.decisions()
+            tree |= {"findings": self.findings.decisions(), "intruders": self.findings.findings.intruders}
         if o.coefficients is not None:
             tree["coefficients"] = o.fitted_record()
         return with_digest(tree)

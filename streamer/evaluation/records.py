@@ -21,7 +21,7 @@ def result_file(prepared: Prepared, output: Path) -> ResultFile:
     """Describe the file of an evaluation."""
 
     def is_whole(path: Path) -> bool:
-        standing, wanted, keep = _load(prepared, path), prepared.options.variants, prepared.options.keep
+        standing, wanted, keep = _load(prepared, path), prepared.wanted, prepared.options.keep
         return not missing(wanted, standing) and (was_placed(standing, keep) or shrink_to_place(standing, keep) is None)
 
     # What an earlier run measured is not in the journal of this one.

@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from streamer.detection.findings import Findings
 from streamer.detection.findings_file import lock_of, remove_leftovers
 from streamer.detection.run import detect_in_memory
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
-from streamer.evaluation.identity import joined_facts
+from streamer.evaluation.identity import joined_facts, with_digest
 from streamer.evaluation.passes import answered, measure_variants, needs_one_length
 from streamer.evaluation.prepare import Prepared
 from streamer.evaluation.progress import RunProgress
 from streamer.evaluation.records import inspect, measured_before, result_file
 from streamer.evaluation.result_file import Records, computing
-from streamer.evaluation.steps import Sums, evaluation_steps
+from streamer.evaluation.steps import Sums, evaluation_steps, missing, without_scaling
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.events import Event
 from streamer.plan.batch import Batch
@@ -83,13 +85,15 @@ class _Run:
 
     def result(self) -> Evaluation:
         """Run to the end."""
-        facts, options = self.prepared.facts, self.prepared.options
-        if self.known is not None:
-            facts = joined_facts(facts, self.known.facts)
-        steps = evaluation_steps(options.variants, self.known, facts, options.keep)
+        facts, keep = self.prepared.facts, self.prepared.options.keep
         with computing(self.records.threads, self.monitor):
             self._check()
             self.progress.resume(self.records.taken_up)
+            if (count := self._intruders(missing(self.prepared.wanted, self.known))) is not None:
+                facts = with_digest({**facts, "intruders": count})
+            if self.known is not None:
+                facts = joined_facts(facts, self.known.facts)
+            steps = evaluation_steps(without_scaling(self.prepared.wanted, facts), self.known, facts, keep)
             found = answered(steps, self._measured)
             self.progress.finish()
         return found
@@ -118,10 +122,22 @@ class _Run:
         return Sums(**measure_variants(passes, prepared.texts, variants, job, lambda i: f"{i} {names}", self.records,
                                        self.progress))  # fmt: skip
 
+    def _intruders(self, variants: Sequence[Variant]) -> int | None:
+        """Count the intruders that these variants scale; None if none of them scales any."""
+        if not any(variant.scales_intruders for variant in variants):
+            return None
+        known = self.records.find("intruders")
+        if known is None:
+            findings = self._findings_for(variants)
+            assert findings is not None
+            known = {"count": np.array([float(findings.intruders)])}
+            self.records.add("intruders", known)
+        return int(known["count"][0])
+
     def _findings_for(self, variants: Sequence[Variant]) -> Findings | None:
         """Return the findings, detected now if none were given and some are needed."""
         prepared = self.prepared
-        if not any(v.mitigation is not None and v.mitigation.needs_detection for v in variants):
+        if not any(variant.scales_intruders for variant in variants):
             return None
         if prepared.findings is not None:
             return prepared.findings.findings

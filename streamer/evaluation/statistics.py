@@ -57,6 +57,14 @@ class Estimate:
         """Test whether it is told from zero, and below."""
         return -self.value > telling(self.sequences) * self.error
 
+    @property
+    def divides(self) -> bool:
+        """Test whether shares of it are worth printing: it is twice as far from zero as it takes to tell it from that.
+
+        Below, an error of a ratio by the ratio estimator says too little: Fieller's interval of a share is over a third wider.
+        """
+        return abs(self.value) > 2 * telling(self.sequences) * self.error
+
 
 def telling(sequences: int) -> float:
     """Count the standard errors beyond which a difference over so many sequences is told from none; see `LEVEL`.
@@ -133,6 +141,11 @@ class SequenceSums:
     def kl_difference(self, variant: int, other: int) -> Estimate:
         """Estimate by how much the divergence of a variant is above another's."""
         return self.mean(self.kl[variant] - self.kl[other])
+
+    @property
+    def change(self) -> Estimate:
+        """Estimate by how much the mean loss of the adapter as it is is above the base's: what shares are of."""
+        return self.loss_difference(1, 0)
 
     def share(self, variant: int) -> Estimate:
         """Estimate what part of the way from the base's loss to the adapter's a variant is: 0 is the base, 1 the adapter as it is."""

@@ -70,7 +70,14 @@ def was_placed(known: Evaluation | None, keep: float) -> bool:
 def missing(wanted: Sequence[Variant], known: Evaluation | None) -> list[Variant]:
     """List the variants to measure, without the base, which every pass has."""
     measured = set() if known is None else set(known.variants)
-    return [variant for variant in wanted[1:] if EvaluatedVariant.of(variant) not in measured]
+    new = [variant for variant in wanted[1:] if EvaluatedVariant.of(variant) not in measured]
+    return new if known is None else without_scaling(new, known.facts)
+
+
+def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> list[Variant]:
+    """Leave out what scales intruders, if it is known that there are none: that is the adapter as it is."""
+    none = facts.get("intruders") == 0
+    return [variant for variant in variants if not (none and variant.scales_intruders)]
 
 
 def shrink_to_place(evaluation: Evaluation, keep: float, last: bool = False) -> float | None:

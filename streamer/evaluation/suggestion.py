@@ -4,7 +4,7 @@ What was learned is the fall of the loss on the task's text from the base to the
 where its own loss lies between these. Forgetting is judged by the divergence from the base, ``KL(base ‖ variant)``, on general text: on the
 adapters that were tried it ranks variants as the rise of the loss does and tells more of them apart, since it takes each token's whole
 distribution and not the one token that the text has. A variant must not be told worse than the adapter by its loss either, nor than the
-shrink that keeps as much (`ShrinkComparison.verdict`).
+shrink that keeps as much (`ShrinkComparison.verdict`); and it must be worth it (`Trade`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,43 @@ from streamer.evaluation.statistics import Estimate, SequenceSums
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
 
-Reason = Literal["not learned", "not forgotten", "none better", "forgets least", "a shrink is better"]
+Reason = Literal["not learned", "not forgotten", "none better", "not worth it", "forgets least", "a shrink is better"]
+
+WORTH = 0.5
+"""A variant is suggested if it regains more than this many nats of general text for each that it gives up of the task's. General text
+stands for all that the model is used for besides the task, and the share to keep has said that some of the task may go: so a nat of
+general text counts as two of the task's. It is a guard against trades that nobody wants; the share decides the rest."""
+
+
+@dataclass(frozen=True)
+class Trade:
+    """What a variant gives up of the task's text, and what it regains on general text, against the adapter as it is, in nats a token."""
+
+    regained: Estimate
+    given_up: Estimate
+
+    @classmethod
+    def of(cls, general: SequenceSums, task: SequenceSums, variant: int) -> Trade:
+        """Estimate that of a variant by its number."""
+        return cls(general.loss_difference(ADAPTER_ROW, variant), task.loss_difference(variant, ADAPTER_ROW))
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Test whether it is told that more than `WORTH` times as much is regained as is given up; errors of two texts are independent."""
+        error = math.hypot(self.regained.error, WORTH * self.given_up.error)
+        few = min(self.regained.sequences, self.given_up.sequences)
+        return Estimate(self.regained.value - WORTH * self.given_up.value, error, few).is_positive
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The variant to use; see `SuggestionRecord`, whose `name`, `method` and `lambda` are those of `variant`."""
+    """The variant to use; see `SuggestionRecord`, whose `name`, `method` and `lambda` are those of `variant`.
+
+    Attributes
+    ----------
+    declined
+        The variant that would be suggested, were it worth it.
+    """
 
     variant: EvaluatedVariant | None
     reason: Reason
@@ -34,6 +65,7 @@ class Suggestion:
     least_loss: EvaluatedVariant | None = None
     shrink: ShrinkComparison | None = None
     swapped: bool = False
+    declined: EvaluatedVariant | None = None
 
 
 def check_keep(keep: float) -> None:
@@ -75,6 +107,10 @@ def suggest(variants: Sequence[EvaluatedVariant], general: SequenceSums, task: S
     ]
     if not forgets_less:
         return Suggestion(variants[ADAPTER_ROW], "none better", keep)
+    least_kl = min(forgets_less, key=lambda v: general.kl[v].sum())
+    forgets_less = [v for v in forgets_less if Trade.of(general, task, v).is_worth_it]
+    if not forgets_less:
+        return Suggestion(variants[ADAPTER_ROW], "not worth it", keep, declined=variants[least_kl])
     best = min(forgets_less, key=lambda v: general.kl[v].sum())
     compared = against_shrink(variants, general, task, best)
     if compared is not None and compared.verdict == "worse":

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamer.evaluation.identity import input_options
 from streamer.evaluation.shrinks import ShrinkComparison, next_shrink, rounded_up
-from streamer.evaluation.statistics import Estimate
-from streamer.evaluation.suggestion import Suggestion
-from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
+from streamer.evaluation.statistics import Estimate, SequenceSums, telling
+from streamer.evaluation.suggestion import WORTH, Suggestion, Trade
+from streamer.evaluation.variants import ADAPTER_ROW
 from streamer.methods import Shrink, takes_coefficients, takes_findings
 
 if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation
+
+
+_RULE = f"what is suggested regains over {WORTH:g} of what it gives up, by two errors"
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,13 @@ def figures(evaluation: Evaluation) -> list[Figures]:
         Figures("general", [f"{general.mean(general.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on general text", 4),
         Figures("vs adapter", _cells([general.loss_difference(v, ADAPTER_ROW) for v in numbers]),
                 "that loss less the adapter's, ± the standard error, paired by sequence", 5),
-        Figures("forgetting", [_percent(general.share(v)) for v in numbers],
+        Figures("forgetting", _shares(general, numbers),
                 "rise of that loss above the base's; 100% is the adapter's", 7),
         Figures("KL", _cells([general.mean(general.kl[v]) for v in numbers]), "divergence from the base on general text, in nats", 6),
         Figures("same top", [f"{100 * general.mean(general.agree[v]).value:.1f}%" for v in numbers],
                 "tokens of general text whose likeliest next one is the base's", 2),
         Figures("task", [f"{task.mean(task.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on the task's text", 3),
-        Figures("kept", [_percent(task.share(v)) for v in numbers], "fall of that loss below the base's; 100% is the adapter's", 8),
+        Figures("kept", _shares(task, numbers), "fall of that loss below the base's; 100% is the adapter's", 8),
     ]  # fmt: skip
 
 
@@ -98,29 +101,70 @@ def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
         return "use the adapter as it is: there is no evidence that it forgets"
     if suggestion.reason == "none better":
         return f"use the adapter as it is: no variant that keeps {keep} of what it learned forgets measurably less"
+    if suggestion.reason == "not worth it":
+        return f"use the adapter as it is: no variant that keeps {keep} of what it learned is worth what it gives up"
     if variant is None:
         return "no suggestion yet: a shrink that was not measured is better than the variants that were"
     v = evaluation.variants.index(variant)
+    if not (evaluation.general.change.divides and evaluation.task.change.divides):
+        return f"use {variant.name}: it {_trade(Trade.of(evaluation.general, evaluation.task, v))}"
     kept, left = _percent(evaluation.task.share(v)), _percent(evaluation.general.share(v))
     return f"use {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its forgetting"
 
 
 def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
-    """Say why this is suggested, what it costs, and whether it is better than the equal shrink."""
+    """Say why this is suggested, what it costs, whether it is better than the equal shrink, and what the table leaves out."""
+    return [*_reasons(evaluation, suggestion), *left_out(evaluation)]
+
+
+def left_out(evaluation: Evaluation) -> list[str]:
+    """Say what the table does not show, and why: methods without intruders, and shares of next to nothing."""
+    lines = []
+    if evaluation.facts.get("intruders") == 0:
+        epsilon = evaluation.facts["detection"]["threshold_epsilon"]
+        lines.append(f"no intruder was found (epsilon {epsilon:g}): paper and project change nothing, and were not run")
+    for of, on, sums in (
+        ("kept", "the task's text", evaluation.task),
+        ("forgetting", "general text", evaluation.general),
+    ):
+        if not (change := sums.change).divides:
+            lines.append(
+                f"{of} is not shown: the adapter's loss on {on} minus the base's is {_cell(change)}, and shares are shown of what is over "
+                f"{2 * telling(change.sequences):.1f} errors; longer texts may show more"
+            )
+    return lines
+
+
+def shown_variants(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Make the JSON of all variants with null in place of shares that tables do not show."""
+    hidden = {f"{name}{end}" for name, fine in evaluation.reliable().items() if not fine for end in ("", "_se")}
+    return [{**v, **dict.fromkeys(hidden & v.keys())} for v in evaluation.to_dict()["variants"]]
+
+
+def _shares(sums: SequenceSums, variants: Sequence[int]) -> list[str]:
+    """Write the shares of variants, or dashes if what they are of is too small."""
+    return [_percent(sums.share(v)) if sums.change.divides else "-" for v in variants]
+
+
+def _trade(trade: Trade) -> str:
+    return f"regains {_cell(trade.regained)} nats a token on general text and gives up {_cell(trade.given_up)} on the task's"
+
+
+def _reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
     general, task, variant = evaluation.general, evaluation.task, suggestion.variant
-    if suggestion.reason == "not learned":
-        change = _cell(task.loss_difference(ADAPTER_ROW, BASE_ROW))
-        return [f"the adapter's loss on the task's text minus the base's is {change}; longer texts may show more"]
-    if suggestion.reason == "not forgotten":
-        change = _cell(general.loss_difference(ADAPTER_ROW, BASE_ROW))
-        return [f"the adapter's loss on general text minus the base's is {change}; longer texts may show more"]
+    for reason, on, sums in (("not learned", "the task's text", task), ("not forgotten", "general text", general)):
+        if suggestion.reason == reason:  # what does not divide is said beside the table
+            change = sums.change
+            return [f"the adapter's loss on {on} minus the base's is {_cell(change)}"] if change.divides else []
+    if suggestion.declined is not None:
+        trade = Trade.of(general, task, evaluation.variants.index(suggestion.declined))
+        return [f"{suggestion.declined.name}, which forgets least, {_trade(trade)}; {_RULE}"]
     lines = []
     if suggestion.reason == "forgets least" and variant is not None:
         v = evaluation.variants.index(variant)
-        cost = task.loss_difference(v, ADAPTER_ROW)
         lines.append(
             f"of the variants that keep {100 * suggestion.keep:g}% of what was learned, {variant.name} has the least divergence from the "
-            f"base, {_percent(general.kl_share(v))} of the adapter's; it costs {_cell(cost)} of the task's loss"
+            f"base, {_percent(general.kl_share(v))} of the adapter's; it {_trade(Trade.of(general, task, v))}"
         )
         if suggestion.least_loss is not None:
             difference = general.loss_difference(v, evaluation.variants.index(suggestion.least_loss))
@@ -176,7 +220,7 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
         made += f" --findings {names.findings}"
     elif takes_coefficients(variant.method):
         made += f" --coefficients {names.coefficients or 'COEFFICIENTS'}"
-    if reason == "not forgotten":
+    if reason == "not forgotten" or suggestion.declined is not None:
         return ["use the adapter as it is, or merge it into the base", f"next: {made}"]
     if any(takes_coefficients(v.method) for v in evaluation.variants):
         return [f"next: {made}"]

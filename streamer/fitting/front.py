@@ -35,8 +35,9 @@ class Sample:
     gradient: Floats
 
 
-MISSED = 0.01
-"""A point that keeps less than was wanted by more than this has missed it."""
+MISSED, EXCEEDED = 0.01, 0.03
+"""A point that keeps less than was wanted by more than the one has missed it; one that keeps more by more than the other forgets more than
+was asked for."""
 
 
 @dataclass(frozen=True)

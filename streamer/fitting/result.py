@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 import numpy as np
 
 from streamer.errors import MismatchError
-from streamer.evaluation.evaluation_records import TextFacts
+from streamer.evaluation.evaluation_records import ReliableRecord, TextFacts
 from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.shrinks import against_shrink
 from streamer.evaluation.statistics import SequenceSums, flat, telling
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
-from streamer.fitting.front import MISSED
+from streamer.fitting.front import EXCEEDED, MISSED
 from streamer.fitting.options import Grain, Objective
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
 from streamer.methods import Shrink
@@ -68,6 +68,7 @@ class SetRecord(TypedDict):
     """A set of coefficients."""
     keep: Annotated[KeptShare, "Share of what was learned that was to be kept."]
     missed: NotRequired[Annotated[bool, "Whether it keeps less than was wanted, by more than 0.01; absent from files of earlier versions."]]
+    exceeded: NotRequired[Annotated[bool, "Whether it keeps more, by more than 0.03; absent from files of earlier versions."]]
     mu: Annotated[Amount | None, "Weight of the task's text against the general one, of grain inputs of the general one against the "
         "task's; null with one coefficient, or if all are 0 or 1."]
     kept: Annotated[float | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined."]
@@ -116,6 +117,7 @@ class AdapterFacts(TypedDict):
     forgetting_se: PairedError
     divergence: Annotated[float, "Mean divergence KL(base ‖ adapter) on the general text, in nats a token."]
     divergence_se: StandardError
+    reliable: NotRequired[Annotated[ReliableRecord, "Whether what shares divide by is large enough; absent of earlier versions."]]
 
 class FitRecord(FitFacts, AdapterFacts):
     """What `streamer fit --json` prints: what coefficients were fitted to, and how they do on text that they were not fitted on."""
@@ -167,6 +169,7 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> Adapt
         **flat("learning", learning),
         **flat("forgetting", forgetting),
         **flat("divergence", general.mean(general.kl[ADAPTER_ROW])),
+        "reliable": {"kept": learning.divides, "forgetting": forgetting.divides},
     })  # fmt: skip
 
 
@@ -204,6 +207,7 @@ def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceS
     return cast(SetRecord, {
         "keep": one.keep,
         "missed": task.share(v).value < one.keep - MISSED,
+        "exceeded": task.share(v).value > one.keep + EXCEEDED,
         "mu": one.weight if math.isfinite(one.weight) else None,
         **flat("kept", task.share(v)),
         **flat("forgetting", general.share(v)),
@@ -228,10 +232,13 @@ def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
 
 
 def misses(facts: Mapping[str, Any]) -> list[str]:
-    """Warn of sets that keep less than was wanted; files of earlier versions do not say."""
+    """Warn of sets that keep less than was wanted, or much more; files of earlier versions do not say."""
+    if not facts.get("reliable", {}).get("kept", True):
+        return []
+    more = f"give more text{'' if facts.get('grain') == 'inputs' else ' or --steps'}"
     return [
-        f"{100 * one['keep']:g}% was to be kept, and {100 * one['kept']:.1f}% is, on the sequences held apart; ask for a larger share, or "
-        f"give more text{'' if facts.get('grain') == 'inputs' else ' or --steps'}"
+        f"{100 * one['keep']:g}% was to be kept, and {100 * one['kept']:.1f}% is, on the sequences held apart; "
+        + (f"ask for a larger share, or {more}" if one.get("missed") else f"a smaller share forgets less, or {more}")
         for one in facts["sets"]
-        if one.get("missed")
+        if one.get("missed") or one.get("exceeded")
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.matrix_finding import MatrixFinding
 from streamer.errors import MissingPackageError, printable
 from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.view import shown_variants
 from streamer.methods import METHODS, Paper, Project
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
@@ -237,8 +238,8 @@ def _draw_tradeoff(figure: Figure, evaluation: Evaluation) -> None:
     """
     ax, best, tree = figure.subplots(), evaluation.best(), evaluation.to_dict()
     figure.set_size_inches(WIDTH / 1.5, 3.4)
-    variants: Sequence[Mapping[str, Any]] = tree["variants"]
-    series: dict[str, list[Mapping[str, Any]]] = {}
+    variants = shown_variants(evaluation)
+    series: dict[str, list[dict[str, Any]]] = {}
     outside: list[str] = []
     for v, variant in zip(variants, evaluation.variants, strict=True):
         if v["kept"] is None or v["forgetting"] is None:

@@ -83,14 +83,14 @@ function drawTradeoff(parent, tree, key, label, caption) {
 function showEvaluation(tree) {
   const part = section("What each variant keeps and forgets", `Measured on ${tree.texts.general} (general) and ${tree.texts.task} (task); bars are standard errors. `
     + "Base and adapter are 0% and 100% of both by definition; the dashed line is the share that is to be kept, the ring the suggestion.");
-  if (tree.variants.every((v) => v.kept === null || v.forgetting === null)) {
-    part.append(html("p", {}, "Base and adapter have the same loss on one of the texts: there are no shares to draw."));
-  } else {
-    const pair = html("div", { class: "pair" });
-    part.append(pair);
-    drawTradeoff(pair, tree, "forgetting", "forgetting left", "Forgetting, by the loss on general text: lower is better, right is better.");
-    drawTradeoff(pair, tree, "divergence", "divergence left", "The same by the divergence from the base (KL), which decides the suggestion.");
+  const pair = html("div", { class: "pair" });
+  for (const [key, label, caption] of [
+    ["forgetting", "forgetting left", "Forgetting, by the loss on general text: lower is better, right is better."],
+    ["divergence", "divergence left", "Forgetting, by the divergence from the base (KL), which decides the suggestion."],
+  ]) {
+    if (tree.variants.some((v) => v.kept !== null && v[key] !== null)) drawTradeoff(pair, tree, key, label, caption);
   }
+  part.append(pair.children.length ? pair : html("p", {}, "Base and adapter have nearly the same loss on the task's text: there are no shares to draw."));
   const numeric = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v)), key: (v) => last(v[key]) });
   sortedTable(part, [
     { head: "variant", about: "* none is better in both loss on the task and divergence", up: true, cell: (v) => text(v.name + (tree.front.includes(v.name) ? " *" : "")), key: (v) => tree.variants.indexOf(v) },

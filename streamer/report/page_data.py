@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import getitem
 from typing import Any
@@ -13,6 +13,7 @@ from streamer.detection.findings import Findings
 from streamer.errors import printable
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.variants import EvaluatedVariant
+from streamer.evaluation.view import shown_variants
 from streamer.methods import METHODS
 from streamer.plan.name_order import natural
 from streamer.report.curves import lambda_curve, threshold_curve
@@ -112,7 +113,7 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     tree, best = evaluation.to_dict(), evaluation.best()
-    variants: Sequence[Mapping[str, Any]] = tree["variants"]
+    variants = shown_variants(evaluation)
     keys = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
     return {
         "keep": evaluation.keep,

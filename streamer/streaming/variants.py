@@ -46,6 +46,11 @@ class Variant:
         return self.mitigation.mitigation_lambda if self.mitigation and self.name != ADAPTER else None
 
     @property
+    def scales_intruders(self) -> bool:
+        """Test whether it depends on findings."""
+        return self.mitigation is not None and self.mitigation.needs_detection
+
+    @property
     def keep(self) -> float | None:
         """Share of the learning that its coefficients keep; None for all others."""
         fitted = self.mitigation and self.mitigation.coefficients

@@ -16,7 +16,7 @@ from streamer.cli.layout import Screen
 from streamer.errors import FormatError
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.variants import EvaluatedVariant
-from streamer.evaluation.view import Names
+from streamer.evaluation.view import Names, figures, shown_variants
 
 SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())
 
@@ -69,6 +69,37 @@ def test_a_share_of_nothing_and_a_perplexity_beyond_all_are_null() -> None:
     assert {v["kept"] for v in tree["variants"]} == {None}
     assert tree["variants"][3]["general"]["perplexity"] is None
     assert faults(tree) == []
+
+
+def test_shares_of_next_to_nothing_are_dashes_with_a_reason() -> None:
+    """The JSON has the numbers and says that they tell nothing; table and page have dashes."""
+    e = evaluation(forgets=0.0005)
+    assert e.to_dict()["reliable"] == {"kept": True, "forgetting": False}
+    assert all(v["forgetting"] is not None for v in e.to_dict()["variants"])
+    assert {(v["forgetting"], v["forgetting_se"]) for v in shown_variants(e)} == {(None, None)}
+    assert [v["kept"] for v in shown_variants(e)] == [v["kept"] for v in e.to_dict()["variants"]]
+    columns = {c.head: c.cells for c in figures(e)}
+    assert set(columns["forgetting"]) == {"-"}
+    assert columns["kept"][1] == "100.0% ± 0.0"
+    (line,) = [line for line in e.table().splitlines() if " is not shown: " in line]
+    assert line.startswith("forgetting is not shown: the adapter's loss on general text minus the base's is ")
+    assert line.endswith(", and shares are shown of what is over 4.0 errors; longer texts may show more")
+    swapped = evaluation(learns=-0.4)
+    assert swapped.to_dict()["reliable"] == {"kept": True, "forgetting": True}
+    assert " is not shown: " not in swapped.table()
+
+
+def test_without_shares_the_verdict_is_in_nats() -> None:
+    """What was learned is told by three errors, which is enough to suggest and too little to divide by."""
+    e = evaluation(learns=0.2, noise=0.0)
+    e.task.loss[:] = e.task.loss[1] + (e.task.loss - e.task.loss[1]) * np.where(np.arange(64) < 8, 1, 0)
+    change = e.task.change
+    assert change.is_negative
+    assert not change.divides
+    found = e.best()
+    if found.reason == "forgets least":
+        assert " regains 0." in e.table().splitlines()[0]
+    assert "kept is not shown: the adapter's loss on the task's text minus the base's is -0.0" in e.table()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 from evaluations import CURVES, evaluation
 
 from streamer.errors import UsageError
-from streamer.evaluation.suggestion import front
+from streamer.evaluation.statistics import Estimate
+from streamer.evaluation.suggestion import WORTH, Trade, front
 from streamer.evaluation.variants import EvaluatedVariant
 
 ADAPTER = EvaluatedVariant("adapter", None, None)
@@ -45,6 +46,45 @@ def test_an_adapter_that_no_variant_improves_on_is_shipped_as_it_is() -> None:
     e = evaluation({"paper": lambda x: (0.5, 1.0)})
     e.general.loss[2:] = e.general.loss[1] + 0.1 * e.general.tokens
     assert e.best(0.9).reason == "none better"
+
+
+def test_a_trade_that_gives_up_many_times_what_it_regains_is_not_suggested() -> None:
+    """An adapter that hardly forgets: what a shrink gives up of the task is many times what it regains."""
+    e = evaluation(forgets=0.0037, noise=0.0005)
+    found = e.best()
+    assert (found.variant, found.reason, found.declined) == (ADAPTER, "not worth it", e.variants[-4])
+    assert e.variants[-4].name == "shrink 0.75"
+    tree = e.to_dict()["suggestion"]
+    trade = tree["trade"]
+    assert trade is not None
+    assert (tree["name"], trade["name"], trade["worth"]) == ("adapter", "shrink 0.75", WORTH)
+    assert trade["regained"] == -e["shrink 0.75"]["against_adapter"]["general_loss"]
+    assert trade["given_up"] == e["shrink 0.75"]["against_adapter"]["task_loss"] > 5 * trade["regained"]
+    lines = e.table().splitlines()
+    assert (
+        lines[0] == "use the adapter as it is: no variant that keeps 90% of what it learned is worth what it gives up"
+    )
+    assert any(line.startswith("shrink 0.75, which forgets least, regains 0.00") and line.endswith(
+        "; what is suggested regains over 0.5 of what it gives up, by two errors") for line in lines)  # fmt: skip
+    assert lines[-1] == "next: streamer merge BASE ADAPTER -o OUTPUT --lambda 1"
+
+
+def test_of_what_keeps_enough_the_worth_decides_before_the_divergence() -> None:
+    """The mildest shrink is worth it, and the one of least divergence is not."""
+    e = evaluation({"shrink": lambda x: (0.1 + 0.8 * x, 0.99 if x > 0.8 else 0.4 + 0.5 * x)}, learns=3.0)
+    assert e.task.share(-1).value == pytest.approx(0.4, abs=0.01)
+    found = e.best(0.3)
+    assert (found.reason, found.variant) == ("forgets least", EvaluatedVariant("shrink 0.9", "shrink", 0.9))
+    trade = Trade.of(e.general, e.task, 2)
+    assert trade.is_worth_it
+    assert not Trade.of(e.general, e.task, len(e.variants) - 1).is_worth_it
+
+
+def test_what_is_worth_it_by_less_than_its_error_is_not() -> None:
+    few = Estimate(0.1, 0.04, 64), Estimate(0.05, 0.02, 64)
+    assert not Trade(*few).is_worth_it
+    assert Trade(Estimate(0.1, 0.02, 64), few[1]).is_worth_it
+    assert not Trade(Estimate(0.1, 0.02, 3), few[1]).is_worth_it
 
 
 def test_the_least_loss_is_said_where_it_is_another() -> None:
