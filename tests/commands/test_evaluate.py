@@ -13,7 +13,8 @@ from architectures import ATTENTION
 from causal_models import make_adapter, make_base
 from command_line import process_mib
 from evaluations import COLUMNS
-from forks import Outcome, Server
+from forks import Server
+from learned import evaluate as run
 from learned import make_learned
 from test_schemas import check
 
@@ -28,13 +29,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = make_learned(tmp_path_factory.mktemp("evaluate"))
     streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", top_k=4)
     return home
-
-
-def run(server: Server, home: Path, output: object, *options: object, before: str = "", **texts: Path) -> Outcome:
-    line = ["evaluate", home / "base", home / "adapter", "-o", output, *options]
-    for name in ("general", "task"):
-        line += [f"--{name}", texts.get(name, home / f"{name}.npy")]
-    return server.run(*line, before=before)
 
 
 @pytest.mark.long

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from forks import Server
+from learned import evaluate as run
 from learned import make_learned
-from test_evaluate import run
 from test_schemas import check
 
 import streamer

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from architectures import ATTENTION
 from causal_models import make_adapter, make_base
+from forks import Outcome, Server
 from seeds import vary
 
 import streamer
@@ -25,3 +26,11 @@ def make_learned(home: Path, sequences: int = 24, length: int = 8, **lora: Any) 
     np.save(home / "task.npy", texts[np.argsort(-gain)[:sequences]])
     np.save(home / "general.npy", texts[np.argsort(gain)[:sequences]])
     return home
+
+
+def evaluate(server: Server, home: Path, output: object, *options: object, before: str = "", **texts: Path) -> Outcome:
+    """Run `streamer evaluate` on them, or on other texts."""
+    line = ["evaluate", home / "base", home / "adapter", "-o", output, *options]
+    for name in ("general", "task"):
+        line += [f"--{name}", texts.get(name, home / f"{name}.npy")]
+    return server.run(*line, before=before)
