@@ -12,6 +12,7 @@ from streamer.api.keywords import EvaluateKeywords, explained, watched
 from streamer.api.options import Judged, Settings, read_coefficients, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
+from streamer.errors import UsageError
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.options import EvaluationOptions
 from streamer.evaluation.prepare import Prepared, prepare
@@ -20,6 +21,7 @@ from streamer.evaluation.run import evaluate
 from streamer.events import Monitor
 from streamer.forecast.passes import forecast_evaluation
 from streamer.output.prepare import load_given
+from streamer.units import quoted
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class EvaluateRequest:
     output
         Its file; None keeps it in memory.
     texts
-        Paths of the ``general`` and the ``task`` text.
+        Paths of the ``general`` and the ``task`` text, and of others by the names of their files.
     """
 
     base: str | Path
@@ -53,6 +55,14 @@ class EvaluateRequest:
         several = {name: tuple(keywords[name]) for name in ("methods", "lambdas") if name in keywords}
         options = take(EvaluationOptions, keywords, coefficients=fitted, **several)
         texts = {name: read_path(name, keywords[name]) for name in ("general", "task")}
+        others = keywords.get("other") or ()
+        for one in [others] if isinstance(others, str | Path) else others:
+            path = read_path("other", one)
+            if path.name in texts:
+                raise UsageError(
+                    f"other: expected files of different names, found two named {quoted(path.name)}; rename one"
+                )
+            texts[path.name] = path
         where = None if output is None else read_path("output", output)
         judged, settings = take(Judged, keywords), take(Settings, keywords)
         return cls(base, adapter, where, texts, keywords.get("findings"), options, judged, settings)
@@ -88,7 +98,7 @@ def evaluate_variants(
     task: str | Path,
     **options: Unpack[EvaluateKeywords],
 ) -> Evaluation:
-    """Measure the losses of the base, the adapter as it is, and every method at every λ, on two texts, in passes over the base.
+    """Measure the losses of the base, the adapter as it is, and every method at every λ, on texts, in passes over the base.
 
     No merged model is built: each weight is read when its module runs, and used for all variants at once. It needs transformers, with
     its tokenizers: ``pip install 'intruder-streamer[evaluate]'``. All but a detection that runs first is on the CPU.
@@ -106,6 +116,8 @@ def evaluate_variants(
         Texts: of what the model could do before, and of what the adapter was trained for; neither of them trained on. ``.txt``;
         ``.jsonl`` with an object a line that has ``text``, ``prompt`` and ``completion``, or ``messages``, of which the answers count;
         or ``.npy`` of token ids.
+    other
+        A further text, or several, of different file names: what each variant does to text by which nothing is fitted or suggested.
     findings
         From `detect_intruder_dimensions`, or the path of their file. None detects first, into memory.
     methods, lambdas

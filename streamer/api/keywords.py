@@ -187,6 +187,7 @@ class MergeKeywords(IterateKeywords, RunKeywords, total=False):
 class EvaluateKeywords(JudgeKeywords, RunKeywords, total=False):
     """Keywords of `streamer.evaluate_variants`."""
 
+    other: str | Path | Sequence[str | Path]
     findings: Findings | str | Path | None
     methods: Sequence[MethodName]
     lambdas: Sequence[float]

@@ -154,7 +154,10 @@ def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
     )
     read = {name: getattr(options, name) for name in ("sequences", "length")}
     reading = (f" --{name} {most}" for name, most in read.items() if most != getattr(type(options), name))
-    names = replace(Names(shlex.join(map(shown, (args.base, args.adapter))), *files), reading="".join(reading))
+    others = "".join(f" --other {shlex.quote(file)}" for file in args.other or ())
+    names = replace(
+        Names(shlex.join(map(shown, (args.base, args.adapter))), *files), reading="".join(reading), others=others
+    )
     tree = {**found.to_dict(), "output": args.output, "state": state}
     return tree, evaluation_table(found, names, _screen(args), stood(output, state))
 

@@ -29,6 +29,8 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
         Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of what was learned that was asked for", keep=9),
         Column("kept", [_share(one, "kept", reliable) for one in sets],
                "fall of the task's loss below the base's; 100% is the adapter's", keep=8),
+        Column("top-1 kept", [_share(one, "top1_kept", reliable) for one in sets],
+               "rise of the task's tokens that are found likeliest above the base's; 100% is the adapter's", keep=5),
         Column("forgetting", [_share(one, "forgetting", reliable) for one in sets],
                "rise of the general loss above the base's; 100% is the adapter's", keep=7),
         Column("KL", [_share(one, "divergence", reliable) for one in sets], "its divergence from the base; 100% is the adapter's", keep=6),
@@ -50,10 +52,14 @@ def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str
 def unreliable(facts: Mapping[str, Any]) -> list[str]:
     """Say which shares are not shown, and why."""
     return [
-        f"{share} is not shown: what the adapter {what}, {facts[of]:.4f} ± {facts[f'{of}_se']:.4f} nats a token, is small beside its "
-        "error; more text may show more"
-        for share, what, of in (("kept", "has learned", "learning"), ("forgetting", "has forgotten", "forgetting"))
-        if not facts.get("reliable", {}).get(share, True)
+        f"{share} is not shown: {what}, {facts[of]:.4f} ± {facts[f'{of}_se']:.4f} a token, is small beside its error; more text may show "
+        "more"
+        for share, what, of in (
+            ("kept", "the fall of the task's loss by the adapter", "learning"),
+            ("top-1 kept", "the rise of the task's tokens that are found likeliest", "top1_gain"),
+            ("forgetting", "the rise of the general loss by the adapter", "forgetting"),
+        )
+        if not facts.get("reliable", {}).get(share.replace("top-1 ", "top1_"), True)
     ]
 
 
@@ -100,8 +106,12 @@ def _commands(facts: Mapping[str, Any], inputs: str, output: str) -> list[str]:
 
 
 def _share(one: Mapping[str, Any], name: str, reliable: Mapping[str, bool]) -> str:
-    value, error = one[name], one[f"{name}_se"]
-    return "-" if value is None or not reliable.get(name, True) else f"{_percent(value)} ± {100 * error:.1f}"
+    value, error = one.get(name), one.get(f"{name}_se")
+    return (
+        "-"
+        if value is None or error is None or not reliable.get(name, True)
+        else f"{_percent(value)} ± {100 * error:.1f}"
+    )
 
 
 def _percent(value: float) -> str:

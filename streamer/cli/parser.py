@@ -17,7 +17,7 @@ from streamer.cli.worker_options import add_workers
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
     **{name: f"--{name.replace('_', '-')}" for name in
-       ("architecture", "coefficients", "device", "dtype", "grain", "holdout", "keep", "lambda", "length", "max_memory", "method",
+       ("architecture", "coefficients", "device", "dtype", "grain", "holdout", "keep", "lambda", "length", "max_memory", "method", "other",
         "objective", "scale", "seed", "sequences", "solver", "steps", "to_lora", "top_k")},
 }  # fmt: skip
 """The options of the library's keywords, by which its messages call them."""
@@ -229,6 +229,9 @@ def build_parser() -> Parser:
     sub = command("evaluate", "measure on texts what each method and lambda keeps and forgets", out, computing, reading)
     inputs(sub)
     add_texts(sub)
+    sub.add_argument(
+        "--other", action="append", metavar="TEXT", help="a further text, by which nothing is suggested (repeatable)"
+    )
     sub.add_argument(
         "--findings",
         type=path,

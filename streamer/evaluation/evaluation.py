@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -22,14 +22,14 @@ from streamer.evaluation.evaluation_records import (
     VariantRecord,
 )
 from streamer.evaluation.identity import input_options
-from streamer.evaluation.statistics import SequenceSums, flat
+from streamer.evaluation.statistics import MEASURES, SequenceSums, flat
 from streamer.evaluation.suggestion import WORTH, Suggestion, Trade, front, suggest
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.evaluation.view import table_text, verdict
 from streamer.methods import METHODS, takes_findings
 from streamer.storage.files import open_regular
 from streamer.storage.strict_json import strict_json
-from streamer.units import quoted
+from streamer.units import listed, quoted
 
 SCHEMA: Final = "streamer.evaluation/1"
 
@@ -63,6 +63,8 @@ class Evaluation:
         What it was made of, as JSON: `EvaluationFacts`.
     keep
         Share of what was learned that the suggested variant keeps, unless another is asked for.
+    others
+        Sums as of the two texts, of others, by the names of their files.
     """
 
     variants: tuple[EvaluatedVariant, ...]
@@ -70,6 +72,24 @@ class Evaluation:
     task: SequenceSums
     facts: Mapping[str, Any]
     keep: float = KEEP
+    others: Mapping[str, SequenceSums] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        variants: Sequence[EvaluatedVariant],
+        sums: Mapping[str, SequenceSums],
+        facts: Mapping[str, Any],
+        keep: float,
+    ) -> Evaluation:
+        """Make it of the sums on each text, by name."""
+        others = {name: own for name, own in sums.items() if name not in (GENERAL, TASK)}
+        return cls(tuple(variants), sums[GENERAL], sums[TASK], facts, keep, others)
+
+    @property
+    def sums(self) -> dict[str, SequenceSums]:
+        """Return the sums on each text, by name."""
+        return {GENERAL: self.general, TASK: self.task, **self.others}
 
     def __getitem__(self, name: str) -> VariantRecord:
         """Return the figures of the variant of this name, as the JSON has them."""
@@ -89,8 +109,8 @@ class Evaluation:
         return suggest(self.variants, self.general, self.task, self.keep if keep is None else keep)
 
     def reliable(self) -> ReliableRecord:
-        """Say which shares are of a change that is large enough, beside its error, to divide by."""
-        return {"kept": self.task.change.divides, "forgetting": self.general.change.divides}
+        """Say which shares are of a change that is large enough; see `ReliableRecord`."""
+        return reliable(self.general, self.task)
 
     def front(self) -> list[str]:
         """List the variants' names that no other one equals or excels in both loss on the task's text and divergence from the base."""
@@ -111,6 +131,7 @@ class Evaluation:
             "verdict": verdict(self, best),
             **{key: self.facts[key] for key in FACTS if key in self.facts},
             "tokens": {"general": self.general.tokens.tolist(), "task": self.task.tokens.tolist()},
+            **self._others_dict(),
             "variants": [self._variant_dict(v) for v in range(len(self.variants))],
             "reliable": self.reliable(),
             "front": self.front(),
@@ -138,8 +159,13 @@ class Evaluation:
                 EvaluatedVariant(v["name"], v["method"], v["lambda"], v.get("keep")) for v in tree["variants"]
             )
             facts = {key: tree[key] for key in FACTS if key in tree or key not in OPTIONAL}
-            return cls(variants, _sums(tree, "general"), _sums(tree, "task"), facts, tree["suggestion"]["keep"])
-        except (ValueError, KeyError, TypeError) as e:
+            sums = {
+                text: _sums(text, tree["tokens"][text], [v[text] for v in tree["variants"]]) for text in (GENERAL, TASK)
+            }
+            for i, one in enumerate(tree.get("others", ())):
+                sums[one["name"]] = _sums(one["name"], one["tokens"], [v["others"][i] for v in tree["variants"]])
+            return cls.of(variants, sums, facts, tree["suggestion"]["keep"])
+        except (ValueError, LookupError, TypeError) as e:
             raise FormatError(f"expected an evaluation ({SCHEMA}), found another text: {quoted(str(e))}") from e
 
     def _variant_dict(self, v: int) -> VariantRecord:
@@ -151,25 +177,38 @@ class Evaluation:
             **({} if variant.keep is None else {"keep": variant.keep}),
             "general": _figures(self.general, v),
             "task": _figures(self.task, v),
+            **({"others": [
+                {"name": name, **_figures(own, v), **flat("share", own.share(v))} for name, own in self.others.items()
+            ]} if self.others else {}),
             **flat("kept", self.task.share(v)),
+            **flat("top1_kept", self.task.top1_share(v)),
             **flat("forgetting", self.general.share(v)),
             **flat("divergence", self.general.kl_share(v)),
             "against_adapter": self._against(v, ADAPTER_ROW),
             "against_base": self._against(v, BASE_ROW),
         })  # fmt: skip
 
+    def _others_dict(self) -> dict[str, Any]:
+        found = [
+            {"name": name, "effect": own.effect, **flat("change", own.change), "reliable": own.change.divides,
+             "tokens": own.tokens.tolist()}
+            for name, own in self.others.items()
+        ]  # fmt: skip
+        return {"others": found} if found else {}
+
     def _against(self, v: int, other: int) -> dict[str, float | None]:
         return {
             **flat("general_loss", self.general.loss_difference(v, other)),
             **flat("general_kl", self.general.kl_difference(v, other)),
             **flat("task_loss", self.task.loss_difference(v, other)),
+            **flat("task_top1", self.task.mean(self.task.right[v] - self.task.right[other])),
         }
 
     def _suggestion_dict(self, s: Suggestion) -> SuggestionRecord:
         variant = s.variant
         shrink: Any = None if s.shrink is None else {
             "lambda": s.shrink.mitigation_lambda, "between": list(s.shrink.between), **flat("loss", s.shrink.loss),
-            **flat("kl", s.shrink.kl), "verdict": s.shrink.verdict,
+            **flat("kl", s.shrink.kl), **flat("top1", s.shrink.top1), "verdict": s.shrink.verdict,
         }  # fmt: skip
         judged = s.declined or (variant if s.reason == "forgets least" else None)
         trade = None if judged is None else Trade.of(self.general, self.task, self.variants.index(judged))
@@ -235,6 +274,16 @@ def load_evaluation(path: str | Path) -> Evaluation:
         raise FormatError(f"{path}: {e}") from e
 
 
+def reliable(general: SequenceSums, task: SequenceSums) -> ReliableRecord:
+    """Say which shares are of a change that is large enough, beside its error, to divide by."""
+    gain = task.top1_gain
+    return {
+        "kept": task.change.divides,
+        "forgetting": general.change.divides,
+        "top1_kept": gain.divides and gain.value > 0,
+    }
+
+
 def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
     loss = sums.mean(sums.loss[v])
     return {
@@ -242,15 +291,17 @@ def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
         "perplexity": math.exp(loss.value) if loss.value < MOST_LOSS else None,
         **flat("kl", sums.mean(sums.kl[v])),
         **flat("agreement", sums.mean(sums.agree[v])),
-        "sums": {"loss": sums.loss[v].tolist(), "kl": sums.kl[v].tolist(), "agree": sums.agree[v].tolist()},
+        **flat("top1", sums.mean(sums.right[v])),
+        "sums": {name: own.tolist() for name in MEASURES if not np.isnan(own := getattr(sums, name)[v]).any()},
     }
 
 
-def _sums(tree: Mapping[str, Any], text: str) -> SequenceSums:
-    tokens = np.array(tree["tokens"][text], np.float64)
-    sums = [v[text]["sums"] for v in tree["variants"]]
-    loss, kl, agree = (np.array([one[name] for one in sums], np.float64) for name in ("loss", "kl", "agree"))
-    whole = loss.shape == kl.shape == agree.shape == (len(sums), len(tokens))
-    if not whole or len(loss) < 2 or len(tokens) < 2:
-        raise ValueError(f"sums of {text} are {loss.shape}, {kl.shape}, {agree.shape}")
-    return SequenceSums(tokens, loss, kl, agree)
+def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> SequenceSums:
+    """Read the sums on a text, of its variants' figures; those by earlier versions lack counts of right tokens."""
+    none = [math.nan] * len(tokens)
+    arrays = [np.array([f["sums"].get(name, none) if name == "right" else f["sums"][name] for f in figures], np.float64)
+              for name in MEASURES]  # fmt: skip
+    shapes = {array.shape for array in arrays}
+    if shapes != {(len(figures), len(tokens))} or len(figures) < 2 or len(tokens) < 2:
+        raise ValueError(f"sums of {text} are {listed(map(str, sorted(shapes)))}")
+    return SequenceSums(np.array(tokens, np.float64), *arrays)

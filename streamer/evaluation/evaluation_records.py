@@ -7,6 +7,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 from streamer.detection.findings_records import OptionsRecord
 from streamer.detection.selection import Selection
 from streamer.evaluation.options import ProductDtype
+from streamer.evaluation.statistics import Effect
 from streamer.evaluation.suggestion import Reason
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
 from streamer.methods import MethodName
@@ -26,6 +27,7 @@ class TextFacts(TypedDict):
 class _Texts(TypedDict):
     general: Annotated[TextFacts, "What the base can do and should not forget."]
     task: Annotated[TextFacts, "What the adapter was trained for."]
+    others: NotRequired[Annotated[list[TextFacts], "Others, if any: nothing is judged by them."]]
 
 class _SequenceTokens(TypedDict):
     general: Annotated[list[float], "Of the general text."]
@@ -35,6 +37,7 @@ class _SumsRecord(TypedDict):
     loss: Annotated[list[float], "Of the negative log likelihood, in nats."]
     kl: Annotated[list[float], "Of the divergence from the base, in nats."]
     agree: Annotated[list[float], "Counts of tokens where the likeliest is the base's."]
+    right: NotRequired[Annotated[list[float], "Counts of tokens where the likeliest is the text's own; absent of earlier versions."]]
 
 class TextFigures(TypedDict):
     """Figures of a variant on one text."""
@@ -45,7 +48,25 @@ class TextFigures(TypedDict):
     kl_se: StandardError
     agreement: Annotated[float, "Share of counted tokens where the likeliest next token is the base's."]
     agreement_se: StandardError
+    top1: Annotated[float | None, "Share of counted tokens where the likeliest next token is the text's own; null of earlier versions."]
+    top1_se: StandardError | None
     sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, in the text's order: they give all other figures."]
+
+class OtherFigures(TextFigures):
+    """Figures of a variant on another text."""
+    name: Annotated[str, "Name of the text's file."]
+    share: Annotated[float | None, "(variant - base) / (adapter - base) of the losses: left of the forgetting if the adapter forgets this "
+        "text, kept of the gain if it improves it; null if undefined."]
+    share_se: StandardError | None
+
+class OtherText(TypedDict):
+    """What the adapter as it is does to another text."""
+    name: Annotated[str, "Name of its file."]
+    effect: Annotated[Effect, "Whether the adapter's loss is above the base's or below it, by two standard errors."]
+    change: Annotated[float, "The adapter's mean loss less the base's, in nats a token."]
+    change_se: PairedError
+    reliable: Annotated[bool, "Whether that is over four standard errors, so that shares of it say anything; tables show no others."]
+    tokens: Annotated[list[float], "Counted tokens of each sequence."]
 
 class Against(TypedDict):
     """Differences to another variant."""
@@ -55,6 +76,8 @@ class Against(TypedDict):
     general_kl_se: PairedError
     task_loss: Annotated[float, "Difference of the mean losses on the task's text."]
     task_loss_se: PairedError
+    task_top1: Annotated[float | None, "Difference of the top-1 on the task's text; null of earlier versions."]
+    task_top1_se: PairedError | None
 
 VariantRecord = TypedDict("VariantRecord", {
     "name": Annotated[str, "`base`, `adapter`, or method and lambda: `paper 0.5`; of coefficients the share that they keep: `fitted 0.9`."],
@@ -63,8 +86,11 @@ VariantRecord = TypedDict("VariantRecord", {
     "keep": NotRequired[Annotated[float, "Of the method fitted: share of the learning that its coefficients were fitted to keep."]],
     "general": Annotated[TextFigures, "On the general text."],
     "task": Annotated[TextFigures, "On the task's text."],
+    "others": NotRequired[Annotated[list[OtherFigures], "On the other texts, in the order of `texts.others`."]],
     "kept": Annotated[float | None, "Share of the learning: (base - variant) / (base - adapter) of the task's losses; null if undefined."],
     "kept_se": StandardError | None,
+    "top1_kept": Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined."],
+    "top1_kept_se": StandardError | None,
     "forgetting": Annotated[float | None, "Share of the forgetting: (variant - base) / (adapter - base) of the general losses; null if "
         "undefined."],
     "forgetting_se": StandardError | None,
@@ -82,6 +108,8 @@ ShrinkRecord = TypedDict("ShrinkRecord", {
     "loss_se": Annotated[PairedError, "The uncertainty of the share kept and of the interpolation is in it."],
     "kl": Annotated[float, "Difference of the mean divergences on the general text."],
     "kl_se": Annotated[Amount, "Its standard error, in the same way."],
+    "top1": Annotated[float | None, "Difference of the top-1 on the task's text; null of earlier versions."],
+    "top1_se": Annotated[Amount | None, "Its standard error, in the same way."],
     "verdict": Annotated[Literal["better", "worse", "not told apart"], "By more than two standard errors: better by both, "
         "worse by the loss, or by the divergence unless the loss is better."],
 })
@@ -100,6 +128,7 @@ class ReliableRecord(TypedDict):
     """Whether shares say anything: what they divide by is over four standard errors (more of few sequences); tables show no others."""
     kept: Annotated[bool, "Those of the learning."]
     forgetting: Annotated[bool, "Those of the forgetting."]
+    top1_kept: Annotated[bool, "Those of the gain in top-1 on the task's text; false if there is none."]
 
 SuggestionRecord = TypedDict("SuggestionRecord", {
     "name": Annotated[str | None, "Its name; null where nothing can be suggested."],
@@ -140,13 +169,14 @@ class EvaluationFacts(TypedDict):
     intruders: NotRequired[Annotated[Count, "Intruders that were found, if variants were to scale them; if 0, these are not run."]]
     projected: Annotated[bool, "Whether deltas were projected onto the adapter's rank, as mitigate writes them, or complete, as by merge."]
     dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; all else is float32."]
-    texts: Annotated[_Texts, "The two texts."]
+    texts: Annotated[_Texts, "The texts."]
     coefficients: NotRequired[Annotated[list[CoefficientsRecord], "The sets of coefficients that were evaluated, if any."]]
     plan: Annotated[Sha256, "Digest of the keys from `transformers` on: what compared variants have in common (SHA-256, hexadecimal)."]
 
 class EvaluationRecord(EvaluationHead, EvaluationFacts):
     """What `streamer evaluate` writes and prints: losses of base, adapter and variants, on a general text and on the task's."""
     tokens: Annotated[_SequenceTokens, "Counted tokens of each sequence."]
+    others: NotRequired[Annotated[list[OtherText], "The other texts, if any."]]
     variants: Annotated[list[VariantRecord], Keywords(minItems=2), "The base, the adapter as it is, each method from its largest lambda "
         "on, then each set of coefficients. Among the shrinks is the one that was placed to keep the share asked for."]
     reliable: Annotated[ReliableRecord, "Whether what shares divide by is large enough."]

@@ -33,11 +33,15 @@ def input_options(facts: Mapping[str, Any]) -> list[str]:
 def differences(mine: Facts, theirs: Facts) -> list[str]:
     """Name what differs between two evaluations whose variants would not be comparable."""
     found = [what for what in ("base", "adapter") if not same_input(mine[what], theirs[what])]
-    for name, text in mine["texts"].items():
-        other = theirs["texts"][name]
-        if text["sha256"] != other["sha256"]:
-            here, there = (f"{one['sequences']} sequences of {one['length']} tokens" for one in (text, other))
-            found.append(f"{name} text" + (f": {here}, not {there}" if here != there else ""))
+    here, there = _texts(mine), _texts(theirs)
+    for name in dict.fromkeys([*here, *there]):
+        if name not in here or name not in there:
+            found.append(f"{name} {'is asked for' if name in here else 'is not asked for'}")
+        elif here[name]["sha256"] != there[name]["sha256"]:
+            own, other = (
+                f"{one['sequences']} sequences of {one['length']} tokens" for one in (here[name], there[name])
+            )
+            found.append(name + (f": {own}, not {other}" if own != other else ""))
     found += [f"--{option}" for option in ("projected", "dtype") if mine[option] != theirs[option]]
     found += ["version of transformers"] if mine["transformers"] != theirs["transformers"] else []
     if mine["detection"] is not None and theirs["detection"] is not None:
@@ -48,6 +52,13 @@ def differences(mine: Facts, theirs: Facts) -> list[str]:
     digests = {one["keep"]: one["sha256"] for one in theirs.get("coefficients", ())}
     others = [one for one in mine.get("coefficients", ()) if digests.get(one["keep"], one["sha256"]) != one["sha256"]]
     return found + (["coefficients"] if others else [])
+
+
+def _texts(facts: Facts) -> dict[str, Any]:
+    """List the texts by what they are called."""
+    texts: dict[str, Any] = facts["texts"]
+    two = {f"{name} text": texts[name] for name in texts if name != "others"}
+    return two | {f"other text {one['name']}": one for one in texts.get("others", ())}
 
 
 def joined_facts(mine: Facts, theirs: Facts) -> dict[str, Any]:

@@ -44,11 +44,11 @@ class _Accumulator:
         found = z.gather(-1, (labels - i).clamp(0, z.shape[-1] - 1).expand(len(z), -1, -1)[..., None])[..., 0]
         self.label = torch.where(here, found, self.label)
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, KL and agreement of each token."""
+    def results(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return of each token its loss and KL, and whether the likeliest one is the base's, and the text's own."""
         log_sum = self.largest.double() + self.total.log()
         kl = self.cross / self.total[:1] - (log_sum[:1] - log_sum)
-        return log_sum - self.label.double(), kl, (self.top == self.top[:1]).double()
+        return log_sum - self.label.double(), kl, (self.top == self.top[:1]).double(), (self.top == labels).double()
 
 
 def measure(model: StreamingModel, text: TextSequences, block: int) -> SequenceSums:
@@ -66,5 +66,5 @@ def measure(model: StreamingModel, text: TextSequences, block: int) -> SequenceS
     with torch.inference_mode():
         for i, _, z in model.logits(ids, model.vocabulary_blocks(block)):
             sums.add(z.float(), i, labels)
-        loss, kl, agree = ((t * counted).sum(-1).numpy() for t in sums.results())
-    return SequenceSums(counted.sum(-1).double().numpy(), loss, kl, agree)
+        found = ((t * counted).sum(-1).numpy() for t in sums.results(labels))
+    return SequenceSums(counted.sum(-1).double().numpy(), *found)

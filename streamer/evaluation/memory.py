@@ -30,7 +30,7 @@ class Pass:
     Attributes
     ----------
     text
-        ``general`` or ``task``.
+        ``general``, ``task``, or the name of another.
     sequences
         Numbers of the sequences.
     variants

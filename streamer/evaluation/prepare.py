@@ -45,7 +45,7 @@ class Prepared:
     findings
         Those given; None where there are none.
     texts
-        ``general`` and ``task``.
+        ``general``, ``task``, and others by the names of their files.
     model
         Of all variants; deltas that need findings can be had of it only once these are there.
     one_length
@@ -120,8 +120,10 @@ class Prepared:
             "scale": o.scale,
             "projected": o.projected,
             "dtype": o.dtype,
-            "texts": {name: text.facts() for name, text in self.texts.items()},
+            "texts": {GENERAL: self.texts[GENERAL].facts(), TASK: self.texts[TASK].facts()},
         }  # fmt: skip
+        if others := [text.facts() for name, text in self.texts.items() if name not in (GENERAL, TASK)]:
+            tree["texts"]["others"] = others
         if self.findings is not None and self.needs_findings:
             tree |= {"findings": self.findings.decisions(), "intruders": self.findings.findings.intruders}
         if o.coefficients is not None:
@@ -142,7 +144,7 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     Parameters
     ----------
     texts
-        Paths of the ``general`` and the ``task`` text.
+        Paths of the ``general`` and the ``task`` text, and of others by the names of their files.
     """
     require_transformers()
     form = OutputOptions(merges=True)
@@ -205,7 +207,7 @@ def chooses_keys(model: StreamingModel, texts: Mapping[str, TextSequences]) -> b
 def read_texts(
     model: StreamingModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor, least: int = 2
 ) -> dict[str, TextSequences]:
-    """Read the ``general`` and the ``task`` text with the tokenizer of a model, and warn where they are the same; see `read_text`."""
+    """Read texts with the tokenizer of a model, and warn where two are the same; see `read_text`."""
     directory = tokenizer_directory(model.job.plan)
     read = {
         name: read_text(path, directory, sequences=sequences, length=length, least=least,
@@ -216,4 +218,8 @@ def read_texts(
         monitor.warn(
             ("the general and the task's text are the same: what is kept and what is forgotten are then one figure",)
         )
+    for name, text in read.items():
+        same = [one for one in (GENERAL, TASK) if name not in (GENERAL, TASK) and read[one].digest() == text.digest()]
+        if same:
+            monitor.warn((f"{name} is the {same[0]} text as well: it shows nothing more",))
     return read

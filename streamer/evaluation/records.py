@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
+
 from streamer.detection.memory import detection_estimates
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
 from streamer.evaluation.identity import differences
@@ -39,7 +41,10 @@ def measured_before(prepared: Prepared, output: Path) -> Evaluation | None:
 def _load(prepared: Prepared, path: Path) -> Evaluation:
     """Load an evaluation; refuse one whose variants are not comparable with those of this run."""
     standing = load_evaluation(path)
-    if differing := differences(prepared.facts, standing.facts):
+    differing = differences(prepared.facts, standing.facts)
+    if np.isnan(standing.task.right).any():
+        differing.append("no counts of right tokens, as before 0.2")
+    if differing:
         raise of_others(path, ONE, differing)
     return standing
 

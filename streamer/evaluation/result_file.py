@@ -17,7 +17,7 @@ from streamer.detection.findings_file import journal_of, lock_of, remove_leftove
 from streamer.detection.options import RunOptions
 from streamer.detection.run import naming_inputs
 from streamer.errors import InputError, NumericError, OutputError, OutputExistsError, StreamerError
-from streamer.evaluation.statistics import Floats
+from streamer.evaluation.statistics import MEASURES, Floats
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import full_float32, threads
 from streamer.plan.plan import Plan
@@ -75,8 +75,8 @@ class ResultFile:
 
     @property
     def head(self) -> dict[str, Any]:
-        """Make the first record of the journal: what run it belongs to, and the threads and the torch on which last bits depend."""
-        bits = f"{self.bits} torch {torch.__version__}".strip()
+        """Make the first record of the journal: what run it is of, what its sums are, and the threads and torch of their bits."""
+        bits = f"{self.bits} torch {torch.__version__} {' '.join(MEASURES)}".strip()
         return {"plan": self.digest, "version": __version__, "stamps": self.plan.detection_stamps(),
                 "bits": bits, "threads": torch.get_num_threads()}  # fmt: skip
 

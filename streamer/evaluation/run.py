@@ -112,15 +112,16 @@ class _Run:
             self._divide(replace(prepared, one_length=one_length))
 
     def _measured(self, variants: Sequence[Variant]) -> Sums:
-        """Measure the variants of a request on both texts."""
+        """Measure the variants of a request on all texts."""
         prepared, names = self.prepared, json.dumps([variant.name for variant in variants])
 
         def job(chosen: tuple[Variant, ...]) -> Job:
             return prepared.options.job(prepared.plan, chosen, self._findings_for(variants))
 
         passes = prepared.passes(len(variants))
-        return Sums(**measure_variants(passes, prepared.texts, variants, job, lambda i: f"{i} {names}", self.records,
-                                       self.progress))  # fmt: skip
+        return measure_variants(
+            passes, prepared.texts, variants, job, lambda i: f"{i} {names}", self.records, self.progress
+        )
 
     def _intruders(self, variants: Sequence[Variant]) -> int | None:
         """Count the intruders that these variants scale; None if none of them scales any."""

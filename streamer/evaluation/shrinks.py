@@ -44,6 +44,7 @@ class ShrinkComparison:
     between: tuple[float, float]
     loss: Estimate
     kl: Estimate
+    top1: Estimate
 
     @property
     def verdict(self) -> Literal["better", "worse", "not told apart"]:
@@ -88,7 +89,8 @@ def against_shrink(
             found.value, math.hypot(found.error, of(slope).value / by_lambda * matched, interpolated), found.sequences
         )
 
-    return ShrinkComparison(lam, between, estimate(general.loss_of), estimate(general.kl_of))
+    top1 = estimate(lambda weights: task.mean(weights @ task.right))
+    return ShrinkComparison(lam, between, estimate(general.loss_of), estimate(general.kl_of), top1)
 
 
 def next_shrink(

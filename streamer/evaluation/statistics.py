@@ -15,14 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-MEASURES = ("loss", "kl", "agree")
+MEASURES = ("loss", "kl", "agree", "right")
 """Sums that are taken of each sequence and variant."""
+
+Effect = Literal["forgets", "improves", "not told"]
 
 LEVEL = 0.975
 """A difference is told from none where it is beyond this quantile of Student's distribution of S − 1 degrees, in its standard errors: 12.7
@@ -105,12 +108,15 @@ class SequenceSums:
         Sums of the Kullback-Leibler divergence ``KL(base ‖ variant)`` of the next token's distribution, in nats: (V, S).
     agree
         Counts of tokens where the variant's most likely token is the base's: (V, S).
+    right
+        Counts of tokens where it is the text's own: (V, S). NaN of evaluations by earlier versions.
     """
 
     tokens: Floats
     loss: Floats
     kl: Floats
     agree: Floats
+    right: Floats
 
     def joined(self, *others: SequenceSums) -> SequenceSums:
         """Put the variants of others, on the same sequences, after its own."""
@@ -147,10 +153,25 @@ class SequenceSums:
         """Estimate by how much the mean loss of the adapter as it is is above the base's: what shares are of."""
         return self.loss_difference(1, 0)
 
+    @property
+    def effect(self) -> Effect:
+        """Say what the adapter as it is does to the text."""
+        change = self.change
+        return "forgets" if change.is_positive else "improves" if change.is_negative else "not told"
+
     def share(self, variant: int) -> Estimate:
         """Estimate what part of the way from the base's loss to the adapter's a variant is: 0 is the base, 1 the adapter as it is."""
         base, adapter = self.loss[0], self.loss[1]
         return ratio(self.loss[variant] - base, adapter - base)
+
+    @property
+    def top1_gain(self) -> Estimate:
+        """Estimate by how much the adapter as it is finds more of the text's own tokens likeliest than the base does."""
+        return self.mean(self.right[1] - self.right[0])
+
+    def top1_share(self, variant: int) -> Estimate:
+        """Estimate what part of that gain a variant keeps."""
+        return ratio(self.right[variant] - self.right[0], self.right[1] - self.right[0])
 
     def kl_share(self, variant: int) -> Estimate:
         """Estimate a variant's divergence as a part of that of the adapter as it is."""

@@ -9,7 +9,7 @@ It holds no model and reads no file; given the same answers it asks the same que
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.shrinks import next_shrink
@@ -22,12 +22,8 @@ MOST_PLACED, EXPECTED_PLACED = 3, 2
 """How many shrinks are measured at most to place one, and how many forecasts and progress count; one or two are the rule."""
 
 
-class Sums(NamedTuple):
-    """Answers a request: sums on both texts, of the base and of the variants that were asked for."""
-
-    general: SequenceSums
-    task: SequenceSums
-
+Sums = Mapping[str, SequenceSums]
+"""Answers a request: sums on each text, of the base and of the variants that were asked for."""
 
 Steps = Generator[tuple[Variant, ...], Sums, Evaluation]
 
@@ -93,9 +89,11 @@ def joined(
     """Add variants that were measured to an evaluation, in the order of its table; the base's own sums stay."""
     added, rows = [EvaluatedVariant.of(variant) for variant in new], range(1, 1 + len(new))
     if known is None:
-        variants, (general, task) = [EvaluatedVariant(BASE, None, None), *added], sums
+        variants, whole = [EvaluatedVariant(BASE, None, None), *added], sums
     else:
         variants = [*known.variants, *added]
-        general, task = known.general.joined(sums.general.take(rows)), known.task.joined(sums.task.take(rows))
+        whole = {text: own.joined(sums[text].take(rows)) for text, own in known.sums.items()}
     order = sorted(range(len(variants)), key=lambda v: variants[v].order)
-    return Evaluation(tuple(variants[v] for v in order), general.take(order), task.take(order), facts, keep)
+    return Evaluation.of(
+        [variants[v] for v in order], {text: own.take(order) for text, own in whole.items()}, facts, keep
+    )

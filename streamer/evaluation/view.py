@@ -44,10 +44,26 @@ def figures(evaluation: Evaluation) -> list[Figures]:
         Figures("forgetting", _shares(general, numbers),
                 "rise of that loss above the base's; 100% is the adapter's", 7),
         Figures("KL", _cells([general.mean(general.kl[v]) for v in numbers]), "divergence from the base on general text, in nats", 6),
-        Figures("same top", [f"{100 * general.mean(general.agree[v]).value:.1f}%" for v in numbers],
+        Figures("same top", [_percent_of(general.mean(general.agree[v])) for v in numbers],
                 "tokens of general text whose likeliest next one is the base's", 2),
         Figures("task", [f"{task.mean(task.loss[v]).value:.4f}" for v in numbers], "mean loss in nats on the task's text", 3),
         Figures("kept", _shares(task, numbers), "fall of that loss below the base's; 100% is the adapter's", 8),
+        Figures("top-1", [_percent_of(task.mean(task.right[v])) for v in numbers],
+                "tokens of the task's text whose likeliest next one is the text's own", 1),
+        Figures("top-1 kept", [_percent(task.top1_share(v)) if evaluation.reliable()["top1_kept"] else "-" for v in numbers],
+                "rise of that share above the base's; 100% is the adapter's", 5),
+        *(column for name, sums in evaluation.others.items() for column in _other(name, sums, numbers)),
+    ]  # fmt: skip
+
+
+def _other(name: str, sums: SequenceSums, variants: Sequence[int]) -> list[Figures]:
+    """Make the columns of another text."""
+    left = sums.effect != "improves"
+    return [
+        Figures(name, [f"{sums.mean(sums.loss[v]).value:.4f}" for v in variants], "mean loss in nats on this text", 2),
+        Figures(f"{name} {'left' if left else 'kept'}", _shares(sums, variants),
+                f"{'rise' if left else 'fall'} of that loss {'above' if left else 'below'} the base's; 100% is the adapter's", 4),
+        Figures(f"{name} KL", _cells([sums.mean(sums.kl[v]) for v in variants]), "divergence from the base on this text, in nats", 1),
     ]  # fmt: skip
 
 
@@ -63,6 +79,8 @@ class Names:
         Files of these; empty if they are not known.
     reading
         Options that decide how much of the texts is read, with a space before each.
+    others
+        Options that name the other texts, likewise.
     """
 
     inputs: str = "BASE ADAPTER"
@@ -72,6 +90,7 @@ class Names:
     findings: str = ""
     coefficients: str = ""
     reading: str = ""
+    others: str = ""
 
 
 def table_text(evaluation: Evaluation, suggestion: Suggestion) -> str:
@@ -123,22 +142,42 @@ def left_out(evaluation: Evaluation) -> list[str]:
     if evaluation.facts.get("intruders") == 0:
         epsilon = evaluation.facts["detection"]["threshold_epsilon"]
         lines.append(f"no intruder was found (epsilon {epsilon:g}): paper and project change nothing, and were not run")
+    others = ((f"what is left or kept of {name}", name, sums) for name, sums in evaluation.others.items())
     for of, on, sums in (
         ("kept", "the task's text", evaluation.task),
         ("forgetting", "general text", evaluation.general),
+        *others,
     ):
         if not (change := sums.change).divides:
             lines.append(
                 f"{of} is not shown: the adapter's loss on {on} minus the base's is {_cell(change)}, and shares are shown of what is over "
                 f"{2 * telling(change.sequences):.1f} errors; longer texts may show more"
             )
+    gain = evaluation.task.top1_gain
+    if math.isfinite(gain.value) and not evaluation.reliable()["top1_kept"]:
+        lines.append(
+            f"top-1 kept is not shown: the adapter finds {100 * gain.value:.2f} ± {100 * gain.error:.2f} points more of the task's tokens "
+            f"than the base, and shares are shown of a gain over {2 * telling(gain.sequences):.1f} errors"
+        )
     return lines
 
 
 def shown_variants(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Make the JSON of all variants with null in place of shares that tables do not show."""
-    hidden = {f"{name}{end}" for name, fine in evaluation.reliable().items() if not fine for end in ("", "_se")}
-    return [{**v, **dict.fromkeys(hidden & v.keys())} for v in evaluation.to_dict()["variants"]]
+    tree = evaluation.to_dict()
+    hidden = {f"{name}{end}" for name, fine in tree["reliable"].items() if not fine for end in ("", "_se")}
+    texts, no_share = tree.get("others", []), {"share": None, "share_se": None}
+    return [
+        {
+            **v,
+            **dict.fromkeys(hidden),
+            "others": [
+                {**own, **({} if text["reliable"] else no_share)}
+                for text, own in zip(texts, v.get("others", []), strict=True)
+            ],
+        }
+        for v in tree["variants"]
+    ]
 
 
 def _shares(sums: SequenceSums, variants: Sequence[int]) -> list[str]:
@@ -205,7 +244,7 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
     options = names.reading + (f" --dtype {facts['dtype']}" if facts["dtype"] != "float32" else "")
     options += "".join(f" {word}" for word in input_options(facts))
     projected = " --projected" if facts["projected"] else ""
-    evaluate = f"streamer evaluate {names.inputs} --general {{}} --task {{}} -o {{}}{options}{projected}"
+    evaluate = f"streamer evaluate {names.inputs} --general {{}} --task {{}} -o {{}}{options}{projected}{names.others}"
     if suggestion.swapped:
         return [f"next: {evaluate.format(names.task, names.general, 'OTHER')}"]
     if reason == "not learned":
@@ -245,6 +284,11 @@ def _cells(estimates: Sequence[Estimate]) -> list[str]:
     error = max(e.error for e in estimates)
     digits = min(6, max(2, 1 - math.floor(math.log10(error)))) if 0 < error < math.inf else 4
     return [f"{e.value:.{digits}f} ± {e.error:.{digits}f}" for e in estimates]
+
+
+def _percent_of(part: Estimate) -> str:
+    """Write a part of all tokens, without its error."""
+    return f"{100 * part.value:.1f}%" if math.isfinite(part.value) else "-"
 
 
 def _percent(share: Estimate) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 import numpy as np
 
 from streamer.errors import MismatchError
+from streamer.evaluation.evaluation import reliable
 from streamer.evaluation.evaluation_records import ReliableRecord, TextFacts
 from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.shrinks import against_shrink
@@ -55,6 +56,7 @@ FittedShrink = TypedDict("FittedShrink", {
     "lambda": Annotated[float, "Lambda of that shrink."],
     "forgetting": Annotated[float, "Share of what was forgotten that it leaves."],
     "divergence": Annotated[float, "Its mean divergence on the general text as a share of the adapter's."],
+    "top1_kept": NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 that it keeps; absent of earlier versions."]],
     "loss": Annotated[float, "Mean loss of the fitted model on the general text less the shrink's; below 0 the fitted one forgets less."],
     "loss_se": Annotated[PairedError, "The uncertainty of the share kept and of the interpolation is in it."],
     "kl": Annotated[float, "Mean divergence of the fitted model on the general text less the shrink's."],
@@ -73,6 +75,8 @@ class SetRecord(TypedDict):
         "task's; null with one coefficient, or if all are 0 or 1."]
     kept: Annotated[float | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined."]
     kept_se: StandardError | None
+    top1_kept: NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; absent of earlier versions."]]
+    top1_kept_se: NotRequired[StandardError | None]
     forgetting: Annotated[float | None, "Share of the forgetting: (fitted - base) / (adapter - base) of the general losses; null if "
         "undefined."]
     forgetting_se: StandardError | None
@@ -113,6 +117,8 @@ class AdapterFacts(TypedDict):
     forgotten: Annotated[bool, "Whether the adapter's loss on the general text is told above the base's, on the sequences held apart."]
     learning: Annotated[float, "Loss of the base on the task's text less the adapter's, in nats a token."]
     learning_se: PairedError
+    top1_gain: NotRequired[Annotated[float, "Share of the task's tokens that it finds likeliest, less the base's; not earlier."]]
+    top1_gain_se: NotRequired[PairedError]
     forgetting: Annotated[float, "Loss of the adapter on the general text less the base's, in nats a token."]
     forgetting_se: PairedError
     divergence: Annotated[float, "Mean divergence KL(base ‖ adapter) on the general text, in nats a token."]
@@ -167,9 +173,10 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> Adapt
     return cast(AdapterFacts, {
         "forgotten": forgetting.is_positive,
         **flat("learning", learning),
+        **flat("top1_gain", task.top1_gain),
         **flat("forgetting", forgetting),
         **flat("divergence", general.mean(general.kl[ADAPTER_ROW])),
-        "reliable": {"kept": learning.divides, "forgetting": forgetting.divides},
+        "reliable": reliable(general, task),
     })  # fmt: skip
 
 
@@ -195,11 +202,13 @@ def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceS
     same = theta is not None and (theta == theta[:1]).all()  # it is a shrink
     compared, shrink = None if same else against_shrink(variants, general, task, v), None
     if compared is not None:
-        loss, kl = general.loss_difference(ADAPTER_ROW, BASE_ROW), general.mean(general.kl[ADAPTER_ROW])
+        loss, kl = general.change, general.mean(general.kl[ADAPTER_ROW])
+        gain, top1 = task.top1_gain.value, task.top1_share(v).value
         shrink = cast(FittedShrink, {
             "lambda": compared.mitigation_lambda,
             "forgetting": general.share(v).value - compared.loss.value / loss.value,
             "divergence": general.kl_share(v).value - compared.kl.value / kl.value,
+            "top1_kept": top1 - compared.top1.value / gain if gain else None,
             **flat("loss", compared.loss),
             **flat("kl", compared.kl),
             "verdict": compared.verdict,
@@ -210,6 +219,7 @@ def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceS
         "exceeded": task.share(v).value > one.keep + EXCEEDED,
         "mu": one.weight if math.isfinite(one.weight) else None,
         **flat("kept", task.share(v)),
+        **flat("top1_kept", task.top1_share(v)),
         **flat("forgetting", general.share(v)),
         **flat("divergence", general.kl_share(v)),
         **({} if theta is None else {"coefficients": {

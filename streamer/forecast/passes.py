@@ -12,6 +12,7 @@ from streamer.evaluation.memory import measured_bytes
 from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.passes import checked_tokens
 from streamer.evaluation.prepare import Prepared
+from streamer.evaluation.statistics import MEASURES
 from streamer.evaluation.steps import MOST_PLACED
 from streamer.events import Event
 from streamer.fitting.costs import GRADIENT, expected_costs
@@ -57,7 +58,7 @@ def forecast_evaluation(prepared: Prepared, known: Evaluation | None) -> Forecas
     monitor.emit(Event("probe", "", 1, 1))
     variants = len(prepared.options.variants) + MOST_PLACED + (0 if known is None else len(known.variants))
     sequences = sum(len(text.ids) for text in prepared.texts.values())
-    writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (3 * variants + 1) * sequences
+    writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
     writes += len(json.dumps(prepared.facts, indent=1))
     read = size.read * runs
     peak = measured_bytes(passes, prepared.texts, size, prepared.resident)

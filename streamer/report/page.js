@@ -101,6 +101,18 @@ function showEvaluation(tree) {
     numeric("same top", "tokens of general text whose likeliest next one is the base's", "agreement", (v) => percent(v.agreement)),
     numeric("task", "mean loss in nats on the task's text", "task", (v) => v.task.toFixed(4)),
     numeric("kept", "fall of that loss below the base's", "kept", (v) => error(v.kept, v.kept_se)),
+    numeric("top-1", "tokens of the task's text whose likeliest next one is the text's own", "top1", (v) => (v.top1 === null ? "–" : percent(v.top1))),
+    numeric("top-1 kept", "rise of that share above the base's", "top1_kept", (v) => error(v.top1_kept, v.top1_kept_se)),
+    ...tree.others.flatMap((one, i) => {
+      const column = (head, about, key, format) => ({ head, about, cell: (v) => text(format(v.others[i])), key: (v) => last(v.others[i][key]) });
+      const kept = one.effect === "improves";
+      return [
+        column(one.name, "mean loss in nats on this text", "loss", (v) => v.loss.toFixed(4)),
+        column(`${one.name} ${kept ? "kept" : "left"}`, kept ? "fall of that loss below the base's" : "rise of that loss above the base's", "share",
+               (v) => error(v.share, v.share_se)),
+        column(`${one.name} KL`, "divergence from the base on this text, in nats", "kl", (v) => v.kl.toFixed(4)),
+      ];
+    }),
   ], tree.variants, { id: "variants", marked: (v) => v.name === tree.suggested });
 }
 

@@ -114,13 +114,24 @@ def _findings(findings: Findings, directions: int = MOST_DIRECTIONS) -> dict[str
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     tree, best = evaluation.to_dict(), evaluation.best()
     variants = shown_variants(evaluation)
-    keys = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
+    keys = (
+        "kept",
+        "kept_se",
+        "top1_kept",
+        "top1_kept_se",
+        "forgetting",
+        "forgetting_se",
+        "divergence",
+        "divergence_se",
+    )
+    of_other = ("loss", "share", "share_se", "kl")
     return {
         "keep": evaluation.keep,
         "methods": list(METHODS),
         "suggested": best.variant and printable(best.variant.name),
         "front": [printable(name) for name in tree["front"]],
-        "texts": {side: text["name"] for side, text in evaluation.facts["texts"].items()},
+        "texts": {side: evaluation.facts["texts"][side]["name"] for side in ("general", "task")},
+        "others": [{"name": printable(one["name"]), "effect": one["effect"]} for one in tree.get("others", [])],
         "variants": [
             {
                 "name": printable(v["name"]),
@@ -130,6 +141,8 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
                 "task": v["task"]["loss"],
                 "kl": v["general"]["kl"],
                 "agreement": v["general"]["agreement"],
+                "top1": v["task"]["top1"],
+                "others": [{key: one[key] for key in of_other} for one in v["others"]],
                 **{key: v[key] for key in keys},
             }
             for v, one in zip(variants, evaluation.variants, strict=True)

@@ -199,7 +199,7 @@ def test_it_makes_no_difference_what_runs_together(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("streamer.evaluation.memory.ROWS", 26)
     apart = evaluate(max_memory="4G", io="pread")
     for text in ("general", "task"):
-        for measure in ("tokens", "loss", "kl", "agree"):
+        for measure in ("tokens", "loss", "kl", "agree", "right"):
             a, b = (getattr(getattr(e, text), measure) for e in (together, apart))
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
     assert together.front() == apart.front()

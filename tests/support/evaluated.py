@@ -159,4 +159,6 @@ def assert_as_transformers(cls: Any, base: Path, adapter: Path, directory: Path,
         assert_sums(ours.loss[v].sum(), ours.kl[v].sum(), own, reference, ids, variants[v].name)
         agreement = sums_of(own.log_p, reference.log_p, ids)[2]
         assert abs(ours.agree[v] - agreement.numpy()).max() <= 1, variants[v].name
+        right = (own.log_p.argmax(-1) == ids[:, 1:]).sum(-1)
+        assert abs(ours.right[v] - right.numpy()).max() <= 1, variants[v].name
     assert (abs(ours.loss[1:] - ours.loss[0]).max(1) / ours.tokens.max()).min() > 1e-3, "variants differ"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from seeds import vary
@@ -13,7 +14,21 @@ from streamer.evaluation.evaluation import Evaluation
 from streamer.evaluation.statistics import SequenceSums
 from streamer.evaluation.variants import EvaluatedVariant
 
-COLUMNS = ["variant", "general", "vs", "adapter", "forgetting", "KL", "same", "top", "task", "kept"]
+COLUMNS = [
+    "variant",
+    "general",
+    "vs",
+    "adapter",
+    "forgetting",
+    "KL",
+    "same",
+    "top",
+    "task",
+    "kept",
+    "top-1",
+    "top-1",
+    "kept",
+]
 """Words that head the columns of the table."""
 
 LAMBDAS = (0.9, 0.75, 0.5, 0.25, 0.0)
@@ -27,14 +42,19 @@ CURVES: Mapping[str, Curve] = {
     "shrink": lambda x: (x**2, 1 - (1 - x) ** 2),
 }
 
+
+def text_facts(name: str) -> dict[str, Any]:
+    return {"name": name, "sequences": 64, "tokens": 9, "length": 512, "sha256": "0" * 64}
+
+
+TEXTS = {side: text_facts(f"{side}.txt") for side in ("general", "task")}
+
 FACTS = {
     "version": "0", "transformers": "5", "base": {"files": []}, "adapter": {"modules": 1}, "factored": True, "quantized": False,
     "detection": {"top_k": 10, "threshold_epsilon": 0.5, "solver": "auto", "max_memory": None}, "scale": "all",
     "projected": False,
     "dtype": "float32",
-    "texts": {
-        side: {"name": f"{side}.txt", "sequences": 64, "tokens": 9, "length": 512, "sha256": "0" * 64} for side in ("general", "task")
-    },
+    "texts": TEXTS,
     "plan": "0" * 64,
 }  # fmt: skip
 
@@ -46,6 +66,7 @@ def evaluation(
     learns: float = 0.5,
     noise: float = 0.003,
     seed: int = 0,
+    others: Mapping[str, float] = {},
 ) -> Evaluation:
     """Make losses of 64 sequences of 200 to 512 tokens: how hard a sequence is, plus shares of what it forgets and learns, plus noise."""
     rng = np.random.default_rng(vary(seed))
@@ -67,9 +88,13 @@ def evaluation(
             (hard + effect + scatter) * tokens,
             (size + np.abs(scatter)) * tokens,
             np.round(np.exp(-size) * tokens),
+            np.round(np.exp(-hard / 4 - effect) * tokens),
         )
 
-    return Evaluation(tuple(variants), sums(shares[0], forgets), sums(shares[1], -learns), FACTS)
+    texts = sums(shares[0], forgets), sums(shares[1], -learns)
+    facts = {**FACTS, "texts": {**TEXTS, **({"others": [text_facts(name) for name in others]} if others else {})}}
+    more = {name: sums(shares[0], change) for name, change in others.items()}
+    return Evaluation(tuple(variants), *texts, facts, others=more)
 
 
 def of_findings(findings: Findings) -> Evaluation:

@@ -59,7 +59,7 @@ class World:
         values[0] += -self.beside if text == "general" else self.beside
         loss = np.stack([TOKENS * (least + factors * value) for value in values])
         none = np.zeros_like(loss)
-        return SequenceSums(np.full(SEQUENCES, TOKENS), loss, none, none)
+        return SequenceSums(np.full(SEQUENCES, TOKENS), loss, none, none, none)
 
     def fit(self, options: FitOptions) -> tuple[FittedPoint, ...]:
         steps = fit_steps(options)

@@ -74,7 +74,7 @@ def test_a_share_of_nothing_and_a_perplexity_beyond_all_are_null() -> None:
 def test_shares_of_next_to_nothing_are_dashes_with_a_reason() -> None:
     """The JSON has the numbers and says that they tell nothing; table and page have dashes."""
     e = evaluation(forgets=0.0005)
-    assert e.to_dict()["reliable"] == {"kept": True, "forgetting": False}
+    assert e.to_dict()["reliable"] == {"kept": True, "forgetting": False, "top1_kept": True}
     assert all(v["forgetting"] is not None for v in e.to_dict()["variants"])
     assert {(v["forgetting"], v["forgetting_se"]) for v in shown_variants(e)} == {(None, None)}
     assert [v["kept"] for v in shown_variants(e)] == [v["kept"] for v in e.to_dict()["variants"]]
@@ -85,8 +85,67 @@ def test_shares_of_next_to_nothing_are_dashes_with_a_reason() -> None:
     assert line.startswith("forgetting is not shown: the adapter's loss on general text minus the base's is ")
     assert line.endswith(", and shares are shown of what is over 4.0 errors; longer texts may show more")
     swapped = evaluation(learns=-0.4)
-    assert swapped.to_dict()["reliable"] == {"kept": True, "forgetting": True}
-    assert " is not shown: " not in swapped.table()
+    assert swapped.to_dict()["reliable"] == {"kept": True, "forgetting": True, "top1_kept": False}
+    (line,) = [line for line in swapped.table().splitlines() if " is not shown: " in line]
+    assert line.startswith("top-1 kept is not shown: the adapter finds -")
+
+
+def test_top_1_stands_beside_the_loss() -> None:
+    e = evaluation()
+    right, tokens = e.task.right, e.task.tokens.sum()
+    columns = {c.head: c.cells for c in figures(e)}
+    for v, name in enumerate(one.name for one in e.variants):
+        tree = e[name]
+        assert tree["task"]["top1"] == pytest.approx(right[v].sum() / tokens)
+        kept = (right[v] - right[0]).sum() / (right[1] - right[0]).sum()
+        assert tree["top1_kept"] == pytest.approx(kept)
+        assert tree["against_adapter"]["task_top1"] == pytest.approx((right[v] - right[1]).sum() / tokens)
+        assert columns["top-1"][v] == f"{100 * right[v].sum() / tokens:.1f}%"
+        assert columns["top-1 kept"][v].startswith(f"{100 * kept + 0.0:.1f}% ± ")
+    assert columns["top-1 kept"][:2] == ["0.0% ± 0.0", "100.0% ± 0.0"]
+
+
+def test_other_texts_are_left_or_kept_by_what_the_adapter_does_to_them() -> None:
+    """They are in table and JSON, and nothing is suggested by them."""
+    e = evaluation(others={"code.txt": 0.3, "near.jsonl": -0.2, "far.npy": 0.0})
+    tree = e.to_dict()
+    assert faults(tree) == []
+    assert Evaluation.from_json(e.to_json()).to_json() == e.to_json()
+    assert [(one["name"], one["effect"], one["reliable"]) for one in tree["others"]] == [
+        ("code.txt", "forgets", True), ("near.jsonl", "improves", True), ("far.npy", "not told", False),
+    ]  # fmt: skip
+    columns = {c.head: c.cells for c in figures(e)}
+    assert [head for head in columns if "." in head] == [
+        "code.txt", "code.txt left", "code.txt KL", "near.jsonl", "near.jsonl kept", "near.jsonl KL",
+        "far.npy", "far.npy left", "far.npy KL",
+    ]  # fmt: skip
+    assert set(columns["far.npy left"]) == {"-"}
+    assert (
+        "what is left or kept of far.npy is not shown: the adapter's loss on far.npy minus the base's is " in e.table()
+    )
+    for name in ("code.txt", "near.jsonl"):
+        own = e.others[name].loss.sum(axis=1)
+        for v, one in enumerate(tree["variants"]):
+            (figure,) = [f for f in one["others"] if f["name"] == name]
+            assert figure["share"] == pytest.approx((own[v] - own[0]) / (own[1] - own[0]))
+            assert figure["loss"] == pytest.approx(own[v] / e.others[name].tokens.sum())
+    assert {one["others"][2]["share"] for one in shown_variants(e)} == {None}
+    assert tree["suggestion"] == evaluation().to_dict()["suggestion"]
+
+
+def test_a_file_of_an_earlier_version_lacks_top_1_and_is_read() -> None:
+    tree: Any = evaluation().to_dict()
+    del tree["reliable"]
+    for v in tree["variants"]:
+        for text in ("general", "task"):
+            del v[text]["sums"]["right"]
+    e = Evaluation.from_json(json.dumps(tree))
+    again = e.to_dict()
+    assert faults(again) == []
+    assert {v["top1_kept"] for v in again["variants"]} == {v["task"]["top1"] for v in again["variants"]} == {None}
+    assert [v["kept"] for v in again["variants"]] == [v["kept"] for v in tree["variants"]]
+    assert {c.head: set(c.cells) for c in figures(e)}["top-1 kept"] == {"-"}
+    assert json.loads(e.to_json()) == again
 
 
 def test_without_shares_the_verdict_is_in_nats() -> None:

@@ -69,7 +69,7 @@ def test_what_is_uncertain_about_the_share_kept_is_in_the_error() -> None:
 )
 def test_the_verdict_by_both_measures(loss: float, kl: float, verdict: str) -> None:
     """Differences are in units of their errors, over 64 sequences: two tell."""
-    found = ShrinkComparison(0.7, (0.5, 0.75), Estimate(loss, 1, 64), Estimate(kl, 1, 64))
+    found = ShrinkComparison(0.7, (0.5, 0.75), Estimate(loss, 1, 64), Estimate(kl, 1, 64), Estimate(0, 1, 64))
     assert found.verdict == verdict
 
 

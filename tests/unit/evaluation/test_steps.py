@@ -45,9 +45,11 @@ class World:
         )
         general = (hard + self.forgets * np.outer(left, loss)) * tokens
         task = (hard - self.learns * np.outer(kept, gain)) * tokens
-        return Sums(
-            *(SequenceSums(tokens, sums, np.outer(left, tokens), np.zeros_like(sums)) for sums in (general, task))
-        )
+        none = np.zeros_like(general)
+        return {
+            text: SequenceSums(tokens, sums, np.outer(left, tokens), none, none)
+            for text, sums in (("general", general), ("task", task))
+        }
 
     def share(self, variant: Variant) -> float:
         if variant.method is None:

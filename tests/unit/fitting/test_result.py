@@ -14,7 +14,7 @@ def sums(falls: list[float]) -> SequenceSums:
     """Of base and adapter, on sequences of 10 tokens: by how much the adapter's mean loss is below the base's."""
     base = np.full(len(falls), 50.0)
     loss = np.stack([base, base - 10 * np.array(falls)])
-    return SequenceSums(np.full(len(falls), 10.0), loss, np.abs(loss - base), np.zeros_like(loss))
+    return SequenceSums(np.full(len(falls), 10.0), loss, np.abs(loss - base), *[np.zeros_like(loss)] * 2)
 
 
 def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
@@ -34,7 +34,7 @@ def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
 def test_a_set_that_keeps_less_than_was_wanted_or_much_more_says_so(left: float, missed: bool, exceeded: bool) -> None:
     falls = [0.0, 1.0, *(1 - lam for lam in SHRINKS), 1 - left]
     loss = np.stack([np.linspace(40, 60, 6) - 10 * fall for fall in falls])
-    own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), np.zeros_like(loss))
+    own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), *[np.zeros_like(loss)] * 2)
     point = FoundSet(0.9, 1.0, "fitted", np.array([0.5, 0.7]))
     (one,) = set_facts(own, own, [point])
     assert (one["missed"], one["exceeded"]) == (missed, exceeded)
