@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from streamer.fitting.options import Grain, Objective
     from streamer.methods import MethodName
     from streamer.methods.coefficients import Coefficients
+    from streamer.methods.input_map import InputMap
     from streamer.output.prepare import FindingsOrPath
     from streamer.remote.inputs import RemoteMode
     from streamer.storage.tensor_file import IOMode
@@ -132,7 +133,8 @@ class MethodKeywords(TypedDict, total=False):
         ``paper`` scales the whole direction, ``Δ' = Δ + (λ − 1) U Σ Vᵀ`` of the intruders; ``project`` only what the adapter put there,
         ``Δ' = (I − (1 − λ) U Uᵀ) Δ``. Without detection ``shrink`` scales the whole adapter, ``Δ' = λ Δ``, and ``fitted`` each singular
         direction of Δ by its coefficient, ``Δ' = U diag(c) Uᵀ Δ``; ``regmean`` takes new right factors, ``Δ' = L R'ᵀ``. None is the method
-        of the coefficients, if there are any, else ``paper``.
+        of the coefficients, if there are any, else ``paper``. With a map ``nullspace`` takes away what Δ answers to general inputs, without
+        any text of the task.
     scale
         ``all``: every intruder among the top k; ``first``: the highest-ranked one of each matrix.
     coefficients
@@ -141,6 +143,9 @@ class MethodKeywords(TypedDict, total=False):
         Which coefficients, if there are several sets: those that keep this share of what the adapter learned.
     amplify
         Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
+    map
+        From `map_inputs` on the base, or the path of its file, for ``nullspace``: λ is then the share of the energy that each matrix' delta
+        has on general inputs.
     """
 
     method: MethodName | None
@@ -148,13 +153,15 @@ class MethodKeywords(TypedDict, total=False):
     coefficients: Coefficients | str | Path | None
     keep: float | None
     amplify: bool
+    map: InputMap | str | Path | None
 
 
 class MitigateKeywords(MethodKeywords, JudgeKeywords, total=False):
     """Keywords of functions that mitigate files, and detect first unless findings are given.
 
     mitigation_lambda
-        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, and no λ if there are `coefficients`.
+        Share of an intruder that is kept, from 0 (removed) to 1 (unchanged). None is 0.75, with a `map` 0.6, and no λ if there are
+        `coefficients`.
     """
 
     mitigation_lambda: float | None
@@ -194,6 +201,7 @@ class EvaluateKeywords(JudgeKeywords, RunKeywords, total=False):
     amplify: bool
     scale: Selection
     coefficients: Coefficients | str | Path | None
+    map: InputMap | str | Path | None
     sequences: int
     length: int
     keep: float

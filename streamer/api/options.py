@@ -20,6 +20,8 @@ from streamer.events import Monitor
 from streamer.methods import Method, MethodName, make_method
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.coefficients_file import load_coefficients
+from streamer.methods.input_map import InputMap
+from streamer.methods.input_map_file import load_map
 from streamer.remote.inputs import Remote, RemoteMode
 from streamer.storage.tensor_file import IOMode
 
@@ -102,9 +104,10 @@ class MethodChoice:
     coefficients: Coefficients | str | Path | None = None
     keep: float | None = None
     amplify: bool = False
+    map: InputMap | str | Path | None = None
 
     def make(self) -> Method:
-        """Make the method, and read its coefficients.
+        """Make the method, and read its coefficients or its map.
 
         Raises
         ------
@@ -116,7 +119,8 @@ class MethodChoice:
                 f"keep: chooses among coefficients, found {self.keep!r} and none; give them, or leave it out"
             )
         fitted = None if self.coefficients is None else read_coefficients(self.coefficients).select(self.keep)
-        return make_method(self.method, self.mitigation_lambda, self.scale, fitted, self.amplify)
+        mapped = None if self.map is None else read_map(self.map)
+        return make_method(self.method, self.mitigation_lambda, self.scale, fitted, self.amplify, mapped)
 
 
 Options = TypeVar("Options")
@@ -131,6 +135,11 @@ def take(kind: type[Options], keywords: Mapping[str, Any], **named: Any) -> Opti
 def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:
     """Return coefficients, read if a path is given."""
     return coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
+
+
+def read_map(given: InputMap | str | Path) -> InputMap:
+    """Return a map of a base's inputs, read if a path is given."""
+    return given if isinstance(given, InputMap) else load_map(given)
 
 
 def read_path(name: str, value: str | Path) -> Path:

@@ -20,6 +20,7 @@ def verify_output(
     sample: int | Literal["all"] = 3,
     max_memory: int | str | None = None,
     coefficients: str | Path | None = None,
+    map: str | Path | None = None,  # noqa: A002
     **options: Unpack[WatchKeywords],
 ) -> Verification:
     """Compare an output with its record and, given its inputs, with what they give, by other code than wrote it.
@@ -41,6 +42,8 @@ def verify_output(
         Matrices that take more memory, in bytes or as a size like ``"4G"``, are not recomputed.
     coefficients
         File of the fit that it was made with, if that gave new factors (method ``regmean``): the output has their digest alone.
+    map
+        File of the map that it was made with (method ``nullspace``).
 
     Returns
     -------
@@ -57,4 +60,4 @@ def verify_output(
     with watched(options) as monitor:
         inputs = Remote("cache", monitor=monitor)  # it reads files, by code that knows no addresses
         base, adapter = (None if given is None else inputs.path(given) for given in (base, adapter))
-        return verify(output, base, adapter, sample, read_size(max_memory), monitor, coefficients)
+        return verify(output, base, adapter, sample, read_size(max_memory), monitor, coefficients, map)

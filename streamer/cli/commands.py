@@ -130,7 +130,7 @@ def _verify(args: argparse.Namespace, monitor: Monitor) -> Result:
 
     found = verify_output(
         args.output, args.base, args.adapter, sample=args.sample, max_memory=args.max_memory,
-        coefficients=args.coefficients, monitor=monitor,
+        coefficients=args.coefficients, map=args.map, monitor=monitor,
     )  # fmt: skip
     return {**found}, verification_text(found)
 

@@ -17,7 +17,8 @@ from streamer.cli.worker_options import add_workers
 OPTIONS = {
     "threshold_epsilon": "--epsilon",
     **{name: f"--{name.replace('_', '-')}" for name in
-       ("architecture", "coefficients", "device", "dtype", "grain", "holdout", "keep", "lambda", "length", "max_memory", "method", "other",
+       ("architecture", "coefficients", "device", "dtype", "grain", "holdout", "keep", "lambda", "length", "map", "max_memory",
+        "method", "other",
         "objective", "scale", "seed", "sequences", "solver", "steps", "to_lora", "top_k")},
 }  # fmt: skip
 """The options of the library's keywords, by which its messages call them."""
@@ -133,15 +134,17 @@ def build_parser() -> Parser:
     mitigating = Parser(add_help=False)
     g = mitigating.add_argument_group("mitigation")
     g.add_argument("--lambda", dest="mitigation_lambda", type=number, metavar="L",
-                   help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75)")  # fmt: skip
+                   help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75; with --map 0.6, of "
+                        "each delta's energy on general inputs)")  # fmt: skip
     add_amplify(g)
     g.add_argument("--method", choices=list(ABOUT),
                    help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
-                        + f"; if not given, that of --coefficients, else {DEFAULT_METHOD}")  # fmt: skip
+                        + f"; if not given, that of --coefficients or --map, else {DEFAULT_METHOD}")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",
                    help="from `streamer fit`; detection and --lambda are not used")  # fmt: skip
     g.add_argument("--keep", type=number, metavar="SHARE",
                    help="which coefficients, where FILE has several sets: those that keep this share of what was learned")  # fmt: skip
+    g.add_argument("--map", type=path, metavar="FILE", help="from `streamer map` on BASE; detection is not used")
     g.add_argument("--scale", choices=["all", "first"], default="all",
                    help="which intruders: all among the top k, or the highest-ranked one of each matrix (default: all)")  # fmt: skip
     g.add_argument("--no-card", dest="model_card", action="store_false",
@@ -223,6 +226,8 @@ def build_parser() -> Parser:
                      help="do not recompute matrices that take more memory, like 4G (default: as much as it takes)")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="from `streamer fit`: what OUTPUT was made with, if that is method regmean, to recompute it")  # fmt: skip
+    sub.add_argument("--map", metavar="FILE",
+                     help="from `streamer map`: what OUTPUT was made with, if that is method nullspace, to recompute it")  # fmt: skip
     out = writing(
         "FILE", "JSON file to write; variants are added to an evaluation of the same inputs, texts and options"
     )

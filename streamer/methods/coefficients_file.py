@@ -19,13 +19,12 @@ import torch
 
 from streamer.detection.findings_file import COEFFICIENTS as KEY
 from streamer.detection.findings_file import SCHEMA as FINDINGS_SCHEMA
-from streamer.errors import FormatError, OutputError, OutputExistsError
+from streamer.errors import FormatError
 from streamer.methods.coefficients import Coefficients, CoefficientSet, Floats, MatrixCoefficients, fault_of, share_name
 from streamer.methods.factors import FactorSet
 from streamer.methods.fit_set import FitSet
-from streamer.storage.files import make_directory
 from streamer.storage.header import TensorInfo
-from streamer.storage.output_checks import refuse_address, refuse_symlink
+from streamer.storage.output_checks import check_replaced
 from streamer.storage.shard_writer import plan_shard, write_shard
 from streamer.storage.strict_json import strict_json
 from streamer.storage.tensor_file import TensorFile
@@ -63,18 +62,7 @@ def save_coefficients(coefficients: Coefficients, path: Path, overwrite: bool = 
     """
     for one in coefficients.sets:
         one.check()
-    refuse_address(path)
-    refuse_symlink(path)
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
-    if path.exists() and path.stat().st_size > 0:
-        if not overwrite:
-            raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
-        if not is_coefficients_file(path):
-            raise OutputExistsError(
-                f"{path}: exists and is not coefficients, which is all that is replaced; choose another output", path
-            )
-    make_directory(path.parent)
+    check_replaced(path, overwrite, is_coefficients_file, "coefficients")
     arrays, factors = _arrays(coefficients), isinstance(coefficients.sets[0], FactorSet)
     tree = {
         **coefficients.facts,

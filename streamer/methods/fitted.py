@@ -18,8 +18,6 @@ class ByFit(Method):
     needs: ClassVar[Needs] = Needs.COEFFICIENTS
     keeps_rank: ClassVar[bool] = True
     default_lambda: ClassVar[float | None] = None
-    changes: ClassVar[str]
-    """What it changes of each matrix, in a line."""
 
     def check(self) -> None:
         """Refuse a λ, and a lack of coefficients, or those of another method."""

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from streamer.detection.intruders import Detection
     from streamer.linalg.operators import Delta
     from streamer.methods.fit_set import FitSet
+    from streamer.methods.input_map import InputMap
 
 
-MethodName = Literal["paper", "project", "shrink", "fitted", "regmean"]
+MethodName = Literal["paper", "project", "shrink", "fitted", "regmean", "nullspace"]
 """Names of the methods, for type checkers; `METHODS` has the methods."""
 
 
@@ -33,6 +34,7 @@ class Needs(Enum):
     NOTHING = "nothing"
     FINDINGS = "findings"
     COEFFICIENTS = "coefficients"
+    MAP = "map"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Method(ABC):
         Those of a method that needs them; None for the others.
     amplify
         Allow λ outside [0, 1]: above 1 an intruder grows, below 0 its sign changes.
+    map
+        That of the base's inputs, for a method that needs it; None for the others.
     name
         On the command line, in records and in tables.
     needs
@@ -59,6 +63,8 @@ class Method(ABC):
         Whether the left factor stays as it is, so that only ``lora_A`` is written anew.
     colour, about, card
         In figures; what it does, in help, and at the head of a model card.
+    changes
+        What it changes of each matrix, for a table; of a method that scales intruders their number stands there.
     default_lambda
         λ where none is given.
     """
@@ -67,6 +73,7 @@ class Method(ABC):
     scale: Selection = "all"
     coefficients: FitSet | None = None
     amplify: bool = False
+    map: InputMap | None = None
 
     name: ClassVar[MethodName]
     needs: ClassVar[Needs]
@@ -75,11 +82,16 @@ class Method(ABC):
     colour: ClassVar[str]
     about: ClassVar[str]
     card: ClassVar[str]
+    changes: ClassVar[str] = "as a whole"
     default_lambda: ClassVar[float | None] = 0.75
 
     def __post_init__(self) -> None:
         if self.scale not in get_args(Selection):
             raise UsageError(f"scale: expected one of {', '.join(get_args(Selection))}, found {self.scale!r}")
+        if self.map is None and self.needs is Needs.MAP:
+            raise UsageError(f"method {self.name!r} needs a map of the base's inputs; make one with `streamer map`")
+        if self.map is not None and self.needs is not Needs.MAP:
+            raise UsageError(f"map: is not used by method {self.name!r}; leave one of the two out")
         self.check()
 
     @abstractmethod
@@ -122,17 +134,14 @@ class Method(ABC):
 
     def as_json(self) -> dict[str, Any]:
         """Return the options by the names that are written and printed."""
-        fitted = {} if self.coefficients is None else {"coefficients": self.coefficients.record()}
-        return {"method": self.name, "scale": self.scale, "lambda": self.mitigation_lambda, **fitted}
+        more: dict[str, Any] = {} if self.coefficients is None else {"coefficients": self.coefficients.record()}
+        if self.map is not None:
+            more["map"] = self.map.record()
+        return {"method": self.name, "scale": self.scale, "lambda": self.mitigation_lambda, **more}
 
 
 class ByLambda(Method):
-    """A method that scales something by λ."""
-
-    card: ClassVar[str] = (
-        "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
-        "directions that fine-tuning adds and the base does not have; here they are scaled by λ: 1 leaves them, 0 removes them.\n"
-    )
+    """A method that has a λ."""
 
     def check(self) -> None:
         """Refuse a λ that is no share, and coefficients."""
@@ -154,6 +163,15 @@ class ByLambda(Method):
     def label(self) -> str:
         """Name it with its λ."""
         return f"{self.name} {self.mitigation_lambda:g}"
+
+
+class Scaling(ByLambda):
+    """A method that scales intruders, or the whole delta, by λ."""
+
+    card: ClassVar[str] = (
+        "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
+        "directions that fine-tuning adds and the base does not have; here they are scaled by λ: 1 leaves them, 0 removes them.\n"
+    )
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
         """Compute Δ' by the formula; see `Method.mitigated`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from streamer.methods.method import ByLambda, MethodName, Needs
+from streamer.methods.method import MethodName, Needs, Scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from streamer.linalg.operators import Delta
 
 
-class Paper(ByLambda):
+class Paper(Scaling):
     """``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``, of rank r + q (Shuttleworth et al., arXiv 2410.21228)."""
 
     name: ClassVar[MethodName] = "paper"

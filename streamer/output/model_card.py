@@ -241,6 +241,8 @@ def _method(record: Record) -> str:
     if (fitted := record["coefficients"]) is not None:
         return f"{record['method']}, to keep {100 * fitted['keep']:g} % of what was learned, coefficients `{fitted['sha256'][:16]}`"
     assert record["lambda"] is not None
+    if "map" in record:
+        return f"{record['method']}, λ = {_number(record['lambda'])}, map `{record['map']['sha256'][:16]}`"
     return f"{record['method']}, λ = {_number(record['lambda'])}, scale {record['scale']}"
 
 
@@ -260,7 +262,8 @@ def command_line(record: Record) -> str:
         words += ["--method", record["method"], "--coefficients", "COEFFICIENTS", "--keep", _number(fitted["keep"])]
     else:
         assert lam is not None
-        words += ["--lambda", _number(lam), "--method", record["method"], "--scale", record["scale"]]
+        words += ["--lambda", _number(lam), "--method", record["method"]]
+        words += ["--map", "MAP"] if "map" in record else ["--scale", record["scale"]]
     if (detection := record["detection"]) is not None:
         words += ["--top-k", str(detection["top_k"]), "--epsilon", _number(detection["threshold_epsilon"])]
         words += ["--solver", detection["solver"]]

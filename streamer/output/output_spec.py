@@ -98,6 +98,8 @@ class OutputSpec:
                 "warnings": [*job.plan.notes, *self.warnings], "notes": self.notes, "advice": self.advice, "left_out": self.skipped_files,
                 "carried": job.plan.edits.listed(job.plan.base, job.plan.adapter.describes_model), "tokenizer": self.tokenizer,
                 "matrices": list(matrices)}  # fmt: skip
+        if "map" in options:
+            found["map"] = options["map"]
         if job.measured:
             found["measured"] = list(job.measured)
         return found

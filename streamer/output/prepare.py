@@ -12,6 +12,7 @@ from streamer.detection.fingerprints import matched_findings
 from streamer.detection.options import DetectionOptions, RunOptions
 from streamer.errors import MismatchError, UsageError
 from streamer.methods.fit_set import FitSet
+from streamer.methods.input_map import InputMap
 from streamer.methods.method import Method
 from streamer.output.adapter_writer import AdapterWriter
 from streamer.output.job import GivenFindings, Job, OwnFile
@@ -21,7 +22,7 @@ from streamer.output.output_spec import Writer
 from streamer.output.run import batch_of
 from streamer.plan.plan import Plan, make_batch
 from streamer.storage.identities import difference
-from streamer.units import listed
+from streamer.units import counted, listed
 
 FindingsOrPath = Findings | Mapping[str, Findings] | str | Path | None
 """Findings as a user gives them: those on one adapter, or those on several by name, themselves or the path of their file or directory."""
@@ -82,6 +83,8 @@ def open_jobs(base: str | Path, adapters: One | Several, findings: Sequence[Find
         run.monitor.warn(() if found is None else found.warnings)
         if method.coefficients is not None:
             check_coefficients(plan, method.coefficients)
+        if method.map is not None:
+            run.monitor.warn(check_map(plan, method.map))
     sources = [OwnFile(detection) if found is None else GivenFindings(found) for found in fitting]
     return [
         Job(plan, method, detection, run.device, source, form.dequantize, form.model_card, form.measured)
@@ -155,6 +158,33 @@ def check_counts(plan: Plan, coefficients: FitSet) -> None:
             f"{coefficients.name}: coefficients do not fit {len(wrong)} of the adapter's matrices, {wrong[0]!r} first; fit them to this "
             "adapter with `streamer fit`"
         )
+
+
+def check_map(plan: Plan, inputs: InputMap) -> list[str]:
+    """Refuse a map of another base, and warn of matrices that it lacks, whose deltas stay.
+
+    Raises
+    ------
+    MismatchError
+        If it is of another base, or has none of the adapter's matrices.
+    """
+    here = {**plan.base_identity}
+    if inputs.facts["base"] != here:
+        raise MismatchError(
+            f"{inputs.name}: is a map of another base ({difference(inputs.facts['base'], here)}); make one of this base with `streamer map`"
+        )
+    return lacking_inputs(plan, inputs)
+
+
+def lacking_inputs(plan: Plan, inputs: InputMap) -> list[str]:
+    """Warn of matrices whose inputs a map lacks; refuse it if it has those of none."""
+    lacks = [t.tensor for t in plan.targets if inputs.find(t.tensor, t.module.shape[1]) is None]
+    if not lacks:
+        return []
+    names = listed(map(repr, lacks))
+    if len(lacks) == len(plan.targets):
+        raise MismatchError(f"{inputs.name}: has the inputs of none of the adapter's matrices, {names}")
+    return [f"the map has no inputs of {counted(len(lacks), 'matrix')}, {names}: what the adapter adds there stays"]
 
 
 def _fitting_findings(plan: Plan, findings: Findings, options: DetectionOptions) -> Findings:

@@ -7,7 +7,6 @@ from typing import Any
 
 from streamer.errors import printable
 from streamer.methods import METHODS, Shrink, takes_findings
-from streamer.methods.fitted import ByFit
 from streamer.units import counted, format_size
 
 
@@ -30,14 +29,12 @@ def record_lines(record: Mapping[str, Any], title: str) -> list[str]:
     t, method, lam, fitted = record["totals"], record["method"], record["lambda"], record.get("coefficients")
     mitigated, norms = f"{t['changed']} of {t['matrices']} matrices mitigated", f"|delta| {t['delta_norm']:.4g}"
     if fitted is not None:
-        each = {name: kind.changes for name, kind in METHODS.items() if issubclass(kind, ByFit)}.get(
-            method, "as it was fitted"
-        )
+        each = METHODS[method].changes if method in METHODS else "as it was fitted"
         how = f"method {method}, to keep {100 * fitted['keep']:g}% of what was learned: {mitigated}, {each}"
     elif lam == 1:
         how = "lambda 1: the adapter as it is, nothing mitigated"
     elif not takes_findings(method):
-        how = f"method {method}, lambda {lam:g}: {mitigated}, each as a whole"
+        how = f"method {method}, lambda {lam:g}: {mitigated}, each {METHODS[method].changes if method in METHODS else 'as a whole'}"
     else:
         how = f"method {method}, scale {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
     if lam != 1:

@@ -11,6 +11,7 @@ from streamer.detection.stamps import DetectionRecord
 from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Sha256, Share, State, TensorName
 from streamer.methods import MethodName
 from streamer.methods.fit_set import CoefficientsRecord
+from streamer.methods.input_map import MapRecord
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.sources import AdapterSource, BaseSource
 
@@ -63,10 +64,13 @@ Record = TypedDict("Record", {
     "adapter": Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, in the same way."],
     "detection": Annotated[DetectionRecord | None, "How the intruders were found; null if none were needed (method shrink, lambda 1)."],
     "method": Annotated[MethodName, "How an intruder is scaled: the whole direction, only the adapter's part of it, or the whole "
-        "adapter with no detection; fitted: each of the adapter's own directions by its coefficient."],
+        "adapter with no detection; fitted: each of the adapter's own directions by its coefficient; regmean: by new right factors; "
+        "nullspace: by what it answers to general inputs."],
     "scale": Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."],
-    "lambda": Annotated[float | None, "Share of an intruder that is kept: 1 changes nothing, 0 removes it; null of the method fitted."],
+    "lambda": Annotated[float | None, "Share of an intruder that is kept: 1 changes nothing, 0 removes it; of the method "
+        "nullspace, of the delta's energy on general inputs. Null of the methods fitted and regmean."],
     "coefficients": NotRequired[Annotated[CoefficientsRecord | None, "The coefficients of the method fitted; null of the others."]],
+    "map": NotRequired[Annotated[MapRecord, "The map of the base's inputs, of the method nullspace; absent of the others."]],
     "to_lora": Annotated[float | None, Keywords(exclusiveMinimum=0), "Rank that --to-lora asked for, or share of the energy, or null."],
     "dequantize": Annotated[bool, "Whether a quantized base is written plain."],
     "totals": Annotated[Totals, "Sums over matrices."],

@@ -6,10 +6,11 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from streamer.errors import OutputError, StorageError, UsageError
+from streamer.errors import OutputError, OutputExistsError, StorageError, UsageError
+from streamer.storage.files import make_directory
 from streamer.units import format_sizes
 
 
@@ -44,6 +45,32 @@ def is_placeholder(path: Path) -> bool:
 def is_taken(path: Path) -> bool:
     """Say whether something stands at the name of a file to come; an empty file is one that was made beforehand."""
     return path.exists() and not is_placeholder(path)
+
+
+def check_replaced(path: Path, overwrite: bool, is_own: Callable[[Path], bool], what: str) -> None:
+    """Refuse a file's path where something else stands, and make its directory.
+
+    Parameters
+    ----------
+    overwrite
+        Whether one that stands there is replaced; nothing else is, but for an empty file.
+    is_own
+        Tests whether a file is one that may be replaced.
+    what
+        That it is, for messages.
+    """
+    refuse_address(path)
+    refuse_symlink(path)
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory, expected the name of a file to write; add one to the path")
+    if path.exists() and path.stat().st_size > 0:
+        if not overwrite:
+            raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
+        if not is_own(path):
+            raise OutputExistsError(
+                f"{path}: exists and is not {what}, which is all that is replaced; choose another output", path
+            )
+    make_directory(path.parent)
 
 
 def touch(paths: Sequence[Path]) -> str:

@@ -13,6 +13,7 @@ from streamer.verification.deltas import Delta
 from streamer.verification.formulas import WEIGHTS_NAME, AdapterFiles
 from streamer.verification.inventory import Part
 from streamer.verification.mitigation import Mitigated, by_coefficients, by_factor, coefficient_count, mitigate
+from streamer.verification.null_space import Known, by_map
 from streamer.verification.result import Checked, NotRecomputed, Outcome
 from streamer.verification.rounding import LARGEST_FP8, computing_precision, half_spacing
 from streamer.verification.spectrum import (
@@ -47,6 +48,8 @@ class Recomputation:
         The model's tensor → the adapter's that edit it (see `check_carried`).
     factors
         Right factors of a fit, by matrix; None if they were not given.
+    inputs
+        What a map knows, by matrix and number of its inputs; None if none was given.
     """
 
     outcome: Outcome
@@ -55,6 +58,7 @@ class Recomputation:
     record: dict[str, Any]
     carried: dict[str, list[Part]]
     factors: dict[str, Array] | None = None
+    inputs: dict[tuple[str, int], list[Known]] | None = None
 
     def check(self, row: dict[str, Any], files: TensorFiles | AdapterFiles) -> Checked:
         """Recompute the matrix of one row of the record.
@@ -91,6 +95,11 @@ class Recomputation:
             if self.factors is None or tensor not in self.factors:
                 raise NotRecomputed("its factors are in the file of the fit; pass it as --coefficients")
             mitigated = by_factor(delta, self.factors[tensor])
+        elif self.record["method"] == "nullspace":
+            if self.inputs is None:
+                raise NotRecomputed("its inputs are in a map of the base; pass it as --map")
+            known = self.inputs.get((tensor, W0.shape[1]), [])
+            mitigated = by_map(W0, delta, known, float(self.record["lambda"]))
         else:
             mitigated = mitigate(W0, delta, triplets, row["intruders"], self.record)
         if isinstance(files, TensorFiles):

@@ -3,7 +3,7 @@
 ``paper``: ``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``. ``project``: ``Δ' = Δ − (1 − λ) U_I U_Iᵀ Δ``. ``shrink``: ``Δ' = λ Δ``. U_I, Σ_I, V_I are the
 singular triplets of ``W0 + Δ`` that the record calls intruders. ``fitted``: ``Δ' = U diag(c) Uᵀ Δ``, U the left singular vectors of Δ
 itself and c the record's coefficients; of a Δ that is no product of factors ``Δ' = c Δ``. ``regmean``: ``Δ' = L R'ᵀ`` of ``Δ = L Rᵀ``,
-with R' from the file of the fit.
+with R' from the file of the fit. ``nullspace``: see `null_space`.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ WITNESSED = {
     "shrink": "nothing",
     "fitted": "coefficients",
     "regmean": "factors",
+    "nullspace": "map",
 }
 """What each method of a record takes beside λ, for all that are computed here."""
 

@@ -25,7 +25,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "notes": list, "advice": list, "left_out": list, "carried": list, "matrices": list, "plan": str, "files": list,
     "tokenizer": (str, type(None)),
 }  # fmt: skip
-_OPTIONAL: dict[str, type | tuple[type, ...]] = {"coefficients": (dict, type(None)), "measured": list}
+_OPTIONAL: dict[str, type | tuple[type, ...]] = {"coefficients": (dict, type(None)), "measured": list, "map": dict}
 """Keys that records of former versions lack."""
 
 _NESTED: dict[str, dict[str, type | tuple[type, ...]]] = {

@@ -28,6 +28,7 @@ def verify(
     max_memory: int | None,
     monitor: Monitor,
     coefficients: str | Path | None = None,
+    inputs_map: str | Path | None = None,
 ) -> Verification:
     """Verify an output; see `streamer.verify_output`, whose parameters these are."""
     if (base is None) != (adapter is None):
@@ -40,7 +41,7 @@ def verify(
         raise MissingInputError(f"{path}: expected an output of streamer, found nothing; check the path", path)
     with ExitStack() as opened:
         verifying = _verify_directory if path.is_dir() else _verify_findings
-        outcome = verifying(path, inputs, _Sample(sample, max_memory, monitor, coefficients), opened)
+        outcome = verifying(path, inputs, _Sample(sample, max_memory, monitor, coefficients, inputs_map), opened)
     result = outcome.result(None if inputs is None else {"base": str(base), "adapter": str(adapter)})
     if outcome.not_recomputed and not outcome.recomputed and not outcome.differences:
         why = outcome.not_recomputed[0]["reason"]
@@ -55,10 +56,20 @@ class _Sample:
     """Recompute matrices until as many are checked as were asked for; compare all other tensors if all of them were."""
 
     def __init__(
-        self, size: int | Literal["all"], max_memory: int | None, monitor: Monitor, coefficients: str | Path | None
-    ) -> None:
+        self, size: int | Literal["all"], max_memory: int | None, monitor: Monitor, coefficients: str | Path | None,
+        inputs_map: str | Path | None,
+    ) -> None:  # fmt: skip
         self._size, self._max_memory, self.monitor = size, max_memory, monitor
-        self.coefficients = None if coefficients is None else Path(coefficients)
+        self.files = {"regmean": ("coefficients", coefficients), "nullspace": ("map", inputs_map)}
+        """By the method that needs it: the option that names a file, and the file."""
+
+    def file_of(self, method: str) -> Path | None:
+        """Return the file that a method's values are in, if it was given; refuse that of another method."""
+        for needs, (option, path) in self.files.items():
+            if path is not None and needs != method:
+                raise UsageError(f"{option}: is not needed for an output of method {method!r}; leave it out")
+        path = self.files.get(method, ("", None))[1]
+        return None if path is None else Path(path)
 
     def recompute(
         self, outcome: Outcome, rows: Sequence[dict[str, Any]], seed: str, needs: Callable[[str], int], check: Check,
@@ -144,6 +155,7 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
     from streamer.verification.formulas import AdapterFiles
     from streamer.verification.inventory import check_carried, check_rows
     from streamer.verification.matrices import Recomputation
+    from streamer.verification.null_space import read_map
     from streamer.verification.others import AdapterTensors, MergedTensors
     from streamer.verification.side_files import check_side_files
     from streamer.verification.tensors import TensorFiles
@@ -165,14 +177,13 @@ def _verify_directory(path: Path, inputs: tuple[Path, Path] | None, sample: _Sam
         others = MergedTensors(outcome, record, base, adapter, files, carried)
     if outcome.differences:
         return outcome
-    fitted = None
-    if sample.coefficients is not None:
-        if record["method"] != "regmean":
-            raise UsageError(
-                f"coefficients: are not needed for an output of method {record['method']!r}; leave them out"
-            )
-        fitted = read_factors(sample.coefficients, record["coefficients"]["sha256"])
-    recomputation = Recomputation(outcome, base, adapter, record, carried, fitted)
+    fitted = mapped = None
+    if (given := sample.file_of(record["method"])) is not None:
+        if record["method"] == "regmean":
+            fitted = read_factors(given, record["coefficients"]["sha256"])
+        else:
+            mapped = read_map(given, record["map"]["sha256"])
+    recomputation = Recomputation(outcome, base, adapter, record, carried, fitted, mapped)
     check = partial(recomputation.check, files=files)
     sample.recompute(outcome, record["matrices"], record["plan"], _needs(base), check, [*others.comparisons()])
     return outcome

@@ -1,0 +1,214 @@
+"""Hold what a base's modules are given on general text: leading eigenvectors of the second moments of every input.
+
+Modules that have the same inputs, as q, k and v, share an entry. Of one-hot inputs, an embedding's, the frequency of each is held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from streamer.errors import MismatchError, UsageError
+from streamer.json_types import Count, Sha256
+from streamer.linalg.null_space import Spectrum, leading
+from streamer.storage.identities import difference
+from streamer.units import counted, listed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VECTORS = 16
+"""Vectors that are kept of each input, where no other number is asked for."""
+
+
+class MapRecord(TypedDict):
+    """Which map of a base's inputs was used."""
+
+    vectors: Annotated[Count, "Leading vectors that it keeps of each input, at most."]
+    sha256: Annotated[Sha256, "Digest of its arrays (SHA-256, hexadecimal)."]
+
+
+@dataclass(frozen=True, eq=False)
+class MappedInput:
+    """Inputs x (n,) that one matrix of the base is given, or several.
+
+    Attributes
+    ----------
+    names
+        Of these matrices, as `Target.tensor` has them; the first one's is the entry's own.
+    tokens
+        Tokens of the text that reached them.
+    size
+        n.
+    trace
+        Of ``C = Σ x xᵀ / tokens``.
+    values
+        Leading eigenvalues of C (k,), falling; of one-hot inputs the frequencies (n,). Float64.
+    vectors
+        Their eigenvectors (k, n), in bfloat16; None of one-hot inputs.
+    """
+
+    names: tuple[str, ...]
+    tokens: int
+    size: int
+    trace: float
+    values: Tensor
+    vectors: Tensor | None
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        """Tell it from others: a tied matrix is an embedding's and the head's."""
+        return self.names[0], self.vectors is None
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """Return what is known of C; what rounding took of the vectors' orthonormality is put right."""
+        if self.vectors is None:
+            return Spectrum(self.values)
+        others = self.size - len(self.values)
+        rest = max(0.0, self.trace - float(self.values.sum())) / others if others else 0.0
+        return Spectrum(self.values, rest, torch.linalg.qr(self.vectors.double().T)[0])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InputMap:
+    """A map of a base's inputs.
+
+    Attributes
+    ----------
+    inputs
+        By no order that matters.
+    facts
+        JSON values: ``base``, its identity; ``texts`` that it was made on; ``vectors`` that are kept at most. No paths.
+    source
+        The file that it was read from, for messages.
+    """
+
+    inputs: tuple[MappedInput, ...]
+    facts: Mapping[str, Any]
+    source: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Name it in messages: by its file, if it is from one."""
+        return "map" if self.source is None else str(self.source)
+
+    def __repr__(self) -> str:
+        matrices = counted(sum(len(one.names) for one in self.inputs), "matrix")
+        inputs = counted(len(self.inputs), "input")
+        texts = listed(text["name"] for text in self.facts["texts"])
+        return f"<InputMap: {counted(self.facts['vectors'], 'vector')} of {inputs} of {matrices}, on {texts}>"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) over all arrays, their names, and the figures beside them."""
+        digest = hashlib.sha256()
+        for one in sorted(self.inputs, key=lambda one: one.key):
+            digest.update(f"{one.names} {one.tokens} {one.size} {one.trace!r}\n".encode())
+            digest.update(one.values.numpy().astype("<f8").tobytes())
+            if one.vectors is not None:
+                digest.update(one.vectors.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def record(self) -> MapRecord:
+        """Say which it is, as an output has it."""
+        return {"vectors": self.facts["vectors"], "sha256": self.digest}
+
+    def find(self, tensor: str, size: int) -> MappedInput | None:
+        """Find the inputs, of so many values, of a matrix; None where there are none, or two that cannot be told apart."""
+        found = [one for one in self._by_name.get(tensor, ()) if one.size == size]
+        return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[MappedInput]]:
+        out: dict[str, list[MappedInput]] = {}
+        for one in self.inputs:
+            for name in one.names:
+                out.setdefault(name, []).append(one)
+        return out
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write it as a file, a safetensors file; missing directories are made.
+
+        Parameters
+        ----------
+        path
+            The file. It appears whole, or not at all.
+        overwrite
+            Whether to replace a map that stands there; anything else is not replaced, unless it is an empty file.
+
+        Raises
+        ------
+        OutputExistsError
+            If something else stands there; it is a `FileExistsError`.
+        OutputError, StorageError
+            If it cannot be written there.
+        """
+        from pathlib import Path
+
+        from streamer.methods.input_map_file import save_map
+
+        save_map(self, Path(path), overwrite)
+
+
+def add_maps(maps: Sequence[InputMap], vectors: int | None = None) -> InputMap:
+    """Add maps of one base on several texts, each text by its tokens.
+
+    The union of their vectors is cut to so many again. What a text has along vectors that only another's map holds is taken as the mean of
+    its rest.
+
+    Parameters
+    ----------
+    vectors
+        That are kept; None: as many as the map that has most.
+
+    Raises
+    ------
+    MismatchError
+        If they are of several bases, or of matrices that share inputs in some of them only.
+    """
+    first, most = maps[0], vectors or max(one.facts["vectors"] for one in maps)
+    found: dict[tuple[str, bool], list[MappedInput]] = {}
+    for one in maps:
+        if one.facts["base"] != first.facts["base"]:
+            raise MismatchError(
+                f"{one.name}: is of another base than {first.name} ({difference(one.facts['base'], first.facts['base'])}); add maps of one"
+            )
+        for inputs in one.inputs:
+            found.setdefault(inputs.key, []).append(inputs)
+            if (other := found[inputs.key][0]).names != inputs.names or other.size != inputs.size:
+                raise MismatchError(f"{one.name}: the inputs of {inputs.names[0]!r} are of other matrices than in "
+                                    f"{first.name}; make both maps with one version")  # fmt: skip
+    texts = [text for one in maps for text in one.facts["texts"]]
+    if len({text["sha256"] for text in texts}) < len(texts):
+        raise UsageError(f"{first.name}: a text is in two of the maps; add maps of different texts")
+    facts = {**first.facts, "texts": texts, "vectors": most}
+    return InputMap(tuple(_sum(same, most) for same in found.values()), facts)
+
+
+def _sum(same: Sequence[MappedInput], most: int) -> MappedInput:
+    """Add what is known of the same inputs on several texts."""
+    first, tokens = same[0], sum(one.tokens for one in same)
+    shares, spectra = [one.tokens / tokens for one in same], [one.spectrum for one in same]
+    weighted = list(zip(shares, spectra, strict=True))
+    made = replace(first, tokens=tokens, trace=sum(s * one.trace for s, one in zip(shares, same, strict=True)))
+    if first.vectors is None:
+        return replace(made, values=_total(share * spectrum.values for share, spectrum in weighted))
+    bases = [spectrum.vectors for spectrum in spectra if spectrum.vectors is not None]
+    union, _, _ = torch.linalg.svd(torch.cat(bases, 1), full_matrices=False)
+    products = _total(
+        share * (spectrum.rest * union + V @ ((spectrum.values - spectrum.rest)[:, None] * (V.T @ union)))
+        for (share, spectrum), V in zip(weighted, bases, strict=True)
+    )
+    values, vectors = leading(union, products)
+    return replace(made, values=values[:most], vectors=vectors[:, :most].T.to(torch.bfloat16).contiguous())
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)

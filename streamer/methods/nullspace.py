@@ -1,0 +1,49 @@
+"""Take away what the delta answers to general inputs, of which a map of the base holds the leading vectors; see `linalg.null_space`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from streamer.errors import UsageError
+from streamer.linalg.null_space import reduced
+from streamer.methods.method import ByLambda, MethodName, Needs
+
+if TYPE_CHECKING:
+    from streamer.detection.intruders import Detection
+    from streamer.linalg.operators import Delta
+
+
+class NullSpace(ByLambda):
+    """``Δ' = Δ (I + ν C)⁻¹`` with second moments C of general inputs; λ is the share of ``E‖Δ x‖²`` that stays, in each matrix."""
+
+    name: ClassVar[MethodName] = "nullspace"
+    needs: ClassVar[Needs] = Needs.MAP
+    keeps_rank: ClassVar[bool] = True
+    keeps_left: ClassVar[bool] = True
+    default_lambda: ClassVar[float | None] = 0.6
+    colour: ClassVar[str] = "#3d6fb6"
+    about: ClassVar[str] = "answers general inputs less, by the base's map from `streamer map`"
+    card: ClassVar[str] = (
+        "What the adapter adds to a weight answers general text less than it did: of its energy on such inputs, of which a map of the "
+        "base knows the leading directions, the share λ stays, in each matrix. Its right factors (`lora_A`, of some stacked experts "
+        "`lora_B`) are new, the others stay.\n"
+    )
+
+    changes: ClassVar[str] = "by its energy on general inputs"
+
+    def check(self) -> None:
+        """Refuse what is no share."""
+        super().check()
+        lam = self.mitigation_lambda
+        assert lam is not None
+        if not 0 <= lam <= 1:
+            raise UsageError(
+                f"lambda: a share of the delta's energy is between 0 and 1, got {lam:g}; leave out --amplify"
+            )
+
+    def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
+        """Compute Δ'; the delta itself where the map has no inputs of this matrix."""
+        assert self.map is not None
+        assert self.mitigation_lambda is not None
+        found = self.map.find(tensor, delta.shape[1])
+        return delta if found is None else reduced(delta.precise(), found.spectrum, self.mitigation_lambda)

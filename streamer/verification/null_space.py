@@ -1,0 +1,136 @@
+"""Read a map of a base's inputs, and compute what of a delta stays of its answer to them, by ``Δ' = Δ (I + ν C)⁻¹``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamer.errors import MismatchError
+from streamer.verification.deltas import Delta, LowRankDelta
+from streamer.verification.mitigation import Mitigated
+from streamer.verification.result import NotRecomputed
+from streamer.verification.tensors import Array, Matrix
+
+DECADES = 30
+"""Orders of magnitude about the inverse of the largest eigenvalue in which ν is searched for."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a map knows of ``C``: eigenvalues (k,), orthonormal eigenvectors (n, k), and the mean of the other eigenvalues."""
+
+    values: Array
+    vectors: Array | None
+    rest: float
+
+
+def read_map(path: Path, sha256: str) -> dict[tuple[str, int], list[Known]]:
+    """Read a map of a digest: what is known by matrix and number of its inputs.
+
+    Raises
+    ------
+    MismatchError
+        If it is no map, or another.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    digest, found = hashlib.sha256(), dict[tuple[str, int], list[Known]]()
+    try:
+        with safe_open(path, "pt") as file:
+            tree = json.loads(file.metadata()["streamer.map"])
+            for one in sorted(tree["inputs"], key=lambda one: (one["names"][0], one["one_hot"])):
+                first, vectors = one["names"][0], None
+                values = file.get_tensor(first + (".frequencies" if one["one_hot"] else ".eigenvalues")).numpy()
+                n, trace = len(values), float(one["trace"])
+                if not one["one_hot"]:
+                    vectors = file.get_tensor(f"{first}.vectors")
+                    n = vectors.shape[1]
+                digest.update(f"{tuple(one['names'])} {one['tokens']} {n} {trace!r}\n".encode() + values.tobytes())
+                known = Known(values, None, 0.0)
+                if vectors is not None:
+                    digest.update(vectors.view(dtype=_bytes()).numpy().tobytes())
+                    rest = max(0.0, trace - values.sum()) / max(1, n - len(values))
+                    known = Known(values, np.linalg.qr(vectors.double().numpy().T)[0], rest)
+                for name in one["names"]:
+                    found.setdefault((name, n), []).append(known)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise MismatchError(f"{path}: is not a map ({e}); give the one that the output was made with") from e
+    if digest.hexdigest() != sha256:
+        raise MismatchError(
+            f"{path}: is not the map of the digest {sha256[:16]}; give the one that the output was made with"
+        )
+    return found
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def by_map(base: Matrix, delta: Delta, known: list[Known], share: float) -> Mitigated:
+    """Compute Δ' of one matrix by the method ``nullspace``.
+
+    Parameters
+    ----------
+    known
+        Of the inputs of this matrix; none, or several, leave it as it is.
+    share
+        λ.
+
+    Raises
+    ------
+    NotRecomputed
+        If the delta of an embedding has no factors.
+    """
+    m, n = base.shape
+    none = np.zeros(m), np.zeros(n)
+    same = Mitigated(delta, 1.0, np.zeros((m, 0)), np.zeros((0, n)), *none, 0.0)
+    if share == 1 or len(known) != 1:
+        return same
+    values, V, rest = known[0].values, known[0].vectors, known[0].rest
+    if isinstance(delta, LowRankDelta):
+        left, right = np.linalg.qr(delta.L)[1], delta.R.T
+        along = left @ (right if V is None else right @ V)
+        whole = float(np.sum((left @ right) ** 2))
+    else:
+        if V is None:
+            raise NotRecomputed("its delta is no product of factors")
+        along = np.concatenate([delta.rows(i, j, base.rows(i, j))[0] @ V for i, j in base.blocks()])
+        whole = delta.norm(base) ** 2
+    squares = np.sum(along**2, axis=0)
+    energies, others = squares * values, rest * max(0.0, whole - float(squares.sum()))
+    if not energies.sum() + others > 0:
+        return same
+    gains, of_rest = _gains(values, rest, energies, others, share)
+    if not isinstance(delta, LowRankDelta):
+        assert V is not None
+        return Mitigated(delta, of_rest, along * (gains - of_rest), V.T, *none, 0.0)
+    R = (
+        delta.R * gains[:, None]
+        if V is None
+        else of_rest * delta.R + V @ ((gains - of_rest)[:, None] * (V.T @ delta.R))
+    )
+    return Mitigated(delta, 0.0, delta.L, R.T, *none, 0.0)
+
+
+def _gains(values: Array, rest: float, energies: Array, others: float, share: float) -> tuple[Array, float]:
+    """Solve for ν, and return ``1 / (1 + ν e)`` of each direction, and of the others."""
+    from scipy.optimize import brentq
+
+    if share == 0:
+        return (values == 0).astype(np.float64), float(rest == 0)
+    scale, whole = max(float(values.max()), rest), energies.sum() + others
+
+    def excess(decade: float) -> float:
+        nu = 10**decade / scale
+        left = np.sum(energies / (1 + nu * values) ** 2) + others / (1 + nu * rest) ** 2
+        return float(left / whole - share)
+
+    nu = 10 ** brentq(excess, -DECADES, DECADES, xtol=1e-14, rtol=1e-14) / scale
+    return 1 / (1 + nu * values), 1 / (1 + nu * rest)
