@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from streamer.forecast.cores import available_cores
-from streamer.methods import BY_LAMBDA, DEFAULT, METHODS, Fitted
+from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES, Fitted
 from streamer.remote.addresses import parse_address
 
-__all__ = ["ABOUT", "BY_LAMBDA", "COEFFICIENTS_METHOD", "DEFAULT_METHOD", "available_cores", "shown"]
+__all__ = ["ABOUT", "COEFFICIENTS_METHOD", "DEFAULT_METHOD", "WITHOUT_FILES", "available_cores", "shown"]
 
 ABOUT = {name: method.about for name, method in METHODS.items()}
 DEFAULT_METHOD, COEFFICIENTS_METHOD = DEFAULT.name, Fitted.name

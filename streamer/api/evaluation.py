@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 from streamer.adapters.one_or_several import One
 from streamer.api.keywords import EvaluateKeywords, explained, watched
-from streamer.api.options import Judged, Settings, read_coefficients, read_path, take
+from streamer.api.options import Judged, Settings, read_coefficients, read_map, read_path, take
 from streamer.api.records import DryRun, dry_run
 from streamer.detection.findings import Findings
 from streamer.errors import UsageError
@@ -53,7 +53,8 @@ class EvaluateRequest:
         given = keywords.get("coefficients")
         fitted = None if given is None else read_coefficients(given)
         several = {name: tuple(keywords[name]) for name in ("methods", "lambdas") if name in keywords}
-        options = take(EvaluationOptions, keywords, coefficients=fitted, **several)
+        mapped = None if keywords.get("map") is None else read_map(keywords["map"])
+        options = take(EvaluationOptions, keywords, coefficients=fitted, map=mapped, **several)
         texts = {name: read_path(name, keywords[name]) for name in ("general", "task")}
         others = keywords.get("other") or ()
         for one in [others] if isinstance(others, str | Path) else others:
@@ -127,6 +128,8 @@ def evaluate_variants(
     coefficients
         From `fit_coefficients`, or the path of their file: each set of them is one more variant, ``fitted 0.9``. Of text that they were
         fitted to there is a warning.
+    map
+        From `map_inputs`, or the path of its file: ``nullspace`` is evaluated at every λ as well.
     sequences, length
         Sequences of each text, and tokens of a sequence, at most.
     keep

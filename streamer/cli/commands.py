@@ -150,7 +150,8 @@ def _evaluate(args: argparse.Namespace, monitor: Monitor) -> Result:
     output, options = Path(args.output), request.options
     state = monitor.outputs[output]
     files = (
-        shlex.quote(file or "") for file in (args.general, args.task, args.output, args.findings, args.coefficients)
+        shlex.quote(file or "")
+        for file in (args.general, args.task, args.output, args.findings, args.coefficients, args.map)
     )
     read = {name: getattr(options, name) for name in ("sequences", "length")}
     reading = (f" --{name} {most}" for name, most in read.items() if most != getattr(type(options), name))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from streamer import __version__
-from streamer.api.choices import ABOUT, BY_LAMBDA, DEFAULT_METHOD
+from streamer.api.choices import ABOUT, DEFAULT_METHOD, WITHOUT_FILES
 from streamer.cli.arguments import Parser, number, numbers, path, rank, sample, size, top_k
 from streamer.cli.help import DESCRIPTION, EPILOG, EXAMPLES, EXIT_CODES
 from streamer.cli.text_options import add_fit, add_texts, add_threads
@@ -246,11 +246,14 @@ def build_parser() -> Parser:
     sub.add_argument("--lambda", dest="lambdas", type=numbers, default=(0.9, 0.75, 0.5, 0.25, 0.0), metavar="L,L",
                      help="shares of an intruder that are kept, several (default: 0.9,0.75,0.5,0.25,0)")  # fmt: skip
     add_amplify(sub)
-    sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(BY_LAMBDA),
-                     metavar="M,M", help=f"of {', '.join(BY_LAMBDA)} one or several (default: all); the method of FILE: "
+    sub.add_argument("--method", dest="methods", type=lambda text: text.split(","), default=list(WITHOUT_FILES),
+                     metavar="M,M", help=f"of {', '.join(WITHOUT_FILES)} one or several (default: all); the method of FILE: "
                                          "the coefficients alone")  # fmt: skip
     sub.add_argument("--coefficients", metavar="FILE",
                      help="from `streamer fit`: each set in FILE is one more variant; give text they were not fitted to")  # fmt: skip
+    sub.add_argument(
+        "--map", type=path, metavar="FILE", help="from `streamer map`: method nullspace is evaluated as well"
+    )
     sub.add_argument(
         "--scale", choices=["all", "first"], default="all", help="which intruders of each matrix (default: all)"
     )

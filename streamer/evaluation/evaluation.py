@@ -39,7 +39,7 @@ GENERAL, TASK = "general", "task"
 FACTS = tuple(EvaluationFacts.__annotations__)
 """Keys of an evaluation's JSON that say what it was made of."""
 
-OPTIONAL = ("findings", "intruders", "coefficients")
+OPTIONAL = ("findings", "intruders", "coefficients", "map")
 """Those of them that are left out if there are none."""
 
 KEEP = 0.9
@@ -229,7 +229,7 @@ class Evaluation:
         }
 
     def command(self, variant: EvaluatedVariant) -> list[str]:
-        """Give the command of streamer that makes a variant, and its options; inputs, output, findings or coefficients are to be added.
+        """Give the command of streamer that makes a variant, and its options; inputs, output and files are to be added.
 
         It is `mitigate` where the adapter can be written back and that drops nothing of what was evaluated, else `merge`.
         """

@@ -12,6 +12,7 @@ from streamer.evaluation.suggestion import Reason
 from streamer.json_types import Amount, Count, KeptShare, Keywords, PairedError, Sha256, StandardError, State, Version
 from streamer.methods import MethodName
 from streamer.methods.fit_set import CoefficientsRecord
+from streamer.methods.input_map import MapRecord
 from streamer.plan.sources import AdapterSource, BaseSource
 
 
@@ -171,6 +172,7 @@ class EvaluationFacts(TypedDict):
     dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; all else is float32."]
     texts: Annotated[_Texts, "The texts."]
     coefficients: NotRequired[Annotated[list[CoefficientsRecord], "The sets of coefficients that were evaluated, if any."]]
+    map: NotRequired[Annotated[MapRecord, "The map of the base's inputs, if one was given."]]
     plan: Annotated[Sha256, "Digest of the keys from `transformers` on: what compared variants have in common (SHA-256, hexadecimal)."]
 
 class EvaluationRecord(EvaluationHead, EvaluationFacts):

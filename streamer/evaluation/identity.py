@@ -51,7 +51,8 @@ def differences(mine: Facts, theirs: Facts) -> list[str]:
         found += ["findings"] if len({facts["findings"] for facts in (mine, theirs) if "findings" in facts}) > 1 else []
     digests = {one["keep"]: one["sha256"] for one in theirs.get("coefficients", ())}
     others = [one for one in mine.get("coefficients", ()) if digests.get(one["keep"], one["sha256"]) != one["sha256"]]
-    return found + (["coefficients"] if others else [])
+    maps = len({facts["map"]["sha256"] for facts in (mine, theirs) if "map" in facts}) > 1
+    return found + (["coefficients"] if others else []) + (["map"] if maps else [])
 
 
 def _texts(facts: Facts) -> dict[str, Any]:
@@ -62,13 +63,15 @@ def _texts(facts: Facts) -> dict[str, Any]:
 
 
 def joined_facts(mine: Facts, theirs: Facts) -> dict[str, Any]:
-    """Say what an evaluation is made of to which variants were added; both are the same but for detection and coefficients."""
+    """Say what an evaluation is made of to which variants were added; both are the same but for detection, coefficients and map."""
     tree = {**theirs, "version": mine["version"]}
     if theirs["detection"] is None:
         tree |= {key: mine[key] for key in DETECTION if key in mine}
     sets = {one["keep"]: one for one in [*theirs.get("coefficients", ()), *mine.get("coefficients", ())]}
     if sets:
         tree["coefficients"] = list(sets.values())
+    if "map" in mine:
+        tree["map"] = mine["map"]
     return with_digest(tree)
 
 

@@ -10,9 +10,10 @@ from streamer.detection.selection import Selection
 from streamer.errors import UsageError
 from streamer.evaluation.suggestion import check_keep
 from streamer.linalg.torch_state import has_fast_bfloat16
-from streamer.methods import BY_LAMBDA, MethodName
+from streamer.methods import WITHOUT_FILES, MethodName
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.fit_set import CoefficientsRecord
+from streamer.methods.input_map import InputMap
 from streamer.plan.plan import Plan
 from streamer.streaming.values import Job
 from streamer.streaming.variants import Variant, make_variants
@@ -27,7 +28,7 @@ LAMBDAS = (0.9, 0.75, 0.5, 0.25, 0.0)
 class EvaluationOptions:
     """Options of an evaluation: keywords of `api.evaluate_variants`, which explains them; for `dtype` see also `bfloat16_products`."""
 
-    methods: tuple[MethodName, ...] = BY_LAMBDA
+    methods: tuple[MethodName, ...] = WITHOUT_FILES
     lambdas: tuple[float, ...] = LAMBDAS
     scale: Selection = "all"
     sequences: int = 64
@@ -37,6 +38,7 @@ class EvaluationOptions:
     dtype: ProductDtype = "float32"
     coefficients: Coefficients | None = None
     amplify: bool = False
+    map: InputMap | None = None
 
     def __post_init__(self) -> None:
         _ = self.variants
@@ -50,7 +52,7 @@ class EvaluationOptions:
     @property
     def variants(self) -> tuple[Variant, ...]:
         """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients."""
-        return make_variants(self.methods, self.lambdas, self.scale, self.coefficients, self.amplify)
+        return make_variants(self.methods, self.lambdas, self.scale, self.coefficients, self.amplify, self.map)
 
     def job(self, plan: Plan, variants: tuple[Variant, ...], findings: Findings | None) -> Job:
         """Say how these variants are computed."""

@@ -27,7 +27,7 @@ from streamer.methods import UNCHANGED
 from streamer.methods.coefficients import Coefficients
 from streamer.methods.shrink import Shrink
 from streamer.output.job import GivenFindings
-from streamer.output.prepare import OutputOptions, check_coefficients, open_jobs
+from streamer.output.prepare import OutputOptions, check_coefficients, check_map, open_jobs
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan
@@ -128,6 +128,8 @@ class Prepared:
             tree |= {"findings": self.findings.decisions(), "intruders": self.findings.findings.intruders}
         if o.coefficients is not None:
             tree["coefficients"] = o.fitted_record()
+        if o.map is not None:
+            tree["map"] = o.map.record()
         return with_digest(tree)
 
     @cached_property
@@ -155,6 +157,8 @@ def prepare(base: str | Path, adapter: Path, texts: Mapping[str, Path], findings
     for variant in options.variants:
         if variant.mitigation is not None and variant.mitigation.coefficients is not None:
             check_coefficients(plan, variant.mitigation.coefficients)
+    if options.map is not None:
+        run.monitor.warn(check_map(plan, options.map))
     model = StreamingModel(options.job(plan, options.variants, None))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor)
     if options.coefficients is not None:

@@ -12,7 +12,7 @@ from streamer.evaluation.shrinks import ShrinkComparison, next_shrink, rounded_u
 from streamer.evaluation.statistics import Estimate, SequenceSums, telling
 from streamer.evaluation.suggestion import WORTH, Suggestion, Trade
 from streamer.evaluation.variants import ADAPTER_ROW
-from streamer.methods import Shrink, takes_coefficients, takes_findings
+from streamer.methods import Shrink, takes_coefficients, takes_findings, takes_map
 
 if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation
@@ -75,7 +75,7 @@ class Names:
     ----------
     inputs, general, task, output
         Base and adapter, the two texts, and the file of the evaluation.
-    findings, coefficients
+    findings, coefficients, mapped
         Files of these; empty if they are not known.
     reading
         Options that decide how much of the texts is read, with a space before each.
@@ -89,6 +89,7 @@ class Names:
     output: str = "EVALUATION"
     findings: str = ""
     coefficients: str = ""
+    mapped: str = ""
     reading: str = ""
     others: str = ""
 
@@ -259,6 +260,8 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
         made += f" --findings {names.findings}"
     elif takes_coefficients(variant.method):
         made += f" --coefficients {names.coefficients or 'COEFFICIENTS'}"
+    elif takes_map(variant.method):
+        made += f" --map {names.mapped or 'MAP'}"
     if reason == "not forgotten" or suggestion.declined is not None:
         return ["use the adapter as it is, or merge it into the base", f"next: {made}"]
     if any(takes_coefficients(v.method) for v in evaluation.variants):

@@ -9,14 +9,16 @@ import torch
 
 from streamer.api.options import Judged
 from streamer.detection.findings import Findings
-from streamer.errors import MismatchError
+from streamer.errors import MismatchError, UnsupportedError
 from streamer.events import Monitor
 from streamer.methods.fit_set import FitSet
+from streamer.methods.input_map import InputMap
 from streamer.methods.method import Method
 from streamer.output.job import GivenFindings, Job, OwnFile
-from streamer.output.prepare import check_counts
+from streamer.output.prepare import check_counts, lacking_inputs
 from streamer.peft.detection import findings_for
 from streamer.peft.plan import LivePlan
+from streamer.storage.identities import difference
 
 
 def live_job(
@@ -33,6 +35,8 @@ def live_job(
     monitor.warn(live.plan.warnings)
     if method.coefficients is not None:
         method = replace(method, coefficients=_named_in_memory(live, method.coefficients))
+    if method.map is not None:
+        method = replace(method, map=_map_in_memory(live, method.map, monitor))
     found = None
     if method.needs_detection:
         found = findings_for(live, findings, judged, device, monitor)
@@ -60,4 +64,31 @@ def _named_in_memory(live: LivePlan, coefficients: FitSet) -> FitSet:
         )
     named = replace(coefficients, matrices={tensor: coefficients.matrices[name] for tensor, name in names.items()})
     check_counts(live.plan, named)
+    return named
+
+
+def _map_in_memory(live: LivePlan, inputs: InputMap, monitor: Monitor) -> InputMap:
+    """Give a map the names in memory, of the adapter's matrices alone.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is not known which files the base was loaded from.
+    MismatchError
+        If the map is of another base.
+    """
+    here = live.files_identity
+    if here is None:
+        raise UnsupportedError(
+            f"{inputs.name}: is of a base's files, and it is not known which this model was loaded from; load it from their directory"
+        )
+    theirs = {key: value for key, value in inputs.facts["base"].items() if key != "architecture"}
+    if theirs != here:
+        raise MismatchError(
+            f"{inputs.name}: is a map of another base ({difference(theirs, here)}); make one of this base with `streamer map`"
+        )
+    names = {live.name_in_files(target.tensor): target.tensor for target in live.plan.targets}
+    own = (replace(one, names=tuple(names[n] for n in one.names if n in names)) for one in inputs.inputs)
+    named = replace(inputs, inputs=tuple(one for one in own if one.names))
+    monitor.warn(lacking_inputs(live.plan, named))
     return named

@@ -98,6 +98,15 @@ class LivePlan:
         """Map a tensor's name in memory → its name in the files that the model was loaded from, where these are at hand."""
         return _names_in_files(self.live.base, list(self.tensors))
 
+    @cached_property
+    def files_identity(self) -> BaseIdentity | None:
+        """Identity of the files that the model was loaded from; None where these are not at hand."""
+        directory = _directory(getattr(self.live.base, "name_or_path", None))
+        try:
+            return None if directory is None else open_checkpoint(directory).identity()
+        except StreamerError:
+            return None  # not in safetensors
+
     def name_in_files(self, tensor: str) -> str:
         """Name a matrix as the files have it, an expert's by its stack; by its own name where they are not at hand."""
         stem, bracket, index = tensor.partition("[")

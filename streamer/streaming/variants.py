@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from streamer.detection.selection import Selection
 from streamer.errors import UsageError
-from streamer.methods import BY_LAMBDA, UNCHANGED, MethodName, Shrink, make_method
+from streamer.methods import BY_LAMBDA, UNCHANGED, MethodName, NullSpace, Shrink, make_method, takes_map
 from streamer.methods.coefficients import Coefficients
+from streamer.methods.input_map import InputMap
 from streamer.methods.method import Method
 
 BASE, ADAPTER = "base", "adapter"
@@ -63,10 +64,12 @@ def make_variants(
     scale: Selection,
     coefficients: Coefficients | None = None,
     amplify: bool = False,
+    mapped: InputMap | None = None,
 ) -> tuple[Variant, ...]:
     """List ``base``, ``adapter``, each method at each λ, and each set of coefficients, in this order.
 
-    The method ``fitted`` among others says no more than the coefficients do; alone it leaves the other methods out.
+    The method ``fitted`` among others says no more than the coefficients do; alone it leaves the other methods out. With a map the method
+    that uses it is evaluated as well.
 
     Raises
     ------
@@ -85,7 +88,14 @@ def make_variants(
         if name not in BY_LAMBDA:  # refuses what is no name, a lack of coefficients, and those of another method
             make_method(name, coefficients=None if coefficients is None else coefficients.sets[0])
     make_method(Shrink.name, scale=scale)  # refuses a scale, whatever the methods
-    made = [make_method(name, lam, scale, amplify=amplify) for name in methods if name in BY_LAMBDA for lam in lambdas]
+    by_lambda = [name for name in methods if name in BY_LAMBDA]
+    if mapped is not None and NullSpace.name not in by_lambda:
+        by_lambda.append(NullSpace.name)
+    made = [
+        make_method(name, lam, scale, amplify=amplify, map=mapped if takes_map(name) else None)
+        for name in by_lambda
+        for lam in lambdas
+    ]
     if coefficients is not None:
         made += [make_method(None, coefficients=coefficients.select(keep)) for keep in coefficients.keeps]
     return (Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *map(Variant.of, made))

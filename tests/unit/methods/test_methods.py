@@ -10,7 +10,18 @@ import pytest
 
 import streamer
 from streamer.errors import UsageError
-from streamer.methods import BY_LAMBDA, METHODS, UNCHANGED, Fitted, MethodName, Needs, make_method, takes_findings
+from streamer.methods import (
+    METHODS,
+    UNCHANGED,
+    WITHOUT_FILES,
+    Fitted,
+    MethodName,
+    Needs,
+    NullSpace,
+    make_method,
+    takes_findings,
+)
+from streamer.methods.input_map import InputMap
 from streamer.verification.mitigation import WITNESSED
 
 PACKAGE = Path(streamer.__file__).parent
@@ -34,7 +45,7 @@ def test_the_page_has_the_figures_colours_in_the_order_of_the_table() -> None:
     assert [colour for _, colour in light][: len(METHODS)] == [method.colour for method in METHODS.values()]
 
 
-@pytest.mark.parametrize("name", BY_LAMBDA)
+@pytest.mark.parametrize("name", WITHOUT_FILES)
 def test_a_method_has_its_default_and_a_label(name: MethodName) -> None:
     method = make_method(name)
     assert (method.mitigation_lambda, method.label) == (0.75, f"{name} 0.75")
@@ -46,6 +57,18 @@ def test_no_method_is_the_default_unless_coefficients_are_given() -> None:
     assert make_method(None).name == "paper"
     with pytest.raises(UsageError, match="method 'fitted' needs coefficients"):
         make_method(Fitted.name)
+    with pytest.raises(UsageError, match="method 'nullspace' needs a map of the base's inputs"):
+        make_method(NullSpace.name)
+
+
+def test_a_map_chooses_its_method_and_no_other_takes_it() -> None:
+    mapped = InputMap((), {"vectors": 16})
+    assert make_method(None, map=mapped).label == "nullspace 0.6"
+    with pytest.raises(UsageError, match="map: is not used by method 'shrink'"):
+        make_method("shrink", map=mapped)
+    for lam, amplify in ((1.5, True), (-0.1, True), (1.5, False)):
+        with pytest.raises(UsageError, match=r"^lambda"):
+            make_method(None, lam, amplify=amplify, map=mapped)
 
 
 def test_methods_are_named_in_few_other_files() -> None:
@@ -65,6 +88,6 @@ def test_methods_are_named_in_few_other_files() -> None:
 def test_what_is_no_name_is_refused() -> None:
     for name in ("papr", ["paper"], 1):
         with pytest.raises(
-            UsageError, match=r"^method: expected one of paper, project, shrink, fitted, regmean, found "
+            UsageError, match=r"^method: expected one of paper, project, shrink, fitted, regmean, nullspace, found "
         ):
             make_method(name)  # type: ignore[arg-type]

@@ -1,0 +1,54 @@
+"""Maps of a base's inputs as `streamer map` would write them, of random spectra, for the base and the adapter of a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from seeds import vary
+
+from streamer.methods.input_map import InputMap, MappedInput
+from streamer.plan.plan import make_plan
+
+
+def random_map(base: Path, adapter: Path, vectors: int = 5, *, lacks: str = "nothing", seed: str = "") -> InputMap:
+    """Make a map of the inputs of the adapter's matrices, each its own, but for those whose names contain `lacks`."""
+    plan, inputs = make_plan(base, adapter), []
+    for target in plan.targets:
+        if lacks in target.tensor:
+            continue
+        n = target.module.shape[1]
+        drawn = np.random.default_rng(vary(f"{target.tensor} {seed}"))
+        if target.is_embedding:
+            values = torch.from_numpy(drawn.integers(0, 9, n) / 200)
+            inputs.append(MappedInput((target.tensor,), 200, n, float(values.sum()), values, None))
+            continue
+        V = torch.linalg.qr(torch.from_numpy(drawn.normal(size=(n, vectors))))[0].T.to(torch.bfloat16).contiguous()
+        values = torch.from_numpy(np.sort(drawn.gamma(1.0, 30.0, vectors))[::-1].copy())
+        inputs.append(MappedInput((target.tensor,), 200, n, float(values.sum()) + 0.3 * (n - vectors), values, V))
+    facts = {
+        "base": {**plan.base_identity},
+        "texts": [{"name": f"random{seed}.txt", "sha256": f"{seed}0"}],
+        "vectors": vectors,
+    }
+    return InputMap(tuple(inputs), facts)
+
+
+def energy_form(one: MappedInput) -> np.ndarray:
+    """``C`` (n, n) of what a map says of an input."""
+    if one.vectors is None:
+        return np.diag(one.values.numpy())
+    Q = np.linalg.qr(one.vectors.double().numpy().T)[0]
+    rest = (one.trace - float(one.values.sum())) / (one.size - len(one.values))
+    return (Q * (one.values.numpy() - rest)) @ Q.T + rest * np.eye(one.size)
+
+
+def answer(delta: np.ndarray, C: np.ndarray, share: float) -> np.ndarray:
+    """``Δ (I + ν C)⁻¹`` in float64 by a solve with the whole matrix, ν by bisection such that this share of the energy stays."""
+    before, low, high = np.sum((delta @ C) * delta), 0.0, 1e9 / np.abs(C).max()
+    for _ in range(200):
+        nu = np.sqrt(max(low, 1e-12) * high)
+        after = np.linalg.solve(np.eye(len(C)) + nu * C, delta.T).T
+        low, high = (nu, high) if np.sum((after @ C) * after) > share * before else (low, nu)
+    return after

@@ -1,0 +1,125 @@
+"""Maps of a base's inputs: their file, what is refused of it, and sums of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from mapped import energy_form, random_map
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from streamer.errors import FormatError, MismatchError, OutputExistsError, UsageError
+from streamer.methods.input_map import InputMap, add_maps
+from streamer.methods.input_map_file import KEY, load_map
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return helpers.three_shards(tmp_path_factory.mktemp("map"))
+
+
+@pytest.fixture
+def made(inputs: tuple[Path, Path]) -> InputMap:
+    return random_map(*inputs)
+
+
+def test_a_file_holds_it_whole(made: InputMap, tmp_path: Path) -> None:
+    made.save(tmp_path / "new" / "m.safetensors")
+    found = load_map(tmp_path / "new" / "m.safetensors")
+    assert (found.digest, dict(found.facts)) == (made.digest, dict(made.facts))
+    assert found.name == str(tmp_path / "new" / "m.safetensors")
+    for one, other in zip(made.inputs, found.inputs, strict=True):
+        assert (one.names, one.tokens, one.size, one.trace) == (other.names, other.tokens, other.size, other.trace)
+        assert torch.equal(one.values, other.values)
+        assert one.vectors is not None
+        assert other.vectors is not None
+        assert torch.equal(one.vectors, other.vectors)
+    before = (tmp_path / "new" / "m.safetensors").read_bytes()
+    with pytest.raises(OutputExistsError, match="pass overwrite=True"):
+        made.save(tmp_path / "new" / "m.safetensors")
+    made.save(tmp_path / "new" / "m.safetensors", overwrite=True)
+    assert (tmp_path / "new" / "m.safetensors").read_bytes() == before
+    (tmp_path / "other").write_text("mine")
+    with pytest.raises(OutputExistsError, match="is not a map"):
+        made.save(tmp_path / "other", overwrite=True)
+    assert "5 vectors of 9 inputs of 9 matrices, on random.txt" in repr(found)
+
+
+def test_vectors_are_orthonormal_whatever_rounding_did(made: InputMap) -> None:
+    for one in made.inputs:
+        V = one.spectrum.vectors
+        assert V is not None
+        torch.testing.assert_close(V.T @ V, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def changed(path: Path, array: str = "", by: float = 1.0, **keys: object) -> None:
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    tree, tensors = json.loads(metadata[KEY]), load_file(path)
+    if array:
+        tensors[array] = tensors[array] * by
+    save_file(tensors, path, {**metadata, KEY: json.dumps({**tree, **keys})})
+
+
+FIRST = "model.layers.0.self_attn.q_proj.weight"
+FAULTS = {
+    "another version": ({"schema": "streamer.map/2"}, "expected the schema streamer.map/1"),
+    "another value": ({"array": f"{FIRST}.eigenvalues", "by": 1.01}, "differ from their digest"),
+    "NaN": ({"array": f"{FIRST}.eigenvalues", "by": float("nan")}, "eigenvalues that are no such numbers"),
+    "longer vectors": ({"array": f"{FIRST}.vectors", "by": 1.5}, "are not orthonormal"),
+    "no inputs": ({"inputs": []}, "arrays are not those of its inputs"),
+    "another base": ({"base": 3}, "of another type"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_file_is_refused_for(made: InputMap, tmp_path: Path, fault: str) -> None:
+    change, says = FAULTS[fault]
+    made.save(tmp_path / "m.safetensors")
+    changed(tmp_path / "m.safetensors", **change)  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match=says):
+        load_map(tmp_path / "m.safetensors")
+
+
+def test_other_files_are_no_maps(inputs: tuple[Path, Path]) -> None:
+    with pytest.raises(FormatError, match="found another file; make one with `streamer map`"):
+        load_map(inputs[1] / "adapter_model.safetensors")
+    with pytest.raises(FormatError, match="found a directory"):
+        load_map(inputs[0])
+
+
+def test_a_sum_is_that_of_second_moments(inputs: tuple[Path, Path], made: InputMap) -> None:
+    """Of as many vectors as both have together, it is exact within their span, to the rounding of the vectors."""
+    other = random_map(*inputs, seed="b")
+    heavier = dataclasses.replace(
+        other, inputs=tuple(dataclasses.replace(one, tokens=3 * one.tokens) for one in other.inputs)
+    )
+    found = add_maps([made, heavier], 10)
+    assert [text["name"] for text in found.facts["texts"]] == ["random.txt", "randomb.txt"]
+    for a, b, both in zip(made.inputs, heavier.inputs, found.inputs, strict=True):
+        expected = 0.25 * energy_form(a) + 0.75 * energy_form(b)
+        assert both.tokens == a.tokens + b.tokens
+        assert both.trace == pytest.approx(np.trace(expected), rel=1e-12)
+        np.testing.assert_allclose(energy_form(both), expected, atol=2e-2 * np.abs(expected).max())
+        assert both.values[0] == pytest.approx(np.linalg.eigvalsh(expected)[-1], rel=1e-9)
+    assert {len(one.values) for one in add_maps([made, other]).inputs} == {5}
+
+
+def test_sums_are_refused_of_what_differs(inputs: tuple[Path, Path], made: InputMap) -> None:
+    other = random_map(*inputs, seed="b")
+    with pytest.raises(UsageError, match="a text is in two of the maps"):
+        add_maps([made, made])
+    with pytest.raises(MismatchError, match="is of another base than"):
+        add_maps([made, dataclasses.replace(other, facts={**other.facts, "base": {"files": []}})])
+    first, *rest = other.inputs
+    shared = dataclasses.replace(first, names=(first.names[0], "another.weight"))
+    with pytest.raises(MismatchError, match="are of other matrices than in"):
+        add_maps([made, dataclasses.replace(other, inputs=(shared, *rest))])
+    # Of an expert that one text does not reach the other text's inputs are taken.
+    assert len(add_maps([made, dataclasses.replace(other, inputs=tuple(rest))]).inputs) == 9
