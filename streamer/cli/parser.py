@@ -137,7 +137,7 @@ def build_parser() -> Parser:
                    help="share of an intruder that is kept, from 0 (removed) to 1 (unchanged) (default: 0.75; with --map 0.6, of "
                         "each delta's energy on general inputs)")  # fmt: skip
     add_amplify(g)
-    g.add_argument("--method", choices=list(ABOUT),
+    g.add_argument("--method", choices=list(ABOUT), metavar="NAME",
                    help="; ".join(f"{name}: {about}" for name, about in ABOUT.items())
                         + f"; if not given, that of --coefficients or --map, else {DEFAULT_METHOD}")  # fmt: skip
     g.add_argument("--coefficients", metavar="FILE",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from streamer.errors import UsageError
-from streamer.linalg.null_space import reduced
 from streamer.methods.method import ByLambda, MethodName, Needs
 
 if TYPE_CHECKING:
@@ -43,6 +42,8 @@ class NullSpace(ByLambda):
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
         """Compute Δ'; the delta itself where the map has no inputs of this matrix."""
+        from streamer.linalg.null_space import reduced
+
         assert self.map is not None
         assert self.mitigation_lambda is not None
         found = self.map.find(tensor, delta.shape[1])

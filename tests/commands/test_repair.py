@@ -138,7 +138,7 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     assert server.run("verify", out, home / "base", home / "adapter", *more).code == 0
     if not more:
         done = server.run("verify", out, home / "base", home / "adapter", "--coefficients", tree["fit"])
-        assert (done.code, "are not needed for an output of method 'shrink'" in done.err) == (2, True)
+        assert (done.code, "is not needed for an output of method 'shrink'" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize(("verdict", "forgotten", "chosen", "method"), [
