@@ -8,9 +8,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Unpack
 
+from streamer.adapters.one_or_several import One
 from streamer.api.keywords import FitKeywords, explained, watched
 from streamer.api.options import Settings, read_path, take
 from streamer.api.records import DryRun, dry_run
+from streamer.detection.findings import Findings
 from streamer.events import Monitor
 from streamer.fitting.options import FitOptions
 from streamer.fitting.prepare import PreparedFit, prepare_fit
@@ -18,6 +20,7 @@ from streamer.fitting.records import inspect
 from streamer.fitting.run import fit
 from streamer.forecast.passes import forecast_fit
 from streamer.methods.coefficients import Coefficients
+from streamer.output.prepare import load_given
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class FitRequest:
         File of coefficients; None keeps them in memory.
     texts
         Paths of the ``general`` and the ``task`` text.
+    findings
+        Those whose intruders are scaled, to measure that beside; None if that is not asked for.
     """
 
     base: str | Path
@@ -38,6 +43,7 @@ class FitRequest:
     texts: Mapping[str, Path]
     options: FitOptions
     settings: Settings
+    findings: Findings | str | Path | None = None
 
     @classmethod
     def of(
@@ -52,7 +58,9 @@ class FitRequest:
         for name, given in (("base", base), ("adapter", adapter)):
             read_path(name, given)
         settings = take(Settings, keywords, device="cpu")
-        return cls(base, adapter, where, texts, take(FitOptions, keywords, keep=shares), settings)
+        return cls(
+            base, adapter, where, texts, take(FitOptions, keywords, keep=shares), settings, keywords.get("findings")
+        )
 
     def run(self, monitor: Monitor) -> Coefficients:
         """Fit."""
@@ -71,7 +79,8 @@ class FitRequest:
     def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedFit:
         base, adapter = self.settings.located(monitor, peek).pair(self.base, self.adapter)
         run, memory = self.settings.run_options(monitor), self.settings.memory
-        return prepare_fit(Path(base), Path(adapter), self.texts, self.options, memory, run)
+        (found,) = load_given(self.findings, One(Path(adapter)))
+        return prepare_fit(Path(base), Path(adapter), self.texts, self.options, memory, run, found)
 
 
 @explained(FitKeywords, Settings, FitOptions)

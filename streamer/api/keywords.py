@@ -228,6 +228,7 @@ class RepairKeywords(FitKeywords, total=False):
     """Keywords of `streamer.repair_adapter`."""
 
     general: str | Path | None
+    findings: Findings | str | Path | None
     merge: bool
     dequantize: bool
     model_card: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,15 +18,19 @@ from streamer.api.records import DryRun
 from streamer.api.writing import OutputRequest
 from streamer.errors import OutputExistsError, UnsupportedError, UsageError
 from streamer.evaluation.evaluation import GENERAL, TASK
+from streamer.evaluation.evaluation_records import ReliableRecord
 from streamer.events import Monitor
 from streamer.fitting.options import FitOptions
-from streamer.json_types import State
+from streamer.json_types import Count, State
 from streamer.methods import UNCHANGED, Method, Shrink
 from streamer.methods.coefficients import Coefficients, MatrixCoefficients
 from streamer.output.prepare import OutputOptions
 from streamer.output.records import Written
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.output_plan import RECORD_NAME
+
+UNKNOWN: ReliableRecord = {"kept": True, "forgetting": True, "top1_kept": False}
+"""What is taken to be reliable of a file of an earlier version, which does not say."""
 
 BUILT_IN = "python-help.txt"
 """Name of the general text that is read if none is given: what Python's own help says of its topics."""
@@ -34,9 +39,11 @@ BUILT_IN = "python-help.txt"
 # fmt: off
 class RepairRow(TypedDict):
     """A model: as it was measured on the sequences held apart, of the shrink as it is interpolated between those that were."""
-    what: Annotated[Literal["adapter", "shrink", "repair"], "The adapter as it is, the shrink that keeps as much, or the repair."]
+    what: Annotated[Literal["adapter", "shrink", "intruders", "repair"], "The adapter as it is, the shrink that keeps as much, the method "
+        "that scales intruders (if findings with any were given), or the repair."]
     name: Annotated[str, "Its method, with its lambda or its share."]
     kept: Annotated[float, "Share of what was learned that it keeps."]
+    top1_kept: Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined."]
     forgetting: Annotated[float, "Share of what was forgotten that it leaves."]
     divergence: Annotated[float, "Its divergence from the base on general text, as a share of the adapter's."]
 
@@ -45,7 +52,9 @@ class RepairRecord(TypedDict):
     schema: Literal["streamer.repair/1"]
     chosen: Annotated[Literal["repair", "shrink", "adapter"], "What was written."]
     why: Annotated[str, "Why, in a line."]
-    rows: Annotated[list[RepairRow], "What was measured: the adapter, the equal shrink if there is one, the repair."]
+    rows: Annotated[list[RepairRow], "What was measured: the adapter, the equal shrink if there is one, intruder scaling, the repair."]
+    reliable: Annotated[ReliableRecord, "Whether what shares divide by is large enough."]
+    intruders: Annotated[Count | None, "Intruders in the findings given; null if none were given."]
     fit: Annotated[str, "The file of the fit, beside the output."]
     output: Annotated[str, "Path of the output, as it was given."]
     state: State
@@ -102,12 +111,12 @@ class RepairRequest:
             found = fit.run(monitor)
         chosen, why, method = _choice(found)
         rows = _rows(found)
-        written = cast(
-            Written, self._output(method, (f"this is {why}", *map(_line, rows))).run(monitor)
-        )  # of one adapter
+        fine, intruders = found.facts.get("reliable", UNKNOWN), found.facts.get("intruders")
+        measured = f"this is {why}", *(_line(row, fine) for row in rows)
+        written = cast(Written, self._output(method, measured).run(monitor))  # of one adapter
         record: RepairRecord = {
-            "schema": "streamer.repair/1", "chosen": chosen, "why": why, "rows": rows, "fit": str(self.fit.output),
-            "output": str(self.output), "state": written["state"],
+            "schema": "streamer.repair/1", "chosen": chosen, "why": why, "rows": rows, "reliable": fine,
+            "intruders": intruders, "fit": str(self.fit.output), "output": str(self.output), "state": written["state"],
         }  # fmt: skip
         return Repaired(record, written)
 
@@ -133,12 +142,18 @@ class RepairRequest:
             )
 
     def forecast(self, monitor: Monitor) -> DryRun:
-        """Check all, and say what the fit would take, which is nearly all of it; nothing is written."""
+        """Check all, and say what the fit would take, which is nearly all of it, and what is written; nothing is."""
         self._check(monitor)
         with self._texts() as fit:
             found = fit.forecast(monitor)
         if found["state"] == "done" and not (self.output / RECORD_NAME).exists():
             found["state"] = "resume"  # the fit is there, and what is made of it is not
+        if not self.output.exists() and (forecast := found["forecast"]) is not None:
+            made = cast(
+                DryRun, self._output(Shrink(0.5)).forecast(monitor)
+            )  # of one adapter; whatever is written is as large
+            found["files"] += made["files"]
+            forecast["write_bytes"] += made["bytes"] or 0
         return {**found, "command": "repair", "output": str(self.output)}
 
     @contextlib.contextmanager
@@ -166,6 +181,13 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     shrink = one["shrink"]
     if not found.facts["forgotten"]:
         return "adapter", "the adapter as it is: there is no evidence that it forgets", UNCHANGED
+    if not _is_worth_it(one):
+        trade = one["trade"]
+        return "adapter", (
+            f"the adapter as it is: {trade['name']} regains {trade['regained']:.4f} ± {trade['regained_se']:.4f} nats a token on general "
+            f"text and gives up {trade['given_up']:.4f} ± {trade['given_up_se']:.4f} on the task's; what is written regains over "
+            f"{trade['worth']:g} of what it gives up, by two errors"
+        ), UNCHANGED  # fmt: skip
     values = {float(c) for m in found.sets[0].matrices.values() if isinstance(m, MatrixCoefficients) for c in m.values}
     if len(values) == 1:  # it is a shrink
         lam = round(values.pop(), 4)
@@ -180,22 +202,41 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     return "shrink", why, Shrink(lam)
 
 
+def _is_worth_it(one: Mapping[str, Any]) -> bool:
+    """Test whether a set, or the shrink that keeps as much, regains enough for what it gives up; see `Trade`."""
+    trade, shrink = one.get("trade"), one["shrink"]
+    if trade is None or trade["worth_it"] or shrink is None:  # a file of an earlier version does not say
+        return trade is None or bool(trade["worth_it"])
+    # The shrink gives up as much, and regains more by what the set's loss is above its.
+    more = trade["regained"] + shrink["loss"] - trade["worth"] * trade["given_up"]
+    return bool(more > 2 * math.hypot(trade["regained_se"], shrink["loss_se"], trade["worth"] * trade["given_up_se"]))
+
+
 def _rows(found: Coefficients) -> list[RepairRow]:
-    (one,) = found.facts["sets"]
-    rows: list[RepairRow] = [{"what": "adapter", "name": "adapter", "kept": 1.0, "forgetting": 1.0, "divergence": 1.0}]
+    facts, shares = found.facts, ("kept", "top1_kept", "forgetting", "divergence")
+    (one,) = facts["sets"]
+    measured: list[tuple[str, str, Mapping[str, Any]]] = [("adapter", "adapter", dict.fromkeys(shares, 1.0))]
     if (shrink := one["shrink"]) is not None:
-        rows.append({"what": "shrink", "name": f"shrink {shrink['lambda']:.3f}", "kept": one["kept"],
-                     "forgetting": shrink["forgetting"], "divergence": shrink["divergence"]})  # fmt: skip
-    name = found.select().method
-    rows.append({"what": "repair", "name": f"{name} {one['keep']:g}", "kept": one["kept"], "forgetting": one["forgetting"],
-                 "divergence": one["divergence"]})  # fmt: skip
-    return rows
+        measured.append(("shrink", f"shrink {shrink['lambda']:.3f}", {**shrink, "kept": one["kept"]}))
+    if (scaling := facts.get("scaling")) is not None:
+        measured.append(("intruders", scaling["name"], scaling))
+    measured.append(("repair", f"{found.select().method} {one['keep']:g}", one))
+    return [
+        cast(RepairRow, {"what": what, "name": name, **{key: own.get(key) for key in shares}})
+        for what, name, own in measured
+    ]
 
 
-def _line(row: RepairRow) -> str:
-    kept, left, kl = (f"{100 * row[key]:.1f} %" for key in ("kept", "forgetting", "divergence"))
+def _line(row: RepairRow, reliable: Mapping[str, bool]) -> str:
+    kept, top1, left, kl = (
+        f"{100 * value:.1f} %" if value is not None and reliable.get(key, True) else "an unknown share"
+        for key, value in ((key, row[key]) for key in ("kept", "top1_kept", "forgetting", "divergence"))
+    )
     interpolated = " (interpolated)" if row["what"] == "shrink" else ""
-    return f"{row['name']}{interpolated}: keeps {kept} of what was learned, leaves {left} of the forgetting and {kl} of the KL"
+    return (
+        f"{row['name']}{interpolated}: keeps {kept} of what was learned ({top1} of the gain in top-1), leaves {left} of the forgetting and "
+        f"{kl} of the KL"
+    )
 
 
 @explained(RepairKeywords, Settings, FitOptions, OutputOptions)
@@ -205,9 +246,9 @@ def repair_adapter(
     """Write an adapter that forgets less: fit it to the inputs of its modules, measure it, and choose what is better than a shrink.
 
     It is never worse than the shrink of the whole adapter that keeps as much, by what was measured on sequences held apart: if the repair
-    is not better by two standard errors of loss and KL, that shrink is written; if the adapter does not forget, or no measured shrink keeps
-    as much, the adapter as it is. The fit is in ``OUTPUT.fit.safetensors`` beside the output. It needs transformers:
-    ``pip install 'intruder-streamer[evaluate]'``.
+    is not better by two standard errors of loss and KL, that shrink is written; if the adapter does not forget, what is regained is not
+    worth what is given up, or no measured shrink keeps as much, the adapter as it is. The fit is in ``OUTPUT.fit.safetensors`` beside the
+    output. It needs transformers: ``pip install 'intruder-streamer[evaluate]'``.
 
     Parameters
     ----------
@@ -221,6 +262,8 @@ def repair_adapter(
         Text of what the adapter was trained for, not trained on, in the forms that `evaluate_variants` takes.
     general
         Text of what the model could do before. None: what Python's help says of its topics; your own is better.
+    findings
+        From `detect_intruder_dimensions`, or the path of their file: the method ``paper`` at its default λ is measured beside the repair.
     keep
         Share of what the adapter learned that is to stay, below 1.
     merge

@@ -277,6 +277,8 @@ def build_parser() -> Parser:
     inputs(sub)
     add_texts(sub, built_in=True)
     add_fit(sub, several=False)
+    sub.add_argument("--findings", type=path, metavar="FILE",
+                     help="from `streamer detect`: measure the scaling of their intruders beside the repair")  # fmt: skip
     sub.add_argument("--merge", action="store_true", help="write the model with the repaired adapter merged in")
     sub.add_argument(
         "--dequantize", action="store_true", help="with --merge: write a plain model where the base is quantized"

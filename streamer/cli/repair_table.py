@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from streamer.api.views import input_options, record_lines
 from streamer.cli.layout import Column, Screen, fit, table
@@ -22,17 +22,25 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     inputs
         Base and adapter, as they were given.
     """
-    rows = record["rows"]
+    rows, reliable = record["rows"], record["reliable"]
+
+    def shares(name: str) -> list[str]:
+        values = [cast(Mapping[str, Any], row)[name] for row in rows]
+        return ["-" if value is None or not reliable.get(name, True) else f"{100 * value:.1f}%" for value in values]
+
     columns = [
         Column("model", [row["name"] + (" *" if row["what"] == record["chosen"] else "") for row in rows], "* is written", 9, left=True),
-        Column("kept", [f"{100 * row['kept']:.1f}%" for row in rows], "share of what was learned that it keeps", 8),
-        Column("forgetting", [f"{100 * row['forgetting']:.1f}%" for row in rows], "share of what was forgotten that it leaves", 8),
-        Column("KL", [f"{100 * row['divergence']:.1f}%" for row in rows], "its divergence from the base; 100% is the adapter's", 5),
+        Column("kept", shares("kept"), "share of what was learned that it keeps", 8),
+        Column("top-1 kept", shares("top1_kept"), "share of the rise of the task's tokens that are found likeliest", 4),
+        Column("forgetting", shares("forgetting"), "share of what was forgotten that it leaves", 8),
+        Column("KL", shares("divergence"), "its divergence from the base; 100% is the adapter's", 5),
     ]  # fmt: skip
     more = "".join(f" {word}" for word in input_options(written))
     words = shlex.join([*inputs, "--general", "TEXT", "--task", "TEXT", "-o", "FILE", "--coefficients", record["fit"]])
+    none = "the findings have no intruder: scaling them changes nothing, and was not measured"
     lines = [
         f"writes {record['why']}",
+        *([none] if record["intruders"] == 0 else []),
         *record_lines(written, stood(record["output"], record["state"])),
         f"next, on text that nothing was trained or fitted on: streamer evaluate {words}{more}",
     ]

@@ -23,7 +23,7 @@ from streamer.evaluation.evaluation_records import (
 )
 from streamer.evaluation.identity import input_options
 from streamer.evaluation.statistics import MEASURES, SequenceSums, flat
-from streamer.evaluation.suggestion import WORTH, Suggestion, Trade, front, suggest
+from streamer.evaluation.suggestion import Suggestion, Trade, front, suggest
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.evaluation.view import table_text, verdict
 from streamer.methods import METHODS, takes_findings
@@ -211,10 +211,9 @@ class Evaluation:
             **flat("kl", s.shrink.kl), **flat("top1", s.shrink.top1), "verdict": s.shrink.verdict,
         }  # fmt: skip
         judged = s.declined or (variant if s.reason == "forgets least" else None)
-        trade = None if judged is None else Trade.of(self.general, self.task, self.variants.index(judged))
-        traded: Any = None if judged is None or trade is None else {
-            "name": judged.name, **flat("regained", trade.regained), **flat("given_up", trade.given_up), "worth": WORTH,
-        }  # fmt: skip
+        traded: Any = None
+        if judged is not None:
+            traded = Trade.of(self.general, self.task, self.variants.index(judged)).record(judged.name)
         return {
             "name": None if variant is None else variant.name,
             "method": None if variant is None else variant.method,

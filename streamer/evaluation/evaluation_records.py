@@ -124,6 +124,7 @@ class TradeRecord(TypedDict):
     given_up: Annotated[float, "Mean loss on the task's text by which it is above the adapter, in nats a token."]
     given_up_se: PairedError
     worth: Annotated[float, "It is worth it if it regains over this times what it gives up, by two standard errors."]
+    worth_it: Annotated[bool, "Whether it is."]
 
 class ReliableRecord(TypedDict):
     """Whether shares say anything: what they divide by is over four standard errors (more of few sequences); tables show no others."""

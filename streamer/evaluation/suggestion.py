@@ -13,11 +13,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 from streamer.errors import UsageError
 from streamer.evaluation.shrinks import ShrinkComparison, against_shrink, next_shrink
-from streamer.evaluation.statistics import Estimate, SequenceSums
+from streamer.evaluation.statistics import Estimate, SequenceSums, flat
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.methods.shrink import Shrink
 
@@ -40,6 +40,11 @@ class Trade:
     def of(cls, general: SequenceSums, task: SequenceSums, variant: int) -> Trade:
         """Estimate that of a variant by its number."""
         return cls(general.loss_difference(ADAPTER_ROW, variant), task.loss_difference(variant, ADAPTER_ROW))
+
+    def record(self, name: str) -> dict[str, Any]:
+        """Write it as `TradeRecord`, of the variant of a name."""
+        numbers = {**flat("regained", self.regained), **flat("given_up", self.given_up)}
+        return {"name": name, **numbers, "worth": WORTH, "worth_it": self.is_worth_it}
 
     @property
     def is_worth_it(self) -> bool:

@@ -56,7 +56,7 @@ def expected_costs(prepared: PreparedFit) -> Costs:
     if prepared.by_inputs:
         return _costs_of_inputs(prepared)
     several, base_at_zero = prepared.parameters.count > 1, not prepared.unchanged
-    measured = [2 + len(SHRINKS) - base_at_zero]
+    measured = [2 + len(SHRINKS) - base_at_zero + len(prepared.scaling)]
     gradients: list[int] = []
     for asked in expected_requests(prepared.options, several, base_at_zero):
         if isinstance(asked, str):
@@ -74,7 +74,7 @@ def _costs_of_inputs(prepared: PreparedFit) -> Costs:
         for text in prepared.texts.values()
         for rows in parts(text.fitted, prepared.rows_of_inputs, size.short, True)
     ]
-    measured = [2 + len(SHRINKS), 1 + len(WEIGHTS), *[1 + len(prepared.options.keep)] * 2]
+    measured = [2 + len(SHRINKS) + len(prepared.scaling), 1 + len(WEIGHTS), *[1 + len(prepared.options.keep)] * 2]
     return Costs(collected, [cost for count in measured for cost in pass_costs(prepared, count)], max(measured))
 
 

@@ -40,7 +40,7 @@ class DividedFit:
         own = self.prepared
 
         def job(chosen: tuple[Variant, ...]) -> Job:
-            return Job(own.plan, chosen, None, rounds_products=own.options.dtype == "bf16")
+            return Job(own.plan, chosen, own.findings, rounds_products=own.options.dtype == "bf16")
 
         return measure_variants(own.passes(len(variants)), own.held, variants, job, key, self.records, self.progress)
 

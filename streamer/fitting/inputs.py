@@ -25,7 +25,7 @@ from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW
 from streamer.fitting.division import DividedFit
 from streamer.fitting.options import WEIGHTS
 from streamer.fitting.prepare import PreparedFit
-from streamer.fitting.result import SHRINKS, FoundSet, adapter_facts, doubts, misses, set_facts
+from streamer.fitting.result import SHRINKS, FoundSet, adapter_facts, doubts, misses, scaling_facts, set_facts
 from streamer.linalg.low_rank import LowRank
 from streamer.linalg.regmean import RIDGE, answers
 from streamer.linalg.second_moments import Moments
@@ -171,7 +171,7 @@ class InputsRun(DividedFit):
                 self.check()
                 self.progress.resume(self.records.taken_up)
                 baseline = [Variant.of(Shrink(lam)) for lam in SHRINKS]
-                self._measure_new([Variant(ADAPTER, UNCHANGED), *baseline])
+                self._measure_new([Variant(ADAPTER, UNCHANGED), *baseline, *prepared.scaling])
                 of_adapter = adapter_facts(*self._sums([]), prepared.texts[TASK].whole.name)
                 self.monitor.warn(doubts(of_adapter))
                 points, unseen = self._solved(spool)
@@ -181,6 +181,7 @@ class InputsRun(DividedFit):
                 names = [*(one.name for one in baseline), *(point.name for _, point in found)]
                 facts = {
                     **prepared.facts, "ridge": RIDGE, "raised": self.raised, "unseen": unseen, **of_adapter,
+                    **scaling_facts(prepared.scaling, lambda name: self._sums([name])),
                     "sets": set_facts(*self._sums(names), sets),
                 }  # fmt: skip
                 self.monitor.warn(misses(facts))

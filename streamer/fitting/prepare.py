@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamer import __version__
+from streamer.detection.findings import Findings
 from streamer.detection.options import RunOptions
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.memory import Pass, measured_bytes, pass_bytes, plan_passes, rows_within
@@ -21,7 +22,8 @@ from streamer.fitting import algorithm
 from streamer.fitting.memory import ROWS, gradient_bytes, inputs_bytes, plan_chunks
 from streamer.fitting.options import LEAST, WEIGHTS, Division, FitOptions, Grain, divide
 from streamer.fitting.parameters import Parameters, singular_values_of
-from streamer.methods import UNCHANGED
+from streamer.methods import UNCHANGED, Paper, make_method
+from streamer.output.prepare import fitting_findings
 from streamer.plan.batch import Batch
 from streamer.plan.memory import resident_bytes
 from streamer.plan.plan import Plan, make_plan
@@ -60,6 +62,8 @@ class PreparedFit:
         Of the base and one variant, for its sizes.
     one_length
         See `evaluation.prepare.Prepared`.
+    findings
+        Those whose intruders are scaled, to measure that beside what is fitted; None if it is not asked for.
     """
 
     plan: Plan
@@ -70,6 +74,12 @@ class PreparedFit:
     files: Mapping[str, str]
     model: StreamingModel
     one_length: bool
+    findings: Findings | None = None
+
+    @property
+    def scaling(self) -> list[Variant]:
+        """List the variant that scales intruders, if that is asked for, and there are any."""
+        return [Variant.of(make_method(Paper.name))] if self.findings is not None and self.findings.intruders else []
 
     @cached_property
     def chunks(self) -> Mapping[str, list[tuple[int, ...]]]:
@@ -200,6 +210,8 @@ class PreparedFit:
                 )
         count, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
         if self.by_inputs:
+            if len({text.whole.digest() for text in self.texts.values()}) == 1:
+                self.run.monitor.warn(("both texts are one: what is fitted to them is a shrink, Δ / (1 + mu)",))
             widest = max((t.module.shape[1] for t in self.plan.targets if t.module.form != "embedding"), default=0)
             if count < widest:
                 self.run.monitor.warn(
@@ -234,6 +246,8 @@ class PreparedFit:
             "texts": {name: _text_facts(text, self.files[name]) for name, text in self.texts.items()},
             "unchanged": self.unchanged,
         }
+        if self.findings is not None:
+            tree |= {"findings": self.findings.decisions_digest(), "intruders": self.findings.intruders}
         digest = self.plan.digest(**tree, options=options, max_memory=self.max_memory)
         return {"version": __version__, **tree, "plan": digest}
 
@@ -249,7 +263,7 @@ def _text_facts(text: Division, file: str) -> dict[str, Any]:
 
 
 def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], options: FitOptions, max_memory: int | None,
-                run: RunOptions) -> PreparedFit:  # fmt: skip
+                run: RunOptions, findings: Findings | None = None) -> PreparedFit:  # fmt: skip
     """Open and check everything that a fit reads, and hand on the warnings of the inputs.
 
     Parameters
@@ -261,13 +275,15 @@ def prepare_fit(base: str | Path, adapter: Path, texts: Mapping[str, Path], opti
     plan = make_plan(base, adapter, run.io, run.stated, run.architecture)
     run.monitor.warn(plan.warnings)
     refuse_new_tokens(plan)
+    if findings is not None:
+        findings = fitting_findings(plan, findings, findings.options)
     options = replace(options, grain=_grain(plan, options, run.monitor))
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = StreamingModel(Job(plan, variants, None, rounds_products=options.dtype == "bf16"))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
     files = {name: sample_digest(path) for name, path in texts.items()}
     divided, one_length = divide(read, texts, options), chooses_keys(model, read)
-    prepared = PreparedFit(plan, options, run, max_memory, divided, files, model, one_length)
+    prepared = PreparedFit(plan, options, run, max_memory, divided, files, model, one_length, findings)
     if prepared.unchanged:
         names = prepared.unchanged
         run.monitor.warn(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from streamer.errors import MismatchError
 from streamer.evaluation.evaluation import reliable
-from streamer.evaluation.evaluation_records import ReliableRecord, TextFacts
+from streamer.evaluation.evaluation_records import ReliableRecord, TextFacts, TradeRecord
 from streamer.evaluation.options import ProductDtype
 from streamer.evaluation.shrinks import against_shrink
 from streamer.evaluation.statistics import SequenceSums, flat, telling
+from streamer.evaluation.suggestion import Trade
 from streamer.evaluation.variants import ADAPTER_ROW, BASE_ROW, EvaluatedVariant
 from streamer.fitting.front import EXCEEDED, MISSED
 from streamer.fitting.options import Grain, Objective
@@ -23,7 +24,7 @@ from streamer.methods import Shrink
 from streamer.methods.coefficients import Floats, share_name
 from streamer.methods.method import MethodName
 from streamer.plan.sources import AdapterSource, BaseSource
-from streamer.streaming.variants import ADAPTER, BASE
+from streamer.streaming.variants import ADAPTER, BASE, Variant
 
 SHRINKS = (0.85, 0.7, 0.5, 0.25, 0.0)
 """Shrinks that are measured on the sequences held apart, beside the adapter, λ = 1. By 0 it is the base, unless more than deltas stays."""
@@ -66,13 +67,7 @@ FittedShrink = TypedDict("FittedShrink", {
 })
 FittedShrink.__doc__ = "A shrink of the whole adapter."
 
-class SetRecord(TypedDict):
-    """A set of coefficients."""
-    keep: Annotated[KeptShare, "Share of what was learned that was to be kept."]
-    missed: NotRequired[Annotated[bool, "Whether it keeps less than was wanted, by more than 0.01; absent from files of earlier versions."]]
-    exceeded: NotRequired[Annotated[bool, "Whether it keeps more, by more than 0.03; absent from files of earlier versions."]]
-    mu: Annotated[Amount | None, "Weight of the task's text against the general one, of grain inputs of the general one against the "
-        "task's; null with one coefficient, or if all are 0 or 1."]
+class _Shares(TypedDict):
     kept: Annotated[float | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined."]
     kept_se: StandardError | None
     top1_kept: NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; absent of earlier versions."]]
@@ -82,6 +77,19 @@ class SetRecord(TypedDict):
     forgetting_se: StandardError | None
     divergence: Annotated[float | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0."]
     divergence_se: StandardError | None
+
+class ScalingRecord(_Shares):
+    """A method that scales intruders, measured beside what was fitted."""
+    name: Annotated[str, "Method and lambda."]
+
+class SetRecord(_Shares):
+    """A set of coefficients."""
+    keep: Annotated[KeptShare, "Share of what was learned that was to be kept."]
+    missed: NotRequired[Annotated[bool, "Whether it keeps less than was wanted, by more than 0.01; absent from files of earlier versions."]]
+    exceeded: NotRequired[Annotated[bool, "Whether it keeps more, by more than 0.03; absent from files of earlier versions."]]
+    mu: Annotated[Amount | None, "Weight of the task's text against the general one, of grain inputs of the general one against the "
+        "task's; null with one coefficient, or if all are 0 or 1."]
+    trade: NotRequired[Annotated[TradeRecord, "What it gives up and regains; absent of earlier versions."]]
     coefficients: NotRequired[Annotated[_CoefficientFigures, "The coefficients in numbers, each counted once; absent of grain inputs."]]
     shrink: Annotated[FittedShrink | None, "The shrink of the whole adapter that keeps the same share, interpolated; null if it is one, or "
         "none that was measured keeps as little, or as much."]
@@ -104,6 +112,8 @@ class FitFacts(TypedDict):
     dtype: Annotated[ProductDtype, "Dtype to which base weights and activations are rounded for their products; all else is float32."]
     texts: Annotated[_FittedTexts, "The two texts."]
     unchanged: Annotated[list[str], "Tensors that the adapter changes otherwise than by deltas, which stay as it has them."]
+    findings: NotRequired[Annotated[Sha256, "Digest of the decisions of the findings, if some were given (SHA-256, hexadecimal)."]]
+    intruders: NotRequired[Annotated[Count, "Intruders in them; of 0 scaling them changes nothing, and is not measured."]]
     plan: Annotated[Sha256, "Digest of all that decides the coefficients (SHA-256, hexadecimal)."]
     parameters: NotRequired[Annotated[Count, "Coefficients that were fitted, those that are shared counted once; absent of grain inputs."]]
     gradients: NotRequired[Annotated[Count, "Gradients that were computed, each over all sequences of a text that are fitted on; absent of "
@@ -115,6 +125,7 @@ class FitFacts(TypedDict):
 class AdapterFacts(TypedDict):
     """What the adapter as it is has learned and forgotten, on the sequences held apart."""
     forgotten: Annotated[bool, "Whether the adapter's loss on the general text is told above the base's, on the sequences held apart."]
+    improved: NotRequired[Annotated[bool, "Whether it is told below: text of the task's kind. Absent of earlier versions."]]
     learning: Annotated[float, "Loss of the base on the task's text less the adapter's, in nats a token."]
     learning_se: PairedError
     top1_gain: NotRequired[Annotated[float, "Share of the task's tokens that it finds likeliest, less the base's; not earlier."]]
@@ -128,6 +139,7 @@ class AdapterFacts(TypedDict):
 class FitRecord(FitFacts, AdapterFacts):
     """What `streamer fit --json` prints: what coefficients were fitted to, and how they do on text that they were not fitted on."""
     schema: Literal["streamer.fit/1"]
+    scaling: NotRequired[Annotated[ScalingRecord, "The method paper at its default lambda, if findings with intruders were given."]]
     sets: Annotated[list[SetRecord], Keywords(minItems=1), "The sets of coefficients, one a share, measured on the sequences held apart."]
     output: Annotated[str, "Path of the output, as it was given."]
     state: State
@@ -172,6 +184,7 @@ def adapter_facts(general: SequenceSums, task: SequenceSums, name: str) -> Adapt
         )
     return cast(AdapterFacts, {
         "forgotten": forgetting.is_positive,
+        "improved": forgetting.is_negative,
         **flat("learning", learning),
         **flat("top1_gain", task.top1_gain),
         **flat("forgetting", forgetting),
@@ -218,10 +231,8 @@ def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceS
         "missed": task.share(v).value < one.keep - MISSED,
         "exceeded": task.share(v).value > one.keep + EXCEEDED,
         "mu": one.weight if math.isfinite(one.weight) else None,
-        **flat("kept", task.share(v)),
-        **flat("top1_kept", task.top1_share(v)),
-        **flat("forgetting", general.share(v)),
-        **flat("divergence", general.kl_share(v)),
+        "trade": Trade.of(general, task, v).record(variants[v].name),
+        **_shares(general, task, v),
         **({} if theta is None else {"coefficients": {
             "mean": float(theta.mean()),
             "near_0": int((theta <= NEAR).sum()),
@@ -231,10 +242,40 @@ def _set(one: FoundSet, variants: Sequence[EvaluatedVariant], general: SequenceS
     })  # fmt: skip
 
 
+def _shares(general: SequenceSums, task: SequenceSums, v: int) -> dict[str, float | None]:
+    return {
+        **flat("kept", task.share(v)),
+        **flat("top1_kept", task.top1_share(v)),
+        **flat("forgetting", general.share(v)),
+        **flat("divergence", general.kl_share(v)),
+    }
+
+
+def scaling_facts(
+    variants: Sequence[Variant], sums: Callable[[str], tuple[SequenceSums, SequenceSums]]
+) -> dict[str, ScalingRecord]:
+    """Return the figures of the variant that scales intruders, if there is one.
+
+    Parameters
+    ----------
+    sums
+        Gives sums on both texts, of the base, the adapter as it is, and a variant by name.
+    """
+    if not variants:
+        return {}
+    (one,) = variants
+    return {"scaling": cast(ScalingRecord, {"name": one.name, **_shares(*sums(one.name), ADAPTER_ROW + 1)})}
+
+
 def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
     """Warn of an adapter of which it is not told that it forgets."""
     if facts["forgotten"]:
         return []
+    if facts.get("improved"):
+        return [
+            f"the adapter improves the general text, by {-facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f}: it seems to be of the "
+            "task's kind, of which nothing is forgotten; give text of what the model could do before"
+        ]
     return [
         f"there is no evidence that the adapter forgets, so it can be used as it is (more text may show more): its loss on general text "
         f"less the base's is {facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} on the sequences held apart"

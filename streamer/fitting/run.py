@@ -21,7 +21,7 @@ from streamer.fitting.inputs import InputsRun
 from streamer.fitting.parameters import Parameters
 from streamer.fitting.prepare import PreparedFit
 from streamer.fitting.records import inspect, key, result_file
-from streamer.fitting.result import FoundSet, adapter_facts, doubts, misses, set_facts, shrinks
+from streamer.fitting.result import FoundSet, adapter_facts, doubts, misses, scaling_facts, set_facts, shrinks
 from streamer.methods import Fitted, Shrink
 from streamer.methods.coefficients import Coefficients, Floats
 from streamer.methods.coefficients_file import load_coefficients
@@ -48,26 +48,35 @@ class HeldOut:
         measured = {b"", *self._rows}
         return list({self._key(theta): theta for theta in asked if self._key(theta) not in measured}.values())
 
-    def measure(self, request: int, asked: Sequence[Floats]) -> None:
+    def measure(self, request: int, asked: Sequence[Floats], others: Sequence[Variant] = ()) -> None:
         """Measure those of the parameters that were not measured before; they run together.
 
         Parameters
         ----------
         request
             Number of the request, for the records.
+        others
+            Variants that run with them; see `of_variant`.
         """
         new = self.missing([self.adapter, *asked])
         if not new:
             return
         fitted = (Fitted(coefficients=self._parameters.coefficient_set(1.0, theta)) for theta in new)
-        variants = [Variant(BASE, None), *map(Variant, map(self._name, new), fitted)]
+        variants = [Variant(BASE, None), *map(Variant, map(self._name, new), fitted), *others]
         whole = self._divided.measure(variants, lambda i: key(request, i, new))
-        for v, row in enumerate([b"", *map(self._key, new)]):
+        for v, row in enumerate([b"", *map(self._key, new), *(one.name.encode() for one in others)]):
             self._rows[row] = {text: of.take([v]) for text, of in whole.items()}
 
     def sums(self, text: str, asked: Sequence[Floats]) -> SequenceSums:
         """Return the sums of a text, of the base, the adapter as it is, and these parameters, which were measured."""
-        keys = [b"", *map(self._key, [self.adapter, *asked])]
+        return self._joined(text, [b"", *map(self._key, [self.adapter, *asked])])
+
+    def of_variant(self, name: str) -> tuple[SequenceSums, SequenceSums]:
+        """Return the sums on both texts of the base, the adapter as it is, and a variant that ran beside."""
+        keys = [b"", self._key(self.adapter), name.encode()]
+        return self._joined(GENERAL, keys), self._joined(TASK, keys)
+
+    def _joined(self, text: str, keys: Sequence[bytes]) -> SequenceSums:
         first, *others = (self._rows[one][text] for one in keys)
         return first.joined(*others)
 
@@ -135,7 +144,7 @@ class _Run(DividedFit):
             self.progress.resume(self.records.taken_up)
             # First of all, so that what evaluate would refuse is refused, and doubted what is not worth the time.
             baseline = shrinks(self.parameters.count)
-            self.held.measure(0, baseline)
+            self.held.measure(0, baseline, self.prepared.scaling)
             of_adapter = adapter_facts(*self._held_sums([]), self.prepared.texts[TASK].whole.name)
             self.monitor.warn(doubts(of_adapter))
             numbers = itertools.count(1)
@@ -154,6 +163,7 @@ class _Run(DividedFit):
             "parameters": self.parameters.count,
             "gradients": self.gradients,
             **of_adapter,
+            **scaling_facts(self.prepared.scaling, self.held.of_variant),
             "sets": set_facts(*self._held_sums([*baseline, *thetas]), sets),
         }
         self.monitor.warn(misses(facts))

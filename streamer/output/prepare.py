@@ -79,7 +79,7 @@ def open_jobs(base: str | Path, adapters: One | Several, findings: Sequence[Find
     batch = make_batch(base, adapters.paths, run.io, run.stated, run.architecture)
     fitting = []
     for plan, found in zip(batch.plans, findings, strict=True):
-        fitting.append(None if found is None else _fitting_findings(plan, found, detection))
+        fitting.append(None if found is None else fitting_findings(plan, found, detection))
         run.monitor.warn(() if found is None else found.warnings)
         if method.coefficients is not None:
             check_coefficients(plan, method.coefficients)
@@ -187,7 +187,7 @@ def lacking_inputs(plan: Plan, inputs: InputMap) -> list[str]:
     return [f"the map has no inputs of {counted(len(lacks), 'matrix')}, {names}: what the adapter adds there stays"]
 
 
-def _fitting_findings(plan: Plan, findings: Findings, options: DetectionOptions) -> Findings:
+def fitting_findings(plan: Plan, findings: Findings, options: DetectionOptions) -> Findings:
     """Check that findings are on the matrices of a plan; those on a model in memory get the names of the base's files."""
     name = findings.name
     if findings.base.get("in_memory"):

@@ -39,7 +39,8 @@ def test_another_text_is_measured_as_the_general_one_would_be(server: Server, ho
     assert head[-10:-7] == ["near.npy", "near.npy", "kept"]
     tree = check(evaluate(server, home, output, *SHRINKS, *more, "--json"), "streamer.evaluation/1")
     assert tree["state"] == "present"
-    assert next((one["name"], one["effect"]) for one in tree["others"]) == ("near.npy", "improves")
+    near, some = tree["others"]
+    assert (near["name"], near["effect"], some["name"]) == ("near.npy", "improves", "some.npy")
     assert [one["name"] for one in tree["texts"]["others"]] == ["near.npy", "some.npy"]
     other = json.loads((tmp_path / "e.json").read_text())
     assert evaluate(server, home, tmp_path / "o.json", *SHRINKS, general=home / "some.npy").code == 0

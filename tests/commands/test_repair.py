@@ -134,6 +134,7 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     assert again == {**tree, "state": "present"}
     shown = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out)
     assert [line.split()[0] for line in shown.out.splitlines()[2:5]] == ["adapter", "shrink", "regmean"]
+    assert shown.out.splitlines()[0].split() == ["model", "kept", "top-1", "kept", "forgetting", "KL"]
     more = ["--coefficients", tree["fit"]] if tree["chosen"] == "repair" else []
     assert server.run("verify", out, home / "base", home / "adapter", *more).code == 0
     if not more:
@@ -162,7 +163,11 @@ def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) ->
     tree = check(server.run("repair", home / "base", home / "adapter", *texts(home), "-o", tmp_path / "r", "--dry-run", "--json"),
                  "streamer.dry-run/1")  # fmt: skip
     assert (tree["command"], tree["state"], tree["output"]) == ("repair", "new", str(tmp_path / "r"))
-    assert tree["forecast"]["write_bytes"] > 0
+    alone = check(server.run("fit", home / "base", home / "adapter", *texts(home), "-o", tmp_path / "f", "--dry-run", "--json"),
+                  "streamer.dry-run/1")  # fmt: skip
+    weights = (home / "adapter" / "adapter_model.safetensors").stat().st_size
+    written = tree["forecast"]["write_bytes"] - alone["forecast"]["write_bytes"]
+    assert (tree["files"] > 1 + alone["files"], weights < written < weights + 100_000) == (True, True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -268,7 +273,19 @@ def test_one_coefficient_for_all_is_written_as_the_shrink_that_it_is(
 ) -> None:
     out = tmp_path / "r"
     tree = check(
-        server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out, "--grain", "all", "--json"),
+        server.run(
+            "repair",
+            home / "base",
+            home / "adapter",
+            *texts(home),
+            "-o",
+            out,
+            "--grain",
+            "all",
+            "--keep",
+            0.5,
+            "--json",
+        ),
         "streamer.repair/1",
     )
     record = json.loads((out / "streamer.json").read_text())

@@ -1,0 +1,141 @@
+"""What `streamer repair` measures beside the repair, and what it says of trades and texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from forks import Server
+from learned import make_learned
+from test_schemas import check
+
+import streamer
+from streamer.api import repair
+from streamer.evaluation.sequences import TextSequences
+from streamer.fitting.options import FitOptions, divide
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_learned(tmp_path_factory.mktemp("repair"), sequences=48)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server(modules=("streamer.api.fitting", "transformers.models.llama.modeling_llama"))
+    yield made
+    made.close()
+
+
+def texts(home: Path) -> list[object]:
+    return ["--general", home / "general.npy", "--task", home / "task.npy"]
+
+
+@pytest.fixture(scope="module")
+def fitted(home: Path) -> Path:
+    path = home / "f.safetensors"
+    streamer.fit_coefficients(home / "base", home / "adapter", path, general=home / "general.npy", task=home / "task.npy",
+                              on_event=lambda event: None)  # fmt: skip
+    return path
+
+
+def held_apart(home: Path, directory: Path) -> dict[str, Path]:
+    """Write the sequences that a fit holds apart."""
+    paths = {name: home / f"{name}.npy" for name in ("general", "task")}
+    read = {name: TextSequences.of(np.load(path)) for name, path in paths.items()}
+    for name, text in divide(read, paths, FitOptions()).items():
+        np.save(directory / f"{name}.npy", np.stack(text.held.ids))
+    return {name: directory / f"{name}.npy" for name in paths}
+
+
+def test_a_trade_that_is_not_worth_it_is_not_made(fitted: Path) -> None:
+    """What the set gives up of the task is many times what it regains; or what the shrink gives up, which regains a little more."""
+    found = streamer.load_coefficients(fitted)
+    first: Any = found.facts["sets"][0]
+    trade = {
+        **first["trade"], "regained": 0.0007, "regained_se": 0.0001, "given_up": 0.017, "given_up_se": 0.002, "worth_it": False,
+    }  # fmt: skip
+    for loss, chosen in ((-0.01, "adapter"), (0.002, "adapter"), (0.5, "shrink")):
+        shrink = {
+            **first["shrink"],
+            "verdict": "worse" if loss > 0 else "better",
+            "loss": loss,
+            "loss_se": 0.001,
+            "lambda": 0.5,
+        }
+        facts = {**found.facts, "forgotten": True, "sets": [{**first, "trade": trade, "shrink": shrink}]}
+        what, why, made = repair._choice(streamer.Coefficients(found.sets[:1], facts))
+        assert what == chosen
+        assert (made.mitigation_lambda == 1) == (chosen == "adapter")
+        if chosen == "adapter":
+            assert why == (
+                "the adapter as it is: regmean 0.9 regains 0.0007 ± 0.0001 nats a token on general text and gives up 0.0170 ± 0.0020 on "
+                "the task's; what is written regains over 0.5 of what it gives up, by two errors"
+            )
+
+
+@pytest.mark.parametrize("grain", ["inputs", "matrix"])
+def test_intruder_scaling_is_measured_beside_it(server: Server, home: Path, tmp_path: Path, grain: str) -> None:
+    """As evaluate measures the method paper on the same sequences; without intruders a line says so."""
+    findings, line = (
+        tmp_path / "f.safetensors",
+        ["repair", home / "base", home / "adapter", *texts(home), "--grain", grain],
+    )
+    found = streamer.detect_intruder_dimensions(home / "base", home / "adapter", findings, top_k=4)
+    assert found.intruders
+    tree = check(server.run(*line, "-o", tmp_path / "r", "--findings", findings, "--json"), "streamer.repair/1")
+    assert [(row["what"], row["name"].split()[0]) for row in tree["rows"]][::2] == [
+        ("adapter", "adapter"),
+        ("intruders", "paper"),
+    ]
+    facts = streamer.load_coefficients(tree["fit"]).facts
+    assert (
+        (facts["intruders"], facts["scaling"]["name"])
+        == (tree["intruders"], "paper 0.75")
+        == (found.intruders, "paper 0.75")
+    )
+    record = json.loads((tmp_path / "r" / "streamer.json").read_text())
+    assert [line.split(":")[0] for line in record["measured"][-2:]] == ["paper 0.75", tree["rows"][-1]["name"]]
+    alone = check(server.run(*line, "-o", tmp_path / "a", "--json"), "streamer.repair/1")
+    assert [row for row in tree["rows"] if row["what"] != "intruders"] == [
+        {**row, **{key: pytest.approx(row[key], rel=1e-4) for key in ("kept", "top1_kept", "forgetting", "divergence")}}
+        for row in alone["rows"]
+    ]
+    assert alone["intruders"] is None
+    held = held_apart(home, tmp_path)
+    measured = streamer.evaluate_variants(home / "base", home / "adapter", **held, findings=findings, methods=["paper"], lambdas=[0.75],
+                                          on_event=lambda event: None)  # fmt: skip
+    for key in ("kept", "top1_kept", "forgetting", "divergence"):
+        assert facts["scaling"][key] == pytest.approx(measured["paper 0.75"][key], rel=1e-4), key
+    none = tmp_path / "none.safetensors"
+    assert (
+        streamer.detect_intruder_dimensions(
+            home / "base", home / "adapter", none, top_k=4, threshold_epsilon=1e-6
+        ).intruders
+        == 0
+    )
+    shown = server.run(*line, "-o", tmp_path / "n", "--findings", none)
+    assert (
+        shown.code,
+        "the findings have no intruder: scaling them changes nothing, and was not measured" in shown.out,
+    ) == (0, True)
+    other = server.run(*line, "-o", tmp_path / "r", "--findings", none)
+    assert (other.code, "holds coefficients of other inputs or options" in other.err) == (4, True)
+
+
+def test_texts_of_one_kind_are_told(server: Server, home: Path, tmp_path: Path) -> None:
+    """A general text that the adapter improves, and one that is the task's own."""
+    ids = np.load(home / "task.npy")
+    np.save(tmp_path / "near.npy", ids[::-1])
+    line = ["repair", home / "base", home / "adapter", "--task", home / "task.npy", "--general"]
+    done = server.run(*line, tmp_path / "near.npy", "-o", tmp_path / "a")
+    assert done.code == 0
+    assert "the adapter improves the general text, by 0." in done.err
+    assert "it seems to be of the task's kind, of which nothing is forgotten" in done.err
+    assert "writes the adapter as it is: there is no evidence that it forgets" in done.out
+    same = server.run(*line, home / "task.npy", "-o", tmp_path / "b")
+    assert "both texts are one: what is fitted to them is a shrink, Δ / (1 + mu)" in same.err
