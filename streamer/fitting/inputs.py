@@ -203,7 +203,9 @@ class InputsRun(DividedFit):
         def complete(targets: list[Target], moments: Mapping[int, Moments]) -> None:
             self.monitor.checkpoint()
             factors = [(delta.L, delta.R) for delta in (factors_of(plan, target) for target in targets)]
-            rights, ridge = answers(factors, moments[TASK_AS], moments[GENERAL_AS], WEIGHTS, targets[0].tensor)
+            rights, ridge = answers(
+                factors, moments[TASK_AS], moments[GENERAL_AS], WEIGHTS, targets[0].tensor, prepared.matrices_bytes
+            )
             if ridge > RIDGE:
                 self.raised += [target.tensor for target in targets]
             for target, mine in zip(targets, rights, strict=True):

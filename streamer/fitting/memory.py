@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from streamer.adapters.modules import Module
 from streamer.evaluation.memory import TRANSFORMERS_BYTES, parts, rows_within
 from streamer.evaluation.sequences import TextSequences
+from streamer.fitting.options import WEIGHTS
+from streamer.linalg import conjugate_gradients, regmean
+from streamer.plan.plan import Plan
 from streamer.streaming.gradients import GRADIENT_LOGIT_BYTES
+from streamer.streaming.inputs import ROWS as ROWS_OF_INPUTS
 from streamer.streaming.lazy import BLOCK_BYTES
 from streamer.streaming.model import ModelSize, vocabulary_block
 
@@ -16,6 +21,15 @@ LOGIT_COPIES = 8
 
 ACTIVATIONS = 3
 """Values that one layer's activations and their gradients take, for each input or output of its matrices."""
+
+STATES_OF_INPUTS = 2
+"""Values as wide as the model that stay for each token of both texts as inputs are collected: embeddings, and a layer's outputs."""
+
+SHARE = 4
+"""Matrices that have the same inputs, at most: queries, keys, values, and a gate."""
+
+INPUT_COPIES = 4
+"""Inputs that are read together are there once in float32, and in float64, and once more as they are joined."""
 
 STATES = 6
 """Values as wide as the model that exist at once for each token: last hidden states, the reference's, their gradients, and what is read."""
@@ -41,21 +55,34 @@ def gradient_bytes(size: ModelSize, resident: int, rows: int, length: int) -> in
     return resident + TRANSFORMERS_BYTES + max(layer, logits) + states + weights + size.dense + size.factors
 
 
-def inputs_bytes(size: ModelSize, resident: int, rows: int, length: int, tokens: int) -> int:
-    """Estimate the peak memory of collecting inputs, and of solving for a layer's factors.
+def states_bytes(size: ModelSize, resident: int, tokens: int) -> int:
+    """Estimate the memory between two layers as inputs are collected, for so many tokens of both texts."""
+    return resident + TRANSFORMERS_BYTES + STATES_OF_INPUTS * 4 * tokens * size.hidden
 
-    Parameters
-    ----------
-    rows
-        Tokens that run together.
-    length
-        Tokens of a sequence.
-    tokens
-        Tokens of both texts, of which a layer's outputs stay.
-    """
+
+def collecting_bytes(size: ModelSize, rows: int, length: int) -> int:
+    """Estimate what running a layer takes besides, for so many tokens together, in sequences of a length."""
     layer = 4 * rows * (ACTIVATIONS * size.layer_width + 2 * size.attention * length) + 3 * size.layer_factors
-    weights = 2 * min(BLOCK_BYTES, 4 * size.widest * size.hidden)
-    return resident + TRANSFORMERS_BYTES + layer + weights + 8 * tokens * size.hidden + size.moments + size.factors
+    return layer + 2 * min(BLOCK_BYTES, 4 * size.widest * size.hidden) + size.factors
+
+
+def reading_bytes(plan: Plan) -> int:
+    """Estimate what reading inputs takes, and computing with them."""
+    return INPUT_COPIES * 4 * ROWS_OF_INPUTS * max((m.shape[1] for m in _multiplied(plan)), default=0)
+
+
+def solving_bytes(plan: Plan, memory: int) -> int:
+    """Estimate what solving for factors takes between two layers, of which matrices of moments may take so much memory."""
+    most, rank = 0, max((m.factor_rank for m in _multiplied(plan)), default=0)
+    for n in {m.shape[1] for m in _multiplied(plan)}:
+        by_products = conjugate_gradients.solving_bytes(n, SHARE * rank, len(WEIGHTS))
+        most = max(most, regmean.matrices_bytes(n) if regmean.is_direct(n, memory) else by_products)
+    return most + reading_bytes(plan)
+
+
+def _multiplied(plan: Plan) -> list[Module]:
+    """List the modules that multiply with their inputs; embeddings look rows up."""
+    return [target.module for target in plan.targets if target.module.form != "embedding"]
 
 
 def plan_chunks(

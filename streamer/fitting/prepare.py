@@ -19,9 +19,18 @@ from streamer.evaluation.statistics import telling
 from streamer.evaluation.texts import sample_digest
 from streamer.events import Event, Monitor
 from streamer.fitting import algorithm
-from streamer.fitting.memory import ROWS, gradient_bytes, inputs_bytes, plan_chunks
+from streamer.fitting.memory import (
+    ROWS,
+    collecting_bytes,
+    gradient_bytes,
+    plan_chunks,
+    reading_bytes,
+    solving_bytes,
+    states_bytes,
+)
 from streamer.fitting.options import LEAST, WEIGHTS, Division, FitOptions, Grain, divide
 from streamer.fitting.parameters import Parameters, singular_values_of
+from streamer.linalg.regmean import DIRECT_BYTES
 from streamer.methods import UNCHANGED, Paper, make_method
 from streamer.output.prepare import fitting_findings
 from streamer.plan.batch import Batch
@@ -103,10 +112,31 @@ class PreparedFit:
     @cached_property
     def rows_of_inputs(self) -> int:
         """Count the tokens that run together as inputs are collected."""
-        size, tokens = self.model.size, sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
         longest = max(text.fitted.longest for text in self.texts.values())
-        return rows_within(self.max_memory, longest, ROWS, lambda rows: inputs_bytes(size, self.resident, rows, longest, tokens),
-                           f"the inputs of a sequence of {longest} tokens")  # fmt: skip
+        return rows_within(self.max_memory, longest, ROWS, self._inputs_bytes, f"the inputs of a sequence of {longest} tokens")  # fmt: skip
+
+    @cached_property
+    def matrices_bytes(self) -> int:
+        """Count the bytes that matrices of moments may take as factors are solved for: what the budget leaves."""
+        if self.max_memory is None:
+            return DIRECT_BYTES
+        return max(0, min(DIRECT_BYTES, self.max_memory - self._between_layers - reading_bytes(self.plan)))
+
+    @property
+    def fitted_tokens(self) -> int:
+        """Count the tokens of both texts that are fitted on."""
+        return sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
+
+    @property
+    def _between_layers(self) -> int:
+        return states_bytes(self.model.size, self.resident, self.fitted_tokens)
+
+    def _inputs_bytes(self, rows: int) -> int:
+        """Estimate the memory of collecting inputs, so many tokens at a time, and of solving."""
+        longest = max(text.fitted.longest for text in self.texts.values())
+        return self._between_layers + max(
+            collecting_bytes(self.model.size, rows, longest), solving_bytes(self.plan, self.matrices_bytes)
+        )
 
     def passes(self, variants: int) -> list[Pass]:
         """Divide the sequences that are held apart, under so many variants, the base among them."""
@@ -146,9 +176,7 @@ class PreparedFit:
         size = self.model.size
         most = measured_bytes(self.passes(variants), self.held, size, self.resident)
         if self.by_inputs:
-            tokens = sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
-            longest = max(text.fitted.longest for text in self.texts.values())
-            return max(most, inputs_bytes(size, self.resident, self.rows_of_inputs, longest, tokens))
+            return max(most, self._inputs_bytes(self.rows_of_inputs))
         for name, chunks in self.chunks.items():
             for rows in chunks:
                 text = self.texts[name].fitted.take(rows)
@@ -157,9 +185,10 @@ class PreparedFit:
 
     @property
     def spool_bytes(self) -> int:
-        """Estimate the bytes of temporary files: a chunk's activations between layers, last hidden states, factors of deltas."""
+        """Estimate the bytes of temporary files: a layer's inputs; or a chunk's activations between layers, last hidden states, factors."""
         if self.by_inputs:
-            return 4 * len(WEIGHTS) * sum(t.module.factor_rank * t.module.shape[1] for t in self.plan.targets)
+            answers = len(WEIGHTS) * sum(t.module.factor_rank * t.module.shape[1] for t in self.plan.targets)
+            return 4 * (answers + self.fitted_tokens * self.model.size.changed_inputs)
         rows = [
             len(part) * text.fitted.take(part).longest
             for name, text in self.texts.items()

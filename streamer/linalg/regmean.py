@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from streamer.errors import NumericError
+from streamer.linalg.conjugate_gradients import Sizes, TwoMoments
 from streamer.linalg.second_moments import Moments, OneHotMoments, RowMoments
 
 RIDGE = 0.1
@@ -32,11 +33,22 @@ MOST_RIDGE = 12.0
 """ε at most; ``C̃_t`` is then nearly a multiple of I."""
 
 RESIDUAL = 1e-8
-"""Relative residual of the solution, at most."""
+"""Relative residual of the solution by matrices, at most."""
+
+MATRICES_BYTES = 32
+"""Bytes for each pair of inputs, if the system is solved as a matrix."""
+
+DIRECT_BYTES = 1 << 30
+"""Bytes that matrices may take where there is no budget: 5,792 inputs. Of more, products with the inputs are faster as well."""
 
 
 def answers(
-    factors: Sequence[tuple[Tensor, Tensor]], task: Moments, general: Moments, weights: Sequence[float], name: str
+    factors: Sequence[tuple[Tensor, Tensor]],
+    task: Moments,
+    general: Moments,
+    weights: Sequence[float],
+    name: str,
+    memory: int = DIRECT_BYTES,
 ) -> tuple[list[list[Tensor]], float]:
     """Compute ``R' = (C̃_t + μ C_g)⁻¹ C̃_t R`` of deltas with the same inputs.
 
@@ -50,6 +62,8 @@ def answers(
         Each μ > 0.
     name
         Of the first matrix, for messages.
+    memory
+        Bytes that may be taken by matrices as large as C; see `is_direct`.
 
     Returns
     -------
@@ -71,10 +85,10 @@ def answers(
     def sizes(rights: Tensor) -> list[float]:
         return [float(torch.linalg.matrix_norm(core @ R.T)) for core, R in zip(cores, own(rights), strict=True)]
 
-    system = _system(task, general)
+    system = _system(task, general, memory)
     most, ridge = [GROWTH * size for size in sizes(whole)], RIDGE
     while ridge <= MOST_RIDGE:
-        found = system.solved(whole, weights, ridge)
+        found = system.solved(whole, weights, ridge, sizes)
         if found is not None and all(a <= b for right in found for a, b in zip(sizes(right), most, strict=True)):
             return [list(rights) for rights in zip(*map(own, found), strict=True)], ridge
         ridge *= RAISE
@@ -87,20 +101,20 @@ class _OneHot:
     def __init__(self, task: Tensor, general: Tensor) -> None:
         self.task, self.general = task, general
 
-    def solved(self, R: Tensor, weights: Sequence[float], ridge: float) -> list[Tensor]:
+    def solved(self, R: Tensor, weights: Sequence[float], ridge: float, sizes: Sizes) -> list[Tensor]:
         """Solve for each μ."""
         kept = self.task + ridge * self.task.mean()
         return [R * (kept / (kept + mu * self.general))[:, None] for mu in weights]
 
 
 class _Direct:
-    """The system as a matrix."""
+    """The system as a matrix, of which there are four: two moments, the system for one μ and its Cholesky factor."""
 
     def __init__(self, task: RowMoments, general: RowMoments) -> None:
         self.task, self.general = task.matrix(), general.matrix()
         self.diagonal, self.mean = self.task.diagonal().clone(), task.trace / task.size
 
-    def solved(self, R: Tensor, weights: Sequence[float], ridge: float) -> list[Tensor] | None:
+    def solved(self, R: Tensor, weights: Sequence[float], ridge: float, sizes: Sizes) -> list[Tensor] | None:
         """Solve for each μ; return None if the system is not solved to `RESIDUAL`."""
         self.task.diagonal().copy_(self.diagonal + ridge * self.mean)
         wanted, found = self.task @ R, []
@@ -117,10 +131,32 @@ class _Direct:
         return found
 
 
-def _system(task: Moments, general: Moments) -> _OneHot | _Direct:
+class _Products:
+    """The system by products with the inputs."""
+
+    def __init__(self, task: RowMoments, general: RowMoments) -> None:
+        self.moments, self.mean = TwoMoments(task, general), task.trace / task.size
+
+    def solved(self, R: Tensor, weights: Sequence[float], ridge: float, sizes: Sizes) -> list[Tensor] | None:
+        """Solve for each μ; return None if it does not converge."""
+        s = ridge * self.mean
+        return self.moments.solve(self.moments.task.products(R) + s * R, s, weights, sizes)
+
+
+def matrices_bytes(n: int) -> int:
+    """Count the bytes of a system of n inputs that is solved as a matrix."""
+    return MATRICES_BYTES * n * n
+
+
+def is_direct(n: int, memory: int) -> bool:
+    """Test whether a system of n inputs is solved as a matrix; else by products with the inputs."""
+    return matrices_bytes(n) <= memory
+
+
+def _system(task: Moments, general: Moments, memory: int) -> _OneHot | _Direct | _Products:
     """Choose the way to solve."""
     if isinstance(task, OneHotMoments):
         assert isinstance(general, OneHotMoments)
         return _OneHot(task.diagonal, general.diagonal)
     assert isinstance(general, RowMoments)
-    return _Direct(task, general)
+    return (_Direct if is_direct(task.size, memory) else _Products)(task, general)

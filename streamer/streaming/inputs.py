@@ -134,7 +134,8 @@ class InputModel(LoadedModel):
                 )
                 module._parameters[name] = LazyTensor.of(reader)  # type: ignore[assignment]  # torch types a Parameter, which this stands in for
         for layer in layer_modules(self._model).values():
-            layer.register_forward_hook(self._end_of_layer)
+            layer.register_forward_pre_hook(self._before_layer)
+            layer.register_forward_hook(self._after_layer)
 
     def collect(self, groups: Sequence[Group], complete: Complete) -> None:
         """Run all groups, and hand on the moments of each module's inputs as soon as all are there, if every text has any.
@@ -178,10 +179,13 @@ class InputModel(LoadedModel):
         with torch.no_grad():
             self._model(input_ids=torch.from_numpy(ids), use_cache=False)
 
-    def _end_of_layer(self, module: nn.Module, args: object, out: object) -> None:
-        self._collected.forget_inputs()
+    def _before_layer(self, module: nn.Module, args: object) -> None:
+        """Pause: of the layers before nothing but the last one's outputs is held any more."""
         if self._turns is not None:
             self._turns.pause()
+
+    def _after_layer(self, module: nn.Module, args: object, out: object) -> None:
+        self._collected.forget_inputs()
 
 
 @dataclass

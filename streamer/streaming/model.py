@@ -35,9 +35,6 @@ MASK_VALUES = 2
 CHOSEN_KEYS = "index_topk", "keep_window_size"
 """What configs call the number of keys that attention chooses."""
 
-MOMENT_BYTES, SOLVE_BYTES = 16, 24
-"""Bytes for each pair of inputs: of two moments in float64; and of the system that is solved, its factor, and what is added."""
-
 FACTOR_BYTES = 24
 """Bytes for each value of a delta's factors: 4 as it is read, and 8 + 4 of up to twice as many of a variant's, rounded down."""
 
@@ -69,8 +66,8 @@ class ModelSize:
         Inputs and outputs of all matrices of one layer, for one token; of experts those of as many as it runs through.
     layer_factors
         Bytes of the factors of all deltas in one layer, in float32.
-    moments
-        Bytes of the second moments of the inputs of a layer's matrices that the adapter changes, on two texts, and of solving with them.
+    changed_inputs
+        Inputs for one token of all matrices of one layer that the adapter changes; those that share inputs are counted each.
     """
 
     widest: int
@@ -85,7 +82,7 @@ class ModelSize:
     keys: int | None = None
     layer_width: int = 0
     layer_factors: int = 0
-    moments: int = 0
+    changed_inputs: int = 0
 
 
 class LoadedModel:
@@ -169,15 +166,10 @@ class LoadedModel:
             layer_factors=self._in_one_layer(
                 lambda t: sum(4 * _factor_values(target) for target, _ in self.values.targets(t))
             ),
-            moments=self._in_one_layer(self._moment_bytes)
-            + SOLVE_BYTES
-            * max((target.module.shape[1] ** 2 for t in layers for target, _ in self.values.targets(t)), default=0),
+            changed_inputs=self._in_one_layer(
+                lambda t: used(t) * max((target.module.shape[1] for target, _ in self.values.targets(t)), default=0)
+            ),
         )
-
-    def _moment_bytes(self, tensor: RunTimeTensor) -> int:
-        """Estimate the bytes of the moments of a tensor's inputs: those of an expert each, if it is a stack."""
-        pairs = [MOMENT_BYTES * target.module.shape[1] ** 2 for target, _ in self.values.targets(tensor)]
-        return sum(pairs) if tensor.stacked else max(pairs, default=0)
 
     def _position_count(self, stated: object) -> int | None:
         """Count the tokens that a sequence may have; a table with a row for padding, as RoBERTa's, begins behind this row."""

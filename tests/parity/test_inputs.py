@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 import streamer
 from streamer.errors import UnsupportedError
 from streamer.fitting.options import WEIGHTS
-from streamer.linalg.regmean import RIDGE, answers
+from streamer.linalg.regmean import DIRECT_BYTES, RIDGE, answers
 from streamer.linalg.second_moments import Moments as SecondMoments
 from streamer.linalg.second_moments import OneHotMoments
 from streamer.linalg.torch_state import threads
@@ -188,7 +188,8 @@ def test_deltas_without_factors_are_refused_by_name(tmp_path: Path) -> None:
         )
 
 
-def test_the_product_is_the_formula_on_what_peft_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [DIRECT_BYTES, 0])
+def test_the_product_is_the_formula_on_what_peft_gives(memory: int, tmp_path: Path) -> None:
     """Factors of every weight, of all matrices: those of numpy in float64 from the inputs of PEFT's layers."""
     cls = make_base("llama", tmp_path / "base")
     adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL["llama"][2], lora_alpha=4)
@@ -198,7 +199,7 @@ def test_the_product_is_the_formula_on_what_peft_gives(tmp_path: Path) -> None:
 
     def take(targets: list[Target], moments: Mapping[int, SecondMoments]) -> None:
         own = [plan.finite_delta(target) for target in targets]
-        rights, ridge = answers([(d.L, d.R) for d in own], moments[TASK_AS], moments[GENERAL_AS], WEIGHTS, "q")
+        rights, ridge = answers([(d.L, d.R) for d in own], moments[TASK_AS], moments[GENERAL_AS], WEIGHTS, "q", memory)
         assert ridge == RIDGE
         found.update(
             {t.module.name: [d.L.double() @ r.T for r in mine] for t, d, mine in zip(targets, own, rights, strict=True)}

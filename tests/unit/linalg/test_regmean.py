@@ -56,6 +56,37 @@ def test_it_is_the_formula(tokens: int, massive: float) -> None:
             assert np.linalg.norm(L @ right.numpy().T - wanted) <= 1e-9 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("massive", [1.0, 3e4])
+@pytest.mark.parametrize("tokens", [900, 150])
+def test_by_products_it_is_the_formula_too(tokens: int, massive: float) -> None:
+    """Modules that share inputs, of very different sizes, one of which is zero."""
+    rng = np.random.default_rng(vary(5))
+    n = 400
+    task, general = inputs(rng, n, tokens, massive), inputs(rng, n, tokens, massive)
+    turned = np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32)
+    task, general = task @ turned, general @ turned
+    factors = [
+        (rng.standard_normal((m, r)), by * rng.standard_normal((n, r)))
+        for m, r, by in ((32, 4, 1e-9), (64, 2, 1e4), (8, 2, 0))
+    ]
+    given = [(torch.tensor(L), torch.tensor(R)) for L, R in factors]
+    whole = regmean.MATRICES_BYTES * n * n
+    rights, ridge = answers(given, rows(task, 64), rows(general, 64), WEIGHTS, "q", whole - 1)
+    direct, same = answers(given, rows(task, 64), rows(general, 64), WEIGHTS, "q", whole)
+    assert ridge == same
+    for (L, R), own, other in zip(factors, rights, direct, strict=True):
+        for mu, right, by_matrix in zip(WEIGHTS, own, other, strict=True):
+            wanted = expected(L, R, matrix(task), matrix(general), mu, ridge)
+            for found in (right, by_matrix):
+                assert np.linalg.norm(L @ found.numpy().T - wanted) <= 1e-5 * np.linalg.norm(wanted)
+
+
+def test_by_products_what_cannot_be_solved_is_refused() -> None:
+    L, R = torch.ones(4, 1), torch.ones(6, 1)
+    with pytest.raises(NumericError, match=r"q: its inputs give no delta that can be computed; give more text"):
+        answers([(L, R)], rows(np.full((6, 6), np.nan, np.float32)), rows(np.eye(6, dtype=np.float32)), [1.0], "q", 0)
+
+
 def test_it_is_the_least_of_what_it_makes_small() -> None:
     rng = np.random.default_rng(vary(1))
     task, general = inputs(rng, 24, 200), inputs(rng, 24, 200)
