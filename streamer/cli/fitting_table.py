@@ -85,10 +85,18 @@ def _against_shrinks(sets: Sequence[Mapping[str, Any]], many: int | None, reliab
 
 
 def _verdicts(sets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say whether each set is better than the equal shrink."""
+    """Say whether each set is better than the equal shrink, and which may not be worth what it gives up."""
     words = {"better": "forgets less than that shrink by loss and KL", "worse": "forgets more than that shrink by loss or KL",
              "not told apart": "is not told apart from that shrink by loss and KL"}  # fmt: skip
-    return [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
+    lines = [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
+    for one in sets:
+        if (trade := one.get("trade")) is not None and not trade["worth_it"]:
+            numbers = [f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up")]
+            lines.append(
+                f"{100 * one['keep']:g}%: may not be worth it: it regains {numbers[0]} nats a token on general text and gives up "
+                f"{numbers[1]} on the task's"
+            )
+    return lines
 
 
 def _commands(facts: Mapping[str, Any], inputs: str, output: str) -> list[str]:

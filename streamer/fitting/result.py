@@ -271,14 +271,14 @@ def doubts(facts: AdapterFacts | Mapping[str, Any]) -> list[str]:
     """Warn of an adapter of which it is not told that it forgets."""
     if facts["forgotten"]:
         return []
-    if facts.get("improved"):
-        return [
-            f"the adapter improves the general text, by {-facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f}: it seems to be of the "
-            "task's kind, of which nothing is forgotten; give text of what the model could do before"
-        ]
     return [
         f"there is no evidence that the adapter forgets, so it can be used as it is (more text may show more): its loss on general text "
         f"less the base's is {facts['forgetting']:.4f} ± {facts['forgetting_se']:.4f} on the sequences held apart"
+        + (
+            "; it improves that text, as of the task's kind: give text of what the model could do before"
+            if facts.get("improved")
+            else ""
+        )
     ]
 
 

@@ -261,7 +261,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], dict[str, Pat
         ["--method", "average"],
         {},
         2,
-        "--method: expected one of paper, project, shrink, fitted, regmean, found 'average'",
+        "--method: expected one of paper, project, shrink, fitted, regmean, nullspace, found 'average'",
     )
     yield ["--method", "fitted"], {}, 2, "method 'fitted' needs coefficients; make them with `streamer fit`"
     yield (

@@ -25,6 +25,8 @@ from streamer.forecast.passes import START_SECONDS
 HEADS = [
     "keep",
     "kept",
+    "top-1",
+    "kept",
     "forgetting",
     "KL",
     "shrink",
@@ -60,7 +62,8 @@ def run(server: Server, home: Path, output: object, *options: object, before: st
 def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
     done = run(server, home, output, "--keep", "0.9,0.6")
-    assert (done.code, done.err) == (0, FEW)
+    assert (done.code, done.err.startswith(FEW)) == (0, True)
+    assert all(" was to be kept, and " in line for line in done.err.removeprefix(FEW).splitlines())
     lines = done.out.splitlines()
     assert lines[0].split() == HEADS
     assert [line.split()[0] for line in lines[2:4]] == ["90%", "60%"]
