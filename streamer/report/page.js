@@ -81,7 +81,7 @@ function drawTradeoff(parent, tree, key, label, caption) {
 }
 
 function showEvaluation(tree) {
-  const part = section("What each variant keeps and forgets", `Measured on ${tree.texts.general} (general) and ${tree.texts.task} (task); bars are standard errors. `
+  const part = section("What each variant keeps and forgets", `Measured on ${tree.texts.general} (general) and ${tree.texts.task} (task)${tree.others.map((one) => `, and on ${one.name}`).join("")}; bars are standard errors. `
     + "Base and adapter are 0% and 100% of both by definition; the dashed line is the share that is to be kept, the ring the suggestion.");
   const pair = html("div", { class: "pair" });
   for (const [key, label, caption] of [
