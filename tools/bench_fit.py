@@ -1,6 +1,7 @@
-"""Memory and time of the passes of `streamer fit`: a gradient pass, and the pass that measures a fitted variant.
+"""Memory and time of the passes of `streamer fit`: a gradient pass, the pass that measures a fitted variant, and a fit by inputs.
 
     python tools/bench_fit.py --like llama-3-8b --layers 2 --double --threads 1     real shapes, and twice the layers
+    python tools/bench_fit.py --like llama-3-8b --layers 1 --vocab 8192 --kinds inputs --max-memory 1200
     python tools/bench_fit.py --hidden 64 --layers 1 --json                         tiny: does it work?
 
 The text is random tokens: no time depends on what they are. Coefficients are 0.7 everywhere; the gradient is that of the divergence from
@@ -14,6 +15,9 @@ states in a file. With --threads 1 the processor seconds are those of the work i
 
 Projection, of a Llama. The second pass' seconds as they grow with what they depend on: products and the rest with tokens and the layers'
 weights, reading with chunks and weights, the head with its own. The text is --tokens long, which go in chunks of `fitting.memory.ROWS`.
+
+A fit by inputs collects the inputs of --tokens, half of either text, and solves. Its seconds for a whole model are those here times layers,
+if one that is known has the same widths. Measuring is left out, as it is of the gradient's.
 
 On paper, for one GPU. Multiplications of a pass, of layers three times (forward, again, backward), of the head four times (for the sum over
 the vocabulary, for the gradient, the reference's, backward), at --tflops; and the weights read for each at --read GB/s; whichever is
@@ -33,13 +37,14 @@ from typing import Any
 import make_checkpoint
 import numpy as np
 from measure import machine, size_of, watched
-from profile_fit import HEAD, PRODUCTS, READING, SOFTMAX
+from profile_fit import COLLECTING, HEAD, PRODUCTS, READING, SOFTMAX, SOLVING
 from shapes import KNOWN, Known, Mixture
 
 from streamer.fitting.memory import ROWS
 
 TOOLS = Path(__file__).parent
 KIND_NAMES = "gradient", "measure"
+INPUTS = "inputs"
 PROJECTED = "llama-3-8b", "llama-3-70b"
 SECONDS = "wall", "cpu"
 LAYER_PRODUCTS, HEAD_PRODUCTS = 3, 4
@@ -63,7 +68,7 @@ def measure_run(
 ) -> dict[str, Any]:
     """One instrumented process of a kind, and its peak memory."""
     request = {"base": str(base), "adapter": str(adapter), "text": str(text), "threads": args.threads, "kind": kind,
-               "directory": str(work)}  # fmt: skip
+               "directory": str(work), "tokens": args.tokens, "max_memory": args.max_memory and args.max_memory << 20}  # fmt: skip
     (work / "request.json").write_text(json.dumps(request))
     peak = watched(
         [sys.executable, *map(str, (TOOLS / "profile_fit.py", work / "request.json", work / "profile.json"))]
@@ -105,6 +110,13 @@ def project(args: argparse.Namespace, run: dict[str, Any], model: Known) -> dict
     return out
 
 
+def project_inputs(run: dict[str, Any], model: Known) -> dict[str, float]:
+    """Seconds of collecting and solving for all layers of the known model that this has the widths of."""
+    whole = next((k for k in KNOWN.values() if (k.hidden, k.intermediate) == (model.hidden, model.intermediate)), model)
+    stages, times = run["passes"][0]["stages"], whole.layers / model.layers
+    return {kind: times * sum(stages[stage][kind] for stage in (COLLECTING, SOLVING)) for kind in SECONDS}
+
+
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Every figure, from what the options say."""
     tree: dict[str, Any] = {"schema": "streamer.bench-fit/1", "machine": machine(), "threads": args.threads,
@@ -113,6 +125,8 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     tree["model"], model = measure_model(args, work)
     if not isinstance(model, Mixture) and "gradient" in tree["model"]:
         tree["projected"] = project(args, tree["model"], model)
+    if INPUTS in tree["model"]:
+        tree["projected_inputs"] = project_inputs(tree["model"][INPUTS], model)
     if args.double:
         tree["double"], _ = measure_model(args, work, times=2)
     return tree
@@ -128,15 +142,17 @@ def table(tree: dict[str, Any]) -> str:
         f"{'passes':<34}{'layers':>8}{'base GB':>9}{'anonymous MB':>14}{'estimate':>10}{'wall s':>9}{'CPU s':>9}",
     ]
     for run in filter(None, (tree["model"], tree.get("double"))):
-        for kind in KIND_NAMES:
+        for kind in (*KIND_NAMES, INPUTS):
             for number, one in enumerate(run.get(kind, {}).get("passes", ())):
                 name = f"{kind}, the base too" if kind == "gradient" and number == 0 else kind
-                estimate = f"{run[kind]['estimate'] / 1e6:>10.0f}" if kind == "gradient" else f"{'':>10}"
+                estimate = f"{run[kind]['estimate'] / 1e6:>10.0f}" if kind != "measure" else f"{'':>10}"
                 lines.append(f"{name:<34}{run['layers']:>8}{run['bytes'] / 1e9:>9.2f}{run[kind]['anonymous'] / 1e6:>14.0f}{estimate}"
                              f"{one['wall']:>9.1f}{one['cpu']:>9.1f}")  # fmt: skip
-    if "gradient" in tree["model"]:
-        one = tree["model"]["gradient"]["passes"][1]
-        lines += ["", f"{'where a gradient pass spends it':<48}{'wall s':>9}{'CPU s':>9}{'% CPU':>8}"]
+    for kind in ("gradient", INPUTS):
+        if kind not in tree["model"]:
+            continue
+        one = tree["model"][kind]["passes"][-1]
+        lines += ["", f"{f'where {kind} spends it':<48}{'wall s':>9}{'CPU s':>9}{'% CPU':>8}"]
         for name, t in sorted(one["stages"].items(), key=lambda item: -item[1]["cpu"]):
             lines.append(f"{name:<48}{t['wall']:>9.2f}{t['cpu']:>9.2f}{t['cpu'] / max(one['cpu'], 1e-9):>8.1%}")
     for name, p in tree.get("projected", {}).items():
@@ -145,6 +161,8 @@ def table(tree: dict[str, Any]) -> str:
             f"{name}, a gradient pass over {tree['tokens']} tokens in {p['chunks']} chunks: {p['cpu'] / 3600:.1f} CPU h; on paper "
             f"{gpu['seconds'] / 60:.1f} min with a GPU of {tree['tflops']:g} TFLOP/s, weights read at {tree['read']:g} GB/s"
         )
+    if "projected_inputs" in tree:
+        lines.append(f"all layers, collecting and solving: {tree['projected_inputs']['cpu'] / 3600:.1f} CPU h")
     return "\n".join(lines)
 
 
@@ -157,8 +175,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12288, metavar="N",
                         help="of the text of the projection (default: 12288, twice 24 sequences of 256)")  # fmt: skip
     parser.add_argument(
-        "--kinds", default=",".join(KIND_NAMES), metavar="K,K", help="of passes (default: gradient,measure)"
+        "--kinds",
+        default=",".join(KIND_NAMES),
+        metavar="K,K",
+        help="of passes (default: gradient,measure); inputs: a fit by inputs",
     )
+    parser.add_argument("--max-memory", type=int, metavar="MIB", help="budget of a fit by inputs (default: none)")
     parser.add_argument("--tflops", type=float, default=100, help="of a GPU's bf16 products, on paper (default: 100)")
     parser.add_argument("--read", type=float, default=5, help="GB/s of reading weights, on paper (default: 5)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: 2)")

@@ -4,8 +4,9 @@
 
 REQUEST has ``base``, ``adapter``, ``text`` (token ids, .npy), ``threads``, ``directory`` for temporary files, and ``kind``: ``gradient``
 runs two gradient passes over the text, of which the first runs the base too; ``measure`` one of the base, the adapter as it is and a fitted
-variant. Each moment of the main thread is counted for its innermost stage, as wall and as CPU seconds of that thread. On one thread the
-latter are the work itself, whatever else the machine does.
+variant; ``inputs`` collects and solves for a fit by inputs on ``tokens`` of text, half of either kind, within ``max_memory``. Each moment
+of the main thread is counted for its innermost stage, as wall and as CPU seconds of that thread. On one thread the latter are the work
+itself, whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ HEAD = "head: "
 """Begins the names of stages that belong to the head."""
 
 START = "start"
+COLLECTING, SOLVING = "running layers, inputs to a file", "solving"
+HELD = 2
+"""Sequences of each text that a fit by inputs holds apart here."""
 PRODUCTS, READING, LOW_RANK, FACTORS, ATTENTION, SPOOL, SOFTMAX, REST = (
     "products", "reading and upcast", "low-rank products", "directions", "attention, forward", "activations' file",
     f"{HEAD}softmax and divergence", "attention, norms and the rest, backward too",
@@ -103,6 +107,50 @@ def measure_passes(plan: Any, text: Any, coefficients: Any) -> list[Callable[[],
     return [lambda: measure(model, text, vocabulary_block(3 * len(text.ids) * text.longest))]
 
 
+def timed(function: Callable[..., Any], spent: dict[str, list[float]], stage: str) -> Callable[..., Any]:
+    """Count the wall and CPU seconds of all threads for a stage, as layers run in threads of their own."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter(), time.process_time()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            now, own = (time.perf_counter(), time.process_time()), spent.setdefault(stage, [0.0, 0.0])
+            own[:] = [seconds + b - a for seconds, a, b in zip(own, began, now, strict=True)]
+
+    return wrapper
+
+
+def inputs_passes(
+    request: dict[str, Any], spent: dict[str, list[float]], plan: Any, text: Any
+) -> tuple[list[Callable[[], Any]], int]:
+    """The pass of a fit by inputs that collects them and solves, and the estimate of its memory."""
+    import numpy as np
+    import torch
+
+    from streamer.detection.options import RunOptions
+    from streamer.evaluation.result_file import Records
+    from streamer.fitting import inputs
+    from streamer.fitting.options import FitOptions
+    from streamer.fitting.prepare import prepare_fit
+    from streamer.streaming.inputs import InputModel
+    from streamer.streaming.spool import Spool
+
+    inputs.answers = timed(inputs.answers, spent, SOLVING)
+    InputModel.collect = timed(InputModel.collect, spent, COLLECTING)  # type: ignore[method-assign]  # a clock around it
+    length, directory = text.longest, Path(request["directory"])
+    count = request["tokens"] // (2 * length) + HELD
+    paths, rng = {name: directory / f"{name}.npy" for name in ("general", "task")}, np.random.default_rng(0)
+    for path in paths.values():
+        np.save(path, rng.integers(int(text.ids[0].max()), size=(count, length)))
+    options = FitOptions(grain="inputs", sequences=count, length=length, holdout=HELD / count)
+    prepared = prepare_fit(
+        plan.base.path, plan.adapter.path, paths, options, request["max_memory"], RunOptions(torch.device("cpu"))
+    )
+    run = inputs.InputsRun(prepared, Records(), directory)
+    return [lambda: run._solved(Spool(directory))], prepared._inputs_bytes(prepared.rows_of_inputs)
+
+
 def profile(request: dict[str, Any]) -> dict[str, Any]:
     """Run the passes with clocks in place; wall and CPU seconds of each, by stage."""
     began = time.perf_counter()
@@ -119,9 +167,12 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
     text = TextSequences.of(np.load(request["text"]))
     found = {t.tensor: directions(plan.delta(t)) for t in plan.targets}
     coefficients = CoefficientSet(0.9, {n: MatrixCoefficients(s, np.full(len(s), 0.7)) for n, s in found.items()})
+    spent: dict[str, list[float]] = {}
     if request["kind"] == "gradient":
         install(clocks)
         passes, estimate = gradient_passes(plan, text, coefficients, Path(request["directory"]))
+    elif request["kind"] == "inputs":
+        passes, estimate = inputs_passes(request, spent, plan, text)
     else:
         passes, estimate = measure_passes(plan, text, coefficients), 0
     out: dict[str, Any] = {"start": time.perf_counter() - began, "estimate": estimate, "passes": []}
@@ -138,6 +189,10 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
             for name, wall in clocks.clock.seconds.items()
             if name != START
         }
+        if spent:  # solving is within collecting, and both are of threads that the clocks do not count
+            (a, b), (c, d) = spent[COLLECTING], spent[SOLVING]
+            times = {COLLECTING: (a - c, b - d), SOLVING: (c, d), REST: (seconds[0] - a, seconds[1] - b)}
+            stages = {name: {"wall": wall, "cpu": cpu} for name, (wall, cpu) in times.items()}
         out["passes"].append({"wall": seconds[0], "cpu": seconds[1], "stages": stages})
     return out
 

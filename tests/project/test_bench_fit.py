@@ -42,6 +42,21 @@ def test_a_tiny_model_gives_every_figure(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
+@pytest.mark.long
+def test_a_fit_by_inputs_is_measured(tmp_path: Path) -> None:
+    command = [sys.executable, TOOLS / "bench_fit.py", "--hidden", "256", "--layers", "2", "--vocab", "512", "--kinds", "inputs", "--work",
+               tmp_path, "--length", "32", "--tokens", "512", "--max-memory", "1000", "--threads", "1", "--json"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
+    assert done.returncode == 0, done.stderr
+    tree = json.loads(done.stdout)
+    found, one = tree["model"]["inputs"], tree["model"]["inputs"]["passes"][0]
+    assert 50e6 < found["anonymous"] < found["estimate"] < 1000 << 20
+    spent = sum(one["stages"][stage]["cpu"] for stage in (p.COLLECTING, p.SOLVING))
+    assert 0 < spent < one["cpu"]
+    assert tree["projected_inputs"]["cpu"] == pytest.approx(spent)
+    assert "solving" in bench_fit.table(tree)
+
+
 def test_the_projection_of_a_model_to_itself_is_what_was_measured() -> None:
     args = argparse.Namespace(tokens=1024, sequences=8, length=128, tflops=1.0, read=1.0)
     names = p.PRODUCTS, p.READING, p.HEAD + p.PRODUCTS, p.SOFTMAX, p.REST
