@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from streamer.adapters.modules import Module
 from streamer.evaluation.memory import TRANSFORMERS_BYTES, parts, rows_within
 from streamer.evaluation.sequences import TextSequences
 from streamer.fitting.options import WEIGHTS
@@ -24,9 +23,6 @@ ACTIVATIONS = 3
 
 STATES_OF_INPUTS = 2
 """Values as wide as the model that stay for each token of both texts as inputs are collected: embeddings, and a layer's outputs."""
-
-SHARE = 4
-"""Matrices that have the same inputs, at most: queries, keys, values, and a gate."""
 
 INPUT_COPIES = 4
 """Inputs that are read together are there once in float32, and in float64, and once more as they are joined."""
@@ -68,21 +64,28 @@ def collecting_bytes(size: ModelSize, rows: int, length: int) -> int:
 
 def reading_bytes(plan: Plan) -> int:
     """Estimate what reading inputs takes, and computing with them."""
-    return INPUT_COPIES * 4 * ROWS_OF_INPUTS * max((m.shape[1] for m in _multiplied(plan)), default=0)
+    return (
+        INPUT_COPIES
+        * 4
+        * ROWS_OF_INPUTS
+        * max((t.module.shape[1] for t in plan.targets if t.module.form != "embedding"), default=0)
+    )
 
 
 def solving_bytes(plan: Plan, memory: int) -> int:
     """Estimate what solving for factors takes between two layers, of which matrices of moments may take so much memory."""
-    most, rank = 0, max((m.factor_rank for m in _multiplied(plan)), default=0)
-    for n in {m.shape[1] for m in _multiplied(plan)}:
-        by_products = conjugate_gradients.solving_bytes(n, SHARE * rank, len(WEIGHTS))
+    columns: dict[tuple[str, str, int], int] = {}
+    for target in plan.targets:
+        if target.module.form != "embedding":  # which looks rows up
+            # Those with as many inputs in one module of the model may share them.
+            parent, _, name = target.tensor.removesuffix(".weight").rpartition(".")
+            key = parent, name.partition("[")[2], target.module.shape[1]
+            columns[key] = columns.get(key, 0) + target.module.factor_rank
+    most = 0
+    for (*_, n), count in columns.items():
+        by_products = conjugate_gradients.solving_bytes(n, count, len(WEIGHTS))
         most = max(most, regmean.matrices_bytes(n) if regmean.is_direct(n, memory) else by_products)
     return most + reading_bytes(plan)
-
-
-def _multiplied(plan: Plan) -> list[Module]:
-    """List the modules that multiply with their inputs; embeddings look rows up."""
-    return [target.module for target in plan.targets if target.module.form != "embedding"]
 
 
 def plan_chunks(
