@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 from causal_models import ADAPTERS, CAUSAL, make_adapter, make_base
-from evaluated import loaded, sequences, token_ids
-from peft.tuners.lora import LoraLayer
+from evaluated import sequences, token_ids
+from peft_inputs import Moments, of_peft
 
 import streamer
 from streamer.errors import UnsupportedError
-from streamer.fitting.options import WEIGHTS
-from streamer.linalg.regmean import DIRECT_BYTES, RIDGE, answers
 from streamer.linalg.second_moments import Moments as SecondMoments
 from streamer.linalg.second_moments import OneHotMoments
 from streamer.linalg.torch_state import threads
@@ -39,8 +35,6 @@ ARCHITECTURES = [
     "deepseek-v3",
     "gemma3n",
 ]
-
-Moments = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def formed(moments: SecondMoments) -> torch.Tensor:
@@ -76,42 +70,6 @@ def collected(base: Path, adapter: Path, general: list[torch.Tensor], task: list
         model.collect(groups, take)
     assert model.unseen == []
     return found
-
-
-def of_peft(cls: Any, base: Path, adapter: Path, general: list[torch.Tensor], task: list[torch.Tensor]) -> Moments:
-    """The same of what PEFT's layers are given, in float64."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a tied embedding that an adapter changes
-        model = peft.PeftModel.from_pretrained(loaded(cls, base, torch.float64), adapter).eval().double()
-    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    sums: dict[str, list[torch.Tensor]] = {name: [torch.zeros(()), torch.zeros(())] for name in layers}
-    at = 0
-
-    def hook(name: str) -> Any:
-        def take(module: Any, args: Any, kwargs: Any) -> None:
-            x = (args[0] if args else kwargs["x"]).detach()
-            if x.is_floating_point():
-                x = x.reshape(-1, x.shape[-1])
-                sums[name][at] = sums[name][at] + x.T @ x
-            else:
-                count = module.get_base_layer().num_embeddings
-                sums[name][at] = sums[name][at] + torch.bincount(x.flatten(), minlength=count).double()
-
-        return take
-
-    for name, layer in layers.items():
-        layer.register_forward_pre_hook(hook(name), with_kwargs=True)
-    with torch.no_grad():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with model.disable_adapter():
-                for ids in general:
-                    model(input_ids=ids[None])
-        at = 1
-        for ids in task:
-            model(input_ids=ids[None])
-    tokens = [sum(map(len, texts)) for texts in (general, task)]
-    return {name: (a / tokens[0], b / tokens[1]) for name, (a, b) in sums.items()}
 
 
 def assert_alike(cls: Any, base: Path, adapter: Path) -> None:
@@ -186,37 +144,3 @@ def test_deltas_without_factors_are_refused_by_name(tmp_path: Path) -> None:
         streamer.fit_coefficients(
             tmp_path / "base", adapter, general=tmp_path / "t.npy", task=tmp_path / "t.npy", grain="inputs"
         )
-
-
-@pytest.mark.parametrize("memory", [DIRECT_BYTES, 0])
-def test_the_product_is_the_formula_on_what_peft_gives(memory: int, tmp_path: Path) -> None:
-    """Factors of every weight, of all matrices: those of numpy in float64 from the inputs of PEFT's layers."""
-    cls = make_base("llama", tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", CAUSAL["llama"][2], lora_alpha=4)
-    general, task = list(token_ids(64, 12)), list(token_ids(64, 24)[12:])
-    plan = make_plan(tmp_path / "base", adapter)
-    found: dict[str, list[torch.Tensor]] = {}
-
-    def take(targets: list[Target], moments: Mapping[int, SecondMoments]) -> None:
-        own = [plan.finite_delta(target) for target in targets]
-        rights, ridge = answers([(d.L, d.R) for d in own], moments[TASK_AS], moments[GENERAL_AS], WEIGHTS, "q", memory)
-        assert ridge == RIDGE
-        found.update(
-            {t.module.name: [d.L.double() @ r.T for r in mine] for t, d, mine in zip(targets, own, rights, strict=True)}
-        )
-
-    model = InputModel(plan)
-    groups = [
-        Group(sequences(torch.stack(ids)), v, lambda tensor: None)
-        for v, ids in ((GENERAL_AS, general), (TASK_AS, task))
-    ]
-    with threads():
-        model.collect(groups, take)
-    moments = of_peft(cls, tmp_path / "base", adapter, general, task)
-    deltas = {target.module.name: plan.finite_delta(target).precise().dense().numpy() for target in plan.targets}
-    for name, own in found.items():
-        of_general, of_task = (moment.numpy() for moment in moments[name])
-        kept = of_task + RIDGE * np.trace(of_task) / len(of_task) * np.eye(len(of_task))
-        for mu, product in zip(WEIGHTS, own, strict=True):
-            expected = deltas[name] @ kept @ np.linalg.inv(kept + mu * of_general)
-            assert np.linalg.norm(product.numpy() - expected) <= 1e-4 * np.linalg.norm(expected), (name, mu)
