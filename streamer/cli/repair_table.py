@@ -37,10 +37,16 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     ]  # fmt: skip
     more = "".join(f" {word}" for word in input_options(written))
     words = shlex.join([*inputs, "--general", "TEXT", "--task", "TEXT", "-o", "FILE", "--coefficients", record["fit"]])
+    told = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "forgetting": reliable["forgetting"]}
+    hidden = [name for name, fine in told.items() if not fine]
     none = "the findings have no intruder: scaling them changes nothing, and was not measured"
     lines = [
         f"writes {record['why']}",
         *([none] if record["intruders"] == 0 else []),
+        *(
+            f"{name} is not shown: what the adapter changes there is small beside its error; more text may show more"
+            for name in hidden
+        ),
         *record_lines(written, stood(record["output"], record["state"])),
         f"next, on text that nothing was trained or fitted on: streamer evaluate {words}{more}",
     ]

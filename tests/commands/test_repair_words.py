@@ -123,6 +123,9 @@ def test_intruder_scaling_is_measured_beside_it(server: Server, home: Path, tmp_
         shown.code,
         "the findings have no intruder: scaling them changes nothing, and was not measured" in shown.out,
     ) == (0, True)
+    dashes = [row.split()[-3] for row in shown.out.splitlines()[2:5]]
+    why = "top-1 kept is not shown: what the adapter changes there is small beside its error; more text may show more"
+    assert (set(dashes) == {"-"}) == (why in shown.out) == (not tree["reliable"]["top1_kept"])
     other = server.run(*line, "-o", tmp_path / "r", "--findings", none)
     assert (other.code, "holds coefficients of other inputs or options" in other.err) == (4, True)
 
