@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from streamer.evaluation.sequences import TextSequences
@@ -47,19 +47,29 @@ class RunProgress:
 
         A request to stop is heeded there as well.
         """
-        products, begun, done = self.size.products, Counter[str](), 0
+        return self.readings([cost], times)[0]
+
+    def readings(self, costs: Sequence[int], times: int) -> list[Callable[[RunTimeTensor], None]]:
+        """Make the hooks of passes that run by turns: each tells how far all of them are."""
+        products, parts = self.size.products, [0] * len(costs)
         whole = sum(products.values()) * times
 
-        def on_read(tensor: RunTimeTensor) -> None:
-            nonlocal done
-            self._monitor.checkpoint()
-            name = tensor.name
-            if name in products and begun[name] < times:
-                self._emit(name, self._done + cost * done // whole)
-                begun[name] += 1
-                done += products[name]
+        def hook(number: int) -> Callable[[RunTimeTensor], None]:
+            begun, done = Counter[str](), 0
 
-        return on_read
+            def on_read(tensor: RunTimeTensor) -> None:
+                nonlocal done
+                self._monitor.checkpoint()
+                name = tensor.name
+                if name in products and begun[name] < times:
+                    self._emit(name, self._done + sum(parts))
+                    begun[name] += 1
+                    done += products[name]
+                    parts[number] = costs[number] * done // whole
+
+            return on_read
+
+        return [hook(number) for number in range(len(costs))]
 
     def advance(self, cost: int) -> None:
         """Take a pass as done."""

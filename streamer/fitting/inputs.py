@@ -212,15 +212,17 @@ class InputsRun(DividedFit):
                 places[target.tensor] = [spool.write([right.to(torch.float32)]) for right in mine]
 
         model = InputModel(plan, rounds_products=prepared.options.dtype == "bf16", directory=self.directory)
-        groups = []
-        for name, variant in ((GENERAL, GENERAL_AS), (TASK, TASK_AS)):
-            for rows in parts(texts[name], prepared.rows_of_inputs, prepared.model.size.short, True):
-                text = texts[name].take(rows)
-                cost = pass_cost(prepared.model.size, text, 1)
-                groups.append(Group(text, variant, self.progress.reading(cost, 1)))
-        model.collect(groups, complete)
-        for group in groups:
-            self.progress.advance(pass_cost(prepared.model.size, group.text, 1))
+        size = prepared.model.size
+        divided = [
+            (texts[name].take(rows), variant)
+            for name, variant in ((GENERAL, GENERAL_AS), (TASK, TASK_AS))
+            for rows in parts(texts[name], prepared.rows_of_inputs, size.short, True)
+        ]
+        costs = [pass_cost(size, text, 1) for text, _ in divided]
+        hooks = self.progress.readings(costs, 1)
+        model.collect([Group(*one, hook) for one, hook in zip(divided, hooks, strict=True)], complete)
+        for cost in costs:
+            self.progress.advance(cost)
         plan.check_unchanged()
         if model.unseen:
             count, first = counted(len(model.unseen), "matrix"), listed(map(repr, model.unseen))

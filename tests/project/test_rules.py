@@ -87,7 +87,7 @@ BUDGET = {
     "verification": 2_300,
     "storage": 2_100,
     "detection": 1_920,
-    "evaluation": 2_090,
+    "evaluation": 2_100,
     "streaming": 1_860,
     "adapters": 1_280,
     "fitting": 1_440,

@@ -1,0 +1,84 @@
+"""A fit by inputs: its progress, and what it says of texts and inputs that it cannot do well."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluated import sequences
+from learned import make_learned
+from safetensors.torch import load_file, save_file
+
+import streamer
+from streamer.errors import MismatchError, NumericError
+from streamer.events import Event
+from streamer.linalg.torch_state import threads
+from streamer.plan.plan import make_plan
+from streamer.streaming.inputs import GENERAL_AS, TASK_AS, Group, InputModel
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_learned(tmp_path_factory.mktemp("inputs"), sequences=48)
+
+
+def test_progress_by_turns_is_even(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of sequences run by turns, and each step is about as long as the others."""
+    monkeypatch.setattr("streamer.fitting.memory.ROWS", 54)
+    monkeypatch.setattr("streamer.fitting.prepare.ROWS", 54)
+    steps: list[Event] = []
+    streamer.fit_coefficients(
+        home / "base",
+        home / "adapter",
+        general=home / "general.npy",
+        task=home / "task.npy",
+        sequences=24,
+        length=8,
+        on_event=steps.append,
+    )
+    done = [event.done for event in steps if event.stage == "fit"]
+    assert done == sorted(done)
+    products = max(b - a for a, b in itertools.pairwise(done))
+    assert products < 0.1 * done[-1]
+
+
+def test_a_short_text_is_told(home: Path) -> None:
+    warned: list[str] = []
+    given = {"general": home / "general.npy", "task": home / "task.npy", "sequences": 8, "length": 5}
+    with contextlib.suppress(MismatchError):  # so little text may not show what was learned
+        streamer.fit_coefficients(
+            home / "base", home / "adapter", **given, on_event=lambda event: warned.append(event.name)
+        )
+    assert any(
+        re.search(
+            r"text has 24 tokens to fit on, fewer than the 32 inputs of the widest matrix: what it does not show is left to the ridge",
+            one,
+        )
+        for one in warned
+    )
+
+
+def test_inputs_that_are_not_finite_are_told_by_module(home: Path, tmp_path: Path) -> None:
+    """In the layer where they first are: a norm's weight that overflows."""
+    shutil.copytree(home / "base", tmp_path / "base")
+    (file,) = (tmp_path / "base").glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.layers.1.input_layernorm.weight"
+    tensors[name] = torch.full_like(tensors[name], 3e38)
+    save_file(tensors, file, metadata={"format": "pt"})
+    plan = make_plan(tmp_path / "base", home / "adapter")
+    ids = torch.from_numpy(np.load(home / "general.npy")[:2, :8])
+    model, seen = InputModel(plan), list[str]()
+    groups = [Group(sequences(ids), v, lambda tensor: None) for v in (GENERAL_AS, TASK_AS)]
+    with (
+        threads(),
+        pytest.raises(NumericError, match=r"the inputs of 'model\.layers\.1\.\S+' are NaN or Inf on the texts"),
+    ):
+        model.collect(groups, lambda targets, moments: seen.extend(target.tensor for target in targets))
+    assert any("layers.0" in tensor for tensor in seen)
